@@ -1,0 +1,37 @@
+# `make demo` runs the main job, `make test` the tests; each sets itself up in a virtual environment of its own.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+CLIENTS ?= .venv-clients
+
+.PHONY: demo test lint unit soak clean
+
+$(BIN)/towpath: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	touch $@
+
+# The real Globus clients live apart, so that their dependencies and ours never mix.
+$(CLIENTS)/bin/globus:
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check globus-cli
+
+demo: $(BIN)/towpath
+	$(BIN)/towpath demo
+
+lint: $(BIN)/towpath
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint $(CLIENTS)/bin/globus
+	GLOBUS_CLI=$(CURDIR)/$(CLIENTS)/bin/globus $(BIN)/python -m pytest -m 'not soak'
+
+unit: $(BIN)/towpath
+	$(BIN)/python -m pytest -m 'not soak and not clients' tests/protocol tests/agent tests/relay
+
+soak: $(BIN)/towpath
+	$(BIN)/python -m pytest -m soak --timeout 3600
+
+clean:
+	rm -rf $(VENV) $(CLIENTS) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,1 @@
+"""The endpoint: storage, transfer engine, link to the relay, local control, command line."""

@@ -1,0 +1,349 @@
+"""The documents that travel on the link between a relay and an agent, as typed records.
+
+All of them are JSON objects. Unknown keys are ignored (an older side must understand a newer one), missing
+keys take the defaults written here, and every length that a peer chooses is bounded by `decode_untrusted`.
+Paths and names are *escaped text* (see `protocol.names`); times are ISO 8601 in UTC with microseconds.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypeVar
+
+import msgspec
+
+from protocol.errors import ProtocolError
+
+MAX_DOCUMENT = 64 * 1024 * 1024
+MAX_ITEMS = 100_000
+
+Desired = Literal["run", "pause", "cancel"]
+TaskType = Literal["TRANSFER", "DELETE"]
+TaskState = Literal["QUEUED", "ACTIVE", "WAITING", "PAUSED", "SUCCEEDED", "FAILED", "CANCELED"]
+EntryType = Literal["file", "dir", "invalid_symlink", "chr", "blk", "pipe", "other"]
+
+FINAL_STATES: frozenset[str] = frozenset({"SUCCEEDED", "FAILED", "CANCELED"})
+
+
+class Record(msgspec.Struct, kw_only=True, frozen=True):
+    """Base of all wire records: immutable, keyword only, unknown keys ignored."""
+
+
+# --- hello -----------------------------------------------------------------------------------------------
+
+
+class RelayHello(Record):
+    """First request on every link, relay to agent. ``proof`` is a signed JWT, see `protocol.link`."""
+
+    relay_id: str
+    nonce: str
+    proof: str
+    key_certificate: str
+    version: str = ""
+    abilities: list[str] = []
+
+
+class CollectionReport(Record):
+    """What the owner's configuration says of one collection; the relay may narrow it, never widen it."""
+
+    id: str
+    name: str
+    read_only: bool = False
+    shareable: bool = False
+    available: bool = True
+    default_directory: str = "/~/"
+    reason: str = ""
+
+
+class AgentHello(Record):
+    """The agent's answer: who it is (signed over nonce and channel), what it has, which events it holds."""
+
+    node_id: str
+    endpoint_id: str
+    signature: str
+    certificate: str
+    version: str = ""
+    abilities: list[str] = []
+    collections: list[CollectionReport] = []
+    boot_id: str = ""
+    paused: bool = False
+    last_event: int = 0
+
+
+# --- listings --------------------------------------------------------------------------------------------
+
+
+class Entry(Record):
+    """One row of a directory listing. ``mode`` holds permission bits only; times are nanoseconds since 1970.
+
+    A symlink is reported with the type, size and time of its target, and ``link_*`` set.
+    """
+
+    name: str
+    type: EntryType
+    size: int = 0
+    mtime_ns: int = 0
+    mode: int = 0
+    user: str = ""
+    group: str = ""
+    link_target: str | None = None
+    link_size: int | None = None
+    link_mtime_ns: int | None = None
+
+
+class Listing(Record):
+    """Answer to ``ls``: ``path`` is canonical and ends in a slash; ``total`` counts rows after filtering."""
+
+    path: str
+    absolute_path: str
+    entries: list[Entry]
+    total: int
+    offset: int = 0
+    limit: int = 100_000
+
+
+# --- tasks -----------------------------------------------------------------------------------------------
+
+
+class FilterRule(Record):
+    """One include or exclude rule; first match wins, unmatched names are included."""
+
+    method: Literal["include", "exclude"]
+    name: str
+    type: Literal["file", "dir"] | None = None
+
+
+class TaskOptions(Record):
+    """How a task is to be done; names and meanings are those of the Globus transfer and delete documents."""
+
+    sync_level: int | None = None
+    verify_checksum: bool = False
+    preserve_timestamp: bool = False
+    encrypt_data: bool = False
+    skip_source_errors: bool = False
+    fail_on_quota_errors: bool = False
+    delete_destination_extra: bool = False
+    recursive_symlinks: Literal["ignore", "keep", "copy"] = "ignore"
+    filter_rules: list[FilterRule] = []
+    recursive: bool = False
+    ignore_missing: bool = False
+    interpret_globs: bool = False
+
+
+class TaskItem(Record):
+    """One line of a submission. ``recursive`` None means: look whether it is a file or a directory.
+
+    For DELETE tasks only ``source_path`` is used.
+    """
+
+    source_path: str
+    destination_path: str = ""
+    recursive: bool | None = None
+    symlink: bool = False
+    external_checksum: str | None = None
+    checksum_algorithm: str | None = None
+
+
+class Party(Record):
+    """One side of a task: the logical endpoint, the node that serves it, the collection, and the node's
+    certificate (PEM) to which every connection of the task is pinned."""
+
+    endpoint_id: str
+    node_id: str
+    collection_id: str
+    certificate: str
+    display_name: str = ""
+
+
+class Candidate(Record):
+    """A place where a node may be reached. ``kind`` is ``host`` (an address of its own) for now."""
+
+    kind: str
+    host: str
+    port: int
+
+
+class SessionOrder(Record):
+    """Relay to source: a destination with this certificate will dial under this session id."""
+
+    session_id: str
+    task_id: str
+    ticket: str
+    peer: Party
+
+
+class SessionAnswer(Record):
+    """Source to relay, and on to the destination: where to dial, which certificate to expect."""
+
+    session_id: str
+    generation: int
+    candidates: list[Candidate]
+    certificate: str
+
+
+class TaskOrder(Record):
+    """The relay's desired state of a task. Orders with a lower ``revision`` than one already seen are ignored.
+
+    The first order of a task carries everything; later ones may leave ``items`` null (unchanged).
+    For a DELETE task ``destination`` is the endpoint to delete on and ``source`` is null.
+    ``lease_epoch`` fences an agent that comes back after the task was given elsewhere.
+    """
+
+    task_id: str
+    revision: int
+    desired: Desired
+    type: TaskType
+    ticket: str
+    session_id: str
+    destination: Party
+    source: Party | None = None
+    lease_epoch: int = 0
+    owner_id: str = ""
+    owner: str = ""
+    label: str = ""
+    deadline: str | None = None
+    options: TaskOptions = TaskOptions()
+    items: list[TaskItem] | None = None
+    session: SessionAnswer | None = None
+
+
+class Counters(Record):
+    """Absolute counts of one task so far; they only grow, so a lost progress report loses nothing."""
+
+    files: int = 0
+    directories: int = 0
+    symlinks: int = 0
+    files_transferred: int = 0
+    files_skipped: int = 0
+    symlinks_transferred: int = 0
+    directories_created: int = 0
+    deleted: int = 0
+    bytes_total: int = 0
+    bytes_transferred: int = 0
+    bytes_checksummed: int = 0
+    bytes_sent_again: int = 0
+    skipped_errors: int = 0
+    failed: int = 0
+    retrying: int = 0
+    faults: int = 0
+    scan_complete: bool = False
+
+
+class TaskObserved(Record):
+    """The agent's observed state of a task. ``status_code`` is OK, QUEUED or the code of what holds it up."""
+
+    task_id: str
+    revision: int
+    state: TaskState
+    status_code: str = "OK"
+    status_sentence: str = ""
+    who: str = ""
+    counters: Counters = Counters()
+    rate: float = 0.0
+    current: str = ""
+    path: str = ""
+    error_code: str = ""
+    completion_time: str | None = None
+
+
+class AgentEvent(Record):
+    """One line of ``GET /link/events``.
+
+    ``n`` numbers durable lines of one agent, in order, without gaps; 0 marks a line that is not kept
+    (progress). ``(task_id, seq)`` identifies an event for ever, so a repeated line changes nothing.
+
+    kinds: ``event`` (a task event for people), ``state`` (``observed`` is set, durable when the state changed),
+    ``progress`` (``observed`` is set, n = 0), ``session_wanted`` (the destination needs a SessionAnswer newer
+    than ``generation``, n = 0), ``collections`` (the owner changed the configuration: ``collections`` is set, n = 0).
+    """
+
+    n: int
+    kind: str
+    time: str
+    task_id: str = ""
+    seq: int = 0
+    code: str = ""
+    description: str = ""
+    details: str = ""
+    is_error: bool = False
+    generation: int = 0
+    observed: TaskObserved | None = None
+    collections: list[CollectionReport] | None = None
+
+
+class SuccessfulTransfer(Record):
+    """One row of the manifest of what was transferred."""
+
+    source_path: str
+    destination_path: str
+    size: int
+    checksum: str | None = None
+    checksum_algorithm: str | None = None
+    dynamic: bool = False
+
+
+class SkippedError(Record):
+    """One item that was left out, and why."""
+
+    source_path: str
+    destination_path: str
+    error_code: str
+    error_details: str
+    error_time: str
+    is_directory: bool = False
+    is_symlink: bool = False
+    is_delete_destination_extra: bool = False
+    external_checksum: str | None = None
+    checksum_algorithm: str | None = None
+
+
+class Page(Record):
+    """One page of rows read on demand; ``next_marker`` is null at the end."""
+
+    rows: list[dict[str, Any]]
+    next_marker: str | None = None
+
+
+# --- enrolment -------------------------------------------------------------------------------------------
+
+
+class EnrolRequest(Record):
+    """``POST /towpath/v1/enrol``: redeem a one-time setup key. ``proof`` is a JWT signed by the node key over
+    the SHA-256 of the setup key, so that nobody can enrol a key they do not hold."""
+
+    setup_key: str
+    proof: str
+    certificate: str
+    node_id: str | None = None
+    hostname: str = ""
+    version: str = ""
+
+
+class EnrolAnswer(Record):
+    """Who the node now is. ``relay_root`` (PEM, Ed25519 public key) is pinned for good."""
+
+    endpoint_id: str
+    node_id: str
+    collection_id: str
+    display_name: str
+    owner: str
+    owner_id: str
+    relay_id: str
+    relay_root: str
+
+
+R = TypeVar("R")
+
+
+def encode(document: object) -> bytes:
+    """One wire record as JSON."""
+    return msgspec.json.encode(document)
+
+
+def decode_untrusted(data: bytes | bytearray | memoryview, kind: type[R]) -> R:
+    """One wire record from a peer's JSON. Raises only `ProtocolError`."""
+    if len(data) > MAX_DOCUMENT:
+        raise ProtocolError(f"A document of {len(data)} bytes is larger than {MAX_DOCUMENT} bytes, the most allowed.")
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ProtocolError(f"A document of the peer cannot be read: {error}") from error

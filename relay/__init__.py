@@ -1,0 +1,1 @@
+"""The control plane: identities, permissions, tasks, rendezvous, and the Globus-compatible APIs."""
