@@ -31,7 +31,7 @@ class Record(msgspec.Struct, kw_only=True, frozen=True):
 # --- hello -----------------------------------------------------------------------------------------------
 
 
-class RelayHello(Record):
+class RelayHello(Record, frozen=True, kw_only=True):
     """First request on every link, relay to agent. ``proof`` is a signed JWT, see `protocol.link`."""
 
     relay_id: str
@@ -42,7 +42,7 @@ class RelayHello(Record):
     abilities: list[str] = []
 
 
-class CollectionReport(Record):
+class CollectionReport(Record, frozen=True, kw_only=True):
     """What the owner's configuration says of one collection; the relay may narrow it, never widen it."""
 
     id: str
@@ -54,7 +54,7 @@ class CollectionReport(Record):
     reason: str = ""
 
 
-class AgentHello(Record):
+class AgentHello(Record, frozen=True, kw_only=True):
     """The agent's answer: who it is (signed over nonce and channel), what it has, which events it holds."""
 
     node_id: str
@@ -72,7 +72,7 @@ class AgentHello(Record):
 # --- listings --------------------------------------------------------------------------------------------
 
 
-class Entry(Record):
+class Entry(Record, frozen=True, kw_only=True):
     """One row of a directory listing. ``mode`` holds permission bits only; times are nanoseconds since 1970.
 
     A symlink is reported with the type, size and time of its target, and ``link_*`` set.
@@ -90,7 +90,7 @@ class Entry(Record):
     link_mtime_ns: int | None = None
 
 
-class Listing(Record):
+class Listing(Record, frozen=True, kw_only=True):
     """Answer to ``ls``: ``path`` is canonical and ends in a slash; ``total`` counts rows after filtering."""
 
     path: str
@@ -104,7 +104,7 @@ class Listing(Record):
 # --- tasks -----------------------------------------------------------------------------------------------
 
 
-class FilterRule(Record):
+class FilterRule(Record, frozen=True, kw_only=True):
     """One include or exclude rule; first match wins, unmatched names are included."""
 
     method: Literal["include", "exclude"]
@@ -112,7 +112,7 @@ class FilterRule(Record):
     type: Literal["file", "dir"] | None = None
 
 
-class TaskOptions(Record):
+class TaskOptions(Record, frozen=True, kw_only=True):
     """How a task is to be done; names and meanings are those of the Globus transfer and delete documents."""
 
     sync_level: int | None = None
@@ -129,7 +129,7 @@ class TaskOptions(Record):
     interpret_globs: bool = False
 
 
-class TaskItem(Record):
+class TaskItem(Record, frozen=True, kw_only=True):
     """One line of a submission. ``recursive`` None means: look whether it is a file or a directory.
 
     For DELETE tasks only ``source_path`` is used.
@@ -143,7 +143,7 @@ class TaskItem(Record):
     checksum_algorithm: str | None = None
 
 
-class Party(Record):
+class Party(Record, frozen=True, kw_only=True):
     """One side of a task: the logical endpoint, the node that serves it, the collection, and the node's
     certificate (PEM) to which every connection of the task is pinned."""
 
@@ -154,7 +154,7 @@ class Party(Record):
     display_name: str = ""
 
 
-class Candidate(Record):
+class Candidate(Record, frozen=True, kw_only=True):
     """A place where a node may be reached. ``kind`` is ``host`` (an address of its own) for now."""
 
     kind: str
@@ -162,7 +162,7 @@ class Candidate(Record):
     port: int
 
 
-class SessionOrder(Record):
+class SessionOrder(Record, frozen=True, kw_only=True):
     """Relay to source: a destination with this certificate will dial under this session id."""
 
     session_id: str
@@ -171,7 +171,7 @@ class SessionOrder(Record):
     peer: Party
 
 
-class SessionAnswer(Record):
+class SessionAnswer(Record, frozen=True, kw_only=True):
     """Source to relay, and on to the destination: where to dial, which certificate to expect."""
 
     session_id: str
@@ -180,7 +180,7 @@ class SessionAnswer(Record):
     certificate: str
 
 
-class TaskOrder(Record):
+class TaskOrder(Record, frozen=True, kw_only=True):
     """The relay's desired state of a task. Orders with a lower ``revision`` than one already seen are ignored.
 
     The first order of a task carries everything; later ones may leave ``items`` null (unchanged).
@@ -206,7 +206,7 @@ class TaskOrder(Record):
     session: SessionAnswer | None = None
 
 
-class Counters(Record):
+class Counters(Record, frozen=True, kw_only=True):
     """Absolute counts of one task so far; they only grow, so a lost progress report loses nothing."""
 
     files: int = 0
@@ -228,7 +228,7 @@ class Counters(Record):
     scan_complete: bool = False
 
 
-class TaskObserved(Record):
+class TaskObserved(Record, frozen=True, kw_only=True):
     """The agent's observed state of a task. ``status_code`` is OK, QUEUED or the code of what holds it up."""
 
     task_id: str
@@ -245,7 +245,7 @@ class TaskObserved(Record):
     completion_time: str | None = None
 
 
-class AgentEvent(Record):
+class AgentEvent(Record, frozen=True, kw_only=True):
     """One line of ``GET /link/events``.
 
     ``n`` numbers durable lines of one agent, in order, without gaps; 0 marks a line that is not kept
@@ -270,7 +270,7 @@ class AgentEvent(Record):
     collections: list[CollectionReport] | None = None
 
 
-class SuccessfulTransfer(Record):
+class SuccessfulTransfer(Record, frozen=True, kw_only=True):
     """One row of the manifest of what was transferred."""
 
     source_path: str
@@ -281,7 +281,7 @@ class SuccessfulTransfer(Record):
     dynamic: bool = False
 
 
-class SkippedError(Record):
+class SkippedError(Record, frozen=True, kw_only=True):
     """One item that was left out, and why."""
 
     source_path: str
@@ -296,7 +296,7 @@ class SkippedError(Record):
     checksum_algorithm: str | None = None
 
 
-class Page(Record):
+class Page(Record, frozen=True, kw_only=True):
     """One page of rows read on demand; ``next_marker`` is null at the end."""
 
     rows: list[dict[str, Any]]
@@ -306,7 +306,7 @@ class Page(Record):
 # --- enrolment -------------------------------------------------------------------------------------------
 
 
-class EnrolRequest(Record):
+class EnrolRequest(Record, frozen=True, kw_only=True):
     """``POST /towpath/v1/enrol``: redeem a one-time setup key. ``proof`` is a JWT signed by the node key over
     the SHA-256 of the setup key, so that nobody can enrol a key they do not hold."""
 
@@ -318,7 +318,7 @@ class EnrolRequest(Record):
     version: str = ""
 
 
-class EnrolAnswer(Record):
+class EnrolAnswer(Record, frozen=True, kw_only=True):
     """Who the node now is. ``relay_root`` (PEM, Ed25519 public key) is pinned for good."""
 
     endpoint_id: str

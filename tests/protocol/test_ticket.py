@@ -1,0 +1,115 @@
+"""Tickets: what is signed comes back, whatever is changed is refused."""
+
+from __future__ import annotations
+
+import jwt
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from protocol.errors import ProtocolError
+from protocol.identity import NodeKey, fingerprint_of_certificate_untrusted
+from protocol.ticket import Grant, RelayRoot, Ticket, TicketExpired, TicketSigner, TicketVerifier
+
+NOW = 1_800_000_000.0
+
+
+def make(relay_id: str = "relay") -> tuple[TicketSigner, TicketVerifier]:
+    root = RelayRoot.generate()
+    key = Ed25519PrivateKey.generate()
+    certificate = root.certify(key.public_key(), "k1", NOW - 10, NOW + 10_000)
+    return TicketSigner(relay_id, key, certificate, "k1"), TicketVerifier(relay_id, root.public_pem)
+
+
+def a_ticket(**changes: object) -> Ticket:
+    grant = Grant(node_id="n", fingerprint="f", collection_id="c", paths=["/a"], access="r")
+    fields: dict[str, object] = {
+        "relay_id": "relay",
+        "ticket_id": "t",
+        "session_id": "s",
+        "task_id": "k",
+        "source": grant,
+        "destination": grant,
+        "policy_epoch": 3,
+        "issued": NOW,
+        "expires": NOW + 3600,
+    }
+    return Ticket(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+def test_a_ticket_comes_back_as_it_was_signed() -> None:
+    signer, verifier = make()
+    for ticket in (a_ticket(), a_ticket(source=None)):
+        assert verifier.verify_untrusted(signer.sign(ticket), NOW + 5) == ticket
+
+
+def test_expired_and_not_yet_valid_are_told_apart_from_forged() -> None:
+    signer, verifier = make()
+    token = signer.sign(a_ticket())
+    with pytest.raises(TicketExpired):
+        verifier.verify_untrusted(token, NOW + 3600 + 121)
+    with pytest.raises(TicketExpired):
+        verifier.verify_untrusted(token, NOW - 121)
+
+
+def test_another_relay_another_root_and_an_uncertified_key_are_refused() -> None:
+    signer, verifier = make()
+    stranger, _ = make()
+    with pytest.raises(ProtocolError, match="not signed"):
+        verifier.verify_untrusted(stranger.sign(a_ticket()), NOW)
+    with pytest.raises(ProtocolError, match="another relay"):
+        verifier.verify_untrusted(signer.sign(a_ticket(relay_id="other")), NOW)
+    # A ticket key nobody certified, hiding behind a certificate of the real one.
+    forged = TicketSigner("relay", Ed25519PrivateKey.generate(), signer.key_certificate, "k1")
+    with pytest.raises(ProtocolError, match="not signed"):
+        verifier.verify_untrusted(forged.sign(a_ticket()), NOW)
+    other_kid = TicketSigner("relay", Ed25519PrivateKey.generate(), signer.key_certificate, "k2")
+    with pytest.raises(ProtocolError, match="other than the one"):
+        verifier.verify_untrusted(other_kid.sign(a_ticket()), NOW)
+
+
+def test_symmetric_and_none_algorithms_are_refused() -> None:
+    signer, verifier = make()
+    headers = {"kid": "k1", "kc": signer.key_certificate}
+    for token in (
+        jwt.encode({"iss": "relay"}, "x" * 32, algorithm="HS256", headers=headers),
+        jwt.encode({"iss": "relay"}, None, algorithm="none", headers=headers),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(ProtocolError):
+            verifier.verify_untrusted(token, NOW)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(min_value=0), st.integers(min_value=1, max_value=255))
+def test_no_flipped_byte_goes_unnoticed(position: int, mask: int) -> None:
+    signer, verifier = make()
+    token = bytearray(signer.sign(a_ticket()).encode())
+    position %= len(token)
+    token[position] = (token[position] ^ mask) & 0x7F
+    text = token.decode("ascii")
+    try:
+        ticket = verifier.verify_untrusted(text, NOW)
+    except ProtocolError:
+        return
+    # base64url has spare bits at the end of each part: the only change that may pass is one that says the same.
+    assert ticket == a_ticket()
+
+
+@given(st.text(max_size=300))
+def test_garbage_raises_only_the_protocol_error(text: str) -> None:
+    _, verifier = make()
+    with pytest.raises(ProtocolError):
+        verifier.verify_untrusted(text, NOW)
+    with pytest.raises(ProtocolError):
+        fingerprint_of_certificate_untrusted(text)
+
+
+def test_a_node_key_survives_its_file_and_is_private(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    key = NodeKey.generate()
+    path = tmp_path / "node.key"
+    key.save(path)
+    assert path.stat().st_mode & 0o777 == 0o600
+    again = NodeKey.load(path)
+    assert again.fingerprint == key.fingerprint == fingerprint_of_certificate_untrusted(again.certificate_pem)
+    assert again.certificate_pem == key.certificate_pem or again.fingerprint == key.fingerprint
