@@ -1,0 +1,61 @@
+"""What the exit code of a command says, and how a task document maps to one."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from typing import Any
+
+
+class ExitCode(enum.IntEnum):
+    """Exit codes of every ``towpath`` command; the user documentation repeats this table."""
+
+    DONE = 0
+    OTHER = 1
+    USAGE = 2
+    PARTIAL = 3
+    FAILED = 4
+    CANCELED = 5
+    TIMED_OUT = 6
+    NEEDS_ATTENTION = 7
+    INTERRUPTED = 130
+
+
+_CANCEL_CODES = frozenset({"CANCELED", "CANCELLED"})
+
+
+def _code_of(value: object) -> str:
+    return str(value.get("code") or "").upper() if isinstance(value, Mapping) else ""
+
+
+def final_exit_code(task: Mapping[str, Any]) -> ExitCode | None:
+    """The exit code of a finished task document, or None while the task has not ended.
+
+    A cancelled task is FAILED in Globus's terms; its fatal error (or its nice status) tells it apart.
+    """
+    status = task.get("status")
+    if status == "SUCCEEDED":
+        return ExitCode.PARTIAL if int(task.get("subtasks_skipped_errors") or 0) > 0 else ExitCode.DONE
+    if status == "FAILED":
+        canceled = (
+            _code_of(task.get("fatal_error")) in _CANCEL_CODES
+            or str(task.get("nice_status") or "").upper() in _CANCEL_CODES
+            or bool(task.get("canceled_by_admin"))
+        )
+        return ExitCode.CANCELED if canceled else ExitCode.FAILED
+    return None
+
+
+def needs_attention(task: Mapping[str, Any]) -> bool:
+    """Whether an unfinished task waits for a person: paused, without credentials, or held up by something that no
+    retry will mend (a full disk, a refused permission)."""
+    if final_exit_code(task) is not None:
+        return False
+    if task.get("status") == "INACTIVE" or task.get("is_paused"):
+        return True
+    return bool(attention_of(task))
+
+
+def attention_of(task: Mapping[str, Any]) -> str:
+    """Who must do something before the task goes on (``you``, ``source owner`` …), or an empty string."""
+    return str(task.get("needs_attention_from") or "")
