@@ -1,0 +1,171 @@
+"""Access and refresh tokens: made, found again, ended. All functions work on an open database connection.
+
+A token is 256 random bits that mean nothing by themselves; the database knows it by its SHA-256 alone, so a stolen
+copy of the database signs nobody in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from sqlalchemy import Connection, RowMapping, delete, insert, select
+
+from relay.store.auth_tables import identities, sessions, tokens
+
+# Longer strings cannot be tokens of ours; they are refused before anything is computed over them.
+MAX_TOKEN = 512
+TokenKind = Literal["access", "refresh"]
+
+
+@dataclass(frozen=True)
+class TokenRecord:
+    """What a live token stands for. Times are Unix seconds."""
+
+    kind: TokenKind
+    session_id: str
+    identity_id: str
+    username: str
+    name: str | None
+    email: str | None
+    provider_id: str
+    client_id: str
+    resource_server: str
+    scopes: tuple[str, ...]
+    issued: float
+    expires: float
+    authenticated: float
+
+
+@dataclass(frozen=True)
+class IssuedToken:
+    """A token at the only moment it exists in the clear."""
+
+    access_token: str
+    refresh_token: str | None
+    resource_server: str
+    scope: str
+    expires_in: int
+
+
+def token_digest(token: str) -> str:
+    """The form in which the database knows a token."""
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
+def open_session(connection: Connection, *, identity_id: str, client_id: str, now: float) -> str:
+    """Record that an identity signed in with a client; returns the session's id."""
+    session_id = str(uuid.uuid4())
+    connection.execute(
+        insert(sessions).values(
+            id=session_id, identity_id=identity_id, client_id=client_id, authenticated=now, created=now
+        )
+    )
+    return session_id
+
+
+def issue(
+    connection: Connection,
+    *,
+    session_id: str,
+    identity_id: str,
+    client_id: str,
+    scopes: Mapping[str, Sequence[str]],
+    now: float,
+    access_life: float,
+    refresh_life: float | None = None,
+) -> list[IssuedToken]:
+    """One access token for each resource server of ``scopes``; with ``refresh_life``, a refresh token beside each.
+
+    Lives are in seconds. The tokens count once the transaction is committed.
+    """
+    issued, rows = [], []
+    for server, names in scopes.items():
+        access, refresh = secrets.token_urlsafe(32), None
+        common = {
+            "session_id": session_id,
+            "identity_id": identity_id,
+            "client_id": client_id,
+            "resource_server": server,
+            "scope": " ".join(names),
+            "issued": now,
+        }
+        rows.append({"digest": token_digest(access), "kind": "access", "expires": now + access_life, **common})
+        if refresh_life is not None:
+            refresh = secrets.token_urlsafe(32)
+            rows.append({"digest": token_digest(refresh), "kind": "refresh", "expires": now + refresh_life, **common})
+        issued.append(IssuedToken(access, refresh, server, " ".join(names), int(access_life)))
+    if rows:
+        connection.execute(insert(tokens), rows)
+    return issued
+
+
+def find(connection: Connection, token: str, now: float) -> TokenRecord | None:
+    """The record of a live token, or None when it is unknown, expired, revoked, or its identity was closed."""
+    if not 1 <= len(token) <= MAX_TOKEN:
+        return None
+    row = (
+        connection.execute(_FIND.where(tokens.c.digest == token_digest(token), tokens.c.expires > now))
+        .mappings()
+        .first()
+    )
+    return None if row is None else _record(row)
+
+
+_FIND = (
+    select(
+        tokens.c.kind,
+        tokens.c.session_id,
+        tokens.c.identity_id,
+        identities.c.username,
+        identities.c.name,
+        identities.c.email,
+        identities.c.provider_id,
+        tokens.c.client_id,
+        tokens.c.resource_server,
+        tokens.c.scope,
+        tokens.c.issued,
+        tokens.c.expires,
+        sessions.c.authenticated,
+    )
+    .join(identities, identities.c.id == tokens.c.identity_id)
+    .join(sessions, sessions.c.id == tokens.c.session_id)
+    .where(identities.c.status != "closed")
+)
+
+
+def _record(row: RowMapping) -> TokenRecord:
+    values: dict[str, Any] = dict(row)
+    scopes = tuple(values.pop("scope").split())
+    return TokenRecord(scopes=scopes, **values)
+
+
+def revoke(connection: Connection, token: str, *, client_id: str) -> bool:
+    """End a token of this client at once; a refresh token takes the access tokens made from it along (RFC 7009, 2.1).
+
+    Returns whether there was such a token. Tokens of other clients are left alone.
+    """
+    if not 1 <= len(token) <= MAX_TOKEN:
+        return False
+    mine = (tokens.c.digest == token_digest(token)) & (tokens.c.client_id == client_id)
+    row = connection.execute(select(tokens.c.kind, tokens.c.session_id, tokens.c.resource_server).where(mine)).first()
+    if row is None:
+        return False
+    if row.kind == "refresh":
+        connection.execute(
+            delete(tokens).where(tokens.c.session_id == row.session_id, tokens.c.resource_server == row.resource_server)
+        )
+    else:
+        connection.execute(delete(tokens).where(mine))
+    return True
+
+
+def remove_expired(connection: Connection, now: float) -> int:
+    """Forget tokens past their life, and sessions that no token names any more. Returns how many tokens went."""
+    gone = connection.execute(delete(tokens).where(tokens.c.expires <= now)).rowcount
+    connection.execute(delete(sessions).where(sessions.c.id.not_in(select(tokens.c.session_id))))
+    return gone

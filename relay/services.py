@@ -1,0 +1,37 @@
+"""What the relay's HTTP layer stands on: the long-lived objects, put together once by `relay.server`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+from fastapi import Request
+
+if TYPE_CHECKING:
+    from protocol.ticket import TicketSigner
+    from relay.auth.guesses import GuessLimit
+    from relay.keys import RelayKeys
+    from relay.rendezvous.registry import Registry
+    from relay.settings import Settings
+    from relay.store.database import Store
+    from relay.transfer.steward import Steward
+
+
+@dataclass(frozen=True, kw_only=True)
+class Services:
+    """Held in ``app.state.services``. ``clock`` gives Unix seconds."""
+
+    settings: Settings
+    store: Store
+    keys: RelayKeys
+    signer: TicketSigner
+    registry: Registry
+    steward: Steward
+    guesses: GuessLimit
+    clock: Callable[[], float]
+
+
+def services_of(request: Request) -> Services:
+    """The services of the application that answers this request (usable as a FastAPI dependency)."""
+    return cast("Services", request.app.state.services)
