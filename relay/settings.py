@@ -36,7 +36,7 @@ class Duration(float):
 Text = Annotated[str, Meta(min_length=1, max_length=1000, description="a text that is not empty")]
 Port = Annotated[int, Meta(ge=0, le=65535, description="a whole number from 0 to 65535 (0: any free port)")]
 Switch = Annotated[bool, Meta(description="true or false")]
-Life = Annotated[Duration, Meta(gt=0, description="a length of time such as 90s, 15m, 12h or 30d")]
+Life = Annotated[Duration, Meta(description="a length of time such as 90s, 15m, 12h or 30d")]
 
 
 class _Section(msgspec.Struct, frozen=True, kw_only=True):
