@@ -1,0 +1,44 @@
+"""Times as the Globus documents write them: ISO 8601 in UTC, file listings with a space instead of the T."""
+
+from __future__ import annotations
+
+import datetime
+
+# Far beyond any real date, and small enough that every conversion below succeeds.
+MAX_NS = 253_402_300_799 * 10**9
+
+
+def iso(seconds: float | None) -> str | None:
+    """Unix seconds as ``2024-02-06T06:59:02.291996+00:00``, always with microseconds."""
+    if seconds is None:
+        return None
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(timespec="microseconds")
+
+
+def whole_seconds(seconds: float | None) -> str | None:
+    """Unix seconds as ``2024-02-06T06:59:02+00:00``."""
+    if seconds is None:
+        return None
+    return datetime.datetime.fromtimestamp(int(seconds), datetime.UTC).isoformat(timespec="seconds")
+
+
+def listing_time(mtime_ns: int | None) -> str | None:
+    """Nanoseconds since 1970 as ``2024-02-06 06:59:02+00:00``; what a peer invents is cut to the years 1 to 9999."""
+    if mtime_ns is None:
+        return None
+    seconds = max(-62_135_596_800, min(mtime_ns, MAX_NS) // 10**9)
+    moment = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC) + datetime.timedelta(seconds=seconds)
+    return moment.isoformat(sep=" ", timespec="seconds")
+
+
+def parse(text: str) -> float:
+    """Unix seconds of an ISO 8601 time or ``YYYY-MM-DD HH:MM:SS``; UTC unless it says otherwise. Raises ValueError."""
+    if len(text) > 64:
+        raise ValueError("too long for a time")
+    moment = datetime.datetime.fromisoformat(text.strip())
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=datetime.UTC)
+    try:
+        return moment.timestamp()
+    except OverflowError as error:
+        raise ValueError("outside the calendar") from error
