@@ -19,6 +19,7 @@ from msgspec import Meta
 
 from protocol.errors import NeedsPerson
 
+_EVERYWHERE = ("0.0.0.0", "::")  # noqa: S104 - compared, not bound
 _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
 
@@ -142,9 +143,7 @@ class Settings(_Section, frozen=True, kw_only=True):
         """The relay's origin as users and agents write it, without a slash at the end."""
         if self.listen.url is not None:
             return self.listen.url.rstrip("/")
-        host = self.listen.host
-        if host in ("0.0.0.0", "::"):  # noqa: S104 - compared, not bound
-            host = "localhost"
+        host = "localhost" if self.listen.host in _EVERYWHERE else self.listen.host
         return f"https://[{host}]:{self.listen.port}" if ":" in host else f"https://{host}:{self.listen.port}"
 
     @property
@@ -159,9 +158,11 @@ class Settings(_Section, frozen=True, kw_only=True):
     @property
     def certificate_names(self) -> list[str]:
         """What a self-made certificate is good for: the configured names, the public URL's host, this machine."""
-        host = urlsplit(self.public_url).hostname or "localhost"
-        names = [*self.tls.names, host, "localhost", "127.0.0.1", "::1"]
-        return list(dict.fromkeys(names))
+        names = [*self.tls.names, urlsplit(self.public_url).hostname or "localhost"]
+        if self.listen.host not in _EVERYWHERE:
+            names.append(self.listen.host)
+        names += ["localhost", "127.0.0.1", "::1"]
+        return list(dict.fromkeys(_normal_name(name) for name in names))
 
 
 def load(path: Path) -> Settings:
@@ -189,7 +190,8 @@ def parse(text: str, where: str = "relay.yaml") -> Settings:
         line = f", line {mark.line + 1}" if mark else ""
         raise SettingsError(f"{where}{line}: this is not YAML: {error.problem}.", who="relay operator") from error
     except (yaml.YAMLError, RecursionError) as error:
-        raise SettingsError(f"{where}: this is not YAML: {error}", who="relay operator") from error
+        reason = str(error).partition("\n")[0]
+        raise SettingsError(f"{where}: this is not YAML: {reason}.", who="relay operator") from error
     if node is None:
         return Settings()
     settings: Settings = _Reader(where).section(node, Settings, "")
@@ -227,7 +229,8 @@ class _Reader:
         try:
             raw = self._values.construct_document(node)
         except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise self._error(node, f"{name} cannot be read: {error}") from error
+            reason = error.problem if isinstance(error, yaml.MarkedYAMLError) else error
+            raise self._error(node, f"{name} cannot be read: {reason}.") from error
         try:
             return msgspec.convert(raw, kind, dec_hook=_decode_duration)
         except msgspec.ValidationError as error:
@@ -264,6 +267,8 @@ def _check_together(settings: Settings, where: str) -> None:
 
     if (settings.tls.certificate is None) != (settings.tls.key is None):
         raise refuse("tls.certificate and tls.key belong together; give both or neither.")
+    if settings.tickets.key_life < 3 * settings.tickets.life:
+        raise refuse("tickets.key_life must be at least three times tickets.life.")
     for name in settings.tls.names:
         _check_host(name, refuse)
     if settings.listen.url is not None:
@@ -282,6 +287,13 @@ def _check_host(name: str, refuse: Any) -> None:
     except ValueError:
         if not re.fullmatch(r"(?:\*\.)?[A-Za-z0-9](?:[A-Za-z0-9.-]{0,251}[A-Za-z0-9])?", name):
             raise refuse(f"tls.names: {name!r} is neither a host name nor an IP address.") from None
+
+
+def _normal_name(name: str) -> str:
+    try:
+        return str(ipaddress.ip_address(name))
+    except ValueError:
+        return name.lower()
 
 
 def as_document(settings: Settings) -> Mapping[str, Any]:
