@@ -1,0 +1,239 @@
+"""Collections: what the relay knows of them, who may reach them, and how their descriptions change.
+
+A collection is what Globus shows as a `GCP_mapped_collection`. Its row is made with a setup key
+(`relay.transfer.enrolment`) and gets a node when an agent redeems the key. Deleting marks the row; nothing is removed.
+All functions work on a connection inside the store's transaction.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import Any
+
+from sqlalchemy import Connection, func, or_, select, update
+
+from relay.access.decisions import Ability, CollectionFacts, decide
+from relay.api.errors import ApiError
+from relay.store import transfer_tables as tables
+from relay.transfer.fields import Fields, bad_request, is_uuid
+
+# Longest value of each text field that the owner may describe a collection with.
+TEXT_FIELDS: dict[str, int] = {
+    "description": 4096,
+    "organization": 256,
+    "department": 256,
+    "keywords": 1024,
+    "contact_email": 320,
+    "contact_info": 1024,
+    "info_link": 1024,
+    "user_message": 1024,
+    "user_message_link": 1024,
+    "location": 256,
+    "default_directory": 4096,
+}
+SWITCHES = ("public", "force_encryption", "disable_verify", "force_verify", "disable_anonymous_writes")
+NETWORK_USE = frozenset({"normal", "minimal", "aggressive", "custom"})
+MAX_NAME = 128
+MAX_POLICY = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collection:
+    """One row of the table of collections, with the roles granted on it."""
+
+    id: str
+    owner_id: str
+    endpoint_id: str | None
+    node_id: str | None
+    display_name: str
+    public: bool
+    description: str | None
+    organization: str | None
+    department: str | None
+    keywords: str | None
+    contact_email: str | None
+    contact_info: str | None
+    info_link: str | None
+    user_message: str | None
+    user_message_link: str | None
+    location: str | None
+    default_directory: str | None
+    network_use: str | None
+    force_encryption: bool
+    disable_verify: bool
+    force_verify: bool
+    disable_anonymous_writes: bool
+    subscription_id: str | None
+    subscription_admin_verified: bool
+    notification_policy: str | None
+    read_only: bool
+    shareable: bool
+    available: bool
+    reported_directory: str | None
+    created: float
+    last_accessed: float | None
+    deleted: float | None
+    granted: frozenset[tuple[str, str]]
+
+    @property
+    def facts(self) -> CollectionFacts:
+        """What access decisions rest on."""
+        return CollectionFacts(
+            owner_id=self.owner_id, public=self.public, deleted=self.deleted is not None, granted=self.granted
+        )
+
+    @property
+    def directory(self) -> str:
+        """Where a listing begins when the client names no path."""
+        return self.default_directory or self.reported_directory or "/~/"
+
+
+_COLUMNS = [tables.collections.c[field.name] for field in fields(Collection) if field.name != "granted"]
+# SQLite bounds the number of values in one statement.
+_BATCH = 500
+
+
+def load_many(connection: Connection, ids: Iterable[str]) -> dict[str, Collection]:
+    """Collections by id, deleted ones included; unknown ids are left out."""
+    wanted = sorted(set(ids))
+    found: dict[str, Collection] = {}
+    for start in range(0, len(wanted), _BATCH):
+        batch = wanted[start : start + _BATCH]
+        granted: dict[str, set[tuple[str, str]]] = {}
+        role = tables.roles.c
+        for row in connection.execute(
+            select(role.collection_id, role.principal, role.role).where(
+                role.collection_id.in_(batch), role.principal_type == "identity"
+            )
+        ):
+            granted.setdefault(row.collection_id, set()).add((row.principal, row.role))
+        for row in connection.execute(select(*_COLUMNS).where(tables.collections.c.id.in_(batch))):
+            found[row.id] = Collection(**row._mapping, granted=frozenset(granted.get(row.id, ())))
+    return found
+
+
+def load(connection: Connection, collection_id: str) -> Collection | None:
+    """One collection, deleted or not."""
+    return load_many(connection, [collection_id]).get(collection_id)
+
+
+def require(connection: Connection, collection_id: str, identity_id: str, ability: Ability) -> Collection:
+    """The collection, if this identity may do that with it.
+
+    Raises `ApiError`: 404 EndpointNotFound or EndpointDeleted, 403 PermissionDenied. This is the one place where the
+    API decides about collections.
+    """
+    collection = load(connection, collection_id.lower()) if is_uuid(collection_id) else None
+    verdict = decide(None if collection is None else collection.facts, identity_id, ability)
+    if collection is not None and verdict == "allowed":
+        return collection
+    raise refusal(collection_id, verdict)
+
+
+def refusal(collection_id: str, verdict: str) -> ApiError:
+    """The answer to a request that was not allowed; it says no more than the verdict does."""
+    shown = collection_id[:64]
+    if verdict == "forbidden":
+        return ApiError(403, "PermissionDenied", f"You do not have permission to do this on endpoint '{shown}'.")
+    if verdict == "deleted":
+        return ApiError(404, "EndpointDeleted", f"Endpoint '{shown}' has been deleted.")
+    return ApiError(404, "EndpointNotFound", f"No such endpoint '{shown}'.")
+
+
+def read_description(document: Fields, *, creating: bool) -> dict[str, Any]:
+    """The columns that a create or update document sets. Raises `ApiError` 400.
+
+    On update only keys that are present count, and null clears a text.
+    """
+    values: dict[str, Any] = {}
+    if creating or "display_name" in document:
+        name = document.required_text("display_name", longest=MAX_NAME).strip()
+        if not name:
+            raise bad_request("display_name must not be blank.")
+        values["display_name"] = name
+    for key, longest in TEXT_FIELDS.items():
+        if key in document:
+            values[key] = document.text(key, longest=longest)
+    for key in SWITCHES:
+        if creating or (key in document and document.raw(key) is not None):
+            values[key] = document.boolean(key, False)
+    if document.raw("network_use") is not None:
+        values["network_use"] = document.choice("network_use", NETWORK_USE, "normal")
+    if "subscription_id" in document:
+        values["subscription_id"] = read_subscription(document)
+    if document.raw("subscription_admin_verified") is not None:
+        values["subscription_admin_verified"] = document.boolean("subscription_admin_verified", False)
+    if "guest_collection_activity_notification_policy" in document:
+        values["notification_policy"] = _notification_policy(document)
+    if values.get("disable_verify") and values.get("force_verify"):
+        raise bad_request("disable_verify and force_verify cannot both be true.")
+    return values
+
+
+def read_subscription(document: Fields) -> str | None:
+    """A subscription id. Nothing depends on it here, so DEFAULT simply means none."""
+    value = document.raw("subscription_id")
+    if value is None or value == "DEFAULT":
+        return None
+    return document.identifier("subscription_id")
+
+
+def _notification_policy(document: Fields) -> str | None:
+    value = document.raw("guest_collection_activity_notification_policy")
+    if value is None:
+        return None
+    text = json.dumps(value)
+    if not isinstance(value, dict) or len(text) > MAX_POLICY:
+        raise bad_request("guest_collection_activity_notification_policy must be a small JSON object.")
+    return text
+
+
+def change(connection: Connection, collection_id: str, values: dict[str, Any]) -> None:
+    """Set columns of one collection."""
+    if values:
+        connection.execute(update(tables.collections).where(tables.collections.c.id == collection_id).values(**values))
+
+
+def mark_deleted(connection: Connection, collection_id: str, now: float) -> None:
+    """Delete a collection; a setup key that was not used yet dies with it."""
+    connection.execute(
+        update(tables.collections)
+        .where(tables.collections.c.id == collection_id, tables.collections.c.deleted.is_(None))
+        .values(deleted=now)
+    )
+    connection.execute(
+        update(tables.setup_keys)
+        .where(tables.setup_keys.c.collection_id == collection_id, tables.setup_keys.c.redeemed.is_(None))
+        .values(expires=now)
+    )
+
+
+def in_use_by(connection: Connection, identity_id: str, ids: Iterable[str]) -> set[str]:
+    """Which of these collections the identity's own active tasks use."""
+    task = tables.tasks.c
+    wanted = set(ids)
+    used: set[str] = set()
+    for row in connection.execute(
+        select(task.source_id, task.destination_id).where(task.owner_id == identity_id, task.status == "ACTIVE")
+    ):
+        used.update(id_ for id_ in row if id_ in wanted)
+    return used
+
+
+def of_node(connection: Connection, node_id: str) -> list[str]:
+    """Ids of the collections that a node serves, deleted ones left out."""
+    column = tables.collections.c
+    return list(
+        connection.execute(select(column.id).where(column.node_id == node_id, column.deleted.is_(None))).scalars()
+    )
+
+
+def count_active(connection: Connection, collection_id: str) -> int:
+    """Active tasks of anybody that use a collection."""
+    task = tables.tasks.c
+    statement = select(func.count()).where(
+        task.status == "ACTIVE", or_(task.source_id == collection_id, task.destination_id == collection_id)
+    )
+    return int(connection.execute(statement).scalar_one())

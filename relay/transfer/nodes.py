@@ -1,0 +1,89 @@
+"""Nodes: the agents that have enrolled, and what they said of themselves when they last connected."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sqlalchemy import Connection, select, update
+
+from protocol.control import AgentHello, CollectionReport
+from relay.store import transfer_tables as tables
+from relay.store.database import Store
+
+MAX_REPORTS = 1000
+MAX_DIRECTORY = 4096
+
+
+class DatabaseNodeDirectory:
+    """Where links look up who may connect: node id to certificate."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    async def certificate_of(self, node_id: str) -> str | None:
+        """The certificate (PEM) a node enrolled with, or None for an unknown node. Raises the store's errors."""
+        node = tables.nodes.c
+
+        def work(connection: Connection) -> str | None:
+            return connection.execute(select(node.certificate).where(node.id == node_id)).scalar_one_or_none()
+
+        return await self._store.read(work)
+
+
+@dataclass(frozen=True)
+class NodePosition:
+    """How far a node's events are stored here. ``journal`` names the numbering that ``last_event`` belongs to."""
+
+    journal: str
+    last_event: int
+
+
+def record_hello(connection: Connection, hello: AgentHello, now: float) -> NodePosition:
+    """Store what a node says at link-up; returns from where its events are wanted.
+
+    When the agent's numbering is new (its state was lost or replaced) or ends before what is stored here, everything
+    it keeps is wanted again: events have ids of their own, so a repetition changes nothing.
+    """
+    node = tables.nodes.c
+    row = connection.execute(
+        select(node.journal, node.last_event, node.endpoint_id).where(node.id == hello.node_id)
+    ).one()
+    same = row.journal == hello.boot_id[:128] and hello.last_event >= row.last_event
+    position = NodePosition(hello.boot_id[:128], row.last_event if same else 0)
+    connection.execute(
+        update(tables.nodes)
+        .where(node.id == hello.node_id)
+        .values(
+            last_seen=now,
+            version=hello.version[:64],
+            paused=hello.paused,
+            journal=position.journal,
+            last_event=position.last_event,
+        )
+    )
+    record_reports(connection, hello.node_id, hello.collections)
+    return position
+
+
+def record_reports(connection: Connection, node_id: str, reports: list[CollectionReport]) -> None:
+    """Store what the owner's configuration says of a node's collections.
+
+    Only collections that the relay itself has given to this node are touched; those the agent no longer names are
+    not available.
+    """
+    collection = tables.collections.c
+    named = {report.id: report for report in reports[:MAX_REPORTS]}
+    mine = connection.execute(select(collection.id).where(collection.node_id == node_id)).scalars().all()
+    for collection_id in mine:
+        report = named.get(collection_id)
+        values = (
+            {"available": False}
+            if report is None
+            else {
+                "available": report.available,
+                "read_only": report.read_only,
+                "shareable": report.shareable,
+                "reported_directory": report.default_directory[:MAX_DIRECTORY],
+            }
+        )
+        connection.execute(update(tables.collections).where(collection.id == collection_id).values(**values))
