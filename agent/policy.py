@@ -1,0 +1,78 @@
+"""What the owner of this machine allows, decided in one place.
+
+The same `Policy` stands before every call on the link and before every request on a lane. The relay can narrow what
+is allowed here (by not asking), never widen it: nothing a relay or a peer sends changes a `Policy`, only the
+owner's configuration does (`replace`). No I/O, no clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+from agent.config import CollectionConfig
+from protocol.errors import AccessDenied, ItemFailed
+
+Access = Literal["r", "rw"]
+
+# What a relay may ask of the agent as such, whatever the collection. Settings, updates, support and anything
+# else that only the owner may do are not here and have no route on the link.
+LINK_OPERATIONS = frozenset({"hello", "events", "collections", "tasks", "sessions"})
+
+
+class UnknownCollection(ItemFailed):
+    """The owner's configuration has no such collection (any more)."""
+
+    default_code = "UNKNOWN_COLLECTION"
+
+
+class Policy:
+    """The verifier. Every method answers or raises; no answer means yes."""
+
+    def __init__(self, collections: Iterable[CollectionConfig]) -> None:
+        self._collections = {collection.id: collection for collection in collections}
+
+    @property
+    def collections(self) -> tuple[CollectionConfig, ...]:
+        """What is offered now, in the owner's order."""
+        return tuple(self._collections.values())
+
+    def replace(self, collections: Iterable[CollectionConfig]) -> None:
+        """The owner changed the configuration: from now on only this counts, also for running transfers."""
+        self._collections = {collection.id: collection for collection in collections}
+
+    def collection(self, collection_id: str) -> CollectionConfig:
+        """The configuration of a collection. Raises `UnknownCollection`."""
+        collection = self._collections.get(collection_id)
+        if collection is None:
+            raise UnknownCollection(
+                "This agent does not offer such a collection; its owner may have removed it.",
+                subject=collection_id,
+            )
+        return collection
+
+    def check(self, collection_id: str, path: tuple[bytes, ...], access: Access) -> CollectionConfig:
+        """Whether a path of a collection may be read (``r``) or changed (``rw``).
+
+        ``path`` is a parsed collection path. Its components are looked at again although `protocol.names` made
+        them: whoever forgets to parse gets a refusal here, not a file outside the root.
+        Raises `AccessDenied` (code ``READ_ONLY``, ``ILLEGAL_NAME`` or ``PERMISSION_DENIED``) or `UnknownCollection`.
+        """
+        collection = self.collection(collection_id)
+        for component in path:
+            if component in (b"", b".", b"..") or b"/" in component or b"\0" in component:
+                raise AccessDenied("The path leaves the collection.", code="ILLEGAL_NAME", subject=collection_id)
+        if access not in ("r", "rw"):
+            raise AccessDenied("Nobody may do that here.", subject=collection_id)
+        if access == "rw" and collection.read_only:
+            raise AccessDenied(
+                f"The owner offers collection {collection.name!r} for reading only.",
+                code="READ_ONLY",
+                subject=collection_id,
+            )
+        return collection
+
+    def check_operation(self, operation: str) -> None:
+        """Whether the relay may ask for this kind of thing at all. Raises `AccessDenied`."""
+        if operation not in LINK_OPERATIONS:
+            raise AccessDenied("Only the owner of this machine may do that, and not through a relay.")
