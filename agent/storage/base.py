@@ -1,0 +1,344 @@
+"""What the agent asks of a storage system: a `Root` (one configured folder tree) and `Directory` handles below it.
+
+Every operation is confined to its root. Operations of a directory take one component (bytes) and never follow a
+symlink unless stated. Files are handed out as file descriptors, so that bulk data moves with `os.preadv`,
+`os.pwrite` and `recv_into` and nothing in between; the same calls are attributes of the root (`root.pwrite(fd, …)`),
+where a fault-injecting wrapper can reach them.
+
+All calls block and belong in worker threads or processes. They raise `OSError`, which `agent.storage.faults` turns
+into the project's errors at the one place where the path and the side are known. Handles may be used from
+several threads at a time, but closed only when no call is under way; closing twice is harmless.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat as stat_bits
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Literal, Self, TypeAlias
+
+import msgspec
+
+from protocol.names import CollectionPath
+
+Kind: TypeAlias = Literal["file", "dir", "symlink", "chr", "blk", "pipe", "other"]
+Version: TypeAlias = tuple[int, int, int, int, int]
+Bytes: TypeAlias = bytes | bytearray | memoryview
+
+# Links that one path may lead through; the kernel's own limit.
+MAX_LINKS = 40
+
+# setuid, setgid and sticky bits are never taken over from a peer.
+PERMISSION_BITS = 0o777
+
+_KINDS: dict[int, Kind] = {
+    stat_bits.S_IFREG: "file",
+    stat_bits.S_IFDIR: "dir",
+    stat_bits.S_IFLNK: "symlink",
+    stat_bits.S_IFCHR: "chr",
+    stat_bits.S_IFBLK: "blk",
+    stat_bits.S_IFIFO: "pipe",
+}
+
+
+class LeavesCollection(OSError):
+    """A symlink leads out of the collection's root, or a name would."""
+
+    def __init__(self, sentence: str = "leads out of the collection") -> None:
+        super().__init__(errno.EXDEV, sentence)
+
+
+class NotRegularFile(OSError):
+    """A device, pipe or socket where a file was asked for, or a temporary that is not ours alone."""
+
+    def __init__(self, sentence: str = "is not a regular file") -> None:
+        super().__init__(errno.EINVAL, sentence)
+
+
+class IllegalName(OSError):
+    """A name that cannot be one component of a path reached the storage."""
+
+    def __init__(self, sentence: str = "is no name of a file or folder") -> None:
+        super().__init__(errno.EINVAL, sentence)
+
+
+class Node(msgspec.Struct, frozen=True, gc=False):
+    """One directory entry as `lstat` (or `stat`) saw it. Sizes in bytes, times in nanoseconds since 1970."""
+
+    name: bytes
+    kind: Kind
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+    device: int
+    inode: int
+    mode: int
+    uid: int
+    gid: int
+    nlink: int
+
+    @property
+    def version(self) -> Version:
+        """Changes whenever the content may have: device, inode, size, mtime_ns, ctime_ns."""
+        return (self.device, self.inode, self.size, self.mtime_ns, self.ctime_ns)
+
+
+def node_from_stat(name: bytes, status: os.stat_result) -> Node:
+    """The node of a stat result; the file type bits are left out of its mode."""
+    mode = status.st_mode
+    return Node(
+        name,
+        _KINDS.get(mode & 0o170000, "other"),
+        status.st_size,
+        status.st_mtime_ns,
+        status.st_ctime_ns,
+        status.st_dev,
+        status.st_ino,
+        mode & 0o7777,
+        status.st_uid,
+        status.st_gid,
+        status.st_nlink,
+    )
+
+
+def version_of(status: os.stat_result) -> Version:
+    """`Node.version` of a stat result, for example of `os.fstat` on an open file."""
+    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+def component(name: bytes) -> bytes:
+    """The name itself if it may be handed to the system as one component, else `IllegalName`.
+
+    The last line of defence behind `protocol.names.check_component_untrusted`.
+    """
+    if b"/" in name or b"\0" in name or name in (b"", b".", b".."):
+        raise IllegalName
+    return name
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """What a root can do. ``local``: on a disk of this machine. ``syncfs``: `Root.syncfs` makes everything written
+    before it durable. ``rename_no_replace``: atomic also for folders. ``case_sensitive`` None: not known."""
+
+    file_system: str = ""
+    local: bool = False
+    syncfs: bool = False
+    rename_no_replace: bool = False
+    symlinks: bool = True
+    modes: bool = True
+    sparse: bool = True
+    case_sensitive: bool | None = None
+    mtime_resolution_ns: int = 1
+
+
+class Directory(ABC):
+    """An open folder. A context manager; names are single components.
+
+    A folder that is renamed while it is open stays this folder.
+    """
+
+    @property
+    @abstractmethod
+    def path(self) -> CollectionPath:
+        """Where it was when it was opened, links resolved."""
+
+    @abstractmethod
+    def scan(self, *, reserved: bool = False) -> Iterator[Node]:
+        """Stream the entries, unsorted, as `lstat` sees them. Temporaries only with ``reserved``.
+
+        Entries that vanish meanwhile are left out. Several scans may run at once.
+        """
+
+    @abstractmethod
+    def lstat(self, name: bytes) -> Node:
+        """The entry itself, a symlink as a symlink."""
+
+    @abstractmethod
+    def stat(self, name: bytes) -> Node:
+        """What the entry leads to, through symlinks inside the root (`LeavesCollection` otherwise)."""
+
+    @abstractmethod
+    def open_read(self, name: bytes, *, follow: bool = False) -> int:
+        """Open a regular file for reading; never waits for a pipe or device. ``follow``: through links in the root.
+
+        Raises EISDIR for a folder, ELOOP for a symlink without ``follow``, `NotRegularFile` for anything else.
+        """
+
+    @abstractmethod
+    def open_read_status(self, name: bytes, *, follow: bool = False) -> tuple[int, os.stat_result]:
+        """`open_read`, with the status it has looked at anyway; see `version_of`."""
+
+    @abstractmethod
+    def open_directory(self, name: bytes, *, follow: bool = False) -> Directory:
+        """Open a folder in this one. A symlink raises ENOTDIR without ``follow``."""
+
+    @abstractmethod
+    def create_temporary(self, name: bytes, mode: int = 0o600) -> int:
+        """Create a file that must not exist (EEXIST) for reading and writing."""
+
+    @abstractmethod
+    def open_temporary(self, name: bytes) -> int:
+        """Open an existing temporary for reading and writing: regular, ours, no second hard link, else
+        `NotRegularFile`."""
+
+    @abstractmethod
+    def rename(self, old: bytes, new: bytes, target: Directory | None = None, *, replace_symlink: bool = True) -> None:
+        """Give ``old`` the name ``new`` (in ``target``, a folder of the same root), replacing a file there.
+
+        A symlink there is itself replaced, never followed; EEXIST instead without ``replace_symlink``.
+        A folder in the way of a file raises EISDIR.
+        """
+
+    @abstractmethod
+    def rename_no_replace(self, old: bytes, new: bytes, target: Directory | None = None) -> None:
+        """Like `rename`, but EEXIST if there is anything called ``new``."""
+
+    @abstractmethod
+    def mkdir(self, name: bytes, mode: int = 0o777) -> None:
+        """Make a folder; the process's umask applies. EEXIST if there is anything of that name."""
+
+    @abstractmethod
+    def unlink(self, name: bytes) -> None:
+        """Remove a file or symlink (EISDIR for a folder)."""
+
+    @abstractmethod
+    def rmdir(self, name: bytes) -> None:
+        """Remove an empty folder (ENOTEMPTY otherwise)."""
+
+    @abstractmethod
+    def symlink(self, name: bytes, target: bytes) -> None:
+        """Make a symlink with this text. It is stored as given; following it is confined, whatever it says."""
+
+    @abstractmethod
+    def readlink(self, name: bytes) -> bytes:
+        """The text of a symlink (EINVAL for anything else)."""
+
+    @abstractmethod
+    def set_times(self, name: bytes, mtime_ns: int, *, follow: bool = False) -> None:
+        """Set the modification time; the access time becomes now."""
+
+    @abstractmethod
+    def set_mode(self, name: bytes, mode: int, *, special: bool = False) -> None:
+        """Set the permission bits of a file or folder; setuid, setgid and sticky only with ``special``."""
+
+    @abstractmethod
+    def status(self) -> Node:
+        """The folder itself; its name is the last component of `path`, empty for the root."""
+
+    @abstractmethod
+    def sync(self) -> None:
+        """Make the entries of this folder durable."""
+
+    @abstractmethod
+    def fileno(self) -> int | None:
+        """The handle of the system, where there is one. It may be open for lookups only (no read permission)."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give the handle back."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Root(ABC):
+    """One collection's folder tree."""
+
+    features: Features
+
+    @abstractmethod
+    def open_directory(self, path: CollectionPath) -> Directory:
+        """Open a folder, through symlinks inside the root only."""
+
+    @abstractmethod
+    def open_parent(self, path: CollectionPath) -> tuple[Directory, bytes]:
+        """Open the folder that holds ``path`` and give the last component, which need not exist and is not followed.
+
+        Raises `IllegalName` for the root itself.
+        """
+
+    @abstractmethod
+    def stat(self, path: CollectionPath) -> Node:
+        """What a path leads to, through symlinks inside the root. The name is the one asked for."""
+
+    @abstractmethod
+    def make_directories(self, path: CollectionPath, *, durable: bool = True) -> Directory:
+        """Open a folder, making the missing ones on the way, confined like everything.
+
+        With ``durable`` every new entry is synced before this returns.
+        """
+
+    @abstractmethod
+    def identity(self) -> tuple[int, int]:
+        """Device and inode of the root."""
+
+    @abstractmethod
+    def check_present(self) -> None:
+        """Raise `NeedsPerson` (COLLECTION_UNAVAILABLE) unless the root is the folder it was when it was opened: a
+        disk that is not mounted is not an empty folder."""
+
+    @abstractmethod
+    def free_bytes(self) -> int:
+        """Bytes this user can still write."""
+
+    @abstractmethod
+    def syncfs(self) -> None:
+        """Make everything written before this call durable, where ``features.syncfs``; ENOTSUP elsewhere."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give the root's handle back; directories opened from it stay usable for plain lookups."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # --- bytes of open files: exactly the system's calls, replaceable by a wrapper ---------------------------
+
+    def preadv(self, fd: int, buffers: Sequence[bytearray | memoryview], offset: int) -> int:
+        """`os.preadv`: may read less than asked for; 0 at the end of the file."""
+        return os.preadv(fd, buffers, offset)
+
+    def pwrite(self, fd: int, data: Bytes, offset: int) -> int:
+        """`os.pwrite`: may write less than asked for."""
+        return os.pwrite(fd, data, offset)
+
+    def ftruncate(self, fd: int, size: int) -> None:
+        """`os.ftruncate`."""
+        os.ftruncate(fd, size)
+
+    def fsync(self, fd: int) -> None:
+        """Make a file's content and size durable (`F_FULLFSYNC` on macOS, where fsync alone is not enough)."""
+        os.fsync(fd)
+
+    def fstat(self, fd: int) -> os.stat_result:
+        """`os.fstat`."""
+        return os.fstat(fd)
+
+    def fchmod(self, fd: int, mode: int) -> None:
+        """Set the permission bits of an open file; never setuid, setgid or sticky."""
+        os.fchmod(fd, mode & PERMISSION_BITS)
+
+    def futimes(self, fd: int, mtime_ns: int) -> None:
+        """Set the modification time of an open file. The access time becomes now and not the file's old time, since
+        scratch file systems purge by it."""
+        os.utime(fd, ns=(time.time_ns(), mtime_ns))
+
+    def close_file(self, fd: int) -> None:
+        """`os.close`; a delayed write error (NFS, quota) may surface here."""
+        os.close(fd)

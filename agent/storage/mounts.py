@@ -1,0 +1,78 @@
+"""Which file system a folder is on, and whether it is still the one the owner set up."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+
+# File systems on a disk (or in the memory) of this machine. On any other, what another machine does with a sync or a
+# link is not ours to say, so nothing is assumed.
+_LOCAL = frozenset(
+    "apfs bcachefs btrfs exfat ext2 ext3 ext4 f2fs hfs jfs msdos nilfs2 ntfs ntfs3 overlay ramfs reiserfs tmpfs ufs "
+    "vfat xfs zfs".split()
+)
+# Inode numbers that do not outlive a mount.
+_UNSTABLE_INODES = frozenset({"exfat", "msdos", "ntfs", "ntfs3", "overlay", "vfat"})
+_OCTAL = re.compile(rb"\\([0-7]{3})")
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """Type (empty if not known) and mount point of a file system."""
+
+    file_system: str
+    mount_point: str
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """What tells a root from the empty folder left when its disk is not mounted. Device numbers change with every
+    boot and are left out; the inode is 0 where it does not outlive a mount."""
+
+    mount_point: str
+    file_system: str
+    inode: int
+
+
+def mount_of(fd: int, path: str) -> Mount:
+    """The mount an open folder is on; by the kernel's mount table where there is one, else by walking up."""
+    try:
+        with open(f"/proc/self/fdinfo/{fd}", "rb") as lines:
+            number = next(line.split()[1] for line in lines if line.startswith(b"mnt_id:"))
+        with open("/proc/self/mountinfo", "rb") as lines:
+            return next(_mount(line) for line in lines if line.split(b" ", 1)[0] == number)
+    except (FileNotFoundError, StopIteration):
+        point = os.path.realpath(path)
+        while not os.path.ismount(point):
+            point = os.path.dirname(point)
+        return Mount("", point)
+
+
+def _mount(line: bytes) -> Mount:
+    # proc(5): id, parent, device, root, mount point, options, optional fields, "-", type, source, options.
+    before, _, after = line.partition(b" - ")
+    point = _OCTAL.sub(lambda match: bytes((int(match[1], 8),)), before.split(b" ")[4])
+    return Mount(after.split(b" ", 1)[0].decode("ascii", "replace"), os.fsdecode(point))
+
+
+def is_local(file_system: str) -> bool:
+    """Whether a file system is known to be on this machine."""
+    return file_system in _LOCAL
+
+
+def mark_of(mount: Mount, inode: int) -> Mark:
+    """The mark of a root folder on this mount."""
+    stable = mount.file_system not in _UNSTABLE_INODES and not mount.file_system.startswith("fuse")
+    return Mark(mount.mount_point, mount.file_system, inode if stable else 0)
+
+
+def difference(expected: Mark, found: Mark) -> str:
+    """Why the folder found is not the one expected, as the end of a sentence; empty if it is."""
+    if expected.mount_point != found.mount_point:
+        return f"is not on the disk mounted at {expected.mount_point} as when it was set up"
+    if expected.file_system != found.file_system:
+        return f"is on a file system of type {found.file_system}, not {expected.file_system} as when it was set up"
+    if expected.inode != found.inode:
+        return "is not the folder it was when it was set up"
+    return ""
