@@ -8,10 +8,12 @@ from dataclasses import dataclass
 
 # File systems on a disk (or in the memory) of this machine. On any other, what another machine does with a sync or a
 # link is not ours to say, so nothing is assumed.
-_LOCAL = frozenset(
-    "apfs bcachefs btrfs exfat ext2 ext3 ext4 f2fs hfs jfs msdos nilfs2 ntfs ntfs3 overlay ramfs reiserfs tmpfs ufs "
-    "vfat xfs zfs".split()
-)
+# fmt: off
+_LOCAL = frozenset({
+    "apfs", "bcachefs", "btrfs", "exfat", "ext2", "ext3", "ext4", "f2fs", "hfs", "jfs", "msdos", "nilfs2", "ntfs",
+    "ntfs3", "overlay", "ramfs", "reiserfs", "tmpfs", "ufs", "vfat", "xfs", "zfs",
+})
+# fmt: on
 # Inode numbers that do not outlive a mount.
 _UNSTABLE_INODES = frozenset({"exfat", "msdos", "ntfs", "ntfs3", "overlay", "vfat"})
 _OCTAL = re.compile(rb"\\([0-7]{3})")

@@ -1,0 +1,103 @@
+"""How POSIX files and folders are opened, looked at and synced: flags with their reasons, and single steps."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat as stat_bits
+import sys
+import time
+
+from agent.storage.base import NotRegularFile
+
+# O_PATH needs no read permission on folders that are only passed through (0711 home directories).
+PATH_ONLY: int | None = getattr(os, "O_PATH", None)
+LOOKUP = (PATH_ONLY or os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+# O_NONBLOCK: opening a pipe or a serial line must never wait for the other end.
+READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+REOPEN = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+CREATE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+# What kernels say when O_NOFOLLOW meets a symlink (Linux, macOS, FreeBSD); ENOTDIR only with O_DIRECTORY.
+LINK = frozenset({errno.ELOOP, errno.EMLINK})
+PERHAPS_LINK = LINK | {errno.ENOTDIR}
+
+
+def os_error(code: int) -> OSError:
+    """The `OSError` the system would raise with this number."""
+    return OSError(code, os.strerror(code))
+
+
+def opening(error: OSError) -> OSError:
+    """The error of a failed open; ENXIO and ENODEV are how sockets and absent devices refuse."""
+    return NotRegularFile() if error.errno in (errno.ENXIO, errno.ENODEV) else error
+
+
+def regular(fd: int) -> os.stat_result:
+    """The status of an open file if it is regular; otherwise it is closed and the reason raised."""
+    status = os.fstat(fd)
+    if stat_bits.S_ISREG(status.st_mode):
+        return status
+    os.close(fd)
+    raise os_error(errno.EISDIR) if stat_bits.S_ISDIR(status.st_mode) else NotRegularFile()
+
+
+def set_times(fd: int, name: bytes, mtime_ns: int) -> None:
+    """Set the times of a name in a folder, not following it."""
+    try:
+        os.utime(name, ns=(time.time_ns(), mtime_ns), dir_fd=fd, follow_symlinks=False)
+    except OverflowError as error:
+        raise OSError(errno.EINVAL, "is given a time outside the range of this machine") from error
+
+
+def set_mode(fd: int, name: bytes, mode: int) -> None:
+    """Set the mode of a file or folder, not following it and opening nothing that reacts to being opened."""
+    flags = PATH_ONLY | os.O_NOFOLLOW | os.O_CLOEXEC if PATH_ONLY else READ
+    handle = os.open(name, flags, dir_fd=fd)
+    try:
+        kind = os.fstat(handle).st_mode
+        if not (stat_bits.S_ISREG(kind) or stat_bits.S_ISDIR(kind)):
+            raise NotRegularFile("is neither a file nor a folder")
+        if PATH_ONLY and os.path.isdir("/proc/self/fd"):
+            # fchmod refuses such handles; through /proc it reaches the very file that was looked at.
+            os.chmod(f"/proc/self/fd/{handle}", mode)
+        elif PATH_ONLY:
+            _fchmod(fd, name, mode)
+        else:
+            os.fchmod(handle, mode)
+    finally:
+        os.close(handle)
+
+
+def _fchmod(fd: int, name: bytes, mode: int) -> None:
+    """Set the mode where /proc is not mounted; this needs read permission."""
+    handle = os.open(name, READ, dir_fd=fd)
+    try:
+        os.fchmod(handle, mode)
+    finally:
+        os.close(handle)
+
+
+def sync_handle(fd: int) -> None:
+    """Make an open file or folder durable."""
+    if sys.platform == "darwin":
+        import fcntl
+
+        # fsync on macOS only reaches the drive's cache.
+        fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+    else:
+        os.fsync(fd)
+
+
+def sync_folder(fd: int) -> None:
+    """Make the entries of a folder durable, given any handle of it."""
+    try:
+        handle = os.open(b".", FOLDER, dir_fd=fd)
+    except PermissionError:
+        # A folder that may be written but not read cannot be synced alone.
+        os.sync()
+        return
+    try:
+        sync_handle(handle)
+    finally:
+        os.close(handle)
