@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import click
 
 from agent.cli.exit_codes import ExitCode
+from agent.cli.output import CommandFailed
 
 
 @dataclass(frozen=True)
@@ -120,13 +121,13 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return ExitCode.INTERRUPTED
     except click.ClickException as error:
         error.show()
-        return error.exit_code
+        return error.code if isinstance(error, CommandFailed) else error.exit_code
     except KeyboardInterrupt:
         click.echo("Interrupted.", err=True)
         return ExitCode.INTERRUPTED
     except BrokenPipeError:
         # The reader of our output went away (`towpath ls … | head`). Say nothing more, also not at exit.
-        sys.stdout = None  # type: ignore[assignment]
+        sys.stdout = None
         return ExitCode.OTHER
     return outcome if isinstance(outcome, int) else ExitCode.DONE
 

@@ -1,0 +1,133 @@
+"""Who you are to the relay: ``login``, ``logout``, ``whoami``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from agent.cli.command import with_output, with_relay
+from agent.cli.output import Output, fail
+from agent.cli.profile import (
+    Profile,
+    checked_client_id,
+    checked_relay_url,
+    load_profile,
+    profile_path,
+    save_profile,
+    token_path,
+)
+
+if TYPE_CHECKING:
+    from agent.cli.relay_client import Relay
+
+MAX_SECRET = 4096
+
+
+def read_secret(secret_file: str | None) -> str:
+    """The client secret: from the file, from TOWPATH_CLIENT_SECRET, or asked for. Never from the command line."""
+    if secret_file is not None:
+        try:
+            # click opens - as standard input.
+            with click.open_file(secret_file, encoding="utf-8") as file:
+                secret = str(file.read(MAX_SECRET)).strip()
+        except (OSError, UnicodeDecodeError) as error:
+            fail(f"The client secret cannot be read from {secret_file}: {error}")
+    else:
+        secret = os.environ.get("TOWPATH_CLIENT_SECRET", "").strip()
+        if not secret and sys.stdin.isatty():
+            secret = str(click.prompt("Client secret", hide_input=True, err=True)).strip()
+    if not secret:
+        fail("A client secret is needed: set TOWPATH_CLIENT_SECRET, or use --secret-file FILE (- for standard input).")
+    return secret
+
+
+@click.command()
+@click.option("--relay", "relay_url", envvar="TOWPATH_RELAY_URL", metavar="URL", help="The relay, https://HOST[:PORT].")
+@click.option("--ca-file", envvar="TOWPATH_CA_FILE", help="The relay's CA certificate, when it made its own.")
+@click.option("--client-id", envvar="TOWPATH_CLIENT_ID", metavar="ID", help="The client id the relay's operator gave.")
+@click.option("--secret-file", metavar="FILE", help="Read the client secret from a file, or - for standard input.")
+@with_output
+def login(
+    out: Output, relay_url: str | None, ca_file: str | None, client_id: str | None, secret_file: str | None
+) -> None:
+    """Sign in to a relay and remember it.
+
+    The secret comes from --secret-file, from TOWPATH_CLIENT_SECRET or from a prompt, never from the command line,
+    where other users of this machine could see it.
+    """
+    from agent.cli.failures import explained
+    from agent.cli.relay_client import Relay
+
+    if not relay_url:
+        raise click.UsageError("Name the relay with --relay URL.")
+    if not client_id:
+        raise click.UsageError("Name the client with --client-id ID.")
+    if ca_file is not None and not Path(ca_file).is_file():
+        fail(f"{ca_file} is not a file; --ca-file names the relay's CA certificate in PEM form.")
+    profile = Profile(
+        checked_relay_url(relay_url),
+        checked_client_id(client_id),
+        read_secret(secret_file),
+        None if ca_file is None else str(Path(ca_file).absolute()),
+    )
+    with explained(profile), Relay(profile, token_file=token_path(os.environ, profile)) as relay:
+        identity = _identity(relay)
+    path = profile_path(os.environ)
+    save_profile(path, profile)
+    out.result(
+        {"relay_url": profile.relay_url, "client_id": profile.client_id, "profile": str(path), **identity},
+        f"Signed in to {profile.relay_url} as {identity.get('preferred_username')}.",
+    )
+
+
+@click.command()
+@with_output
+def logout(out: Output) -> None:
+    """Revoke the kept access tokens and forget the stored credentials."""
+    from agent.cli.failures import explained
+    from agent.cli.output import CommandFailed
+    from agent.cli.relay_client import Relay
+
+    path = profile_path(os.environ)
+    profile = load_profile(path)
+    if profile is None:
+        out.result({"logged_out": False}, "Nobody was signed in.")
+        return
+    tokens = token_path(os.environ, profile)
+    try:
+        with explained(profile), Relay(profile, token_file=tokens) as relay:
+            relay.sign_out()
+    except CommandFailed as error:
+        # What is kept here must go even when the relay cannot be told.
+        out.remark(f"The relay could not be told: {error.message}")
+    tokens.unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
+    out.result({"logged_out": True, "relay_url": profile.relay_url}, f"Signed out of {profile.relay_url}.")
+
+
+@click.command()
+@with_relay
+def whoami(relay: Relay, out: Output) -> None:
+    """Say who is signed in, and where."""
+    identity = _identity(relay)
+    out.record(
+        {"relay_url": relay.profile.relay_url, "client_id": relay.profile.client_id, **identity},
+        [
+            ("Username", identity.get("preferred_username")),
+            ("Name", identity.get("name")),
+            ("ID", identity.get("sub")),
+            ("Email", identity.get("email")),
+            ("Relay", relay.profile.relay_url),
+        ],
+    )
+
+
+def _identity(relay: Relay) -> Mapping[str, Any]:
+    from agent.cli.relay_client import document_of
+
+    return document_of(relay.auth.userinfo())

@@ -1,0 +1,126 @@
+"""Turning what goes wrong between a command and its relay into one sentence with the next step."""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from agent.cli.exit_codes import ExitCode
+from agent.cli.output import CommandFailed
+
+if TYPE_CHECKING:
+    from globus_sdk import AuthAPIError, GlobusAPIError, NetworkError
+
+    from agent.cli.profile import Profile
+
+_OFFLINE_CODES = ("GCDisconnected", "GC_NOT_CONNECTED")
+_AUTHENTICATION_CODE = "ClientError.AuthenticationFailed"
+
+
+@contextmanager
+def explained(profile: Profile | None = None) -> Iterator[None]:
+    """Raise `CommandFailed` with a sentence for every failure of a call to the relay inside."""
+    from globus_sdk import AuthAPIError, GlobusAPIError, GlobusError, NetworkError
+
+    try:
+        yield
+    except AuthAPIError as error:
+        raise CommandFailed(_auth_sentence(error, profile)) from error
+    except GlobusAPIError as error:
+        raise CommandFailed(api_sentence(error)) from error
+    except NetworkError as error:
+        raise CommandFailed(network_sentence(error, profile)) from error
+    except GlobusError as error:
+        raise CommandFailed(f"The relay answered in a way that cannot be understood: {error}") from error
+    except OSError as error:
+        # requests raises a bare OSError when the CA file cannot be used.
+        if profile is not None and profile.ca_file and "CA certificate" in str(error):
+            raise CommandFailed(_bad_ca_file(profile.ca_file)) from error
+        raise
+
+
+def api_sentence(error: GlobusAPIError) -> str:
+    """What the relay refused, in its own words where they help, with the next step where one is known."""
+    code = str(error.code or "")
+    message = (error.message or "").strip() or f"The relay answered {error.http_status}."
+    if code == _AUTHENTICATION_CODE or error.http_status == 401:
+        return "The relay does not accept these credentials any more; run `towpath login` again."
+    if any(word in code for word in _OFFLINE_CODES):
+        return f"{_sentence(message)} Start the agent on that machine (`towpath start`) and try again."
+    return f"{_sentence(message)} ({code})" if code and code != "Error" else _sentence(message)
+
+
+def _sentence(text: str) -> str:
+    return text if text.endswith((".", "!", "?")) else text + "."
+
+
+def _auth_sentence(error: AuthAPIError, profile: Profile | None) -> str:
+    relay = profile.relay_url if profile else "the relay"
+    if error.http_status in (400, 401, 403):
+        return (
+            f"{relay} does not accept this client id and secret; check both (`towpath-relay client add` makes new "
+            f"ones) and run `towpath login` again."
+        )
+    return f"{relay} could not sign this client in: {error.message or error.http_status}"
+
+
+def network_sentence(error: NetworkError, profile: Profile | None) -> str:
+    """Why the relay cannot be reached: name, refusal, certificate or silence, told apart by exception class."""
+    relay = profile.relay_url if profile else "the relay"
+    causes = list(_causes(error.underlying_exception))
+    for cause in causes:
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return _certificate_sentence(relay, cause, profile)
+        if isinstance(cause, ssl.SSLError):
+            return f"{relay} does not speak TLS as expected ({cause.reason or cause}); check the address and the port."
+    names = {type(cause).__name__ for cause in causes}
+    if "NameResolutionError" in names or "gaierror" in names:
+        return f"The name in {relay} is not known to this machine; check its spelling and the network connection."
+    if any(isinstance(cause, ConnectionRefusedError) for cause in causes):
+        return f"Nothing answers at {relay}; check the address, or ask the relay's operator whether it is running."
+    if "ConnectTimeout" in names or "ReadTimeout" in names or any(isinstance(c, TimeoutError) for c in causes):
+        return f"{relay} did not answer in time; check the network connection and try again."
+    return f"{relay} cannot be reached ({causes[-1] if causes else error}); check the network connection and try again."
+
+
+def _certificate_sentence(relay: str, error: ssl.SSLCertVerificationError, profile: Profile | None) -> str:
+    reason = error.verify_message or "certificate not trusted"
+    if profile is not None and profile.ca_file:
+        return (
+            f"The certificate of {relay} does not fit {profile.ca_file} ({reason}); ask the operator for the CA file."
+        )
+    return (
+        f"The certificate of {relay} is not trusted ({reason}); get the relay's CA certificate from its operator and "
+        f"name it with `--ca-file` or TOWPATH_CA_FILE."
+    )
+
+
+def _bad_ca_file(path: str) -> str:
+    return f"{path} cannot be read as a CA certificate in PEM form; get the file again from the relay's operator."
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An exception and everything behind it: causes, contexts, and what requests and urllib3 carry as arguments."""
+    seen: set[int] = set()
+    waiting: list[BaseException | None] = [error]
+    while waiting and len(seen) < 64:
+        current = waiting.pop(0)
+        if current is None or id(current) in seen:
+            continue
+        seen.add(id(current))
+        yield current
+        waiting += [current.__cause__, current.__context__]
+        waiting += [argument for argument in current.args if isinstance(argument, BaseException)]
+        reason = getattr(current, "reason", None)
+        if isinstance(reason, BaseException):
+            waiting.append(reason)
+
+
+def exit_with(code: ExitCode) -> None:
+    """End the running command with an exit code that is not an error message."""
+    if code is not ExitCode.DONE:
+        import click
+
+        click.get_current_context().exit(int(code))

@@ -1,0 +1,169 @@
+"""How results are written: for people or as JSON. Commands say what they found, this module how it looks.
+
+Text that may come from a peer is made safe in here (`agent.cli.terminal`), so that no command can forget it.
+On a terminal tables are drawn by rich; into a pipe they are plain columns, never cut or wrapped.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import IO, TYPE_CHECKING, Any, Literal, NoReturn
+
+import click
+
+from agent.cli.exit_codes import ExitCode
+from agent.cli.terminal import terminal_safe, terminal_safe_lines
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Format = Literal["text", "json"]
+
+
+class CommandFailed(click.ClickException):
+    """A command cannot go on: one sentence for the user with the next step, and the exit code to end with."""
+
+    def __init__(self, sentence: str, exit_code: ExitCode = ExitCode.OTHER) -> None:
+        super().__init__(terminal_safe_lines(sentence))
+        self.code = exit_code
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        """Write the sentence to standard error."""
+        click.echo(f"towpath: {self.message}", err=True)
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a table: its heading and how to get its cell from a row."""
+
+    heading: str
+    cell: Callable[[Mapping[str, Any]], object]
+    right: bool = False
+
+
+def field(heading: str, key: str, *, right: bool = False) -> Column:
+    """A column that shows one key of the row; a missing or null value is shown as a dash."""
+    return Column(heading, lambda row: "-" if row.get(key) is None else row[key], right)
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where a command puts its result: standard output in the asked format, remarks to standard error."""
+
+    format: Format = "text"
+
+    @property
+    def is_json(self) -> bool:
+        """Whether the caller asked for a JSON document."""
+        return self.format == "json"
+
+    def document(self, document: object) -> None:
+        """Write one JSON document. Only ASCII leaves, so names in it cannot act on a terminal either."""
+        click.echo(json.dumps(document, indent=2, ensure_ascii=True))
+
+    def line(self, text: object) -> None:
+        """Write one line of text, made safe."""
+        click.echo(terminal_safe(text))
+
+    def remark(self, text: object) -> None:
+        """Write one line to standard error: what is going on, never the result itself."""
+        click.echo(terminal_safe(text), err=True)
+
+    def result(self, document: Mapping[str, Any], text: object) -> None:
+        """Write a result: the document as JSON, or the sentence for people."""
+        if self.is_json:
+            self.document(document)
+        else:
+            self.line(text)
+
+    def record(self, document: Mapping[str, Any], rows: Sequence[tuple[str, object]]) -> None:
+        """Write one object: as JSON in full, or as aligned ``name: value`` lines."""
+        if self.is_json:
+            self.document(document)
+            return
+        width = max((len(name) for name, _ in rows), default=0) + 1
+        for name, value in rows:
+            self.line(f"{name + ':':<{width}} {'-' if value is None else value}")
+
+    def table(self, document: object, rows: Sequence[Mapping[str, Any]], columns: Sequence[Column]) -> None:
+        """Write many objects of one kind: the whole document as JSON, or one row each."""
+        if self.is_json:
+            self.document(document)
+            return
+        cells = [[terminal_safe(column.cell(row)) for column in columns] for row in rows]
+        if sys.stdout.isatty():
+            _rich_table(cells, columns)
+        else:
+            for line in _plain_table(cells, columns):
+                click.echo(line)
+
+
+def _plain_table(cells: Sequence[Sequence[str]], columns: Sequence[Column]) -> list[str]:
+    """Aligned columns two blanks apart, the last one unpadded."""
+    lines = [[column.heading for column in columns], *cells]
+    widths = [max(len(line[index]) for line in lines) for index in range(len(columns))]
+    return [
+        "  ".join(
+            cell.rjust(width) if column.right else cell.ljust(width)
+            for cell, width, column in zip(line, widths, columns, strict=True)
+        ).rstrip()
+        for line in lines
+    ]
+
+
+def _rich_table(cells: Sequence[Sequence[str]], columns: Sequence[Column]) -> None:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for column in columns:
+        table.add_column(column.heading, justify="right" if column.right else "left", overflow="fold")
+    for row in cells:
+        # Text, not str: a name like "[red]" is a name, not markup.
+        table.add_row(*(Text(cell) for cell in row))
+    console().print(table)
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A rich console that takes what it is given literally."""
+    from rich.console import Console
+
+    return Console(stderr=stderr, markup=False, highlight=False, emoji=False, soft_wrap=False)
+
+
+def fail(sentence: str, exit_code: ExitCode = ExitCode.OTHER) -> NoReturn:
+    """End the command with one sentence and an exit code."""
+    raise CommandFailed(sentence, exit_code)
+
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
+
+
+def human_bytes(count: float) -> str:
+    """A number of bytes in binary units with three figures: ``1.25 GiB``."""
+    amount = float(count)
+    for unit in _UNITS[:-1]:
+        if abs(amount) < 1024:
+            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.{_decimals(amount)}f} {unit}"
+        amount /= 1024
+    return f"{amount:.{_decimals(amount)}f} {_UNITS[-1]}"
+
+
+def _decimals(amount: float) -> int:
+    return 2 if abs(amount) < 10 else 1 if abs(amount) < 100 else 0
+
+
+def human_seconds(seconds: float) -> str:
+    """A span of time: ``42 s``, ``3 min 5 s``, ``2 h 10 min``, ``3 d 4 h``."""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    if whole < 86400:
+        return f"{whole // 3600} h {whole % 3600 // 60} min"
+    return f"{whole // 86400} d {whole % 86400 // 3600} h"

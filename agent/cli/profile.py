@@ -1,0 +1,206 @@
+"""Which relay to speak to, and as whom: the stored profile and the environment.
+
+Credentials belong to the relay they were made for. A relay named by the environment therefore never receives the
+secret of a stored profile for another relay; and the variables of Globus's own tools count only together, when
+they point at a relay at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+import json
+import os
+import re
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from agent.cli.output import fail
+
+_PROFILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+_GLOBUS_WORDS_FOR_TRUE = frozenset({"", "1", "true", "t", "yes", "y", "on"})
+_GLOBUS_WORDS_FOR_FALSE = frozenset({"0", "false", "f", "no", "n", "off"})
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One relay and one client identity. ``ca_file`` None means the usual public authorities."""
+
+    relay_url: str
+    client_id: str
+    client_secret: str
+    ca_file: str | None = None
+
+    def __repr__(self) -> str:
+        # The secret stays out of tracebacks and logs.
+        return f"Profile(relay_url={self.relay_url!r}, client_id={self.client_id!r}, ca_file={self.ca_file!r})"
+
+    @property
+    def fingerprint(self) -> str:
+        """A short name for this relay and client, for files that belong to both."""
+        return hashlib.sha256(f"{self.relay_url}\0{self.client_id}".encode()).hexdigest()[:16]
+
+
+def checked_relay_url(text: str) -> str:
+    """A relay's URL without a final slash. Fails on anything that would send a secret in the clear."""
+    parts = urlsplit(text.strip())
+    if parts.scheme not in ("https", "http") or not parts.hostname:
+        fail(f"{text!r} is not the URL of a relay; it looks like https://relay.example.org or https://host:8443.")
+    if parts.path.strip("/") or parts.query or parts.fragment or parts.username or parts.password:
+        fail(f"{text!r} has more than a host and a port; a relay's URL is only https://HOST or https://HOST:PORT.")
+    if parts.scheme == "http" and not _is_loopback(parts.hostname):
+        fail(f"{text!r} is not encrypted; use https:// (plain http:// is allowed to this machine only).")
+    return f"{parts.scheme}://{parts.netloc}"
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def checked_client_id(text: str) -> str:
+    """A client id in lower case; fails when it is not a UUID."""
+    try:
+        return str(uuid.UUID(text.strip()))
+    except ValueError:
+        fail(f"The client id {text!r} is not a UUID; `towpath-relay client add` prints the right one.")
+
+
+# --- choosing --------------------------------------------------------------------------------------------
+
+
+def choose_profile(environment: Mapping[str, str], stored: Profile | None) -> Profile:
+    """The profile to use. TOWPATH_* variables win over the Globus ones, those over the stored profile.
+
+    Raises `CommandFailed` with what to set or do when something is missing.
+    """
+    base = _from_globus_variables(environment) or stored
+    url = environment.get("TOWPATH_RELAY_URL")
+    client_id = environment.get("TOWPATH_CLIENT_ID")
+    client_secret = environment.get("TOWPATH_CLIENT_SECRET")
+    ca_file = environment.get("TOWPATH_CA_FILE")
+    if url:
+        url = checked_relay_url(url)
+        if base is None or base.relay_url != url:
+            if not (client_id and client_secret):
+                fail(
+                    f"TOWPATH_RELAY_URL names {url}, for which no credentials are stored; set TOWPATH_CLIENT_ID and "
+                    f"TOWPATH_CLIENT_SECRET too, or run `towpath login --relay {url}`."
+                )
+            base = Profile(url, checked_client_id(client_id), client_secret)
+    if base is None:
+        fail("Nobody is signed in; run `towpath login --relay URL --client-id ID` first.")
+    if client_id and checked_client_id(client_id) != base.client_id:
+        if not client_secret:
+            fail("TOWPATH_CLIENT_ID is set without TOWPATH_CLIENT_SECRET; set both or neither.")
+        base = replace(base, client_id=checked_client_id(client_id))
+    if client_secret:
+        base = replace(base, client_secret=client_secret)
+    if ca_file:
+        base = replace(base, ca_file=_existing_ca_file(ca_file, "TOWPATH_CA_FILE"))
+    return base
+
+
+def _from_globus_variables(environment: Mapping[str, str]) -> Profile | None:
+    """The relay and client that the variables of globus-cli and globus-sdk name, when they name a whole set."""
+    url = environment.get("GLOBUS_SDK_SERVICE_URL_TRANSFER")
+    client_id = environment.get("GLOBUS_CLI_CLIENT_ID")
+    client_secret = environment.get("GLOBUS_CLI_CLIENT_SECRET")
+    if not (url and client_id and client_secret):
+        return None
+    relay_url = checked_relay_url(url)
+    auth = environment.get("GLOBUS_SDK_SERVICE_URL_AUTH")
+    if auth and checked_relay_url(auth) != relay_url:
+        fail("GLOBUS_SDK_SERVICE_URL_AUTH and GLOBUS_SDK_SERVICE_URL_TRANSFER name different relays; make them equal.")
+    verify = environment.get("GLOBUS_SDK_VERIFY_SSL", "")
+    ca_file = None
+    if verify.lower() in _GLOBUS_WORDS_FOR_FALSE:
+        fail("GLOBUS_SDK_VERIFY_SSL switches the check of the relay's certificate off; name the CA file in it instead.")
+    if verify.lower() not in _GLOBUS_WORDS_FOR_TRUE:
+        ca_file = _existing_ca_file(verify, "GLOBUS_SDK_VERIFY_SSL")
+    return Profile(relay_url, checked_client_id(client_id), client_secret, ca_file)
+
+
+def _existing_ca_file(path: str, source: str) -> str:
+    if not Path(path).is_file():
+        fail(f"{source} names {path}, which is not a file; it must be the relay's CA certificate in PEM form.")
+    return str(Path(path).absolute())
+
+
+# --- storing ---------------------------------------------------------------------------------------------
+
+
+def profile_name(environment: Mapping[str, str]) -> str:
+    """The name of the stored profile: TOWPATH_PROFILE, or ``default``."""
+    name = environment.get("TOWPATH_PROFILE") or "default"
+    if not _PROFILE_NAME.fullmatch(name):
+        fail(f"TOWPATH_PROFILE is {name!r}; a profile's name is letters, digits, '.', '_' and '-' only.")
+    return name
+
+
+def profile_path(environment: Mapping[str, str]) -> Path:
+    """Where the profile is stored."""
+    root = environment.get("XDG_CONFIG_HOME") or str(Path.home() / ".config")
+    return Path(root) / "towpath" / "profiles" / f"{profile_name(environment)}.json"
+
+
+def token_path(environment: Mapping[str, str], profile: Profile) -> Path:
+    """Where the access tokens of a profile are kept between commands."""
+    root = environment.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(root) / "towpath" / "tokens" / f"{profile.fingerprint}.json"
+
+
+def load_profile(path: Path) -> Profile | None:
+    """The stored profile, or None when there is none. Raises `CommandFailed` when it cannot be read."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"The stored profile {path} cannot be read ({error}); run `towpath login` again.")
+    try:
+        document = json.loads(text)
+        ca_file = document.get("ca_file")
+        return Profile(
+            str(document["relay_url"]),
+            str(document["client_id"]),
+            str(document["client_secret"]),
+            None if ca_file is None else str(ca_file),
+        )
+    except (ValueError, KeyError, AttributeError):
+        fail(f"The stored profile {path} is damaged; run `towpath login` again.")
+
+
+def save_profile(path: Path, profile: Profile) -> None:
+    """Store a profile for this user alone (mode 0600), all or nothing."""
+    document = {
+        "relay_url": profile.relay_url,
+        "client_id": profile.client_id,
+        "client_secret": profile.client_secret,
+        "ca_file": profile.ca_file,
+    }
+    write_private(path, json.dumps(document, indent=2) + "\n")
+
+
+def write_private(path: Path, text: str) -> None:
+    """Write a file that only its owner may read, so that readers see the old content or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            os.fchmod(file.fileno(), 0o600)
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,155 @@
+"""One relay as the commands see it: globus-sdk clients for a profile, nothing private beside them.
+
+Base URL and certificate authority are given to every client explicitly, so the variables that point other Globus
+tools elsewhere cannot redirect ours half-way. Access tokens are kept between commands in a file of this user alone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from agent.cli.location import Location, Place, resolve
+from agent.cli.output import CommandFailed
+from agent.cli.profile import Profile, choose_profile, load_profile, profile_path, token_path
+
+if TYPE_CHECKING:
+    from globus_sdk import AuthClient, ClientApp, GlobusHTTPResponse, TransferClient
+    from globus_sdk.token_storage import TokenStorage
+    from globus_sdk.transport import RequestsTransport, RetryConfig
+
+MAX_RETRIES = 2
+
+
+class Relay:
+    """A signed-in connection to one relay. Close it (or use ``with``) when done; calls may block."""
+
+    def __init__(self, profile: Profile, *, token_file: Path | None = None, http_timeout: float = 60.0) -> None:
+        from globus_sdk import AuthClient, ClientApp, ConfidentialAppAuthClient, GlobusAppConfig, TransferClient
+
+        self.profile = profile
+        self._http_timeout = http_timeout
+        self._transports: list[RequestsTransport] = []
+        self._storage = _token_storage(token_file)
+        login_client = ConfidentialAppAuthClient(
+            profile.client_id,
+            profile.client_secret,
+            environment="production",
+            base_url=profile.relay_url + "/",
+            transport=self._transport(),
+            retry_config=_retry_config(),
+        )
+        self.app: ClientApp = ClientApp(
+            "towpath",
+            login_client=login_client,
+            config=GlobusAppConfig(token_storage=self._storage, environment="production"),
+        )
+        self.transfer: TransferClient = TransferClient(
+            app=self.app,
+            base_url=profile.relay_url,
+            transport=self._transport(),
+            retry_config=_retry_config(),
+        )
+        self.auth: AuthClient = AuthClient(
+            app=self.app,
+            base_url=profile.relay_url + "/",
+            transport=self._transport(),
+            retry_config=_retry_config(),
+        )
+
+    def _transport(self) -> RequestsTransport:
+        from globus_sdk.transport import RequestsTransport
+
+        transport = RequestsTransport(verify_ssl=self.profile.ca_file or True, http_timeout=self._http_timeout)
+        transport.user_agent = "towpath"
+        self._transports.append(transport)
+        return transport
+
+    # --- names ---------------------------------------------------------------------------------------------
+
+    def bookmarks(self) -> Sequence[Mapping[str, Any]]:
+        """All bookmarks of the caller."""
+        return list(self.transfer.bookmark_list()["DATA"])
+
+    def collections_named(self, name: str) -> Sequence[Mapping[str, Any]]:
+        """Visible collections that match a text; at most the first thousand, as the service pages."""
+        return list(self.transfer.paginated.endpoint_search(filter_fulltext=name, filter_scope="all").items())
+
+    def find(self, location: Location) -> Place:
+        """The collection and path a location names."""
+        return resolve(location, self)
+
+    # --- the end -------------------------------------------------------------------------------------------
+
+    def sign_out(self) -> None:
+        """Revoke the kept access tokens at the relay and forget them here."""
+        self.app.logout()
+
+    def close(self) -> None:
+        """Close all connections and the token store. May be called twice."""
+        self.transfer.close()
+        self.auth.close()
+        self.app.close()
+        for transport in self._transports:
+            transport.close()
+        self._storage.close()
+
+    def __enter__(self) -> Relay:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _token_storage(path: Path | None) -> TokenStorage:
+    """Where tokens are kept: SQLite, because two commands may run at once, or memory only."""
+    from globus_sdk.token_storage import MemoryTokenStorage, SQLiteTokenStorage
+
+    if path is None:
+        return MemoryTokenStorage()
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    # The file must be private before the first token is in it.
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600))
+    return SQLiteTokenStorage(path)
+
+
+def _retry_config() -> RetryConfig:
+    """Retry what may pass by itself, twice; a certificate that is not trusted will not be trusted next second."""
+    from globus_sdk.transport import RetryCheckResult, RetryConfig, RetryContext
+    from requests.exceptions import SSLError
+
+    config = RetryConfig(max_retries=MAX_RETRIES, max_sleep=5)
+
+    def never_after_tls_failure(context: RetryContext) -> RetryCheckResult:
+        if isinstance(context.exception, SSLError):
+            return RetryCheckResult.do_not_retry
+        return RetryCheckResult.no_decision
+
+    config.checks.register_check(never_after_tls_failure)
+    return config
+
+
+def document_of(answer: GlobusHTTPResponse) -> Mapping[str, Any]:
+    """The JSON object of an answer. Raises `CommandFailed` when the relay sent something else."""
+    if not isinstance(answer.data, Mapping):
+        raise CommandFailed("The relay answered in a form that cannot be read; is it really a Towpath relay?")
+    return answer.data
+
+
+def current_profile(environment: Mapping[str, str]) -> Profile:
+    """The profile that the environment and the stored profile together name."""
+    return choose_profile(environment, load_profile(profile_path(environment)))
+
+
+@contextmanager
+def open_relay(environment: Mapping[str, str]) -> Iterator[Relay]:
+    """The relay of the current profile, with tokens kept between commands."""
+    profile = current_profile(environment)
+    with Relay(profile, token_file=token_path(environment, profile)) as relay:
+        yield relay

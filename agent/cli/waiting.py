@@ -1,0 +1,144 @@
+"""Waiting for a task: watch it until it ends, needs somebody, or the time is up, and say with which exit code.
+
+The task does not depend on the watcher. Ctrl-C only detaches, and a relay that is away is waited for.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from agent.cli.exit_codes import ExitCode, final_exit_code, needs_attention
+from agent.cli.output import Output
+from agent.cli.progress import Display, RateMeter, progress_of
+from agent.cli.screen import display_for
+
+if TYPE_CHECKING:
+    from agent.cli.relay_client import Relay
+
+FIRST_INTERVAL = 0.25
+
+
+class RelayAway(Exception):
+    """The relay could not be asked this time; the task may well be going on."""
+
+
+@dataclass(frozen=True)
+class Waited:
+    """How a wait ended, and the last document seen."""
+
+    code: ExitCode
+    task: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long and how often. ``timeout`` None waits for ever; ``despite_attention`` waits also for people."""
+
+    timeout: float | None = None
+    interval: float = 1.0
+    despite_attention: bool = False
+
+
+def wait_for_task(
+    fetch: Callable[[], Mapping[str, Any]],
+    patience: Patience,
+    display: Display,
+    *,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Waited:
+    """Ask again and again until the task's outcome is known. ``fetch`` raises `RelayAway` for passing trouble."""
+    started = clock()
+    meter = RateMeter()
+    interval = min(FIRST_INTERVAL, patience.interval)
+    task: Mapping[str, Any] = {}
+    while True:
+        try:
+            task = fetch()
+        except RelayAway as reason:
+            display.away(str(reason))
+        else:
+            progress = progress_of(task)
+            meter.note(progress.bytes_done, clock())
+            display.show(progress, meter.rate())
+            code = final_exit_code(task)
+            if code is not None:
+                return Waited(code, task)
+            if needs_attention(task) and not patience.despite_attention:
+                return Waited(ExitCode.NEEDS_ATTENTION, task)
+        rest = None if patience.timeout is None else patience.timeout - (clock() - started)
+        if rest is not None and rest <= 0:
+            return Waited(ExitCode.TIMED_OUT, task)
+        sleep(interval if rest is None else min(interval, rest))
+        # Short tasks are answered quickly, long ones ask little.
+        interval = min(interval * 2, patience.interval)
+
+
+def fetch_task(relay: Relay, task_id: str) -> Mapping[str, Any]:
+    """One task document; passing trouble with the relay becomes `RelayAway`, everything else is raised."""
+    from globus_sdk import GlobusAPIError, NetworkError
+
+    from agent.cli.failures import api_sentence, network_sentence
+    from agent.cli.output import fail
+
+    try:
+        document = relay.transfer.get_task(task_id).data
+    except NetworkError as error:
+        raise RelayAway(network_sentence(error, relay.profile)) from error
+    except GlobusAPIError as error:
+        if error.http_status in (429, 500, 502, 503, 504):
+            raise RelayAway(api_sentence(error)) from error
+        raise
+    if not isinstance(document, Mapping):
+        fail("The relay answered in a form that cannot be read.")
+    return document
+
+
+def detach_sentence(task_id: str) -> str:
+    """What to tell a user who stops watching."""
+    return (
+        f"Stopped watching; the task goes on. `towpath task wait {task_id}` watches it again, "
+        f"`towpath task cancel {task_id}` stops it."
+    )
+
+
+def outcome_sentence(task_id: str, waited: Waited) -> str:
+    """One sentence about how the wait ended, with the next step where there is one."""
+    task = waited.task
+    details = str(task.get("nice_status_details") or task.get("nice_status_short_description") or "")
+    match waited.code:
+        case ExitCode.DONE:
+            return f"Task {task_id} is done."
+        case ExitCode.PARTIAL:
+            count = task.get("subtasks_skipped_errors")
+            return (
+                f"Task {task_id} is done, but {count} items were left out; "
+                f"`towpath task show --skipped-errors {task_id}` lists them."
+            )
+        case ExitCode.CANCELED:
+            return f"Task {task_id} was cancelled."
+        case ExitCode.TIMED_OUT:
+            return f"Time is up and the task goes on; `towpath task wait {task_id}` watches it again."
+        case ExitCode.NEEDS_ATTENTION:
+            return f"Task {task_id} needs somebody's attention: {details or task.get('nice_status') or 'it is paused'}"
+        case _:
+            error = task.get("fatal_error")
+            reason = error.get("description") if isinstance(error, Mapping) else details
+            return (
+                f"Task {task_id} failed: {reason or 'no reason was given'}; "
+                f"`towpath task event-list {task_id}` tells more."
+            )
+
+
+def watch(relay: Relay, out: Output, task_id: str, patience: Patience) -> Waited:
+    """Wait for a task with a live display where there is a terminal. Ctrl-C detaches: exit code 130."""
+    try:
+        with display_for(out) as display:
+            waited = wait_for_task(lambda: fetch_task(relay, task_id), patience, display)
+    except KeyboardInterrupt:
+        out.remark(detach_sentence(task_id))
+        return Waited(ExitCode.INTERRUPTED)
+    return waited
