@@ -1,0 +1,70 @@
+"""When to send a PING, and what its answer proves. Sans I/O.
+
+A PING has two uses here. *Liveness*: a peer that was silent for an interval is asked, silent for two it is dead.
+*Fences*: a client that reset a stream cannot use that stream's place again until the server has seen the reset,
+or it would trip the server's limit, and late answers to forgotten streams would arrive. The answer to a PING sent
+after the reset proves that it was seen (frames are processed in order), so the place is held until then. As fences
+are spaced, they also keep an honest client below the server's guard against rapid resets.
+"""
+
+from __future__ import annotations
+
+import math
+
+
+class Pings:
+    """The PINGs of one connection; at most one is unanswered at a time. ``now`` is monotonic seconds."""
+
+    __slots__ = ("_covered", "_fence_interval", "_flight", "_heard", "_interval", "_number", "_sent", "_waiting")
+
+    def __init__(self, interval: float, fence_interval: float, now: float) -> None:
+        self._interval = interval
+        self._fence_interval = fence_interval
+        self._heard = now
+        self._sent = -math.inf
+        self._number = 0
+        self._flight: bytes | None = None
+        self._waiting = 0
+        self._covered = 0
+
+    @property
+    def held(self) -> int:
+        """Places of reset streams that the peer has not confirmed."""
+        return self._waiting + self._covered
+
+    def heard(self, now: float) -> None:
+        """Any bytes came from the peer."""
+        self._heard = now
+
+    def hold(self) -> None:
+        """A stream was reset; its place waits for a fence."""
+        self._waiting += 1
+
+    def acknowledged(self, data: bytes) -> int | None:
+        """An answer to a PING: how many places it sets free. None when it answers nothing we asked."""
+        if self._flight is None or data != self._flight:
+            return None
+        self._flight = None
+        freed, self._covered = self._covered, 0
+        return freed
+
+    def is_dead(self, now: float) -> bool:
+        """Whether the peer was silent for two intervals."""
+        return now >= self._heard + 2 * self._interval
+
+    def deadline(self) -> float:
+        """When to look at `due` and `is_dead` again."""
+        if self._flight is not None:
+            return self._heard + 2 * self._interval
+        probe = self._heard + self._interval
+        return min(probe, self._sent + self._fence_interval) if self._waiting else probe
+
+    def due(self, now: float) -> bytes | None:
+        """The eight bytes of a PING to send now, if one is due."""
+        if self._flight is not None or now < self.deadline():
+            return None
+        self._number += 1
+        self._flight = self._number.to_bytes(8, "big")
+        self._sent = now
+        self._covered, self._waiting = self._waiting, 0
+        return self._flight
