@@ -1,0 +1,56 @@
+"""Tells the service manager how the agent is doing: the datagram protocol of sd_notify(3).
+
+Does nothing where nobody listens. `towpath start` listens on such a socket too, so the agent has one way to say that
+it is ready.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import MutableMapping
+
+VARIABLE = "NOTIFY_SOCKET"
+
+
+class Notifier:
+    """One socket to the listener named in the environment, or none."""
+
+    def __init__(self, address: str | None) -> None:
+        self._address: str | bytes | None = None
+        if address and address[0] in "/@":
+            # A leading @ stands for the null byte of Linux's abstract names.
+            self._address = b"\0" + os.fsencode(address[1:]) if address[0] == "@" else address
+
+    @classmethod
+    def from_environment(cls, environment: MutableMapping[str, str] = os.environ) -> Notifier:
+        """Take the address out of the environment, so that worker processes do not speak for the agent."""
+        return cls(environment.pop(VARIABLE, None))
+
+    def ready(self, sentence: str) -> None:
+        """The agent serves now."""
+        self._send(f"READY=1\nSTATUS={_one_line(sentence)}\nMAINPID={os.getpid()}")
+
+    def status(self, sentence: str) -> None:
+        """What the agent is doing, for `systemctl status`."""
+        self._send(f"STATUS={_one_line(sentence)}")
+
+    def stopping(self) -> None:
+        """The agent has begun to end."""
+        self._send("STOPPING=1\nSTATUS=Stopping.")
+
+    def _send(self, message: str) -> None:
+        if self._address is None:
+            return
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
+                channel.setblocking(False)
+                channel.connect(self._address)
+                channel.send(message.encode())
+        except OSError:
+            # The listener of `towpath start` is gone once it has heard READY; the agent does not need it any more.
+            self._address = None
+
+
+def _one_line(sentence: str) -> str:
+    return " ".join(sentence.split())[:500]
