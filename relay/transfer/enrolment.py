@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jwt
-from sqlalchemy import Connection, Row, insert, select, update
+from sqlalchemy import Connection, insert, select, update
 
 from protocol.control import EnrolAnswer, EnrolRequest
 from protocol.errors import ProtocolError
@@ -198,13 +198,20 @@ def _redeem(
     return _answer(connection, name, collection, node_id, endpoint_id)
 
 
-def _node_by_fingerprint(connection: Connection, fingerprint: str) -> Row[Any] | None:
+@dataclass(frozen=True)
+class _KnownNode:
+    id: str
+    endpoint_id: str
+
+
+def _node_by_fingerprint(connection: Connection, fingerprint: str) -> _KnownNode | None:
     node = tables.nodes.c
-    return connection.execute(select(node.id, node.endpoint_id).where(node.fingerprint == fingerprint)).one_or_none()
+    row = connection.execute(select(node.id, node.endpoint_id).where(node.fingerprint == fingerprint)).one_or_none()
+    return None if row is None else _KnownNode(row.id, row.endpoint_id)
 
 
 def _settle(
-    connection: Connection, owner_id: str, request: EnrolRequest, fingerprint: str, node: Row[Any] | None, now: float
+    connection: Connection, owner_id: str, request: EnrolRequest, fingerprint: str, node: _KnownNode | None, now: float
 ) -> tuple[str, str]:
     """Node and endpoint that the collection goes to: those the applicant's key has already, or new ones."""
     if request.node_id is not None and (node is None or node.id != request.node_id.lower()):

@@ -1,0 +1,93 @@
+"""The events of a task that people read: stored once, shown newest first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+from sqlalchemy import Connection, func, insert, select
+
+from relay.store import transfer_tables as tables
+from relay.transfer.times import iso
+
+MAX_CODE = 64
+MAX_DESCRIPTION = 2000
+MAX_DETAILS = 16 * 1024
+# Further events of a task are dropped, except the one that ends it.
+MAX_EVENTS = 10_000
+# These mark a turn of the task that comes once; relay and agent may both report it.
+ONCE: Final = frozenset({"STARTED", "SUCCEEDED", "FAILED", "CANCELED", "DEADLINE_EXPIRED"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskEvent:
+    """One event. ``seq`` is the agent's number, None for the relay's own events."""
+
+    code: str
+    description: str
+    time: float
+    details: str = ""
+    is_error: bool = False
+    seq: int | None = None
+
+
+def add(connection: Connection, task_id: str, event: TaskEvent) -> bool:
+    """Store an event; returns False when it was there already, or the task has too many."""
+    column = tables.task_events.c
+    code = event.code[:MAX_CODE] or "UNKNOWN"
+    if event.seq is not None and _exists(connection, column.task_id == task_id, column.seq == event.seq):
+        return False
+    if code in ONCE:
+        if _exists(connection, column.task_id == task_id, column.code == code):
+            return False
+    elif count(connection, task_id, None) >= MAX_EVENTS:
+        return False
+    connection.execute(
+        insert(tables.task_events).values(
+            task_id=task_id,
+            seq=event.seq,
+            time=event.time,
+            code=code,
+            description=event.description[:MAX_DESCRIPTION],
+            details=event.details[:MAX_DETAILS],
+            is_error=event.is_error,
+        )
+    )
+    return True
+
+
+def _exists(connection: Connection, *conditions: Any) -> bool:
+    return connection.execute(select(tables.task_events.c.id).where(*conditions).limit(1)).first() is not None
+
+
+def count(connection: Connection, task_id: str, is_error: bool | None) -> int:
+    """How many events a task has, of one kind or (None) of both."""
+    column = tables.task_events.c
+    statement = select(func.count()).select_from(tables.task_events).where(column.task_id == task_id)
+    if is_error is not None:
+        statement = statement.where(column.is_error == is_error)
+    return int(connection.execute(statement).scalar_one())
+
+
+def page(
+    connection: Connection, task_id: str, *, is_error: bool | None, limit: int, offset: int
+) -> list[dict[str, Any]]:
+    """Event documents, newest first."""
+    column = tables.task_events.c
+    statement = select(tables.task_events).where(column.task_id == task_id)
+    if is_error is not None:
+        statement = statement.where(column.is_error == is_error)
+    rows = connection.execute(statement.order_by(column.time.desc(), column.id.desc()).limit(limit).offset(offset))
+    return [
+        {
+            "DATA_TYPE": "event",
+            "code": row.code,
+            "description": row.description,
+            # Clients demand a string; a JSON text in it is printed nicely.
+            "details": row.details,
+            "is_error": row.is_error,
+            "time": iso(row.time),
+            "parent_task_id": None,
+        }
+        for row in rows
+    ]

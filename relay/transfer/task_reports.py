@@ -1,0 +1,164 @@
+"""What agents report of tasks, applied so that it holds for ever and a repetition changes nothing.
+
+A node may speak only of tasks that it drives: everything else it says is dropped and counted. All text is cut to size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import msgspec
+from sqlalchemy import Connection, select, update
+
+from protocol.control import FINAL_STATES, AgentEvent, Counters, TaskObserved
+from relay.store import transfer_tables as tables
+from relay.transfer import event_log, task_rows, task_turns, times
+from relay.transfer.event_log import TaskEvent
+from relay.transfer.nodes import record_reports
+from relay.transfer.task_rows import Task
+
+_LARGEST = 2**62
+
+
+@dataclass
+class Applied:
+    """What a batch of lines has changed. ``wants_session`` maps tasks to the generation their agent has."""
+
+    last_event: int = 0
+    finished: set[str] = field(default_factory=set)
+    wants_session: dict[str, int] = field(default_factory=dict)
+    dropped: int = 0
+
+
+def apply_lines(connection: Connection, node_id: str, lines: Iterable[AgentEvent], now: float) -> Applied:
+    """Apply lines of one node's event stream in order, and move the node's position past the durable ones."""
+    applied = Applied()
+    batch = list(lines)
+    tasks = _driven_by(connection, node_id, {line.task_id for line in batch if line.task_id})
+    for line in batch:
+        applied.last_event = max(applied.last_event, line.n)
+        if line.kind == "collections":
+            if line.collections is not None:
+                record_reports(connection, node_id, line.collections)
+            continue
+        task = tasks.get(line.task_id)
+        if task is None:
+            applied.dropped += 1
+        elif line.kind == "session_wanted":
+            if not task.finished:
+                applied.wants_session[task.id] = line.generation
+        elif line.kind == "event":
+            event_log.add(connection, task.id, _event(line, task, now))
+        elif line.observed is not None and line.kind in ("state", "progress"):
+            tasks[task.id] = _observe(connection, task, line, now)
+            if tasks[task.id].finished and not task.finished:
+                applied.finished.add(task.id)
+    if applied.last_event:
+        node = tables.nodes.c
+        connection.execute(
+            update(tables.nodes)
+            .where(node.id == node_id, node.last_event < applied.last_event)
+            .values(last_event=applied.last_event)
+        )
+    return applied
+
+
+def apply_progress(connection: Connection, node_id: str, reports: Mapping[str, TaskObserved]) -> None:
+    """Store the newest progress of running tasks of one node."""
+    for task_id, task in _driven_by(connection, node_id, reports).items():
+        if not task.finished:
+            _store(connection, task, reports[task_id])
+
+
+def _driven_by(connection: Connection, node_id: str, ids: Iterable[str]) -> dict[str, Task]:
+    """Those of the tasks whose orders went to this node."""
+    tasks = task_rows.load_many(connection, ids)
+    workers = {task.worker_id for task in tasks.values()}
+    column = tables.collections.c
+    mine = set(
+        connection.execute(select(column.id).where(column.node_id == node_id, column.id.in_(sorted(workers)))).scalars()
+    )
+    return {task.id: task for task in tasks.values() if task.worker_id in mine and task.attempted}
+
+
+def _event(line: AgentEvent, task: Task, now: float) -> TaskEvent:
+    return TaskEvent(
+        code=line.code,
+        description=line.description,
+        details=line.details,
+        is_error=line.is_error,
+        time=_moment(line.time, task, now),
+        seq=line.seq or None,
+    )
+
+
+def _moment(text: str | None, task: Task, now: float) -> float:
+    """A time from an agent, held between the submission and now: its clock may be wrong, or it may lie."""
+    with contextlib.suppress(ValueError, TypeError):
+        return min(max(times.parse(text or ""), task.requested), now)
+    return now
+
+
+def _observe(connection: Connection, task: Task, line: AgentEvent, now: float) -> Task:
+    assert line.observed is not None
+    observed = line.observed
+    if line.kind == "state":
+        # An older line that is repeated must not turn the task back.
+        if line.seq <= task.last_seq:
+            return task
+        task_rows.change(connection, task.id, last_seq=line.seq)
+    elif task.finished:
+        return task
+    _store(connection, task, observed)
+    current = task_rows.load(connection, task.id)
+    assert current is not None
+    if current.finished:
+        return current
+    if observed.state in FINAL_STATES and line.kind == "state":
+        code = observed.state if observed.state != "FAILED" else observed.error_code[: event_log.MAX_CODE] or "UNKNOWN"
+        when = _moment(observed.completion_time or line.time, task, now)
+        task_turns.finish(connection, current, code=code, sentence=_sentence(observed), when=when)
+    elif observed.state == "ACTIVE" and task.state == "QUEUED":
+        event_log.add(connection, task.id, TaskEvent(code="STARTED", description="The task has started.", time=now))
+    current = task_rows.load(connection, task.id)
+    assert current is not None
+    return current
+
+
+def _sentence(observed: TaskObserved) -> str:
+    usual = {
+        "SUCCEEDED": "The task has succeeded.",
+        "CANCELED": "The task was cancelled.",
+        "FAILED": "The task has failed.",
+    }
+    return observed.status_sentence or usual[observed.state]
+
+
+def _store(connection: Connection, task: Task, observed: TaskObserved) -> None:
+    """Keep the newest observation. Counters never go back, whatever order reports arrive in."""
+    cut = msgspec.structs.replace(
+        observed,
+        counters=merged(task.counters, observed.counters),
+        status_code=observed.status_code[: event_log.MAX_CODE],
+        status_sentence=observed.status_sentence[: event_log.MAX_DESCRIPTION],
+        who=observed.who[:64],
+        current=observed.current[:4096],
+        path=observed.path[:256],
+        error_code=observed.error_code[: event_log.MAX_CODE],
+    )
+    values: dict[str, object] = {"observed": msgspec.json.encode(cut).decode()}
+    if not task.finished and observed.state not in FINAL_STATES:
+        values["state"] = observed.state
+    task_rows.change(connection, task.id, **values)
+
+
+def merged(old: Counters, new: Counters) -> Counters:
+    """The larger of each count; what is being retried and whether the scan is complete come from the newer report."""
+    values = {
+        name: min(max(getattr(old, name), getattr(new, name)), _LARGEST)
+        for name in Counters.__struct_fields__
+        if name not in ("retrying", "scan_complete")
+    }
+    return Counters(**values, retrying=max(0, min(new.retrying, _LARGEST)), scan_complete=new.scan_complete)

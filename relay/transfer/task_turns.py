@@ -1,0 +1,234 @@
+"""The turns a task takes at the relay: accepted, changed, cancelled, ended. Functions of one database transaction.
+
+The relay owns what is *desired* of a task (`revision` counts its changes), the agent what is *observed*. As long as no
+order has left (`attempted`), the relay can end a task alone; after that it asks the agent and waits for its word,
+except where permission is gone or time is up: then the task ends here at once and the agent is told.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from typing import Any
+
+import msgspec
+from sqlalchemy import Connection, or_, select
+
+from relay.access.decisions import Ability, may_keep_running
+from relay.api.errors import ApiError
+from relay.store import transfer_tables as tables
+from relay.transfer import collections, event_log, task_rows
+from relay.transfer.event_log import TaskEvent
+from relay.transfer.submission import Submission
+from relay.transfer.task_documents import CANCELED, DEADLINE_EXPIRED
+from relay.transfer.task_rows import Scope, Task
+
+ACCEPTED, DUPLICATE = "Accepted", "Duplicate"
+CANCEL_DONE, CANCEL_ACCEPTED, TASK_COMPLETE = "Canceled", "CancelAccepted", "TaskComplete"
+
+
+def find_submission(connection: Connection, owner_id: str, submission_id: str) -> str | None:
+    """The task that this identity has already submitted under this id."""
+    task = tables.tasks.c
+    return connection.execute(
+        select(task.id).where(task.owner_id == owner_id, task.submission_id == submission_id)
+    ).scalar_one_or_none()
+
+
+def accept(
+    connection: Connection,
+    submission: Submission,
+    items: bytes,
+    *,
+    owner_id: str,
+    owner: str,
+    deadline: float,
+    now: float,
+) -> tuple[str, str]:
+    """Store a new task; returns its id and ``Accepted``, or the id of the same submission and ``Duplicate``.
+
+    ``deadline`` holds when the submission has none. Raises `ApiError` when the caller may not read or write there.
+    """
+    present = find_submission(connection, owner_id, submission.submission_id)
+    if present is not None:
+        return present, DUPLICATE
+    _check_places(connection, submission, owner_id)
+    options = submission.options
+    if submission.type == "TRANSFER" and not options.verify_checksum:
+        ids = (submission.source_id, str(submission.destination_id))
+        if any(collection.force_verify for collection in collections.load_many(connection, ids).values()):
+            options = msgspec.structs.replace(options, verify_checksum=True)
+    task_id = str(uuid.uuid4())
+    values: dict[str, Any] = {
+        "id": task_id,
+        "owner_id": owner_id,
+        "owner": owner,
+        "submission_id": submission.submission_id,
+        "type": submission.type,
+        "label": submission.label,
+        "requested": now,
+        "deadline": submission.deadline or deadline,
+        "source_id": submission.source_id,
+        "destination_id": submission.destination_id,
+        "options": msgspec.json.encode(options).decode(),
+        "submitted": json.dumps(submission.echo),
+        "item_count": len(submission.items),
+        "session_id": str(uuid.uuid4()),
+        **_NEW,
+    }
+    scope = Scope(submission.source_scope, submission.destination_scope)
+    task_rows.insert_task(connection, values, items, scope)
+    for collection_id in {submission.source_id, submission.destination_id} - {None}:
+        collections.change(connection, str(collection_id), {"last_accessed": now})
+    return task_id, ACCEPTED
+
+
+_NEW: dict[str, Any] = {
+    "status": "ACTIVE",
+    "state": "QUEUED",
+    "hidden": False,
+    "desired": "run",
+    "revision": 1,
+    "delivered": 0,
+    "attempted": False,
+    "last_seq": 0,
+    "session_open": False,
+    "closed": False,
+}
+
+
+def _check_places(connection: Connection, submission: Submission, owner_id: str) -> None:
+    if submission.destination_id is not None:
+        collections.require(connection, submission.source_id, owner_id, Ability.READ)
+    written = collections.require(
+        connection, submission.destination_id or submission.source_id, owner_id, Ability.WRITE
+    )
+    if written.node_id is not None and written.available and written.read_only:
+        raise ApiError(403, "PermissionDenied", f"“{written.display_name}” is read-only by its owner's configuration.")
+
+
+def finish(connection: Connection, task: Task, *, code: str, sentence: str, when: float) -> None:
+    """End a task. ``code`` is SUCCEEDED, CANCELED, or what it failed with. A task ends only once."""
+    if task.finished:
+        return
+    succeeded = code == "SUCCEEDED"
+    state = code if code in ("SUCCEEDED", CANCELED) else "FAILED"
+    fatal = None if succeeded else json.dumps({"code": code, "description": sentence[: event_log.MAX_DESCRIPTION]})
+    task_rows.change(
+        connection,
+        task.id,
+        status="SUCCEEDED" if succeeded else "FAILED",
+        state=state,
+        completed=max(when, task.requested),
+        fatal_error=fatal,
+        held_by=None,
+        # An agent that never got the task need not be told of its end.
+        closed=not task.attempted,
+    )
+    if code == DEADLINE_EXPIRED:
+        event_log.add(
+            connection, task.id, TaskEvent(code=DEADLINE_EXPIRED, description=sentence, time=when, is_error=True)
+        )
+    event = TaskEvent(
+        code=state, description=sentence, time=when, details=_ending(task, code), is_error=state == "FAILED"
+    )
+    event_log.add(connection, task.id, event)
+
+
+def _ending(task: Task, code: str) -> str:
+    counters = task.counters
+    return json.dumps(
+        {
+            "code": code,
+            "files_transferred": counters.files_transferred,
+            "bytes_transferred": counters.bytes_transferred,
+            "faults": counters.faults,
+        }
+    )
+
+
+def cancel(connection: Connection, task: Task, now: float) -> str:
+    """The owner cancels: ``Canceled`` when the relay could end it alone, ``CancelAccepted`` when the agent is asked."""
+    if task.finished:
+        return TASK_COMPLETE
+    if not task.attempted:
+        finish(connection, task, code=CANCELED, sentence="The task was cancelled by its owner.", when=now)
+        return CANCEL_DONE
+    if task.desired != "cancel":
+        task_rows.change(connection, task.id, desired="cancel", revision=task.revision + 1, cancel_time=now)
+    return CANCEL_ACCEPTED
+
+
+def end_now(connection: Connection, task: Task, *, code: str, sentence: str, now: float) -> None:
+    """End a task at once, whatever its agent is doing, and let the agent be told to stop."""
+    if task.finished:
+        return
+    if task.attempted and task.desired != "cancel":
+        task_rows.change(connection, task.id, desired="cancel", revision=task.revision + 1, cancel_time=now)
+    finish(connection, task, code=code, sentence=sentence, when=now)
+
+
+def update(connection: Connection, task: Task, changes: dict[str, Any]) -> None:
+    """Change label or deadline. Raises `ApiError` 409 when the task has ended."""
+    if task.finished:
+        raise ApiError(409, "Conflict", "The task has ended; it cannot be changed any more.")
+    if changes:
+        task_rows.change(connection, task.id, **changes, revision=task.revision + 1)
+
+
+def end_where_access_is_gone(connection: Connection, collection_id: str, reason: str, now: float) -> list[str]:
+    """End every active task on a collection whose owner lost a permission it needs; returns their ids.
+
+    Called in the transaction that takes the permission away, so no task outlives it.
+    """
+    column = tables.tasks.c
+    statement = select(*task_rows.COLUMNS).where(
+        column.status == "ACTIVE", or_(column.source_id == collection_id, column.destination_id == collection_id)
+    )
+    tasks = [Task(**row._mapping) for row in connection.execute(statement)]
+    ids = {task.source_id for task in tasks} | {task.destination_id for task in tasks if task.destination_id}
+    known = collections.load_many(connection, ids)
+    ended = []
+    for task in tasks:
+        source, destination = known.get(task.source_id), known.get(task.destination_id or "")
+        if not may_keep_running(
+            task.owner_id,
+            task.type,
+            None if source is None else source.facts,
+            None if destination is None else destination.facts,
+        ):
+            end_now(connection, task, code=CANCELED, sentence=reason, now=now)
+            ended.append(task.id)
+    return ended
+
+
+def expire(connection: Connection, now: float, cancel_grace: float) -> list[str]:
+    """End the tasks whose deadline has passed, and those whose agent has not answered a cancel; returns their ids."""
+    column = tables.tasks.c
+    statement = select(*task_rows.COLUMNS).where(
+        column.status == "ACTIVE",
+        or_(column.deadline <= now, column.cancel_time <= now - cancel_grace),
+    )
+    ended = []
+    for row in connection.execute(statement).all():
+        task = Task(**row._mapping)
+        if task.desired == "cancel":
+            sentence = "The task was cancelled; its agent has not confirmed that it stopped."
+            finish(connection, task, code=CANCELED, sentence=sentence, when=now)
+        else:
+            sentence = "The deadline of the task has passed."
+            end_now(connection, task, code=DEADLINE_EXPIRED, sentence=sentence, now=now)
+        ended.append(task.id)
+    return ended
+
+
+def next_expiry(connection: Connection, cancel_grace: float) -> float | None:
+    """The next moment at which `expire` will have something to do, or None."""
+    column = tables.tasks.c
+    moments = []
+    for expression, delay in ((column.deadline, 0.0), (column.cancel_time, cancel_grace)):
+        statement = select(expression).where(column.status == "ACTIVE", expression.is_not(None))
+        first = connection.execute(statement.order_by(expression).limit(1)).scalar_one_or_none()
+        if first is not None:
+            moments.append(first + delay)
+    return min(moments, default=None)
