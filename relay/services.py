@@ -10,6 +10,7 @@ from fastapi import Request
 
 if TYPE_CHECKING:
     from protocol.ticket import TicketSigner
+    from relay.auth.clients import SecretChecker
     from relay.auth.guesses import GuessLimit
     from relay.keys import RelayKeys
     from relay.rendezvous.registry import Registry
@@ -20,7 +21,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Services:
-    """Held in ``app.state.services``. ``clock`` gives Unix seconds."""
+    """Held in ``app.state.services``. ``clock`` gives Unix seconds.
+
+    ``guesses`` counts wrong secrets by address and client, ``crowd_guesses`` by address alone.
+    """
 
     settings: Settings
     store: Store
@@ -28,10 +32,12 @@ class Services:
     signer: TicketSigner
     registry: Registry
     steward: Steward
+    secrets: SecretChecker
     guesses: GuessLimit
+    crowd_guesses: GuessLimit
     clock: Callable[[], float]
 
 
 def services_of(request: Request) -> Services:
-    """The services of the application that answers this request (usable as a FastAPI dependency)."""
+    """The services of the application that answers this request. Call it directly."""
     return cast("Services", request.app.state.services)

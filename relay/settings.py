@@ -21,6 +21,7 @@ from protocol.errors import NeedsPerson
 
 _EVERYWHERE = ("0.0.0.0", "::")  # noqa: S104 - compared, not bound
 _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_HOST = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
 
 
@@ -68,8 +69,9 @@ class Database(_Section, frozen=True, kw_only=True):
 
 
 class SignIn(_Section, frozen=True, kw_only=True):
-    """Lives of tokens, and how much guessing is tolerated."""
+    """The domain of local users, lives of tokens, and how much guessing is tolerated."""
 
+    domain: Text | None = None
     access_token_life: Life = Duration(48 * 3600)
     refresh_token_life: Life = Duration(180 * 86400)
     failures: Annotated[int, Meta(ge=1, le=10_000, description="a whole number from 1 to 10000")] = 10
@@ -154,6 +156,12 @@ class Settings(_Section, frozen=True, kw_only=True):
     def database_url(self) -> str:
         """The SQLAlchemy URL of the database."""
         return f"sqlite:///{self.directory_path / self.database.file}"
+
+    @property
+    def user_domain(self) -> str:
+        """What stands behind the @ of local users' names."""
+        host = urlsplit(self.public_url).hostname or "localhost"
+        return (self.sign_in.domain or ("localhost" if ":" in host else host)).lower()
 
     @property
     def certificate_names(self) -> list[str]:
@@ -269,6 +277,8 @@ def _check_together(settings: Settings, where: str) -> None:
         raise refuse("tls.certificate and tls.key belong together; give both or neither.")
     if settings.tickets.key_life < 3 * settings.tickets.life:
         raise refuse("tickets.key_life must be at least three times tickets.life.")
+    if settings.sign_in.domain is not None and not _HOST.fullmatch(settings.sign_in.domain):
+        raise refuse(f"sign_in.domain: {settings.sign_in.domain!r} is no domain name.")
     for name in settings.tls.names:
         _check_host(name, refuse)
     if settings.listen.url is not None:
@@ -285,7 +295,7 @@ def _check_host(name: str, refuse: Any) -> None:
     try:
         ipaddress.ip_address(name)
     except ValueError:
-        if not re.fullmatch(r"(?:\*\.)?[A-Za-z0-9](?:[A-Za-z0-9.-]{0,251}[A-Za-z0-9])?", name):
+        if not _HOST.fullmatch(name.removeprefix("*.")):
             raise refuse(f"tls.names: {name!r} is neither a host name nor an IP address.") from None
 
 

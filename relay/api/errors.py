@@ -6,8 +6,55 @@ own) is turned into one here, so that no answer is ever anything but JSON in the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import http
+import re
+import secrets
+import string
+import uuid
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, cast
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from relay.store.database import StoreBroken, StoreBusy
+
+Service = Literal["auth", "transfer", "groups", "search", "timers", "flows", "compute", "towpath"]
+
+# Path spaces of the services on the one origin, most specific first.
+_SPACES: tuple[tuple[str, Service], ...] = (
+    ("/v2/oauth2", "auth"),
+    ("/v2/api", "auth"),
+    ("/v2/web", "auth"),
+    ("/.well-known", "auth"),
+    ("/jwk.json", "auth"),
+    ("/v2/groups", "groups"),
+    ("/v2/preferences", "groups"),
+    ("/v2/subscription_info", "groups"),
+    ("/v2/timer", "timers"),
+    ("/jobs", "timers"),
+    ("/flows", "flows"),
+    ("/runs", "flows"),
+    ("/registered_apis", "flows"),
+    ("/web_inputs", "flows"),
+    ("/batch/runs", "flows"),
+    ("/v1", "search"),
+    ("/beta/index", "search"),
+    ("/v2/endpoints", "compute"),
+    ("/v2/functions", "compute"),
+    ("/v2/tasks", "compute"),
+    ("/v2/submit", "compute"),
+    ("/v2/version", "compute"),
+    ("/v2/batch_status", "compute"),
+    ("/v2/taskgroup", "compute"),
+    ("/v3", "compute"),
+    ("/towpath", "towpath"),
+    # Everything else (`/v0.10`, tunnels, unknown paths) speaks as Transfer does.
+)
+_REQUEST_ID_LETTERS = string.ascii_letters + string.digits
+_NEVER_SHOWN = re.compile(r"[\x00-\x1f\x7f]")
 
 
 class ApiError(Exception):
@@ -32,3 +79,153 @@ class ApiError(Exception):
         self.message = message
         self.extra: dict[str, Any] = dict(extra or {})
         self.headers: dict[str, str] = dict(headers or {})
+
+
+def service_of(path: str) -> Service:
+    """The Globus service that a request path belongs to."""
+    for space, service in _SPACES:
+        if path == space or path.startswith(space + "/"):
+            return service
+    return "transfer"
+
+
+def new_request_id() -> str:
+    """Nine letters and digits, as Globus writes them."""
+    return "".join(secrets.choice(_REQUEST_ID_LETTERS) for _ in range(9))
+
+
+def request_id_of(request: Request) -> str:
+    """The id of this request, as logs and answers show it."""
+    state = request.scope.setdefault("state", {})
+    return cast("str", state.setdefault("request_id", new_request_id()))
+
+
+def render(error: ApiError, path: str, request_id: str) -> JSONResponse:
+    """The answer for an error, in the shape of the service that ``path`` belongs to."""
+    service = service_of(path)
+    document = _SHAPES[service](error, _NEVER_SHOWN.sub("?", path), request_id)
+    return JSONResponse({**document, **error.extra}, status_code=error.status, headers=error.headers)
+
+
+def _transfer_shape(error: ApiError, path: str, request_id: str) -> dict[str, Any]:
+    return {"code": error.code, "message": error.message, "request_id": request_id, "resource": path}
+
+
+def _auth_shape(error: ApiError, path: str, request_id: str) -> dict[str, Any]:
+    detail = {
+        "status": str(error.status),
+        "id": str(uuid.uuid4()),
+        "code": error.code.upper(),
+        "detail": error.message,
+        "title": http.HTTPStatus(error.status).phrase,
+        "meta": {"request_id": request_id, "resource": path},
+    }
+    return {"error": error.code.lower(), "error_description": error.message, "errors": [detail]}
+
+
+def _groups_shape(error: ApiError, _path: str, _request_id: str) -> dict[str, Any]:
+    return {"code": _upper_word(error.code), "detail": error.message}
+
+
+def _search_shape(error: ApiError, _path: str, request_id: str) -> dict[str, Any]:
+    return {
+        "@datatype": "GError",
+        "@version": "2017-09-01",
+        "code": error.code,
+        "message": error.message,
+        "request_id": request_id,
+        "status": error.status,
+        "error_data": None,
+    }
+
+
+def _timers_shape(error: ApiError, _path: str, _request_id: str) -> dict[str, Any]:
+    return {"error": {"code": _upper_word(error.code), "detail": error.message, "status": error.status}}
+
+
+def _flows_shape(error: ApiError, _path: str, request_id: str) -> dict[str, Any]:
+    return {"error": {"code": _upper_word(error.code), "detail": error.message}, "debug_id": request_id}
+
+
+def _compute_shape(error: ApiError, _path: str, _request_id: str) -> dict[str, Any]:
+    return {
+        "status": "Failed",
+        "code": error.status,
+        "error_args": [],
+        "http_status_code": error.status,
+        "reason": error.message,
+    }
+
+
+_SHAPES: Mapping[Service, Callable[[ApiError, str, str], dict[str, Any]]] = {
+    "auth": _auth_shape,
+    "transfer": _transfer_shape,
+    "groups": _groups_shape,
+    "search": _search_shape,
+    "timers": _timers_shape,
+    "flows": _flows_shape,
+    "compute": _compute_shape,
+    "towpath": _transfer_shape,
+}
+
+
+def _upper_word(code: str) -> str:
+    """`NotFound` and `ClientError.NotFound` as NOT_FOUND."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", code.rpartition(".")[2]).upper()
+
+
+def _from_http(error: HTTPException, path: str, offered: frozenset[Service]) -> ApiError:
+    service = service_of(path)
+    if error.status_code == 404 and service not in offered:
+        # 501 and not 503: clients try the latter again and again.
+        return ApiError(501, "NotImplemented", f"This relay does not offer the {service.capitalize()} service.")
+    code = {400: "BadRequest", 404: "NotFound", 405: "MethodNotAllowed", 413: "RequestTooLarge"}.get(error.status_code)
+    message = {
+        404: "There is nothing under this path.",
+        405: "This path does not take this method.",
+    }.get(error.status_code, str(error.detail))
+    return ApiError(error.status_code, code or "Error", message, headers=error.headers)
+
+
+def _from_validation(error: RequestValidationError, service: Service) -> ApiError:
+    problems = []
+    for problem in error.errors()[:5]:
+        place = ".".join(str(part) for part in problem["loc"] if part not in ("body", "query", "path"))
+        problems.append(f"{place}: {problem['msg']}" if place else problem["msg"])
+    message = "The request is malformed: " + "; ".join(problems) + "."
+    if service in ("groups", "timers"):
+        # What went in is not repeated: it may hold secrets.
+        detail = [{"loc": problem["loc"], "msg": problem["msg"], "type": problem["type"]} for problem in error.errors()]
+        return ApiError(422, "UnprocessableEntity", message, extra={"detail": detail})
+    code = {"auth": "INVALID_REQUEST", "search": "BadRequest.ValidationError"}.get(service, "ClientError.BadRequest")
+    return ApiError(400, code, message)
+
+
+def install(app: FastAPI) -> None:
+    """Make the application, complete with its routes, answer every error in its service's shape."""
+    offered = frozenset(service_of(getattr(route, "path", "")) for route in app.routes)
+
+    async def on_api_error(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, ApiError)
+        return render(error, request.scope["path"], request_id_of(request))
+
+    async def on_http(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        path = request.scope["path"]
+        return render(_from_http(error, path, offered), path, request_id_of(request))
+
+    async def on_validation(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestValidationError)
+        path = request.scope["path"]
+        return render(_from_validation(error, service_of(path)), path, request_id_of(request))
+
+    async def on_store(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, StoreBusy | StoreBroken)
+        answer = ApiError(503, "ServiceUnavailable", error.sentence, headers={"Retry-After": "5"})
+        return render(answer, request.scope["path"], request_id_of(request))
+
+    app.add_exception_handler(ApiError, on_api_error)
+    app.add_exception_handler(HTTPException, on_http)
+    app.add_exception_handler(RequestValidationError, on_validation)
+    app.add_exception_handler(StoreBusy, on_store)
+    app.add_exception_handler(StoreBroken, on_store)

@@ -15,7 +15,7 @@ from relay.store.auth_tables import identities
 from relay.store.database import Store
 
 CLIENT_DOMAIN = "clients.auth.globus.org"
-# The provider of all client identities, as clients of Globus know it; fixed, so that it means the same on every relay.
+# The provider of all client identities; fixed, so that it means the same on every relay.
 CLIENT_PROVIDER_ID = str(uuid.uuid5(uuid.NAMESPACE_DNS, CLIENT_DOMAIN))
 
 IdentityKind = Literal["login", "client_identity"]
@@ -37,6 +37,11 @@ class Identity:
     organization: str | None
     provider_id: str
     created: float
+
+
+def provider_id_of(domain: str) -> str:
+    """The id of the provider that vouches for the usernames of a domain."""
+    return str(uuid.uuid5(uuid.NAMESPACE_DNS, domain.lower()))
 
 
 class UsernameTaken(ItemFailed):

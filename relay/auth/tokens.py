@@ -144,23 +144,21 @@ def _record(row: RowMapping) -> TokenRecord:
     return TokenRecord(scopes=scopes, **values)
 
 
-def revoke(connection: Connection, token: str, *, client_id: str) -> bool:
-    """End a token of this client at once; a refresh token takes the access tokens made from it along (RFC 7009, 2.1).
+def revoke(connection: Connection, token: str) -> bool:
+    """End a token at once; a refresh token takes the access tokens made from it along (RFC 7009, 2.1).
 
-    Returns whether there was such a token. Tokens of other clients are left alone.
+    Whoever holds a token may end it: a found token is then harmless, and clients that sign out without their secret
+    are served. Returns whether there was such a token.
     """
     if not 1 <= len(token) <= MAX_TOKEN:
         return False
-    mine = (tokens.c.digest == token_digest(token)) & (tokens.c.client_id == client_id)
-    row = connection.execute(select(tokens.c.kind, tokens.c.session_id, tokens.c.resource_server).where(mine)).first()
+    this = tokens.c.digest == token_digest(token)
+    row = connection.execute(select(tokens.c.kind, tokens.c.session_id, tokens.c.resource_server).where(this)).first()
     if row is None:
         return False
     if row.kind == "refresh":
-        connection.execute(
-            delete(tokens).where(tokens.c.session_id == row.session_id, tokens.c.resource_server == row.resource_server)
-        )
-    else:
-        connection.execute(delete(tokens).where(mine))
+        this = (tokens.c.session_id == row.session_id) & (tokens.c.resource_server == row.resource_server)
+    connection.execute(delete(tokens).where(this))
     return True
 
 

@@ -1,0 +1,38 @@
+"""The relay's one HTTP application: every service on one origin, as `relay.server` and the tests use it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from importlib import metadata
+
+from fastapi import APIRouter, FastAPI
+from starlette.middleware.cors import CORSMiddleware
+
+from relay.api import auth_identities, auth_login, auth_tokens, errors, relay_info
+from relay.api.frame import Frame
+from relay.services import Services
+
+
+def create_app(services: Services, routers: Iterable[APIRouter] = ()) -> FastAPI:
+    """The application over these services: Auth, the relay's own routes, and ``routers``."""
+    app = FastAPI(
+        title=services.settings.name,
+        version=metadata.version("towpath"),
+        description="Globus-compatible APIs of a Towpath relay.",
+        # The pages FastAPI would offer load scripts from elsewhere; the description itself is at /openapi.json.
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    app.state.services = services
+    for router in (auth_tokens.router, auth_identities.router, auth_login.router, relay_info.router, *routers):
+        app.include_router(router)
+    errors.install(app)
+    app.add_middleware(Frame, max_body=services.settings.limits.request_body, clock=services.clock)
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=services.settings.web.allowed_origins,
+        allow_methods=["GET", "POST", "PUT", "PATCH", "DELETE"],
+        allow_headers=["Authorization", "Content-Type", "X-Globus-Client-Info"],
+    )
+    return app

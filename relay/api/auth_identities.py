@@ -1,0 +1,173 @@
+"""The Auth API's routes about people: who the caller is, who others are, what was consented to."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterable
+from typing import Any
+
+from fastapi import APIRouter, Depends, Request
+from sqlalchemy import Connection
+
+from relay.api.auth_tokens import authenticated_client, identity_in_set
+from relay.api.errors import ApiError
+from relay.auth.bearer import Caller, auth_caller
+from relay.auth.identities import (
+    CLIENT_DOMAIN,
+    CLIENT_PROVIDER_ID,
+    Identity,
+    add_identity,
+    normal_username,
+    provider_id_of,
+    select_by_ids,
+    select_by_usernames,
+)
+from relay.auth.scopes import VIEW_IDENTITY_SET
+from relay.services import services_of
+
+router = APIRouter(prefix="/v2", tags=["Auth"])
+
+MAX_LOOKUPS = 500
+
+
+@router.get("/oauth2/userinfo")
+async def userinfo(request: Request, caller: Caller = Depends(auth_caller)) -> dict[str, Any]:  # noqa: B008
+    """The caller's own identity (OpenID Connect Core 1.0, 5.3); how much is told depends on the token's scopes."""
+    if "openid" not in caller.scopes:
+        raise ApiError(403, "FORBIDDEN", "The token does not carry the scope openid.")
+    known = await services_of(request).store.read(lambda connection: select_by_ids(connection, [caller.identity_id]))
+    identity = known[caller.identity_id]
+    document: dict[str, Any] = {"sub": identity.id, "last_authentication": int(caller.authenticated)}
+    if "profile" in caller.scopes:
+        document |= {
+            "preferred_username": identity.username,
+            "name": identity.name,
+            "organization": identity.organization,
+            "identity_provider": identity.provider_id,
+            "identity_provider_display_name": identity.username.rpartition("@")[2],
+        }
+    if "email" in caller.scopes:
+        document["email"] = identity.email
+    if VIEW_IDENTITY_SET in caller.scopes:
+        document["identity_set"] = [identity_in_set(identity, caller.authenticated)]
+    return document
+
+
+async def _known_caller(request: Request) -> str:
+    """The id of the identity that asks: by bearer token, or a client by its secret, as confidential clients may."""
+    if request.headers.get("authorization", "").lower().startswith("basic "):
+        return (await authenticated_client(request, {})).id
+    return (await auth_caller(request)).identity_id
+
+
+@router.get("/api/identities", dependencies=[Depends(_known_caller)])
+async def find_identities(
+    request: Request,
+    ids: str | None = None,
+    usernames: str | None = None,
+    provision: str = "false",
+    include: str = "",
+) -> dict[str, Any]:
+    """Identities by ``ids`` or by ``usernames``, comma-separated lists; unknown ones are left out.
+
+    With ``provision=true``, usernames of this relay's own domain that nobody has yet are given an identity, so that
+    rules can name people before they come.
+    """
+    if (ids is None) == (usernames is None):
+        raise ApiError(400, "INVALID_REQUEST", "Give either ids or usernames, one of the two.")
+    if provision.lower() not in ("true", "false"):
+        raise ApiError(400, "INVALID_REQUEST", "provision must be true or false.")
+    services = services_of(request)
+    if ids is not None:
+        wanted = [_normal_id(part) for part in _split(ids)]
+        found = await services.store.read(lambda connection: select_by_ids(connection, wanted))
+    else:
+        names = [_checked_username(part) for part in _split(usernames or "")]
+        found = await services.store.read(lambda connection: select_by_usernames(connection, names))
+        missing = [name for name in names if name not in found]
+        domain, now = services.settings.user_domain, services.clock()
+        if provision.lower() == "true" and any(name.endswith("@" + domain) for name in missing):
+            found = await services.store.write(lambda connection: _provision(connection, names, domain, now))
+    document: dict[str, Any] = {"identities": [_identity_document(identity) for identity in found.values()]}
+    if "identity_provider" in include.split(","):
+        providers = {identity.provider_id: identity.username.rpartition("@")[2] for identity in found.values()}
+        document["included"] = {
+            "identity_providers": [_provider_document(key, domain) for key, domain in providers.items()]
+        }
+    return document
+
+
+@router.get("/api/identity_providers", dependencies=[Depends(_known_caller)])
+async def find_providers(request: Request, ids: str | None = None, domains: str | None = None) -> dict[str, Any]:
+    """The identity providers of this relay with these ``ids`` or ``domains``."""
+    if (ids is None) == (domains is None):
+        raise ApiError(400, "INVALID_REQUEST", "Give either ids or domains, one of the two.")
+    own = services_of(request).settings.user_domain
+    known = {provider_id_of(own): own, CLIENT_PROVIDER_ID: CLIENT_DOMAIN}
+    asked_ids, asked_domains = set(_split(ids or "")), {part.lower() for part in _split(domains or "")}
+    chosen = [
+        _provider_document(key, domain) for key, domain in known.items() if key in asked_ids or domain in asked_domains
+    ]
+    return {"identity_providers": chosen}
+
+
+@router.get("/api/identities/{identity_id}/consents")
+async def consents(identity_id: str, caller: Caller = Depends(auth_caller)) -> dict[str, Any]:  # noqa: B008
+    """What the caller has consented to. A client acts for itself and asks nobody, so its list is empty."""
+    if identity_id != caller.identity_id:
+        raise ApiError(403, "FORBIDDEN", "Consents are shown only to the identity that gave them.")
+    return {"consents": []}
+
+
+def _provision(connection: Connection, names: Iterable[str], domain: str, now: float) -> dict[str, Identity]:
+    found = select_by_usernames(connection, names)
+    for name in names:
+        if name not in found and name.endswith("@" + domain):
+            found[name] = add_identity(
+                connection, username=name, now=now, provider_id=provider_id_of(domain), status="unused"
+            )
+    return found
+
+
+def _split(text: str) -> list[str]:
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if len(parts) > MAX_LOOKUPS:
+        raise ApiError(400, "INVALID_REQUEST", f"At most {MAX_LOOKUPS} may be asked for at once.")
+    return parts
+
+
+def _normal_id(text: str) -> str:
+    try:
+        return str(uuid.UUID(text))
+    except ValueError as error:
+        raise ApiError(400, "INVALID_REQUEST", f"{text[:100]!r} is no identity id.") from error
+
+
+def _checked_username(text: str) -> str:
+    try:
+        return normal_username(text)
+    except ValueError as error:
+        raise ApiError(400, "INVALID_REQUEST", str(error)) from error
+
+
+def _identity_document(identity: Identity) -> dict[str, Any]:
+    return {
+        "id": identity.id,
+        "username": identity.username,
+        "name": identity.name,
+        "email": identity.email,
+        "organization": identity.organization,
+        "status": identity.status,
+        "identity_type": identity.kind,
+        "identity_provider": identity.provider_id,
+    }
+
+
+def _provider_document(provider_id: str, domain: str) -> dict[str, Any]:
+    return {
+        "id": provider_id,
+        "name": domain,
+        "short_name": domain.partition(".")[0],
+        "domains": [domain],
+        "alternative_names": [],
+    }

@@ -1,0 +1,61 @@
+"""How often somebody may give a wrong secret before they have to wait."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+# Memory stays bounded however many names an attacker makes up; the oldest are forgotten first.
+_MAX_SUBJECTS = 20_000
+
+
+@dataclass(frozen=True)
+class GuessStatistics:
+    """``subjects`` are the addresses and clients with recent failures, ``failures`` counts all since the start."""
+
+    subjects: int
+    failures: int
+
+
+class GuessLimit:
+    """Counts failures for each subject (an address, a client at an address) in a sliding window of seconds.
+
+    A subject with ``failures`` of them in the window is refused until the oldest has left it. Pure bookkeeping: the
+    caller passes the time.
+    """
+
+    def __init__(self, failures: int, window: float) -> None:
+        self._allowed = failures
+        self._window = window
+        self._recent: OrderedDict[str, deque[float]] = OrderedDict()
+        self._total = 0
+
+    def retry_after(self, subjects: Iterable[str], now: float) -> float:
+        """Seconds until a further try of these subjects is looked at; 0 when it may be made now."""
+        return max((self._wait(subject, now) for subject in subjects), default=0.0)
+
+    def failed(self, subjects: Iterable[str], now: float) -> None:
+        """A try of these subjects was wrong."""
+        self._total += 1
+        for subject in subjects:
+            times = self._recent.setdefault(subject, deque(maxlen=self._allowed))
+            times.append(now)
+            self._recent.move_to_end(subject)
+        while len(self._recent) > _MAX_SUBJECTS:
+            self._recent.popitem(last=False)
+
+    def statistics(self) -> GuessStatistics:
+        """How much guessing goes on."""
+        return GuessStatistics(len(self._recent), self._total)
+
+    def _wait(self, subject: str, now: float) -> float:
+        times = self._recent.get(subject)
+        if times is None:
+            return 0.0
+        while times and times[0] <= now - self._window:
+            times.popleft()
+        if not times:
+            del self._recent[subject]
+            return 0.0
+        return times[0] + self._window - now if len(times) >= self._allowed else 0.0

@@ -1,0 +1,75 @@
+"""HTTP for one connection after another: Hypercorn's protocol engine on TLS streams that are handed over to it."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import trio
+from hypercorn.app_wrappers import ASGIWrapper
+from hypercorn.config import Config
+from hypercorn.trio.tcp_server import TCPServer
+from hypercorn.trio.worker_context import WorkerContext
+from hypercorn.typing import ASGIFramework
+
+logger = logging.getLogger("relay.web")
+
+# A connection that says nothing for so long is closed, even in the middle of a request.
+_READ_TIMEOUT = 300
+_KEEP_ALIVE = 75
+
+
+@dataclass(frozen=True)
+class WebStatistics:
+    """Connections open now, taken in all, and turned away because there were too many."""
+
+    open: int
+    taken: int
+    refused: int
+
+
+class WebServer:
+    """Serves an ASGI application on streams. ``max_connections`` bounds how many at a time."""
+
+    def __init__(self, app: ASGIFramework, *, max_connections: int) -> None:
+        self._app = ASGIWrapper(app)
+        self._max = max_connections
+        self._context = WorkerContext(None)
+        self._stopping = False
+        self._idle = trio.Event()
+        self._open = 0
+        self._taken = 0
+        self._refused = 0
+        self._config = Config()
+        self._config.include_server_header = False
+        self._config.keep_alive_timeout = _KEEP_ALIVE
+        self._config.read_timeout = _READ_TIMEOUT
+        self._config.h2_max_concurrent_streams = 100
+        self._config.errorlog = logger
+
+    async def serve(self, stream: trio.SSLStream[trio.SocketStream]) -> None:
+        """Answer requests on the stream until its end, and close it. Cancellation closes it at once."""
+        if self._stopping or self._open >= self._max:
+            self._refused += 1
+            await trio.aclose_forcefully(stream)
+            return
+        self._open += 1
+        self._taken += 1
+        try:
+            await TCPServer(self._app, self._config, self._context, {}, stream).run()
+        finally:
+            self._open -= 1
+            if self._stopping and not self._open:
+                self._idle.set()
+
+    async def stop(self, grace: float) -> None:
+        """Close idle connections, let requests under way finish for up to ``grace`` seconds; take no new ones."""
+        self._stopping = True
+        await self._context.terminated.set()
+        with trio.move_on_after(grace):
+            if self._open:
+                await self._idle.wait()
+
+    def statistics(self) -> WebStatistics:
+        """How busy the server is."""
+        return WebStatistics(self._open, self._taken, self._refused)
