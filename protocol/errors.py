@@ -32,6 +32,8 @@ class TowpathError(Exception):
         self.who = who
         # The escaped path or the id the error is about, where there is one.
         self.subject = subject
+        # The HTTP status it came with, for an error that the other side of the link answered.
+        self.status: int | None = None
 
     def to_document(self) -> dict[str, Any]:
         """The error as it travels: a plain mapping of short strings."""

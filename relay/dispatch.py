@@ -1,0 +1,197 @@
+"""One port for everything: looks at the first bytes of a connection without taking them, then hands it over.
+
+The TLS greeting says what a connection is for (ALPN) and for whom (SNI). It is read with MSG_PEEK, so that the bytes
+are still there for the TLS handshake, or, later, for the machine the connection is passed on to.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import socket
+import ssl
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+import trio
+
+from protocol.client_hello import MAX_CLIENT_HELLO, ClientHello, NotTLS, parse_client_hello_untrusted
+from protocol.errors import ProtocolError
+from protocol.link import ALPN as LINK_ALPN
+
+_logger = logging.getLogger("towpath.dispatch")
+
+Handler = Callable[["trio.SSLStream[trio.SocketStream]"], Awaitable[None]]
+
+# Ours first: the server's order decides (RFC 7301), and no browser offers it.
+ALPN_PROTOCOLS = (LINK_ALPN, "h2", "http/1.1")
+PEEK_TIMEOUT = 10.0
+HANDSHAKE_TIMEOUT = 15.0
+# Connections that have not finished their handshake; more are closed at once.
+MAX_PENDING = 2000
+_PAUSE_FIRST, _PAUSE_MOST = 0.005, 0.25
+
+_PLAIN_BODY = b"This port speaks HTTPS only. Use an address that begins with https://.\n"
+_PLAIN_ANSWER = (
+    b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain; charset=utf-8\r\nConnection: close\r\n"
+    b"Content-Length: " + str(len(_PLAIN_BODY)).encode() + b"\r\n\r\n" + _PLAIN_BODY
+)
+
+
+class GreetingTimeout(ProtocolError):
+    """The greeting was not complete in time, or will never be."""
+
+    default_code = "TIMEOUT"
+
+
+@dataclass(frozen=True, slots=True)
+class DispatchStatistics:
+    """Connections since the start by what became of them; ``pending`` are in their greeting or handshake now."""
+
+    web: int
+    link: int
+    plain: int
+    refused: int
+    failed: int
+    pending: int
+
+
+class Dispatcher:
+    """Chooses who gets a connection. ``tls_context`` is prepared here; its certificate may be renewed at any time."""
+
+    def __init__(
+        self, *, web: Handler, link: Handler, tls_context: ssl.SSLContext, max_pending: int = MAX_PENDING
+    ) -> None:
+        tls_context.set_alpn_protocols(list(ALPN_PROTOCOLS))
+        self._context = tls_context
+        self._web_handler = web
+        self._link_handler = link
+        self._max_pending = max_pending
+        self._pending = 0
+        self._web = self._link = self._plain = self._refused = self._failed = 0
+
+    def statistics(self) -> DispatchStatistics:
+        """Counts since the start."""
+        return DispatchStatistics(self._web, self._link, self._plain, self._refused, self._failed, self._pending)
+
+    async def handle(self, stream: trio.SocketStream) -> None:
+        """Greet one connection and run its handler; closes it. Raises nothing for what a caller or a handler does."""
+        try:
+            async with stream:
+                if self._pending >= self._max_pending:
+                    self._refused += 1
+                    return
+                self._pending += 1
+                try:
+                    secured, handler = await self._secure(stream)
+                finally:
+                    self._pending -= 1
+                await self._run(handler, secured)
+        except NotTLS:
+            self._plain += 1
+        except (ProtocolError, trio.BrokenResourceError, trio.ClosedResourceError, OSError) as error:
+            self._failed += 1
+            _logger.debug("A connection came to nothing: %s", error)
+
+    async def _secure(self, stream: trio.SocketStream) -> tuple[trio.SSLStream[trio.SocketStream], Handler]:
+        try:
+            hello = await peek_client_hello(stream.socket)
+        except NotTLS:
+            await _answer_plain(stream)
+            raise
+        is_link = LINK_ALPN in hello.alpn
+        # Browsers and other HTTP clients often end without TLS's goodbye.
+        secured = trio.SSLStream(stream, self._context, server_side=True, https_compatible=True)
+        with trio.move_on_after(HANDSHAKE_TIMEOUT) as scope:
+            await secured.do_handshake()
+        if scope.cancelled_caught:
+            raise GreetingTimeout("The TLS handshake took too long.")
+        if is_link != (secured.selected_alpn_protocol() == LINK_ALPN):
+            raise ProtocolError("The handshake chose another protocol than the greeting announced.")
+        if is_link:
+            self._link += 1
+            return secured, self._link_handler
+        self._web += 1
+        return secured, self._web_handler
+
+    async def _run(self, handler: Handler, secured: trio.SSLStream[trio.SocketStream]) -> None:
+        try:
+            await handler(secured)
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            _logger.debug("A connection broke.")
+        except Exception:
+            # One connection's fault must not end the port that all others use.
+            _logger.exception("A connection ended with an error of the relay.")
+
+
+async def serve_port(
+    listeners: Sequence[trio.SocketListener], *, web: Handler, link: Handler, tls_context: ssl.SSLContext
+) -> None:
+    """Serve ``listeners`` until cancelled. Handlers get a stream whose handshake is done; it is closed for them."""
+    dispatcher = Dispatcher(web=web, link=link, tls_context=tls_context)
+    await trio.serve_listeners(dispatcher.handle, list(listeners))
+
+
+async def peek_client_hello(
+    sock: trio.socket.SocketType,
+    *,
+    timeout: float = PEEK_TIMEOUT,  # noqa: ASYNC109 - a bound of its own, not the caller's
+) -> ClientHello:
+    """The greeting at the start of a connection, left in place.
+
+    Raises `NotTLS`, `GreetingTimeout` after ``timeout`` seconds or when the peer closes, `ProtocolError` when it is
+    malformed or longer than `MAX_CLIENT_HELLO`, OSError when the connection broke.
+    """
+    with trio.move_on_after(timeout):
+        return await _peek(sock)
+    raise GreetingTimeout("The TLS greeting was not complete in time.")
+
+
+async def _peek(sock: trio.socket.SocketType) -> ClientHello:
+    # MSG_PEEK returns what is there and does not wait for more. On Linux the low-water mark makes the socket readable
+    # only once there is more; where the mark has no effect, and after the peer closed, growing pauses keep this from
+    # spinning until the caller's time is up.
+    seen, pause = 0, _PAUSE_FIRST
+    try:
+        while True:
+            data = await sock.recv(MAX_CLIENT_HELLO, socket.MSG_PEEK)
+            if not data:
+                raise GreetingTimeout("The connection was closed before its TLS greeting.")
+            hello = parse_client_hello_untrusted(data)
+            if hello is not None:
+                return hello
+            if len(data) >= MAX_CLIENT_HELLO:
+                raise ProtocolError("The TLS greeting of the peer is too long.")
+            if len(data) == seen:
+                await trio.sleep(pause)
+                pause = min(2 * pause, _PAUSE_MOST)
+            else:
+                seen, pause = len(data), _PAUSE_FIRST
+                _set_low_water(sock, seen + 1)
+            await trio.lowlevel.wait_readable(sock)
+    finally:
+        if seen:
+            _set_low_water(sock, 1)
+
+
+def _set_low_water(sock: trio.socket.SocketType, size: int) -> None:
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, size)
+    except OSError as error:
+        if error.errno not in (errno.ENOPROTOOPT, errno.EINVAL):
+            raise
+
+
+async def _answer_plain(stream: trio.SocketStream) -> None:
+    """Tell somebody who came without TLS, in the one language such callers usually understand."""
+    with trio.move_on_after(2.0):
+        try:
+            # Unread bytes would make the kernel reset the connection and lose the answer.
+            await stream.receive_some(MAX_CLIENT_HELLO)
+            await stream.send_all(_PLAIN_ANSWER)
+            await stream.send_eof()
+            for _ in range(16):
+                if not await stream.receive_some(MAX_CLIENT_HELLO):
+                    return
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            return

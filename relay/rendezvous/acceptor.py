@@ -1,0 +1,108 @@
+"""Takes a TLS connection that an agent opened, finds out who is calling, and registers the link while it lasts."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+import trio
+
+from protocol.control import AgentHello, encode
+from protocol.errors import ProtocolError, TowpathError
+from protocol.link import (
+    HELLO_PATH,
+    MAX_HELLO,
+    make_relay_hello,
+    new_nonce,
+    read_agent_hello_untrusted,
+    verify_agent_hello_untrusted,
+)
+from protocol.reverse_http import Client, Limits, connect
+from protocol.ticket import TicketSigner
+from relay.rendezvous.registry import Registry
+
+_logger = logging.getLogger("towpath.rendezvous")
+
+HELLO_TIMEOUT = 20.0
+# An agent that was refused comes back no sooner than this, in seconds.
+REFUSED_RETRY = 60.0
+# Agents ping too, and every sign of life counts: a relay that waits a little longer hardly ever has to ping itself.
+RELAY_LIMITS = Limits(ping_interval=20.0)
+
+
+class NodeDirectory(Protocol):
+    """Where the certificates of enrolled nodes are kept."""
+
+    async def certificate_of(self, node_id: str) -> str | None:
+        """The node's certificate as enrolled (PEM); None when there is no such node, or no longer."""
+
+
+class LinkRefused(ProtocolError):
+    """The caller could not show that it is an agent of this relay."""
+
+    default_code = "LINK_REFUSED"
+
+
+async def accept_link(
+    stream: trio.abc.Stream,
+    *,
+    registry: Registry,
+    nodes: NodeDirectory,
+    signer: TicketSigner,
+    channel: str,
+    relay_id: str,
+    version: str = "",
+    limits: Limits = RELAY_LIMITS,
+    clock: Callable[[], float] = time.time,
+) -> None:
+    """Greet, verify, and hold the link in ``registry`` until it ends, then close ``stream``.
+
+    ``channel`` is the hex SHA-256 of the relay's TLS certificate (DER), ``clock`` gives Unix seconds. Raises
+    nothing for what the caller does: a refusal is logged and told to it.
+    """
+    async with connect(stream, limits=limits) as client:
+        try:
+            hello = await _greet(client, nodes, signer, channel, relay_id, version, clock)
+        except TowpathError as error:
+            _logger.warning("A link was refused: %s", error.sentence)
+            client.close(error.sentence, retry_after=REFUSED_RETRY)
+            return
+        with registry.registered(hello.node_id, hello, client):
+            _logger.info("Agent %s is linked.", hello.node_id)
+            await client.closed.wait()
+        reason = client.ending.sentence if client.ending is not None else ""
+        _logger.info("The link of agent %s ended: %s", hello.node_id, reason)
+
+
+async def _greet(
+    client: Client,
+    nodes: NodeDirectory,
+    signer: TicketSigner,
+    channel: str,
+    relay_id: str,
+    version: str,
+    clock: Callable[[], float],
+) -> AgentHello:
+    nonce = new_nonce()
+    greeting = make_relay_hello(signer, channel=channel, nonce=nonce, now=clock(), version=version)
+    answer = await client.request(
+        "POST",
+        HELLO_PATH,
+        headers=[(b"content-type", b"application/json")],
+        body=encode(greeting),
+        timeout=HELLO_TIMEOUT,
+        max_body=MAX_HELLO,
+    )
+    if answer.status != 200:
+        raise LinkRefused(f"The agent did not accept this relay's proof (status {answer.status}).")
+    hello = read_agent_hello_untrusted(answer.body)
+    certificate = await nodes.certificate_of(hello.node_id)
+    if certificate is None:
+        raise LinkRefused(
+            "This relay does not know the agent; it may have been removed. Set it up anew with a new setup key.",
+            who="you",
+        )
+    verify_agent_hello_untrusted(hello, certificate=certificate, nonce=nonce, channel=channel, relay_id=relay_id)
+    return hello
