@@ -185,7 +185,7 @@ class Directory(ABC):
     @abstractmethod
     def open_temporary(self, name: bytes) -> int:
         """Open an existing temporary for reading and writing: regular, ours, no second hard link, else
-        `NotRegularFile`."""
+        `NotRegularFile`. One that has its final, unwritable mode already is opened for reading and syncing only."""
 
     @abstractmethod
     def rename(self, old: bytes, new: bytes, target: Directory | None = None, *, replace_symlink: bool = True) -> None:

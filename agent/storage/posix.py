@@ -207,6 +207,8 @@ class PosixDirectory(Directory):
     def open_temporary(self, name: bytes) -> int:
         try:
             fd = os.open(component(name), handles.REOPEN, dir_fd=self._fd)
+        except PermissionError:
+            fd = os.open(name, handles.READ, dir_fd=self._fd)
         except OSError as error:
             raise handles.opening(error) from error
         status = handles.regular(fd)
