@@ -1,0 +1,223 @@
+"""What the daemon and a transfer worker say to each other, over a private socket pair that also carries sockets.
+
+The daemon dials and listens; a worker gets raw connected sockets, before any handshake, as file descriptors attached
+to a message. Messages are msgpack maps behind a four-byte length. Both ends are our own processes of one version, so
+nothing here is hostile, but lengths are bounded all the same.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import socket
+from collections import deque
+from typing import Any, Union
+
+import msgspec
+import trio
+
+from protocol.control import TaskObserved, TaskOrder
+
+MAX_CHANNEL_MESSAGE = 128 * 1024 * 1024
+_CHUNK = 256 * 1024
+_MAX_DESCRIPTORS = 16
+
+
+class Message(msgspec.Struct, tag_field="t", frozen=True, kw_only=True):
+    """Base of all channel messages. ``descriptors`` says how many sockets come with it."""
+
+    descriptors: int = 0
+
+
+class WorkerCollection(msgspec.Struct, frozen=True, kw_only=True):
+    """A collection as a worker needs it."""
+
+    id: str
+    root: str
+    read_only: bool
+    home: str = "/"
+
+
+class Common(msgspec.Struct, frozen=True, kw_only=True):
+    """What every worker is told at its start."""
+
+    node_id: str
+    node_key: bytes
+    relay_id: str
+    relay_root: str
+    collections: list[WorkerCollection]
+    version: str = ""
+
+
+# --- daemon to worker --------------------------------------------------------------------------------------
+
+
+class RunTask(Message, tag="run", frozen=True, kw_only=True):
+    """Be the destination of a transfer, or the one endpoint of a delete."""
+
+    common: Common
+    order: TaskOrder
+    state_dir: str
+    lanes: int = 1
+
+
+class ServeSession(Message, tag="serve", frozen=True, kw_only=True):
+    """Be the source of one session."""
+
+    common: Common
+    session_id: str
+    task_id: str
+    peer_certificate: str
+    ticket: str
+
+
+class Incoming(Message, tag="incoming", frozen=True, kw_only=True):
+    """A peer connected (source). ``kind`` is ``control`` or ``lane``; one socket is attached."""
+
+    kind: str
+
+
+class Connected(Message, tag="connected", frozen=True, kw_only=True):
+    """Answer to `Connect`: one socket is attached, ``certificate`` is what its peer must present."""
+
+    request: int
+    certificate: str
+
+
+class ConnectFailed(Message, tag="unconnected", frozen=True, kw_only=True):
+    """Answer to `Connect`: no path now; ``error`` is an error document."""
+
+    request: int
+    error: dict[str, Any]
+
+
+class Desire(Message, tag="desire", frozen=True, kw_only=True):
+    """The relay or the owner changed what should happen: ``run``, ``pause`` or ``cancel``, perhaps a new ticket."""
+
+    desired: str
+    ticket: str = ""
+    deadline: str | None = None
+
+
+class EventStored(Message, tag="stored", frozen=True, kw_only=True):
+    """The daemon has this event and all before it on disk."""
+
+    seq: int
+
+
+# --- worker to daemon --------------------------------------------------------------------------------------
+
+
+class Connect(Message, tag="connect", frozen=True, kw_only=True):
+    """Dial the source. ``kind`` is ``control`` or ``lane``."""
+
+    request: int
+    kind: str
+
+
+class Event(Message, tag="event", frozen=True, kw_only=True):
+    """Something a person may want to know. ``seq`` counts the events of one task from 1."""
+
+    seq: int
+    time: str
+    code: str
+    description: str
+    details: str = ""
+    is_error: bool = False
+
+
+class Progress(Message, tag="progress", frozen=True, kw_only=True):
+    """Where the task is now."""
+
+    observed: TaskObserved
+
+
+class Finished(Message, tag="finished", frozen=True, kw_only=True):
+    """The task is in a final state, and this is on disk."""
+
+    observed: TaskObserved
+
+
+class Checkpointed(Message, tag="checkpointed", frozen=True, kw_only=True):
+    """Paused: everything that arrived is settled; the worker ends now."""
+
+    observed: TaskObserved
+
+
+ToWorker = Union[RunTask, ServeSession, Incoming, Connected, ConnectFailed, Desire, EventStored]
+ToDaemon = Union[Connect, Event, Progress, Finished, Checkpointed]
+
+_encoder = msgspec.msgpack.Encoder()
+
+
+class ChannelClosed(Exception):
+    """The other process is gone."""
+
+
+class Channel:
+    """One end of the socket pair. `send` may be called by several tasks, `receive` by one."""
+
+    def __init__(self, sock: socket.socket, receives: Any) -> None:
+        sock.setblocking(False)
+        self._socket = trio.socket.from_stdlib_socket(sock)
+        self._decoder = msgspec.msgpack.Decoder(receives)
+        self._buffer = bytearray()
+        self._descriptors: deque[int] = deque()
+        self._sending = trio.Lock()
+
+    async def send(self, message: Message, descriptors: tuple[int, ...] = ()) -> None:
+        """Send one message; descriptors are duplicated to the other process and stay open here.
+
+        Raises `ChannelClosed`. A cancelled send closes the channel: half a message is no message.
+        """
+        body = _encoder.encode(message)
+        data = memoryview(len(body).to_bytes(4, "big") + body)
+        async with self._sending:
+            try:
+                with trio.CancelScope(shield=True) as scope:
+                    scope.deadline = trio.current_time() + 60
+                    if descriptors:
+                        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors).tobytes())]
+                        data = data[await self._socket.sendmsg([data], ancillary) :]
+                    while data:
+                        data = data[await self._socket.send(data) :]
+            except OSError as error:
+                raise ChannelClosed from error
+            if scope.cancelled_caught:
+                raise ChannelClosed
+
+    async def receive(self) -> tuple[Any, list[int]]:
+        """The next message and its descriptors, which the caller now owns. Raises `ChannelClosed` at the end."""
+        while True:
+            if len(self._buffer) >= 4:
+                length = int.from_bytes(self._buffer[:4], "big")
+                if length > MAX_CHANNEL_MESSAGE:
+                    raise ChannelClosed
+                if len(self._buffer) >= 4 + length:
+                    message = self._decoder.decode(self._buffer[4 : 4 + length])
+                    del self._buffer[: 4 + length]
+                    return message, [self._descriptors.popleft() for _ in range(message.descriptors)]
+            await self._fill()
+
+    async def _fill(self) -> None:
+        space = socket.CMSG_SPACE(_MAX_DESCRIPTORS * array.array("i").itemsize)
+        try:
+            data, ancillary, _, _ = await self._socket.recvmsg(_CHUNK, space)
+        except OSError as error:
+            raise ChannelClosed from error
+        for level, kind, payload in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                numbers = array.array("i")
+                numbers.frombytes(payload[: len(payload) - len(payload) % numbers.itemsize])
+                self._descriptors.extend(numbers)
+        if not data:
+            raise ChannelClosed
+        self._buffer += data
+
+    def close(self) -> None:
+        """Close this end and every descriptor that nobody took. Safe to call twice."""
+        self._socket.close()
+        while self._descriptors:
+            descriptor = self._descriptors.popleft()
+            with contextlib.suppress(OSError):
+                socket.close(descriptor)

@@ -1,0 +1,51 @@
+"""Digests of whole files in the algorithms users name, as fixed-width lower-case hex."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import xxhash
+from blake3 import blake3
+
+from agent.storage.base import Root
+from protocol.errors import ItemFailed
+
+_CHUNK = 1024 * 1024
+_HEX_DIGITS = {"MD5": 32, "SHA1": 40, "SHA256": 64, "SHA512": 128, "XXH3-128": 32, "BLAKE3": 64}
+ALGORITHMS = tuple(_HEX_DIGITS)
+
+
+def normalised_algorithm(name: str) -> str:
+    """The one spelling used inside. Raises `ItemFailed` for an algorithm we do not have."""
+    plain = name.upper().replace("_", "-").replace("SHA-", "SHA")
+    if plain == "XXH128":
+        plain = "XXH3-128"
+    if plain not in _HEX_DIGITS:
+        raise ItemFailed(
+            f"The checksum algorithm {name!r} is not known here; use one of {', '.join(ALGORITHMS)}.",
+            code="BAD_ALGORITHM",
+            who="you",
+        )
+    return plain
+
+
+def new_digest(algorithm: str) -> Any:
+    """A hash object. Raises `ItemFailed` for an algorithm we do not have."""
+    name = normalised_algorithm(algorithm)
+    if name == "BLAKE3":
+        return blake3()
+    if name == "XXH3-128":
+        return xxhash.xxh3_128()
+    return hashlib.new(name.lower(), usedforsecurity=False)
+
+
+def file_digest(root: Root, descriptor: int, algorithm: str) -> str:
+    """Read an open file from its beginning and digest it. Raises OSError, `ItemFailed`."""
+    digest = new_digest(algorithm)
+    buffer = memoryview(bytearray(_CHUNK))
+    offset = 0
+    while count := root.preadv(descriptor, [buffer], offset):
+        digest.update(buffer[:count])
+        offset += count
+    return str(digest.hexdigest()).rjust(_HEX_DIGITS[normalised_algorithm(algorithm)], "0")

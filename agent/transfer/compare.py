@@ -1,0 +1,88 @@
+"""What to do about one source entry, given what lies at the destination. Pure decisions, no I/O."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from agent.storage.base import Node
+from protocol.control import TaskOptions
+from protocol.session import DIRECTORY, FILE, SYMLINK, Row
+
+Decision = Literal["copy", "skip", "compare digests", "link", "directory", "ignore", "conflict", "unsupported"]
+
+# Sync levels of the Globus transfer document; they are cumulative here: each also copies when a lower one would.
+EXISTS, SIZE, MTIME, CHECKSUM = 0, 1, 2, 3
+
+
+def decide(row: Row, existing: Node | None, options: TaskOptions) -> Decision:
+    """What to do about a source row. A link at the destination counts as something that may be replaced.
+
+    ``conflict`` means that a directory stands where a file should be, or the other way round.
+    """
+    if row.kind == DIRECTORY:
+        return "directory" if existing is None or existing.kind in ("dir", "symlink") else "conflict"
+    if row.kind == SYMLINK:
+        if options.recursive_symlinks != "keep":
+            return "ignore"
+        return "conflict" if existing is not None and existing.kind == "dir" else "link"
+    if row.kind != FILE:
+        return "unsupported"
+    if existing is None:
+        return "copy"
+    if existing.kind == "dir":
+        return "conflict"
+    if existing.kind != "file" or options.sync_level is None:
+        return "copy"
+    return _by_sync_level(row, existing, options.sync_level)
+
+
+def _by_sync_level(row: Row, existing: Node, level: int) -> Decision:
+    if level == EXISTS:
+        return "skip"
+    if row.size != existing.size:
+        return "copy"
+    if level == SIZE:
+        return "skip"
+    if level == MTIME:
+        # Whole seconds: file systems keep times with different precision.
+        return "copy" if row.mtime_ns // 10**9 > existing.mtime_ns // 10**9 else "skip"
+    return "compare digests"
+
+
+# Blocks of a large file: big enough to cost little, small enough that one lost block costs little.
+SMALL_FILE = 1024 * 1024
+_MIB = 1024 * 1024
+
+
+def block_size(size: int) -> int:
+    """How a large file is cut: 1 MiB blocks, larger for very large files so that their number stays bounded."""
+    block = _MIB
+    while block < 16 * _MIB and size // block > 64 * 1024:
+        block *= 2
+    return block
+
+
+def block_count(size: int, block: int) -> int:
+    return -(-size // block)
+
+
+def missing_ranges(done: bytes | bytearray, size: int, block: int, longest: int) -> list[tuple[int, int]]:
+    """Offset and length of what is still to be fetched, cut at ``longest`` bytes (a multiple of ``block``).
+
+    ``done`` is a bitmap, lowest bit first.
+    """
+    ranges: list[tuple[int, int]] = []
+    start: int | None = None
+    count = block_count(size, block)
+    for index in range(count + 1):
+        have = index == count or bool(done[index >> 3] >> (index & 7) & 1)
+        if not have and start is None:
+            start = index
+        elif have and start is not None:
+            offset, end = start * block, min(index * block, size)
+            while offset < end:
+                length = min(longest, end - offset)
+                ranges.append((offset, length))
+                offset += length
+            start = None
+    return ranges

@@ -1,0 +1,255 @@
+"""Planning the items a task was submitted with: which are files, which are folders, and where each goes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import trio
+
+from agent.storage.base import Node
+from agent.storage.faults import fault
+from agent.transfer.checksum import normalised_algorithm
+from agent.transfer.compare import Decision, decide
+from agent.transfer.jobs import FileJob, Group, GroupListed, LinkWanted
+from agent.transfer.plan import refusal, sweep_temporaries
+from protocol.control import TaskItem
+from protocol.errors import (
+    ItemFailed,
+    NeedsPerson,
+    ProtocolError,
+    RetryLater,
+    TowpathError,
+    error_from_document_untrusted,
+)
+from protocol.names import CollectionPath, parse_path_untrusted
+from protocol.session import DIRECTORY, FILE, SYMLINK, Row, StatResult, join_path
+
+if TYPE_CHECKING:
+    from agent.transfer.source_session import SourceSession
+    from agent.transfer.transfer_run import TransferRun
+
+ITEMS_AT_ONCE = 250
+_UNKNOWN = Row(b"", -1, 0, 0, 0, 0, 0, 0)
+
+
+class ItemPlanner:
+    """Resolves the items of a task. Items that an earlier run finished are left alone."""
+
+    def __init__(self, run: TransferRun) -> None:
+        self._run = run
+        self._items = run.context.order.items or []
+        self._settled: dict[int, int] = {}
+
+    async def run(self, session: SourceSession) -> None:
+        """Hand out jobs for file items, remember folders for listing."""
+        journal = self._run.context.journal
+        resolved = journal.known_items()
+        self._settled = journal.finished_items()
+        waiting = [index for index in range(len(self._items)) if index not in resolved]
+        for start in range(0, len(waiting), ITEMS_AT_ONCE):
+            chunk = waiting[start : start + ITEMS_AT_ONCE]
+            for links in (False, True):
+                indices = [index for index in chunk if self._items[index].symlink is links]
+                if indices:
+                    await self._resolve(session, indices, follow=not links)
+
+    async def _resolve(self, session: SourceSession, indices: list[int], *, follow: bool) -> None:
+        paths: list[bytes] = []
+        legal: list[int] = []
+        for index in indices:
+            try:
+                paths.append(join_path(parse_path_untrusted(self._items[index].source_path)))
+                parse_path_untrusted(self._items[index].destination_path)
+            except ProtocolError as error:
+                del paths[len(legal) :]
+                illegal = ItemFailed(error.sentence, code="ILLEGAL_NAME", who="you")
+                await self._fail([(index, b"", illegal)])
+                continue
+            legal.append(index)
+        results = await session.stat(paths, follow=follow)
+        files: dict[CollectionPath, list[tuple[int, bytes, Row]]] = {}
+        failures: list[tuple[int, bytes, TowpathError]] = []
+        for index, path, result in zip(legal, paths, results, strict=True):
+            self._sort(index, path, result, files, failures)
+        await self._fail(failures)
+        for parent, rows in files.items():
+            await self._files(parent, rows)
+
+    def _sort(
+        self,
+        index: int,
+        path: bytes,
+        result: StatResult,
+        files: dict[CollectionPath, list[tuple[int, bytes, Row]]],
+        failures: list[tuple[int, bytes, TowpathError]],
+    ) -> None:
+        item, row = self._items[index], result.row
+        if row is None:
+            error = self.source_error(result)
+            if isinstance(error, RetryLater | NeedsPerson):
+                raise error
+            failures.append((index, path, error))
+        elif row.kind == DIRECTORY:
+            if item.recursive is False:
+                failures.append((index, path, _wrong_kind(item, "folder", "IS_A_DIRECTORY")))
+            else:
+                self._directory(index, path, row)
+        elif item.recursive is True:
+            failures.append((index, path, _wrong_kind(item, "file", "NOT_A_DIRECTORY")))
+        else:
+            destination = parse_path_untrusted(item.destination_path)
+            if destination:
+                files.setdefault(destination[:-1], []).append((index, path, row))
+            else:
+                failures.append((index, path, _wrong_kind(item, "file", "IS_A_DIRECTORY")))
+
+    def _directory(self, index: int, path: bytes, row: Row) -> None:
+        journal = self._run.context.journal
+        destination = join_path(parse_path_untrusted(self._items[index].destination_path))
+        ancestry = [(row.device, row.inode)]
+        journal.add_directories([(index, path, destination, row.mtime_ns, ancestry)])
+        journal.put_item(index, done=False)
+
+    # --- failures --------------------------------------------------------------------------------------
+
+    async def _fail(self, failures: Sequence[tuple[int, bytes, TowpathError]]) -> None:
+        """Items that cannot be done: errors of their own, settled like everything else."""
+        failures = [row for row in failures if row[0] not in self._settled]
+        if not failures:
+            return
+        await self._run.slot()
+        handle = await trio.to_thread.run_sync(self._run.context.root.open_directory, ())
+        group = Group(-1 - failures[0][0], b"", b"", handle, [index for index, _, _ in failures])
+        self._run.opened(group)
+        group.planned = len(failures)
+        for index, path, error in failures:
+            item = self._items[index]
+            job = FileJob(group, index, _UNKNOWN, path, _session_path(item.destination_path), False)
+            self._run.give_up(job, error)
+        self._run.settle.put(GroupListed(group))
+
+    @staticmethod
+    def source_error(result: StatResult) -> TowpathError:
+        """Why the source could not say what a path is; errors about a path are its owner's to mend."""
+        if result.error is None:
+            return ItemFailed(
+                "The source file was replaced by something else.", code="FILE_CHANGED", who="source owner"
+            )
+        return error_from_document_untrusted(result.error)
+
+    @staticmethod
+    def directory_job(group: Group, item: int) -> FileJob:
+        """A stand-in for a directory that failed as a whole."""
+        row = Row(b".", DIRECTORY, 0, 0, 0, 0, 0, 0)
+        return FileJob(group, item, row, b".", b".", False)
+
+    # --- files -----------------------------------------------------------------------------------------
+
+    async def _files(self, parent: CollectionPath, rows: list[tuple[int, bytes, Row]]) -> None:
+        await self._run.slot()
+        try:
+            group = await trio.to_thread.run_sync(self._open, parent, [index for index, _, _ in rows])
+        except OSError as error:
+            self._run.release_slot()
+            problem = fault(error, "destination", join_path(parent))
+            if isinstance(problem, RetryLater | NeedsPerson):
+                raise problem from error
+            await self._fail([(index, path, problem) for index, path, _ in rows])
+            return
+        self._run.opened(group)
+        jobs = [self._job(group, index, path, row) for index, path, row in rows]
+        group.planned = len(jobs)
+        decisions = await trio.to_thread.run_sync(self._decide, group, jobs)
+        pack: list[FileJob] = []
+        for job, decision in zip(jobs, decisions, strict=True):
+            await self._hand_out(job, decision, pack)
+        await self._run.send_pack(pack)
+        self._run.settle.put(GroupListed(group))
+
+    def _job(self, group: Group, index: int, path: bytes, row: Row) -> FileJob:
+        item = self._items[index]
+        name = parse_path_untrusted(item.destination_path)[-1]
+        if row.kind == FILE:
+            group.counts.files += 1
+            group.counts.bytes_total += row.size
+        elif row.kind == SYMLINK:
+            group.counts.symlinks += 1
+        return FileJob(group, index, row, path, name, not item.symlink, item.external_checksum, item.checksum_algorithm)
+
+    def _open(self, parent: CollectionPath, items: list[int]) -> Group:
+        context = self._run.context
+        handle = context.root.make_directories(parent)
+        if self._run.resumed:
+            keep = {name for item in items for name in context.journal.partial_temporaries(-1 - item)}
+            sweep_temporaries(handle, context.temporary_prefix, keep)
+        return Group(-1 - items[0], b"", join_path(parent), handle, items)
+
+    def _decide(self, group: Group, jobs: list[FileJob]) -> list[Decision | TowpathError | int]:
+        decisions: list[Decision | TowpathError | int] = []
+        for job in jobs:
+            if job.item in self._settled:
+                decisions.append(self._settled[job.item])
+                continue
+            existing: Node | None = None
+            try:
+                existing = group.handle.lstat(job.name)
+            except FileNotFoundError:
+                existing = None
+            except OSError as error:
+                decisions.append(fault(error, "destination", job.destination_path))
+                continue
+            if job.row.kind == SYMLINK:
+                decisions.append("conflict" if existing is not None and existing.kind == "dir" else "link")
+            else:
+                decisions.append(decide(job.row, existing, self._run.options))
+        return decisions
+
+    async def _hand_out(self, job: FileJob, decision: Decision | TowpathError | int, pack: list[FileJob]) -> None:
+        run = self._run
+        if isinstance(decision, int):
+            job.group.planned -= 1
+            run.count_finished(job, decision)
+        elif isinstance(decision, TowpathError):
+            run.give_up(job, decision)
+        elif decision == "copy":
+            if _unknown_algorithm(job) is not None:
+                run.give_up(job, _unknown_algorithm(job) or ItemFailed(""))
+            else:
+                await run.copy(job, pack)
+        elif decision == "skip":
+            job.group.planned -= 1
+            job.group.counts.files_skipped += 1
+        elif decision == "compare digests":
+            await run.compare(job)
+        elif decision == "link":
+            run.settle.put(LinkWanted(job, job.row.target or b""))
+        else:
+            run.give_up(job, refusal(job.row, decision))
+
+
+def _unknown_algorithm(job: FileJob) -> ItemFailed | None:
+    if job.algorithm is None:
+        return None
+    try:
+        normalised_algorithm(job.algorithm)
+    except ItemFailed as error:
+        return error
+    return None
+
+
+def _wrong_kind(item: TaskItem, found: str, code: str) -> ItemFailed:
+    asked = "a folder (recursive)" if item.recursive else "a file"
+    return ItemFailed(
+        f"The source path names a {found}, but the item asks for {asked}; submit it "
+        f"{'with' if found == 'folder' else 'without'} --recursive and with a full destination path.",
+        code=code,
+        who="you",
+    )
+
+
+def _session_path(text: str) -> bytes:
+    try:
+        return join_path(parse_path_untrusted(text))
+    except ProtocolError:
+        return text.encode("utf-8", "surrogateescape")

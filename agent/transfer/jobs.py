@@ -1,0 +1,230 @@
+"""The things a transfer works on: groups (a directory, or a run of single items), file jobs, requests.
+
+A *group* is the unit of planning and of the journal: when all its jobs are settled it is marked done and its counts are
+folded into the task's. Groups are touched by three threads, each field by one: the planner (trio thread) until
+``listed`` is handed to the settler, the settler afterwards.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+
+from agent.storage.base import Directory
+from agent.transfer.compare import SMALL_FILE, block_count, block_size
+from protocol.errors import TowpathError
+from protocol.session import Row
+
+TEMPORARY_DIGITS = 8
+
+
+@dataclass(slots=True)
+class Counts:
+    """What one group adds to the task's counters once it is done."""
+
+    files: int = 0
+    directories: int = 0
+    symlinks: int = 0
+    files_transferred: int = 0
+    files_skipped: int = 0
+    symlinks_transferred: int = 0
+    deleted: int = 0
+    bytes_total: int = 0
+    bytes_transferred: int = 0
+    bytes_checksummed: int = 0
+    skipped_errors: int = 0
+    failed: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Group:
+    """A directory being worked on (``id`` > 0, a journal row), or some single items with one destination directory
+    (``id`` < 0, minus one minus the first item's index)."""
+
+    id: int
+    source: bytes
+    destination: bytes
+    handle: Directory
+    items: list[int]
+    counts: Counts = field(default_factory=Counts)
+    planned: int = 0
+    settled: int = 0
+    listed: bool = False
+    # Set by the settler just before the counts are added to the task's, so that nothing is counted twice.
+    folded: bool = False
+
+    @property
+    def complete(self) -> bool:
+        return self.listed and self.settled >= self.planned
+
+
+@dataclass(slots=True, eq=False)
+class FileJob:
+    """One file to bring over. ``source_name`` is relative to ``group.source``, ``name`` to the group's destination."""
+
+    group: Group
+    item: int
+    row: Row
+    source_name: bytes
+    name: bytes
+    follow: bool
+    external_checksum: str | None = None
+    algorithm: str | None = None
+    attempts: int = 0
+    charged: int = 0
+
+    @property
+    def small(self) -> bool:
+        return self.row.size <= SMALL_FILE
+
+    @property
+    def source_path(self) -> bytes:
+        return self.group.source + b"/" + self.source_name if self.group.source else self.source_name
+
+    @property
+    def destination_path(self) -> bytes:
+        return self.group.destination + b"/" + self.name if self.group.destination else self.name
+
+    @property
+    def key(self) -> tuple[int, bytes]:
+        """Where the journal keeps this job."""
+        return (self.group.id, self.name) if self.group.id > 0 else (-1 - self.item, b"")
+
+
+@dataclass(slots=True, eq=False)
+class LargeFile:
+    """A large file in flight: its temporary, and which blocks are written, checked and durable."""
+
+    job: FileJob
+    temporary: bytes
+    descriptor: int
+    block: int
+    # Bitmap of durable, verified blocks, as the journal has it.
+    done: bytearray
+    done_count: int
+    # Blocks written and not yet checked, with their digests. The lock guards this and nothing else.
+    unchecked: dict[int, bytes] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    failed: bool = False
+    # Ranges asked for or to be asked for, counted by the fetcher.
+    open_ranges: int = 0
+    error: TowpathError | None = None
+
+    @property
+    def count(self) -> int:
+        return block_count(self.job.row.size, self.block)
+
+    @property
+    def complete(self) -> bool:
+        return self.done_count >= self.count
+
+    def take_unchecked(self) -> dict[int, bytes]:
+        """All blocks waiting for a check; the caller is now responsible for them."""
+        with self.lock:
+            taken, self.unchecked = self.unchecked, {}
+        return taken
+
+    def add_unchecked(self, index: int, digest: bytes) -> int:
+        """Note a written block; how many wait now."""
+        with self.lock:
+            self.unchecked[index] = digest
+            return len(self.unchecked)
+
+    def mark_done(self, index: int) -> None:
+        if not self.done[index >> 3] >> (index & 7) & 1:
+            self.done[index >> 3] |= 1 << (index & 7)
+            self.done_count += 1
+
+    def length_of(self, index: int) -> int:
+        return min(self.block, self.job.row.size - index * self.block)
+
+
+def empty_bitmap(size: int) -> bytearray:
+    """A bitmap with no block of a file of this size done."""
+    return bytearray((block_count(size, block_size(size)) + 7) // 8)
+
+
+def count_done(done: bytearray) -> int:
+    """How many blocks a bitmap marks as done."""
+    return int.from_bytes(done, "little").bit_count()
+
+
+@dataclass(slots=True, eq=False)
+class PackRequest:
+    """Several small files asked for together."""
+
+    r: int
+    jobs: list[FileJob]
+    size: int
+    # Indices that have arrived or failed; what is missing is asked for again when the lane is lost.
+    seen: set[int] = field(default_factory=set)
+
+
+@dataclass(slots=True, eq=False)
+class RangeRequest:
+    """A run of blocks of one large file."""
+
+    r: int
+    file: LargeFile
+    offset: int
+    length: int
+    # How far the range has arrived, in bytes from ``offset``; blocks of a range arrive in order.
+    arrived: int = 0
+
+    @property
+    def size(self) -> int:
+        return self.length
+
+
+Request = PackRequest | RangeRequest
+
+
+@dataclass(slots=True)
+class SmallWritten:
+    """To the settler: a small file lies complete in its temporary."""
+
+    job: FileJob
+    temporary: bytes
+    digest: bytes
+
+
+@dataclass(slots=True)
+class BlocksWritten:
+    """To the settler: some blocks of a large file wait for their check."""
+
+    file: LargeFile
+
+
+@dataclass(slots=True)
+class Outcome:
+    """To the settler: a job ended without content to settle: an error (``skipped`` when the task asked to skip
+    such errors), or nothing to do. ``discard`` is a large file's temporary to be closed and removed."""
+
+    job: FileJob
+    error: dict[str, Any] | None
+    skipped: bool = False
+    discard: LargeFile | None = None
+
+
+@dataclass(slots=True)
+class LinkWanted:
+    """To the settler: a symlink to be made as it is at the source."""
+
+    job: FileJob
+    target: bytes
+
+
+@dataclass(slots=True)
+class GroupListed:
+    """To the settler: every job of this group has been handed out."""
+
+    group: Group
+
+
+@dataclass(slots=True)
+class Flush:
+    """To the settler: nothing; wakes it up so that waiting work is looked at."""
+
+
+ToSettle = SmallWritten | BlocksWritten | LinkWanted | Outcome | GroupListed | Flush

@@ -1,0 +1,320 @@
+"""The journal of one task: what is planned, settled and still in flight, so that any interruption costs little.
+
+It lies beside nothing but itself (one SQLite file per task, used by one worker process). What it says is done is done:
+content is on disk and verified before `commit` is called. What it does not say is found again by listing
+and comparing. Planner and settler threads share one connection behind a lock; everything since the last commit may be
+lost in a crash and is then simply planned again.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+
+from agent.transfer.channel import Event
+from protocol.control import Counters
+from protocol.errors import NeedsPerson, TaskFailed
+from protocol.session import Version
+
+VERSION = 1
+
+_SCHEMA = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
+CREATE TABLE items (id INTEGER PRIMARY KEY, done INTEGER NOT NULL) STRICT;
+CREATE TABLE directories (
+    id INTEGER PRIMARY KEY,
+    item INTEGER NOT NULL,
+    source BLOB NOT NULL,
+    destination BLOB NOT NULL,
+    mtime_ns INTEGER NOT NULL,
+    ancestry BLOB NOT NULL,
+    state INTEGER NOT NULL,
+    UNIQUE (item, destination)
+) STRICT;
+CREATE INDEX directories_state ON directories (state, id);
+CREATE TABLE finished (
+    directory INTEGER NOT NULL,
+    name BLOB NOT NULL,
+    outcome INTEGER NOT NULL,
+    PRIMARY KEY (directory, name)
+) STRICT, WITHOUT ROWID;
+CREATE TABLE partial (
+    directory INTEGER NOT NULL,
+    name BLOB NOT NULL,
+    temporary BLOB NOT NULL,
+    version BLOB NOT NULL,
+    block INTEGER NOT NULL,
+    done BLOB NOT NULL,
+    PRIMARY KEY (directory, name)
+) STRICT, WITHOUT ROWID;
+CREATE TABLE events (seq INTEGER PRIMARY KEY, body BLOB NOT NULL) STRICT;
+"""
+
+PENDING, ACTIVE, DONE = 0, 1, 2
+# How a name in `finished` ended; UNCHANGED was found equal by comparing digests.
+TRANSFERRED, FAILED, SKIPPED, UNCHANGED = 1, 2, 3, 4
+
+
+class DirectoryRow(msgspec.Struct, frozen=True):
+    """A directory to be listed. Paths are session paths (components joined by ``/``); ``ancestry`` holds
+    (device, inode) of the directories above, by which a loop of followed links is noticed."""
+
+    id: int
+    item: int
+    source: bytes
+    destination: bytes
+    mtime_ns: int
+    ancestry: list[tuple[int, int]] = []
+
+
+class PartialRow(msgspec.Struct, frozen=True):
+    """A large file in flight: which of its blocks are durable (and verified) in which temporary."""
+
+    temporary: bytes
+    version: Version
+    block: int
+    done: bytearray
+
+
+class Journal:
+    """One open journal. Raises `TaskFailed` or `NeedsPerson` when the file cannot be used as it is."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = threading.RLock()
+        try:
+            self._connection = sqlite3.connect(path, timeout=5, check_same_thread=False, isolation_level=None)
+            self._prepare()
+        except sqlite3.OperationalError as error:
+            raise NeedsPerson(
+                f"The journal of the task cannot be opened: {error}. Check that the state directory is writable "
+                "and that no other agent uses it; the task then goes on.",
+                code="JOURNAL_UNAVAILABLE",
+                who="destination owner",
+            ) from error
+
+    def _prepare(self) -> None:
+        version = self._connection.execute("PRAGMA user_version").fetchone()[0]
+        if version > VERSION:
+            raise TaskFailed(
+                f"The journal of the task was written by a newer agent (format {version}, this one knows {VERSION}); "
+                "update the agent.",
+                code="JOURNAL_NEWER",
+                who="destination owner",
+            )
+        self._connection.execute("PRAGMA journal_mode = WAL")
+        self._connection.execute("PRAGMA synchronous = FULL")
+        if version == 0:
+            self._connection.execute("BEGIN IMMEDIATE")
+            for statement in _SCHEMA.split(";"):
+                self._connection.execute(statement)
+            self._connection.execute(f"PRAGMA user_version = {VERSION}")
+            self._connection.execute("COMMIT")
+        elif self._connection.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
+            raise sqlite3.DatabaseError("the journal is damaged")
+        self._connection.execute("BEGIN")
+
+    @contextmanager
+    def writing(self) -> Iterator[sqlite3.Connection]:
+        """Hold the journal; what is written counts from the next `commit`."""
+        with self._lock:
+            yield self._connection
+
+    def commit(self) -> None:
+        """Make everything written so far durable."""
+        with self._lock:
+            self._connection.execute("COMMIT")
+            self._connection.execute("BEGIN")
+
+    def close(self) -> None:
+        """Commit and close. Safe to call twice."""
+        with self._lock:
+            if self._connection.in_transaction:
+                self._connection.execute("COMMIT")
+            self._connection.close()
+
+    # --- meta ------------------------------------------------------------------------------------------
+
+    def get(self, key: str) -> bytes | None:
+        with self._lock:
+            row = self._connection.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+        return None if row is None else row[0]
+
+    def put(self, key: str, value: bytes) -> None:
+        with self._lock:
+            self._connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
+
+    def counters(self) -> Counters:
+        """What all finished directories and items add up to."""
+        value = self.get("counters")
+        return Counters() if value is None else msgspec.msgpack.decode(value, type=Counters)
+
+    def put_counters(self, counters: Counters) -> None:
+        self.put("counters", msgspec.msgpack.encode(counters))
+
+    def lengths(self) -> tuple[int, int]:
+        """How long the two manifests were at the last commit."""
+        value = self.get("lengths")
+        return (0, 0) if value is None else msgspec.msgpack.decode(value, type=tuple[int, int])
+
+    def put_lengths(self, transferred: int, skipped: int) -> None:
+        self.put("lengths", msgspec.msgpack.encode((transferred, skipped)))
+
+    # --- items -----------------------------------------------------------------------------------------
+
+    def done_items(self) -> set[int]:
+        """Indices of items that need nothing more."""
+        with self._lock:
+            return {row[0] for row in self._connection.execute("SELECT id FROM items WHERE done = 1")}
+
+    def known_items(self) -> set[int]:
+        """Indices of items that were resolved to directories."""
+        with self._lock:
+            return {row[0] for row in self._connection.execute("SELECT id FROM items")}
+
+    def put_item(self, index: int, *, done: bool) -> None:
+        with self._lock:
+            self._connection.execute("INSERT OR REPLACE INTO items VALUES (?, ?)", (index, int(done)))
+
+    # --- directories -----------------------------------------------------------------------------------
+
+    def reopen_directories(self) -> int:
+        """At the start of a run: directories that were being worked on must be listed again."""
+        with self._lock:
+            cursor = self._connection.execute("UPDATE directories SET state = ? WHERE state = ?", (PENDING, ACTIVE))
+            return cursor.rowcount
+
+    def add_directories(self, rows: Iterable[tuple[int, bytes, bytes, int, list[tuple[int, int]]]]) -> None:
+        """Remember directories to list: item, source, destination, mtime_ns, ancestry. Known ones stay as they are."""
+        encode = msgspec.msgpack.encode
+        with self._lock:
+            self._connection.executemany(
+                "INSERT OR IGNORE INTO directories (item, source, destination, mtime_ns, ancestry, state) "
+                "VALUES (?, ?, ?, ?, ?, 0)",
+                ((item, source, destination, mtime, encode(up)) for item, source, destination, mtime, up in rows),
+            )
+
+    def next_directory(self) -> DirectoryRow | None:
+        """Take the newest directory that waits (depth first keeps few waiting), or None."""
+        with self._lock:
+            row = self._connection.execute(
+                "SELECT id, item, source, destination, mtime_ns, ancestry FROM directories "
+                "WHERE state = 0 ORDER BY id DESC LIMIT 1"
+            ).fetchone()
+            if row is None:
+                return None
+            self._connection.execute("UPDATE directories SET state = ? WHERE id = ?", (ACTIVE, row[0]))
+        return DirectoryRow(*row[:5], msgspec.msgpack.decode(row[5], type=list[tuple[int, int]]))
+
+    def finish_directory(self, directory: int) -> None:
+        with self._lock:
+            self._connection.execute("UPDATE directories SET state = ? WHERE id = ?", (DONE, directory))
+            self._connection.execute("DELETE FROM finished WHERE directory = ?", (directory,))
+            self._connection.execute("DELETE FROM partial WHERE directory = ?", (directory,))
+
+    def directories_deepest_first(self) -> Iterator[tuple[bytes, int, int]]:
+        """Destination path, mtime_ns and item of every directory, children before parents."""
+        last = None
+        while True:
+            with self._lock:
+                rows = self._connection.execute(
+                    "SELECT id, destination, mtime_ns, item FROM directories WHERE id < ? ORDER BY id DESC LIMIT 1000",
+                    (last if last is not None else 2**62,),
+                ).fetchall()
+            if not rows:
+                return
+            for row in rows:
+                yield row[1], row[2], row[3]
+            last = rows[-1][0]
+
+    # --- files -----------------------------------------------------------------------------------------
+
+    def finished(self, directory: int) -> dict[bytes, int]:
+        """Names in a directory that are settled already, with their outcome."""
+        with self._lock:
+            return dict(
+                self._connection.execute("SELECT name, outcome FROM finished WHERE directory = ?", (directory,))
+            )
+
+    def finished_items(self) -> dict[int, int]:
+        """Single items that are settled while their group was not, with their outcome."""
+        with self._lock:
+            rows = self._connection.execute("SELECT directory, outcome FROM finished WHERE directory < 0")
+            return {-1 - directory: outcome for directory, outcome in rows}
+
+    def put_finished(self, rows: Iterable[tuple[int, bytes, int]]) -> None:
+        with self._lock:
+            self._connection.executemany("INSERT OR REPLACE INTO finished VALUES (?, ?, ?)", rows)
+
+    def partial(self, directory: int, name: bytes) -> PartialRow | None:
+        """The large file in flight under this name, if there is one."""
+        with self._lock:
+            row = self._connection.execute(
+                "SELECT temporary, version, block, done FROM partial WHERE directory = ? AND name = ?",
+                (directory, name),
+            ).fetchone()
+        if row is None:
+            return None
+        return PartialRow(row[0], msgspec.msgpack.decode(row[1], type=Version), row[2], bytearray(row[3]))
+
+    def partial_temporaries(self, directory: int) -> set[bytes]:
+        """Temporaries in a directory that hold blocks worth keeping."""
+        with self._lock:
+            rows = self._connection.execute("SELECT temporary FROM partial WHERE directory = ?", (directory,))
+            return {row[0] for row in rows}
+
+    def put_partial(self, directory: int, name: bytes, row: PartialRow) -> None:
+        with self._lock:
+            self._connection.execute(
+                "INSERT OR REPLACE INTO partial VALUES (?, ?, ?, ?, ?, ?)",
+                (directory, name, row.temporary, msgspec.msgpack.encode(row.version), row.block, bytes(row.done)),
+            )
+
+    def drop_partial(self, directory: int, name: bytes) -> None:
+        with self._lock:
+            self._connection.execute("DELETE FROM partial WHERE directory = ? AND name = ?", (directory, name))
+
+    # --- events ----------------------------------------------------------------------------------------
+
+    def last_event(self) -> int:
+        value = self.get("last_event")
+        return 0 if value is None else int(value)
+
+    def put_event(self, event: Event) -> None:
+        """Keep an event until the daemon has it; events that must outlive a crash need a `commit`."""
+        with self._lock:
+            self._connection.execute(
+                "INSERT OR REPLACE INTO events VALUES (?, ?)", (event.seq, msgspec.msgpack.encode(event))
+            )
+            self.put("last_event", str(event.seq).encode())
+
+    def events(self) -> list[Event]:
+        """Events the daemon has not confirmed, in order."""
+        with self._lock:
+            rows = self._connection.execute("SELECT body FROM events ORDER BY seq").fetchall()
+        return [msgspec.msgpack.decode(row[0], type=Event) for row in rows]
+
+    def drop_events(self, up_to: int) -> None:
+        with self._lock:
+            self._connection.execute("DELETE FROM events WHERE seq <= ?", (up_to,))
+
+
+def open_or_rebuild(path: Path) -> tuple[Journal, bool]:
+    """Open the journal; one that is damaged is put aside and begun anew (True): the task then lists and compares
+    everything again instead of trusting it, and nothing under a final name is touched.
+
+    Raises what `Journal` raises for every other trouble.
+    """
+    try:
+        return Journal(path), False
+    except sqlite3.DatabaseError:
+        for suffix in ("", "-wal", "-shm"):
+            part = path.with_name(path.name + suffix)
+            if part.exists():
+                part.replace(path.with_name(path.name + ".damaged" + suffix))
+        return Journal(path), True

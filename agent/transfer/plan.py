@@ -1,0 +1,261 @@
+"""Planning: lists the source, compares with the destination, and hands out what has to be done, a little ahead of it.
+
+Directories are listed by a few tasks at once, depth first, so that round trips overlap and few directories wait. What
+blocks (comparing, making folders) happens in worker threads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import trio
+
+from agent.storage.base import Directory, Node, Root
+from agent.storage.faults import fault
+from agent.storage.rules import included
+from agent.transfer.compare import Decision, decide
+from agent.transfer.jobs import FileJob, Group
+from agent.transfer.journal import FAILED, SKIPPED, UNCHANGED, DirectoryRow, Journal
+from agent.transfer.remove import remove_entry
+from protocol.control import TaskOptions
+from protocol.errors import ItemFailed, TowpathError
+from protocol.names import CollectionPath
+from protocol.session import DIRECTORY, FILE, SYMLINK, Row
+
+
+@dataclass
+class Planned:
+    """What comes of one batch of rows."""
+
+    copies: list[FileJob] = field(default_factory=list)
+    comparisons: list[FileJob] = field(default_factory=list)
+    links: list[FileJob] = field(default_factory=list)
+    failures: list[tuple[FileJob, TowpathError]] = field(default_factory=list)
+    directories: list[tuple[int, bytes, bytes, int, list[tuple[int, int]]]] = field(default_factory=list)
+
+
+def split_path(path: bytes) -> CollectionPath:
+    """Components of a session path of our own."""
+    return tuple(path.split(b"/")) if path else ()
+
+
+class DirectoryPlanner:
+    """Plans one directory. Its methods block and run in worker threads, one at a time."""
+
+    def __init__(
+        self, root: Root, journal: Journal, options: TaskOptions, row: DirectoryRow, *, sweep: bytes | None
+    ) -> None:
+        self._root = root
+        self._journal = journal
+        self._options = options
+        self._row = row
+        self._finished: dict[bytes, int] = {}
+        self._fresh = False
+        self._names: set[bytes] | None = set() if options.delete_destination_extra else None
+        self._sweep = sweep
+        self.group: Group
+
+    def open(self) -> Group:
+        """Open (or make) the destination directory. Raises OSError."""
+        path = split_path(self._row.destination)
+        handle = self._root.make_directories(path)
+        self.group = Group(self._row.id, self._row.source, self._row.destination, handle, [])
+        # The directory itself, so that its count and its parts are folded together.
+        self.group.counts.directories = 1
+        try:
+            self._finished = self._journal.finished(self._row.id)
+            if self._sweep is not None:
+                sweep_temporaries(handle, self._sweep, self._journal.partial_temporaries(self._row.id))
+            self._fresh = not self._finished and next(handle.scan(reserved=True), None) is None
+        except BaseException:
+            handle.close()
+            raise
+        return self.group
+
+    def plan(self, rows: list[Row]) -> Planned:
+        """Decide about some rows. Folders are made here, everything else is left to others. Raises OSError."""
+        planned = Planned()
+        for row in rows:
+            if self._names is not None:
+                self._names.add(row.name)
+            if included(self._options.filter_rules, row.name, row.kind == DIRECTORY):
+                self._plan_row(row, planned)
+        self._journal.add_directories(planned.directories)
+        self.group.planned += len(planned.copies) + len(planned.comparisons)
+        self.group.planned += len(planned.links) + len(planned.failures)
+        return planned
+
+    def _plan_row(self, row: Row, planned: Planned) -> None:
+        counts = self.group.counts
+        job = FileJob(self.group, self._row.item, row, row.name, row.name, self._options.recursive_symlinks == "copy")
+        if row.kind == FILE:
+            counts.files += 1
+            counts.bytes_total += row.size
+        outcome = self._finished.get(row.name)
+        if outcome is not None:
+            count_finished(self.group, row, outcome, verified=self._options.verify_checksum)
+            return
+        decision = self._decide(row, job, planned)
+        if decision == "copy":
+            planned.copies.append(job)
+        elif decision == "compare digests":
+            planned.comparisons.append(job)
+        elif decision == "skip":
+            counts.files_skipped += 1
+        elif decision == "link":
+            counts.symlinks += 1
+            planned.links.append(job)
+        elif decision == "directory":
+            self._plan_directory(row, job, planned)
+        elif decision in ("conflict", "unsupported"):
+            planned.failures.append((job, refusal(row, decision)))
+
+    def _decide(self, row: Row, job: FileJob, planned: Planned) -> Decision:
+        existing: Node | None = None
+        if not self._fresh:
+            try:
+                existing = self.group.handle.lstat(row.name)
+            except FileNotFoundError:
+                existing = None
+            except OSError as error:
+                planned.failures.append((job, fault(error, "destination", job.destination_path)))
+                return "ignore"
+        return decide(row, existing, self._options)
+
+    def _plan_directory(self, row: Row, job: FileJob, planned: Planned) -> None:
+        identity = (row.device, row.inode)
+        ancestry = self._row.ancestry if self._options.recursive_symlinks == "copy" else []
+        if identity in ancestry:
+            planned.failures.append(
+                (job, ItemFailed("A symlink leads back to a folder above it.", code="SYMLINK_LOOP", who="source owner"))
+            )
+            return
+        try:
+            self.group.handle.mkdir(row.name)
+        except FileExistsError:
+            pass
+        except OSError as error:
+            planned.failures.append((job, fault(error, "destination", job.destination_path)))
+            return
+        above = [*ancestry, identity] if self._options.recursive_symlinks == "copy" else []
+        planned.directories.append((self._row.item, job.source_path, job.destination_path, row.mtime_ns, above))
+
+    def delete_extra(self) -> list[tuple[FileJob, TowpathError]]:
+        """After the last row: remove what the source does not have. Raises `NeedsPerson` when the root is not there."""
+        failures: list[tuple[FileJob, TowpathError]] = []
+        if self._names is None:
+            return failures
+        self._root.check_present()
+        for node in list(self.group.handle.scan()):
+            if node.name in self._names:
+                continue
+            if not included(self._options.filter_rules, node.name, node.kind == "dir"):
+                continue
+            try:
+                self.group.counts.deleted += remove_entry(self.group.handle, node, recursive=True)
+            except OSError as error:
+                row = Row(node.name, FILE, 0, 0, 0, 0, 0, 0)
+                job = FileJob(self.group, self._row.item, row, node.name, node.name, False)
+                failures.append((job, fault(error, "destination", job.destination_path)))
+        self.group.planned += len(failures)
+        return failures
+
+
+def count_finished(group: Group, row: Row, outcome: int, *, verified: bool) -> None:
+    """Settled in an earlier run: only the counts of this group must know."""
+    counts = group.counts
+    if outcome == FAILED:
+        counts.failed += 1
+    elif outcome == SKIPPED:
+        counts.skipped_errors += 1
+    elif outcome == UNCHANGED:
+        counts.files_skipped += 1
+    elif row.kind == SYMLINK:
+        counts.symlinks += 1
+        counts.symlinks_transferred += 1
+    else:
+        counts.files_transferred += 1
+        counts.bytes_transferred += row.size
+        if verified:
+            counts.bytes_checksummed += row.size
+
+
+def refusal(row: Row, decision: Decision) -> TowpathError:
+    """Why a row that cannot be transferred is refused."""
+    if decision == "unsupported":
+        return ItemFailed(
+            "This is a device, pipe or socket; only files, folders and links are transferred.",
+            code="UNSUPPORTED_TYPE",
+            who="source owner",
+        )
+    here, there = ("folder", "file") if row.kind == DIRECTORY else ("file", "folder")
+    return ItemFailed(
+        f"The source has a {here} where the destination has a {there} of the same name; move one of them away.",
+        code="IS_A_DIRECTORY" if row.kind != DIRECTORY else "NOT_A_DIRECTORY",
+        who="destination owner",
+    )
+
+
+def sweep_temporaries(handle: Directory, prefix: bytes, keep: set[bytes]) -> int:
+    """Remove temporaries that an earlier run of this task left behind. How many there were."""
+    names = [node.name for node in handle.scan(reserved=True) if node.name.startswith(prefix) and node.name not in keep]
+    for name in names:
+        with contextlib.suppress(FileNotFoundError):
+            handle.unlink(name)
+    return len(names)
+
+
+def set_directory_times(root: Root, rows: Iterator[tuple[bytes, int, int]]) -> None:
+    """Give directories the times of their sources, children before parents; one that is gone is left out."""
+    for destination, mtime_ns, _ in rows:
+        path = split_path(destination)
+        if not path:
+            continue
+        try:
+            parent, name = root.open_parent(path)
+            with parent:
+                parent.set_times(name, mtime_ns)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.EPERM, errno.EACCES):
+                raise
+
+
+class Listing:
+    """Who lists which directory: several tasks take from the journal until nothing waits and nobody is listing."""
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+        self._busy = 0
+        self._changed = trio.Event()
+
+    async def take(self) -> DirectoryRow | None:
+        """The next directory, or None when all are listed. Call `finished` for each one taken."""
+        while True:
+            changed = self._changed
+            row = await trio.to_thread.run_sync(self._journal.next_directory)
+            if row is not None:
+                self._busy += 1
+                return row
+            if not self._busy:
+                return None
+            await changed.wait()
+
+    def added(self) -> None:
+        """New directories wait."""
+        self._changed.set()
+        self._changed = trio.Event()
+
+    def finished(self) -> None:
+        """One of those taken is listed."""
+        self._busy -= 1
+        self.added()
+
+
+def now_iso() -> str:
+    """The time of day as the wire has it: UTC, microseconds."""
+    seconds, nanoseconds = divmod(time.time_ns(), 10**9)
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + f".{nanoseconds // 1000:06d}+00:00"

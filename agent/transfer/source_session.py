@@ -1,0 +1,204 @@
+"""The destination's end of a control stream: requests to the source and their answers, many at a time.
+
+One task reads, one task writes, one keeps the stream alive; callers wait for the answer that carries their number. When
+the stream dies everybody waiting gets `SessionLost`, and the whole session is begun anew by whoever runs it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import AsyncIterator
+
+import trio
+
+from protocol import session
+from protocol.errors import ProtocolError, RetryLater, TowpathError, error_from_document_untrusted
+
+_CHUNK = 256 * 1024
+HELLO_TIMEOUT = 30.0
+ANSWER_TIMEOUT = 120.0
+# Digesting a large file takes as long as reading it; only the death of the session ends the wait.
+DIGEST_TIMEOUT = math.inf
+_OUTGOING = 10_000
+
+
+class SessionLost(RetryLater):
+    """The connection to the source is gone; a new session goes on from the journal."""
+
+    default_code = "CONNECTION_LOST"
+
+
+class SourceSession:
+    """One live control stream. Run `run` in a nursery; every other method may be called meanwhile."""
+
+    def __init__(self, stream: trio.abc.Stream, instance: bytes) -> None:
+        self.instance = instance
+        self._stream = stream
+        self._next = 1
+        self._waiting: dict[int, trio.MemorySendChannel[session.Answer]] = {}
+        self._send_out, self._receive_out = trio.open_memory_channel[bytes](_OUTGOING)
+        self._heard = 0.0
+        self._lost: TowpathError | None = None
+
+    def number(self) -> int:
+        """A number for a request whose answer comes on a lane."""
+        self._next += 1
+        return self._next
+
+    async def hello(self, ticket: str, version: str) -> session.HelloAnswer:
+        """Introduce ourselves and wait to be accepted. Call before `run`. Raises what the source says."""
+        await self._stream.send_all(session.encode(session.Hello(ticket, self.instance, version)))
+        reader = session.MessageReader()
+        with trio.move_on_after(HELLO_TIMEOUT):
+            while True:
+                data = await self._stream.receive_some(_CHUNK)
+                if not data:
+                    raise SessionLost("The source closed the connection before it said anything.")
+                bodies = reader.feed_untrusted(data)
+                if bodies:
+                    return self._welcome(bodies[0])
+        raise SessionLost("The source did not answer in time.")
+
+    def _welcome(self, body: bytes) -> session.HelloAnswer:
+        answer = session.answer_untrusted(body)
+        if isinstance(answer, session.Failed):
+            raise error_from_document_untrusted(answer.error)
+        if not isinstance(answer, session.HelloAnswer):
+            raise ProtocolError("The source began with something other than its greeting.")
+        return answer
+
+    async def run(self) -> None:
+        """Read, write and keep alive until the stream ends. Raises `SessionLost`."""
+        self._heard = trio.current_time()
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._write)
+                nursery.start_soon(self._keep_alive)
+                await self._read()
+        except* (trio.BrokenResourceError, trio.ClosedResourceError, OSError):
+            raise self._lose(SessionLost("The connection to the source broke.")) from None
+        except* TowpathError as group:
+            raise self._lose(_first(group)) from None
+
+    def _lose(self, error: TowpathError) -> TowpathError:
+        self._lost = error
+        for waiting in self._waiting.values():
+            waiting.close()
+        self._waiting.clear()
+        return error
+
+    async def _read(self) -> None:
+        reader = session.MessageReader()
+        while True:
+            data = await self._stream.receive_some(_CHUNK)
+            if not data:
+                raise SessionLost("The source closed the connection.")
+            self._heard = trio.current_time()
+            for body in reader.feed_untrusted(data):
+                self._deliver(session.answer_untrusted(body))
+
+    def _deliver(self, answer: session.Answer) -> None:
+        if isinstance(answer, session.Pong | session.HelloAnswer):
+            return
+        if answer.r == 0 and isinstance(answer, session.Failed):
+            raise error_from_document_untrusted(answer.error)
+        waiting = self._waiting.get(answer.r)
+        if waiting is not None:
+            try:
+                waiting.send_nowait(answer)
+            except trio.WouldBlock:
+                raise ProtocolError("The source sent more than was asked for.") from None
+            except trio.BrokenResourceError:
+                self._waiting.pop(answer.r, None)
+
+    async def _write(self) -> None:
+        async for data in self._receive_out:
+            await self._stream.send_all(data)
+
+    async def _keep_alive(self) -> None:
+        while True:
+            await trio.sleep(session.KEEPALIVE)
+            if trio.current_time() - self._heard > 2 * session.KEEPALIVE:
+                raise SessionLost("The source has been silent for too long.")
+            self.post(session.Ping())
+
+    def post(self, message: session.Message) -> None:
+        """Send something without waiting. Raises `SessionLost` when the source takes nothing any more."""
+        if self._lost is not None:
+            raise self._lost
+        try:
+            self._send_out.send_nowait(session.encode(message))
+        except trio.WouldBlock:
+            raise SessionLost("The source does not take requests any more.") from None
+
+    def _open(self, r: int, size: int) -> trio.MemoryReceiveChannel[session.Answer]:
+        if self._lost is not None:
+            raise self._lost
+        send, receive = trio.open_memory_channel[session.Answer](size)
+        self._waiting[r] = send
+        return receive
+
+    async def _next_answer(self, receive: trio.MemoryReceiveChannel[session.Answer], timeout: float) -> session.Answer:
+        with trio.move_on_after(timeout):
+            try:
+                answer = await receive.receive()
+            except trio.EndOfChannel:
+                raise self._lost or SessionLost("The connection to the source broke.") from None
+            if isinstance(answer, session.Failed):
+                raise error_from_document_untrusted(answer.error)
+            return answer
+        raise SessionLost("The source did not answer a request in time.")
+
+    async def stat(self, paths: list[bytes], *, follow: bool) -> list[session.StatResult]:
+        """What each path is at the source. Raises `SessionLost`, or the source's error."""
+        r = self.number()
+        receive = self._open(r, 1)
+        try:
+            self.post(session.StatPaths(r, paths, follow))
+            answer = await self._next_answer(receive, ANSWER_TIMEOUT)
+        finally:
+            self._waiting.pop(r, None)
+        if not isinstance(answer, session.Stats) or len(answer.results) != len(paths):
+            raise ProtocolError("The source answered a question that was not asked.")
+        return answer.results
+
+    async def digest(self, path: bytes, algorithm: str, version: session.Version | None, *, follow: bool) -> str:
+        """Hex digest of a file at the source."""
+        r = self.number()
+        receive = self._open(r, 1)
+        try:
+            self.post(session.DigestFile(r, path, algorithm, version, follow))
+            answer = await self._next_answer(receive, DIGEST_TIMEOUT)
+        finally:
+            self._waiting.pop(r, None)
+        if not isinstance(answer, session.Digest):
+            raise ProtocolError("The source answered a question that was not asked.")
+        return answer.value
+
+    async def list_directory(self, path: bytes, *, follow: bool) -> AsyncIterator[list[session.Row]]:
+        """The rows of a directory, some at a time; the source sends no faster than they are taken."""
+        r = self.number()
+        receive = self._open(r, session.LISTING_WINDOW + 1)
+        ended = False
+        try:
+            self.post(session.ListDirectory(r, path, follow))
+            while not ended:
+                answer = await self._next_answer(receive, ANSWER_TIMEOUT)
+                if not isinstance(answer, session.Rows):
+                    raise ProtocolError("The source answered a question that was not asked.")
+                ended = answer.last
+                yield answer.rows
+                if not ended:
+                    self.post(session.MoreRows(r))
+        finally:
+            self._waiting.pop(r, None)
+            if not ended and self._lost is None:
+                self.post(session.Abandon(r))
+
+
+def _first(group: BaseExceptionGroup[TowpathError]) -> TowpathError:
+    found: BaseException = group
+    while isinstance(found, BaseExceptionGroup):
+        found = found.exceptions[0]
+    assert isinstance(found, TowpathError)  # except* gave us nothing else
+    return found

@@ -1,0 +1,294 @@
+"""The control stream of a session: what a destination asks of a source, and what the source answers.
+
+The destination drives and the source is stateless: it lists, reads and digests. Each message is a msgpack map behind a
+four-byte big-endian length; unknown keys are ignored. Requests carry a number ``r`` chosen by the destination;
+answers repeat it. File contents do not travel here but on lanes (`protocol.lane`).
+
+Paths are bytes relative to the source collection's root, components joined by ``/``, no leading slash, empty for the
+root itself; the side that receives one checks it with `path_untrusted` before any use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Union
+
+import msgspec
+
+from protocol.errors import ProtocolError
+from protocol.names import CollectionPath, check_component_untrusted
+
+ALPN_CONTROL = "towpath-session/1"
+ALPN_LANE = "towpath-lane/1"
+SNI_SUFFIX = ".session.towpath"
+
+PREFIX = 4
+MAX_MESSAGE = 8 * 1024 * 1024
+MAX_PATH = 16 * 1024
+# How many rows a source sends in one message, and how many messages of one listing may be under way.
+ROWS_IN_MESSAGE = 1000
+LISTING_WINDOW = 4
+MAX_PACK_FILES = 1024
+# Blocks between these sizes are accepted by either side.
+MIN_BLOCK = 64 * 1024
+MAX_BLOCK = 16 * 1024 * 1024
+MAX_RANGE = 64 * 1024 * 1024
+# A side that hears nothing for two of these takes the session for dead (seconds).
+KEEPALIVE = 15.0
+
+# Kinds of directory entries on the wire.
+FILE, DIRECTORY, SYMLINK, OTHER = 0, 1, 2, 3
+
+# Device, inode, size, mtime_ns and ctime_ns of a source file: two reads with equal versions read the same content.
+Version = tuple[int, int, int, int, int]
+
+
+class Row(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """One directory entry. ``target`` is the text of a symlink; later versions may append fields."""
+
+    name: bytes
+    kind: int
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+    device: int
+    inode: int
+    mode: int
+    target: bytes | None = None
+
+    @property
+    def version(self) -> Version:
+        return (self.device, self.inode, self.size, self.mtime_ns, self.ctime_ns)
+
+
+class PackFile(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """One small file asked for in a pack: its name in the pack's directory and the version that was listed."""
+
+    name: bytes
+    version: Version
+
+
+class Message(msgspec.Struct, tag_field="t", frozen=True):
+    """Base of all control messages."""
+
+
+# --- destination to source ---------------------------------------------------------------------------------
+
+
+class Hello(Message, tag="hello", frozen=True):
+    """First message. ``instance`` is random; lanes name it to join this control stream."""
+
+    ticket: str
+    instance: bytes
+    version: str = ""
+    abilities: list[str] = []
+
+
+class ListDirectory(Message, tag="list", frozen=True):
+    """Ask for the rows of one directory. With ``follow`` symlinks are reported as what they point to."""
+
+    r: int
+    path: bytes
+    follow: bool = False
+
+
+class MoreRows(Message, tag="more", frozen=True):
+    """One message of rows was consumed: the source may send one more."""
+
+    r: int
+
+
+class StatPaths(Message, tag="stat", frozen=True):
+    """Ask what each path is. With ``follow`` a symlink is reported as what it points to."""
+
+    r: int
+    paths: list[bytes]
+    follow: bool = True
+
+
+class ReadRange(Message, tag="read", frozen=True):
+    """Ask for part of a file in blocks of ``block`` bytes on one lane."""
+
+    r: int
+    lane: int
+    path: bytes
+    version: Version
+    offset: int
+    length: int
+    block: int
+    follow: bool = False
+
+
+class ReadPack(Message, tag="pack", frozen=True):
+    """Ask for several small files of one directory, whole, on one lane."""
+
+    r: int
+    lane: int
+    directory: bytes
+    files: list[PackFile]
+    follow: bool = False
+
+
+class DigestFile(Message, tag="digest", frozen=True):
+    """Ask for the digest of a whole file."""
+
+    r: int
+    path: bytes
+    algorithm: str
+    version: Version | None = None
+    follow: bool = False
+
+
+class Abandon(Message, tag="abandon", frozen=True):
+    """The answer to a request is no longer wanted."""
+
+    r: int
+
+
+class RenewTicket(Message, tag="renew", frozen=True):
+    """A newer ticket for the same session."""
+
+    ticket: str
+
+
+class Ping(Message, tag="ping", frozen=True):
+    """Say something, so that silence means death."""
+
+
+Request = Union[
+    Hello, ListDirectory, MoreRows, StatPaths, ReadRange, ReadPack, DigestFile, Abandon, RenewTicket, Ping
+]
+
+
+# --- source to destination ---------------------------------------------------------------------------------
+
+
+class HelloAnswer(Message, tag="welcome", frozen=True):
+    """The source accepted the ticket."""
+
+    version: str = ""
+    abilities: list[str] = []
+
+
+class Rows(Message, tag="rows", frozen=True):
+    """Some rows of a listing; ``last`` ends it."""
+
+    r: int
+    rows: list[Row]
+    last: bool = False
+
+
+class StatResult(msgspec.Struct, array_like=True, frozen=True):
+    """What one path is, or why that cannot be told."""
+
+    row: Row | None
+    error: dict[str, Any] | None = None
+
+
+class Stats(Message, tag="stats", frozen=True):
+    """Answer to `StatPaths`, in its order."""
+
+    r: int
+    results: list[StatResult]
+
+
+class Digest(Message, tag="digested", frozen=True):
+    """Answer to `DigestFile`: lower-case hex."""
+
+    r: int
+    value: str
+
+
+class Failed(Message, tag="failed", frozen=True):
+    """A request failed; ``error`` is an error document. With ``r`` 0 the whole session is refused."""
+
+    r: int
+    error: dict[str, Any]
+
+
+class Pong(Message, tag="pong", frozen=True):
+    """Answer to `Ping`."""
+
+
+Answer = Union[HelloAnswer, Rows, Stats, Digest, Failed, Pong]
+
+_encoder = msgspec.msgpack.Encoder()
+_request_decoder = msgspec.msgpack.Decoder(Request)
+_answer_decoder = msgspec.msgpack.Decoder(Answer)
+
+
+def encode(message: Message) -> bytes:
+    """One message with its length in front. Raises ValueError when it is larger than a peer accepts."""
+    body = _encoder.encode(message)
+    if len(body) > MAX_MESSAGE:
+        raise ValueError(f"A control message of {len(body)} bytes is larger than allowed.")
+    return len(body).to_bytes(PREFIX, "big") + body
+
+
+def request_untrusted(body: bytes | bytearray) -> Request:
+    """A destination's message. Raises only `ProtocolError`."""
+    return _decode(_request_decoder, body)
+
+
+def answer_untrusted(body: bytes | bytearray) -> Answer:
+    """A source's message. Raises only `ProtocolError`."""
+    return _decode(_answer_decoder, body)
+
+
+def _decode(decoder: msgspec.msgpack.Decoder[Any], body: bytes | bytearray) -> Any:
+    try:
+        return decoder.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ProtocolError(f"A session message of the peer cannot be read: {error}") from error
+
+
+class MessageReader:
+    """Cuts a byte stream into message bodies. Feed it what arrives, take what is whole."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed_untrusted(self, data: bytes | bytearray) -> list[bytes]:
+        """Whole bodies that are complete now. Raises `ProtocolError` for an impossible length."""
+        self._buffer += data
+        bodies = []
+        start = 0
+        while len(self._buffer) - start >= PREFIX:
+            length = int.from_bytes(self._buffer[start : start + PREFIX], "big")
+            if length > MAX_MESSAGE:
+                raise ProtocolError(f"A session message of {length} bytes is larger than {MAX_MESSAGE} bytes.")
+            if len(self._buffer) - start - PREFIX < length:
+                break
+            bodies.append(bytes(self._buffer[start + PREFIX : start + PREFIX + length]))
+            start += PREFIX + length
+        if start:
+            del self._buffer[:start]
+        return bodies
+
+    @property
+    def pending(self) -> int:
+        """Bytes of an incomplete message held."""
+        return len(self._buffer)
+
+
+def join_path(path: Sequence[bytes]) -> bytes:
+    """Components as they travel on a session."""
+    return b"/".join(path)
+
+
+def path_untrusted(raw: bytes) -> CollectionPath:
+    """Components of a path from a peer, every one checked. Raises only `ProtocolError`."""
+    if len(raw) > MAX_PATH:
+        raise ProtocolError("A path of the peer is too long.")
+    if not raw:
+        return ()
+    return tuple(check_component_untrusted(component) for component in raw.split(b"/"))
+
+
+def check_range_untrusted(request: ReadRange) -> None:
+    """Refuse sizes no honest destination asks for. Raises only `ProtocolError`."""
+    if not MIN_BLOCK <= request.block <= MAX_BLOCK:
+        raise ProtocolError(f"A block of {request.block} bytes is outside what is allowed.")
+    size = request.version[2]
+    if request.offset < 0 or not 0 < request.length <= MAX_RANGE or request.offset + request.length > size:
+        raise ProtocolError("A range outside of the file was asked for.")
