@@ -152,6 +152,19 @@ def certify_ticket_key(directory: Path, root: RelayRoot, now: float, key_life: f
     return ticket
 
 
+def move_root(directory: Path, target: Path) -> None:
+    """Move the root's private half to ``target``; it is gone here only once it is safe there.
+
+    Raises `KeysUnusable` when it is not here or ``target`` exists, and OSError.
+    """
+    root = directory / "root.pem"
+    data = _read(root)
+    if target.exists():
+        raise KeysUnusable(f"{target} exists already; choose another name.", who="you")
+    write_private_file(target, data)
+    root.unlink()
+
+
 def _load_ticket_key(directory: Path) -> _TicketKeyFile:
     path = directory / "ticket-key.json"
     try:

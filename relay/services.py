@@ -31,7 +31,7 @@ class Services:
     keys: RelayKeys
     signer: TicketSigner
     registry: Registry
-    steward: Steward
+    steward: Steward = cast("Steward", None)
     secrets: SecretChecker
     guesses: GuessLimit
     crowd_guesses: GuessLimit

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from typing import cast
 
 import trio
 from hypercorn.app_wrappers import ASGIWrapper
@@ -11,6 +12,7 @@ from hypercorn.config import Config
 from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import ASGIFramework
+from starlette.types import ASGIApp
 
 logger = logging.getLogger("relay.web")
 
@@ -31,11 +33,12 @@ class WebStatistics:
 class WebServer:
     """Serves an ASGI application on streams. ``max_connections`` bounds how many at a time."""
 
-    def __init__(self, app: ASGIFramework, *, max_connections: int) -> None:
-        self._app = ASGIWrapper(app)
+    def __init__(self, app: ASGIApp, *, max_connections: int) -> None:
+        # Two spellings of the same interface (ASGI 3).
+        self._app = ASGIWrapper(cast("ASGIFramework", app))
         self._max = max_connections
         self._context = WorkerContext(None)
-        self._stopping = False
+        self._stopping = trio.Event()
         self._idle = trio.Event()
         self._open = 0
         self._taken = 0
@@ -49,7 +52,7 @@ class WebServer:
 
     async def serve(self, stream: trio.SSLStream[trio.SocketStream]) -> None:
         """Answer requests on the stream until its end, and close it. Cancellation closes it at once."""
-        if self._stopping or self._open >= self._max:
+        if self._stopping.is_set() or self._open >= self._max:
             self._refused += 1
             await trio.aclose_forcefully(stream)
             return
@@ -59,12 +62,12 @@ class WebServer:
             await TCPServer(self._app, self._config, self._context, {}, stream).run()
         finally:
             self._open -= 1
-            if self._stopping and not self._open:
+            if self._stopping.is_set() and not self._open:
                 self._idle.set()
 
     async def stop(self, grace: float) -> None:
         """Close idle connections, let requests under way finish for up to ``grace`` seconds; take no new ones."""
-        self._stopping = True
+        self._stopping.set()
         await self._context.terminated.set()
         with trio.move_on_after(grace):
             if self._open:

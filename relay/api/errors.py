@@ -115,12 +115,12 @@ def _auth_shape(error: ApiError, path: str, request_id: str) -> dict[str, Any]:
     detail = {
         "status": str(error.status),
         "id": str(uuid.uuid4()),
-        "code": error.code.upper(),
+        "code": _upper_word(error.code),
         "detail": error.message,
         "title": http.HTTPStatus(error.status).phrase,
         "meta": {"request_id": request_id, "resource": path},
     }
-    return {"error": error.code.lower(), "error_description": error.message, "errors": [detail]}
+    return {"error": _upper_word(error.code).lower(), "error_description": error.message, "errors": [detail]}
 
 
 def _groups_shape(error: ApiError, _path: str, _request_id: str) -> dict[str, Any]:

@@ -1,0 +1,183 @@
+"""What the operator does to the accounts of a relay: users, clients, collections. Used by the command line.
+
+Each function returns work for a `Store`; nothing here is reachable over the network.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import trio
+from sqlalchemy import Connection, select, update
+
+from protocol.errors import ItemFailed
+from relay.access.decisions import ROLES
+from relay.api.errors import ApiError
+from relay.auth import clients
+from relay.auth.identities import (
+    Identity,
+    add_identity,
+    normal_username,
+    provider_id_of,
+    select_by_ids,
+    select_by_usernames,
+)
+from relay.settings import Settings
+from relay.store import auth_tables as tables
+from relay.store.database import Store
+from relay.transfer.enrolment import create_mapped_collection
+
+_GRANT = re.compile(r"(.+):([a-z_]+)")
+
+
+class Refused(ItemFailed):
+    """The operator asked for something that cannot be done; the sentence says why."""
+
+    default_code = "REFUSED"
+
+
+def adding_user(
+    settings: Settings, name: str, full_name: str | None, email: str | None
+) -> Callable[[Store], Awaitable[Identity]]:
+    """Add a user, or bring one to life that so far only rules had named."""
+    username = _username(settings, name)
+    now = time.time()
+
+    def work(connection: Connection) -> Identity:
+        known = select_by_usernames(connection, [username]).get(username)
+        if known is None or known.status != "unused":
+            return add_identity(
+                connection,
+                username=username,
+                now=now,
+                provider_id=provider_id_of(username.rpartition("@")[2]),
+                name=full_name,
+                email=email,
+            )
+        values = {"status": "used", "name": full_name, "email": email}
+        connection.execute(update(tables.identities).where(tables.identities.c.id == known.id).values(values))
+        return select_by_ids(connection, [known.id])[known.id]
+
+    return lambda store: store.write(work)
+
+
+async def list_users(store: Store) -> list[dict[str, Any]]:
+    """All users by name, client identities left out."""
+    query = select(tables.identities).where(tables.identities.c.kind == "login").order_by(tables.identities.c.username)
+    return await store.read(lambda connection: [dict(row) for row in connection.execute(query).mappings()])
+
+
+def adding_client(settings: Settings, name: str, owner: str | None) -> Callable[[Store], Awaitable[dict[str, Any]]]:
+    """Add a client with its first secret."""
+    now = time.time()
+
+    async def work(store: Store) -> dict[str, Any]:
+        owner_id = None if owner is None else (await _find(store, settings, owner)).id
+        secret, digest = await trio.to_thread.run_sync(clients.new_digest)
+        client, secret_id = await store.write(
+            lambda connection: clients.add_client(connection, name=name, now=now, digest=digest, owner_id=owner_id)
+        )
+        return {
+            "client_id": client.id,
+            "client_secret": secret,
+            "secret_id": secret_id,
+            "name": client.name,
+            "username": clients.client_username(client.id),
+            "owner_id": client.owner_id,
+        }
+
+    return work
+
+
+async def list_clients(store: Store) -> list[dict[str, Any]]:
+    """All clients with their owners' names and the ids of their secrets."""
+
+    def work(connection: Connection) -> list[dict[str, Any]]:
+        rows = connection.execute(select(tables.clients).order_by(tables.clients.c.created)).mappings().all()
+        owners = select_by_ids(connection, {row["owner_id"] for row in rows if row["owner_id"]})
+        kept: dict[str, list[str]] = {}
+        for row in connection.execute(select(tables.client_secrets.c.client_id, tables.client_secrets.c.id)):
+            kept.setdefault(row.client_id, []).append(row.id)
+        return [
+            {
+                "client_id": row["id"],
+                "name": row["name"],
+                "owner": owners[row["owner_id"]].username if row["owner_id"] else None,
+                "secret_ids": kept.get(row["id"], []),
+            }
+            for row in rows
+        ]
+
+    return await store.read(work)
+
+
+def adding_secret(client_id: str) -> Callable[[Store], Awaitable[dict[str, Any]]]:
+    """Give a client a further secret."""
+    now = time.time()
+
+    async def work(store: Store) -> dict[str, Any]:
+        secret, digest = await trio.to_thread.run_sync(clients.new_digest)
+        secret_id = await store.write(
+            lambda connection: clients.add_secret(connection, client_id=client_id, digest=digest, now=now)
+        )
+        return {"client_id": client_id, "client_secret": secret, "secret_id": secret_id}
+
+    return work
+
+
+def removing_secret(client_id: str, secret_id: str) -> Callable[[Store], Awaitable[bool]]:
+    """Take a secret from a client; the result says whether there was one."""
+    return lambda store: store.write(
+        lambda connection: clients.remove_secret(connection, client_id=client_id, secret_id=secret_id)
+    )
+
+
+def adding_collection(
+    settings: Settings, name: str, owner: str, grants: Sequence[str], public: bool
+) -> Callable[[Store], Awaitable[dict[str, Any]]]:
+    """Make a collection with its setup key; ``grants`` are ``identity:role``."""
+    wanted = [_grant(text) for text in grants]
+
+    async def work(store: Store) -> dict[str, Any]:
+        owner_id = (await _find(store, settings, owner)).id
+        roles = tuple([((await _find(store, settings, who)).id, role) for who, role in wanted])
+        document = {"DATA_TYPE": "endpoint", "is_globus_connect": True, "display_name": name, "public": public}
+        try:
+            collection_id, setup_key = await create_mapped_collection(store, settings, owner_id, document, grants=roles)
+        except ApiError as error:
+            raise Refused(error.message) from error
+        return {"collection_id": collection_id, "setup_key": setup_key, "name": name, "owner_id": owner_id}
+
+    return work
+
+
+def _grant(text: str) -> tuple[str, str]:
+    match = _GRANT.fullmatch(text)
+    if match is None or match[2] not in ROLES:
+        raise Refused(f"{text!r} is no IDENTITY:ROLE; the roles are {', '.join(ROLES)}.")
+    return match[1], match[2]
+
+
+async def _find(store: Store, settings: Settings, who: str) -> Identity:
+    """An identity by its id, its username, or its name in the relay's own domain."""
+    try:
+        wanted = str(uuid.UUID(who))
+        found = await store.read(lambda connection: select_by_ids(connection, [wanted]))
+    except ValueError:
+        wanted = _username(settings, who)
+        found = await store.read(lambda connection: select_by_usernames(connection, [wanted]))
+    if not found:
+        raise Refused(f"There is no user or client {who!r}; add it with `user add` or `client add`.")
+    return found[wanted]
+
+
+def _username(settings: Settings, name: str) -> str:
+    full = name if "@" in name else f"{name}@{settings.user_domain}"
+    try:
+        return normal_username(full)
+    except ValueError as error:
+        raise Refused(str(error)) from error

@@ -1,0 +1,208 @@
+"""Puts the relay together and runs it: one port, one database, one process.
+
+Order of the end: no new connections, requests under way get a moment, agents are told to come back, then everything is
+cancelled and the database closed. A relay that is killed instead loses nothing it has acknowledged.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import signal
+import sqlite3
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib import metadata
+from typing import Any
+
+import sqlalchemy.exc
+import trio
+
+from protocol.errors import TowpathError
+from relay import sdnotify
+from relay.api.app import create_app
+from relay.auth.clients import SecretChecker
+from relay.auth.guesses import GuessLimit
+from relay.auth.tokens import remove_expired
+from relay.dispatch import Dispatcher
+from relay.keys import RelayKeys
+from relay.lock import exclusive
+from relay.rendezvous.acceptor import accept_link
+from relay.rendezvous.registry import Registry
+from relay.services import Services
+from relay.settings import Settings
+from relay.store.database import Store
+from relay.store.migrate import upgrade
+from relay.tls import ServerCertificate
+from relay.transfer.nodes import DatabaseNodeDirectory
+from relay.web import WebServer
+
+logger = logging.getLogger("relay.server")
+
+GRACE = 5.0
+_UPKEEP_INTERVAL = 60.0
+_CLEANING_INTERVAL = 3600.0
+_BACKLOG = 1024
+# How many more tries an address has than one client at that address.
+_CROWD = 10
+# Agents that lose their relay on purpose come back after this many seconds, spread by their own jitter.
+_RETRY_AFTER = 2.0
+
+
+@dataclass(frozen=True)
+class Relay:
+    """The parts of one relay, put together and not yet running."""
+
+    services: Services
+    certificate: ServerCertificate
+    web: WebServer
+    dispatcher: Dispatcher
+    registry: Registry
+
+    def statistics(self) -> dict[str, Any]:
+        """What every part says of itself."""
+        parts = {
+            "web": self.web,
+            "dispatch": self.dispatcher,
+            "links": self.registry,
+            "store": self.services.store,
+            "guesses": self.services.guesses,
+            "keys": self.services.keys,
+            "certificate": self.certificate,
+        }
+        return {name: asdict(part.statistics()) for name, part in parts.items()}
+
+
+def build(settings: Settings, store: Store, clock: Callable[[], float] = time.time) -> Relay:
+    """Put the parts together. Raises `KeysUnusable` and `CertificateUnusable`."""
+    keys = RelayKeys(settings.directory_path / "keys")
+    keys.renew(clock(), key_life=settings.tickets.key_life, ticket_life=settings.tickets.life)
+    certificate = ServerCertificate(settings)
+    registry = Registry()
+    sign_in = settings.sign_in
+    services = Services(
+        settings=settings,
+        store=store,
+        keys=keys,
+        signer=keys.signer,
+        registry=registry,
+        secrets=SecretChecker(store),
+        guesses=GuessLimit(sign_in.failures, sign_in.failures_window),
+        crowd_guesses=GuessLimit(sign_in.failures * _CROWD, sign_in.failures_window),
+        clock=clock,
+    )
+    app = create_app(services)
+    web = WebServer(app, max_connections=settings.limits.connections)
+    dispatcher = Dispatcher(web=web.serve, link=_link_handler(services, certificate), tls_context=certificate.context)
+    return Relay(services, certificate, web, dispatcher, registry)
+
+
+def _link_handler(
+    services: Services, certificate: ServerCertificate
+) -> Callable[[trio.SSLStream[trio.SocketStream]], Awaitable[None]]:
+    nodes = DatabaseNodeDirectory(services.store)
+
+    async def accept(stream: trio.SSLStream[trio.SocketStream]) -> None:
+        await accept_link(
+            stream,
+            registry=services.registry,
+            nodes=nodes,
+            signer=services.signer,
+            # Read now: the certificate may have been renewed since the relay started.
+            channel=certificate.channel,
+            relay_id=services.keys.relay_id,
+            version=metadata.version("towpath"),
+        )
+
+    return accept
+
+
+async def serve(settings: Settings) -> None:
+    """Run the relay until SIGTERM or SIGINT.
+
+    Raises `AlreadyRunning`, the store's errors and what `build` raises; OSError when the port cannot be had.
+    """
+    with exclusive(settings.directory_path):
+        store = Store(settings.database_url, readers=settings.database.readers)
+        try:
+            await trio.to_thread.run_sync(upgrade, store.writing_engine)
+            relay = await trio.to_thread.run_sync(build, settings, store)
+            await _run(relay, settings)
+        finally:
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(store.close)
+
+
+async def _run(relay: Relay, settings: Settings) -> None:
+    listeners = await trio.open_tcp_listeners(settings.listen.port, host=settings.listen.host, backlog=_BACKLOG)
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_upkeep, relay, settings)
+            nursery.start_soon(_watchdog)
+            accepting = await nursery.start(_accept, relay, listeners)
+            port = listeners[0].socket.getsockname()[1]
+            logger.info("Ready: %s (port %d), relay %s", settings.public_url, port, relay.services.keys.relay_id)
+            sdnotify.notify("READY=1")
+            async for number in signals:
+                logger.info("Ending on %s.", signal.Signals(number).name)
+                break
+            sdnotify.notify("STOPPING=1")
+            accepting.cancel()
+            await relay.web.stop(GRACE)
+            relay.registry.disconnect_all("The relay is shutting down.", retry_after=_RETRY_AFTER)
+            nursery.cancel_scope.cancel()
+    logger.info("Ended.")
+
+
+async def _accept(
+    relay: Relay,
+    listeners: list[trio.SocketListener],
+    *,
+    task_status: trio.TaskStatus[trio.CancelScope] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Take connections until the scope handed back is cancelled; those already taken go on."""
+    async with trio.open_nursery() as connections:
+        with trio.CancelScope() as accepting:
+            task_status.started(accepting)
+            await trio.serve_listeners(relay.dispatcher.handle, listeners, handler_nursery=connections)
+
+
+async def _upkeep(relay: Relay, settings: Settings) -> None:
+    """Renew keys and certificates in time and forget expired tokens. What fails is logged and tried again."""
+    services = relay.services
+    renew_keys = partial(services.keys.renew, key_life=settings.tickets.key_life, ticket_life=settings.tickets.life)
+    next_cleaning = services.clock()
+    while True:
+        await _attempt("renew the ticket key", partial(_in_thread, renew_keys, services.clock()))
+        now = datetime.datetime.fromtimestamp(services.clock(), datetime.UTC)
+        await _attempt("renew the certificate", partial(_in_thread, relay.certificate.renew, now))
+        if services.clock() >= next_cleaning:
+            next_cleaning = services.clock() + _CLEANING_INTERVAL
+            forget = partial(remove_expired, now=services.clock())
+            await _attempt("forget expired tokens", partial(services.store.write, forget))
+        logger.debug("%s", relay.statistics())
+        await trio.sleep(_UPKEEP_INTERVAL)
+
+
+async def _in_thread(work: Callable[..., bool], *arguments: Any) -> bool:
+    return await trio.to_thread.run_sync(work, *arguments)
+
+
+async def _attempt(what: str, work: Callable[[], Awaitable[object]]) -> None:
+    try:
+        await work()
+    except TowpathError as error:
+        logger.error("Could not %s: %s", what, error.sentence)  # noqa: TRY400 - the sentence says it all
+    except (OSError, ValueError, sqlite3.Error, sqlalchemy.exc.SQLAlchemyError):
+        logger.exception("Could not %s.", what)
+
+
+async def _watchdog() -> None:
+    interval = sdnotify.watchdog_interval()
+    if interval is None:
+        return
+    while True:
+        sdnotify.notify("WATCHDOG=1")
+        await trio.sleep(interval)
