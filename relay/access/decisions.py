@@ -92,5 +92,6 @@ def may_keep_running(
     if type_ == "DELETE":
         return decide(source, owner_id, Ability.WRITE) == "allowed"
     return (
-        decide(source, owner_id, Ability.READ) == "allowed" and decide(destination, owner_id, Ability.WRITE) == "allowed"
+        decide(source, owner_id, Ability.READ) == "allowed"
+        and decide(destination, owner_id, Ability.WRITE) == "allowed"
     )

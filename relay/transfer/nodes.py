@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from sqlalchemy import Connection, select, update
 
 from protocol.control import AgentHello, CollectionReport
@@ -30,26 +28,22 @@ class DatabaseNodeDirectory:
         return await self._store.read(work)
 
 
-@dataclass(frozen=True)
-class NodePosition:
-    """How far a node's events are stored here. ``journal`` names the numbering that ``last_event`` belongs to."""
-
-    journal: str
-    last_event: int
+def last_event(connection: Connection, node_id: str) -> int:
+    """The number of the last event of a node that is stored here."""
+    node = tables.nodes.c
+    return int(connection.execute(select(node.last_event).where(node.id == node_id)).scalar_one())
 
 
-def record_hello(connection: Connection, hello: AgentHello, now: float) -> NodePosition:
-    """Store what a node says at link-up; returns from where its events are wanted.
+def record_hello(connection: Connection, hello: AgentHello, now: float) -> None:
+    """Store what a node says at link-up, and from where its events are wanted.
 
     When the agent's numbering is new (its state was lost or replaced) or ends before what is stored here, everything
     it keeps is wanted again: events have ids of their own, so a repetition changes nothing.
     """
     node = tables.nodes.c
-    row = connection.execute(
-        select(node.journal, node.last_event, node.endpoint_id).where(node.id == hello.node_id)
-    ).one()
-    same = row.journal == hello.boot_id[:128] and hello.last_event >= row.last_event
-    position = NodePosition(hello.boot_id[:128], row.last_event if same else 0)
+    row = connection.execute(select(node.journal, node.last_event).where(node.id == hello.node_id)).one()
+    journal = hello.boot_id[:128]
+    same = row.journal == journal and hello.last_event >= row.last_event
     connection.execute(
         update(tables.nodes)
         .where(node.id == hello.node_id)
@@ -57,12 +51,11 @@ def record_hello(connection: Connection, hello: AgentHello, now: float) -> NodeP
             last_seen=now,
             version=hello.version[:64],
             paused=hello.paused,
-            journal=position.journal,
-            last_event=position.last_event,
+            journal=journal,
+            last_event=row.last_event if same else 0,
         )
     )
     record_reports(connection, hello.node_id, hello.collections)
-    return position
 
 
 def record_reports(connection: Connection, node_id: str, reports: list[CollectionReport]) -> None:

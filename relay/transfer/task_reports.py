@@ -69,7 +69,7 @@ def apply_progress(connection: Connection, node_id: str, reports: Mapping[str, T
     """Store the newest progress of running tasks of one node."""
     for task_id, task in _driven_by(connection, node_id, reports).items():
         if not task.finished:
-            _store(connection, task, reports[task_id])
+            store_observed(connection, task, reports[task_id])
 
 
 def _driven_by(connection: Connection, node_id: str, ids: Iterable[str]) -> dict[str, Task]:
@@ -80,7 +80,7 @@ def _driven_by(connection: Connection, node_id: str, ids: Iterable[str]) -> dict
     mine = set(
         connection.execute(select(column.id).where(column.node_id == node_id, column.id.in_(sorted(workers)))).scalars()
     )
-    return {task.id: task for task in tasks.values() if task.worker_id in mine and task.attempted}
+    return {task.id: task for task in tasks.values() if task.worker_id in mine}
 
 
 def _event(line: AgentEvent, task: Task, now: float) -> TaskEvent:
@@ -111,20 +111,25 @@ def _observe(connection: Connection, task: Task, line: AgentEvent, now: float) -
         task_rows.change(connection, task.id, last_seq=line.seq)
     elif task.finished:
         return task
-    _store(connection, task, observed)
+    store_observed(connection, task, observed)
     current = task_rows.load(connection, task.id)
     assert current is not None
     if current.finished:
         return current
     if observed.state in FINAL_STATES and line.kind == "state":
-        code = observed.state if observed.state != "FAILED" else observed.error_code[: event_log.MAX_CODE] or "UNKNOWN"
-        when = _moment(observed.completion_time or line.time, task, now)
-        task_turns.finish(connection, current, code=code, sentence=_sentence(observed), when=when)
+        conclude(connection, current, observed, now)
     elif observed.state == "ACTIVE" and task.state == "QUEUED":
         event_log.add(connection, task.id, TaskEvent(code="STARTED", description="The task has started.", time=now))
     current = task_rows.load(connection, task.id)
     assert current is not None
     return current
+
+
+def conclude(connection: Connection, task: Task, observed: TaskObserved, now: float) -> None:
+    """End a task as its agent says it ended."""
+    code = observed.state if observed.state != "FAILED" else observed.error_code[: event_log.MAX_CODE] or "UNKNOWN"
+    when = _moment(observed.completion_time, task, now)
+    task_turns.finish(connection, task, code=code, sentence=_sentence(observed), when=when)
 
 
 def _sentence(observed: TaskObserved) -> str:
@@ -136,7 +141,7 @@ def _sentence(observed: TaskObserved) -> str:
     return observed.status_sentence or usual[observed.state]
 
 
-def _store(connection: Connection, task: Task, observed: TaskObserved) -> None:
+def store_observed(connection: Connection, task: Task, observed: TaskObserved) -> None:
     """Keep the newest observation. Counters never go back, whatever order reports arrive in."""
     cut = msgspec.structs.replace(
         observed,
@@ -148,7 +153,8 @@ def _store(connection: Connection, task: Task, observed: TaskObserved) -> None:
         path=observed.path[:256],
         error_code=observed.error_code[: event_log.MAX_CODE],
     )
-    values: dict[str, object] = {"observed": msgspec.json.encode(cut).decode()}
+    # Also true of a task whose order left before this database was restored from a backup.
+    values: dict[str, object] = {"observed": msgspec.json.encode(cut).decode(), "attempted": True}
     if not task.finished and observed.state not in FINAL_STATES:
         values["state"] = observed.state
     task_rows.change(connection, task.id, **values)

@@ -12,7 +12,7 @@ import uuid
 from typing import Any
 
 import msgspec
-from sqlalchemy import Connection, or_, select
+from sqlalchemy import ColumnElement, Connection, or_, select
 
 from relay.access.decisions import Ability, may_keep_running
 from relay.api.errors import ApiError
@@ -232,3 +232,27 @@ def next_expiry(connection: Connection, cancel_grace: float) -> float | None:
         if first is not None:
             moments.append(first + delay)
     return min(moments, default=None)
+
+
+def renew(connection: Connection, now: float, half_life: float) -> list[str]:
+    """Give a new revision, and so a new ticket, to running tasks whose ticket is half over; returns their ids."""
+    column = tables.tasks.c
+    statement = select(column.id, column.revision).where(*_renewable(), column.ticket_issued <= now - half_life)
+    renewed = connection.execute(statement).all()
+    for row in renewed:
+        task_rows.change(connection, row.id, revision=row.revision + 1)
+    return [row.id for row in renewed]
+
+
+def next_renewal(connection: Connection, half_life: float) -> float | None:
+    """The next moment at which `renew` will have something to do, or None."""
+    column = tables.tasks.c
+    statement = select(column.ticket_issued).where(*_renewable(), column.ticket_issued.is_not(None))
+    first = connection.execute(statement.order_by(column.ticket_issued).limit(1)).scalar_one_or_none()
+    return None if first is None else first + half_life
+
+
+def _renewable() -> tuple[ColumnElement[bool], ...]:
+    column = tables.tasks.c
+    # A task with an order under way gets its new ticket with that order.
+    return column.status == "ACTIVE", column.desired == "run", column.delivered >= column.revision

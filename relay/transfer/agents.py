@@ -1,0 +1,35 @@
+"""What the transfer service needs of the links to agents (`relay.rendezvous.registry` provides it, tests fake it)."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import Protocol
+
+import trio
+
+from relay.rendezvous.registry import LinkDown, LinkUp
+
+
+class AgentLinks(Protocol):
+    """Calls to agents by node id. Errors are `protocol.errors.TowpathError`; an offline agent is a `RetryLater`."""
+
+    def is_connected(self, node_id: str) -> bool: ...
+
+    async def call(
+        self,
+        node_id: str,
+        method: str,
+        path: str,
+        *,
+        query: Sequence[tuple[str, str]] = (),
+        document: object | None = None,
+        timeout: float = 30.0,  # noqa: ASYNC109 - part of the registry's interface
+    ) -> bytes: ...
+
+    def stream(
+        self, node_id: str, path: str, *, query: Sequence[tuple[str, str]] = ()
+    ) -> AbstractAsyncContextManager[AsyncIterator[bytes]]: ...
+
+    def changes(self) -> AbstractAsyncContextManager[trio.MemoryReceiveChannel[LinkUp | LinkDown]]:
+        """Begins with a `LinkUp` for each agent that is there; the channel ends for a reader that lags behind."""

@@ -1,0 +1,378 @@
+"""Bringing one task to its agents: which step is due (a plain function), and the calls that take it.
+
+Every step may be repeated: orders carry a revision, sessions an id, and what agents must be told is written down before
+they are told. So a relay that dies between any two lines here goes on where it was.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, cast
+
+import trio
+from sqlalchemy import Connection
+
+from protocol.control import (
+    FINAL_STATES,
+    SessionAnswer,
+    SessionOrder,
+    TaskObserved,
+    TaskOrder,
+    decode_untrusted,
+)
+from protocol.errors import ProtocolError, RetryLater, TowpathError
+from protocol.ticket import TicketSigner
+from relay.store.database import Store
+from relay.transfer import event_log, task_reports, task_rows, task_turns
+from relay.transfer.agents import AgentLinks
+from relay.transfer.event_log import TaskEvent
+from relay.transfer.parties import Side, Sides, load_sides, sign_ticket
+from relay.transfer.task_documents import CANCELED, OFFLINE
+from relay.transfer.task_rows import Scope, Task
+from relay.transfer.times import iso
+
+MAX_CANDIDATES = 32
+MAX_HOST = 255
+# Steps one visit may take; more would mean that two sides disagree for ever.
+MAX_STEPS = 8
+# Large orders take their time on a slow line, and on the agent's disk.
+_SECONDS_PER_ITEM = 0.005
+
+
+class Step(Enum):
+    """What a task needs next."""
+
+    NOTHING = "nothing"
+    WAIT_FOR_WORKER = "wait for the agent that drives the task"
+    SEND_ORDER = "send the order"
+    OFFER_SESSION = "ask the source for a session and pass its answer on"
+    WITHDRAW_SESSION = "withdraw the ticket at the source"
+    CLOSE = "let the agent forget the task"
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What decides the next step. ``session_wanted``: the agent needs a (newer) way to the source."""
+
+    worker_connected: bool
+    source_connected: bool
+    session_wanted: bool
+    keep_until: float
+
+
+def next_step(task: Task, situation: Situation, now: float) -> Step:
+    """The one thing to do for a task now. Stopping comes before everything else."""
+    observed = task.last_observed
+    agent_done = observed is not None and observed.state in FINAL_STATES
+    order_due = task.delivered < task.revision
+    if task.finished:
+        if task.attempted and order_due and task.desired == "cancel" and not agent_done and situation.worker_connected:
+            return Step.SEND_ORDER
+        if task.session_open and situation.source_connected:
+            return Step.WITHDRAW_SESSION
+        told = agent_done or not order_due
+        if not task.closed and told and now >= situation.keep_until and situation.worker_connected:
+            return Step.CLOSE
+        return Step.NOTHING
+    if not situation.worker_connected:
+        return Step.WAIT_FOR_WORKER
+    if order_due:
+        return Step.SEND_ORDER
+    if situation.session_wanted and situation.source_connected and task.desired == "run":
+        return Step.OFFER_SESSION
+    return Step.NOTHING
+
+
+@dataclass(frozen=True)
+class Visit:
+    """How a visit to a task ended: tasks may have finished, and it may want another try after an error."""
+
+    finished: bool = False
+    failed: TowpathError | None = None
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    task: Task
+    sides: Sides
+    scope: Scope
+
+
+class Courier:
+    """Takes the steps of tasks. The caller sees to it that a task has one visit at a time."""
+
+    def __init__(
+        self, store: Store, links: AgentLinks, signer: TicketSigner, *, ticket_life: float, keep: float, timeout: float
+    ) -> None:
+        self._store = store
+        self._links = links
+        self._signer = signer
+        self._ticket_life = ticket_life
+        self._keep = keep
+        self._timeout = timeout
+        # Tasks whose agent asked for a session, with the generation it has; after a restart all are offered anew.
+        self._wanted: dict[str, int] = {}
+        self.orders = 0
+        self.sessions = 0
+
+    def want_session(self, task_id: str, generation: int = -1) -> None:
+        """Note that a task needs a session; the next visit offers it."""
+        self._wanted[task_id] = max(generation, self._wanted.get(task_id, -1))
+
+    async def visit(self, task_id: str, now: float) -> Visit:
+        """Take all steps that can be taken now. Agents' refusals end the task, passing faults are returned."""
+        for _ in range(MAX_STEPS):
+            loaded = await self._store.read(lambda connection: _load(connection, task_id))
+            if loaded is None:
+                self._wanted.pop(task_id, None)
+                return Visit()
+            task, sides = loaded.task, loaded.sides
+            step = next_step(task, self._situation(task, sides), now)
+            try:
+                if step is Step.NOTHING:
+                    if task.finished:
+                        self._wanted.pop(task_id, None)
+                    elif task.held_by == "destination":
+                        await self._change(task.id, held_by=None)
+                    return Visit(finished=task.finished)
+                if step is Step.WAIT_FOR_WORKER:
+                    await self._hold(task, "destination", now)
+                    return Visit()
+                await self._take(step, loaded, now)
+            except TowpathError as error:
+                if await self._refused(task, step, error, now):
+                    continue
+                return Visit(failed=error)
+        return Visit(failed=RetryLater("Relay and agent do not agree on this task yet."))
+
+    def _situation(self, task: Task, sides: Sides) -> Situation:
+        return Situation(
+            worker_connected=sides.worker is not None and self._links.is_connected(sides.worker.node_id),
+            source_connected=sides.source is not None and self._links.is_connected(sides.source.node_id),
+            session_wanted=task.id in self._wanted,
+            keep_until=(task.completed or 0.0) + self._keep,
+        )
+
+    async def _take(self, step: Step, loaded: _Loaded, now: float) -> None:
+        task, sides = loaded.task, loaded.sides
+        if step is Step.SEND_ORDER:
+            assert sides.worker is not None
+            await self._send_order(loaded, sides.worker, now)
+        elif step is Step.OFFER_SESSION:
+            assert sides.worker is not None
+            assert sides.source is not None
+            ticket = self._sign(loaded, sides.worker, sides.source, now)
+            await self._offer_session(task, sides.worker, sides.source, ticket)
+        elif step is Step.WITHDRAW_SESSION:
+            assert sides.source is not None
+            await self._links.call(
+                sides.source.node_id, "DELETE", f"/link/sessions/{task.session_id}", timeout=self._timeout
+            )
+            await self._change(task.id, session_open=False)
+        else:
+            assert sides.worker is not None
+            await self._links.call(sides.worker.node_id, "DELETE", f"/link/tasks/{task.id}", timeout=self._timeout)
+            await self._change(task.id, closed=True)
+
+    def _sign(self, loaded: _Loaded, worker: Side, source: Side | None, now: float) -> str:
+        return sign_ticket(self._signer, loaded.task, worker, source, loaded.scope, now=now, life=self._ticket_life)
+
+    async def _send_order(self, loaded: _Loaded, worker: Side, now: float) -> None:
+        task, source = loaded.task, loaded.sides.source
+        running = task.desired == "run"
+        first = task.delivered == 0
+        if not await self._store.write(lambda connection: _mark_attempted(connection, task)):
+            return
+        items = None
+        if first:
+            packed = await self._store.read(lambda connection: task_rows.load_items(connection, task.id))
+            items = await trio.to_thread.run_sync(task_rows.unpack_items, packed)
+        ticket = self._sign(loaded, worker, source, now)
+        session = None
+        source_connected = source is not None and self._links.is_connected(source.node_id)
+        if running and source is not None and source_connected:
+            try:
+                session = await self._ask_source(task, worker, source, ticket)
+            except TowpathError as error:
+                # Without a session the agent can begin, and a later visit offers it one; a refusal ends the task.
+                if error.disposition in ("permanent", "fatal"):
+                    raise
+        order = TaskOrder(
+            task_id=task.id,
+            revision=task.revision,
+            desired=cast(Any, task.desired),
+            type=cast(Any, task.type),
+            ticket=ticket,
+            session_id=task.session_id,
+            destination=worker.party,
+            source=None if source is None else source.party,
+            owner_id=task.owner_id,
+            owner=task.owner,
+            label=task.label or "",
+            deadline=iso(task.deadline),
+            options=task.task_options,
+            items=items,
+            session=session,
+        )
+        patience = self._timeout + (len(items) * _SECONDS_PER_ITEM if items is not None else 0.0)
+        answer = await self._links.call(
+            worker.node_id, "PUT", f"/link/tasks/{task.id}", document=order, timeout=patience
+        )
+        self.orders += 1
+        observed = decode_untrusted(answer, TaskObserved)
+        held = "source" if running and source is not None and session is None else None
+        await self._store.write(lambda connection: _delivered(connection, task, observed, held, now))
+        if session is not None:
+            self._wanted.pop(task.id, None)
+        elif source is not None:
+            self.want_session(task.id)
+
+    async def _ask_source(self, task: Task, worker: Side, source: Side, ticket: str) -> SessionAnswer:
+        # Written down first: whatever happens next, the ticket will be withdrawn when the task is over.
+        await self._change(task.id, session_open=True)
+        order = SessionOrder(session_id=task.session_id, task_id=task.id, ticket=ticket, peer=worker.party)
+        answer = await self._links.call(
+            source.node_id, "PUT", f"/link/sessions/{task.session_id}", document=order, timeout=self._timeout
+        )
+        self.sessions += 1
+        return check_session_answer_untrusted(answer, task.session_id, source.party.certificate)
+
+    async def _offer_session(self, task: Task, worker: Side, source: Side, ticket: str) -> None:
+        wanted = self._wanted.get(task.id)
+        answer = await self._ask_source(task, worker, source, ticket)
+        await self._links.call(
+            worker.node_id, "PUT", f"/link/tasks/{task.id}/session", document=answer, timeout=self._timeout
+        )
+        await self._change(task.id, held_by=None)
+        if self._wanted.get(task.id) == wanted:
+            self._wanted.pop(task.id, None)
+
+    async def _change(self, task_id: str, **values: Any) -> None:
+        await self._store.write(lambda connection: task_rows.change(connection, task_id, **values))
+
+    async def _hold(self, task: Task, side: str, now: float) -> None:
+        if task.held_by != side:
+            await self._store.write(lambda connection: _hold(connection, task.id, side, now))
+
+    async def _refused(self, task: Task, step: Step, error: TowpathError, now: float) -> bool:
+        """Deal with an error of a step; True when the task should be looked at again at once."""
+        gone = error.disposition == "permanent" and error.code == "NOT_FOUND"
+        if step is Step.WITHDRAW_SESSION and gone:
+            await self._change(task.id, session_open=False)
+            return True
+        if step is Step.CLOSE and gone:
+            await self._change(task.id, closed=True)
+            return True
+        if step is Step.SEND_ORDER and task.desired == "cancel" and error.disposition in ("permanent", "fatal"):
+            # The agent has no such task (any more): there is nothing left to stop.
+            await self._store.write(lambda connection: _nothing_to_stop(connection, task.id, now))
+            return True
+        if error.disposition in ("permanent", "fatal") and not task.finished:
+            await self._store.write(lambda connection: _fail(connection, task.id, error, now))
+            return True
+        if error.code != OFFLINE and not task.finished:
+            await self._store.write(lambda connection: _note_trouble(connection, task.id, error, now))
+        return False
+
+
+def check_session_answer_untrusted(data: bytes, session_id: str, certificate: str) -> SessionAnswer:
+    """A source's answer, with its candidates counted and measured. Raises only `ProtocolError`.
+
+    The certificate must be the one the source enrolled with: the destination pins it anyway.
+    """
+    answer = decode_untrusted(data, SessionAnswer)
+    if answer.session_id != session_id or answer.certificate.strip() != certificate.strip():
+        raise ProtocolError("The source answered for another session or with another certificate.")
+    if len(answer.candidates) > MAX_CANDIDATES:
+        raise ProtocolError("The source named too many addresses.")
+    for candidate in answer.candidates:
+        if not 0 < candidate.port < 65536 or not 0 < len(candidate.host) <= MAX_HOST or len(candidate.kind) > 32:
+            raise ProtocolError("The source named an address that cannot be one.")
+    return answer
+
+
+def _load(connection: Connection, task_id: str) -> _Loaded | None:
+    task = task_rows.load(connection, task_id)
+    if task is None:
+        return None
+    return _Loaded(task, load_sides(connection, task), task_rows.load_scope(connection, task_id))
+
+
+def _mark_attempted(connection: Connection, task: Task) -> bool:
+    """From now on the agent may have the task. False when it was changed since it was looked at."""
+    current = task_rows.load(connection, task.id)
+    if current is None or current.revision != task.revision or current.status != task.status:
+        return False
+    if not current.attempted:
+        task_rows.change(connection, task.id, attempted=True)
+    return True
+
+
+def _delivered(connection: Connection, task: Task, observed: TaskObserved, held: str | None, now: float) -> None:
+    current = task_rows.load(connection, task.id)
+    assert current is not None
+    values: dict[str, Any] = {"delivered": max(current.delivered, task.revision), "ticket_issued": now}
+    if observed.revision > current.revision:
+        # This database was restored from a backup: overtake what the agent has already seen, and say it again.
+        values["revision"] = observed.revision + 1
+    if not current.finished:
+        values["held_by"] = held
+    task_rows.change(connection, task.id, **values)
+    if not current.finished:
+        task_reports.store_observed(connection, current, observed)
+        if observed.state in FINAL_STATES:
+            _conclude(connection, task.id, observed, now)
+    if held is not None and current.held_by != held:
+        event_log.add(connection, task.id, _offline_event(held, now))
+
+
+def _conclude(connection: Connection, task_id: str, observed: TaskObserved, now: float) -> None:
+    current = task_rows.load(connection, task_id)
+    if current is not None:
+        task_reports.conclude(connection, current, observed, now)
+
+
+def _offline_event(side: str, now: float) -> TaskEvent:
+    sentence = f"The agent of the {side} endpoint is not connected; the task goes on when it is back."
+    return TaskEvent(code=OFFLINE, description=sentence, time=now, is_error=True)
+
+
+def _hold(connection: Connection, task_id: str, side: str, now: float) -> None:
+    task_rows.change(connection, task_id, held_by=side)
+    event_log.add(connection, task_id, _offline_event(side, now))
+
+
+def _fail(connection: Connection, task_id: str, error: TowpathError, now: float) -> None:
+    task = task_rows.load(connection, task_id)
+    if task is not None:
+        task_turns.end_now(connection, task, code=error.code, sentence=error.sentence, now=now)
+
+
+def _nothing_to_stop(connection: Connection, task_id: str, now: float) -> None:
+    task = task_rows.load(connection, task_id)
+    if task is None:
+        return
+    task_rows.change(connection, task_id, delivered=task.revision)
+    task_turns.finish(connection, task, code=CANCELED, sentence="The task was cancelled.", when=now)
+
+
+def _note_trouble(connection: Connection, task_id: str, error: TowpathError, now: float) -> None:
+    """Show people what holds the task up; the same trouble is noted once."""
+    task = task_rows.load(connection, task_id)
+    if task is None or task.finished:
+        return
+    last = task.last_observed
+    if last is not None and last.status_code == error.code:
+        return
+    observed = TaskObserved(
+        task_id=task_id,
+        revision=task.delivered,
+        state="WAITING",
+        status_code=error.code,
+        status_sentence=error.sentence,
+        who=error.who,
+    )
+    task_reports.store_observed(connection, task, observed)
+    event = TaskEvent(code=error.code, description=error.sentence, time=now, is_error=True)
+    event_log.add(connection, task_id, event)

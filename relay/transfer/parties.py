@@ -1,0 +1,91 @@
+"""The two sides of a task: collections with the nodes that serve them, and the tickets that let them work together."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from sqlalchemy import Connection, select
+
+from protocol.control import Party
+from protocol.ticket import Grant, Ticket, TicketSigner
+from relay.store import transfer_tables as tables
+from relay.transfer.collections import Collection, load_many
+from relay.transfer.task_rows import Scope, Task
+
+# Raised when a whole policy changes at once; single permissions are withdrawn by ending their tasks.
+POLICY_EPOCH = 0
+
+
+@dataclass(frozen=True)
+class Side:
+    """One collection and the node behind it."""
+
+    node_id: str
+    fingerprint: str
+    party: Party
+
+    def grant(self, paths: list[str], access: Literal["r", "rw"]) -> Grant:
+        return Grant(
+            node_id=self.node_id,
+            fingerprint=self.fingerprint,
+            collection_id=self.party.collection_id,
+            paths=paths,
+            access=access,
+        )
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Who takes part in a task; None for a side that no agent serves yet. Deletes have no source."""
+
+    source: Side | None
+    worker: Side | None
+
+
+def load_sides(connection: Connection, task: Task) -> Sides:
+    """The sides of a task as they are now."""
+    ids = [task.source_id] if task.destination_id is None else [task.source_id, task.destination_id]
+    known = load_many(connection, ids)
+    nodes = tables.nodes.c
+    wanted = sorted({item.node_id for item in known.values() if item.node_id is not None})
+    rows = connection.execute(select(nodes.id, nodes.certificate, nodes.fingerprint).where(nodes.id.in_(wanted)))
+    certificates = {row.id: (row.certificate, row.fingerprint) for row in rows}
+    return Sides(
+        source=None if task.destination_id is None else _side(known.get(task.source_id), certificates),
+        worker=_side(known.get(task.worker_id), certificates),
+    )
+
+
+def _side(collection: Collection | None, certificates: Mapping[str, tuple[str, str]]) -> Side | None:
+    if collection is None or collection.node_id is None or collection.endpoint_id is None:
+        return None
+    certificate, fingerprint = certificates[collection.node_id]
+    party = Party(
+        endpoint_id=collection.endpoint_id,
+        node_id=collection.node_id,
+        collection_id=collection.id,
+        certificate=certificate,
+        display_name=collection.display_name,
+    )
+    return Side(collection.node_id, fingerprint, party)
+
+
+def sign_ticket(
+    signer: TicketSigner, task: Task, worker: Side, source: Side | None, scope: Scope, *, now: float, life: float
+) -> str:
+    """A ticket for one task: these two nodes, read here and write there, these paths, until ``now + life``."""
+    ticket = Ticket(
+        relay_id=signer.relay_id,
+        ticket_id=str(uuid.uuid4()),
+        session_id=task.session_id,
+        task_id=task.id,
+        source=None if source is None else source.grant(scope.source, "r"),
+        destination=worker.grant(scope.destination, "rw"),
+        policy_epoch=POLICY_EPOCH,
+        issued=now,
+        expires=now + life,
+    )
+    return signer.sign(ticket)

@@ -1,0 +1,165 @@
+"""Finding collections: which of them a caller may know of, within a scope, by words and fields."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, Select, and_, exists, false, func, or_, select
+
+from relay.store import transfer_tables as tables
+from relay.store.auth_tables import identities
+from relay.transfer.collection_documents import ENTITY_TYPE
+from relay.transfer.collections import Collection, load_many
+from relay.transfer.fields import bad_request, is_uuid
+
+SCOPES = frozenset(
+    {
+        "all",
+        "my-endpoints",
+        "my-gcp-endpoints",
+        "recently-used",
+        "in-use",
+        "shared-by-me",
+        "shared-with-me",
+        "administered-by-me",
+        "hide-no-permissions",
+    }
+)
+MAX_LIMIT = 100
+MAX_OFFSET = 1_000_000
+MAX_TEXT = 1000
+MAX_WORDS = 16
+TEXT_COLUMNS = ("display_name", "description", "keywords", "organization", "department")
+
+_collection = tables.collections.c
+Condition = ColumnElement[bool]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Query:
+    """One search. Build it with `read`, which checks everything."""
+
+    scope: str = "all"
+    text: str = ""
+    owner_id: str | None = None
+    entity_type: str | None = None
+    host_endpoint: str | None = None
+    non_functional: bool | None = None
+    limit: int = MAX_LIMIT
+    offset: int = 0
+
+
+def read(parameters: Any, *, limit: int, offset: int) -> Query:
+    """A query from the parameters of a request. Raises `ApiError` 400."""
+    scope = parameters.get("filter_scope") or "all"
+    if scope not in SCOPES:
+        raise bad_request(f"filter_scope must be one of {', '.join(sorted(SCOPES))}.")
+    text = parameters.get("filter_fulltext") or ""
+    if len(text) > MAX_TEXT or len(text.split()) > MAX_WORDS:
+        raise bad_request(f"filter_fulltext has more than {MAX_TEXT} characters or {MAX_WORDS} words.")
+    for name in ("filter_owner_id", "filter_host_endpoint"):
+        if parameters.get(name) and not is_uuid(parameters[name]):
+            raise bad_request(f"{name} must be a UUID.")
+    non_functional = parameters.get("filter_non_functional") or ""
+    if non_functional.lower() not in ("", "0", "1", "true", "false"):
+        raise bad_request("filter_non_functional must be 0 or 1.")
+    return Query(
+        scope=scope,
+        text=text,
+        owner_id=(parameters.get("filter_owner_id") or "").lower() or None,
+        entity_type=parameters.get("filter_entity_type") or None,
+        host_endpoint=parameters.get("filter_host_endpoint") or None,
+        non_functional=None if not non_functional else non_functional.lower() in ("1", "true"),
+        limit=limit,
+        offset=offset,
+    )
+
+
+def find(connection: Connection, query: Query, identity_id: str) -> tuple[list[Collection], bool]:
+    """Collections that match and that the identity may know of, and whether there are more after this page."""
+    statement = select(_collection.id).where(
+        _collection.deleted.is_(None), _visible(identity_id), *_filters(query), _in_scope(query.scope, identity_id)
+    )
+    statement = _ordered(statement, query, identity_id).limit(query.limit + 1).offset(query.offset)
+    ids = list(connection.execute(statement).scalars())
+    known = load_many(connection, ids)
+    return [known[id_] for id_ in ids[: query.limit]], len(ids) > query.limit
+
+
+def _has_role(identity_id: str, *roles: str) -> Condition:
+    role = tables.roles.c
+    held = select(role.id).where(
+        role.collection_id == _collection.id, role.principal_type == "identity", role.principal == identity_id
+    )
+    return exists(held.where(role.role.in_(roles)) if roles else held)
+
+
+def _visible(identity_id: str) -> Condition:
+    """The same rule as `relay.access.decisions` for seeing a collection, as a condition."""
+    return or_(_collection.public, _collection.owner_id == identity_id, _has_role(identity_id))
+
+
+def _uses(identity_id: str) -> Select[Any]:
+    task = tables.tasks.c
+    return select(task.id).where(
+        task.owner_id == identity_id, or_(task.source_id == _collection.id, task.destination_id == _collection.id)
+    )
+
+
+def _in_scope(scope: str, identity_id: str) -> Condition:
+    mine = _collection.owner_id == identity_id
+    if scope in ("my-endpoints", "my-gcp-endpoints"):
+        return mine
+    if scope == "administered-by-me":
+        return or_(mine, _has_role(identity_id, "administrator"))
+    if scope == "shared-with-me":
+        # There are no guest collections yet; what others have opened by a role is shared all the same.
+        return and_(~mine, _has_role(identity_id))
+    if scope == "shared-by-me":
+        return false()
+    if scope == "hide-no-permissions":
+        return or_(mine, _has_role(identity_id))
+    if scope == "in-use":
+        return exists(_uses(identity_id).where(tables.tasks.c.status == "ACTIVE"))
+    if scope == "recently-used":
+        return exists(_uses(identity_id))
+    return _collection.id.is_not(None)
+
+
+def _filters(query: Query) -> list[Condition]:
+    held: list[Condition] = [_matches(word) for word in query.text.split()]
+    if query.owner_id is not None:
+        held.append(_collection.owner_id == query.owner_id)
+    if query.entity_type is not None and ENTITY_TYPE not in query.entity_type.split(","):
+        held.append(false())
+    # Nothing is hosted on another collection yet, and every collection functions.
+    if query.host_endpoint is not None or query.non_functional:
+        held.append(false())
+    return held
+
+
+def _matches(word: str) -> Condition:
+    escaped = word.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_")
+    pattern = f"%{escaped}%"
+    owners = select(identities.c.id).where(identities.c.username.ilike(pattern, escape="\\"))
+    return or_(
+        *(_collection[name].ilike(pattern, escape="\\") for name in TEXT_COLUMNS),
+        _collection.owner_id.in_(owners),
+        _collection.id == word.lower(),
+    )
+
+
+def _ordered(statement: Select[Any], query: Query, identity_id: str) -> Select[Any]:
+    if query.scope == "recently-used":
+        task = tables.tasks.c
+        latest = (
+            select(func.max(task.requested))
+            .where(
+                task.owner_id == identity_id,
+                or_(task.source_id == _collection.id, task.destination_id == _collection.id),
+            )
+            .scalar_subquery()
+        )
+        return statement.order_by(latest.desc(), _collection.id)
+    return statement.order_by(func.lower(_collection.display_name), _collection.id)

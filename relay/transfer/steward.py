@@ -1,0 +1,382 @@
+"""The steward sees to it that every task gets where it should, whoever comes, goes, or is killed in between.
+
+It watches links come and go, reads the event stream of every linked agent, visits tasks (`relay.transfer.delivery`)
+when something has changed for them, and keeps the clock: deadlines, tickets to renew, cancels that nobody confirms.
+Everything it must not forget is in the database before it is acknowledged; what is only in memory (progress of the last
+second, who waits for a session) comes again by itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import trio
+from sqlalchemy import Connection, or_, select
+
+from protocol.control import AgentEvent, AgentHello, TaskObserved
+from protocol.errors import TowpathError
+from protocol.ticket import TicketSigner
+from relay.rendezvous.registry import LinkUp
+from relay.settings import Settings
+from relay.store import transfer_tables as tables
+from relay.store.database import Store
+from relay.transfer import nodes, task_reports, task_rows, task_turns
+from relay.transfer.agents import AgentLinks
+from relay.transfer.delivery import Courier
+from relay.transfer.event_stream import LineReader
+
+logger = logging.getLogger("relay.steward")
+
+# An agent that was asked to stop and is away has this long to confirm; then the relay ends the task itself.
+CANCEL_GRACE = 600.0
+PROGRESS_INTERVAL = 1.0
+CLOCK_INTERVAL = 60.0
+# Links that come back this soon are not worth an event in every task.
+AWAY_BEFORE_NOTICE = 15.0
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
+MAX_VISITS = 16
+# Progress of more tasks than one agent can run is not remembered.
+MAX_PROGRESS = 10_000
+
+
+@dataclass(frozen=True)
+class StewardStatistics:
+    """What the steward does and has done since the start."""
+
+    attended: int
+    due: int
+    visiting: int
+    visits: int
+    orders: int
+    sessions: int
+    lines: int
+    dropped_lines: int
+    stream_failures: int
+    visit_failures: int
+
+
+class Steward:
+    """One for each relay. ``clock`` gives Unix seconds. All methods belong to one trio run."""
+
+    def __init__(
+        self, store: Store, registry: AgentLinks, signer: TicketSigner, settings: Settings, clock: Callable[[], float]
+    ) -> None:
+        self._store = store
+        self._links = registry
+        self._clock = clock
+        self._ticket_life = float(settings.tickets.life)
+        self._keep = float(settings.tasks.retention)
+        self._courier = Courier(
+            store,
+            registry,
+            signer,
+            ticket_life=self._ticket_life,
+            keep=self._keep,
+            timeout=float(settings.limits.call_timeout),
+        )
+        self._due: dict[str, None] = {}
+        self._due_event = trio.Event()
+        self._visiting: dict[str, bool] = {}
+        self._limiter = trio.Semaphore(MAX_VISITS)
+        self._pauses: dict[str, float] = {}
+        self._retries: dict[str, float] = {}
+        self._clock_event = trio.Event()
+        self._attended: dict[str, trio.CancelScope] = {}
+        self._progress: dict[str, dict[str, TaskObserved]] = {}
+        self._finished: dict[str, trio.Event] = {}
+        self._visits = self._lines = self._dropped = self._stream_failures = self._visit_failures = 0
+
+    def statistics(self) -> StewardStatistics:
+        """Counts of this moment and since the start."""
+        return StewardStatistics(
+            attended=len(self._attended),
+            due=len(self._due),
+            visiting=len(self._visiting),
+            visits=self._visits,
+            orders=self._courier.orders,
+            sessions=self._courier.sessions,
+            lines=self._lines,
+            dropped_lines=self._dropped,
+            stream_failures=self._stream_failures,
+            visit_failures=self._visit_failures,
+        )
+
+    # --- for the rest of the relay --------------------------------------------------------------------------
+
+    def wake(self, task_id: str) -> None:
+        """Look at a task soon: it is new, or something about it has changed. Returns at once."""
+        self._due[task_id] = None
+        self._due_event.set()
+        # Its deadline may be the next one.
+        self._clock_event.set()
+
+    async def wait_finished(self, task_id: str, seconds: float) -> None:
+        """Return when a task has ended, or after that time. The caller looks at the task itself."""
+        event = self._finished.setdefault(task_id, trio.Event())
+        with trio.move_on_after(seconds):
+            await event.wait()
+        if not event.is_set() and not event.statistics().tasks_waiting:
+            self._finished.pop(task_id, None)
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Work until cancelled. A fault in one task or agent is logged and tried again; it never ends the others."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._visit_due)
+            nursery.start_soon(self._keep_clock)
+            nursery.start_soon(self._store_progress)
+            task_status.started()
+            while True:
+                async with self._links.changes() as changes:
+                    async for change in changes:
+                        self._leave(change.node_id)
+                        if isinstance(change, LinkUp):
+                            scope = self._attended[change.node_id] = trio.CancelScope()
+                            nursery.start_soon(self._attend, change.hello, scope)
+                        else:
+                            nursery.start_soon(self._notice_absence, change.node_id)
+                # We lagged behind: everybody who is there is announced again.
+                for node_id in list(self._attended):
+                    self._leave(node_id)
+
+    # --- visits ----------------------------------------------------------------------------------------------
+
+    async def _visit_due(self) -> None:
+        async with trio.open_nursery() as nursery:
+            while True:
+                await self._due_event.wait()
+                self._due_event = trio.Event()
+                while self._due:
+                    await self._limiter.acquire()
+                    task_id = next(iter(self._due))
+                    del self._due[task_id]
+                    nursery.start_soon(self._visit, task_id)
+
+    async def _visit(self, task_id: str) -> None:
+        """One visit, holding one permit of the limiter, which is given back at the end."""
+        if task_id in self._visiting:
+            # One visit at a time; look again when that one is over.
+            self._visiting[task_id] = True
+            self._limiter.release()
+            return
+        self._visiting[task_id] = False
+        failed = True
+        try:
+            self._visits += 1
+            visit = await self._courier.visit(task_id, self._clock())
+            failed = visit.failed is not None
+            if visit.finished:
+                self._announce_finished(task_id)
+            if visit.failed is not None:
+                logger.info("Task %s waits: %s (%s)", task_id, visit.failed.sentence, visit.failed.code)
+        except TowpathError as error:
+            logger.warning("Task %s cannot be delivered now: %s", task_id, error.sentence)
+        except Exception:
+            self._visit_failures += 1
+            logger.exception("A visit to task %s failed; it is tried again.", task_id)
+        finally:
+            self._limiter.release()
+            if self._visiting.pop(task_id):
+                self.wake(task_id)
+        if not failed:
+            self._pauses.pop(task_id, None)
+            self._retries.pop(task_id, None)
+        else:
+            pause = self._pauses.get(task_id, FIRST_PAUSE)
+            self._pauses[task_id] = min(pause * 2, LONGEST_PAUSE)
+            self._retries[task_id] = self._clock() + pause
+            self._clock_event.set()
+
+    def _announce_finished(self, task_id: str) -> None:
+        event = self._finished.pop(task_id, None)
+        if event is not None:
+            event.set()
+
+    # --- agents ----------------------------------------------------------------------------------------------
+
+    def _leave(self, node_id: str) -> None:
+        scope = self._attended.pop(node_id, None)
+        if scope is not None:
+            scope.cancel()
+
+    async def _attend(self, hello: AgentHello, scope: trio.CancelScope) -> None:
+        """Everything for one agent, from the moment its link is up until it is down, when ``scope`` is cancelled."""
+        node_id, greeted = hello.node_id, False
+        with scope:
+            pause = FIRST_PAUSE
+            while True:
+                started = self._clock()
+                try:
+                    if not greeted:
+                        await self._store.write(partial(nodes.record_hello, hello=hello, now=started))
+                        greeted = True
+                    await self._welcome(node_id)
+                    await self._read_events(node_id)
+                except TowpathError as error:
+                    logger.info("The events of node %s: %s (%s)", node_id, error.sentence, error.code)
+                except Exception:
+                    logger.exception("Attending node %s failed; it is tried again.", node_id)
+                self._stream_failures += 1
+                if self._clock() - started > LONGEST_PAUSE:
+                    pause = FIRST_PAUSE
+                await trio.sleep(pause)
+                pause = min(pause * 2, LONGEST_PAUSE)
+
+    async def _welcome(self, node_id: str) -> None:
+        """Stops first, before anything else is asked of the agent; then all that concerns it is looked at."""
+        stopping, others = await self._tasks_of(node_id)
+        for task_id in stopping:
+            await self._limiter.acquire()
+            await self._visit(task_id)
+        for task_id, is_source in others:
+            if is_source:
+                self._courier.want_session(task_id)
+            self.wake(task_id)
+
+    async def _tasks_of(self, node_id: str) -> tuple[list[str], list[tuple[str, bool]]]:
+        forgettable = self._clock() - self._keep
+        return await self._store.read(lambda connection: _tasks_of_node(connection, node_id, forgettable))
+
+    async def _notice_absence(self, node_id: str) -> None:
+        await trio.sleep(AWAY_BEFORE_NOTICE)
+        if self._links.is_connected(node_id):
+            return
+        _, others = await self._tasks_of(node_id)
+        for task_id, is_source in others:
+            if not is_source:
+                self.wake(task_id)
+
+    async def _read_events(self, node_id: str) -> None:
+        after = await self._store.read(lambda connection: nodes.last_event(connection, node_id))
+        if after:
+            # What was stored but not acknowledged before a restart.
+            await self._acknowledge(node_id, after)
+        reader = LineReader()
+        async with self._links.stream(node_id, "/link/events", query=[("after", str(after))]) as chunks:
+            async for chunk in chunks:
+                lines = reader.feed_untrusted(chunk)
+                if lines:
+                    await self._take_lines(node_id, lines)
+
+    async def _take_lines(self, node_id: str, lines: list[AgentEvent]) -> None:
+        self._lines += len(lines)
+        waiting = self._progress.setdefault(node_id, {})
+        kept = []
+        for line in lines:
+            if line.kind == "progress" and line.n == 0 and line.observed is not None:
+                if len(waiting) < MAX_PROGRESS or line.task_id in waiting:
+                    waiting[line.task_id] = line.observed
+            else:
+                kept.append(line)
+                if line.kind == "state":
+                    # What was said before counts no more.
+                    waiting.pop(line.task_id, None)
+        if not kept:
+            return
+        now = self._clock()
+        applied = await self._store.write(lambda connection: task_reports.apply_lines(connection, node_id, kept, now))
+        self._dropped += applied.dropped
+        if applied.last_event:
+            await self._acknowledge(node_id, applied.last_event)
+        for task_id in applied.finished:
+            self._announce_finished(task_id)
+            self.wake(task_id)
+        for task_id, generation in applied.wants_session.items():
+            self._courier.want_session(task_id, generation)
+            self.wake(task_id)
+
+    async def _acknowledge(self, node_id: str, n: int) -> None:
+        await self._links.call(node_id, "POST", "/link/events/acknowledge", document={"n": n})
+
+    async def _store_progress(self) -> None:
+        while True:
+            await trio.sleep(PROGRESS_INTERVAL)
+            for node_id in list(self._progress):
+                reports = self._progress.pop(node_id)
+                if not reports:
+                    continue
+                try:
+                    await self._store.write(_storing(node_id, reports))
+                except TowpathError as error:
+                    logger.warning("Progress could not be stored: %s", error.sentence)
+
+    # --- the clock -------------------------------------------------------------------------------------------
+
+    async def _keep_clock(self) -> None:
+        while True:
+            self._clock_event = trio.Event()
+            try:
+                upcoming = await self._duties()
+            except TowpathError as error:
+                logger.warning("Deadlines could not be looked at: %s", error.sentence)
+                upcoming = math.inf
+            with trio.move_on_after(max(0.0, min(CLOCK_INTERVAL, upcoming - self._clock()))):
+                await self._clock_event.wait()
+            # Many wake-ups in a row are one.
+            await trio.sleep(0.05)
+
+    async def _duties(self) -> float:
+        """All that is due now; returns when the next thing will be."""
+        now = self._clock()
+        for task_id in [task_id for task_id, when in self._retries.items() if when <= now]:
+            del self._retries[task_id]
+            self._due[task_id] = None
+            self._due_event.set()
+        due, upcoming = await self._store.read(lambda connection: self._look_ahead(connection, now))
+        if due:
+            changed = await self._store.write(lambda connection: self._turn(connection, now))
+            for task_id in changed:
+                self._announce_finished(task_id)
+                self._due[task_id] = None
+            self._due_event.set()
+        return min([upcoming, *self._retries.values()])
+
+    def _look_ahead(self, connection: Connection, now: float) -> tuple[bool, float]:
+        expiry = task_turns.next_expiry(connection, CANCEL_GRACE)
+        renewal = task_turns.next_renewal(connection, self._ticket_life / 2)
+        upcoming = min(moment for moment in (expiry, renewal, math.inf) if moment is not None)
+        return upcoming <= now, upcoming
+
+    def _turn(self, connection: Connection, now: float) -> list[str]:
+        return [
+            *task_turns.expire(connection, now, CANCEL_GRACE),
+            *task_turns.renew(connection, now, self._ticket_life / 2),
+        ]
+
+
+def _storing(node_id: str, reports: dict[str, TaskObserved]) -> Callable[[Connection], None]:
+    return lambda connection: task_reports.apply_progress(connection, node_id, reports)
+
+
+def _tasks_of_node(
+    connection: Connection, node_id: str, forgettable: float
+) -> tuple[list[str], list[tuple[str, bool]]]:
+    """Tasks that concern a node: ids of those it must stop, and (id, is source) of the others.
+
+    Those that ended before ``forgettable`` are among the others: the agent may drop what it keeps of them.
+    """
+    column = tables.tasks.c
+    mine = set(
+        connection.execute(select(tables.collections.c.id).where(tables.collections.c.node_id == node_id)).scalars()
+    )
+    statement = (
+        select(*task_rows.COLUMNS)
+        .where(
+            column.closed.is_(False),
+            or_(column.source_id.in_(sorted(mine)), column.destination_id.in_(sorted(mine))),
+        )
+        .order_by(column.requested)
+    )
+    stopping: list[str] = []
+    others: list[tuple[str, bool]] = []
+    for row in connection.execute(statement):
+        task = task_rows.Task(**row._mapping)
+        if task.worker_id in mine and task.desired == "cancel" and task.attempted and task.delivered < task.revision:
+            stopping.append(task.id)
+        elif not task.finished or task.session_open or (task.completed or 0.0) <= forgettable:
+            is_source = task.destination_id is not None and task.source_id in mine
+            others.append((task.id, is_source and not task.finished))
+    return stopping, others
