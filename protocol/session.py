@@ -155,9 +155,7 @@ class Ping(Message, tag="ping", frozen=True):
     """Say something, so that silence means death."""
 
 
-Request = Union[
-    Hello, ListDirectory, MoreRows, StatPaths, ReadRange, ReadPack, DigestFile, Abandon, RenewTicket, Ping
-]
+Request = Union[Hello, ListDirectory, MoreRows, StatPaths, ReadRange, ReadPack, DigestFile, Abandon, RenewTicket, Ping]
 
 
 # --- source to destination ---------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """Handing out work to lanes: which request goes to which lane, what to do when a lane or a file fails.
 
 Runs in the trio thread. Requests wait in one queue; each lane has a window of bytes under way and takes the next
-request when there is room, so lanes can come and go at any time and none waits for another. A lost lane's requests go back
-to the front of the queue, less what has arrived.
+request when there is room, so lanes can come and go at any time and none waits for another. A lost lane's requests
+go back to the front of the queue, less what has arrived.
 """
 
 from __future__ import annotations

@@ -209,7 +209,8 @@ class Journal:
             if row is None:
                 return None
             self._connection.execute("UPDATE directories SET state = ? WHERE id = ?", (ACTIVE, row[0]))
-        return DirectoryRow(*row[:5], msgspec.msgpack.decode(row[5], type=list[tuple[int, int]]))
+        ancestry = msgspec.msgpack.decode(row[5], type=list[tuple[int, int]])
+        return DirectoryRow(row[0], row[1], row[2], row[3], row[4], ancestry)
 
     def finish_directory(self, directory: int) -> None:
         with self._lock:

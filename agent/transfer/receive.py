@@ -53,7 +53,7 @@ class LaneReceiver:
         sock: ssl.SSLSocket,
         root: Root,
         requests: dict[int, Request],
-        settle: queue.SimpleQueue[ToSettle],
+        settle: queue.SimpleQueue[ToSettle | None],
         reports: Reports,
         temporary_name: Callable[[], bytes],
         mode_mask: int,

@@ -1,7 +1,7 @@
 """How many content bytes a task has received in all, repeats included, in a file that survives a kill of the process.
 
-The count lives in a memory-mapped page, so it costs no system call and is right after SIGKILL; it is a statistic and not
-made durable against power loss. Received minus settled is what interruptions cost.
+The count lives in a memory-mapped page, so it costs no system call and is right after SIGKILL; it is a statistic and
+not made durable against power loss. Received minus settled is what interruptions cost.
 """
 
 from __future__ import annotations

@@ -138,8 +138,8 @@ class SourceSession:
         self._waiting[r] = send
         return receive
 
-    async def _next_answer(self, receive: trio.MemoryReceiveChannel[session.Answer], timeout: float) -> session.Answer:
-        with trio.move_on_after(timeout):
+    async def _next_answer(self, receive: trio.MemoryReceiveChannel[session.Answer], seconds: float) -> session.Answer:
+        with trio.move_on_after(seconds):
             try:
                 answer = await receive.receive()
             except trio.EndOfChannel:

@@ -1,7 +1,7 @@
 """One run of a transfer over one session: plan, fetch, settle, side by side, until everything is settled.
 
-A run ends in one of two ways: everything is settled, or an error. After an error nothing is lost that the journal knows;
-the task's runner decides whether a new run is worth it. Three kinds of threads work for a run: lanes (one each), one
+A run ends in one of two ways: everything is settled, or an error. After an error nothing is lost that the journal
+knows; the task's runner decides whether a new run is worth it. Three kinds of threads work for a run: lanes (one each), one
 settler, and trio's workers for planning; all of them end before the run does.
 """
 
@@ -522,7 +522,7 @@ class TransferRun:
     def _on_refetch(self, file: LargeFile, index: int) -> None:
         file.job.attempts += 1
         error = RetryLater(
-            f"Block {index} read back from the destination's storage differs from what was written; it is fetched again.",
+            f"Block {index} reads back from the destination's storage other than it was written; it is fetched again.",
             code="VERIFY_CHECKSUM",
             who="destination owner",
         )

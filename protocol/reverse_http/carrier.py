@@ -156,6 +156,8 @@ class Carrier:
         self._queued = trio.lowlevel.ParkingLot()
         self._drained = trio.lowlevel.ParkingLot()
         self._retimed = trio.Event()
+        # The peer is owed a reason for the end.
+        self._leaving = False
         self._flushed = trio.Event()
 
     # --- life ------------------------------------------------------------------------------------------------
@@ -169,12 +171,8 @@ class Carrier:
                 with self._reading:
                     await self._read()
                 self.end(Ending("The other side closed the connection."))
-                with trio.move_on_after(self.core.limits.flush):
-                    await self._flushed.wait()
-                    # Closing a socket with unread bytes makes the kernel throw away what was sent last, which is the
-                    # reason for closing.
-                    while await self._stream.receive_some(READ_SIZE):
-                        pass
+                if self._leaving:
+                    await self._take_leave()
                 nursery.cancel_scope.cancel()
         except* (trio.BrokenResourceError, trio.ClosedResourceError):
             # Only the farewell above can meet these: the connection is over in any case.
@@ -183,6 +181,14 @@ class Carrier:
             self.end(Ending("This side closed the connection."))
             self.closed.set()
             await trio.aclose_forcefully(self._stream)
+
+    async def _take_leave(self) -> None:
+        with trio.move_on_after(self.core.limits.flush):
+            await self._flushed.wait()
+            # Closing a socket with unread bytes makes the kernel throw away what was sent last, which is the reason
+            # for closing.
+            while await self._stream.receive_some(READ_SIZE):
+                pass
 
     def end(self, ending: Ending) -> None:
         """Nothing is carried from now on; the first reason counts. Everything that waits fails with it."""
@@ -202,6 +208,7 @@ class Carrier:
     def close(self, sentence: str, *, retry_after: float | None = None) -> None:
         """Tell the peer why, and end."""
         self.core.close(Farewell(sentence, retry_after))
+        self._leaving = self._leaving or self.ending is None
         self.end(Ending(sentence, retry_after))
 
     def raise_ended(self) -> NoReturn:
@@ -224,6 +231,7 @@ class Carrier:
             try:
                 happened = self.core.receive_untrusted(bytes(data), trio.current_time())
             except ProtocolError as error:
+                self._leaving = True
                 self.end(Ending(error.sentence))
                 return
             for happening in happened:

@@ -51,7 +51,9 @@ def request_headers(method: str, target: str, headers: Iterable[Header], length:
     ]
     size = sum(len(name) + len(value) + 32 for name, value in pseudo)
     fields = checked_headers(headers, most - size - 64)
-    if length is not None and all(name != b"content-length" for name, _ in fields):
+    if any(name == b"content-length" for name, _ in fields):
+        raise ValueError("The content-length of a request is not the caller's to set.")
+    if length is not None:
         fields.append((b"content-length", str(length).encode()))
     return pseudo + fields
 

@@ -91,6 +91,7 @@ class _Exchange:
         self._method = (field(self._headers, b":method") or b"").decode("ascii", "replace")
         self._received = 0
         self._body_done = False
+        self._refused = False
         self._start: Message | None = None
         self._declared: int | None = None
         self._sent = 0
@@ -114,14 +115,12 @@ class _Exchange:
             except Exception as error:
                 await self._application_failed(error)
                 return
-            if self._start is None and self._channel.failure is None:
+            if self._start is None and not self._refused and self._channel.failure is None:
                 _logger.error("No answer was made to %s %s.", self._method, scope["path"])
                 await self._answer_error(500, RetryLater("The agent made no answer.", code="INTERNAL_ERROR"))
 
     async def _application_failed(self, error: Exception) -> None:
-        if isinstance(error, _BodyTooLarge) and self._start is None:
-            await self._answer_error(413, _too_large(self._limits.max_body))
-        elif self._channel.failure is not None and _is_departure(error):
+        if (self._channel.failure is not None or self._refused) and _is_departure(error):
             _logger.debug("The caller of %s left.", self._method)
         else:
             _logger.error("A request from the relay failed.", exc_info=error)
@@ -177,15 +176,22 @@ class _Exchange:
             return {"type": "http.disconnect"}
         self._received += len(data)
         if self._received > self._limits.max_body:
-            raise _BodyTooLarge
+            return await self._refuse_body()
         self._body_done = self._channel.exhausted
         return {"type": "http.request", "body": data, "more_body": not self._body_done}
+
+    async def _refuse_body(self) -> Message:
+        self._body_done = True
+        if self._start is None:
+            await self._answer_error(413, _too_large(self._limits.max_body))
+        self._refused = True
+        return {"type": "http.disconnect"}
 
     # --- the answer ------------------------------------------------------------------------------------------
 
     async def send(self, message: Message) -> None:
         """ASGI send. Waits for flow control; raises `CallerLeft` when the caller has gone."""
-        if self._channel.failure is not None:
+        if self._channel.failure is not None or self._refused:
             raise CallerLeft("The caller has left.")
         kind = message["type"]
         if kind == "http.response.start" and self._start is None:
@@ -228,10 +234,6 @@ class _Exchange:
         if not more:
             self.complete = True
             self._channel.wake()
-
-
-class _BodyTooLarge(Exception):
-    """The request's body is longer than `Limits.max_body`."""
 
 
 def _too_large(most: int) -> ItemFailed:

@@ -1,0 +1,186 @@
+"""A task worker's line to its daemon: asks for connections, hears what is desired, tells what happens."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import ssl
+from collections.abc import AsyncIterator, Callable, Iterator
+
+import trio
+
+from agent.connect.tls import HANDSHAKE_TIMEOUT, check_peer, session_context
+from agent.transfer.channel import (
+    Channel,
+    Connect,
+    Connected,
+    ConnectFailed,
+    Desire,
+    Event,
+    EventStored,
+    Message,
+    Progress,
+    RunTask,
+)
+from agent.transfer.source_session import SourceSession
+from protocol.control import TaskObserved
+from protocol.errors import RetryLater, TowpathError, error_from_document_untrusted
+from protocol.identity import NodeKey, fingerprint_of_certificate_untrusted
+from protocol.session import ALPN_CONTROL, ALPN_LANE, SNI_SUFFIX, RenewTicket
+
+
+class DaemonLine:
+    """The worker's end of the channel. `run` reads it; when the daemon dies, the worker is cancelled."""
+
+    def __init__(self, channel: Channel, start: RunTask, identity: NodeKey) -> None:
+        self._channel = channel
+        self._identity = identity
+        self._order = start.order
+        self._version = start.common.version
+        self.desired = start.order.desired
+        self.revision = start.order.revision
+        self.ticket = start.order.ticket
+        self.on_event_stored: Callable[[int], None] = lambda _seq: None
+        self._next = 0
+        self._waiting: dict[int, trio.MemorySendChannel[tuple[Connected | ConnectFailed, list[int]]]] = {}
+        self._scopes: set[trio.CancelScope] = set()
+        self._send_out, self._receive_out = trio.open_memory_channel[Message](10_000)
+        self._latest: TaskObserved | None = None
+        self._wake = trio.Event()
+        self._session: SourceSession | None = None
+
+    async def run(self) -> None:
+        """Read and write until the daemon is gone. Raises `ChannelClosed`."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._write)
+            nursery.start_soon(self._write_progress)
+            while True:
+                message, descriptors = await self._channel.receive()
+                self._handle(message, descriptors)
+
+    def _handle(self, message: Message, descriptors: list[int]) -> None:
+        if isinstance(message, Connected | ConnectFailed):
+            waiting = self._waiting.pop(message.request, None)
+            if waiting is None:
+                for descriptor in descriptors:
+                    os.close(descriptor)
+            else:
+                waiting.send_nowait((message, descriptors))
+        elif isinstance(message, Desire):
+            self.desired = message.desired  # type: ignore[assignment]
+            if message.ticket and message.ticket != self.ticket:
+                self.ticket = message.ticket
+                if self._session is not None:
+                    self._session.post(RenewTicket(message.ticket))
+            if message.desired != "run":
+                for scope in self._scopes:
+                    scope.cancel()
+        elif isinstance(message, EventStored):
+            self.on_event_stored(message.seq)
+
+    async def _write(self) -> None:
+        async for message in self._receive_out:
+            await self._channel.send(message)
+
+    async def _write_progress(self) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake = trio.Event()
+            if self._latest is not None:
+                await self._channel.send(Progress(observed=self._latest))
+
+    async def finish(self, message: Message) -> None:
+        """Send the last message, after everything posted before it."""
+        while self._receive_out.statistics().current_buffer_used:
+            await trio.sleep(0.01)
+        await self._channel.send(message)
+
+    def post(self, message: Event) -> None:
+        """Tell the daemon, in order. What does not fit now is told again at the next start."""
+        with contextlib.suppress(trio.WouldBlock):
+            self._send_out.send_nowait(message)
+
+    def report(self, observed: TaskObserved) -> None:
+        """Tell the daemon where the task is; only the latest counts."""
+        self._latest = observed
+        self._wake.set()
+
+    @contextlib.contextmanager
+    def while_desired(self) -> Iterator[trio.CancelScope]:
+        """A scope that is cancelled when the task should not run any more."""
+        with trio.CancelScope() as scope:
+            if self.desired != "run":
+                scope.cancel()
+            self._scopes.add(scope)
+            try:
+                yield scope
+            finally:
+                self._scopes.discard(scope)
+
+    # --- connections -----------------------------------------------------------------------------------
+
+    async def _dial(self, kind: str) -> tuple[socket.socket, str]:
+        self._next += 1
+        request = self._next
+        send, receive = trio.open_memory_channel[tuple[Connected | ConnectFailed, list[int]]](1)
+        self._waiting[request] = send
+        try:
+            await self._channel.send(Connect(request=request, kind=kind))
+            answer, descriptors = await receive.receive()
+        finally:
+            self._waiting.pop(request, None)
+        if isinstance(answer, ConnectFailed):
+            error = error_from_document_untrusted(answer.error)
+            raise error if isinstance(error, TowpathError) else RetryLater("No path to the source.")
+        sock = socket.socket(fileno=descriptors[0])
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return sock, answer.certificate
+
+    def _context(self, certificate: str, alpn: str) -> ssl.SSLContext:
+        return session_context(self._identity, certificate, server_side=False, alpn=alpn)
+
+    @contextlib.asynccontextmanager
+    async def session(self, session_id: str) -> AsyncIterator[SourceSession]:
+        """A control stream to the source, introduced. Raises `TowpathError` when there is no way now."""
+        sock, certificate = await self._dial("control")
+        sock.setblocking(False)
+        stream = trio.SSLStream(
+            trio.SocketStream(trio.socket.from_stdlib_socket(sock)),
+            self._context(certificate, ALPN_CONTROL),
+            server_hostname=session_id + SNI_SUFFIX,
+            https_compatible=True,
+        )
+        try:
+            with trio.move_on_after(HANDSHAKE_TIMEOUT) as scope:
+                await stream.do_handshake()
+            if scope.cancelled_caught:
+                raise RetryLater("The source did not finish the handshake in time.", code="CONNECT_FAILED")
+            check_peer(stream.getpeercert(binary_form=True), fingerprint_of_certificate_untrusted(certificate))
+            session = SourceSession(stream, os.urandom(16))
+            await session.hello(self.ticket, self._version)
+            self._session = session
+            yield session
+        except (trio.BrokenResourceError, OSError) as error:
+            raise RetryLater("The connection to the source could not be secured.", code="CONNECT_FAILED") from error
+        finally:
+            self._session = None
+            await trio.aclose_forcefully(stream)
+
+    async def lane(self) -> ssl.SSLSocket:
+        """A secured socket for one lane. Raises `TowpathError`."""
+        sock, certificate = await self._dial("lane")
+        try:
+            return await trio.to_thread.run_sync(self._secure_lane, sock, certificate)
+        except OSError as error:
+            sock.close()
+            raise RetryLater("A lane to the source could not be secured.", code="CONNECT_FAILED") from error
+
+    def _secure_lane(self, sock: socket.socket, certificate: str) -> ssl.SSLSocket:
+        sock.settimeout(HANDSHAKE_TIMEOUT)
+        secured = self._context(certificate, ALPN_LANE).wrap_socket(
+            sock, server_hostname=self._order.session_id + SNI_SUFFIX
+        )
+        check_peer(secured.getpeercert(binary_form=True), fingerprint_of_certificate_untrusted(certificate))
+        secured.settimeout(None)
+        return secured

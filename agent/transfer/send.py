@@ -1,0 +1,221 @@
+"""The sending end of one lane: a thread that reads what was asked for, digests it and sends it.
+
+Every block and file is read between two looks at the file's version, so content that changes meanwhile is noticed and
+never sent as if it were what was listed.
+"""
+
+from __future__ import annotations
+
+import queue
+import socket
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from agent.storage.base import Directory, Root, version_of
+from agent.storage.faults import fault
+from protocol import lane
+from protocol.errors import ProtocolError, RetryLater, TowpathError
+from protocol.names import CollectionPath, format_path
+from protocol.session import MAX_BLOCK, ReadPack, ReadRange, Version
+
+INTRODUCTION_TIMEOUT = 30.0
+PACK_PAYLOAD = 1024 * 1024
+_OPEN_FILES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class LaneRequest:
+    """Checked work for a lane: the request with its paths, or the reason why it is refused."""
+
+    request: ReadRange | ReadPack
+    path: CollectionPath
+    paths: tuple[CollectionPath, ...]
+    refused: TowpathError | None = None
+
+
+Join = Callable[[bytes, int], "queue.SimpleQueue[LaneRequest | None]"]
+
+
+class LaneSender:
+    """One lane at the source. `run` blocks until it ends; shutting the socket down ends it."""
+
+    def __init__(self, sock: socket.socket, root: Root, join: Join) -> None:
+        self._socket = sock
+        self._root = root
+        self._join = join
+        self._buffer = memoryview(bytearray(2 * 1024 * 1024))
+        self._files: OrderedDict[tuple[CollectionPath, bool], int] = OrderedDict()
+        self._parent: tuple[CollectionPath, Directory] | None = None
+
+    def run(self) -> None:
+        """Be introduced, then serve. Raises OSError when the lane breaks, `ProtocolError` for a stranger."""
+        try:
+            work = self._introduction()
+            while (request := work.get()) is not None:
+                self._serve(request)
+        finally:
+            self._close()
+
+    def _introduction(self) -> queue.SimpleQueue[LaneRequest | None]:
+        self._socket.settimeout(INTRODUCTION_TIMEOUT)
+        prefix = self._read(lane.FRAME.size)
+        header_length, payload_length = lane.lengths_untrusted(prefix)
+        if payload_length or header_length > 1024:
+            raise ProtocolError("A lane began with content.")
+        hello = lane.header_untrusted(self._read(header_length))
+        if not isinstance(hello, lane.LaneHello):
+            raise ProtocolError("A lane began without a greeting.")
+        work = self._join(hello.instance, hello.lane)
+        self._socket.sendall(lane.encode_header(lane.LaneReady()))
+        self._socket.settimeout(None)
+        return work
+
+    def _read(self, length: int) -> bytes:
+        data = b""
+        while len(data) < length:
+            more = self._socket.recv(length - len(data))
+            if not more:
+                raise RetryLater("A lane was closed before it was introduced.")
+            data += more
+        return data
+
+    def _close(self) -> None:
+        for descriptor in self._files.values():
+            self._root.close_file(descriptor)
+        self._files.clear()
+        if self._parent is not None:
+            self._parent[1].close()
+            self._parent = None
+
+    # --- requests --------------------------------------------------------------------------------------
+
+    def _serve(self, work: LaneRequest) -> None:
+        request = work.request
+        if work.refused is not None:
+            self._fail(request.r, work.refused)
+        elif isinstance(request, ReadRange):
+            self._range(request, work.path)
+        else:
+            self._pack(request, work.paths)
+
+    def _fail(self, r: int, error: TowpathError) -> None:
+        self._socket.sendall(lane.encode_header(lane.ReadFailed(r, error.to_document())))
+
+    def _range(self, request: ReadRange, path: CollectionPath) -> None:
+        if request.block > len(self._buffer):
+            self._buffer = memoryview(bytearray(min(request.block, MAX_BLOCK)))
+        end = request.offset + request.length
+        offset = request.offset
+        while offset < end:
+            length = min(request.block, end - offset)
+            block = self._buffer[:length]
+            try:
+                self._read_block(path, request, block, offset)
+            except OSError as error:
+                self._forget(path, request.follow)
+                self._fail(request.r, fault(error, "source", path))
+                return
+            except TowpathError as error:
+                self._forget(path, request.follow)
+                self._fail(request.r, error)
+                return
+            header = lane.Block(request.r, offset, lane.digest(block), offset + length >= end)
+            self._socket.sendall(lane.encode_header(header, length))
+            self._socket.sendall(block)
+            offset += length
+
+    def _read_block(self, path: CollectionPath, request: ReadRange, block: memoryview, offset: int) -> None:
+        descriptor = self._open(path, follow=request.follow)
+        self._check(descriptor, request.version, path)
+        if self._read_file(descriptor, block, offset) != len(block):
+            raise _changed(path)
+        self._check(descriptor, request.version, path)
+
+    def _pack(self, request: ReadPack, paths: tuple[CollectionPath, ...]) -> None:
+        files: list[lane.Packed] = []
+        used = 0
+        for index, (file, path) in enumerate(zip(request.files, paths, strict=True)):
+            size = file.version[2]
+            if not 0 <= size <= PACK_PAYLOAD:
+                raise ProtocolError("A file too large for a pack was asked for in one.")
+            if used + size > PACK_PAYLOAD:
+                self._send_pack(request.r, files, used, last=False)
+                files, used = [], 0
+            content = self._buffer[used : used + size]
+            try:
+                self._whole_file(path, file.version, content, follow=request.follow)
+            except OSError as error:
+                files.append(lane.Packed(index, 0, b"", fault(error, "source", path).to_document()))
+                continue
+            except TowpathError as error:
+                files.append(lane.Packed(index, 0, b"", error.to_document()))
+                continue
+            files.append(lane.Packed(index, size, lane.digest(content)))
+            used += size
+        self._send_pack(request.r, files, used, last=True)
+
+    def _send_pack(self, r: int, files: list[lane.Packed], used: int, *, last: bool) -> None:
+        self._socket.sendall(lane.encode_header(lane.Pack(r, files, last), used))
+        if used:
+            self._socket.sendall(self._buffer[:used])
+
+    # --- files -----------------------------------------------------------------------------------------
+
+    def _whole_file(self, path: CollectionPath, version: Version, content: memoryview, *, follow: bool) -> None:
+        descriptor = self._directory(path[:-1]).open_read(path[-1], follow=follow)
+        try:
+            self._check(descriptor, version, path)
+            if self._read_file(descriptor, content, 0) != len(content):
+                raise _changed(path)
+            self._check(descriptor, version, path)
+        finally:
+            self._root.close_file(descriptor)
+
+    def _directory(self, path: CollectionPath) -> Directory:
+        if self._parent is None or self._parent[0] != path:
+            handle = self._root.open_directory(path)
+            if self._parent is not None:
+                self._parent[1].close()
+            self._parent = (path, handle)
+        return self._parent[1]
+
+    def _open(self, path: CollectionPath, *, follow: bool) -> int:
+        key = (path, follow)
+        known = self._files.get(key)
+        if known is not None:
+            self._files.move_to_end(key)
+            return known
+        if not path:
+            raise ProtocolError("The root of a collection is no file.")
+        descriptor = self._directory(path[:-1]).open_read(path[-1], follow=follow)
+        self._files[key] = descriptor
+        while len(self._files) > _OPEN_FILES:
+            _, oldest = self._files.popitem(last=False)
+            self._root.close_file(oldest)
+        return descriptor
+
+    def _forget(self, path: CollectionPath, follow: bool) -> None:
+        known = self._files.pop((path, follow), None)
+        if known is not None:
+            self._root.close_file(known)
+
+    def _check(self, descriptor: int, version: Version, path: CollectionPath) -> None:
+        if version_of(self._root.fstat(descriptor)) != tuple(version):
+            raise _changed(path)
+
+    def _read_file(self, descriptor: int, into: memoryview, offset: int) -> int:
+        done = 0
+        while done < len(into):
+            count = self._root.preadv(descriptor, [into[done:]], offset + done)
+            if not count:
+                break
+            done += count
+        return done
+
+
+def _changed(path: CollectionPath) -> RetryLater:
+    name = format_path(path)
+    return RetryLater(
+        f"{name} changed at the source while it was read; it is read again.", code="FILE_CHANGED", who="source owner"
+    )

@@ -1,0 +1,336 @@
+"""The source's end of a session: checks every request against ticket and policy, then lists, reads or digests.
+
+Stateless but for what is under way: which control stream is live and which lanes belong to it. Everything a
+destination sends is hostile until `_Control` has looked at it.
+"""
+
+from __future__ import annotations
+
+import hmac
+import queue
+import socket
+import time
+from collections.abc import Callable, Iterator
+from itertools import islice
+
+import trio
+
+from agent.storage.base import Directory, Node, Root
+from agent.storage.faults import fault
+from agent.transfer.checksum import file_digest
+from agent.transfer.send import LaneRequest, LaneSender
+from agent.transfer.source_policy import SourcePolicy
+from protocol import session
+from protocol.errors import ProtocolError, RetryLater, TowpathError
+from protocol.names import CollectionPath
+from protocol.ticket import TicketVerifier
+
+_CHUNK = 64 * 1024
+HELLO_TIMEOUT = 30.0
+LISTINGS_AT_ONCE = 32
+MAX_LANES = 64
+# Requests of one destination that may wait for lanes; an honest one is held back by its own window long before.
+MAX_WAITING = 100_000
+_KINDS = {"file": session.FILE, "dir": session.DIRECTORY, "symlink": session.SYMLINK}
+
+
+def row_of(node: Node, target: bytes | None = None) -> session.Row:
+    """A directory entry as it travels."""
+    return session.Row(
+        node.name,
+        _KINDS.get(node.kind, session.OTHER),
+        node.size,
+        node.mtime_ns,
+        node.ctime_ns,
+        node.device,
+        node.inode,
+        node.mode,
+        target,
+    )
+
+
+class SourceSide:
+    """All connections of one session at its source."""
+
+    def __init__(self, root: Root, policy: SourcePolicy, verifier: TicketVerifier) -> None:
+        self.root = root
+        self.policy = policy
+        self.verifier = verifier
+        self.control: Control | None = None
+
+    async def serve_control(self, stream: trio.abc.Stream, peer_fingerprint: str) -> None:
+        """Serve one control stream to its end; a newer one of the session takes its place."""
+        control = Control(self, stream)
+        try:
+            await control.introduce(peer_fingerprint)
+            if self.control is not None:
+                self.control.end()
+            self.control = control
+            await control.run()
+        finally:
+            if self.control is control:
+                self.control = None
+            await trio.aclose_forcefully(stream)
+
+    def join(self, instance: bytes, number: int) -> queue.SimpleQueue[LaneRequest | None]:
+        """The queue of a lane that names the live control stream. Raises `ProtocolError`; any thread may call."""
+        control = self.control
+        if control is None or not hmac.compare_digest(control.instance, instance):
+            raise ProtocolError("The lane names no live session.")
+        return control.add_lane(number)
+
+
+class Control:
+    """One control stream at the source."""
+
+    def __init__(self, side: SourceSide, stream: trio.abc.Stream) -> None:
+        self.instance = b""
+        self._side = side
+        self._stream = stream
+        self._reader = session.MessageReader()
+        self._lanes: dict[int, queue.SimpleQueue[LaneRequest | None]] = {}
+        self._listings: dict[int, tuple[trio.CancelScope, trio.Semaphore]] = {}
+        self._send_out, self._receive_out = trio.open_memory_channel[bytes](1024)
+        self._digests = trio.CapacityLimiter(2)
+        self._scope = trio.CancelScope()
+
+    def end(self) -> None:
+        """A newer control stream took over."""
+        self._scope.cancel()
+
+    def add_lane(self, number: int) -> queue.SimpleQueue[LaneRequest | None]:
+        if number not in self._lanes and len(self._lanes) >= MAX_LANES:
+            raise ProtocolError("The session has too many lanes.")
+        old = self._lanes.get(number)
+        if old is not None:
+            old.put(None)
+        lane: queue.SimpleQueue[LaneRequest | None] = queue.SimpleQueue()
+        self._lanes[number] = lane
+        return lane
+
+    async def introduce(self, peer_fingerprint: str) -> None:
+        """Check the greeting: ticket, session, both nodes. Raises `TowpathError` after telling the peer."""
+        with trio.move_on_after(HELLO_TIMEOUT) as scope:
+            try:
+                first = await self._first_message()
+                if not isinstance(first, session.Hello) or not 16 <= len(first.instance) <= 64:
+                    raise ProtocolError("The destination began with something other than its greeting.")
+                self._side.policy.accept(self._side.verifier, first.ticket, peer_fingerprint, time.time())
+            except TowpathError as error:
+                await self._stream.send_all(session.encode(session.Failed(0, error.to_document())))
+                raise
+            self.instance = first.instance
+            await self._stream.send_all(session.encode(session.HelloAnswer()))
+        if scope.cancelled_caught:
+            raise RetryLater("The destination did not introduce itself in time.")
+
+    async def _first_message(self) -> session.Request:
+        while True:
+            data = await self._stream.receive_some(_CHUNK)
+            if not data:
+                raise RetryLater("The destination closed the connection before it said anything.")
+            bodies = self._reader.feed_untrusted(data)
+            if len(bodies) > 1:
+                raise ProtocolError("The destination asked before it was accepted.")
+            if bodies:
+                return session.request_untrusted(bodies[0])
+
+    async def run(self) -> None:
+        """Answer until the stream ends."""
+        try:
+            with self._scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._write)
+                    await self._read(nursery)
+                    nursery.cancel_scope.cancel()
+        except* (trio.BrokenResourceError, trio.ClosedResourceError, OSError):
+            # The destination is gone; whether it comes back is its business.
+            self._scope.cancel()
+        finally:
+            for lane in self._lanes.values():
+                lane.put(None)
+
+    async def _write(self) -> None:
+        async for data in self._receive_out:
+            await self._stream.send_all(data)
+
+    async def _answer(self, message: session.Message) -> None:
+        await self._send_out.send(session.encode(message))
+
+    async def _read(self, nursery: trio.Nursery) -> None:
+        while True:
+            with trio.move_on_after(2 * session.KEEPALIVE + 5) as scope:
+                data = await self._stream.receive_some(_CHUNK)
+            if scope.cancelled_caught or not data:
+                return
+            for body in self._reader.feed_untrusted(data):
+                await self._handle(session.request_untrusted(body), nursery)
+
+    async def _handle(self, request: session.Request, nursery: trio.Nursery) -> None:
+        if isinstance(request, session.ReadRange | session.ReadPack):
+            await self._queue_for_lane(request)
+        elif isinstance(request, session.ListDirectory):
+            if len(self._listings) >= LISTINGS_AT_ONCE:
+                raise ProtocolError("The destination asks for too many listings at once.")
+            scope, credit = trio.CancelScope(), trio.Semaphore(session.LISTING_WINDOW)
+            self._listings[request.r] = (scope, credit)
+            nursery.start_soon(self._list, request, scope, credit)
+        elif isinstance(request, session.MoreRows):
+            listing = self._listings.get(request.r)
+            if listing is not None:
+                listing[1].release()
+        elif isinstance(request, session.Abandon):
+            listing = self._listings.get(request.r)
+            if listing is not None:
+                listing[0].cancel()
+        elif isinstance(request, session.StatPaths):
+            nursery.start_soon(self._stat, request)
+        elif isinstance(request, session.DigestFile):
+            nursery.start_soon(self._digest, request)
+        elif isinstance(request, session.RenewTicket):
+            self._side.policy.renew(self._side.verifier, request.ticket, time.time())
+        elif isinstance(request, session.Ping):
+            await self._answer(session.Pong())
+        else:
+            raise ProtocolError("The destination introduced itself twice.")
+
+    # --- metadata --------------------------------------------------------------------------------------
+
+    def _allowed(self, raw: bytes) -> CollectionPath:
+        """A path of the peer, checked against form, ticket and the owner's policy. Raises `TowpathError`."""
+        path = session.path_untrusted(raw)
+        self._side.policy.check(path, time.time())
+        return path
+
+    async def _list(self, request: session.ListDirectory, scope: trio.CancelScope, credit: trio.Semaphore) -> None:
+        try:
+            with scope:
+                path = self._allowed(request.path)
+                await self._send_rows(request, path, credit)
+        except TowpathError as error:
+            await self._answer(session.Failed(request.r, error.to_document()))
+        except OSError as error:
+            await self._answer(session.Failed(request.r, fault(error, "source", request.path).to_document()))
+        finally:
+            self._listings.pop(request.r, None)
+
+    async def _send_rows(self, request: session.ListDirectory, path: CollectionPath, credit: trio.Semaphore) -> None:
+        handle = await trio.to_thread.run_sync(self._side.root.open_directory, path)
+        with handle:
+            rows = _rows(handle, follow=request.follow)
+            while True:
+                await credit.acquire()
+                batch = await trio.to_thread.run_sync(lambda: list(islice(rows, session.ROWS_IN_MESSAGE)))
+                last = len(batch) < session.ROWS_IN_MESSAGE
+                await self._answer(session.Rows(request.r, batch, last))
+                if last:
+                    return
+
+    async def _stat(self, request: session.StatPaths) -> None:
+        if len(request.paths) > 1000:
+            raise ProtocolError("The destination asks about too many paths at once.")
+        results = await trio.to_thread.run_sync(self._stat_all, request)
+        await self._answer(session.Stats(request.r, results))
+
+    def _stat_all(self, request: session.StatPaths) -> list[session.StatResult]:
+        results = []
+        for raw in request.paths:
+            try:
+                path = self._allowed(raw)
+                results.append(session.StatResult(self._stat_one(path, follow=request.follow)))
+            except TowpathError as error:
+                results.append(session.StatResult(None, error.to_document()))
+            except OSError as error:
+                results.append(session.StatResult(None, fault(error, "source", raw).to_document()))
+        return results
+
+    def _stat_one(self, path: CollectionPath, *, follow: bool) -> session.Row:
+        if not path or follow:
+            return row_of(self._side.root.stat(path))
+        parent, name = self._side.root.open_parent(path)
+        with parent:
+            node = parent.lstat(name)
+            return row_of(node, parent.readlink(name) if node.kind == "symlink" else None)
+
+    async def _digest(self, request: session.DigestFile) -> None:
+        try:
+            path = self._allowed(request.path)
+            value = await trio.to_thread.run_sync(self._digest_one, request, path, limiter=self._digests)
+            await self._answer(session.Digest(request.r, value))
+        except TowpathError as error:
+            await self._answer(session.Failed(request.r, error.to_document()))
+        except OSError as error:
+            await self._answer(session.Failed(request.r, fault(error, "source", request.path).to_document()))
+
+    def _digest_one(self, request: session.DigestFile, path: CollectionPath) -> str:
+        parent, name = self._side.root.open_parent(path)
+        with parent:
+            descriptor = parent.open_read(name, follow=request.follow)
+        try:
+            return file_digest(self._side.root, descriptor, request.algorithm)
+        finally:
+            self._side.root.close_file(descriptor)
+
+    # --- contents --------------------------------------------------------------------------------------
+
+    async def _queue_for_lane(self, request: session.ReadRange | session.ReadPack) -> None:
+        try:
+            if isinstance(request, session.ReadRange):
+                session.check_range_untrusted(request)
+                path = self._allowed(request.path)
+                work = LaneRequest(request, path, ())
+            else:
+                work = self._pack(request)
+            lane = self._lanes.get(request.lane)
+            if lane is None:
+                raise RetryLater("The lane is gone.", code="CONNECTION_LOST")
+            if lane.qsize() > MAX_WAITING:
+                raise ProtocolError("The destination asks for more than it can take.")
+        except ProtocolError:
+            raise
+        except TowpathError as error:
+            failed = session.Failed(request.r, error.to_document())
+            lane = self._lanes.get(request.lane)
+            if lane is None:
+                await self._answer(failed)
+            else:
+                # In order with what the lane still sends for this request.
+                lane.put(LaneRequest(request, (), (), error))
+            return
+        lane.put(work)
+
+    def _pack(self, request: session.ReadPack) -> LaneRequest:
+        if not 0 < len(request.files) <= session.MAX_PACK_FILES:
+            raise ProtocolError("A pack of an impossible number of files was asked for.")
+        directory = session.path_untrusted(request.directory)
+        paths = tuple(directory + session.path_untrusted(file.name) for file in request.files)
+        now = time.time()
+        for path in paths:
+            self._side.policy.check(path, now)
+        return LaneRequest(request, (), paths)
+
+
+def _rows(handle: Directory, *, follow: bool) -> Iterator[session.Row]:
+    for node in handle.scan():
+        if node.kind != "symlink":
+            yield row_of(node)
+            continue
+        try:
+            yield row_of(handle.stat(node.name)) if follow else row_of(node, handle.readlink(node.name))
+        except OSError:
+            # A link that leads nowhere, out of the collection, or vanished: reported as what it is.
+            yield row_of(node, b"")
+
+
+def serve_lane(
+    side: SourceSide, sock: socket.socket, handshake: Callable[[socket.socket], tuple[socket.socket, str]]
+) -> None:
+    """Serve one lane to its end, in a thread. ``handshake`` secures the socket and checks the peer.
+
+    Raises OSError or `TowpathError` when the peer is refused or the lane breaks.
+    """
+    secured, _ = handshake(sock)
+    try:
+        LaneSender(secured, side.root, side.join).run()
+    finally:
+        secured.close()

@@ -1,0 +1,54 @@
+"""What one session may ask of its source: the ticket's scope and the owner's policy, checked for every request."""
+
+from __future__ import annotations
+
+from protocol.errors import AccessDenied, ProtocolError, RetryLater
+from protocol.names import CollectionPath, is_within, parse_path_untrusted
+from protocol.ticket import LEEWAY, Ticket, TicketVerifier
+
+
+class SourcePolicy:
+    """Decides for one session. `accept` must have said yes before `check` says anything but no."""
+
+    def __init__(self, *, session_id: str, task_id: str, node_id: str, fingerprint: str, collection_id: str) -> None:
+        self._session_id = session_id
+        self._task_id = task_id
+        self._node_id = node_id
+        self._fingerprint = fingerprint
+        self._collection_id = collection_id
+        self._prefixes: tuple[CollectionPath, ...] = ()
+        self._expires = 0.0
+        self._peer = ""
+
+    def accept(self, verifier: TicketVerifier, token: str, peer_fingerprint: str, now: float) -> Ticket:
+        """Check a ticket against this session, this node and the peer's certificate.
+
+        Raises `ProtocolError` (not from this relay, expired) or `AccessDenied` (for somebody or something else).
+        """
+        ticket = verifier.verify_untrusted(token, now)
+        source = ticket.source
+        if ticket.session_id != self._session_id or ticket.task_id != self._task_id or source is None:
+            raise AccessDenied("The ticket is for another session.", code="TICKET_REFUSED")
+        if source.node_id != self._node_id or source.fingerprint != self._fingerprint:
+            raise AccessDenied("The ticket names another source.", code="TICKET_REFUSED")
+        if source.collection_id != self._collection_id:
+            raise AccessDenied("The ticket names another collection.", code="TICKET_REFUSED")
+        if ticket.destination.fingerprint != peer_fingerprint:
+            raise AccessDenied("The ticket was given to another node.", code="TICKET_REFUSED")
+        self._prefixes = tuple(parse_path_untrusted(path) for path in source.paths)
+        self._expires = ticket.expires
+        self._peer = peer_fingerprint
+        return ticket
+
+    def renew(self, verifier: TicketVerifier, token: str, now: float) -> None:
+        """Replace the ticket of a session in progress. Raises as `accept` does."""
+        if not self._peer:
+            raise ProtocolError("A ticket cannot be renewed before there is one.")
+        self.accept(verifier, token, self._peer, now)
+
+    def check(self, path: CollectionPath, now: float) -> None:
+        """Whether this path may be read now. Raises `AccessDenied`, or `RetryLater` when the ticket has run out."""
+        if now > self._expires + LEEWAY:
+            raise RetryLater("The ticket of the session has run out; the relay renews it.", code="TICKET_EXPIRED")
+        if not any(is_within(path, prefix) for prefix in self._prefixes):
+            raise AccessDenied("The ticket does not cover this path.", code="PERMISSION_DENIED", who="you")

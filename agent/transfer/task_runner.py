@@ -1,0 +1,249 @@
+"""A task in its worker process: connect, run, and after every interruption decide whether and when to run again."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import msgspec
+import trio
+
+from agent.storage.base import Root
+from agent.storage.posix import open_root
+from agent.transfer.channel import Event, RunTask
+from agent.transfer.daemon_line import DaemonLine
+from agent.transfer.delete import DeleteRun, Stopped
+from agent.transfer.events import EventLog
+from agent.transfer.journal import Journal, open_or_rebuild
+from agent.transfer.manifest import ManifestWriter
+from agent.transfer.plan import now_iso
+from agent.transfer.received import ReceivedCounter
+from agent.transfer.source_session import SourceSession
+from agent.transfer.transfer_run import RunContext, TransferRun
+from protocol.control import Counters, TaskObserved, TaskState
+from protocol.errors import NeedsPerson, TaskFailed, TowpathError
+from protocol.names import RESERVED_PREFIX
+
+PROGRESS_EVERY = 0.25
+FIRST_PAUSE, LONGEST_PAUSE = 0.25, 15.0
+# How often to look whether a person has mended what holds a task up.
+LOOK_AGAIN = 5.0
+
+Connect = Callable[[str], Awaitable[SourceSession]]
+
+
+class TaskRunner:
+    """Runs one task until it is finished, paused or cancelled; returns the message that tells the daemon."""
+
+    def __init__(self, start: RunTask, line: DaemonLine, mode_mask: int) -> None:
+        self._start = start
+        self._order = start.order
+        self._line = line
+        self._mode_mask = mode_mask
+        self._directory = Path(start.state_dir)
+        self._run: TransferRun | DeleteRun | None = None
+        self._counters = Counters()
+        self._state: TaskState = "ACTIVE"
+        self._status: TowpathError | None = None
+        self._events: EventLog
+        self._journal: Journal
+        self._token = trio.lowlevel.current_trio_token()
+        self._rate = 0.0
+        collection = next(row for row in start.common.collections if row.id == self._order.destination.collection_id)
+        self._root_path = collection.root
+
+    async def run(self) -> TaskObserved:
+        """To a final state, or to PAUSED. Raises only when the journal itself cannot be used."""
+        self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._journal, rebuilt = await trio.to_thread.run_sync(open_or_rebuild, self._directory / "journal.sqlite")
+        transferred, skipped = self._journal.lengths()
+        manifests = (
+            ManifestWriter(self._directory / "transferred.manifest", transferred),
+            ManifestWriter(self._directory / "skipped.manifest", skipped),
+        )
+        received = ReceivedCounter(self._directory / "received")
+        self._events = EventLog(self._journal, self._tell)
+        try:
+            return await self._run_journaled(manifests, received, rebuilt=rebuilt)
+        finally:
+            for manifest in manifests:
+                manifest.close()
+            received.close()
+            self._journal.close()
+
+    async def _run_journaled(
+        self, manifests: tuple[ManifestWriter, ManifestWriter], received: ReceivedCounter, *, rebuilt: bool
+    ) -> TaskObserved:
+        self._counters = self._journal.counters()
+        self._events.tell_again()
+        self._line.on_event_stored = self._journal.drop_events
+        if rebuilt:
+            self._events.add(
+                "JOURNAL_REBUILT",
+                "journal rebuilt",
+                "The journal of the task was damaged and is begun anew; what is at the destination is compared again.",
+                is_error=True,
+            )
+        if not self._journal.last_event():
+            self._events.add("STARTED", "started")
+        resumed = self._journal.get("begun") is not None or rebuilt
+        self._journal.put("begun", b"1")
+        self._journal.commit()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._report_progress)
+            observed = await self._until_done(manifests, received, resumed=resumed)
+            nursery.cancel_scope.cancel()
+        return observed
+
+    # --- one run after the other -----------------------------------------------------------------------
+
+    async def _until_done(
+        self, manifests: tuple[ManifestWriter, ManifestWriter], received: ReceivedCounter, *, resumed: bool
+    ) -> TaskObserved:
+        pause = FIRST_PAUSE
+        while True:
+            progress = self._counters
+            try:
+                with self._line.while_desired() as scope:
+                    await self._one_run(manifests, received, resumed=resumed)
+                if scope.cancelled_caught:
+                    return self._stopped()
+                return self._finish()
+            except TaskFailed as error:
+                return self._fail(error)
+            except TowpathError as error:
+                self._wait_for(error)
+                if self._progressed(progress):
+                    pause = FIRST_PAUSE
+                length = LOOK_AGAIN if isinstance(error, NeedsPerson) else pause * random.uniform(0.5, 1.5)  # noqa: S311
+                pause = min(pause * 2, LONGEST_PAUSE)
+                with self._line.while_desired() as scope:
+                    await trio.sleep(length)
+                if scope.cancelled_caught:
+                    return self._stopped()
+            resumed = True
+
+    def _progressed(self, before: Counters) -> bool:
+        return self._counters.bytes_transferred > before.bytes_transferred or self._counters.files > before.files
+
+    async def _one_run(
+        self, manifests: tuple[ManifestWriter, ManifestWriter], received: ReceivedCounter, *, resumed: bool
+    ) -> None:
+        with await trio.to_thread.run_sync(open_root, self._root_path) as root:
+            if self._order.type == "DELETE":
+                await self._run_delete(root, manifests[1])
+                return
+            await trio.to_thread.run_sync(self._journal.reopen_directories)
+            async with self._line.session(self._order.session_id) as session:
+                context = RunContext(
+                    order=self._order,
+                    root=root,
+                    journal=self._journal,
+                    manifests=manifests,
+                    received=received,
+                    temporary_prefix=RESERVED_PREFIX + self._order.task_id[:8].encode() + b".",
+                    mode_mask=self._mode_mask,
+                    on_fault=self._events.fault,
+                )
+                run = TransferRun(context, session, self._line.lane, self._start.lanes, resumed=resumed)
+                self._run = run
+                self._status = None
+                try:
+                    await run.run()
+                finally:
+                    self._counters = run.counters()
+                    self._run = None
+
+    async def _run_delete(self, root: Root, skipped: ManifestWriter) -> None:
+        run = DeleteRun(
+            root, self._journal, skipped, self._order.items or [], self._order.options, self._fault_from_thread
+        )
+        self._run = run
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_stop_when_cancelled, run)
+                await trio.to_thread.run_sync(run.run)
+                nursery.cancel_scope.cancel()
+        except* Stopped:
+            await trio.lowlevel.checkpoint_if_cancelled()
+        finally:
+            self._counters = run.counters()
+            self._run = None
+
+    def _fault_from_thread(self, error: TowpathError) -> None:
+        self._token.run_sync_soon(self._events.fault, error)
+
+    # --- states ----------------------------------------------------------------------------------------
+
+    def _wait_for(self, error: TowpathError) -> None:
+        if self._status is None or self._status.code != error.code:
+            self._events.fault(error)
+        self._status = error
+
+    def _finish(self) -> TaskObserved:
+        failed = self._counters.failed
+        if failed:
+            error = TaskFailed(f"{failed} of the task's items failed; see its skipped errors.", code="ITEMS_FAILED")
+            return self._fail(error)
+        return self._final("SUCCEEDED", "SUCCEEDED", "succeeded", None)
+
+    def _fail(self, error: TowpathError) -> TaskObserved:
+        return self._final("FAILED", "FAILED", "failed", error)
+
+    def _stopped(self) -> TaskObserved:
+        if self._line.desired == "cancel":
+            return self._final("CANCELED", "CANCELED", "canceled", None)
+        self._state = "PAUSED"
+        self._journal.commit()
+        return self.observed()
+
+    def _final(self, state: TaskState, code: str, description: str, error: TowpathError | None) -> TaskObserved:
+        self._state, self._status = state, error
+        known = self._journal.get("completed")
+        completed = known.decode() if known else now_iso()
+        self._journal.put("completed", completed.encode())
+        if known is None:
+            self._events.add(code, description, error.sentence if error else "", is_error=state == "FAILED")
+        self._journal.commit()
+        return msgspec.structs.replace(self.observed(), completion_time=completed)
+
+    def observed(self) -> TaskObserved:
+        """The task as it is now."""
+        if self._run is not None:
+            self._counters = self._run.counters()
+        error = self._status
+        waiting = error is not None and self._state == "ACTIVE"
+        return TaskObserved(
+            task_id=self._order.task_id,
+            revision=self._line.revision,
+            state="WAITING" if waiting else self._state,
+            status_code=error.code if error else "OK",
+            status_sentence=error.sentence if error else "",
+            who=error.who if error else "",
+            counters=msgspec.structs.replace(self._counters, faults=self._events.faults),
+            rate=self._rate,
+            error_code=error.code if error and self._state == "FAILED" else "",
+            path="direct TCP",
+        )
+
+    async def _report_progress(self) -> None:
+        last_bytes, last_time = self._counters.bytes_transferred, trio.current_time()
+        while True:
+            await trio.sleep(PROGRESS_EVERY)
+            observed = self.observed()
+            now = trio.current_time()
+            step = (observed.counters.bytes_transferred - last_bytes) / max(now - last_time, 1e-3)
+            self._rate = 0.8 * self._rate + 0.2 * step
+            last_bytes, last_time = observed.counters.bytes_transferred, now
+            self._line.report(observed)
+
+    def _tell(self, event: Event) -> None:
+        self._line.post(event)
+
+
+async def _stop_when_cancelled(run: DeleteRun) -> None:
+    try:
+        await trio.sleep_forever()
+    finally:
+        run.stop()

@@ -1,0 +1,183 @@
+"""The worker process: one task at its destination, or one session at its source. Composition only.
+
+Started by the daemon as ``python -m agent.transfer.worker FD`` with one end of a socket pair; the first message says
+what to be. It ends when its work ends or the daemon goes away; what it had settled is in the journal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import ssl
+import sys
+import time
+
+import trio
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+from agent.connect.tls import HANDSHAKE_TIMEOUT, check_peer, session_context
+from agent.storage.posix import open_root
+from agent.transfer.channel import (
+    Channel,
+    ChannelClosed,
+    Checkpointed,
+    Common,
+    Finished,
+    Incoming,
+    RunTask,
+    ServeSession,
+    ToWorker,
+)
+from agent.transfer.daemon_line import DaemonLine
+from agent.transfer.serve import SourceSide, serve_lane
+from agent.transfer.source_policy import SourcePolicy
+from agent.transfer.task_runner import TaskRunner
+from protocol.control import FINAL_STATES
+from protocol.errors import TowpathError
+from protocol.identity import NodeKey, fingerprint_of_certificate_untrusted
+from protocol.session import ALPN_CONTROL, ALPN_LANE
+from protocol.ticket import TicketVerifier
+
+# A source's worker without connections ends after this many seconds.
+IDLE = 60.0
+
+
+def identity_of(common: Common) -> NodeKey:
+    """The node key as it came over the channel."""
+    key = load_pem_private_key(common.node_key, password=None)
+    return NodeKey(key)  # type: ignore[arg-type]
+
+
+async def _run_task(channel: Channel, start: RunTask) -> None:
+    mask = os.umask(0)
+    os.umask(mask)
+    line = DaemonLine(channel, start, identity_of(start.common))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(line.run)
+        observed = await TaskRunner(start, line, 0o777 & ~mask).run()
+        final = observed.state in FINAL_STATES
+        await line.finish(Finished(observed=observed) if final else Checkpointed(observed=observed))
+        nursery.cancel_scope.cancel()
+
+
+class _SourceWorker:
+    """Takes incoming connections of one session from the daemon and serves them."""
+
+    def __init__(self, channel: Channel, start: ServeSession) -> None:
+        self._channel = channel
+        self._start = start
+        self._identity = identity_of(start.common)
+        self._peer = fingerprint_of_certificate_untrusted(start.peer_certificate)
+        verifier = TicketVerifier(start.common.relay_id, start.common.relay_root)
+        ticket = verifier.verify_untrusted(start.ticket, time.time())
+        collection_id = ticket.source.collection_id if ticket.source else ""
+        collection = next(row for row in start.common.collections if row.id == collection_id)
+        policy = SourcePolicy(
+            session_id=start.session_id,
+            task_id=start.task_id,
+            node_id=start.common.node_id,
+            fingerprint=self._identity.fingerprint,
+            collection_id=collection_id,
+        )
+        self._side = SourceSide(open_root(collection.root), policy, verifier)
+        self._connections = 0
+        self._last = trio.current_time()
+
+    async def run(self) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._end_when_idle, nursery.cancel_scope)
+            while True:
+                message, descriptors = await self._channel.receive()
+                if isinstance(message, Incoming):
+                    sock = socket.socket(fileno=descriptors[0])
+                    nursery.start_soon(self._connection, message.kind, sock)
+
+    async def _end_when_idle(self, scope: trio.CancelScope) -> None:
+        while True:
+            await trio.sleep(IDLE / 4)
+            if not self._connections and trio.current_time() - self._last > IDLE:
+                scope.cancel()
+
+    async def _connection(self, kind: str, sock: socket.socket) -> None:
+        self._connections += 1
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if kind == "lane":
+                await self._lane(sock)
+            else:
+                await self._control(sock)
+        except (TowpathError, OSError, trio.BrokenResourceError) as error:
+            print(f"connection of session {self._start.session_id} ended: {error}", file=sys.stderr, flush=True)
+        finally:
+            self._connections -= 1
+            self._last = trio.current_time()
+            sock.close()
+
+    def _context(self, alpn: str) -> ssl.SSLContext:
+        return session_context(self._identity, self._start.peer_certificate, server_side=True, alpn=alpn)
+
+    async def _control(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        stream = trio.SSLStream(
+            trio.SocketStream(trio.socket.from_stdlib_socket(sock)),
+            self._context(ALPN_CONTROL),
+            server_side=True,
+            https_compatible=True,
+        )
+        with trio.fail_after(HANDSHAKE_TIMEOUT):
+            await stream.do_handshake()
+        check_peer(stream.getpeercert(binary_form=True), self._peer)
+        await self._side.serve_control(stream, self._peer)
+
+    async def _lane(self, sock: socket.socket) -> None:
+        duplicate = socket.socket(fileno=os.dup(sock.fileno()))
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_shut_down_when_cancelled, duplicate)
+                await trio.to_thread.run_sync(serve_lane, self._side, sock, self._secure)
+                nursery.cancel_scope.cancel()
+        except* (TowpathError, OSError) as group:
+            print(f"lane of session {self._start.session_id} ended: {group.exceptions[0]}", file=sys.stderr, flush=True)
+        finally:
+            duplicate.close()
+
+    def _secure(self, sock: socket.socket) -> tuple[socket.socket, str]:
+        sock.settimeout(HANDSHAKE_TIMEOUT)
+        secured = self._context(ALPN_LANE).wrap_socket(sock, server_side=True)
+        check_peer(secured.getpeercert(binary_form=True), self._peer)
+        return secured, self._peer
+
+
+async def _shut_down_when_cancelled(sock: socket.socket) -> None:
+    try:
+        await trio.sleep_forever()
+    finally:
+        with contextlib.suppress(OSError):
+            sock.shutdown(socket.SHUT_RDWR)
+
+
+async def _main(descriptor: int) -> None:
+    channel = Channel(socket.socket(fileno=descriptor), ToWorker)
+    try:
+        start, _ = await channel.receive()
+        if isinstance(start, RunTask):
+            await _run_task(channel, start)
+        elif isinstance(start, ServeSession):
+            await _SourceWorker(channel, start).run()
+    except* ChannelClosed:
+        print("the daemon is gone; its successor starts a worker of its own", file=sys.stderr, flush=True)
+    finally:
+        channel.close()
+
+
+def main() -> None:
+    """Entry point of the process."""
+    # Ctrl-C at a terminal reaches the whole group; the daemon decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    trio.run(_main, int(sys.argv[1]))
+
+
+if __name__ == "__main__":
+    main()
