@@ -121,6 +121,13 @@ def component(name: bytes) -> bytes:
     return name
 
 
+def checked_time(mtime_ns: int) -> int:
+    """The time itself if 64 bits hold it, else EINVAL: a peer's time must not become an `OverflowError`."""
+    if not -(1 << 63) <= mtime_ns < 1 << 63:
+        raise OSError(errno.EINVAL, "is given a time that no file can have")
+    return mtime_ns
+
+
 @dataclass(frozen=True, slots=True)
 class Features:
     """What a root can do. ``local``: on a disk of this machine. ``syncfs``: `Root.syncfs` makes everything written
@@ -337,7 +344,7 @@ class Root(ABC):
     def futimes(self, fd: int, mtime_ns: int) -> None:
         """Set the modification time of an open file. The access time becomes now and not the file's old time, since
         scratch file systems purge by it."""
-        os.utime(fd, ns=(time.time_ns(), mtime_ns))
+        os.utime(fd, ns=(time.time_ns(), checked_time(mtime_ns)))
 
     def close_file(self, fd: int) -> None:
         """`os.close`; a delayed write error (NFS, quota) may surface here."""

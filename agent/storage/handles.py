@@ -8,7 +8,7 @@ import stat as stat_bits
 import sys
 import time
 
-from agent.storage.base import NotRegularFile
+from agent.storage.base import NotRegularFile, checked_time
 
 # O_PATH needs no read permission on folders that are only passed through (0711 home directories).
 PATH_ONLY: int | None = getattr(os, "O_PATH", None)
@@ -44,10 +44,7 @@ def regular(fd: int) -> os.stat_result:
 
 def set_times(fd: int, name: bytes, mtime_ns: int) -> None:
     """Set the times of a name in a folder, not following it."""
-    try:
-        os.utime(name, ns=(time.time_ns(), mtime_ns), dir_fd=fd, follow_symlinks=False)
-    except OverflowError as error:
-        raise OSError(errno.EINVAL, "is given a time outside the range of this machine") from error
+    os.utime(name, ns=(time.time_ns(), checked_time(mtime_ns)), dir_fd=fd, follow_symlinks=False)
 
 
 def set_mode(fd: int, name: bytes, mode: int) -> None:

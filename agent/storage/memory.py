@@ -27,6 +27,7 @@ from agent.storage.base import (
     Node,
     NotRegularFile,
     Root,
+    checked_time,
     component,
     node_from_stat,
 )
@@ -334,8 +335,7 @@ class MemoryDirectory(Directory):
             return inode.target
 
     def set_times(self, name: bytes, mtime_ns: int, *, follow: bool = False) -> None:
-        if not -(1 << 63) <= mtime_ns < 1 << 63:
-            raise _error(errno.EINVAL)
+        checked_time(mtime_ns)
         with self._root.lock:
             inode = self._follow(name) if follow else self._get(name)
             inode.mtime_ns, inode.ctime_ns = mtime_ns, time.time_ns()

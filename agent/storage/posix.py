@@ -225,9 +225,9 @@ class PosixDirectory(Directory):
         os.rename(component(old), component(new), src_dir_fd=self._fd, dst_dir_fd=fd)
 
     def rename_no_replace(self, old: bytes, new: bytes, target: Directory | None = None) -> None:
-        fd = self._fd_of(target)
+        fd, old, new = self._fd_of(target), component(old), component(new)
         try:
-            libc.rename_no_replace(self._fd, component(old), fd, component(new))
+            libc.rename_no_replace(self._fd, old, fd, new)
         except OSError as error:
             # EINVAL may also mean a folder moved into itself, which the plain way says again.
             if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
