@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from sqlalchemy import Connection, select, update
 
 from protocol.control import AgentHello, CollectionReport
@@ -26,6 +28,12 @@ class DatabaseNodeDirectory:
             return connection.execute(select(node.certificate).where(node.id == node_id)).scalar_one_or_none()
 
         return await self._store.read(work)
+
+
+def paused(connection: Connection, ids: Iterable[str]) -> set[str]:
+    """Which of these nodes were paused by their owners when they last connected."""
+    node = tables.nodes.c
+    return set(connection.execute(select(node.id).where(node.id.in_(sorted(ids)), node.paused)).scalars())
 
 
 def last_event(connection: Connection, node_id: str) -> int:

@@ -75,7 +75,9 @@ def _task_ids(name: str, values: list[str]) -> Condition:
 
 def _labels(_name: str, values: list[str]) -> Condition:
     label = func.coalesce(tables.tasks.c.label, "")
-    wanted, unwanted = [], []
+    wanted: list[Condition] = []
+    unwanted: list[Condition] = []
+    condition: Condition
     for value in values:
         negated = value.startswith("!")
         pattern = value[1:] if negated else value

@@ -256,3 +256,10 @@ def _renewable() -> tuple[ColumnElement[bool], ...]:
     column = tables.tasks.c
     # A task with an order under way gets its new ticket with that order.
     return column.status == "ACTIVE", column.desired == "run", column.delivered >= column.revision
+
+
+def hide(connection: Connection, task: Task) -> None:
+    """Leave a task out of its owner's lists. Raises `ApiError` 409 while it runs."""
+    if not task.finished:
+        raise ApiError(409, "Conflict", "The task is still running; cancel it first.")
+    task_rows.change(connection, task.id, hidden=True)

@@ -1,0 +1,34 @@
+"""``POST /towpath/v1/enrol``: an agent redeems a setup key. The key itself is the authorisation; there is no token."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request, Response
+
+from protocol.control import EnrolRequest, decode_untrusted, encode
+from protocol.errors import ProtocolError
+from relay.api.errors import ApiError
+from relay.services import services_of
+from relay.transfer.enrolment import RelayName, redeem
+from relay.transfer.fields import BAD_REQUEST
+
+router = APIRouter(tags=["Towpath"])
+
+MAX_BODY = 64 * 1024
+
+
+@router.post("/towpath/v1/enrol", status_code=201)
+async def enrol(request: Request) -> Response:
+    """Turn a setup key into a node; see docs/protocol.md."""
+    services = services_of(request)
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_BODY:
+            raise ApiError(413, "RequestTooLarge", f"An enrolment request has at most {MAX_BODY} bytes.")
+    try:
+        document = decode_untrusted(body, EnrolRequest)
+    except ProtocolError as error:
+        raise ApiError(400, BAD_REQUEST, error.sentence) from error
+    name = RelayName(services.keys.relay_id, services.keys.root_public_pem)
+    answer = await redeem(services.store, name, document, services.clock())
+    return Response(encode(answer), 201, media_type="application/json")

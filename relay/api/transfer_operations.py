@@ -1,0 +1,104 @@
+"""Transfer API: file operations on a collection."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from fastapi import APIRouter, Request, Response
+
+from relay.access.decisions import Ability
+from relay.api.transfer_frame import (
+    PREFIX,
+    CallerHere,
+    ServicesHere,
+    answer,
+    answer_large,
+    read_document,
+    result,
+)
+from relay.transfer import collections
+from relay.transfer.collections import Collection
+from relay.transfer.fields import Fields, bad_request, query_integer
+from relay.transfer.filesystem import MAX_LIMIT, MAX_PATH, Filesystem, ListingRequest
+
+router = APIRouter(prefix=f"{PREFIX}/operation/endpoint/{{endpoint_id}}", tags=["Transfer"])
+
+
+async def _collection(services: ServicesHere, caller: CallerHere, endpoint_id: str, ability: Ability) -> Collection:
+    return await services.store.read(
+        partial(collections.require, collection_id=endpoint_id, identity_id=caller.identity_id, ability=ability)
+    )
+
+
+def _filesystem(services: ServicesHere) -> Filesystem:
+    return Filesystem(services.registry, timeout=float(services.settings.limits.call_timeout))
+
+
+@router.get("/ls")
+async def list_directory(request: Request, endpoint_id: str, caller: CallerHere, services: ServicesHere) -> Response:
+    """The entries of a directory."""
+    collection = await _collection(services, caller, endpoint_id, Ability.READ)
+    parameters = request.query_params
+    _refuse_local_user(parameters.get("local_user"))
+    hidden = (parameters.get("show_hidden") or "1").lower()
+    if hidden not in ("0", "1", "true", "false"):
+        raise bad_request("show_hidden must be 0 or 1.")
+    listing = ListingRequest(
+        path=parameters.get("path") or None,
+        show_hidden=hidden in ("1", "true"),
+        order=parameters.get("orderby") or None,
+        filters=[text for text in parameters.getlist("filter") if text],
+        limit=query_integer(parameters.get("limit"), "limit", default=MAX_LIMIT, lowest=1, highest=MAX_LIMIT),
+        offset=query_integer(parameters.get("offset"), "offset", default=0, lowest=0, highest=10**9),
+    )
+    return await answer_large(await _filesystem(services).list(collection, listing))
+
+
+@router.get("/stat")
+async def stat(request: Request, endpoint_id: str, caller: CallerHere, services: ServicesHere) -> Response:
+    """One entry."""
+    collection = await _collection(services, caller, endpoint_id, Ability.READ)
+    _refuse_local_user(request.query_params.get("local_user"))
+    return answer(await _filesystem(services).stat(collection, request.query_params.get("path") or None))
+
+
+@router.post("/mkdir")
+async def mkdir(request: Request, endpoint_id: str, caller: CallerHere, services: ServicesHere) -> Response:
+    """Make a directory."""
+    collection = await _collection(services, caller, endpoint_id, Ability.WRITE)
+    fields = Fields(await read_document(request), "the mkdir document")
+    fields.data_type("mkdir")
+    _refuse_local_user(fields.text("local_user", longest=256))
+    await _filesystem(services).mkdir(collection, fields.raw("path"))
+    message = "The directory was created successfully"
+    return result(request, "DirectoryCreated", message, data_type="mkdir_result", status=202)
+
+
+@router.post("/rename")
+async def rename(request: Request, endpoint_id: str, caller: CallerHere, services: ServicesHere) -> Response:
+    """Rename or move a file or directory."""
+    collection = await _collection(services, caller, endpoint_id, Ability.WRITE)
+    fields = Fields(await read_document(request), "the rename document")
+    fields.data_type("rename")
+    _refuse_local_user(fields.text("local_user", longest=256))
+    await _filesystem(services).rename(collection, fields.raw("old_path"), fields.raw("new_path"))
+    return result(request, "FileRenamed", "File or directory renamed successfully")
+
+
+@router.post("/symlink")
+async def symlink(request: Request, endpoint_id: str, caller: CallerHere, services: ServicesHere) -> Response:
+    """Make a symbolic link."""
+    collection = await _collection(services, caller, endpoint_id, Ability.WRITE)
+    fields = Fields(await read_document(request), "the symlink document")
+    fields.data_type("symlink")
+    _refuse_local_user(fields.text("local_user", longest=256))
+    target = fields.raw("symlink_target")
+    if not isinstance(target, str) or not 0 < len(target) <= MAX_PATH or "\0" in target:
+        raise bad_request("symlink_target must be a string that is not empty.")
+    await _filesystem(services).symlink(collection, fields.raw("path"), target)
+    return result(request, "SymlinkCreated", "The symlink was created successfully")
+
+
+def _refuse_local_user(value: str | None) -> None:
+    if value:
+        raise bad_request("local_user cannot be chosen: each agent works in its owner's account.")

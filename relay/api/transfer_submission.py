@@ -1,0 +1,102 @@
+"""Transfer API: submission of transfer and delete tasks."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import trio
+from fastapi import APIRouter, Request, Response
+from sqlalchemy import Connection
+
+from relay.api.transfer_frame import PREFIX, CallerHere, ServicesHere, answer, read_document, result
+from relay.transfer import task_turns
+from relay.transfer.fields import is_uuid
+from relay.transfer.submission import Submission, read_delete, read_transfer
+from relay.transfer.task_rows import pack_items
+
+router = APIRouter(prefix=PREFIX, tags=["Transfer"])
+
+
+@router.get("/submission_id")
+async def submission_id(caller: CallerHere) -> Response:
+    """A fresh id, with which a submission may be repeated without making a second task."""
+    return answer({"DATA_TYPE": "submission_id", "value": str(uuid.uuid4())})
+
+
+@router.post("/transfer", status_code=202)
+async def submit_transfer(request: Request, caller: CallerHere, services: ServicesHere) -> Response:
+    """Submit a transfer."""
+    return await _submit(request, caller, services, "transfer", read_transfer)
+
+
+@router.post("/delete", status_code=202)
+async def submit_delete(request: Request, caller: CallerHere, services: ServicesHere) -> Response:
+    """Submit a delete."""
+    return await _submit(request, caller, services, "delete", read_delete)
+
+
+async def _submit(
+    request: Request, caller: CallerHere, services: ServicesHere, word: str, read: Callable[..., Submission]
+) -> Response:
+    document = await read_document(request)
+    present = await _present(document, caller, services)
+    if present is not None:
+        return _accepted(request, word, str(document["submission_id"]).lower(), present, task_turns.DUPLICATE)
+    now = services.clock()
+    tasks = services.settings.tasks
+
+    def prepare() -> tuple[Submission, bytes]:
+        submission = read(document, max_items=tasks.max_items, now=now)
+        return submission, pack_items(submission.items)
+
+    submission, items = await trio.to_thread.run_sync(prepare)
+    accept = partial(
+        task_turns.accept,
+        submission=submission,
+        items=items,
+        owner_id=caller.identity_id,
+        owner=caller.username,
+        deadline=now + float(tasks.deadline),
+        now=now,
+    )
+    # From here on the task exists, whether or not the client hears of it; its submission id finds it again.
+    task_id, code = await services.store.write(accept)
+    services.steward.wake(task_id)
+    return _accepted(request, word, submission.submission_id, task_id, code)
+
+
+async def _present(document: Any, caller: CallerHere, services: ServicesHere) -> str | None:
+    """The task that this very submission has made already."""
+    given = document.get("submission_id") if isinstance(document, dict) else None
+    if not is_uuid(given):
+        return None
+
+    def work(connection: Connection) -> str | None:
+        return task_turns.find_submission(connection, caller.identity_id, str(given).lower())
+
+    return await services.store.read(work)
+
+
+def _accepted(request: Request, word: str, submission: str, task_id: str, code: str) -> Response:
+    message = f"The {word} has been accepted and a task has been created and queued for execution"
+    if code == task_turns.DUPLICATE:
+        message = f"The {word} was submitted before under this submission id; nothing new was created"
+    return result(
+        request,
+        code,
+        message,
+        data_type=f"{word}_result",
+        status=202,
+        submission_id=submission,
+        task_id=task_id,
+        task_link={
+            "DATA_TYPE": "link",
+            "href": f"{PREFIX}/task/{task_id}?format=json",
+            "rel": "related",
+            "resource": "task",
+            "title": "related task",
+        },
+    )

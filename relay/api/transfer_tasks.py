@@ -1,0 +1,212 @@
+"""Transfer API: tasks of the caller."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from sqlalchemy import Connection
+
+from relay.api.transfer_frame import (
+    PREFIX,
+    CallerHere,
+    ServicesHere,
+    answer,
+    answer_large,
+    read_document,
+    result,
+    surroundings,
+    wanted_fields,
+)
+from relay.transfer import event_log, task_details, task_filters, task_lists, task_rows, task_turns
+from relay.transfer.collection_documents import only_fields
+from relay.transfer.collections import Collection
+from relay.transfer.fields import Fields, query_integer
+from relay.transfer.submission import MAX_LABEL, read_deadline
+from relay.transfer.task_documents import task_document
+from relay.transfer.task_rows import Task
+
+router = APIRouter(prefix=PREFIX, tags=["Transfer"])
+
+# A cancel that the agent confirms within this many seconds is answered as done.
+CANCEL_PATIENCE = 3.0
+
+_CANCEL_MESSAGES = {
+    task_turns.CANCEL_DONE: "The task has been cancelled successfully.",
+    task_turns.CANCEL_ACCEPTED: "The cancellation is under way; the task stops as soon as its agent hears of it.",
+    task_turns.TASK_COMPLETE: "The task completed before the cancel request was processed.",
+}
+
+
+@router.get("/task_list")
+async def task_list(request: Request, caller: CallerHere, services: ServicesHere) -> Response:
+    """The caller's tasks."""
+    parameters = request.query_params
+    limit, offset = _page(parameters, default=task_lists.DEFAULT_LIMIT)
+    filters = [condition for text in parameters.getlist("filter") for condition in task_filters.conditions(text)]
+    work = partial(
+        task_lists.own_tasks,
+        identity_id=caller.identity_id,
+        conditions=filters,
+        order=task_filters.order(parameters.get("orderby")),
+        limit=limit,
+        offset=offset,
+    )
+    page = await services.store.read(work)
+    around, fields = surroundings(services, page.collections), wanted_fields(request)
+    rows = [only_fields(task_document(task, around), fields) for task in page.tasks]
+    return await answer_large(
+        {
+            "DATA_TYPE": "task_list",
+            "DATA": rows,
+            "length": len(rows),
+            "limit": limit,
+            "offset": offset,
+            "total": page.total,
+        }
+    )
+
+
+def _page(parameters: Any, *, default: int) -> tuple[int, int]:
+    limit = query_integer(parameters.get("limit"), "limit", default=default, lowest=1, highest=task_lists.MAX_LIMIT)
+    offset = query_integer(parameters.get("offset"), "offset", default=0, lowest=0, highest=task_lists.MAX_OFFSET)
+    return limit, offset
+
+
+async def _own(services: ServicesHere, caller: CallerHere, task_id: str) -> tuple[Task, dict[str, Collection]]:
+    def work(connection: Connection) -> tuple[Task, dict[str, Collection]]:
+        task = task_rows.require_own(connection, task_id, caller.identity_id)
+        return task, task_lists.collections_of(connection, [task])
+
+    return await services.store.read(work)
+
+
+@router.get("/task/{task_id}")
+async def show_task(request: Request, task_id: str, caller: CallerHere, services: ServicesHere) -> Response:
+    """One task."""
+    task, known = await _own(services, caller, task_id)
+    return answer(only_fields(task_document(task, surroundings(services, known)), wanted_fields(request)))
+
+
+@router.put("/task/{task_id}")
+async def update_task(request: Request, task_id: str, caller: CallerHere, services: ServicesHere) -> Response:
+    """Change the label or the deadline of a task that is not over."""
+    fields = Fields(await read_document(request), "the task")
+    fields.data_type("task")
+    changes: dict[str, Any] = {}
+    if "label" in fields:
+        changes["label"] = fields.text("label", longest=MAX_LABEL) or None
+    if fields.raw("deadline") is not None:
+        changes["deadline"] = read_deadline(fields, services.clock())
+
+    def work(connection: Connection) -> str:
+        task = task_rows.require_own(connection, task_id, caller.identity_id)
+        task_turns.update(connection, task, changes)
+        return task.id
+
+    services.steward.wake(await services.store.write(work))
+    return result(request, "Updated", "Updated task successfully")
+
+
+@router.post("/task/{task_id}/cancel")
+async def cancel_task(request: Request, task_id: str, caller: CallerHere, services: ServicesHere) -> Response:
+    """Cancel a task. Cancelling twice, or what is over, changes nothing."""
+    now = services.clock()
+
+    def work(connection: Connection) -> tuple[str, str]:
+        task = task_rows.require_own(connection, task_id, caller.identity_id)
+        return task.id, task_turns.cancel(connection, task, now)
+
+    found, code = await services.store.write(work)
+    services.steward.wake(found)
+    if code == task_turns.CANCEL_ACCEPTED:
+        await services.steward.wait_finished(found, CANCEL_PATIENCE)
+        task, _ = await _own(services, caller, found)
+        if task.finished:
+            code = task_turns.CANCEL_DONE if task.state == "CANCELED" else task_turns.TASK_COMPLETE
+    return result(request, code, _CANCEL_MESSAGES[code])
+
+
+@router.post("/task/{task_id}/remove")
+async def remove_task(request: Request, task_id: str, caller: CallerHere, services: ServicesHere) -> Response:
+    """Leave a task that is over out of the caller's lists."""
+
+    def work(connection: Connection) -> None:
+        task_turns.hide(connection, task_rows.require_own(connection, task_id, caller.identity_id))
+
+    await services.store.write(work)
+    return result(request, "Removed", "The task was removed from the history")
+
+
+@router.get("/task/{task_id}/event_list")
+async def event_list(request: Request, task_id: str, caller: CallerHere, services: ServicesHere) -> Response:
+    """What happened to a task, newest first."""
+    parameters = request.query_params
+    limit, offset = _page(parameters, default=task_lists.DEFAULT_LIMIT)
+    kind = task_filters.event_kind(parameters.get("filter"))
+
+    def work(connection: Connection) -> tuple[list[dict[str, Any]], int]:
+        task = task_rows.require_own(connection, task_id, caller.identity_id)
+        rows = event_log.page(connection, task.id, is_error=kind, limit=limit, offset=offset)
+        return rows, event_log.count(connection, task.id, kind)
+
+    rows, total = await services.store.read(work)
+    return answer(
+        {
+            "DATA_TYPE": "event_list",
+            "DATA": rows,
+            "length": len(rows),
+            "limit": limit,
+            "offset": offset,
+            "total": total,
+        }
+    )
+
+
+@router.get("/task/{task_id}/successful_transfers")
+async def successful_transfers(request: Request, task_id: str, caller: CallerHere, services: ServicesHere) -> Response:
+    """What has been transferred so far, also while the task runs."""
+    task, known = await _own(services, caller, task_id)
+    marker, limit = _marker(request)
+    document = await task_details.successful_transfers(
+        services.registry, task, known.get(task.worker_id), marker, limit
+    )
+    return await answer_large(document)
+
+
+@router.get("/task/{task_id}/skipped_errors")
+async def skipped_errors(request: Request, task_id: str, caller: CallerHere, services: ServicesHere) -> Response:
+    """What was left out, and why."""
+    task, known = await _own(services, caller, task_id)
+    marker, limit = _marker(request)
+    document = await task_details.skipped_errors(services.registry, task, known.get(task.worker_id), marker, limit)
+    return await answer_large(document)
+
+
+def _marker(request: Request) -> tuple[str | None, int]:
+    parameters = request.query_params
+    limit = query_integer(
+        parameters.get("limit"), "limit", default=task_details.PAGE, lowest=1, highest=task_details.PAGE
+    )
+    return parameters.get("marker") or None, limit
+
+
+@router.get("/task/{task_id}/pause_info")
+async def pause_info(task_id: str, caller: CallerHere, services: ServicesHere) -> Response:
+    """Which pause rules hold a task up, and what its agents' owners say about it."""
+    task, _ = await _own(services, caller, task_id)
+    observed = task.last_observed
+    paused = task.state == "PAUSED" and not task.finished and observed is not None
+    message = None if observed is None or not paused else observed.status_sentence or "The owner paused this task."
+    from_source = observed is not None and observed.who == "source owner"
+    return answer(
+        {
+            "DATA_TYPE": "pause_info_limited",
+            "pause_rules": [],
+            "source_pause_message": message if from_source else None,
+            "destination_pause_message": None if from_source else message,
+            "source_pause_message_share": None,
+            "destination_pause_message_share": None,
+        }
+    )

@@ -1,0 +1,189 @@
+"""File operations on a collection, done by its agent: list, look, make, rename, link.
+
+Paths are checked here and again by the agent, which alone resolves them. The agent's answers are checked too: a name
+with a slash in it, which a client would join to a path elsewhere, is taken for a broken agent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from protocol.control import Entry, Listing, decode_untrusted
+from protocol.errors import ProtocolError, TowpathError
+from relay.transfer.agents import AgentLinks
+from relay.transfer.collections import Collection
+from relay.transfer.fields import bad_request
+from relay.transfer.operation_errors import (
+    LISTING,
+    MKDIR,
+    RENAME,
+    STAT,
+    SYMLINK,
+    Operation,
+    disconnected,
+    operation_error,
+)
+from relay.transfer.scopes import place
+from relay.transfer.times import listing_time
+
+MAX_LIMIT = 100_000
+MAX_FILTERS = 100
+MAX_FILTER = 4096
+MAX_PATH = 16_384
+LISTING_TIMEOUT = 60.0
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListingRequest:
+    """What a client wants to see of a directory; None means the default."""
+
+    path: str | None
+    show_hidden: bool
+    order: str | None
+    filters: Sequence[str]
+    limit: int
+    offset: int
+
+
+class Filesystem:
+    """File operations through the links. Whether the caller may do them was decided before."""
+
+    def __init__(self, links: AgentLinks, *, timeout: float) -> None:
+        self._links = links
+        self._timeout = timeout
+
+    async def list(self, collection: Collection, request: ListingRequest) -> dict[str, Any]:
+        """``ls``. Raises `ApiError`."""
+        path = checked_path(request.path or collection.directory, "path")
+        if len(request.filters) > MAX_FILTERS or any(len(text) > MAX_FILTER for text in request.filters):
+            raise bad_request(f"There may be {MAX_FILTERS} filters of {MAX_FILTER} characters each.")
+        query = [
+            ("path", path),
+            ("show_hidden", "1" if request.show_hidden else "0"),
+            ("limit", str(request.limit)),
+            ("offset", str(request.offset)),
+        ]
+        if request.order:
+            query.append(("orderby", request.order[:MAX_FILTER]))
+        query.extend(("filter", text) for text in request.filters)
+        listing = await self._ask(
+            LISTING, collection, "GET", "ls", Listing, query=query, timeout=max(self._timeout, LISTING_TIMEOUT)
+        )
+        return listing_document(collection, path, listing)
+
+    async def stat(self, collection: Collection, path: str | None) -> dict[str, Any]:
+        """``stat``. Raises `ApiError`."""
+        wanted = checked_path(path or collection.directory, "path")
+        entry = await self._ask(STAT, collection, "GET", "stat", Entry, query=[("path", wanted)])
+        return entry_document(entry)
+
+    async def mkdir(self, collection: Collection, path: str) -> None:
+        """Make a directory. Raises `ApiError`."""
+        document = {"path": checked_path(path, "path")}
+        await self._tell(MKDIR, collection, "mkdir", document)
+
+    async def rename(self, collection: Collection, old_path: str, new_path: str) -> None:
+        """Rename or move within the collection. Raises `ApiError`."""
+        document = {"old_path": checked_path(old_path, "old_path"), "new_path": checked_path(new_path, "new_path")}
+        await self._tell(RENAME, collection, "rename", document)
+
+    async def symlink(self, collection: Collection, path: str, target: str) -> None:
+        """Make a symbolic link; the agent decides whether it may point there. Raises `ApiError`."""
+        document = {"path": checked_path(path, "path"), "symlink_target": target}
+        await self._tell(SYMLINK, collection, "symlink", document)
+
+    async def _ask(
+        self,
+        operation: Operation,
+        collection: Collection,
+        method: str,
+        verb: str,
+        kind: type[T],
+        *,
+        query: Sequence[tuple[str, str]],
+        timeout: float | None = None,  # noqa: ASYNC109 - handed to the link
+    ) -> T:
+        node_id = self._node(operation, collection)
+        try:
+            answer = await self._links.call(
+                node_id,
+                method,
+                f"/link/collections/{collection.id}/{verb}",
+                query=query,
+                timeout=self._timeout if timeout is None else timeout,
+            )
+            return check_names_untrusted(decode_untrusted(answer, kind))
+        except TowpathError as error:
+            raise operation_error(operation, error, collection.display_name) from error
+
+    async def _tell(self, operation: Operation, collection: Collection, verb: str, document: dict[str, str]) -> None:
+        node_id = self._node(operation, collection)
+        path = f"/link/collections/{collection.id}/{verb}"
+        try:
+            await self._links.call(node_id, "POST", path, document=document, timeout=self._timeout)
+        except TowpathError as error:
+            raise operation_error(operation, error, collection.display_name) from error
+
+    def _node(self, operation: Operation, collection: Collection) -> str:
+        if collection.node_id is None or not self._links.is_connected(collection.node_id):
+            raise disconnected(operation, collection.display_name)
+        return collection.node_id
+
+
+def check_names_untrusted(answer: T) -> T:
+    """The answer itself, if every name in it can be a name. Raises only `ProtocolError`."""
+    entries = answer.entries if isinstance(answer, Listing) else [answer] if isinstance(answer, Entry) else []
+    for entry in entries:
+        if "/" in entry.name or "\0" in entry.name or entry.name in (".", ".."):
+            raise ProtocolError("The agent answered with a name that no file can have.")
+    return answer
+
+
+def checked_path(text: object, key: str) -> str:
+    """A path as the client wrote it, once it has been found to be one. Raises `ApiError` 400."""
+    if not isinstance(text, str) or not text:
+        raise bad_request(f"{key} must be a string that is not empty.")
+    if len(text) > MAX_PATH:
+        raise bad_request(f"{key} is longer than any path.")
+    place(text, key)
+    return text
+
+
+def listing_document(collection: Collection, requested: str, listing: Listing) -> dict[str, Any]:
+    """The file_list document: ``path`` is the requested one with a slash at its end, as clients join names to it."""
+    return {
+        "DATA_TYPE": "file_list",
+        "path": requested if requested.endswith("/") else requested + "/",
+        "absolute_path": listing.absolute_path,
+        "endpoint": collection.id,
+        "rename_supported": True,
+        "symlink_supported": True,
+        "length": len(listing.entries),
+        "total": listing.total,
+        "limit": listing.limit,
+        "offset": listing.offset,
+        "DATA": [entry_document(entry) for entry in listing.entries],
+    }
+
+
+def entry_document(entry: Entry) -> dict[str, Any]:
+    """The file document of one entry."""
+    return {
+        "DATA_TYPE": "file",
+        "name": entry.name,
+        "type": entry.type,
+        "size": entry.size,
+        "last_modified": listing_time(entry.mtime_ns),
+        "permissions": f"{entry.mode & 0o7777:04o}",
+        "user": entry.user,
+        "group": entry.group,
+        "link_target": entry.link_target,
+        "link_size": entry.link_size,
+        "link_user": None,
+        "link_group": None,
+        "link_last_modified": listing_time(entry.link_mtime_ns),
+    }

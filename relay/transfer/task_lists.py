@@ -1,0 +1,98 @@
+"""Lists of tasks: pages in the order and with the filters a client asks for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, func, or_, select
+
+from relay.access.decisions import Ability, abilities
+from relay.store import transfer_tables as tables
+from relay.transfer import task_rows
+from relay.transfer.collections import Collection, load_many
+from relay.transfer.task_rows import Task
+
+MAX_LIMIT = 1000
+DEFAULT_LIMIT = 10
+MAX_OFFSET = 10_000_000
+
+
+@dataclass(frozen=True)
+class TaskPage:
+    """Tasks of one page with the collections they name, and how many there are in all."""
+
+    tasks: list[Task]
+    total: int
+    collections: dict[str, Collection]
+
+
+def collections_of(connection: Connection, tasks: list[Task]) -> dict[str, Collection]:
+    """The collections that tasks name."""
+    ids = {task.source_id for task in tasks} | {task.destination_id for task in tasks if task.destination_id}
+    return load_many(connection, ids)
+
+
+def own_tasks(
+    connection: Connection,
+    *,
+    identity_id: str,
+    conditions: list[ColumnElement[bool]],
+    order: list[ColumnElement[Any]],
+    limit: int,
+    offset: int,
+) -> TaskPage:
+    """A page of an identity's own tasks."""
+    column = tables.tasks.c
+    held = [column.owner_id == identity_id, column.hidden.is_(False), *conditions]
+    total = int(connection.execute(select(func.count()).select_from(tables.tasks).where(*held)).scalar_one())
+    rows = connection.execute(select(*task_rows.COLUMNS).where(*held).order_by(*order).limit(limit).offset(offset))
+    tasks = [Task(**row._mapping) for row in rows]
+    return TaskPage(tasks, total, collections_of(connection, tasks))
+
+
+def watched_sides(task: Task, known: dict[str, Collection], identity_id: str) -> frozenset[str]:
+    """On which sides of a task (source, destination) an identity may watch over tasks."""
+    sides = {"source": known.get(task.source_id), "destination": known.get(task.destination_id or "")}
+    return frozenset(
+        side
+        for side, collection in sides.items()
+        if collection is not None
+        and collection.deleted is None
+        and Ability.SEE_TASKS in abilities(collection.facts, identity_id)
+    )
+
+
+def watched_tasks(
+    connection: Connection, *, identity_id: str, conditions: list[ColumnElement[bool]], after: str | None, limit: int
+) -> tuple[TaskPage, bool]:
+    """Tasks of anybody on collections that an identity watches over, newest first, and whether there are more.
+
+    ``after`` is the id of the last task of the page before.
+    """
+    column, collection, role = tables.tasks.c, tables.collections.c, tables.roles.c
+    mine = select(collection.id).where(
+        collection.deleted.is_(None),
+        or_(
+            collection.owner_id == identity_id,
+            collection.id.in_(
+                select(role.collection_id).where(
+                    role.principal_type == "identity",
+                    role.principal == identity_id,
+                    role.role.in_(("administrator", "activity_manager", "activity_monitor")),
+                )
+            ),
+        ),
+    )
+    held = [or_(column.source_id.in_(mine), column.destination_id.in_(mine)), *conditions]
+    last = None if after is None else task_rows.load(connection, after)
+    if last is not None:
+        held.append(
+            or_(column.requested < last.requested, (column.requested == last.requested) & (column.id > last.id))
+        )
+    rows = connection.execute(
+        select(*task_rows.COLUMNS).where(*held).order_by(column.requested.desc(), column.id).limit(limit + 1)
+    )
+    tasks = [Task(**row._mapping) for row in rows]
+    page = tasks[:limit]
+    return TaskPage(page, len(page), collections_of(connection, page)), len(tasks) > limit
