@@ -282,7 +282,8 @@ class Core:
     @property
     def exhausted(self) -> bool:
         """Whether all stream ids of this connection are used up (RFC 9113 section 5.1.1)."""
-        return self._h2.highest_outbound_stream_id + 2 > self.limits.last_stream_id
+        highest = self._h2.highest_outbound_stream_id
+        return (highest + 2 if highest else 1) > self.limits.last_stream_id
 
     def open(self, headers: Headers, *, end: bool) -> int:
         """Begin a request; returns its stream id. The headers must have been checked."""
