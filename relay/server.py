@@ -15,13 +15,15 @@ from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import metadata
-from typing import Any
+from typing import Any, Protocol
 
 import sqlalchemy.exc
 import trio
+from fastapi import FastAPI
 
 from protocol.errors import TowpathError
 from relay import sdnotify
+from relay.api import enrol, transfer_routers
 from relay.api.app import create_app
 from relay.auth.clients import SecretChecker
 from relay.auth.guesses import GuessLimit
@@ -37,6 +39,7 @@ from relay.store.database import Store
 from relay.store.migrate import upgrade
 from relay.tls import ServerCertificate
 from relay.transfer.nodes import DatabaseNodeDirectory
+from relay.transfer.steward import Steward
 from relay.web import WebServer
 
 logger = logging.getLogger("relay.server")
@@ -51,22 +54,29 @@ _CROWD = 10
 _RETRY_AFTER = 2.0
 
 
+class _Observed(Protocol):
+    def statistics(self) -> Any: ...
+
+
 @dataclass(frozen=True)
 class Relay:
     """The parts of one relay, put together and not yet running."""
 
     services: Services
+    app: FastAPI
     certificate: ServerCertificate
     web: WebServer
     dispatcher: Dispatcher
     registry: Registry
+    steward: Steward
 
     def statistics(self) -> dict[str, Any]:
         """What every part says of itself."""
-        parts = {
+        parts: dict[str, _Observed] = {
             "web": self.web,
             "dispatch": self.dispatcher,
             "links": self.registry,
+            "tasks": self.steward,
             "store": self.services.store,
             "guesses": self.services.guesses,
             "keys": self.services.keys,
@@ -81,6 +91,7 @@ def build(settings: Settings, store: Store, clock: Callable[[], float] = time.ti
     keys.renew(clock(), key_life=settings.tickets.key_life, ticket_life=settings.tickets.life)
     certificate = ServerCertificate(settings)
     registry = Registry()
+    steward = Steward(store, registry, keys.signer, settings, clock)
     sign_in = settings.sign_in
     services = Services(
         settings=settings,
@@ -88,15 +99,16 @@ def build(settings: Settings, store: Store, clock: Callable[[], float] = time.ti
         keys=keys,
         signer=keys.signer,
         registry=registry,
+        steward=steward,
         secrets=SecretChecker(store),
         guesses=GuessLimit(sign_in.failures, sign_in.failures_window),
         crowd_guesses=GuessLimit(sign_in.failures * _CROWD, sign_in.failures_window),
         clock=clock,
     )
-    app = create_app(services)
+    app = create_app(services, [*transfer_routers.ROUTERS, enrol.router])
     web = WebServer(app, max_connections=settings.limits.connections)
     dispatcher = Dispatcher(web=web.serve, link=_link_handler(services, certificate), tls_context=certificate.context)
-    return Relay(services, certificate, web, dispatcher, registry)
+    return Relay(services, app, certificate, web, dispatcher, registry, steward)
 
 
 def _link_handler(
@@ -139,6 +151,7 @@ async def _run(relay: Relay, settings: Settings) -> None:
     listeners = await trio.open_tcp_listeners(settings.listen.port, host=settings.listen.host, backlog=_BACKLOG)
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async with trio.open_nursery() as nursery:
+            await nursery.start(relay.steward.run)
             nursery.start_soon(_upkeep, relay, settings)
             nursery.start_soon(_watchdog)
             accepting = await nursery.start(_accept, relay, listeners)

@@ -31,11 +31,16 @@ class Services:
     keys: RelayKeys
     signer: TicketSigner
     registry: Registry
-    steward: Steward = cast("Steward", None)
+    steward: Steward
     secrets: SecretChecker
     guesses: GuessLimit
     crowd_guesses: GuessLimit
     clock: Callable[[], float]
+
+
+async def services_here(request: Request) -> Services:
+    """The same as a dependency of FastAPI, which would run a plain function in a thread for each request."""
+    return services_of(request)
 
 
 def services_of(request: Request) -> Services:

@@ -9,6 +9,7 @@ from fastapi import APIRouter, FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from relay.api import auth_identities, auth_login, auth_tokens, errors, relay_info
+from relay.api.errors import service_of
 from relay.api.frame import Frame
 from relay.services import Services
 
@@ -25,9 +26,11 @@ def create_app(services: Services, routers: Iterable[APIRouter] = ()) -> FastAPI
         redirect_slashes=False,
     )
     app.state.services = services
+    offered = set()
     for router in (auth_tokens.router, auth_identities.router, auth_login.router, relay_info.router, *routers):
         app.include_router(router)
-    errors.install(app)
+        offered |= {service_of(getattr(route, "path", "")) for route in router.routes}
+    errors.install(app, frozenset(offered))
     app.add_middleware(Frame, max_body=services.settings.limits.request_body, clock=services.clock)
     app.add_middleware(
         CORSMiddleware,

@@ -6,6 +6,7 @@ import base64
 import binascii
 import math
 from collections.abc import Mapping
+from contextlib import aclosing
 from typing import Any
 from urllib.parse import parse_qsl, unquote_plus
 
@@ -216,10 +217,11 @@ async def _form_untrusted(request: Request) -> dict[str, str]:
     if kind != "application/x-www-form-urlencoded":
         raise ApiError(400, "invalid_request", "The body must be application/x-www-form-urlencoded.")
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_FORM:
-            raise ApiError(413, "invalid_request", f"The form is larger than {MAX_FORM} bytes.")
+    async with aclosing(request.stream()) as chunks:
+        async for chunk in chunks:
+            body += chunk
+            if len(body) > MAX_FORM:
+                raise ApiError(413, "invalid_request", f"The form is larger than {MAX_FORM} bytes.")
     try:
         pairs = parse_qsl(body.decode("ascii"), keep_blank_values=True, max_num_fields=_MAX_FIELDS, errors="strict")
     except ValueError as error:

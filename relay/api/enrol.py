@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import aclosing
+
 from fastapi import APIRouter, Request, Response
 
 from protocol.control import EnrolRequest, decode_untrusted, encode
@@ -21,10 +23,11 @@ async def enrol(request: Request) -> Response:
     """Turn a setup key into a node; see docs/protocol.md."""
     services = services_of(request)
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_BODY:
-            raise ApiError(413, "RequestTooLarge", f"An enrolment request has at most {MAX_BODY} bytes.")
+    async with aclosing(request.stream()) as chunks:
+        async for chunk in chunks:
+            body += chunk
+            if len(body) > MAX_BODY:
+                raise ApiError(413, "RequestTooLarge", f"An enrolment request has at most {MAX_BODY} bytes.")
     try:
         document = decode_untrusted(body, EnrolRequest)
     except ProtocolError as error:

@@ -53,6 +53,7 @@ _SPACES: tuple[tuple[str, Service], ...] = (
     ("/towpath", "towpath"),
     # Everything else (`/v0.10`, tunnels, unknown paths) speaks as Transfer does.
 )
+_BAD_REQUEST: Mapping[Service, str] = {"auth": "INVALID_REQUEST", "search": "BadRequest.ValidationError"}
 _REQUEST_ID_LETTERS = string.ascii_letters + string.digits
 _NEVER_SHOWN = re.compile(r"[\x00-\x1f\x7f]")
 
@@ -176,10 +177,11 @@ def _upper_word(code: str) -> str:
 
 def _from_http(error: HTTPException, path: str, offered: frozenset[Service]) -> ApiError:
     service = service_of(path)
-    if error.status_code == 404 and service not in offered:
+    if error.status_code == 404 and service not in ("transfer", *offered):
         # 501 and not 503: clients try the latter again and again.
         return ApiError(501, "NotImplemented", f"This relay does not offer the {service.capitalize()} service.")
-    code = {400: "BadRequest", 404: "NotFound", 405: "MethodNotAllowed", 413: "RequestTooLarge"}.get(error.status_code)
+    bad_request = _BAD_REQUEST.get(service, "ClientError.BadRequest")
+    code = {400: bad_request, 404: "NotFound", 405: "MethodNotAllowed", 413: "RequestTooLarge"}.get(error.status_code)
     message = {
         404: "There is nothing under this path.",
         405: "This path does not take this method.",
@@ -197,13 +199,11 @@ def _from_validation(error: RequestValidationError, service: Service) -> ApiErro
         # What went in is not repeated: it may hold secrets.
         detail = [{"loc": problem["loc"], "msg": problem["msg"], "type": problem["type"]} for problem in error.errors()]
         return ApiError(422, "UnprocessableEntity", message, extra={"detail": detail})
-    code = {"auth": "INVALID_REQUEST", "search": "BadRequest.ValidationError"}.get(service, "ClientError.BadRequest")
-    return ApiError(400, code, message)
+    return ApiError(400, _BAD_REQUEST.get(service, "ClientError.BadRequest"), message)
 
 
-def install(app: FastAPI) -> None:
-    """Make the application, complete with its routes, answer every error in its service's shape."""
-    offered = frozenset(service_of(getattr(route, "path", "")) for route in app.routes)
+def install(app: FastAPI, offered: frozenset[Service]) -> None:
+    """Make the application answer every error in its service's shape. ``offered`` are the services it has routes of."""
 
     async def on_api_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, ApiError)

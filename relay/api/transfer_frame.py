@@ -12,7 +12,7 @@ from sqlalchemy import Connection
 from relay.api.errors import request_id_of
 from relay.auth.bearer import Caller, transfer_caller
 from relay.auth.identities import select_by_ids
-from relay.services import Services, services_of
+from relay.services import Services, services_here
 from relay.transfer import collections, nodes
 from relay.transfer.collection_documents import View
 from relay.transfer.collections import Collection
@@ -24,7 +24,7 @@ PREFIX = "/v0.10"
 _LARGE = 64 * 1024
 
 CallerHere = Annotated[Caller, Depends(transfer_caller)]
-ServicesHere = Annotated[Services, Depends(services_of)]
+ServicesHere = Annotated[Services, Depends(services_here)]
 
 
 async def read_document(request: Request) -> Any:
