@@ -17,7 +17,7 @@ from agent.link_gate import HelloGate
 from protocol.errors import ProtocolError, RetryLater, TowpathError
 from protocol.identity import NodeKey
 from protocol.link import ALPN, HelloFields, channel_of
-from protocol.reverse_http import ASGIApplication, Ending, Limits, serve
+from protocol.reverse_http import DEFAULT_LIMITS, ASGIApplication, Ending, Limits, serve
 from protocol.reverse_http.carrier import Carrier
 from protocol.ticket import TicketVerifier
 
@@ -78,7 +78,7 @@ class Link:
         clock: Callable[[], float] = time.time,
         *,
         dial: Dial = dial_tcp,
-        limits: Limits = Limits(),  # noqa: B008 - frozen
+        limits: Limits = DEFAULT_LIMITS,
         jitter: random.Random | None = None,
     ) -> None:
         self._url = relay_url

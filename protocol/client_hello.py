@@ -7,6 +7,7 @@ RFC 8446 section 4.1.2 (and of RFC 5246 before it) is followed; nothing is decid
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from protocol.errors import ProtocolError
@@ -72,22 +73,16 @@ def parse_client_hello_untrusted(data: bytes) -> ClientHello | None:
     ``data`` is what the connection carried so far, records and all; the greeting may be spread over several records.
     Raises `NotTLS` when it does not begin as TLS does, `ProtocolError` when it is malformed or too long.
     """
-    handshake = _handshake_bytes(data)
-    if len(handshake) < 4:
-        return None
-    if handshake[0] != _CLIENT_HELLO:
-        raise ProtocolError("The peer's first TLS message is not a ClientHello.")
-    length = int.from_bytes(handshake[1:4], "big")
-    if length > MAX_CLIENT_HELLO:
-        raise ProtocolError("The TLS greeting of the peer is too long.")
-    if len(handshake) < 4 + length:
-        return None
-    return _client_hello(_Reader(handshake[4 : 4 + length]))
+    handshake = b""
+    for piece in _records(data):
+        handshake += piece
+        if (body := _whole_message(handshake)) is not None:
+            return _client_hello(_Reader(body))
+    return None
 
 
-def _handshake_bytes(data: bytes) -> bytes:
-    """The handshake bytes in the records seen so far (RFC 8446 section 5.1); the last record may be incomplete."""
-    pieces: list[bytes] = []
+def _records(data: bytes) -> Iterator[bytes]:
+    """The handshake bytes of each record (RFC 8446 section 5.1); of the last one as much as there is."""
     position = 0
     while position < len(data):
         header = data[position : position + 5]
@@ -96,13 +91,24 @@ def _handshake_bytes(data: bytes) -> bytes:
                 raise NotTLS("The first bytes are not those of a TLS connection.")
             raise ProtocolError("The TLS greeting of the peer is broken off by another record.")
         if len(header) < 5:
-            break
+            return
         length = int.from_bytes(header[3:5], "big")
         if not 0 < length <= 16 * 1024:
             raise ProtocolError("The TLS greeting of the peer has a record of a length that is not allowed.")
-        pieces.append(data[position + 5 : position + 5 + length])
+        yield data[position + 5 : position + 5 + length]
         position += 5 + length
-    return b"".join(pieces)
+
+
+def _whole_message(handshake: bytes) -> bytes | None:
+    """The body of the ClientHello once all of it is there."""
+    if len(handshake) < 4:
+        return None
+    if handshake[0] != _CLIENT_HELLO:
+        raise ProtocolError("The peer's first TLS message is not a ClientHello.")
+    length = int.from_bytes(handshake[1:4], "big")
+    if length > MAX_CLIENT_HELLO:
+        raise ProtocolError("The TLS greeting of the peer is too long.")
+    return handshake[4 : 4 + length] if len(handshake) >= 4 + length else None
 
 
 def _client_hello(body: _Reader) -> ClientHello:

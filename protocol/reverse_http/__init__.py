@@ -7,10 +7,11 @@ already secured, and stand on one sans-I/O `core`.
 from protocol.reverse_http.carrier import Ending
 from protocol.reverse_http.client import Client, ClientStatistics, Response, StreamingResponse, connect
 from protocol.reverse_http.errors import AnswerTooLarge, CallReset, CallTimeout, Flood, LinkLost
-from protocol.reverse_http.limits import Limits
+from protocol.reverse_http.limits import DEFAULT_LIMITS, Limits
 from protocol.reverse_http.server import ASGIApplication, CallerLeft, serve
 
 __all__ = [
+    "DEFAULT_LIMITS",
     "ASGIApplication",
     "AnswerTooLarge",
     "CallReset",

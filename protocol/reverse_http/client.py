@@ -14,7 +14,7 @@ from protocol.reverse_http.carrier import Carrier, Channel, Ending
 from protocol.reverse_http.core import ErrorCodes, Header, Headers
 from protocol.reverse_http.errors import AnswerTooLarge, CallReset, CallTimeout, LinkLost
 from protocol.reverse_http.headers import field, request_headers
-from protocol.reverse_http.limits import Limits
+from protocol.reverse_http.limits import DEFAULT_LIMITS, Limits
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,7 +275,7 @@ def _status_untrusted(headers: Headers) -> int:
 
 
 @asynccontextmanager
-async def connect(stream: trio.abc.Stream, *, limits: Limits = Limits()) -> AsyncIterator[Client]:  # noqa: B008
+async def connect(stream: trio.abc.Stream, *, limits: Limits = DEFAULT_LIMITS) -> AsyncIterator[Client]:
     """Be the HTTP/2 client on ``stream``, which is secured already. Leaving the context closes the stream."""
     failure: Exception | None = None
     async with trio.open_nursery() as nursery:

@@ -40,6 +40,9 @@ class Limits:
     last_stream_id: int = 2**31 - 1
 
 
+DEFAULT_LIMITS = Limits()
+
+
 class Budget:
     """A token bucket: ``capacity`` at once, ``rate`` more each second. Time is passed in."""
 

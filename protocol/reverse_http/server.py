@@ -15,7 +15,7 @@ from protocol.reverse_http.carrier import Carrier, Channel, Ending
 from protocol.reverse_http.core import ErrorCodes, Header
 from protocol.reverse_http.errors import CallReset, LinkLost
 from protocol.reverse_http.headers import checked_headers, field
-from protocol.reverse_http.limits import Limits
+from protocol.reverse_http.limits import DEFAULT_LIMITS, Limits
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -34,7 +34,7 @@ async def serve(
     stream: trio.abc.Stream,
     app: ASGIApplication,
     *,
-    limits: Limits = Limits(),  # noqa: B008
+    limits: Limits = DEFAULT_LIMITS,
     state: dict[str, Any] | None = None,
     on_carrier: Callable[[Carrier], None] | None = None,
 ) -> Ending:

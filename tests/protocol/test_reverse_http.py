@@ -16,13 +16,23 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from protocol.reverse_http import AnswerTooLarge, CallerLeft, CallReset, Client, Limits, LinkLost, connect, serve
+from protocol.reverse_http import (
+    DEFAULT_LIMITS,
+    AnswerTooLarge,
+    CallerLeft,
+    CallReset,
+    Client,
+    Limits,
+    LinkLost,
+    connect,
+    serve,
+)
 from protocol.reverse_http.carrier import Carrier
 from protocol.reverse_http.headers import request_headers
 
 
 @asynccontextmanager
-async def linked(app: Any, limits: Limits = Limits(), **options: Any) -> AsyncIterator[Client]:
+async def linked(app: Any, limits: Limits = DEFAULT_LIMITS, **options: Any) -> AsyncIterator[Client]:
     ours, theirs = trio.testing.memory_stream_pair()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(lambda: serve(ours, app, limits=limits, **options))

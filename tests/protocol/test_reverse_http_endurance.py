@@ -11,7 +11,17 @@ import pytest
 import trio
 import trio.testing
 
-from protocol.reverse_http import CallReset, CallTimeout, Client, Ending, Limits, LinkLost, connect, serve
+from protocol.reverse_http import (
+    DEFAULT_LIMITS,
+    CallReset,
+    CallTimeout,
+    Client,
+    Ending,
+    Limits,
+    LinkLost,
+    connect,
+    serve,
+)
 
 MIB = 1024 * 1024
 
@@ -53,7 +63,9 @@ class Counted:
 
 
 @asynccontextmanager
-async def linked(app: Any, limits: Limits = Limits(), endings: list[Ending] | None = None) -> AsyncIterator[Client]:
+async def linked(
+    app: Any, limits: Limits = DEFAULT_LIMITS, endings: list[Ending] | None = None
+) -> AsyncIterator[Client]:
     ours, theirs = trio.testing.memory_stream_pair()
 
     async def agent() -> None:

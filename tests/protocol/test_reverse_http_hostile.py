@@ -245,7 +245,9 @@ frames = st.builds(
     st.sampled_from([0, 1, 1, 2, 3, 5, 2**31 - 1, 2**32 - 1]),
     st.one_of(
         st.binary(max_size=64),
-        st.sampled_from([b"\x82\x87\x84\x41\x01a", b"\x88", b"\0" * 4, b"\0" * 8, b"\0\0\0\x01", b"\0\x04\x7f\xff\xff\xff"]),
+        st.sampled_from(
+            [b"\x82\x87\x84\x41\x01a", b"\x88", b"\0" * 4, b"\0" * 8, b"\0\0\0\x01", b"\0\x04\x7f\xff\xff\xff"]
+        ),
     ),
 )
 
