@@ -8,7 +8,7 @@ the control stream whose ``instance`` it names in its first frame.
 from __future__ import annotations
 
 import struct
-from typing import Any, Union
+from typing import Any
 
 import msgspec
 from blake3 import blake3
@@ -69,7 +69,7 @@ class ReadFailed(Header, tag="f", frozen=True):
     error: dict[str, Any]
 
 
-AnyHeader = Union[LaneHello, LaneReady, Block, Pack, ReadFailed]
+AnyHeader = LaneHello | LaneReady | Block | Pack | ReadFailed
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[AnyHeader] = msgspec.msgpack.Decoder(AnyHeader)

@@ -11,7 +11,7 @@ root itself; the side that receives one checks it with `path_untrusted` before a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Union
+from typing import Any
 
 import msgspec
 
@@ -155,7 +155,9 @@ class Ping(Message, tag="ping", frozen=True):
     """Say something, so that silence means death."""
 
 
-Request = Union[Hello, ListDirectory, MoreRows, StatPaths, ReadRange, ReadPack, DigestFile, Abandon, RenewTicket, Ping]
+Request = (
+    Hello | ListDirectory | MoreRows | StatPaths | ReadRange | ReadPack | DigestFile | Abandon | RenewTicket | Ping
+)
 
 
 # --- source to destination ---------------------------------------------------------------------------------
@@ -208,7 +210,7 @@ class Pong(Message, tag="pong", frozen=True):
     """Answer to `Ping`."""
 
 
-Answer = Union[HelloAnswer, Rows, Stats, Digest, Failed, Pong]
+Answer = HelloAnswer | Rows | Stats | Digest | Failed | Pong
 
 _encoder = msgspec.msgpack.Encoder()
 _request_decoder = msgspec.msgpack.Decoder(Request)

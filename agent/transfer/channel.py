@@ -11,7 +11,7 @@ import array
 import contextlib
 import socket
 from collections import deque
-from typing import Any, Union
+from typing import Any
 
 import msgspec
 import trio
@@ -144,8 +144,8 @@ class Checkpointed(Message, tag="checkpointed", frozen=True, kw_only=True):
     observed: TaskObserved
 
 
-ToWorker = Union[RunTask, ServeSession, Incoming, Connected, ConnectFailed, Desire, EventStored]
-ToDaemon = Union[Connect, Event, Progress, Finished, Checkpointed]
+ToWorker = RunTask | ServeSession | Incoming | Connected | ConnectFailed | Desire | EventStored
+ToDaemon = Connect | Event | Progress | Finished | Checkpointed
 
 _encoder = msgspec.msgpack.Encoder()
 

@@ -13,12 +13,14 @@ import trio
 from agent.connect.tls import HANDSHAKE_TIMEOUT, check_peer, session_context
 from agent.transfer.channel import (
     Channel,
+    Checkpointed,
     Connect,
     Connected,
     ConnectFailed,
     Desire,
     Event,
     EventStored,
+    Finished,
     Message,
     Progress,
     RunTask,
@@ -49,6 +51,7 @@ class DaemonLine:
         self._latest: TaskObserved | None = None
         self._wake = trio.Event()
         self._session: SourceSession | None = None
+        self._said = trio.Event()
 
     async def run(self) -> None:
         """Read and write until the daemon is gone. Raises `ChannelClosed`."""
@@ -82,6 +85,8 @@ class DaemonLine:
     async def _write(self) -> None:
         async for message in self._receive_out:
             await self._channel.send(message)
+            if isinstance(message, Finished | Checkpointed):
+                self._said.set()
 
     async def _write_progress(self) -> None:
         while True:
@@ -92,9 +97,8 @@ class DaemonLine:
 
     async def finish(self, message: Message) -> None:
         """Send the last message, after everything posted before it."""
-        while self._receive_out.statistics().current_buffer_used:
-            await trio.sleep(0.01)
-        await self._channel.send(message)
+        await self._send_out.send(message)
+        await self._said.wait()
 
     def post(self, message: Event) -> None:
         """Tell the daemon, in order. What does not fit now is told again at the next start."""

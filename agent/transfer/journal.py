@@ -212,6 +212,12 @@ class Journal:
         ancestry = msgspec.msgpack.decode(row[5], type=list[tuple[int, int]])
         return DirectoryRow(row[0], row[1], row[2], row[3], row[4], ancestry)
 
+    def unfinished_destinations(self) -> list[bytes]:
+        """Destination directories in which temporaries of this task may lie."""
+        with self._lock:
+            rows = self._connection.execute("SELECT destination FROM directories WHERE state != ?", (DONE,))
+            return [row[0] for row in rows]
+
     def finish_directory(self, directory: int) -> None:
         with self._lock:
             self._connection.execute("UPDATE directories SET state = ? WHERE id = ?", (DONE, directory))

@@ -1,8 +1,8 @@
 """The manifest of a task: an append-only, compressed list of what was transferred (or left out), read on demand.
 
 A file of frames: four-byte length, four-byte CRC-32, zlib-compressed msgpack array of rows. The journal records how
-long the file was at each commit, so a torn tail is cut at the next start. Readers (the daemon) may read while a worker appends;
-they stop at the first frame that is not whole. About 40 bytes a file with ordinary names.
+long the file was at each commit, so a torn tail is cut at the next start. Readers (the daemon) may read while a worker
+appends; they stop at the first frame that is not whole. About 40 bytes a file with ordinary names.
 """
 
 from __future__ import annotations

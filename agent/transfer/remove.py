@@ -8,7 +8,7 @@ from agent.storage.base import Directory, Node
 def remove_entry(parent: Directory, node: Node, *, recursive: bool) -> int:
     """Remove one entry, with ``recursive`` a folder and all below it. How many entries are gone.
 
-    Raises OSError (ENOTEMPTY for a folder that holds something without ``recursive``). An entry that is gone already counts
+    Raises OSError (ENOTEMPTY for a folder that holds something without ``recursive``). An entry that is gone already
     as none.
     """
     if node.kind != "dir":

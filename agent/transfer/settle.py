@@ -1,8 +1,8 @@
 """Settling: the one thread that turns written temporaries into final names, in the only safe order.
 
-sync the temporaries → read them back (when asked to verify) → rename → sync the directories → manifest → journal. Everything
-that waits is settled together, so one pass costs few system calls however many files it holds, and what piles up
-during a pass is the next one.
+sync the temporaries → read them back (when asked to verify) → rename → sync the directories → manifest → journal.
+Everything that waits is settled together, so one pass costs few system calls however many files it holds, and what
+piles up during a pass is the next one.
 """
 
 from __future__ import annotations

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import os
 import random
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -17,13 +20,13 @@ from agent.transfer.delete import DeleteRun, Stopped
 from agent.transfer.events import EventLog
 from agent.transfer.journal import Journal, open_or_rebuild
 from agent.transfer.manifest import ManifestWriter
-from agent.transfer.plan import now_iso
+from agent.transfer.plan import now_iso, split_path, sweep_temporaries
 from agent.transfer.received import ReceivedCounter
 from agent.transfer.source_session import SourceSession
 from agent.transfer.transfer_run import RunContext, TransferRun
 from protocol.control import Counters, TaskObserved, TaskState
-from protocol.errors import NeedsPerson, TaskFailed, TowpathError
-from protocol.names import RESERVED_PREFIX
+from protocol.errors import NeedsPerson, ProtocolError, TaskFailed, TowpathError
+from protocol.names import RESERVED_PREFIX, parse_path_untrusted
 
 PROGRESS_EVERY = 0.25
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 15.0
@@ -56,6 +59,24 @@ class TaskRunner:
     async def run(self) -> TaskObserved:
         """To a final state, or to PAUSED. Raises only when the journal itself cannot be used."""
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = await self._alone()
+        try:
+            return await self._run_alone()
+        finally:
+            os.close(lock)
+
+    async def _alone(self) -> int:
+        """Wait until no worker of an earlier daemon works on this task any more; it ends when its daemon does."""
+        descriptor = os.open(self._directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                await trio.sleep(0.05)
+            else:
+                return descriptor
+
+    async def _run_alone(self) -> TaskObserved:
         self._journal, rebuilt = await trio.to_thread.run_sync(open_or_rebuild, self._directory / "journal.sqlite")
         transferred, skipped = self._journal.lengths()
         manifests = (
@@ -108,7 +129,7 @@ class TaskRunner:
                 with self._line.while_desired() as scope:
                     await self._one_run(manifests, received, resumed=resumed)
                 if scope.cancelled_caught:
-                    return self._stopped()
+                    return await self._stopped()
                 return self._finish()
             except TaskFailed as error:
                 return self._fail(error)
@@ -121,7 +142,7 @@ class TaskRunner:
                 with self._line.while_desired() as scope:
                     await trio.sleep(length)
                 if scope.cancelled_caught:
-                    return self._stopped()
+                    return await self._stopped()
             resumed = True
 
     def _progressed(self, before: Counters) -> bool:
@@ -142,7 +163,7 @@ class TaskRunner:
                     journal=self._journal,
                     manifests=manifests,
                     received=received,
-                    temporary_prefix=RESERVED_PREFIX + self._order.task_id[:8].encode() + b".",
+                    temporary_prefix=self._prefix,
                     mode_mask=self._mode_mask,
                     on_fault=self._events.fault,
                 )
@@ -191,12 +212,30 @@ class TaskRunner:
     def _fail(self, error: TowpathError) -> TaskObserved:
         return self._final("FAILED", "FAILED", "failed", error)
 
-    def _stopped(self) -> TaskObserved:
+    async def _stopped(self) -> TaskObserved:
         if self._line.desired == "cancel":
+            await trio.to_thread.run_sync(self._sweep)
             return self._final("CANCELED", "CANCELED", "canceled", None)
         self._state = "PAUSED"
         self._journal.commit()
         return self.observed()
+
+    def _sweep(self) -> None:
+        """Remove what a cancelled task leaves under reserved names. What cannot be reached now is swept by a later run."""
+        if self._order.type == "DELETE":
+            return
+        folders = {split_path(path) for path in self._journal.unfinished_destinations()}
+        for item in self._order.items or []:
+            with contextlib.suppress(ProtocolError):
+                folders.add(parse_path_untrusted(item.destination_path)[:-1])
+        with contextlib.suppress(OSError, NeedsPerson), open_root(self._root_path) as root:
+            for folder in folders:
+                with contextlib.suppress(OSError), root.open_directory(folder) as handle:
+                    sweep_temporaries(handle, self._prefix, set())
+
+    @property
+    def _prefix(self) -> bytes:
+        return RESERVED_PREFIX + self._order.task_id[:8].encode() + b"."
 
     def _final(self, state: TaskState, code: str, description: str, error: TowpathError | None) -> TaskObserved:
         self._state, self._status = state, error

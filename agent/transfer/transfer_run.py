@@ -1,8 +1,8 @@
 """One run of a transfer over one session: plan, fetch, settle, side by side, until everything is settled.
 
 A run ends in one of two ways: everything is settled, or an error. After an error nothing is lost that the journal
-knows; the task's runner decides whether a new run is worth it. Three kinds of threads work for a run: lanes (one each), one
-settler, and trio's workers for planning; all of them end before the run does.
+knows; the task's runner decides whether a new run is worth it. Three kinds of threads work for a run: lanes (one each),
+one settler, and trio's workers for planning; all of them end before the run does.
 """
 
 from __future__ import annotations

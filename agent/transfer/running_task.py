@@ -1,0 +1,263 @@
+"""One task at its destination, seen from the daemon: its order, its worker, and what is known of it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from typing import TYPE_CHECKING
+
+import msgspec
+import trio
+
+from agent.connect.dialer import allowed_untrusted, dial
+from agent.transfer.channel import (
+    Channel,
+    ChannelClosed,
+    Checkpointed,
+    Connect,
+    Connected,
+    ConnectFailed,
+    Desire,
+    Event,
+    EventStored,
+    Finished,
+    Progress,
+    RunTask,
+)
+from agent.transfer.plan import now_iso
+from agent.transfer.task_store import StoredTask
+from agent.transfer.worker_process import worker
+from protocol.control import FINAL_STATES, AgentEvent, Counters, SessionAnswer, TaskObserved, TaskOrder
+from protocol.errors import RetryLater, TowpathError
+
+if TYPE_CHECKING:
+    from agent.transfer.service import TransferService
+
+ANSWER_TIMEOUT = 20.0
+CRASH_PAUSE, LONGEST_CRASH_PAUSE = 0.5, 30.0
+
+
+def merged(before: Counters, after: Counters) -> Counters:
+    """Counters only grow: a worker that lists a directory again begins a little below."""
+    names = [name for name in Counters.__struct_fields__ if name not in ("scan_complete", "retrying")]
+    return msgspec.structs.replace(after, **{name: max(getattr(before, name), getattr(after, name)) for name in names})
+
+
+class RunningTask:
+    """See the module. All methods are called in the trio thread."""
+
+    def __init__(self, service: TransferService, stored: StoredTask) -> None:
+        self._service = service
+        self.order = stored.order
+        self.observed = stored.observed
+        self.held = stored.held
+        self.running = False
+        self._answer = stored.answer or stored.order.session
+        self._answered = trio.Event()
+        self._channel: Channel | None = None
+        self._stopping = False
+
+    @classmethod
+    def fresh(cls, service: TransferService, order: TaskOrder, observed: TaskObserved) -> RunningTask:
+        return cls(service, StoredTask(order, observed, order.session, held=False))
+
+    @property
+    def runnable(self) -> bool:
+        """Whether a worker should be started."""
+        if self.running or self.observed.state in FINAL_STATES:
+            return False
+        return self.order.desired == "cancel" or (self.order.desired == "run" and not self.held)
+
+    @property
+    def desired(self) -> str:
+        if self.order.desired == "run" and (self.held or self._stopping):
+            return "pause"
+        return self.order.desired
+
+    # --- orders ----------------------------------------------------------------------------------------
+
+    async def take_order(self, order: TaskOrder, observed: TaskObserved) -> None:
+        """A newer order; a running worker hears of it."""
+        self.order = order
+        self.observed = msgspec.structs.replace(self.observed, revision=observed.revision)
+        if order.session is not None:
+            self.take_answer(order.session)
+        await self._tell_worker()
+
+    async def hold(self, *, held: bool) -> None:
+        """The owner holds the task up or lets it go on."""
+        self.held = held
+        await self._tell_worker()
+
+    async def checkpoint(self) -> None:
+        """The daemon is about to end."""
+        self._stopping = True
+        await self._tell_worker()
+
+    async def _tell_worker(self) -> None:
+        if self._channel is not None:
+            try:
+                await self._channel.send(
+                    Desire(desired=self.desired, ticket=self.order.ticket, deadline=self.order.deadline)
+                )
+            except ChannelClosed:
+                # `run` notices by itself and starts another worker where one is wanted.
+                self._channel = None
+
+    def take_answer(self, answer: SessionAnswer) -> None:
+        """Where the source is now."""
+        if self._answer is None or answer.generation >= self._answer.generation:
+            self._answer = answer
+            self._answered.set()
+            self._answered = trio.Event()
+
+    # --- the worker ------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Run workers until the task is finished or held; one that dies is followed by another."""
+        pause = CRASH_PAUSE
+        while self.desired != "pause" and self.observed.state not in FINAL_STATES:
+            started = trio.current_time()
+            try:
+                await self._run_worker()
+            except (ChannelClosed, OSError):
+                self._channel = None
+                if trio.current_time() - started > 60:
+                    pause = CRASH_PAUSE
+                await self._record(
+                    AgentEvent(
+                        n=0,
+                        kind="event",
+                        time=now_iso(),
+                        task_id=self.order.task_id,
+                        code="WORKER_DIED",
+                        description="worker died",
+                        details="The process that ran this task ended unexpectedly; another one goes on.",
+                        is_error=True,
+                    )
+                )
+                await trio.sleep(pause)
+                pause = min(pause * 2, LONGEST_CRASH_PAUSE)
+
+    async def _run_worker(self) -> None:
+        service = self._service
+        order = msgspec.structs.replace(self.order, session=None)
+        start = RunTask(
+            common=service.common(),
+            order=order,
+            state_dir=str(service.directory / self.order.task_id),
+            lanes=service.config.limits.lanes,
+        )
+        async with worker(start) as channel, trio.open_nursery() as nursery:
+            self._channel = channel
+            if self.desired != order.desired:
+                await self._tell_worker()
+            try:
+                while True:
+                    message, _ = await channel.receive()
+                    if isinstance(message, Connect):
+                        nursery.start_soon(self._connect, channel, message)
+                    elif await self._handle(channel, message):
+                        nursery.cancel_scope.cancel()
+                        return
+            except ChannelClosed:
+                nursery.cancel_scope.cancel()
+                self._channel = None
+            finally:
+                self._channel = None
+        raise ChannelClosed
+
+    async def _handle(self, channel: Channel, message: object) -> bool:
+        """Take a worker's message; whether it was its last."""
+        if isinstance(message, Event):
+            await self._event(message)
+            # A worker that has said its last word does not listen any more; what it said still waits to be read.
+            with contextlib.suppress(ChannelClosed):
+                await channel.send(EventStored(seq=message.seq))
+        elif isinstance(message, Progress):
+            await self._observe(message.observed, final=False)
+        elif isinstance(message, Finished | Checkpointed):
+            await self._observe(message.observed, final=isinstance(message, Finished))
+            return True
+        return False
+
+    async def _event(self, message: Event) -> None:
+        line = AgentEvent(
+            n=0,
+            kind="event",
+            time=message.time,
+            task_id=self.order.task_id,
+            code=message.code,
+            description=message.description,
+            details=message.details,
+            is_error=message.is_error,
+        )
+        await self._record(line, worker_seq=message.seq)
+
+    async def _record(self, line: AgentEvent, *, worker_seq: int | None = None) -> None:
+        store = self._service.store
+        await trio.to_thread.run_sync(lambda: store.add_event(line, worker_seq=worker_seq, observed=line.observed))
+        self._service.outbox.durable()
+
+    async def _observe(self, observed: TaskObserved, *, final: bool) -> None:
+        before = self.observed
+        self.observed = msgspec.structs.replace(
+            observed, revision=self.order.revision, counters=merged(before.counters, observed.counters)
+        )
+        line = AgentEvent(n=0, kind="progress", time=now_iso(), task_id=self.order.task_id, observed=self.observed)
+        if final or (before.state, before.status_code) != (observed.state, observed.status_code):
+            await self._record(msgspec.structs.replace(line, kind="state"))
+        else:
+            self._service.outbox.passing(line)
+
+    # --- connections -----------------------------------------------------------------------------------
+
+    async def _connect(self, channel: Channel, message: Connect) -> None:
+        try:
+            sock, certificate = await self._dial()
+        except TowpathError as error:
+            await channel.send(ConnectFailed(request=message.request, error=error.to_document()))
+            return
+        with sock:
+            descriptor = os.dup(sock.fileno())
+        try:
+            await channel.send(
+                Connected(request=message.request, certificate=certificate, descriptors=1), (descriptor,)
+            )
+        finally:
+            os.close(descriptor)
+
+    async def _dial(self) -> tuple[socket.socket, str]:
+        """A socket to the source and the certificate to expect there. Raises `RetryLater`."""
+        answer = self._answer
+        if answer is not None:
+            with contextlib.suppress(RetryLater):
+                return await self._dial_answer(answer)
+            # The source may have moved: the relay knows where to.
+        return await self._dial_answer(await self._newer_answer(answer))
+
+    async def _dial_answer(self, answer: SessionAnswer) -> tuple[socket.socket, str]:
+        source = self.order.source
+        assert source is not None  # deletes never dial
+        own = source.node_id == self._service.node_id
+        loopback = own or self._service.config.data.allow_loopback
+        sock = await dial(allowed_untrusted(answer.candidates, loopback=loopback))
+        # The certificate that came with the order and matches the ticket, whatever the answer says.
+        return sock, source.certificate
+
+    async def _newer_answer(self, old: SessionAnswer | None) -> SessionAnswer:
+        generation = -1 if old is None else old.generation
+        self._service.outbox.passing(
+            AgentEvent(n=0, kind="session_wanted", time=now_iso(), task_id=self.order.task_id, generation=generation)
+        )
+        with trio.move_on_after(ANSWER_TIMEOUT):
+            while self._answer is None or self._answer.generation <= generation:
+                await self._answered.wait()
+            return self._answer
+        raise RetryLater(
+            "The source endpoint is not connected to its relay, or the relay cannot be reached; the task goes on "
+            "when it is.",
+            code="GC_NOT_CONNECTED",
+            who="source owner",
+        )

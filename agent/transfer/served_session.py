@@ -1,0 +1,107 @@
+"""Sessions served from here: finds the order for an incoming connection and hands the socket to its worker."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import trio
+
+from agent.transfer.channel import Channel, ChannelClosed, Incoming, ServeSession
+from agent.transfer.order_check import check_session_order
+from agent.transfer.worker_process import worker
+from protocol.control import SessionOrder
+from protocol.errors import TowpathError
+
+if TYPE_CHECKING:
+    from agent.transfer.service import TransferService
+
+MAX_SESSIONS = 256
+
+
+class _Served:
+    """One session's worker; sockets wait here until the process is up."""
+
+    def __init__(self) -> None:
+        self.scope = trio.CancelScope()
+        self.channel: Channel | None = None
+        self.ready = trio.Event()
+
+
+class ServedSessions:
+    """Workers of sessions whose source is this node. A worker starts with the first connection and ends when idle."""
+
+    def __init__(self, service: TransferService) -> None:
+        self._service = service
+        self._served: dict[str, _Served] = {}
+        self.nursery: trio.Nursery
+        self.refused = 0
+
+    async def deliver(self, session_id: str, kind: str, sock: trio.socket.SocketType) -> None:
+        """Hand a connection to its session's worker; unknown and forbidden sessions are simply closed."""
+        service = self._service
+        order = await trio.to_thread.run_sync(service.store.session, session_id)
+        if order is None:
+            self.refused += 1
+            return
+        try:
+            # Checked anew for every connection: policy and ticket may have changed since the session was announced.
+            check_session_order(
+                order, service.verifier, service.policy, service.node_id, service.identity.fingerprint, time.time()
+            )
+        except TowpathError:
+            self.refused += 1
+            return
+        for _ in range(2):
+            served = self._worker_of(order)
+            if served is None:
+                return
+            await served.ready.wait()
+            if served.channel is None:
+                continue
+            try:
+                await served.channel.send(Incoming(kind=kind, descriptors=1), (sock.fileno(),))
+            except ChannelClosed:
+                self._served.pop(session_id, None)
+                continue
+            return
+
+    def _worker_of(self, order: SessionOrder) -> _Served | None:
+        served = self._served.get(order.session_id)
+        if served is None:
+            if len(self._served) >= MAX_SESSIONS:
+                self.refused += 1
+                return None
+            served = self._served[order.session_id] = _Served()
+            self.nursery.start_soon(self._serve, order, served)
+        return served
+
+    async def _serve(self, order: SessionOrder, served: _Served) -> None:
+        start = ServeSession(
+            common=self._service.common(),
+            session_id=order.session_id,
+            task_id=order.task_id,
+            peer_certificate=order.peer.certificate,
+            ticket=order.ticket,
+        )
+        try:
+            with served.scope:
+                async with worker(start) as channel:
+                    served.channel = channel
+                    served.ready.set()
+                    while True:
+                        await channel.receive()
+        except (ChannelClosed, OSError):
+            # The worker ended, idle or by a crash; the next connection starts another.
+            served.channel = None
+        finally:
+            served.channel = None
+            served.ready.set()
+            if self._served.get(order.session_id) is served:
+                del self._served[order.session_id]
+
+    def cut(self, session_id: str) -> None:
+        """End a session's worker now, whatever it is doing."""
+        served = self._served.pop(session_id, None)
+        if served is not None:
+            served.scope.cancel()

@@ -1,0 +1,326 @@
+"""The transfer engine as the daemon sees it: tasks to run here, sessions to serve from here, events to report.
+
+Takes orders (durable before they are answered), runs a worker process for each running task and each served session,
+dials and listens for them, and turns what they say into numbered event lines. The relay may be away all the time.
+"""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import time
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager, closing
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+import trio
+
+from agent.config import AgentConfig
+from agent.connect import listener
+from agent.connect.dialer import own_candidates
+from agent.policy import Policy
+from agent.transfer.channel import Common, WorkerCollection
+from agent.transfer.manifest import ManifestPage, RowType, SkippedRow, TransferredRow, read_page
+from agent.transfer.order_check import check_order, check_session_order
+from agent.transfer.outbox import Outbox
+from agent.transfer.plan import now_iso
+from agent.transfer.running_task import RunningTask
+from agent.transfer.served_session import ServedSessions
+from agent.transfer.task_store import TaskStore
+from protocol.control import (
+    FINAL_STATES,
+    AgentEvent,
+    CollectionReport,
+    Page,
+    SessionAnswer,
+    SessionOrder,
+    SkippedError,
+    SuccessfulTransfer,
+    TaskObserved,
+    TaskOrder,
+)
+from protocol.errors import ItemFailed
+from protocol.identity import NodeKey
+from protocol.names import format_path
+from protocol.ticket import TicketVerifier
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+MAX_PAGE = 1000
+
+
+class TransferService:
+    """See the module. Create it, then run `run`; every other method may be called while it runs."""
+
+    def __init__(
+        self,
+        state_dir: Path,
+        config: AgentConfig,
+        identity: NodeKey,
+        node_id: str,
+        endpoint_id: str,
+        verifier: TicketVerifier,
+        policy: Policy,
+        relay_root: str,
+    ) -> None:
+        self.directory = state_dir / "tasks"
+        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.config = config
+        self.identity = identity
+        self.node_id = node_id
+        self.endpoint_id = endpoint_id
+        self.verifier = verifier
+        self.policy = policy
+        self._relay_root = relay_root
+        self.store = TaskStore(self.directory / "tasks.sqlite")
+        self.outbox = Outbox(self.store)
+        self.sessions = ServedSessions(self)
+        self._tasks: dict[str, RunningTask] = {}
+        self._wake = trio.Event()
+        self._paused = False
+        self.port = 0
+        for stored in self.store.load():
+            self._tasks[stored.order.task_id] = RunningTask(self, stored)
+
+    # --- running ---------------------------------------------------------------------------------------
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Listen, serve and schedule until cancelled; workers settle what arrived before this returns."""
+        with closing(self.store):
+            listening = await trio.to_thread.run_sync(self._bind)
+            async with trio.open_nursery() as nursery:
+                self.sessions.nursery = nursery
+                nursery.start_soon(listener.serve, listening, self.sessions.deliver)
+                task_status.started()
+                await self._schedule(nursery)
+
+    def _bind(self) -> socket.socket:
+        """The data port: the configured one, else the one of last time, so that peers find us without the relay."""
+        remembered = int(self.store.get("port") or 0)
+        wanted = self.config.data.port or remembered
+        try:
+            sock = listener.bind(self.config.data.listen, wanted)
+        except OSError:
+            if self.config.data.port or not wanted:
+                raise
+            sock = listener.bind(self.config.data.listen, 0)
+        self.port = sock.getsockname()[1]
+        self.store.put("port", str(self.port))
+        return sock
+
+    async def _schedule(self, nursery: trio.Nursery) -> None:
+        while True:
+            self._wake = trio.Event()
+            for task in self._next_tasks():
+                task.running = True
+                nursery.start_soon(self._run_task, task)
+            await self._wake.wait()
+
+    def _next_tasks(self) -> list[RunningTask]:
+        """Tasks to start now: owners take turns, those with fewer running tasks first, older tasks first."""
+        free = self.config.limits.workers - sum(task.running for task in self._tasks.values())
+        running = Counter(task.order.owner_id for task in self._tasks.values() if task.running)
+        waiting = [task for task in self._tasks.values() if task.runnable and not self._paused]
+        chosen: list[RunningTask] = []
+        while waiting and len(chosen) < free:
+            best = min(waiting, key=lambda task: running[task.order.owner_id])
+            waiting.remove(best)
+            running[best.order.owner_id] += 1
+            chosen.append(best)
+        return chosen
+
+    async def _run_task(self, task: RunningTask) -> None:
+        try:
+            await task.run()
+        finally:
+            task.running = False
+            self._wake.set()
+
+    def common(self) -> Common:
+        """What every worker is told."""
+        return Common(
+            node_id=self.node_id,
+            node_key=self.identity.private_key_pem,
+            relay_id=self.verifier.relay_id,
+            relay_root=self._relay_root,
+            collections=[
+                WorkerCollection(id=row.id, root=row.root, read_only=row.read_only, home=row.home)
+                for row in self.policy.collections
+            ],
+        )
+
+    # --- orders ----------------------------------------------------------------------------------------
+
+    async def put_task(self, order: TaskOrder) -> TaskObserved:
+        """Take an order; returns once it is on disk. Orders older than one already seen change nothing.
+
+        Raises `TowpathError` when ticket, policy or the order itself forbid it.
+        """
+        known = self._tasks.get(order.task_id)
+        if known is not None and order.revision <= known.order.revision:
+            return known.observed
+        if known is not None and order.items is None:
+            order = msgspec.structs.replace(order, items=known.order.items)
+        if order.desired == "run":
+            check_order(order, self.verifier, self.policy, self.node_id, self.identity.fingerprint, time.time())
+        if known is None:
+            observed = TaskObserved(task_id=order.task_id, revision=order.revision, state="QUEUED")
+            known = RunningTask.fresh(self, order, observed)
+        else:
+            observed = msgspec.structs.replace(known.observed, revision=order.revision)
+        await trio.to_thread.run_sync(self.store.put_order, order, observed, order.session)
+        self._tasks[order.task_id] = known
+        await known.take_order(order, observed)
+        self._wake.set()
+        return known.observed
+
+    def get_task(self, task_id: str) -> TaskObserved:
+        """The task as observed. Raises `ItemFailed` NOT_FOUND."""
+        return self._task(task_id).observed
+
+    def _task(self, task_id: str) -> RunningTask:
+        task = self._tasks.get(task_id)
+        if task is None:
+            raise ItemFailed("This agent has no such task.", code="NOT_FOUND", subject=task_id)
+        return task
+
+    def tasks(self) -> list[TaskObserved]:
+        """All tasks that are not closed."""
+        return [task.observed for task in self._tasks.values()]
+
+    async def put_session_answer(self, task_id: str, answer: SessionAnswer) -> None:
+        """Where this destination's task finds its source now."""
+        task = self._task(task_id)
+        await trio.to_thread.run_sync(self.store.put_answer, task_id, answer)
+        task.take_answer(answer)
+
+    async def close_task(self, task_id: str) -> None:
+        """The relay holds everything of this task: forget it. A task that is not finished stays."""
+        task = self._tasks.get(task_id)
+        if task is None or task.observed.state not in FINAL_STATES or task.running:
+            return
+        del self._tasks[task_id]
+        await trio.to_thread.run_sync(self.store.remove, task_id)
+        await trio.to_thread.run_sync(lambda: shutil.rmtree(self.directory / task_id, ignore_errors=True))
+
+    async def pause_task(self, task_id: str) -> None:
+        """The owner holds a task up; it stays so over restarts."""
+        await self._hold(task_id, held=True)
+
+    async def resume_task(self, task_id: str) -> None:
+        """The owner lets a task go on."""
+        await self._hold(task_id, held=False)
+
+    async def _hold(self, task_id: str, *, held: bool) -> None:
+        task = self._task(task_id)
+        await trio.to_thread.run_sync(lambda: self.store.put_held(task_id, held=held))
+        await task.hold(held=held)
+        self._wake.set()
+
+    async def checkpoint(self) -> None:
+        """Hold up all tasks, settled, for a clean end; nothing of this is remembered."""
+        self._paused = True
+        for task in self._tasks.values():
+            await task.checkpoint()
+        with trio.move_on_after(4):
+            while any(task.running for task in self._tasks.values()):
+                wake = self._wake = trio.Event()
+                await wake.wait()
+
+    # --- results ---------------------------------------------------------------------------------------
+
+    async def successful(self, task_id: str, marker: str | None, limit: int) -> Page:
+        """A page of what was transferred; live while the task runs."""
+        path = self._manifest(task_id, "transferred.manifest")
+        page: ManifestPage[TransferredRow] = await trio.to_thread.run_sync(
+            lambda: _read(path, TransferredRow, marker, limit)
+        )
+        rows = [
+            SuccessfulTransfer(
+                source_path=_shown(row.source),
+                destination_path=_shown(row.destination),
+                size=row.size,
+                checksum=row.checksum,
+                checksum_algorithm=row.algorithm,
+            )
+            for row in page.rows
+        ]
+        return Page(rows=[msgspec.to_builtins(row) for row in rows], next_marker=page.next_marker)
+
+    async def skipped(self, task_id: str, marker: str | None, limit: int) -> Page:
+        """A page of what was left out, and why."""
+        path = self._manifest(task_id, "skipped.manifest")
+        page: ManifestPage[SkippedRow] = await trio.to_thread.run_sync(lambda: _read(path, SkippedRow, marker, limit))
+        rows = [
+            SkippedError(
+                source_path=_shown(row.source),
+                destination_path=_shown(row.destination),
+                error_code=row.code,
+                error_details=row.details,
+                error_time=row.time,
+                is_directory=row.kind == 1,
+                is_symlink=row.kind == 2,
+                is_delete_destination_extra=row.extra,
+                external_checksum=row.checksum,
+                checksum_algorithm=row.algorithm,
+            )
+            for row in page.rows
+        ]
+        return Page(rows=[msgspec.to_builtins(row) for row in rows], next_marker=page.next_marker)
+
+    def _manifest(self, task_id: str, name: str) -> Path:
+        return self.directory / self._task(task_id).order.task_id / name
+
+    # --- events ----------------------------------------------------------------------------------------
+
+    def events(self, after: int) -> AbstractAsyncContextManager[AsyncIterator[AgentEvent]]:
+        """All kept lines after a number, then those to come, without end."""
+        return self.outbox.read(after)
+
+    async def acknowledge(self, n: int) -> None:
+        """The relay has stored all lines up to ``n``; they are kept all the same until their task is closed."""
+        await trio.to_thread.run_sync(self.store.put, "acknowledged", str(n))
+
+    def last_event(self) -> int:
+        """The highest number given to a line so far."""
+        return self.store.last_event()
+
+    def announce_collections(self, reports: Sequence[CollectionReport]) -> None:
+        """Tell the relay what the owner offers now."""
+        self.outbox.passing(AgentEvent(n=0, kind="collections", time=now_iso(), collections=list(reports)))
+
+    # --- sessions --------------------------------------------------------------------------------------
+
+    async def put_session(self, order: SessionOrder) -> SessionAnswer:
+        """Serve as source of a session. Raises `TowpathError` when ticket or policy forbid it."""
+        now = time.time()
+        ticket = check_session_order(order, self.verifier, self.policy, self.node_id, self.identity.fingerprint, now)
+        await trio.to_thread.run_sync(self.store.put_session, order, ticket.expires, now)
+        own = order.peer.node_id == self.node_id
+        data = self.config.data
+        return SessionAnswer(
+            session_id=order.session_id,
+            generation=int(now * 1000),
+            candidates=own_candidates(self.port, data.advertise, loopback=own or data.allow_loopback),
+            certificate=self.identity.certificate_pem,
+        )
+
+    async def withdraw_session(self, session_id: str) -> None:
+        """Cut a session and refuse its ticket from now on."""
+        await trio.to_thread.run_sync(self.store.remove_session, session_id)
+        self.sessions.cut(session_id)
+
+
+def _shown(path: bytes) -> str:
+    return format_path(tuple(path.split(b"/")) if path else ())
+
+
+def _read(path: Path, kind: type[RowType], marker: str | None, limit: int) -> ManifestPage[RowType]:
+    try:
+        return read_page(path, kind, marker, min(limit, MAX_PAGE))
+    except ValueError as error:
+        raise ItemFailed(str(error), code="BAD_MARKER") from error

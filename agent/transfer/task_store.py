@@ -1,0 +1,174 @@
+"""What the daemon remembers of its tasks: orders, observed states, sessions to serve, events to report.
+
+One small SQLite file for all tasks; every method is one durable transaction and blocks. Event lines are numbered
+without gaps and kept until the relay has closed their task, so a relay that was restored from a backup can ask again.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from protocol.control import AgentEvent, SessionAnswer, SessionOrder, TaskObserved, TaskOrder
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS tasks (
+    id TEXT PRIMARY KEY, body BLOB NOT NULL, observed BLOB NOT NULL, answer BLOB, held INTEGER NOT NULL DEFAULT 0
+) STRICT;
+CREATE TABLE IF NOT EXISTS events (
+    n INTEGER PRIMARY KEY AUTOINCREMENT, task TEXT NOT NULL, worker_seq INTEGER, body BLOB NOT NULL
+) STRICT;
+CREATE UNIQUE INDEX IF NOT EXISTS events_of_worker ON events (task, worker_seq) WHERE worker_seq IS NOT NULL;
+CREATE TABLE IF NOT EXISTS sessions (id TEXT PRIMARY KEY, body BLOB NOT NULL, expires REAL NOT NULL) STRICT;
+CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
+"""
+
+
+@dataclass(frozen=True)
+class StoredTask:
+    """A task as it was last written down."""
+
+    order: TaskOrder
+    observed: TaskObserved
+    answer: SessionAnswer | None
+    held: bool
+
+
+class TaskStore:
+    """All methods may be called from any thread."""
+
+    def __init__(self, path: Path) -> None:
+        self._lock = threading.Lock()
+        self._connection = sqlite3.connect(path, timeout=10, check_same_thread=False, isolation_level=None)
+        self._connection.execute("PRAGMA journal_mode = WAL")
+        self._connection.execute("PRAGMA synchronous = FULL")
+        self._connection.executescript(_SCHEMA)
+
+    def close(self) -> None:
+        with self._lock:
+            self._connection.close()
+
+    # --- tasks -----------------------------------------------------------------------------------------
+
+    def load(self) -> list[StoredTask]:
+        """Every task that is not closed, oldest first."""
+        with self._lock:
+            rows = self._connection.execute("SELECT body, observed, answer, held FROM tasks ORDER BY rowid").fetchall()
+        return [
+            StoredTask(
+                msgspec.msgpack.decode(body, type=TaskOrder),
+                msgspec.msgpack.decode(observed, type=TaskObserved),
+                None if answer is None else msgspec.msgpack.decode(answer, type=SessionAnswer),
+                bool(held),
+            )
+            for body, observed, answer, held in rows
+        ]
+
+    def put_order(self, order: TaskOrder, observed: TaskObserved, answer: SessionAnswer | None) -> None:
+        with self._lock:
+            self._connection.execute(
+                "INSERT INTO tasks (id, body, observed, answer) VALUES (?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET "
+                "body = excluded.body, observed = excluded.observed, answer = coalesce(excluded.answer, answer)",
+                (
+                    order.task_id,
+                    msgspec.msgpack.encode(order),
+                    msgspec.msgpack.encode(observed),
+                    None if answer is None else msgspec.msgpack.encode(answer),
+                ),
+            )
+
+    def put_answer(self, task_id: str, answer: SessionAnswer) -> None:
+        with self._lock:
+            self._connection.execute(
+                "UPDATE tasks SET answer = ? WHERE id = ?", (msgspec.msgpack.encode(answer), task_id)
+            )
+
+    def put_held(self, task_id: str, *, held: bool) -> None:
+        with self._lock:
+            self._connection.execute("UPDATE tasks SET held = ? WHERE id = ?", (int(held), task_id))
+
+    def remove(self, task_id: str) -> None:
+        with self._lock:
+            self._connection.execute("BEGIN IMMEDIATE")
+            self._connection.execute("DELETE FROM tasks WHERE id = ?", (task_id,))
+            self._connection.execute("DELETE FROM events WHERE task = ?", (task_id,))
+            self._connection.execute("COMMIT")
+
+    # --- events ----------------------------------------------------------------------------------------
+
+    def add_event(
+        self, event: AgentEvent, *, worker_seq: int | None = None, observed: TaskObserved | None = None
+    ) -> bool:
+        """Number and keep a line, with the state it reports. False when the worker had told it before."""
+        with self._lock:
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                known = self._connection.execute(
+                    "SELECT 1 FROM events WHERE task = ? AND worker_seq = ?", (event.task_id, worker_seq)
+                ).fetchone()
+                if known is None:
+                    self._connection.execute(
+                        "INSERT INTO events (task, worker_seq, body) VALUES (?, ?, ?)",
+                        (event.task_id, worker_seq, msgspec.msgpack.encode(event)),
+                    )
+                if observed is not None:
+                    self._connection.execute(
+                        "UPDATE tasks SET observed = ? WHERE id = ?",
+                        (msgspec.msgpack.encode(observed), event.task_id),
+                    )
+                self._connection.execute("COMMIT")
+            except BaseException:
+                self._connection.execute("ROLLBACK")
+                raise
+        return known is None
+
+    def events_after(self, n: int, limit: int = 500) -> list[AgentEvent]:
+        """Kept lines with a higher number, in order. A line's number is also its seq: it is unique for ever."""
+        with self._lock:
+            rows = self._connection.execute(
+                "SELECT n, body FROM events WHERE n > ? ORDER BY n LIMIT ?", (n, limit)
+            ).fetchall()
+        lines = []
+        for number, body in rows:
+            event = msgspec.msgpack.decode(body, type=AgentEvent)
+            lines.append(msgspec.structs.replace(event, n=number, seq=number))
+        return lines
+
+    def last_event(self) -> int:
+        with self._lock:
+            row = self._connection.execute("SELECT seq FROM sqlite_sequence WHERE name = 'events'").fetchone()
+        return row[0] if row else 0
+
+    # --- sessions --------------------------------------------------------------------------------------
+
+    def put_session(self, order: SessionOrder, expires: float, now: float) -> None:
+        with self._lock:
+            self._connection.execute("DELETE FROM sessions WHERE expires < ?", (now - 86400,))
+            self._connection.execute(
+                "INSERT OR REPLACE INTO sessions VALUES (?, ?, ?)",
+                (order.session_id, msgspec.msgpack.encode(order), expires),
+            )
+
+    def session(self, session_id: str) -> SessionOrder | None:
+        with self._lock:
+            row = self._connection.execute("SELECT body FROM sessions WHERE id = ?", (session_id,)).fetchone()
+        return None if row is None else msgspec.msgpack.decode(row[0], type=SessionOrder)
+
+    def remove_session(self, session_id: str) -> None:
+        with self._lock:
+            self._connection.execute("DELETE FROM sessions WHERE id = ?", (session_id,))
+
+    # --- odds ------------------------------------------------------------------------------------------
+
+    def get(self, key: str) -> str | None:
+        with self._lock:
+            row = self._connection.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+        return None if row is None else row[0]
+
+    def put(self, key: str, value: str) -> None:
+        with self._lock:
+            self._connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))

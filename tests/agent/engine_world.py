@@ -1,0 +1,183 @@
+"""Two agents' transfer services in one process, with real worker processes and sockets, and the test as their relay."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import trio
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from agent.config import AgentConfig, CollectionConfig, DataConfig, LimitsConfig
+from agent.policy import Policy
+from agent.transfer.service import TransferService
+from protocol.control import (
+    FINAL_STATES,
+    AgentEvent,
+    Party,
+    SessionOrder,
+    TaskItem,
+    TaskObserved,
+    TaskOptions,
+    TaskOrder,
+)
+from protocol.identity import NodeKey
+from protocol.ticket import Grant, RelayRoot, Ticket, TicketSigner, TicketVerifier
+
+RELAY = "relay-under-test"
+
+
+@dataclass
+class Node:
+    """One agent, without daemon and link."""
+
+    name: str
+    root: Path
+    state: Path
+    key: NodeKey = field(default_factory=NodeKey.generate)
+    id: str = field(default_factory=lambda: str(uuid.uuid4()))
+    collection: str = field(default_factory=lambda: str(uuid.uuid4()))
+    read_only: bool = False
+    service: TransferService | None = None
+
+    @property
+    def party(self) -> Party:
+        return Party(
+            endpoint_id=self.id, node_id=self.id, collection_id=self.collection, certificate=self.key.certificate_pem
+        )
+
+    def grant(self, access: str, paths: list[str]) -> Grant:
+        return Grant(
+            node_id=self.id,
+            fingerprint=self.key.fingerprint,
+            collection_id=self.collection,
+            paths=paths,
+            access=access,  # type: ignore[arg-type]
+        )
+
+
+class World:
+    """Two nodes and what a relay would do for them."""
+
+    def __init__(self, directory: Path, nursery: trio.Nursery) -> None:
+        self.nursery = nursery
+        self.relay_root = RelayRoot.generate()
+        key = Ed25519PrivateKey.generate()
+        now = time.time()
+        certificate = self.relay_root.certify(key.public_key(), "k", now - 100, now + 86400)
+        self.signer = TicketSigner(RELAY, key, certificate, "k")
+        self.alpha = self._node(directory, "alpha")
+        self.beta = self._node(directory, "beta")
+        self.events: list[AgentEvent] = []
+        self.sessions: dict[str, SessionOrder] = {}
+
+    @staticmethod
+    def _node(directory: Path, name: str) -> Node:
+        node = Node(name, directory / name / "root", directory / name / "state")
+        node.root.mkdir(parents=True)
+        node.state.mkdir(parents=True)
+        return node
+
+    async def start(self, node: Node) -> trio.CancelScope:
+        """Bring a node up; cancelling the scope is a clean end."""
+        collection = CollectionConfig(id=node.collection, name=node.name, root=str(node.root), read_only=node.read_only)
+        config = AgentConfig(
+            state_dir=node.state,
+            collections=(collection,),
+            data=DataConfig(listen="127.0.0.1", advertise=("127.0.0.1",), allow_loopback=True),
+            limits=LimitsConfig(workers=2, lanes=2),
+        )
+        service = TransferService(
+            node.state,
+            config,
+            node.key,
+            node.id,
+            node.id,
+            TicketVerifier(RELAY, self.relay_root.public_pem),
+            Policy([collection]),
+            self.relay_root.public_pem,
+        )
+        node.service = service
+        scope = trio.CancelScope()
+
+        async def run(*, task_status: trio.TaskStatus[None]) -> None:
+            with scope:
+                async with trio.open_nursery() as nursery:
+                    await nursery.start(service.run)
+                    nursery.start_soon(self._be_relay, node, service)
+                    task_status.started()
+
+        await self.nursery.start(run)
+        return scope
+
+    async def _be_relay(self, node: Node, service: TransferService) -> None:
+        async with service.events(0) as lines:
+            async for line in lines:
+                self.events.append(line)
+                if line.kind == "session_wanted" and line.task_id in self.sessions:
+                    order = self.sessions[line.task_id]
+                    assert self.alpha.service is not None
+                    answer = await self.alpha.service.put_session(order)
+                    await service.put_session_answer(line.task_id, answer)
+
+    def ticket(self, task: str, session: str, source: Grant | None, destination: Grant, **changes: Any) -> str:
+        now = time.time()
+        fields: dict[str, Any] = {
+            "relay_id": RELAY,
+            "ticket_id": str(uuid.uuid4()),
+            "session_id": session,
+            "task_id": task,
+            "source": source,
+            "destination": destination,
+            "policy_epoch": 0,
+            "issued": now,
+            "expires": now + 3600,
+        }
+        return self.signer.sign(Ticket(**{**fields, **changes}))
+
+    async def submit(self, items: list[TaskItem], options: TaskOptions | None = None, *, paths: str = "/") -> str:
+        """What a relay does with a transfer from alpha to beta."""
+        task, session = str(uuid.uuid4()), str(uuid.uuid4())
+        ticket = self.ticket(task, session, self.alpha.grant("r", [paths]), self.beta.grant("rw", ["/"]))
+        self.sessions[task] = SessionOrder(session_id=session, task_id=task, ticket=ticket, peer=self.beta.party)
+        order = TaskOrder(
+            task_id=task,
+            revision=1,
+            desired="run",
+            type="TRANSFER",
+            ticket=ticket,
+            session_id=session,
+            destination=self.beta.party,
+            source=self.alpha.party,
+            owner_id="somebody",
+            options=options or TaskOptions(verify_checksum=True, preserve_timestamp=True),
+            items=items,
+        )
+        assert self.beta.service is not None
+        await self.beta.service.put_task(order)
+        return task
+
+    async def wait(self, task: str, *, states: frozenset[str] = FINAL_STATES, seconds: float = 60) -> TaskObserved:
+        assert self.beta.service is not None
+        with trio.fail_after(seconds):
+            while True:
+                observed = self.beta.service.get_task(task)
+                if observed.state in states:
+                    return observed
+                await trio.sleep(0.02)
+
+
+@asynccontextmanager
+async def world(directory: Path) -> AsyncIterator[World]:
+    """Two nodes that are up; everything ends with the block."""
+    async with trio.open_nursery() as nursery:
+        made = World(directory, nursery)
+        await made.start(made.alpha)
+        await made.start(made.beta)
+        yield made
+        nursery.cancel_scope.cancel()
