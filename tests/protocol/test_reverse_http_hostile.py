@@ -323,7 +323,7 @@ async def test_the_line_breaking_fails_the_calls_cleanly() -> None:
     async with connect(theirs) as client, trio.open_nursery() as nursery:
 
         async def call() -> None:
-            with pytest.raises(LinkLost, match="broke|closed"):
+            with pytest.raises(LinkLost, match=r"broke|closed"):
                 await client.request("GET", "/")
 
         nursery.start_soon(call)
