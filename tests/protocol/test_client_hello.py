@@ -81,15 +81,8 @@ def test_malformed_greetings_are_refused(data: bytes, word: str) -> None:
 
 
 def hello_with(extensions: bytes) -> bytes:
-    body = (
-        b"\x03\x03"
-        + bytes(32)
-        + b"\0"
-        + b"\0\x02\x13\x01"
-        + b"\x01\0"
-        + len(extensions).to_bytes(2, "big")
-        + extensions
-    )
+    body = b"\x03\x03" + bytes(32) + b"\0" + b"\0\x02\x13\x01" + b"\x01\0"
+    body += len(extensions).to_bytes(2, "big") + extensions
     message = b"\x01" + len(body).to_bytes(3, "big") + body
     return b"\x16\x03\x01" + len(message).to_bytes(2, "big") + message
 

@@ -287,17 +287,22 @@ async def test_starlette_stops_a_stream_nobody_reads(caplog: pytest.LogCaptureFi
 
     async def endless(request: Request) -> Response:
         async def lines() -> AsyncIterator[bytes]:
-            try:
-                while True:
-                    yield b"line\n"
-                    await trio.sleep(0)
-            finally:
-                stopped.set()
+            while True:
+                yield b"line\n"
+                await trio.sleep(0)
 
         return StreamingResponse(lines(), media_type="application/x-ndjson")
 
+    starlette = Starlette(routes=[Route("/", endless)])
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await starlette(scope, receive, send)
+        finally:
+            stopped.set()
+
     caplog.set_level(logging.ERROR)
-    async with linked(Starlette(routes=[Route("/", endless)])) as client:
+    async with linked(app) as client:
         async with client.stream("GET", "/") as answer:
             assert (await anext(answer)).startswith(b"line\n")
         with trio.fail_after(5):

@@ -195,16 +195,19 @@ async def test_answers_abandoned_before_they_begin_do_not_starve_the_link(
 
 async def test_one_slow_reader_does_not_block_the_others(autojump_clock: trio.testing.MockClock) -> None:
     async with linked(Counted()) as client:
-        async with client.stream("GET", "/big") as unread, client.stream("GET", "/big") as slow:
-            assert await anext(unread)
-            for _ in range(5):
-                assert await anext(slow)
-                async with client.stream("GET", "/big") as quick:
-                    read = 0
-                    while read < 4 * MIB:
-                        read += len(await anext(quick))
-                for _ in range(50):
-                    assert (await client.request("GET", "/small")).body == b"ok"
+        await read_beside_a_slow_reader(client)
+
+
+async def read_beside_a_slow_reader(client: Client) -> None:
+    async with client.stream("GET", "/big"), client.stream("GET", "/big") as slow:
+        for _ in range(5):
+            assert await anext(slow)
+            async with client.stream("GET", "/big") as quick:
+                read = 0
+                while read < 4 * MIB:
+                    read += len(await anext(quick))
+            for _ in range(50):
+                assert (await client.request("GET", "/small")).body == b"ok"
 
 
 async def test_ninety_nine_slow_readers_do_not_block_the_last_place(autojump_clock: trio.testing.MockClock) -> None:
@@ -357,13 +360,13 @@ async def test_used_up_stream_ids_end_the_connection_gracefully(autojump_clock: 
 
 
 async def test_an_endless_answer_holds_up_the_renewal_only_so_long(autojump_clock: trio.testing.MockClock) -> None:
-    async with linked(Counted(), Limits(last_stream_id=1, drain=30)) as client:
-        async with client.stream("GET", "/big") as answer:
-            start = trio.current_time()
-            with pytest.raises(LinkLost, match="being renewed"):
-                await client.request("GET", "/small")
-            with pytest.raises(LinkLost, match="used up"):
-                while True:
-                    await anext(answer)
-                    await trio.sleep(0.1)
-            assert trio.current_time() - start == pytest.approx(30, abs=1)
+    limits = Limits(last_stream_id=1, drain=30)
+    async with linked(Counted(), limits) as client, client.stream("GET", "/big") as answer:
+        start = trio.current_time()
+        with pytest.raises(LinkLost, match="being renewed"):
+            await client.request("GET", "/small")
+        with pytest.raises(LinkLost, match="used up"):
+            while True:
+                await anext(answer)
+                await trio.sleep(0.1)
+        assert trio.current_time() - start == pytest.approx(30, abs=1)
