@@ -73,7 +73,7 @@ def parse_client_hello_untrusted(data: bytes) -> ClientHello | None:
     ``data`` is what the connection carried so far, records and all; the greeting may be spread over several records.
     Raises `NotTLS` when it does not begin as TLS does, `ProtocolError` when it is malformed or too long.
     """
-    handshake = b""
+    handshake = bytearray()
     for piece in _records(data):
         handshake += piece
         if (body := _whole_message(handshake)) is not None:
@@ -99,7 +99,7 @@ def _records(data: bytes) -> Iterator[bytes]:
         position += 5 + length
 
 
-def _whole_message(handshake: bytes) -> bytes | None:
+def _whole_message(handshake: bytearray) -> bytes | None:
     """The body of the ClientHello once all of it is there."""
     if len(handshake) < 4:
         return None
@@ -108,7 +108,7 @@ def _whole_message(handshake: bytes) -> bytes | None:
     length = int.from_bytes(handshake[1:4], "big")
     if length > MAX_CLIENT_HELLO:
         raise ProtocolError("The TLS greeting of the peer is too long.")
-    return handshake[4 : 4 + length] if len(handshake) >= 4 + length else None
+    return bytes(handshake[4 : 4 + length]) if len(handshake) >= 4 + length else None
 
 
 def _client_hello(body: _Reader) -> ClientHello:

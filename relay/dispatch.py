@@ -30,6 +30,7 @@ HANDSHAKE_TIMEOUT = 15.0
 # Connections that have not finished their handshake; more are closed at once.
 MAX_PENDING = 2000
 _PAUSE_FIRST, _PAUSE_MOST = 0.005, 0.25
+_QUICK_LOOKS = 16
 
 _PLAIN_BODY = b"This port speaks HTTPS only. Use an address that begins with https://.\n"
 _PLAIN_ANSWER = (
@@ -150,8 +151,8 @@ async def peek_client_hello(
 async def _peek(sock: trio.socket.SocketType) -> ClientHello:
     # MSG_PEEK returns what is there and does not wait for more. On Linux the low-water mark makes the socket readable
     # only once there is more; where the mark has no effect, and after the peer closed, growing pauses keep this from
-    # spinning until the caller's time is up.
-    seen, pause = 0, _PAUSE_FIRST
+    # spinning until the caller's time is up. So they do when a peer sends byte by byte to have each one looked at.
+    seen, looks, pause = 0, 0, _PAUSE_FIRST
     try:
         while True:
             data = await sock.recv(MAX_CLIENT_HELLO, socket.MSG_PEEK)
@@ -162,12 +163,12 @@ async def _peek(sock: trio.socket.SocketType) -> ClientHello:
                 return hello
             if len(data) >= MAX_CLIENT_HELLO:
                 raise ProtocolError("The TLS greeting of the peer is too long.")
-            if len(data) == seen:
+            looks += 1
+            if len(data) == seen or looks > _QUICK_LOOKS:
                 await trio.sleep(pause)
                 pause = min(2 * pause, _PAUSE_MOST)
-            else:
-                seen, pause = len(data), _PAUSE_FIRST
-                _set_low_water(sock, seen + 1)
+            seen = len(data)
+            _set_low_water(sock, seen + 1)
             await trio.lowlevel.wait_readable(sock)
     finally:
         if seen:
