@@ -88,6 +88,7 @@ class TaskRunner:
         try:
             return await self._run_journaled(manifests, received, rebuilt=rebuilt)
         finally:
+            self._line.on_event_stored = lambda _seq: None
             for manifest in manifests:
                 manifest.close()
             received.close()
@@ -221,7 +222,7 @@ class TaskRunner:
         return self.observed()
 
     def _sweep(self) -> None:
-        """Remove what a cancelled task leaves under reserved names. What cannot be reached now is swept by a later run."""
+        """Remove what a cancelled task leaves under reserved names, as far as it can be reached now."""
         if self._order.type == "DELETE":
             return
         folders = {split_path(path) for path in self._journal.unfinished_destinations()}

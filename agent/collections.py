@@ -1,0 +1,221 @@
+"""The collections as open folder trees: opened once, looked at before every use, opened again when they come back.
+
+A root that has gone (an unmounted disk, a removed folder) makes its collection unavailable; it is never taken for an
+empty folder. `Marks` remember across restarts which file system each root was on, because the empty mount point is
+all there is to see when the agent starts before the disk is there.
+
+Everything here blocks and belongs in threads; every method may be called from any thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from agent.config import CollectionConfig
+from protocol.control import CollectionReport
+from protocol.errors import NeedsPerson, TowpathError
+from protocol.identity import write_private_file
+
+if TYPE_CHECKING:
+    from agent.storage.base import Root
+    from agent.storage.mounts import Mark
+
+MARKS_FILE = "roots.json"
+
+
+class CollectionUnavailable(NeedsPerson):
+    """The root is not there now."""
+
+    default_code = "COLLECTION_UNAVAILABLE"
+
+
+class Marks:
+    """Which file system each root was on when it was last seen, kept in the state directory."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._lock = threading.Lock()
+        self._marks = _load_marks(path)
+
+    def expected(self, config: CollectionConfig) -> Mark | None:
+        """The mark of a root, or None if this collection was never opened with this root."""
+        with self._lock:
+            root, mark = self._marks.get(config.id, ("", None))
+            return mark if root == config.root else None
+
+    def keep(self, config: CollectionConfig, mark: Mark) -> None:
+        """Remember a mark. Raises OSError when it cannot be written; it then counts until the agent ends."""
+        self._change(config.id, (config.root, mark))
+
+    def forget(self, collection_id: str) -> None:
+        """Take the root as it is next time. Raises OSError."""
+        self._change(collection_id, None)
+
+    def _change(self, collection_id: str, entry: tuple[str, Mark] | None) -> None:
+        with self._lock:
+            if self._marks.get(collection_id) == entry:
+                return
+            if entry is None:
+                del self._marks[collection_id]
+            else:
+                self._marks[collection_id] = entry
+            if self._path is not None:
+                document = {
+                    key: {"root": root, "mark": dataclasses.asdict(mark)} for key, (root, mark) in self._marks.items()
+                }
+                write_private_file(self._path, json.dumps(document, indent=2).encode() + b"\n")
+
+
+def _load_marks(path: Path | None) -> dict[str, tuple[str, Mark]]:
+    from agent.storage.mounts import Mark
+
+    if path is None:
+        return {}
+    try:
+        document = json.loads(path.read_bytes())
+        return {key: (str(entry["root"]), Mark(**entry["mark"])) for key, entry in document.items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise TowpathError(
+            f"{path} cannot be read. If all disks are mounted as they should be, remove it and start again.", who="you"
+        ) from error
+
+
+class _Open:
+    """A root and how many use it; closed by the last user once it is retired."""
+
+    def __init__(self, root: Root) -> None:
+        self.root = root
+        self.users = 0
+        self.retired = False
+
+
+class Collections:
+    """The open roots of all collections."""
+
+    def __init__(self, marks: Marks) -> None:
+        self._marks = marks
+        self._lock = threading.Lock()
+        self._open: dict[tuple[str, str], _Open] = {}
+
+    @contextlib.contextmanager
+    def using(self, config: CollectionConfig) -> Iterator[Root]:
+        """The root of a collection, known to be there at the beginning of the block.
+
+        Raises `NeedsPerson` with code COLLECTION_UNAVAILABLE.
+        """
+        entry = self._take(config)
+        try:
+            yield entry.root
+        finally:
+            self._give_back(entry)
+
+    def report(self, config: CollectionConfig) -> CollectionReport:
+        """Look whether a collection can be used now."""
+        try:
+            with self.using(config):
+                return report_of(config)
+        except NeedsPerson as error:
+            return report_of(config, error.sentence)
+
+    def accept(self, config: CollectionConfig) -> None:
+        """The owner says that the root is right as it is now. Raises OSError or `NeedsPerson`."""
+        self._marks.forget(config.id)
+        with self.using(config):
+            pass
+
+    def close(self) -> None:
+        """Give all roots back; those in use are closed by their last user."""
+        with self._lock:
+            entries = list(self._open.values())
+            self._open.clear()
+            for entry in entries:
+                self._retire(entry)
+
+    def _take(self, config: CollectionConfig) -> _Open:
+        key = (config.id, config.root)
+        with self._lock:
+            entry = self._open.get(key)
+            if entry is not None:
+                entry.users += 1
+        if entry is not None:
+            try:
+                entry.root.check_present()
+            except NeedsPerson:
+                self._give_back(entry)
+                self._drop(key, entry)
+            except BaseException:
+                self._give_back(entry)
+                raise
+            else:
+                return entry
+        # Opened outside the lock: one dead file server must not hold up the other collections.
+        fresh = _Open(self._open_root(config))
+        fresh.users = 1
+        with self._lock:
+            older = self._open.get(key)
+            self._open[key] = fresh
+            if older is not None:
+                self._retire(older)
+        return fresh
+
+    def _open_root(self, config: CollectionConfig) -> Root:
+        from agent.storage import mounts, posix
+
+        root = posix.open_root(config.root)
+        try:
+            found = root.mark()
+            expected = self._marks.expected(config)
+            if expected is not None:
+                # A folder that was made anew in the same place is the owner's doing; another disk may be an accident.
+                difference = mounts.difference(dataclasses.replace(expected, inode=found.inode), found)
+                if difference:
+                    raise CollectionUnavailable(
+                        f"The root of collection {config.name!r} {difference}. Mount its disk; or, if it has moved for "
+                        f"good, run `towpath config accept-root {config.id}`.",
+                        subject=config.id,
+                    )
+            else:
+                self._marks.keep(config, found)
+        except BaseException:
+            root.close()
+            raise
+        return root
+
+    def _give_back(self, entry: _Open) -> None:
+        with self._lock:
+            entry.users -= 1
+            if entry.retired and entry.users == 0:
+                entry.root.close()
+
+    def _drop(self, key: tuple[str, str], entry: _Open) -> None:
+        with self._lock:
+            if self._open.get(key) is entry:
+                del self._open[key]
+                self._retire(entry)
+
+    def _retire(self, entry: _Open) -> None:
+        if not entry.retired:
+            entry.retired = True
+            if entry.users == 0:
+                entry.root.close()
+
+
+def report_of(config: CollectionConfig, reason: str = "") -> CollectionReport:
+    """What the relay is told about a collection; ``reason`` says why it is unavailable, if it is."""
+    return CollectionReport(
+        id=config.id,
+        name=config.name,
+        read_only=config.read_only,
+        shareable=config.shareable,
+        available=not reason,
+        default_directory=config.default_directory,
+        reason=reason,
+    )

@@ -1,0 +1,91 @@
+"""What the two applications of the agent stand on, as they see it; `agent.daemon` puts the real things in.
+
+Only types live here, so that applications and their tests need none of the machinery behind them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import Any, Protocol
+
+from protocol.control import (
+    AgentEvent,
+    CollectionReport,
+    Page,
+    SessionAnswer,
+    SessionOrder,
+    TaskObserved,
+    TaskOrder,
+)
+
+
+class TaskService(Protocol):
+    """The transfer engine, seen from the link and from the owner. All methods may raise `TowpathError`."""
+
+    async def put_task(self, order: TaskOrder) -> TaskObserved:
+        """Take an order; returns once it is on disk."""
+
+    def get_task(self, task_id: str) -> TaskObserved:
+        """The task as observed. Raises ItemFailed NOT_FOUND."""
+
+    async def put_session_answer(self, task_id: str, answer: SessionAnswer) -> None:
+        """Where this destination's task finds its source now."""
+
+    async def successful(self, task_id: str, marker: str | None, limit: int) -> Page:
+        """A page of what was transferred."""
+
+    async def skipped(self, task_id: str, marker: str | None, limit: int) -> Page:
+        """A page of what was left out."""
+
+    async def close_task(self, task_id: str) -> None:
+        """The relay holds everything of this task."""
+
+    async def put_session(self, order: SessionOrder) -> SessionAnswer:
+        """Serve as source of a session."""
+
+    async def withdraw_session(self, session_id: str) -> None:
+        """Cut a session and refuse its ticket."""
+
+    def events(self, after: int) -> AbstractAsyncContextManager[AsyncIterator[AgentEvent]]:
+        """All kept events after a number, then those to come, without end."""
+
+    async def acknowledge(self, n: int) -> None:
+        """The relay has stored all events up to ``n``."""
+
+    async def pause_task(self, task_id: str) -> None:
+        """The owner holds a task up."""
+
+    async def resume_task(self, task_id: str) -> None:
+        """The owner lets it go on."""
+
+    def tasks(self) -> list[TaskObserved]:
+        """All tasks that are not closed."""
+
+    def last_event(self) -> int:
+        """The highest number of a kept event."""
+
+    def announce_collections(self, reports: Sequence[CollectionReport]) -> None:
+        """Tell the relay what the owner offers now."""
+
+
+class Owner(Protocol):
+    """What only the owner may ask, through the local socket. Nothing of this is reachable from the link."""
+
+    def status(self) -> dict[str, Any]:
+        """The document that `towpath status --format json` prints."""
+
+    async def reload(self) -> str:
+        """Read the configuration again; a sentence on what changed. Raises `ConfigError`."""
+
+    async def set_paused(self, paused: bool) -> None:
+        """Hold up all transfers of this machine, or let them go on."""
+
+    async def accept_root(self, collection_id: str) -> None:
+        """The root of a collection has moved for good: take it as it is now."""
+
+    def reconnect(self) -> None:
+        """Connect to the relay at once."""
+
+    def stop(self) -> None:
+        """End the agent."""
