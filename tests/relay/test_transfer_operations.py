@@ -1,0 +1,200 @@
+"""File operations over HTTP: documents, paths, and what agents' errors become."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from protocol.control import Entry
+from protocol.errors import AccessDenied, ItemFailed, NeedsPerson, ProtocolError, RetryLater
+from tests.relay.fake_agents import FakeAgent
+from tests.relay.transfer_world import Person, TransferWorld, open_world
+
+
+class Laptop:
+    """Alice's laptop, linked."""
+
+    def __init__(self, relay: TransferWorld, alice: Person, id_: str, agent: FakeAgent) -> None:
+        self.relay, self.alice, self.id, self.agent = relay, alice, id_, agent
+        self.path = f"/operation/endpoint/{id_}"
+
+
+@pytest.fixture
+async def laptop(world: Any) -> AsyncIterator[Laptop]:
+    async with open_world(world) as relay:
+        alice = await relay.person("alice")
+        id_, agent = await relay.collection(alice, "Laptop")
+        agent.entries = {
+            "1M.dat": Entry(
+                name="1M.dat", type="file", size=1_000_000, mtime_ns=1_702_918_370 * 10**9, mode=0o644, user="al"
+            ),
+            "link": Entry(name="link", type="dir", link_target="../x", link_size=4, link_mtime_ns=0, mode=0o40755),
+        }
+        relay.registry.up(agent)
+        yield Laptop(relay, alice, id_, agent)
+
+
+async def test_a_listing(laptop: Laptop) -> None:
+    listing = await laptop.alice.get(f"{laptop.path}/ls", path="/~/data")
+    assert listing["DATA_TYPE"] == "file_list"
+    # Recursive clients join names to this.
+    assert listing["path"] == "/~/data/"
+    assert listing["absolute_path"] == "/home/data"
+    assert listing["endpoint"] == laptop.id
+    assert (listing["length"], listing["total"], listing["limit"], listing["offset"]) == (2, 2, 100_000, 0)
+    file, link = listing["DATA"]
+    assert file["last_modified"] == "2023-12-18 16:52:50+00:00"
+    assert file["permissions"] == "0644"
+    assert file["link_target"] is None
+    assert file["link_last_modified"] is None
+    assert link["type"] == "dir"
+    assert link["link_target"] == "../x"
+    assert link["permissions"] == "0755"
+    assert link["link_last_modified"] == "1970-01-01 00:00:00+00:00"
+
+
+async def test_a_path_left_out_is_the_default_directory(laptop: Laptop) -> None:
+    assert (await laptop.alice.get(f"{laptop.path}/ls"))["path"] == "/~/"
+    await laptop.alice.put(f"/endpoint/{laptop.id}", {"default_directory": "/projects"})
+    assert (await laptop.alice.get(f"{laptop.path}/ls"))["path"] == "/projects/"
+
+
+async def test_what_a_client_asks_reaches_the_agent(laptop: Laptop, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, list[str]]] = []
+    real = FakeAgent.ls
+
+    def spy(self: FakeAgent, collection_id: str, *, query: dict[str, list[str]], **more: Any) -> Any:
+        seen.append(query)
+        return real(self, collection_id, query=query, **more)
+
+    monkeypatch.setattr(FakeAgent, "ls", spy)
+    filters = [("filter", "type:dir"), ("filter", "name:~*.txt")]
+    params = [
+        *filters,
+        ("path", "~/a"),
+        ("show_hidden", "0"),
+        ("orderby", "name DESC"),
+        ("limit", "5"),
+        ("offset", "2"),
+    ]
+    answer = await laptop.alice.ask("GET", f"{laptop.path}/ls", params=params)
+    assert answer.status_code == 200
+    assert seen == [
+        {
+            "path": ["~/a"],
+            "show_hidden": ["0"],
+            "limit": ["5"],
+            "offset": ["2"],
+            "orderby": ["name DESC"],
+            "filter": ["type:dir", "name:~*.txt"],
+        }
+    ]
+
+
+async def test_stat_and_its_miss(laptop: Laptop) -> None:
+    assert (await laptop.alice.get(f"{laptop.path}/stat", path="/~/1M.dat"))["size"] == 1_000_000
+    await laptop.alice.refused("GET", f"{laptop.path}/stat", 404, "NotFound", params={"path": "/~/none"})
+
+
+async def test_changes(laptop: Laptop) -> None:
+    made = await laptop.alice.post(f"{laptop.path}/mkdir", {"DATA_TYPE": "mkdir", "path": "/~/new"}, status=202)
+    assert (made["DATA_TYPE"], made["code"]) == ("mkdir_result", "DirectoryCreated")
+    renamed = await laptop.alice.post(f"{laptop.path}/rename", {"old_path": "/a", "new_path": "/b"})
+    assert (renamed["DATA_TYPE"], renamed["code"]) == ("result", "FileRenamed")
+    linked = await laptop.alice.post(f"{laptop.path}/symlink", {"path": "/l", "symlink_target": "../t"})
+    assert linked["code"] == "SymlinkCreated"
+    assert laptop.agent.made == [
+        ("mkdir", {"path": "/~/new"}),
+        ("rename", {"old_path": "/a", "new_path": "/b"}),
+        ("symlink", {"path": "/l", "symlink_target": "../t"}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("verb", "body"),
+    [
+        ("mkdir", {}),
+        ("mkdir", {"path": ""}),
+        ("mkdir", {"path": 3}),
+        ("mkdir", {"path": "/a\0b"}),
+        ("mkdir", {"path": "/" + "x" * 300}),
+        ("mkdir", {"path": "/x" * 10_000}),
+        ("mkdir", {"path": "/a", "DATA_TYPE": "rename"}),
+        ("mkdir", {"path": "/a", "local_user": "root"}),
+        ("rename", {"old_path": "/a"}),
+        ("symlink", {"path": "/a"}),
+        ("symlink", {"path": "/a", "symlink_target": ""}),
+    ],
+)
+async def test_malformed_changes_never_reach_the_agent(laptop: Laptop, verb: str, body: Any) -> None:
+    calls = len(laptop.agent.calls)
+    await laptop.alice.refused("POST", f"{laptop.path}/{verb}", 400, "ClientError.BadRequest", json=body)
+    assert not any("/collections/" in path for _, path in laptop.agent.calls[calls:])
+
+
+LISTING_ERRORS = [
+    (ItemFailed("x", code="NOT_FOUND"), 404, "ClientError.NotFound"),
+    (AccessDenied("x"), 403, "EndpointPermissionDenied"),
+    (AccessDenied("x", code="READ_ONLY"), 403, "EndpointPermissionDenied"),
+    (ItemFailed("x", code="NOT_A_DIRECTORY"), 502, "ExternalError.DirListingFailed.NotDirectory"),
+    (ItemFailed("x", code="TOO_LARGE"), 502, "ExternalError.DirListingFailed.SizeLimit"),
+    (ItemFailed("x", code="ILLEGAL_NAME"), 400, "ClientError.BadRequest"),
+    (RetryLater("x", code="GC_NOT_CONNECTED"), 502, "ExternalError.DirListingFailed.GCDisconnected"),
+    (RetryLater("x", code="TIMEOUT"), 502, "ExternalError.DirListingFailed.Timeout"),
+    (NeedsPerson("x", code="COLLECTION_UNAVAILABLE"), 502, "ExternalError.DirListingFailed.CollectionUnavailable"),
+    (ProtocolError("x"), 502, "ExternalError.DirListingFailed.EndpointError"),
+    (RetryLater("x", code="SOMETHING_NEW"), 502, "ExternalError.DirListingFailed.EndpointError"),
+]
+
+
+@pytest.mark.parametrize(("error", "status", "code"), LISTING_ERRORS, ids=lambda value: str(getattr(value, "code", "")))
+async def test_what_an_agents_error_becomes(laptop: Laptop, error: Exception, status: int, code: str) -> None:
+    def refuse(method: str, path: str) -> None:
+        if "/collections/" in path:
+            raise error
+
+    laptop.agent.refuse = refuse
+    message = await laptop.alice.refused("GET", f"{laptop.path}/ls", status, code, params={"path": "/x"})
+    assert "Laptop" in message
+
+
+async def test_errors_of_changes(laptop: Laptop) -> None:
+    exists = {"path": "/exists/"}
+    await laptop.alice.refused("POST", f"{laptop.path}/mkdir", 502, "ExternalError.MkdirFailed.Exists", json=exists)
+    forbidden = {"path": "/forbidden/"}
+    await laptop.alice.refused("POST", f"{laptop.path}/mkdir", 403, "EndpointPermissionDenied", json=forbidden)
+
+
+async def test_an_offline_agent_is_an_error_that_clients_do_not_repeat(laptop: Laptop) -> None:
+    laptop.relay.registry.down(laptop.agent)
+    for method, verb, word in (
+        ("GET", "ls", "DirListingFailed"),
+        ("GET", "stat", "StatFailed"),
+        ("POST", "mkdir", "MkdirFailed"),
+        ("POST", "rename", "RenameFailed"),
+        ("POST", "symlink", "SymlinkFailed"),
+    ):
+        body = {"path": "/a", "old_path": "/a", "new_path": "/b", "symlink_target": "t", "DATA_TYPE": verb}
+        options = {"json": body} if method == "POST" else {}
+        path = f"{laptop.path}/{verb}"
+        await laptop.alice.refused(method, path, 502, f"ExternalError.{word}.GCDisconnected", **options)
+    assert (await laptop.alice.get(f"/endpoint/{laptop.id}"))["gcp_connected"] is False
+
+
+async def test_an_agent_cannot_answer_with_names_that_lead_elsewhere(laptop: Laptop) -> None:
+    for name in ("../up", "a/b", "..", "."):
+        laptop.agent.entries = {"x": Entry(name=name, type="file")}
+        code = "ExternalError.DirListingFailed.EndpointError"
+        await laptop.alice.refused("GET", f"{laptop.path}/ls", 502, code)
+
+
+async def test_times_that_no_calendar_has_do_not_break_a_listing(laptop: Laptop) -> None:
+    laptop.agent.entries = {
+        "a": Entry(name="a", type="file", mtime_ns=2**62),
+        "b": Entry(name="b", type="file", mtime_ns=-(2**62) * 4 + 1),
+    }
+    first, second = (await laptop.alice.get(f"{laptop.path}/ls"))["DATA"]
+    assert first["last_modified"] == "2116-02-20 23:53:38+00:00"
+    assert second["last_modified"].endswith("+00:00")

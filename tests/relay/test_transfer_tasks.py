@@ -1,0 +1,365 @@
+"""Tasks over HTTP: documents, lists, events, details, cancel, update."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncIterator
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from protocol.control import Counters, TaskObserved
+from relay.transfer import task_documents
+from relay.transfer.task_filters import glob_to_like
+from relay.transfer.task_reports import merged
+from relay.transfer.task_rows import Task
+from tests.relay.fake_agents import FakeAgent
+from tests.relay.transfer_world import Person, TransferWorld, delete_document, open_world, until
+
+
+class Pair:
+    """Alice with two machines, both linked."""
+
+    def __init__(self, relay: TransferWorld, alice: Person, a: str, b: str, source: FakeAgent, dest: FakeAgent) -> None:
+        self.relay, self.alice, self.a, self.b, self.source, self.destination = relay, alice, a, b, source, dest
+
+    async def running(self, **more: Any) -> str:
+        task_id = await self.relay.transfer(self.alice, self.a, self.b, **more)
+        await until(lambda: task_id in self.destination.tasks)
+        return task_id
+
+    async def finished(self, task_id: str) -> dict[str, Any]:
+        await self.relay.steward.wait_finished(task_id, 5)
+        return await self.alice.get(f"/task/{task_id}")
+
+
+@pytest.fixture
+async def pair(world: Any) -> AsyncIterator[Pair]:
+    async with open_world(world) as relay:
+        alice = await relay.person("alice")
+        a, source = await relay.collection(alice, "A")
+        b, destination = await relay.collection(alice, "B")
+        relay.registry.up(source)
+        relay.registry.up(destination)
+        yield Pair(relay, alice, a, b, source, destination)
+
+
+async def test_a_task_from_submission_to_success(pair: Pair) -> None:
+    task_id = await pair.running(label="first", sync_level=2, filter_rules=[{"method": "exclude", "name": "*.o"}])
+    shown = await pair.alice.get(f"/task/{task_id}")
+    assert (shown["status"], shown["nice_status"], shown["is_ok"]) == ("ACTIVE", "Queued", True)
+    assert shown["completion_time"] is None
+    assert shown["request_time"] == "2027-01-15T08:00:00.000000+00:00"
+    assert shown["source_endpoint_display_name"] == "A"
+    assert shown["destination_endpoint_id"] == pair.b
+    assert shown["filter_rules"] == [{"DATA_TYPE": "filter_rule", "method": "exclude", "name": "*.o", "type": None}]
+    order = pair.destination.orders[task_id][0]
+    assert order.session is not None
+    assert order.items is not None
+    assert order.options.sync_level == 2
+    assert pair.source.sessions[order.session_id][0].peer.node_id == pair.destination.node_id
+
+    pair.relay.base.clock.now += 10
+    counters = Counters(files=4, directories=1, files_transferred=2, bytes_transferred=1000, retrying=1, faults=3)
+    pair.destination.observe(task_id, "ACTIVE", counters=counters)
+    await until(lambda: bool(pair.destination.acknowledged))
+    shown = await pair.alice.get(f"/task/{task_id}")
+    assert (shown["nice_status"], shown["files"], shown["faults"]) == ("OK", 4, 3)
+    assert (shown["subtasks_total"], shown["subtasks_succeeded"]) == (5, 2)
+    assert (shown["subtasks_retrying"], shown["subtasks_pending"]) == (1, 2)
+    assert shown["effective_bytes_per_second"] == 100
+
+    pair.destination.succeed(task_id, files=4, directories=1, files_transferred=4, bytes_transferred=2000)
+    shown = await pair.finished(task_id)
+    assert (shown["status"], shown["nice_status"], shown["is_ok"]) == ("SUCCEEDED", None, None)
+    assert "." in shown["completion_time"]
+    assert (shown["subtasks_total"], shown["subtasks_succeeded"], shown["subtasks_pending"]) == (5, 5, 0)
+    events = await pair.alice.get(f"/task/{task_id}/event_list", limit="100")
+    assert [event["code"] for event in events["DATA"]] == ["SUCCEEDED", "STARTED"]
+    assert all(isinstance(event["details"], str) for event in events["DATA"])
+    await until(lambda: pair.source.withdrawn == [order.session_id])
+
+
+async def test_a_failure_tells_its_code_and_sentence(pair: Pair) -> None:
+    task_id = await pair.running()
+    pair.destination.observe(
+        task_id,
+        "FAILED",
+        error_code="FILE_NOT_FOUND",
+        status_sentence="There is no /~/data.",
+        counters=Counters(failed=1),
+    )
+    shown = await pair.finished(task_id)
+    assert shown["status"] == "FAILED"
+    assert shown["fatal_error"] == {"code": "FILE_NOT_FOUND", "description": "There is no /~/data."}
+    assert shown["subtasks_failed"] == 1
+
+
+async def test_events_are_newest_first_and_filtered(pair: Pair) -> None:
+    task_id = await pair.running()
+    for number in range(5):
+        time = f"2027-01-15T08:00:00.00000{number}+00:00"
+        pair.destination.say(
+            "event", task_id, code=f"FAULT_{number}", description="x", is_error=number % 2 == 1, time=time
+        )
+    await until(lambda: pair.destination.acknowledged[-1:] == [5])
+    pair.relay.base.clock.now += 1
+    path = f"/task/{task_id}/event_list"
+    listed = await pair.alice.get(path, limit="2", offset="1")
+    assert (listed["total"], listed["length"], listed["limit"], listed["offset"]) == (5, 2, 2, 1)
+    # Times after "now" are held back to now, so these arrived in one moment: the later line is newer.
+    assert [event["code"] for event in listed["DATA"]] == ["FAULT_3", "FAULT_2"]
+    errors = await pair.alice.get(path, filter="is_error:1")
+    assert [event["code"] for event in errors["DATA"]] == ["FAULT_3", "FAULT_1"]
+    assert (await pair.alice.get(path, filter="is_error:0"))["total"] == 3
+    assert (await pair.alice.get(path, filter=""))["total"] == 5
+    await pair.alice.refused("GET", path, 400, "ClientError.BadRequest", params={"filter": "is_error:2"})
+
+
+async def test_details_are_read_live_page_by_page(pair: Pair) -> None:
+    task_id = await pair.running()
+    pair.destination.pages["successful"] = [
+        {"source_path": f"/a/{n}", "destination_path": f"/b/{n}", "size": n, "unknown": 1} for n in range(3)
+    ]
+    pair.destination.pages["skipped"] = [
+        {
+            "source_path": "/a/x",
+            "destination_path": "/b/x",
+            "error_code": "PERMISSION_DENIED",
+            "error_details": "no",
+            "error_time": "2027-01-15T08:00:00+00:00",
+        }
+    ]
+    path = f"/task/{task_id}/successful_transfers"
+    first = await pair.alice.get(path, limit="2")
+    assert (first["DATA_TYPE"], first["marker"], first["next_marker"]) == ("successful_transfers", None, "2")
+    second = await pair.alice.get(path, limit="2", marker="2")
+    assert second["next_marker"] is None
+    assert [row["size"] for row in first["DATA"] + second["DATA"]] == [0, 1, 2]
+    assert set(first["DATA"][0]) == {
+        "DATA_TYPE",
+        "source_path",
+        "destination_path",
+        "size",
+        "checksum",
+        "checksum_algorithm",
+        "dynamic",
+    }
+    skipped = await pair.alice.get(f"/task/{task_id}/skipped_errors")
+    assert skipped["DATA"][0]["error_code"] == "PERMISSION_DENIED"
+    assert skipped["DATA"][0]["is_directory"] is False
+    pair.destination.pages["successful"] = [{"size": "many"}]
+    await pair.alice.refused("GET", path, 502, "ExternalError.TaskDetailsFailed.EndpointError")
+    pair.relay.registry.down(pair.destination)
+    await pair.alice.refused("GET", path, 502, "ExternalError.TaskDetailsFailed.GCDisconnected")
+
+
+async def test_details_of_a_task_that_no_agent_has_are_empty_and_of_a_delete_refused(pair: Pair) -> None:
+    pair.relay.registry.down(pair.destination)
+    task_id = await pair.relay.transfer(pair.alice, pair.a, pair.b)
+    assert (await pair.alice.get(f"/task/{task_id}/successful_transfers"))["DATA"] == []
+    delete = (await pair.alice.post("/delete", delete_document(pair.a), status=202))["task_id"]
+    await pair.alice.refused("GET", f"/task/{delete}/successful_transfers", 400, "ClientError.BadRequest")
+
+
+async def test_cancel_in_its_three_ways(pair: Pair) -> None:
+    pair.relay.registry.down(pair.destination)
+    never_sent = await pair.relay.transfer(pair.alice, pair.a, pair.b)
+    assert (await pair.alice.post(f"/task/{never_sent}/cancel"))["code"] == "Canceled"
+    shown = await pair.alice.get(f"/task/{never_sent}")
+    assert (shown["status"], shown["fatal_error"]["code"]) == ("FAILED", "CANCELED")
+    events = (await pair.alice.get(f"/task/{never_sent}/event_list"))["DATA"]
+    assert "CANCELED" in [event["code"] for event in events]
+    assert (await pair.alice.post(f"/task/{never_sent}/cancel"))["code"] == "TaskComplete"
+
+    pair.relay.registry.up(pair.destination)
+    task_id = await pair.running()
+
+    def confirm(method: str, path: str) -> None:
+        orders = pair.destination.orders.get(task_id, [])
+        if orders and orders[-1].desired == "cancel" and pair.destination.tasks[task_id].state != "CANCELED":
+            pair.destination.observe(task_id, "CANCELED", counters=Counters(files=3, files_transferred=1))
+
+    pair.destination.forget = confirm
+    assert (await pair.alice.post(f"/task/{task_id}/cancel"))["code"] == "Canceled"
+    shown = await pair.alice.get(f"/task/{task_id}")
+    assert (shown["status"], shown["subtasks_canceled"], shown["subtasks_succeeded"]) == ("FAILED", 2, 1)
+
+
+async def test_a_cancel_that_the_agent_has_not_confirmed(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("relay.api.transfer_tasks.CANCEL_PATIENCE", 0.05)
+    task_id = await pair.running()
+    answer = await pair.alice.post(f"/task/{task_id}/cancel")
+    assert answer["code"] == "CancelAccepted"
+    assert (await pair.alice.get(f"/task/{task_id}"))["status"] == "ACTIVE"
+    # It finished before it heard of the cancel: that is what happened, and what is told.
+    pair.destination.succeed(task_id, files=1, files_transferred=1)
+    assert (await pair.finished(task_id))["status"] == "SUCCEEDED"
+    assert (await pair.alice.post(f"/task/{task_id}/cancel"))["code"] == "TaskComplete"
+
+
+async def test_update_and_remove(pair: Pair) -> None:
+    task_id = await pair.running()
+    await pair.alice.put(f"/task/{task_id}", {"DATA_TYPE": "task", "label": "new", "deadline": "2027-02-01 00:00:00"})
+    shown = await pair.alice.get(f"/task/{task_id}")
+    assert (shown["label"], shown["deadline"]) == ("new", "2027-02-01T00:00:00.000000+00:00")
+    await until(lambda: pair.destination.orders[task_id][-1].label == "new")
+    assert pair.destination.orders[task_id][-1].items is None
+    for wrong in ({"label": "x" * 129}, {"deadline": "2001-01-01"}, {"deadline": 3}, []):
+        await pair.alice.refused("PUT", f"/task/{task_id}", 400, "ClientError.BadRequest", json=wrong)
+    await pair.alice.refused("POST", f"/task/{task_id}/remove", 409, "Conflict")
+    pair.destination.succeed(task_id)
+    await pair.finished(task_id)
+    await pair.alice.refused("PUT", f"/task/{task_id}", 409, "Conflict", json={"label": "late"})
+    await pair.alice.post(f"/task/{task_id}/remove")
+    assert (await pair.alice.get("/task_list"))["DATA"] == []
+    assert (await pair.alice.get(f"/task/{task_id}"))["history_deleted"] is True
+
+
+async def test_pause_info(pair: Pair) -> None:
+    task_id = await pair.running()
+    nothing = await pair.alice.get(f"/task/{task_id}/pause_info")
+    assert nothing == {
+        "DATA_TYPE": "pause_info_limited",
+        "pause_rules": [],
+        "source_pause_message": None,
+        "destination_pause_message": None,
+        "source_pause_message_share": None,
+        "destination_pause_message_share": None,
+    }
+    pair.destination.observe(task_id, "PAUSED", status_code="PAUSED", status_sentence="Backup in progress.")
+    await until(lambda: bool(pair.destination.acknowledged))
+    assert (await pair.alice.get(f"/task/{task_id}/pause_info"))["destination_pause_message"] == "Backup in progress."
+    shown = await pair.alice.get(f"/task/{task_id}")
+    assert (shown["status"], shown["is_paused"], shown["nice_status"]) == ("ACTIVE", True, "PAUSED")
+
+
+async def test_lists_filters_orders_and_pages(pair: Pair) -> None:
+    alice, clock = pair.alice, pair.relay.base.clock
+    ids = []
+    for label in ("alpha", "beta_1", "beta-2", None):
+        clock.now += 60
+        ids.append(await pair.running(**({} if label is None else {"label": label})))
+    clock.now += 60
+    ids.append((await alice.post("/delete", delete_document(pair.b, label="gone"), status=202))["task_id"])
+    await until(lambda: ids[4] in pair.destination.tasks)
+    pair.destination.succeed(ids[0])
+    await pair.finished(ids[0])
+
+    async def listed(**params: Any) -> list[str]:
+        return [row["task_id"] for row in (await alice.get("/task_list", **params))["DATA"]]
+
+    assert await listed() == ids[::-1]
+    assert await listed(orderby="request_time ASC") == ids
+    assert (await listed(orderby="type ASC, request_time DESC"))[0] == ids[4]
+    assert await listed(filter="type:DELETE") == [ids[4]]
+    assert await listed(filter="type:TRANSFER,DELETE/status:ACTIVE,INACTIVE") == ids[:0:-1]
+    assert await listed(filter="status:SUCCEEDED") == [ids[0]]
+    assert await listed(filter=f"task_id:{ids[1]},{ids[2].upper()}") == [ids[2], ids[1]]
+    assert await listed(filter="label:~BETA*") == [ids[2], ids[1]]
+    assert await listed(filter="label:~beta?1") == [ids[1]]
+    assert await listed(filter="label:~beta_*") == [ids[1]]
+    assert await listed(filter="label:~beta*,!~*2") == [ids[1]]
+    assert await listed(filter="label:alpha") == [ids[0]]
+    assert await listed(filter="request_time:2027-01-15T08:02:30,") == ids[:1:-1]
+    assert await listed(filter="request_time:,2027-01-15 08:02:30") == [ids[1], ids[0]]
+    assert await listed(filter="completion_time:2027-01-01,2028-01-01") == [ids[0]]
+    page = await alice.get("/task_list", limit="2", offset="3", fields="task_id")
+    assert (page["total"], page["length"], page["limit"], page["offset"]) == (5, 2, 2, 3)
+    assert page["DATA"] == [{"DATA_TYPE": "task", "task_id": id_} for id_ in ids[1::-1]]
+    for wrong in (
+        {"filter": "status:DONE"},
+        {"filter": "colour:red"},
+        {"filter": "type"},
+        {"filter": "task_id:1"},
+        {"filter": "request_time:yesterday,"},
+        {"filter": "request_time:2027-01-01,2027-01-02,2027-01-03"},
+        {"orderby": "size"},
+        {"orderby": "label SIDEWAYS"},
+        {"limit": "0"},
+        {"limit": "1001"},
+        {"offset": "-1"},
+    ):
+        await alice.refused("GET", "/task_list", 400, "ClientError.BadRequest", params=wrong)
+
+
+async def test_unknown_tasks_and_those_of_others_look_alike(pair: Pair) -> None:
+    bob = await pair.relay.person("bob")
+    task_id, nowhere = await pair.running(), str(uuid.uuid4())
+    hidden = await bob.refused("GET", f"/task/{task_id}", 404, "TaskNotFound")
+    unknown = await bob.refused("GET", f"/task/{nowhere}", 404, "TaskNotFound")
+    assert hidden.replace(task_id, "ID") == unknown.replace(nowhere, "ID")
+    assert (await bob.get("/task_list"))["total"] == 0
+
+
+async def test_those_who_watch_over_a_collection_see_their_side_of_its_tasks(pair: Pair) -> None:
+    bob, carol = await pair.relay.person("bob"), await pair.relay.person("carol")
+    role = {"principal": bob.id, "role": "activity_monitor"}
+    await pair.alice.post(f"/endpoint/{pair.b}/role", role, status=201)
+    task_id = await pair.running()
+    listed = await bob.get("/endpoint_manager/task_list", filter_status="ACTIVE")
+    (row,) = listed["DATA"]
+    assert (row["task_id"], row["owner_string"]) == (task_id, pair.alice.username)
+    assert row["destination_endpoint_display_name"] == "B"
+    assert (row["source_endpoint_id"], row["source_endpoint_display_name"], row["source_endpoint"]) == (None,) * 3
+    assert listed["has_next_page"] is False
+    assert (await bob.get(f"/endpoint_manager/task/{task_id}"))["source_endpoint_id"] is None
+    await bob.refused("GET", f"/endpoint_manager/task/{task_id}/event_list", 403, "PermissionDenied")
+    await bob.refused("GET", f"/task/{task_id}", 404, "TaskNotFound")
+    await bob.refused("GET", f"/operation/endpoint/{pair.b}/ls", 403, "PermissionDenied")
+    assert (await carol.get("/endpoint_manager/task_list"))["DATA"] == []
+    await carol.refused("GET", f"/endpoint_manager/task/{task_id}", 404, "TaskNotFound")
+    assert (await pair.alice.get(f"/endpoint_manager/task/{task_id}"))["source_endpoint_id"] == pair.a
+    await pair.alice.refused("POST", "/endpoint_manager/admin_cancel", 501, "NotSupported", json={})
+
+
+# --- pure parts --------------------------------------------------------------------------------------------------
+
+counts = st.integers(0, 1000)
+all_counters = st.builds(
+    Counters,
+    **{name: counts for name in Counters.__struct_fields__ if name != "scan_complete"},
+    scan_complete=st.booleans(),
+)
+
+
+def task_with(counters: Counters, status: str, code: str) -> Task:
+    observed = TaskObserved(task_id="t", revision=1, state="ACTIVE", counters=counters)
+    return Task(
+        **{  # type: ignore[arg-type]
+            **dict.fromkeys(Task.__dataclass_fields__),
+            "status": status,
+            "observed": msgspec.json.encode(observed).decode(),
+            "fatal_error": f'{{"code": "{code}"}}' if status == "FAILED" else None,
+        }
+    )
+
+
+@given(
+    all_counters,
+    st.sampled_from(["ACTIVE", "SUCCEEDED", "FAILED"]),
+    st.sampled_from(["CANCELED", "DEADLINE_EXPIRED", "QUOTA_EXCEEDED"]),
+)
+def test_the_parts_of_subtasks_add_up_to_their_total(counters: Counters, status: str, code: str) -> None:
+    parts = task_documents.subtasks(task_with(counters, status, code))
+    total = parts.pop("subtasks_total")
+    assert sum(parts.values()) == total
+    assert min(parts.values()) >= 0
+    assert total >= counters.files + counters.directories + counters.symlinks
+    if status != "ACTIVE":
+        assert parts["subtasks_pending"] == parts["subtasks_retrying"] == 0
+
+
+@given(all_counters, all_counters)
+def test_merged_counters_never_go_back(old: Counters, new: Counters) -> None:
+    both = merged(old, new)
+    for name in Counters.__struct_fields__:
+        if name not in ("retrying", "scan_complete"):
+            assert getattr(both, name) == max(getattr(old, name), getattr(new, name))
+
+
+def test_globs_become_like_patterns_with_nothing_else_special() -> None:
+    assert glob_to_like("a*b?c%d_e\\f") == "a%b_c\\%d\\_e\\\\f"
