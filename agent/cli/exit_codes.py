@@ -46,16 +46,21 @@ def final_exit_code(task: Mapping[str, Any]) -> ExitCode | None:
     return None
 
 
+# A machine that is off comes back by itself as a rule; waiting for it is what waiting is for.
+_PASSING_CODES = frozenset({"", "OK", "QUEUED", "GC_NOT_CONNECTED", "CONNECT_FAILED"})
+
+
 def needs_attention(task: Mapping[str, Any]) -> bool:
     """Whether an unfinished task waits for a person: paused, without credentials, or held up by something that no
-    retry will mend (a full disk, a refused permission)."""
+    retry will mend (a full disk, an expired permission)."""
     if final_exit_code(task) is not None:
         return False
     if task.get("status") == "INACTIVE" or task.get("is_paused"):
         return True
-    return bool(attention_of(task))
+    return bool(who_can_mend(task)) and str(task.get("nice_status") or "").upper() not in _PASSING_CODES
 
 
-def attention_of(task: Mapping[str, Any]) -> str:
-    """Who must do something before the task goes on (``you``, ``source owner`` …), or an empty string."""
-    return str(task.get("needs_attention_from") or "")
+def who_can_mend(task: Mapping[str, Any]) -> str:
+    """Who can mend what holds the task up (``you``, ``source owner`` …), or an empty string."""
+    ours = task.get("towpath")
+    return str(ours.get("who") or "") if isinstance(ours, Mapping) else ""

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import click
 
 from agent.cli.output import CommandFailed
+from agent.cli.terminal import typed_path
 
 if TYPE_CHECKING:
     _StringParam = click.ParamType[Any]
@@ -45,7 +46,7 @@ def parse_location(text: str) -> Location:
     collection, colon, path = text.partition(":")
     if not collection:
         raise ValueError(f"{text!r} names no collection; write COLLECTION:PATH.")
-    return Location(collection, path if colon and path else None)
+    return Location(collection, typed_path(path) if colon and path else None)
 
 
 class LocationType(_StringParam):

@@ -24,10 +24,17 @@ class Progress:
     current: str
 
 
+def beside(task: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What Towpath adds to a task document beside Globus's fields; empty at another service."""
+    ours = task.get("towpath")
+    return ours if isinstance(ours, Mapping) else {}
+
+
 def progress_of(task: Mapping[str, Any]) -> Progress:
-    """Read a task document. The fields beside Globus's own are Towpath's and may be missing."""
-    total = task.get("bytes_total")
-    scanned = bool(task.get("scan_complete"))
+    """Read a task document; Towpath's own fields may be missing."""
+    ours = beside(task)
+    total = ours.get("bytes_total")
+    scanned = bool(ours.get("scan_complete"))
     nice = str(task.get("nice_status") or "")
     details = str(task.get("nice_status_details") or task.get("nice_status_short_description") or "")
     return Progress(
@@ -38,7 +45,7 @@ def progress_of(task: Mapping[str, Any]) -> Progress:
         files_total=_number(task.get("files")),
         faults=_number(task.get("faults")),
         held_up_by="" if nice.upper() in ("", "OK", "QUEUED") else (details or nice),
-        current=str(task.get("current") or ""),
+        current=str(ours.get("current") or ""),
     )
 
 

@@ -11,6 +11,7 @@ import click
 
 from agent.cli.command import with_relay
 from agent.cli.output import Column, Output, field, human_bytes
+from agent.cli.progress import beside, progress_of
 from agent.cli.relay_client import document_of
 from agent.cli.submission import deadline_option, finish, patience_from, waiting_options
 from agent.cli.waiting import watch
@@ -144,8 +145,11 @@ def _task_rows(document: Mapping[str, Any]) -> list[tuple[str, object]]:
         ("Faults", "faults"),
     ]
     rows: list[tuple[str, object]] = [(name, document.get(key)) for name, key in names]
-    rows.append(("Bytes transferred", human_bytes(int(document.get("bytes_transferred") or 0))))
+    progress = progress_of(document)
+    total = "" if progress.bytes_total is None else f" of {human_bytes(progress.bytes_total)}"
+    rows.append(("Bytes transferred", human_bytes(progress.bytes_done) + total))
     rows.append(("Rate", f"{human_bytes(int(document.get('effective_bytes_per_second') or 0))}/s"))
+    rows.append(("Sent again", human_bytes(int(beside(document).get("bytes_sent_again") or 0))))
     error = document.get("fatal_error")
     if isinstance(error, Mapping):
         rows.append(("Fatal error", f"{error.get('code')}: {error.get('description')}"))

@@ -61,8 +61,8 @@ def _sync_level(_context: click.Context, _parameter: click.Parameter, value: str
 
 
 @click.command(cls=RulesInOrder)
-@click.argument("source", type=LocationType())
-@click.argument("destination", type=LocationType())
+@click.argument("source", type=LocationType(), metavar="SOURCE")
+@click.argument("destination", type=LocationType(), metavar="DESTINATION")
 @click.option("-r", "--recursive/--no-recursive", default=None, help="SOURCE is a directory (default: look).")
 @click.option(
     "--batch", type=click.File("r"), help="Read SOURCE DESTINATION lines from a file, or - for standard input."

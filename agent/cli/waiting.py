@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from agent.cli.exit_codes import ExitCode, final_exit_code, needs_attention
+from agent.cli.exit_codes import ExitCode, final_exit_code, needs_attention, who_can_mend
 from agent.cli.output import Output
 from agent.cli.progress import Display, RateMeter, progress_of
 from agent.cli.screen import display_for
@@ -123,7 +123,9 @@ def outcome_sentence(task_id: str, waited: Waited) -> str:
         case ExitCode.TIMED_OUT:
             return f"Time is up and the task goes on; `towpath task wait {task_id}` watches it again."
         case ExitCode.NEEDS_ATTENTION:
-            return f"Task {task_id} needs somebody's attention: {details or task.get('nice_status') or 'it is paused'}"
+            who = who_can_mend(task)
+            reason = details or task.get("nice_status") or "it is paused"
+            return f"Task {task_id} needs attention{f' of {who}' if who else ''}: {reason}"
         case _:
             error = task.get("fatal_error")
             reason = error.get("description") if isinstance(error, Mapping) else details
