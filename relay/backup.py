@@ -17,12 +17,16 @@ import time
 from pathlib import Path, PurePosixPath
 
 from protocol.errors import NeedsPerson
+from protocol.identity import write_private_file
 from relay.lock import exclusive
-from relay.settings import Settings
+from relay.settings import Settings, parse
 
+# Names inside the archive.
 DATABASE = "relay.sqlite"
+CONFIGURATION = "relay.yaml"
 _FOLDERS = ("keys", "tls")
 _MAX_MEMBERS = 1000
+_MAX_CONFIGURATION = 1 << 20
 
 
 class BackupRefused(NeedsPerson):
@@ -46,7 +50,7 @@ def back_up(settings: Settings, configuration: Path, target: Path) -> int:
             _copy_database(database, copy)
             with tarfile.open(fileobj=file, mode="w:gz", compresslevel=6) as archive:
                 archive.add(copy, DATABASE)
-                archive.add(configuration, "relay.yaml")
+                archive.add(configuration, CONFIGURATION)
                 for folder in _FOLDERS:
                     if (settings.directory_path / folder).exists():
                         archive.add(settings.directory_path / folder, folder)
@@ -61,32 +65,54 @@ def back_up(settings: Settings, configuration: Path, target: Path) -> int:
 
 
 def restore(archive: Path, directory: Path, *, force: bool) -> Path | None:
-    """Put a backup's content into ``directory``. Returns where the former content was moved to, if there was any.
+    """Put a backup in place: the configuration into ``directory``, everything else where it says.
 
-    Never touches a directory on which a relay runs; replaces the content of another only with ``force``, and keeps it.
-    Raises `AlreadyRunning`, `BackupRefused`, OSError, tarfile.TarError.
+    Returns where the former content was moved to, if there was any. Never touches a directory on which a relay runs;
+    replaces the content of another only with ``force``, and keeps it. Raises `AlreadyRunning`, `BackupRefused`,
+    `SettingsError`, OSError, tarfile.TarError.
     """
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with exclusive(directory):
-        names = (DATABASE, DATABASE + "-wal", DATABASE + "-shm", "relay.yaml", *_FOLDERS)
-        present = [name for name in names if (directory / name).exists()]
+    text = _read_configuration_untrusted(archive)
+    settings = parse(text, f"relay.yaml in {archive.name}")
+    home = directory.resolve()
+    place = (home / Path(settings.directory).expanduser()).resolve()
+    database = place / settings.database.file
+    database.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with exclusive(place):
+        known = [database, *(database.with_name(database.name + end) for end in ("-wal", "-shm"))]
+        known += [home / CONFIGURATION, *(place / folder for folder in _FOLDERS)]
+        present = [path for path in known if path.exists()]
         if present and not force:
-            raise BackupRefused(
-                f"{directory} holds a relay already ({', '.join(present)}); --force moves it aside.", who="you"
-            )
-        scratch = directory / f".restore-{secrets.token_hex(4)}"
+            names = ", ".join(path.name for path in present)
+            raise BackupRefused(f"{place} holds a relay already ({names}); --force moves it aside.", who="you")
+        scratch = place / f".restore-{secrets.token_hex(4)}"
         scratch.mkdir(mode=0o700)
         try:
             _unpack_untrusted(archive, scratch)
             _check_database(scratch / DATABASE)
-            aside = _move_aside(directory, present) if present else None
+            aside = _move_aside(place, present) if present else None
+            home.mkdir(mode=0o700, parents=True, exist_ok=True)
+            write_private_file(home / CONFIGURATION, text.encode())
+            for folder in _FOLDERS:
+                if (scratch / folder).exists():
+                    (scratch / folder).rename(place / folder)
             # The database last: without it nothing serves what is only half restored.
-            for name in sorted(os.listdir(scratch), key=lambda name: name == DATABASE):
-                (scratch / name).rename(directory / name)
-            _sync_directory(directory)
+            (scratch / DATABASE).rename(database)
+            _sync_directory(place)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     return aside
+
+
+def _read_configuration_untrusted(archive: Path) -> str:
+    with tarfile.open(archive, "r:gz") as source:
+        try:
+            member = source.getmember(CONFIGURATION)
+            file = source.extractfile(member) if member.isfile() and member.size <= _MAX_CONFIGURATION else None
+        except KeyError:
+            file = None
+        if file is None:
+            raise BackupRefused(f"{archive} is no backup of a relay: it holds no configuration.")
+        return file.read().decode(errors="replace")
 
 
 def _copy_database(source: Path, target: Path) -> None:
@@ -115,7 +141,7 @@ def _unpack_untrusted(archive: Path, into: Path) -> None:
     with tarfile.open(archive, "r:gz") as source:
         for count, member in enumerate(source, start=1):
             parts = PurePosixPath(member.name).parts
-            known = parts[:1] and parts[0] in (DATABASE, "relay.yaml", *_FOLDERS)
+            known = parts[:1] and parts[0] in (DATABASE, CONFIGURATION, *_FOLDERS)
             if count > _MAX_MEMBERS or not known or not (member.isfile() or member.isdir()):
                 raise BackupRefused(f"{archive} is no backup of a relay (it contains {member.name!r:.100}).")
             source.extract(member, into, filter="data", set_attrs=False)
@@ -128,12 +154,12 @@ def _unpack_untrusted(archive: Path, into: Path) -> None:
         raise BackupRefused(f"{archive} is no backup of a relay: it holds no database.")
 
 
-def _move_aside(directory: Path, names: list[str]) -> Path:
-    aside = directory / time.strftime("replaced-%Y%m%dT%H%M%S", time.gmtime())
+def _move_aside(place: Path, present: list[Path]) -> Path:
+    aside = place / time.strftime("replaced-%Y%m%dT%H%M%S", time.gmtime())
     aside.mkdir(mode=0o700)
-    # The database first, with its log: from then on the directory holds no relay until the restored one is there.
-    for name in sorted(names, key=lambda name: not name.startswith(DATABASE)):
-        (directory / name).rename(aside / name)
+    # In the order given, the database first: from then on there is no relay until the restored one is complete.
+    for path in present:
+        path.rename(aside / path.name)
     _sync_directory(aside)
     return aside
 

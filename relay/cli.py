@@ -26,6 +26,8 @@ _EVERYWHERE = Path("/etc/towpath/relay.yaml")
 
 def main() -> NoReturn:
     """Entry point of the command. Exit codes: 0 done, 1 failed, 2 wrong usage."""
+    import tarfile
+
     from protocol.errors import TowpathError
 
     # Nearly all files of a relay are secret; those that are not are opened up one by one.
@@ -41,6 +43,8 @@ def main() -> NoReturn:
         sys.exit(error.exit_code)
     except TowpathError as error:
         _fail(error.sentence)
+    except tarfile.TarError as error:
+        _fail(f"The backup cannot be read: {error}")
     except OSError as error:
         _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     sys.exit(0)

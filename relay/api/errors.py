@@ -10,7 +10,6 @@ import http
 import re
 import secrets
 import string
-import uuid
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, cast
 
@@ -115,11 +114,13 @@ def _transfer_shape(error: ApiError, path: str, request_id: str) -> dict[str, An
 def _auth_shape(error: ApiError, path: str, request_id: str) -> dict[str, Any]:
     detail = {
         "status": str(error.status),
-        "id": str(uuid.uuid4()),
+        # Clients of Globus show this as the id of the request.
+        "id": request_id,
         "code": _upper_word(error.code),
-        "detail": error.message,
+        # The Globus CLI tells people to log in again when it reads exactly this word here.
+        "detail": error.code if error.code == "invalid_grant" else error.message,
         "title": http.HTTPStatus(error.status).phrase,
-        "meta": {"request_id": request_id, "resource": path},
+        "meta": {"resource": path},
     }
     return {"error": _upper_word(error.code).lower(), "error_description": error.message, "errors": [detail]}
 

@@ -173,7 +173,11 @@ async def test_refresh_over_http_gives_exactly_one_token(world: RelayWorld) -> N
     assert (document["resource_server"], document["refresh_token"]) == (TRANSFER_SERVER, issued.refresh_token)
     form["refresh_token"] = "x" * 43
     response = await world.http.post("/v2/oauth2/token", data=form, auth=(client_id, secret))
-    assert (response.status_code, response.json()["error"]) == (401, "invalid_grant")
+    document = response.json()
+    assert (response.status_code, document["error"]) == (401, "invalid_grant")
+    # The Globus CLI knows by this word, there and nowhere else, that somebody has to log in again.
+    assert document["errors"][0]["detail"] == "invalid_grant"
+    assert document["error_description"] != "invalid_grant"
 
 
 async def test_validate_tells_a_client_about_its_own_tokens_alone(world: RelayWorld) -> None:

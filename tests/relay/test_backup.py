@@ -1,0 +1,153 @@
+"""Backups: complete, consistent, private; restoring loses nothing that was there."""
+
+from __future__ import annotations
+
+import io
+import sqlite3
+import tarfile
+from functools import partial
+from pathlib import Path
+
+import pytest
+import trio
+
+from protocol.errors import NeedsPerson
+from relay.auth.identities import add_identity, identities_by_username
+from relay.backup import BackupRefused, back_up, restore
+from relay.keys import RelayKeys
+from relay.lock import AlreadyRunning, exclusive
+from relay.settings import Settings
+from relay.settings import load as load_settings
+from relay.store.database import Store
+
+
+async def add(store: Store, name: str) -> None:
+    await store.write(partial(add_identity, username=name, now=1.0, provider_id="p"))
+
+
+async def users(settings: Settings, *names: str) -> set[str]:
+    store = Store(settings.database_url)
+    try:
+        return set(await identities_by_username(store, names))
+    finally:
+        store.close()
+
+
+async def test_a_backup_taken_while_the_relay_writes_restores_elsewhere(
+    relay_settings: Settings, relay_store: Store, relay_directory: Path, tmp_path: Path
+) -> None:
+    await add(relay_store, "before@x")
+    archive = tmp_path / "backup.tgz"
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(trio.to_thread.run_sync, back_up, relay_settings, relay_directory / "relay.yaml", archive)
+        for index in range(20):
+            await add(relay_store, f"during{index}@x")
+    await add(relay_store, "after@x")
+    assert archive.stat().st_mode & 0o777 == 0o600
+    target = tmp_path / "restored"
+    assert restore(archive, target, force=False) is None
+    restored = load_settings(target / "relay.yaml")
+    assert await users(restored, "before@x", "after@x") == {"before@x"}
+    theirs, ours = (RelayKeys(place / "keys") for place in (relay_directory, target))
+    assert (theirs.relay_id, theirs.root_public_pem, theirs.jwk_set) == (
+        ours.relay_id,
+        ours.root_public_pem,
+        ours.jwk_set,
+    )
+    secret = [path for path in target.rglob("*") if path.is_file()]
+    assert {path.stat().st_mode & 0o077 for path in secret} == {0}
+
+
+async def test_restoring_over_a_relay_needs_force_and_keeps_the_old_one(
+    relay_settings: Settings, relay_store: Store, relay_directory: Path, tmp_path: Path
+) -> None:
+    archive = tmp_path / "backup.tgz"
+    back_up(relay_settings, relay_directory / "relay.yaml", archive)
+    await add(relay_store, "later@x")
+    relay_store.close()
+    with pytest.raises(BackupRefused, match="--force"):
+        restore(archive, relay_directory, force=False)
+    assert await users(relay_settings, "later@x") == {"later@x"}
+    aside = restore(archive, relay_directory, force=True)
+    assert await users(relay_settings, "later@x") == set()
+    assert aside is not None
+    kept = sqlite3.connect(aside / "relay.sqlite")
+    assert kept.execute("SELECT username FROM identities").fetchall() == [("later@x",)]
+    kept.close()
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_running_relay_is_never_touched(
+    relay_settings: Settings, relay_directory: Path, tmp_path: Path, force: bool
+) -> None:
+    archive = tmp_path / "backup.tgz"
+    back_up(relay_settings, relay_directory / "relay.yaml", archive)
+    with exclusive(relay_directory), pytest.raises(AlreadyRunning):
+        restore(archive, relay_directory, force=force)
+
+
+def test_places_named_in_the_configuration_are_obeyed(
+    relay_settings: Settings, relay_directory: Path, tmp_path: Path
+) -> None:
+    configuration = relay_directory / "relay.yaml"
+    configuration.write_text("directory: data\ndatabase: {file: db/main.sqlite}\n")
+    archive = tmp_path / "backup.tgz"
+    back_up(relay_settings, configuration, archive)
+    restore(archive, tmp_path / "new", force=False)
+    assert (tmp_path / "new" / "data" / "db" / "main.sqlite").is_file()
+    assert (tmp_path / "new" / "data" / "keys" / "root.pem").is_file()
+    assert load_settings(tmp_path / "new" / "relay.yaml").directory_path == tmp_path / "new" / "data"
+
+
+def test_a_backup_never_replaces_a_file(relay_settings: Settings, relay_directory: Path, tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("x")
+    with pytest.raises(BackupRefused, match="exists already"):
+        back_up(relay_settings, relay_directory / "relay.yaml", tmp_path / "precious")
+    assert (tmp_path / "precious").read_text() == "x"
+
+
+def archive_with(path: Path, members: dict[str, bytes], link: str | None = None) -> Path:
+    with tarfile.open(path, "w:gz") as archive:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+        if link is not None:
+            member = tarfile.TarInfo("keys")
+            member.type, member.linkname = tarfile.SYMTYPE, link
+            archive.addfile(member)
+    return path
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        {},
+        {"relay.yaml": b""},
+        {"relay.yaml": b"", "relay.sqlite": b"not a database" * 100},
+        {"relay.yaml": b"nonsense: 1"},
+        {"relay.yaml": b"", "../escape": b"x"},
+        {"relay.yaml": b"", "keys/../../escape": b"x"},
+        {"relay.yaml": b"", "/escape": b"x"},
+        {"relay.yaml": b"", "other": b"x"},
+    ],
+)
+def test_what_is_no_backup_is_refused_and_leaves_nothing(tmp_path: Path, members: dict[str, bytes]) -> None:
+    archive = archive_with(tmp_path / "hostile.tgz", members)
+    with pytest.raises((NeedsPerson, tarfile.TarError)):
+        restore(archive, tmp_path / "inner" / "target", force=False)
+    left = {path.name for path in (tmp_path / "inner").rglob("*") if path.is_file()} if members else set()
+    assert left <= {"relay.lock"}
+    assert not (tmp_path / "escape").exists()
+
+
+def test_links_in_an_archive_are_refused(tmp_path: Path) -> None:
+    archive = archive_with(tmp_path / "hostile.tgz", {"relay.yaml": b""}, link="/etc")
+    with pytest.raises(BackupRefused):
+        restore(archive, tmp_path / "target", force=False)
+
+
+def test_a_file_that_is_no_archive_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.tgz").write_bytes(b"x" * 1000)
+    with pytest.raises(tarfile.TarError):
+        restore(tmp_path / "x.tgz", tmp_path / "target", force=False)

@@ -1,0 +1,210 @@
+"""Keys and certificates of a relay: made once, renewed in time, never mixed up, readable by their owner alone."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import ssl
+from pathlib import Path
+
+import msgspec
+import pytest
+import trustme
+
+from protocol.errors import ProtocolError
+from protocol.ticket import RelayRoot, TicketVerifier
+from relay import keys, tls
+from relay.keys import KeysUnusable, RelayKeys
+from relay.settings import Settings
+from relay.settings import parse as parse_settings
+
+DAY = 86400.0
+LIFE = 30 * DAY
+TICKET = DAY / 2
+NOW = 1_800_000_000.0
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    keys.create(tmp_path / "keys", NOW, LIFE)
+    return tmp_path / "keys"
+
+
+def signed(relay: RelayKeys, now: float) -> str:
+    return relay.signer.sign_claims({"iss": relay.relay_id, "iat": int(now), "exp": int(now + TICKET)})
+
+
+def test_making_keys_again_keeps_them(directory: Path) -> None:
+    before = {path.name: path.read_bytes() for path in directory.iterdir()}
+    keys.create(directory, NOW + DAY, LIFE)
+    assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
+
+
+def test_every_key_file_is_the_owners_alone(directory: Path) -> None:
+    assert directory.stat().st_mode & 0o777 == 0o700
+    assert {path.stat().st_mode & 0o777 for path in directory.iterdir()} == {0o600}
+
+
+def test_a_year_of_rotation_is_followed_by_agents_that_pinned_the_root(directory: Path) -> None:
+    relay = RelayKeys(directory)
+    verifier = TicketVerifier(relay.relay_id, relay.root_public_pem)
+    used, now = set(), NOW
+    while now < NOW + 365 * DAY:
+        relay.renew(now, key_life=LIFE, ticket_life=TICKET)
+        used.add(relay.signer.kid)
+        token = signed(relay, now)
+        # A ticket is good for its whole life, whatever happens to the key meanwhile.
+        verifier.claims_untrusted(token, now)
+        verifier.claims_untrusted(token, now + TICKET)
+        now += DAY / 4
+    assert 17 <= len(used) <= 20
+    with pytest.raises(ProtocolError):
+        verifier.claims_untrusted(token, now + TICKET + DAY)
+
+
+def test_a_key_that_another_process_certified_is_taken_up(directory: Path) -> None:
+    relay = RelayKeys(directory)
+    made = keys.certify_ticket_key(directory, RelayRoot.load(directory / "root.pem"), NOW, LIFE)
+    assert relay.signer.kid != made.kid
+    assert relay.renew(NOW, key_life=LIFE, ticket_life=TICKET)
+    assert relay.signer.kid == made.kid
+    assert not relay.renew(NOW, key_life=LIFE, ticket_life=TICKET)
+
+
+def test_without_the_root_nothing_renews_and_the_operator_is_told(directory: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "safe"
+    keys.move_root(directory, kept)
+    assert kept.stat().st_mode & 0o777 == 0o600
+    relay = RelayKeys(directory)
+    assert not relay.statistics().root_present
+    assert not relay.renew(NOW + 19 * DAY, key_life=LIFE, ticket_life=TICKET)
+    with pytest.raises(KeysUnusable, match="root certify"):
+        relay.renew(NOW + 21 * DAY, key_life=LIFE, ticket_life=TICKET)
+    keys.certify_ticket_key(directory, RelayRoot.load(kept), NOW + 21 * DAY, LIFE)
+    assert relay.renew(NOW + 21 * DAY, key_life=LIFE, ticket_life=TICKET)
+    with pytest.raises(KeysUnusable):
+        keys.move_root(directory, tmp_path / "again")
+
+
+def test_another_relays_root_is_refused(directory: Path) -> None:
+    with pytest.raises(KeysUnusable, match="another one"):
+        keys.certify_ticket_key(directory, RelayRoot.generate(), NOW, LIFE)
+
+
+@pytest.mark.parametrize("name", ["relay-id", "root-public.pem", "id-token.pem", "ticket-key.json"])
+def test_missing_and_damaged_files_are_named(directory: Path, name: str) -> None:
+    if name.endswith((".json", "token.pem")):
+        (directory / name).write_bytes(b"damaged")
+        with pytest.raises(KeysUnusable, match=name):
+            RelayKeys(directory)
+    (directory / name).unlink()
+    with pytest.raises(KeysUnusable, match=name):
+        RelayKeys(directory)
+
+
+# --- certificates ----------------------------------------------------------------------------------------
+
+
+def handshake(server: ssl.SSLContext, authority: str, name: str) -> bytes:
+    """A TLS handshake in memory, strict as Python 3.13's default; returns the server's certificate."""
+    client = ssl.create_default_context(cadata=authority)
+    client.verify_flags |= ssl.VERIFY_X509_STRICT
+    there, back = ssl.MemoryBIO(), ssl.MemoryBIO()
+    one = client.wrap_bio(back, there, server_hostname=name)
+    other = server.wrap_bio(there, back, server_side=True)
+    for _ in range(4):
+        for side in (one, other):
+            try:
+                side.do_handshake()
+            except ssl.SSLWantReadError:
+                continue
+    certificate = one.getpeercert(binary_form=True)
+    assert certificate is not None
+    return certificate
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    parsed = parse_settings("listen: {url: 'https://relay.example.org'}\ntls: {names: [192.0.2.7, '2001:DB8:0::1']}\n")
+    return msgspec.structs.replace(parsed, directory=str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["relay.example.org", "localhost", "127.0.0.1", "::1", "192.0.2.7", "2001:db8::1"])
+def test_a_self_made_certificate_is_good_for_its_names(settings: Settings, name: str) -> None:
+    tls.create(settings, datetime.datetime.now(datetime.UTC))
+    shown = tls.ServerCertificate(settings)
+    authority = tls.ca_certificate_pem(settings)
+    assert authority is not None
+    assert hashlib.sha256(handshake(shown.context, authority, name)).hexdigest() == shown.channel
+
+
+def test_other_names_are_refused(settings: Settings) -> None:
+    shown = tls.ServerCertificate(settings)
+    authority = tls.ca_certificate_pem(settings)
+    assert authority is not None
+    with pytest.raises(ssl.SSLCertVerificationError):
+        handshake(shown.context, authority, "elsewhere.example.org")
+
+
+def test_a_certificate_is_renewed_before_its_end_by_the_same_authority(settings: Settings) -> None:
+    now = datetime.datetime.now(datetime.UTC)
+    tls.create(settings, now - datetime.timedelta(days=300))
+    authority = tls.ca_fingerprint(settings)
+    aged = tls.ServerCertificate(settings)
+    first = aged.channel
+    assert not aged.renew(now)
+    # The clock of the certificates is moved back, since nobody may handshake in the future.
+    (tls.tls_directory(settings) / "server.pem").unlink()
+    tls.create(settings, now - datetime.timedelta(days=350))
+    assert aged.renew(now)
+    assert aged.channel != first
+    assert aged.statistics().expires > (now + datetime.timedelta(days=390)).timestamp()
+    assert tls.ca_fingerprint(settings) == authority
+    pem = tls.ca_certificate_pem(settings)
+    assert pem is not None
+    handshake(aged.context, pem, "localhost")
+
+
+def test_a_new_name_gives_a_new_certificate(settings: Settings) -> None:
+    first = tls.ServerCertificate(settings)
+    assert tls.ServerCertificate(settings).channel == first.channel
+    wider = msgspec.structs.replace(settings, tls=Settings().tls)
+    wider = msgspec.structs.replace(
+        wider, listen=msgspec.structs.replace(settings.listen, url="https://new.example.org")
+    )
+    second = tls.ServerCertificate(wider)
+    assert second.channel != first.channel
+    assert "new.example.org" in second.statistics().names
+
+
+def test_private_files_are_private_and_the_authority_is_not(settings: Settings) -> None:
+    tls.ServerCertificate(settings)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tls.tls_directory(settings).iterdir()}
+    assert modes == {"ca.key": 0o600, "ca.pem": 0o644, "server.pem": 0o600}
+
+
+def test_an_operators_certificate_is_used_and_taken_up_when_it_changes(tmp_path: Path) -> None:
+    authority = trustme.CA()
+
+    def issue(name: str) -> None:
+        leaf = authority.issue_cert("relay.example.org")
+        leaf.private_key_pem.write_to_path(tmp_path / "own.key")
+        (tmp_path / name).write_bytes(b"".join(blob.bytes() for blob in leaf.cert_chain_pems))
+
+    issue("own.pem")
+    settings = msgspec.structs.replace(
+        parse_settings("tls: {certificate: own.pem, key: own.key}\n"), directory=str(tmp_path)
+    )
+    shown = tls.ServerCertificate(settings)
+    first = shown.channel
+    assert tls.ca_certificate_pem(settings) is None
+    assert tls.ca_fingerprint(settings) is None
+    issue("own.pem")
+    assert shown.renew(datetime.datetime.now(datetime.UTC))
+    assert shown.channel != first
+    handshake(shown.context, authority.cert_pem.bytes().decode(), "relay.example.org")
+    # A half-finished replacement must not spoil the pair in use.
+    issue("other.pem")
+    with pytest.raises(tls.CertificateUnusable):
+        tls.ServerCertificate(settings)
+    handshake(shown.context, authority.cert_pem.bytes().decode(), "relay.example.org")
