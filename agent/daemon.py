@@ -173,7 +173,7 @@ class Daemon:
         }
 
     async def reload(self) -> str:
-        """Read the configuration again; collections change at once, the rest at the next start. Raises `ConfigError`."""
+        """Read the configuration again; collections change at once, the rest later. Raises `ConfigError`."""
         config = await trio.to_thread.run_sync(load_config, self._config_file)
         self._policy.replace(config.collections)
         self._tasks.announce_collections([report_of(row) for row in config.collections])

@@ -1,7 +1,12 @@
-"""What the owner may ask of the running agent through the private socket: state, holding up, reconnecting, ending."""
+"""What the owner may ask of the running agent: an ASGI application for the private local socket.
+
+Everything here is the owner's alone: stopping, pausing, reading the configuration again. None of it exists on the
+link, whose routes are in `agent.link_app`; the two applications share services, not routes.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable, Callable
 
 import msgspec
@@ -10,78 +15,135 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from agent.link_app import error_response
+from agent.config import is_uuid
+from agent.policy import Policy
 from agent.services import Owner, TaskService
-from protocol.errors import TowpathError
+from protocol.control import CollectionReport, encode
+from protocol.errors import AccessDenied, ItemFailed, ProtocolError, RetryLater, TowpathError
+
+Handler = Callable[[Request], Awaitable[object]]
+
+_logger = logging.getLogger("towpath.local")
 
 
-def _answer(document: object) -> Response:
-    return Response(msgspec.json.encode(document), media_type="application/json")
+class LocalApplication:
+    """The handlers; `local_app` makes them an application."""
 
-
-class LocalApp:
-    """The routes of the local socket."""
-
-    def __init__(self, owner: Owner, tasks: TaskService) -> None:
+    def __init__(
+        self, owner: Owner, tasks: TaskService, policy: Policy, reports: Callable[[], list[CollectionReport]]
+    ) -> None:
         self._owner = owner
         self._tasks = tasks
+        self._policy = policy
+        self._reports = reports
 
-    def application(self) -> Starlette:
-        """The ASGI application."""
-        return Starlette(
-            routes=[
-                Route("/status", _guard(self._status), methods=["GET"]),
-                Route("/stop", _guard(self._stop), methods=["POST"]),
-                Route("/reload", _guard(self._reload), methods=["POST"]),
-                Route("/reconnect", _guard(self._reconnect), methods=["POST"]),
-                Route("/pause", _guard(self._pause), methods=["POST"]),
-                Route("/resume", _guard(self._resume), methods=["POST"]),
-                Route("/tasks/{task}/pause", _guard(self._pause_task), methods=["POST"]),
-                Route("/tasks/{task}/resume", _guard(self._resume_task), methods=["POST"]),
-                Route("/collections/{collection}/accept-root", _guard(self._accept_root), methods=["POST"]),
-            ]
-        )
+    async def status(self, _: Request) -> object:
+        """Everything `towpath status` shows."""
+        return self._owner.status()
 
-    async def _status(self, _request: Request) -> Response:
-        return _answer(self._owner.status())
-
-    async def _stop(self, _request: Request) -> Response:
+    async def stop(self, _: Request) -> object:
+        """End the agent; the answer comes first."""
         self._owner.stop()
-        return _answer({"stopping": True})
+        return {"message": "The agent is stopping."}
 
-    async def _reload(self, _request: Request) -> Response:
-        return _answer({"sentence": await self._owner.reload()})
+    async def collections(self, _: Request) -> object:
+        """The collections and whether they can be used."""
+        return {"collections": self._reports()}
 
-    async def _reconnect(self, _request: Request) -> Response:
-        self._owner.reconnect()
-        return _answer({})
+    async def accept_root(self, request: Request) -> object:
+        """Take the root of a collection as it is now."""
+        collection = self._policy.collection(_id(request))
+        await self._owner.accept_root(collection.id)
+        return {"message": f"The root of {collection.name} is accepted as it is now."}
 
-    async def _pause(self, _request: Request) -> Response:
+    async def tasks(self, _: Request) -> object:
+        """All tasks that are not closed."""
+        return {"tasks": self._tasks.tasks()}
+
+    async def pause_task(self, request: Request) -> object:
+        """Hold one task up."""
+        await self._tasks.pause_task(_id(request))
+        return {"message": "The task is paused."}
+
+    async def resume_task(self, request: Request) -> object:
+        """Let one task go on."""
+        await self._tasks.resume_task(_id(request))
+        return {"message": "The task goes on."}
+
+    async def pause(self, _: Request) -> object:
+        """Hold up everything this machine takes part in."""
         await self._owner.set_paused(True)
-        return _answer({"paused": True})
+        return {"message": "All transfers of this machine are paused."}
 
-    async def _resume(self, _request: Request) -> Response:
+    async def resume(self, _: Request) -> object:
+        """Undo `pause`."""
         await self._owner.set_paused(False)
-        return _answer({"paused": False})
+        return {"message": "Transfers go on."}
 
-    async def _pause_task(self, request: Request) -> Response:
-        await self._tasks.pause_task(request.path_params["task"])
-        return _answer({})
+    async def reconnect(self, _: Request) -> object:
+        """Dial the relay at once."""
+        self._owner.reconnect()
+        return {"message": "Connecting to the relay."}
 
-    async def _resume_task(self, request: Request) -> Response:
-        await self._tasks.resume_task(request.path_params["task"])
-        return _answer({})
+    async def reload(self, _: Request) -> object:
+        """Read the configuration again."""
+        return {"message": await self._owner.reload()}
 
-    async def _accept_root(self, request: Request) -> Response:
-        await self._owner.accept_root(request.path_params["collection"])
-        return _answer({})
+    def table(self) -> list[tuple[str, str, Handler]]:
+        """Method, path and handler of every route."""
+        return [
+            ("GET", "/status", self.status),
+            ("POST", "/stop", self.stop),
+            ("GET", "/collections", self.collections),
+            ("POST", "/collections/{id}/accept-root", self.accept_root),
+            ("GET", "/tasks", self.tasks),
+            ("POST", "/tasks/{id}/pause", self.pause_task),
+            ("POST", "/tasks/{id}/resume", self.resume_task),
+            ("POST", "/pause", self.pause),
+            ("POST", "/resume", self.resume),
+            ("POST", "/relay/reconnect", self.reconnect),
+            ("POST", "/reload", self.reload),
+        ]
 
 
-def _guard(handler: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
-    async def guarded(request: Request) -> Response:
+def local_app(application: LocalApplication) -> Starlette:
+    """The ASGI application."""
+    return Starlette(
+        routes=[Route(path, _answering(handler), methods=[method]) for method, path, handler in application.table()]
+    )
+
+
+def _id(request: Request) -> str:
+    text = str(request.path_params["id"])
+    if not is_uuid(text):
+        raise ProtocolError("That is not an id.")
+    return text
+
+
+def _answering(handler: Handler) -> Callable[[Request], Awaitable[Response]]:
+    async def answer(request: Request) -> Response:
         try:
-            return await handler(request)
+            # No program of the owner's sends one; a browser that was tricked into a proxy to this socket would.
+            if "origin" in request.headers:
+                raise AccessDenied("Web pages may not control the agent.")
+            return _json(200, await handler(request))
         except TowpathError as error:
-            return error_response(error)
+            return _json(_status_of(error), error.to_document())
+        except Exception:
+            _logger.exception("A request on the local socket failed: %s %s", request.method, request.url.path)
+            document = RetryLater("The agent failed to answer; its log says more.", code="INTERNAL_ERROR").to_document()
+            return _json(500, document)
 
-    return guarded
+    return answer
+
+
+def _status_of(error: TowpathError) -> int:
+    if isinstance(error, AccessDenied):
+        return 403
+    if isinstance(error, ItemFailed):
+        return 404
+    return 400 if isinstance(error, ProtocolError) else 409
+
+
+def _json(status: int, document: object) -> Response:
+    return Response(encode(msgspec.to_builtins(document)), status, media_type="application/json")

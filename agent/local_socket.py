@@ -106,7 +106,7 @@ def forget(state_dir: Path, path: Path) -> None:
 
 def peer_user(connection: socket.socket) -> int | None:
     """The user id at the other end as the kernel knows it; None where this system cannot say. Raises OSError."""
-    if sys.platform.startswith("linux"):
+    if sys.platform == "linux":
         credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
         return int(struct.unpack("3i", credentials)[1])
     if sys.platform == "darwin":
