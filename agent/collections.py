@@ -167,27 +167,31 @@ class Collections:
         return fresh
 
     def _open_root(self, config: CollectionConfig) -> Root:
-        from agent.storage import mounts, posix
+        from agent.storage import posix
 
         root = posix.open_root(config.root)
         try:
-            found = root.mark()
-            expected = self._marks.expected(config)
-            if expected is not None:
-                # A folder that was made anew in the same place is the owner's doing; another disk may be an accident.
-                difference = mounts.difference(dataclasses.replace(expected, inode=found.inode), found)
-                if difference:
-                    raise CollectionUnavailable(
-                        f"The root of collection {config.name!r} {difference}. Mount its disk; or, if it has moved for "
-                        f"good, run `towpath config accept-root {config.id}`.",
-                        subject=config.id,
-                    )
-            else:
-                self._marks.keep(config, found)
+            self._recognise(config, root.mark())
         except BaseException:
             root.close()
             raise
         return root
+
+    def _recognise(self, config: CollectionConfig, found: Mark) -> None:
+        from agent.storage import mounts
+
+        expected = self._marks.expected(config)
+        if expected is None:
+            self._marks.keep(config, found)
+            return
+        # A folder that was made anew in the same place is the owner's doing; another disk may be an accident.
+        difference = mounts.difference(dataclasses.replace(expected, inode=found.inode), found)
+        if difference:
+            raise CollectionUnavailable(
+                f"The root of collection {config.name!r} {difference}. Mount its disk; or, if it has moved for good, "
+                f"run `towpath config accept-root {config.id}`.",
+                subject=config.id,
+            )
 
     def _give_back(self, entry: _Open) -> None:
         with self._lock:

@@ -26,12 +26,12 @@ from agent.config import AgentConfig, ConfigError, load_config
 from agent.identity_file import Identity, make_state_dir, require
 from agent.link import Link
 from agent.link_app import LinkApp
-from agent.local_app import LocalApp
+from agent.local_app import LocalApplication, local_app
 from agent.lock import RENEW_EVERY, InstanceLock, held
 from agent.policy import Policy
 from agent.sdnotify import Notifier
 from agent.transfer.service import TransferService
-from protocol.control import TaskObserved
+from protocol.control import CollectionReport, TaskObserved
 from protocol.errors import RetryLater
 from protocol.identity import NodeKey
 from protocol.link import HelloFields
@@ -121,7 +121,8 @@ class Daemon:
                 self._stop.set()
 
     async def _serve_local(self, listener: Any) -> None:
-        app = ASGIWrapper(cast("Any", LocalApp(self, self._tasks).application()))
+        application = LocalApplication(self, self._tasks, self._policy, self._reports)
+        app = ASGIWrapper(cast("Any", local_app(application)))
         config = Config()
         config.errorlog = logger
         context = WorkerContext(None)
@@ -154,6 +155,9 @@ class Daemon:
 
     # --- for the owner ---------------------------------------------------------------------------------
 
+    def _reports(self) -> list[CollectionReport]:
+        return [self._collections.report(row) for row in self._policy.collections]
+
     def status(self) -> dict[str, Any]:
         """The document of `towpath status --format json`."""
         link = asdict(self._link.statistics())
@@ -168,7 +172,7 @@ class Daemon:
             "paused": self._paused,
             "data_port": self._tasks.port,
             "link": link,
-            "collections": [msgspec.to_builtins(self._collections.report(row)) for row in self._policy.collections],
+            "collections": msgspec.to_builtins(self._reports()),
             "tasks": [_task_row(task) for task in self._tasks.tasks()],
         }
 

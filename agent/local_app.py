@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable
 
 import msgspec
 from starlette.applications import Starlette
+from starlette.background import BackgroundTask
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -42,9 +43,13 @@ class LocalApplication:
         return self._owner.status()
 
     async def stop(self, _: Request) -> object:
-        """End the agent; the answer comes first."""
+        """End the agent; the answer goes out first."""
+        answer = _json(200, {"message": "The agent is stopping."})
+        answer.background = BackgroundTask(self._stop)
+        return answer
+
+    async def _stop(self) -> None:
         self._owner.stop()
-        return {"message": "The agent is stopping."}
 
     async def collections(self, _: Request) -> object:
         """The collections and whether they can be used."""
@@ -126,7 +131,8 @@ def _answering(handler: Handler) -> Callable[[Request], Awaitable[Response]]:
             # No program of the owner's sends one; a browser that was tricked into a proxy to this socket would.
             if "origin" in request.headers:
                 raise AccessDenied("Web pages may not control the agent.")
-            return _json(200, await handler(request))
+            document = await handler(request)
+            return document if isinstance(document, Response) else _json(200, document)
         except TowpathError as error:
             return _json(_status_of(error), error.to_document())
         except Exception:

@@ -106,14 +106,15 @@ def forget(state_dir: Path, path: Path) -> None:
 
 def peer_user(connection: socket.socket) -> int | None:
     """The user id at the other end as the kernel knows it; None where this system cannot say. Raises OSError."""
+    user: int | None = None
     if sys.platform == "linux":
         credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-        return int(struct.unpack("3i", credentials)[1])
-    if sys.platform == "darwin":
+        user = struct.unpack("3i", credentials)[1]
+    elif sys.platform == "darwin":
         # struct xucred of sys/ucred.h: version, uid, number of groups; SOL_LOCAL 0, LOCAL_PEERCRED 1.
         credentials = connection.getsockopt(0, 1, 76)
-        return int(struct.unpack_from("=II", credentials)[1])
-    return None
+        user = struct.unpack_from("=II", credentials)[1]
+    return user
 
 
 def is_allowed(user: int | None) -> bool:

@@ -11,13 +11,13 @@ from collections.abc import Iterable
 from typing import Literal
 
 from agent.config import CollectionConfig
-from protocol.errors import AccessDenied, ItemFailed
+from protocol.errors import AccessDenied, ItemFailed, NeedsPerson
 
 Access = Literal["r", "rw"]
 
 # What a relay may ask of the agent as such, whatever the collection. Settings, updates, support and anything
 # else that only the owner may do are not here and have no route on the link.
-LINK_OPERATIONS = frozenset({"hello", "events", "collections", "tasks", "sessions"})
+LINK_OPERATIONS = frozenset({"events", "collections", "tasks", "sessions"})
 
 
 class UnknownCollection(ItemFailed):
@@ -31,6 +31,8 @@ class Policy:
 
     def __init__(self, collections: Iterable[CollectionConfig]) -> None:
         self._collections = {collection.id: collection for collection in collections}
+        # Set by the owner alone, through the local socket.
+        self.paused = False
 
     @property
     def collections(self) -> tuple[CollectionConfig, ...]:
@@ -56,12 +58,12 @@ class Policy:
 
         ``path`` is a parsed collection path. Its components are looked at again although `protocol.names` made
         them: whoever forgets to parse gets a refusal here, not a file outside the root.
-        Raises `AccessDenied` (code ``READ_ONLY``, ``ILLEGAL_NAME`` or ``PERMISSION_DENIED``) or `UnknownCollection`.
+        Raises `AccessDenied` (code ``READ_ONLY`` or ``PERMISSION_DENIED``) or `UnknownCollection`.
         """
         collection = self.collection(collection_id)
         for component in path:
             if component in (b"", b".", b"..") or b"/" in component or b"\0" in component:
-                raise AccessDenied("The path leaves the collection.", code="ILLEGAL_NAME", subject=collection_id)
+                raise AccessDenied("The path leaves the collection.", subject=collection_id)
         if access not in ("r", "rw"):
             raise AccessDenied("Nobody may do that here.", subject=collection_id)
         if access == "rw" and collection.read_only:
@@ -73,6 +75,13 @@ class Policy:
         return collection
 
     def check_operation(self, operation: str) -> None:
-        """Whether the relay may ask for this kind of thing at all. Raises `AccessDenied`."""
+        """Whether the relay may ask for this kind of thing now. Raises `AccessDenied`, or `NeedsPerson` while the owner
+        has paused this machine and a session is wanted from it."""
         if operation not in LINK_OPERATIONS:
             raise AccessDenied("Only the owner of this machine may do that, and not through a relay.")
+        if operation == "sessions" and self.paused:
+            raise NeedsPerson(
+                "The owner of this machine has paused it; transfers go on when it is resumed.",
+                code="PAUSED_BY_OWNER",
+                who="source owner",
+            )
