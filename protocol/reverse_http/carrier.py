@@ -260,12 +260,12 @@ class Carrier:
 
     async def _keep_time(self) -> None:
         while self.core.tick(now := trio.current_time()):
+            if self.core.closed:
+                return
             self._poke()
             self._retimed = trio.Event()
             with trio.move_on_at(max(now, self.core.pings.deadline())):
                 await self._retimed.wait()
-            if self.ending is not None:
-                return
         interval = self.core.limits.ping_interval
         self.end(Ending(f"The other side was silent for {2 * interval:g} seconds."))
 

@@ -214,7 +214,7 @@ class Registry:
         `CallReset` when there is none. Cancelling gives up this call alone.
         """
         link = self._link(node_id)
-        if link.waiting >= self._max_waiting:
+        if link.waiting + link.under_way >= self._max_calls + self._max_waiting:
             self._refused += 1
             raise NodeBusy("Too many requests wait for this endpoint already; try again in a moment.")
         headers, body = ([], b"") if document is None else ([(b"content-type", b"application/json")], encode(document))

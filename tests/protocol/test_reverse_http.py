@@ -285,13 +285,16 @@ async def test_a_handler_that_ignores_its_callers_leaving_is_cancelled(autojump_
 async def test_starlette_stops_a_stream_nobody_reads(caplog: pytest.LogCaptureFixture) -> None:
     stopped = trio.Event()
 
-    async def endless(request: Request) -> Response:
-        async def lines() -> AsyncIterator[bytes]:
-            while True:
-                yield b"line\n"
-                await trio.sleep(0)
+    class Lines:
+        def __aiter__(self) -> Lines:
+            return self
 
-        return StreamingResponse(lines(), media_type="application/x-ndjson")
+        async def __anext__(self) -> bytes:
+            await trio.lowlevel.checkpoint()
+            return b"line\n"
+
+    async def endless(request: Request) -> Response:
+        return StreamingResponse(Lines(), media_type="application/x-ndjson")
 
     starlette = Starlette(routes=[Route("/", endless)])
 

@@ -1,0 +1,328 @@
+"""The registry: who is linked, and how calls reach them, fail, wait and are refused."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import msgspec
+import pytest
+import trio
+import trio.testing
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from protocol.control import AgentHello
+from protocol.errors import ItemFailed, NeedsPerson, RetryLater, TowpathError
+from protocol.reverse_http import DEFAULT_LIMITS, Limits, connect, serve
+from relay.rendezvous.registry import CallTimeout, LinkDown, LinkUp, NodeBusy, NodeOffline, Registry
+
+NODE = "11111111-1111-4111-8111-111111111111"
+OTHER = "22222222-2222-4222-8222-222222222222"
+
+
+def hello(node_id: str, boot: str = "") -> AgentHello:
+    return AgentHello(node_id=node_id, endpoint_id=node_id, signature="", certificate="", boot_id=boot)
+
+
+async def describe(request: Request) -> Response:
+    body = await request.body()
+    return JSONResponse(
+        {
+            "path": request.scope["path"],
+            "query": request.query_params.multi_items(),
+            "method": request.method,
+            "document": msgspec.json.decode(body) if body else None,
+        }
+    )
+
+
+async def fails(request: Request) -> Response:
+    error = NeedsPerson("The disk is full.", code="NO_SPACE", who="destination owner", subject="/a")
+    return JSONResponse(error.to_document(), status_code=507)
+
+
+async def nonsense(request: Request) -> Response:
+    return Response(b"\xff\xfe<html>", status_code=502)
+
+
+async def never(request: Request) -> Response:
+    await trio.sleep_forever()
+    return Response()
+
+
+class ThreeLines:
+    """Three lines, then nothing for ever. No generator: Starlette would leave one unfinished when its reader goes."""
+
+    def __init__(self) -> None:
+        self.given = 0
+
+    def __aiter__(self) -> ThreeLines:
+        return self
+
+    async def __anext__(self) -> bytes:
+        await trio.lowlevel.checkpoint()
+        if self.given == 3:
+            await trio.sleep_forever()
+        self.given += 1
+        return f"{self.given}\n".encode()
+
+
+async def lines(request: Request) -> Response:
+    return StreamingResponse(ThreeLines())
+
+
+async def denied(request: Request) -> Response:
+    return JSONResponse(ItemFailed("No.", code="PERMISSION_DENIED").to_document(), status_code=403)
+
+
+APP = Starlette(
+    routes=[
+        Route("/fails", fails),
+        Route("/nonsense", nonsense),
+        Route("/never", never),
+        Route("/lines", lines),
+        Route("/denied", denied),
+        Route("/{rest:path}", describe, methods=["GET", "PUT", "DELETE"]),
+    ]
+)
+
+
+@asynccontextmanager
+async def linked(
+    registry: Registry, node_id: str = NODE, app: Any = APP, limits: Limits = DEFAULT_LIMITS, boot: str = ""
+) -> AsyncIterator[None]:
+    """An agent with a link in the registry, held until the block ends."""
+    ours, theirs = trio.testing.memory_stream_pair()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(lambda: serve(ours, app, limits=limits))
+        async with connect(theirs, limits=limits) as client:
+            with registry.registered(node_id, hello(node_id, boot), client):
+                yield
+
+
+async def test_a_call_reaches_the_agent_and_its_answer_comes_back() -> None:
+    registry = Registry()
+    async with linked(registry):
+        body = await registry.call(
+            NODE, "PUT", "/link/x y/ü?&", query=[("path", "/a b&c=d"), ("path", "é")], document={"n": 1}
+        )
+    assert msgspec.json.decode(body) == {
+        "path": "/link/x y/ü?&",
+        "query": [["path", "/a b&c=d"], ["path", "é"]],
+        "method": "PUT",
+        "document": {"n": 1},
+    }
+
+
+async def test_an_agent_that_is_not_linked_is_offline() -> None:
+    registry = Registry()
+    with pytest.raises(NodeOffline) as caught:
+        await registry.call(NODE, "GET", "/x")
+    assert (caught.value.code, caught.value.disposition) == ("GC_NOT_CONNECTED", "retry")
+    with pytest.raises(NodeOffline):
+        async with registry.stream(NODE, "/lines"):
+            pass
+    assert not registry.is_connected(NODE)
+
+
+async def test_the_agents_own_error_is_raised_with_its_status() -> None:
+    registry = Registry()
+    async with linked(registry):
+        with pytest.raises(TowpathError) as caught:
+            await registry.call(NODE, "GET", "/fails")
+    error = caught.value
+    assert isinstance(error, NeedsPerson)
+    assert (error.code, error.status, error.who, error.subject) == ("NO_SPACE", 507, "destination owner", "/a")
+    assert registry.statistics().failed == 1
+
+
+async def test_an_error_that_cannot_be_read_is_one_to_try_again() -> None:
+    registry = Registry()
+    async with linked(registry):
+        with pytest.raises(RetryLater, match="status 502") as caught:
+            await registry.call(NODE, "GET", "/nonsense")
+    assert caught.value.status == 502
+
+
+async def test_a_call_that_takes_too_long_times_out_alone(autojump_clock: trio.testing.MockClock) -> None:
+    registry = Registry()
+    async with linked(registry):
+        start = trio.current_time()
+        with pytest.raises(CallTimeout, match="within 5 seconds"):
+            await registry.call(NODE, "GET", "/never", timeout=5)
+        assert trio.current_time() - start == pytest.approx(5)
+        assert await registry.call(NODE, "GET", "/x")
+        assert registry.statistics().timeouts == 1
+
+
+async def test_calls_under_way_are_bounded_and_served_in_order(autojump_clock: trio.testing.MockClock) -> None:
+    running, most, order = 0, 0, list[int]()
+
+    async def slow(scope: Any, receive: Any, send: Any) -> None:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        await trio.sleep(1)
+        running -= 1
+        await Response()(scope, receive, send)
+
+    registry = Registry(max_calls=4)
+    async with linked(registry, app=slow), trio.open_nursery() as nursery:
+
+        async def call(number: int) -> None:
+            await registry.call(NODE, "GET", "/")
+            order.append(number // 4)
+
+        for number in range(20):
+            nursery.start_soon(call, number)
+            await trio.testing.wait_all_tasks_blocked()
+        assert registry.statistics().under_way == 4
+        assert registry.statistics().waiting == 16
+    assert most == 4
+    assert order == sorted(order)
+
+
+async def test_too_many_waiting_calls_are_refused_clearly(autojump_clock: trio.testing.MockClock) -> None:
+    registry = Registry(max_calls=1, max_waiting=2)
+    async with linked(registry), linked(registry, OTHER), trio.open_nursery() as nursery:
+        for _ in range(3):
+            nursery.start_soon(lambda: registry.call(NODE, "GET", "/never", timeout=1000))
+            await trio.testing.wait_all_tasks_blocked()
+        with pytest.raises(NodeBusy, match="wait for this endpoint"):
+            await registry.call(NODE, "GET", "/x")
+        # One busy agent is nobody else's trouble.
+        assert await registry.call(OTHER, "GET", "/x")
+        assert registry.statistics().refused == 1
+        nursery.cancel_scope.cancel()
+
+
+async def test_cancelled_calls_give_their_turn_back(autojump_clock: trio.testing.MockClock) -> None:
+    registry = Registry(max_calls=2, max_waiting=2)
+    async with linked(registry):
+        for _ in range(10):
+            with trio.move_on_after(1):
+                async with trio.open_nursery() as nursery:
+                    for _ in range(4):
+                        nursery.start_soon(lambda: registry.call(NODE, "GET", "/never", timeout=1000))
+        statistics = registry.statistics()
+        assert (statistics.waiting, statistics.under_way) == (0, 0)
+        assert await registry.call(NODE, "GET", "/x")
+
+
+async def test_calls_of_a_link_that_ends_are_offline(autojump_clock: trio.testing.MockClock) -> None:
+    registry = Registry(max_calls=1)
+    async with linked(registry), trio.open_nursery() as nursery:
+
+        async def call() -> None:
+            with pytest.raises(NodeOffline):
+                await registry.call(NODE, "GET", "/never", timeout=1000)
+
+        # One under way, one waiting for its turn.
+        nursery.start_soon(call)
+        nursery.start_soon(call)
+        await trio.testing.wait_all_tasks_blocked()
+        registry.disconnect(NODE, "gone")
+
+
+async def test_a_stream_gives_its_chunks_and_can_be_left(autojump_clock: trio.testing.MockClock) -> None:
+    registry = Registry()
+    async with linked(registry):
+        async with registry.stream(NODE, "/lines") as chunks:
+            received = b""
+            while received != b"1\n2\n3\n":
+                received += await anext(chunks)
+            assert await registry.call(NODE, "GET", "/x")
+        with pytest.raises(ItemFailed) as caught:
+            async with registry.stream(NODE, "/denied"):
+                pass
+        assert (caught.value.code, caught.value.status) == ("PERMISSION_DENIED", 403)
+
+
+async def test_a_stream_ends_with_its_link(autojump_clock: trio.testing.MockClock) -> None:
+    registry = Registry()
+    async with linked(registry):
+        with pytest.raises(NodeOffline):
+            async with registry.stream(NODE, "/lines") as chunks:
+                async for _ in chunks:
+                    registry.disconnect(NODE, "over")
+
+
+async def test_streams_to_one_agent_are_bounded(autojump_clock: trio.testing.MockClock) -> None:
+    registry = Registry(max_streams=1)
+    async with linked(registry):
+        async with registry.stream(NODE, "/lines"):
+            with pytest.raises(NodeBusy):
+                async with registry.stream(NODE, "/lines"):
+                    pass
+        async with registry.stream(NODE, "/lines"):
+            pass
+
+
+async def test_changes_begin_with_who_is_there_and_miss_nobody() -> None:
+    registry = Registry()
+    async with linked(registry), registry.changes() as changes:
+        assert await changes.receive() == LinkUp(NODE, hello(NODE))
+        async with linked(registry, OTHER):
+            assert await changes.receive() == LinkUp(OTHER, hello(OTHER))
+            assert set(registry.connected()) == {NODE, OTHER}
+        assert await changes.receive() == LinkDown(OTHER)
+        assert not registry.is_connected(OTHER)
+        with pytest.raises(trio.WouldBlock):
+            changes.receive_nowait()
+
+
+async def test_a_subscriber_that_lags_behind_is_told_to_start_again() -> None:
+    registry = Registry()
+    async with registry.changes(buffer=3) as changes:
+        for _ in range(3):
+            async with linked(registry):
+                pass
+        received = [change async for change in changes]
+        assert len(received) == 3
+    async with linked(registry), registry.changes(buffer=3) as changes:
+        assert await changes.receive() == LinkUp(NODE, hello(NODE))
+
+
+async def test_a_second_link_of_a_node_replaces_the_first(autojump_clock: trio.testing.MockClock) -> None:
+    registry = Registry()
+    endings: list[Any] = []
+    ours, theirs = trio.testing.memory_stream_pair()
+
+    async def first_agent() -> None:
+        endings.append(await serve(ours, APP))
+
+    async def first_link() -> None:
+        async with connect(theirs) as client:
+            with registry.registered(NODE, hello(NODE, "first"), client):
+                await client.closed.wait()
+
+    async with trio.open_nursery() as nursery, registry.changes() as changes:
+        nursery.start_soon(first_agent)
+        nursery.start_soon(first_link)
+        assert await changes.receive() == LinkUp(NODE, hello(NODE, "first"))
+        async with linked(registry, boot="second"):
+            await trio.sleep(5)
+            assert registry.connected()[NODE].boot_id == "second"
+            assert await registry.call(NODE, "GET", "/x")
+            assert "took the place" in endings[0].sentence
+            assert endings[0].retry_after == 30
+            # The end of the first link must not take the second one out.
+            assert await changes.receive() == LinkDown(NODE)
+            assert await changes.receive() == LinkUp(NODE, hello(NODE, "second"))
+            with pytest.raises(trio.WouldBlock):
+                changes.receive_nowait()
+    assert registry.statistics().replaced == 1
+    assert registry.statistics().connected == 0
+
+
+async def test_all_links_can_be_ended_with_a_time_to_come_back(autojump_clock: trio.testing.MockClock) -> None:
+    registry = Registry()
+    async with linked(registry), linked(registry, OTHER):
+        registry.disconnect_all("The relay restarts.", retry_after=2)
+        for node in (NODE, OTHER):
+            with pytest.raises(NodeOffline):
+                await registry.call(node, "GET", "/x")
