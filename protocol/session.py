@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from protocol.errors import ProtocolError
-from protocol.names import CollectionPath, check_component_untrusted
+from protocol.names import CollectionPath, check_component_untrusted, is_reserved
 
 ALPN_CONTROL = "towpath-session/1"
 ALPN_LANE = "towpath-lane/1"
@@ -227,12 +227,14 @@ def encode(message: Message) -> bytes:
 
 def request_untrusted(body: bytes | bytearray) -> Request:
     """A destination's message. Raises only `ProtocolError`."""
-    return _decode(_request_decoder, body)
+    message: Request = _decode(_request_decoder, body)
+    return message
 
 
 def answer_untrusted(body: bytes | bytearray) -> Answer:
     """A source's message. Raises only `ProtocolError`."""
-    return _decode(_answer_decoder, body)
+    message: Answer = _decode(_answer_decoder, body)
+    return message
 
 
 def _decode(decoder: msgspec.msgpack.Decoder[Any], body: bytes | bytearray) -> Any:
@@ -282,7 +284,10 @@ def path_untrusted(raw: bytes) -> CollectionPath:
         raise ProtocolError("A path of the peer is too long.")
     if not raw:
         return ()
-    return tuple(check_component_untrusted(component) for component in raw.split(b"/"))
+    path = tuple(check_component_untrusted(component) for component in raw.split(b"/"))
+    if any(is_reserved(component) for component in path):
+        raise ProtocolError("A temporary was asked for.", code="ILLEGAL_NAME")
+    return path
 
 
 def check_range_untrusted(request: ReadRange) -> None:

@@ -22,7 +22,7 @@ from protocol.errors import (
     TowpathError,
     error_from_document_untrusted,
 )
-from protocol.names import CollectionPath, parse_path_untrusted
+from protocol.names import CollectionPath, is_reserved, parse_path_untrusted
 from protocol.session import DIRECTORY, FILE, SYMLINK, Row, StatResult, join_path
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class ItemPlanner:
         for index in indices:
             try:
                 paths.append(join_path(parse_path_untrusted(self._items[index].source_path)))
-                parse_path_untrusted(self._items[index].destination_path)
+                _refuse_reserved(parse_path_untrusted(self._items[index].destination_path))
             except ProtocolError as error:
                 del paths[len(legal) :]
                 illegal = ItemFailed(error.sentence, code="ILLEGAL_NAME", who="you")
@@ -236,6 +236,11 @@ def _unknown_algorithm(job: FileJob) -> ItemFailed | None:
     except ItemFailed as error:
         return error
     return None
+
+
+def _refuse_reserved(path: CollectionPath) -> None:
+    if any(is_reserved(component) for component in path):
+        raise ProtocolError("Names that begin with .towpath. are reserved for temporaries.", code="ILLEGAL_NAME")
 
 
 def _wrong_kind(item: TaskItem, found: str, code: str) -> ItemFailed:

@@ -22,8 +22,8 @@ from agent.transfer.jobs import FileJob, Group
 from agent.transfer.journal import FAILED, SKIPPED, UNCHANGED, DirectoryRow, Journal
 from agent.transfer.remove import remove_entry
 from protocol.control import TaskOptions
-from protocol.errors import ItemFailed, TowpathError
-from protocol.names import CollectionPath
+from protocol.errors import ItemFailed, ProtocolError, TowpathError
+from protocol.names import CollectionPath, check_component_untrusted, is_reserved
 from protocol.session import DIRECTORY, FILE, SYMLINK, Row
 
 
@@ -80,6 +80,9 @@ class DirectoryPlanner:
         """Decide about some rows. Folders are made here, everything else is left to others. Raises OSError."""
         planned = Planned()
         for row in rows:
+            if is_reserved(check_component_untrusted(row.name)):
+                # Our own sources never list these; what another one calls so must not pass for a temporary.
+                raise ProtocolError("The source lists a reserved name.", code="ILLEGAL_NAME")
             if self._names is not None:
                 self._names.add(row.name)
             if included(self._options.filter_rules, row.name, row.kind == DIRECTORY):

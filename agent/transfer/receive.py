@@ -30,6 +30,8 @@ from protocol.session import MAX_BLOCK
 
 # Blocks of one large file that wait before the settler is asked to check them, in bytes.
 CHECK_AFTER = 16 * 1024 * 1024
+# A temporary must be readable for its check; a mode without these bits is set just before the rename.
+OWNER_ACCESS = 0o600
 _BUFFER = MAX_BLOCK + lane.MAX_HEADER
 
 
@@ -187,7 +189,7 @@ class LaneReceiver:
     def _small(self, job: FileJob, content: memoryview, digest: bytes) -> None:
         name = self._temporary_name()
         try:
-            descriptor = job.group.handle.create_temporary(name, job.row.mode & self._mode_mask)
+            descriptor = job.group.handle.create_temporary(name, job.row.mode & self._mode_mask | OWNER_ACCESS)
             try:
                 self._write(descriptor, content, 0)
                 if self._preserve_timestamp:

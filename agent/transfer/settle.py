@@ -31,6 +31,7 @@ from agent.transfer.jobs import (
 )
 from agent.transfer.journal import FAILED, SKIPPED, TRANSFERRED, UNCHANGED, Journal, PartialRow
 from agent.transfer.manifest import ManifestWriter, SkippedRow, TransferredRow
+from agent.transfer.receive import OWNER_ACCESS
 from protocol.control import Counters
 from protocol.errors import ItemFailed, RetryLater, TowpathError
 from protocol.lane import digest as block_digest
@@ -273,6 +274,9 @@ class _Pass:
         try:
             if job.external_checksum is not None or job.algorithm is not None:
                 checksum = self._published_digest(job, temporary)
+            mode = job.row.mode & self.s._mode_mask
+            if job.small and mode & OWNER_ACCESS != OWNER_ACCESS:
+                job.group.handle.set_mode(temporary, mode)
             job.group.handle.rename(temporary, job.name)
         except TowpathError as error:
             self._drop(job, temporary, error)
