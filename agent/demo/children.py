@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+import sys
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +26,37 @@ class ChildFailed(Exception):
     """A process of the demonstration did not do what it had to; the text ends with its last log lines."""
 
 
+class Warden:
+    """The process that ends our children should we be killed; see `agent.demo.warden`."""
+
+    def __init__(self, process: trio.Process) -> None:
+        assert process.stdin is not None
+        self._lines = process.stdin
+
+    async def guard(self, group: int) -> None:
+        """Put a process group under guard."""
+        await self._lines.send_all(b"+%d\n" % group)
+
+    async def release(self, group: int) -> None:
+        """The group has ended; its number may soon be somebody else's."""
+        await self._lines.send_all(b"-%d\n" % group)
+
+
+@asynccontextmanager
+async def warden() -> AsyncIterator[Warden]:
+    """A warden for the time of the block."""
+    process = await trio.lowlevel.open_process(
+        [sys.executable, "-m", "agent.demo.warden"], stdin=subprocess.PIPE, start_new_session=True
+    )
+    try:
+        yield Warden(process)
+    finally:
+        with trio.CancelScope(shield=True):
+            if process.stdin is not None:
+                await process.stdin.aclose()
+            await process.wait()
+
+
 @dataclass
 class Child:
     """One long-running process. ``start`` may be called again after ``kill`` or ``stop``."""
@@ -33,6 +65,7 @@ class Child:
     command: Sequence[str]
     environment: Mapping[str, str]
     log_file: Path
+    warden: Warden
     process: trio.Process | None = field(default=None, init=False)
     _groups: list[int] = field(default_factory=list, init=False)
 
@@ -53,6 +86,7 @@ class Child:
                 start_new_session=True,
             )
         self._groups.append(self.process.pid)
+        await self.warden.guard(self.process.pid)
 
     async def kill(self) -> None:
         """SIGKILL to this process alone, as a crash would be; its workers are left to notice."""
@@ -67,6 +101,7 @@ class Child:
             with trio.move_on_after(GRACE_SECONDS):
                 await self.process.wait()
         for group in self._groups:
+            await self.warden.release(group)
             # The group's number is only ours as long as one of its members lives.
             if members_of(group):
                 with suppress(ProcessLookupError):

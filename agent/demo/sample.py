@@ -1,7 +1,7 @@
 """The data the demonstration moves: a real directory tree, symlinks, and one large file.
 
 The tree is a copy, never hard links: whoever looks around in it afterwards must not be able to change the original.
-All functions block.
+All functions block; a ``checkpoint`` is called now and then and may raise to end the work.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 import shutil
 import sysconfig
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
@@ -19,6 +20,8 @@ MIB = 1024 * 1024
 LARGE_FILE = "large.dat"
 TREE = "python"
 SYMLINKS = "links"
+
+Checkpoint: TypeAlias = Callable[[], None]
 
 # Installed packages are not part of the standard library and may be very many.
 _LEFT_OUT = ("site-packages", "dist-packages")
@@ -39,7 +42,7 @@ def standard_library() -> Path:
     return Path(sysconfig.get_path("stdlib"))
 
 
-def write_pseudo_random(path: Path, size: int, seed: str) -> None:
+def write_pseudo_random(path: Path, size: int, seed: str, checkpoint: Checkpoint) -> None:
     """Write ``size`` bytes that no compression shrinks, the same for the same seed: AES in counter mode over zeros,
     the fastest generator at hand."""
     key = seed.encode().ljust(32, b"\0")[:32]
@@ -47,6 +50,7 @@ def write_pseudo_random(path: Path, size: int, seed: str) -> None:
     zeros = bytes(MIB)
     with path.open("xb") as file:
         for start in range(0, size, MIB):
+            checkpoint()
             file.write(stream.update(zeros[: min(MIB, size - start)]))
 
 
@@ -71,24 +75,29 @@ def add_symlinks(directory: Path, tree: str) -> None:
     (directory / "größe-λ").symlink_to("to-file")
 
 
-def make_tree(directory: Path, source: Path, large_file_size: int) -> None:
+def make_tree(directory: Path, source: Path, large_file_size: int, checkpoint: Checkpoint) -> None:
     """The directory the demonstration transfers: ``source`` copied, symlinks, and the large file.
 
     Raises FileExistsError when the directory is already there.
     """
     directory.mkdir(parents=True)
-    shutil.copytree(source, directory / TREE, symlinks=True, ignore=_leave_out)
+
+    def copy(one: str, other: str) -> object:
+        checkpoint()
+        return shutil.copy2(one, other)
+
+    shutil.copytree(source, directory / TREE, symlinks=True, ignore=_leave_out, copy_function=copy)
     add_symlinks(directory / SYMLINKS, TREE)
-    write_pseudo_random(directory / LARGE_FILE, large_file_size, "towpath large file")
+    write_pseudo_random(directory / LARGE_FILE, large_file_size, "towpath large file", checkpoint)
 
 
-def make_tutorial_data(root: Path) -> None:
+def make_tutorial_data(root: Path, checkpoint: Checkpoint) -> None:
     """The small files that the tutorial commands name: ``data1`` and ``sync-demo``. What exists stays."""
     data = root / "data1"
     data.mkdir(exist_ok=True)
     for name, size in (("1M.dat", 1), ("10M.dat", 10), ("100M.dat", 100)):
         if not (data / name).exists():
-            write_pseudo_random(data / name, size * MIB, f"towpath {name}")
+            write_pseudo_random(data / name, size * MIB, f"towpath {name}", checkpoint)
     sync = root / "sync-demo"
     if not sync.exists():
         for folder in ("", "one", "one/two"):

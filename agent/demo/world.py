@@ -1,237 +1,240 @@
-"""The little world of the demonstration: a relay, two agents, a user and a client, all below one directory."""
+"""A little world on one machine: a relay and two agents, each its own process with its own state directory.
+
+Everything is set up through the same commands a user would type. The agent's code never imports the relay's; the
+relay is the program ``towpath-relay`` found beside the running Python.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import shlex
 import socket
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import trio
 
-from agent import local_socket
-from agent.demo.children import Child, ChildFailed, run_tool
-from protocol.errors import TowpathError
-from protocol.identity import write_private_file
+from agent.cli.profile import Profile
+from agent.cli.relay_client import Relay
+from agent.demo.children import Child, ChildFailed, Warden, run_tool
 
-UP_TIMEOUT = 30.0
+HOST = "127.0.0.1"
 USER = "researcher"
+READY_SECONDS = 30.0
+CALL_SECONDS = 10.0
+AGENTS = ("alpha", "beta")
+
+T = TypeVar("T")
+Say = Callable[[str], None]
 
 
-@dataclass
-class AgentOfWorld:
-    """One of the two agents."""
+@dataclass(frozen=True)
+class Site:
+    """One agent of the world and what it offers."""
 
     name: str
+    collection_id: str
     root: Path
     config_file: Path
     state_dir: Path
-    collection_id: str
     child: Child
 
 
-@dataclass
+@dataclass(frozen=True)
 class World:
-    """Everything that runs, and how to reach it."""
+    """The running world. `call` asks the relay as the demonstration's client."""
 
     directory: Path
-    relay_url: str
-    ca_file: Path
+    profile: Profile
     user: str
-    client_id: str
-    client_secret: str
     relay: Child
-    alpha: AgentOfWorld
-    beta: AgentOfWorld
+    sites: Mapping[str, Site]
+    client: Relay
+
+    @property
+    def children(self) -> list[Child]:
+        """All processes, in the order in which they were started."""
+        return [self.relay, *(site.child for site in self.sites.values())]
+
+    async def call(self, question: Callable[[Relay], T]) -> T:
+        """Ask the relay without holding up anything else. Raises what globus-sdk raises."""
+        return await trio.to_thread.run_sync(question, self.client, abandon_on_cancel=True)
 
     def document(self) -> dict[str, Any]:
-        """What ``--json`` writes."""
+        """The world as a document for other programs; holds the client's secret."""
         return {
-            "relay_url": self.relay_url,
-            "ca_file": str(self.ca_file),
-            "client_id": self.client_id,
-            "client_secret": self.client_secret,
+            "relay_url": self.profile.relay_url,
+            "ca_file": self.profile.ca_file,
+            "client_id": self.profile.client_id,
+            "client_secret": self.profile.client_secret,
             "user": self.user,
             "endpoints": {
-                agent.name: {
-                    "collection_id": agent.collection_id,
-                    "root": str(agent.root),
-                    "config_file": str(agent.config_file),
-                    "state_dir": str(agent.state_dir),
-                    "pid": agent.child.pid,
+                name: {
+                    "collection_id": site.collection_id,
+                    "root": str(site.root),
+                    "config_file": str(site.config_file),
+                    "state_dir": str(site.state_dir),
+                    "pid": site.child.pid,
                 }
-                for agent in (self.alpha, self.beta)
+                for name, site in self.sites.items()
             },
         }
 
-    def exports(self) -> dict[str, str]:
-        """Variables with which ``towpath`` and the real ``globus`` command work in another terminal."""
-        services = ("TRANSFER", "GROUPS", "SEARCH", "TIMER", "FLOWS")
-        return {
-            "TOWPATH_RELAY_URL": self.relay_url,
-            "TOWPATH_CA_FILE": str(self.ca_file),
-            "TOWPATH_CLIENT_ID": self.client_id,
-            "TOWPATH_CLIENT_SECRET": self.client_secret,
-            # The final slash matters: clients append to it.
-            "GLOBUS_SDK_SERVICE_URL_AUTH": f"{self.relay_url}/",
-            **{f"GLOBUS_SDK_SERVICE_URL_{name}": self.relay_url for name in services},
-            "GLOBUS_SDK_VERIFY_SSL": str(self.ca_file),
-            "GLOBUS_CLI_CLIENT_ID": self.client_id,
-            "GLOBUS_CLI_CLIENT_SECRET": self.client_secret,
-            "GLOBUS_PROFILE": "towpath-demo",
-            "ALPHA": self.alpha.collection_id,
-            "BETA": self.beta.collection_id,
+    def exports(self) -> str:
+        """Shell lines after which ``towpath`` and Globus's own tools speak to this world."""
+        url, profile = self.profile.relay_url, self.profile
+        variables = {
+            "TOWPATH_RELAY_URL": url,
+            "TOWPATH_CA_FILE": profile.ca_file or "",
+            "TOWPATH_CLIENT_ID": profile.client_id,
+            "TOWPATH_CLIENT_SECRET": profile.client_secret,
+            # Clients join this one with their paths by plain concatenation, so it needs the slash.
+            "GLOBUS_SDK_SERVICE_URL_AUTH": url + "/",
+            **{f"GLOBUS_SDK_SERVICE_URL_{name}": url for name in ("TRANSFER", "GROUPS", "SEARCH", "TIMER", "FLOWS")},
+            "GLOBUS_SDK_VERIFY_SSL": profile.ca_file or "true",
+            "GLOBUS_CLI_CLIENT_ID": profile.client_id,
+            "GLOBUS_CLI_CLIENT_SECRET": profile.client_secret,
+            # Globus's tools keep tokens by profile, not by address; this keeps theirs and ours apart.
+            "GLOBUS_PROFILE": f"towpath-demo-{profile.client_id[:8]}",
+            **{site.name.upper(): site.collection_id for site in self.sites.values()},
         }
+        return "\n".join(f"export {name}={shlex.quote(value)}" for name, value in variables.items())
 
-    def write_document(self, file: Path) -> None:
-        """Write the document, whole and readable by its owner alone: it holds a secret."""
-        write_private_file(file, json.dumps(self.document(), indent=2).encode() + b"\n")
+    async def until_connected(self, name: str) -> None:
+        """Wait until the relay says that an agent is connected. Raises `ChildFailed` after a while."""
+        site = self.sites[name]
+        collection_id = site.collection_id
+        with trio.move_on_after(READY_SECONDS):
+            while not await self._is_connected(collection_id):
+                site.child.raise_if_ended()
+                await trio.sleep(0.1)
+            return
+        raise ChildFailed(f"{name} did not connect to the relay in {READY_SECONDS:.0f} s.\n{site.child.log_tail()}")
+
+    async def _is_connected(self, collection_id: str) -> bool:
+        document = await self.call(lambda relay: relay.transfer.get_endpoint(collection_id).data)
+        return isinstance(document, Mapping) and bool(document.get("gcp_connected"))
 
 
-def _tool(name: str) -> str:
-    beside = Path(sys.executable).with_name(name)
-    if not beside.exists():
-        raise ChildFailed(f"The command {name} is not installed beside {sys.executable}.")
-    return str(beside)
+def program(name: str) -> str:
+    """One of this installation's programs, beside the running Python. Raises `ChildFailed` when it is missing."""
+    path = Path(sys.executable).parent / name
+    if not path.exists():
+        raise ChildFailed(f"{name} is not installed beside {sys.executable}; install Towpath into one environment.")
+    return str(path)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _environment(**more: str) -> dict[str, str]:
+def clean_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """An environment for the children: nothing of it may lead them to another relay, nor make
+    them report to whoever started us."""
     dropped = ("TOWPATH_", "GLOBUS_", "NOTIFY_SOCKET")
-    return {**{key: value for key, value in os.environ.items() if not key.startswith(dropped)}, **more}
+    kept = {name: value for name, value in environment.items() if not name.startswith(dropped)}
+    return {**kept, "PYTHONUNBUFFERED": "1"}
+
+
+def free_port() -> int:
+    """A port nobody listens on at the moment. It must stay the same when the relay is started again."""
+    with socket.socket() as sock:
+        sock.bind((HOST, 0))
+        return int(sock.getsockname()[1])
 
 
 @asynccontextmanager
-async def little_world(directory: Path, roots: tuple[Path, Path] | None) -> AsyncIterator[World]:
-    """Bring everything up; on the way out every process is ended, whatever happened."""
-    relay_dir = directory / "relay"
-    relay = Child(
-        "relay",
-        [_tool("towpath-relay"), "--config", str(relay_dir / "relay.yaml"), "serve"],
-        _environment(),
-        directory / "relay.log",
-    )
-    children = [relay]
+async def open_world(directory: Path, roots: Mapping[str, Path], warden: Warden, say: Say) -> AsyncIterator[World]:
+    """Build the world below an existing directory and run it; on leaving, every process of it is ended."""
+    environment = clean_environment(os.environ)
+    children: list[Child] = []
+    client: Relay | None = None
     try:
-        yield await _bring_up(directory, roots, relay, children)
+        say("Setting up a relay, a user and a client.")
+        url = f"https://{HOST}:{free_port()}"
+        configured = await _make_relay(directory, url, environment)
+        relay = Child("relay", [*configured, "serve"], environment, directory / "relay.log", warden)
+        children.append(relay)
+        await relay.start()
+        user = await _json(*configured, "user", "add", USER, "--json", environment=environment)
+        made = await _json(*configured, "client", "add", "demo", "--owner", USER, "--json", environment=environment)
+        profile = Profile(url, made["client_id"], made["client_secret"], str(directory / "relay" / "tls" / "ca.pem"))
+        await _until_listening(relay, url)
+        sites = {}
+        for name in AGENTS:
+            say(f"Setting up the agent {name}.")
+            key = await _json(
+                *(*configured, "collection", "add", name, "--owner", USER),
+                *("--grant", f"{profile.client_id}:administrator", "--json"),
+                environment=environment,
+            )
+            site = await _make_agent(directory, name, roots[name], key, environment, warden)
+            sites[name] = site
+            children.append(site.child)
+            await site.child.start()
+        client = Relay(profile, http_timeout=CALL_SECONDS)
+        world = World(directory, profile, user["username"], relay, sites, client)
+        for name in AGENTS:
+            await world.until_connected(name)
+        yield world
     finally:
+        # Whatever has happened, nothing stays behind: agents first, so that they can say goodbye to the relay.
         with trio.CancelScope(shield=True):
             async with trio.open_nursery() as nursery:
-                for child in children:
+                for child in children[1:]:
                     nursery.start_soon(child.stop)
+            for child in children[:1]:
+                await child.stop()
+        if client is not None:
+            client.close()
 
 
-async def _bring_up(directory: Path, roots: tuple[Path, Path] | None, relay: Child, children: list[Child]) -> World:
-    port = _free_port()
-    url = f"https://127.0.0.1:{port}"
-    config = directory / "relay" / "relay.yaml"
-    tool = [_tool("towpath-relay")]
-    init = ["init", "--directory", str(config.parent), "--host", "127.0.0.1", "--port", str(port), "--url", url]
-    await run_tool([*tool, *init], _environment())
-    await relay.start()
-    await wait_listening(relay, port)
-    tool += ["--config", str(config)]
-    user = json.loads(await run_tool([*tool, "user", "add", USER, "--json"], _environment()))
-    username = user["username"]
-    client = json.loads(await run_tool([*tool, "client", "add", "demo", "--owner", username, "--json"], _environment()))
-    agents = []
-    for index, name in enumerate(("alpha", "beta")):
-        root = roots[index] if roots else directory / name / "root"
-        agent = await _agent(
-            directory / name,
-            name,
-            root,
-            [
-                *tool,
-                "collection",
-                "add",
-                name,
-                "--owner",
-                username,
-                "--grant",
-                f"{client['client_id']}:administrator",
-                "--json",
-            ],
-        )
-        children.append(agent.child)
-        agents.append(agent)
-    for agent in agents:
-        await agent.child.start()
-    for agent in agents:
-        await wait_linked(agent)
-    return World(
-        directory=directory,
-        relay_url=url,
-        ca_file=config.parent / "tls" / "ca.pem",
-        user=username,
-        client_id=client["client_id"],
-        client_secret=client["client_secret"],
-        relay=relay,
-        alpha=agents[0],
-        beta=agents[1],
-    )
+async def _json(*command: str, environment: Mapping[str, str]) -> dict[str, Any]:
+    document = json.loads(await run_tool(command, environment))
+    if not isinstance(document, dict):
+        raise ChildFailed(f"{Path(command[0]).name} printed something else than a JSON object.")
+    return document
 
 
-async def _agent(directory: Path, name: str, root: Path, add: list[str]) -> AgentOfWorld:
-    config, state = directory / "agent.yaml", directory / "state"
-    await trio.to_thread.run_sync(_prepare, name, root, config, state)
-    made = json.loads(await run_tool(add, _environment()))
-    setup = [_tool("towpath"), "setup", "--root", str(root), "--config", str(config)]
-    # The key travels in the environment: arguments can be read by everybody on the machine.
-    await run_tool(setup, _environment(TOWPATH_SETUP_KEY=made["setup_key"]))
-    child = Child(name, [_tool("towpath"), "run", "--config", str(config)], _environment(), directory / "agent.log")
-    return AgentOfWorld(name, root, config, state, made["collection_id"], child)
+async def _make_relay(directory: Path, url: str, environment: Mapping[str, str]) -> list[str]:
+    """Initialise a relay; returns the command with its configuration."""
+    relay = program("towpath-relay")
+    port = url.rpartition(":")[2]
+    where = ("--directory", str(directory / "relay"), "--host", HOST, "--port", port, "--url", url)
+    await run_tool([relay, "init", *where, "--name", "Towpath demonstration"], environment)
+    return [relay, "--config", str(directory / "relay" / "relay.yaml")]
 
 
-def _prepare(name: str, root: Path, config: Path, state: Path) -> None:
-    config.parent.mkdir(parents=True, exist_ok=True)
-    root.mkdir(parents=True, exist_ok=True)
-    config.write_text(
-        f"# The {name} agent of the demonstration: everything stays on this machine.\n"
-        f"state_dir: {json.dumps(str(state))}\n"
-        "data:\n  listen: 127.0.0.1\n  advertise: [127.0.0.1]\n  allow_loopback: true\n"
-    )
-
-
-async def wait_listening(child: Child, port: int) -> None:
-    """Wait until a port answers. Raises `ChildFailed`."""
-    with trio.move_on_after(UP_TIMEOUT):
+async def _until_listening(relay: Child, url: str) -> None:
+    port = int(url.rpartition(":")[2])
+    with trio.move_on_after(READY_SECONDS):
         while True:
-            child.raise_if_ended()
+            relay.raise_if_ended()
             try:
-                await (await trio.open_tcp_stream("127.0.0.1", port)).aclose()
+                stream = await trio.open_tcp_stream(HOST, port)
             except OSError:
-                await trio.sleep(0.05)
+                await trio.sleep(0.1)
             else:
+                await stream.aclose()
                 return
-    raise ChildFailed(f"The {child.name} did not come up.\n{child.log_tail()}")
+    raise ChildFailed(f"The relay did not listen within {READY_SECONDS:.0f} s.\n{relay.log_tail()}")
 
 
-async def wait_linked(agent: AgentOfWorld) -> None:
-    """Wait until an agent says that it is linked to the relay. Raises `ChildFailed`."""
-    with trio.move_on_after(UP_TIMEOUT):
-        while True:
-            agent.child.raise_if_ended()
-            status = await status_of(agent)
-            if status is not None and status["link"]["connected"]:
-                return
-            await trio.sleep(0.1)
-    raise ChildFailed(f"The agent {agent.name} did not connect.\n{agent.child.log_tail()}")
-
-
-async def status_of(agent: AgentOfWorld) -> dict[str, Any] | None:
-    """What a running agent says of itself, or None while it does not answer."""
-    try:
-        return await trio.to_thread.run_sync(local_socket.ask, agent.state_dir, "GET", "/status")
-    except TowpathError:
-        return None
+async def _make_agent(
+    directory: Path, name: str, root: Path, key: Mapping[str, Any], environment: Mapping[str, str], warden: Warden
+) -> Site:
+    home = directory / name
+    home.mkdir(mode=0o700)
+    config_file, state_dir = home / "agent.yaml", home / "state"
+    # Both agents are on this machine, so they must meet on its loopback address.
+    lines = ["state_dir: state", "data:", f"  listen: {HOST}", f"  advertise: [{HOST}]", "  allow_loopback: true"]
+    config_file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        f"state_dir: state\ndata:\n  listen: {HOST}\n  advertise: [{HOST}]\n  allow_loopback: true\n", encoding="utf-8"
+    )
+    towpath = program("towpath")
+    options = ("--config", str(config_file), "--root", str(root), "--name", name)
+    # The key goes through the environment: command lines are visible to every user of the machine.
+    await run_tool([towpath, "setup", *options], {**environment, "TOWPATH_SETUP_KEY": str(key["setup_key"])})
+    child = Child(name, [towpath, "run", "--config", str(config_file)], environment, directory / f"{name}.log", warden)
+    return Site(name, str(key["collection_id"]), root, config_file, state_dir, child)
