@@ -79,7 +79,9 @@ async def test_a_tree_arrives_as_it_is(tmp_path: Path) -> None:
         page = await world.beta.service.successful(task, None, 150)
         rest = await world.beta.service.successful(task, page.next_marker, 150)
         assert len(page.rows) + len(rest.rows) == 203
-        codes = [event.code for event in world.events if event.kind == "event"]
+        with trio.fail_after(10):
+            while not (codes := [event.code for event in world.events if event.kind == "event"])[1:]:
+                await trio.sleep(0.01)
         assert codes == ["STARTED", "SUCCEEDED"]
 
 
