@@ -230,8 +230,6 @@ async def _make_agent(
     # Both agents are on this machine, so they must meet on its loopback address.
     lines = ["state_dir: state", "data:", f"  listen: {HOST}", f"  advertise: [{HOST}]", "  allow_loopback: true"]
     config_file.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        f"state_dir: state\ndata:\n  listen: {HOST}\n  advertise: [{HOST}]\n  allow_loopback: true\n", encoding="utf-8"
-    )
     towpath = program("towpath")
     options = ("--config", str(config_file), "--root", str(root), "--name", name)
     # The key goes through the environment: command lines are visible to every user of the machine.
