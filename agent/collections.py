@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,8 @@ from protocol.identity import write_private_file
 if TYPE_CHECKING:
     from agent.storage.base import Root
     from agent.storage.mounts import Mark
+
+logger = logging.getLogger("towpath.collections")
 
 MARKS_FILE = "roots.json"
 
@@ -111,7 +114,12 @@ class Collections:
 
         Raises `NeedsPerson` with code COLLECTION_UNAVAILABLE.
         """
-        entry = self._take(config)
+        try:
+            entry = self._take(config)
+        except OSError as error:
+            raise CollectionUnavailable(
+                f"The root of collection {config.name!r} cannot be used: {error.strerror}.", subject=config.id
+            ) from error
         try:
             yield entry.root
         finally:
@@ -128,8 +136,17 @@ class Collections:
     def accept(self, config: CollectionConfig) -> None:
         """The owner says that the root is right as it is now. Raises OSError or `NeedsPerson`."""
         self._marks.forget(config.id)
+        self.close_one(config)
         with self.using(config):
             pass
+
+    def close_one(self, config: CollectionConfig) -> None:
+        """Give one root back, so that the next use opens it anew."""
+        key = (config.id, config.root)
+        with self._lock:
+            entry = self._open.pop(key, None)
+            if entry is not None:
+                self._retire(entry)
 
     def close(self) -> None:
         """Give all roots back; those in use are closed by their last user."""
@@ -182,7 +199,11 @@ class Collections:
 
         expected = self._marks.expected(config)
         if expected is None:
-            self._marks.keep(config, found)
+            try:
+                self._marks.keep(config, found)
+            except OSError as error:
+                # It counts until the agent ends; a full disk of the agent is no fault of the collection's.
+                logger.warning("The file system of %s could not be remembered: %s", config.name, error)
             return
         # A folder that was made anew in the same place is the owner's doing; another disk may be an accident.
         difference = mounts.difference(dataclasses.replace(expected, inode=found.inode), found)

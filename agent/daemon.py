@@ -2,36 +2,35 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import signal
+import socket
+import threading
 import time
 import uuid
-from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
 import msgspec
 import trio
-from hypercorn.app_wrappers import ASGIWrapper
-from hypercorn.config import Config
-from hypercorn.trio.tcp_server import TCPServer
-from hypercorn.trio.worker_context import WorkerContext
 
 from agent import local_socket
-from agent.collections import Collections, Marks, report_of
+from agent.availability import Availability
+from agent.collections import MARKS_FILE, Collections, Marks
 from agent.config import AgentConfig, ConfigError, load_config
-from agent.identity_file import Identity, make_state_dir, require
+from agent.identity_file import Identity, NotSetUp, make_state_dir, require
 from agent.link import Link
 from agent.link_app import LinkApp
 from agent.local_app import LocalApplication, local_app
+from agent.local_server import serve_local
 from agent.lock import RENEW_EVERY, InstanceLock, held
 from agent.policy import Policy
 from agent.sdnotify import Notifier
 from agent.transfer.service import TransferService
-from protocol.control import CollectionReport, TaskObserved
 from protocol.errors import RetryLater
 from protocol.identity import NodeKey
 from protocol.link import HelloFields
@@ -39,7 +38,13 @@ from protocol.ticket import TicketVerifier
 
 logger = logging.getLogger("towpath.agent")
 
-CONFIG_LOOK_EVERY = 1.0
+CONFIG_LOOK_EVERY = 2.0
+# The owner has paused this machine; an empty file in the state directory, so that it outlives restarts.
+PAUSED_FILE = "paused"
+# Seconds after the wish to stop: tasks have had their time; the process ends whatever still hangs. All that was
+# promised to anybody is on disk at any moment.
+SETTLE_TIME = 3.5
+LAST_RESORT = 4.8
 
 
 class Daemon:
@@ -54,10 +59,10 @@ class Daemon:
         self._lock = lock
         self._boot = str(uuid.uuid4())
         self._started = time.time()
-        self._paused = False
         self._stop = trio.Event()
         self._policy = Policy(config.collections)
-        self._collections = Collections(Marks(config.state_dir / "roots.json"))
+        self._policy.paused = (config.state_dir / PAUSED_FILE).exists()
+        self._collections = Collections(Marks(config.state_dir / MARKS_FILE))
         verifier = TicketVerifier(identity.relay_id, identity.relay_root)
         self._tasks = TransferService(
             config.state_dir,
@@ -69,25 +74,25 @@ class Daemon:
             self._policy,
             identity.relay_root,
         )
-        ca = config.relay.ca_file
+        self._availability = Availability(self._policy, self._collections, self._tasks.announce_collections)
         self._link = Link(
             config.relay.url or identity.relay_url,
-            ca.read_text() if ca is not None else None,
+            _authority(config),
             key,
             identity.node_id,
             identity.endpoint_id,
             identity.relay_id,
             identity.relay_root,
-            LinkApp(self._policy, self._collections, self._tasks).application(),
+            LinkApp(self._policy, self._collections, self._tasks, self._availability.look).application(),
             self._hello,
         )
 
     def _hello(self) -> HelloFields:
         return HelloFields(
             version=version("towpath"),
-            collections=tuple(report_of(config) for config in self._policy.collections),
+            collections=tuple(self._availability.reports()),
             boot_id=self._boot,
-            paused=self._paused,
+            paused=self._policy.paused,
             last_event=self._tasks.last_event(),
         )
 
@@ -98,70 +103,78 @@ class Daemon:
         listener, path = local_socket.listen(self._config.state_dir)
         try:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._watch_signals)
+                await nursery.start(self._watch_signals)
                 nursery.start_soon(self._serve_local, listener)
                 await nursery.start(self._tasks.run)
+                await self._availability.look()
+                nursery.start_soon(self._availability.run)
                 nursery.start_soon(self._link.run)
                 nursery.start_soon(self._upkeep)
+                nursery.start_soon(self._watch_config)
                 sentence = f"Serving {len(self._policy.collections)} collection(s) from port {self._tasks.port}."
                 logger.info(sentence)
                 notifier.ready(sentence)
                 await self._stop.wait()
                 notifier.stopping()
-                logger.info("Stopping: running tasks are settled first.")
-                await self._tasks.checkpoint()
+                await self._settle()
                 nursery.cancel_scope.cancel()
         finally:
             local_socket.forget(self._config.state_dir, path)
             self._collections.close()
 
-    async def _watch_signals(self) -> None:
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-            async for _ in signals:
-                self._stop.set()
+    async def _settle(self) -> None:
+        logger.info("Stopping: running tasks are settled first.")
+        last_resort = threading.Timer(LAST_RESORT, _end_now)
+        last_resort.daemon = True
+        last_resort.start()
+        with trio.move_on_after(SETTLE_TIME):
+            await self._tasks.checkpoint()
 
-    async def _serve_local(self, listener: Any) -> None:
-        application = LocalApplication(self, self._tasks, self._policy, self._reports)
-        app = ASGIWrapper(cast("Any", local_app(application)))
-        config = Config()
-        config.errorlog = logger
-        context = WorkerContext(None)
-        listener.setblocking(False)
+    async def _watch_signals(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+            task_status.started()
+            async for number in signals:
+                if number == signal.SIGHUP:
+                    await self._reload_if_good()
+                else:
+                    self._stop.set()
 
-        async def serve(stream: trio.SocketStream) -> None:
-            if not local_socket.is_allowed(local_socket.peer_user(cast("Any", stream.socket))):
-                await stream.aclose()
-                return
-            await TCPServer(app, config, context, {}, cast("Any", stream)).run()
-
-        await trio.serve_listeners(serve, [trio.SocketListener(trio.socket.from_stdlib_socket(listener))])
+    async def _serve_local(self, listener: socket.socket) -> None:
+        application = LocalApplication(self, self._tasks, self._policy, self._availability.reports)
+        await serve_local(listener, local_app(application))
 
     async def _upkeep(self) -> None:
-        """Keep the lock's record fresh and take changes of the configuration."""
-        renewed = trio.current_time()
-        seen = _stamp(self._config_file)
+        """Keep the lock's record fresh."""
+        while True:
+            await trio.sleep(RENEW_EVERY)
+            try:
+                await trio.to_thread.run_sync(self._lock.renew, time.time())
+            except OSError as error:
+                # The kernel's lock holds all the same.
+                logger.warning("The lock's record could not be renewed: %s", error)
+
+    async def _watch_config(self) -> None:
+        """Take changes of the configuration without being told."""
+        seen = await trio.to_thread.run_sync(_stamp, self._config_file)
         while True:
             await trio.sleep(CONFIG_LOOK_EVERY)
-            if trio.current_time() - renewed >= RENEW_EVERY:
-                renewed = trio.current_time()
-                self._lock.renew(time.time())
-            stamp = _stamp(self._config_file)
+            stamp = await trio.to_thread.run_sync(_stamp, self._config_file)
             if stamp != seen:
                 seen = stamp
-                try:
-                    logger.info(await self.reload())
-                except ConfigError as error:
-                    logger.error("The changed configuration is not used: %s", error.sentence)  # noqa: TRY400
+                await self._reload_if_good()
+
+    async def _reload_if_good(self) -> None:
+        try:
+            logger.info(await self.reload())
+        except ConfigError as error:
+            logger.error("The changed configuration is not used: %s", error.sentence)  # noqa: TRY400
 
     # --- for the owner ---------------------------------------------------------------------------------
 
-    def _reports(self) -> list[CollectionReport]:
-        return [self._collections.report(row) for row in self._policy.collections]
-
     def status(self) -> dict[str, Any]:
         """The document of `towpath status --format json`."""
-        link = asdict(self._link.statistics())
-        return {
+        document: dict[str, Any] = {
+            "running": True,
             "pid": os.getpid(),
             "version": version("towpath"),
             "started": self._started,
@@ -169,35 +182,49 @@ class Daemon:
             "state_dir": str(self._config.state_dir),
             "endpoint_id": self._identity.endpoint_id,
             "node_id": self._identity.node_id,
-            "paused": self._paused,
+            "owner": self._identity.owner,
+            "paused": self._policy.paused,
             "data_port": self._tasks.port,
-            "link": link,
-            "collections": msgspec.to_builtins(self._reports()),
-            "tasks": [_task_row(task) for task in self._tasks.tasks()],
+            "link": asdict(self._link.statistics()),
+            "collections": self._availability.reports(),
+            "tasks": self._tasks.tasks(),
         }
+        return cast("dict[str, Any]", msgspec.to_builtins(document))
 
     async def reload(self) -> str:
-        """Read the configuration again; collections change at once, the rest later. Raises `ConfigError`."""
+        """Read the configuration again; collections change at once, the rest at the next start.
+
+        Raises `ConfigError`, and goes on with what it had.
+        """
         config = await trio.to_thread.run_sync(load_config, self._config_file)
         self._policy.replace(config.collections)
-        self._tasks.announce_collections([report_of(row) for row in config.collections])
-        # The relay learns of new collections with the next hello.
-        self._link.kick()
-        return f"The configuration was read again: {len(config.collections)} collection(s)."
+        self._tasks.announce_collections(await self._availability.look())
+        later = replace(config, collections=()) != replace(self._config, collections=())
+        rest = " The other changes count from the next start on." if later else ""
+        return f"The configuration was read again: {len(config.collections)} collection(s).{rest}"
 
     async def set_paused(self, paused: bool) -> None:
-        """Hold up all transfers, or let them go on."""
-        self._paused = paused
+        """Hold up all transfers, or let them go on; remembered over restarts."""
+        mark = self._config.state_dir / PAUSED_FILE
+        change = functools.partial(mark.touch, 0o600) if paused else functools.partial(mark.unlink, missing_ok=True)
+        try:
+            await trio.to_thread.run_sync(change)
+        except OSError as error:
+            raise RetryLater(f"The pause could not be remembered: {error}.") from error
+        self._policy.paused = paused
         for task in self._tasks.tasks():
             await (self._tasks.pause_task(task.task_id) if paused else self._tasks.resume_task(task.task_id))
+        # The relay learns of it with the next hello.
+        self._link.kick()
 
     async def accept_root(self, collection_id: str) -> None:
         """Take a collection's root as it is now."""
         config = self._policy.collection(collection_id)
         try:
-            await trio.to_thread.run_sync(self._collections.accept, config)
+            await trio.to_thread.run_sync(self._collections.accept, config, abandon_on_cancel=True)
         except OSError as error:
             raise RetryLater(f"The new root could not be remembered: {error}.") from error
+        self._tasks.announce_collections(await self._availability.look())
 
     def reconnect(self) -> None:
         """Connect to the relay at once."""
@@ -208,8 +235,19 @@ class Daemon:
         self._stop.set()
 
 
-def _task_row(task: TaskObserved) -> dict[str, Any]:
-    return cast("dict[str, Any]", msgspec.to_builtins(task))
+def _authority(config: AgentConfig) -> str | None:
+    file = config.relay.ca_file
+    if file is None:
+        return None
+    try:
+        return file.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise NotSetUp(f"The relay's CA certificate {file} cannot be read; run `towpath setup` again.") from error
+
+
+def _end_now() -> None:
+    logger.error("Something did not end in time; ending anyway. Nothing is lost, tasks go on at the next start.")
+    os._exit(0)
 
 
 def _stamp(path: Path) -> tuple[int, int]:
@@ -220,7 +258,7 @@ def _stamp(path: Path) -> tuple[int, int]:
     return (status.st_mtime_ns, status.st_size)
 
 
-def run(config_file: Path, *, on_config: Callable[[AgentConfig], None] | None = None) -> None:
+def run(config_file: Path) -> None:
     """Run the agent of a configuration in the foreground. Raises `TowpathError` when it cannot start."""
     config_file = config_file.absolute()
     config = load_config(config_file)
@@ -228,6 +266,4 @@ def run(config_file: Path, *, on_config: Callable[[AgentConfig], None] | None = 
     notifier = Notifier.from_environment()
     with held(config.state_dir) as lock:
         identity, key = require(config.state_dir)
-        if on_config is not None:
-            on_config(config)
         trio.run(Daemon(config_file, config, identity, key, lock).run, notifier)

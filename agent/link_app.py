@@ -6,6 +6,7 @@ updates or support exists here. The hello itself is answered before this applica
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
@@ -18,14 +19,16 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from agent.collections import Collections
-from agent.config import CollectionConfig
+from agent.config import CollectionConfig, is_uuid
 from agent.policy import Access, Policy
 from agent.services import TaskService
+from agent.storage.base import Root
 from agent.storage.faults import fault
 from agent.storage.listing import Accounts, list_directory, stat_entry
 from agent.storage.query import parse_query_untrusted
 from protocol.control import (
     MAX_DOCUMENT,
+    CollectionReport,
     Record,
     SessionAnswer,
     SessionOrder,
@@ -36,8 +39,8 @@ from protocol.control import (
 from protocol.errors import ItemFailed, NeedsPerson, ProtocolError, RetryLater, TowpathError
 from protocol.names import CollectionPath, parse_path_untrusted, unescape
 
-# Storage calls of the relay at a time; more wait their turn.
-CALLS_AT_ONCE = 16
+# Storage calls at a time, for each collection: a file server that hangs holds up its own collection only.
+CALLS_AT_ONCE = 4
 MAX_SMALL_BODY = 64 * 1024
 MAX_LINK_TARGET = 4096
 
@@ -48,6 +51,8 @@ _STATUS = {
     "NOT_FOUND": 404,
     "FILE_NOT_FOUND": 404,
     "UNKNOWN_COLLECTION": 404,
+    "NO_SUCH_ROUTE": 404,
+    "ILLEGAL_NAME": 400,
     "EXISTS": 409,
     "NOT_A_DIRECTORY": 409,
     "IS_A_DIRECTORY": 409,
@@ -58,6 +63,9 @@ _STATUS = {
 
 R = TypeVar("R", bound=Record)
 T = TypeVar("T")
+Handler = Callable[[Request], Awaitable[Response]]
+
+logger = logging.getLogger("towpath.link")
 
 
 class _Acknowledgement(Record, frozen=True, kw_only=True):
@@ -98,49 +106,69 @@ def _answer(document: object, status: int = 200) -> Response:
 
 
 class LinkApp:
-    """The routes. Create one, take `application`."""
+    """The routes. Create one, take `application`.
 
-    def __init__(self, policy: Policy, collections: Collections, tasks: TaskService) -> None:
+    ``look`` looks at all collections and answers with their reports.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        collections: Collections,
+        tasks: TaskService,
+        look: Callable[[], Awaitable[list[CollectionReport]]],
+    ) -> None:
         self._policy = policy
         self._collections = collections
         self._tasks = tasks
+        self._look = look
         self._accounts = Accounts()
-        self._calls = trio.CapacityLimiter(CALLS_AT_ONCE)
+        self._limiters: dict[str, trio.CapacityLimiter] = {}
+
+    def table(self) -> list[tuple[str, str, str, Handler]]:
+        """Method, path, kind of operation (see `agent.policy`) and handler of every route."""
+        one = "/link/collections/{collection}"
+        return [
+            ("GET", "/link/events", "events", self._events),
+            ("POST", "/link/events/acknowledge", "events", self._acknowledge),
+            ("GET", "/link/collections", "collections", self._list_collections),
+            ("GET", f"{one}/ls", "collections", self._ls),
+            ("GET", f"{one}/stat", "collections", self._stat),
+            ("POST", f"{one}/mkdir", "collections", self._mkdir),
+            ("POST", f"{one}/rename", "collections", self._rename),
+            ("POST", f"{one}/symlink", "collections", self._symlink),
+            ("PUT", "/link/tasks/{task}", "tasks", self._put_task),
+            ("GET", "/link/tasks/{task}", "tasks", self._get_task),
+            ("DELETE", "/link/tasks/{task}", "tasks", self._close_task),
+            ("PUT", "/link/tasks/{task}/session", "tasks", self._put_answer),
+            ("GET", "/link/tasks/{task}/successful", "tasks", self._successful),
+            ("GET", "/link/tasks/{task}/skipped", "tasks", self._skipped),
+            ("PUT", "/link/sessions/{session}", "sessions", self._put_session),
+            ("DELETE", "/link/sessions/{session}", "withdrawals", self._withdraw),
+        ]
 
     def application(self) -> Starlette:
         """The ASGI application."""
-        one = "/link/collections/{collection}"
         return Starlette(
             routes=[
-                Route("/link/events", self._guard("events", self._events), methods=["GET"]),
-                Route("/link/events/acknowledge", self._guard("events", self._acknowledge), methods=["POST"]),
-                Route("/link/collections", self._guard("collections", self._list_collections), methods=["GET"]),
-                Route(f"{one}/ls", self._guard("collections", self._ls), methods=["GET"]),
-                Route(f"{one}/stat", self._guard("collections", self._stat), methods=["GET"]),
-                Route(f"{one}/mkdir", self._guard("collections", self._mkdir), methods=["POST"]),
-                Route(f"{one}/rename", self._guard("collections", self._rename), methods=["POST"]),
-                Route(f"{one}/symlink", self._guard("collections", self._symlink), methods=["POST"]),
-                Route("/link/tasks/{task}", self._guard("tasks", self._put_task), methods=["PUT"]),
-                Route("/link/tasks/{task}", self._guard("tasks", self._get_task), methods=["GET"]),
-                Route("/link/tasks/{task}", self._guard("tasks", self._close_task), methods=["DELETE"]),
-                Route("/link/tasks/{task}/session", self._guard("tasks", self._put_answer), methods=["PUT"]),
-                Route("/link/tasks/{task}/successful", self._guard("tasks", self._successful), methods=["GET"]),
-                Route("/link/tasks/{task}/skipped", self._guard("tasks", self._skipped), methods=["GET"]),
-                Route("/link/sessions/{session}", self._guard("sessions", self._put_session), methods=["PUT"]),
-                Route("/link/sessions/{session}", self._guard("sessions", self._withdraw), methods=["DELETE"]),
+                Route(path, self._guard(operation, handler), methods=[method])
+                for method, path, operation, handler in self.table()
             ],
             exception_handlers={HTTPException: _http_error},
         )
 
-    def _guard(
-        self, operation: str, handler: Callable[[Request], Awaitable[Response]]
-    ) -> Callable[[Request], Awaitable[Response]]:
+    def _guard(self, operation: str, handler: Handler) -> Handler:
         async def guarded(request: Request) -> Response:
             try:
                 self._policy.check_operation(operation)
+                _check_ids(request)
                 return await handler(request)
             except TowpathError as error:
                 return error_response(error)
+            except Exception:
+                logger.exception("A request of the relay failed: %s %s", request.method, request.url.path)
+                failed = RetryLater("The agent failed to answer; its log says more.", code="INTERNAL_ERROR")
+                return JSONResponse(failed.to_document(), status_code=500)
 
         return guarded
 
@@ -163,13 +191,20 @@ class LinkApp:
     # --- collections -----------------------------------------------------------------------------------
 
     async def _list_collections(self, _request: Request) -> Response:
-        def work() -> object:
-            return {"collections": [self._collections.report(config) for config in self._policy.collections]}
+        return _answer({"collections": await self._look()})
 
-        return _answer(await self._in_thread(work))
+    async def _on(self, config: CollectionConfig, path: CollectionPath, work: Callable[[Root], T]) -> T:
+        """Do something to a collection's root, in a thread. A call that the relay gave up runs to its end there."""
 
-    async def _in_thread(self, work: Callable[[], T]) -> T:
-        return await trio.to_thread.run_sync(work, limiter=self._calls, abandon_on_cancel=False)
+        def in_thread() -> T:
+            with self._collections.using(config) as root:
+                try:
+                    return work(root)
+                except OSError as error:
+                    raise fault(error, "", path) from error
+
+        limiter = self._limiters.setdefault(config.id, trio.CapacityLimiter(CALLS_AT_ONCE))
+        return await trio.to_thread.run_sync(in_thread, limiter=limiter, abandon_on_cancel=True)
 
     def _allowed(self, request: Request, text: str, access: Access) -> tuple[CollectionConfig, CollectionPath]:
         """A path of the relay, parsed and decided about. Raises `TowpathError`."""
@@ -188,59 +223,47 @@ class LinkApp:
             offset=_number(request, "offset", 0),
             show_hidden=query.get("show_hidden", "1") != "0",
         )
-
-        def work() -> object:
-            with self._collections.using(config) as root:
-                return list_directory(root, path, wanted, self._accounts)
-
-        return _answer(await self._in_thread(work))
+        listing = await self._on(config, path, lambda root: list_directory(root, path, wanted, self._accounts))
+        return _answer(listing)
 
     async def _stat(self, request: Request) -> Response:
         config, path = self._allowed(request, request.query_params.get("path") or "~", "r")
-
-        def work() -> object:
-            with self._collections.using(config) as root:
-                return stat_entry(root, path, self._accounts)
-
-        return _answer(await self._in_thread(work))
+        return _answer(await self._on(config, path, lambda root: stat_entry(root, path, self._accounts)))
 
     async def _mkdir(self, request: Request) -> Response:
         config, path = self._allowed(request, (await _body(request, _PathBody)).path, "rw")
         if not path:
             raise ItemFailed("The root of the collection exists already.", code="EXISTS")
 
-        def work() -> None:
-            with self._collections.using(config) as root:
-                parent, name = root.open_parent(path)
-                with parent:
-                    parent.mkdir(name)
-                    parent.sync()
+        def work(root: Root) -> None:
+            parent, name = root.open_parent(path)
+            with parent:
+                parent.mkdir(name)
+                parent.sync()
 
-        await self._change(work, path)
+        await self._on(config, path, work)
         return Response(status_code=201)
-
-    async def _change(self, work: Callable[[], None], path: CollectionPath) -> None:
-        try:
-            await self._in_thread(work)
-        except OSError as error:
-            raise fault(error, "", path) from error
 
     async def _rename(self, request: Request) -> Response:
         body = await _body(request, _RenameBody)
         config, old = self._allowed(request, body.old_path, "rw")
         _, new = self._allowed(request, body.new_path, "rw")
 
-        def work() -> None:
-            with self._collections.using(config) as root:
-                source, old_name = root.open_parent(old)
-                with source:
+        def work(root: Root) -> None:
+            source, old_name = root.open_parent(old)
+            with source:
+                # What is missing or in the way is named by the path it concerns.
+                source.lstat(old_name)
+                try:
                     target, new_name = root.open_parent(new)
                     with target:
                         source.rename_no_replace(old_name, new_name, target)
                         target.sync()
-                        source.sync()
+                except OSError as error:
+                    raise fault(error, "", new) from error
+                source.sync()
 
-        await self._change(work, old)
+        await self._on(config, old, work)
         return _answer({})
 
     async def _symlink(self, request: Request) -> Response:
@@ -250,14 +273,13 @@ class LinkApp:
         if not target or len(target) > MAX_LINK_TARGET or b"\0" in target:
             raise ProtocolError("The target of the symlink is no path.", code="ILLEGAL_NAME")
 
-        def work() -> None:
-            with self._collections.using(config) as root:
-                parent, name = root.open_parent(path)
-                with parent:
-                    parent.symlink(name, target)
-                    parent.sync()
+        def work(root: Root) -> None:
+            parent, name = root.open_parent(path)
+            with parent:
+                parent.symlink(name, target)
+                parent.sync()
 
-        await self._change(work, path)
+        await self._on(config, path, work)
         return Response(status_code=201)
 
     # --- tasks -----------------------------------------------------------------------------------------
@@ -268,7 +290,11 @@ class LinkApp:
             raise ProtocolError("The order is for another task than the address says.")
         if order.desired == "run":
             self._policy.check(order.destination.collection_id, (), "rw")
-        return _answer(await self._tasks.put_task(order), 202)
+        observed = await self._tasks.put_task(order)
+        if self._policy.paused and order.desired == "run":
+            await self._tasks.pause_task(order.task_id)
+            observed = self._tasks.get_task(order.task_id)
+        return _answer(observed, 202)
 
     async def _get_task(self, request: Request) -> Response:
         return _answer(self._tasks.get_task(request.path_params["task"]))
@@ -299,6 +325,13 @@ class LinkApp:
     async def _withdraw(self, request: Request) -> Response:
         await self._tasks.withdraw_session(request.path_params["session"])
         return Response(status_code=204)
+
+
+def _check_ids(request: Request) -> None:
+    """Ids become names of files and keys of tables: nothing but a UUID may pass. Raises `ProtocolError`."""
+    for name, value in request.path_params.items():
+        if not is_uuid(value):
+            raise ProtocolError(f"The {name} in the address is no id.")
 
 
 def _page(request: Request) -> tuple[str, str | None, int]:

@@ -12,12 +12,13 @@ from typing import Literal
 
 from agent.config import CollectionConfig
 from protocol.errors import AccessDenied, ItemFailed, NeedsPerson
+from protocol.names import is_reserved
 
 Access = Literal["r", "rw"]
 
 # What a relay may ask of the agent as such, whatever the collection. Settings, updates, support and anything
 # else that only the owner may do are not here and have no route on the link.
-LINK_OPERATIONS = frozenset({"events", "collections", "tasks", "sessions"})
+LINK_OPERATIONS = frozenset({"events", "collections", "tasks", "sessions", "withdrawals"})
 
 
 class UnknownCollection(ItemFailed):
@@ -64,6 +65,8 @@ class Policy:
         for component in path:
             if component in (b"", b".", b"..") or b"/" in component or b"\0" in component:
                 raise AccessDenied("The path leaves the collection.", subject=collection_id)
+            if is_reserved(component):
+                raise AccessDenied("Names that begin with .towpath. are the agent's own.", subject=collection_id)
         if access not in ("r", "rw"):
             raise AccessDenied("Nobody may do that here.", subject=collection_id)
         if access == "rw" and collection.read_only:

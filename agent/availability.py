@@ -1,0 +1,77 @@
+"""Whether the collections can be used, looked at again and again: what hello, status and the relay are told.
+
+A file server that does not answer leaves one thread waiting and one collection unavailable; nothing else notices.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+
+import trio
+
+from agent.collections import Collections, report_of
+from agent.config import CollectionConfig
+from agent.policy import Policy
+from protocol.control import CollectionReport
+
+logger = logging.getLogger("towpath.collections")
+
+LOOK_EVERY = 30.0
+PATIENCE = 10.0
+
+
+class Availability:
+    """The last look at every collection. ``announce`` is called with all reports when one has changed."""
+
+    def __init__(
+        self, policy: Policy, collections: Collections, announce: Callable[[Sequence[CollectionReport]], None]
+    ) -> None:
+        self._policy = policy
+        self._collections = collections
+        self._announce = announce
+        self._seen: dict[str, CollectionReport] = {}
+        self._limiters: dict[str, trio.CapacityLimiter] = {}
+
+    def reports(self) -> list[CollectionReport]:
+        """What was seen last, in the owner's order."""
+        return [
+            self._seen.get(config.id) or report_of(config, "It has not been looked at yet.")
+            for config in self._policy.collections
+        ]
+
+    async def run(self) -> None:
+        """Look every now and then until cancelled."""
+        while True:
+            await trio.sleep(LOOK_EVERY)
+            await self.look()
+
+    async def look(self) -> list[CollectionReport]:
+        """Look at all collections now; takes `PATIENCE` seconds at most."""
+        async with trio.open_nursery() as nursery:
+            for config in self._policy.collections:
+                nursery.start_soon(self._look_at, config)
+        reports = self.reports()
+        current = {report.id: report for report in reports}
+        if current != self._seen:
+            # Collections that the owner has removed are forgotten here.
+            self._seen = current
+        return reports
+
+    async def _look_at(self, config: CollectionConfig) -> None:
+        limiter = self._limiters.setdefault(config.id, trio.CapacityLimiter(1))
+        report = report_of(config, f"The root {config.root} does not answer.")
+        with trio.move_on_after(PATIENCE):
+            # One look at a time: as long as the last one hangs, no second thread joins it.
+            report = await trio.to_thread.run_sync(
+                self._collections.report, config, limiter=limiter, abandon_on_cancel=True
+            )
+        before = self._seen.get(config.id)
+        self._seen[config.id] = report
+        if before is None or before == report:
+            return
+        if before.available != report.available:
+            logger.warning(
+                "Collection %s %s", config.name, "is available again." if report.available else f": {report.reason}"
+            )
+        self._announce(self.reports())

@@ -1,0 +1,41 @@
+"""Serves the owner's application on the private socket: Hypercorn, one connection a task, known users only."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from typing import Any, cast
+
+import trio
+from hypercorn.app_wrappers import ASGIWrapper
+from hypercorn.config import Config
+from hypercorn.trio.tcp_server import TCPServer
+from hypercorn.trio.worker_context import WorkerContext
+from starlette.applications import Starlette
+
+from agent import local_socket
+
+logger = logging.getLogger("towpath.local")
+
+MAX_CONNECTIONS = 32
+
+
+async def serve_local(listener: socket.socket, application: Starlette) -> None:
+    """Answer on a listening Unix socket until cancelled. Connections of other users are closed unanswered."""
+    app = ASGIWrapper(cast("Any", application))
+    config = Config()
+    config.errorlog = logger
+    config.h11_max_incomplete_size = 16 * 1024
+    context = WorkerContext(None)
+    places = trio.Semaphore(MAX_CONNECTIONS)
+
+    async def serve(stream: trio.SocketStream) -> None:
+        async with places:
+            raw = cast("socket.socket", stream.socket)
+            if not local_socket.is_allowed(local_socket.peer_user(raw)):
+                logger.warning("Another user tried to control this agent.")
+                await stream.aclose()
+                return
+            await TCPServer(app, config, context, cast("Any", {}), cast("Any", stream)).run()
+
+    await trio.serve_listeners(serve, [trio.SocketListener(trio.socket.from_stdlib_socket(listener))])
