@@ -32,14 +32,17 @@ class Warden:
     def __init__(self, process: trio.Process) -> None:
         assert process.stdin is not None
         self._lines = process.stdin
+        self._turn = trio.Lock()
 
     async def guard(self, group: int) -> None:
         """Put a process group under guard."""
-        await self._lines.send_all(b"+%d\n" % group)
+        async with self._turn:
+            await self._lines.send_all(b"+%d\n" % group)
 
     async def release(self, group: int) -> None:
         """The group has ended; its number may soon be somebody else's."""
-        await self._lines.send_all(b"-%d\n" % group)
+        async with self._turn:
+            await self._lines.send_all(b"-%d\n" % group)
 
 
 @asynccontextmanager

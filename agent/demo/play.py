@@ -63,6 +63,7 @@ def perform(plan: Plan, stage: Stage) -> int:
     """
     ending = Ending()
     try:
+        check_roots(plan)
         with _place(plan, stage, ending) as directory:
             trio.run(_play, plan, stage, directory, ending)
             if ending.code is None and ending.signal_number:
@@ -87,13 +88,14 @@ def _place(plan: Plan, stage: Stage, ending: Ending) -> Iterator[Path]:
         stage.say(f"Everything stays in {directory}.")
         return
     directory = Path(tempfile.mkdtemp(prefix="towpath-demo-"))
+    failed = True
     try:
         yield directory
+        failed = bool(ending.code) and not ending.signal_number
     finally:
-        failed = ending.code not in (0, None) and not ending.signal_number
         shutil.rmtree(directory / "roots" if failed else directory, ignore_errors=True)
-    if failed:
-        stage.say(f"Logs and state are in {directory}.")
+        if failed:
+            stage.say(f"Logs and state are in {directory}.")
 
 
 async def _play(plan: Plan, stage: Stage, directory: Path, ending: Ending) -> None:
@@ -154,19 +156,23 @@ async def _acts(plan: Plan, stage: Stage, directory: Path, ending: Ending) -> No
         stage.say(_next_steps())
 
 
+def check_roots(plan: Plan) -> None:
+    """Refuse roots that cannot be used, before anything is made. Raises `CannotPlay`."""
+    if plan.roots is None:
+        return
+    alpha, beta = plan.roots
+    for name, root in zip(AGENTS, plan.roots, strict=True):
+        if not root.is_dir():
+            raise CannotPlay(f"{root}, the root for {name}, is not a directory; make it first.")
+    if alpha.samefile(beta):
+        raise CannotPlay("Both roots are the same directory; give two.")
+    if not plan.skip_transfer and (beta / TREE).exists():
+        raise CannotPlay(f"{beta / TREE} exists already; remove it, so that the transfer starts afresh.")
+
+
 def _roots(plan: Plan, directory: Path) -> dict[str, Path]:
     if plan.roots is not None:
-        roots = dict(zip(AGENTS, (root.absolute() for root in plan.roots), strict=True))
-        for name, root in roots.items():
-            if not root.is_dir():
-                raise CannotPlay(f"{root}, the root for {name}, is not a directory; make it first.")
-        if roots["alpha"].samefile(roots["beta"]):
-            raise CannotPlay("Both roots are the same directory; give two.")
-        if not plan.skip_transfer and (roots["beta"] / TREE).exists():
-            raise CannotPlay(
-                f"{roots['beta'] / TREE} exists already; remove it, so that the transfer starts from none."
-            )
-        return roots
+        return dict(zip(AGENTS, (root.absolute() for root in plan.roots), strict=True))
     roots = {name: directory / "roots" / name for name in AGENTS}
     for root in roots.values():
         root.mkdir(mode=0o700, parents=True)

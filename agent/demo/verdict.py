@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from agent.cli.exit_codes import needs_attention
@@ -55,8 +56,8 @@ class Evidence:
 
     def sent_again_by_kill(self) -> list[tuple[Kill, int]]:
         """For each kill what was sent again between it and the next one (or the end)."""
-        limits = [kill.sent_again_before for kill in self.kills[1:]] + [self.sent_again]
-        return [(kill, after - kill.sent_again_before) for kill, after in zip(self.kills, limits, strict=True)]
+        counts = [kill.sent_again_before for kill in self.kills] + [self.sent_again]
+        return [(kill, after - before) for kill, (before, after) in zip(self.kills, pairwise(counts), strict=True)]
 
 
 def kill_due(done: int, total: int, kills_so_far: int) -> str | None:
