@@ -152,6 +152,8 @@ async def test_the_handshake_does_not_stall_on_what_the_peek_left_behind() -> No
         await trio.sleep(0.02)
         await raw.send_all(data[200:])
         await finish_handshake(raw, client, incoming, outgoing)
+        # The handler must wait for its bytes, rather than find them there.
+        await trio.sleep(0.1)
         client.write(b"w")
         await raw.send_all(outgoing.read())
         with trio.fail_after(5):
