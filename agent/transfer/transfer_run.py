@@ -55,6 +55,8 @@ OPEN_GROUPS = 200
 PACK_BYTES = 1024 * 1024
 # How often one file is tried before its passing fault is taken for a lasting one.
 ATTEMPTS = 5
+# What `skip_source_errors` skips, as in the Globus transfer document.
+SKIPPABLE = frozenset({"FILE_NOT_FOUND", "NOT_FOUND", "PERMISSION_DENIED"})
 
 OpenLane = Callable[[], Awaitable[ssl.SSLSocket]]
 
@@ -354,7 +356,8 @@ class TransferRun:
 
     def give_up(self, job: FileJob, error: TowpathError, discard: LargeFile | None = None) -> None:
         """End a job with an error: it is listed, counted, and the rest goes on."""
-        may_skip = self.options.skip_source_errors and error.who == "source owner"
+        at_source = error.code in SKIPPABLE and error.who != "destination owner"
+        may_skip = self.options.skip_source_errors and at_source
         self.context.on_fault(error)
         self.settle.put(Outcome(job, error.to_document(), skipped=may_skip, discard=discard))
 
