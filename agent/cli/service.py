@@ -4,34 +4,43 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
-import os
-import socket
-import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
+from agent.cli.exit_codes import ExitCode
 from agent.cli.output import CommandFailed
+from agent.cli.terminal import terminal_safe
 from agent.config import AgentConfig, default_config_file, load_config
 from protocol.errors import TowpathError
-
-START_TIMEOUT = 30.0
-STOP_TIMEOUT = 15.0
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-def _config_option(command: Command) -> Command:
+def config_option(command: Command) -> Command:
+    """``--config FILE``; the function gets ``config_file``, absolute, the user's default one if not given."""
     option = click.option(
-        "--config", "config_file", type=click.Path(path_type=Path), help="The agent's configuration file."
+        "--config",
+        "config_file",
+        type=click.Path(dir_okay=False, path_type=Path),
+        callback=lambda _ctx, _parameter, value: (value or default_config_file()).absolute(),
+        help="The agent's configuration file; by default towpath/agent.yaml in the user's configuration directory.",
     )
     return option(command)
+
+
+@contextlib.contextmanager
+def failing_plainly() -> Iterator[None]:
+    """Turn the project's errors, and those of the system, into one sentence for the user."""
+    try:
+        yield
+    except TowpathError as error:
+        raise CommandFailed(error.sentence) from error
+    except OSError as error:
+        raise CommandFailed(f"{error.filename or 'The system'}: {error.strerror or error}.") from error
 
 
 @click.command()
@@ -41,10 +50,11 @@ def _config_option(command: Command) -> Command:
 @click.option("--name", help="What to call the collection; the relay's name for it if not given.")
 @click.option("--read-only", is_flag=True, help="Let others read, never write.")
 @click.option("--sharing", is_flag=True, help="Allow guest collections on it.")
-@click.option("--home", default="/", show_default=True, help="The folder inside the root that ~ stands for.")
+@click.option("--home", default="/", show_default=True, help="The folder inside the collection that ~ stands for.")
+@click.option("--default-directory", default="/~/", show_default=True, help="Where clients start in the collection.")
 @click.option("--state-dir", type=click.Path(path_type=Path), help="Where the agent keeps its state.")
 @click.option("--globus-files", is_flag=True, help="Also write ~/.globusonline/lta/client-id.txt.")
-@_config_option
+@config_option
 def setup(
     key: str | None,
     setup_key_file: Path | None,
@@ -53,151 +63,161 @@ def setup(
     read_only: bool,
     sharing: bool,
     home: str,
+    default_directory: str,
     state_dir: Path | None,
     globus_files: bool,
-    config_file: Path | None,
+    config_file: Path,
 ) -> None:
     """Enrol this machine with a one-time setup KEY, or add a collection to it.
 
     The key may also come from --setup-key-file or the environment variable TOWPATH_SETUP_KEY, where other users of
-    the machine cannot see it.
+    the machine cannot see it. A set-up that was interrupted is completed by repeating the same command.
     """
     from agent.enrol import Wish, find_setup_key, set_up, write_globus_files
 
-    wish = Wish(root=root, name=name, read_only=read_only, shareable=sharing, home=home)
-    try:
-        found = find_setup_key(key, setup_key_file)
-        outcome = set_up(found, wish, config_file or default_config_file(), state_dir)
-    except TowpathError as error:
-        raise CommandFailed(error.sentence) from error
-    if globus_files:
-        write_globus_files(outcome.collection_id, Path.home())
+    wish = Wish(
+        root=root,
+        name=name,
+        read_only=read_only,
+        shareable=sharing,
+        home=home,
+        default_directory=default_directory,
+    )
+    with failing_plainly():
+        outcome = set_up(find_setup_key(key, setup_key_file), wish, config_file, state_dir)
+        if globus_files:
+            write_globus_files(outcome.collection_id, Path.home())
     done = "was set up before with this key" if outcome.already else "is set up"
-    click.echo(f"Collection {outcome.name} ({outcome.collection_id}) {done}: {outcome.root}")
-    click.echo("Run the agent with `towpath start` (or `towpath run` in the foreground).")
+    click.echo(f"Collection {terminal_safe(outcome.name)} ({outcome.collection_id}) {done}: {outcome.root}")
+    click.echo(f"Endpoint {outcome.endpoint_id} of the relay {outcome.relay_url}; configuration {outcome.config_file}")
+    if _tell_running_agent(outcome.state_dir):
+        click.echo("The running agent serves it now.")
+    else:
+        click.echo("Run the agent with `towpath start` (or `towpath run` in the foreground).")
+
+
+def _tell_running_agent(state_dir: Path) -> bool:
+    """Have a running agent take up the new configuration; whether there was one."""
+    from agent import local_socket
+
+    try:
+        local_socket.ask(state_dir, "POST", "/reload")
+    except local_socket.NotRunning:
+        return False
+    except TowpathError as error:
+        raise CommandFailed(f"The running agent does not take the new configuration: {error.sentence}") from error
+    return True
 
 
 @click.command()
-@_config_option
-def run(config_file: Path | None) -> None:
-    """Run the agent in the foreground, until Ctrl-C or SIGTERM."""
-    from agent import daemon
+@click.option("--log-file", type=click.Path(path_type=Path), help="Log to this file, kept small, not to stderr.")
+@config_option
+def run(log_file: Path | None, config_file: Path) -> None:
+    """Run the agent in the foreground, until Ctrl-C or SIGTERM. SIGHUP reads the configuration again."""
+    from agent import daemon, logs
 
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    for chatty in ("httpx", "hypercorn"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
-    try:
-        daemon.run(config_file or default_config_file())
-    except TowpathError as error:
-        raise CommandFailed(error.sentence) from error
-
-
-def _load(config_file: Path | None) -> tuple[Path, AgentConfig]:
-    file = (config_file or default_config_file()).absolute()
-    try:
-        return file, load_config(file)
-    except TowpathError as error:
-        raise CommandFailed(error.sentence) from error
+    with failing_plainly():
+        logs.configure(log_file)
+        daemon.run(config_file)
 
 
 @click.command()
-@_config_option
-def start(config_file: Path | None) -> None:
+@config_option
+def start(config_file: Path) -> None:
     """Start the agent in the background and wait until it serves."""
-    from agent.identity_file import make_state_dir
-    from agent.lock import holder_of
+    from agent.cli.background import LOG_FILE, start_detached
+    from agent.identity_file import make_state_dir, require
+    from agent.lock import AlreadyRunning, holder_of
 
-    file, config = _load(config_file)
-    make_state_dir(config.state_dir)
-    holder = holder_of(config.state_dir)
-    if holder is not None:
-        raise CommandFailed(f"The agent already runs as process {holder.pid} on {holder.host}.")
-    log = config.state_dir / "agent.log"
-    with (
-        tempfile.TemporaryDirectory(prefix="towpath-") as folder,
-        contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)) as notify,
-    ):
-        notify.bind(f"{folder}/ready")
-        notify.settimeout(0.2)
-        process = _spawn(file, log, f"{folder}/ready")
-        _wait_ready(process, notify, log)
-    click.echo(f"The agent runs as process {process.pid}; its log is {log}.")
-
-
-def _spawn(file: Path, log: Path, notify: str) -> subprocess.Popen[bytes]:
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-    try:
-        return subprocess.Popen(
-            [sys.executable, "-c", "from agent.cli.main import main; main()", "run", "--config", str(file)],
-            stdin=subprocess.DEVNULL,
-            stdout=descriptor,
-            stderr=descriptor,
-            env={**os.environ, "NOTIFY_SOCKET": notify},
-            start_new_session=True,
-        )
-    finally:
-        os.close(descriptor)
-
-
-def _wait_ready(process: subprocess.Popen[bytes], notify: socket.socket, log: Path) -> None:
-    deadline = time.monotonic() + START_TIMEOUT
-    while time.monotonic() < deadline:
-        with contextlib.suppress(TimeoutError):
-            if b"READY=1" in notify.recv(4096):
-                return
-        if process.poll() is not None:
-            raise CommandFailed(f"The agent ended with code {process.returncode}; see {log}.")
-    process.terminate()
-    raise CommandFailed(f"The agent did not become ready within {START_TIMEOUT:g} seconds; see {log}.")
+    with failing_plainly():
+        config = load_config(config_file)
+        make_state_dir(config.state_dir)
+        require(config.state_dir)
+        holder = holder_of(config.state_dir)
+        if holder is not None:
+            raise AlreadyRunning(config.state_dir, holder)
+        pid = start_detached(config_file, config)
+    click.echo(f"The agent runs as process {pid}; its log is {config.state_dir / LOG_FILE}.")
 
 
 @click.command()
-@_config_option
-def stop(config_file: Path | None) -> None:
+@config_option
+def stop(config_file: Path) -> None:
     """Stop the agent; running transfers are settled and go on at the next start."""
-    from agent import local_socket
-    from agent.lock import holder_of
+    from agent.cli.background import stop_running
 
-    _, config = _load(config_file)
-    try:
-        local_socket.ask(config.state_dir, "POST", "/stop")
-    except TowpathError as error:
-        raise CommandFailed(error.sentence) from error
-    deadline = time.monotonic() + STOP_TIMEOUT
-    while holder_of(config.state_dir) is not None:
-        if time.monotonic() > deadline:
-            raise CommandFailed(f"The agent has not ended within {STOP_TIMEOUT:g} seconds.")
-        time.sleep(0.05)
-    click.echo("The agent has stopped.")
+    with failing_plainly():
+        holder = stop_running(load_config(config_file).state_dir)
+    click.echo("No agent runs." if holder is None else f"The agent (process {holder.pid}) has stopped.")
 
 
 @click.command()
-@click.option("--format", "form", type=click.Choice(["text", "json"]), default="text", show_default=True)
-@_config_option
-def status(form: str, config_file: Path | None) -> None:
-    """Say what the agent of this machine is doing."""
+@click.option("--format", "-F", "form", type=click.Choice(["text", "json"]), default="text", show_default=True)
+@config_option
+def status(form: str, config_file: Path) -> None:
+    """Say what the agent of this machine is doing. Exit code 1 when it does not run."""
     from agent import local_socket
 
-    _, config = _load(config_file)
+    with failing_plainly():
+        config = load_config(config_file)
     try:
         document = local_socket.ask(config.state_dir, "GET", "/status")
+    except local_socket.NotRunning as error:
+        document = _not_running(config_file, config)
+        if form == "text":
+            raise CommandFailed(_why_not(document) or error.sentence) from error
     except TowpathError as error:
         raise CommandFailed(error.sentence) from error
     if form == "json":
         click.echo(json.dumps(document, indent=2))
-        return
+    else:
+        _print_status(document)
+    if not document["running"]:
+        sys.exit(ExitCode.OTHER)
+
+
+def _not_running(config_file: Path, config: AgentConfig) -> dict[str, Any]:
+    """What can be said without the agent."""
+    from dataclasses import asdict
+
+    from agent.lock import holder_of
+
+    with failing_plainly():
+        holder = holder_of(config.state_dir)
+    return {
+        "running": False,
+        "held_by": None if holder is None else asdict(holder),
+        "config_file": str(config_file),
+        "state_dir": str(config.state_dir),
+    }
+
+
+def _why_not(document: dict[str, Any]) -> str:
+    holder = document["held_by"]
+    if holder is None:
+        return ""
+    return (
+        f"Process {holder['pid']} on host {holder['host']} runs the agent of {document['state_dir']}, but does not "
+        "answer here; it may be starting, ending, or on another machine."
+    )
+
+
+def _print_status(document: dict[str, Any]) -> None:
     link = document["link"]
     where = (
         f"linked to {link['relay_url']}" if link["connected"] else f"not linked: {link['last_error'] or 'connecting'}"
     )
-    click.echo(f"Agent {document['version']}, process {document['pid']}, {where}")
+    paused = ", paused by its owner" if document["paused"] else ""
+    click.echo(f"Agent {document['version']}, process {document['pid']}{paused}, {terminal_safe(where)}")
+    click.echo(f"Configuration {document['config_file']}, state in {document['state_dir']}")
     for row in document["collections"]:
+        access = "read-only" if row["read_only"] else "read-write"
         state = "available" if row["available"] else f"not available: {row['reason']}"
-        click.echo(f"  collection {row['name']} ({row['id']}): {state}")
+        click.echo(f"  collection {terminal_safe(row['name'])} ({row['id']}): {access}, {terminal_safe(state)}")
     for task in document["tasks"]:
         counters = task["counters"]
         held = "" if task["status_code"] in ("OK", "QUEUED") else f", {task['status_sentence'] or task['status_code']}"
         click.echo(
-            f"  task {task['task_id']}: {task['state']}{held}, {counters['files_transferred']} files, "
+            f"  task {task['task_id']}: {task['state']}{terminal_safe(held)}, {counters['files_transferred']} files, "
             f"{counters['bytes_transferred']} bytes"
         )

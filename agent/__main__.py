@@ -1,0 +1,8 @@
+"""``python -m agent`` is the ``towpath`` command."""
+
+from __future__ import annotations
+
+from agent.cli.main import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""The agent as a process apart: starting it detached, waiting until it serves, seeing it end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from agent import local_socket
+from agent.cli.output import CommandFailed
+from agent.config import AgentConfig
+from agent.lock import Holder, holder_of
+from agent.sdnotify import VARIABLE
+
+START_TIMEOUT = 30.0
+STOP_TIMEOUT = 15.0
+LOG_FILE = "agent.log"
+TAIL = 2000
+
+
+def start_detached(config_file: Path, config: AgentConfig) -> int:
+    """Start the agent in a session of its own; returns its process id once it is ready. Raises `CommandFailed`."""
+    log = config.state_dir / LOG_FILE
+    with tempfile.TemporaryDirectory(prefix="towpath-") as folder:
+        channel = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        with contextlib.closing(channel), open(f"{folder}/output", "w+b") as output:
+            # The agent says that it is ready as it says it to a service manager.
+            channel.bind(f"{folder}/ready")
+            channel.settimeout(0.2)
+            process = subprocess.Popen(
+                [sys.executable, "-m", "agent", "run", "--config", str(config_file), "--log-file", str(log)],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env={**os.environ, VARIABLE: f"{folder}/ready"},
+                start_new_session=True,
+            )
+            _wait_ready(process, channel, Path(output.name), log)
+    return process.pid
+
+
+def _wait_ready(process: subprocess.Popen[bytes], channel: socket.socket, output: Path, log: Path) -> None:
+    deadline = time.monotonic() + START_TIMEOUT
+    while time.monotonic() < deadline:
+        with contextlib.suppress(TimeoutError):
+            if b"READY=1" in channel.recv(4096):
+                return
+        if process.poll() is not None:
+            said = output.read_bytes()[-TAIL:].decode("utf-8", "replace").strip().removeprefix("towpath: ")
+            raise CommandFailed(f"The agent ended with code {process.returncode}; its log is {log}. {said}")
+    process.terminate()
+    raise CommandFailed(f"The agent did not become ready within {START_TIMEOUT:g} seconds; its log is {log}.")
+
+
+def stop_running(state_dir: Path) -> Holder | None:
+    """Ask the running agent to end and wait until it has; None when none runs. Raises `CommandFailed`."""
+    holder = holder_of(state_dir)
+    if holder is None:
+        return None
+    if holder.host != socket.gethostname():
+        raise CommandFailed(f"The agent runs on host {holder.host} (process {holder.pid}); stop it there.")
+    try:
+        local_socket.ask(state_dir, "POST", "/stop")
+    except local_socket.NotRunning as error:
+        # It holds the lock but does not answer: starting, ending, or stuck.
+        if holder.pid <= 0:
+            raise CommandFailed(error.sentence) from error
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(holder.pid, signal.SIGTERM)
+    deadline = time.monotonic() + STOP_TIMEOUT
+    while holder_of(state_dir) is not None:
+        if time.monotonic() > deadline:
+            raise CommandFailed(f"The agent (process {holder.pid}) has not ended within {STOP_TIMEOUT:g} seconds.")
+        time.sleep(0.05)
+    return holder
