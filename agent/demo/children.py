@@ -92,10 +92,16 @@ class Child:
         await self.warden.guard(self.process.pid)
 
     async def kill(self) -> None:
-        """SIGKILL to this process alone, as a crash would be; its workers are left to notice."""
-        if self.process is not None:
-            self.process.kill()
-            await self.process.wait()
+        """SIGKILL to the process and all its workers at once, so that nobody settles anything."""
+        if self.process is None:
+            return
+        # The head first, so that it starts no further worker in between.
+        doomed = descendants_of(self.process.pid)
+        self.process.kill()
+        for pid in doomed:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        await self.process.wait()
 
     async def stop(self) -> None:
         """SIGTERM, and SIGKILL to whatever is left after a while. Returns when nothing is left."""
@@ -113,11 +119,6 @@ class Child:
             await self.process.wait()
         self._groups.clear()
 
-    def left_behind(self) -> list[int]:
-        """Processes of earlier starts that still run although their leader is gone."""
-        current = self.pid
-        return [pid for group in self._groups if group != current for pid in members_of(group)]
-
     def raise_if_ended(self) -> None:
         """Raise `ChildFailed` when the process has ended by itself."""
         if self.process is not None and self.process.returncode is not None:
@@ -130,6 +131,14 @@ class Child:
         except FileNotFoundError:
             return ""
         return "\n".join(f"  {self.name}| {line}" for line in lines[-LOG_TAIL:])
+
+
+def descendants_of(pid: int) -> list[int]:
+    """All living processes below a process."""
+    try:
+        return [child.pid for child in psutil.Process(pid).children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
 
 
 def members_of(group: int) -> list[int]:

@@ -8,12 +8,15 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import psutil
 import trio
 
+from agent import local_socket
 from agent.cli.exit_codes import final_exit_code
 from agent.cli.progress import RateMeter, beside, progress_of
 from agent.cli.relay_client import Relay, document_of
@@ -23,6 +26,7 @@ from agent.demo.compare import compare_trees
 from agent.demo.sample import Contents
 from agent.demo.verdict import KILLS, Evidence, Kill, Watched, help_needed, kill_due
 from agent.demo.world import AGENTS, World
+from protocol.errors import TowpathError
 
 POLL_SECONDS = 0.1
 # How long a killed process stays away.
@@ -56,18 +60,20 @@ async def run_trial(
     source, destination = world.sites["alpha"].root / tree, world.sites["beta"].root / tree
     watched: list[Watched] = []
     course = Course()
+    carried = loopback_bytes()
     async with watching(source, destination, watched):
         started = time.monotonic()
         task_id = await world.call(lambda relay: submit(relay, world, tree))
         say(f"Task {task_id} moves {tree} from alpha to beta.")
         with trio.move_on_after(limit_seconds) as limit:
             await _follow(world, task_id, course, contents, say, show, changed)
-        seconds = time.monotonic() - started
+        seconds = task_seconds(course.task) or time.monotonic() - started
         if limit.cancelled_caught:
             course.needed_help.append(f"it had not ended after {limit_seconds:.0f} s ({_state(course.task)})")
+    wire = None if carried is None else (loopback_bytes() or 0) - carried
     say("Comparing both trees.")
     comparison = await compare_trees(source, destination)
-    return Evidence(course.task, contents, seconds, course.kills, comparison, watched[0], course.needed_help)
+    return Evidence(course.task, contents, seconds, course.kills, comparison, watched[0], course.needed_help, wire)
 
 
 def submit(relay: Relay, world: World, tree: str) -> str:
@@ -101,6 +107,9 @@ async def _follow(
             child.raise_if_ended()
         course.task = await _ask(world, task_id)
         progress = progress_of(course.task)
+        # The destination knows more than it has told the relay.
+        known = await _known_to_destination(world, task_id)
+        progress = replace(progress, bytes_done=max(progress.bytes_done, known))
         meter.note(progress.bytes_done, time.monotonic())
         show(progress.bytes_done, f"{describe(progress, meter.rate())}  {progress.held_up_by}")
         reason = help_needed(course.task)
@@ -119,6 +128,18 @@ async def _follow(
             changed()
             done_at_restart = progress.bytes_done
         await trio.sleep(POLL_SECONDS)
+
+
+async def _known_to_destination(world: World, task_id: str) -> int:
+    """Bytes done by beta's own account; 0 while it does not answer."""
+    state_dir = world.sites["beta"].state_dir
+    try:
+        status = await trio.to_thread.run_sync(local_socket.ask, state_dir, "GET", "/status", abandon_on_cancel=True)
+    except TowpathError:
+        return 0
+    return max(
+        (int(row["counters"]["bytes_transferred"]) for row in status["tasks"] if row["task_id"] == task_id), default=0
+    )
 
 
 async def _kill_and_restart(world: World, name: str) -> None:
@@ -140,8 +161,26 @@ async def _ask(world: World, task_id: str) -> Mapping[str, Any]:
             await trio.sleep(POLL_SECONDS)
 
 
+def task_seconds(task: Mapping[str, Any]) -> float | None:
+    """How long the task took by its own times; None when it has not ended. The relay may hear of the end later."""
+    try:
+        ended, began = (datetime.fromisoformat(str(task[key])) for key in ("completion_time", "request_time"))
+    except (KeyError, ValueError):
+        return None
+    return max(0.001, (ended - began).total_seconds())
+
+
 def _state(task: Mapping[str, Any]) -> str:
     return f"{task.get('status')}, {task.get('nice_status')}: {task.get('nice_status_details') or 'no details'}"
+
+
+def loopback_bytes() -> int | None:
+    """How many bytes this machine's loopback interface has carried, by the kernel's count; None if it does not say.
+    Everything between the agents passes it, and so does whatever else runs on the machine."""
+    for name, counters in psutil.net_io_counters(pernic=True).items():
+        if name in ("lo", "lo0"):
+            return int(counters.bytes_sent)
+    return None
 
 
 @asynccontextmanager

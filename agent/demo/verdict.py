@@ -48,6 +48,8 @@ class Evidence:
     comparison: Comparison
     watched: Watched
     needed_help: Sequence[str] = ()
+    # What the kernel says crossed the loopback interface meanwhile, everything else on the machine included.
+    wire_bytes: int | None = None
 
     @property
     def sent_again(self) -> int:
@@ -109,7 +111,7 @@ def summary(evidence: Evidence) -> list[str]:
     contents, watched = evidence.contents, evidence.watched
     rate = contents.bytes / evidence.seconds if evidence.seconds > 0 else 0.0
     again = ", ".join(f"{human_bytes(count)} after {kill.name}" for kill, count in evidence.sent_again_by_kill())
-    return [
+    lines = [
         f"{contents.files} files, {contents.directories} directories and {contents.symlinks} symlinks, "
         f"{human_bytes(contents.bytes)}, in {human_seconds(evidence.seconds)}: {human_bytes(rate)}/s with "
         f"{len(evidence.kills)} crashes on the way.",
@@ -118,3 +120,6 @@ def summary(evidence: Evidence) -> list[str]:
         f"The watcher looked {watched.looks} times and checked {watched.checked} names as they appeared: "
         f"{len(watched.wrong) or 'none'} wrong.",
     ]
+    if evidence.wire_bytes is not None:
+        lines.append(f"By the kernel's count {human_bytes(evidence.wire_bytes)} crossed the loopback interface in all.")
+    return lines
