@@ -67,8 +67,6 @@ def login(
         raise click.UsageError("Name the relay with --relay URL.")
     if not client_id:
         raise click.UsageError("Name the client with --client-id ID.")
-    if ca_file is not None and not Path(ca_file).is_file():
-        fail(f"{ca_file} is not a file; --ca-file names the relay's CA certificate in PEM form.")
     profile = Profile(
         checked_relay_url(relay_url),
         checked_client_id(client_id),

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from agent.cli.exit_codes import ExitCode
-from agent.cli.output import CommandFailed
+from agent.cli.output import CommandFailed, sentence
 
 if TYPE_CHECKING:
     from globus_sdk import AuthAPIError, GlobusAPIError, NetworkError
@@ -34,11 +34,6 @@ def explained(profile: Profile | None = None) -> Iterator[None]:
         raise CommandFailed(network_sentence(error, profile)) from error
     except GlobusError as error:
         raise CommandFailed(f"The relay answered in a way that cannot be understood: {error}") from error
-    except OSError as error:
-        # requests raises a bare OSError when the CA file cannot be used.
-        if profile is not None and profile.ca_file and "CA certificate" in str(error):
-            raise CommandFailed(_bad_ca_file(profile.ca_file)) from error
-        raise
 
 
 def api_sentence(error: GlobusAPIError) -> str:
@@ -48,12 +43,8 @@ def api_sentence(error: GlobusAPIError) -> str:
     if code == _AUTHENTICATION_CODE or error.http_status == 401:
         return "The relay does not accept these credentials any more; run `towpath login` again."
     if any(word in code for word in _OFFLINE_CODES):
-        return f"{_sentence(message)} Start the agent on that machine (`towpath start`) and try again."
-    return f"{_sentence(message)} ({code})" if code and code != "Error" else _sentence(message)
-
-
-def _sentence(text: str) -> str:
-    return text if text.endswith((".", "!", "?")) else text + "."
+        return f"{sentence(message)} Start the agent on that machine (`towpath start`) and try again."
+    return f"{sentence(message)} ({code})" if code and code != "Error" else sentence(message)
 
 
 def _auth_sentence(error: AuthAPIError, profile: Profile | None) -> str:
@@ -95,10 +86,6 @@ def _certificate_sentence(relay: str, error: ssl.SSLCertVerificationError, profi
         f"The certificate of {relay} is not trusted ({reason}); get the relay's CA certificate from its operator and "
         f"name it with `--ca-file` or TOWPATH_CA_FILE."
     )
-
-
-def _bad_ca_file(path: str) -> str:
-    return f"{path} cannot be read as a CA certificate in PEM form; get the file again from the relay's operator."
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

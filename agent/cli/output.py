@@ -140,6 +140,11 @@ def fail(sentence: str, exit_code: ExitCode = ExitCode.OTHER) -> NoReturn:
     raise CommandFailed(sentence, exit_code)
 
 
+def sentence(text: str) -> str:
+    """A text that ends as sentences do."""
+    return text if text.endswith((".", "!", "?")) else text + "."
+
+
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 
 

@@ -12,6 +12,7 @@ import ipaddress
 import json
 import os
 import re
+import ssl
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -104,7 +105,7 @@ def choose_profile(environment: Mapping[str, str], stored: Profile | None) -> Pr
     if client_secret:
         base = replace(base, client_secret=client_secret)
     if ca_file:
-        base = replace(base, ca_file=_existing_ca_file(ca_file, "TOWPATH_CA_FILE"))
+        base = replace(base, ca_file=str(Path(ca_file).absolute()))
     return base
 
 
@@ -124,14 +125,22 @@ def _from_globus_variables(environment: Mapping[str, str]) -> Profile | None:
     if verify.lower() in _GLOBUS_WORDS_FOR_FALSE:
         fail("GLOBUS_SDK_VERIFY_SSL switches the check of the relay's certificate off; name the CA file in it instead.")
     if verify.lower() not in _GLOBUS_WORDS_FOR_TRUE:
-        ca_file = _existing_ca_file(verify, "GLOBUS_SDK_VERIFY_SSL")
+        ca_file = str(Path(verify).absolute())
     return Profile(relay_url, checked_client_id(client_id), client_secret, ca_file)
 
 
-def _existing_ca_file(path: str, source: str) -> str:
-    if not Path(path).is_file():
-        fail(f"{source} names {path}, which is not a file; it must be the relay's CA certificate in PEM form.")
-    return str(Path(path).absolute())
+def check_ca_file(path: str) -> None:
+    """Fail when a file cannot serve as certificate authority, before any connection is tried with it."""
+    try:
+        ssl.create_default_context(cafile=path)
+    except FileNotFoundError:
+        fail(f"There is no CA certificate at {path}; ask the relay's operator for the file, or correct its path.")
+    except OSError as error:
+        # An SSLError is an OSError, too.
+        reason = getattr(error, "reason", None) or error.strerror or "not a certificate"
+        fail(
+            f"{path} cannot be read as a CA certificate in PEM form ({reason}); ask the relay's operator for the file."
+        )
 
 
 # --- storing ---------------------------------------------------------------------------------------------
@@ -154,7 +163,7 @@ def profile_path(environment: Mapping[str, str]) -> Path:
 def token_path(environment: Mapping[str, str], profile: Profile) -> Path:
     """Where the access tokens of a profile are kept between commands."""
     root = environment.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(root) / "towpath" / "tokens" / f"{profile.fingerprint}.json"
+    return Path(root) / "towpath" / "tokens" / f"{profile.fingerprint}.sqlite"
 
 
 def load_profile(path: Path) -> Profile | None:

@@ -19,6 +19,7 @@ class Progress:
     bytes_total: int | None
     files_done: int
     files_total: int
+    is_delete: bool
     faults: int
     held_up_by: str
     current: str
@@ -36,13 +37,18 @@ def progress_of(task: Mapping[str, Any]) -> Progress:
     total = ours.get("bytes_total")
     scanned = bool(ours.get("scan_complete"))
     nice = str(task.get("nice_status") or "")
+    is_delete = task.get("type") == "DELETE"
     details = str(task.get("nice_status_details") or task.get("nice_status_short_description") or "")
     return Progress(
         status=str(task.get("status") or "?"),
         bytes_done=_number(task.get("bytes_transferred")),
         bytes_total=_number(total) if total is not None and scanned else None,
-        files_done=_number(task.get("files_transferred")) + _number(task.get("files_skipped")),
-        files_total=_number(task.get("files")),
+        # A delete moves nothing; what it has to do and has done are its subtasks.
+        files_done=_number(task.get("subtasks_succeeded"))
+        if is_delete
+        else _number(task.get("files_transferred")) + _number(task.get("files_skipped")),
+        files_total=_number(task.get("subtasks_total" if is_delete else "files")),
+        is_delete=is_delete,
         faults=_number(task.get("faults")),
         held_up_by="" if nice.upper() in ("", "OK", "QUEUED") else (details or nice),
         current=str(ours.get("current") or ""),

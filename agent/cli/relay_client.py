@@ -6,7 +6,7 @@ tools elsewhere cannot redirect ours half-way. Access tokens are kept between co
 
 from __future__ import annotations
 
-import os
+import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from agent.cli.location import Location, Place, resolve
 from agent.cli.output import CommandFailed
-from agent.cli.profile import Profile, choose_profile, load_profile, profile_path, token_path
+from agent.cli.profile import Profile, check_ca_file, choose_profile, load_profile, profile_path, token_path
 
 if TYPE_CHECKING:
     from globus_sdk import AuthClient, ClientApp, GlobusHTTPResponse, TransferClient
@@ -26,11 +26,16 @@ MAX_RETRIES = 2
 
 
 class Relay:
-    """A signed-in connection to one relay. Close it (or use ``with``) when done; calls may block."""
+    """A signed-in connection to one relay. Close it (or use ``with``) when done; calls may block.
+
+    Raises `CommandFailed` when the profile's CA file cannot be used.
+    """
 
     def __init__(self, profile: Profile, *, token_file: Path | None = None, http_timeout: float = 60.0) -> None:
         from globus_sdk import AuthClient, ClientApp, ConfidentialAppAuthClient, GlobusAppConfig, TransferClient
 
+        if profile.ca_file is not None:
+            check_ca_file(profile.ca_file)
         self.profile = profile
         self._http_timeout = http_timeout
         self._transports: list[RequestsTransport] = []
@@ -114,9 +119,15 @@ def _token_storage(path: Path | None) -> TokenStorage:
     if path is None:
         return MemoryTokenStorage()
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    # The file must be private before the first token is in it.
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600))
-    return SQLiteTokenStorage(path)
+    try:
+        storage = SQLiteTokenStorage(path)
+        path.chmod(0o600)
+        storage.get_token_data_by_resource_server()
+    except (sqlite3.Error, ValueError):
+        # It only saves a request; a damaged one is thrown away, and the next command begins a new one.
+        path.unlink(missing_ok=True)
+        return MemoryTokenStorage()
+    return storage
 
 
 def _retry_config() -> RetryConfig:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 def describe(progress: Progress, rate: float) -> str:
     """One line about a running task, for screens of any kind."""
+    if progress.is_delete:
+        return f"{progress.files_done} of {progress.files_total} deleted"
     done = human_bytes(progress.bytes_done)
     total = f" of {human_bytes(progress.bytes_total)}" if progress.bytes_total is not None else ""
     files = f", {progress.files_done} of {progress.files_total} files" if progress.files_total else ""

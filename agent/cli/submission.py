@@ -14,7 +14,7 @@ from agent.cli.exit_codes import ExitCode
 from agent.cli.failures import exit_with
 from agent.cli.output import Output
 from agent.cli.relay_client import document_of
-from agent.cli.waiting import Patience, Waited, outcome_sentence, watch
+from agent.cli.waiting import Patience, Waited, outcome_sentence, troubles, watch
 
 if TYPE_CHECKING:
     from globus_sdk import DeleteData, TransferData
@@ -184,14 +184,17 @@ def submit(relay: Relay, out: Output, data: TransferData | DeleteData, submissio
         return
     if not out.is_json:
         out.remark(f"Task ID: {task_id}")
-    finish(out, task_id, watch(relay, out, task_id, submission.patience))
+    finish(relay, out, task_id, watch(relay, out, task_id, submission.patience))
 
 
-def finish(out: Output, task_id: str, waited: Waited) -> None:
+def finish(relay: Relay, out: Output, task_id: str, waited: Waited) -> None:
     """Write how a wait ended and end the command with its exit code."""
     if waited.code is not ExitCode.INTERRUPTED:
         if out.is_json:
             out.document(waited.task)
         else:
             out.line(outcome_sentence(task_id, waited))
+            if waited.code in (ExitCode.FAILED, ExitCode.PARTIAL):
+                for line in troubles(relay, task_id):
+                    out.line(line)
     exit_with(waited.code)

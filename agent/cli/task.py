@@ -163,7 +163,7 @@ def _task_rows(document: Mapping[str, Any]) -> list[tuple[str, object]]:
 def wait(relay: Relay, out: Output, /, task_id: Any, **options: Any) -> None:
     """Watch a task until it ends. The exit code tells how it ended; Ctrl-C stops watching, not the task."""
     patience = patience_from(options)
-    finish(out, str(task_id), watch(relay, out, str(task_id), patience))
+    finish(relay, out, str(task_id), watch(relay, out, str(task_id), patience))
 
 
 @task.command()

@@ -5,13 +5,14 @@ The task does not depend on the watcher. Ctrl-C only detaches, and a relay that 
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from agent.cli.exit_codes import ExitCode, final_exit_code, needs_attention, who_can_mend
-from agent.cli.output import Output
+from agent.cli.output import Output, sentence
 from agent.cli.progress import Display, RateMeter, progress_of
 from agent.cli.screen import display_for
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from agent.cli.relay_client import Relay
 
 FIRST_INTERVAL = 0.25
+MAX_TROUBLES = 3
 
 
 class RelayAway(Exception):
@@ -114,10 +116,7 @@ def outcome_sentence(task_id: str, waited: Waited) -> str:
             return f"Task {task_id} is done."
         case ExitCode.PARTIAL:
             count = task.get("subtasks_skipped_errors")
-            return (
-                f"Task {task_id} is done, but {count} items were left out; "
-                f"`towpath task show --skipped-errors {task_id}` lists them."
-            )
+            return f"Task {task_id} is done, but {count} items were left out."
         case ExitCode.CANCELED:
             return f"Task {task_id} was cancelled."
         case ExitCode.TIMED_OUT:
@@ -129,10 +128,16 @@ def outcome_sentence(task_id: str, waited: Waited) -> str:
         case _:
             error = task.get("fatal_error")
             reason = error.get("description") if isinstance(error, Mapping) else details
-            return (
-                f"Task {task_id} failed: {reason or 'no reason was given'}; "
-                f"`towpath task event-list {task_id}` tells more."
-            )
+            return f"Task {task_id} failed: {sentence(str(reason or 'no reason was given'))}"
+
+
+def troubles(relay: Relay, task_id: str) -> list[str]:
+    """The first things that went wrong with a finished task, for people, and where to read on."""
+    rows = list(itertools.islice(relay.transfer.task_skipped_errors(task_id), MAX_TROUBLES))
+    shown = [f"  {row.get('source_path')}: {row.get('error_details') or row.get('error_code')}" for row in rows]
+    if not shown:
+        return [f"  `towpath task event-list {task_id}` tells more."]
+    return [*shown, f"  `towpath task show --skipped-errors {task_id}` lists them all."]
 
 
 def watch(relay: Relay, out: Output, task_id: str, patience: Patience) -> Waited:

@@ -64,6 +64,9 @@ def perform(plan: Plan, stage: Stage) -> int:
     ending = Ending()
     try:
         check_roots(plan)
+        if plan.json_file is not None:
+            # Whoever waits for the file must not meet an earlier one.
+            plan.json_file.unlink(missing_ok=True)
         with _place(plan, stage, ending) as directory:
             trio.run(_play, plan, stage, directory, ending)
             if ending.code is None and ending.signal_number:
