@@ -22,6 +22,7 @@ from relay.transfer.task_documents import Surroundings
 PREFIX = "/v0.10"
 # Larger documents are read and written in a thread, so that nobody else waits for them.
 _LARGE = 64 * 1024
+_MANY = 200
 
 CallerHere = Annotated[Caller, Depends(transfer_caller)]
 ServicesHere = Annotated[Services, Depends(services_here)]
@@ -50,7 +51,9 @@ def answer(document: dict[str, Any], status: int = 200) -> Response:
 
 
 async def answer_large(document: dict[str, Any]) -> Response:
-    """A JSON answer that may be large."""
+    """A JSON answer whose ``DATA`` may be long."""
+    if len(document["DATA"]) < _MANY:
+        return answer(document)
     return await trio.to_thread.run_sync(answer, document)
 
 

@@ -19,6 +19,9 @@ from relay.transfer.task_rows import pack_items
 
 router = APIRouter(prefix=PREFIX, tags=["Transfer"])
 
+# Submissions with more items are read in a thread, so that nobody else waits for them.
+_MANY = 200
+
 
 @router.get("/submission_id")
 async def submission_id(caller: CallerHere) -> Response:
@@ -52,7 +55,8 @@ async def _submit(
         submission = read(document, max_items=tasks.max_items, now=now)
         return submission, pack_items(submission.items)
 
-    submission, items = await trio.to_thread.run_sync(prepare)
+    many = isinstance(document, dict) and isinstance(document.get("DATA"), list) and len(document["DATA"]) >= _MANY
+    submission, items = await trio.to_thread.run_sync(prepare) if many else prepare()
     accept = partial(
         task_turns.accept,
         submission=submission,

@@ -38,6 +38,8 @@ MAX_HOST = 255
 MAX_STEPS = 8
 # Large orders take their time on a slow line, and on the agent's disk.
 _SECONDS_PER_ITEM = 0.005
+# Bytes of packed items that are not worth a thread.
+_SMALL = 16 * 1024
 
 
 class Step(Enum):
@@ -187,7 +189,10 @@ class Courier:
         items = None
         if first:
             packed = await self._store.read(lambda connection: task_rows.load_items(connection, task.id))
-            items = await trio.to_thread.run_sync(task_rows.unpack_items, packed)
+            if len(packed) < _SMALL:
+                items = task_rows.unpack_items(packed)
+            else:
+                items = await trio.to_thread.run_sync(task_rows.unpack_items, packed)
         ticket = self._sign(loaded, worker, source, now)
         session = None
         source_connected = source is not None and self._links.is_connected(source.node_id)

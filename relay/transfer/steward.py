@@ -87,6 +87,7 @@ class Steward:
         self._clock_event = trio.Event()
         self._attended: dict[str, trio.CancelScope] = {}
         self._progress: dict[str, dict[str, TaskObserved]] = {}
+        self._progress_event = trio.Event()
         self._finished: dict[str, trio.Event] = {}
         self._visits = self._lines = self._dropped = self._stream_failures = self._visit_failures = 0
 
@@ -269,6 +270,7 @@ class Steward:
             if line.kind == "progress" and line.n == 0 and line.observed is not None:
                 if len(waiting) < MAX_PROGRESS or line.task_id in waiting:
                     waiting[line.task_id] = line.observed
+                    self._progress_event.set()
             else:
                 kept.append(line)
                 if line.kind == "state":
@@ -293,7 +295,9 @@ class Steward:
 
     async def _store_progress(self) -> None:
         while True:
+            await self._progress_event.wait()
             await trio.sleep(PROGRESS_INTERVAL)
+            self._progress_event = trio.Event()
             for node_id in list(self._progress):
                 reports = self._progress.pop(node_id)
                 if not reports:

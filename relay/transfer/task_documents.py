@@ -59,10 +59,10 @@ def holdup(task: Task, around: Surroundings) -> Holdup:
     observed = task.last_observed
     if around.offline(task.worker_id):
         return Holdup(OFFLINE, f"The agent of “{_name(task.worker_id, around)}” is not connected.", "destination owner")
-    reported = "OK" if observed is None else observed.status_code
-    if reported in ("OK", "QUEUED") and task.delivered and observed is not None:
-        return Holdup("OK" if reported == "OK" else "Queued", observed.status_sentence)
-    if task.type == "TRANSFER" and reported in ("OK", "QUEUED", "CONNECT_FAILED") and around.offline(task.source_id):
+    reported = "QUEUED" if observed is None else observed.status_code
+    # Only when it matters: a transfer under way does not need its source's link to the relay.
+    lacks_source = task.type == "TRANSFER" and (task.held_by == "source" or reported == "CONNECT_FAILED")
+    if lacks_source and around.offline(task.source_id):
         return Holdup(OFFLINE, f"The agent of “{_name(task.source_id, around)}” is not connected.", "source owner")
     if observed is None or reported == "QUEUED":
         return Holdup("Queued", "The task waits for its turn.")

@@ -119,7 +119,11 @@ def _observe(connection: Connection, task: Task, line: AgentEvent, now: float) -
     if observed.state in FINAL_STATES and line.kind == "state":
         conclude(connection, current, observed, now)
     elif observed.state == "ACTIVE" and task.state == "QUEUED":
-        event_log.add(connection, task.id, TaskEvent(code="STARTED", description="The task has started.", time=now))
+        event_log.add(
+            connection,
+            task.id,
+            TaskEvent(code="STARTED", description="The task has started.", time=_moment(line.time, task, now)),
+        )
     current = task_rows.load(connection, task.id)
     assert current is not None
     return current
