@@ -45,6 +45,7 @@ from relay.web import WebServer
 logger = logging.getLogger("relay.server")
 
 GRACE = 5.0
+_GOODBYE = 2.0
 _UPKEEP_INTERVAL = 60.0
 _CLEANING_INTERVAL = 3600.0
 _BACKLOG = 1024
@@ -164,9 +165,21 @@ async def _run(relay: Relay, settings: Settings) -> None:
             sdnotify.notify("STOPPING=1")
             accepting.cancel()
             await relay.web.stop(GRACE)
-            relay.registry.disconnect_all("The relay is shutting down.", retry_after=_RETRY_AFTER)
+            await _say_goodbye(relay.registry)
             nursery.cancel_scope.cancel()
     logger.info("Ended.")
+
+
+async def _say_goodbye(registry: Registry) -> None:
+    """Tell the agents that the relay ends and when to come back; most of them have heard it when this returns."""
+    if not registry.connected():
+        return
+    async with registry.changes() as changes:
+        registry.disconnect_all("The relay is shutting down.", retry_after=_RETRY_AFTER)
+        with trio.move_on_after(_GOODBYE):
+            async for _ in changes:
+                if not registry.connected():
+                    return
 
 
 async def _accept(
