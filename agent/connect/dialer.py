@@ -31,9 +31,10 @@ def allowed_untrusted(candidates: Iterable[Candidate], *, loopback: bool) -> lis
             address = ipaddress.ip_address(candidate.host)
         except ValueError:
             continue
-        if address.is_multicast or address.is_unspecified or address.is_link_local or address.is_reserved:
+        if address.is_multicast or address.is_unspecified or address.is_link_local:
             continue
-        if address.is_loopback and not loopback:
+        # IPv6's own loopback lies in a reserved block, so it is looked at first.
+        if not loopback if address.is_loopback else address.is_reserved:
             continue
         addresses.append((str(address), candidate.port))
     return addresses

@@ -89,7 +89,12 @@ class Journal:
         self._lock = threading.RLock()
         try:
             self._connection = sqlite3.connect(path, timeout=5, check_same_thread=False, isolation_level=None)
-            self._prepare()
+            self._closed = False
+            try:
+                self._prepare()
+            except BaseException:
+                self._connection.close()
+                raise
         except sqlite3.OperationalError as error:
             raise NeedsPerson(
                 f"The journal of the task cannot be opened: {error}. Check that the state directory is writable "
@@ -134,6 +139,9 @@ class Journal:
     def close(self) -> None:
         """Commit and close. Safe to call twice."""
         with self._lock:
+            if self._closed:
+                return
+            self._closed = True
             if self._connection.in_transaction:
                 self._connection.execute("COMMIT")
             self._connection.close()

@@ -1,0 +1,353 @@
+"""Journals and manifests after every kind of damage, ranges still missing, and which addresses may be dialled."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sqlite3
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from agent.connect.dialer import MAX_CANDIDATES, allowed_untrusted
+from agent.transfer.channel import Event
+from agent.transfer.compare import block_count, block_size, missing_ranges
+from agent.transfer.journal import TRANSFERRED, VERSION, Journal, PartialRow, open_or_rebuild
+from agent.transfer.manifest import ROWS_IN_FRAME, ManifestPage, ManifestWriter, TransferredRow, read_page
+from protocol.control import Candidate, Counters
+from protocol.errors import TaskFailed
+
+PARTIAL = PartialRow(b".temporary", (1, 2, 3, 4, 5), 1024, bytearray(b"\x05"))
+
+
+def filled(path: Path, directories: int = 500) -> None:
+    """A journal of some pages, closed."""
+    journal = Journal(path)
+    journal.add_directories((0, b"s/%d" % n, b"d/%d" % n, n, [(1, n)]) for n in range(directories))
+    journal.put_counters(Counters(files=7, bytes_transferred=2**40))
+    journal.put_lengths(11, 22)
+    journal.close()
+
+
+# --- journal ---------------------------------------------------------------------------------------------
+
+
+def test_a_journal_is_found_again_as_it_was_committed(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    journal = Journal(path)
+    journal.add_directories([(3, b"s", b"d", 9, [(1, 2)]), (3, b"s/x", b"d/x", 9, [(1, 2), (1, 3)])])
+    taken = journal.next_directory()
+    assert taken is not None
+    assert (taken.source, taken.ancestry) == (b"s/x", [(1, 2), (1, 3)])
+    journal.put_finished([(taken.id, b"\xff name", TRANSFERRED)])
+    journal.put_partial(taken.id, b"large", PARTIAL)
+    journal.put_item(3, done=True)
+    journal.put_item(4, done=False)
+    counters = Counters(files=2, bytes_total=2**50, scan_complete=True)
+    journal.put_counters(counters)
+    journal.put_lengths(100, 7)
+    journal.put_event(Event(seq=5, code="STARTED", description="", details="", is_error=False, time="now"))
+    journal.close()
+    journal.close()
+
+    journal, rebuilt = open_or_rebuild(path)
+    assert not rebuilt
+    assert journal.counters() == counters
+    assert journal.lengths() == (100, 7)
+    assert (journal.done_items(), journal.known_items()) == ({3}, {3, 4})
+    assert journal.finished(taken.id) == {b"\xff name": TRANSFERRED}
+    assert journal.partial(taken.id, b"large") == PARTIAL
+    assert journal.partial_temporaries(taken.id) == {b".temporary"}
+    assert [event.seq for event in journal.events()] == [5]
+    assert journal.last_event() == 5
+    assert journal.reopen_directories() == 1
+    assert journal.next_directory() == taken
+    journal.finish_directory(taken.id)
+    assert journal.finished(taken.id) == {}
+    assert journal.partial(taken.id, b"large") is None
+    assert journal.unfinished_destinations() == [b"d"]
+    assert [row[0] for row in journal.directories_deepest_first()] == [b"d/x", b"d"]
+    journal.drop_events(5)
+    assert journal.events() == []
+    assert journal.last_event() == 5
+    journal.close()
+
+
+def test_what_was_not_committed_is_gone_after_a_crash(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    journal = Journal(path)
+    journal.put_counters(Counters(files=1))
+    journal.commit()
+    journal.put_counters(Counters(files=2))
+    # What a crash leaves: the files as they are now.
+    crashed = tmp_path / "crashed"
+    for suffix in ("", "-wal"):
+        crashed.with_name(crashed.name + suffix).write_bytes(path.with_name(path.name + suffix).read_bytes())
+    journal.close()
+    after, rebuilt = open_or_rebuild(crashed)
+    assert (rebuilt, after.counters().files) == (False, 1)
+    after.close()
+
+
+def zeros(content: bytes) -> bytes:
+    return bytes(len(content))
+
+
+def zero_pages(content: bytes) -> bytes:
+    return content[:4096] + bytes(len(content) - 4096)
+
+
+def truncated(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+def garbage(content: bytes) -> bytes:
+    return b"\xa5" * len(content)
+
+
+def cut_header(content: bytes) -> bytes:
+    return content[:50]
+
+
+@pytest.mark.parametrize("damage", [zeros, zero_pages, truncated, garbage, cut_header])
+def test_a_damaged_journal_is_put_aside_and_begun_anew(tmp_path: Path, damage: object) -> None:
+    path = tmp_path / "journal"
+    filled(path)
+    assert callable(damage)
+    spoilt = damage(path.read_bytes())
+    path.write_bytes(spoilt)
+    journal, rebuilt = open_or_rebuild(path)
+    assert rebuilt
+    assert journal.counters() == Counters()
+    assert journal.next_directory() is None
+    journal.put_counters(Counters(files=1))
+    journal.close()
+    # The damaged one is kept for whoever wants to know.
+    assert (tmp_path / "journal.damaged").read_bytes() == spoilt
+    again, rebuilt = open_or_rebuild(path)
+    assert (rebuilt, again.counters().files) == (False, 1)
+    again.close()
+    gc.collect()
+
+
+def test_an_empty_file_is_a_new_journal(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    path.touch()
+    journal, rebuilt = open_or_rebuild(path)
+    assert (rebuilt, journal.counters()) == (False, Counters())
+    journal.close()
+
+
+def test_a_journal_of_a_newer_agent_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    filled(path)
+    connection = sqlite3.connect(path)
+    connection.execute(f"PRAGMA user_version = {VERSION + 1}")
+    connection.close()
+    before = path.read_bytes()
+    with pytest.raises(TaskFailed) as raised:
+        open_or_rebuild(path)
+    assert raised.value.code == "JOURNAL_NEWER"
+    assert path.read_bytes() == before
+    assert not list(tmp_path.glob("*.damaged*"))
+    gc.collect()
+
+
+# --- manifest --------------------------------------------------------------------------------------------
+
+
+def rows(count: int) -> list[TransferredRow]:
+    return [TransferredRow(b"s/%d" % n, b"d/%d" % n, n) for n in range(count)]
+
+
+def write(path: Path, content: list[TransferredRow], *, frames: int = 1) -> int:
+    writer = ManifestWriter(path, 0)
+    step = -(-len(content) // frames)
+    for start in range(0, len(content), step):
+        writer.append(content[start : start + step])
+    writer.sync()
+    writer.close()
+    writer.close()
+    return writer.length
+
+
+@pytest.mark.parametrize("limit", [1, 7, 10, 30, 1000])
+def test_pages_hold_every_row_once_and_in_order(tmp_path: Path, limit: int) -> None:
+    path = tmp_path / "manifest"
+    write(path, rows(30), frames=3)
+    found: list[TransferredRow] = []
+    marker: str | None = None
+    for _ in range(40):
+        page = read_page(path, TransferredRow, marker, limit)
+        assert len(page.rows) <= limit
+        found += page.rows
+        marker = page.next_marker
+        if marker is None:
+            break
+    assert found == rows(30)
+
+
+def test_long_lists_are_cut_into_frames(tmp_path: Path) -> None:
+    path = tmp_path / "manifest"
+    write(path, rows(ROWS_IN_FRAME + 5))
+    first = read_page(path, TransferredRow, None, ROWS_IN_FRAME)
+    assert first.next_marker is not None
+    assert read_page(path, TransferredRow, first.next_marker, 10).rows == rows(ROWS_IN_FRAME + 5)[-5:]
+
+
+def test_a_torn_tail_is_not_read_and_cut_at_the_next_start(tmp_path: Path) -> None:
+    path = tmp_path / "manifest"
+    committed = write(path, rows(10))
+    writer = ManifestWriter(path, committed)
+    writer.append(rows(20))
+    writer.close()
+    whole = path.stat().st_size
+    for size in reversed(range(committed, whole)):
+        os.truncate(path, size)
+        assert read_page(path, TransferredRow, None, 100) == ManifestPage(rows(10), None)
+    path.write_bytes(path.read_bytes() + b"torn")
+    writer = ManifestWriter(path, committed)
+    assert path.stat().st_size == committed
+    writer.append(rows(1))
+    writer.close()
+    assert read_page(path, TransferredRow, None, 100).rows == rows(10) + rows(1)
+
+
+def test_a_manifest_shorter_than_its_journal_says_goes_on_from_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "manifest"
+    length = write(path, rows(3))
+    writer = ManifestWriter(path, length + 1000)
+    assert writer.length == length
+    writer.append(rows(1))
+    writer.close()
+    assert read_page(path, TransferredRow, None, 100).rows == rows(3) + rows(1)
+
+
+def test_every_flipped_bit_of_a_frame_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "manifest"
+    write(path, rows(3))
+    content = path.read_bytes()
+    for place in range(len(content) * 8):
+        changed = bytearray(content)
+        changed[place >> 3] ^= 1 << (place & 7)
+        path.write_bytes(changed)
+        try:
+            page = read_page(path, TransferredRow, None, 100)
+        except ValueError:
+            continue
+        # A longer length looks like a frame still being written: no rows, never wrong ones.
+        assert place < 32
+        assert page == ManifestPage([], None)
+
+
+@pytest.mark.parametrize("marker", ["x", "1", "-1.0", "0.-1", "0", ".", "1.x", "9" * 41 + ".0", "\u0663.\u0660", "3.0"])
+def test_markers_that_were_never_given_out_are_refused(tmp_path: Path, marker: str) -> None:
+    path = tmp_path / "manifest"
+    write(path, rows(3))
+    with pytest.raises(ValueError, match=r"manifest|marker"):
+        read_page(path, TransferredRow, marker, 10)
+
+
+def test_a_missing_manifest_has_no_rows(tmp_path: Path) -> None:
+    assert read_page(tmp_path / "none", TransferredRow, None, 10) == ManifestPage([], None)
+
+
+# --- missing ranges --------------------------------------------------------------------------------------
+
+
+@settings(max_examples=300)
+@given(st.integers(0, 2000), st.integers(1, 64), st.integers(1, 8), st.data())
+def test_missing_ranges_are_exactly_the_blocks_not_done(size: int, block: int, most: int, data: st.DataObject) -> None:
+    count = block_count(size, block)
+    done = data.draw(st.sets(st.integers(0, count - 1) if count else st.nothing()))
+    bitmap = bytearray(-(-count // 8))
+    for index in done:
+        bitmap[index >> 3] |= 1 << (index & 7)
+    ranges = missing_ranges(bitmap, size, block, most * block)
+    covered: list[int] = []
+    for offset, length in ranges:
+        assert offset % block == 0
+        assert 0 < length <= most * block
+        assert length % block == 0 or offset + length == size
+        covered += range(offset, offset + length)
+    assert covered == [place for place in range(size) if place // block not in done]
+
+
+@given(st.integers(1, 2**60))
+def test_blocks_of_a_file_are_bounded(size: int) -> None:
+    block = block_size(size)
+    assert 1024 * 1024 <= block <= 16 * 1024 * 1024
+    assert block_count(size, block) <= 64 * 1024 + 1 or block == 16 * 1024 * 1024
+    assert (block_count(size, block) - 1) * block < size <= block_count(size, block) * block
+
+
+# --- candidates ------------------------------------------------------------------------------------------
+
+
+def host(text: str, port: int = 1234, kind: str = "host") -> Candidate:
+    return Candidate(kind=kind, host=text, port=port)
+
+
+@pytest.mark.parametrize("text", ["192.0.2.7", "10.1.2.3", "2001:db8::1", "fd00::1"])
+def test_addresses_of_nodes_may_be_dialled(text: str) -> None:
+    assert allowed_untrusted([host(text)], loopback=False) == [(text, 1234)]
+
+
+@pytest.mark.parametrize("text", ["127.0.0.1", "127.8.8.8", "::1", "::ffff:127.0.0.1"])
+def test_loopback_is_dialled_only_where_the_owner_allows_it(text: str) -> None:
+    assert allowed_untrusted([host(text)], loopback=False) == []
+
+
+def test_loopback_is_dialled_where_the_owner_allows_it() -> None:
+    found = allowed_untrusted([host("127.0.0.1"), host("::1")], loopback=True)
+    assert found == [("127.0.0.1", 1234), ("::1", 1234)]
+
+
+@pytest.mark.parametrize(
+    "candidate",
+    [
+        host("0.0.0.0"),
+        host("::"),
+        host("224.0.0.1"),
+        host("ff02::1"),
+        host("169.254.169.254"),
+        host("fe80::1"),
+        host("255.255.255.255"),
+        host("::ffff:169.254.169.254"),
+        host("::ffff:0.0.0.0"),
+        host("::ffff:224.0.0.1"),
+        host("localhost"),
+        host("example.org"),
+        host("2130706433"),
+        host("127.1"),
+        host("0177.0.0.1"),
+        host("192.0.2.7:80"),
+        host("[::1]"),
+        host(" 192.0.2.7"),
+        host("fe80::1%eth0"),
+        host(""),
+        host("192.0.2.7\n"),
+        host("192.0.2.7", 0),
+        host("192.0.2.7", -1),
+        host("192.0.2.7", 65536),
+        host("192.0.2.7", kind="relayed"),
+        host("/run/socket"),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("loopback", [False, True])
+def test_everything_else_is_never_dialled(candidate: Candidate, loopback: bool) -> None:
+    assert allowed_untrusted([candidate], loopback=loopback) == []
+
+
+def test_candidates_are_bounded_and_stay_in_order() -> None:
+    many = [host(f"10.0.{n // 250}.{n % 250 + 1}") for n in range(1000)]
+    found = allowed_untrusted([host("bad"), *many], loopback=False)
+    assert found == [(row.host, row.port) for row in many[:MAX_CANDIDATES]]
+
+
+@given(st.lists(st.builds(Candidate, kind=st.just("host"), host=st.text(max_size=30), port=st.integers())))
+def test_any_text_for_an_address_raises_nothing(candidates: list[Candidate]) -> None:
+    assert len(allowed_untrusted(candidates, loopback=False)) <= MAX_CANDIDATES
