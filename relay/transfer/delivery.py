@@ -21,7 +21,7 @@ from protocol.control import (
     TaskOrder,
     decode_untrusted,
 )
-from protocol.errors import ProtocolError, RetryLater, TowpathError
+from protocol.errors import ItemFailed, ProtocolError, RetryLater, TowpathError
 from protocol.ticket import TicketSigner
 from relay.store.database import Store
 from relay.transfer import event_log, task_reports, task_rows, task_turns
@@ -147,6 +147,26 @@ class Courier:
                     continue
                 return Visit(failed=error)
         return Visit(failed=RetryLater("Relay and agent do not agree on this task yet."))
+
+    async def compare(self, task_id: str, node_id: str, now: float) -> None:
+        """Ask an agent how a task that it was given stands, and give it again if the agent does not know it.
+
+        Raises the link's passing errors.
+        """
+        loaded = await self._store.read(lambda connection: _load(connection, task_id))
+        if loaded is None or loaded.task.finished or not loaded.task.delivered:
+            return
+        if loaded.sides.worker is None or loaded.sides.worker.node_id != node_id:
+            return
+        try:
+            answer = await self._links.call(node_id, "GET", f"/link/tasks/{task_id}", timeout=self._timeout)
+            observed = decode_untrusted(answer, TaskObserved)
+        except ItemFailed as error:
+            if error.code != "NOT_FOUND":
+                raise
+            await self._store.write(lambda connection: _give_again(connection, task_id))
+            return
+        await self._store.write(lambda connection: _compared(connection, task_id, observed, now))
 
     def _situation(self, task: Task, sides: Sides) -> Situation:
         return Situation(
@@ -330,6 +350,21 @@ def _delivered(connection: Connection, task: Task, observed: TaskObserved, held:
             _conclude(connection, task.id, observed, now)
     if held is not None and current.held_by != held:
         event_log.add(connection, task.id, _offline_event(held, now))
+
+
+def _give_again(connection: Connection, task_id: str) -> None:
+    """The agent lost the task: its numbers begin anew, so what was stored under the old ones no longer counts."""
+    task_rows.change(connection, task_id, delivered=0, last_seq=0)
+    event_log.forget_numbers(connection, task_id)
+
+
+def _compared(connection: Connection, task_id: str, observed: TaskObserved, now: float) -> None:
+    task = task_rows.load(connection, task_id)
+    if task is None or task.finished:
+        return
+    task_reports.store_observed(connection, task, observed)
+    if observed.state in FINAL_STATES:
+        _conclude(connection, task_id, observed, now)
 
 
 def _conclude(connection: Connection, task_id: str, observed: TaskObserved, now: float) -> None:

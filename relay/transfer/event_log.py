@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Final
 
-from sqlalchemy import Connection, func, insert, select
+from sqlalchemy import Connection, func, insert, select, update
 
 from relay.store import transfer_tables as tables
 from relay.transfer.times import iso
@@ -67,6 +67,11 @@ def count(connection: Connection, task_id: str, is_error: bool | None) -> int:
     if is_error is not None:
         statement = statement.where(column.is_error == is_error)
     return int(connection.execute(statement).scalar_one())
+
+
+def forget_numbers(connection: Connection, task_id: str) -> None:
+    """Keep the events of a task, and let their agent's numbers be used again."""
+    connection.execute(update(tables.task_events).where(tables.task_events.c.task_id == task_id).values(seq=None))
 
 
 def page(

@@ -28,7 +28,7 @@ def _line_untrusted(line: bytes) -> AgentEvent:
     if len(line) > MAX_LINE:
         raise ProtocolError(f"An event of the agent is longer than {MAX_LINE} bytes.")
     event = decode_untrusted(line, AgentEvent)
-    if not (0 <= event.n <= MAX_NUMBER and 0 <= event.seq <= MAX_NUMBER and 0 <= event.generation <= MAX_NUMBER):
+    if not (0 <= event.n <= MAX_NUMBER and 0 <= event.seq <= MAX_NUMBER and -1 <= event.generation <= MAX_NUMBER):
         raise ProtocolError("An event of the agent has a number that cannot be.")
     if event.observed is not None and not 0 <= event.observed.revision <= MAX_NUMBER:
         raise ProtocolError("An event of the agent has a revision that cannot be.")

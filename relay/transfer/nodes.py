@@ -42,16 +42,16 @@ def last_event(connection: Connection, node_id: str) -> int:
     return int(connection.execute(select(node.last_event).where(node.id == node_id)).scalar_one())
 
 
-def record_hello(connection: Connection, hello: AgentHello, now: float) -> None:
-    """Store what a node says at link-up, and from where its events are wanted.
+def record_hello(connection: Connection, hello: AgentHello, now: float) -> bool:
+    """Store what a node says at link-up, and from where its events are wanted; returns whether it is a new process.
 
-    When the agent's numbering is new (its state was lost or replaced) or ends before what is stored here, everything
-    it keeps is wanted again: events have ids of their own, so a repetition changes nothing.
+    When the agent's numbering ends before what is stored here (its state was restored or lost), everything it keeps is
+    wanted again: events have ids of their own, so a repetition changes nothing.
     """
     node = tables.nodes.c
     row = connection.execute(select(node.journal, node.last_event).where(node.id == hello.node_id)).one()
     journal = hello.boot_id[:128]
-    same = row.journal == journal and hello.last_event >= row.last_event
+    regressed = hello.last_event < row.last_event
     connection.execute(
         update(tables.nodes)
         .where(node.id == hello.node_id)
@@ -60,10 +60,11 @@ def record_hello(connection: Connection, hello: AgentHello, now: float) -> None:
             version=hello.version[:64],
             paused=hello.paused,
             journal=journal,
-            last_event=row.last_event if same else 0,
+            last_event=0 if regressed else row.last_event,
         )
     )
     record_reports(connection, hello.node_id, hello.collections)
+    return regressed or bool(row.journal != journal)
 
 
 def record_reports(connection: Connection, node_id: str, reports: list[CollectionReport]) -> None:

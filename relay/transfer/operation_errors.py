@@ -42,7 +42,7 @@ _DETAILS = {
     "ENDPOINT_TOO_BUSY": "TooBusy",
 }
 _FORBIDDEN = frozenset({"PERMISSION_DENIED", "READ_ONLY"})
-_MALFORMED = frozenset({"ILLEGAL_NAME", "BAD_REQUEST"})
+_MALFORMED = frozenset({"ILLEGAL_NAME", "BAD_REQUEST", "BAD_MARKER"})
 
 
 def operation_error(operation: Operation, error: TowpathError, where: str) -> ApiError:

@@ -206,15 +206,17 @@ class Steward:
     async def _attend(self, hello: AgentHello, scope: trio.CancelScope) -> None:
         """Everything for one agent, from the moment its link is up until it is down, when ``scope`` is cancelled."""
         node_id, greeted = hello.node_id, False
+        rebooted = True
         with scope:
             pause = FIRST_PAUSE
             while True:
                 started = self._clock()
                 try:
                     if not greeted:
-                        await self._store.write(partial(nodes.record_hello, hello=hello, now=started))
+                        rebooted = await self._store.write(partial(nodes.record_hello, hello=hello, now=started))
                         greeted = True
-                    await self._welcome(node_id)
+                    await self._welcome(node_id, rebooted=rebooted)
+                    rebooted = False
                     await self._read_events(node_id)
                 except TowpathError as error:
                     logger.info("The events of node %s: %s (%s)", node_id, error.sentence, error.code)
@@ -226,8 +228,11 @@ class Steward:
                 await trio.sleep(pause)
                 pause = min(pause * 2, LONGEST_PAUSE)
 
-    async def _welcome(self, node_id: str) -> None:
-        """Stops first, before anything else is asked of the agent; then all that concerns it is looked at."""
+    async def _welcome(self, node_id: str, *, rebooted: bool) -> None:
+        """Stops first, before anything else is asked of the agent; then all that concerns it is looked at.
+
+        A new process is asked for each of its tasks: one that lost its state gets them again.
+        """
         stopping, others = await self._tasks_of(node_id)
         for task_id in stopping:
             await self._limiter.acquire()
@@ -235,6 +240,8 @@ class Steward:
         for task_id, is_source in others:
             if is_source:
                 self._courier.want_session(task_id)
+            if rebooted:
+                await self._courier.compare(task_id, node_id, self._clock())
             self.wake(task_id)
 
     async def _tasks_of(self, node_id: str) -> tuple[list[str], list[tuple[str, bool]]]:

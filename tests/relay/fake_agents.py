@@ -144,6 +144,11 @@ class FakeAgent:
         self.tasks[task_id] = observed
         return observed
 
+    def get_task(self, task_id: str, **_: Any) -> TaskObserved:
+        if task_id not in self.tasks:
+            raise ItemFailed("This task is not known here.", code="NOT_FOUND")
+        return self.tasks[task_id]
+
     def put_session_answer(self, task_id: str, *, document: SessionAnswer, **_: Any) -> None:
         self.session_answers.setdefault(task_id, []).append(document)
 
@@ -197,6 +202,7 @@ class FakeAgent:
 
 _ROUTES = (
     (r"PUT /link/tasks/([^/]+)", "put_task"),
+    (r"GET /link/tasks/([^/]+)", "get_task"),
     (r"PUT /link/tasks/([^/]+)/session", "put_session_answer"),
     (r"GET /link/tasks/([^/]+)/(successful|skipped)", "page"),
     (r"DELETE /link/tasks/([^/]+)", "close_task"),

@@ -13,7 +13,7 @@ import trio
 from sqlalchemy import Connection, select, update
 from trio.testing import MockClock
 
-from protocol.control import Counters
+from protocol.control import Counters, TaskObserved
 from protocol.errors import AccessDenied, ItemFailed, NeedsPerson, RetryLater
 from protocol.ticket import TicketVerifier
 from relay.store import transfer_tables as tables
@@ -248,11 +248,14 @@ async def test_repeated_events_change_nothing(clock: MockClock, scene: Scene) ->
     agent.say("event", task_id, code="CONNECT_FAILED", description="x", is_error=True)
     agent.observe(task_id, "ACTIVE", counters=Counters(files=10, files_transferred=5))
     await trio.sleep(MOMENT)
-    # A new boot: the relay cannot know what the numbers mean now, and reads everything again.
+    # The agent's numbers fell behind ours (its state came from a backup): all it keeps is read again.
+    kept = list(agent.lines)
     for boot in ("boot-2", "boot-3"):
         scene.relay.registry.down(agent)
         agent.boot_id = boot
+        agent.lines = kept[:1]
         scene.relay.registry.up(agent)
+        agent.lines = list(kept)
         await trio.sleep(MOMENT)
     assert agent.asked_after == [0, 0, 0]
     shown = await scene.show(task_id)
@@ -262,9 +265,11 @@ async def test_repeated_events_change_nothing(clock: MockClock, scene: Scene) ->
     await trio.sleep(MOMENT)
     completed = (await scene.show(task_id))["completion_time"]
     scene.relay.registry.down(agent)
-    agent.boot_id = "boot-4"
+    kept, agent.lines = agent.lines, kept[:1]
     scene.relay.registry.up(agent)
+    agent.lines = kept
     await trio.sleep(MOMENT)
+    assert agent.asked_after == [0, 0, 0, 0]
     shown = await scene.show(task_id)
     assert (shown["status"], shown["completion_time"]) == ("SUCCEEDED", completed)
     assert await scene.codes(task_id) == ["STARTED", "CONNECT_FAILED", "SUCCEEDED"]
@@ -284,6 +289,33 @@ async def test_a_lost_event_stream_is_opened_again_where_it_ended(clock: MockClo
     assert agent.asked_after == [0, 1]
     assert await scene.codes(task_id) == ["ONE", "TWO", "THREE"]
     assert agent.acknowledged[-1] == 3
+
+
+async def test_an_agent_that_lost_its_state_gets_its_running_tasks_again(clock: MockClock, scene: Scene) -> None:
+    scene.up()
+    lost, kept = await scene.task(), await scene.task()
+    agent = scene.destination
+    agent.observe(lost, "ACTIVE")
+    agent.say("event", lost, code="BEFORE")
+    await trio.sleep(MOMENT)
+    scene.relay.registry.down(agent)
+    # It ended while away, and the line that said so never came.
+    agent.tasks[kept] = TaskObserved(task_id=kept, revision=1, state="SUCCEEDED", counters=Counters(files=2))
+    del agent.tasks[lost]
+    agent.lines.clear()
+    agent.boot_id = "boot-2"
+    scene.relay.registry.up(agent)
+    await trio.sleep(MOMENT)
+    assert len(agent.orders[lost]) == 2
+    assert agent.orders[lost][1].items == agent.orders[lost][0].items
+    assert len(agent.orders[kept]) == 1
+    shown = await scene.show(kept)
+    assert (shown["status"], shown["files"]) == ("SUCCEEDED", 2)
+    agent.seq = 0
+    agent.say("event", lost, code="AGAIN")
+    agent.succeed(lost)
+    await trio.sleep(MOMENT)
+    assert await scene.codes(lost) == ["STARTED", "BEFORE", "AGAIN", "SUCCEEDED"]
 
 
 async def test_a_relay_that_died_between_storing_and_acknowledging(clock: MockClock, scene: Scene, world: Any) -> None:
@@ -397,7 +429,7 @@ async def test_a_restored_database_overtakes_the_revision_an_agent_has_seen(cloc
 async def test_a_session_that_is_wanted_is_asked_for_again(clock: MockClock, scene: Scene) -> None:
     scene.up()
     task_id = await scene.task()
-    scene.destination.say("session_wanted", task_id, durable=False, generation=1)
+    scene.destination.say("session_wanted", task_id, durable=False, generation=-1)
     await trio.sleep(MOMENT)
     (answer,) = scene.destination.session_answers[task_id]
     assert answer.generation == 2
