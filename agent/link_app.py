@@ -6,6 +6,7 @@ updates or support exists here. The hello itself is answered before this applica
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
@@ -349,10 +350,11 @@ async def _body(request: Request, kind: type[R], most: int = MAX_SMALL_BODY) -> 
     """The request's document, never longer than ``most`` bytes. Raises `ProtocolError`."""
     body = bytearray()
     try:
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > most:
-                raise ProtocolError(f"The request is longer than {most} bytes.")
+        async with contextlib.aclosing(request.stream()) as chunks:
+            async for chunk in chunks:
+                body += chunk
+                if len(body) > most:
+                    raise ProtocolError(f"The request is longer than {most} bytes.")
     except ClientDisconnect as error:
         raise ProtocolError("The request was broken off.") from error
     return decode_untrusted(body, kind)
