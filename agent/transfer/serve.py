@@ -305,6 +305,8 @@ class Control:
         directory = session.path_untrusted(request.directory)
         paths = tuple(directory + session.path_untrusted(file.name) for file in request.files)
         now = time.time()
+        if not all(paths):
+            raise ProtocolError("The root of a collection is no file.")
         for path in paths:
             self._side.policy.check(path, now)
         return LaneRequest(request, (), paths)

@@ -108,8 +108,10 @@ class _SourceWorker:
                 await self._lane(sock)
             else:
                 await self._control(sock)
-        except (TowpathError, OSError, trio.BrokenResourceError) as error:
-            print(f"connection of session {self._start.session_id} ended: {error}", file=sys.stderr, flush=True)
+        except* (TowpathError, OSError, trio.BrokenResourceError, trio.TooSlowError) as group:
+            # One connection's trouble, whatever a peer sent, must not end the others of the session.
+            error = group.exceptions[0]
+            print(f"connection of session {self._start.session_id} ended: {error!r}", file=sys.stderr, flush=True)
         finally:
             self._connections -= 1
             self._last = trio.current_time()
