@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable
 import msgspec
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -114,8 +115,15 @@ class LocalApplication:
 def local_app(application: LocalApplication) -> Starlette:
     """The ASGI application."""
     return Starlette(
-        routes=[Route(path, _answering(handler), methods=[method]) for method, path, handler in application.table()]
+        routes=[Route(path, _answering(handler), methods=[method]) for method, path, handler in application.table()],
+        exception_handlers={HTTPException: _http_error},
     )
+
+
+async def _http_error(_request: Request, error: Exception) -> Response:
+    status = error.status_code if isinstance(error, HTTPException) else 500
+    sentence = f"The agent has no such route (status {status}); it may be of another version than this command."
+    return _json(status, ItemFailed(sentence, code="NO_SUCH_ROUTE").to_document())
 
 
 def _id(request: Request) -> str:

@@ -8,7 +8,10 @@ directory says where.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import http.client
+import json
 import os
 import socket
 import stat
@@ -139,37 +142,48 @@ def address(state_dir: Path) -> Path:
     return path
 
 
-def ask(state_dir: Path, method: str, path: str, *, timeout: float = 10.0) -> dict[str, Any]:
+class _Connection(http.client.HTTPConnection):
+    """HTTP over a Unix socket."""
+
+    def __init__(self, path: Path, timeout: float) -> None:
+        super().__init__("agent", timeout=timeout)
+        self._path = path
+
+    def connect(self) -> None:
+        """Raises OSError."""
+        channel = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            channel.settimeout(self.timeout)
+            channel.connect(os.fspath(self._path))
+        except BaseException:
+            channel.close()
+            raise
+        self.sock = channel
+
+
+def ask(state_dir: Path, method: str, path: str, *, timeout: float = 15.0) -> dict[str, Any]:
     """One request to the running agent; the JSON object of a 2xx answer. Blocks.
 
     Raises `NotRunning`, or `LocalRefused` with the agent's own sentence.
     """
-    import httpx
-
     socket_path = address(state_dir)
     try:
-        with (
-            httpx.Client(transport=httpx.HTTPTransport(uds=os.fspath(socket_path)), timeout=timeout) as client,
-            client.stream(method, f"http://agent{path}") as response,
-        ):
-            body = bytearray()
-            for chunk in response.iter_bytes():
-                body += chunk
-                if len(body) > MAX_ANSWER:
-                    raise LocalRefused("The agent's answer is too large.")
-            status = response.status_code
-    except httpx.HTTPError as error:
+        with contextlib.closing(_Connection(socket_path, timeout)) as connection:
+            connection.request(method, path, headers={"connection": "close"})
+            response = connection.getresponse()
+            body = response.read(MAX_ANSWER + 1)
+    except (OSError, http.client.HTTPException) as error:
         reason = str(error) or type(error).__name__
         raise NotRunning(f"No agent answers on {state_dir} ({reason}).") from error
-    document = _object(bytes(body))
-    if not 200 <= status < 300:
-        raise LocalRefused(str(document.get("sentence") or f"The agent answered with status {status}."))
+    if len(body) > MAX_ANSWER:
+        raise LocalRefused("The agent's answer is too large.")
+    document = _object(body)
+    if not 200 <= response.status < 300:
+        raise LocalRefused(str(document.get("sentence") or f"The agent answered with status {response.status}."))
     return document
 
 
 def _object(body: bytes) -> dict[str, Any]:
-    import json
-
     try:
         document = json.loads(body) if body else {}
     except ValueError as error:
