@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from agent import local_socket
@@ -27,6 +28,7 @@ TAIL = 2000
 def start_detached(config_file: Path, config: AgentConfig) -> int:
     """Start the agent in a session of its own; returns its process id once it is ready. Raises `CommandFailed`."""
     log = config.state_dir / LOG_FILE
+    logged = log.stat().st_size if log.exists() else 0
     with tempfile.TemporaryDirectory(prefix="towpath-") as folder:
         channel = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         with contextlib.closing(channel), open(f"{folder}/output", "w+b") as output:
@@ -41,19 +43,26 @@ def start_detached(config_file: Path, config: AgentConfig) -> int:
                 env={**os.environ, VARIABLE: f"{folder}/ready"},
                 start_new_session=True,
             )
-            _wait_ready(process, channel, Path(output.name), log)
+            _wait_ready(process, channel, log, lambda: _said(Path(output.name), 0) + _said(log, logged))
     return process.pid
 
 
-def _wait_ready(process: subprocess.Popen[bytes], channel: socket.socket, output: Path, log: Path) -> None:
+def _said(file: Path, since: int) -> str:
+    """What was written to a file since it had this size; the end of it."""
+    with contextlib.suppress(OSError), file.open("rb") as stream:
+        stream.seek(max(since, stream.seek(0, os.SEEK_END) - TAIL))
+        return stream.read(TAIL).decode("utf-8", "replace").strip().removeprefix("towpath: ")
+    return ""
+
+
+def _wait_ready(process: subprocess.Popen[bytes], channel: socket.socket, log: Path, said: Callable[[], str]) -> None:
     deadline = time.monotonic() + START_TIMEOUT
     while time.monotonic() < deadline:
         with contextlib.suppress(TimeoutError):
             if b"READY=1" in channel.recv(4096):
                 return
         if process.poll() is not None:
-            said = output.read_bytes()[-TAIL:].decode("utf-8", "replace").strip().removeprefix("towpath: ")
-            raise CommandFailed(f"The agent ended with code {process.returncode}; its log is {log}. {said}")
+            raise CommandFailed(f"The agent ended with code {process.returncode}; its log is {log}. {said()}")
     process.terminate()
     raise CommandFailed(f"The agent did not become ready within {START_TIMEOUT:g} seconds; its log is {log}.")
 

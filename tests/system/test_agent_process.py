@@ -1,0 +1,229 @@
+"""The agent as real processes: starts without its relay, tells how it is, holds its lock, ends when told."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent.config_edit import append_collection, set_value
+from agent.enrol import template
+from agent.identity_file import KEY_FILE, Identity, make_state_dir, save_identity
+from protocol.identity import NodeKey
+from protocol.ticket import RelayRoot
+
+COLLECTION = "00000000-0000-4000-8000-0000000000a1"
+SECOND = "00000000-0000-4000-8000-0000000000a2"
+
+
+class Site:
+    """A machine that was set up with a relay nobody can reach, and the commands to run on it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.root = folder / "root"
+        self.root.mkdir()
+        self.state_dir = folder / "state"
+        self.config_file = folder / "agent.yaml"
+        with socket.socket() as unused:
+            unused.bind(("127.0.0.1", 0))
+            self.relay_url = f"https://127.0.0.1:{unused.getsockname()[1]}"
+        make_state_dir(self.state_dir)
+        key = NodeKey.generate()
+        key.save(self.state_dir / KEY_FILE)
+        identity = Identity(
+            endpoint_id=str(uuid.uuid4()),
+            node_id=str(uuid.uuid4()),
+            relay_id=str(uuid.uuid4()),
+            relay_root=RelayRoot.generate().public_pem,
+            relay_url=self.relay_url,
+            fingerprint=key.fingerprint,
+        )
+        save_identity(self.state_dir, identity)
+        text = set_value(template(), "relay", "url", self.relay_url, self.config_file)
+        text = set_value(text, None, "state_dir", str(self.state_dir), self.config_file)
+        text = set_value(text, "data", "listen", "127.0.0.1", self.config_file)
+        entry = {"id": COLLECTION, "name": "Data", "root": str(self.root)}
+        self.config_file.write_text(append_collection(text, entry, self.config_file))
+
+    def arguments(self, *command: str) -> list[str]:
+        return [sys.executable, "-m", "agent", *command, "--config", str(self.config_file)]
+
+    def call(self, *command: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(self.arguments(*command), capture_output=True, text=True, timeout=60, check=False)
+
+    def status(self) -> dict[str, Any]:
+        document: dict[str, Any] = json.loads(self.call("status", "--format", "json").stdout)
+        return document
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[subprocess.Popen[bytes]]:
+        """`towpath run`, ready. It says so as to a service manager."""
+        with contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)) as channel:
+            address = self.folder / "notify"
+            address.unlink(missing_ok=True)
+            channel.bind(str(address))
+            channel.settimeout(30)
+            environment = {**os.environ, "NOTIFY_SOCKET": str(address)}
+            with (
+                (self.folder / "output").open("ab") as output,
+                subprocess.Popen(self.arguments("run"), stdout=output, stderr=output, env=environment) as process,
+            ):
+                try:
+                    message = channel.recv(4096)
+                    assert message.startswith(b"READY=1\n"), message
+                    assert f"MAINPID={process.pid}".encode() in message
+                    yield process
+                finally:
+                    process.kill()
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Site]:
+    made = Site(tmp_path)
+    yield made
+    made.call("stop")
+
+
+def wait_for(condition: Any, what: str) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline, f"waited in vain for {what}"
+        time.sleep(0.1)
+
+
+def test_an_agent_without_its_relay_runs_and_says_how_it_is(site: Site) -> None:
+    with site.running() as process:
+        wait_for(lambda: site.status()["link"]["last_error"], "the first failure to connect")
+        status = site.status()
+        assert status["pid"] == process.pid
+        assert status["state_dir"] == str(site.state_dir)
+        assert status["config_file"] == str(site.config_file)
+        assert status["link"]["connected"] is False
+        assert status["link"]["relay_url"] == site.relay_url
+        assert [(row["id"], row["available"]) for row in status["collections"]] == [(COLLECTION, True)]
+        assert status["tasks"] == []
+        human = site.call("status")
+        assert human.returncode == 0
+        assert "not linked" in human.stdout
+        assert "collection Data" in human.stdout
+
+        stopped = site.call("stop")
+        assert stopped.returncode == 0, stopped.stderr
+        assert process.wait(timeout=10) == 0
+    assert site.status() == {
+        "running": False,
+        "held_by": None,
+        "config_file": str(site.config_file),
+        "state_dir": str(site.state_dir),
+    }
+    assert site.call("status").returncode == 1
+    assert not (site.state_dir / "control" / "agent.sock").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_end_it_cleanly_and_soon(site: Site, number: signal.Signals) -> None:
+    with site.running() as process:
+        began = time.monotonic()
+        process.send_signal(number)
+        assert process.wait(timeout=10) == 0
+        assert time.monotonic() - began < 5
+    assert (site.state_dir / "agent.lock").read_bytes() == b""
+
+
+def test_a_second_agent_on_the_same_state_directory_is_refused(site: Site) -> None:
+    other = site.folder / "other.yaml"
+    other.write_text(site.config_file.read_text())
+    with site.running() as process:
+        for command in ("run", "start"):
+            refused = subprocess.run(
+                [sys.executable, "-m", "agent", command, "--config", str(other)],
+                capture_output=True,
+                text=True,
+                timeout=60,
+                check=False,
+            )
+            assert refused.returncode == 1
+            assert f"process {process.pid} on host {socket.gethostname()} holds it" in refused.stderr
+        assert site.status()["pid"] == process.pid
+
+
+def test_a_killed_agent_leaves_the_way_free(site: Site) -> None:
+    with site.running() as process:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert (site.state_dir / "control" / "agent.sock").exists()
+    assert site.call("status").returncode == 1
+    with site.running() as process:
+        assert site.status()["pid"] == process.pid
+
+
+def test_start_detaches_and_logs_to_a_private_file(site: Site) -> None:
+    started = site.call("start")
+    assert started.returncode == 0, started.stderr
+    status = site.status()
+    assert f"process {status['pid']}" in started.stdout
+    log = site.state_dir / "agent.log"
+    assert str(log) in started.stdout
+    assert log.stat().st_mode & 0o777 == 0o600
+    assert "INFO towpath.agent: Serving 1 collection(s)" in log.read_text()
+    assert os.getsid(status["pid"]) == status["pid"]
+    assert site.call("start").returncode == 1
+    assert site.call("stop").returncode == 0
+    assert "No agent runs" in site.call("stop").stdout
+
+
+def test_start_says_what_went_wrong(site: Site) -> None:
+    (site.state_dir / "roots.json").write_text("{")
+    failed = site.call("start")
+    assert failed.returncode == 1
+    assert "roots.json cannot be read" in failed.stderr
+    (site.state_dir / "identity.json").unlink()
+    unknown = site.call("start")
+    assert unknown.returncode == 1
+    assert "not set up yet" in unknown.stderr
+
+
+def test_a_changed_configuration_is_taken_up_and_a_broken_one_is_not(site: Site) -> None:
+    (site.folder / "second").mkdir()
+    good = site.config_file.read_text()
+    with site.running() as process:
+        entry = {"id": SECOND, "name": "Two", "root": str(site.folder / "second"), "access": "read-only"}
+        site.config_file.write_text(append_collection(good, entry, site.config_file))
+        process.send_signal(signal.SIGHUP)
+        wait_for(lambda: len(site.status()["collections"]) == 2, "the second collection")
+        assert [row["read_only"] for row in site.status()["collections"]] == [False, True]
+        site.config_file.write_text(good + "\nsurprise: 1\n")
+        process.send_signal(signal.SIGHUP)
+        wait_for(lambda: "changed configuration is not used" in (site.folder / "output").read_text(), "the refusal")
+        checked = site.call("config", "check")
+        assert checked.returncode == 1
+        line = len(good.splitlines()) + 2
+        assert f"{site.config_file}:{line}: Unknown key `surprise`" in checked.stderr
+        site.config_file.write_text(good)
+        process.send_signal(signal.SIGHUP)
+        wait_for(lambda: len(site.status()["collections"]) == 1, "one collection again")
+
+
+def test_config_check_warns_of_what_an_owner_may_not_have_meant(site: Site) -> None:
+    good = site.call("config", "check")
+    assert (good.returncode, good.stderr) == (0, "")
+    site.root.rmdir()
+    missing = site.call("config", "check")
+    assert missing.returncode == 0
+    assert "is not a directory now" in missing.stderr
+    text = site.config_file.read_text().replace(str(site.root), str(site.folder))
+    site.config_file.write_text(text)
+    inside = site.call("config", "check")
+    assert "lies inside the collection" in inside.stderr
