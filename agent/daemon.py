@@ -45,6 +45,8 @@ PAUSED_FILE = "paused"
 # promised to anybody is on disk at any moment.
 SETTLE_TIME = 3.5
 LAST_RESORT = 4.8
+# Seconds that `status` gives the collections to show themselves; after that it tells what was seen last.
+STATUS_PATIENCE = 2.0
 
 
 class Daemon:
@@ -171,8 +173,10 @@ class Daemon:
 
     # --- for the owner ---------------------------------------------------------------------------------
 
-    def status(self) -> dict[str, Any]:
+    async def status(self) -> dict[str, Any]:
         """The document of `towpath status --format json`."""
+        with trio.move_on_after(STATUS_PATIENCE):
+            await self._availability.look()
         document: dict[str, Any] = {
             "running": True,
             "pid": os.getpid(),

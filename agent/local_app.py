@@ -41,7 +41,7 @@ class LocalApplication:
 
     async def status(self, _: Request) -> object:
         """Everything `towpath status` shows."""
-        return self._owner.status()
+        return await self._owner.status()
 
     async def stop(self, _: Request) -> object:
         """End the agent; the answer goes out first."""

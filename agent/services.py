@@ -72,7 +72,7 @@ class TaskService(Protocol):
 class Owner(Protocol):
     """What only the owner may ask, through the local socket. Nothing of this is reachable from the link."""
 
-    def status(self) -> dict[str, Any]:
+    async def status(self) -> dict[str, Any]:
         """The document that `towpath status --format json` prints."""
 
     async def reload(self) -> str:

@@ -29,7 +29,7 @@ class FakeOwner:
     def __init__(self) -> None:
         self.calls: list[str] = []
 
-    def status(self) -> dict[str, Any]:
+    async def status(self) -> dict[str, Any]:
         return {"running": True, "pid": os.getpid()}
 
     async def reload(self) -> str:

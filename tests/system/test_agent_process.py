@@ -118,6 +118,10 @@ def test_an_agent_without_its_relay_runs_and_says_how_it_is(site: Site) -> None:
         assert human.returncode == 0
         assert "not linked" in human.stdout
         assert "collection Data" in human.stdout
+        site.root.rmdir()
+        (row,) = site.status()["collections"]
+        assert not row["available"]
+        assert str(site.root) in row["reason"]
 
         stopped = site.call("stop")
         assert stopped.returncode == 0, stopped.stderr
