@@ -42,6 +42,10 @@ _SECONDS_PER_ITEM = 0.005
 _SMALL = 16 * 1024
 
 
+# A source is asked for a new session of one task at most this often, in seconds.
+OFFER_INTERVAL = 1.0
+
+
 class Step(Enum):
     """What a task needs next."""
 
@@ -115,6 +119,8 @@ class Courier:
         self._timeout = timeout
         # Tasks whose agent asked for a session, with the generation it has; after a restart all are offered anew.
         self._wanted: dict[str, int] = {}
+        # When the source of a task was last asked; an agent that asks on and on does not reach it more often.
+        self._asked: dict[str, float] = {}
         self.orders = 0
         self.sessions = 0
 
@@ -135,12 +141,15 @@ class Courier:
                 if step is Step.NOTHING:
                     if task.finished:
                         self._wanted.pop(task_id, None)
+                        self._asked.pop(task_id, None)
                     elif task.held_by == "destination":
                         await self._change(task.id, held_by=None)
                     return Visit(finished=task.finished)
                 if step is Step.WAIT_FOR_WORKER:
                     await self._hold(task, "destination", now)
                     return Visit()
+                if step is Step.OFFER_SESSION and now - self._asked.get(task_id, -OFFER_INTERVAL) < OFFER_INTERVAL:
+                    return Visit(failed=RetryLater("The source was asked for this task a moment ago."))
                 await self._take(step, loaded, now)
             except TowpathError as error:
                 if await self._refused(task, step, error, now):
@@ -185,7 +194,7 @@ class Courier:
             assert sides.worker is not None
             assert sides.source is not None
             ticket = self._sign(loaded, sides.worker, sides.source, now)
-            await self._offer_session(task, sides.worker, sides.source, ticket)
+            await self._offer_session(task, sides.worker, sides.source, ticket, now)
         elif step is Step.WITHDRAW_SESSION:
             assert sides.source is not None
             await self._links.call(
@@ -218,7 +227,7 @@ class Courier:
         source_connected = source is not None and self._links.is_connected(source.node_id)
         if running and source is not None and source_connected:
             try:
-                session = await self._ask_source(task, worker, source, ticket)
+                session = await self._ask_source(task, worker, source, ticket, now)
             except TowpathError as error:
                 # Without a session the agent can begin, and a later visit offers it one; a refusal ends the task.
                 if error.disposition in ("permanent", "fatal"):
@@ -253,7 +262,8 @@ class Courier:
         elif source is not None:
             self.want_session(task.id)
 
-    async def _ask_source(self, task: Task, worker: Side, source: Side, ticket: str) -> SessionAnswer:
+    async def _ask_source(self, task: Task, worker: Side, source: Side, ticket: str, now: float) -> SessionAnswer:
+        self._asked[task.id] = now
         # Written down first: whatever happens next, the ticket will be withdrawn when the task is over.
         await self._change(task.id, session_open=True)
         order = SessionOrder(session_id=task.session_id, task_id=task.id, ticket=ticket, peer=worker.party)
@@ -263,9 +273,9 @@ class Courier:
         self.sessions += 1
         return check_session_answer_untrusted(answer, task.session_id, source.party.certificate)
 
-    async def _offer_session(self, task: Task, worker: Side, source: Side, ticket: str) -> None:
+    async def _offer_session(self, task: Task, worker: Side, source: Side, ticket: str, now: float) -> None:
         wanted = self._wanted.get(task.id)
-        answer = await self._ask_source(task, worker, source, ticket)
+        answer = await self._ask_source(task, worker, source, ticket, now)
         await self._links.call(
             worker.node_id, "PUT", f"/link/tasks/{task.id}/session", document=answer, timeout=self._timeout
         )
