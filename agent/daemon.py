@@ -201,7 +201,9 @@ class Daemon:
         Raises `ConfigError`, and goes on with what it had.
         """
         config = await trio.to_thread.run_sync(load_config, self._config_file)
+        before, after = set(self._policy.collections), set(config.collections)
         self._policy.replace(config.collections)
+        await self._tasks.owner_changed({collection.id for collection in before ^ after})
         self._tasks.announce_collections(await self._availability.look())
         later = replace(config, collections=()) != replace(self._config, collections=())
         rest = " The other changes count from the next start on." if later else ""
@@ -218,6 +220,9 @@ class Daemon:
         self._policy.paused = paused
         for task in self._tasks.tasks():
             await (self._tasks.pause_task(task.task_id) if paused else self._tasks.resume_task(task.task_id))
+        if paused:
+            # Sessions that others have with this machine as their source end; new ones are refused by the policy.
+            await self._tasks.owner_changed({collection.id for collection in self._policy.collections})
         # The relay learns of it with the next hello.
         self._link.kick()
 

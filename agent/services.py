@@ -5,7 +5,7 @@ Only types live here, so that applications and their tests need none of the mach
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Protocol
 
@@ -64,6 +64,9 @@ class TaskService(Protocol):
 
     def last_event(self) -> int:
         """The highest number of a kept event."""
+
+    async def owner_changed(self, collection_ids: Collection[str]) -> None:
+        """The owner has changed these collections: what runs on them is checked anew."""
 
     def announce_collections(self, reports: Sequence[CollectionReport]) -> None:
         """Tell the relay what the owner offers now."""

@@ -167,10 +167,8 @@ def submit(relay: Relay, out: Output, data: TransferData | DeleteData, submissio
 
     The client library asks for a submission id where none is given, so a lost answer never makes two tasks.
     """
-    from globus_sdk import MISSING
-
     if submission.dry_run:
-        out.document({key: value for key, value in data.items() if value is not MISSING})
+        out.document(_without_missing(data))
         return
     transfer = data["DATA_TYPE"] == "transfer"
     answer = relay.transfer.submit_transfer(data) if transfer else relay.transfer.submit_delete(data)
@@ -185,6 +183,17 @@ def submit(relay: Relay, out: Output, data: TransferData | DeleteData, submissio
     if not out.is_json:
         out.remark(f"Task ID: {task_id}")
     finish(relay, out, task_id, watch(relay, out, task_id, submission.patience))
+
+
+def _without_missing(value: Any) -> Any:
+    """A document as it would be sent: without the places that were left empty."""
+    from globus_sdk import MISSING
+
+    if isinstance(value, Mapping):
+        return {key: _without_missing(each) for key, each in value.items() if each is not MISSING}
+    if isinstance(value, list):
+        return [_without_missing(each) for each in value]
+    return value
 
 
 def finish(relay: Relay, out: Output, task_id: str, waited: Waited) -> None:

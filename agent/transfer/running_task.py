@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -67,13 +68,24 @@ class RunningTask:
         """Whether a worker should be started."""
         if self.running or self.observed.state in FINAL_STATES:
             return False
-        return self.order.desired == "cancel" or (self.order.desired == "run" and not self.held)
+        return self.order.desired == "cancel" or (
+            self.order.desired == "run" and not self.held and not self.forbidden()
+        )
 
     @property
     def desired(self) -> str:
-        if self.order.desired == "run" and (self.held or self._stopping):
+        if self.order.desired == "run" and (self.held or self._stopping or self.forbidden()):
             return "pause"
         return self.order.desired
+
+    def forbidden(self) -> TowpathError | None:
+        """Why the owner of this machine does not allow the task now. The configuration may have changed since the
+        order was taken, also while the agent was not running."""
+        try:
+            self._service.policy.check(self.order.destination.collection_id, (), "rw")
+        except TowpathError as error:
+            return error
+        return None
 
     # --- orders ----------------------------------------------------------------------------------------
 
@@ -89,6 +101,34 @@ class RunningTask:
         """The owner holds the task up or lets it go on."""
         self.held = held
         await self._tell_worker()
+
+    async def owner_changed(self, collection_ids: Collection[str]) -> None:
+        """The owner has changed the configuration of these collections. A worker that runs on one of them stops, and
+        another begins with what is configured now, if it is still allowed."""
+        if self.order.destination.collection_id not in collection_ids or self.observed.state in FINAL_STATES:
+            return
+        if not self.running:
+            await self.tell_why_not()
+        elif self._channel is not None:
+            with contextlib.suppress(ChannelClosed):
+                await self._channel.send(
+                    Desire(desired="pause", ticket=self.order.ticket, deadline=self.order.deadline)
+                )
+
+    async def tell_why_not(self) -> None:
+        """Report a task that the owner does not allow as paused, with the reason and who can mend it."""
+        error = self.forbidden()
+        if error is None or self.order.desired != "run" or self.observed.state in FINAL_STATES:
+            return
+        if self.observed.status_code != error.code:
+            held_up = msgspec.structs.replace(
+                self.observed,
+                state="PAUSED",
+                status_code=error.code,
+                status_sentence=error.sentence,
+                who="destination owner",
+            )
+            await self._observe(held_up, final=False)
 
     async def checkpoint(self) -> None:
         """The daemon is about to end."""
@@ -118,6 +158,8 @@ class RunningTask:
         """Run workers until the task is finished or held; one that dies is followed by another."""
         pause = CRASH_PAUSE
         while self.desired != "pause" and self.observed.state not in FINAL_STATES:
+            if self.order.desired == "cancel" and await self._cancel_without_collection():
+                return
             started = trio.current_time()
             try:
                 await self._run_worker()
@@ -139,6 +181,21 @@ class RunningTask:
                 )
                 await trio.sleep(pause)
                 pause = min(pause * 2, LONGEST_CRASH_PAUSE)
+
+        if not self._stopping:
+            await self.tell_why_not()
+
+    async def _cancel_without_collection(self) -> bool:
+        """A task whose collection the owner has removed has nowhere left to tidy up: it is cancelled as it is."""
+        try:
+            self._service.policy.collection(self.order.destination.collection_id)
+        except TowpathError:
+            canceled = msgspec.structs.replace(
+                self.observed, state="CANCELED", status_code="CANCELED", status_sentence="", completion_time=now_iso()
+            )
+            await self._observe(canceled, final=True)
+            return True
+        return False
 
     async def _run_worker(self) -> None:
         service = self._service

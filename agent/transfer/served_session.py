@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 import trio
@@ -22,7 +23,8 @@ MAX_SESSIONS = 256
 class _Served:
     """One session's worker; sockets wait here until the process is up."""
 
-    def __init__(self) -> None:
+    def __init__(self, collection_id: str) -> None:
+        self.collection_id = collection_id
         self.scope = trio.CancelScope()
         self.channel: Channel | None = None
         self.ready = trio.Event()
@@ -46,14 +48,16 @@ class ServedSessions:
             return
         try:
             # Checked anew for every connection: policy and ticket may have changed since the session was announced.
-            check_session_order(
+            service.policy.check_operation("sessions")
+            ticket = check_session_order(
                 order, service.verifier, service.policy, service.node_id, service.identity.fingerprint, time.time()
             )
         except TowpathError:
             self.refused += 1
             return
+        collection_id = ticket.source.collection_id if ticket.source else ""
         for _ in range(2):
-            served = self._worker_of(order)
+            served = self._worker_of(order, collection_id)
             if served is None:
                 return
             await served.ready.wait()
@@ -66,13 +70,13 @@ class ServedSessions:
                 continue
             return
 
-    def _worker_of(self, order: SessionOrder) -> _Served | None:
+    def _worker_of(self, order: SessionOrder, collection_id: str) -> _Served | None:
         served = self._served.get(order.session_id)
         if served is None:
             if len(self._served) >= MAX_SESSIONS:
                 self.refused += 1
                 return None
-            served = self._served[order.session_id] = _Served()
+            served = self._served[order.session_id] = _Served(collection_id)
             self.nursery.start_soon(self._serve, order, served)
         return served
 
@@ -105,3 +109,9 @@ class ServedSessions:
         served = self._served.pop(session_id, None)
         if served is not None:
             served.scope.cancel()
+
+    def cut_collections(self, collection_ids: Collection[str]) -> None:
+        """End the workers of all sessions on these collections; each connection after that is checked anew."""
+        for session_id, served in list(self._served.items()):
+            if served.collection_id in collection_ids:
+                self.cut(session_id)

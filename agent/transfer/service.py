@@ -10,7 +10,7 @@ import shutil
 import socket
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractAsyncContextManager, closing
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -113,6 +113,9 @@ class TransferService:
         return sock
 
     async def _schedule(self, nursery: trio.Nursery) -> None:
+        for task in self._tasks.values():
+            # The configuration may have changed while the agent was not running.
+            await task.tell_why_not()
         while True:
             self._wake = trio.Event()
             for task in self._next_tasks():
@@ -219,6 +222,14 @@ class TransferService:
         task = self._task(task_id)
         await trio.to_thread.run_sync(lambda: self.store.put_held(task_id, held=held))
         await task.hold(held=held)
+        self._wake.set()
+
+    async def owner_changed(self, collection_ids: Collection[str]) -> None:
+        """The owner has changed the configuration of these collections (or paused this machine): what runs on them
+        stops within moments, and goes on with what is allowed and configured now."""
+        self.sessions.cut_collections(collection_ids)
+        for task in list(self._tasks.values()):
+            await task.owner_changed(collection_ids)
         self._wake.set()
 
     async def checkpoint(self) -> None:

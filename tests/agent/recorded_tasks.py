@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 
 from protocol.control import (
@@ -82,6 +82,9 @@ class RecordedTasks:
 
     def last_event(self) -> int:
         return 0
+
+    async def owner_changed(self, collection_ids: Collection[str]) -> None:
+        self.calls.append(("owner_changed", collection_ids))
 
     def announce_collections(self, reports: Sequence[CollectionReport]) -> None:
         self.announced.append(list(reports))

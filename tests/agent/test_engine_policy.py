@@ -1,0 +1,134 @@
+"""The owner's word while tasks run: a narrowed collection stops what runs on it, a widened one lets it go on."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import trio
+
+from agent.config import CollectionConfig
+from agent.transfer.service import TransferService
+from protocol.control import TaskItem
+from tests.agent.engine_world import Node, World, world
+
+SIZE = 192 * 1024 * 1024
+
+
+def configured(node: Node, **changes: object) -> CollectionConfig:
+    fields = {"id": node.collection, "name": node.name, "root": str(node.root)} | changes
+    return CollectionConfig(**fields)  # type: ignore[arg-type]
+
+
+async def owner_changes(node: Node, *collections: CollectionConfig) -> None:
+    service_of(node).policy.replace(collections)
+    await service_of(node).owner_changed({node.collection})
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    with trio.fail_after(30):
+        while not condition():
+            await trio.sleep(0.01)
+
+
+async def submit_large(made: World) -> str:
+    (made.alpha.root / "large").write_bytes(os.urandom(1024) * (SIZE // 1024))
+    task = await made.submit([TaskItem(source_path="/large", destination_path="/large")])
+    await until(lambda: bool(temporaries(made.beta)))
+    return task
+
+
+def service_of(node: Node) -> TransferService:
+    assert node.service is not None
+    return node.service
+
+
+def temporaries(node: Node) -> list[Path]:
+    return list(node.root.glob(".towpath.*"))
+
+
+async def test_a_destination_made_read_only_is_not_written_to_any_more(tmp_path: Path) -> None:
+    async with world(tmp_path) as made:
+        task = await submit_large(made)
+        await owner_changes(made.beta, configured(made.beta, read_only=True))
+        observed = await made.wait(task, states=frozenset({"PAUSED", "SUCCEEDED"}))
+        assert made.beta.service is not None
+        await until(
+            lambda: made.beta.service is not None and made.beta.service.get_task(task).status_code == "READ_ONLY"
+        )
+        observed = made.beta.service.get_task(task)
+        assert (observed.state, observed.who) == ("PAUSED", "destination owner")
+        assert not (made.beta.root / "large").exists()
+        before = [path.stat().st_mtime_ns for path in temporaries(made.beta)]
+        await trio.sleep(0.3)
+        assert [path.stat().st_mtime_ns for path in temporaries(made.beta)] == before
+        # The owner changes his mind; the task goes on by itself.
+        await owner_changes(made.beta, configured(made.beta))
+        assert (await made.wait(task)).state == "SUCCEEDED"
+        assert (made.beta.root / "large").read_bytes() == (made.alpha.root / "large").read_bytes()
+
+
+async def test_a_source_that_is_no_longer_offered_sends_nothing_more(tmp_path: Path) -> None:
+    async with world(tmp_path) as made:
+        task = await submit_large(made)
+        sessions = service_of(made.alpha).sessions
+        await owner_changes(made.alpha)
+        assert not sessions._served
+        # The destination comes again, and is turned away.
+        await until(lambda: sessions.refused > 0)
+        assert not sessions._served
+        assert service_of(made.beta).get_task(task).state not in ("SUCCEEDED", "FAILED")
+        await owner_changes(made.alpha, configured(made.alpha))
+        assert (await made.wait(task)).state == "SUCCEEDED"
+
+
+async def test_a_task_of_a_removed_collection_waits_and_can_be_cancelled(tmp_path: Path) -> None:
+    async with world(tmp_path) as made:
+        task = await submit_large(made)
+        await owner_changes(made.beta)
+        service = service_of(made.beta)
+        await until(lambda: service.get_task(task).status_code == "UNKNOWN_COLLECTION")
+        order = service._tasks[task].order
+        await service.put_task(msgspec.structs.replace(order, revision=2, desired="cancel"))
+        assert (await made.wait(task)).state == "CANCELED"
+
+
+async def test_a_moved_root_is_written_to_where_it_is_now(tmp_path: Path) -> None:
+    async with world(tmp_path) as made:
+        task = await submit_large(made)
+        moved = tmp_path / "moved"
+        moved.mkdir()
+        await owner_changes(made.beta, configured(made.beta, root=str(moved)))
+        assert (await made.wait(task)).state == "SUCCEEDED"
+        assert (moved / "large").stat().st_size == SIZE
+        assert not (made.beta.root / "large").exists()
+
+
+async def test_a_collection_narrowed_while_the_agent_was_down_is_respected(tmp_path: Path) -> None:
+    async with trio.open_nursery() as nursery:
+        made = World(tmp_path, nursery)
+        await made.start(made.alpha)
+        scope = await made.start(made.beta)
+        task = await submit_large(made)
+        scope.cancel()
+        stopped = service_of(made.beta)
+        await until(lambda: not stopped._tasks[task].running)
+        made.beta.read_only = True
+        await made.start(made.beta)
+        await until(
+            lambda: made.beta.service is not None and made.beta.service.get_task(task).status_code == "READ_ONLY"
+        )
+        await trio.sleep(0.2)
+        assert not (made.beta.root / "large").exists()
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_change_of_another_collection_disturbs_nothing(tmp_path: Path) -> None:
+    async with world(tmp_path) as made:
+        task = await submit_large(made)
+        await service_of(made.beta).owner_changed({str(uuid.uuid4())})
+        assert (await made.wait(task)).state == "SUCCEEDED"
+        assert not [event for event in made.events if event.is_error]
