@@ -1,0 +1,114 @@
+"""``towpath doctor``: look at everything that can be wrong, and say what to do."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from agent.cli.command import with_output
+from agent.cli.exit_codes import ExitCode
+from agent.cli.output import Output
+from agent.cli.service import config_option
+
+if TYPE_CHECKING:
+    from agent.doctor.registry import Entry, Examination, Finding
+
+MARKS = {"ok": "ok", "note": "note", "warning": "WARNING", "failure": "FAILURE"}
+
+
+@click.command()
+@click.argument("checks", nargs=-1)
+@config_option
+@with_output
+def doctor(out: Output, checks: tuple[str, ...], config_file: Path) -> int:
+    """Examine this machine, its agent and its network. Exit code 1 when something does not work.
+
+    CHECKS are names of single checks; all of them if none is given.
+    """
+    from agent.doctor.registry import CHECKS
+
+    known = {entry.name for entry in CHECKS}
+    unknown = [name for name in checks if name not in known]
+    if unknown:
+        raise click.UsageError(f"There is no check {unknown[0]}; known are {', '.join(sorted(known))}.")
+    examination = examine(config_file)
+    report = []
+    for entry in CHECKS:
+        if checks and entry.name not in checks:
+            continue
+        findings = run_check(entry, examination)
+        report.append((entry, findings))
+        if not out.is_json:
+            _print(out, entry, findings)
+    if out.is_json:
+        out.document({"checks": [_document(entry, findings) for entry, findings in report]})
+    failed = any(finding.level == "failure" for _, findings in report for finding in findings)
+    return ExitCode.OTHER if failed else ExitCode.DONE
+
+
+def examine(config_file: Path) -> Examination:
+    """What there is to look at now."""
+    from agent import local_socket
+    from agent.config import ConfigError, load_config
+    from agent.doctor.registry import Examination
+    from protocol.errors import TowpathError
+
+    config = status = None
+    try:
+        config = load_config(config_file)
+        status = local_socket.ask(config.state_dir, "GET", "/status")
+    except (ConfigError, TowpathError):
+        # The checks find out why, each in its own words.
+        pass
+    return Examination(config_file=config_file, config=config, status=status, now=time.time())
+
+
+def run_check(entry: Entry, examination: Examination) -> list[Finding]:
+    """Run one check within its time. A check that breaks or hangs is a finding too."""
+    from agent.doctor.registry import Finding
+
+    findings: list[Finding] = []
+
+    def work() -> None:
+        try:
+            findings.extend(entry.load()(examination))
+        except Exception as error:
+            findings.append(
+                Finding(level="failure", sentence=f"The check itself failed: {type(error).__name__}: {error}.")
+            )
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(entry.seconds)
+    found = list(findings)
+    if thread.is_alive():
+        sentence = f"The check did not come to an end within {entry.seconds:g} seconds."
+        found.append(Finding(level="failure", sentence=sentence, advice="Something it looked at hangs."))
+    return found
+
+
+def _print(out: Output, entry: Entry, findings: list[Finding]) -> None:
+    out.line(entry.title)
+    for finding in findings:
+        out.line(f"  {MARKS[finding.level]:<8}{finding.sentence}")
+        if finding.advice:
+            out.line(f"  {'':<8}→ {finding.advice}")
+
+
+def _document(entry: Entry, findings: list[Finding]) -> dict[str, object]:
+    return {
+        "name": entry.name,
+        "findings": [
+            {
+                "level": finding.level,
+                "sentence": finding.sentence,
+                "advice": finding.advice,
+                "details": finding.details or {},
+            }
+            for finding in findings
+        ],
+    }

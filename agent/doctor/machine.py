@@ -1,0 +1,151 @@
+"""Checks of this machine: configuration, agent, state directory, collections. The network has its own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from agent.doctor.registry import Examination, Finding
+
+LOW_DISK = 256 * 1024 * 1024
+
+
+def check_configuration(examination: Examination) -> Iterator[Finding]:
+    """Whether the file can be read and is free of mistakes."""
+    from agent.config import ConfigError, load_config
+
+    file = examination.config_file
+    try:
+        config = load_config(file)
+    except ConfigError as error:
+        for line, sentence in error.problems:
+            yield Finding(level="failure", sentence=f"{error.file}:{line}: {sentence}", advice="Mend this line.")
+        return
+    yield Finding(level="ok", sentence=f"{file} has no mistakes.")
+    if config.relay.url is None:
+        yield Finding(
+            level="failure", sentence="This machine belongs to no relay yet.", advice="Run `towpath setup` with a key."
+        )
+    ca_file = config.relay.ca_file
+    if ca_file is not None and not ca_file.is_file():
+        yield Finding(
+            level="failure",
+            sentence=f"The relay's CA certificate {ca_file} is missing.",
+            advice="Run `towpath setup` again.",
+        )
+
+
+def check_agent(examination: Examination) -> Iterator[Finding]:
+    """Whether the agent runs, answers, and has what it needs."""
+    from agent.lock import holder_of
+
+    if examination.config is None:
+        return
+    status = examination.status
+    if status is None:
+        holder = holder_of(examination.config.state_dir)
+        if holder is None:
+            yield Finding(level="failure", sentence="The agent does not run.", advice="Run `towpath start`.")
+        elif holder.host != socket.gethostname():
+            yield Finding(
+                level="note",
+                sentence=f"The agent runs on host {holder.host} (process {holder.pid}), not here.",
+                advice=f"Run this command on {holder.host}.",
+            )
+        else:
+            yield Finding(
+                level="failure",
+                sentence=f"Process {holder.pid} holds the agent's lock but does not answer.",
+                advice="Look at `towpath logs`; if it stays so, end the process and run `towpath start`.",
+            )
+        return
+    yield Finding(level="ok", sentence=f"The agent runs as process {status['pid']}, version {status['version']}.")
+    if status["paused"]:
+        yield Finding(level="note", sentence="You have paused this machine.", advice="Run `towpath resume` to go on.")
+    link = status["link"]
+    if link["connected"]:
+        yield Finding(level="ok", sentence=f"It is linked to {link['relay_url']}.")
+    else:
+        yield Finding(
+            level="failure",
+            sentence=f"It is not linked to {link['relay_url']}: {link['last_error'] or 'it is still connecting'}",
+            advice="See the network checks below.",
+        )
+
+
+def check_state(examination: Examination) -> Iterator[Finding]:
+    """Whether the state directory is private, can be written, and has room."""
+    from agent.storage.mounts import is_local, mount_of
+
+    if examination.config is None:
+        return
+    place = examination.config.state_dir
+    try:
+        status = place.stat()
+    except OSError as error:
+        yield Finding(
+            level="failure", sentence=f"{place} cannot be used: {error.strerror}.", advice="Run `towpath setup`."
+        )
+        return
+    if status.st_mode & 0o077:
+        yield Finding(
+            level="failure", sentence=f"Other users can look into {place}.", advice=f"Run `chmod 700 {place}`."
+        )
+    if not os.access(place, os.W_OK | os.X_OK):
+        yield Finding(level="failure", sentence=f"This user may not write in {place}.", advice="Mend its owner.")
+    free = shutil.disk_usage(place).free
+    if free < LOW_DISK:
+        yield Finding(
+            level="failure",
+            sentence=f"Only {free // 2**20} MiB are free where the state is kept.",
+            advice="Journals need room: free some, or move `state_dir`.",
+        )
+    descriptor = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        mount = mount_of(descriptor, str(place))
+    finally:
+        os.close(descriptor)
+    if mount.file_system and not is_local(mount.file_system):
+        yield Finding(
+            level="note",
+            sentence=f"The state is on a network file system ({mount.file_system}), which is slower and shared.",
+            advice="Set `state_dir` to a local disk if this machine is always the same one.",
+        )
+    yield Finding(level="ok", sentence=f"{place} on {mount.mount_point}: {free // 2**20} MiB free.")
+
+
+def check_collections(examination: Examination) -> Iterator[Finding]:
+    """Whether every root is there, and none gives away the agent's own files."""
+    if examination.config is None:
+        return
+    for collection in examination.config.collections:
+        root = Path(collection.root)
+        if not root.is_dir():
+            yield Finding(
+                level="failure",
+                sentence=f"The folder {root} of {collection.name} is not there.",
+                advice="Mount its disk, or make the folder.",
+            )
+        elif not os.access(root, os.R_OK | os.X_OK):
+            yield Finding(
+                level="failure",
+                sentence=f"This user may not read {root} of {collection.name}.",
+                advice="Mend its mode.",
+            )
+        elif not collection.read_only and not os.access(root, os.W_OK):
+            yield Finding(
+                level="warning",
+                sentence=f"Nobody can write to {collection.name}, because this user may not write in {root}.",
+                advice="Mend its mode, or set `access: read-only`.",
+            )
+        else:
+            yield Finding(level="ok", sentence=f"{collection.name}: {root}")
+    if not examination.config.collections:
+        yield Finding(
+            level="warning",
+            sentence="This machine offers no collection.",
+            advice="Run `towpath collection add FOLDER`.",
+        )

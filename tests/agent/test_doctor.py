@@ -1,0 +1,100 @@
+"""The doctor finds what is wrong, says what to do, and survives its own checks."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from agent.cli import doctor as command
+from agent.cli.main import cli
+from agent.doctor.registry import CHECKS, Entry, Examination, Finding
+
+ID = "6c54cade-bde5-45c1-bdea-f4bd71dba2cc"
+
+
+def breaks(_: Examination) -> list[Finding]:
+    raise ZeroDivisionError("by design")
+
+
+RELEASE = threading.Event()
+
+
+def hangs(_: Examination) -> list[Finding]:
+    RELEASE.wait(30)
+    return []
+
+
+def examination(tmp_path: Path) -> Examination:
+    return Examination(config_file=tmp_path / "agent.yaml", config=None, status=None, now=time.time())
+
+
+def test_every_check_of_the_table_can_be_loaded_and_names_are_unique() -> None:
+    assert all(callable(entry.load()) for entry in CHECKS)
+    assert len({entry.name for entry in CHECKS}) == len(CHECKS)
+
+
+def test_a_check_that_breaks_or_hangs_is_a_finding(tmp_path: Path) -> None:
+    (finding,) = command.run_check(Entry("x", "X", f"{__name__}:breaks"), examination(tmp_path))
+    assert finding.level == "failure"
+    assert "by design" in finding.sentence
+    (finding,) = command.run_check(Entry("x", "X", f"{__name__}:hangs", seconds=0.05), examination(tmp_path))
+    assert "did not come to an end" in finding.sentence
+    RELEASE.set()
+
+
+def run(config_file: Path, *arguments: str) -> tuple[int, dict[str, list[dict[str, str]]]]:
+    result = CliRunner().invoke(
+        cli, ["doctor", "--config", str(config_file), "-F", "json", *arguments], standalone_mode=False
+    )
+    document = json.loads(result.stdout)
+    return result.return_value, {entry["name"]: entry["findings"] for entry in document["checks"]}
+
+
+MINE = ("configuration", "agent", "state", "collections")
+
+
+def test_a_machine_that_was_never_set_up(tmp_path: Path) -> None:
+    code, found = run(tmp_path / "agent.yaml", *MINE)
+    assert code == 1
+    assert "towpath setup" in found["configuration"][0]["sentence"]
+
+
+def test_what_is_wrong_is_named_with_what_to_do(tmp_path: Path) -> None:
+    config_file = tmp_path / "agent.yaml"
+    (tmp_path / "agent.state").mkdir(mode=0o755)
+    (tmp_path / "agent.state").chmod(0o755)
+    config_file.write_text(
+        f"relay: {{url: 'https://relay.example.org', ca_file: ca.pem}}\n"
+        f"collections:\n- {{id: {ID}, name: Data, root: {tmp_path / 'gone'}}}\n"
+    )
+    code, found = run(config_file, *MINE)
+    assert code == 1
+    sentences = {name: " ".join(row["sentence"] for row in rows) for name, rows in found.items()}
+    assert "ca.pem is missing" in sentences["configuration"]
+    assert "does not run" in sentences["agent"]
+    assert "Other users can look into" in sentences["state"]
+    assert f"{tmp_path / 'gone'} of Data is not there" in sentences["collections"]
+    failures = [row for rows in found.values() for row in rows if row["level"] == "failure"]
+    assert failures
+    assert all(row["advice"] for row in failures)
+    (tmp_path / "gone").mkdir()
+    assert run(config_file, "collections")[0] == 0
+
+
+def test_an_unknown_check_is_refused(tmp_path: Path) -> None:
+    result = CliRunner().invoke(cli, ["doctor", "--config", str(tmp_path / "a.yaml"), "weather"])
+    assert result.exit_code == 2
+    assert "known are" in result.output
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_both_formats(tmp_path: Path, form: str) -> None:
+    result = CliRunner().invoke(
+        cli, ["doctor", "--config", str(tmp_path / "agent.yaml"), "-F", form, *MINE], standalone_mode=False
+    )
+    assert "There is no configuration here yet" in result.stdout
