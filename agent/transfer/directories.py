@@ -1,0 +1,151 @@
+"""Listing the directories of a run side by side, and comparing files by digest where that was asked for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import trio
+
+from agent.storage.faults import fault
+from agent.transfer.checksum import file_digest
+from agent.transfer.items import ItemPlanner
+from agent.transfer.jobs import FileJob, Group, GroupListed, LinkWanted, Outcome
+from agent.transfer.journal import DirectoryRow
+from agent.transfer.plan import DirectoryPlanner, Listing, Planned
+from agent.transfer.source_session import SessionLost
+from protocol.errors import NeedsPerson, RetryLater, TaskFailed, TowpathError
+
+if TYPE_CHECKING:
+    from agent.transfer.transfer_run import TransferRun
+
+LISTERS = 4
+COMPARISONS_AT_ONCE = 2
+
+
+class DirectoryWalk:
+    """Lists every directory the journal knows of, until none waits."""
+
+    def __init__(self, run: TransferRun) -> None:
+        self._run = run
+
+    async def run(self) -> None:
+        """Returns when everything is handed out."""
+        listing = Listing(self._run.context.journal)
+        async with trio.open_nursery() as nursery:
+            for _ in range(LISTERS):
+                nursery.start_soon(self._take, listing)
+
+    async def _take(self, listing: Listing) -> None:
+        while row := await listing.take():
+            try:
+                await self._list(row, listing)
+            finally:
+                listing.finished()
+
+    async def _list(self, row: DirectoryRow, listing: Listing) -> None:
+        run = self._run
+        await run.slot()
+        sweep = run.context.temporary_prefix if run.resumed else None
+        planner = DirectoryPlanner(run.context.root, run.context.journal, run.options, row, sweep=sweep)
+        try:
+            group = await trio.to_thread.run_sync(planner.open)
+        except OSError as error:
+            await self._not_opened(row, fault(error, "destination", row.destination))
+            return
+        run.opened(group)
+        follow = run.options.recursive_symlinks == "copy"
+        pack: list[FileJob] = []
+        try:
+            async for rows in run.session.list_directory(row.source, follow=follow):
+                planned = await trio.to_thread.run_sync(planner.plan, rows)
+                if planned.directories:
+                    listing.added()
+                await self._hand_out(planned, pack)
+        except TowpathError as error:
+            if isinstance(error, RetryLater | NeedsPerson | TaskFailed):
+                raise
+            self._failed(group, row, error)
+        else:
+            failures = await trio.to_thread.run_sync(planner.delete_extra)
+            for job, problem in failures:
+                run.give_up(job, problem)
+        await run.send_pack(pack)
+        run.settle.put(GroupListed(group))
+
+    async def _not_opened(self, row: DirectoryRow, error: TowpathError) -> None:
+        """The destination directory cannot be used: an error of its own, unless it concerns the whole task."""
+        run = self._run
+        if isinstance(error, RetryLater | NeedsPerson | TaskFailed):
+            run.release_slot()
+            raise error
+        handle = await trio.to_thread.run_sync(run.context.root.open_directory, ())
+        group = Group(row.id, row.source, row.destination, handle, [])
+        run.opened(group)
+        self._failed(group, row, error)
+        run.settle.put(GroupListed(group))
+
+    def _failed(self, group: Group, row: DirectoryRow, error: TowpathError) -> None:
+        """A directory of the source cannot be listed: an error of its own, the others go on."""
+        job = ItemPlanner.directory_job(group, row.item)
+        group.planned += 1
+        self._run.give_up(job, error)
+
+    async def _hand_out(self, planned: Planned, pack: list[FileJob]) -> None:
+        run = self._run
+        for job, error in planned.failures:
+            run.give_up(job, error)
+        for job in planned.links:
+            run.settle.put(LinkWanted(job, job.row.target or b""))
+        for job in planned.comparisons:
+            await run.compare(job)
+        for job in planned.copies:
+            await run.copy(job, pack)
+
+
+class Comparisons:
+    """Compares files with the source by digest; those that differ are brought over."""
+
+    def __init__(self, run: TransferRun) -> None:
+        self._run = run
+        self._waiting_in, self._waiting_out = trio.open_memory_channel[FileJob](64)
+
+    def start(self, nursery: trio.Nursery) -> None:
+        """Begin to take files; ends with the nursery."""
+        for _ in range(COMPARISONS_AT_ONCE):
+            nursery.start_soon(self._feed)
+
+    async def compare(self, job: FileJob) -> None:
+        """Have a file compared; waits while enough others are waiting."""
+        await self._waiting_in.send(job)
+
+    async def _feed(self) -> None:
+        async for job in self._waiting_out.clone():
+            await self._compare(job)
+
+    async def _compare(self, job: FileJob) -> None:
+        run = self._run
+        try:
+            theirs = await run.session.digest(job.source_path, "BLAKE3", job.row.version, follow=job.follow)
+            ours = await trio.to_thread.run_sync(self._own_digest, job)
+        except OSError as error:
+            run.retries.job_failed(job, fault(error, "destination", job.destination_path))
+            return
+        except SessionLost:
+            raise
+        except TowpathError as error:
+            run.retries.job_failed(job, error)
+            return
+        if theirs == ours:
+            run.settle.put(Outcome(job, None))
+            return
+        pack: list[FileJob] = []
+        await run.copy(job, pack)
+        await run.send_pack(pack)
+
+    def _own_digest(self, job: FileJob) -> str:
+        root = self._run.context.root
+        descriptor = job.group.handle.open_read(job.name)
+        try:
+            return file_digest(root, descriptor, "BLAKE3")
+        finally:
+            root.close_file(descriptor)

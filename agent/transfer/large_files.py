@@ -1,0 +1,128 @@
+"""Large files of a run: opened, asked for in ranges, their blocks fetched again where the storage lost them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import trio
+
+from agent.storage.faults import fault
+from agent.transfer.compare import block_size, missing_ranges
+from agent.transfer.fetch import RANGE_BYTES
+from agent.transfer.jobs import FileJob, LargeFile, count_done, empty_bitmap
+from agent.transfer.retries import ATTEMPTS
+from protocol.errors import NeedsPerson, RetryLater, TaskFailed, TowpathError
+
+if TYPE_CHECKING:
+    from agent.transfer.transfer_run import TransferRun
+
+LARGE_AT_ONCE = 4
+
+
+class LargeFiles:
+    """All large files of one run. Methods are called in the trio thread."""
+
+    def __init__(self, run: TransferRun) -> None:
+        self._run = run
+        self._waiting_in, self._waiting_out = trio.open_memory_channel[FileJob](64)
+
+    def start(self, nursery: trio.Nursery) -> None:
+        """Begin to take files; ends with the nursery."""
+        for _ in range(LARGE_AT_ONCE):
+            nursery.start_soon(self._feed)
+
+    async def copy(self, job: FileJob) -> None:
+        """Have a large file brought over; waits while enough others are waiting."""
+        await self._waiting_in.send(job)
+
+    async def _feed(self) -> None:
+        async for job in self._waiting_out.clone():
+            await self._fetch(job)
+
+    async def _fetch(self, job: FileJob) -> None:
+        run = self._run
+        try:
+            file = await trio.to_thread.run_sync(self._open, job)
+        except OSError as error:
+            run.retries.job_failed(job, fault(error, "destination", job.destination_path))
+            return
+        # Held open while ranges are being handed out, so that the file is not taken for idle in between.
+        file.open_ranges += 1
+        for offset, length in missing_ranges(file.done, job.row.size, file.block, max(RANGE_BYTES, file.block)):
+            await run.budget.acquire(length)
+            if file.failed:
+                run.budget.release(length)
+                break
+            run.fetcher.submit_range(file, offset, length)
+        file.open_ranges -= 1
+        if not file.open_ranges:
+            self.idle(file)
+
+    def _open(self, job: FileJob) -> LargeFile:
+        """The temporary of a large file: the one an earlier run left, when it holds the same version, or a new one."""
+        journal, handle = self._run.context.journal, job.group.handle
+        known = journal.partial(*job.key)
+        if known is not None:
+            if known.version == job.row.version:
+                try:
+                    descriptor = handle.open_temporary(known.temporary)
+                    return LargeFile(job, known.temporary, descriptor, known.block, known.done, count_done(known.done))
+                except OSError:
+                    # It is gone or no longer ours: begin this file again.
+                    self._run.context.on_fault(
+                        RetryLater(
+                            "Part of a file that had arrived is gone; it is transferred again.", code="PART_LOST"
+                        )
+                    )
+            _unlink_quietly(job, known.temporary)
+            journal.drop_partial(*job.key)
+        name = self._run.temporary_name()
+        descriptor = handle.create_temporary(name)
+        block = block_size(job.row.size)
+        return LargeFile(job, name, descriptor, block, empty_bitmap(job.row.size), 0)
+
+    def idle(self, file: LargeFile) -> None:
+        """No range of this file is under way. When it failed, now its temporary can be closed."""
+        if not file.failed or file.error is None:
+            return
+        error, file.error = file.error, None
+        if self._run.retries.lasting(file.job, error):
+            self._run.give_up(file.job, error, discard=file)
+            return
+        descriptor, file.descriptor = file.descriptor, -1
+        self._run.context.root.close_file(descriptor)
+        self._run.retries.again(file.job, error)
+
+    def failed(self, file: LargeFile, error: TowpathError) -> None:
+        """The destination could not take this file."""
+        file.error = file.error or error
+        if isinstance(error, NeedsPerson | TaskFailed):
+            self._run.stop(error)
+        elif not file.open_ranges:
+            self.idle(file)
+
+    def refetch(self, file: LargeFile, index: int) -> None:
+        """A block reads back other than it was written: fetch it again, alone."""
+        run = self._run
+        file.job.attempts += 1
+        error = RetryLater(
+            f"Block {index} reads back from the destination's storage other than it was written; it is fetched again.",
+            code="VERIFY_CHECKSUM",
+            who="destination owner",
+        )
+        run.context.on_fault(error)
+        if file.job.attempts >= ATTEMPTS:
+            file.failed = True
+            self.failed(file, error)
+            return
+        length = file.length_of(index)
+        # Not waited for: the block's share of the budget was given back a moment ago.
+        run.budget.used += length
+        run.fetcher.submit_range(file, index * file.block, length, first=True)
+
+
+def _unlink_quietly(job: FileJob, temporary: bytes) -> None:
+    try:
+        job.group.handle.unlink(temporary)
+    except FileNotFoundError:
+        return
