@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import base64
 import binascii
+import json
 import secrets
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import trio
 from cryptography.exceptions import InvalidKey
@@ -31,13 +33,20 @@ MAX_SECRETS_PER_CLIENT = 10
 
 @dataclass(frozen=True)
 class Client:
-    """One client. The identity it acts as has the same id. ``owner_id`` is the user it belongs to."""
+    """One client. The identity it acts as has the same id. ``owner_id`` is the user it belongs to.
+
+    ``parent_id`` is the application of which it is one installation's own copy. With ``rotates``, each use of a
+    refresh token replaces it.
+    """
 
     id: str
     name: str
     public: bool
     owner_id: str | None
     created: float
+    parent_id: str | None = None
+    redirect_uris: tuple[str, ...] = ()
+    rotates: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,11 +78,26 @@ def new_digest() -> tuple[str, str]:
 
 
 def add_client(
-    connection: Connection, *, name: str, now: float, digest: str, owner_id: str | None = None
+    connection: Connection,
+    *,
+    name: str,
+    now: float,
+    digest: str,
+    owner_id: str | None = None,
+    parent_id: str | None = None,
+    redirect_uris: Sequence[str] = (),
 ) -> tuple[Client, str]:
     """Store a client with its identity and first secret's ``digest``; returns the client and the secret's id."""
-    client = Client(id=str(uuid.uuid4()), name=name, public=False, owner_id=owner_id, created=now)
-    connection.execute(insert(clients).values(**vars(client)))
+    client = Client(
+        id=str(uuid.uuid4()),
+        name=name,
+        public=False,
+        owner_id=owner_id,
+        created=now,
+        parent_id=parent_id,
+        redirect_uris=tuple(redirect_uris),
+    )
+    insert_client(connection, client)
     add_identity(
         connection,
         username=client_username(client.id),
@@ -107,7 +131,19 @@ def remove_secret(connection: Connection, *, client_id: str, secret_id: str) -> 
 def find_client(connection: Connection, client_id: str) -> Client | None:
     """The client with this id."""
     row = connection.execute(select(clients).where(clients.c.id == client_id)).mappings().first()
-    return None if row is None else Client(**row)
+    return None if row is None else client_of(row)
+
+
+def client_of(row: Mapping[Any, Any]) -> Client:
+    """A row of the table of clients as a record; columns that the record does not know are left out."""
+    values = {field: row[field] for field in Client.__dataclass_fields__}
+    return Client(**{**values, "redirect_uris": tuple(json.loads(values["redirect_uris"]))})
+
+
+def insert_client(connection: Connection, client: Client) -> None:
+    """Store the row of a client, and nothing beside it."""
+    values = {**vars(client), "redirect_uris": json.dumps(client.redirect_uris)}
+    connection.execute(insert(clients).values(**values))
 
 
 class SecretChecker:

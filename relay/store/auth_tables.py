@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sqlalchemy import Boolean, CheckConstraint, Column, Float, ForeignKey, Index, String, Table, Text
+from sqlalchemy import Boolean, CheckConstraint, Column, Float, ForeignKey, Index, String, Table, Text, false
 
 from relay.store.metadata import metadata
 
@@ -30,6 +30,13 @@ clients = Table(
     Column("public", Boolean(name="public"), nullable=False, default=False),
     Column("owner_id", String(36), ForeignKey("identities.id")),
     Column("created", Float, nullable=False),
+    # The application of which this client is one installation's own copy.
+    Column("parent_id", String(36), ForeignKey("clients.id")),
+    # A JSON list. For public clients and copies, loopback addresses and the relay's page count besides.
+    Column("redirect_uris", Text, nullable=False, server_default="[]"),
+    # Whether each use of a refresh token replaces it (RFC 9700, 4.14).
+    Column("rotates", Boolean(name="rotates"), nullable=False, server_default=false()),
+    Column("last_used", Float),
 )
 
 # A client may hold several secrets, so that one can be replaced without a moment in which none is valid.
@@ -51,6 +58,8 @@ sessions = Table(
     Column("client_id", String(36), ForeignKey("clients.id", ondelete="CASCADE"), nullable=False, index=True),
     Column("authenticated", Float, nullable=False),
     Column("created", Float, nullable=False),
+    # What its owner calls a token of long life.
+    Column("name", Text),
 )
 
 tokens = Table(
@@ -66,6 +75,8 @@ tokens = Table(
     Column("scope", Text, nullable=False),
     Column("issued", Float, nullable=False),
     Column("expires", Float, nullable=False),
+    # When a refresh token was replaced by its successor.
+    Column("replaced", Float),
     CheckConstraint("kind IN ('access', 'refresh')", name="kind"),
     Index(None, "client_id", "identity_id"),
     Index(None, "expires"),

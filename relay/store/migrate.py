@@ -23,16 +23,17 @@ class SchemaTooNew(NeedsPerson):
     default_code = "DATABASE_TOO_NEW"
 
 
-def _configuration() -> Config:
-    configuration = Config()
-    configuration.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
-    return configuration
+def configuration() -> Config:
+    """Where Alembic finds the migrations."""
+    made = Config()
+    made.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
+    return made
 
 
 def upgrade(engine: Engine) -> None:
     """Apply the missing migrations. Raises `SchemaTooNew`; SQLAlchemy errors when the file is no database."""
-    configuration = _configuration()
-    known = {script.revision for script in ScriptDirectory.from_config(configuration).walk_revisions()}
+    scripts = configuration()
+    known = {script.revision for script in ScriptDirectory.from_config(scripts).walk_revisions()}
     with engine.begin() as connection:
         present = set(MigrationContext.configure(connection).get_current_heads())
         if not present <= known:
@@ -41,8 +42,8 @@ def upgrade(engine: Engine) -> None:
                 "install that version or restore a backup.",
                 who="relay operator",
             )
-        configuration.attributes["connection"] = connection
-        command.upgrade(configuration, "head")
+        scripts.attributes["connection"] = connection
+        command.upgrade(scripts, "head")
 
 
 def current_revision(engine: Engine) -> str | None:

@@ -7,16 +7,19 @@ from pathlib import Path
 
 import pytest
 import trio
+from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, func, insert, select, text
 
+import relay.store.sign_in_tables
 import relay.store.transfer_tables  # noqa: F401 - fills the metadata
 from protocol.errors import NeedsPerson
 from relay.store.auth_tables import identities
 from relay.store.database import Store, StoreBroken
 from relay.store.metadata import metadata
-from relay.store.migrate import SchemaTooNew, current_revision, upgrade
+from relay.store.migrate import SchemaTooNew, configuration, current_revision, upgrade
 
 
 def add(connection: Connection, name: str) -> None:
@@ -144,3 +147,30 @@ async def test_a_missing_place_is_reported_as_such(tmp_path: Path) -> None:
     with pytest.raises(NeedsPerson):
         await gone.read(count)
     gone.close()
+
+
+def test_migrations_form_one_line(store: Store) -> None:
+    assert len(ScriptDirectory.from_config(configuration()).get_heads()) == 1
+
+
+def test_an_older_database_keeps_its_rows(tmp_path: Path) -> None:
+    """SQLite rebuilds tables for some changes, and dropping the old one can take its dependants along."""
+    old = Store(f"sqlite:///{tmp_path / 'old.sqlite'}")
+    with old.writing_engine.begin() as connection:
+        options = configuration()
+        options.attributes["connection"] = connection
+        command.upgrade(options, "0002")
+    with old.writing_engine.begin() as connection:
+        connection.execute(
+            text("INSERT INTO identities VALUES ('i', 'a@b.c', 'login', 'used', NULL, NULL, NULL, 'p', 1)")
+        )
+        connection.execute(text("INSERT INTO clients VALUES ('c', 'client', 0, 'i', 1)"))
+        connection.execute(text("INSERT INTO client_secrets VALUES ('s', 'c', 'd', 1)"))
+        connection.execute(text("INSERT INTO sessions VALUES ('n', 'i', 'c', 1, 1)"))
+        connection.execute(text("INSERT INTO tokens VALUES ('t', 'access', 'n', 'i', 'c', 'server', 'scope', 1, 2)"))
+    upgrade(old.writing_engine)
+    with old.writing_engine.begin() as connection:
+        for table in ("identities", "clients", "client_secrets", "sessions", "tokens"):
+            assert connection.execute(text(f"SELECT count(*) FROM {table}")).scalar_one() == 1, table
+        assert connection.execute(text("PRAGMA foreign_key_check")).all() == []
+    old.close()
