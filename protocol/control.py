@@ -11,7 +11,10 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
+from protocol.candidates import Candidate as Candidate
+from protocol.candidates import PathOffer
 from protocol.errors import ProtocolError
+from protocol.record import Record as Record
 
 MAX_DOCUMENT = 64 * 1024 * 1024
 MAX_ITEMS = 100_000
@@ -19,13 +22,12 @@ MAX_ITEMS = 100_000
 Desired = Literal["run", "pause", "cancel"]
 TaskType = Literal["TRANSFER", "DELETE"]
 TaskState = Literal["QUEUED", "ACTIVE", "WAITING", "PAUSED", "SUCCEEDED", "FAILED", "CANCELED"]
+# Whether a task's bytes may pass the relay's tunnel: at any time, until a direct path was found, not at all.
+RelayPath = Literal["allow", "until-direct", "never"]
+Transport = Literal["tcp", "quic", "auto"]
 EntryType = Literal["file", "dir", "invalid_symlink", "chr", "blk", "pipe", "other"]
 
 FINAL_STATES: frozenset[str] = frozenset({"SUCCEEDED", "FAILED", "CANCELED"})
-
-
-class Record(msgspec.Struct, kw_only=True, frozen=True):
-    """Base of all wire records: immutable, keyword only, unknown keys ignored."""
 
 
 # --- hello -----------------------------------------------------------------------------------------------
@@ -127,6 +129,8 @@ class TaskOptions(Record, frozen=True, kw_only=True):
     recursive: bool = False
     ignore_missing: bool = False
     interpret_globs: bool = False
+    relay_path: RelayPath = "allow"
+    transport: Transport = "auto"
 
 
 class TaskItem(Record, frozen=True, kw_only=True):
@@ -154,14 +158,6 @@ class Party(Record, frozen=True, kw_only=True):
     display_name: str = ""
 
 
-class Candidate(Record, frozen=True, kw_only=True):
-    """A place where a node may be reached. ``kind`` is ``host`` (an address of its own) for now."""
-
-    kind: str
-    host: str
-    port: int
-
-
 class SessionOrder(Record, frozen=True, kw_only=True):
     """Relay to source: a destination with this certificate will dial under this session id."""
 
@@ -169,15 +165,23 @@ class SessionOrder(Record, frozen=True, kw_only=True):
     task_id: str
     ticket: str
     peer: Party
+    observed: str = ""
+    peer_observed: str = ""
+    relay_path: RelayPath = "allow"
 
 
 class SessionAnswer(Record, frozen=True, kw_only=True):
-    """Source to relay, and on to the destination: where to dial, which certificate to expect."""
+    """Source to relay, and on to the destination: where to dial, which certificate to expect.
+
+    ``observed`` and ``peer_observed`` are added by the relay: the addresses from which it sees the reader's link and
+    the other side's (see `protocol.candidates`)."""
 
     session_id: str
     generation: int
     candidates: list[Candidate]
     certificate: str
+    observed: str = ""
+    peer_observed: str = ""
 
 
 class TaskOrder(Record, frozen=True, kw_only=True):
@@ -253,7 +257,8 @@ class AgentEvent(Record, frozen=True, kw_only=True):
 
     kinds: ``event`` (a task event for people), ``state`` (``observed`` is set, durable when the state changed),
     ``progress`` (``observed`` is set, n = 0), ``session_wanted`` (the destination needs a SessionAnswer newer
-    than ``generation``, n = 0), ``collections`` (the owner changed the configuration: ``collections`` is set, n = 0).
+    than ``generation``, n = 0), ``collections`` (the owner changed the configuration: ``collections`` is set, n = 0),
+    ``path_offer`` (the destination wants a path arranged: ``offer`` is set, n = 0).
     """
 
     n: int
@@ -268,6 +273,7 @@ class AgentEvent(Record, frozen=True, kw_only=True):
     generation: int = 0
     observed: TaskObserved | None = None
     collections: list[CollectionReport] | None = None
+    offer: PathOffer | None = None
 
 
 class SuccessfulTransfer(Record, frozen=True, kw_only=True):

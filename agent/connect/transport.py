@@ -1,0 +1,101 @@
+"""What every way between two agents has in common, and the register of the ways there are.
+
+A transport yields `Connection`s: connected sockets on which nothing of the session was sent yet. Whatever carries them,
+their bytes from here on are the session's own TLS (or QUIC), end to end between the agents, with the destination as
+the TLS client. The daemon dials and arranges; the sockets go to worker processes as file descriptors.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from protocol.candidates import Candidate, PathAnswer, PathGo, PathOffer
+
+# Kinds of paths, best first: a lower rank is better. Dialled by the destination; dialled by the source; both dialled
+# at once so that their SYNs crossed; UDP punched; through the relay.
+RANKS = {"direct": 0, "reversed": 1, "punched": 2, "quic": 3, "tunnel": 9}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Path:
+    """How a connection goes. ``rtt`` in seconds where known, ``why`` says why it is no better one."""
+
+    kind: str
+    transport: str = "tcp"
+    remote: str = ""
+    rtt: float | None = None
+    why: str = ""
+
+    @property
+    def rank(self) -> int:
+        return RANKS.get(self.kind, 5)
+
+
+@dataclass(frozen=True)
+class Connection:
+    """A socket to the peer and how it goes. For ``quic`` it is a connected datagram socket, else a stream."""
+
+    sock: socket.socket
+    path: Path
+
+
+# The source's side of a transport hands each connection to this, which looks at its TLS greeting, as for those that
+# came in at the data port. Takes the socket over.
+Greet = Callable[[Connection], Awaitable[None]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wish:
+    """What the destination wants: one connection more for this session, ``kind`` is ``control`` or ``lane``."""
+
+    session_id: str
+    task_id: str
+    kind: str
+
+
+class Transport(Protocol):
+    """One way between agents that needs arranging (direct TCP and punching are part of the race itself).
+
+    All methods may be cancelled at any time and then leave nothing open.
+    """
+
+    name: str
+
+    async def offer(self, wish: Wish) -> list[Candidate]:
+        """Destination: what the offer should carry so that the source can do its part. Answers quickly."""
+
+    async def connect(self, wish: Wish, go: PathGo) -> Connection:
+        """Destination: a connection, once the relay gave its go. Raises `RetryLater` with the reason."""
+
+    async def answer(self, offer: PathOffer) -> list[Candidate]:
+        """Source: what the answer should carry."""
+
+    async def serve(self, offer: PathOffer, go: PathGo, greet: Greet) -> None:
+        """Source: do this side's part of one offer; returns when it is done with it. Raises `RetryLater`."""
+
+
+@dataclass
+class Transports:
+    """The transports of this agent, put together in `agent.daemon`: ``tunnel``, ``quic``; absent ones are not used."""
+
+    tunnel: Transport | None = None
+    quic: Transport | None = None
+    # Why one is absent, for people.
+    absent: dict[str, str] = field(default_factory=dict)
+
+
+__all__ = [
+    "RANKS",
+    "Connection",
+    "Greet",
+    "Path",
+    "PathAnswer",
+    "PathGo",
+    "PathOffer",
+    "Transport",
+    "Transports",
+    "Wish",
+]
