@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
@@ -10,7 +11,8 @@ import socket
 import threading
 import time
 import uuid
-from dataclasses import asdict, replace
+from collections.abc import Mapping
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -18,10 +20,12 @@ from typing import Any, cast
 import msgspec
 import trio
 
-from agent import local_socket
+from agent import local_socket, logs
 from agent.availability import Availability
 from agent.collections import MARKS_FILE, Collections, Marks
 from agent.config import AgentConfig, ConfigError, load_config
+from agent.config_layers import overlay_file
+from agent.config_watch import changes
 from agent.identity_file import Identity, NotSetUp, make_state_dir, require
 from agent.link import Link
 from agent.link_app import LinkApp
@@ -38,7 +42,6 @@ from protocol.ticket import TicketVerifier
 
 logger = logging.getLogger("towpath.agent")
 
-CONFIG_LOOK_EVERY = 2.0
 # The owner has paused this machine; an empty file in the state directory, so that it outlives restarts.
 PAUSED_FILE = "paused"
 # Seconds after the wish to stop: tasks have had their time; the process ends whatever still hangs. All that was
@@ -53,10 +56,22 @@ class Daemon:
     """One running agent. `run` returns after a clean end."""
 
     def __init__(
-        self, config_file: Path, config: AgentConfig, identity: Identity, key: NodeKey, lock: InstanceLock
+        self,
+        config_file: Path,
+        config: AgentConfig,
+        identity: Identity,
+        key: NodeKey,
+        lock: InstanceLock,
+        flags: Mapping[str, str],
+        log_file: Path | None,
     ) -> None:
         self._config_file = config_file
+        self._flags = flags
+        self._log_file = log_file
+        # What runs now, and what was read last; they differ in what waits for the next start.
         self._config = config
+        self._read = config
+        self._config_problem = ""
         self._identity = identity
         self._lock = lock
         self._boot = str(uuid.uuid4())
@@ -157,12 +172,8 @@ class Daemon:
 
     async def _watch_config(self) -> None:
         """Take changes of the configuration without being told."""
-        seen = await trio.to_thread.run_sync(_stamp, self._config_file)
-        while True:
-            await trio.sleep(CONFIG_LOOK_EVERY)
-            stamp = await trio.to_thread.run_sync(_stamp, self._config_file)
-            if stamp != seen:
-                seen = stamp
+        async with contextlib.aclosing(changes([self._config_file, overlay_file(self._config_file)])) as changed:
+            async for _ in changed:
                 await self._reload_if_good()
 
     async def _reload_if_good(self) -> None:
@@ -183,6 +194,7 @@ class Daemon:
             "version": version("towpath"),
             "started": self._started,
             "config_file": str(self._config_file),
+            "config_problem": self._config_problem,
             "state_dir": str(self._config.state_dir),
             "endpoint_id": self._identity.endpoint_id,
             "node_id": self._identity.node_id,
@@ -196,17 +208,28 @@ class Daemon:
         return cast("dict[str, Any]", msgspec.to_builtins(document))
 
     async def reload(self) -> str:
-        """Read the configuration again; collections change at once, the rest at the next start.
+        """Read the configuration again; a sentence on what changed. Transfers go on.
 
         Raises `ConfigError`, and goes on with what it had.
         """
-        config = await trio.to_thread.run_sync(load_config, self._config_file)
+        load = functools.partial(load_config, self._config_file, flags=self._flags)
+        try:
+            config = await trio.to_thread.run_sync(load)
+        except ConfigError as error:
+            self._config_problem = error.sentence
+            raise
+        self._config_problem = ""
+        if config == self._read:
+            return "The configuration was read again: nothing has changed."
         before, after = set(self._policy.collections), set(config.collections)
+        if config.log != self._read.log:
+            await trio.to_thread.run_sync(logs.configure, config.log, self._log_file)
+        self._tasks.config = self._read = config
         self._policy.replace(config.collections)
         await self._tasks.owner_changed({collection.id for collection in before ^ after})
         self._tasks.announce_collections(await self._availability.look())
-        later = replace(config, collections=()) != replace(self._config, collections=())
-        rest = " The other changes count from the next start on." if later else ""
+        later = _waiting_for_start(self._config, config)
+        rest = f" {', '.join(later)} will count from the next start on." if later else ""
         return f"The configuration was read again: {len(config.collections)} collection(s).{rest}"
 
     async def set_paused(self, paused: bool) -> None:
@@ -244,6 +267,18 @@ class Daemon:
         self._stop.set()
 
 
+def _waiting_for_start(running: AgentConfig, read: AgentConfig) -> list[str]:
+    """The keys whose new values the running agent cannot take up."""
+    pairs = (
+        ("relay", running.relay, read.relay),
+        ("state_dir", running.state_dir, read.state_dir),
+        ("profile", running.profile, read.profile),
+        ("data.listen", running.data.listen, read.data.listen),
+        ("data.port", running.data.port, read.data.port),
+    )
+    return [key for key, old, new in pairs if old != new]
+
+
 def _authority(config: AgentConfig) -> str | None:
     file = config.relay.ca_file
     if file is None:
@@ -259,20 +294,17 @@ def _end_now() -> None:
     os._exit(0)
 
 
-def _stamp(path: Path) -> tuple[int, int]:
-    try:
-        status = path.stat()
-    except OSError:
-        return (0, 0)
-    return (status.st_mtime_ns, status.st_size)
+def run(config_file: Path, flags: Mapping[str, str] | None = None, log_file: Path | None = None) -> None:
+    """Run the agent of a configuration in the foreground; ``flags`` are settings for this run only.
 
-
-def run(config_file: Path) -> None:
-    """Run the agent of a configuration in the foreground. Raises `TowpathError` when it cannot start."""
+    Raises `TowpathError` when it cannot start.
+    """
     config_file = config_file.absolute()
-    config = load_config(config_file)
+    flags = flags or {}
+    config = load_config(config_file, flags=flags)
+    logs.configure(config.log, log_file)
     make_state_dir(config.state_dir)
     notifier = Notifier.from_environment()
     with held(config.state_dir) as lock:
         identity, key = require(config.state_dir)
-        trio.run(Daemon(config_file, config, identity, key, lock).run, notifier)
+        trio.run(Daemon(config_file, config, identity, key, lock, flags, log_file).run, notifier)

@@ -13,8 +13,8 @@ import click
 
 from agent.cli.exit_codes import ExitCode
 from agent.cli.output import CommandFailed
-from agent.cli.terminal import terminal_safe
-from agent.config import AgentConfig, default_config_file, load_config
+from agent.cli.terminal import terminal_safe, terminal_safe_lines
+from agent.config import default_config_file, load_config
 from protocol.errors import TowpathError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -90,35 +90,42 @@ def setup(
     done = "was set up before with this key" if outcome.already else "is set up"
     click.echo(f"Collection {terminal_safe(outcome.name)} ({outcome.collection_id}) {done}: {outcome.root}")
     click.echo(f"Endpoint {outcome.endpoint_id} of the relay {outcome.relay_url}; configuration {outcome.config_file}")
-    if _tell_running_agent(outcome.state_dir):
+    if tell_running_agent(outcome.state_dir):
         click.echo("The running agent serves it now.")
     else:
         click.echo("Run the agent with `towpath start` (or `towpath run` in the foreground).")
 
 
-def _tell_running_agent(state_dir: Path) -> bool:
-    """Have a running agent take up the new configuration; whether there was one."""
+def tell_running_agent(state_dir: Path) -> str:
+    """Have a running agent take up the changed configuration; what it says of it, empty if none runs."""
     from agent import local_socket
 
     try:
-        local_socket.ask(state_dir, "POST", "/reload")
+        document = local_socket.ask(state_dir, "POST", "/reload")
     except local_socket.NotRunning:
-        return False
+        return ""
     except TowpathError as error:
         raise CommandFailed(f"The running agent does not take the new configuration: {error.sentence}") from error
-    return True
+    return str(document.get("message") or "The running agent has taken it up.")
 
 
 @click.command()
 @click.option("--log-file", type=click.Path(path_type=Path), help="Log to this file, kept small, not to stderr.")
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="A setting for this run only.")
+@click.option("--login-node", is_flag=True, help="Manners for a machine shared by many people; sets the profile.")
 @config_option
-def run(log_file: Path | None, config_file: Path) -> None:
+def run(log_file: Path | None, assignments: tuple[str, ...], login_node: bool, config_file: Path) -> None:
     """Run the agent in the foreground, until Ctrl-C or SIGTERM. SIGHUP reads the configuration again."""
-    from agent import daemon, logs
+    from agent import daemon
 
+    flags = {"profile": "login-node"} if login_node else {}
+    for assignment in assignments:
+        key, sign, value = assignment.partition("=")
+        if not sign:
+            raise click.UsageError(f"--set takes KEY=VALUE, not {assignment!r}.")
+        flags[key] = value
     with failing_plainly():
-        logs.configure(log_file)
-        daemon.run(config_file)
+        daemon.run(config_file, flags, log_file)
 
 
 @click.command()
@@ -145,9 +152,10 @@ def start(config_file: Path) -> None:
 def stop(config_file: Path) -> None:
     """Stop the agent; running transfers are settled and go on at the next start."""
     from agent.cli.background import stop_running
+    from agent.config_layers import state_dir_of
 
     with failing_plainly():
-        holder = stop_running(load_config(config_file).state_dir)
+        holder = stop_running(state_dir_of(config_file))
     click.echo("No agent runs." if holder is None else f"The agent (process {holder.pid}) has stopped.")
 
 
@@ -157,13 +165,15 @@ def stop(config_file: Path) -> None:
 def status(form: str, config_file: Path) -> None:
     """Say what the agent of this machine is doing. Exit code 1 when it does not run."""
     from agent import local_socket
+    from agent.config_layers import state_dir_of
 
-    with failing_plainly():
-        config = load_config(config_file)
+    state_dir = state_dir_of(config_file)
     try:
-        document = local_socket.ask(config.state_dir, "GET", "/status")
+        document = local_socket.ask(state_dir, "GET", "/status")
     except local_socket.NotRunning as error:
-        document = _not_running(config_file, config)
+        with failing_plainly():
+            load_config(config_file)
+        document = _not_running(config_file, state_dir)
         if form == "text":
             raise CommandFailed(_why_not(document) or error.sentence) from error
     except TowpathError as error:
@@ -176,19 +186,19 @@ def status(form: str, config_file: Path) -> None:
         sys.exit(ExitCode.OTHER)
 
 
-def _not_running(config_file: Path, config: AgentConfig) -> dict[str, Any]:
+def _not_running(config_file: Path, state_dir: Path) -> dict[str, Any]:
     """What can be said without the agent."""
     from dataclasses import asdict
 
     from agent.lock import holder_of
 
     with failing_plainly():
-        holder = holder_of(config.state_dir)
+        holder = holder_of(state_dir)
     return {
         "running": False,
         "held_by": None if holder is None else asdict(holder),
         "config_file": str(config_file),
-        "state_dir": str(config.state_dir),
+        "state_dir": str(state_dir),
     }
 
 
@@ -210,6 +220,9 @@ def _print_status(document: dict[str, Any]) -> None:
     paused = ", paused by its owner" if document["paused"] else ""
     click.echo(f"Agent {document['version']}, process {document['pid']}{paused}, {terminal_safe(where)}")
     click.echo(f"Configuration {document['config_file']}, state in {document['state_dir']}")
+    if document["config_problem"]:
+        click.echo("The changed configuration is not used, the one before stays in force:")
+        click.echo("  " + terminal_safe_lines(document["config_problem"]).replace("\n", "\n  "))
     for row in document["collections"]:
         access = "read-only" if row["read_only"] else "read-write"
         state = "available" if row["available"] else f"not available: {row['reason']}"

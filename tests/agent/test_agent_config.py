@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from agent.config import (
@@ -18,6 +19,8 @@ from agent.config import (
     load_config,
     parse_config,
 )
+from agent.config_document import Entries, Section
+from agent.config_document import settings as settings_of
 from agent.enrol import template
 
 FILE = Path("/etc/example/agent.yaml")
@@ -35,12 +38,18 @@ def test_the_documented_configuration_is_valid_and_names_every_key() -> None:
     config = parse_config(text.encode(), FILE)
     assert config == AgentConfig(state_dir=Path("/etc/example/agent.state"))
     document = yaml.safe_load(text)
-    assert set(document) == {"relay", "state_dir", "collections", "data", "limits"}
-    assert set(document["relay"]) == {"url", "ca_file"}
-    assert set(document["data"]) == {"listen", "port", "advertise", "allow_loopback"}
-    assert set(document["limits"]) == {"workers", "lanes"}
-    for key in ("id", "name", "root", "access", "sharing", "home", "default_directory"):
-        assert f"#   {key} " in text
+    assert_documented(AgentConfig, document, text)
+
+
+def assert_documented(record: type[Any], document: dict[str, Any], text: str) -> None:
+    """Every key of the definition stands in the documented file, and no other; entries of lists in its comments."""
+    assert set(document) == {row.key for row in settings_of(record)}
+    for row in settings_of(record):
+        if isinstance(row.kind, Section):
+            assert_documented(row.kind.record, document[row.key], text)
+        elif isinstance(row.kind, Entries):
+            for inner in settings_of(row.kind.record):
+                assert f"#   {inner.key} " in text, inner.key
 
 
 def test_a_full_configuration_is_read() -> None:
@@ -156,6 +165,7 @@ _VALUES = st.recursive(_SCALARS, lambda inner: st.lists(inner, max_size=3), max_
 _KEYS = st.sampled_from(["relay", "url", "collections", "id", "root", "data", "port", "advertise", "limits", "lanes"])
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(st.dictionaries(_KEYS, st.one_of(_VALUES, st.dictionaries(_KEYS, _VALUES, max_size=3)), max_size=4))
 def test_any_yaml_is_a_configuration_or_a_config_error(document: object) -> None:
     try:

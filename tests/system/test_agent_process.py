@@ -202,22 +202,39 @@ def test_start_says_what_went_wrong(site: Site) -> None:
 def test_a_changed_configuration_is_taken_up_and_a_broken_one_is_not(site: Site) -> None:
     (site.folder / "second").mkdir()
     good = site.config_file.read_text()
-    with site.running() as process:
+    with site.running():
         entry = {"id": SECOND, "name": "Two", "root": str(site.folder / "second"), "access": "read-only"}
         site.config_file.write_text(append_collection(good, entry, site.config_file))
-        process.send_signal(signal.SIGHUP)
         wait_for(lambda: len(site.status()["collections"]) == 2, "the second collection")
         assert [row["read_only"] for row in site.status()["collections"]] == [False, True]
         site.config_file.write_text(good + "\nsurprise: 1\n")
-        process.send_signal(signal.SIGHUP)
-        wait_for(lambda: "changed configuration is not used" in (site.folder / "output").read_text(), "the refusal")
+        wait_for(lambda: "surprise" in site.status()["config_problem"], "the refusal")
+        line = len(good.splitlines()) + 2
+        mistake = f"{site.config_file}:{line}: Unknown key `surprise`"
+        assert mistake in site.status()["config_problem"]
+        assert mistake in site.call("status").stdout
+        assert len(site.status()["collections"]) == 2
         checked = site.call("config", "check")
         assert checked.returncode == 1
-        line = len(good.splitlines()) + 2
-        assert f"{site.config_file}:{line}: Unknown key `surprise`" in checked.stderr
+        assert mistake in checked.stderr
         site.config_file.write_text(good)
-        process.send_signal(signal.SIGHUP)
         wait_for(lambda: len(site.status()["collections"]) == 1, "one collection again")
+        assert site.status()["config_problem"] == ""
+
+
+def test_settings_made_by_command_count_at_once_and_say_what_has_to_wait(site: Site) -> None:
+    before = site.config_file.read_text()
+    with site.running() as process:
+        renamed = site.call("config", "set", f"collections.{COLLECTION}.name", "Renamed")
+        assert "The configuration was read again" in renamed.stdout
+        assert [row["name"] for row in site.status()["collections"]] == ["Renamed"]
+        later = site.call("config", "set", "data.port", "50123")
+        assert "data.port will count from the next start on" in later.stdout
+        assert site.call("config", "set", "log.level", "debug").returncode == 0
+        refused = site.call("config", "set", "limits.lanes", "0")
+        assert (refused.returncode, "between 1 and 32" in refused.stderr) == (1, True)
+        assert site.status()["pid"] == process.pid
+    assert site.config_file.read_text() == before
 
 
 def test_config_check_warns_of_what_an_owner_may_not_have_meant(site: Site) -> None:
