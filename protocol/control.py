@@ -34,7 +34,8 @@ FINAL_STATES: frozenset[str] = frozenset({"SUCCEEDED", "FAILED", "CANCELED"})
 
 
 class RelayHello(Record, frozen=True, kw_only=True):
-    """First request on every link, relay to agent. ``proof`` is a signed JWT, see `protocol.link`."""
+    """First request on every link, relay to agent. ``proof`` is a signed JWT, see `protocol.link`. ``stun_ports`` are
+    the relay's UDP ports for STUN; over TCP its one port serves."""
 
     relay_id: str
     nonce: str
@@ -42,6 +43,7 @@ class RelayHello(Record, frozen=True, kw_only=True):
     key_certificate: str
     version: str = ""
     abilities: list[str] = []
+    stun_ports: list[int] = []
 
 
 class CollectionReport(Record, frozen=True, kw_only=True):

@@ -12,16 +12,19 @@ import socket
 import ssl
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import trio
 
 from protocol.client_hello import MAX_CLIENT_HELLO, ClientHello, NotTLS, parse_client_hello_untrusted
 from protocol.errors import ProtocolError
 from protocol.link import ALPN as LINK_ALPN
+from protocol.stun import looks_like_stun
 
 _logger = logging.getLogger("towpath.dispatch")
 
 Handler = Callable[["trio.SSLStream[trio.SocketStream]"], Awaitable[None]]
+PlainHandler = Callable[[trio.SocketStream], Awaitable[None]]
 
 # Ours first: the server's order decides (RFC 7301), and no browser offers it.
 ALPN_PROTOCOLS = (LINK_ALPN, "h2", "http/1.1")
@@ -51,6 +54,7 @@ class DispatchStatistics:
 
     web: int
     link: int
+    stun: int
     plain: int
     refused: int
     failed: int
@@ -61,19 +65,28 @@ class Dispatcher:
     """Chooses who gets a connection. ``tls_context`` is prepared here; its certificate may be renewed at any time."""
 
     def __init__(
-        self, *, web: Handler, link: Handler, tls_context: ssl.SSLContext, max_pending: int = MAX_PENDING
+        self,
+        *,
+        web: Handler,
+        link: Handler,
+        tls_context: ssl.SSLContext,
+        stun: PlainHandler | None = None,
+        max_pending: int = MAX_PENDING,
     ) -> None:
         tls_context.set_alpn_protocols(list(ALPN_PROTOCOLS))
         self._context = tls_context
         self._web_handler = web
         self._link_handler = link
+        self._stun_handler = stun
         self._max_pending = max_pending
         self._pending = 0
-        self._web = self._link = self._plain = self._refused = self._failed = 0
+        self._web = self._link = self._stun = self._plain = self._refused = self._failed = 0
 
     def statistics(self) -> DispatchStatistics:
         """Counts since the start."""
-        return DispatchStatistics(self._web, self._link, self._plain, self._refused, self._failed, self._pending)
+        return DispatchStatistics(
+            self._web, self._link, self._stun, self._plain, self._refused, self._failed, self._pending
+        )
 
     async def handle(self, stream: trio.SocketStream) -> None:
         """Greet one connection and run its handler; closes it. Raises nothing for what a caller or a handler does."""
@@ -84,22 +97,32 @@ class Dispatcher:
                     return
                 self._pending += 1
                 try:
-                    secured, handler = await self._secure(stream)
+                    run = await self._choose(stream)
                 finally:
                     self._pending -= 1
-                await self._run(handler, secured)
+                await run()
         except NotTLS:
             self._plain += 1
         except (ProtocolError, trio.BrokenResourceError, trio.ClosedResourceError, OSError) as error:
             self._failed += 1
             _logger.debug("A connection came to nothing: %s", error)
 
-    async def _secure(self, stream: trio.SocketStream) -> tuple[trio.SSLStream[trio.SocketStream], Handler]:
+    async def _choose(self, stream: trio.SocketStream) -> Callable[[], Awaitable[None]]:
+        """What is to be done with a connection, once it has said what it wants."""
         try:
             hello = await peek_client_hello(stream.socket)
         except NotTLS:
+            if self._stun_handler is not None and await _is_stun(stream.socket):
+                self._stun += 1
+                return partial(self._stun_handler, stream)
             await _answer_plain(stream)
             raise
+        secured, handler = await self._secure(stream, hello)
+        return partial(self._run, handler, secured)
+
+    async def _secure(
+        self, stream: trio.SocketStream, hello: ClientHello
+    ) -> tuple[trio.SSLStream[trio.SocketStream], Handler]:
         is_link = LINK_ALPN in hello.alpn
         # Browsers and other HTTP clients often end without TLS's goodbye.
         secured = trio.SSLStream(stream, self._context, server_side=True, https_compatible=True)
@@ -131,6 +154,18 @@ async def serve_port(
     """Serve ``listeners`` until cancelled. Handlers get a stream whose handshake is done; it is closed for them."""
     dispatcher = Dispatcher(web=web, link=link, tls_context=tls_context)
     await trio.serve_listeners(dispatcher.handle, list(listeners))
+
+
+async def _is_stun(sock: trio.socket.SocketType) -> bool:
+    """Whether a connection that is not TLS begins as STUN over TCP does. Its first bytes come in one packet."""
+    with trio.move_on_after(PEEK_TIMEOUT):
+        for _ in range(_QUICK_LOOKS):
+            data = await sock.recv(8, socket.MSG_PEEK)
+            found = looks_like_stun(data) if data else False
+            if found is not None:
+                return found
+            await trio.sleep(_PAUSE_MOST)
+    return False
 
 
 async def peek_client_hello(

@@ -32,7 +32,9 @@ from relay.dispatch import Dispatcher
 from relay.keys import RelayKeys
 from relay.lock import exclusive
 from relay.rendezvous.acceptor import accept_link
+from relay.rendezvous.observe import Observer
 from relay.rendezvous.registry import Registry
+from relay.rendezvous.signalling import Signalling
 from relay.services import Services
 from relay.settings import Settings
 from relay.store.database import Store
@@ -70,6 +72,8 @@ class Relay:
     dispatcher: Dispatcher
     registry: Registry
     steward: Steward
+    signalling: Signalling
+    observer: Observer
 
     def statistics(self) -> dict[str, Any]:
         """What every part says of itself."""
@@ -77,6 +81,8 @@ class Relay:
             "web": self.web,
             "dispatch": self.dispatcher,
             "links": self.registry,
+            "stun": self.observer,
+            "signalling": self.signalling,
             "tasks": self.steward,
             "store": self.services.store,
             "guesses": self.services.guesses,
@@ -92,7 +98,8 @@ def build(settings: Settings, store: Store, clock: Callable[[], float] = time.ti
     keys.renew(clock(), key_life=settings.tickets.key_life, ticket_life=settings.tickets.life)
     certificate = ServerCertificate(settings)
     registry = Registry()
-    steward = Steward(store, registry, keys.signer, settings, clock)
+    signalling = Signalling(registry)
+    steward = Steward(store, registry, keys.signer, settings, clock, signalling)
     sign_in = settings.sign_in
     services = Services(
         settings=settings,
@@ -108,12 +115,18 @@ def build(settings: Settings, store: Store, clock: Callable[[], float] = time.ti
     )
     app = create_app(services, [*transfer_routers.ROUTERS, enrol.router])
     web = WebServer(app, max_connections=settings.limits.connections)
-    dispatcher = Dispatcher(web=web.serve, link=_link_handler(services, certificate), tls_context=certificate.context)
-    return Relay(services, app, certificate, web, dispatcher, registry, steward)
+    observer = Observer()
+    dispatcher = Dispatcher(
+        web=web.serve,
+        link=_link_handler(services, certificate, observer),
+        stun=observer.serve_stream,
+        tls_context=certificate.context,
+    )
+    return Relay(services, app, certificate, web, dispatcher, registry, steward, signalling, observer)
 
 
 def _link_handler(
-    services: Services, certificate: ServerCertificate
+    services: Services, certificate: ServerCertificate, observer: Observer
 ) -> Callable[[trio.SSLStream[trio.SocketStream]], Awaitable[None]]:
     nodes = DatabaseNodeDirectory(services.store)
 
@@ -127,6 +140,7 @@ def _link_handler(
             channel=certificate.channel,
             relay_id=services.keys.relay_id,
             version=metadata.version("towpath"),
+            stun_ports=observer.ports,
         )
 
     return accept
@@ -153,6 +167,8 @@ async def _run(relay: Relay, settings: Settings) -> None:
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async with trio.open_nursery() as nursery:
             await nursery.start(relay.steward.run)
+            relay.observer.open(settings.listen.host, settings.stun_ports)
+            nursery.start_soon(relay.observer.run)
             nursery.start_soon(_upkeep, relay, settings)
             nursery.start_soon(_watchdog)
             accepting = await nursery.start(_accept, relay, listeners)

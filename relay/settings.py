@@ -53,6 +53,12 @@ class Listen(_Section, frozen=True, kw_only=True):
     url: Text | None = None
 
 
+class Stun(_Section, frozen=True, kw_only=True):
+    """STUN over UDP, which helps agents to learn what their NATs do; over TCP the one port serves it."""
+
+    ports: Annotated[list[Port], Meta(max_length=4, description="a list of at most 4 port numbers")] | None = None
+
+
 class Tls(_Section, frozen=True, kw_only=True):
     """The certificate. Without one of the operator's own, the relay makes a CA and a certificate itself."""
 
@@ -130,6 +136,7 @@ class Settings(_Section, frozen=True, kw_only=True):
     name: Text = "Towpath relay"
     directory: Text = "."
     listen: Listen = Listen()
+    stun: Stun = Stun()
     tls: Tls = Tls()
     database: Database = Database()
     sign_in: SignIn = SignIn()
@@ -147,6 +154,14 @@ class Settings(_Section, frozen=True, kw_only=True):
             return self.listen.url.rstrip("/")
         host = "localhost" if self.listen.host in _EVERYWHERE else self.listen.host
         return f"https://[{host}]:{self.listen.port}" if ":" in host else f"https://{host}:{self.listen.port}"
+
+    @property
+    def stun_ports(self) -> tuple[int, ...]:
+        """UDP ports for STUN: those configured, else the number of the one port and the one after it."""
+        if self.stun.ports is not None:
+            return tuple(self.stun.ports)
+        port = self.listen.port
+        return (0, 0) if port == 0 else (port, port + 1 if port < 65535 else port - 1)
 
     @property
     def directory_path(self) -> Path:

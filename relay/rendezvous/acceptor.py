@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
+import msgspec
 import trio
 
 from protocol.control import AgentHello, encode
@@ -20,6 +22,7 @@ from protocol.link import (
     verify_agent_hello_untrusted,
 )
 from protocol.reverse_http import Client, Limits, connect
+from protocol.round_trip import round_trip
 from protocol.ticket import TicketSigner
 from relay.rendezvous.registry import Registry
 
@@ -54,6 +57,7 @@ async def accept_link(
     channel: str,
     relay_id: str,
     version: str = "",
+    stun_ports: Sequence[int] = (),
     limits: Limits = RELAY_LIMITS,
     clock: Callable[[], float] = time.time,
 ) -> None:
@@ -64,16 +68,33 @@ async def accept_link(
     """
     async with connect(stream, limits=limits) as client:
         try:
-            hello = await _greet(client, nodes, signer, channel, relay_id, version, clock)
+            hello = await _greet(client, nodes, signer, channel, relay_id, version, clock, stun_ports)
         except TowpathError as error:
             _logger.warning("A link was refused: %s", error.sentence)
             client.close(error.sentence, retry_after=REFUSED_RETRY)
             return
-        with registry.registered(hello.node_id, hello, client):
+        address, measure = _peer_of(stream)
+        with registry.registered(hello.node_id, hello, client, address=address, measure=measure):
             _logger.info("Agent %s is linked.", hello.node_id)
             await client.closed.wait()
         reason = client.ending.sentence if client.ending is not None else ""
         _logger.info("The link of agent %s ended: %s", hello.node_id, reason)
+
+
+def _peer_of(stream: trio.abc.Stream) -> tuple[str, Callable[[], float | None]]:
+    """Where a link comes from, and how to learn its round-trip time; nothing of both on streams without a socket."""
+    transport = stream.transport_stream if isinstance(stream, trio.SSLStream) else stream
+    if not isinstance(transport, trio.SocketStream):
+        return "", lambda: None
+    sock = transport.socket
+    try:
+        name = sock.getpeername()
+    except OSError:
+        return "", lambda: None
+    if not isinstance(name, tuple):
+        return "", lambda: None
+    address = str(name[0]).removeprefix("::ffff:").partition("%")[0]
+    return address, partial(round_trip, sock)
 
 
 async def _greet(
@@ -84,9 +105,11 @@ async def _greet(
     relay_id: str,
     version: str,
     clock: Callable[[], float],
+    stun_ports: Sequence[int],
 ) -> AgentHello:
     nonce = new_nonce()
     greeting = make_relay_hello(signer, channel=channel, nonce=nonce, now=clock(), version=version)
+    greeting = msgspec.structs.replace(greeting, stun_ports=list(stun_ports))
     answer = await client.request(
         "POST",
         HELLO_PATH,

@@ -7,7 +7,7 @@ second relay machine can stand behind them later.
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -80,8 +80,18 @@ class RegistryStatistics:
 class _Link:
     """One linked agent and the calls it is given."""
 
-    def __init__(self, node_id: str, hello: AgentHello, client: Client, max_calls: int) -> None:
+    def __init__(
+        self,
+        node_id: str,
+        hello: AgentHello,
+        client: Client,
+        max_calls: int,
+        address: str,
+        measure: Callable[[], float | None],
+    ) -> None:
         self.node_id = node_id
+        self.address = address
+        self.measure = measure
         self.hello = hello
         self.client = client
         self.streams = 0
@@ -157,9 +167,29 @@ class Registry:
             except trio.BrokenResourceError:
                 self._subscribers.discard(subscriber)
 
+    def address(self, node_id: str) -> str:
+        """The address the node's link comes from, as this relay sees it; empty when it is not linked or not known."""
+        link = self._links.get(node_id)
+        return "" if link is None else link.address
+
+    def round_trip(self, node_id: str) -> float | None:
+        """Seconds that a packet takes to the node and back, where that is known."""
+        link = self._links.get(node_id)
+        return None if link is None else link.measure()
+
     @contextmanager
-    def registered(self, node_id: str, hello: AgentHello, client: Client) -> Iterator[None]:
-        """Hold a proven link in the registry. A link of the same node that is there already is closed."""
+    def registered(
+        self,
+        node_id: str,
+        hello: AgentHello,
+        client: Client,
+        *,
+        address: str = "",
+        measure: Callable[[], float | None] = lambda: None,
+    ) -> Iterator[None]:
+        """Hold a proven link in the registry. A link of the same node that is there already is closed.
+
+        ``address`` is where the link comes from, ``measure`` gives its round-trip time in seconds."""
         previous = self._links.pop(node_id, None)
         if previous is not None:
             self._replaced += 1
@@ -169,7 +199,7 @@ class Registry:
                 "set one of them up anew.",
                 retry_after=REPLACED_RETRY,
             )
-        link = self._links[node_id] = _Link(node_id, hello, client, self._max_calls)
+        link = self._links[node_id] = _Link(node_id, hello, client, self._max_calls, address, measure)
         self._total += 1
         self._announce(LinkUp(node_id, hello))
         try:

@@ -16,6 +16,10 @@ class AgentLinks(Protocol):
 
     def is_connected(self, node_id: str) -> bool: ...
 
+    def address(self, node_id: str) -> str: ...
+
+    def round_trip(self, node_id: str) -> float | None: ...
+
     async def call(
         self,
         node_id: str,

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, cast
 
+import msgspec
 import trio
 from sqlalchemy import Connection
 
+from protocol.candidates import check_candidates_untrusted
 from protocol.control import (
     FINAL_STATES,
     SessionAnswer,
@@ -32,8 +34,6 @@ from relay.transfer.task_documents import CANCELED, OFFLINE
 from relay.transfer.task_rows import Scope, Task
 from relay.transfer.times import iso
 
-MAX_CANDIDATES = 32
-MAX_HOST = 255
 # Steps one visit may take; more would mean that two sides disagree for ever.
 MAX_STEPS = 8
 # Large orders take their time on a slow line, and on the agent's disk.
@@ -157,6 +157,15 @@ class Courier:
                 return Visit(failed=error)
         return Visit(failed=RetryLater("Relay and agent do not agree on this task yet."))
 
+    async def source_of(self, task_id: str, node_id: str) -> tuple[str, Task] | None:
+        """The node that is the source of a running task which ``node_id`` drives."""
+        loaded = await self._store.read(lambda connection: _load(connection, task_id))
+        if loaded is None or loaded.task.finished or loaded.sides.worker is None or loaded.sides.source is None:
+            return None
+        if loaded.sides.worker.node_id != node_id:
+            return None
+        return loaded.sides.source.node_id, loaded.task
+
     async def compare(self, task_id: str, node_id: str, now: float) -> None:
         """Ask an agent how a task that it was given stands, and give it again if the agent does not know it.
 
@@ -266,12 +275,22 @@ class Courier:
         self._asked[task.id] = now
         # Written down first: whatever happens next, the ticket will be withdrawn when the task is over.
         await self._change(task.id, session_open=True)
-        order = SessionOrder(session_id=task.session_id, task_id=task.id, ticket=ticket, peer=worker.party)
+        seen = self._links.address(source.node_id), self._links.address(worker.node_id)
+        order = SessionOrder(
+            session_id=task.session_id,
+            task_id=task.id,
+            ticket=ticket,
+            peer=worker.party,
+            observed=seen[0],
+            peer_observed=seen[1],
+            relay_path=task.task_options.relay_path,
+        )
         answer = await self._links.call(
             source.node_id, "PUT", f"/link/sessions/{task.session_id}", document=order, timeout=self._timeout
         )
         self.sessions += 1
-        return check_session_answer_untrusted(answer, task.session_id, source.party.certificate)
+        checked = check_session_answer_untrusted(answer, task.session_id, source.party.certificate)
+        return msgspec.structs.replace(checked, observed=seen[1], peer_observed=seen[0])
 
     async def _offer_session(self, task: Task, worker: Side, source: Side, ticket: str, now: float) -> None:
         wanted = self._wanted.get(task.id)
@@ -319,11 +338,7 @@ def check_session_answer_untrusted(data: bytes, session_id: str, certificate: st
     answer = decode_untrusted(data, SessionAnswer)
     if answer.session_id != session_id or answer.certificate.strip() != certificate.strip():
         raise ProtocolError("The source answered for another session or with another certificate.")
-    if len(answer.candidates) > MAX_CANDIDATES:
-        raise ProtocolError("The source named too many addresses.")
-    for candidate in answer.candidates:
-        if not 0 < candidate.port < 65536 or not 0 < len(candidate.host) <= MAX_HOST or len(candidate.kind) > 32:
-            raise ProtocolError("The source named an address that cannot be one.")
+    check_candidates_untrusted(answer.candidates)
     return answer
 
 

@@ -17,10 +17,12 @@ from functools import partial
 import trio
 from sqlalchemy import Connection, or_, select
 
+from protocol.candidates import PathOffer
 from protocol.control import AgentEvent, AgentHello, TaskObserved
 from protocol.errors import TowpathError
 from protocol.ticket import TicketSigner
 from relay.rendezvous.registry import LinkUp
+from relay.rendezvous.signalling import Signalling
 from relay.settings import Settings
 from relay.store import transfer_tables as tables
 from relay.store.database import Store
@@ -63,11 +65,19 @@ class Steward:
     """One for each relay. ``clock`` gives Unix seconds. All methods belong to one trio run."""
 
     def __init__(
-        self, store: Store, registry: AgentLinks, signer: TicketSigner, settings: Settings, clock: Callable[[], float]
+        self,
+        store: Store,
+        registry: AgentLinks,
+        signer: TicketSigner,
+        settings: Settings,
+        clock: Callable[[], float],
+        signalling: Signalling | None = None,
     ) -> None:
         self._store = store
         self._links = registry
         self._clock = clock
+        self._signalling = signalling or Signalling(registry)
+        self._nursery: trio.Nursery | None = None
         self._ticket_life = float(settings.tickets.life)
         self._keep = float(settings.tasks.retention)
         self._courier = Courier(
@@ -126,6 +136,7 @@ class Steward:
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Work until cancelled. A fault in one task or agent is logged and tried again; it never ends the others."""
         async with trio.open_nursery() as nursery:
+            self._nursery = nursery
             nursery.start_soon(self._visit_due)
             nursery.start_soon(self._keep_clock)
             nursery.start_soon(self._store_progress)
@@ -293,9 +304,26 @@ class Steward:
         for task_id in applied.finished:
             self._announce_finished(task_id)
             self.wake(task_id)
+        for offer in applied.offers:
+            if self._nursery is not None and self._signalling.admit(offer):
+                self._nursery.start_soon(self._introduce, node_id, offer)
         for task_id, generation in applied.wants_session.items():
             self._courier.want_session(task_id, generation)
             self.wake(task_id)
+
+    async def _introduce(self, node_id: str, offer: PathOffer) -> None:
+        """Let the two nodes of a running task arrange a path. What fails is asked for again by the destination."""
+        try:
+            found = await self._courier.source_of(offer.task_id, node_id)
+            if found is not None:
+                source, task = found
+                await self._signalling.introduce(offer, node_id, source, owner_id=task.owner_id)
+        except TowpathError as error:
+            logger.info("No path could be arranged for task %s: %s (%s)", offer.task_id, error.sentence, error.code)
+        except Exception:
+            logger.exception("Arranging a path for task %s failed.", offer.task_id)
+        finally:
+            self._signalling.done(offer)
 
     async def _acknowledge(self, node_id: str, n: int) -> None:
         await self._links.call(node_id, "POST", "/link/events/acknowledge", document={"n": n})

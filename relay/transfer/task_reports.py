@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import msgspec
 from sqlalchemy import Connection, select, update
 
+from protocol.candidates import PathOffer
 from protocol.control import FINAL_STATES, AgentEvent, Counters, TaskObserved
 from relay.store import transfer_tables as tables
 from relay.transfer import event_log, task_rows, task_turns, times
@@ -24,11 +25,13 @@ _LARGEST = 2**62
 
 @dataclass
 class Applied:
-    """What a batch of lines has changed. ``wants_session`` maps tasks to the generation their agent has."""
+    """What a batch of lines has changed. ``wants_session`` maps tasks to the generation their agent has;
+    ``offers`` are for sessions of running tasks that this node drives."""
 
     last_event: int = 0
     finished: set[str] = field(default_factory=set)
     wants_session: dict[str, int] = field(default_factory=dict)
+    offers: list[PathOffer] = field(default_factory=list)
     dropped: int = 0
 
 
@@ -49,6 +52,9 @@ def apply_lines(connection: Connection, node_id: str, lines: Iterable[AgentEvent
         elif line.kind == "session_wanted":
             if not task.finished:
                 applied.wants_session[task.id] = line.generation
+        elif line.kind == "path_offer":
+            if line.offer is not None and not task.finished and line.offer.session_id == task.session_id:
+                applied.offers.append(msgspec.structs.replace(line.offer, task_id=task.id))
         elif line.kind == "event":
             event_log.add(connection, task.id, _event(line, task, now))
         elif line.observed is not None and line.kind in ("state", "progress"):

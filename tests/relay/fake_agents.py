@@ -241,6 +241,12 @@ class FakeRegistry:
         for subscriber in self._subscribers:
             subscriber.send_nowait(change)
 
+    def address(self, node_id: str) -> str:
+        return "192.0.2.1" if self.is_connected(node_id) else ""
+
+    def round_trip(self, node_id: str) -> float | None:
+        return 0.03 if self.is_connected(node_id) else None
+
     def is_connected(self, node_id: str) -> bool:
         return node_id in self.agents
 

@@ -1,0 +1,178 @@
+"""Introduces the two nodes of a session: passes the destination's offer to the source, and gives both their go.
+
+The go is so timed, from the round-trip times of the two links, that both sides begin to punch at one instant, without
+any clock in common. The caller sees to it that the nodes belong to one running task.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import msgspec
+import trio
+
+from protocol.candidates import Candidate, PathAnswer, PathGo, PathOffer, check_candidates_untrusted
+from protocol.control import decode_untrusted
+from protocol.errors import ProtocolError, TowpathError
+
+# How long a source may take to gather its candidates, in seconds.
+ANSWER_TIMEOUT = 5.0
+GO_TIMEOUT = 5.0
+# Both messages must have been handled before the instant comes; a link's round trip is guessed where unknown.
+MARGIN = 0.02
+GUESSED_ROUND_TRIP = 0.1
+LONGEST_ROUND_TRIP = 2.0
+# A task gets a new introduction at most this often, in seconds.
+INTERVAL = 0.3
+MAX_PENDING = 4000
+
+
+class Links(Protocol):
+    """What is needed of the links to agents (see `relay.rendezvous.registry`)."""
+
+    def address(self, node_id: str) -> str: ...
+
+    def round_trip(self, node_id: str) -> float | None: ...
+
+    async def call(
+        self,
+        node_id: str,
+        method: str,
+        path: str,
+        *,
+        document: object | None = None,
+        timeout: float = 30.0,  # noqa: ASYNC109 - part of the registry's interface
+    ) -> bytes: ...
+
+
+class TunnelPlaces(Protocol):
+    """Gives a session its two places at the relay's tunnel (see `relay.rendezvous`)."""
+
+    def places(
+        self, offer: PathOffer, destination: str, source: str, owner_id: str
+    ) -> tuple[Candidate, Candidate] | None:
+        """For the destination and for the source; None where this session may not have any."""
+
+
+@dataclass(frozen=True, slots=True)
+class SignallingStatistics:
+    """Offers since the start by what became of them."""
+
+    introduced: int
+    added: int
+    refused: int
+    failed: int
+
+
+def start_times(destination: float | None, source: float | None) -> tuple[float, float]:
+    """How long after it has read its go each side waits, in seconds, so that both begin at one instant.
+
+    Takes the round-trip times of their links; both messages leave the relay together.
+    """
+    ways = [
+        min(GUESSED_ROUND_TRIP if trip is None else max(trip, 0.0), LONGEST_ROUND_TRIP) / 2
+        for trip in (destination, source)
+    ]
+    instant = max(ways) + MARGIN
+    return instant - ways[0], instant - ways[1]
+
+
+class Signalling:
+    """One for each relay."""
+
+    def __init__(self, links: Links, tunnel: TunnelPlaces | None = None) -> None:
+        self._links = links
+        self._tunnel = tunnel
+        # Task → generation of the newest offer and when it came.
+        self._newest: dict[str, tuple[int, float]] = {}
+        self._pending = 0
+        self._introduced = self._added = self._refused = self._failed = 0
+
+    def statistics(self) -> SignallingStatistics:
+        """Counts since the start."""
+        return SignallingStatistics(self._introduced, self._added, self._refused, self._failed)
+
+    def admit(self, offer: PathOffer) -> bool:
+        """Whether an offer is worth passing on: form, age and rate. `done` must follow when it is."""
+        try:
+            check_candidates_untrusted(offer.candidates)
+            if not 0 < offer.count <= 64 or len(offer.token) > 64 or len(offer.transports) > 16:
+                raise ProtocolError("An offer is malformed.")
+        except ProtocolError:
+            self._refused += 1
+            return False
+        generation, when = self._newest.get(offer.task_id, (-1, float("-inf")))
+        now = trio.current_time()
+        stale = offer.generation < generation
+        hasty = offer.generation > generation and now - when < INTERVAL
+        if stale or hasty or self._pending >= MAX_PENDING:
+            self._refused += 1
+            return False
+        self._pending += 1
+        return True
+
+    def done(self, offer: PathOffer) -> None:
+        """An admitted offer was dealt with."""
+        self._pending -= 1
+        if len(self._newest) > 2 * MAX_PENDING:
+            old = trio.current_time() - 60
+            self._newest = {task: row for task, row in self._newest.items() if row[1] > old}
+
+    async def introduce(self, offer: PathOffer, destination: str, source: str, *, owner_id: str = "") -> None:
+        """Pass an offer on, and give both nodes their go. Raises the link's errors."""
+        generation, _ = self._newest.get(offer.task_id, (-1, 0.0))
+        repeated = offer.generation == generation
+        if not repeated:
+            self._newest[offer.task_id] = (offer.generation, trio.current_time())
+        seen = self._links.address(source), self._links.address(destination)
+        try:
+            body = await self._links.call(
+                source,
+                "PUT",
+                f"/link/sessions/{offer.session_id}/offer",
+                document=msgspec.structs.replace(offer, observed=seen[0], peer_observed=seen[1]),
+                timeout=ANSWER_TIMEOUT,
+            )
+            answer = decode_untrusted(body, PathAnswer)
+            check_candidates_untrusted(answer.candidates)
+        except TowpathError:
+            self._failed += 1
+            raise
+        if answer.session_id != offer.session_id or answer.generation != offer.generation:
+            self._failed += 1
+            raise ProtocolError("The source answered another offer than it was given.")
+        if repeated:
+            self._added += 1
+            return
+        await self._give_go(offer, answer, destination, source, owner_id)
+        self._introduced += 1
+
+    async def _give_go(
+        self, offer: PathOffer, answer: PathAnswer, destination: str, source: str, owner_id: str
+    ) -> None:
+        seen = self._links.address(source), self._links.address(destination)
+        waits = start_times(self._links.round_trip(destination), self._links.round_trip(source))
+        places = self._tunnel.places(offer, destination, source, owner_id) if self._tunnel is not None else None
+        go = PathGo(session_id=offer.session_id, generation=offer.generation, start_in=0.0)
+        for_destination = msgspec.structs.replace(
+            go,
+            start_in=waits[0],
+            answer=answer,
+            tunnel=places[0] if places else None,
+            observed=seen[1],
+            peer_observed=seen[0],
+        )
+        for_source = msgspec.structs.replace(
+            go, start_in=waits[1], tunnel=places[1] if places else None, observed=seen[0], peer_observed=seen[1]
+        )
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._send, source, f"/link/sessions/{offer.session_id}/go", for_source)
+            nursery.start_soon(self._send, destination, f"/link/tasks/{offer.task_id}/go", for_destination)
+
+    async def _send(self, node_id: str, path: str, go: PathGo) -> None:
+        try:
+            await self._links.call(node_id, "PUT", path, document=go, timeout=GO_TIMEOUT)
+        except TowpathError:
+            # The other side finds nobody there and asks again.
+            self._failed += 1
