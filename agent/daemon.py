@@ -20,7 +20,7 @@ from typing import Any, cast
 import msgspec
 import trio
 
-from agent import local_socket, logs
+from agent import local_socket, logs, process
 from agent.availability import Availability
 from agent.collections import MARKS_FILE, Collections, Marks
 from agent.config import AgentConfig, ConfigError, load_config
@@ -48,6 +48,8 @@ PAUSED_FILE = "paused"
 # promised to anybody is on disk at any moment.
 SETTLE_TIME = 3.5
 LAST_RESORT = 4.8
+# Seconds between two words to the service manager.
+STATUS_EVERY = 30.0
 # Seconds that `status` gives the collections to show themselves; after that it tells what was seen last.
 STATUS_PATIENCE = 2.0
 
@@ -127,6 +129,7 @@ class Daemon:
                 nursery.start_soon(self._availability.run)
                 nursery.start_soon(self._link.run)
                 nursery.start_soon(self._upkeep)
+                nursery.start_soon(self._tell_service_manager, notifier)
                 nursery.start_soon(self._watch_config)
                 sentence = f"Serving {len(self._policy.collections)} collection(s) from port {self._tasks.port}."
                 logger.info(sentence)
@@ -170,6 +173,25 @@ class Daemon:
                 # The kernel's lock holds all the same.
                 logger.warning("The lock's record could not be renewed: %s", error)
 
+    async def _tell_service_manager(self, notifier: Notifier) -> None:
+        """Say what the agent is doing, and that its loop turns: a loop that hangs is ended and started again."""
+        interval = min(STATUS_EVERY, notifier.watchdog / 3) if notifier.watchdog else STATUS_EVERY
+        said = ""
+        while True:
+            await trio.sleep(interval)
+            notifier.alive()
+            sentence = self._in_one_sentence()
+            if sentence != said:
+                notifier.status(sentence)
+                said = sentence
+
+    def _in_one_sentence(self) -> str:
+        link = self._link.statistics()
+        where = f"Linked to {link.relay_url}" if link.connected else f"Not linked ({link.last_error or 'connecting'})"
+        active = sum(task.state == "ACTIVE" for task in self._tasks.tasks())
+        paused = ", paused by its owner" if self._policy.paused else ""
+        return f"{where}{paused}; {active} of {len(self._tasks.tasks())} task(s) active."
+
     async def _watch_config(self) -> None:
         """Take changes of the configuration without being told."""
         async with contextlib.aclosing(changes([self._config_file, overlay_file(self._config_file)])) as changed:
@@ -199,6 +221,8 @@ class Daemon:
             "endpoint_id": self._identity.endpoint_id,
             "node_id": self._identity.node_id,
             "owner": self._identity.owner,
+            "host": socket.gethostname(),
+            "batch_job": process.batch_job(),
             "paused": self._policy.paused,
             "data_port": self._tasks.port,
             "link": asdict(self._link.statistics()),
@@ -304,6 +328,9 @@ def run(config_file: Path, flags: Mapping[str, str] | None = None, log_file: Pat
     config = load_config(config_file, flags=flags)
     logs.configure(config.log, log_file)
     make_state_dir(config.state_dir)
+    process.raise_file_limit()
+    if config.profile == "login-node":
+        process.step_back()
     notifier = Notifier.from_environment()
     with held(config.state_dir) as lock:
         identity, key = require(config.state_dir)

@@ -22,6 +22,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from agent.state_files import is_shared
 from protocol.errors import TowpathError
 from protocol.identity import write_private_file
 
@@ -44,13 +45,18 @@ class LocalRefused(TowpathError):
 
 
 def places(state_dir: Path, environment: Mapping[str, str] = os.environ) -> Iterator[Path]:
-    """Where the socket may be, best place first."""
-    yield state_dir / DIRECTORY / NAME
+    """Where the socket may be, best place first: never first on a file system that other machines see."""
+    beside = state_dir / DIRECTORY / NAME
+    shared = is_shared(state_dir)
+    if not shared:
+        yield beside
     digest = hashlib.sha256(os.fsencode(state_dir.absolute())).hexdigest()[:16]
     runtime = environment.get("XDG_RUNTIME_DIR", "")
     if runtime.startswith("/") and Path(runtime).is_dir():
         yield Path(runtime) / f"towpath-{digest}" / NAME
     yield Path(tempfile.gettempdir()) / f"towpath-{os.getuid()}-{digest}" / NAME
+    if shared:
+        yield beside
 
 
 def listen(state_dir: Path) -> tuple[socket.socket, Path]:

@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import MutableMapping
 
 VARIABLE = "NOTIFY_SOCKET"
+WATCHDOG = "WATCHDOG_USEC"
+WATCHDOG_PID = "WATCHDOG_PID"
 
 
 class Notifier:
     """One socket to the listener named in the environment, or none."""
 
-    def __init__(self, address: str | None) -> None:
+    def __init__(self, address: str | None, watchdog: float | None = None) -> None:
+        # Seconds within which the service manager wants to hear from us again; None: it does not care.
+        self.watchdog = watchdog
         self._address: str | bytes | None = None
         if address and address[0] in "/@":
             # A leading @ stands for the null byte of Linux's abstract names.
@@ -25,7 +30,10 @@ class Notifier:
     @classmethod
     def from_environment(cls, environment: MutableMapping[str, str] = os.environ) -> Notifier:
         """Take the address out of the environment, so that worker processes do not speak for the agent."""
-        return cls(environment.pop(VARIABLE, None))
+        address = environment.pop(VARIABLE, None)
+        microseconds, pid = environment.pop(WATCHDOG, ""), environment.pop(WATCHDOG_PID, "")
+        ours = microseconds.isdecimal() and pid in ("", str(os.getpid()))
+        return cls(address, int(microseconds) / 1e6 if ours and int(microseconds) > 0 else None)
 
     def ready(self, sentence: str) -> None:
         """The agent serves now."""
@@ -34,6 +42,15 @@ class Notifier:
     def status(self, sentence: str) -> None:
         """What the agent is doing, for `systemctl status`."""
         self._send(f"STATUS={_one_line(sentence)}")
+
+    def alive(self) -> None:
+        """The agent's loop turns; to be said at least once in `watchdog` seconds."""
+        self._send("WATCHDOG=1")
+
+    def reloading(self) -> None:
+        """The agent takes up a changed configuration; `ready` ends it (systemd's Type=notify-reload)."""
+        microseconds = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+        self._send(f"RELOADING=1\nMONOTONIC_USEC={microseconds}")
 
     def stopping(self) -> None:
         """The agent has begun to end."""

@@ -78,7 +78,7 @@ def check_agent(examination: Examination) -> Iterator[Finding]:
 
 def check_state(examination: Examination) -> Iterator[Finding]:
     """Whether the state directory is private, can be written, and has room."""
-    from agent.storage.mounts import is_local, mount_of
+    from agent.state_files import file_system_of, is_shared
 
     if examination.config is None:
         return
@@ -103,18 +103,13 @@ def check_state(examination: Examination) -> Iterator[Finding]:
             sentence=f"Only {free // 2**20} MiB are free where the state is kept.",
             advice="Journals need room: free some, or move `state_dir`.",
         )
-    descriptor = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        mount = mount_of(descriptor, str(place))
-    finally:
-        os.close(descriptor)
-    if mount.file_system and not is_local(mount.file_system):
+    if is_shared(place):
         yield Finding(
             level="note",
-            sentence=f"The state is on a network file system ({mount.file_system}), which is slower and shared.",
-            advice="Set `state_dir` to a local disk if this machine is always the same one.",
+            sentence=f"The state is on a network file system ({file_system_of(place)}), which is slower and shared.",
+            advice="Set `state_dir` to a local disk if the agent always runs on the same machine.",
         )
-    yield Finding(level="ok", sentence=f"{place} on {mount.mount_point}: {free // 2**20} MiB free.")
+    yield Finding(level="ok", sentence=f"{place}: {free // 2**20} MiB free.")
 
 
 def check_collections(examination: Examination) -> Iterator[Finding]:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import msgspec
 
+from agent.state_files import pragmas
 from agent.transfer.channel import Event
 from protocol.control import Counters
 from protocol.errors import NeedsPerson, TaskFailed
@@ -112,8 +113,8 @@ class Journal:
                 code="JOURNAL_NEWER",
                 who="destination owner",
             )
-        self._connection.execute("PRAGMA journal_mode = WAL")
-        self._connection.execute("PRAGMA synchronous = FULL")
+        for pragma in pragmas(self.path.parent):
+            self._connection.execute(pragma)
         if version == 0:
             self._connection.execute("BEGIN IMMEDIATE")
             for statement in _SCHEMA.split(";"):

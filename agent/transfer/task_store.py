@@ -13,6 +13,7 @@ from pathlib import Path
 
 import msgspec
 
+from agent.state_files import pragmas
 from protocol.control import AgentEvent, SessionAnswer, SessionOrder, TaskObserved, TaskOrder
 
 _SCHEMA = """
@@ -44,8 +45,8 @@ class TaskStore:
     def __init__(self, path: Path) -> None:
         self._lock = threading.Lock()
         self._connection = sqlite3.connect(path, timeout=10, check_same_thread=False, isolation_level=None)
-        self._connection.execute("PRAGMA journal_mode = WAL")
-        self._connection.execute("PRAGMA synchronous = FULL")
+        for pragma in pragmas(path.parent):
+            self._connection.execute(pragma)
         self._connection.executescript(_SCHEMA)
 
     def close(self) -> None:

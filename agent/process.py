@@ -1,0 +1,56 @@
+"""What the agent asks of the system once at its start: file handles, priority; and what kind of job it runs in."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import resource
+from collections.abc import Mapping
+
+import psutil
+
+logger = logging.getLogger("towpath.agent")
+
+# Lanes, sessions, roots and journals together; more is of no use.
+WANTED_FILES = 16384
+# Added to the niceness on a machine that many people share.
+SHARED_NICENESS = 10
+# A variable that a batch system sets in its jobs, and the system's name.
+_BATCH_SYSTEMS = {
+    "SLURM_JOB_ID": "Slurm",
+    "PBS_JOBID": "PBS",
+    "LSB_JOBID": "LSF",
+    "JOB_ID": "Grid Engine",
+    "FLUX_JOB_ID": "Flux",
+    "COBALT_JOBID": "Cobalt",
+}
+
+
+def raise_file_limit() -> int:
+    """Raise the soft limit of open files towards the hard one; the limit that holds now."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = WANTED_FILES if hard == resource.RLIM_INFINITY else min(hard, WANTED_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+def step_back() -> None:
+    """Let everybody else's work go first: processor and, where the system can, disk. Worker processes inherit it."""
+    process = psutil.Process()
+    with contextlib.suppress(OSError, psutil.Error):
+        os.nice(SHARED_NICENESS)
+    if hasattr(process, "ionice") and hasattr(psutil, "IOPRIO_CLASS_IDLE"):
+        with contextlib.suppress(OSError, psutil.Error):
+            process.ionice(psutil.IOPRIO_CLASS_IDLE)
+
+
+def batch_job(environment: Mapping[str, str] = os.environ) -> str:
+    """The batch job this process is part of, such as ``Slurm job 4711``; empty outside of one."""
+    for variable, system in _BATCH_SYSTEMS.items():
+        number = environment.get(variable, "")
+        if number[:1].isdigit():
+            return f"{system} job {number[:64]}"
+    return ""

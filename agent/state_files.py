@@ -1,0 +1,38 @@
+"""How files of the state directory may be used, depending on the file system they are on.
+
+SQLite's write-ahead log needs memory shared by all users of a database, and Unix sockets need a kernel of their own:
+neither works across the machines of a network file system (HPC home directories on NFS, Lustre, GPFS).
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from agent.storage.mounts import is_local, mount_of
+
+
+def file_system_of(directory: Path) -> str:
+    """The type of the file system a folder is on; empty if it is not known."""
+    try:
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return ""
+    try:
+        return mount_of(descriptor, str(directory)).file_system
+    finally:
+        os.close(descriptor)
+
+
+def is_shared(directory: Path) -> bool:
+    """Whether other machines may see the same folder. A file system of unknown type counts as local: that is macOS."""
+    file_system = file_system_of(directory)
+    return bool(file_system) and not is_local(file_system)
+
+
+def pragmas(directory: Path) -> tuple[str, ...]:
+    """How a SQLite database in this folder is opened: with a write-ahead log, on a shared file system with a rollback
+    journal and locked for as long as it is open. Every database here has one process at a time either way."""
+    if is_shared(directory):
+        return ("PRAGMA locking_mode = EXCLUSIVE", "PRAGMA journal_mode = TRUNCATE", "PRAGMA synchronous = FULL")
+    return ("PRAGMA journal_mode = WAL", "PRAGMA synchronous = FULL")
