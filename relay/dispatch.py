@@ -10,6 +10,7 @@ import errno
 import logging
 import socket
 import ssl
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +21,7 @@ from protocol.client_hello import MAX_CLIENT_HELLO, ClientHello, NotTLS, parse_c
 from protocol.errors import ProtocolError
 from protocol.link import ALPN as LINK_ALPN
 from protocol.stun import looks_like_stun
+from protocol.tunnel.token import ALPN as TUNNEL_ALPN
 
 _logger = logging.getLogger("towpath.dispatch")
 
@@ -27,7 +29,7 @@ Handler = Callable[["trio.SSLStream[trio.SocketStream]"], Awaitable[None]]
 PlainHandler = Callable[[trio.SocketStream], Awaitable[None]]
 
 # Ours first: the server's order decides (RFC 7301), and no browser offers it.
-ALPN_PROTOCOLS = (LINK_ALPN, "h2", "http/1.1")
+ALPN_PROTOCOLS = (LINK_ALPN, TUNNEL_ALPN, "h2", "http/1.1")
 PEEK_TIMEOUT = 10.0
 HANDSHAKE_TIMEOUT = 15.0
 # Connections that have not finished their handshake; more are closed at once.
@@ -54,6 +56,7 @@ class DispatchStatistics:
 
     web: int
     link: int
+    tunnel: int
     stun: int
     plain: int
     refused: int
@@ -62,7 +65,10 @@ class DispatchStatistics:
 
 
 class Dispatcher:
-    """Chooses who gets a connection. ``tls_context`` is prepared here; its certificate may be renewed at any time."""
+    """Chooses who gets a connection. ``tls_context`` is prepared here; its certificate may be renewed at any time.
+
+    Without ``tunnel`` agents that bring one are told so in the handshake.
+    """
 
     def __init__(
         self,
@@ -70,22 +76,32 @@ class Dispatcher:
         web: Handler,
         link: Handler,
         tls_context: ssl.SSLContext,
+        tunnel: Handler | None = None,
         stun: PlainHandler | None = None,
         max_pending: int = MAX_PENDING,
     ) -> None:
-        tls_context.set_alpn_protocols(list(ALPN_PROTOCOLS))
+        self._handlers = {LINK_ALPN: link} if tunnel is None else {LINK_ALPN: link, TUNNEL_ALPN: tunnel}
+        offered = [name for name in ALPN_PROTOCOLS if name != TUNNEL_ALPN or tunnel is not None]
+        tls_context.set_alpn_protocols(offered)
         self._context = tls_context
         self._web_handler = web
-        self._link_handler = link
         self._stun_handler = stun
         self._max_pending = max_pending
         self._pending = 0
-        self._web = self._link = self._stun = self._plain = self._refused = self._failed = 0
+        self._taken: Counter[str] = Counter()
+        self._web = self._stun = self._plain = self._refused = self._failed = 0
 
     def statistics(self) -> DispatchStatistics:
         """Counts since the start."""
         return DispatchStatistics(
-            self._web, self._link, self._stun, self._plain, self._refused, self._failed, self._pending
+            web=self._web,
+            link=self._taken[LINK_ALPN],
+            tunnel=self._taken[TUNNEL_ALPN],
+            stun=self._stun,
+            plain=self._plain,
+            refused=self._refused,
+            failed=self._failed,
+            pending=self._pending,
         )
 
     async def handle(self, stream: trio.SocketStream) -> None:
@@ -123,18 +139,20 @@ class Dispatcher:
     async def _secure(
         self, stream: trio.SocketStream, hello: ClientHello
     ) -> tuple[trio.SSLStream[trio.SocketStream], Handler]:
-        is_link = LINK_ALPN in hello.alpn
+        # In the server's order, as the handshake chooses.
+        own = next((name for name in self._handlers if name in hello.alpn), None)
         # Browsers and other HTTP clients often end without TLS's goodbye.
         secured = trio.SSLStream(stream, self._context, server_side=True, https_compatible=True)
         with trio.move_on_after(HANDSHAKE_TIMEOUT) as scope:
             await secured.do_handshake()
         if scope.cancelled_caught:
             raise GreetingTimeout("The TLS handshake took too long.")
-        if is_link != (secured.selected_alpn_protocol() == LINK_ALPN):
+        chosen = secured.selected_alpn_protocol()
+        if own != (chosen if chosen in self._handlers else None):
             raise ProtocolError("The handshake chose another protocol than the greeting announced.")
-        if is_link:
-            self._link += 1
-            return secured, self._link_handler
+        if own is not None:
+            self._taken[own] += 1
+            return secured, self._handlers[own]
         self._web += 1
         return secured, self._web_handler
 

@@ -35,6 +35,8 @@ from relay.rendezvous.acceptor import accept_link
 from relay.rendezvous.observe import Observer
 from relay.rendezvous.registry import Registry
 from relay.rendezvous.signalling import Signalling
+from relay.rendezvous.tunnel.limits import TunnelLimits
+from relay.rendezvous.tunnel.service import TunnelService
 from relay.services import Services
 from relay.settings import Settings
 from relay.store.database import Store
@@ -74,6 +76,7 @@ class Relay:
     steward: Steward
     signalling: Signalling
     observer: Observer
+    tunnel: TunnelService
 
     def statistics(self) -> dict[str, Any]:
         """What every part says of itself."""
@@ -84,6 +87,7 @@ class Relay:
             "stun": self.observer,
             "signalling": self.signalling,
             "tasks": self.steward,
+            "tunnel": self.tunnel,
             "store": self.services.store,
             "guesses": self.services.guesses,
             "keys": self.services.keys,
@@ -98,7 +102,8 @@ def build(settings: Settings, store: Store, clock: Callable[[], float] = time.ti
     keys.renew(clock(), key_life=settings.tickets.key_life, ticket_life=settings.tickets.life)
     certificate = ServerCertificate(settings)
     registry = Registry()
-    signalling = Signalling(registry)
+    tunnel = _tunnel(keys, settings, clock)
+    signalling = Signalling(registry, tunnel)
     steward = Steward(store, registry, keys.signer, settings, clock, signalling)
     sign_in = settings.sign_in
     services = Services(
@@ -119,10 +124,31 @@ def build(settings: Settings, store: Store, clock: Callable[[], float] = time.ti
     dispatcher = Dispatcher(
         web=web.serve,
         link=_link_handler(services, certificate, observer),
+        tunnel=tunnel.acceptor.accept if tunnel.enabled else None,
         stun=observer.serve_stream,
         tls_context=certificate.context,
     )
-    return Relay(services, app, certificate, web, dispatcher, registry, steward, signalling, observer)
+    return Relay(services, app, certificate, web, dispatcher, registry, steward, signalling, observer, tunnel)
+
+
+def _tunnel(keys: RelayKeys, settings: Settings, clock: Callable[[], float]) -> TunnelService:
+    wanted = settings.tunnel
+    limits = TunnelLimits(
+        session_bytes=wanted.session_bytes,
+        user_bytes=wanted.user_bytes,
+        session_rate=wanted.session_rate,
+        user_rate=wanted.user_rate,
+        total_rate=wanted.total_rate,
+    )
+    return TunnelService(
+        keys.signer,
+        keys.root_public_pem,
+        limits,
+        url=settings.public_url,
+        processes=wanted.processes,
+        max_pairs=wanted.connections,
+        clock=clock,
+    )
 
 
 def _link_handler(
@@ -166,6 +192,7 @@ async def _run(relay: Relay, settings: Settings) -> None:
     listeners = await trio.open_tcp_listeners(settings.listen.port, host=settings.listen.host, backlog=_BACKLOG)
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async with trio.open_nursery() as nursery:
+            await nursery.start(relay.tunnel.run)
             await nursery.start(relay.steward.run)
             relay.observer.open(settings.listen.host, settings.stun_ports)
             nursery.start_soon(relay.observer.run)

@@ -115,6 +115,22 @@ class Limits(_Section, frozen=True, kw_only=True):
     call_timeout: Life = Duration(30)
 
 
+Amount = Annotated[int, Meta(ge=0, le=1 << 60, description="a number of bytes, 0 for no limit")]
+Rate = Annotated[int, Meta(ge=0, le=1 << 50, description="a number of bytes a second, 0 for no limit")]
+
+
+class Tunnel(_Section, frozen=True, kw_only=True):
+    """Carrying data between agents that cannot reach each other."""
+
+    processes: Annotated[int, Meta(ge=0, le=64, description="a whole number from 0 to 64")] = 1
+    connections: Annotated[int, Meta(ge=1, le=100_000, description="a whole number from 1 to 100000")] = 2000
+    session_bytes: Amount = 0
+    user_bytes: Amount = 0
+    session_rate: Rate = 0
+    user_rate: Rate = 0
+    total_rate: Rate = 0
+
+
 class Web(_Section, frozen=True, kw_only=True):
     """Web pages and programs in browsers."""
 
@@ -144,6 +160,7 @@ class Settings(_Section, frozen=True, kw_only=True):
     tasks: Tasks = Tasks()
     enrolment: Enrolment = Enrolment()
     limits: Limits = Limits()
+    tunnel: Tunnel = Tunnel()
     web: Web = Web()
     log: Log = Log()
 

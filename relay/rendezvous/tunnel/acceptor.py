@@ -1,0 +1,172 @@
+"""Meets an agent that brings its half of a tunnel: reads it, waits for the other half, and lets go of the outer TLS.
+
+What comes out is a plain TCP socket on which the agents' own TLS begins, and the bytes that were read off it already.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+import trio
+
+from protocol.errors import ProtocolError, RetryLater, TowpathError
+from protocol.ticket import TicketVerifier
+from protocol.tunnel.greeting import LineReader, Verdict, encode_line, presented_untrusted
+from protocol.tunnel.token import Half, half_untrusted
+from relay.rendezvous.tunnel.pairing import PairingStatistics, PairingTable
+
+_logger = logging.getLogger("towpath.tunnel")
+
+GREETING_TIMEOUT = 10.0
+# A half waits so long for the other one.
+WAIT = 30.0
+CLOSE_TIMEOUT = 15.0
+# More than that behind the end of the outer TLS is not what an agent sends.
+MAX_HEAD = 72 * 1024
+
+
+class Joined(Protocol):
+    """Who takes over two sockets; it owns them from then on. Raises `TowpathError` when it cannot."""
+
+    async def __call__(
+        self, half: Half, sockets: tuple[socket.socket, socket.socket], heads: tuple[bytes, bytes]
+    ) -> None: ...
+
+
+class _Guest:
+    """A connection whose half has come."""
+
+    def __init__(self) -> None:
+        self.joined = trio.Event()
+        # Set by the side that came second: where the first one leaves its socket.
+        self.meeting: _Meeting | None = None
+
+
+class _Meeting:
+    """Where the two sides of a pair leave their plain sockets; the second one to arrive has both taken over."""
+
+    def __init__(self, half: Half) -> None:
+        self.half = half
+        self.left: tuple[socket.socket, bytes] | None = None
+        self.failed = False
+
+    def give_up(self) -> None:
+        self.failed = True
+        if self.left is not None:
+            self.left[0].close()
+            self.left = None
+
+
+class TunnelAcceptor:
+    """``verifier`` and ``relay_node`` say which tokens count; ``joined`` takes over what was joined."""
+
+    def __init__(
+        self, verifier: TicketVerifier, relay_node: str, joined: Joined, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._verifier = verifier
+        self._relay_node = relay_node
+        self._joined = joined
+        self._clock = clock
+        self._table: PairingTable[_Guest] = PairingTable()
+        self.refused = 0
+
+    def statistics(self) -> PairingStatistics:
+        """Of the pairing table."""
+        return self._table.statistics()
+
+    async def accept(self, stream: trio.SSLStream[trio.SocketStream]) -> None:
+        """Serve one connection until it is handed over or refused; the caller closes what is left of it.
+
+        Raises what the stream raises when the agent goes away.
+        """
+        try:
+            half = await self._half(stream)
+            meeting = await self._meet(stream, half)
+        except TowpathError as error:
+            self.refused += 1
+            _logger.info("A tunnel connection was refused: %s", error.sentence)
+            with trio.move_on_after(CLOSE_TIMEOUT):
+                await stream.send_all(encode_line(Verdict(joined=False, error=error.to_document())))
+            return
+        try:
+            await self._hand_over(stream, half, meeting)
+        except BaseException:
+            meeting.give_up()
+            raise
+
+    async def _half(self, stream: trio.abc.Stream) -> Half:
+        reader = LineReader()
+        with trio.move_on_after(GREETING_TIMEOUT):
+            while True:
+                data = await stream.receive_some(4096)
+                if not data:
+                    raise ProtocolError("The connection was closed before it showed a tunnel token.")
+                line = reader.feed_untrusted(data)
+                if line is not None:
+                    if reader.rest:
+                        raise ProtocolError("More was said than the tunnel token.")
+                    token = presented_untrusted(line).token
+                    return half_untrusted(token, self._verifier, relay_node=self._relay_node, now=self._clock())
+        raise ProtocolError("No tunnel token was shown in time.")
+
+    async def _meet(self, stream: trio.abc.Stream, half: Half) -> _Meeting:
+        """Wait for the other half. Raises `TunnelRefused`, `TunnelBusy`, `RetryLater` when it does not come."""
+        guest = _Guest()
+        other = self._table.present(half, guest, self._clock())
+        if other is not None:
+            meeting = other.connection.meeting = _Meeting(half)
+            other.connection.joined.set()
+            return meeting
+        try:
+            with trio.move_on_after(WAIT):
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(_watch, stream, nursery.cancel_scope)
+                    await guest.joined.wait()
+                    nursery.cancel_scope.cancel()
+        finally:
+            self._table.gone(half)
+        if guest.meeting is None:
+            raise RetryLater("The other side of the tunnel did not come in time.", code="TUNNEL_ALONE")
+        return guest.meeting
+
+    async def _hand_over(self, stream: trio.SSLStream[trio.SocketStream], half: Half, meeting: _Meeting) -> None:
+        head = b""
+        transport = stream.transport_stream
+        with trio.move_on_after(CLOSE_TIMEOUT) as scope:
+            await stream.send_all(encode_line(Verdict(joined=True)))
+            # Sends our close and waits for the agent's, which comes only after it has seen ours.
+            _, rest = await stream.unwrap()
+            head = bytes(rest)
+        if scope.cancelled_caught or len(head) > MAX_HEAD or meeting.failed:
+            meeting.give_up()
+            return
+        plain = socket.socket(fileno=socket.dup(transport.socket.fileno()))
+        plain.setblocking(False)
+        if meeting.left is None:
+            # The caller closes its stream now; the connection lives on in the duplicate.
+            meeting.left = (plain, head)
+            return
+        other, other_head = meeting.left
+        meeting.left = None
+        try:
+            if half.side == "source":
+                await self._joined(half, (plain, other), (head, other_head))
+            else:
+                await self._joined(half, (other, plain), (other_head, head))
+        except TowpathError as error:
+            _logger.warning("A tunnel could not be handed over: %s", error.sentence)
+            plain.close()
+            other.close()
+
+
+async def _watch(stream: trio.abc.Stream, scope: trio.CancelScope) -> None:
+    """An agent that waits says nothing; whatever comes, its end included, ends the waiting."""
+    try:
+        await stream.receive_some(1)
+    except (trio.BrokenResourceError, trio.ClosedResourceError):
+        pass
+    scope.cancel()

@@ -1,0 +1,185 @@
+"""The tunnel end to end on the relay's side: joined, moved, half-closed, held back, cut, limited."""
+
+from __future__ import annotations
+
+import random
+import socket
+import uuid
+
+import psutil
+import pytest
+import trio
+
+from protocol.errors import TowpathError
+from relay.rendezvous.tunnel.limits import TunnelLimits
+from relay.rendezvous.tunnel.service import TunnelQuota, TunnelService, TunnelUnavailable
+from tests.relay.tunnel_world import ROOT, SESSION, SIGNER, USER, TunnelWorld, tunnel_world
+
+OTHER_USER = "55555555-5555-4555-8555-555555555555"
+
+
+async def read_all(stream: trio.SocketStream) -> bytes:
+    data = bytearray()
+    while chunk := await stream.receive_some(256 * 1024):
+        data += chunk
+    return bytes(data)
+
+
+async def count_until_broken(stream: trio.SocketStream) -> int:
+    total = 0
+    try:
+        while chunk := await stream.receive_some(256 * 1024):
+            total += len(chunk)
+    except trio.BrokenResourceError:
+        return total
+    return total
+
+
+async def send_for_ever(stream: trio.SocketStream, piece: bytes = bytes(64 * 1024)) -> None:
+    try:
+        while True:
+            await stream.send_all(piece)
+    except trio.BrokenResourceError:
+        return
+
+
+async def no_pairs(world: TunnelWorld) -> None:
+    with trio.fail_after(10):
+        while world.service.statistics().pairs:
+            await trio.sleep(0.01)
+
+
+async def test_bytes_pass_both_ways_and_each_way_ends_by_itself() -> None:
+    content = random.Random(1).randbytes(8_000_000)
+    async with tunnel_world() as world:
+        with trio.fail_after(30):
+            async with world.pair() as (source, destination):
+                received: dict[str, bytes] = {}
+
+                async def read(name: str, stream: trio.SocketStream) -> None:
+                    received[name] = await read_all(stream)
+
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(read, "forward", destination)
+                    await source.send_all(content)
+                    await source.send_eof()
+                assert received["forward"] == content
+                # The other way is still open.
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(read, "back", source)
+                    await destination.send_all(content[::-1])
+                    await destination.send_eof()
+                assert received["back"] == content[::-1]
+                await no_pairs(world)
+        statistics = world.service.statistics()
+        assert statistics.outcomes == {"closed": 1}
+        assert (statistics.joined, statistics.refused) == (1, 0)
+
+
+async def test_what_an_agent_sends_at_once_behind_the_outer_tls_is_not_lost() -> None:
+    async with tunnel_world() as world:
+        for size in (1, 1000, 16_384, 200_000):
+            content = random.Random(size).randbytes(size)
+            async with world.pair() as (source, destination):
+                with trio.fail_after(10):
+                    await destination.send_all(content)
+                    await destination.send_eof()
+                    assert await read_all(source) == content
+
+
+async def test_a_receiver_that_takes_nothing_holds_the_sender_back() -> None:
+    async with tunnel_world() as world, world.pair() as (source, destination):
+        sent = 0
+        with trio.move_on_after(1.0):
+            while True:
+                await source.send_all(bytes(64 * 1024))
+                sent += 64 * 1024
+        # Socket buffers on both sides and one pipe, nothing that grows: far less than an unbounded second would be.
+        assert sent < 64 * 1024 * 1024
+        (child,) = psutil.Process().children()
+        assert child.memory_info().rss < 100 * 1024 * 1024
+        # The receiver wakes up and gets everything, in order.
+        with trio.fail_after(20):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(source.send_eof)
+                received = await read_all(destination)
+        assert len(received) >= sent
+        assert not any(received)
+
+
+async def test_when_one_side_breaks_the_other_is_told_by_a_reset() -> None:
+    async with tunnel_world() as world, world.pair() as (source, destination):
+        source.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        await source.aclose()
+        with trio.fail_after(10), pytest.raises(trio.BrokenResourceError):
+            await destination.receive_some()
+        await no_pairs(world)
+        assert world.service.statistics().outcomes == {"broken": 1}
+
+
+async def test_a_session_can_be_cut_and_others_go_on() -> None:
+    other = str(uuid.uuid4())
+    async with tunnel_world() as world, world.pair() as (source, _), world.pair(other) as (a, b):
+        await world.service.cut_session(SESSION)
+        with trio.fail_after(10), pytest.raises(trio.BrokenResourceError):
+            await source.receive_some()
+        await a.send_all(b"still here")
+        assert await b.receive_some() == b"still here"
+
+
+async def test_a_moving_process_that_is_killed_is_replaced() -> None:
+    async with tunnel_world() as world, world.pair() as (source, _):
+        (child,) = psutil.Process().children()
+        child.kill()
+        with trio.fail_after(20):
+            with pytest.raises(trio.BrokenResourceError):
+                while True:
+                    await source.send_all(b"x")
+                    await trio.sleep(0.01)
+            while True:
+                try:
+                    async with world.pair() as (a, b):
+                        await a.send_all(b"again")
+                        if await b.receive_some() == b"again":
+                            break
+                except (TowpathError, trio.BrokenResourceError):
+                    await trio.sleep(0.05)
+        assert world.service.statistics().restarts == 1
+
+
+@pytest.mark.parametrize("which", ["session_bytes", "user_bytes"])
+async def test_an_amount_is_enforced_in_mid_stream_and_afterwards(which: str) -> None:
+    amount = 3_000_000
+    async with tunnel_world(TunnelLimits(**{which: amount})) as world:
+        async with world.pair() as (source, destination), trio.open_nursery() as nursery:
+            nursery.start_soon(send_for_ever, source)
+            with trio.fail_after(10):
+                received = await count_until_broken(destination)
+            assert received <= amount
+            await no_pairs(world)
+        with trio.fail_after(10):
+            while True:
+                try:
+                    world.service.issue(SESSION, USER)
+                except TunnelQuota as error:
+                    assert error.who == "relay operator"
+                    break
+                # The process reports what it moved every second.
+                await trio.sleep(0.05)
+        # Nobody else is concerned.
+        async with world.pair(str(uuid.uuid4()), OTHER_USER) as (a, b):
+            await a.send_all(b"mine")
+            assert await b.receive_some() == b"mine"
+        assert which.replace("_bytes", " quota") in world.service.statistics().outcomes
+
+
+async def test_a_relay_without_a_tunnel_says_so() -> None:
+    service = TunnelService(SIGNER, ROOT.public_pem, TunnelLimits(), processes=0)
+    with pytest.raises(TunnelUnavailable):
+        service.issue(SESSION, USER)
+
+
+async def test_no_more_pairs_than_configured() -> None:
+    async with tunnel_world(max_pairs=2) as world, world.pair(), world.pair():
+        with pytest.raises(TunnelUnavailable):
+            world.service.issue(SESSION, USER)
