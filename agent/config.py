@@ -69,6 +69,7 @@ __all__ = [
 MAX_COLLECTIONS = 1000
 MAX_ADVERTISED = 16
 MAX_NAME = 255
+PROXY = r"none|http://([^/@\s]+@)?[^/@\s]+"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +141,11 @@ class RelayConfig:
         OrNull(FilePath()),
         None,
         doc="Certificate (PEM) of the authority that signed the relay's; null: the trust store of this system.",
+    )
+    proxy: str | None = setting(
+        OrNull(Text(1000, PROXY, "none, or an address such as http://proxy.example.org:3128")),
+        None,
+        doc="HTTP proxy on the way to the relay; null: what HTTPS_PROXY and NO_PROXY say; none: no proxy in any case.",
     )
 
 

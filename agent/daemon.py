@@ -26,6 +26,7 @@ from agent.collections import MARKS_FILE, Collections, Marks
 from agent.config import AgentConfig, ConfigError, load_config
 from agent.config_layers import overlay_file
 from agent.config_watch import changes
+from agent.connect.proxy import Dialer
 from agent.identity_file import Identity, NotSetUp, make_state_dir, require
 from agent.link import Link
 from agent.link_app import LinkApp
@@ -104,6 +105,7 @@ class Daemon:
             identity.relay_root,
             LinkApp(self._policy, self._collections, self._tasks, self._availability.look).application(),
             self._hello,
+            dial=Dialer(config.relay.proxy, os.environ).dial,
         )
 
     def _hello(self) -> HelloFields:

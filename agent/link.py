@@ -239,7 +239,10 @@ class Link:
 
 def _handshake_sentence(host: str, cause: BaseException | None) -> str:
     if isinstance(cause, ssl.SSLCertVerificationError):
-        return f"The certificate shown for the relay {host} is not the expected one: {cause.verify_message}."
+        return (
+            f"The certificate shown for the relay {host} is not the expected one: {cause.verify_message}. If a proxy "
+            "on this network opens encrypted connections, ask its operator to let those to the relay through untouched."
+        )
     return f"The relay {host} broke the TLS handshake off."
 
 
