@@ -242,5 +242,6 @@ def report_of(config: CollectionConfig, reason: str = "") -> CollectionReport:
         shareable=config.shareable,
         available=not reason,
         default_directory=config.default_directory,
+        home=config.home,
         reason=reason,
     )

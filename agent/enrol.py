@@ -179,7 +179,7 @@ def _set_up(
     identity = load_identity(state_dir)
     known = None if identity is None else identity.collection_of(key.digest)
     if known is None:
-        identity, known = _enrol(key, config, identity, now)
+        identity, known = _enrol(key, config, identity, wish.home, now)
     assert identity is not None
     present = next((c for c in config.collections if c.id == known.collection_id), None)
     name = present.name if present else wish.name or known.display_name or "Collection"
@@ -240,7 +240,9 @@ def template() -> str:
     raise SetupFailed("The installation is incomplete: conf/agent.yaml is missing.")
 
 
-def _enrol(key: SetupKey, config: AgentConfig, identity: Identity | None, now: float) -> tuple[Identity, Redeemed]:
+def _enrol(
+    key: SetupKey, config: AgentConfig, identity: Identity | None, home: str, now: float
+) -> tuple[Identity, Redeemed]:
     state_dir = config.state_dir
     node_key = load_key(state_dir)
     if identity is not None and (node_key is None or node_key.fingerprint != identity.fingerprint):
@@ -251,7 +253,7 @@ def _enrol(key: SetupKey, config: AgentConfig, identity: Identity | None, now: f
     trust = _trust(key)
     if identity is not None and trust.relay_id is not None and identity.relay_id != trust.relay_id:
         raise _other_relay(state_dir, identity)
-    answer = redeem(key.relay_url, trust, _request(key, node_key, identity, now))
+    answer = redeem(key.relay_url, trust, _request(key, node_key, identity, home, now))
     if identity is not None and (answer.relay_id, answer.node_id) != (identity.relay_id, identity.node_id):
         raise _other_relay(state_dir, identity)
     if trust.ca_pem is not None:
@@ -302,7 +304,7 @@ def _trust(key: SetupKey) -> RelayTrust:
     return RelayTrust(context, pem, relay_id)
 
 
-def _request(key: SetupKey, node_key: NodeKey, identity: Identity | None, now: float) -> EnrolRequest:
+def _request(key: SetupKey, node_key: NodeKey, identity: Identity | None, home: str, now: float) -> EnrolRequest:
     claims = {"aud": PROOF_AUDIENCE, "sub": key.digest, "iat": int(now), "exp": int(now) + PROOF_LIFE}
     return EnrolRequest(
         setup_key=key.text,
@@ -311,6 +313,7 @@ def _request(key: SetupKey, node_key: NodeKey, identity: Identity | None, now: f
         node_id=None if identity is None else identity.node_id,
         hostname=socket.gethostname()[:255],
         version=metadata.version("towpath"),
+        home=home,
     )
 
 

@@ -55,6 +55,8 @@ class CollectionReport(Record, frozen=True, kw_only=True):
     shareable: bool = False
     available: bool = True
     default_directory: str = "/~/"
+    # Where ``~`` and relative paths begin.
+    home: str = "/"
     reason: str = ""
 
 
@@ -324,6 +326,8 @@ class EnrolRequest(Record, frozen=True, kw_only=True):
     node_id: str | None = None
     hostname: str = ""
     version: str = ""
+    # Of the collection that the key is for; later the agent's reports say it.
+    home: str = "/"
 
 
 class EnrolAnswer(Record, frozen=True, kw_only=True):

@@ -30,6 +30,8 @@ from protocol.names import RESERVED_PREFIX, parse_path_untrusted
 
 PROGRESS_EVERY = 0.25
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 15.0
+# What `fail_on_quota_errors` turns from something to wait for into the end of the task.
+QUOTA_CODES = frozenset({"QUOTA_EXCEEDED", "NO_SPACE"})
 # How often to look whether a person has mended what holds a task up.
 LOOK_AGAIN = 5.0
 
@@ -135,6 +137,8 @@ class TaskRunner:
             except TaskFailed as error:
                 return self._fail(error)
             except TowpathError as error:
+                if error.code in QUOTA_CODES and self._order.options.fail_on_quota_errors:
+                    return await self._out_of_space(error)
                 self._wait_for(error)
                 if self._progressed(progress):
                     pause = FIRST_PAUSE
@@ -212,6 +216,15 @@ class TaskRunner:
 
     def _fail(self, error: TowpathError) -> TaskObserved:
         return self._final("FAILED", "FAILED", "failed", error)
+
+    async def _out_of_space(self, error: TowpathError) -> TaskObserved:
+        """End as `fail_on_quota_errors` asks, and give back what unfinished files took."""
+        await trio.to_thread.run_sync(self._sweep)
+        sentence = (
+            f"There was no room for {error.subject or 'the files'} at the destination, and the task was submitted to "
+            "fail then. Free some space, then submit it again with a sync level: what has arrived stays."
+        )
+        return self._fail(TaskFailed(sentence, code=error.code, who=error.who, subject=error.subject))
 
     async def _stopped(self) -> TaskObserved:
         if self._line.desired == "cancel":

@@ -12,9 +12,9 @@ from fastapi import APIRouter, Request, Response
 from sqlalchemy import Connection
 
 from relay.api.transfer_frame import PREFIX, CallerHere, ServicesHere, answer, read_document, result
-from relay.transfer import task_turns
+from relay.transfer import collections, task_turns
 from relay.transfer.fields import is_uuid
-from relay.transfer.submission import Submission, read_delete, read_transfer
+from relay.transfer.submission import Homes, Submission, read_delete, read_transfer
 from relay.transfer.task_rows import pack_items
 
 router = APIRouter(prefix=PREFIX, tags=["Transfer"])
@@ -45,14 +45,14 @@ async def _submit(
     request: Request, caller: CallerHere, services: ServicesHere, word: str, read: Callable[..., Submission]
 ) -> Response:
     document = await read_document(request)
-    present = await _present(document, caller, services)
+    present, homes = await _known(document, caller, services)
     if present is not None:
         return _accepted(request, word, str(document["submission_id"]).lower(), present, task_turns.DUPLICATE)
     now = services.clock()
     tasks = services.settings.tasks
 
     def prepare() -> tuple[Submission, bytes]:
-        submission = read(document, max_items=tasks.max_items, now=now)
+        submission = read(document, homes=homes, max_items=tasks.max_items, now=now)
         return submission, pack_items(submission.items)
 
     many = isinstance(document, dict) and isinstance(document.get("DATA"), list) and len(document["DATA"]) >= _MANY
@@ -72,14 +72,18 @@ async def _submit(
     return _accepted(request, word, submission.submission_id, task_id, code)
 
 
-async def _present(document: Any, caller: CallerHere, services: ServicesHere) -> str | None:
-    """The task that this very submission has made already."""
-    given = document.get("submission_id") if isinstance(document, dict) else None
-    if not is_uuid(given):
-        return None
+async def _known(document: Any, caller: CallerHere, services: ServicesHere) -> tuple[str | None, Homes]:
+    """The task that this very submission has made already, and where its collections have their homes."""
+    fields = document if isinstance(document, dict) else {}
+    given = fields.get("submission_id")
+    places = [fields.get(key) for key in ("source_endpoint", "destination_endpoint", "endpoint")]
+    ids = [str(place).lower() for place in places if is_uuid(place)]
 
-    def work(connection: Connection) -> str | None:
-        return task_turns.find_submission(connection, caller.identity_id, str(given).lower())
+    def work(connection: Connection) -> tuple[str | None, Homes]:
+        present = None
+        if is_uuid(given):
+            present = task_turns.find_submission(connection, caller.identity_id, str(given).lower())
+        return present, collections.homes(connection, ids, caller.identity_id)
 
     return await services.store.read(work)
 

@@ -83,6 +83,8 @@ collections = Table(
     Column("shareable", Boolean(name="shareable"), nullable=False),
     Column("available", Boolean(name="available"), nullable=False),
     Column("reported_directory", Text),
+    # Null until an agent serves the collection.
+    Column("home", Text),
     Column("created", Float, nullable=False),
     Column("last_accessed", Float),
     Column("deleted", Float),

@@ -68,7 +68,7 @@ def create(connection: Connection, owner_id: str, document: object, now: float) 
     name = _name(fields)
     endpoint_id = fields.identifier("endpoint_id")
     path = fields.required_text("path", longest=MAX_PATH)
-    place(path, "path")
+    place(path, "path", ())
     if not path.endswith("/"):
         raise bad_request("path must be a directory and end with '/'.")
     collections.require(connection, endpoint_id, owner_id, Ability.SEE)

@@ -14,6 +14,7 @@ from typing import Any
 
 from sqlalchemy import Connection, func, or_, select, update
 
+from protocol.names import CollectionPath, parse_path_untrusted
 from relay.access.decisions import Ability, CollectionFacts, decide
 from relay.api.errors import ApiError
 from relay.store import transfer_tables as tables
@@ -72,6 +73,7 @@ class Collection:
     shareable: bool
     available: bool
     reported_directory: str | None
+    home: str | None
     created: float
     last_accessed: float | None
     deleted: float | None
@@ -83,6 +85,14 @@ class Collection:
         return CollectionFacts(
             owner_id=self.owner_id, public=self.public, deleted=self.deleted is not None, granted=self.granted
         )
+
+    @property
+    def home_path(self) -> CollectionPath | None:
+        """Where ``~`` is, or None while no agent serves the collection."""
+        if self.home is None:
+            # One whose agent has not been back since relays began to ask.
+            return None if self.node_id is None else ()
+        return parse_path_untrusted(self.home)
 
     @property
     def directory(self) -> str:
@@ -130,6 +140,16 @@ def require(connection: Connection, collection_id: str, identity_id: str, abilit
     if collection is not None and verdict == "allowed":
         return collection
     raise refusal(collection_id, verdict)
+
+
+def homes(connection: Connection, ids: Iterable[str], identity_id: str) -> dict[str, CollectionPath | None]:
+    """Where ``~`` is in each collection that the identity may look into. Of others nothing is said."""
+    known = load_many(connection, ids)
+    return {
+        key: collection.home_path
+        for key, collection in known.items()
+        if decide(collection.facts, identity_id, Ability.READ) == "allowed"
+    }
 
 
 def refusal(collection_id: str, verdict: str) -> ApiError:

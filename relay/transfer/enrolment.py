@@ -28,6 +28,7 @@ from relay.store.database import Store
 from relay.tls import ca_fingerprint
 from relay.transfer import collections, setup_keys
 from relay.transfer.fields import BAD_REQUEST, Fields, is_uuid
+from relay.transfer.nodes import checked_home
 
 AUDIENCE = "towpath-enrol"
 MAX_PROOF = 8 * 1024
@@ -194,7 +195,8 @@ def _redeem(
     )
     if claimed.rowcount != 1:
         raise _invalid_key()
-    collections.change(connection, collection.id, {"endpoint_id": endpoint_id, "node_id": node_id, "available": True})
+    served = {"endpoint_id": endpoint_id, "node_id": node_id, "available": True, "home": checked_home(request.home)}
+    collections.change(connection, collection.id, served)
     return _answer(connection, name, collection, node_id, endpoint_id)
 
 

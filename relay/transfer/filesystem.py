@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from protocol.control import Entry, Listing, decode_untrusted
 from protocol.errors import ProtocolError, TowpathError
+from protocol.names import CollectionPath
 from relay.transfer.agents import AgentLinks
 from relay.transfer.collections import Collection
 from relay.transfer.fields import bad_request
@@ -25,7 +26,7 @@ from relay.transfer.operation_errors import (
     disconnected,
     operation_error,
 )
-from relay.transfer.scopes import place
+from relay.transfer.scopes import canonical, place
 from relay.transfer.times import listing_time
 
 MAX_LIMIT = 100_000
@@ -58,7 +59,8 @@ class Filesystem:
 
     async def list(self, collection: Collection, request: ListingRequest) -> dict[str, Any]:
         """``ls``. Raises `ApiError`."""
-        path = checked_path(request.path or collection.directory, "path")
+        text = request.path or collection.directory
+        path = self._path(LISTING, collection, text, "path")
         if len(request.filters) > MAX_FILTERS or any(len(text) > MAX_FILTER for text in request.filters):
             raise bad_request(f"There may be {MAX_FILTERS} filters of {MAX_FILTER} characters each.")
         query = [
@@ -73,27 +75,30 @@ class Filesystem:
         listing = await self._ask(
             LISTING, collection, "GET", "ls", Listing, query=query, timeout=max(self._timeout, LISTING_TIMEOUT)
         )
-        return listing_document(collection, path, listing)
+        return listing_document(collection, text, listing)
 
     async def stat(self, collection: Collection, path: str | None) -> dict[str, Any]:
         """``stat``. Raises `ApiError`."""
-        wanted = checked_path(path or collection.directory, "path")
+        wanted = self._path(STAT, collection, path or collection.directory, "path")
         entry = await self._ask(STAT, collection, "GET", "stat", Entry, query=[("path", wanted)])
         return entry_document(entry)
 
     async def mkdir(self, collection: Collection, path: str) -> None:
         """Make a directory. Raises `ApiError`."""
-        document = {"path": checked_path(path, "path")}
+        document = {"path": self._path(MKDIR, collection, path, "path")}
         await self._tell(MKDIR, collection, "mkdir", document)
 
     async def rename(self, collection: Collection, old_path: str, new_path: str) -> None:
         """Rename or move within the collection. Raises `ApiError`."""
-        document = {"old_path": checked_path(old_path, "old_path"), "new_path": checked_path(new_path, "new_path")}
+        document = {
+            "old_path": self._path(RENAME, collection, old_path, "old_path"),
+            "new_path": self._path(RENAME, collection, new_path, "new_path"),
+        }
         await self._tell(RENAME, collection, "rename", document)
 
     async def symlink(self, collection: Collection, path: str, target: str) -> None:
         """Make a symbolic link; the agent decides whether it may point there. Raises `ApiError`."""
-        document = {"path": checked_path(path, "path"), "symlink_target": target}
+        document = {"path": self._path(SYMLINK, collection, path, "path"), "symlink_target": target}
         await self._tell(SYMLINK, collection, "symlink", document)
 
     async def _ask(
@@ -128,6 +133,11 @@ class Filesystem:
         except TowpathError as error:
             raise operation_error(operation, error, collection.display_name) from error
 
+    def _path(self, operation: Operation, collection: Collection, text: str, key: str) -> str:
+        """A path of a collection whose agent is there, from the collection's root. Raises `ApiError`."""
+        self._node(operation, collection)
+        return checked_path(text, key, collection.home_path)
+
     def _node(self, operation: Operation, collection: Collection) -> str:
         if collection.node_id is None or not self._links.is_connected(collection.node_id):
             raise disconnected(operation, collection.display_name)
@@ -143,14 +153,13 @@ def check_names_untrusted(answer: T) -> T:
     return answer
 
 
-def checked_path(text: object, key: str) -> str:
-    """A path as the client wrote it, once it has been found to be one. Raises `ApiError` 400."""
+def checked_path(text: object, key: str, home: CollectionPath | None) -> str:
+    """A client's path from the root of the collection. Raises `ApiError` 400, 409."""
     if not isinstance(text, str) or not text:
         raise bad_request(f"{key} must be a string that is not empty.")
     if len(text) > MAX_PATH:
         raise bad_request(f"{key} is longer than any path.")
-    place(text, key)
-    return text
+    return canonical(place(text, key, home), text)
 
 
 def listing_document(collection: Collection, requested: str, listing: Listing) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from sqlalchemy import Connection, select, update
 
 from protocol.control import AgentHello, CollectionReport
+from protocol.errors import ProtocolError
+from protocol.names import format_path, parse_path_untrusted
 from relay.store import transfer_tables as tables
 from relay.store.database import Store
 
@@ -67,6 +69,15 @@ def record_hello(connection: Connection, hello: AgentHello, now: float) -> bool:
     return regressed or bool(row.journal != journal)
 
 
+def checked_home(text: str) -> str:
+    """A home as an agent reports it, from the root of its collection. One that cannot be is the root: the agent knows
+    no other either."""
+    try:
+        return format_path(parse_path_untrusted(text))
+    except ProtocolError:
+        return "/"
+
+
 def record_reports(connection: Connection, node_id: str, reports: list[CollectionReport]) -> None:
     """Store what the owner's configuration says of a node's collections.
 
@@ -86,6 +97,7 @@ def record_reports(connection: Connection, node_id: str, reports: list[Collectio
                 "read_only": report.read_only,
                 "shareable": report.shareable,
                 "reported_directory": report.default_directory[:MAX_DIRECTORY],
+                "home": checked_home(report.home),
             }
         )
         connection.execute(update(tables.collections).where(collection.id == collection_id).values(**values))

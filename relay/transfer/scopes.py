@@ -1,17 +1,15 @@
-"""Which part of a collection a task needs: the path prefixes that its tickets name.
+"""Where the paths of clients lead, and which part of a collection a task needs: the prefixes that its tickets name.
 
-The relay does not know where a collection's home is, so a path keeps its anchor: ``/`` for the root, ``~`` for home.
-A path that climbs above home with ``..`` can be resolved by the agent alone; it stays as it was written.
+Clients write ``~/x`` and ``x`` for what lies below the collection's home. The owner's agent says where that is, and the
+relay resolves it once: from there on, in tasks, tickets and calls on the link, a path starts at the collection's root.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Literal
 
 from protocol.errors import ProtocolError
-from protocol.names import CollectionPath, escape, format_path, is_within, parse_path_untrusted
+from protocol.names import CollectionPath, format_path, is_within, parse_path_untrusted
 from protocol.ticket import MAX_PATHS
 from relay.api.errors import ApiError
 from relay.transfer.fields import bad_request
@@ -20,85 +18,58 @@ from relay.transfer.fields import bad_request
 MAX_SCOPE_TEXT = 60_000
 GLOB_CHARACTERS = frozenset(b"*?[")
 
-Anchor = Literal["/", "~", "?"]
 
+def place(text: str, key: str, home: CollectionPath | None) -> CollectionPath:
+    """A path from a client. ``home`` is None while no agent has said where it is.
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """A checked path. With anchor ``?`` only ``text`` says where it is, and the agent resolves it."""
-
-    anchor: Anchor
-    path: CollectionPath
-    text: str
-
-    def prefix(self) -> str:
-        """The canonical text of the path, as tickets name it."""
-        if self.anchor == "/":
-            return format_path(self.path)
-        if self.anchor == "~":
-            return "/~/" + "/".join(map(escape, self.path))
-        return self.text
-
-    def parent(self) -> Place:
-        """The directory that holds it; the root and home are their own parents."""
-        return Place(self.anchor, self.path[:-1], self.text)
-
-
-def place(text: str, key: str) -> Place:
-    """A path from a client. Raises `ApiError` 400 that names the field ``key``."""
+    Raises `ApiError`: 400 that names the field ``key``, 409 when the path begins at an unknown home.
+    """
     try:
-        path = parse_path_untrusted(text)
+        path = parse_path_untrusted(text, home or ())
     except ProtocolError as error:
         raise ApiError(400, "ClientError.BadRequest", f"{key}: {error.sentence}") from error
-    # The same rule as in `parse_path_untrusted`.
-    parts = [part for part in text.split("/") if part]
-    tilde = parts[:1] == ["~"]
-    if text.startswith("/") and not tilde:
-        return Place("/", path, text)
-    return Place("?" if _climbs(parts[1:] if tilde else parts) else "~", path, text)
+    if home is None and below_home(text):
+        raise ApiError(
+            409,
+            "Conflict",
+            f"{key}: no agent serves this collection yet, so nobody knows where its home (~) is. Set the agent up "
+            "first, or write the path from the root of the collection, beginning with '/'.",
+        )
+    return path
 
 
-def _climbs(parts: list[str]) -> bool:
-    depth = 0
-    for part in parts:
-        if part == "..":
-            depth -= 1
-        elif part != ".":
-            depth += 1
-        if depth < 0:
-            return True
-    return False
+def below_home(text: str) -> bool:
+    """Whether a path begins at home. The same rule as in `parse_path_untrusted`."""
+    return not text.startswith("/") or [part for part in text.split("/") if part][:1] == ["~"]
 
 
-def overlapping(source: Place, destination: Place) -> bool:
+def canonical(path: CollectionPath, text: str) -> str:
+    """``path`` from the root of the collection, as a directory if the client wrote ``text`` as one."""
+    return format_path(path, directory=text.endswith("/"))
+
+
+def overlapping(source: CollectionPath, destination: CollectionPath) -> bool:
     """Whether, in one collection, the destination is the source itself or lies inside it."""
-    if "?" in (source.anchor, destination.anchor) or source.anchor != destination.anchor:
-        return source.text == destination.text
-    return is_within(destination.path, source.path)
+    return is_within(destination, source)
 
 
-def glob_base(target: Place) -> Place:
+def glob_base(target: CollectionPath) -> CollectionPath:
     """The directory in which the glob of a delete item works; globs are allowed in the last component only."""
-    if any(GLOB_CHARACTERS & frozenset(part) for part in target.path[:-1]):
+    if any(GLOB_CHARACTERS & frozenset(part) for part in target[:-1]):
         raise bad_request("path: only the last component of a path may contain *, ? or [ ].")
-    return target.parent() if target.path and GLOB_CHARACTERS & frozenset(target.path[-1]) else target
+    return target[:-1] if target and GLOB_CHARACTERS & frozenset(target[-1]) else target
 
 
-def prefixes(places: Iterable[Place]) -> list[str]:
+def prefixes(places: Iterable[CollectionPath]) -> list[str]:
     """The shortest list of prefixes that covers all places; when it is too long, of their parents instead."""
-    all_places = list(places)
-    opaque = sorted({item.text for item in all_places if item.anchor == "?"})
-    anchored = {anchor: _outermost({i.path for i in all_places if i.anchor == anchor}) for anchor in ("/", "~")}
-    depth = max((len(path) for paths in anchored.values() for path in paths), default=0)
+    paths = _outermost(set(places))
+    depth = max(map(len, paths), default=0)
     while True:
-        found = opaque + [Place("/", path, "").prefix() for path in sorted(anchored["/"])]
-        found += [Place("~", path, "").prefix() for path in sorted(anchored["~"])]
+        found = [format_path(path) for path in sorted(paths)]
         if len(found) <= MAX_PATHS and sum(map(len, found)) <= MAX_SCOPE_TEXT:
             return found
-        if depth == 0:
-            return ["/"]
         depth -= 1
-        anchored = {anchor: _outermost({path[:depth] for path in paths}) for anchor, paths in anchored.items()}
+        paths = _outermost({path[:depth] for path in paths})
 
 
 def _outermost(paths: set[CollectionPath]) -> set[CollectionPath]:

@@ -6,12 +6,14 @@ callers run `read_transfer` and `read_delete` in a thread.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from protocol.control import FilterRule, TaskItem, TaskOptions
+from protocol.names import CollectionPath
 from relay.transfer.fields import Fields, bad_request
-from relay.transfer.scopes import Place, glob_base, overlapping, place, prefixes
+from relay.transfer.scopes import canonical, glob_base, overlapping, place, prefixes
 
 MAX_LABEL = 128
 MAX_FILTER_RULES = 1000
@@ -22,6 +24,8 @@ NO_DELETE_ITEMS = "ClientError.BadRequest.NoDeleteItems"
 # Hexadecimal digits of each algorithm that a published checksum may be given in.
 CHECKSUM_DIGITS = {"MD5": 32, "SHA1": 40, "SHA256": 64, "SHA512": 128, "XXH3-128": 32, "BLAKE3": 64}
 _SPELLINGS = {"SHA-1": "SHA1", "SHA-256": "SHA256", "SHA-512": "SHA512"}
+# Where ``~`` is in the collections of a task, as far as the caller may know.
+Homes = Mapping[str, CollectionPath | None]
 NOTIFICATIONS = ("notify_on_succeeded", "notify_on_failed", "notify_on_inactive")
 
 
@@ -46,8 +50,8 @@ class Submission:
     echo: dict[str, Any] = field(default_factory=dict)
 
 
-def read_transfer(document: object, *, max_items: int, now: float) -> Submission:
-    """The body of ``POST /transfer``. Raises `ApiError` 400."""
+def read_transfer(document: object, *, homes: Homes, max_items: int, now: float) -> Submission:
+    """The body of ``POST /transfer``. Raises `ApiError` 400, 409."""
     fields = Fields(document, "the transfer")
     fields.data_type("transfer")
     submission_id = fields.identifier("submission_id")
@@ -59,11 +63,12 @@ def read_transfer(document: object, *, max_items: int, now: float) -> Submission
     if not rows:
         raise bad_request("A transfer requires at least one item.", NO_ITEMS)
     same = source_id == destination_id
+    source_home, destination_home = homes.get(source_id, ()), homes.get(destination_id, ())
     items: list[TaskItem] = []
-    sources: list[Place] = []
-    destinations: list[Place] = []
+    sources: list[CollectionPath] = []
+    destinations: list[CollectionPath] = []
     for row in rows:
-        item, source, destination = _transfer_item(row)
+        item, source, destination = _transfer_item(row, source_home, destination_home)
         if same and overlapping(source, destination):
             raise bad_request(
                 f"destination_path '{item.destination_path[:200]}' is the source itself or lies inside it."
@@ -90,8 +95,8 @@ def read_transfer(document: object, *, max_items: int, now: float) -> Submission
     )
 
 
-def read_delete(document: object, *, max_items: int, now: float) -> Submission:
-    """The body of ``POST /delete``. Raises `ApiError` 400."""
+def read_delete(document: object, *, homes: Homes, max_items: int, now: float) -> Submission:
+    """The body of ``POST /delete``. Raises `ApiError` 400, 409."""
     fields = Fields(document, "the delete")
     fields.data_type("delete")
     submission_id = fields.identifier("submission_id")
@@ -110,11 +115,11 @@ def read_delete(document: object, *, max_items: int, now: float) -> Submission:
         entry = Fields(row, "each entry of DATA")
         entry.data_type("delete_item")
         path = _path(entry, "path")
-        target = place(path, "path")
-        if not target.path and target.anchor == "/":
+        target = place(path, "path", homes.get(endpoint_id, ()))
+        if not target:
             raise bad_request("path: the root of a collection cannot be deleted.")
         places.append(glob_base(target) if options.interpret_globs else target)
-        items.append(TaskItem(source_path=path))
+        items.append(TaskItem(source_path=canonical(target, path)))
     return Submission(
         type="DELETE",
         submission_id=submission_id,
@@ -168,7 +173,9 @@ def _filter_rule(document: object) -> FilterRule:
     return FilterRule(method=method, name=fields.required_text("name", longest=MAX_PATTERN), type=type_)
 
 
-def _transfer_item(document: object) -> tuple[TaskItem, Place, Place]:
+def _transfer_item(
+    document: object, source_home: CollectionPath | None, destination_home: CollectionPath | None
+) -> tuple[TaskItem, CollectionPath, CollectionPath]:
     fields = Fields(document, "each entry of DATA")
     symlink = fields.data_type("transfer_item", "transfer_symlink_item") == "transfer_symlink_item"
     source_path, destination_path = _path(fields, "source_path"), _path(fields, "destination_path")
@@ -176,15 +183,17 @@ def _transfer_item(document: object) -> tuple[TaskItem, Place, Place]:
     if not symlink:
         recursive = None if fields.raw("recursive") is None else fields.boolean("recursive", False)
         checksum, algorithm = _checksum(fields, recursive)
+    source = place(source_path, "source_path", source_home)
+    destination = place(destination_path, "destination_path", destination_home)
     item = TaskItem(
-        source_path=source_path,
-        destination_path=destination_path,
+        source_path=canonical(source, source_path),
+        destination_path=canonical(destination, destination_path),
         recursive=recursive,
         symlink=symlink,
         external_checksum=checksum,
         checksum_algorithm=algorithm,
     )
-    return item, place(source_path, "source_path"), place(destination_path, "destination_path")
+    return item, source, destination
 
 
 def _path(fields: Fields, key: str) -> str:

@@ -79,7 +79,7 @@ class World:
     @staticmethod
     def _node(directory: Path, name: str) -> Node:
         node = Node(name, directory / name / "root", directory / name / "state")
-        node.root.mkdir(parents=True)
+        node.root.mkdir(parents=True, exist_ok=True)
         node.state.mkdir(parents=True)
         return node
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 import os
 import signal
+import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -204,3 +206,35 @@ async def test_cancel_leaves_no_temporaries(tmp_path: Path) -> None:
         await world.beta.service.put_task(msgspec.structs.replace(order, revision=2, desired="cancel", items=None))
         assert (await world.wait(task)).state == "CANCELED"
         assert list(world.beta.root.iterdir()) == []
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """Where beta's files go: a file system of 4 MiB."""
+    place = tmp_path / "beta" / "root"
+    place.mkdir(parents=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "towpath-test", place], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"needs the right to mount a file system: {mounted.stderr.decode().strip()}")
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+@pytest.mark.parametrize("fail", [True, False])
+async def test_a_full_disk_ends_the_task_or_is_waited_for(tmp_path: Path, small_disk: Path, *, fail: bool) -> None:
+    async with engine_world.world(tmp_path) as world:
+        (world.alpha.root / "small").write_bytes(os.urandom(100_000))
+        (world.alpha.root / "large").write_bytes(os.urandom(9_000_000))
+        options = TaskOptions(verify_checksum=True, fail_on_quota_errors=fail)
+        task = await world.submit([TaskItem(source_path="/", destination_path="/", recursive=True)], options)
+        observed = await world.wait(task, states=frozenset({"FAILED", "WAITING"}))
+        if fail:
+            assert (observed.state, observed.error_code) == ("FAILED", "NO_SPACE")
+            assert "no room for" in observed.status_sentence
+            assert not [path for path in small_disk.rglob("*") if path.name.startswith(".towpath.")]
+        else:
+            assert (observed.state, observed.status_code, observed.who) == ("WAITING", "NO_SPACE", "destination owner")
+            subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)
+            observed = await world.wait(task)
+            assert observed.state == "SUCCEEDED"
+            assert tree(small_disk).keys() == tree(world.alpha.root).keys()

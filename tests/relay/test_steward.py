@@ -44,7 +44,7 @@ async def test_a_destination_that_is_offline_at_submission(clock: MockClock, sce
     (order,) = scene.destination.orders[task_id]
     assert (order.desired, order.revision, order.session is not None) == ("run", 1, True)
     assert order.items is not None
-    assert order.items[0].source_path == "/~/data/"
+    assert order.items[0].source_path == "/data/"
     assert order.source is not None
     assert order.source.certificate == scene.source.key.certificate_pem
     assert (await scene.show(task_id))["nice_status"] == "Queued"

@@ -116,8 +116,8 @@ async def test_tickets_name_this_task_these_nodes_these_paths_and_renew_at_half_
     ticket = verifier.verify_untrusted(order.ticket, services.clock())
     assert (ticket.task_id, ticket.session_id) == (task_id, order.session_id)
     assert ticket.source is not None
-    assert (ticket.source.paths, ticket.source.access) == (["/~/data"], "r")
-    assert (ticket.destination.paths, ticket.destination.access) == (["/~/copy"], "rw")
+    assert (ticket.source.paths, ticket.source.access) == (["/data"], "r")
+    assert (ticket.destination.paths, ticket.destination.access) == (["/copy"], "rw")
     assert ticket.source.fingerprint == scene.source.key.fingerprint
     assert ticket.destination.fingerprint == scene.destination.key.fingerprint
     assert ticket.destination.collection_id == scene.b
@@ -148,7 +148,7 @@ async def test_a_delete_has_no_source_and_works_in_one_place(clock: MockClock, s
     services = scene.relay.services
     verifier = TicketVerifier(services.keys.relay_id, services.keys.root_public_pem)
     ticket = verifier.verify_untrusted(order.ticket, services.clock())
-    assert (ticket.source, ticket.destination.paths) == (None, ["/~/old"])
+    assert (ticket.source, ticket.destination.paths) == (None, ["/old"])
 
 
 async def test_within_one_endpoint_the_same_agent_plays_both_parts(clock: MockClock, scene: Scene) -> None:

@@ -134,7 +134,8 @@ async def test_every_key_of_the_reference_is_always_there(
     assert set(REFERENCE_ENDPOINT_KEYS.split()) <= set(await alice.get(f"/endpoint/{laptop[0]}"))
     never_set_up = (await alice.post("/endpoint", {"display_name": "New"}, status=201))["id"]
     assert set(REFERENCE_ENDPOINT_KEYS.split()) <= set(await alice.get(f"/endpoint/{never_set_up}"))
-    task_id = (await alice.post("/delete", delete_document(never_set_up), status=202))["task_id"]
+    document = delete_document(never_set_up, DATA=[{"path": "/old"}])
+    task_id = (await alice.post("/delete", document, status=202))["task_id"]
     assert set(REFERENCE_TASK_KEYS.split()) <= set(await alice.get(f"/task/{task_id}"))
     await alice.post(f"/task/{task_id}/cancel")
     assert set(REFERENCE_TASK_KEYS.split()) <= set(await alice.get(f"/task/{task_id}"))

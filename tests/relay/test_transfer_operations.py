@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
+import msgspec
 import pytest
+import trio
 
 from protocol.control import Entry
 from protocol.errors import AccessDenied, ItemFailed, NeedsPerson, ProtocolError, RetryLater
+from relay.transfer.collections import load
 from tests.relay.fake_agents import FakeAgent
 from tests.relay.transfer_world import Person, TransferWorld, open_world
 
@@ -83,7 +87,7 @@ async def test_what_a_client_asks_reaches_the_agent(laptop: Laptop, monkeypatch:
     assert answer.status_code == 200
     assert seen == [
         {
-            "path": ["~/a"],
+            "path": ["/a"],
             "show_hidden": ["0"],
             "limit": ["5"],
             "offset": ["2"],
@@ -106,7 +110,7 @@ async def test_changes(laptop: Laptop) -> None:
     linked = await laptop.alice.post(f"{laptop.path}/symlink", {"path": "/l", "symlink_target": "../t"})
     assert linked["code"] == "SymlinkCreated"
     assert laptop.agent.made == [
-        ("mkdir", {"path": "/~/new"}),
+        ("mkdir", {"path": "/new"}),
         ("rename", {"old_path": "/a", "new_path": "/b"}),
         ("symlink", {"path": "/l", "symlink_target": "../t"}),
     ]
@@ -198,3 +202,23 @@ async def test_times_that_no_calendar_has_do_not_break_a_listing(laptop: Laptop)
     first, second = (await laptop.alice.get(f"{laptop.path}/ls"))["DATA"]
     assert first["last_modified"] == "2116-02-20 23:53:38+00:00"
     assert second["last_modified"].endswith("+00:00")
+
+
+async def test_home_is_resolved_alike_for_calls_and_tasks(laptop: Laptop) -> None:
+    laptop.relay.registry.down(laptop.agent)
+    laptop.agent.collections = [msgspec.structs.replace(laptop.agent.collections[0], home="/people/al")]
+    laptop.relay.registry.up(laptop.agent)
+    with trio.fail_after(30):
+        while (await laptop.relay.store.read(partial(load, collection_id=laptop.id))).home != "/people/al":
+            await trio.sleep(0.01)
+    for path in ("~/new", "new", "/~/new", "~/a/../new"):
+        await laptop.alice.post(f"{laptop.path}/mkdir", {"path": path}, status=202)
+    assert laptop.agent.made == [("mkdir", {"path": "/people/al/new"})] * 4
+    item = {"source_path": "~/new", "destination_path": "copy/"}
+    task_id = await laptop.relay.transfer(laptop.alice, laptop.id, laptop.id, DATA=[item])
+    with trio.fail_after(30):
+        while task_id not in laptop.agent.orders:
+            await trio.sleep(0.01)
+    order = laptop.agent.orders[task_id][0]
+    assert order.items is not None
+    assert [(row.source_path, row.destination_path) for row in order.items] == [("/people/al/new", "/people/al/copy/")]

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protocol.names import is_within, parse_path_untrusted
+from protocol.names import CollectionPath, is_within, parse_path_untrusted
 from protocol.ticket import MAX_PATHS
 from relay.api.errors import ApiError
 from relay.transfer.scopes import place, prefixes
@@ -21,16 +21,18 @@ from tests.relay.transfer_world import TransferWorld, delete_document, open_worl
 
 NOW = 1_800_000_000.0
 A, B = str(uuid.uuid4()), str(uuid.uuid4())
+HOME = (b"home", b"al")
+HOMES: dict[str, CollectionPath | None] = {A: HOME, B: HOME}
 ITEM = {"DATA_TYPE": "transfer_item", "source_path": "/a", "destination_path": "/b"}
 SOON = "2027-06-01 12:00:00"
 
 
 def transfer(**more: Any) -> Submission:
-    return read_transfer(transfer_document(A, B, **more), max_items=1000, now=NOW)
+    return read_transfer(transfer_document(A, B, **more), homes=HOMES, max_items=1000, now=NOW)
 
 
 def delete(**more: Any) -> Submission:
-    return read_delete(delete_document(A, **more), max_items=1000, now=NOW)
+    return read_delete(delete_document(A, **more), homes=HOMES, max_items=1000, now=NOW)
 
 
 def test_every_field_arrives() -> None:
@@ -194,37 +196,62 @@ def test_no_items() -> None:
         ("/a/./b/..", "/a", False),
         ("~/../x", "~/../x", False),
         ("/a", "~/a", True),
+        ("/home/al/a", "~/a", False),
+        ("/home", "~/a", False),
+        ("~", "~/../b", True),
     ],
 )
 def test_nothing_is_copied_onto_or_into_itself(source: str, destination: str, allowed: bool) -> None:
     item = {**ITEM, "source_path": source, "destination_path": destination}
     document = transfer_document(A, A, DATA=[item])
     if allowed:
-        read_transfer(document, max_items=10, now=NOW)
+        read_transfer(document, homes=HOMES, max_items=10, now=NOW)
     else:
         with pytest.raises(ApiError, match="itself"):
-            read_transfer(document, max_items=10, now=NOW)
+            read_transfer(document, homes=HOMES, max_items=10, now=NOW)
 
 
 # --- scopes ------------------------------------------------------------------------------------------------------
 
 
-def test_scopes_keep_the_anchor_of_a_path() -> None:
+def test_paths_are_resolved_at_home() -> None:
+    item = {**ITEM, "source_path": "~/a/", "destination_path": "b/../c"}
+    (read,) = transfer(DATA=[item]).items
+    assert (read.source_path, read.destination_path) == ("/home/al/a/", "/home/al/c")
+    (read,) = delete(DATA=[{"path": "~/../x"}]).items
+    assert read.source_path == "/home/x"
+
+
+def test_a_home_that_nobody_knows_is_not_guessed() -> None:
+    item = {**ITEM, "source_path": "~/a"}
+    with pytest.raises(ApiError, match="no agent serves this collection yet") as refused:
+        read_transfer(transfer_document(A, B, DATA=[item]), homes={A: None, B: HOME}, max_items=1, now=NOW)
+    assert (refused.value.status, refused.value.code) == (409, "Conflict")
+    read_transfer(transfer_document(A, B, DATA=[ITEM]), homes={A: None, B: None}, max_items=1, now=NOW)
+
+
+@pytest.mark.parametrize("path", ["/", "//", "/.", "~/../..", "/~/../../.."])
+def test_the_root_of_a_collection_is_not_deleted(path: str) -> None:
+    with pytest.raises(ApiError, match="root"):
+        delete(DATA=[{"path": path}])
+
+
+def test_scopes_begin_at_the_root() -> None:
     def scope(*paths: str) -> list[str]:
-        return prefixes(place(path, "path") for path in paths)
+        return prefixes(place(path, "path", HOME) for path in paths)
 
     assert scope("/a/b/", "/a/b/c", "//x/../y") == ["/a/b", "/y"]
-    assert scope("~/a", "/~/b/", "c") == ["/~/a", "/~/b", "/~/c"]
-    assert scope("~/../x", "/a") == ["~/../x", "/a"]
+    assert scope("~/a", "/~/b/", "c") == ["/home/al/a", "/home/al/b", "/home/al/c"]
+    assert scope("~/../x", "/a") == ["/a", "/home/x"]
     assert scope("/") == ["/"]
-    assert scope("~") == ["/~/"]
+    assert scope("~") == ["/home/al"]
     assert scope("/a/~", "/␛7E/b") == ["/a/~", "/␛7E/b"]
-    assert scope("//~/a") == ["/~/a"]
+    assert scope("//~/a") == ["/home/al/a"]
 
 
 def test_globs_of_deletes_widen_the_scope_to_their_directory_only() -> None:
-    assert delete(interpret_globs=True, DATA=[{"path": "/~/logs/*.txt"}]).destination_scope == ["/~/logs"]
-    assert delete(interpret_globs=False, DATA=[{"path": "/~/logs/*.txt"}]).destination_scope == ["/~/logs/*.txt"]
+    assert delete(interpret_globs=True, DATA=[{"path": "/~/logs/*.txt"}]).destination_scope == ["/home/al/logs"]
+    assert delete(interpret_globs=False, DATA=[{"path": "/~/logs/*.txt"}]).destination_scope == ["/home/al/logs/*.txt"]
 
 
 names = st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="/\0"), min_size=1, max_size=8)
@@ -233,7 +260,7 @@ paths = st.lists(names, min_size=0, max_size=6).map(lambda parts: "/" + "/".join
 
 @given(st.lists(paths, min_size=1, max_size=30), st.sampled_from([(), (b"home", b"al")]))
 def test_a_scope_covers_every_item_as_the_agent_will_read_it(texts: list[str], home: tuple[bytes, ...]) -> None:
-    scope = [parse_path_untrusted(prefix, home) for prefix in prefixes(place(text, "path") for text in texts)]
+    scope = [parse_path_untrusted(prefix) for prefix in prefixes(place(text, "path", home) for text in texts)]
     for text in texts:
         path = parse_path_untrusted(text, home)
         assert any(is_within(path, prefix) for prefix in scope)
@@ -241,7 +268,7 @@ def test_a_scope_covers_every_item_as_the_agent_will_read_it(texts: list[str], h
 
 def test_many_items_make_a_bounded_scope_that_still_covers_them() -> None:
     texts = [f"/data/{n % 50}/{n % 7}/file{n}" for n in range(20_000)]
-    scope = prefixes(place(text, "path") for text in texts)
+    scope = prefixes(place(text, "path", ()) for text in texts)
     assert len(scope) <= MAX_PATHS
     assert scope != ["/"]
     covers = [parse_path_untrusted(prefix) for prefix in scope]
@@ -251,7 +278,7 @@ def test_many_items_make_a_bounded_scope_that_still_covers_them() -> None:
 def test_a_hundred_thousand_items_are_packed_small_and_come_back() -> None:
     items = [{**ITEM, "source_path": f"/d/{n}", "destination_path": f"/e/{n}"} for n in range(100_000)]
     document = transfer_document(A, B, DATA=items)
-    read = read_transfer(document, max_items=100_000, now=NOW)
+    read = read_transfer(document, homes=HOMES, max_items=100_000, now=NOW)
     packed = pack_items(read.items)
     assert len(packed) < 4_000_000
     assert unpack_items(packed) == read.items
