@@ -106,7 +106,7 @@ class Collections:
     def __init__(self, marks: Marks) -> None:
         self._marks = marks
         self._lock = threading.Lock()
-        self._open: dict[tuple[str, str], _Open] = {}
+        self._open: dict[tuple[str, str, bool], _Open] = {}
 
     @contextlib.contextmanager
     def using(self, config: CollectionConfig) -> Iterator[Root]:
@@ -142,7 +142,7 @@ class Collections:
 
     def close_one(self, config: CollectionConfig) -> None:
         """Give one root back, so that the next use opens it anew."""
-        key = (config.id, config.root)
+        key = (config.id, config.root, config.hidden)
         with self._lock:
             entry = self._open.pop(key, None)
             if entry is not None:
@@ -157,7 +157,7 @@ class Collections:
                 self._retire(entry)
 
     def _take(self, config: CollectionConfig) -> _Open:
-        key = (config.id, config.root)
+        key = (config.id, config.root, config.hidden)
         with self._lock:
             entry = self._open.get(key)
             if entry is not None:
@@ -185,6 +185,7 @@ class Collections:
 
     def _open_root(self, config: CollectionConfig) -> Root:
         from agent.storage import posix
+        from agent.storage.hiding import offered
 
         root = posix.open_root(config.root)
         try:
@@ -192,7 +193,7 @@ class Collections:
         except BaseException:
             root.close()
             raise
-        return root
+        return offered(root, hidden=config.hidden)
 
     def _recognise(self, config: CollectionConfig, found: Mark) -> None:
         from agent.storage import mounts
@@ -220,7 +221,7 @@ class Collections:
             if entry.retired and entry.users == 0:
                 entry.root.close()
 
-    def _drop(self, key: tuple[str, str], entry: _Open) -> None:
+    def _drop(self, key: tuple[str, str, bool], entry: _Open) -> None:
         with self._lock:
             if self._open.get(key) is entry:
                 del self._open[key]

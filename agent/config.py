@@ -51,6 +51,7 @@ __all__ = [
     "MAX_CONFIG_BYTES",
     "AgentConfig",
     "CollectionConfig",
+    "CollectionLimits",
     "ConfigError",
     "DataConfig",
     "LimitsConfig",
@@ -73,6 +74,17 @@ PROXY = r"none|http://([^/@\s]+@)?[^/@\s]+"
 
 
 @dataclass(frozen=True, kw_only=True)
+class CollectionLimits:
+    """How much may happen on one collection at a time; None: only the agent's own limits count."""
+
+    sessions: int | None = setting(
+        OrNull(Number(1, 64)),
+        None,
+        doc="Transfers into it and sessions reading from it at a time, each at most so many.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class CollectionConfig:
     """One storage root the owner offers. ``home`` and ``default_directory`` are paths inside the collection."""
 
@@ -87,6 +99,12 @@ class CollectionConfig:
     shareable: bool = setting(
         Flag(), False, key="sharing", doc="Whether parts of it may be shared with others through the relay."
     )
+    hidden: bool = setting(
+        Choice({"offered": True, "denied": False}),
+        True,
+        doc="Names that begin with a dot: offered like all others, or denied (not listed, read, changed or made).",
+    )
+    limits: CollectionLimits = setting(Section(CollectionLimits), doc="How much may happen on it at a time.")
     home: str = setting(InCollection(), "/", doc="Where /~/ and relative paths begin, a path inside the collection.")
     default_directory: str = setting(InCollection(), "/~/", doc="Where clients start, a path inside the collection.")
 

@@ -28,8 +28,8 @@ from pathlib import Path
 import jwt
 import msgspec
 
-from agent import config_edit
-from agent.config import AgentConfig, default_state_dir, parse_config, relay_url_problem
+from agent import config_edit, config_layers
+from agent.config import AgentConfig, default_state_dir, relay_url_problem
 from agent.enrol_http import RelayTrust, fetch_authority, redeem
 from agent.identity_file import (
     CA_FILE,
@@ -84,6 +84,7 @@ class Wish:
     name: str | None = None
     read_only: bool = False
     shareable: bool = False
+    hidden: bool = True
     home: str = "/"
     default_directory: str = "/~/"
 
@@ -220,7 +221,7 @@ def _read_or_template(config_file: Path, state_dir: Path | None) -> tuple[str, A
         text = config_edit.set_value(template(), None, "state_dir", str(chosen.absolute()), config_file)
     except (OSError, UnicodeDecodeError) as error:
         raise SetupFailed(f"The configuration {config_file} cannot be read.", who="you") from error
-    config = parse_config(text.encode(), config_file)
+    config = config_layers.load(config_file, owners=text.encode()).config
     if state_dir is not None and state_dir.absolute() != config.state_dir.absolute():
         raise SetupFailed(
             f"{config_file} keeps its state in {config.state_dir}, not in {state_dir}. Leave --state-dir out, or "
@@ -329,21 +330,34 @@ def _write_config(
     *,
     add: bool,
 ) -> None:
+    relay: dict[str, config_edit.Scalar] = {}
     if config.relay.url is None:
-        text = config_edit.set_value(text, "relay", "url", identity.relay_url, config_file)
+        relay["url"] = identity.relay_url
         if (config.state_dir / CA_FILE).exists():
-            ca_file = str((config.state_dir / CA_FILE).absolute())
-            text = config_edit.set_value(text, "relay", "ca_file", ca_file, config_file)
+            relay["ca_file"] = str((config.state_dir / CA_FILE).absolute())
+    entry: dict[str, config_edit.Scalar] = {}
     if add:
-        entry: dict[str, config_edit.Scalar] = {
+        entry = {
             "id": collection_id,
             "name": "".join(c if c.isprintable() else " " for c in name)[:255],
             "root": root,
             "access": "read-only" if wish.read_only else "read-write",
             "sharing": wish.shareable,
         }
+        entry |= {"hidden": "denied"} if not wish.hidden else {}
         entry |= {"home": wish.home} if wish.home != "/" else {}
         entry |= {"default_directory": wish.default_directory} if wish.default_directory != "/~/" else {}
+    if config_file.exists():
+        # The file is the owner's by now: what the program adds goes beside it.
+        with config_layers.editing(config_file) as content:
+            if relay:
+                content.setdefault("relay", {}).update(relay)
+            if entry:
+                config_layers.entry_in(content, "collections", collection_id).update(entry)
+        return
+    for key, value in relay.items():
+        text = config_edit.set_value(text, "relay", key, value, config_file)
+    if entry:
         text = config_edit.append_collection(text, entry, config_file)
     result = config_edit.checked(text, config_file)
     if collection_id not in {collection.id for collection in result.collections}:

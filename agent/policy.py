@@ -54,6 +54,13 @@ class Policy:
             )
         return collection
 
+    def has_room(self, collection_id: str, running: int) -> bool:
+        """Whether one more session may run on a collection beside those that do; yes for one that is not offered,
+        which is refused with its own reason."""
+        collection = self._collections.get(collection_id)
+        limit = None if collection is None else collection.limits.sessions
+        return limit is None or running < limit
+
     def check(self, collection_id: str, path: tuple[bytes, ...], access: Access) -> CollectionConfig:
         """Whether a path of a collection may be read (``r``) or changed (``rw``).
 

@@ -49,6 +49,7 @@ COMMANDS: dict[str, Entry] = {
     "start": Entry("agent.cli.service:start", "Start the agent in the background.", MACHINE),
     "stop": Entry("agent.cli.service:stop", "Stop the agent.", MACHINE),
     "status": Entry("agent.cli.service:status", "Say what the agent is doing.", MACHINE),
+    "collection": Entry("agent.cli.collection:collection", "Offer folders of this machine.", MACHINE),
     "config": Entry("agent.cli.config:config", "Show, change and check the agent's configuration.", MACHINE),
     "doctor": Entry("agent.cli.doctor:doctor", "Look for everything that can be wrong.", MACHINE),
     "demo": Entry("agent.demo.command:demo", "Move real data between two agents, with crashes, and prove it.", MACHINE),

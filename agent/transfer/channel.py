@@ -36,6 +36,7 @@ class WorkerCollection(msgspec.Struct, frozen=True, kw_only=True):
     root: str
     read_only: bool
     home: str = "/"
+    hidden: bool = True
 
 
 class Common(msgspec.Struct, frozen=True, kw_only=True):

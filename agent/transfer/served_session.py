@@ -12,7 +12,7 @@ from agent.transfer.channel import Channel, ChannelClosed, Incoming, ServeSessio
 from agent.transfer.order_check import check_session_order
 from agent.transfer.worker_process import worker
 from protocol.control import SessionOrder
-from protocol.errors import TowpathError
+from protocol.errors import RetryLater, TowpathError
 
 if TYPE_CHECKING:
     from agent.transfer.service import TransferService
@@ -103,6 +103,16 @@ class ServedSessions:
             served.ready.set()
             if self._served.get(order.session_id) is served:
                 del self._served[order.session_id]
+
+    def check_room(self, session_id: str, collection_id: str) -> None:
+        """Whether the owner's limit leaves room for one more session on a collection. Raises `RetryLater`."""
+        others = sum(served.collection_id == collection_id for key, served in self._served.items() if key != session_id)
+        if not self._service.policy.has_room(collection_id, others):
+            raise RetryLater(
+                "The source serves as many sessions on this collection as its owner allows; it goes on later.",
+                code="SOURCE_BUSY",
+                subject=collection_id,
+            )
 
     def cut(self, session_id: str) -> None:
         """End a session's worker now, whatever it is doing."""

@@ -128,10 +128,15 @@ class TransferService:
         free = self.config.limits.workers - sum(task.running for task in self._tasks.values())
         running = Counter(task.order.owner_id for task in self._tasks.values() if task.running)
         waiting = [task for task in self._tasks.values() if task.runnable and not self._paused]
+        into = Counter(task.order.destination.collection_id for task in self._tasks.values() if task.running)
         chosen: list[RunningTask] = []
         while waiting and len(chosen) < free:
             best = min(waiting, key=lambda task: running[task.order.owner_id])
             waiting.remove(best)
+            collection_id = best.order.destination.collection_id
+            if not self.policy.has_room(collection_id, into[collection_id]):
+                continue
+            into[collection_id] += 1
             running[best.order.owner_id] += 1
             chosen.append(best)
         return chosen
@@ -151,7 +156,7 @@ class TransferService:
             relay_id=self.verifier.relay_id,
             relay_root=self._relay_root,
             collections=[
-                WorkerCollection(id=row.id, root=row.root, read_only=row.read_only, home=row.home)
+                WorkerCollection(id=row.id, root=row.root, read_only=row.read_only, home=row.home, hidden=row.hidden)
                 for row in self.policy.collections
             ],
         )
@@ -310,6 +315,7 @@ class TransferService:
         """Serve as source of a session. Raises `TowpathError` when ticket or policy forbid it."""
         now = time.time()
         ticket = check_session_order(order, self.verifier, self.policy, self.node_id, self.identity.fingerprint, now)
+        self.sessions.check_room(order.session_id, ticket.source.collection_id if ticket.source else "")
         await trio.to_thread.run_sync(self.store.put_session, order, ticket.expires, now)
         own = order.peer.node_id == self.node_id
         data = self.config.data

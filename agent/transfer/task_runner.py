@@ -13,6 +13,7 @@ import msgspec
 import trio
 
 from agent.storage.base import Root
+from agent.storage.hiding import offered
 from agent.storage.posix import open_root
 from agent.transfer.channel import Event, RunTask
 from agent.transfer.daemon_line import DaemonLine
@@ -57,6 +58,7 @@ class TaskRunner:
         self._rate = 0.0
         collection = next(row for row in start.common.collections if row.id == self._order.destination.collection_id)
         self._root_path = collection.root
+        self._hidden = collection.hidden
 
     async def run(self) -> TaskObserved:
         """To a final state, or to PAUSED. Raises only when the journal itself cannot be used."""
@@ -156,7 +158,7 @@ class TaskRunner:
     async def _one_run(
         self, manifests: tuple[ManifestWriter, ManifestWriter], received: ReceivedCounter, *, resumed: bool
     ) -> None:
-        with await trio.to_thread.run_sync(open_root, self._root_path) as root:
+        with offered(await trio.to_thread.run_sync(open_root, self._root_path), hidden=self._hidden) as root:
             if self._order.type == "DELETE":
                 await self._run_delete(root, manifests[1])
                 return

@@ -18,6 +18,7 @@ import trio
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from agent.connect.tls import HANDSHAKE_TIMEOUT, check_peer, session_context
+from agent.storage.hiding import offered
 from agent.storage.posix import open_root
 from agent.transfer.channel import (
     Channel,
@@ -81,7 +82,7 @@ class _SourceWorker:
             fingerprint=self._identity.fingerprint,
             collection_id=collection_id,
         )
-        self._side = SourceSide(open_root(collection.root), policy, verifier)
+        self._side = SourceSide(offered(open_root(collection.root), hidden=collection.hidden), policy, verifier)
         self._connections = 0
         self._last = trio.current_time()
 

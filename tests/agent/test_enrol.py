@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from agent import enrol
 from agent.cli.service import setup
 from agent.config import load_config
-from agent.config_edit import CannotEdit
 from agent.enrol import Outcome, SetupFailed, Wish, find_setup_key, parse_setup_key_untrusted, set_up
 from agent.enrol_http import RelayUnreachable, SetupRefused
 from agent.identity_file import NotSetUp, load_identity, require
@@ -203,17 +202,18 @@ def test_a_node_key_that_others_can_read_is_refused(relay: SmallRelay, tmp_path:
         require(outcome.state_dir)
 
 
-def test_a_configuration_that_cannot_be_edited_stays_as_it_was_and_can_be_completed(
+def test_a_configuration_that_was_there_before_stays_as_it_was_and_is_completed_beside(
     relay: SmallRelay, tmp_path: Path, root: Path
 ) -> None:
     file = tmp_path / "agent.yaml"
-    file.write_text("{relay: {}}\n")
+    file.write_text("{relay: {}} # mine\n")
     key = relay.new_key()
-    with pytest.raises(CannotEdit):
-        run_set_up(tmp_path, root, key)
-    assert file.read_text() == "{relay: {}}\n"
-    file.write_text("relay: {}\n")
-    assert not run_set_up(tmp_path, root, key).already
+    outcome = run_set_up(tmp_path, root, key)
+    assert file.read_text() == "{relay: {}} # mine\n"
+    config = load_config(file)
+    assert config.relay.url == relay.url
+    assert [collection.id for collection in config.collections] == [outcome.collection_id]
+    assert run_set_up(tmp_path, root, key).already
     assert len(relay.requests) == 1
 
 

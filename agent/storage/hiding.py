@@ -1,0 +1,242 @@
+"""A root whose hidden files (names that begin with a dot) do not exist for anybody who comes through it.
+
+They are not listed, cannot be read, changed or made, and no symlink leads to them. For collections with ``hidden:
+denied``. Temporaries of transfers have reserved names and are let through; nobody can ask for those anyway.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from types import TracebackType
+
+from agent.storage.base import Bytes, Directory, Node, Root
+from protocol.names import CollectionPath, is_reserved
+
+
+def is_hidden(name: bytes) -> bool:
+    """Whether a name is hidden by its form."""
+    # What cannot be the name of an entry at all is refused by the storage, with its own reason.
+    possible = name not in (b".", b"..") and b"/" not in name and b"\0" not in name
+    return name.startswith(b".") and possible and not is_reserved(name)
+
+
+class HiddenDenied(PermissionError):
+    """The owner does not offer hidden files."""
+
+    def __init__(self) -> None:
+        super().__init__(errno.EACCES, "is hidden, and the owner of the collection does not offer hidden files")
+
+
+def _check(names: Iterable[bytes]) -> None:
+    if any(map(is_hidden, names)):
+        raise HiddenDenied
+
+
+class HidingDirectory(Directory):
+    """A folder without its hidden entries."""
+
+    def __init__(self, inner: Directory) -> None:
+        self.inner = inner
+
+    @property
+    def path(self) -> CollectionPath:
+        return self.inner.path
+
+    def scan(self, *, reserved: bool = False) -> Iterator[Node]:
+        return (node for node in self.inner.scan(reserved=reserved) if not is_hidden(node.name))
+
+    def lstat(self, name: bytes) -> Node:
+        _check([name])
+        return self.inner.lstat(name)
+
+    def stat(self, name: bytes) -> Node:
+        _check([name])
+        node = self.inner.stat(name)
+        self._check_link(name)
+        return node
+
+    def open_read(self, name: bytes, *, follow: bool = False) -> int:
+        return self.open_read_status(name, follow=follow)[0]
+
+    def open_read_status(self, name: bytes, *, follow: bool = False) -> tuple[int, os.stat_result]:
+        _check([name])
+        if follow:
+            self._check_link(name)
+        return self.inner.open_read_status(name, follow=follow)
+
+    def open_directory(self, name: bytes, *, follow: bool = False) -> Directory:
+        _check([name])
+        return _seen(self.inner.open_directory(name, follow=follow))
+
+    def _check_link(self, name: bytes) -> None:
+        """A symlink may not lead to hidden files, by whatever way: the system says where it ends."""
+        if self.inner.lstat(name).kind != "symlink":
+            return
+        if self.inner.stat(name).kind == "dir":
+            with self.inner.open_directory(name, follow=True) as opened:
+                _check(opened.path)
+            return
+        handle = self.inner.fileno()
+        if handle is None:
+            raise HiddenDenied
+        fd = self.inner.open_read(name, follow=True)
+        try:
+            place = os.readlink(os.fsencode(f"/proc/self/fd/{fd}"))
+            here = os.readlink(os.fsencode(f"/proc/self/fd/{handle}"))
+        except OSError:
+            # This system cannot say; then the link is not followed.
+            raise HiddenDenied from None
+        finally:
+            os.close(fd)
+        # What lies above the collection's root may be called what it likes.
+        depth = len(here.rstrip(b"/").split(b"/")) - len(self.inner.path)
+        _check(place.split(b"/")[depth:])
+
+    def create_temporary(self, name: bytes, mode: int = 0o600) -> int:
+        _check([name])
+        return self.inner.create_temporary(name, mode)
+
+    def open_temporary(self, name: bytes) -> int:
+        _check([name])
+        return self.inner.open_temporary(name)
+
+    def rename(self, old: bytes, new: bytes, target: Directory | None = None, *, replace_symlink: bool = True) -> None:
+        _check([old, new])
+        self.inner.rename(old, new, _inner(target), replace_symlink=replace_symlink)
+
+    def rename_no_replace(self, old: bytes, new: bytes, target: Directory | None = None) -> None:
+        _check([old, new])
+        self.inner.rename_no_replace(old, new, _inner(target))
+
+    def mkdir(self, name: bytes, mode: int = 0o777) -> None:
+        _check([name])
+        self.inner.mkdir(name, mode)
+
+    def unlink(self, name: bytes) -> None:
+        _check([name])
+        self.inner.unlink(name)
+
+    def rmdir(self, name: bytes) -> None:
+        _check([name])
+        self.inner.rmdir(name)
+
+    def symlink(self, name: bytes, target: bytes) -> None:
+        _check([name])
+        self.inner.symlink(name, target)
+
+    def readlink(self, name: bytes) -> bytes:
+        _check([name])
+        return self.inner.readlink(name)
+
+    def set_times(self, name: bytes, mtime_ns: int, *, follow: bool = False) -> None:
+        _check([name])
+        self.inner.set_times(name, mtime_ns, follow=follow)
+
+    def set_mode(self, name: bytes, mode: int, *, special: bool = False) -> None:
+        _check([name])
+        self.inner.set_mode(name, mode, special=special)
+
+    def status(self) -> Node:
+        return self.inner.status()
+
+    def sync(self) -> None:
+        self.inner.sync()
+
+    def fileno(self) -> int | None:
+        return self.inner.fileno()
+
+    def close(self) -> None:
+        self.inner.close()
+
+
+def _inner(directory: Directory | None) -> Directory | None:
+    return directory.inner if isinstance(directory, HidingDirectory) else directory
+
+
+def _seen(directory: Directory) -> Directory:
+    """A folder that was just opened, if no link on the way led to a hidden one."""
+    try:
+        _check(directory.path)
+    except HiddenDenied:
+        directory.close()
+        raise
+    return HidingDirectory(directory)
+
+
+class HidingRoot(Root):
+    """A root without hidden entries."""
+
+    def __init__(self, inner: Root) -> None:
+        self.inner = inner
+        self.features = inner.features
+
+    def open_directory(self, path: CollectionPath) -> Directory:
+        _check(path)
+        return _seen(self.inner.open_directory(path))
+
+    def open_parent(self, path: CollectionPath) -> tuple[Directory, bytes]:
+        _check(path)
+        directory, name = self.inner.open_parent(path)
+        return _seen(directory), name
+
+    def stat(self, path: CollectionPath) -> Node:
+        if not path:
+            return self.inner.stat(path)
+        directory, name = self.open_parent(path)
+        with directory:
+            return directory.stat(name)
+
+    def make_directories(self, path: CollectionPath, *, durable: bool = True) -> Directory:
+        _check(path)
+        return _seen(self.inner.make_directories(path, durable=durable))
+
+    def identity(self) -> tuple[int, int]:
+        return self.inner.identity()
+
+    def check_present(self) -> None:
+        self.inner.check_present()
+
+    def free_bytes(self) -> int:
+        return self.inner.free_bytes()
+
+    def syncfs(self) -> None:
+        self.inner.syncfs()
+
+    def close(self) -> None:
+        self.inner.close()
+
+    def preadv(self, fd: int, buffers: Sequence[bytearray | memoryview], offset: int) -> int:
+        return self.inner.preadv(fd, buffers, offset)
+
+    def pwrite(self, fd: int, data: Bytes, offset: int) -> int:
+        return self.inner.pwrite(fd, data, offset)
+
+    def ftruncate(self, fd: int, size: int) -> None:
+        self.inner.ftruncate(fd, size)
+
+    def fsync(self, fd: int) -> None:
+        self.inner.fsync(fd)
+
+    def fstat(self, fd: int) -> os.stat_result:
+        return self.inner.fstat(fd)
+
+    def fchmod(self, fd: int, mode: int) -> None:
+        self.inner.fchmod(fd, mode)
+
+    def futimes(self, fd: int, mtime_ns: int) -> None:
+        self.inner.futimes(fd, mtime_ns)
+
+    def close_file(self, fd: int) -> None:
+        self.inner.close_file(fd)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def offered(root: Root, *, hidden: bool) -> Root:
+    """The root as its owner offers it: with or without hidden files."""
+    return root if hidden else HidingRoot(root)

@@ -1,0 +1,67 @@
+"""`towpath collection`: changes go beside the owner's file, which stays as it is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from agent.cli.main import cli
+from agent.config import CollectionConfig, load_config
+from agent.policy import Policy
+
+ONE = "6c54cade-bde5-45c1-bdea-f4bd71dba2cc"
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    (tmp_path / "one").mkdir()
+    path = tmp_path / "agent.yaml"
+    path.write_text(f"# mine\ncollections:\n- id: {ONE}\n  name: One\n  root: {tmp_path}/one\n")
+    return path
+
+
+def invoke(file: Path, *arguments: str) -> Any:
+    return CliRunner().invoke(cli, ["collection", *arguments, "--config", str(file)])
+
+
+def test_update_changes_what_was_asked_for_and_nothing_else(file: Path, tmp_path: Path) -> None:
+    before = file.read_text()
+    done = invoke(
+        file, "update", "One", "--name", "Uno", "--access", "read-only", "--hidden", "denied", "--sessions", "2"
+    )
+    assert done.exit_code == 0, done.output
+    (row,) = load_config(file).collections
+    assert (row.name, row.read_only, row.hidden, row.limits.sessions) == ("Uno", True, False, 2)
+    assert row.root == f"{tmp_path}/one"
+    assert file.read_text() == before
+    (listed,) = json.loads(invoke(file, "list", "-F", "json").output)["collections"]
+    assert (listed["name"], listed["access"], listed["hidden"]) == ("Uno", "read-only", "denied")
+    assert invoke(file, "update", ONE, "--sessions", "0").exit_code == 0
+    assert load_config(file).collections[0].limits.sessions is None
+    assert invoke(file, "update", "One", "--name", "x").exit_code == 1
+    assert invoke(file, "update", ONE).exit_code == 2
+
+
+def test_remove_withdraws_it_and_keeps_the_files(file: Path, tmp_path: Path) -> None:
+    before = file.read_text()
+    assert invoke(file, "remove", "One", "--yes").exit_code == 0
+    assert load_config(file).collections == ()
+    assert file.read_text() == before
+    assert (tmp_path / "one").is_dir()
+    assert invoke(file, "remove", "One", "--yes").exit_code == 1
+
+
+def test_the_limit_of_sessions_is_per_collection() -> None:
+    limited = CollectionConfig(id=ONE, name="One", root="/one")
+    assert Policy([limited]).has_room(ONE, 1000)
+    from agent.config import CollectionLimits
+
+    limited = CollectionConfig(id=ONE, name="One", root="/one", limits=CollectionLimits(sessions=2))
+    policy = Policy([limited])
+    assert policy.has_room(ONE, 1)
+    assert not policy.has_room(ONE, 2)
+    assert policy.has_room("another", 99)
