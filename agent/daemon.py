@@ -31,6 +31,7 @@ from agent.identity_file import Identity, NotSetUp, make_state_dir, require
 from agent.link import Link
 from agent.link_app import LinkApp
 from agent.local_app import LocalApplication, local_app
+from agent.local_gate import LOOPBACK_FILE, Loopback, listen_on_loopback
 from agent.local_server import serve_local
 from agent.lock import RENEW_EVERY, InstanceLock, held
 from agent.policy import Policy
@@ -121,11 +122,11 @@ class Daemon:
 
     async def run(self, notifier: Notifier) -> None:
         """Serve until `stop`, SIGTERM or SIGINT; running tasks are settled before this returns."""
-        listener, path = local_socket.listen(self._config.state_dir)
+        listener, path, loopback = await trio.to_thread.run_sync(self._listen_locally)
         try:
             async with trio.open_nursery() as nursery:
                 await nursery.start(self._watch_signals)
-                nursery.start_soon(self._serve_local, listener)
+                nursery.start_soon(self._serve_local, listener, loopback)
                 await nursery.start(self._tasks.run)
                 await self._availability.look()
                 nursery.start_soon(self._availability.run)
@@ -161,9 +162,18 @@ class Daemon:
                 else:
                     self._stop.set()
 
-    async def _serve_local(self, listener: socket.socket) -> None:
+    def _listen_locally(self) -> tuple[socket.socket, Path, Loopback | None]:
+        state_dir = self._config.state_dir
+        # Left by an agent that was killed on a system without Unix sockets.
+        (state_dir / LOOPBACK_FILE).unlink(missing_ok=True)
+        if hasattr(socket, "AF_UNIX"):
+            return *local_socket.listen(state_dir), None
+        listener, loopback = listen_on_loopback(state_dir)
+        return listener, state_dir / LOOPBACK_FILE, loopback
+
+    async def _serve_local(self, listener: socket.socket, loopback: Loopback | None) -> None:
         application = LocalApplication(self, self._tasks, self._policy, self._availability.reports)
-        await serve_local(listener, local_app(application))
+        await serve_local(listener, local_app(application), loopback)
 
     async def _upkeep(self) -> None:
         """Keep the lock's record fresh."""

@@ -136,9 +136,6 @@ def _id(request: Request) -> str:
 def _answering(handler: Handler) -> Callable[[Request], Awaitable[Response]]:
     async def answer(request: Request) -> Response:
         try:
-            # No program of the owner's sends one; a browser that was tricked into a proxy to this socket would.
-            if "origin" in request.headers:
-                raise AccessDenied("Web pages may not control the agent.")
             document = await handler(request)
             return document if isinstance(document, Response) else _json(200, document)
         except TowpathError as error:

@@ -14,15 +14,20 @@ from hypercorn.trio.worker_context import WorkerContext
 from starlette.applications import Starlette
 
 from agent import local_socket
+from agent.local_gate import Application, Loopback, loopback_gate, unix_gate
 
 logger = logging.getLogger("towpath.local")
 
 MAX_CONNECTIONS = 32
 
 
-async def serve_local(listener: socket.socket, application: Starlette) -> None:
-    """Answer on a listening Unix socket until cancelled. Connections of other users are closed unanswered."""
-    app = ASGIWrapper(cast("Any", application))
+async def serve_local(listener: socket.socket, application: Starlette, loopback: Loopback | None = None) -> None:
+    """Answer on a listening Unix socket (or loopback port) until cancelled, through the gate of each.
+
+    Connections of other users to the Unix socket are closed unanswered.
+    """
+    inner = cast("Application", application)
+    app = ASGIWrapper(cast("Any", unix_gate(inner) if loopback is None else loopback_gate(inner, loopback)))
     config = Config()
     config.errorlog = logger
     config.h11_max_incomplete_size = 16 * 1024
@@ -32,7 +37,7 @@ async def serve_local(listener: socket.socket, application: Starlette) -> None:
     async def serve(stream: trio.SocketStream) -> None:
         async with places:
             raw = cast("socket.socket", stream.socket)
-            if not local_socket.is_allowed(local_socket.peer_user(raw)):
+            if loopback is None and not local_socket.is_allowed(local_socket.peer_user(raw)):
                 logger.warning("Another user tried to control this agent.")
                 await stream.aclose()
                 return

@@ -22,6 +22,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from agent.local_gate import LOOPBACK, LOOPBACK_FILE, UNIX_HOST, load_loopback
 from agent.state_files import is_shared
 from protocol.errors import TowpathError
 from protocol.identity import write_private_file
@@ -152,7 +153,7 @@ class _Connection(http.client.HTTPConnection):
     """HTTP over a Unix socket."""
 
     def __init__(self, path: Path, timeout: float) -> None:
-        super().__init__("agent", timeout=timeout)
+        super().__init__(UNIX_HOST, timeout=timeout)
         self._path = path
 
     def connect(self) -> None:
@@ -172,10 +173,10 @@ def ask(state_dir: Path, method: str, path: str, *, timeout: float = 15.0) -> di
 
     Raises `NotRunning`, or `LocalRefused` with the agent's own sentence.
     """
-    socket_path = address(state_dir)
+    connection, headers = _connection(state_dir, timeout)
     try:
-        with contextlib.closing(_Connection(socket_path, timeout)) as connection:
-            connection.request(method, path, headers={"connection": "close"})
+        with contextlib.closing(connection):
+            connection.request(method, path, headers={"connection": "close", **headers})
             response = connection.getresponse()
             body = response.read(MAX_ANSWER + 1)
     except (OSError, http.client.HTTPException) as error:
@@ -187,6 +188,19 @@ def ask(state_dir: Path, method: str, path: str, *, timeout: float = 15.0) -> di
     if not 200 <= response.status < 300:
         raise LocalRefused(str(document.get("sentence") or f"The agent answered with status {response.status}."))
     return document
+
+
+def _connection(state_dir: Path, timeout: float) -> tuple[http.client.HTTPConnection, dict[str, str]]:
+    """The way to the running agent, not yet connected, and what has to be shown there. Raises `NotRunning`."""
+    try:
+        where = load_loopback(state_dir)
+    except OSError as error:
+        raise NotRunning(f"{state_dir / LOOPBACK_FILE} cannot be read ({error.strerror}).") from error
+    if where is not None:
+        return http.client.HTTPConnection(LOOPBACK, where.port, timeout=timeout), {
+            "authorization": f"Bearer {where.token}"
+        }
+    return _Connection(address(state_dir), timeout), {}
 
 
 def _object(body: bytes) -> dict[str, Any]:

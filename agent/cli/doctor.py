@@ -45,7 +45,7 @@ def doctor(out: Output, checks: tuple[str, ...], config_file: Path) -> int:
         if not out.is_json:
             _print(out, entry, findings)
     if out.is_json:
-        out.document({"checks": [_document(entry, findings) for entry, findings in report]})
+        out.document({"checks": [document_of(entry, findings) for entry, findings in report]})
     failed = any(finding.level == "failure" for _, findings in report for finding in findings)
     return ExitCode.OTHER if failed else ExitCode.DONE
 
@@ -99,7 +99,8 @@ def _print(out: Output, entry: Entry, findings: list[Finding]) -> None:
             out.line(f"  {'':<8}→ {finding.advice}")
 
 
-def _document(entry: Entry, findings: list[Finding]) -> dict[str, object]:
+def document_of(entry: Entry, findings: list[Finding]) -> dict[str, object]:
+    """A check and what it found, for programs."""
     return {
         "name": entry.name,
         "findings": [

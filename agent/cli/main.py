@@ -49,6 +49,14 @@ COMMANDS: dict[str, Entry] = {
     "start": Entry("agent.cli.service:start", "Start the agent in the background.", MACHINE),
     "stop": Entry("agent.cli.service:stop", "Stop the agent.", MACHINE),
     "status": Entry("agent.cli.service:status", "Say what the agent is doing.", MACHINE),
+    "top": Entry("agent.cli.top:top", "Watch what moves now.", MACHINE),
+    "pause": Entry("agent.cli.control:pause", "Hold up all transfers of this machine.", MACHINE),
+    "resume": Entry("agent.cli.control:resume", "Let them go on.", MACHINE),
+    "reconnect": Entry("agent.cli.control:reconnect", "Connect to the relay at once.", MACHINE),
+    "logs": Entry("agent.cli.logs:logs", "Show the agent's log.", MACHINE),
+    "support-bundle": Entry(
+        "agent.cli.support:support_bundle", "Collect what helps helpers, without secrets.", MACHINE
+    ),
     "collection": Entry("agent.cli.collection:collection", "Offer folders of this machine.", MACHINE),
     "config": Entry("agent.cli.config:config", "Show, change and check the agent's configuration.", MACHINE),
     "doctor": Entry("agent.cli.doctor:doctor", "Look for everything that can be wrong.", MACHINE),
