@@ -116,7 +116,7 @@ class DataConfig:
 
     listen: str = setting(
         Address(),
-        "0.0.0.0",  # noqa: S104 - the data port is meant to be reached by other machines
+        "::",
         doc="Address to listen on: 0.0.0.0 is every IPv4 address, :: every IPv6 and IPv4 address.",
     )
     port: int = setting(Number(0, 65535), 0, doc="Port to listen on; 0 lets the system choose one.")
@@ -124,6 +124,11 @@ class DataConfig:
         ListOf(Host(), MAX_ADVERTISED, "addresses or host names"),
         (),
         doc="Addresses or names by which other agents reach this machine, when they are not those of its interfaces.",
+    )
+    relay: str = setting(
+        words("allow", "until-direct", "never"),
+        "allow",
+        doc="Whether data may pass the relay's tunnel: always, until a direct path was found, or never.",
     )
     allow_loopback: bool = setting(Flag(), False, doc="Offer 127.0.0.1 too, for several agents on one machine.")
 

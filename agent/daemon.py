@@ -16,6 +16,7 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
+from urllib.parse import urlsplit
 
 import msgspec
 import trio
@@ -26,6 +27,7 @@ from agent.collections import MARKS_FILE, Collections, Marks
 from agent.config import AgentConfig, ConfigError, load_config
 from agent.config_layers import overlay_file
 from agent.config_watch import changes
+from agent.connect.network import Network
 from agent.connect.proxy import Dialer
 from agent.identity_file import Identity, NotSetUp, make_state_dir, require
 from agent.link import Link
@@ -85,6 +87,13 @@ class Daemon:
         self._policy.paused = (config.state_dir / PAUSED_FILE).exists()
         self._collections = Collections(Marks(config.state_dir / MARKS_FILE))
         verifier = TicketVerifier(identity.relay_id, identity.relay_root)
+        self._network = Network(
+            relay=_place_of(config.relay.url or identity.relay_url),
+            advertise=config.data.advertise,
+            allow_loopback=config.data.allow_loopback,
+            relay_policy=config.data.relay,
+            relay_up=lambda: self._link.statistics().connected,
+        )
         self._tasks = TransferService(
             config.state_dir,
             config,
@@ -94,6 +103,7 @@ class Daemon:
             verifier,
             self._policy,
             identity.relay_root,
+            self._network,
         )
         self._availability = Availability(self._policy, self._collections, self._tasks.announce_collections)
         self._link = Link(
@@ -238,6 +248,7 @@ class Daemon:
             "paused": self._policy.paused,
             "data_port": self._tasks.port,
             "link": asdict(self._link.statistics()),
+            "network": self._network.statistics(),
             "collections": self._availability.reports(),
             "tasks": self._tasks.tasks(),
         }
@@ -313,6 +324,11 @@ def _waiting_for_start(running: AgentConfig, read: AgentConfig) -> list[str]:
         ("data.port", running.data.port, read.data.port),
     )
     return [key for key, old, new in pairs if old != new]
+
+
+def _place_of(url: str) -> tuple[str, int] | None:
+    parts = urlsplit(url)
+    return None if parts.hostname is None else (parts.hostname, parts.port or 443)
 
 
 def _authority(config: AgentConfig) -> str | None:

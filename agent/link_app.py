@@ -27,6 +27,7 @@ from agent.storage.base import Root
 from agent.storage.faults import fault
 from agent.storage.listing import Accounts, list_directory, stat_entry
 from agent.storage.query import parse_query_untrusted
+from protocol.candidates import PathGo, PathOffer
 from protocol.control import (
     MAX_DOCUMENT,
     CollectionReport,
@@ -44,6 +45,7 @@ from protocol.names import CollectionPath, parse_path_untrusted, unescape
 CALLS_AT_ONCE = 4
 MAX_SMALL_BODY = 64 * 1024
 MAX_LINK_TARGET = 4096
+MAX_PATH_BODY = 512 * 1024
 
 _STATUS = {
     "PERMISSION_DENIED": 403,
@@ -145,6 +147,9 @@ class LinkApp:
             ("GET", "/link/tasks/{task}/successful", "tasks", self._successful),
             ("GET", "/link/tasks/{task}/skipped", "tasks", self._skipped),
             ("PUT", "/link/sessions/{session}", "sessions", self._put_session),
+            ("PUT", "/link/sessions/{session}/offer", "sessions", self._put_offer),
+            ("PUT", "/link/sessions/{session}/go", "sessions", self._put_source_go),
+            ("PUT", "/link/tasks/{task}/go", "tasks", self._put_go),
             ("DELETE", "/link/sessions/{session}", "withdrawals", self._withdraw),
         ]
 
@@ -322,6 +327,24 @@ class LinkApp:
         if order.session_id != request.path_params["session"]:
             raise ProtocolError("The order is for another session than the address says.")
         return _answer(await self._tasks.put_session(order))
+
+    async def _put_offer(self, request: Request) -> Response:
+        offer = await _body(request, PathOffer, MAX_PATH_BODY)
+        if offer.session_id != request.path_params["session"]:
+            raise ProtocolError("The offer is for another session than the address says.")
+        return _answer(await self._tasks.take_offer(offer))
+
+    async def _put_source_go(self, request: Request) -> Response:
+        go = await _body(request, PathGo, MAX_PATH_BODY)
+        if go.session_id != request.path_params["session"]:
+            raise ProtocolError("The go is for another session than the address says.")
+        self._tasks.take_source_go(go)
+        return Response(status_code=204)
+
+    async def _put_go(self, request: Request) -> Response:
+        go = await _body(request, PathGo, MAX_PATH_BODY)
+        self._tasks.take_go(request.path_params["task"], go)
+        return Response(status_code=204)
 
     async def _withdraw(self, request: Request) -> Response:
         await self._tasks.withdraw_session(request.path_params["session"])

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Protocol
 
+from protocol.candidates import PathAnswer, PathGo, PathOffer
 from protocol.control import (
     AgentEvent,
     CollectionReport,
@@ -43,6 +44,15 @@ class TaskService(Protocol):
 
     async def put_session(self, order: SessionOrder) -> SessionAnswer:
         """Serve as source of a session."""
+
+    async def take_offer(self, offer: PathOffer) -> PathAnswer:
+        """A destination wants a path to this source arranged."""
+
+    def take_source_go(self, go: PathGo) -> None:
+        """The relay's go for an offer that this source has answered."""
+
+    def take_go(self, task_id: str, go: PathGo) -> None:
+        """The relay's go for an offer of a task that runs here."""
 
     async def withdraw_session(self, session_id: str) -> None:
         """Cut a session and refuse its ticket."""

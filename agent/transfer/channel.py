@@ -83,6 +83,7 @@ class Connected(Message, tag="connected", frozen=True, kw_only=True):
 
     request: int
     certificate: str
+    transport: str = "tcp"
 
 
 class ConnectFailed(Message, tag="unconnected", frozen=True, kw_only=True):
@@ -90,6 +91,10 @@ class ConnectFailed(Message, tag="unconnected", frozen=True, kw_only=True):
 
     request: int
     error: dict[str, Any]
+
+
+class BetterPath(Message, tag="better", frozen=True, kw_only=True):
+    """Connections opened from now on go a better way than those there are: lanes may be replaced, one by one."""
 
 
 class Desire(Message, tag="desire", frozen=True, kw_only=True):
@@ -145,7 +150,7 @@ class Checkpointed(Message, tag="checkpointed", frozen=True, kw_only=True):
     observed: TaskObserved
 
 
-ToWorker = RunTask | ServeSession | Incoming | Connected | ConnectFailed | Desire | EventStored
+ToWorker = RunTask | ServeSession | Incoming | Connected | ConnectFailed | BetterPath | Desire | EventStored
 ToDaemon = Connect | Event | Progress | Finished | Checkpointed
 
 _encoder = msgspec.msgpack.Encoder()

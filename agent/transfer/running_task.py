@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
 import msgspec
 import trio
 
-from agent.connect.dialer import allowed_untrusted, dial
+from agent.connect.transport import Path
 from agent.transfer.channel import (
+    BetterPath,
     Channel,
     ChannelClosed,
     Checkpointed,
@@ -27,15 +27,16 @@ from agent.transfer.channel import (
     RunTask,
 )
 from agent.transfer.plan import now_iso
+from agent.transfer.task_paths import TaskPaths
 from agent.transfer.task_store import StoredTask
 from agent.transfer.worker_process import worker
+from protocol.candidates import PathGo
 from protocol.control import FINAL_STATES, AgentEvent, Counters, SessionAnswer, TaskObserved, TaskOrder
-from protocol.errors import RetryLater, TowpathError
+from protocol.errors import TaskFailed, TowpathError
 
 if TYPE_CHECKING:
     from agent.transfer.service import TransferService
 
-ANSWER_TIMEOUT = 20.0
 CRASH_PAUSE, LONGEST_CRASH_PAUSE = 0.5, 30.0
 
 
@@ -55,7 +56,7 @@ class RunningTask:
         self.held = stored.held
         self.running = False
         self._answer = stored.answer or stored.order.session
-        self._answered = trio.Event()
+        self._paths: TaskPaths | None = None
         self._channel: Channel | None = None
         self._stopping = False
 
@@ -149,8 +150,13 @@ class RunningTask:
         """Where the source is now."""
         if self._answer is None or answer.generation >= self._answer.generation:
             self._answer = answer
-            self._answered.set()
-            self._answered = trio.Event()
+            if self._paths is not None:
+                self._paths.take_answer(answer)
+
+    def take_go(self, go: PathGo) -> None:
+        """The relay's go for an offer of the running worker's."""
+        if self._paths is not None:
+            self._paths.take_go(go)
 
     # --- the worker ------------------------------------------------------------------------------------
 
@@ -210,6 +216,10 @@ class RunningTask:
             self._channel = channel
             if self.desired != order.desired:
                 await self._tell_worker()
+            if order.source is not None and order.type == "TRANSFER":
+                better = self._better(channel, nursery)
+                self._paths = TaskPaths(service, self.order, self._answer, better)
+                await nursery.start(self._paths.run)
             try:
                 while True:
                     message, _ = await channel.receive()
@@ -222,7 +232,7 @@ class RunningTask:
                 nursery.cancel_scope.cancel()
                 self._channel = None
             finally:
-                self._channel = None
+                self._channel = self._paths = None
         raise ChannelClosed
 
     async def _handle(self, channel: Channel, message: object) -> bool:
@@ -260,7 +270,10 @@ class RunningTask:
     async def _observe(self, observed: TaskObserved, *, final: bool) -> None:
         before = self.observed
         self.observed = msgspec.structs.replace(
-            observed, revision=self.order.revision, counters=merged(before.counters, observed.counters)
+            observed,
+            revision=self.order.revision,
+            counters=merged(before.counters, observed.counters),
+            path=(self._paths.text if self._paths is not None else "") or before.path,
         )
         line = AgentEvent(n=0, kind="progress", time=now_iso(), task_id=self.order.task_id, observed=self.observed)
         if final or (before.state, before.status_code) != (observed.state, observed.status_code):
@@ -271,50 +284,40 @@ class RunningTask:
     # --- connections -----------------------------------------------------------------------------------
 
     async def _connect(self, channel: Channel, message: Connect) -> None:
+        paths = self._paths
+        if paths is None:
+            error = TaskFailed("A delete has no source.")
+            await channel.send(ConnectFailed(request=message.request, error=error.to_document()))
+            return
         try:
-            sock, certificate = await self._dial()
+            connection, certificate = await paths.connect()
         except TowpathError as error:
             await channel.send(ConnectFailed(request=message.request, error=error.to_document()))
             return
-        with sock:
-            descriptor = os.dup(sock.fileno())
+        with connection.sock:
+            descriptor = os.dup(connection.sock.fileno())
+        if (line := paths.news()) is not None:
+            await self._record(line)
         try:
             await channel.send(
-                Connected(request=message.request, certificate=certificate, descriptors=1), (descriptor,)
+                Connected(
+                    request=message.request,
+                    certificate=certificate,
+                    transport=connection.path.transport,
+                    descriptors=1,
+                ),
+                (descriptor,),
             )
         finally:
             os.close(descriptor)
 
-    async def _dial(self) -> tuple[socket.socket, str]:
-        """A socket to the source and the certificate to expect there. Raises `RetryLater`."""
-        answer = self._answer
-        if answer is not None:
-            with contextlib.suppress(RetryLater):
-                return await self._dial_answer(answer)
-            # The source may have moved: the relay knows where to.
-        return await self._dial_answer(await self._newer_answer(answer))
+    def _better(self, channel: Channel, nursery: trio.Nursery) -> Callable[[Path], None]:
+        """Tell the worker and the user that lanes may move to a better path."""
 
-    async def _dial_answer(self, answer: SessionAnswer) -> tuple[socket.socket, str]:
-        source = self.order.source
-        assert source is not None  # deletes never dial
-        own = source.node_id == self._service.node_id
-        loopback = own or self._service.config.data.allow_loopback
-        sock = await dial(allowed_untrusted(answer.candidates, loopback=loopback))
-        # The certificate that came with the order and matches the ticket, whatever the answer says.
-        return sock, source.certificate
+        async def tell() -> None:
+            if self._paths is not None and (line := self._paths.news()) is not None:
+                await self._record(line)
+            with contextlib.suppress(ChannelClosed):
+                await channel.send(BetterPath())
 
-    async def _newer_answer(self, old: SessionAnswer | None) -> SessionAnswer:
-        generation = -1 if old is None else old.generation
-        self._service.outbox.passing(
-            AgentEvent(n=0, kind="session_wanted", time=now_iso(), task_id=self.order.task_id, generation=generation)
-        )
-        with trio.move_on_after(ANSWER_TIMEOUT):
-            while self._answer is None or self._answer.generation <= generation:
-                await self._answered.wait()
-            return self._answer
-        raise RetryLater(
-            "The source endpoint is not connected to its relay, or the relay cannot be reached; the task goes on "
-            "when it is.",
-            code="GC_NOT_CONNECTED",
-            who="source owner",
-        )
+        return lambda _path: nursery.start_soon(tell)

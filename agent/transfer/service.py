@@ -20,7 +20,8 @@ import trio
 
 from agent.config import AgentConfig
 from agent.connect import listener
-from agent.connect.dialer import own_candidates
+from agent.connect.introductions import Introductions
+from agent.connect.network import Network
 from agent.policy import Policy
 from agent.transfer.channel import Common, WorkerCollection
 from agent.transfer.manifest import ManifestPage, RowType, SkippedRow, TransferredRow, read_page
@@ -30,6 +31,7 @@ from agent.transfer.plan import now_iso
 from agent.transfer.running_task import RunningTask
 from agent.transfer.served_session import ServedSessions
 from agent.transfer.task_store import TaskStore
+from protocol.candidates import PathAnswer, PathGo, PathOffer
 from protocol.control import (
     FINAL_STATES,
     AgentEvent,
@@ -66,6 +68,7 @@ class TransferService:
         verifier: TicketVerifier,
         policy: Policy,
         relay_root: str,
+        network: Network | None = None,
     ) -> None:
         self.directory = state_dir / "tasks"
         self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -78,6 +81,10 @@ class TransferService:
         self._relay_root = relay_root
         self.store = TaskStore(self.directory / "tasks.sqlite")
         self.outbox = Outbox(self.store)
+        self.network = network or Network(
+            relay=None, advertise=config.data.advertise, allow_loopback=config.data.allow_loopback
+        )
+        self._introductions = Introductions(self.network)
         self.sessions = ServedSessions(self)
         self._tasks: dict[str, RunningTask] = {}
         self._wake = trio.Event()
@@ -94,23 +101,26 @@ class TransferService:
             listening = await trio.to_thread.run_sync(self._bind)
             async with trio.open_nursery() as nursery:
                 self.sessions.nursery = nursery
-                nursery.start_soon(listener.serve, listening, self.sessions.deliver)
+                data_port = self.network.data_port = listener.DataPort(listening, self.sessions.deliver)
+                nursery.start_soon(data_port.serve)
+                nursery.start_soon(self.network.watch)
+                await nursery.start(self._introductions.run)
                 task_status.started()
                 await self._schedule(nursery)
 
-    def _bind(self) -> socket.socket:
+    def _bind(self) -> list[socket.socket]:
         """The data port: the configured one, else the one of last time, so that peers find us without the relay."""
         remembered = int(self.store.get("port") or 0)
         wanted = self.config.data.port or remembered
         try:
-            sock = listener.bind(self.config.data.listen, wanted)
+            sockets = listener.bind(self.config.data.listen, wanted)
         except OSError:
             if self.config.data.port or not wanted:
                 raise
-            sock = listener.bind(self.config.data.listen, 0)
-        self.port = sock.getsockname()[1]
+            sockets = listener.bind(self.config.data.listen, 0)
+        self.port = sockets[0].getsockname()[1]
         self.store.put("port", str(self.port))
-        return sock
+        return sockets
 
     async def _schedule(self, nursery: trio.Nursery) -> None:
         for task in self._tasks.values():
@@ -318,11 +328,10 @@ class TransferService:
         self.sessions.check_room(order.session_id, ticket.source.collection_id if ticket.source else "")
         await trio.to_thread.run_sync(self.store.put_session, order, ticket.expires, now)
         own = order.peer.node_id == self.node_id
-        data = self.config.data
         return SessionAnswer(
             session_id=order.session_id,
             generation=int(now * 1000),
-            candidates=own_candidates(self.port, data.advertise, loopback=own or data.allow_loopback),
+            candidates=await self.network.host_candidates(loopback=own),
             certificate=self.identity.certificate_pem,
         )
 
@@ -330,6 +339,26 @@ class TransferService:
         """Cut a session and refuse its ticket from now on."""
         await trio.to_thread.run_sync(self.store.remove_session, session_id)
         self.sessions.cut(session_id)
+        self._introductions.cut(session_id)
+
+    # --- paths -----------------------------------------------------------------------------------------
+
+    async def take_offer(self, offer: PathOffer) -> PathAnswer:
+        """A destination wants a path to this source arranged. Raises `TowpathError` when there is no such session."""
+        self.policy.check_operation("sessions")
+        order = await trio.to_thread.run_sync(self.store.session, offer.session_id)
+        if order is None:
+            raise ItemFailed("This agent serves no such session.", code="NOT_FOUND", subject=offer.session_id)
+        check_session_order(order, self.verifier, self.policy, self.node_id, self.identity.fingerprint, time.time())
+        return await self._introductions.offer(offer, own=order.peer.node_id == self.node_id)
+
+    def take_source_go(self, go: PathGo) -> None:
+        """The relay's go for an offer that this source has answered."""
+        self._introductions.go(go)
+
+    def take_go(self, task_id: str, go: PathGo) -> None:
+        """The relay's go for an offer of a task that runs here."""
+        self._task(task_id).take_go(go)
 
 
 def _shown(path: bytes) -> str:

@@ -319,6 +319,10 @@ class Steward:
                 source, task = found
                 await self._signalling.introduce(offer, node_id, source, owner_id=task.owner_id)
         except TowpathError as error:
+            if error.code == "NOT_FOUND":
+                # The source has lost the session: it is ordered anew.
+                self._courier.want_session(offer.task_id)
+                self.wake(offer.task_id)
             logger.info("No path could be arranged for task %s: %s (%s)", offer.task_id, error.sentence, error.code)
         except Exception:
             logger.exception("Arranging a path for task %s failed.", offer.task_id)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 
+from protocol.candidates import PathAnswer, PathGo, PathOffer
 from protocol.control import (
     AgentEvent,
     CollectionReport,
@@ -54,6 +55,16 @@ class RecordedTasks:
     async def put_session(self, order: SessionOrder) -> SessionAnswer:
         self.calls.append(("put_session", order.session_id))
         return SessionAnswer(session_id=order.session_id, generation=1, candidates=[], certificate="c")
+
+    async def take_offer(self, offer: PathOffer) -> PathAnswer:
+        self.calls.append(("take_offer", offer))
+        return PathAnswer(session_id=offer.session_id, generation=offer.generation)
+
+    def take_source_go(self, go: PathGo) -> None:
+        self.calls.append(("take_source_go", go))
+
+    def take_go(self, task_id: str, go: PathGo) -> None:
+        self.calls.append(("take_go", task_id))
 
     async def withdraw_session(self, session_id: str) -> None:
         self.calls.append(("withdraw_session", session_id))

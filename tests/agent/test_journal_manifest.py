@@ -11,12 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent.connect.dialer import MAX_CANDIDATES, allowed_untrusted
 from agent.transfer.channel import Event
 from agent.transfer.compare import block_count, block_size, missing_ranges
 from agent.transfer.journal import TRANSFERRED, VERSION, Journal, PartialRow, open_or_rebuild
 from agent.transfer.manifest import ROWS_IN_FRAME, ManifestPage, ManifestWriter, TransferredRow, read_page
-from protocol.control import Candidate, Counters
+from protocol.control import Counters
 from protocol.errors import TaskFailed
 
 PARTIAL = PartialRow(b".temporary", (1, 2, 3, 4, 5), 1024, bytearray(b"\x05"))
@@ -281,73 +280,3 @@ def test_blocks_of_a_file_are_bounded(size: int) -> None:
     assert 1024 * 1024 <= block <= 16 * 1024 * 1024
     assert block_count(size, block) <= 64 * 1024 + 1 or block == 16 * 1024 * 1024
     assert (block_count(size, block) - 1) * block < size <= block_count(size, block) * block
-
-
-# --- candidates ------------------------------------------------------------------------------------------
-
-
-def host(text: str, port: int = 1234, kind: str = "host") -> Candidate:
-    return Candidate(kind=kind, host=text, port=port)
-
-
-@pytest.mark.parametrize("text", ["192.0.2.7", "10.1.2.3", "2001:db8::1", "fd00::1"])
-def test_addresses_of_nodes_may_be_dialled(text: str) -> None:
-    assert allowed_untrusted([host(text)], loopback=False) == [(text, 1234)]
-
-
-@pytest.mark.parametrize("text", ["127.0.0.1", "127.8.8.8", "::1", "::ffff:127.0.0.1"])
-def test_loopback_is_dialled_only_where_the_owner_allows_it(text: str) -> None:
-    assert allowed_untrusted([host(text)], loopback=False) == []
-
-
-def test_loopback_is_dialled_where_the_owner_allows_it() -> None:
-    found = allowed_untrusted([host("127.0.0.1"), host("::1")], loopback=True)
-    assert found == [("127.0.0.1", 1234), ("::1", 1234)]
-
-
-@pytest.mark.parametrize(
-    "candidate",
-    [
-        host("0.0.0.0"),
-        host("::"),
-        host("224.0.0.1"),
-        host("ff02::1"),
-        host("169.254.169.254"),
-        host("fe80::1"),
-        host("255.255.255.255"),
-        host("::ffff:169.254.169.254"),
-        host("::ffff:0.0.0.0"),
-        host("::ffff:224.0.0.1"),
-        host("localhost"),
-        host("example.org"),
-        host("2130706433"),
-        host("127.1"),
-        host("0177.0.0.1"),
-        host("192.0.2.7:80"),
-        host("[::1]"),
-        host(" 192.0.2.7"),
-        host("fe80::1%eth0"),
-        host(""),
-        host("192.0.2.7\n"),
-        host("192.0.2.7", 0),
-        host("192.0.2.7", -1),
-        host("192.0.2.7", 65536),
-        host("192.0.2.7", kind="relayed"),
-        host("/run/socket"),
-    ],
-    ids=repr,
-)
-@pytest.mark.parametrize("loopback", [False, True])
-def test_everything_else_is_never_dialled(candidate: Candidate, loopback: bool) -> None:
-    assert allowed_untrusted([candidate], loopback=loopback) == []
-
-
-def test_candidates_are_bounded_and_stay_in_order() -> None:
-    many = [host(f"10.0.{n // 250}.{n % 250 + 1}") for n in range(1000)]
-    found = allowed_untrusted([host("bad"), *many], loopback=False)
-    assert found == [(row.host, row.port) for row in many[:MAX_CANDIDATES]]
-
-
-@given(st.lists(st.builds(Candidate, kind=st.just("host"), host=st.text(max_size=30), port=st.integers())))
-def test_any_text_for_an_address_raises_nothing(candidates: list[Candidate]) -> None:
-    assert len(allowed_untrusted(candidates, loopback=False)) <= MAX_CANDIDATES

@@ -21,6 +21,7 @@ from agent.config import CollectionConfig
 from agent.link_app import LinkApp
 from agent.local_app import LocalApplication
 from agent.policy import LINK_OPERATIONS, Policy
+from protocol.candidates import PathGo, PathOffer
 from protocol.control import Candidate, Party, SessionAnswer, SessionOrder, TaskItem, TaskOrder, encode
 from protocol.errors import AccessDenied
 from tests.agent.recorded_tasks import RecordedTasks
@@ -121,6 +122,12 @@ GOOD: dict[tuple[str, str], tuple[dict[str, object], object]] = {
         {},
         SessionOrder(session_id=SESSION, task_id=TASK, ticket="t", peer=order().destination),
     ),
+    ("PUT", "/link/sessions/{session}/offer"): (
+        {},
+        PathOffer(session_id=SESSION, task_id=TASK, generation=1, token="0" * 32, count=1),
+    ),
+    ("PUT", "/link/sessions/{session}/go"): ({}, PathGo(session_id=SESSION, generation=1, start_in=0.0)),
+    ("PUT", "/link/tasks/{task}/go"): ({}, PathGo(session_id=SESSION, generation=1, start_in=0.0)),
     ("DELETE", "/link/sessions/{session}"): ({}, None),
 }
 
@@ -163,7 +170,7 @@ async def test_every_route_asks_the_owners_policy_first(tmp_path: Path, method: 
 
 
 # Routes that name no path of a collection themselves. `PUT /link/sessions` names one in its ticket, which the engine
-# checks against the same policy (see the tests of `agent.transfer.order_check`).
+# checks against the same policy (see the tests of `agent.transfer.order_check`), and so do offers to such a session.
 WITHOUT_PATH = {
     ("GET", "/link/events"),
     ("POST", "/link/events/acknowledge"),
@@ -174,6 +181,9 @@ WITHOUT_PATH = {
     ("GET", "/link/tasks/{task}/successful"),
     ("GET", "/link/tasks/{task}/skipped"),
     ("PUT", "/link/sessions/{session}"),
+    ("PUT", "/link/sessions/{session}/offer"),
+    ("PUT", "/link/sessions/{session}/go"),
+    ("PUT", "/link/tasks/{task}/go"),
     ("DELETE", "/link/sessions/{session}"),
 }
 

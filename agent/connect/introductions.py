@@ -1,0 +1,248 @@
+"""The source's part in a race: answers offers, dials the destination back, punches at the go, serves transports.
+
+Every connection that comes of it is greeted as if it had come in at the data port: whoever it is must know a session,
+and prove in the TLS handshake to be the node that the session's ticket names.
+"""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass, field
+
+import trio
+
+from agent.connect.dialer import dial
+from agent.connect.network import Network
+from agent.connect.punch import PUNCH_TIME, connect_from
+from agent.connect.transport import Connection, Transport
+from protocol.candidates import (
+    DIALLED,
+    MAPPED_TCP,
+    MAX_SLOTS,
+    Candidate,
+    PathAnswer,
+    PathGo,
+    PathOffer,
+    usable_untrusted,
+)
+from protocol.errors import ProtocolError, RetryLater, TowpathError
+from protocol.reversal import is_token, preamble
+
+# Introductions under way at once, and how long one lasts at most (seconds).
+MAX_SESSIONS = 256
+LIFE = 20.0
+GATHER_TIME = 2.0
+MAX_BACK = 8
+MAX_TARGETS_A_SLOT = 3
+
+
+@dataclass
+class _Introduction:
+    """One session's newest offer."""
+
+    offer: PathOffer
+    usable: list[Candidate]
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    held: list[socket.socket] = field(default_factory=list)
+    go: PathGo | None = None
+    given: trio.Event = field(default_factory=trio.Event)
+
+    def close(self) -> None:
+        self.scope.cancel()
+        for sock in self.held:
+            sock.close()
+        self.held.clear()
+
+
+class Introductions:
+    """See the module. `run` must be running."""
+
+    def __init__(self, network: Network) -> None:
+        self._network = network
+        self._current: dict[str, _Introduction] = {}
+        self._nursery: trio.Nursery | None = None
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serve until cancelled."""
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                task_status.started()
+                await trio.sleep_forever()
+        finally:
+            self._nursery = None
+            for introduction in self._current.values():
+                introduction.close()
+            self._current.clear()
+
+    async def offer(self, offer: PathOffer, *, own: bool) -> PathAnswer:
+        """Answer an offer for a session that the caller has checked; ``own``: the destination is this very node.
+
+        Raises `ProtocolError` for a malformed offer, `RetryLater` when there are too many.
+        """
+        if not is_token(offer.token) or not 0 < offer.count <= MAX_SLOTS:
+            raise ProtocolError("The offer of a path is malformed.")
+        known = self._current.get(offer.session_id)
+        if known is not None and offer.generation < known.offer.generation:
+            raise ProtocolError("The offer of a path is older than one already seen.", code="STALE_OFFER")
+        network = self._network
+        rules = network.rules(loopback=own, observed=offer.observed, peer_observed=offer.peer_observed)
+        usable = usable_untrusted(offer.candidates, rules)
+        if known is not None and offer.generation == known.offer.generation:
+            fresh = [row for row in usable if row not in known.usable]
+            known.usable += fresh
+            self._start(self._dial_back, known, fresh)
+            return PathAnswer(session_id=offer.session_id, generation=offer.generation)
+        if known is None and len(self._current) >= MAX_SESSIONS:
+            raise RetryLater("Too many paths are being arranged here at this moment.", code="ENDPOINT_TOO_BUSY")
+        if known is not None:
+            known.close()
+        introduction = self._current[offer.session_id] = _Introduction(offer, usable)
+        self._start(self._live, introduction)
+        mapped: list[Candidate] = []
+        if offer.count and any(row.slot for row in usable):
+            with trio.move_on_after(GATHER_TIME):
+                mapped, introduction.held, _ = await network.observe_data_port()
+        candidates = [*mapped, *await network.host_candidates(loopback=own)]
+        transports = ["tcp"]
+        for name, transport in self._transports(offer):
+            transports.append(name)
+            candidates += await transport.answer(offer)
+        return PathAnswer(
+            session_id=offer.session_id, generation=offer.generation, candidates=candidates, transports=transports
+        )
+
+    def go(self, go: PathGo) -> None:
+        """The relay's go; ignored unless it is for the newest offer of its session."""
+        introduction = self._current.get(go.session_id)
+        if introduction is not None and introduction.offer.generation == go.generation:
+            introduction.go = go
+            introduction.given.set()
+
+    def cut(self, session_id: str) -> None:
+        """The session was withdrawn."""
+        introduction = self._current.pop(session_id, None)
+        if introduction is not None:
+            introduction.close()
+
+    def _transports(self, offer: PathOffer) -> list[tuple[str, Transport]]:
+        found: list[tuple[str, Transport]] = []
+        for name in ("tunnel", "quic"):
+            transport: Transport | None = getattr(self._network.transports, name)
+            if transport is None or name not in offer.transports:
+                continue
+            if name == "tunnel" and self._network.relay_policy == "never":
+                continue
+            found.append((name, transport))
+        return found
+
+    def _start(self, work: object, *arguments: object) -> None:
+        if self._nursery is not None:
+            self._nursery.start_soon(work, *arguments)  # type: ignore[arg-type]
+
+    async def _live(self, introduction: _Introduction) -> None:
+        """From the offer to the end of all its attempts."""
+        session_id = introduction.offer.session_id
+        try:
+            with introduction.scope:
+                introduction.scope.deadline = trio.current_time() + LIFE
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._dial_back, introduction, list(introduction.usable))
+                    await introduction.given.wait()
+                    go = introduction.go
+                    assert go is not None
+                    for _, transport in self._transports(introduction.offer):
+                        nursery.start_soon(self._serve, transport, introduction.offer, go)
+                    await trio.sleep(max(0.0, min(go.start_in, 5.0)))
+                    await self._punch(introduction)
+        finally:
+            introduction.close()
+            if self._current.get(session_id) is introduction:
+                del self._current[session_id]
+
+    # --- dialling back -------------------------------------------------------------------------------------
+
+    async def _dial_back(self, introduction: _Introduction, candidates: list[Candidate]) -> None:
+        """Dial the destination's data port: the first address that answers gets all connections that are wanted."""
+        addresses = [row for row in candidates if row.slot == 0 and row.kind in DIALLED][:MAX_BACK]
+        winner: list[Candidate] = []
+        with trio.CancelScope() as scope:
+            scope.deadline = trio.current_time() + LIFE
+
+            async def one(candidate: Candidate) -> None:
+                if not self._network.may_dial():
+                    return
+                try:
+                    sock = await dial(candidate)
+                except OSError:
+                    return
+                if winner:
+                    sock.close()
+                    return
+                winner.append(candidate)
+                self._start(self._introduce, sock, introduction.offer.token)
+
+            async with trio.open_nursery() as nursery:
+                for candidate in addresses:
+                    nursery.start_soon(one, candidate)
+        if not winner:
+            return
+        for _ in range(introduction.offer.count - 1):
+            try:
+                sock = await dial(winner[0])
+            except OSError:
+                return
+            self._start(self._introduce, sock, introduction.offer.token)
+
+    async def _introduce(self, sock: socket.socket, token: str) -> None:
+        sock.setblocking(False)
+        stream = trio.socket.from_stdlib_socket(sock)
+        try:
+            await stream.send(preamble(token))
+        except OSError:
+            stream.close()
+            return
+        await self._greet_socket(stream)
+
+    # --- punching ------------------------------------------------------------------------------------------
+
+    async def _punch(self, introduction: _Introduction) -> None:
+        """From the data port to every slot of the destination at once. What comes in there, its listener takes."""
+        port = self._network.data_port
+        if port is None:
+            return
+        with trio.move_on_after(PUNCH_TIME + 1.0):
+            async with trio.open_nursery() as nursery:
+                for number in range(1, introduction.offer.count + 1):
+                    rows = [row for row in introduction.usable if row.slot == number]
+                    rows.sort(key=lambda row: row.kind != MAPPED_TCP)
+                    for row in rows[:MAX_TARGETS_A_SLOT]:
+                        family = socket.AF_INET6 if ":" in row.host else socket.AF_INET
+                        if family in port.families and self._network.may_dial():
+                            nursery.start_soon(self._punch_one, port.port, row)
+
+    async def _punch_one(self, port: int, target: Candidate) -> None:
+        try:
+            sock = await connect_from(port, (target.host, target.port))
+        except OSError:
+            return
+        sock.setblocking(False)
+        self._start(self._greet_socket, trio.socket.from_stdlib_socket(sock))
+
+    # --- connections ---------------------------------------------------------------------------------------
+
+    async def _greet_socket(self, sock: trio.socket.SocketType) -> None:
+        with sock:
+            if self._network.data_port is not None:
+                await self._network.data_port.greet(sock)
+
+    async def _serve(self, transport: Transport, offer: PathOffer, go: PathGo) -> None:
+        try:
+            await transport.serve(offer, go, self._greet)
+        except TowpathError:
+            # The destination finds nobody there and says so to its user.
+            return
+
+    async def _greet(self, connection: Connection) -> None:
+        connection.sock.setblocking(False)
+        await self._greet_socket(trio.socket.from_stdlib_socket(connection.sock))

@@ -1,0 +1,151 @@
+"""What this agent knows of its place in the network: data port, addresses, how the relay sees it, what it may dial."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import trio
+
+from agent.connect.addresses import Interfaces, look, own_candidates, rules_for
+from agent.connect.listener import DataPort
+from agent.connect.stun_client import NotObserved, observe_tcp, resolve
+from agent.connect.transport import Transports
+from protocol.candidates import MAPPED_TCP, Candidate, Rules
+
+# Addresses of peers dialled at once, and again in every second: no peer makes this agent scan or flood anything.
+DIAL_BURST, DIALS_A_SECOND = 200, 20.0
+LOOK_EVERY = 10.0
+
+
+class DialAllowance:
+    """A token bucket over all dials of addresses that peers named. ``now`` in seconds, monotonic."""
+
+    def __init__(self, now: float, burst: float = DIAL_BURST, rate: float = DIALS_A_SECOND) -> None:
+        self._burst, self._rate = burst, rate
+        self._tokens, self._then = burst, now
+        self.refused = 0
+
+    def take(self, now: float) -> bool:
+        """Whether one more address may be dialled now."""
+        self._tokens = min(self._burst, self._tokens + (now - self._then) * self._rate)
+        self._then = now
+        if self._tokens < 1:
+            self.refused += 1
+            return False
+        self._tokens -= 1
+        return True
+
+
+@dataclass
+class Network:
+    """One for each agent, put together by the daemon. ``relay`` is host and port of the relay, None behind a proxy."""
+
+    relay: tuple[str, int] | None
+    advertise: tuple[str, ...] = ()
+    allow_loopback: bool = False
+    relay_policy: str = "allow"
+    transports: Transports = field(default_factory=Transports)
+    # Granted port mappings of the data port, kept by `agent.connect.portmap`.
+    mappings: list[Candidate] = field(default_factory=list)
+    stun_ports: list[int] = field(default_factory=list)
+    data_port: DataPort | None = None
+    observed: str = ""
+    interfaces: Interfaces = field(default_factory=look)
+    allowance: DialAllowance = field(default_factory=lambda: DialAllowance(time.monotonic()))
+    changed: trio.Event = field(default_factory=trio.Event)
+    relay_up: Callable[[], bool] = lambda: True
+
+    def rules(self, *, loopback: bool, observed: str, peer_observed: str) -> Rules:
+        """What may be dialled for one peer; ``loopback`` for a peer that is this very node."""
+        if observed:
+            self.observed = observed
+        return rules_for(
+            self.interfaces,
+            loopback=loopback or self.allow_loopback,
+            observed=observed,
+            peer_observed=peer_observed,
+        )
+
+    async def host_candidates(self, *, loopback: bool = False) -> list[Candidate]:
+        """Addresses of the data port that need no arrangement; names the owner configured are looked up."""
+        if self.data_port is None:
+            return []
+        advertise: list[str] = []
+        for name in self.advertise:
+            rows = [] if _is_ip(name) else await _addresses(name)
+            advertise += rows or [name]
+        found = own_candidates(
+            self.data_port.port,
+            self.interfaces,
+            advertise,
+            families=self.data_port.families,
+            loopback=loopback or self.allow_loopback,
+        )
+        return [*found, *self.mappings]
+
+    async def stun_server(self) -> tuple[str, int] | None:
+        """The relay's IPv4 address, which stands on the far side of every NAT; None where there is none."""
+        if self.relay is None:
+            return None
+        found = await resolve(*self.relay, socket.AF_INET)
+        return found[0] if found else None
+
+    async def observe_data_port(self) -> tuple[list[Candidate], list[socket.socket], str]:
+        """How the relay sees the data port over TCP: candidates, the connections that keep it so, or why not."""
+        server = await self.stun_server()
+        if server is None or self.data_port is None or socket.AF_INET not in self.data_port.families:
+            return [], [], "The relay cannot be asked over IPv4."
+        try:
+            mapped, held = await observe_tcp(("0.0.0.0", self.data_port.port), server)  # noqa: S104
+        except NotObserved as error:
+            return [], [], error.sentence
+        return [Candidate(kind=MAPPED_TCP, host=mapped[0], port=mapped[1])], [held], ""
+
+    def may_dial(self) -> bool:
+        """Whether one more address of a peer may be dialled now."""
+        return self.allowance.take(time.monotonic())
+
+    async def watch(self) -> None:
+        """Notice changes of the interfaces, and wake-ups from sleep, until cancelled; `changed` is set for each."""
+        while True:
+            before, wall = trio.current_time(), time.time()
+            await trio.sleep(LOOK_EVERY)
+            slept = (time.time() - wall) - (trio.current_time() - before) > LOOK_EVERY
+            interfaces = await trio.to_thread.run_sync(look)
+            if slept or interfaces != self.interfaces:
+                self.interfaces = interfaces
+                self.announce_change()
+
+    def announce_change(self) -> None:
+        """The network is not what it was: whoever waits for `changed` gathers anew."""
+        self.changed.set()
+        self.changed = trio.Event()
+
+    def statistics(self) -> dict[str, Any]:
+        """For `towpath status`."""
+        return {
+            "addresses": list(self.interfaces.addresses),
+            "observed": self.observed,
+            "mappings": [f"{row.host} port {row.port}" for row in self.mappings],
+            "transports": [name for name in ("tunnel", "quic") if getattr(self.transports, name) is not None],
+            "relay": self.relay_policy,
+            "dials_refused": self.allowance.refused,
+        }
+
+
+def _is_ip(name: str) -> bool:
+    return ":" in name or name.replace(".", "").isdigit()
+
+
+async def _addresses(name: str) -> Iterable[str]:
+    with trio.move_on_after(3.0):
+        try:
+            rows = await trio.socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+        except OSError:
+            return []
+        return list(dict.fromkeys(str(row[4][0]) for row in rows))
+    return []

@@ -1,0 +1,286 @@
+"""The race for a path, at the destination: what to try when, and which connection is given out. Sans I/O.
+
+One race belongs to one session at a time. Everything that has happened is told to it with ``now``; what is to be done
+comes back as actions from `poll`. The order: direct TCP (IPv6 a little before IPv4) and, at the same time, an offer to
+the source, which dials back and punches with us at the instant of the go; QUIC after TCP had its chance; the tunnel is
+opened with the go and carries data when nothing direct is there within a moment. The race goes on after the tunnel was
+given out, so that a better path is found when there is one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from protocol.candidates import Candidate
+
+# All in seconds. IPv4 starts this much after IPv6; further addresses follow one another.
+BIAS = 0.03
+STAGGER = 0.05
+MAX_DIALS = 12
+MAX_TARGETS = 6
+# How long the relay's leg stands by before it carries data.
+TUNNEL_HOLD = 0.3
+QUIC_DELAY = 0.4
+# An offer that brought no go is repeated, and a round of punching that brought nothing is followed by another.
+GO_PATIENCE = 3.0
+ROUND_TIME = 4.0
+MAX_ROUNDS = 3
+RACE_TIME = 15.0
+
+
+@dataclass(frozen=True)
+class Dial:
+    """Connect to an address of the source."""
+
+    id: int
+    candidate: Candidate
+
+
+@dataclass(frozen=True)
+class SendOffer:
+    """Open fresh punching ports, gather, and send an offer of the next generation."""
+
+
+@dataclass(frozen=True)
+class Punch:
+    """Connect from one slot's port to all targets at once, and take what comes in there."""
+
+    id: int
+    slot: int
+    targets: tuple[Candidate, ...]
+
+
+@dataclass(frozen=True)
+class Arrange:
+    """Have a transport (``tunnel``, ``quic``) bring up a connection."""
+
+    id: int
+    name: str
+
+
+@dataclass(frozen=True)
+class Cancel:
+    """Give up an attempt, and close what it brought if that was not given out."""
+
+    id: int
+
+
+@dataclass(frozen=True)
+class Give:
+    """The connection of this attempt may be used."""
+
+    id: int
+
+
+Action = Dial | SendOffer | Punch | Arrange | Cancel | Give
+
+
+@dataclass
+class _Attempt:
+    kind: str
+    started: float
+    state: str = "running"  # running, standby, given, ended
+
+
+@dataclass
+class Race:
+    """See the module. ``direct`` are the usable candidates of the source, ``can_offer`` whether the relay can be asked,
+    ``tunnel`` whether the policy allows it. ``offer_delay`` is above 0 where a direct path is likely."""
+
+    now: float
+    direct: Sequence[Candidate]
+    can_offer: bool = True
+    tunnel: bool = True
+    offer_delay: float = 0.0
+    rounds: int = field(default=0, init=False)
+    _start: float = field(default=0.0, init=False)
+    _scheduled: list[tuple[float, int, Action]] = field(default_factory=list, init=False)
+    _attempts: dict[int, _Attempt] = field(default_factory=dict, init=False)
+    _next: int = field(default=0, init=False)
+    _dialled: set[tuple[str, int]] = field(default_factory=set, init=False)
+    _round_ends: float = field(default=math.inf, init=False)
+    _errors: list[str] = field(default_factory=list, init=False)
+    _best: str = field(default="", init=False)
+
+    def __post_init__(self) -> None:
+        self._start = self.now
+        self._add_dials(self.direct, self.now)
+        if self.can_offer:
+            self._schedule(self.now + self.offer_delay, SendOffer())
+
+    # --- what happened -------------------------------------------------------------------------------------
+
+    def go(
+        self,
+        now: float,
+        start_in: float,
+        direct: Sequence[Candidate],
+        targets: Sequence[Candidate],
+        slots: int,
+        transports: Sequence[str],
+    ) -> None:
+        """The relay gave its go for the offer: more addresses, what to punch at, and which transports can take part."""
+        self._add_dials(direct, now)
+        instant = now + max(0.0, start_in)
+        self._round_ends = instant + ROUND_TIME
+        if self.is_direct:
+            return
+        if targets:
+            for slot in range(1, slots + 1):
+                self._schedule(instant, Punch(self._new("punched", instant), slot, tuple(targets[:MAX_TARGETS])))
+        running = {
+            attempt.kind for attempt in self._attempts.values() if attempt.state in ("running", "standby", "given")
+        }
+        if "quic" in transports and "quic" not in running:
+            self._schedule(instant + QUIC_DELAY, Arrange(self._new("quic", instant), "quic"))
+        if "tunnel" in transports and self.tunnel and "tunnel" not in running:
+            self._schedule(now, Arrange(self._new("tunnel", now), "tunnel"))
+
+    def connected(self, now: float, attempt_id: int) -> None:
+        """An attempt brought a connection."""
+        attempt = self._attempts.get(attempt_id)
+        if attempt is None or attempt.state != "running":
+            return
+        if attempt.kind == "tunnel":
+            if self.is_direct:
+                attempt.state = "ended"
+                self._schedule(now, Cancel(attempt_id))
+            else:
+                attempt.state = "standby"
+                self._schedule(max(now, self._start + TUNNEL_HOLD), Give(attempt_id))
+            return
+        self._give(now, attempt_id, attempt)
+
+    def arrived(self, now: float) -> int:
+        """The source dialled us: an attempt of its own, already successful. Returns its id."""
+        attempt_id = self._new("reversed", now)
+        self._give(now, attempt_id, self._attempts[attempt_id])
+        return attempt_id
+
+    def failed(self, now: float, attempt_id: int, why: str) -> None:
+        """An attempt came to nothing."""
+        attempt = self._attempts.get(attempt_id)
+        if attempt is None or attempt.state != "running":
+            return
+        attempt.state = "ended"
+        if why and why not in self._errors and len(self._errors) < 16:
+            self._errors.append(why)
+        if not self._pending_of_round():
+            self._round_ends = min(self._round_ends, now)
+
+    def offer_failed(self, now: float, why: str) -> None:
+        """No offer could be sent."""
+        if why and why not in self._errors:
+            self._errors.append(why)
+        self._round_ends = min(self._round_ends, now + GO_PATIENCE)
+
+    # --- what to do ----------------------------------------------------------------------------------------
+
+    def poll(self, now: float) -> list[Action]:
+        """Everything that is due, in order."""
+        if not self.is_direct and now >= self._round_ends and now < self._start + RACE_TIME:
+            self._round_ends = math.inf
+            if self.rounds < MAX_ROUNDS and self.can_offer:
+                self._schedule(now, SendOffer())
+        due = sorted((row for row in self._scheduled if row[0] <= now), key=lambda row: row[:2])
+        self._scheduled = [row for row in self._scheduled if row[0] > now]
+        actions: list[Action] = []
+        for _, _, action in due:
+            if self._still_wanted(action):
+                actions.append(action)
+                self._begin(now, action)
+        return actions
+
+    def deadline(self, now: float) -> float:
+        """When to call `poll` again, if nothing happens before; infinity when the race is over."""
+        if self.over(now):
+            return math.inf
+        times = [when for when, _, _ in self._scheduled]
+        if not self.is_direct:
+            times.append(self._round_ends)
+        return min([*times, self._start + RACE_TIME])
+
+    def over(self, now: float) -> bool:
+        """Whether nothing more will come of it."""
+        if now >= self._start + RACE_TIME:
+            return True
+        running = any(attempt.state in ("running", "standby") for attempt in self._attempts.values())
+        waiting = self._round_ends < math.inf and not self.is_direct
+        waiting = waiting and (now < self._round_ends or (self.rounds < MAX_ROUNDS and self.can_offer))
+        return not running and not self._scheduled and not waiting
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether a path that does not pass the relay was found."""
+        return bool(self._best) and self._best != "tunnel"
+
+    @property
+    def why(self) -> str:
+        """What stood in the way of the attempts that failed; a sentence or an empty text."""
+        return "; ".join(self._errors[:6])
+
+    # --- inside --------------------------------------------------------------------------------------------
+
+    def _new(self, kind: str, now: float) -> int:
+        self._next += 1
+        self._attempts[self._next] = _Attempt(kind, now)
+        return self._next
+
+    def _schedule(self, when: float, action: Action) -> None:
+        self._next += 1
+        self._scheduled.append((when, self._next, action))
+
+    def _add_dials(self, candidates: Sequence[Candidate], now: float) -> None:
+        fresh = []
+        for candidate in candidates:
+            address = (candidate.host, candidate.port)
+            if address not in self._dialled and len(self._dialled) < MAX_DIALS:
+                self._dialled.add(address)
+                fresh.append(candidate)
+        if self.is_direct:
+            return
+        bias = BIAS if any(":" in candidate.host for candidate in fresh) else 0.0
+        fresh.sort(key=lambda candidate: ":" not in candidate.host)
+        for index, candidate in enumerate(fresh):
+            late = (0.0 if ":" in candidate.host else bias) + STAGGER * max(0, index - 1)
+            self._schedule(now + late, Dial(self._new("direct", now + late), candidate))
+
+    def _still_wanted(self, action: Action) -> bool:
+        if isinstance(action, SendOffer | Cancel):
+            return isinstance(action, Cancel) or not self.is_direct
+        attempt = self._attempts[action.id]
+        if isinstance(action, Give):
+            if attempt.state == "standby" and self.is_direct:
+                attempt.state = "ended"
+            return attempt.state in ("standby", "given")
+        if attempt.state == "running" and self.is_direct:
+            attempt.state = "ended"
+        return attempt.state == "running"
+
+    def _begin(self, now: float, action: Action) -> None:
+        if isinstance(action, SendOffer):
+            self.rounds += 1
+            self._round_ends = now + GO_PATIENCE
+        elif isinstance(action, Give):
+            attempt = self._attempts[action.id]
+            attempt.state = "given"
+            if not self.is_direct:
+                self._best = attempt.kind
+
+    def _give(self, now: float, attempt_id: int, attempt: _Attempt) -> None:
+        attempt.state = "given"
+        self._best = attempt.kind
+        self._schedule(now, Give(attempt_id))
+        for other_id, other in self._attempts.items():
+            # Other slots go on: each brings one connection more. A dialled address can be dialled again.
+            superseded = other.kind in ("direct", "quic") or (other.kind == "punched" and attempt.kind == "direct")
+            if other.state == "standby" or (other.state == "running" and superseded):
+                other.state = "ended"
+                self._schedule(now, Cancel(other_id))
+
+    def _pending_of_round(self) -> bool:
+        return any(
+            attempt.state == "running" and attempt.kind in ("punched", "quic") for attempt in self._attempts.values()
+        )

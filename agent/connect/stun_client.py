@@ -1,0 +1,130 @@
+"""Asking the relay's STUN server how this machine is seen, from a given local port: over TCP and over UDP."""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass
+
+import trio
+
+from agent.connect.listener import reusable
+from protocol import stun
+from protocol.errors import ProtocolError, RetryLater
+
+TIMEOUT = 3.0
+_TRIES = (0.25, 0.5, 1.0)
+
+
+class NotObserved(RetryLater):
+    """No STUN server answered."""
+
+    default_code = "STUN_UNREACHABLE"
+
+
+async def resolve(host: str, port: int, family: socket.AddressFamily) -> list[tuple[str, int]]:
+    """Addresses of the relay of one family; empty when it has none."""
+    try:
+        rows = await trio.socket.getaddrinfo(host, port, family=family, type=socket.SOCK_STREAM)
+    except OSError:
+        return []
+    return [(str(row[4][0]), port) for row in rows]
+
+
+async def observe_tcp(local: tuple[str, int], server: tuple[str, int]) -> tuple[stun.Endpoint, socket.socket]:
+    """The address at which connections from a local TCP port are seen, and the connection that keeps it so.
+
+    The caller closes the socket when the mapping is no longer needed. Raises `NotObserved`.
+    """
+    plain = reusable(socket.AF_INET6 if ":" in server[0] else socket.AF_INET)
+    plain.setblocking(False)
+    sock = trio.socket.from_stdlib_socket(plain)
+    try:
+        with trio.fail_after(TIMEOUT):
+            await sock.bind(local)
+            await sock.connect(server)
+            transaction = stun.new_transaction()
+            await sock.send(stun.encode_request(transaction))
+            answer = stun.parse_answer_untrusted(await _message(sock))
+        if answer.transaction != transaction:
+            raise ProtocolError("An answer to another question.")
+        kept = sock.dup()
+        return answer.mapped, socket.socket(fileno=kept.detach())
+    except (OSError, ProtocolError, trio.TooSlowError) as error:
+        raise NotObserved(f"The relay's STUN service cannot be used over TCP: {error}.") from error
+    finally:
+        sock.close()
+
+
+async def _message(sock: trio.socket.SocketType) -> bytes:
+    data = b""
+    while (length := stun.stream_length_untrusted(data)) is None or len(data) < length:
+        more = await sock.recv((length or stun.HEADER) - len(data))
+        if not more:
+            raise ProtocolError("the connection was closed")
+        data += more
+    return data
+
+
+async def observe_udp(
+    sock: trio.socket.SocketType, server: tuple[str, int], *, change_port: bool = False
+) -> stun.BindingAnswer | None:
+    """The answer of a STUN server to a datagram from ``sock``; None when none comes in about two seconds.
+
+    With ``change_port`` only an answer from another port of the server counts.
+    """
+    transaction = stun.new_transaction()
+    request = stun.encode_request(transaction, change_port=change_port)
+    for wait in _TRIES:
+        try:
+            await sock.sendto(request, server)
+        except OSError:
+            return None
+        with trio.move_on_after(wait):
+            while True:
+                try:
+                    data, source = await sock.recvfrom(stun.MAX_MESSAGE + 1)
+                    answer = stun.parse_answer_untrusted(data)
+                except (OSError, ProtocolError):
+                    continue
+                if answer.transaction == transaction and (source[1] != server[1]) == change_port:
+                    return answer
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class UdpBehaviour:
+    """What stands between this machine and the relay, for UDP (RFC 5780 names). Empty texts: could not be told.
+
+    ``mapping``: ``none`` (no NAT), ``endpoint-independent``, ``address-and-port-dependent``. ``filtering``: ``port``
+    lets in only what answers, ``address`` also other ports of an address written to.
+    """
+
+    reachable: bool
+    mapped: stun.Endpoint | None = None
+    mapping: str = ""
+    filtering: str = ""
+
+
+async def udp_behaviour(host: str, ports: list[int], own: frozenset[str]) -> UdpBehaviour:
+    """Ask both UDP ports of the relay from one socket and compare. Takes up to six seconds where UDP is blocked."""
+    servers = [address for port in ports for address in (await resolve(host, port, socket.AF_INET))[:1]]
+    if not servers:
+        return UdpBehaviour(reachable=False)
+    with trio.socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        await sock.bind(("0.0.0.0", 0))  # noqa: S104 - a client's port
+        first = await observe_udp(sock, servers[0])
+        if first is None:
+            return UdpBehaviour(reachable=False)
+        mapping = filtering = ""
+        if first.mapped[0] in own and first.mapped[1] == sock.getsockname()[1]:
+            mapping = "none"
+        if first.other is not None:
+            # Before anything is sent to the other port.
+            open_to_ports = await observe_udp(sock, servers[0], change_port=True) is not None
+            filtering = "address" if open_to_ports else "port"
+        if not mapping and len(servers) > 1:
+            second = await observe_udp(sock, servers[1])
+            if second is not None:
+                same = second.mapped == first.mapped
+                mapping = "endpoint-independent" if same else "address-and-port-dependent"
+        return UdpBehaviour(reachable=True, mapped=first.mapped, mapping=mapping, filtering=filtering)

@@ -1,0 +1,157 @@
+"""The connections of one running task: finds them (`agent.connect.finder`), and asks the relay where the source is."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+import trio
+
+from agent.connect.finder import PathFinder, Subject
+from agent.connect.transport import Connection, Path
+from agent.transfer.plan import now_iso
+from protocol.candidates import PathGo, PathOffer
+from protocol.control import AgentEvent, SessionAnswer, TaskOrder
+from protocol.errors import RetryLater
+
+if TYPE_CHECKING:
+    from agent.transfer.service import TransferService
+
+ANSWER_TIMEOUT = 20.0
+
+_SENTENCES = {
+    "direct": "Data goes directly from the source to this machine.",
+    "reversed": "Data goes directly; the source dialled this machine.",
+    "punched": "Data goes directly, through both sides' firewalls or NATs.",
+    "quic": "Data goes directly over QUIC (UDP).",
+    "tunnel": "Data goes through the relay, which cannot read it.",
+}
+
+
+class TaskPaths:
+    """See the module. `run` must be running while `connect` is called."""
+
+    def __init__(
+        self,
+        service: TransferService,
+        order: TaskOrder,
+        answer: SessionAnswer | None,
+        on_better: Callable[[Path], None],
+    ) -> None:
+        source = order.source
+        assert source is not None  # deletes need no paths
+        self._service = service
+        self._order = order
+        self._certificate = source.certificate
+        self._answer = answer
+        self._answered = trio.Event()
+        self._generation = 0
+        # A direct path is what everybody expects; only another one is worth an event.
+        self._shown = "direct"
+        options = order.options
+        self._finder = PathFinder(
+            service.network,
+            Subject(
+                session_id=order.session_id,
+                task_id=order.task_id,
+                own=source.node_id == service.node_id,
+                relay=options.relay_path,
+                transport=options.transport,
+                lanes=service.config.limits.lanes,
+            ),
+            send_offer=self._send_offer,
+            relay_up=service.network.relay_up,
+            on_better=on_better,
+            generation=self._next_generation,
+        )
+        if answer is not None:
+            self._finder.take_answer(answer)
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serve until cancelled. A race begins at once, while the worker is still starting."""
+        async with trio.open_nursery() as nursery:
+            await nursery.start(self._finder.run)
+            task_status.started()
+            self._finder.begin()
+
+    def take_answer(self, answer: SessionAnswer) -> None:
+        """Where the source is now."""
+        self._answer = answer
+        self._finder.take_answer(answer)
+        self._answered.set()
+        self._answered = trio.Event()
+
+    def take_go(self, go: PathGo) -> None:
+        """The relay's go for an offer of this task."""
+        self._finder.take_go(go)
+
+    async def connect(self) -> tuple[Connection, str]:
+        """A connection to the source, and the certificate to expect there. Raises `RetryLater`."""
+        answer = self._answer
+        if answer is not None:
+            with suppress(RetryLater):
+                # The certificate that came with the order and matches the ticket, whatever the answer says.
+                return await self._finder.connect(), self._certificate
+            # The source may have moved: the relay knows where to.
+        await self._newer_answer(answer)
+        return await self._finder.connect(), self._certificate
+
+    async def _newer_answer(self, old: SessionAnswer | None) -> None:
+        generation = -1 if old is None else old.generation
+        self._service.outbox.passing(
+            AgentEvent(n=0, kind="session_wanted", time=now_iso(), task_id=self._order.task_id, generation=generation)
+        )
+        with trio.move_on_after(ANSWER_TIMEOUT):
+            while self._answer is None or self._answer.generation <= generation:
+                await self._answered.wait()
+            return
+        reason = f" So far: {self._finder.why}." if self._finder.why else ""
+        raise RetryLater(
+            "The source endpoint is not connected to its relay, or the relay cannot be reached; the task goes on "
+            f"when it is.{reason}",
+            code="GC_NOT_CONNECTED",
+            who="source owner",
+        )
+
+    def _send_offer(self, offer: PathOffer) -> None:
+        line = AgentEvent(n=0, kind="path_offer", time=now_iso(), task_id=self._order.task_id, offer=offer)
+        self._service.outbox.passing(line)
+
+    def _next_generation(self) -> int:
+        self._generation = max(self._generation + 1, int(time.time() * 1000))
+        return self._generation
+
+    # --- for people ----------------------------------------------------------------------------------------
+
+    @property
+    def path(self) -> Path | None:
+        """The path in use, as far as one is."""
+        return self._finder.path
+
+    @property
+    def text(self) -> str:
+        """The path in use in one line, empty while there is none."""
+        path = self._finder.path
+        if path is None:
+            return f"none: {self._finder.why}" if self._finder.why else ""
+        trip = f", {path.rtt * 1000:.0f} ms" if path.rtt is not None else ""
+        why = f" (no direct path: {path.why})" if path.why else ""
+        return f"{path.kind} {path.transport} {path.remote}{trip}{why}"
+
+    def news(self) -> AgentEvent | None:
+        """A line for people when the kind of path is another than at the last call."""
+        path = self._finder.path
+        if path is None or path.kind == self._shown:
+            return None
+        self._shown = path.kind
+        return AgentEvent(
+            n=0,
+            kind="event",
+            time=now_iso(),
+            task_id=self._order.task_id,
+            code="PATH_CHANGED",
+            description=_SENTENCES.get(path.kind, "The path has changed."),
+            details=self.text,
+        )

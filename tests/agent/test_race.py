@@ -1,0 +1,221 @@
+"""The race for a path, in virtual time: what is tried when, what is given out, and that it always ends."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from agent.connect import race as module
+from agent.connect.race import Arrange, Cancel, Dial, Give, Punch, Race, SendOffer
+from protocol.candidates import Candidate
+
+V4 = Candidate(kind="host", host="192.0.2.1", port=4000)
+V6 = Candidate(kind="host", host="2001:db8::1", port=4000)
+OUTSIDE = Candidate(kind="mapped-tcp", host="192.0.2.99", port=5000)
+
+
+class Course:
+    """Runs a race against a world that says when each attempt ends, and records what happened."""
+
+    def __init__(self, race: Race, now: float = 100.0) -> None:
+        self.race = race
+        self.now = now
+        self.started: list[tuple[float, object]] = []
+        self.given: list[tuple[float, int]] = []
+        self.cancelled: list[int] = []
+        self.kinds: dict[int, str] = {}
+        self._later: list[tuple[float, Callable[[], None]]] = []
+
+    def later(self, seconds: float, what: Callable[[], None]) -> None:
+        self._later.append((self.now + seconds, what))
+
+    def run(self, world: Callable[[Course, object], None], until: float = 200.0) -> None:
+        for _ in range(1000):
+            for action in self.race.poll(self.now):
+                self.started.append((self.now - 100.0, action))
+                if isinstance(action, Give):
+                    self.given.append((self.now - 100.0, action.id))
+                elif isinstance(action, Cancel):
+                    self.cancelled.append(action.id)
+                else:
+                    if not isinstance(action, SendOffer):
+                        name = "direct" if isinstance(action, Dial) else "punched"
+                        self.kinds[action.id] = action.name if isinstance(action, Arrange) else name
+                    world(self, action)
+            due = [row for row in self._later if row[0] <= self.now]
+            if due:
+                self._later = [row for row in self._later if row[0] > self.now]
+                for _, what in sorted(due, key=lambda row: row[0]):
+                    what()
+                continue
+            times = [self.race.deadline(self.now), *(when for when, _ in self._later)]
+            if self.race.over(self.now) and not self._later:
+                return
+            if math.isinf(min(times)):
+                return
+            self.now = max(self.now, min(times))
+            if self.now > until:
+                break
+        raise AssertionError("the race does not end")
+
+    def kinds_given(self) -> list[str]:
+        return [self.kinds.get(attempt, "reversed") for _, attempt in self.given]
+
+
+def silent(_course: Course, _action: object) -> None:
+    """Nothing ever answers."""
+
+
+def test_ipv6_starts_a_little_earlier() -> None:
+    course = Course(Race(now=100.0, direct=[V4, V6], can_offer=False))
+    course.run(silent)
+    dials = [(when, action.candidate) for when, action in course.started if isinstance(action, Dial)]
+    assert dials == [(0.0, V6), (pytest.approx(module.BIAS), V4)]
+
+
+def test_the_first_direct_connection_is_given_at_once_and_ends_the_others() -> None:
+    def world(course: Course, action: object) -> None:
+        if isinstance(action, Dial) and action.candidate is V4:
+            course.later(0.02, lambda: course.race.connected(course.now, action.id))
+
+    course = Course(Race(now=100.0, direct=[V4, V6]))
+    course.run(world)
+    assert course.given == [(pytest.approx(module.BIAS + 0.02), course.given[0][1])]
+    assert course.kinds_given() == ["direct"]
+    assert len(course.cancelled) == 1
+    assert course.now - 100.0 < 1
+
+
+def relayed(*, tunnel: float | None, punched: float | None, source: bool = True) -> Callable[[Course, object], None]:
+    """A world where only an arrangement helps: seconds until the tunnel and the punched connection are up."""
+
+    def world(course: Course, action: object) -> None:
+        race = course.race
+        if isinstance(action, SendOffer) and source:
+            course.later(
+                0.06, lambda: race.go(course.now, 0.03, [], [OUTSIDE], 2, ["tunnel"] if tunnel is not None else [])
+            )
+        elif isinstance(action, Arrange) and tunnel is not None:
+            course.later(tunnel, lambda: race.connected(course.now, action.id))
+        elif isinstance(action, Punch):
+            if punched is None:
+                course.later(4.0, lambda: race.failed(course.now, action.id, "nothing came through"))
+            else:
+                course.later(punched, lambda: race.connected(course.now, action.id))
+
+    return world
+
+
+def test_punching_beats_the_tunnel_and_every_slot_counts() -> None:
+    course = Course(Race(now=100.0, direct=[]))
+    course.run(relayed(tunnel=0.05, punched=0.04))
+    assert course.kinds_given() == ["punched", "punched"]
+    assert course.given[0][0] < module.TUNNEL_HOLD
+    tunnel = next(key for key, kind in course.kinds.items() if kind == "tunnel")
+    assert tunnel in course.cancelled
+
+
+def test_the_tunnel_waits_a_moment_then_carries_and_a_better_path_still_comes() -> None:
+    course = Course(Race(now=100.0, direct=[]))
+    course.run(relayed(tunnel=0.05, punched=2.0))
+    assert course.kinds_given() == ["tunnel", "punched", "punched"]
+    assert course.given[0][0] == pytest.approx(module.TUNNEL_HOLD)
+
+
+def test_the_tunnel_alone_is_given_within_a_second() -> None:
+    course = Course(Race(now=100.0, direct=[V4]))
+    course.run(relayed(tunnel=0.2, punched=None))
+    assert course.kinds_given() == ["tunnel"]
+    assert course.given[0][0] < 1.0
+    assert course.race.rounds == module.MAX_ROUNDS
+
+
+def test_a_tunnel_that_is_not_allowed_is_not_opened() -> None:
+    course = Course(Race(now=100.0, direct=[], tunnel=False))
+    course.run(relayed(tunnel=0.05, punched=None))
+    assert course.given == []
+    assert not any(isinstance(action, Arrange) for _, action in course.started)
+
+
+def test_an_offer_without_an_answer_is_repeated_and_then_given_up() -> None:
+    course = Course(Race(now=100.0, direct=[]))
+    course.run(relayed(tunnel=0.05, punched=0.05, source=False))
+    offers = [when for when, action in course.started if isinstance(action, SendOffer)]
+    assert offers == [0.0, pytest.approx(module.GO_PATIENCE), pytest.approx(2 * module.GO_PATIENCE)]
+    assert course.given == []
+    assert course.now - 100.0 <= module.RACE_TIME
+
+
+def test_without_the_relay_known_addresses_are_all_there_is() -> None:
+    course = Course(Race(now=100.0, direct=[V4], can_offer=False))
+
+    def refused(course: Course, action: object) -> None:
+        assert isinstance(action, Dial)
+        course.later(0.01, lambda: course.race.failed(course.now, action.id, "192.0.2.1 port 4000: refused"))
+
+    course.run(refused)
+    assert course.now - 100.0 < 1
+    assert course.race.why == "192.0.2.1 port 4000: refused"
+
+
+def test_a_source_that_dials_back_is_taken_at_once() -> None:
+    race = Race(now=100.0, direct=[V4])
+    course = Course(race)
+
+    def world(course: Course, action: object) -> None:
+        if isinstance(action, SendOffer):
+            course.later(0.1, lambda: race.arrived(course.now))
+
+    course.run(world)
+    assert course.given[0][0] == pytest.approx(0.1)
+    assert course.kinds_given() == ["reversed"]
+
+
+FATES = st.sampled_from(["connected", "failed", "silent"])
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_whatever_happens_the_race_ends_and_gives_nothing_twice(data: st.DataObject) -> None:
+    race = Race(
+        now=100.0,
+        direct=data.draw(st.lists(st.sampled_from([V4, V6, OUTSIDE]), max_size=3)),
+        can_offer=data.draw(st.booleans()),
+        tunnel=data.draw(st.booleans()),
+    )
+    course = Course(race)
+    ended: set[int] = set()
+
+    def world(course: Course, action: object) -> None:
+        if isinstance(action, SendOffer):
+            if data.draw(st.booleans()):
+                names = data.draw(st.lists(st.sampled_from(["tunnel", "quic"]), unique=True))
+                slots = data.draw(st.integers(0, 3))
+                wait = data.draw(st.floats(-1, 2))
+                course.later(
+                    data.draw(st.floats(0.01, 5)), lambda: race.go(course.now, wait, [V4], [OUTSIDE], slots, names)
+                )
+            if data.draw(st.booleans()):
+                course.later(data.draw(st.floats(0, 5)), lambda: race.arrived(course.now))
+            return
+        fate, after = data.draw(FATES), data.draw(st.floats(0, 6))
+        attempt = action.id  # type: ignore[attr-defined]
+        if fate == "connected":
+            course.later(after, lambda: race.connected(course.now, attempt))
+        elif fate == "failed":
+            course.later(after, lambda: race.failed(course.now, attempt, "no"))
+            ended.add(attempt)
+
+    course.run(world, until=100.0 + module.RACE_TIME + 10)
+    given = [attempt for _, attempt in course.given]
+    assert len(given) == len(set(given))
+    assert not set(given) & set(course.cancelled)
+    assert not set(given) & ended
+    kinds = course.kinds_given()
+    # Once something direct was given, the relay is not used any more.
+    direct = [index for index, kind in enumerate(kinds) if kind != "tunnel"]
+    assert all(kind != "tunnel" for kind in kinds[direct[0] :]) if direct else True

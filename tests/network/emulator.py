@@ -1,0 +1,201 @@
+"""A small internet in one process: hosts on TUN devices, middleboxes, and a delay on every way. Needs root.
+
+``python emulator.py DEVICE…`` opens the devices (the caller moves them into network namespaces: an open device stays
+connected), says ``ready``, and takes one JSON line after another on standard input: a whole new network each time.
+
+    {"boxes": [{"name": "n", "outside": "203.0.113.1", "parent": null, …fields of `nat.Box`…}],
+     "hosts": [{"device": "tun0", "addresses": ["192.168.1.10"], "parent": "n", "delay": 0.015}], "loss": 0.0}
+
+It answers each with ``ok`` and a line of the counters so far. The kernel has no netem; this needs nothing but TUN.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import heapq
+import ipaddress
+import json
+import os
+import random
+import select
+import struct
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from nat import Box, Packet, parse
+from port_mapper import PortMapper
+
+_TUNSETIFF = 0x400454CA
+_IFF_TUN, _IFF_NO_PI = 1, 0x1000
+
+
+def open_tun(name: str) -> int:
+    """A TUN device without offloads: every packet is a whole one of at most the device's MTU."""
+    descriptor = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
+    fcntl.ioctl(descriptor, _TUNSETIFF, struct.pack("16sH", name.encode(), _IFF_TUN | _IFF_NO_PI))
+    return descriptor
+
+
+class Network:
+    """Nodes are names; hosts are leaves, boxes hold what is inside of them, None is the internet."""
+
+    def __init__(self, description: dict[str, Any], devices: dict[str, int]) -> None:
+        self.boxes: dict[str, Box] = {}
+        self.mappers: dict[str, PortMapper] = {}
+        self.parents: dict[str, str | None] = {}
+        self.delays: dict[str, float] = {}
+        self.hosts: dict[bytes, str] = {}
+        self.devices = devices
+        self.loss = float(description.get("loss", 0.0))
+        self.rng = random.Random(description.get("seed", 1))
+        for row in description["boxes"]:
+            self._add_box(dict(row))
+        for row in description["hosts"]:
+            name = row["device"]
+            self.parents[name] = row["parent"]
+            self.delays[name] = float(row.get("delay", 0.0))
+            for address in row["addresses"]:
+                self.hosts[ipaddress.ip_address(address).packed] = name
+
+    def _add_box(self, row: dict[str, Any]) -> None:
+        name, parent = row["name"], row.pop("parent")
+        gateway, mapper = row.pop("gateway", None), row.pop("mapper", None)
+        row["outside"] = ipaddress.ip_address(row["outside"]).packed
+        if row.get("tcp_ports") is not None:
+            row["tcp_ports"] = frozenset(row["tcp_ports"])
+        self.boxes[name] = Box(**row, rng=random.Random(name))
+        self.parents[name] = parent
+        if mapper is not None:
+            self.mappers[name] = PortMapper(self.boxes[name], ipaddress.ip_address(gateway).packed, mapper)
+
+    def _owner(self, address: bytes) -> str | None:
+        """The host with an address, or the box that has it outside."""
+        if address in self.hosts:
+            return self.hosts[address]
+        return next((name for name, box in self.boxes.items() if box.outside == address), None)
+
+    def _child_of(self, parent: str | None, address: bytes) -> str | None:
+        """The child of a node through which an address is reached, if it may be reached from there at all."""
+        node = self._owner(address)
+        while node is not None:
+            above = self.parents[node]
+            if above == parent:
+                return node
+            # What is behind a translating box cannot be addressed from outside of it.
+            if above is None or (self.boxes[above].mapping != "none" and len(address) == 4):
+                return None
+            node = above
+        return None
+
+    def send(self, device: str, packet: Packet) -> list[tuple[float, str | None, Packet, str | None]]:
+        """A host's packet on its way up: (delay, device to write to or None, packet, where it goes down from)."""
+        node, here = self.parents[device], packet
+        while node is not None:
+            if (mapper := self.mappers.get(node)) is not None:
+                answers = mapper.handle(here, time.monotonic())
+                if answers is not None:
+                    return [(0.0, device, answer, None) for answer in answers]
+            if self._child_of(node, here.destination[0]) is not None and self.boxes[node].mapping != "none":
+                return self.descend(node, here, self.delays[device])
+            box = self.boxes[node]
+            out = box.outbound(here)
+            if out is None:
+                return []
+            if out.destination[0] == box.outside:
+                return self._enter(node, out, self.delays[device]) if box.hairpin else []
+            node, here = self.parents[node], out
+        if self.loss and self.rng.random() < self.loss:
+            return []
+        return self.descend(None, here, self.delays[device], far=True)
+
+    def descend(
+        self, node: str | None, packet: Packet, delay: float, *, far: bool = False
+    ) -> list[tuple[float, str | None, Packet, str | None]]:
+        """Into a child of ``node``: later, since the far end's boxes must see the packet when it gets there."""
+        child = self._child_of(node, packet.destination[0])
+        if child is None:
+            return []
+        extra = self._delay_below(child) if far else 0.0
+        return [(delay + extra, None, packet, child)]
+
+    def _delay_below(self, node: str) -> float:
+        if node in self.delays:
+            return self.delays[node]
+        return max((self._delay_below(name) for name, parent in self.parents.items() if parent == node), default=0.0)
+
+    def _enter(self, node: str, packet: Packet, delay: float) -> list[tuple[float, str | None, Packet, str | None]]:
+        return [(delay, None, packet, node)]
+
+    def arrive(self, node: str, packet: Packet) -> list[tuple[float, str | None, Packet, str | None]]:
+        """A packet has reached a node from above."""
+        if node not in self.boxes:
+            return [(0.0, node, packet, None)]
+        inside, back = self.boxes[node].inbound(packet)
+        if back is not None:
+            return self.descend(self.parents[node], back, self._delay_below(node), far=True)
+        if inside is None:
+            return []
+        child = self._child_of(node, inside.destination[0])
+        return [] if child is None else self.arrive(child, inside)
+
+    def counters(self) -> dict[str, dict[str, int]]:
+        """What the boxes have dropped."""
+        return {name: box.counters for name, box in self.boxes.items()}
+
+
+def main(names: list[str]) -> None:
+    devices = {name: open_tun(name) for name in names}
+    by_descriptor = {descriptor: name for name, descriptor in devices.items()}
+    network: Network | None = None
+    queue: list[tuple[float, int, str | None, Packet, str | None]] = []
+    serial = 0
+    poll = select.poll()
+    for descriptor in (*devices.values(), 0):
+        poll.register(descriptor, select.POLLIN)
+    print("ready", flush=True)
+    while True:
+        now = time.monotonic()
+        wait = max(0.0, queue[0][0] - now) if queue else None
+        # Whole milliseconds only: the last one is spun through.
+        for descriptor, _ in poll.poll(None if wait is None else int(wait * 1000)):
+            if descriptor == 0:
+                line = sys.stdin.readline()
+                if not line:
+                    return
+                counters = {} if network is None else network.counters()
+                network = Network(json.loads(line), devices)
+                queue.clear()
+                print("ok " + json.dumps(counters), flush=True)
+                continue
+            for _ in range(64):
+                try:
+                    data = os.read(descriptor, 65536)
+                except (BlockingIOError, OSError):
+                    break
+                packet = parse(data)
+                if packet is None or network is None:
+                    continue
+                now = time.monotonic()
+                for row in network.send(by_descriptor[descriptor], packet):
+                    serial += 1
+                    heapq.heappush(queue, (now + row[0], serial, *row[1:]))
+        now = time.monotonic()
+        while queue and queue[0][0] <= now:
+            _, _, device, packet, node = heapq.heappop(queue)
+            if device is not None:
+                try:
+                    os.write(devices[device], packet.data)
+                except OSError:
+                    continue
+            elif node is not None and network is not None:
+                for row in network.arrive(node, packet):
+                    serial += 1
+                    heapq.heappush(queue, (now + row[0], serial, *row[1:]))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
