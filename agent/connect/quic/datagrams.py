@@ -1,0 +1,99 @@
+"""Many datagrams in one system call where the kernel can: UDP_SEGMENT when sending, UDP_GRO when receiving (Linux)."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import struct
+from collections.abc import Iterable, Iterator
+
+Address = tuple[str, int]
+
+_SOL_UDP, _UDP_SEGMENT, _UDP_GRO = 17, 103, 104
+_MAX_SEGMENTS = 60
+_MAX_BYTES = 63_000
+_RECEIVE = 65_535
+_BUFFER = 4 * 1024 * 1024
+
+
+class Datagrams:
+    """A UDP socket. `send` never blocks: what the kernel does not take now is lost like any datagram."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self.sock = sock
+        self.dropped = 0
+        for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
+            with contextlib.suppress(OSError):
+                sock.setsockopt(socket.SOL_SOCKET, option, _BUFFER)
+        self._segments = True
+        with contextlib.suppress(OSError):
+            sock.setsockopt(_SOL_UDP, _UDP_GRO, 1)
+
+    def send(self, datagrams: Iterable[tuple[bytes, Address]]) -> OSError | None:
+        """Send all; the last error of the network (not of a full buffer), if there was one."""
+        trouble: OSError | None = None
+        for run, address in _runs(datagrams):
+            try:
+                self._send_run(run, address)
+            except BlockingIOError:
+                self.dropped += len(run)
+            except OSError as error:
+                trouble = error
+        return trouble
+
+    def _send_run(self, run: list[bytes], address: Address) -> None:
+        if len(run) > 1 and self._segments:
+            size = struct.pack("=H", len(run[0]))
+            try:
+                self.sock.sendmsg([b"".join(run)], [(_SOL_UDP, _UDP_SEGMENT, size)], 0, address)
+            except BlockingIOError:
+                raise
+            except OSError:
+                # No such option here, or a path that cannot take it: one by one from now on.
+                self._segments = False
+            else:
+                return
+        for datagram in run:
+            self.sock.sendto(datagram, address)
+
+    def receive(self, most: int = 16) -> Iterator[tuple[bytes, int, Address]]:
+        """What has come, up to ``most`` calls' worth: data, length of its segments (0 for one datagram), sender."""
+        for _ in range(most):
+            try:
+                data, ancillary, _, address = self.sock.recvmsg(_RECEIVE, 64)
+            except BlockingIOError:
+                return
+            except OSError:
+                # A refused or unreachable destination is reported here; QUIC finds out by itself.
+                continue
+            segment = 0
+            for level, kind, payload in ancillary:
+                if (level, kind) == (_SOL_UDP, _UDP_GRO):
+                    segment = int.from_bytes(payload[:2], "little")
+            yield data, segment, (address[0], address[1])
+
+
+def _runs(datagrams: Iterable[tuple[bytes, Address]]) -> Iterator[tuple[list[bytes], Address]]:
+    """Datagrams in a row to one address, all as long as the first, only the last one shorter."""
+    run: list[bytes] = []
+    target: Address | None = None
+    total = 0
+    for data, address in datagrams:
+        fits = (
+            run
+            and address == target
+            and len(data) <= len(run[0]) == len(run[-1])
+            and len(run) < _MAX_SEGMENTS
+            and total + len(data) <= _MAX_BYTES
+        )
+        if run and not fits:
+            assert target is not None
+            yield run, target
+            run, total = [], 0
+        run.append(data)
+        target = address
+        total += len(data)
+    if run:
+        assert target is not None
+        yield run, target

@@ -1,0 +1,367 @@
+"""QUIC as one way among others (`agent.connect.transport`): candidates, punching, and the processes that carry it.
+
+A session has one QUIC connection; each wish for a connection is a stream of it. The daemon only punches: the socket
+then goes to a process (`process`), which hands back a local stream socket for each stream.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import msgspec
+import trio
+
+from agent.connect.quic import engine
+from agent.connect.quic.process import (
+    MAX_PACKET,
+    Begin,
+    Move,
+    Open,
+    Over,
+    Ready,
+    Stream,
+    decode_report,
+    encode,
+)
+from agent.connect.quic.punch import OPENING_TTL, Address, Punch, Send, is_quic_start
+from agent.connect.transport import Connection, Greet, Path, Wish
+from protocol.candidates import MAPPED_UDP, Candidate, PathGo, PathOffer
+from protocol.errors import RetryLater
+from protocol.identity import NodeKey
+
+MAX_CONNECTIONS = 64
+OPEN_TIMEOUT = 10.0
+READY_TIMEOUT = 20.0
+# An offered socket is kept so long for the go, in seconds.
+OFFER_LIFE = 30.0
+_STEP = 0.02
+
+# How the relay sees a UDP socket and where else it may be reached; answers within moments, also when nothing does.
+Observe = Callable[[trio.socket.SocketType], Awaitable[list[Candidate]]]
+# Which of a peer's candidates may be used.
+Usable = Callable[[list[Candidate], PathGo], list[Candidate]]
+# The certificate (PEM) of the other node of a session, None for a session that is not known here.
+PeerOf = Callable[[str], Awaitable[str | None]]
+
+
+class QuicFailed(RetryLater):
+    """No QUIC to the peer now."""
+
+    default_code = "QUIC_FAILED"
+
+
+@dataclass(eq=False)
+class _Live:
+    """One QUIC connection and its process."""
+
+    line: trio.socket.SocketType
+    remote: Address
+    ready: trio.Event = field(default_factory=trio.Event)
+    over: trio.Event = field(default_factory=trio.Event)
+    sentence: str = ""
+    # Streams that the process has opened and nobody has taken yet.
+    opened: list[socket.socket] = field(default_factory=list)
+    arrived: trio.Event = field(default_factory=trio.Event)
+    opening: trio.Lock = field(default_factory=trio.Lock)
+
+
+class QuicTransport:
+    """See the module. Run `run`; the daemon puts it into `Transports`."""
+
+    name = "quic"
+
+    def __init__(
+        self, identity: NodeKey, peer_of: PeerOf, observe: Observe, usable: Usable, *, library: str | None = None
+    ) -> None:
+        if library is None and not engine.available():
+            raise engine.EngineMissing("No library for QUIC is installed; `pip install qh3` brings one.")
+        self._identity = identity
+        self._peer_of = peer_of
+        self._observe = observe
+        self._usable = usable
+        self._library = library
+        self._sockets: dict[tuple[str, str], tuple[trio.socket.SocketType, str]] = {}
+        self._live: dict[tuple[str, str], _Live] = {}
+        self._nursery: trio.Nursery | None = None
+
+    async def run(self) -> None:
+        """Keep connections until cancelled."""
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                await trio.sleep_forever()
+        finally:
+            self._nursery = None
+            for sock, _ in self._sockets.values():
+                sock.close()
+            self._sockets.clear()
+
+    # --- the destination -------------------------------------------------------------------------------------
+
+    async def offer(self, wish: Wish) -> list[Candidate]:
+        """The UDP candidates of a fresh socket; none when the session has a connection already."""
+        if self._find(wish.session_id, "client") is not None:
+            return []
+        secret = secrets.token_hex(16)
+        candidates = await self._gather(wish.session_id, "client", secret)
+        return [msgspec.structs.replace(candidate, token=secret) for candidate in candidates]
+
+    async def connect(self, wish: Wish, go: PathGo) -> Connection:
+        """A stream to the source; the first one brings up the connection."""
+        live = self._find(wish.session_id, "client")
+        if live is None:
+            if go.answer is None:
+                raise QuicFailed("The relay gave no candidates of the source.")
+            live = await self._bring_up(wish.session_id, "client", go, go.answer.candidates)
+        with trio.move_on_after(OPEN_TIMEOUT):
+            async with live.opening:
+                await self._tell(live, encode(Open()))
+                while not live.opened and not live.over.is_set():
+                    await live.arrived.wait()
+                if live.opened:
+                    return self._connection(live, live.opened.pop(0))
+        raise QuicFailed(live.sentence or "The QUIC connection opens no more streams.")
+
+    # --- the source ------------------------------------------------------------------------------------------
+
+    async def answer(self, offer: PathOffer) -> list[Candidate]:
+        """The UDP candidates of this side, when the destination has some."""
+        secret = next((row.token for row in offer.candidates if row.kind == MAPPED_UDP), "")
+        return await self._gather(offer.session_id, "server", secret) if secret else []
+
+    async def serve(self, offer: PathOffer, go: PathGo, greet: Greet) -> None:
+        """Punch and answer; streams are greeted as they come, as long as the connection lives."""
+        if (offer.session_id, "server") not in self._sockets:
+            return
+        live = await self._bring_up(offer.session_id, "server", go, offer.candidates)
+        assert self._nursery is not None
+        self._nursery.start_soon(self._greet_streams, live, greet)
+
+    async def _greet_streams(self, live: _Live, greet: Greet) -> None:
+        async with trio.open_nursery() as nursery:
+            while not live.over.is_set():
+                while live.opened:
+                    nursery.start_soon(greet, self._connection(live, live.opened.pop(0)))
+                await live.arrived.wait()
+
+    # --- sockets ---------------------------------------------------------------------------------------------
+
+    async def _gather(self, session_id: str, role: str, secret: str) -> list[Candidate]:
+        key = (session_id, role)
+        if len(self._sockets) >= MAX_CONNECTIONS or self._nursery is None:
+            return []
+        sock = trio.socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        try:
+            await sock.bind(("0.0.0.0", 0))  # noqa: S104 - a client's port
+            candidates = await self._observe(sock)
+        except BaseException:
+            sock.close()
+            raise
+        self._forget(key)
+        self._sockets[key] = (sock, secret)
+        self._nursery.start_soon(self._expire, key, sock)
+        return candidates
+
+    async def _expire(self, key: tuple[str, str], sock: trio.socket.SocketType) -> None:
+        await trio.sleep(OFFER_LIFE)
+        if self._sockets.get(key, (None, ""))[0] is sock:
+            self._forget(key)
+
+    def _forget(self, key: tuple[str, str]) -> None:
+        known = self._sockets.pop(key, None)
+        if known is not None:
+            known[0].close()
+
+    # --- connections -----------------------------------------------------------------------------------------
+
+    def _find(self, session_id: str, role: str) -> _Live | None:
+        live = self._live.get((session_id, role))
+        return None if live is None or live.over.is_set() else live
+
+    def _connection(self, live: _Live, sock: socket.socket) -> Connection:
+        return Connection(sock, Path(kind="quic", transport="quic", remote=f"{live.remote[0]}:{live.remote[1]}"))
+
+    async def _bring_up(self, session_id: str, role: str, go: PathGo, candidates: list[Candidate]) -> _Live:
+        known = self._sockets.pop((session_id, role), None)
+        if known is None:
+            raise QuicFailed("The UDP port of this offer is closed already.")
+        sock, secret = known
+        with sock:
+            certificate = await self._peer_of(session_id)
+            if certificate is None:
+                raise QuicFailed("This session is not known here.")
+            targets = [
+                (row.host, row.port)
+                for row in self._usable(candidates, go)
+                if row.kind == MAPPED_UDP and ":" not in row.host
+            ]
+            client = role == "client"
+            remote = await punch(sock, client=client, secret=secret, targets=targets)
+            begin = Begin(
+                session_id=session_id,
+                node_key=self._identity.private_key_pem,
+                peer_certificate=certificate,
+                peer=remote if client else None,
+                library=self._library,
+            )
+            assert self._nursery is not None
+            live: _Live = await self._nursery.start(self._keep, (session_id, role), begin, sock.dup(), remote)
+        with trio.move_on_after(READY_TIMEOUT):
+            await live.ready.wait()
+        if live.over.is_set() or not live.ready.is_set():
+            live.line.close()
+            raise QuicFailed(live.sentence or "The peer did not answer over QUIC in time.")
+        return live
+
+    async def _keep(
+        self,
+        key: tuple[str, str],
+        begin: Begin,
+        udp: trio.socket.SocketType,
+        remote: Address,
+        *,
+        task_status: trio.TaskStatus[_Live],
+    ) -> None:
+        """One connection, from its process's start to its end."""
+        with udp:
+            async with _carrier_process(begin, udp) as line:
+                udp.close()
+                live = _Live(line, remote)
+                old = self._live.get(key)
+                if old is not None:
+                    # The peer begins anew: the connection it had is of no use to anybody.
+                    old.line.close()
+                self._live[key] = live
+                task_status.started(live)
+                try:
+                    await self._hear(live)
+                finally:
+                    live.over.set()
+                    live.ready.set()
+                    live.arrived.set()
+                    for sock in live.opened:
+                        sock.close()
+                    live.opened.clear()
+                    if self._live.get(key) is live:
+                        del self._live[key]
+
+    async def _hear(self, live: _Live) -> None:
+        while True:
+            try:
+                packet, descriptors = await _receive(live.line)
+            except (OSError, trio.ClosedResourceError):
+                return
+            if not packet:
+                return
+            report = decode_report(packet)
+            if isinstance(report, Ready):
+                live.ready.set()
+            elif isinstance(report, Over):
+                live.sentence = report.sentence
+            elif isinstance(report, Stream) and descriptors:
+                live.opened.append(socket.socket(fileno=descriptors[0]))
+                live.arrived.set()
+                live.arrived = trio.Event()
+
+    async def _tell(self, live: _Live, packet: bytes) -> None:
+        try:
+            await live.line.send(packet)
+        except (OSError, trio.ClosedResourceError) as error:
+            raise QuicFailed("The QUIC connection has ended.") from error
+
+    async def moved(self) -> None:
+        """The network has changed: connections of which this side is the client go on from fresh sockets."""
+        for (_, role), live in list(self._live.items()):
+            if role != "client" or live.over.is_set():
+                continue
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+                sock.bind(("0.0.0.0", 0))  # noqa: S104 - a client's port
+                with contextlib.suppress(OSError, trio.ClosedResourceError):
+                    await _send(live.line, encode(Move()), sock.fileno())
+
+
+async def punch(sock: trio.socket.SocketType, *, client: bool, secret: str, targets: list[Address]) -> Address:
+    """Reach the peer; where it is. The server's side stays until the peer begins to speak QUIC, and goes on answering
+    probes so long. Raises `QuicFailed`."""
+    machine = Punch(client=client, secret=secret, targets=targets, now=trio.current_time())
+    while trio.current_time() < machine.deadline:
+        for send in machine.due(trio.current_time()):
+            await _send_probe(sock, send)
+        wait = max(0.0, min(machine.next_time() - trio.current_time(), _STEP))
+        with trio.move_on_after(wait):
+            try:
+                data, source = await sock.recvfrom(2048, socket.MSG_PEEK)
+            except OSError:
+                # An ICMP error for one of the targets.
+                continue
+            if is_quic_start(data) and not client and machine.found is not None:
+                # It stays in the socket for the process.
+                return machine.found
+            await sock.recvfrom(2048)
+            for send in machine.receive_untrusted(data, (source[0], source[1])):
+                await _send_probe(sock, send)
+        if client and machine.found is not None:
+            return machine.found
+    raise QuicFailed("UDP does not get through between the two machines.")
+
+
+async def _send_probe(sock: trio.socket.SocketType, send: Send) -> None:
+    try:
+        if send.opening:
+            usual = sock.getsockopt(socket.IPPROTO_IP, socket.IP_TTL)
+            sock.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, OPENING_TTL)
+            try:
+                await sock.sendto(send.data, send.to)
+            finally:
+                sock.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, usual)
+        else:
+            await sock.sendto(send.data, send.to)
+    except OSError:
+        # One target cannot be reached from here; the others may.
+        return
+
+
+@asynccontextmanager
+async def _carrier_process(begin: Begin, udp: trio.socket.SocketType) -> AsyncIterator[trio.socket.SocketType]:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        process = await trio.lowlevel.open_process(
+            [sys.executable, "-m", "agent.connect.quic.process", str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+        )
+    ours.setblocking(False)
+    line = trio.socket.from_stdlib_socket(ours)
+    try:
+        with line:
+            await _send(line, encode(begin), udp.fileno())
+            yield line
+    finally:
+        with trio.CancelScope(shield=True):
+            with trio.move_on_after(2.0):
+                await process.wait()
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+
+
+async def _send(line: trio.socket.SocketType, packet: bytes, descriptor: int) -> None:
+    rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, descriptor.to_bytes(4, sys.byteorder))
+    await line.sendmsg([packet], [rights])
+
+
+async def _receive(line: trio.socket.SocketType) -> tuple[bytes, list[int]]:
+    packet, ancillary, _, _ = await line.recvmsg(MAX_PACKET, socket.CMSG_SPACE(4))
+    descriptors = [
+        int.from_bytes(payload[:4], sys.byteorder)
+        for level, kind, payload in ancillary
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS) and len(payload) >= 4
+    ]
+    return packet, descriptors
