@@ -46,6 +46,7 @@ from agent.config_kinds import (
     words,
 )
 from agent.config_migrate import CURRENT, migrated
+from agent.watch.rule import Cron, Template
 
 __all__ = [
     "MAX_CONFIG_BYTES",
@@ -58,6 +59,7 @@ __all__ = [
     "LogConfig",
     "Problem",
     "RelayConfig",
+    "WatchConfig",
     "compose",
     "default_config_file",
     "default_state_dir",
@@ -69,6 +71,7 @@ __all__ = [
 
 MAX_COLLECTIONS = 1000
 MAX_ADVERTISED = 16
+MAX_RULES = 100
 MAX_NAME = 255
 PROXY = r"none|http://([^/@\s]+@)?[^/@\s]+"
 
@@ -156,6 +159,45 @@ class LogConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WatchConfig:
+    """A rule that transfers new files of a folder by itself."""
+
+    name: str = setting(
+        Text(64, "[A-Za-z0-9][A-Za-z0-9_-]*", "a word of letters, digits, - and _"),
+        doc="Name of the rule.",
+        required=True,
+    )
+    collection: str = setting(Uuid(), doc="The collection of this machine that holds the folder.", required=True)
+    folder: str = setting(InCollection(), "/", doc="The folder in it that is watched.")
+    destination: str = setting(Uuid(), doc="The collection that files go to.", required=True)
+    template: str = setting(
+        Template(),
+        "/{path}",
+        doc="Their path there. Fields: {name} {stem} {suffix} {path} {folder} {rule} {host}, and of the file's time "
+        "{year} {month} {day} {hour} {minute} (UTC).",
+    )
+    recursive: bool = setting(Flag(), True, doc="Also folders in the folder.")
+    include: tuple[str, ...] = setting(ListOf(Text(255), 64, "patterns"), (), doc="Only names that match one of these.")
+    exclude: tuple[str, ...] = setting(
+        ListOf(Text(255), 64, "patterns"),
+        (".*", "*.part", "*.tmp", "~*"),
+        doc="Not what matches one of these, nor what lies in folders that do.",
+    )
+    settle: int = setting(Number(0, 604800), 60, doc="Seconds without change after which a file counts as finished.")
+    schedule: str | None = setting(
+        OrNull(Cron()), None, doc="Cron expression (local time): go at these times, not as soon as files have settled."
+    )
+    sync_level: str | None = setting(
+        OrNull(words("exists", "size", "mtime", "checksum")), None, doc="Leave out what the destination has already."
+    )
+    after: str = setting(
+        words("keep", "delete", "move"), "keep", doc="What becomes of a file here once it has arrived, verified, there."
+    )
+    moved_to: str = setting(InCollection(), "/transferred", doc="With `after: move`: a folder of the same collection.")
+    retries: int = setting(Number(0, 1000), 10, doc="How often a failed task is submitted anew, ever less often.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RelayConfig:
     """The relay; ``url`` is None until `towpath setup`. Without ``ca_file`` the system's trust store decides."""
 
@@ -191,6 +233,9 @@ class AgentConfig:
     data: DataConfig = setting(Section(DataConfig), doc="The data port: other agents connect here to move data.")
     limits: LimitsConfig = setting(Section(LimitsConfig), doc="How much of this machine transfers may use.")
     log: LogConfig = setting(Section(LogConfig), doc="The agent's log.")
+    watch: tuple[WatchConfig, ...] = setting(
+        Entries(WatchConfig, "rule", MAX_RULES, "name"), doc="Rules that transfer new files by themselves."
+    )
 
 
 def default_config_file(environment: Mapping[str, str] = os.environ) -> Path:

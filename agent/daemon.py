@@ -39,6 +39,8 @@ from agent.lock import RENEW_EVERY, InstanceLock, held
 from agent.policy import Policy
 from agent.sdnotify import Notifier
 from agent.transfer.service import TransferService
+from agent.watch.service import WatchService
+from agent.watch.submitter import CommandSubmitter
 from protocol.errors import RetryLater
 from protocol.identity import NodeKey
 from protocol.link import HelloFields
@@ -106,6 +108,7 @@ class Daemon:
             self._network,
         )
         self._availability = Availability(self._policy, self._collections, self._tasks.announce_collections)
+        self._watch = WatchService(config.state_dir, config.watch, self._policy, self._collections, CommandSubmitter())
         self._link = Link(
             config.relay.url or identity.relay_url,
             _authority(config),
@@ -144,6 +147,7 @@ class Daemon:
                 nursery.start_soon(self._upkeep)
                 nursery.start_soon(self._tell_service_manager, notifier)
                 nursery.start_soon(self._watch_config)
+                nursery.start_soon(self._watch.run)
                 sentence = f"Serving {len(self._policy.collections)} collection(s) from port {self._tasks.port}."
                 logger.info(sentence)
                 notifier.ready(sentence)
@@ -273,6 +277,7 @@ class Daemon:
             await trio.to_thread.run_sync(logs.configure, config.log, self._log_file)
         self._tasks.config = self._read = config
         self._policy.replace(config.collections)
+        self._watch.replace(config.watch)
         await self._tasks.owner_changed({collection.id for collection in before ^ after})
         self._tasks.announce_collections(await self._availability.look())
         later = _waiting_for_start(self._config, config)
@@ -304,6 +309,14 @@ class Daemon:
         except OSError as error:
             raise RetryLater(f"The new root could not be remembered: {error}.") from error
         self._tasks.announce_collections(await self._availability.look())
+
+    def watch_status(self) -> list[dict[str, Any]]:
+        """The watch rules and what they did."""
+        return self._watch.status()
+
+    def watch_now(self, name: str, *, retry: bool) -> bool:
+        """Run a rule at once; False if there is no such rule."""
+        return self._watch.look_now(name, retry=retry)
 
     def reconnect(self) -> None:
         """Connect to the relay at once."""

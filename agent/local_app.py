@@ -95,6 +95,24 @@ class LocalApplication:
         """Read the configuration again."""
         return {"message": await self._owner.reload()}
 
+    async def watch(self, _: Request) -> object:
+        """The watch rules and what they did."""
+        return {"rules": self._owner.watch_status()}
+
+    async def watch_run(self, request: Request) -> object:
+        """Run a watch rule at once."""
+        return self._watch_now(request, retry=False)
+
+    async def watch_retry(self, request: Request) -> object:
+        """Run a watch rule at once, with what had failed for good."""
+        return self._watch_now(request, retry=True)
+
+    def _watch_now(self, request: Request, *, retry: bool) -> object:
+        name = str(request.path_params["name"])[:64]
+        if not self._owner.watch_now(name, retry=retry):
+            raise ItemFailed("There is no such watch rule.", code="NOT_FOUND")
+        return {"message": f"Rule {name} looks now."}
+
     def table(self) -> list[tuple[str, str, Handler]]:
         """Method, path and handler of every route."""
         return [
@@ -109,6 +127,9 @@ class LocalApplication:
             ("POST", "/resume", self.resume),
             ("POST", "/relay/reconnect", self.reconnect),
             ("POST", "/reload", self.reload),
+            ("GET", "/watch", self.watch),
+            ("POST", "/watch/{name}/run", self.watch_run),
+            ("POST", "/watch/{name}/retry", self.watch_retry),
         ]
 
 

@@ -97,6 +97,12 @@ class Owner(Protocol):
     async def accept_root(self, collection_id: str) -> None:
         """The root of a collection has moved for good: take it as it is now."""
 
+    def watch_status(self) -> list[dict[str, Any]]:
+        """The watch rules and what they did."""
+
+    def watch_now(self, name: str, *, retry: bool) -> bool:
+        """Run a rule at once; False if there is no such rule."""
+
     def reconnect(self) -> None:
         """Connect to the relay at once."""
 

@@ -58,6 +58,7 @@ COMMANDS: dict[str, Entry] = {
         "agent.cli.support:support_bundle", "Collect what helps helpers, without secrets.", MACHINE
     ),
     "collection": Entry("agent.cli.collection:collection", "Offer folders of this machine.", MACHINE),
+    "watch": Entry("agent.cli.watch:watch", "Transfer new files by themselves, by rules.", MACHINE),
     "config": Entry("agent.cli.config:config", "Show, change and check the agent's configuration.", MACHINE),
     "doctor": Entry("agent.cli.doctor:doctor", "Look for everything that can be wrong.", MACHINE),
     "demo": Entry("agent.demo.command:demo", "Move real data between two agents, with crashes, and prove it.", MACHINE),

@@ -42,6 +42,13 @@ class FakeOwner:
     async def accept_root(self, collection_id: str) -> None:
         self.calls.append(f"accept {collection_id}")
 
+    def watch_status(self) -> list[dict[str, Any]]:
+        return [{"name": "scope"}]
+
+    def watch_now(self, name: str, *, retry: bool) -> bool:
+        self.calls.append(f"watch {name} {retry}")
+        return name == "scope"
+
     def reconnect(self) -> None:
         self.calls.append("reconnect")
 

@@ -1,0 +1,191 @@
+"""What watch rules have handed over, kept on disk: no file is submitted twice, none is forgotten over a restart.
+
+A batch is written down with the submission id it will have before anybody hears of it; submitted again after a crash
+it is the same task.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from agent.state_files import pragmas
+from agent.storage.base import Version
+from agent.watch.rule import Path as RelativePath
+from agent.watch.rule import Seen
+
+LEDGER_FILE = "watch.sqlite"
+MAX_BATCH = 1000
+KEEP_DONE = 90 * 86400.0
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS handed (
+    rule TEXT NOT NULL, path BLOB NOT NULL, version BLOB NOT NULL, PRIMARY KEY (rule, path)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS batches (
+    id INTEGER PRIMARY KEY, rule TEXT NOT NULL, submission TEXT NOT NULL, items BLOB NOT NULL, state TEXT NOT NULL,
+    task TEXT NOT NULL DEFAULT '', attempts INTEGER NOT NULL DEFAULT 0, next_try REAL NOT NULL DEFAULT 0,
+    reason TEXT NOT NULL DEFAULT '', changed REAL NOT NULL
+);
+CREATE INDEX IF NOT EXISTS batches_by_state ON batches (rule, state);
+CREATE TABLE IF NOT EXISTS runs (rule TEXT PRIMARY KEY, at REAL NOT NULL);
+"""
+
+
+class Item(msgspec.Struct, frozen=True):
+    """One file of a batch: its path below the watched folder, the version handed over, and where it goes."""
+
+    path: tuple[bytes, ...]
+    version: Version
+    destination: str
+
+    @property
+    def seen(self) -> Seen:
+        """As the scan saw it."""
+        return Seen(self.path, self.version)
+
+
+class Batch(msgspec.Struct, frozen=True, kw_only=True):
+    """Files handed over together. ``state``: new, submitted, done, failed."""
+
+    id: int
+    rule: str
+    submission: str
+    items: list[Item]
+    state: str
+    task: str
+    attempts: int
+    next_try: float
+    reason: str
+
+
+class Ledger:
+    """Not for several threads at once. Raises `sqlite3.Error` when the file cannot be used."""
+
+    def __init__(self, path: Path) -> None:
+        self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        for pragma in pragmas(path.parent):
+            self._db.execute(pragma)
+        self._db.executescript(_SCHEMA)
+
+    def close(self) -> None:
+        """Give the file back."""
+        self._db.close()
+
+    def fresh(self, rule: str, files: Sequence[Seen]) -> list[Seen]:
+        """Those files whose present version was not handed over yet."""
+        rows = []
+        for seen in files:
+            row = self._db.execute(
+                "SELECT version FROM handed WHERE rule = ? AND path = ?", (rule, _key(seen.path))
+            ).fetchone()
+            if row is None or row[0] != msgspec.msgpack.encode(seen.version):
+                rows.append(seen)
+        return rows
+
+    def hand_over(self, rule: str, items: Sequence[Item], now: float) -> None:
+        """Make batches of these files; from now on they are known."""
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            for start in range(0, len(items), MAX_BATCH):
+                part = list(items[start : start + MAX_BATCH])
+                self._db.execute(
+                    "INSERT INTO batches (rule, submission, items, state, changed) VALUES (?, ?, ?, 'new', ?)",
+                    (rule, str(uuid.uuid4()), msgspec.msgpack.encode(part), now),
+                )
+            self._db.executemany(
+                "INSERT OR REPLACE INTO handed VALUES (?, ?, ?)",
+                [(rule, _key(item.path), msgspec.msgpack.encode(item.version)) for item in items],
+            )
+            self._db.execute("COMMIT")
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+
+    def open_batches(self, rule: str) -> list[Batch]:
+        """Batches that are not finished, oldest first."""
+        rows = self._db.execute(
+            "SELECT id, rule, submission, items, state, task, attempts, next_try, reason FROM batches "
+            "WHERE rule = ? AND state IN ('new', 'submitted') ORDER BY id",
+            (rule,),
+        )
+        return [_batch(row) for row in rows]
+
+    def submitted(self, batch: Batch, task: str, now: float) -> None:
+        """The relay has taken the batch as this task."""
+        self._update(batch, "state = 'submitted', task = ?, reason = ''", task, now)
+
+    def put_off(self, batch: Batch, reason: str, until: float, now: float) -> None:
+        """The relay could not be asked; the same submission is tried again later."""
+        self._update(batch, "next_try = ?, reason = ?", until, reason, now)
+
+    def again(self, batch: Batch, reason: str, until: float, now: float) -> None:
+        """The task failed; a new one is submitted later."""
+        changes = "state = 'new', task = '', submission = ?, attempts = attempts + 1, next_try = ?, reason = ?"
+        self._update(batch, changes, str(uuid.uuid4()), until, reason, now)
+
+    def finished(self, batch: Batch, state: str, reason: str, now: float) -> None:
+        """The batch is ``done`` or has ``failed`` for good. Old finished batches are forgotten."""
+        self._update(batch, "state = ?, reason = ?", state, reason, now)
+        self._db.execute("DELETE FROM batches WHERE state = 'done' AND changed < ?", (now - KEEP_DONE,))
+
+    def retry_failed(self, rule: str, now: float) -> int:
+        """The owner wants failed batches tried again; how many."""
+        rows = self._db.execute("SELECT id FROM batches WHERE rule = ? AND state = 'failed'", (rule,)).fetchall()
+        for (number,) in rows:
+            self._db.execute(
+                "UPDATE batches SET state = 'new', task = '', submission = ?, attempts = 0, next_try = 0, changed = ? "
+                "WHERE id = ?",
+                (str(uuid.uuid4()), now, number),
+            )
+        return len(rows)
+
+    def last_run(self, rule: str, now: float) -> float:
+        """When a timed rule last ran; a rule seen for the first time counts as having run now."""
+        self._db.execute("INSERT OR IGNORE INTO runs VALUES (?, ?)", (rule, now))
+        return float(self._db.execute("SELECT at FROM runs WHERE rule = ?", (rule,)).fetchone()[0])
+
+    def ran(self, rule: str, now: float) -> None:
+        """A timed rule runs now."""
+        self._db.execute("INSERT OR REPLACE INTO runs VALUES (?, ?)", (rule, now))
+
+    def counts(self, rule: str) -> dict[str, int]:
+        """Batches by state."""
+        rows = self._db.execute("SELECT state, count(*) FROM batches WHERE rule = ? GROUP BY state", (rule,))
+        return dict(rows.fetchall())
+
+    def last_reason(self, rule: str) -> str:
+        """Why the last batch that has trouble has it."""
+        row = self._db.execute(
+            "SELECT reason FROM batches WHERE rule = ? AND reason != '' AND state != 'done' "
+            "ORDER BY changed DESC LIMIT 1",
+            (rule,),
+        ).fetchone()
+        return str(row[0]) if row else ""
+
+    def _update(self, batch: Batch, changes: str, *values: object) -> None:
+        self._db.execute(f"UPDATE batches SET {changes}, changed = ? WHERE id = ?", (*values, batch.id))  # noqa: S608
+
+
+def _key(path: RelativePath) -> bytes:
+    return b"/".join(path)
+
+
+def _batch(row: Sequence[object]) -> Batch:
+    number, rule, submission, items, *rest = row
+    assert isinstance(items, bytes)
+    return msgspec.convert(
+        {
+            "id": number,
+            "rule": rule,
+            "submission": submission,
+            "items": msgspec.msgpack.decode(items, type=list[Item]),
+            **dict(zip(("state", "task", "attempts", "next_try", "reason"), rest, strict=True)),
+        },
+        Batch,
+        from_attributes=True,
+    )

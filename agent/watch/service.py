@@ -1,0 +1,359 @@
+"""Runs the watch rules of the configuration: looks, hands over, submits, follows, tidies up.
+
+Notifications of the file system only say "look now"; what counts is always a whole scan, so lost, merged or overflown
+notifications and restarts cost time, never files.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import sqlite3
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import trio
+from watchdog.events import FileSystemEvent, FileSystemEventHandler
+from watchdog.observers import Observer
+
+from agent.collections import Collections
+from agent.config import WatchConfig
+from agent.policy import Policy
+from agent.storage.base import Root
+from agent.watch.ledger import LEDGER_FILE, Batch, Item, Ledger
+from agent.watch.rule import Seen, Settling, destination, is_due, is_wanted, next_time
+from agent.watch.submitter import FINAL, SubmissionRefused, Submitter
+from protocol.errors import RetryLater, TowpathError
+from protocol.names import CollectionPath, is_reserved, parse_path_untrusted
+
+logger = logging.getLogger("towpath.watch")
+
+# Seconds between two looks when nothing is heard, between two looks at a task, and after a notification.
+LOOK_EVERY = 60.0
+FOLLOW_EVERY = 15.0
+SOON = 0.5
+FIRST_RETRY = 30.0
+LAST_RETRY = 3600.0
+MAX_FILES = 200_000
+
+
+class WatchService:
+    """All rules. `replace` may be called at any time; `run` runs until cancelled."""
+
+    def __init__(
+        self,
+        state_dir: Path,
+        rules: Sequence[WatchConfig],
+        policy: Policy,
+        collections: Collections,
+        submitter: Submitter,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._state_dir = state_dir
+        self._rules = tuple(rules)
+        self._policy = policy
+        self._collections = collections
+        self._submitter = submitter
+        self._clock = clock
+        self._ledger: Ledger | None = None
+        self._changed = trio.Event()
+        self._running: dict[str, RuleRunner] = {}
+
+    def replace(self, rules: Sequence[WatchConfig]) -> None:
+        """The owner changed the rules."""
+        if tuple(rules) != self._rules:
+            self._rules = tuple(rules)
+            self._changed.set()
+
+    async def run(self) -> None:
+        """Run all rules until cancelled; nothing is held open while there is none."""
+        while True:
+            self._changed = trio.Event()
+            if not self._rules:
+                await self._changed.wait()
+                continue
+            try:
+                self._ledger = await trio.to_thread.run_sync(Ledger, self._state_dir / LEDGER_FILE)
+            except sqlite3.Error as error:
+                logger.error("Watch rules do not run: %s: %s.", self._state_dir / LEDGER_FILE, error)  # noqa: TRY400
+                await trio.sleep(LOOK_EVERY)
+                continue
+            try:
+                async with trio.open_nursery() as nursery:
+                    for rule in self._rules:
+                        runner = RuleRunner(
+                            rule, self._ledger, self._policy, self._collections, self._submitter, self._clock
+                        )
+                        self._running[rule.name] = runner
+                        nursery.start_soon(runner.run)
+                    await self._changed.wait()
+                    nursery.cancel_scope.cancel()
+            finally:
+                self._running.clear()
+                self._ledger.close()
+                self._ledger = None
+
+    def status(self) -> list[dict[str, Any]]:
+        """Every rule: what it did, what it waits for, what is wrong."""
+        return [runner.status() for runner in self._running.values()]
+
+    def look_now(self, name: str, *, retry: bool) -> bool:
+        """Run a rule at once, also a timed one; ``retry``: also what had failed for good. False if there is none."""
+        runner = self._running.get(name)
+        if runner is None:
+            return False
+        runner.look_now(retry=retry)
+        return True
+
+
+class RuleRunner:
+    """One rule."""
+
+    def __init__(
+        self,
+        rule: WatchConfig,
+        ledger: Ledger,
+        policy: Policy,
+        collections: Collections,
+        submitter: Submitter,
+        clock: Callable[[], float],
+    ) -> None:
+        self.rule = rule
+        self._ledger = ledger
+        self._policy = policy
+        self._collections = collections
+        self._submitter = submitter
+        self._clock = clock
+        self._settling = Settling(rule.settle)
+        self._folder: CollectionPath = parse_path_untrusted(rule.folder)
+        self._problem = ""
+        self._waiting = 0
+        self._wake = trio.Event()
+        self._forced = False
+        self._next_follow = 0.0
+
+    def status(self) -> dict[str, Any]:
+        """For `towpath watch list`."""
+        return {
+            "name": self.rule.name,
+            "folder": self.rule.folder,
+            "collection": self.rule.collection,
+            "destination": self.rule.destination,
+            "batches": self._ledger.counts(self.rule.name),
+            "settling": self._waiting,
+            "problem": self._problem or self._ledger.last_reason(self.rule.name),
+        }
+
+    def look_now(self, *, retry: bool) -> None:
+        """See `WatchService.look_now`."""
+        self._forced = True
+        if retry:
+            self._ledger.retry_failed(self.rule.name, self._clock())
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Until cancelled. Trouble is kept as the rule's problem and tried again."""
+        observer = Observer()
+        try:
+            await trio.to_thread.run_sync(self._start, observer, trio.lowlevel.current_trio_token())
+            while True:
+                self._wake = trio.Event()
+                delay = await self.step()
+                with trio.move_on_after(max(SOON, delay)):
+                    await self._wake.wait()
+                    # Notifications come in swarms.
+                    await trio.sleep(SOON)
+        finally:
+            observer.unschedule_all()
+            if observer.is_alive():
+                observer.stop()
+
+    def _start(self, observer: Any, token: trio.lowlevel.TrioToken) -> None:
+        """Listen for changes, where the system can tell of them."""
+        runner = self
+
+        class Handler(FileSystemEventHandler):
+            def on_any_event(self, event: FileSystemEvent) -> None:
+                if event.event_type in ("opened", "closed_no_write"):
+                    return
+                try:
+                    token.run_sync_soon(lambda: runner._wake.set())
+                except trio.RunFinishedError:
+                    pass
+
+        try:
+            root = self._policy.collection(self.rule.collection).root
+            folder = os.path.join(os.fsencode(root), *self._folder)
+            observer.schedule(Handler(), os.fsdecode(folder), recursive=True)
+            observer.start()
+        except (OSError, TowpathError) as error:
+            logger.info("Watch %s: no notifications (%s); looking every %g seconds.", self.rule.name, error, LOOK_EVERY)
+
+    async def step(self) -> float:
+        """One look and what follows from it; seconds until the next."""
+        now = self._clock()
+        try:
+            files = await trio.to_thread.run_sync(self._scan)
+            self._problem = ""
+            await trio.to_thread.run_sync(self._take, files, now)
+            await self._submit()
+            await self._follow()
+        except TowpathError as error:
+            if self._problem != error.sentence:
+                logger.warning("Watch %s: %s", self.rule.name, error.sentence)
+            self._problem = error.sentence
+        except sqlite3.Error as error:
+            # A full disk, mostly: nothing was handed over that is not written down.
+            logger.error("Watch %s: its ledger cannot be used: %s.", self.rule.name, error)  # noqa: TRY400
+            self._problem = f"The ledger of the watch rules cannot be used: {error}."
+            return LOOK_EVERY
+        return self._delay(self._clock())
+
+    # --- looking ---------------------------------------------------------------------------------------------
+
+    def _scan(self) -> list[Seen]:
+        """Every file below the folder that the rule is about. Raises `TowpathError`; a disk that is away is no empty
+        folder."""
+        config = self._policy.collection(self.rule.collection)
+        with self._collections.using(config) as root:
+            found: list[Seen] = []
+            try:
+                self._scan_folder(root, (), found)
+                root.check_present()
+            except OSError as error:
+                raise RetryLater(f"{self.rule.folder} cannot be looked at: {error.strerror}.") from error
+            return found
+
+    def _scan_folder(self, root: Root, below: tuple[bytes, ...], found: list[Seen]) -> None:
+        if self.rule.after == "move" and (*self._folder, *below) == parse_path_untrusted(self.rule.moved_to):
+            return
+        inner = []
+        with root.open_directory((*self._folder, *below)) as directory:
+            for node in directory.scan():
+                path = (*below, node.name)
+                if node.kind == "dir" and self.rule.recursive and not is_reserved(node.name):
+                    inner.append(path)
+                elif node.kind == "file" and is_wanted(path, self.rule.include, self.rule.exclude):
+                    found.append(Seen(path, node.version))
+                if len(found) > MAX_FILES:
+                    raise RetryLater(
+                        f"{self.rule.folder} holds more than {MAX_FILES} files, too many for a watch rule."
+                    )
+        for path in inner:
+            self._scan_folder(root, path, found)
+
+    def _take(self, files: list[Seen], now: float) -> None:
+        """Hand over what has settled, if it is time."""
+        settled = self._settling.observe(files, now)
+        self._waiting = len(files) - len(settled)
+        schedule = self.rule.schedule
+        if schedule is not None and not self._forced:
+            last = self._ledger.last_run(self.rule.name, now)
+            if not is_due(schedule, last, now):
+                return
+        if schedule is not None:
+            self._ledger.ran(self.rule.name, now)
+        self._forced = False
+        fresh = self._ledger.fresh(self.rule.name, settled)
+        host = socket.gethostname()
+        items = [
+            Item(seen.path, seen.version, destination(self.rule.template, seen, self.rule.name, host)) for seen in fresh
+        ]
+        if items:
+            logger.info("Watch %s: %d file(s) have settled.", self.rule.name, len(items))
+            self._ledger.hand_over(self.rule.name, items, now)
+
+    # --- submitting and following ------------------------------------------------------------------------------
+
+    async def _submit(self) -> None:
+        for batch in self._ledger.open_batches(self.rule.name):
+            now = self._clock()
+            if batch.state != "new" or batch.next_try > now:
+                continue
+            options = ["--sync-level", self.rule.sync_level] if self.rule.sync_level else []
+            try:
+                task = await self._submitter.submit(
+                    batch, self.rule.collection, self.rule.folder, self.rule.destination, options
+                )
+            except RetryLater as error:
+                self._ledger.put_off(batch, error.sentence, now + self._pause(batch), now)
+                return
+            except SubmissionRefused as error:
+                self._ledger.finished(batch, "failed", error.sentence, now)
+                continue
+            logger.info("Watch %s: %d file(s) are task %s.", self.rule.name, len(batch.items), task)
+            self._ledger.submitted(batch, task, now)
+            self._next_follow = min(self._next_follow, now)
+
+    async def _follow(self) -> None:
+        now = self._clock()
+        if now < self._next_follow:
+            return
+        for batch in self._ledger.open_batches(self.rule.name):
+            if batch.state == "submitted":
+                await self._follow_one(batch)
+        self._next_follow = self._clock() + FOLLOW_EVERY
+
+    async def _follow_one(self, batch: Batch) -> None:
+        outcome = await self._submitter.look(batch.task)
+        now = self._clock()
+        if outcome.status not in FINAL:
+            return
+        if outcome.status == "SUCCEEDED" and not outcome.skipped:
+            kept = await trio.to_thread.run_sync(self._tidy, batch)
+            self._ledger.finished(batch, "done", kept, now)
+            return
+        reason = outcome.sentence or f"The task {batch.task} ended as {outcome.status}."
+        if batch.attempts < self.rule.retries:
+            self._ledger.again(batch, reason, now + self._pause(batch), now)
+        else:
+            logger.error("Watch %s: given up after %d attempt(s): %s", self.rule.name, batch.attempts + 1, reason)
+            self._ledger.finished(batch, "failed", reason, now)
+
+    def _pause(self, batch: Batch) -> float:
+        return float(min(FIRST_RETRY * 2**batch.attempts, LAST_RETRY))
+
+    def _tidy(self, batch: Batch) -> str:
+        """Delete or move what has arrived, unless it has changed meanwhile; why some files stay."""
+        if self.rule.after == "keep":
+            return ""
+        stayed = 0
+        config = self._policy.collection(self.rule.collection)
+        with self._collections.using(config) as root:
+            for item in batch.items:
+                try:
+                    self._tidy_one(root, item)
+                except OSError as error:
+                    stayed += 1
+                    logger.warning("Watch %s: a file that arrived stays: %s", self.rule.name, error.strerror)
+        return f"{stayed} file(s) that arrived stay where they are." if stayed else ""
+
+    def _tidy_one(self, root: Root, item: Item) -> None:
+        """Raises OSError."""
+        directory, name = root.open_parent((*self._folder, *item.path))
+        with directory:
+            if directory.lstat(name).version != item.version:
+                # Changed since it was handed over: it will settle again and go once more.
+                return
+            if self.rule.after == "delete":
+                directory.unlink(name)
+                return
+            target = (*parse_path_untrusted(self.rule.moved_to), *item.path[:-1])
+            with root.make_directories(target) as moved:
+                directory.rename(name, name, moved)
+
+    def _delay(self, now: float) -> float:
+        moments = [now + LOOK_EVERY]
+        settles = self._settling.next_deadline(now)
+        if settles is not None:
+            moments.append(settles)
+        open_batches = self._ledger.open_batches(self.rule.name)
+        if any(batch.state == "submitted" for batch in open_batches):
+            moments.append(self._next_follow)
+        moments += [batch.next_try for batch in open_batches if batch.state == "new" and batch.next_try > now]
+        if self.rule.schedule is not None:
+            moments.append(next_time(self.rule.schedule, now))
+        return max(0.0, min(moments) - now)

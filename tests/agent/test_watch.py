@@ -1,0 +1,357 @@
+"""Watch rules: what settles, where it goes, once and only once, whatever happens in between."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+import trio
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agent.collections import Collections, Marks
+from agent.config import CollectionConfig, ConfigError, WatchConfig, parse_config
+from agent.policy import Policy
+from agent.watch.ledger import Batch, Item, Ledger
+from agent.watch.rule import Seen, Settling, destination, is_due, is_wanted, next_time
+from agent.watch.service import RuleRunner, WatchService
+from agent.watch.submitter import Outcome, SubmissionRefused
+from protocol.errors import RetryLater
+
+HERE = "00000000-0000-4000-8000-0000000000a1"
+THERE = "00000000-0000-4000-8000-0000000000a2"
+NOW = 1_800_000_000.0
+
+
+def seen(name: bytes, size: int = 1, changed: float = NOW, inode: int = 1) -> Seen:
+    return Seen(tuple(name.split(b"/")), (1, inode, size, int(changed * 1e9), int(changed * 1e9)))
+
+
+# --- the core ------------------------------------------------------------------------------------------------
+
+
+def test_a_file_settles_when_it_has_not_changed_for_a_while() -> None:
+    settling = Settling(60)
+    assert settling.observe([seen(b"a")], NOW) == []
+    assert settling.next_deadline(NOW) == NOW + 60
+    assert settling.observe([seen(b"a", size=2, changed=NOW + 50)], NOW + 59) == []
+    assert settling.observe([seen(b"a", size=2, changed=NOW + 50)], NOW + 109) == []
+    assert settling.observe([seen(b"a", size=2, changed=NOW + 50)], NOW + 110) != []
+    assert settling.next_deadline(NOW + 110) is None
+
+
+def test_after_a_restart_old_files_do_not_wait_anew_and_a_wrong_clock_fools_nobody() -> None:
+    assert Settling(60).observe([seen(b"old", changed=NOW - 61)], NOW) == [seen(b"old", changed=NOW - 61)]
+    settling = Settling(60)
+    future = seen(b"future", changed=NOW + 9999)
+    assert settling.observe([future], NOW) == []
+    assert settling.observe([future], NOW + 60) == [future]
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.floats(0.1, 100)), max_size=20))
+def test_nothing_settles_that_changed_within_the_time(steps: list[tuple[int, float]]) -> None:
+    settling, now, last, size = Settling(30), NOW, NOW, -1
+    for number, pause in steps:
+        now += pause
+        if number != size:
+            size, last = number, now
+        settled = settling.observe([seen(b"f", size=size, changed=last)], now)
+        assert bool(settled) == (now - last >= 30)
+
+
+@pytest.mark.parametrize(
+    ("path", "include", "exclude", "wanted"),
+    [
+        (b"a.tif", (), (), True),
+        (b"a.tif", ("*.tif",), (), True),
+        (b"a.txt", ("*.tif",), (), False),
+        (b"a.part", (), ("*.part",), False),
+        (b".cache/a.tif", ("*.tif",), (".*",), False),
+        (b"x/a.tif", ("*.tif",), (".*",), True),
+    ],
+)
+def test_filters(path: bytes, include: Sequence[str], exclude: Sequence[str], wanted: bool) -> None:
+    assert is_wanted(tuple(path.split(b"/")), include, exclude) is wanted
+
+
+def test_templates() -> None:
+    file = seen(b"day/scan.ome.tif", changed=datetime.fromisoformat("2026-03-04T05:06:07+00:00").timestamp())
+    assert destination("/a/{year}/{month}/{name}", file, "r", "h") == "/a/2026/03/scan.ome.tif"
+    assert destination("/{rule}/{host}/{folder}/{stem}-{day}{hour}{minute}.{suffix}", file, "r", "h") == (
+        "/r/h/day/scan.ome-040506.tif"
+    )
+    assert destination("/{folder}/{name}", seen(b"x"), "r", "h") == "/x"
+    assert destination("/{name}", seen(b"\xff{path}"), "r", "h") == "/␛FF{path}"
+    assert destination("/{stem}|{suffix}", seen(b".hidden"), "r", "h") == "/.hidden|"
+
+
+def test_time_tables() -> None:
+    at_two = datetime(2026, 5, 5, 2, 0).astimezone().timestamp()
+    assert next_time("0 2 * * *", at_two - 1) == at_two
+    assert not is_due("0 2 * * *", at_two, at_two + 3600)
+    assert is_due("0 2 * * *", at_two - 3600, at_two)
+    # Several times were missed while the machine was off: it runs once.
+    assert is_due("*/5 * * * *", at_two, at_two + 86400)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("template: /{nothing}", "field that cannot be filled"),
+        ("template: '/{name'", "cannot be filled"),
+        ("template: '/{name.__class__}'", "cannot be filled|must"),
+        ("template: /constant", "same name"),
+        ("template: 'a/{name}'", "begins with /"),
+        ("template: '/../{name}'", "no .."),
+        ("schedule: sometimes", "cron expression"),
+        ("settle: -1", "between"),
+        ("after: burn", "keep or delete or move"),
+    ],
+)
+def test_mistakes_in_rules_are_named(change: str, words: str) -> None:
+    text = f"watch:\n- name: r\n  collection: {HERE}\n  destination: {THERE}\n  {change}\n"
+    with pytest.raises(ConfigError, match=words) as caught:
+        parse_config(text.encode(), Path("f"))
+    assert caught.value.problems[0].line == 5
+
+
+# --- the ledger ------------------------------------------------------------------------------------------------
+
+
+def test_the_ledger_remembers_over_a_crash(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "l")
+    ledger.hand_over("r", [Item((b"a",), seen(b"a").version, "/a")], NOW)
+    (before,) = ledger.open_batches("r")
+    # No close: the process was killed.
+    again = Ledger(tmp_path / "l")
+    assert again.open_batches("r") == [before]
+    assert again.fresh("r", [seen(b"a")]) == []
+    assert again.fresh("r", [seen(b"a", size=2)]) == [seen(b"a", size=2)]
+    assert again.fresh("other", [seen(b"a")]) == [seen(b"a")]
+    again.close()
+    ledger.close()
+
+
+# --- whole rules -----------------------------------------------------------------------------------------------
+
+
+class FakeRelay:
+    """Takes submissions; the same submission id is the same task."""
+
+    def __init__(self) -> None:
+        self.tasks: dict[str, Batch] = {}
+        self.trouble: Exception | None = None
+        self.outcome = Outcome("ACTIVE", "", 0)
+        self.submissions = 0
+
+    async def submit(self, batch: Batch, source: str, folder: str, to: str, options: Sequence[str]) -> str:
+        self.submissions += 1
+        if self.trouble is not None:
+            raise self.trouble
+        self.tasks[batch.submission] = batch
+        return f"task-{batch.submission}"
+
+    async def look(self, task: str) -> Outcome:
+        return self.outcome
+
+    @property
+    def files(self) -> list[str]:
+        return sorted(item.destination for batch in self.tasks.values() for item in batch.items)
+
+
+class World:
+    def __init__(self, tmp_path: Path, **settings: object) -> None:
+        self.root = tmp_path / "root"
+        (self.root / "in").mkdir(parents=True, exist_ok=True)
+        self.ledger = Ledger(tmp_path / "ledger")
+        self.relay = FakeRelay()
+        self.policy = Policy([CollectionConfig(id=HERE, name="Here", root=str(self.root))])
+        self.collections = Collections(Marks(None))
+        self.rule = WatchConfig(
+            **{"name": "r", "collection": HERE, "folder": "/in", "destination": THERE, "settle": 10, **settings}  # type: ignore[arg-type]
+        )
+        self.now = NOW
+        self.runner = self.start()
+
+    def start(self) -> RuleRunner:
+        return RuleRunner(self.rule, self.ledger, self.policy, self.collections, self.relay, lambda: self.now)
+
+    def write(self, name: str, text: str = "x") -> Path:
+        path = self.root / "in" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        return path
+
+    async def after(self, seconds: float) -> float:
+        self.now += seconds
+        return await self.runner.step()
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    made = World(tmp_path)
+    # Files written by the tests are of the present; the rule's clock runs from there.
+    made.now = datetime.now().timestamp()
+    yield made
+    made.ledger.close()
+    made.collections.close()
+
+
+async def test_a_new_file_goes_once_and_a_changed_one_again(world: World) -> None:
+    world.write("a.tif")
+    world.write("b.part")
+    assert await world.after(1) <= 10
+    assert world.relay.files == []
+    await world.after(11)
+    assert world.relay.files == ["/a.tif"]
+    for _ in range(3):
+        await world.after(100)
+    assert world.relay.submissions == 1
+    world.write("a.tif", "changed")
+    os.utime(world.root / "in" / "a.tif", (world.now, world.now))
+    await world.after(1)
+    await world.after(11)
+    assert world.relay.files == ["/a.tif", "/a.tif"]
+
+
+async def test_a_restart_between_writing_down_and_submitting_is_the_same_task(world: World) -> None:
+    world.write("a")
+    world.relay.trouble = RetryLater("The relay is away.")
+    await world.after(20)
+    (batch,) = world.ledger.open_batches("r")
+    assert world.runner.status()["problem"] == "The relay is away."
+    world.relay.trouble = None
+    world.runner = world.start()
+    await world.after(31)
+    assert list(world.relay.tasks) == [batch.submission]
+    world.runner = world.start()
+    await world.after(100)
+    assert len(world.relay.tasks) == 1
+
+
+async def test_lost_notifications_cost_nothing(world: World) -> None:
+    """No notification at all: whole scans find what is there, also what came while nobody looked."""
+    for number in range(1200):
+        world.write(f"f{number:04d}")
+    world.runner = world.start()
+    await world.after(30)
+    await world.after(1)
+    assert len(world.relay.files) == 1200
+    assert len(world.relay.tasks) == 2
+
+
+async def test_failed_tasks_are_submitted_anew_and_given_up_at_last(tmp_path: Path) -> None:
+    world = World(tmp_path, retries=2)
+    world.now = datetime.now().timestamp()
+    world.write("a")
+    world.relay.outcome = Outcome("FAILED", "The disk broke.", 0)
+    for _ in range(10):
+        await world.after(4000)
+    assert len(world.relay.tasks) == 3
+    assert world.ledger.counts("r") == {"failed": 1}
+    assert "disk broke" in world.runner.status()["problem"]
+    world.relay.outcome = Outcome("SUCCEEDED", "", 0)
+    world.runner.look_now(retry=True)
+    await world.after(1)
+    await world.after(20)
+    assert world.ledger.counts("r") == {"done": 1}
+    assert world.runner.status()["problem"] == ""
+    world.ledger.close()
+
+
+async def test_what_the_relay_refuses_is_not_tried_for_ever(world: World) -> None:
+    world.write("a")
+    world.relay.trouble = SubmissionRefused("No such collection.")
+    await world.after(20)
+    await world.after(4000)
+    assert world.relay.submissions == 1
+    assert world.ledger.counts("r") == {"failed": 1}
+
+
+@pytest.mark.parametrize("after", ["keep", "delete", "move"])
+async def test_what_becomes_of_files_that_arrived(tmp_path: Path, after: str) -> None:
+    world = World(tmp_path, after=after, moved_to="/in/done")
+    world.now = datetime.now().timestamp()
+    kept, changed = world.write("sub/kept"), world.write("changed")
+    await world.after(20)
+    world.write("changed", "meanwhile")
+    os.utime(changed, (world.now + 18, world.now + 18))
+    world.relay.outcome = Outcome("SUCCEEDED", "", 0)
+    await world.after(20)
+    assert world.ledger.counts("r") == {"done": 1}
+    assert changed.read_text() == "meanwhile"
+    assert kept.exists() == (after == "keep")
+    assert (world.root / "in/done/sub/kept").exists() == (after == "move")
+    await world.after(60)
+    assert world.relay.files.count("/sub/kept") == 1
+    assert "/done/sub/kept" not in world.relay.files
+    world.ledger.close()
+
+
+async def test_files_stay_when_some_were_left_out(tmp_path: Path) -> None:
+    world = World(tmp_path, after="delete", retries=0)
+    world.now = datetime.now().timestamp()
+    file = world.write("a")
+    world.relay.outcome = Outcome("SUCCEEDED", "", 1)
+    for _ in range(3):
+        await world.after(30)
+    assert file.exists()
+    assert world.ledger.counts("r") == {"failed": 1}
+    world.ledger.close()
+
+
+async def test_a_disk_that_is_away_is_no_empty_folder(world: World) -> None:
+    world.write("a")
+    await world.after(1)
+    world.root.rename(world.root.with_name("away"))
+    await world.after(20)
+    assert str(world.root) in world.runner.status()["problem"]
+    assert world.relay.submissions == 0
+    world.root.with_name("away").rename(world.root)
+    await world.after(1)
+    assert world.relay.files == ["/a"]
+
+
+async def test_a_timed_rule_waits_for_its_time(tmp_path: Path) -> None:
+    world = World(tmp_path, schedule="0 2 * * *")
+    world.now = next_time("0 2 * * *", datetime.now().timestamp()) - 3600
+    world.write("a")
+    delay = await world.after(0)
+    await world.after(1800)
+    assert world.relay.submissions == 0
+    assert delay <= 60
+    await world.after(1801)
+    assert world.relay.files == ["/a"]
+    world.write("b")
+    await world.after(1800)
+    assert world.relay.files == ["/a"]
+    world.runner.look_now(retry=False)
+    await world.after(1)
+    assert world.relay.files == ["/a", "/b"]
+    world.ledger.close()
+
+
+async def test_the_service_notices_files_and_new_rules(tmp_path: Path) -> None:
+    """Real notifications, real time: a file that is there for half a second is submitted."""
+    (tmp_path / "root" / "in").mkdir(parents=True)
+    relay = FakeRelay()
+    policy = Policy([CollectionConfig(id=HERE, name="Here", root=str(tmp_path / "root"))])
+    service = WatchService(tmp_path, (), policy, Collections(Marks(None)), relay)
+    rule = WatchConfig(name="r", collection=HERE, folder="/in", destination=THERE, settle=0)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(service.run)
+        await trio.sleep(0)
+        assert service.status() == []
+        service.replace([rule])
+        with trio.fail_after(30):
+            while not service.status():
+                await trio.sleep(0.05)
+            (tmp_path / "root" / "in" / "a").write_text("x")
+            while relay.files != ["/a"]:
+                await trio.sleep(0.05)
+        assert not service.look_now("other", retry=False)
+        service.replace([])
+        nursery.cancel_scope.cancel()
