@@ -29,6 +29,8 @@ from agent.config_layers import overlay_file
 from agent.config_watch import changes
 from agent.connect.network import Network
 from agent.connect.proxy import Dialer
+from agent.connect.transport import Transports
+from agent.connect.tunnel import TunnelTransport
 from agent.identity_file import Identity, NotSetUp, make_state_dir, require
 from agent.link import Link
 from agent.link_app import LinkApp
@@ -89,8 +91,11 @@ class Daemon:
         self._policy.paused = (config.state_dir / PAUSED_FILE).exists()
         self._collections = Collections(Marks(config.state_dir / MARKS_FILE))
         verifier = TicketVerifier(identity.relay_id, identity.relay_root)
+        relay_url, authority = config.relay.url or identity.relay_url, _authority(config)
+        self._dialer = Dialer(config.relay.proxy, os.environ)
         self._network = Network(
-            relay=_place_of(config.relay.url or identity.relay_url),
+            relay=_place_of(relay_url),
+            transports=Transports(tunnel=TunnelTransport(relay_url, authority, self._dialer.dial)),
             advertise=config.data.advertise,
             allow_loopback=config.data.allow_loopback,
             relay_policy=config.data.relay,
@@ -110,8 +115,8 @@ class Daemon:
         self._availability = Availability(self._policy, self._collections, self._tasks.announce_collections)
         self._watch = WatchService(config.state_dir, config.watch, self._policy, self._collections, CommandSubmitter())
         self._link = Link(
-            config.relay.url or identity.relay_url,
-            _authority(config),
+            relay_url,
+            authority,
             key,
             identity.node_id,
             identity.endpoint_id,
@@ -119,7 +124,7 @@ class Daemon:
             identity.relay_root,
             LinkApp(self._policy, self._collections, self._tasks, self._availability.look).application(),
             self._hello,
-            dial=Dialer(config.relay.proxy, os.environ).dial,
+            dial=self._dialer.dial,
         )
 
     def _hello(self) -> HelloFields:

@@ -88,7 +88,8 @@ class PathAnswer(Record, frozen=True, kw_only=True):
 class PathGo(Record, frozen=True, kw_only=True):
     """Relay to both sides: begin punching ``start_in`` seconds after this was read.
 
-    ``answer`` is set for the destination. ``tunnel`` is this side's place at the relay's tunnel, if it may use one.
+    ``answer`` is set for the destination. ``tunnels`` are this side's places at the relay's tunnel, one for each
+    connection, if it may use any; a transport is given one at a time, as ``tunnel``.
     """
 
     session_id: str
@@ -96,6 +97,7 @@ class PathGo(Record, frozen=True, kw_only=True):
     start_in: float
     answer: PathAnswer | None = None
     tunnel: Candidate | None = None
+    tunnels: list[Candidate] = []
     observed: str = ""
     peer_observed: str = ""
 

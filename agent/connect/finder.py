@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import msgspec
 import trio
 
 from agent.connect.dialer import dial
@@ -42,6 +43,7 @@ from protocol.round_trip import round_trip
 # A source closes connections that say nothing for ten seconds.
 KEEP_UNUSED = 8.0
 GOOD_PATIENCE = 3.0
+OFFER_DELAY = 0.15
 # An agent on a path through the relay looks for a better one again after this, and then ever more seldom (seconds).
 IMPROVE_FIRST, IMPROVE_MOST = 20.0, 600.0
 MAX_POOL = 32
@@ -179,13 +181,14 @@ class PathFinder:
         """What may be dialled for this source."""
         return self._network.rules(loopback=self._subject.own, observed=observed, peer_observed=peer_observed)
 
-    def _start_race(self) -> None:
+    def _start_race(self, *, improving: bool = False) -> None:
         assert self._nursery is not None
         direct: list[Candidate] = []
         if self._answer is not None:
             rules = self.rules(self._answer.observed, self._answer.peer_observed)
             direct = [row for row in usable_untrusted(self._answer.candidates, rules) if row.kind in DIALLED]
-        running = self._running = _RunningRace(self, direct, self._relay_up(), tunnel=self._relay_allowed())
+        tunnel = self._relay_allowed() and not improving
+        running = self._running = _RunningRace(self, direct, self._relay_up(), tunnel=tunnel)
         self._nursery.start_soon(self._race, running)
 
     async def _race(self, running: _RunningRace) -> None:
@@ -228,7 +231,7 @@ class PathFinder:
             if not scope.cancelled_caught:
                 self._good, pause = None, IMPROVE_FIRST
             if self.path is not None and self.path.kind == "tunnel" and self._running is None:
-                self._start_race()
+                self._start_race(improving=True)
                 pause = min(pause * 2, IMPROVE_MOST)
 
     # --- for a race ----------------------------------------------------------------------------------------
@@ -261,7 +264,14 @@ class _RunningRace:
         self._finder = finder
         self._network = finder.network
         available = self._network.transports.tunnel is not None
-        self._race = Race(now=trio.current_time(), direct=direct, can_offer=relay_up, tunnel=tunnel and available)
+        self._race = Race(
+            now=trio.current_time(),
+            direct=direct,
+            can_offer=relay_up,
+            tunnel=tunnel and available,
+            # Where an address can be dialled it mostly answers; then nobody need be troubled.
+            offer_delay=OFFER_DELAY if direct else 0.0,
+        )
         self._scopes: dict[int, trio.CancelScope] = {}
         self._ready: dict[int, tuple[Connection, Candidate | None]] = {}
         self._slots: list[Slot] = []
@@ -292,8 +302,8 @@ class _RunningRace:
         self._hosts = frozenset(row.host for row in candidates) | {go.peer_observed}
         wanted = self._finder.subject.transport
         transports = []
-        if go.tunnel is not None and self._network.transports.tunnel is not None:
-            transports.append("tunnel")
+        if self._network.transports.tunnel is not None:
+            transports += ["tunnel"] * len(go.tunnels)
         if (
             wanted != "tcp"
             and self._network.transports.quic is not None
@@ -384,7 +394,10 @@ class _RunningRace:
         assert self._go is not None
         subject = self._finder.subject
         wish = Wish(session_id=subject.session_id, task_id=subject.task_id, kind="control")
-        return await transport.connect(wish, self._go)
+        go = self._go
+        if action.name == "tunnel":
+            go = msgspec.structs.replace(go, tunnel=go.tunnels[action.leg])
+        return await transport.connect(wish, go)
 
     # --- offers --------------------------------------------------------------------------------------------
 
@@ -437,7 +450,9 @@ class _RunningRace:
         )
 
     def _wanted(self, name: str) -> bool:
-        return self._race.tunnel if name == "tunnel" else self._finder.subject.transport != "tcp"
+        if name == "tunnel":
+            return self._race.tunnel and not self._race.has_tunnel
+        return self._finder.subject.transport != "tcp"
 
     def _arrived(self, sock: socket.socket) -> None:
         """The source dialled our data port."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import socket
 from dataclasses import dataclass, field
 
+import msgspec
 import trio
 
 from agent.connect.dialer import dial
@@ -151,8 +152,11 @@ class Introductions:
                     await introduction.given.wait()
                     go = introduction.go
                     assert go is not None
-                    for _, transport in self._transports(introduction.offer):
-                        nursery.start_soon(self._serve, transport, introduction.offer, go)
+                    for name, transport in self._transports(introduction.offer):
+                        legs = [None] if name != "tunnel" else go.tunnels[:MAX_SLOTS]
+                        for leg in legs:
+                            one = msgspec.structs.replace(go, tunnel=leg)
+                            nursery.start_soon(self._serve, transport, introduction.offer, one)
                     await trio.sleep(max(0.0, min(go.start_in, 5.0)))
                     await self._punch(introduction)
         finally:
@@ -245,4 +249,5 @@ class Introductions:
 
     async def _greet(self, connection: Connection) -> None:
         connection.sock.setblocking(False)
-        await self._greet_socket(trio.socket.from_stdlib_socket(connection.sock))
+        # It outlives its introduction: a leg that stands by is greeted when it is needed.
+        self._start(self._greet_socket, trio.socket.from_stdlib_socket(connection.sock))

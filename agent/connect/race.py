@@ -54,10 +54,11 @@ class Punch:
 
 @dataclass(frozen=True)
 class Arrange:
-    """Have a transport (``tunnel``, ``quic``) bring up a connection."""
+    """Have a transport (``tunnel``, ``quic``) bring up a connection; ``leg`` counts those of one go from 0."""
 
     id: int
     name: str
+    leg: int = 0
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ class Race:
         direct: Sequence[Candidate],
         targets: Sequence[Candidate],
         slots: int,
-        transports: Sequence[str],
+        transports: list[str],
     ) -> None:
         """The relay gave its go for the offer: more addresses, what to punch at, and which transports can take part."""
         self._add_dials(direct, now)
@@ -130,13 +131,11 @@ class Race:
         if targets:
             for slot in range(1, slots + 1):
                 self._schedule(instant, Punch(self._new("punched", instant), slot, tuple(targets[:MAX_TARGETS])))
-        running = {
-            attempt.kind for attempt in self._attempts.values() if attempt.state in ("running", "standby", "given")
-        }
-        if "quic" in transports and "quic" not in running:
+        if "quic" in transports and not self._has("quic"):
             self._schedule(instant + QUIC_DELAY, Arrange(self._new("quic", instant), "quic"))
-        if "tunnel" in transports and self.tunnel and "tunnel" not in running:
-            self._schedule(now, Arrange(self._new("tunnel", now), "tunnel"))
+        if self.tunnel and not self.has_tunnel:
+            for leg in range(transports.count("tunnel")):
+                self._schedule(now, Arrange(self._new("tunnel", now), "tunnel", leg))
 
     def connected(self, now: float, attempt_id: int) -> None:
         """An attempt brought a connection."""
@@ -210,6 +209,15 @@ class Race:
         waiting = self._round_ends < math.inf and not self.is_direct
         waiting = waiting and (now < self._round_ends or (self.rounds < MAX_ROUNDS and self.can_offer))
         return not running and not self._scheduled and not waiting
+
+    @property
+    def has_tunnel(self) -> bool:
+        """Whether legs through the relay are up or on their way."""
+        return self._has("tunnel")
+
+    def _has(self, kind: str) -> bool:
+        states = ("running", "standby", "given")
+        return any(attempt.kind == kind and attempt.state in states for attempt in self._attempts.values())
 
     @property
     def is_direct(self) -> bool:

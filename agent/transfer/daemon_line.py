@@ -12,6 +12,7 @@ import trio
 
 from agent.connect.tls import HANDSHAKE_TIMEOUT, check_peer, session_context
 from agent.transfer.channel import (
+    BetterPath,
     Channel,
     Checkpointed,
     Connect,
@@ -44,6 +45,7 @@ class DaemonLine:
         self.revision = start.order.revision
         self.ticket = start.order.ticket
         self.on_event_stored: Callable[[int], None] = lambda _seq: None
+        self.on_better_path: Callable[[], None] = lambda: None
         self._next = 0
         self._waiting: dict[int, trio.MemorySendChannel[tuple[Connected | ConnectFailed, list[int]]]] = {}
         self._scopes: set[trio.CancelScope] = set()
@@ -79,6 +81,8 @@ class DaemonLine:
             if message.desired != "run":
                 for scope in self._scopes:
                     scope.cancel()
+        elif isinstance(message, BetterPath):
+            self.on_better_path()
         elif isinstance(message, EventStored):
             self.on_event_stored(message.seq)
 

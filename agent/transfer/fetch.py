@@ -11,6 +11,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import trio
+
 from agent.transfer.jobs import FileJob, LargeFile, PackRequest, RangeRequest, Request
 from agent.transfer.source_session import SourceSession
 from protocol.errors import TowpathError
@@ -28,6 +30,8 @@ class LaneWork:
     number: int
     outstanding: dict[int, Request] = field(default_factory=dict)
     size: int = 0
+    # Set for a lane that gets no more work; the event says that it has nothing left.
+    drained: trio.Event | None = None
 
 
 class Fetcher:
@@ -80,17 +84,31 @@ class Fetcher:
         self._lanes[number] = LaneWork(number)
         self._dispatch()
 
-    def drop_lane(self, number: int) -> None:
-        """A lane is gone: what it had not delivered is asked for again, first of all."""
-        lane = self._lanes.pop(number, None)
+    async def retire_lane(self, number: int) -> None:
+        """Give a lane no more work, and wait until it has delivered what was asked of it."""
+        lane = self._lanes.get(number)
         if lane is None:
             return
+        lane.drained = lane.drained or trio.Event()
+        self._look_whether_drained(lane)
+        await lane.drained.wait()
+
+    def _look_whether_drained(self, lane: LaneWork) -> None:
+        if lane.drained is not None and not lane.outstanding:
+            lane.drained.set()
+
+    def drop_lane(self, number: int) -> bool:
+        """A lane is gone: what it had not delivered is asked for again, first of all. Whether it was retired."""
+        lane = self._lanes.pop(number, None)
+        if lane is None:
+            return False
         for request in reversed(lane.outstanding.values()):
             self.requests.pop(request.r, None)
             rest = self._rest(request)
             if rest is not None:
                 self._ready.appendleft(rest)
         self._dispatch()
+        return lane.drained is not None
 
     def _rest(self, request: Request) -> Request | None:
         number = self._session.number()
@@ -107,7 +125,8 @@ class Fetcher:
 
     def _dispatch(self) -> None:
         while self._ready:
-            lane = min(self._lanes.values(), key=lambda lane: lane.size, default=None)
+            open_lanes = (lane for lane in self._lanes.values() if lane.drained is None)
+            lane = min(open_lanes, key=lambda lane: lane.size, default=None)
             if lane is None or (lane.outstanding and lane.size + self._ready[0].size > LANE_WINDOW):
                 return
             request = self._ready.popleft()
@@ -170,6 +189,7 @@ class Fetcher:
         request = lane.outstanding.pop(r, None) if lane else None
         if lane and request:
             lane.size -= request.size
+            self._look_whether_drained(lane)
         return request
 
     def _range_ended(self, file: LargeFile) -> None:

@@ -28,9 +28,18 @@ class Lanes:
         self._run = run
         self._open_lane = open_lane
         self._target = target
+        self._nursery: trio.Nursery | None = None
+        self._better = trio.Event()
+
+    def use_better(self) -> None:
+        """New connections go a better way than those there are: open lanes anew, one for each, and let the old ones
+        finish what was asked of them."""
+        self._better.set()
+        self._better = trio.Event()
 
     def start(self, nursery: trio.Nursery) -> None:
         """Open the lanes; they end with the nursery."""
+        self._nursery = nursery
         for number in range(1, self._target + 1):
             nursery.start_soon(self._keep, number)
 
@@ -46,11 +55,22 @@ class Lanes:
                 await trio.sleep(delay)
                 delay = min(delay * 2, 30)
                 continue
-            await self._use(number, sock)
+            if await self._use(number, sock):
+                return
             self._run.context.on_fault(SessionLost("A lane to the source broke; its work goes on elsewhere."))
 
-    async def _use(self, number: int, sock: ssl.SSLSocket) -> None:
-        """One life of a lane; returns when it broke."""
+    async def _replace(self, number: int, sock: socket.socket) -> None:
+        """When there is a better way: have another lane opened, drain this one, and end it."""
+        await self._better.wait()
+        if self._nursery is not None:
+            # The source tells lanes apart by number; two lives of one lane may overlap.
+            other = number + self._target if number <= self._target else number - self._target
+            self._nursery.start_soon(self._keep, other)
+        await self._run.fetcher.retire_lane(number)
+        _shut_down(sock)
+
+    async def _use(self, number: int, sock: ssl.SSLSocket) -> bool:
+        """One life of a lane; returns when it broke, or True when it ended because another took its place."""
         run = self._run
         receiver = LaneReceiver(
             number,
@@ -68,6 +88,7 @@ class Lanes:
         try:
             async with trio.open_nursery() as nursery:
                 await nursery.start(call_on_cancel, lambda: _shut_down(duplicate))
+                nursery.start_soon(self._replace, number, duplicate)
                 await trio.to_thread.run_sync(receiver.introduce, run.session.instance)
                 run.fetcher.add_lane(number)
                 await trio.to_thread.run_sync(receiver.run)
@@ -77,9 +98,10 @@ class Lanes:
             if broken is not None:
                 raise first_error(broken) from None
         finally:
-            run.fetcher.drop_lane(number)
+            replaced = run.fetcher.drop_lane(number)
             duplicate.close()
             sock.close()
+        return replaced
 
 
 def _shut_down(sock: socket.socket) -> None:

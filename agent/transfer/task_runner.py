@@ -177,9 +177,11 @@ class TaskRunner:
                 run = TransferRun(context, session, self._line.lane, self._start.lanes, resumed=resumed)
                 self._run = run
                 self._status = None
+                self._line.on_better_path = run.use_better_path
                 try:
                     await run.run()
                 finally:
+                    self._line.on_better_path = lambda: None
                     self._counters = run.counters()
                     self._run = None
 

@@ -100,6 +100,10 @@ class TransferRun:
         )
         self.nursery: trio.Nursery
 
+    def use_better_path(self) -> None:
+        """Lanes opened from now on go a better way; move to them, one by one."""
+        self._lanes.use_better()
+
     # --- the run ---------------------------------------------------------------------------------------
 
     async def run(self) -> None:

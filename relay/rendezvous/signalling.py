@@ -12,7 +12,7 @@ from typing import Protocol
 import msgspec
 import trio
 
-from protocol.candidates import Candidate, PathAnswer, PathGo, PathOffer, check_candidates_untrusted
+from protocol.candidates import MAX_SLOTS, Candidate, PathAnswer, PathGo, PathOffer, check_candidates_untrusted
 from protocol.control import decode_untrusted
 from protocol.errors import ProtocolError, TowpathError
 
@@ -153,22 +153,39 @@ class Signalling:
     ) -> None:
         seen = self._links.address(source), self._links.address(destination)
         waits = start_times(self._links.round_trip(destination), self._links.round_trip(source))
-        places = self._tunnel.places(offer, destination, source, owner_id) if self._tunnel is not None else None
+        places = self._places(offer, answer, destination, source, owner_id)
         go = PathGo(session_id=offer.session_id, generation=offer.generation, start_in=0.0)
         for_destination = msgspec.structs.replace(
             go,
             start_in=waits[0],
             answer=answer,
-            tunnel=places[0] if places else None,
+            tunnels=[row[0] for row in places],
             observed=seen[1],
             peer_observed=seen[0],
         )
         for_source = msgspec.structs.replace(
-            go, start_in=waits[1], tunnel=places[1] if places else None, observed=seen[0], peer_observed=seen[1]
+            go,
+            start_in=waits[1],
+            tunnels=[row[1] for row in places],
+            observed=seen[0],
+            peer_observed=seen[1],
         )
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._send, source, f"/link/sessions/{offer.session_id}/go", for_source)
             nursery.start_soon(self._send, destination, f"/link/tasks/{offer.task_id}/go", for_destination)
+
+    def _places(
+        self, offer: PathOffer, answer: PathAnswer, destination: str, source: str, owner_id: str
+    ) -> list[tuple[Candidate, Candidate]]:
+        """Places at the tunnel for as many connections as are wanted, where both sides want them."""
+        if self._tunnel is None or "tunnel" not in offer.transports or "tunnel" not in answer.transports:
+            return []
+        found = []
+        for _ in range(min(offer.count, MAX_SLOTS)):
+            places = self._tunnel.places(offer, destination, source, owner_id)
+            if places is not None:
+                found.append(places)
+        return found
 
     async def _send(self, node_id: str, path: str, go: PathGo) -> None:
         try:
