@@ -17,7 +17,8 @@ from sqlalchemy import Connection, select, update
 from protocol.errors import ItemFailed
 from relay.access.decisions import ROLES
 from relay.api.errors import ApiError
-from relay.auth import clients
+from relay.auth import browser_sessions, clients, one_time_links, passwords
+from relay.auth.administrators import has_administrator
 from relay.auth.identities import (
     Identity,
     add_identity,
@@ -63,6 +64,68 @@ def adding_user(
         return select_by_ids(connection, [known.id])[known.id]
 
     return lambda store: store.write(work)
+
+
+def inviting(settings: Settings, who: str) -> Callable[[Store], Awaitable[str]]:
+    """A one-time link with which a user chooses a password; it works for a week."""
+
+    async def work(store: Store) -> str:
+        identity = await _find(store, settings, who)
+        if identity.kind != "login" or identity.provider_id != provider_id_of(settings.user_domain):
+            raise Refused(f"{identity.username} does not sign in with a password of this relay.")
+        key = await store.write(lambda c: one_time_links.make(c, "password", identity.id, time.time()))
+        return _link(settings, key)
+
+    return work
+
+
+def setting_password(settings: Settings, who: str, password: str) -> Callable[[Store], Awaitable[None]]:
+    """Give a user this password and end their sessions in browsers."""
+
+    async def work(store: Store) -> None:
+        identity = await _find(store, settings, who)
+        passwords.check_strength(password, identity.username)
+        digest = await trio.to_thread.run_sync(passwords.digest_of, password)
+
+        def write(connection: Connection) -> None:
+            passwords.store_digest(connection, identity.id, digest, time.time())
+            browser_sessions.end_all_sessions(connection, identity.id)
+
+        await store.write(write)
+
+    return work
+
+
+async def first_administrator_link(settings: Settings, store: Store) -> str | None:
+    """The one-time link for the first administrator, made anew; None when there is an administrator already."""
+
+    def work(connection: Connection) -> str | None:
+        if has_administrator(connection):
+            return None
+        return _link(settings, one_time_links.make(connection, "administrator", None, time.time()))
+
+    return await store.write(work)
+
+
+def _link(settings: Settings, key: str) -> str:
+    return f"{settings.public_url}/welcome?key={key}"
+
+
+def closing(settings: Settings, who: str) -> Callable[[Store], Awaitable[Identity]]:
+    """Close an account: nobody signs in with it any more and all its tokens are dead. Nothing of it is deleted."""
+
+    async def work(store: Store) -> Identity:
+        identity = await _find(store, settings, who)
+
+        def write(connection: Connection) -> None:
+            this = tables.identities.c.id == identity.id
+            connection.execute(update(tables.identities).where(this).values(status="closed"))
+            browser_sessions.end_all_sessions(connection, identity.id)
+
+        await store.write(write)
+        return identity
+
+    return work
 
 
 async def list_users(store: Store) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import IO, TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
@@ -105,12 +105,17 @@ def _with_store(settings: Settings, work: Callable[[Store], Any]) -> Any:
 @click.option("--name", help="What the relay is called.")
 def init(directory: Path, host: str, port: int, url: str | None, name: str | None) -> None:
     """Make a relay: configuration, keys, certificate, database. Repeating it changes nothing."""
+    from relay import accounts
     from relay.initialise import initialise
 
     made = initialise(directory, host=host, port=port, url=url, name=name)
     if made.configuration_was_there:
         click.echo(f"{made.configuration} was there already and is unchanged; other options had no effect.")
     click.echo(f"The relay is ready in {made.settings.directory}. Its address is {made.settings.public_url}")
+    link = _with_store(made.settings, lambda store: accounts.first_administrator_link(made.settings, store))
+    if link is not None:
+        click.echo("Once it runs, become its administrator with this link, which works once and for a week:")
+        click.echo(f"  {link}")
     click.echo("Next:")
     command = f"towpath-relay --config {made.configuration}"
     click.echo(f"  {command} serve")
@@ -144,16 +149,87 @@ def user() -> None:
 @click.argument("name")
 @click.option("--full-name", help="The name to show to others.")
 @click.option("--email")
+@click.option("--password-file", type=click.File(), help="Read a password from a file, or - for standard input.")
+@click.option("--no-link", is_flag=True, help="Make no link for choosing a password.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON document.")
 @click.pass_context
-def user_add(context: click.Context, name: str, full_name: str | None, email: str | None, as_json: bool) -> None:
-    """Add a user. NAME without an @ belongs to the relay's own domain."""
+def user_add(
+    context: click.Context,
+    name: str,
+    full_name: str | None,
+    email: str | None,
+    password_file: IO[str] | None,
+    no_link: bool,
+    as_json: bool,
+) -> None:
+    """Add a user, and print a one-time link with which they choose their password.
+
+    NAME without an @ belongs to the relay's own domain; others sign in at their provider and need no link.
+    """
     from relay import accounts
 
     settings = _settings(context)
+    password = None if password_file is None else password_file.read(1000).rstrip("\r\n")
     identity = _with_store(settings, accounts.adding_user(settings, name, full_name, email))
     document = {"id": identity.id, "username": identity.username, "name": identity.name, "email": identity.email}
+    if password is not None:
+        _with_store(settings, accounts.setting_password(settings, identity.id, password))
+    elif not no_link and identity.username.endswith("@" + settings.user_domain):
+        document["link"] = _with_store(settings, accounts.inviting(settings, identity.id))
     _show(document, as_json)
+
+
+@user.command("link")
+@click.argument("name")
+@click.pass_context
+def user_link(context: click.Context, name: str) -> None:
+    """Print a one-time link with which a user chooses a new password. It works for a week."""
+    from relay import accounts
+
+    settings = _settings(context)
+    click.echo(_with_store(settings, accounts.inviting(settings, name)))
+
+
+@user.command("password")
+@click.argument("name")
+@click.option(
+    "--password-file", type=click.File(), help="Read it from a file, or - for standard input; else asked for."
+)
+@click.pass_context
+def user_password(context: click.Context, name: str, password_file: IO[str] | None) -> None:
+    """Give a user a password. It is never taken from the command line, where others could see it."""
+    from relay import accounts
+
+    settings = _settings(context)
+    if password_file is not None:
+        password = password_file.read(1000).rstrip("\r\n")
+    else:
+        password = str(click.prompt("Password", hide_input=True, confirmation_prompt=True, err=True))
+    _with_store(settings, accounts.setting_password(settings, name, password))
+    click.echo("The password is set; browsers that were signed in have to sign in again.")
+
+
+@user.command("close")
+@click.argument("name")
+@click.pass_context
+def user_close(context: click.Context, name: str) -> None:
+    """Close an account: it cannot sign in any more and its tokens are dead. Nothing is deleted."""
+    from relay import accounts
+
+    settings = _settings(context)
+    identity = _with_store(settings, accounts.closing(settings, name))
+    click.echo(f"{identity.username} is closed.")
+
+
+@user.command("administrator")
+@click.pass_context
+def user_administrator(context: click.Context) -> None:
+    """Print a new one-time link for the relay's first administrator."""
+    from relay import accounts
+
+    settings = _settings(context)
+    link = _with_store(settings, lambda store: accounts.first_administrator_link(settings, store))
+    click.echo("This relay has an administrator." if link is None else link)
 
 
 @user.command("list")

@@ -27,6 +27,8 @@ from relay.api import enrol, transfer_routers
 from relay.api.app import create_app
 from relay.auth.clients import SecretChecker
 from relay.auth.guesses import GuessLimit
+from relay.auth.housekeeping import forget_old
+from relay.auth.passwords import PasswordChecker
 from relay.auth.tokens import remove_expired
 from relay.dispatch import Dispatcher
 from relay.keys import RelayKeys
@@ -114,6 +116,7 @@ def build(settings: Settings, store: Store, clock: Callable[[], float] = time.ti
         registry=registry,
         steward=steward,
         secrets=SecretChecker(store),
+        passwords=PasswordChecker(store),
         guesses=GuessLimit(sign_in.failures, sign_in.failures_window),
         crowd_guesses=GuessLimit(sign_in.failures * _CROWD, sign_in.failures_window),
         clock=clock,
@@ -251,6 +254,8 @@ async def _upkeep(relay: Relay, settings: Settings) -> None:
             next_cleaning = services.clock() + _CLEANING_INTERVAL
             forget = partial(remove_expired, now=services.clock())
             await _attempt("forget expired tokens", partial(services.store.write, forget))
+            forget = partial(forget_old, now=services.clock())
+            await _attempt("forget old sessions and clients", partial(services.store.write, forget))
         logger.debug("%s", relay.statistics())
         await trio.sleep(_UPKEEP_INTERVAL)
 

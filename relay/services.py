@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from protocol.ticket import TicketSigner
     from relay.auth.clients import SecretChecker
     from relay.auth.guesses import GuessLimit
+    from relay.auth.passwords import PasswordChecker
     from relay.keys import RelayKeys
     from relay.rendezvous.registry import Registry
     from relay.settings import Settings
@@ -33,9 +34,17 @@ class Services:
     registry: Registry
     steward: Steward
     secrets: SecretChecker
+    passwords: PasswordChecker
     guesses: GuessLimit
     crowd_guesses: GuessLimit
     clock: Callable[[], float]
+
+    @property
+    def own_provider_id(self) -> str:
+        """The id of this relay as the provider of its own accounts."""
+        from relay.auth.identities import provider_id_of
+
+        return provider_id_of(self.settings.user_domain)
 
 
 async def services_here(request: Request) -> Services:

@@ -74,6 +74,29 @@ class Database(_Section, frozen=True, kw_only=True):
     readers: Annotated[int, Meta(ge=1, le=64, description="a whole number from 1 to 64")] = 4
 
 
+class Provider(_Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An upstream OpenID provider. ``id`` names it in addresses; the secret is in a file beside the configuration.
+
+    ``usernames`` are templates over the provider's claims, the first that gives a username of ``domains`` counts.
+    """
+
+    id: Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+    name: Text
+    issuer: Text
+    client_id: Text
+    client_secret_file: Text | None = None
+    scopes: Annotated[list[Text], Meta(max_length=20)] = msgspec.field(
+        default_factory=lambda: ["openid", "profile", "email"]
+    )
+    usernames: Annotated[list[Text], Meta(min_length=1, max_length=10)] = msgspec.field(
+        default_factory=lambda: ["{preferred_username}", "{email}"]
+    )
+    domains: Annotated[list[Text], Meta(min_length=1, max_length=1000)]
+    allow: Annotated[list[Text], Meta(max_length=1000)] = []
+    ca_file: Text | None = None
+    private_addresses: bool = False
+
+
 class SignIn(_Section, frozen=True, kw_only=True):
     """The domain of local users, lives of tokens, and how much guessing is tolerated."""
 
@@ -82,6 +105,13 @@ class SignIn(_Section, frozen=True, kw_only=True):
     refresh_token_life: Life = Duration(180 * 86400)
     failures: Annotated[int, Meta(ge=1, le=10_000, description="a whole number from 1 to 10000")] = 10
     failures_window: Life = Duration(300)
+    local_accounts: Switch = True
+    providers: Annotated[list[Provider], Meta(max_length=50, description="a list of providers")] = []
+    session_life: Life = Duration(30 * 86400)
+    code_life: Life = Duration(300)
+    device_code_life: Life = Duration(900)
+    service_token_life: Life = Duration(366 * 86400)
+    unregistered_clients: Switch = True
 
 
 class Tickets(_Section, frozen=True, kw_only=True):

@@ -11,7 +11,17 @@ from starlette.middleware.cors import CORSMiddleware
 from relay.api import auth_identities, auth_login, auth_tokens, errors, relay_info
 from relay.api.errors import service_of
 from relay.api.frame import Frame
+from relay.pages import account, authorize, device, one_time, passkeys, render, sign_in
 from relay.services import Services
+
+PAGES = (
+    authorize.router,
+    sign_in.router,
+    account.router,
+    passkeys.router,
+    one_time.router,
+    device.router,
+)
 
 
 def create_app(services: Services, routers: Iterable[APIRouter] = ()) -> FastAPI:
@@ -30,6 +40,9 @@ def create_app(services: Services, routers: Iterable[APIRouter] = ()) -> FastAPI
     for router in (auth_tokens.router, auth_identities.router, auth_login.router, relay_info.router, *routers):
         app.include_router(router)
         offered |= {service_of(getattr(route, "path", "")) for route in router.routes}
+    for router in PAGES:
+        app.include_router(router)
+    render.install(app)
     errors.install(app, frozenset(offered))
     app.add_middleware(Frame, max_body=services.settings.limits.request_body, clock=services.clock)
     app.add_middleware(

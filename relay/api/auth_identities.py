@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends, Query, Request
 from sqlalchemy import Connection
 
-from relay.api.auth_tokens import authenticated_client, identity_in_set
+from relay.api.auth_tokens import identity_in_set, seen_at
+from relay.api.client_authentication import authenticated_client
 from relay.api.errors import ApiError
 from relay.auth.bearer import Caller, auth_caller
+from relay.auth.browser_sessions import Authentication
+from relay.auth.codes import authentications_of
+from relay.auth.consents import consents_of, document
 from relay.auth.identities import (
     CLIENT_DOMAIN,
     CLIENT_PROVIDER_ID,
@@ -22,7 +26,8 @@ from relay.auth.identities import (
     select_by_ids,
     select_by_usernames,
 )
-from relay.auth.scopes import VIEW_IDENTITY_SET
+from relay.auth.linked import set_of
+from relay.auth.scopes import MANAGE_PROJECTS, VIEW_CONSENTS, VIEW_IDENTITY_SET
 from relay.services import services_of
 
 router = APIRouter(prefix="/v2", tags=["Auth"])
@@ -35,8 +40,12 @@ async def userinfo(request: Request, caller: Caller = Depends(auth_caller)) -> d
     """The caller's own identity (OpenID Connect Core 1.0, 5.3); how much is told depends on the token's scopes."""
     if "openid" not in caller.scopes:
         raise ApiError(403, "FORBIDDEN", "The token does not carry the scope openid.")
-    known = await services_of(request).store.read(lambda connection: select_by_ids(connection, [caller.identity_id]))
-    identity = known[caller.identity_id]
+
+    def look(connection: Connection) -> tuple[list[Identity], dict[str, Authentication]]:
+        return set_of(connection, caller.identity_id), authentications_of(connection, caller.session_id)
+
+    linked, shown = await services_of(request).store.read(look)
+    (identity,) = [item for item in linked if item.id == caller.identity_id]
     document: dict[str, Any] = {"sub": identity.id, "last_authentication": int(caller.authenticated)}
     if "profile" in caller.scopes:
         document |= {
@@ -49,7 +58,7 @@ async def userinfo(request: Request, caller: Caller = Depends(auth_caller)) -> d
     if "email" in caller.scopes:
         document["email"] = identity.email
     if VIEW_IDENTITY_SET in caller.scopes:
-        document["identity_set"] = [identity_in_set(identity, caller.authenticated)]
+        document["identity_set"] = [identity_in_set(item, seen_at(shown, item.id, caller)) for item in linked]
     return document
 
 
@@ -112,11 +121,24 @@ async def find_providers(request: Request, ids: str | None = None, domains: str 
 
 
 @router.get("/api/identities/{identity_id}/consents")
-async def consents(identity_id: str, caller: Caller = Depends(auth_caller)) -> dict[str, Any]:  # noqa: B008
-    """What the caller has consented to. A client acts for itself and asks nobody, so its list is empty."""
+async def consents(
+    request: Request,
+    identity_id: str,
+    all_clients: str = Query("false", alias="all"),
+    caller: Caller = Depends(auth_caller),  # noqa: B008
+) -> dict[str, Any]:
+    """What the caller has consented to: for the asking client alone, or with ``all`` for every one."""
     if identity_id != caller.identity_id:
         raise ApiError(403, "FORBIDDEN", "Consents are shown only to the identity that gave them.")
-    return {"consents": []}
+    whole = all_clients.lower() == "true"
+    if whole and not caller.scopes & {VIEW_CONSENTS, MANAGE_PROJECTS}:
+        raise ApiError(403, "FORBIDDEN", f"The token does not carry the scope {VIEW_CONSENTS}.")
+
+    def look(connection: Connection) -> list[Mapping[str, Any]]:
+        found = consents_of(connection, identity_id, None if whole else caller.client_id)
+        return [document(connection, consent, identity_id) for consent in found]
+
+    return {"consents": await services_of(request).store.read(look)}
 
 
 def _provision(connection: Connection, names: Iterable[str], domain: str, now: float) -> dict[str, Identity]:

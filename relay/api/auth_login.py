@@ -1,34 +1,34 @@
-"""The place of the interactive login: discovery, keys, and the pages a browser visits.
-
-Signing in with a browser is not offered yet; until it is, the authorize route says so and what to use instead. The
-page that shows a code for copying needs nothing but the code and is complete.
-"""
+"""Discovery, public keys, and the clients that native applications make for themselves."""
 
 from __future__ import annotations
 
-import html
+import datetime
+import math
 from typing import Any
 
+import trio
 from fastapi import APIRouter, Request
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+from sqlalchemy import Connection
 
+from relay.api.client_authentication import address_of, authenticated_client
 from relay.api.errors import ApiError
+from relay.api.token_grants import DEVICE_CODE, GRANT_TYPES
+from relay.auth import public_clients
+from relay.auth.clients import Client, new_digest
+from relay.auth.public_clients import WELL_KNOWN, client_for, remove_client
 from relay.auth.scopes import OPENID_SCOPES, VIEW_IDENTITY_SET
 from relay.keys import ID_TOKEN_ALGORITHM
 from relay.services import services_of
 
 router = APIRouter(tags=["Auth"])
 
-_NO_LOGIN = (
-    "This relay does not offer sign-in with a browser yet. Use a client identity: ask the relay's operator for "
-    "`towpath-relay client add`, then set GLOBUS_CLI_CLIENT_ID and GLOBUS_CLI_CLIENT_SECRET."
-)
-_PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'",
-    "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-store",
-}
-_MAX_CODE = 2000
+
+class NewClientBody(BaseModel):
+    """``client`` is Globus's document of a client."""
+
+    client: dict[str, Any]
 
 
 @router.get("/.well-known/openid-configuration")
@@ -45,16 +45,23 @@ async def discovery(request: Request) -> dict[str, Any]:
         "jwks_uri": f"{origin}/jwk.json",
         "scopes_supported": [*sorted(OPENID_SCOPES), VIEW_IDENTITY_SET],
         "response_types_supported": ["code"],
-        "grant_types_supported": ["client_credentials", "refresh_token"],
+        "response_modes_supported": ["query"],
+        "grant_types_supported": list(GRANT_TYPES),
+        "device_authorization_endpoint": f"{origin}/v2/oauth2/device_authorization",
+        "code_challenge_methods_supported": ["S256"],
+        "authorization_response_iss_parameter_supported": True,
         "subject_types_supported": ["public"],
         "id_token_signing_alg_values_supported": [ID_TOKEN_ALGORITHM],
-        "token_endpoint_auth_methods_supported": ["client_secret_basic", "client_secret_post"],
+        "token_endpoint_auth_methods_supported": ["client_secret_basic", "client_secret_post", "none"],
         "claims_supported": [
             "iss",
             "sub",
             "aud",
             "iat",
             "exp",
+            "nonce",
+            "at_hash",
+            "auth_time",
             "name",
             "email",
             "preferred_username",
@@ -72,36 +79,69 @@ async def keys(request: Request) -> JSONResponse:
     return JSONResponse(services_of(request).keys.jwk_set)
 
 
-@router.get("/v2/oauth2/authorize", response_model=None)
-async def authorize(request: Request) -> Response:
-    """Where the interactive login begins."""
-    if "text/html" in request.headers.get("accept", ""):
-        return _page("Sign-in", f"<p>{html.escape(_NO_LOGIN)}</p>", status=501)
-    raise ApiError(501, "unsupported_response_type", _NO_LOGIN)
+@router.post("/v2/api/clients", status_code=201)
+async def make_copy(request: Request, body: NewClientBody) -> dict[str, Any]:
+    """An installation's own copy of a native application, as the Globus CLI asks for at its first login."""
+    services = services_of(request)
+    address, now = address_of(request), services.clock()
+    template_id = body.client.get("template_id")
+    if not isinstance(template_id, str) or template_id not in WELL_KNOWN:
+        raise ApiError(403, "FORBIDDEN", "Without credentials, only copies of known native applications can be made.")
+    name = body.client.get("name")
+    if name is not None and (not isinstance(name, str) or not name.strip() or not name.isprintable()):
+        raise ApiError(400, "INVALID_REQUEST", "name must be a text that can be shown.")
+    wait = services.crowd_guesses.retry_after([f"{address} copies"], now)
+    if wait > 0:
+        seconds = str(math.ceil(wait))
+        raise ApiError(
+            429, "TOO_MANY_REQUESTS", "Too many clients were made from here.", headers={"Retry-After": seconds}
+        )
+    services.crowd_guesses.failed([f"{address} copies"], now)
+    secret, digest = await trio.to_thread.run_sync(new_digest)
+
+    def work(connection: Connection) -> tuple[Client, str]:
+        template = client_for(connection, template_id, unregistered=False)
+        assert template is not None
+        return public_clients.make_copy(connection, template, name or template.name, now=now, digest=digest)
+
+    client, secret_id = await services.store.write(work)
+    credential = {
+        "id": secret_id,
+        "name": "default",
+        "client": client.id,
+        "created": datetime.datetime.fromtimestamp(now, datetime.UTC).isoformat(),
+        "secret": secret,
+    }
+    return {"client": copy_document(client), "included": {"client_credential": credential}}
 
 
-@router.post("/v2/api/clients")
-async def register_client() -> None:
-    """Where a native application registers itself before the interactive login."""
-    raise ApiError(501, "NOT_IMPLEMENTED", _NO_LOGIN)
+@router.delete("/v2/api/clients/{client_id}")
+async def delete_copy(request: Request, client_id: str) -> dict[str, Any]:
+    """End a copy of a native application, on its own word, with all that it was allowed."""
+    client = await authenticated_client(request, {})
+    if client.id != client_id.lower() or client.parent_id is None:
+        raise ApiError(403, "FORBIDDEN", "A client can delete only itself, and only when it is a copy.")
+    await services_of(request).store.write(lambda connection: remove_client(connection, client.id))
+    return {"client": copy_document(client)}
 
 
-@router.get("/v2/web/auth-code", response_class=HTMLResponse)
-async def show_code(code: str = "", error: str = "") -> HTMLResponse:
-    """The page from which people copy an authorization code into a terminal."""
-    if error or not 1 <= len(code) <= _MAX_CODE:
-        return _page("Sign-in", "<p>There is no code here; start the sign-in again.</p>", status=400)
-    shown = f"<p>Copy this code into your terminal:</p><p><code>{html.escape(code)}</code></p>"
-    return _page("Authorization code", shown)
-
-
-def _page(title: str, body: str, status: int = 200) -> HTMLResponse:
-    """``body`` is HTML; whatever came from outside must be escaped already."""
-    text = (
-        "<!doctype html><html lang='en'><meta charset='utf-8'>"
-        "<meta name='viewport' content='width=device-width'>"
-        f"<title>{html.escape(title)}</title><style>body{{font:1.1rem/1.5 system-ui;margin:4rem auto;max-width:40rem;"
-        "padding:0 1rem}code{font-size:1.3rem;user-select:all;overflow-wrap:anywhere}</style>"
-        f"<main><h1>{html.escape(title)}</h1>{body}</main></html>"
-    )
-    return HTMLResponse(text, status_code=status, headers=_PAGE_HEADERS)
+def copy_document(client: Client) -> dict[str, Any]:
+    """A copy as Globus's clients read it."""
+    return {
+        "id": client.id,
+        "name": client.name,
+        "client_type": "client_identity",
+        "public_client": False,
+        "visibility": "private",
+        "project": None,
+        "parent_client": client.parent_id,
+        "redirect_uris": list(client.redirect_uris),
+        "links": {"terms_and_conditions": None, "privacy_policy": None},
+        "scopes": [],
+        "grant_types": ["authorization_code", "refresh_token", DEVICE_CODE],
+        "fqdns": [],
+        "required_idp": None,
+        "preselect_idp": None,
+        "prompt_for_named_grant": False,
+        "userinfo_from_effective_identity": True,
+    }

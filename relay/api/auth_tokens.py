@@ -2,122 +2,165 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
-import math
-from collections.abc import Mapping
-from contextlib import aclosing
+from collections.abc import Iterable, Mapping
 from typing import Any
-from urllib.parse import parse_qsl, unquote_plus
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 from sqlalchemy import Connection
 
+from relay.api.client_authentication import (
+    address_of,
+    authenticated_client,
+    form_description,
+    form_untrusted,
+    identified_client,
+)
 from relay.api.errors import ApiError
-from relay.auth import grants
-from relay.auth.clients import Client
-from relay.auth.grants import GrantRefused, Lives
-from relay.auth.identities import Identity, select_by_ids
+from relay.api.token_grants import Giving, refusal
+from relay.auth import device
+from relay.auth.bearer import Caller
+from relay.auth.browser_sessions import Authentication
+from relay.auth.codes import authentications_of
+from relay.auth.grants import GrantRefused
+from relay.auth.identities import Identity
+from relay.auth.known_scopes import expand
+from relay.auth.linked import set_of
+from relay.auth.public_clients import ensure_row
+from relay.auth.scopes import InvalidScope, parse_untrusted
 from relay.auth.tokens import TokenRecord, find, revoke
 from relay.services import Services, services_of
 
 router = APIRouter(prefix="/v2/oauth2", tags=["Auth"])
 
-MAX_FORM = 64 * 1024
-_MAX_FIELDS = 50
 _NO_STORE = {"Cache-Control": "no-store", "Pragma": "no-cache"}
+_TOKEN_FIELDS = (
+    "scope",
+    "code",
+    "redirect_uri",
+    "code_verifier",
+    "refresh_token",
+    "device_code",
+    "token",
+    "access_type",
+    "client_id",
+    "client_secret",
+)
 
 
-def _form_description(*required: str, optional: tuple[str, ...] = ()) -> dict[str, Any]:
-    properties = {name: {"type": "string"} for name in (*required, *optional)}
-    schema = {"type": "object", "properties": properties, "required": list(required)}
-    return {"requestBody": {"content": {"application/x-www-form-urlencoded": {"schema": schema}}}}
-
-
-@router.post("/token", openapi_extra=_form_description("grant_type", optional=("scope", "refresh_token")))
+@router.post("/token", openapi_extra=form_description("grant_type", optional=_TOKEN_FIELDS))
 async def token(request: Request) -> JSONResponse:
-    """Tokens for a grant: ``client_credentials`` or ``refresh_token``."""
+    """Tokens for a grant (RFC 6749, 4; RFC 8628, 3.4; and Globus's dependent tokens)."""
     services = services_of(request)
-    form = await _form_untrusted(request)
-    client = await authenticated_client(request, form)
-    now = services.clock()
-    lives = Lives(services.settings.sign_in.access_token_life, services.settings.sign_in.refresh_token_life)
-    scope = form.get("scope", "")
-
-    def grant(connection: Connection) -> dict[str, Any]:
-        match form.get("grant_type"):
-            case "client_credentials":
-                issued = grants.client_credentials(connection, client, scope, now=now, lives=lives)
-            case "refresh_token":
-                shown = form.get("refresh_token", "")
-                issued = [grants.refresh(connection, client.id, shown, scope, now=now, lives=lives)]
-            case None:
-                raise ApiError(400, "invalid_request", "The request names no grant_type.")
-            case other:
-                raise ApiError(400, "unsupported_grant_type", f"This relay does not know the grant {other[:100]!r}.")
-        return grants.token_document(issued)
-
+    form = await form_untrusted(request)
+    client = await identified_client(request, form)
+    giving = Giving(services, client, form, services.clock())
     try:
-        document = await services.store.write(grant)
+        outcome = await services.store.write(giving.run)
     except GrantRefused as error:
-        # 401 for a dead grant, as Globus answers: its clients then ask for a new login.
-        raise ApiError(401 if error.code == "invalid_grant" else 400, error.code, str(error)) from error
+        raise refusal(error) from error
+    if isinstance(outcome, GrantRefused):
+        raise refusal(outcome)
+    return JSONResponse(outcome, headers=_NO_STORE)
+
+
+@router.post("/device_authorization", openapi_extra=form_description(optional=("client_id", "scope", "access_type")))
+async def device_authorization(request: Request) -> JSONResponse:
+    """Begin signing in on another device (RFC 8628, 3.1)."""
+    services = services_of(request)
+    form = await form_untrusted(request)
+    client = await identified_client(request, form)
+    if form.get("access_type", "online") not in ("online", "offline"):
+        raise ApiError(400, "invalid_request", "access_type must be online or offline.")
+    now, settings = services.clock(), services.settings
+    scope, agent = form.get("scope", ""), request.headers.get("user-agent", "")
+
+    def begin(connection: Connection) -> device.NewDeviceCode:
+        try:
+            if not parse_untrusted(scope):
+                raise ApiError(400, "invalid_scope", "The request names no scope.")
+            expand(connection, parse_untrusted(scope).values())
+        except InvalidScope as error:
+            raise ApiError(400, "invalid_scope", str(error)) from error
+        if device.count_waiting(connection, now) >= device.MAX_WAITING:
+            raise ApiError(429, "slow_down", "Too many sign-ins wait; try again later.", headers={"Retry-After": "60"})
+        ensure_row(connection, client, now)
+        return device.begin(
+            connection,
+            client.id,
+            scope,
+            offline=form.get("access_type") == "offline",
+            address=address_of(request),
+            user_agent=agent,
+            now=now,
+            life=settings.sign_in.device_code_life,
+        )
+
+    made = await services.store.write(begin)
+    page = f"{settings.public_url}/device"
+    document = {
+        "device_code": made.device_code,
+        "user_code": made.user_code,
+        "verification_uri": page,
+        "verification_uri_complete": f"{page}?user_code={made.user_code}",
+        "expires_in": int(settings.sign_in.device_code_life),
+        "interval": device.INTERVAL,
+    }
     return JSONResponse(document, headers=_NO_STORE)
 
 
-@router.post("/token/validate", openapi_extra=_form_description("token"))
+@router.post("/token/validate", openapi_extra=form_description("token"))
 async def validate(request: Request) -> dict[str, bool]:
     """Whether a token of this client is alive."""
     services = services_of(request)
-    form = await _form_untrusted(request)
-    client = await authenticated_client(request, form)
+    form = await form_untrusted(request)
+    client = await identified_client(request, form)
     record = await _find(services, form.get("token", ""))
-    return {"active": record is not None and record.client_id == client.id}
+    alive = record is not None and record.client_id == client.id and record.replaced is None
+    return {"active": alive}
 
 
-@router.post("/token/introspect", openapi_extra=_form_description("token", optional=("include",)))
+@router.post("/token/introspect", openapi_extra=form_description("token", optional=("include",)))
 async def introspect(request: Request) -> dict[str, Any]:
     """What a token stands for, told to the client that holds it or the service it is meant for."""
     services = services_of(request)
-    form = await _form_untrusted(request)
+    form = await form_untrusted(request)
     client = await authenticated_client(request, form)
     record = await _find(services, form.get("token", ""))
     if record is None or client.id not in (record.client_id, record.resource_server):
         return {"active": False}
-    include = {part.strip() for part in form.get("include", "").split(",")}
+    include = {part.strip() for part in form.get("include", "").split(",") if part.strip()}
     document = _introspection(record, services.settings.public_url)
-    if "session_info" in include:
-        document["session_info"] = {
-            "session_id": record.session_id,
-            "authentications": {
-                record.identity_id: {
-                    "acr": None,
-                    "amr": None,
-                    "idp": record.provider_id,
-                    "auth_time": int(record.authenticated),
-                    "custom_claims": {},
-                }
-            },
-        }
-    if "identity_set" in include:
-        document["identity_set"] = [record.identity_id]
-    if "identity_set_detail" in include:
-        known = await services.store.read(lambda connection: select_by_ids(connection, [record.identity_id]))
-        document["identity_set_detail"] = [
-            identity_in_set(identity, record.authenticated) for identity in known.values()
-        ]
+    found = record
+
+    def more(connection: Connection) -> dict[str, Any]:
+        shown = authentications_of(connection, found.session_id)
+        added: dict[str, Any] = {}
+        if "session_info" in include:
+            added["session_info"] = _session_info(found, shown.values())
+        if "identity_set" in include or "identity_set_detail" in include:
+            linked = set_of(connection, found.identity_id)
+            if "identity_set" in include:
+                added["identity_set"] = [identity.id for identity in linked]
+            if "identity_set_detail" in include:
+                added["identity_set_detail"] = [
+                    identity_in_set(identity, seen_at(shown, identity.id, found)) for identity in linked
+                ]
+        return added
+
+    if include:
+        document |= await services.store.read(more)
     return document
 
 
-@router.post("/token/revoke", openapi_extra=_form_description(optional=("token", "client_id")))
+@router.post("/token/revoke", openapi_extra=form_description(optional=("token", "client_id")))
 async def end(request: Request) -> dict[str, bool]:
     """End a token. Succeeds whether or not there is such a token; clients signing out may send an empty one.
 
     A client that shows credentials must show the right ones; one that names only its id may end what it holds.
     """
     services = services_of(request)
-    form = await _form_untrusted(request)
+    form = await form_untrusted(request)
     if "authorization" in request.headers or "client_secret" in form:
         await authenticated_client(request, form)
     shown = form.get("token", "")
@@ -158,75 +201,31 @@ def identity_in_set(identity: Identity, authenticated: float | None) -> dict[str
     }
 
 
+def _session_info(record: TokenRecord, shown: Iterable[Authentication]) -> dict[str, Any]:
+    """A client that acts for itself has shown who it is with its secret, which no table keeps."""
+    own = Authentication(record.identity_id, record.provider_id, record.authenticated, ())
+    return {
+        "session_id": record.session_id,
+        "authentications": {
+            item.identity_id: {
+                "acr": None,
+                "amr": list(item.methods) or None,
+                "idp": item.provider_id,
+                "auth_time": int(item.authenticated),
+                "custom_claims": {},
+            }
+            for item in (list(shown) or [own])
+        },
+    }
+
+
+def seen_at(shown: Mapping[str, Authentication], identity_id: str, record: TokenRecord | Caller) -> float | None:
+    """When an identity showed who it is in the session of a token, if it did."""
+    if identity_id in shown:
+        return shown[identity_id].authenticated
+    return record.authenticated if not shown and identity_id == record.identity_id else None
+
+
 async def _find(services: Services, shown: str) -> TokenRecord | None:
     now = services.clock()
     return await services.store.read(lambda connection: find(connection, shown, now))
-
-
-async def authenticated_client(request: Request, form: Mapping[str, str]) -> Client:
-    """The client whose id and secret the request shows, by HTTP Basic or in the form (RFC 6749, 2.3.1).
-
-    Raises `ApiError`: 401 ``invalid_client``, 400 ``invalid_request`` for both ways at once, 429 after many failures.
-    """
-    client_id, secret = _credentials_untrusted(request.headers.get("authorization"), form)
-    services = services_of(request)
-    address = request.client.host if request.client else "unknown"
-    # By address and client, so that nobody locks a client out from elsewhere. An address gets more tries in all,
-    # because many people may share one.
-    pair, crowd = f"{address} {client_id[:36]}", f"{address} *"
-    now = services.clock()
-    wait = max(services.guesses.retry_after([pair], now), services.crowd_guesses.retry_after([crowd], now))
-    if wait > 0:
-        seconds = math.ceil(wait)
-        sentence = f"Too many wrong secrets were tried; try again in {seconds} seconds."
-        raise ApiError(429, "too_many_requests", sentence, headers={"Retry-After": str(seconds)})
-    client = await services.secrets.check(client_id, secret)
-    if client is None:
-        services.guesses.failed([pair], now)
-        services.crowd_guesses.failed([crowd], now)
-        raise _invalid_client("The client is unknown or its secret is wrong.")
-    return client
-
-
-def _credentials_untrusted(header: str | None, form: Mapping[str, str]) -> tuple[str, str]:
-    if header is None:
-        if not form.get("client_id") or not form.get("client_secret"):
-            raise _invalid_client("The request shows no client id and secret.")
-        return form["client_id"], form["client_secret"]
-    scheme, _, encoded = header.partition(" ")
-    if scheme.lower() != "basic":
-        raise _invalid_client("Clients sign in with HTTP Basic, or with id and secret in the form.")
-    if "client_secret" in form:
-        raise ApiError(400, "invalid_request", "The request shows the client's secret in two ways.")
-    try:
-        client_id, _, secret = base64.b64decode(encoded.strip(), validate=True).decode().partition(":")
-    except (binascii.Error, UnicodeDecodeError) as error:
-        raise _invalid_client("The HTTP Basic header cannot be read.") from error
-    if form.get("client_id", client_id) != client_id:
-        raise ApiError(400, "invalid_request", "The request names two different clients.")
-    return unquote_plus(client_id), unquote_plus(secret)
-
-
-def _invalid_client(sentence: str) -> ApiError:
-    return ApiError(401, "invalid_client", sentence, headers={"WWW-Authenticate": 'Basic realm="Globus Auth"'})
-
-
-async def _form_untrusted(request: Request) -> dict[str, str]:
-    """The fields of a form. Repeated fields are refused (RFC 6749, 3.2), since readers could differ on which counts."""
-    kind = request.headers.get("content-type", "application/x-www-form-urlencoded").partition(";")[0].strip().lower()
-    if kind != "application/x-www-form-urlencoded":
-        raise ApiError(400, "invalid_request", "The body must be application/x-www-form-urlencoded.")
-    body = bytearray()
-    async with aclosing(request.stream()) as chunks:
-        async for chunk in chunks:
-            body += chunk
-            if len(body) > MAX_FORM:
-                raise ApiError(413, "invalid_request", f"The form is larger than {MAX_FORM} bytes.")
-    try:
-        pairs = parse_qsl(body.decode("ascii"), keep_blank_values=True, max_num_fields=_MAX_FIELDS, errors="strict")
-    except ValueError as error:
-        raise ApiError(400, "invalid_request", "The form cannot be read.") from error
-    form = dict(pairs)
-    if len(form) != len(pairs):
-        raise ApiError(400, "invalid_request", "A field of the form is repeated.")
-    return form

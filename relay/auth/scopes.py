@@ -24,6 +24,8 @@ COMPUTE_SERVER = "funcx_service"
 OPENID_SCOPES = frozenset({"openid", "profile", "email"})
 TRANSFER_ALL = f"urn:globus:auth:scope:{TRANSFER_SERVER}:all"
 VIEW_IDENTITY_SET = f"urn:globus:auth:scope:{AUTH_SERVER}:view_identity_set"
+VIEW_CONSENTS = f"urn:globus:auth:scope:{AUTH_SERVER}:view_consents"
+MANAGE_PROJECTS = f"urn:globus:auth:scope:{AUTH_SERVER}:manage_projects"
 
 MAX_LENGTH = 16 * 1024
 MAX_DEPTH = 16

@@ -13,12 +13,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sqlalchemy import Connection, RowMapping, delete, insert, select
+from sqlalchemy import Connection, RowMapping, delete, insert, select, union
 
 from relay.store.auth_tables import identities, sessions, tokens
+from relay.store.sign_in_tables import authorization_codes, device_codes
 
 # Longer strings cannot be tokens of ours; they are refused before anything is computed over them.
 MAX_TOKEN = 512
+# For so long after its end a second use of a code is still noticed.
+_CODE_MEMORY = 3600.0
 TokenKind = Literal["access", "refresh"]
 
 
@@ -39,6 +42,7 @@ class TokenRecord:
     issued: float
     expires: float
     authenticated: float
+    replaced: float | None = None
 
 
 @dataclass(frozen=True)
@@ -57,12 +61,25 @@ def token_digest(token: str) -> str:
     return hashlib.sha256(token.encode()).hexdigest()
 
 
-def open_session(connection: Connection, *, identity_id: str, client_id: str, now: float) -> str:
+def open_session(
+    connection: Connection,
+    *,
+    identity_id: str,
+    client_id: str,
+    now: float,
+    authenticated: float | None = None,
+    name: str | None = None,
+) -> str:
     """Record that an identity signed in with a client; returns the session's id."""
     session_id = str(uuid.uuid4())
     connection.execute(
         insert(sessions).values(
-            id=session_id, identity_id=identity_id, client_id=client_id, authenticated=now, created=now
+            id=session_id,
+            identity_id=identity_id,
+            client_id=client_id,
+            authenticated=now if authenticated is None else authenticated,
+            created=now,
+            name=name,
         )
     )
     return session_id
@@ -130,6 +147,7 @@ _FIND = (
         tokens.c.scope,
         tokens.c.issued,
         tokens.c.expires,
+        tokens.c.replaced,
         sessions.c.authenticated,
     )
     .join(identities, identities.c.id == tokens.c.identity_id)
@@ -163,7 +181,11 @@ def revoke(connection: Connection, token: str) -> bool:
 
 
 def remove_expired(connection: Connection, now: float) -> int:
-    """Forget tokens past their life, and sessions that no token names any more. Returns how many tokens went."""
+    """Forget tokens past their life, and sessions that nothing names any more. Returns how many tokens went."""
     gone = connection.execute(delete(tokens).where(tokens.c.expires <= now)).rowcount
-    connection.execute(delete(sessions).where(sessions.c.id.not_in(select(tokens.c.session_id))))
+    for table in (authorization_codes, device_codes):
+        connection.execute(delete(table).where(table.c.expires <= now - _CODE_MEMORY))
+    waiting = select(device_codes.c.session_id).where(device_codes.c.session_id.is_not(None))
+    named = union(select(tokens.c.session_id), select(authorization_codes.c.session_id), waiting)
+    connection.execute(delete(sessions).where(sessions.c.id.not_in(named)))
     return gone

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import pytest
 from sqlalchemy import func, select, update
 
+from relay.auth.clients import Client
 from relay.auth.grants import GrantRefused, Lives, refresh
 from relay.auth.scopes import AUTH_SERVER, TRANSFER_ALL, TRANSFER_SERVER
-from relay.auth.tokens import MAX_TOKEN, find, remove_expired, revoke
+from relay.auth.tokens import MAX_TOKEN, IssuedToken, find, remove_expired, revoke
 from relay.store.auth_tables import identities, sessions, tokens
 
 if TYPE_CHECKING:
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
 
 LIVES = Lives(access=100.0, refresh=1000.0)
 BOTH = {AUTH_SERVER: ["openid"], TRANSFER_SERVER: [TRANSFER_ALL]}
+
+
+def client_named(client_id: str) -> Client:
+    return Client(id=client_id, name="program", public=False, owner_id=None, created=0.0)
 
 
 async def alive(world: RelayWorld, token: str) -> bool:
@@ -57,13 +62,14 @@ async def test_refreshing_gives_a_new_access_token_and_keeps_the_refresh_token(w
         again = await world.store.write(
             partial(
                 refresh,
-                client_id=client_id,
+                client=client_named(client_id),
                 refresh_token=first.refresh_token,
                 scope="",
                 now=world.clock.now,
                 lives=LIVES,
             )
         )
+        assert isinstance(again, IssuedToken)
         assert again.refresh_token == first.refresh_token
         assert again.access_token != first.access_token
         assert (again.resource_server, again.scope) == (TRANSFER_SERVER, TRANSFER_ALL)
@@ -73,7 +79,7 @@ async def test_refreshing_gives_a_new_access_token_and_keeps_the_refresh_token(w
         await world.store.write(
             partial(
                 refresh,
-                client_id=client_id,
+                client=client_named(client_id),
                 refresh_token=first.refresh_token,
                 scope="",
                 now=world.clock.now,
@@ -91,7 +97,7 @@ async def test_refreshing_never_widens(world: RelayWorld, scope: str) -> None:
         await world.store.write(
             partial(
                 refresh,
-                client_id=client_id,
+                client=client_named(client_id),
                 refresh_token=issued.refresh_token,
                 scope=scope,
                 now=world.clock.now,
@@ -108,7 +114,9 @@ async def test_a_refresh_token_serves_its_own_client_alone(world: RelayWorld) ->
     for token, who in ((issued.refresh_token, other_id), (issued.access_token, client_id), ("", client_id)):
         with pytest.raises(GrantRefused) as caught:
             await world.store.write(
-                partial(refresh, client_id=who, refresh_token=token, scope="", now=world.clock.now, lives=LIVES)
+                partial(
+                    refresh, client=client_named(who), refresh_token=token, scope="", now=world.clock.now, lives=LIVES
+                )
             )
         assert caught.value.code == "invalid_grant"
 

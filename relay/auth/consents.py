@@ -1,0 +1,191 @@
+"""Consents: what a person has allowed an application to do, as a tree for each application.
+
+A node is a scope; below it stands what that scope's service may in turn use. Globus's clients rebuild the tree from
+each node's path and look whether what they need is in it.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Connection, delete, insert, select, update
+
+from relay.auth.known_scopes import facts_of
+from relay.auth.scopes import Scope
+from relay.store.auth_tables import clients, sessions
+from relay.store.sign_in_tables import consents
+
+
+@dataclass(frozen=True)
+class Consent:
+    """One node. Times are Unix seconds; ``path`` are the ids from the root of the tree to this node."""
+
+    id: int
+    client_id: str
+    client_name: str
+    scope: str
+    path: tuple[int, ...]
+    optional: bool
+    allows_refresh: bool
+    created: float
+    updated: float
+    last_used: float
+
+
+def covers(connection: Connection, identity_id: str, client_id: str, wanted: Iterable[Scope], *, offline: bool) -> bool:
+    """Whether everything wanted was allowed before; ``offline`` asks for refresh tokens as well."""
+    return all(_covered(connection, identity_id, client_id, None, scope, offline=offline) for scope in wanted)
+
+
+def _covered(
+    connection: Connection, identity_id: str, client_id: str, parent: int | None, scope: Scope, *, offline: bool
+) -> bool:
+    row = _node(connection, identity_id, client_id, parent, scope.name)
+    if row is None or (offline and parent is None and not row.allows_refresh):
+        return False
+    return all(
+        _covered(connection, identity_id, client_id, row.id, dependency, offline=offline)
+        for dependency in scope.dependencies.values()
+    )
+
+
+def _node(connection: Connection, identity_id: str, client_id: str, parent: int | None, scope: str) -> Any:
+    table = consents.c
+    return connection.execute(
+        select(table.id, table.allows_refresh).where(
+            table.identity_id == identity_id,
+            table.client_id == client_id,
+            table.parent_id.is_not_distinct_from(parent),
+            table.scope == scope,
+        )
+    ).first()
+
+
+def record(
+    connection: Connection, identity_id: str, client_id: str, allowed: Iterable[Scope], *, offline: bool, now: float
+) -> None:
+    """Remember what was allowed, beside what was before."""
+    for scope in allowed:
+        _record(connection, identity_id, client_id, None, scope, offline=offline, now=now)
+
+
+def _record(
+    connection: Connection,
+    identity_id: str,
+    client_id: str,
+    parent: int | None,
+    scope: Scope,
+    *,
+    offline: bool,
+    now: float,
+) -> None:
+    row = _node(connection, identity_id, client_id, parent, scope.name)
+    if row is None:
+        made = connection.execute(
+            insert(consents).values(
+                identity_id=identity_id,
+                client_id=client_id,
+                parent_id=parent,
+                scope=scope.name,
+                optional=scope.optional,
+                allows_refresh=offline,
+                created=now,
+                updated=now,
+                last_used=now,
+            )
+        )
+        key = made.inserted_primary_key
+        assert key is not None
+        node: int = key[0]
+    else:
+        node = row.id
+        changed: dict[str, Any] = {"last_used": now}
+        if offline and not row.allows_refresh:
+            changed |= {"allows_refresh": True, "updated": now}
+        connection.execute(update(consents).where(consents.c.id == node).values(changed))
+    for dependency in scope.dependencies.values():
+        _record(connection, identity_id, client_id, node, dependency, offline=offline, now=now)
+
+
+def consents_of(connection: Connection, identity_id: str, client_id: str | None = None) -> list[Consent]:
+    """All consents of an identity, or those for one application; parents before their children."""
+    query = (
+        select(consents, clients.c.name.label("client_name"))
+        .join(clients, clients.c.id == consents.c.client_id)
+        .where(consents.c.identity_id == identity_id)
+        .order_by(consents.c.id)
+    )
+    if client_id is not None:
+        query = query.where(consents.c.client_id == client_id)
+    paths: dict[int, tuple[int, ...]] = {}
+    found = []
+    for row in connection.execute(query):
+        # A child is made after its parent, so the parent's path is known.
+        path = (*paths.get(row.parent_id, ()), row.id)
+        paths[row.id] = path
+        found.append(
+            Consent(
+                id=row.id,
+                client_id=row.client_id,
+                client_name=row.client_name,
+                scope=row.scope,
+                path=path,
+                optional=row.optional,
+                allows_refresh=row.allows_refresh,
+                created=row.created,
+                updated=row.updated,
+                last_used=row.last_used,
+            )
+        )
+    return found
+
+
+def below(connection: Connection, identity_id: str, client_id: str, scopes: Iterable[str]) -> list[str]:
+    """Scopes that the services behind these scopes may use in the person's name, one level down."""
+    roots = select(consents.c.id).where(
+        consents.c.identity_id == identity_id,
+        consents.c.client_id == client_id,
+        consents.c.parent_id.is_(None),
+        consents.c.scope.in_(list(scopes)),
+    )
+    query = select(consents.c.scope).where(consents.c.parent_id.in_(roots)).order_by(consents.c.id)
+    return list(dict.fromkeys(connection.execute(query).scalars()))
+
+
+def withdraw(connection: Connection, identity_id: str, client_id: str) -> bool:
+    """Forget all that an application was allowed and end every token it holds for the person, dependent ones too.
+
+    Returns whether there was anything.
+    """
+    mine = (consents.c.identity_id == identity_id) & (consents.c.client_id == client_id)
+    gone = connection.execute(delete(consents).where(mine)).rowcount
+    of_client = (sessions.c.identity_id == identity_id) & (sessions.c.client_id == client_id)
+    gone += connection.execute(delete(sessions).where(of_client)).rowcount
+    return gone > 0
+
+
+def document(connection: Connection, consent: Consent, identity_id: str) -> Mapping[str, Any]:
+    """A consent as Globus's clients read it; they need every field."""
+    facts = facts_of(connection, consent.scope)
+    return {
+        "id": consent.id,
+        "client": consent.client_id,
+        "scope": None if facts is None else facts.id,
+        "scope_name": consent.scope,
+        "effective_identity": identity_id,
+        "dependency_path": list(consent.path),
+        "created": _time(consent.created),
+        "updated": _time(consent.updated),
+        "last_used": _time(consent.last_used),
+        "status": "approved",
+        "allows_refresh": consent.allows_refresh,
+        "auto_approved": False,
+        "atomically_revocable": consent.optional,
+    }
+
+
+def _time(moment: float) -> str:
+    return datetime.datetime.fromtimestamp(moment, datetime.UTC).isoformat()

@@ -1,0 +1,175 @@
+"""What each scope is: the ones every relay knows and those that clients of this relay offer.
+
+A scope of one endpoint or collection exists when that exists. Custom scopes are ``https://auth.globus.org/scopes/``,
+the id of the client that offers them, ``/`` and a suffix; they may need further scopes, which are then asked for too.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import uuid
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from sqlalchemy import Connection, select, union
+
+from relay.auth.scopes import (
+    AUTH_SERVER,
+    COMPUTE_SERVER,
+    FLOWS_SERVER,
+    GROUPS_SERVER,
+    SEARCH_SERVER,
+    TIMERS_ID,
+    TRANSFER_SERVER,
+    InvalidScope,
+    Scope,
+    object_ids,
+    resource_server_of,
+)
+from relay.store import sign_in_tables as tables
+from relay.store.transfer_tables import collections, endpoints
+
+MAX_TREE = 500
+_CUSTOM = re.compile(r"https://auth\.globus\.org/scopes/([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})/([A-Za-z0-9_]+)")
+
+_WORDS: Mapping[str, str] = {
+    "openid": "Know who you are",
+    "profile": "See your name, username and organisation",
+    "email": "See your e-mail address",
+    f"urn:globus:auth:scope:{AUTH_SERVER}:view_identity_set": "See the identities linked to yours",
+    f"urn:globus:auth:scope:{AUTH_SERVER}:view_identities": "Look up the identities of other people",
+    f"urn:globus:auth:scope:{AUTH_SERVER}:manage_projects": "Manage your applications and their secrets",
+    f"urn:globus:auth:scope:{AUTH_SERVER}:view_consents": "See what you have allowed applications to do",
+    f"urn:globus:auth:scope:{AUTH_SERVER}:view_clients": "See your applications",
+    f"urn:globus:auth:scope:{AUTH_SERVER}:view_clients_and_scopes": "See your applications and their scopes",
+    f"urn:globus:auth:scope:{AUTH_SERVER}:view_authentications": "See when and how you signed in",
+    f"urn:globus:auth:scope:{TRANSFER_SERVER}:all": (
+        "Read, change and delete files on every collection you can use, and transfer data in your name"
+    ),
+    f"urn:globus:auth:scope:{TRANSFER_SERVER}:gcp_install": "Set up collections in your name",
+    f"urn:globus:auth:scope:{GROUPS_SERVER}:all": "See and manage your groups and their members",
+    f"urn:globus:auth:scope:{GROUPS_SERVER}:view_my_groups_and_memberships": "See your groups and memberships",
+    f"urn:globus:auth:scope:{GROUPS_SERVER}:view_my_groups": "See your groups",
+    f"urn:globus:auth:scope:{SEARCH_SERVER}:all": "Search, and manage search indexes in your name",
+    f"urn:globus:auth:scope:{SEARCH_SERVER}:search": "Search in your name",
+    f"urn:globus:auth:scope:{SEARCH_SERVER}:ingest": "Add entries to search indexes in your name",
+    f"https://auth.globus.org/scopes/{TIMERS_ID}/timer": "Run transfers in your name at set times",
+}
+_OF_SERVER: Mapping[str, str] = {
+    FLOWS_SERVER: "Manage and run flows in your name",
+    COMPUTE_SERVER: "Run computations in your name",
+    SEARCH_SERVER: "Search in your name",
+}
+
+
+@dataclass(frozen=True)
+class ScopeFacts:
+    """One scope that exists. ``words`` completes the sentence "It wants to:"."""
+
+    id: str
+    name: str
+    server: str
+    words: str
+    allows_refresh: bool = True
+    required_domains: tuple[str, ...] = ()
+    needs: tuple[Scope, ...] = ()
+
+
+def facts_of(connection: Connection, name: str) -> ScopeFacts | None:
+    """The scope with this name, or None."""
+    server = resource_server_of(name)
+    if server is None:
+        return _custom(connection, name)
+    if object_ids([server]) and not _exist(connection, {server}):
+        return None
+    scope_id = str(uuid.uuid5(uuid.NAMESPACE_URL, name))
+    return ScopeFacts(scope_id, name, server, _WORDS.get(name) or _words_of(connection, name, server))
+
+
+def _custom(connection: Connection, name: str) -> ScopeFacts | None:
+    match = _CUSTOM.fullmatch(name)
+    if match is None:
+        return None
+    table = tables.scopes.c
+    row = connection.execute(
+        select(tables.scopes).where(table.client_id == match[1], table.suffix == match[2])
+    ).one_or_none()
+    if row is None:
+        return None
+    needs = connection.execute(
+        select(tables.scope_dependencies).where(tables.scope_dependencies.c.scope_id == row.id)
+    ).all()
+    return ScopeFacts(
+        id=row.id,
+        name=name,
+        server=row.client_id,
+        words=row.description or row.name,
+        allows_refresh=row.allows_refresh,
+        required_domains=tuple(json.loads(row.required_domains)),
+        needs=tuple(Scope(item.needs, optional=item.optional) for item in needs),
+    )
+
+
+def _words_of(connection: Connection, name: str, server: str) -> str:
+    if server in _OF_SERVER:
+        return _OF_SERVER[server]
+    query = select(collections.c.display_name).where(collections.c.id == server)
+    title = connection.execute(query).scalar_one_or_none() or server
+    if name.endswith(":manage_collections"):
+        return f"Manage the collections of “{title}”"
+    if name.endswith("/https"):
+        return f"Read and write files on “{title}” over HTTPS"
+    if name.endswith("/data_access"):
+        return f"Use your data on “{title}”"
+    return f"Use {name}"
+
+
+def _exist(connection: Connection, ids: set[str]) -> bool:
+    known = union(
+        select(collections.c.id).where(collections.c.id.in_(ids), collections.c.deleted.is_(None)),
+        select(endpoints.c.id).where(endpoints.c.id.in_(ids)),
+    )
+    return set(connection.execute(known).scalars()) == ids
+
+
+def expand(connection: Connection, requested: Iterable[Scope]) -> dict[str, tuple[Scope, ScopeFacts]]:
+    """The requested scopes, each with what it needs added below it, and the facts of each top-level scope.
+
+    Raises `InvalidScope` when a scope does not exist or the whole is too large.
+    """
+    budget = [MAX_TREE]
+    found: dict[str, tuple[Scope, ScopeFacts]] = {}
+    for scope in requested:
+        grown, facts = _grow(connection, scope, (), budget)
+        found[scope.name] = (grown, facts)
+    return found
+
+
+def _grow(connection: Connection, scope: Scope, above: tuple[str, ...], budget: list[int]) -> tuple[Scope, ScopeFacts]:
+    budget[0] -= 1
+    if budget[0] < 0:
+        raise InvalidScope(f"The request needs more than {MAX_TREE} scopes.")
+    facts = facts_of(connection, scope.name)
+    if facts is None:
+        raise InvalidScope(f"The scope {scope.name[:300]} is unknown here.")
+    grown = Scope(scope.name, scope.optional)
+    # A scope that needs itself again further down is granted already where it first stands.
+    path = (*above, scope.name)
+    for dependency in (*scope.dependencies.values(), *facts.needs):
+        if dependency.name not in path:
+            below, _ = _grow(connection, dependency, path, budget)
+            present = grown.dependencies.get(below.name)
+            if present is None:
+                grown.dependencies[below.name] = below
+            else:
+                present.merge(below)
+    return grown, facts
+
+
+def by_server(expanded: Mapping[str, tuple[Scope, ScopeFacts]]) -> dict[str, list[str]]:
+    """Top-level scope names for each resource server, `AUTH_SERVER` first: one token is issued for each."""
+    groups: dict[str, list[str]] = {}
+    for name, (_, facts) in expanded.items():
+        groups.setdefault(facts.server, []).append(name)
+    return dict(sorted(groups.items(), key=lambda item: item[0] != AUTH_SERVER))

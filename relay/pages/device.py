@@ -1,0 +1,115 @@
+"""Where people type the code that a program on another device shows them (RFC 8628, 3.3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fastapi import APIRouter, Request
+from fastapi.responses import HTMLResponse, Response
+from sqlalchemy import Connection
+
+from relay.auth import consents, device
+from relay.auth.browser_sessions import BrowserSession
+from relay.auth.clients import Client, find_client
+from relay.auth.known_scopes import expand
+from relay.auth.public_clients import is_nameless, title_of
+from relay.auth.scopes import InvalidScope, Scope, parse_untrusted
+from relay.pages.account import signed_in
+from relay.pages.browser import Browser
+from relay.pages.render import PageProblem, page
+from relay.pages.sign_in import count_failure, limit_guesses
+from relay.services import services_of
+
+router = APIRouter(include_in_schema=False)
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    request: device.DeviceRequest
+    client: Client
+    scopes: list[Scope]
+    words: list[str]
+
+
+@router.get("/device")
+async def ask_for_code(request: Request) -> HTMLResponse:
+    """The page that asks for the code. A link may bring the code along; it still has to be confirmed."""
+    browser, session = await signed_in(request)
+    code = request.query_params.get("user_code", "")[:20]
+    answer = page(
+        request,
+        "device.html",
+        form_token=browser.form_token,
+        username=session.identity.username,
+        code=code if code.replace("-", "").isalpha() else "",
+    )
+    browser.keep(answer)
+    return answer
+
+
+@router.post("/device")
+async def check_or_decide(request: Request) -> Response:
+    """First show where the request comes from and what it wants; then take in the decision."""
+    browser, session = await signed_in(request)
+    form = await browser.form()
+    code = form.get("user_code", "")
+    waiting = await _find(request, session, code)
+    if "decision" not in form:
+        return _show(browser, session, waiting, code)
+    services = services_of(request)
+    now, allowed = services.clock(), form["decision"] == "allow"
+
+    def work(connection: Connection) -> bool:
+        if not allowed:
+            return device.refuse(connection, waiting.request)
+        mine, client_id = session.identity.id, waiting.client.id
+        consents.record(connection, mine, client_id, waiting.scopes, offline=waiting.request.offline, now=now)
+        return device.allow(connection, waiting.request, mine, session.authentications.values(), now)
+
+    if not await services.store.write(work):
+        raise PageProblem(409, "Too late", "This code was answered already or has expired.")
+    if allowed:
+        return page(request, "device_done.html", name=title_of(waiting.client))
+    raise PageProblem(200, "Not allowed", "Nothing was allowed. You can close this page.")
+
+
+async def _find(request: Request, session: BrowserSession, code: str) -> _Waiting:
+    """The waiting request. Guessing is limited by person and by address. Raises `PageProblem`."""
+    services = services_of(request)
+    name = f"device code by {session.identity.id}"
+    limit_guesses(request, name)
+
+    def look(connection: Connection) -> _Waiting | None:
+        found = device.find_request(connection, code, services.clock())
+        client = None if found is None else find_client(connection, found.client_id)
+        if found is None or client is None:
+            return None
+        try:
+            expanded = expand(connection, parse_untrusted(found.scope).values())
+        except InvalidScope:
+            return None
+        scopes = [scope for scope, _ in expanded.values()]
+        return _Waiting(found, client, scopes, [facts.words for _, facts in expanded.values()])
+
+    waiting = await services.store.read(look)
+    if waiting is None:
+        count_failure(request, name)
+        raise PageProblem(404, "Unknown code", "This code is not known or has expired. Check it, or begin anew.")
+    return waiting
+
+
+def _show(browser: Browser, session: BrowserSession, waiting: _Waiting, code: str) -> HTMLResponse:
+    answer = page(
+        browser.request,
+        "device_consent.html",
+        form_token=browser.form_token,
+        code=code,
+        name=title_of(waiting.client),
+        nameless=is_nameless(waiting.client),
+        client_id=waiting.client.id,
+        username=session.identity.username,
+        words=waiting.words,
+        asked=waiting.request,
+    )
+    browser.keep(answer)
+    return answer
