@@ -51,6 +51,8 @@ class Group:
     planned: int = 0
     settled: int = 0
     listed: bool = False
+    # Whether folders were made in it, so that it has to be synced although no file came into it.
+    made_folders: bool = False
     # Set by the settler just before the counts are added to the task's, so that nothing is counted twice.
     folded: bool = False
 
@@ -180,13 +182,14 @@ class RangeRequest:
 Request = PackRequest | RangeRequest
 
 
-@dataclass(slots=True)
-class SmallWritten:
-    """To the settler: a small file lies complete in its temporary."""
+@dataclass(slots=True, eq=False)
+class PackArrived:
+    """To the settler: small files have arrived, each of which matches its digest. ``contents`` are views of one
+    buffer that belongs to the settler from now on."""
 
-    job: FileJob
-    temporary: bytes
-    digest: bytes
+    jobs: list[FileJob]
+    contents: list[memoryview]
+    digests: list[bytes]
 
 
 @dataclass(slots=True)
@@ -194,6 +197,26 @@ class BlocksWritten:
     """To the settler: some blocks of a large file wait for their check."""
 
     file: LargeFile
+
+
+@dataclass(slots=True, eq=False)
+class BlocksChecked:
+    """To the settler, from the checker: these blocks are durable (and read back as they were sent), or ``error``
+    says why none of them is. ``size`` is what they give back to the budget."""
+
+    file: LargeFile
+    good: list[int]
+    bad: list[int]
+    size: int
+    error: OSError | None = None
+
+
+@dataclass(slots=True, eq=False)
+class FileSealed:
+    """To the settler, from the checker: a complete large file is closed and waits for its name, unless ``error``."""
+
+    file: LargeFile
+    error: OSError | None = None
 
 
 @dataclass(slots=True)
@@ -222,9 +245,4 @@ class GroupListed:
     group: Group
 
 
-@dataclass(slots=True)
-class Flush:
-    """To the settler: nothing; wakes it up so that waiting work is looked at."""
-
-
-ToSettle = SmallWritten | BlocksWritten | LinkWanted | Outcome | GroupListed | Flush
+ToSettle = PackArrived | BlocksWritten | BlocksChecked | FileSealed | LinkWanted | Outcome | GroupListed

@@ -72,17 +72,7 @@ class Lanes:
     async def _use(self, number: int, sock: ssl.SSLSocket) -> bool:
         """One life of a lane; returns when it broke, or True when it ended because another took its place."""
         run = self._run
-        receiver = LaneReceiver(
-            number,
-            sock,
-            run.context.root,
-            run.fetcher.requests,
-            run.settle,
-            run,
-            run.temporary_name,
-            run.context.mode_mask,
-            preserve_timestamp=run.options.preserve_timestamp,
-        )
+        receiver = LaneReceiver(number, sock, run.context.root, run.fetcher.requests, run.settle, run)
         # Shutting down a duplicate ends the blocking read without touching the TLS object, which belongs to the thread.
         duplicate = socket.socket(fileno=os.dup(sock.fileno()))
         try:

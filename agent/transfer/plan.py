@@ -139,6 +139,7 @@ class DirectoryPlanner:
             return
         try:
             self.group.handle.mkdir(row.name)
+            self.group.made_folders = True
         except FileExistsError:
             pass
         except OSError as error:

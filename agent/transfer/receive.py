@@ -1,38 +1,23 @@
-"""The receiving end of one lane: a thread that takes frames, checks their digests and writes them to temporaries.
+"""The receiving end of one lane: a thread that takes frames, checks their digests and writes blocks of large files.
 
-Nothing is written that does not match its digest. The thread never touches the journal: what it wrote it hands
-to the settler, and to the fetcher it says which requests are through.
+Nothing is written that does not match its digest. Small files go whole packs at a time to the settler, which is the one
+thread that writes them. The lane's thread never touches the journal; to the fetcher it says which requests are through.
 """
 
 from __future__ import annotations
 
-import contextlib
 import queue
 import ssl
-from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 from agent.storage.base import Root
 from agent.storage.faults import fault
-from agent.transfer.jobs import (
-    BlocksWritten,
-    FileJob,
-    LargeFile,
-    PackRequest,
-    RangeRequest,
-    Request,
-    SmallWritten,
-    ToSettle,
-)
+from agent.transfer.jobs import BlocksWritten, FileJob, LargeFile, PackArrived, PackRequest, RangeRequest, Request
 from protocol import lane
 from protocol.errors import ProtocolError, RetryLater, TowpathError, error_from_document_untrusted
-from protocol.session import MAX_BLOCK
 
 # Blocks of one large file that wait before the settler is asked to check them, in bytes.
 CHECK_AFTER = 16 * 1024 * 1024
-# A temporary must be readable for its check; a mode without these bits is set just before the rename.
-OWNER_ACCESS = 0o600
-_BUFFER = MAX_BLOCK + lane.MAX_HEADER
 
 
 class Reports(Protocol):
@@ -55,11 +40,8 @@ class LaneReceiver:
         sock: ssl.SSLSocket,
         root: Root,
         requests: dict[int, Request],
-        settle: queue.SimpleQueue[ToSettle | None],
+        settle: queue.SimpleQueue[Any],
         reports: Reports,
-        temporary_name: Callable[[], bytes],
-        mode_mask: int,
-        preserve_timestamp: bool,
     ) -> None:
         self.number = number
         self._socket = sock
@@ -67,11 +49,10 @@ class LaneReceiver:
         self._requests = requests
         self._settle = settle
         self._reports = reports
-        self._temporary_name = temporary_name
-        self._mode_mask = mode_mask
-        self._preserve_timestamp = preserve_timestamp
-        # Grows to the largest frame seen: a session of small blocks stays small.
-        self._buffer = memoryview(bytearray(2 * 1024 * 1024))
+        self._prefix = memoryview(bytearray(lane.FRAME.size))
+        # Both grow to the largest seen: a session of small blocks stays small.
+        self._header = memoryview(bytearray(64 * 1024))
+        self._buffer = memoryview(bytearray(1024 * 1024))
 
     def introduce(self, instance: bytes) -> None:
         """Join the control stream ``instance``. Raises OSError, `ProtocolError`."""
@@ -106,15 +87,22 @@ class LaneReceiver:
             received += count
 
     def _frame(self) -> tuple[lane.AnyHeader, memoryview]:
-        prefix = self._buffer[: lane.FRAME.size]
-        self._read_exactly(prefix)
-        header_length, payload_length = lane.lengths_untrusted(prefix)
-        needed = header_length + payload_length
-        if needed > len(self._buffer):
-            self._buffer = memoryview(bytearray(min(_BUFFER, needed)))
-        whole = self._buffer[:needed]
-        self._read_exactly(whole)
-        return lane.header_untrusted(whole[:header_length]), whole[header_length:]
+        self._read_exactly(self._prefix)
+        header_length, payload_length = lane.lengths_untrusted(self._prefix)
+        if header_length > len(self._header):
+            self._header = memoryview(bytearray(header_length))
+        raw = self._header[:header_length]
+        self._read_exactly(raw)
+        header = lane.header_untrusted(raw)
+        if isinstance(header, lane.Pack):
+            # It goes to another thread as it is, so it gets memory of its own.
+            payload = memoryview(bytearray(payload_length))
+        else:
+            if payload_length > len(self._buffer):
+                self._buffer = memoryview(bytearray(payload_length))
+            payload = self._buffer[:payload_length]
+        self._read_exactly(payload)
+        return header, payload
 
     # --- large files -----------------------------------------------------------------------------------
 
@@ -163,42 +151,30 @@ class LaneReceiver:
         self._reports.received(len(payload))
         if not isinstance(request, PackRequest):
             return
+        arrived = PackArrived([], [], [])
         offset = 0
         for packed in header.files:
-            if not 0 <= packed.index < len(request.jobs) or packed.index in request.seen:
+            index, size = packed.index, packed.size
+            if not 0 <= index < len(request.jobs) or index in request.seen:
                 raise ProtocolError("The source sent a file that was not asked for.")
-            job = request.jobs[packed.index]
-            request.seen.add(packed.index)
+            job = request.jobs[index]
+            request.seen.add(index)
             if packed.error is not None:
                 self._reports.job_failed(job, error_from_document_untrusted(packed.error))
                 continue
-            content = payload[offset : offset + packed.size]
-            if packed.size != job.row.size or len(content) != packed.size:
+            content = payload[offset : offset + size]
+            if size != job.row.size or len(content) != size:
                 raise ProtocolError("The source sent a file of another size than it listed.")
             if lane.digest(content) != packed.digest:
                 raise ProtocolError("A file arrived damaged: its digest does not match.")
-            offset += packed.size
-            self._small(job, content, packed.digest)
+            offset += size
+            arrived.jobs.append(job)
+            arrived.contents.append(content)
+            arrived.digests.append(packed.digest)
         if offset != len(payload):
             raise ProtocolError("The source sent more than it announced.")
+        self._settle.put(arrived)
         if header.last:
             if len(request.seen) != len(request.jobs):
                 raise ProtocolError("The source left files out of a pack.")
             self._reports.request_done(self.number, header.r)
-
-    def _small(self, job: FileJob, content: memoryview, digest: bytes) -> None:
-        name = self._temporary_name()
-        try:
-            descriptor = job.group.handle.create_temporary(name, job.row.mode & self._mode_mask | OWNER_ACCESS)
-            try:
-                self._write(descriptor, content, 0)
-                if self._preserve_timestamp:
-                    self._root.futimes(descriptor, job.row.mtime_ns)
-            finally:
-                self._root.close_file(descriptor)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                job.group.handle.unlink(name)
-            self._reports.job_failed(job, fault(error, "destination", job.destination_path))
-            return
-        self._settle.put(SmallWritten(job, name, digest))

@@ -1,43 +1,54 @@
-"""Settling: the one thread that turns written temporaries into final names, in the only safe order.
+"""Settling: the one thread that writes small files and turns temporaries into final names, in the only safe order.
 
 sync the temporaries → read them back (when asked to verify) → rename → sync the directories → manifest → journal.
-Everything that waits is settled together, so one pass costs few system calls however many files it holds, and what
-piles up during a pass is the next one.
+
+Small files go through it in batches. While a batch is being synced in a side thread the next one is written, and one
+sync serves two batches: it makes the temporaries of one durable and the names of the one before. Large files are
+synced and read back in a second side thread (`agent.transfer.block_check`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
+import itertools
 import queue
-from collections.abc import Callable, Iterable
-from typing import Protocol
-
-import msgspec
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Protocol, TypeAlias
 
 from agent.storage.base import Directory, Root
 from agent.storage.faults import fault
+from agent.transfer.block_check import BlockChecker
 from agent.transfer.checksum import file_digest
 from agent.transfer.jobs import (
+    BlocksChecked,
     BlocksWritten,
     FileJob,
+    FileSealed,
     Group,
     GroupListed,
     LargeFile,
     LinkWanted,
     Outcome,
-    SmallWritten,
+    PackArrived,
     ToSettle,
 )
-from agent.transfer.journal import FAILED, SKIPPED, TRANSFERRED, UNCHANGED, Journal, PartialRow
-from agent.transfer.manifest import ManifestWriter, SkippedRow, TransferredRow
-from agent.transfer.receive import OWNER_ACCESS
-from protocol.control import Counters
-from protocol.errors import ItemFailed, RetryLater, TowpathError
-from protocol.lane import digest as block_digest
+from agent.transfer.journal import Journal, PartialRow
+from agent.transfer.manifest import ManifestWriter
+from agent.transfer.record import Record
+from agent.transfer.side_thread import Broken, SideThread
+from agent.transfer.small_files import OWNER_ACCESS, SmallFiles, Temporary, remove
+from protocol.errors import ItemFailed, TowpathError
 
-# From this many files on, one syncfs is cheaper than an fsync each.
+# From this many files and folders on, one syncfs is cheaper than an fsync each.
 SYNCFS_FROM = 32
+# A batch is synced when it holds this much, or when nothing more has come for a moment (seconds).
+BATCH_BYTES = 12 * 1024 * 1024
+BATCH_FILES = 4096
+LINGER = 0.01
+# Jobs without content that wait for the next commit.
+OUTCOMES_AT_ONCE = 4096
 
 
 class SettleReports(Protocol):
@@ -51,8 +62,47 @@ class SettleReports(Protocol):
     def group_done(self, group: Group) -> None: ...
 
 
+@dataclass(slots=True)
+class _Settled:
+    """What is settled but for the sync of its directories, and then its place in the books."""
+
+    transferred: list[tuple[FileJob, str | None]] = field(default_factory=list)
+    linked: list[FileJob] = field(default_factory=list)
+    complete: list[LargeFile] = field(default_factory=list)
+    outcomes: list[Outcome] = field(default_factory=list)
+    listed: list[Group] = field(default_factory=list)
+    folders: dict[int, Directory] = field(default_factory=dict)
+    checked_bytes: int = 0
+
+    def __bool__(self) -> bool:
+        return bool(self.transferred or self.linked or self.outcomes or self.listed or self.checked_bytes)
+
+    def touch(self, group: Group) -> None:
+        self.folders[id(group)] = group.handle
+
+
+@dataclass(slots=True)
+class _Batch:
+    """To the settler, from the sync thread: these are durable now but for those that failed."""
+
+    files: list[Temporary]
+    names: _Settled
+    failed: list[tuple[Temporary, OSError]] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Discarded:
+    """To the settler, from the checker: the temporary of a file that is given up is gone."""
+
+    outcome: Outcome
+
+
+_Answer: TypeAlias = ToSettle | _Batch | _Discarded
+_Item: TypeAlias = _Answer | Broken
+
+
 class Settler:
-    """Owns journal writes about content. `run` blocks until `stop`; an error it raises ends the run of the task."""
+    """`run` blocks until `stop`; an error it raises ends the run of the task."""
 
     def __init__(
         self,
@@ -67,18 +117,32 @@ class Settler:
         temporary_name: Callable[[], bytes],
         now: Callable[[], str],
     ) -> None:
-        self.queue: queue.SimpleQueue[ToSettle | None] = queue.SimpleQueue()
-        self.counters = journal.counters()
-        self.settled_bytes = int(journal.get("settled") or b"0")
+        self.queue: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
+        self.record = Record(journal, manifests, verify=verify, now=now)
         self._root = root
-        self._journal = journal
-        self._transferred, self._skipped = manifests
         self._verify = verify
         self._preserve_timestamp = preserve_timestamp
         self._mode_mask = mode_mask
         self._reports = reports
-        self.temporary_name = temporary_name
-        self._now = now
+        self._temporary_name = temporary_name
+        self._small = SmallFiles(
+            root,
+            mode_mask=mode_mask,
+            preserve_timestamp=preserve_timestamp,
+            temporary_name=temporary_name,
+            failed=reports.job_failed,
+        )
+        self._checker = BlockChecker(
+            root, journal, verify=verify, mode_mask=mode_mask, preserve_timestamp=preserve_timestamp
+        )
+        self._written: list[Temporary] = []
+        self._written_bytes = 0
+        self._names = _Settled()
+        self._syncing = False
+        # Being synced or read back.
+        self._batches: list[list[Temporary]] = []
+        # Asked of the checker and not answered.
+        self._checks = 0
 
     def stop(self) -> None:
         """Let `run` settle what is queued and return."""
@@ -86,213 +150,214 @@ class Settler:
 
     def run(self) -> None:
         """Settle until stopped. Raises `TowpathError` when nothing can be settled any more (a full disk)."""
-        stopping = False
-        while not stopping:
-            batch = [self.queue.get()]
-            with contextlib.suppress(queue.Empty):
-                while True:
-                    batch.append(self.queue.get_nowait())
-            stopping = None in batch
-            try:
-                _Pass(self, [item for item in batch if item is not None]).run()
-            except OSError as error:
-                raise fault(error, "destination", b"") from error
-
-    def commit(self) -> None:
-        """Manifest first, then the journal that says how long it is."""
-        self._transferred.sync()
-        self._skipped.sync()
-        self._journal.put_counters(self.counters)
-        self._journal.put("settled", str(self.settled_bytes).encode())
-        self._journal.put_lengths(self._transferred.length, self._skipped.length)
-        self._journal.commit()
-
-
-class _Pass:
-    """One settling pass over what was waiting."""
-
-    def __init__(self, settler: Settler, batch: list[ToSettle]) -> None:
-        self.s = settler
-        self.small = [item for item in batch if isinstance(item, SmallWritten)]
-        self.files = {id(item.file): item.file for item in batch if isinstance(item, BlocksWritten)}
-        self.links = [item for item in batch if isinstance(item, LinkWanted)]
-        self.outcomes = [item for item in batch if isinstance(item, Outcome)]
-        self.listed = [item.group for item in batch if isinstance(item, GroupListed)]
-        self.complete: list[LargeFile] = []
-        self.transferred: list[tuple[FileJob, str | None]] = []
-        self.linked: list[FileJob] = []
-        self.checked_bytes = 0
-
-    def run(self) -> None:
-        for file in list(self.files.values()):
-            self._check_blocks(file)
-        self._sync_small()
-        if self.s._verify:
-            self.small = [item for item in self.small if self._read_back(item)]
-        self._publish()
-        self._record()
-
-    # --- temporaries -----------------------------------------------------------------------------------
-
-    def _check_blocks(self, file: LargeFile) -> None:
-        """Make written blocks durable and, when verifying, read them back; then they count."""
-        blocks = file.take_unchecked()
-        size = sum(file.length_of(index) for index in blocks)
-        if file.failed or not blocks:
-            self.checked_bytes += size
-            return
         try:
-            self.s._root.fsync(file.descriptor)
-            for index, expected in blocks.items():
-                if self.s._verify and self._block_differs(file, index, expected):
-                    self.s._reports.refetch(file, index)
-                    continue
-                file.mark_done(index)
+            with (
+                SideThread[_Answer]("sync", self.queue) as syncs,
+                SideThread[_Answer]("check", self.queue) as checks,
+            ):
+                self._syncs, self._check_thread = syncs, checks
+                self._loop()
         except OSError as error:
-            file.failed = True
-            self.s._reports.file_failed(file, fault(error, "destination", file.job.destination_path))
-            return
+            raise fault(error, "destination", b"") from error
         finally:
-            self.checked_bytes += size
-        self.s.settled_bytes += size
-        if file.complete:
-            self.complete.append(file)
-        else:
-            row = PartialRow(file.temporary, file.job.row.version, file.block, file.done)
-            self.s._journal.put_partial(*file.job.key, row)
+            for item in itertools.chain(self._written, *self._batches):
+                with contextlib.suppress(OSError):
+                    # Only after an error: what is not settled is swept and transferred again.
+                    self._small.close(item)
 
-    def _block_differs(self, file: LargeFile, index: int, expected: bytes) -> bool:
-        length, offset = file.length_of(index), index * file.block
-        buffer = memoryview(bytearray(length))
-        os.posix_fadvise(file.descriptor, offset, length, os.POSIX_FADV_DONTNEED)
-        read = 0
-        while read < length:
-            count = self.s._root.preadv(file.descriptor, [buffer[read:]], offset + read)
-            if not count:
-                return True
-            read += count
-        return block_digest(buffer) != expected
-
-    def _sync_small(self) -> None:
-        if not self.small:
-            return
-        if len(self.small) >= SYNCFS_FROM and self.s._root.features.syncfs:
-            self.s._root.syncfs()
-            return
-        kept = []
-        for item in self.small:
-            handle = item.job.group.handle
+    def _loop(self) -> None:
+        stopping = False
+        while not stopping or self._busy:
+            lingering = not self._syncing and bool(self._written or self._names)
             try:
-                descriptor = handle.open_temporary(item.temporary)
-                try:
-                    self.s._root.fsync(descriptor)
-                finally:
-                    self.s._root.close_file(descriptor)
-                kept.append(item)
+                item = self.queue.get(timeout=0 if stopping and lingering else LINGER if lingering else None)
+            except queue.Empty:
+                self._settle_now()
+                continue
+            if item is None:
+                stopping = True
+            elif isinstance(item, PackArrived):
+                self._written_bytes += self._small.write(item, self._written)
+            else:
+                self._take(item)
+            self._look()
+
+    @property
+    def _busy(self) -> bool:
+        return bool(self._written or self._names or self._syncing or self._checks or not self.queue.empty())
+
+    def _look(self) -> None:
+        """Settle when enough has come together."""
+        names = self._names
+        full = not self._syncing and (self._written_bytes >= BATCH_BYTES or len(self._written) >= BATCH_FILES)
+        if full or names.checked_bytes >= BATCH_BYTES or len(names.outcomes) >= OUTCOMES_AT_ONCE:
+            self._settle_now()
+
+    def _settle_now(self) -> None:
+        """Sync what waits for it, in the side thread; what needs no sync is recorded at once."""
+        if self._written or self._names.folders:
+            if self._syncing:
+                return
+            batch = _Batch(self._written, self._names)
+            self._written, self._written_bytes, self._names = [], 0, _Settled()
+            self._syncing = True
+            self._batches.append(batch.files)
+            self._syncs.ask(partial(self._sync, batch))
+        elif self._names:
+            names, self._names = self._names, _Settled()
+            self._record(names)
+
+    def _take(self, item: _Item) -> None:
+        if isinstance(item, _Batch):
+            self._synced(item)
+        elif isinstance(item, BlocksWritten):
+            self._ask_checker(partial(self._checker.check, item.file))
+        elif isinstance(item, BlocksChecked):
+            self._blocks_checked(item)
+        elif isinstance(item, FileSealed):
+            self._file_sealed(item)
+        elif isinstance(item, LinkWanted):
+            self._link(item)
+        elif isinstance(item, Outcome):
+            self._outcome(item)
+        elif isinstance(item, _Discarded):
+            self._checks -= 1
+            self._names.outcomes.append(item.outcome)
+        elif isinstance(item, GroupListed):
+            self._names.listed.append(item.group)
+            if item.group.made_folders:
+                self._names.touch(item.group)
+        elif isinstance(item, Broken):
+            raise item.__cause__ or item
+
+    # --- small files -----------------------------------------------------------------------------------
+
+    def _sync(self, batch: _Batch) -> _Batch:
+        """In the side thread: make temporaries and names durable."""
+        folders = batch.names.folders.values()
+        if len(batch.files) + len(folders) >= SYNCFS_FROM and self._root.features.syncfs:
+            self._root.syncfs()
+            return batch
+        for item in batch.files:
+            try:
+                self._small.sync(item)
             except OSError as error:
-                self._drop(item.job, item.temporary, fault(error, "destination", item.job.destination_path))
-        self.small = kept
-
-    def _read_back(self, item: SmallWritten) -> bool:
-        """Whether a small file reads back as it was sent, past the page cache where the system allows."""
-        size = item.job.row.size
-        try:
-            descriptor = item.job.group.handle.open_temporary(item.temporary)
-            try:
-                if size:
-                    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-                buffer = memoryview(bytearray(size + 1))
-                read = 0
-                while count := self.s._root.preadv(descriptor, [buffer[read:]], read):
-                    read += count
-            finally:
-                self.s._root.close_file(descriptor)
-        except OSError as error:
-            self._drop(item.job, item.temporary, fault(error, "destination", item.job.destination_path))
-            return False
-        if read == size and block_digest(buffer[:size]) == item.digest:
-            return True
-        self._drop(item.job, item.temporary, _differs(item.job))
-        return False
-
-    def _drop(self, job: FileJob, temporary: bytes, error: TowpathError) -> None:
-        with contextlib.suppress(OSError):
-            job.group.handle.unlink(temporary)
-        self.s._reports.job_failed(job, error)
-
-    # --- final names -----------------------------------------------------------------------------------
-
-    def _publish(self) -> None:
-        touched: dict[int, Directory] = {}
-        for item in self.small:
-            if self._finish(item.job, item.temporary):
-                touched[id(item.job.group)] = item.job.group.handle
-        for file in self.complete:
-            if self._finish_large(file):
-                touched[id(file.job.group)] = file.job.group.handle
-        for link in self.links:
-            if self._link(link):
-                touched[id(link.job.group)] = link.job.group.handle
-        for group in self.listed:
-            # New folders in it were made while it was listed.
-            touched[id(group)] = group.handle
-        for handle in touched.values():
+                batch.failed.append((item, error))
+        for handle in folders:
             handle.sync()
+        return batch
 
-    def _link(self, link: LinkWanted) -> bool:
-        job, temporary = link.job, self.s.temporary_name()
-        try:
-            job.group.handle.symlink(temporary, link.target)
-            job.group.handle.rename(temporary, job.name)
-            if self.s._preserve_timestamp:
-                job.group.handle.set_times(job.name, job.row.mtime_ns)
-        except OSError as error:
-            self._drop(job, temporary, fault(error, "destination", job.destination_path))
-            return False
-        self.linked.append(job)
-        return True
+    def _synced(self, batch: _Batch) -> None:
+        self._syncing = False
+        self._record(batch.names)
+        # The next batch goes to the disk while this one is read from it.
+        self._look()
+        files = batch.files
+        if batch.failed:
+            for item, error in batch.failed:
+                self._small.drop(item, fault(error, "destination", item.job.destination_path))
+            lost = {id(item) for item, _ in batch.failed}
+            files = [item for item in files if id(item) not in lost]
+        if self._verify:
+            files = self._small.read_back(files)
+        for item in files:
+            self._finish_small(item)
+        del self._batches[0]
 
-    def _finish_large(self, file: LargeFile) -> bool:
-        job = file.job
-        try:
-            try:
-                self.s._root.fchmod(file.descriptor, job.row.mode & self.s._mode_mask)
-                if self.s._preserve_timestamp:
-                    self.s._root.futimes(file.descriptor, job.row.mtime_ns)
-                self.s._root.fsync(file.descriptor)
-            finally:
-                descriptor, file.descriptor = file.descriptor, -1
-                self.s._root.close_file(descriptor)
-        except OSError as error:
-            self._drop(job, file.temporary, fault(error, "destination", job.destination_path))
-            return False
-        return self._finish(job, file.temporary)
-
-    def _finish(self, job: FileJob, temporary: bytes) -> bool:
-        """Check a published digest when there is one, then rename. Whether the name is there now."""
+    def _finish_small(self, item: Temporary) -> None:
+        job, handle = item.job, item.job.group.handle
         checksum = None
         try:
             if job.external_checksum is not None or job.algorithm is not None:
-                checksum = self._published_digest(job, temporary)
-            mode = job.row.mode & self.s._mode_mask
-            if job.small and mode & OWNER_ACCESS != OWNER_ACCESS:
-                job.group.handle.set_mode(temporary, mode)
-            job.group.handle.rename(temporary, job.name)
+                checksum = self._published_digest(job, item.name)
+            self._small.close(item)
+            mode = job.row.mode & self._mode_mask
+            if mode & OWNER_ACCESS != OWNER_ACCESS:
+                handle.set_mode(item.name, mode)
+            handle.rename(item.name, job.name)
         except TowpathError as error:
-            self._drop(job, temporary, error)
-            return False
+            self._small.drop(item, error)
         except OSError as error:
-            self._drop(job, temporary, fault(error, "destination", job.destination_path))
-            return False
-        self.transferred.append((job, checksum))
-        return True
+            self._small.drop(item, fault(error, "destination", job.destination_path))
+        else:
+            self._names.transferred.append((job, checksum))
+            self._names.touch(job.group)
+
+    # --- large files -----------------------------------------------------------------------------------
+
+    def _ask_checker(self, function: Callable[[], _Answer]) -> None:
+        self._checks += 1
+        self._check_thread.ask(function)
+
+    def _blocks_checked(self, item: BlocksChecked) -> None:
+        self._checks -= 1
+        file = item.file
+        self._names.checked_bytes += item.size
+        if item.error is not None:
+            file.failed = True
+            self._reports.file_failed(file, fault(item.error, "destination", file.job.destination_path))
+            return
+        for index in item.bad:
+            self._reports.refetch(file, index)
+        for index in item.good:
+            file.mark_done(index)
+            self.record.settled_bytes += file.length_of(index)
+        if not item.good:
+            return
+        if file.complete:
+            self._ask_checker(partial(self._checker.seal, file))
+        else:
+            row = PartialRow(file.temporary, file.job.row.version, file.block, file.done)
+            self.record.journal.put_partial(*file.job.key, row)
+
+    def _file_sealed(self, item: FileSealed) -> None:
+        self._checks -= 1
+        file, job = item.file, item.file.job
+        checksum = None
+        try:
+            if item.error is not None:
+                raise item.error
+            if job.external_checksum is not None or job.algorithm is not None:
+                checksum = self._published_digest(job, file.temporary)
+            job.group.handle.rename(file.temporary, job.name)
+        except (TowpathError, OSError) as error:
+            problem = fault(error, "destination", job.destination_path) if isinstance(error, OSError) else error
+            remove(job.group.handle, file.temporary)
+            self._reports.job_failed(job, problem)
+            return
+        self._names.transferred.append((job, checksum))
+        self._names.complete.append(file)
+        self._names.touch(job.group)
+
+    # --- links, errors, published digests --------------------------------------------------------------
+
+    def _link(self, link: LinkWanted) -> None:
+        job, temporary = link.job, self._temporary_name()
+        try:
+            job.group.handle.symlink(temporary, link.target)
+            job.group.handle.rename(temporary, job.name)
+            if self._preserve_timestamp:
+                job.group.handle.set_times(job.name, job.row.mtime_ns)
+        except OSError as error:
+            remove(job.group.handle, temporary)
+            self._reports.job_failed(job, fault(error, "destination", job.destination_path))
+            return
+        self._names.linked.append(job)
+        self._names.touch(job.group)
+
+    def _outcome(self, outcome: Outcome) -> None:
+        if outcome.discard is None:
+            self._names.outcomes.append(outcome)
+        else:
+            # Its blocks may be being checked now: the descriptor is closed behind that.
+            self._ask_checker(lambda: _Discarded(self._checker.discard(outcome)))
 
     def _published_digest(self, job: FileJob, temporary: bytes) -> str:
         descriptor = job.group.handle.open_temporary(temporary)
         try:
-            value = file_digest(self.s._root, descriptor, job.algorithm or "MD5")
+            value = file_digest(self._root, descriptor, job.algorithm or "MD5")
         finally:
-            self.s._root.close_file(descriptor)
+            self._root.close_file(descriptor)
         if job.external_checksum is not None and value != job.external_checksum.lower():
             raise ItemFailed(
                 f"The {job.algorithm or 'MD5'} digest of the file is {value}, not {job.external_checksum.lower()} as "
@@ -304,125 +369,16 @@ class _Pass:
 
     # --- bookkeeping -----------------------------------------------------------------------------------
 
-    def _record(self) -> None:
-        finished: list[tuple[int, bytes, int]] = []
-        groups: dict[int, Group] = {id(group): group for group in self.listed}
-        for group in self.listed:
-            group.listed = True
-        settled = [job for job, _ in self.transferred] + self.linked
-        self._record_transferred()
-        self._record_outcomes()
-        for job in settled:
-            self._count(job, groups)
-            finished.append((*job.key, TRANSFERRED))
-        for outcome in self.outcomes:
-            self._count(outcome.job, groups)
-            finished.append((*outcome.job.key, _outcome_code(outcome)))
-        done = [group for group in groups.values() if group.complete]
-        done_ids = {group.id for group in done if group.id > 0}
-        self.s._journal.put_finished(row for row in finished if row[0] not in done_ids)
-        for file in self.complete:
-            if file.job.key[0] not in done_ids:
-                self.s._journal.drop_partial(*file.job.key)
+    def _record(self, names: _Settled) -> None:
+        if not names:
+            return
+        self.record.transferred(names.transferred, names.linked)
+        self.record.outcomes(names.outcomes)
+        settled = [job for job, _ in names.transferred] + names.linked
+        done = self.record.commit(settled, names.outcomes, names.complete, names.listed)
+        jobs = settled + [outcome.job for outcome in names.outcomes]
+        self._reports.settled(jobs, sum(job.charged for job in jobs))
+        if names.checked_bytes:
+            self._reports.blocks_settled(names.checked_bytes)
         for group in done:
-            self._fold(group)
-        self.s.commit()
-        jobs = settled + [outcome.job for outcome in self.outcomes]
-        self.s._reports.settled(jobs, sum(job.charged for job in jobs))
-        if self.checked_bytes:
-            self.s._reports.blocks_settled(self.checked_bytes)
-        for group in done:
-            self.s._reports.group_done(group)
-
-    def _count(self, job: FileJob, groups: dict[int, Group]) -> None:
-        job.group.settled += 1
-        groups[id(job.group)] = job.group
-
-    def _record_transferred(self) -> None:
-        rows = []
-        for job, checksum in self.transferred:
-            counts = job.group.counts
-            counts.files_transferred += 1
-            counts.bytes_transferred += job.row.size
-            if self.s._verify:
-                counts.bytes_checksummed += job.row.size
-            if job.small:
-                self.s.settled_bytes += job.row.size
-            algorithm = (job.algorithm or "MD5") if checksum else None
-            rows.append(TransferredRow(job.source_path, job.destination_path, job.row.size, checksum, algorithm))
-        for job in self.linked:
-            job.group.counts.symlinks_transferred += 1
-            rows.append(TransferredRow(job.source_path, job.destination_path, 0))
-        self.s._transferred.append(rows)
-
-    def _record_outcomes(self) -> None:
-        rows = []
-        for outcome in self.outcomes:
-            job, error = outcome.job, outcome.error
-            if outcome.discard is not None:
-                self._discard(outcome.discard)
-            if error is None:
-                job.group.counts.files_skipped += 1
-                continue
-            if outcome.skipped:
-                job.group.counts.skipped_errors += 1
-            else:
-                job.group.counts.failed += 1
-            rows.append(skipped_row(job, error, self.s._now()))
-        self.s._skipped.append(rows)
-
-    def _discard(self, file: LargeFile) -> None:
-        if file.descriptor >= 0:
-            descriptor, file.descriptor = file.descriptor, -1
-            self.s._root.close_file(descriptor)
-        with contextlib.suppress(OSError):
-            file.job.group.handle.unlink(file.temporary)
-        self.s._journal.drop_partial(*file.job.key)
-
-    def _fold(self, group: Group) -> None:
-        """Add a finished group's counts to the task's and forget its details."""
-        group.folded = True
-        self.s.counters = add_counts(self.s.counters, group)
-        if group.id > 0:
-            self.s._journal.finish_directory(group.id)
-        else:
-            for item in group.items:
-                self.s._journal.put_item(item, done=True)
-                self.s._journal.finish_directory(-1 - item)
-
-
-def skipped_row(job: FileJob, error: dict[str, object], now: str) -> SkippedRow:
-    """How a failed file is listed among the task's errors."""
-    return SkippedRow(
-        job.source_path,
-        job.destination_path,
-        job.row.kind,
-        str(error["code"]),
-        str(error["sentence"]),
-        now,
-        False,
-        job.external_checksum,
-        job.algorithm,
-    )
-
-
-def add_counts(counters: Counters, group: Group) -> Counters:
-    """Task counters with a group's counts added; counts of errors met during the scan are part of the group."""
-    counts = group.counts
-    names: Iterable[str] = counts.__slots__
-    changes = {name: getattr(counters, name) + getattr(counts, name) for name in names}
-    return msgspec.structs.replace(counters, **changes)
-
-
-def _outcome_code(outcome: Outcome) -> int:
-    if outcome.error is None:
-        return UNCHANGED
-    return SKIPPED if outcome.skipped else FAILED
-
-
-def _differs(job: FileJob) -> RetryLater:
-    return RetryLater(
-        "A file read back from the destination's storage differs from what was written; it is transferred again.",
-        code="VERIFY_CHECKSUM",
-        who="destination owner",
-    )
+            self._reports.group_done(group)

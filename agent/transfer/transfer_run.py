@@ -12,6 +12,7 @@ import queue
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import msgspec
 import trio
@@ -21,15 +22,16 @@ from agent.transfer.budget import Budget, charge
 from agent.transfer.directories import Comparisons, DirectoryWalk
 from agent.transfer.fetch import Fetcher
 from agent.transfer.items import ItemPlanner
-from agent.transfer.jobs import FileJob, Group, LargeFile, Outcome, ToSettle
+from agent.transfer.jobs import FileJob, Group, LargeFile, Outcome
 from agent.transfer.journal import Journal
 from agent.transfer.lanes import Lanes, OpenLane
 from agent.transfer.large_files import LargeFiles
 from agent.transfer.manifest import ManifestWriter
 from agent.transfer.plan import count_finished, now_iso, set_directory_times
 from agent.transfer.received import ReceivedCounter
+from agent.transfer.record import add_counts
 from agent.transfer.retries import Retries
-from agent.transfer.settle import Settler, add_counts
+from agent.transfer.settle import Settler
 from agent.transfer.source_session import SourceSession
 from agent.transfer.stopping import call_on_cancel, first_error
 from protocol.control import Counters, TaskOrder
@@ -87,7 +89,7 @@ class TransferRun:
             temporary_name=self.temporary_name,
             now=now_iso,
         )
-        self.settle: queue.SimpleQueue[ToSettle | None] = self._settler.queue
+        self.settle: queue.SimpleQueue[Any] = self._settler.queue
         self.retries = Retries(self)
         self.large = LargeFiles(self)
         self._comparisons = Comparisons(self)
@@ -164,12 +166,12 @@ class TransferRun:
 
     def counters(self) -> Counters:
         """The task's counters now; never more than what is true."""
-        counters = self._settler.counters
+        counters = self._settler.record.counters
         for group in self._groups:
             if not group.folded:
                 counters = add_counts(counters, group)
         # Blocks of large files count as they settle, not only when their file is whole.
-        settled = self._settler.settled_bytes
+        settled = self._settler.record.settled_bytes
         again = max(0, self.context.received.value - settled - self.budget.used)
         return msgspec.structs.replace(
             counters,

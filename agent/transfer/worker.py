@@ -33,6 +33,7 @@ from agent.transfer.channel import (
 )
 from agent.transfer.daemon_line import DaemonLine
 from agent.transfer.serve import SourceSide, serve_lane
+from agent.transfer.small_files import raise_descriptor_limit
 from agent.transfer.source_policy import SourcePolicy
 from agent.transfer.task_runner import TaskRunner
 from protocol.control import FINAL_STATES
@@ -179,6 +180,7 @@ def main() -> None:
     """Entry point of the process."""
     # Ctrl-C at a terminal reaches the whole group; the daemon decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise_descriptor_limit()
     trio.run(_main, int(sys.argv[1]))
 
 

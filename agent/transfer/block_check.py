@@ -1,0 +1,86 @@
+"""What is done to large files besides receiving them: blocks made durable and read back, the whole file sealed, a file
+that failed discarded. All of it runs in one side thread of the settler, in order, so that a descriptor is closed only
+behind the checks that were asked for before."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import replace
+
+from agent.storage.base import Root
+from agent.transfer.jobs import BlocksChecked, FileSealed, LargeFile, Outcome
+from agent.transfer.journal import Journal
+from agent.transfer.small_files import remove
+from protocol.lane import digest as block_digest
+
+
+class BlockChecker:
+    """Its methods block; one thread calls them."""
+
+    def __init__(self, root: Root, journal: Journal, *, verify: bool, mode_mask: int, preserve_timestamp: bool) -> None:
+        self._root = root
+        self._journal = journal
+        self._verify = verify
+        self._mode_mask = mode_mask
+        self._preserve_timestamp = preserve_timestamp
+        self._buffer = memoryview(bytearray(0))
+
+    def check(self, file: LargeFile) -> BlocksChecked:
+        """Make written blocks durable and, when verifying, read them back past the page cache if possible."""
+        blocks = file.take_unchecked()
+        answer = BlocksChecked(file, [], [], sum(file.length_of(index) for index in blocks))
+        if file.failed or not blocks:
+            return answer
+        try:
+            self._root.fsync(file.descriptor)
+            for index, expected in blocks.items():
+                same = not self._verify or self._reads_back(file, index, expected)
+                (answer.good if same else answer.bad).append(index)
+        except OSError as error:
+            answer.error = error
+        return answer
+
+    def _reads_back(self, file: LargeFile, index: int, expected: bytes) -> bool:
+        length, offset = file.length_of(index), index * file.block
+        if len(self._buffer) < length:
+            self._buffer = memoryview(bytearray(file.block))
+        view = self._buffer[:length]
+        os.posix_fadvise(file.descriptor, offset, length, os.POSIX_FADV_DONTNEED)
+        read = 0
+        while read < length:
+            count = self._root.preadv(file.descriptor, [view[read:]], offset + read)
+            if not count:
+                return False
+            read += count
+        return block_digest(view) == expected
+
+    def seal(self, file: LargeFile) -> FileSealed:
+        """Give a complete file its mode and time, durably, and close it: only its name is missing then."""
+        job = file.job
+        answer = FileSealed(file)
+        try:
+            try:
+                self._root.fchmod(file.descriptor, job.row.mode & self._mode_mask)
+                if self._preserve_timestamp:
+                    self._root.futimes(file.descriptor, job.row.mtime_ns)
+                self._root.fsync(file.descriptor)
+            finally:
+                descriptor, file.descriptor = file.descriptor, -1
+                self._root.close_file(descriptor)
+        except OSError as error:
+            answer.error = error
+        return answer
+
+    def discard(self, outcome: Outcome) -> Outcome:
+        """Close and remove the temporary of a file that is given up."""
+        file = outcome.discard
+        if file is not None:
+            if file.descriptor >= 0:
+                descriptor, file.descriptor = file.descriptor, -1
+                with contextlib.suppress(OSError):
+                    # A late write error says nothing new about a file that failed.
+                    self._root.close_file(descriptor)
+            remove(file.job.group.handle, file.temporary)
+            self._journal.drop_partial(*file.job.key)
+        return replace(outcome, discard=None)

@@ -1,0 +1,147 @@
+"""Writing down what is settled: counters, manifests, journal. Called only for what is durable under its final name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import msgspec
+
+from agent.transfer.jobs import FileJob, Group, LargeFile, Outcome
+from agent.transfer.journal import FAILED, SKIPPED, TRANSFERRED, UNCHANGED, Journal
+from agent.transfer.manifest import ManifestWriter, SkippedRow, TransferredRow
+from protocol.control import Counters
+
+
+class Record:
+    """The books of one task. One thread calls everything here; ``counters`` may be read from any."""
+
+    def __init__(
+        self,
+        journal: Journal,
+        manifests: tuple[ManifestWriter, ManifestWriter],
+        *,
+        verify: bool,
+        now: Callable[[], str],
+    ) -> None:
+        self.journal = journal
+        self.counters = journal.counters()
+        self.settled_bytes = int(journal.get("settled") or b"0")
+        self._transferred, self._skipped = manifests
+        self._verify = verify
+        self._now = now
+        self._unsynced: set[ManifestWriter] = set()
+
+    def transferred(self, done: list[tuple[FileJob, str | None]], linked: list[FileJob]) -> None:
+        """Files (with a published checksum, where one was asked for) and links that have their final names."""
+        rows = []
+        settled = 0
+        for job, checksum in done:
+            counts, size = job.group.counts, job.row.size
+            counts.files_transferred += 1
+            counts.bytes_transferred += size
+            if self._verify:
+                counts.bytes_checksummed += size
+            if job.small:
+                settled += size
+            algorithm = (job.algorithm or "MD5") if checksum else None
+            rows.append(TransferredRow(job.source_path, job.destination_path, size, checksum, algorithm))
+        for job in linked:
+            job.group.counts.symlinks_transferred += 1
+            rows.append(TransferredRow(job.source_path, job.destination_path, 0))
+        self.settled_bytes += settled
+        self._append(self._transferred, rows)
+
+    def outcomes(self, outcomes: list[Outcome]) -> None:
+        """Jobs that ended without content: errors, or nothing to do."""
+        rows = []
+        for outcome in outcomes:
+            job, error = outcome.job, outcome.error
+            if error is None:
+                job.group.counts.files_skipped += 1
+                continue
+            if outcome.skipped:
+                job.group.counts.skipped_errors += 1
+            else:
+                job.group.counts.failed += 1
+            rows.append(skipped_row(job, error, self._now()))
+        self._append(self._skipped, rows)
+
+    def _append(self, manifest: ManifestWriter, rows: list[TransferredRow] | list[SkippedRow]) -> None:
+        if rows:
+            manifest.append(rows)
+            self._unsynced.add(manifest)
+
+    def commit(
+        self, settled: list[FileJob], outcomes: list[Outcome], complete: list[LargeFile], listed: list[Group]
+    ) -> list[Group]:
+        """Count jobs in their groups, fold groups that are done, and make all of it durable: manifest first, then the
+        journal that says how long it is. The groups that are done now."""
+        groups: dict[int, Group] = {id(group): group for group in listed}
+        for group in listed:
+            group.listed = True
+        for job in settled:
+            job.group.settled += 1
+            groups[id(job.group)] = job.group
+        for outcome in outcomes:
+            outcome.job.group.settled += 1
+            groups[id(outcome.job.group)] = outcome.job.group
+        done = [group for group in groups.values() if group.complete]
+        done_ids = {group.id for group in done if group.id > 0}
+        finished = [(*job.key, TRANSFERRED) for job in settled if job.group.id not in done_ids]
+        finished += [
+            (*outcome.job.key, _outcome_code(outcome)) for outcome in outcomes if outcome.job.group.id not in done_ids
+        ]
+        self.journal.put_finished(finished)
+        for file in complete:
+            if file.job.key[0] not in done_ids:
+                self.journal.drop_partial(*file.job.key)
+        for group in done:
+            self._fold(group)
+        for manifest in self._unsynced:
+            manifest.sync()
+        self._unsynced.clear()
+        self.journal.put_counters(self.counters)
+        self.journal.put("settled", str(self.settled_bytes).encode())
+        self.journal.put_lengths(self._transferred.length, self._skipped.length)
+        self.journal.commit()
+        return done
+
+    def _fold(self, group: Group) -> None:
+        """Add a finished group's counts to the task's and forget its details."""
+        group.folded = True
+        self.counters = add_counts(self.counters, group)
+        if group.id > 0:
+            self.journal.finish_directory(group.id)
+        else:
+            for item in group.items:
+                self.journal.put_item(item, done=True)
+                self.journal.finish_directory(-1 - item)
+
+
+def skipped_row(job: FileJob, error: dict[str, object], now: str) -> SkippedRow:
+    """How a failed file is listed among the task's errors."""
+    return SkippedRow(
+        job.source_path,
+        job.destination_path,
+        job.row.kind,
+        str(error["code"]),
+        str(error["sentence"]),
+        now,
+        False,
+        job.external_checksum,
+        job.algorithm,
+    )
+
+
+def add_counts(counters: Counters, group: Group) -> Counters:
+    """Task counters with a group's counts added; counts of errors met during the scan are part of the group."""
+    counts = group.counts
+    names: Iterable[str] = counts.__slots__
+    changes = {name: getattr(counters, name) + getattr(counts, name) for name in names}
+    return msgspec.structs.replace(counters, **changes)
+
+
+def _outcome_code(outcome: Outcome) -> int:
+    if outcome.error is None:
+        return UNCHANGED
+    return SKIPPED if outcome.skipped else FAILED

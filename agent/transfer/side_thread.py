@@ -1,0 +1,48 @@
+"""A thread beside another one, for system calls that take long: runs what it is asked in order, answers on a queue."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from typing import Generic, Self, TypeVar
+
+Answer = TypeVar("Answer")
+
+
+class Broken(Exception):
+    """What was asked of a side thread raised; the reason is the cause."""
+
+
+class SideThread(Generic[Answer]):
+    """A context manager: the thread lives inside the block, which ends when everything asked for is done.
+
+    Each answer (or `Broken`) goes to ``answers``.
+    """
+
+    def __init__(self, name: str, answers: queue.SimpleQueue[Answer | Broken | None]) -> None:
+        self._answers = answers
+        self._work: queue.SimpleQueue[Callable[[], Answer] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name=name)
+
+    def ask(self, function: Callable[[], Answer]) -> None:
+        """Run this after everything asked for before."""
+        self._work.put(function)
+
+    def _run(self) -> None:
+        while (function := self._work.get()) is not None:
+            try:
+                answer: Answer | Broken = function()
+            except BaseException as error:
+                # It is the asking thread that ends by it.
+                answer = Broken()
+                answer.__cause__ = error
+            self._answers.put(answer)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._work.put(None)
+        self._thread.join()

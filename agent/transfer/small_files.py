@@ -1,0 +1,170 @@
+"""Small files on their way to a final name: written to temporaries, read back after they were synced.
+
+The descriptor of a temporary stays open from its creation until it was read back, as far as the process's limit
+allows, so that nothing is opened twice. One thread calls everything here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from agent.storage.base import Directory, Root
+from agent.storage.faults import fault
+from agent.transfer.jobs import FileJob, PackArrived
+from protocol.errors import RetryLater, TowpathError
+from protocol.lane import digest as content_digest
+from protocol.session import MAX_BLOCK
+
+# A temporary must be readable for its check; a mode without these bits is set just before the rename.
+OWNER_ACCESS = 0o600
+# Descriptors left to everything else in the process (directories being worked on, large files, sockets).
+_OTHER_DESCRIPTORS = 512
+
+
+@dataclass(slots=True, eq=False)
+class Temporary:
+    """A small file that lies whole in a temporary. ``descriptor`` is -1 when it could not be kept open."""
+
+    job: FileJob
+    name: bytes
+    digest: bytes
+    descriptor: int
+
+
+def raise_descriptor_limit() -> None:
+    """Let this process keep as many files open as the system's hard limit allows, within reason."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+class SmallFiles:
+    """Writes and reads back. Failures are reported one by one and end nothing else."""
+
+    def __init__(
+        self,
+        root: Root,
+        *,
+        mode_mask: int,
+        preserve_timestamp: bool,
+        temporary_name: Callable[[], bytes],
+        failed: Callable[[FileJob, TowpathError], None],
+    ) -> None:
+        self._root = root
+        self._mode_mask = mode_mask
+        self._preserve_timestamp = preserve_timestamp
+        self._temporary_name = temporary_name
+        self._failed = failed
+        self._kept = 0
+        self._keep = max(0, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - _OTHER_DESCRIPTORS)
+        self._buffer = memoryview(bytearray(MAX_BLOCK // 8))
+
+    def write(self, pack: PackArrived, into: list[Temporary]) -> int:
+        """Write every file of a pack to a temporary; those that could be written are added to ``into``. Their bytes."""
+        size = 0
+        root = self._root
+        for job, content, digest in zip(pack.jobs, pack.contents, pack.digests, strict=True):
+            name = self._temporary_name()
+            handle = job.group.handle
+            try:
+                descriptor = handle.create_temporary(name, job.row.mode & self._mode_mask | OWNER_ACCESS)
+                try:
+                    written = root.pwrite(descriptor, content, 0) if content else 0
+                    while written < len(content):
+                        written += root.pwrite(descriptor, content[written:], written)
+                    if self._preserve_timestamp:
+                        root.futimes(descriptor, job.row.mtime_ns)
+                    if self._kept >= self._keep:
+                        held, descriptor = descriptor, -1
+                        root.close_file(held)
+                except BaseException:
+                    if descriptor >= 0:
+                        root.close_file(descriptor)
+                    raise
+            except OSError as error:
+                with contextlib.suppress(OSError):
+                    handle.unlink(name)
+                self._failed(job, fault(error, "destination", job.destination_path))
+                continue
+            self._kept += descriptor >= 0
+            size += len(content)
+            into.append(Temporary(job, name, digest, descriptor))
+        return size
+
+    def sync(self, item: Temporary) -> None:
+        """Make one temporary durable. Raises OSError; may be called from any one thread while its content rests."""
+        if item.descriptor >= 0:
+            self._root.fsync(item.descriptor)
+            return
+        descriptor = item.job.group.handle.open_temporary(item.name)
+        try:
+            self._root.fsync(descriptor)
+        finally:
+            self._root.close_file(descriptor)
+
+    def read_back(self, items: list[Temporary]) -> list[Temporary]:
+        """Those that read back as they were sent, past the page cache where the system allows; the others fail."""
+        # All are dropped from the cache and asked for before the first is waited for, so that the disk sees a queue.
+        for advice in (os.POSIX_FADV_DONTNEED, os.POSIX_FADV_WILLNEED):
+            for item in items:
+                if item.descriptor >= 0 and item.job.row.size:
+                    os.posix_fadvise(item.descriptor, 0, 0, advice)
+        return [item for item in items if self._reads_back(item)]
+
+    def _reads_back(self, item: Temporary) -> bool:
+        try:
+            if item.descriptor < 0:
+                item.descriptor = item.job.group.handle.open_temporary(item.name)
+                self._kept += 1
+                os.posix_fadvise(item.descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            size = item.job.row.size
+            if len(self._buffer) <= size:
+                self._buffer = memoryview(bytearray(size + 1))
+            # One byte more than there should be, so that a file that grew is noticed.
+            view = self._buffer[: size + 1]
+            read = self._root.preadv(item.descriptor, (view,), 0)
+            while 0 < read < size:
+                more = self._root.preadv(item.descriptor, (view[read:],), read)
+                if not more:
+                    break
+                read += more
+        except OSError as error:
+            self.drop(item, fault(error, "destination", item.job.destination_path))
+            return False
+        if read == size and content_digest(self._buffer[:size]) == item.digest:
+            return True
+        self.drop(item, _differs())
+        return False
+
+    def close(self, item: Temporary) -> None:
+        """Give the descriptor of a temporary back. Raises OSError for a delayed write error."""
+        if item.descriptor >= 0:
+            descriptor, item.descriptor = item.descriptor, -1
+            self._kept -= 1
+            self._root.close_file(descriptor)
+
+    def drop(self, item: Temporary, error: TowpathError) -> None:
+        """Remove a temporary that is no good and fail its job."""
+        with contextlib.suppress(OSError):
+            self.close(item)
+        remove(item.job.group.handle, item.name)
+        self._failed(item.job, error)
+
+
+def remove(handle: Directory, temporary: bytes) -> None:
+    """Remove a temporary if it is there and can be; what is left behind is swept at the next start."""
+    with contextlib.suppress(OSError):
+        handle.unlink(temporary)
+
+
+def _differs() -> RetryLater:
+    return RetryLater(
+        "A file read back from the destination's storage differs from what was written; it is transferred again.",
+        code="VERIFY_CHECKSUM",
+        who="destination owner",
+    )
