@@ -59,6 +59,7 @@ __all__ = [
     "LogConfig",
     "Problem",
     "RelayConfig",
+    "UpdateConfig",
     "WatchConfig",
     "compose",
     "default_config_file",
@@ -159,6 +160,23 @@ class LogConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class UpdateConfig:
+    """How an agent that was installed from a bundle comes to its updates."""
+
+    mode: str = setting(
+        words("auto", "notify", "off"),
+        "auto",
+        doc="auto: install when no task runs; notify: only say that there is one; off: do not look.",
+    )
+    channel: str = setting(Text(32, "[a-z][a-z0-9-]*", "a word of small letters"), "stable", doc="Which releases.")
+    mirror: str | None = setting(
+        OrNull(Text(500, "https?://[^ ]+", "a web address")),
+        None,
+        doc="Where to ask; null: the relay. Everything is signed by the project, so any copy will do.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class WatchConfig:
     """A rule that transfers new files of a folder by itself."""
 
@@ -233,6 +251,7 @@ class AgentConfig:
     data: DataConfig = setting(Section(DataConfig), doc="The data port: other agents connect here to move data.")
     limits: LimitsConfig = setting(Section(LimitsConfig), doc="How much of this machine transfers may use.")
     log: LogConfig = setting(Section(LogConfig), doc="The agent's log.")
+    update: UpdateConfig = setting(Section(UpdateConfig), doc="Updates of an agent that was installed from a bundle.")
     watch: tuple[WatchConfig, ...] = setting(
         Entries(WatchConfig, "rule", MAX_RULES, "name"), doc="Rules that transfer new files by themselves."
     )

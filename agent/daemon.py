@@ -41,6 +41,7 @@ from agent.lock import RENEW_EVERY, InstanceLock, held
 from agent.policy import Policy
 from agent.sdnotify import Notifier
 from agent.transfer.service import TransferService
+from agent.update.service import UpdateService
 from agent.watch.service import WatchService
 from agent.watch.submitter import CommandSubmitter
 from protocol.errors import RetryLater
@@ -114,6 +115,13 @@ class Daemon:
         )
         self._availability = Availability(self._policy, self._collections, self._tasks.announce_collections)
         self._watch = WatchService(config.state_dir, config.watch, self._policy, self._collections, CommandSubmitter())
+        self._update = UpdateService(
+            config,
+            config_file,
+            identity.node_id,
+            config.relay.url or identity.relay_url,
+            lambda: any(task.state == "ACTIVE" for task in self._tasks.tasks()),
+        )
         self._link = Link(
             relay_url,
             authority,
@@ -153,6 +161,7 @@ class Daemon:
                 nursery.start_soon(self._tell_service_manager, notifier)
                 nursery.start_soon(self._watch_config)
                 nursery.start_soon(self._watch.run)
+                nursery.start_soon(self._update.run)
                 sentence = f"Serving {len(self._policy.collections)} collection(s) from port {self._tasks.port}."
                 logger.info(sentence)
                 notifier.ready(sentence)
@@ -252,6 +261,7 @@ class Daemon:
             "endpoint_id": self._identity.endpoint_id,
             "node_id": self._identity.node_id,
             "owner": self._identity.owner,
+            "update_available": self._update.available,
             "host": socket.gethostname(),
             "batch_job": process.batch_job(),
             "paused": self._policy.paused,
@@ -283,6 +293,7 @@ class Daemon:
         self._tasks.config = self._read = config
         self._policy.replace(config.collections)
         self._watch.replace(config.watch)
+        self._update.config = config
         await self._tasks.owner_changed({collection.id for collection in before ^ after})
         self._tasks.announce_collections(await self._availability.look())
         later = _waiting_for_start(self._config, config)
