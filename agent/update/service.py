@@ -113,8 +113,10 @@ class UpdateService:
             logger.info("Version %s is there; `towpath update` installs it.", offer.version)
             return
         await trio.to_thread.run_sync(fetch, installation, mirror, offer)
-        deadline = trio.current_time() + PATIENCE
-        while self._is_busy() and trio.current_time() < deadline:
+        # Looked at again and again, because what keeps the agent busy ends in many places.
+        for _ in range(int(PATIENCE / BUSY_LOOK)):
+            if not self._is_busy():
+                break
             await trio.sleep(BUSY_LOOK)
         if self.config.update.mode != "auto":
             return

@@ -332,7 +332,7 @@ def test_links_out_of_a_bundle_are_refused(world: World) -> None:
 
 def test_versions_are_ordered() -> None:
     ordered = ["nonsense", "0.1.0", "0.2.0a1", "0.2.0b1", "0.2.0rc1", "0.2.0rc2", "0.2.0", "0.10.0", "1.0.0"]
-    assert sorted(ordered[::-1], key=version_key) == ordered
+    assert sorted(set(ordered), key=version_key) == ordered
     assert is_newer("0.10.0", "0.9.9")
     assert not is_newer("0.1.0", "0.1.0")
 

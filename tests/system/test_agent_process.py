@@ -97,7 +97,7 @@ def site(tmp_path: Path) -> Iterator[Site]:
 
 
 def wait_for(condition: Any, what: str) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline, f"waited in vain for {what}"
         time.sleep(0.1)
