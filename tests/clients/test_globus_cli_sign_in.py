@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.clients
+pytestmark = [pytest.mark.clients, pytest.mark.xdist_group("globus-cli")]
 
 PATIENCE = 30.0
 
@@ -32,6 +32,7 @@ class World:
     client_id: str
     environment: dict[str, str]
     globus_cli: str
+    calls: list[tuple[str, ...]]
 
     def globus(self, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -42,11 +43,12 @@ class World:
     def answer(self, *arguments: str) -> str:
         done = self.globus(*arguments)
         assert done.returncode == 0, done.stdout + done.stderr
+        self.calls.append(arguments)
         return done.stdout
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+def world(tmp_path_factory: pytest.TempPathFactory, calls: list[tuple[str, ...]]) -> Iterator[World]:
     binary = os.environ.get("GLOBUS_CLI")
     if not binary:
         pytest.skip("GLOBUS_CLI does not name the globus command; `make test` installs it and sets this")
@@ -86,7 +88,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.05)
         try:
-            yield World(command, account["client_id"], environment, binary)
+            yield World(command, account["client_id"], environment, binary, calls)
             assert "Traceback" not in log.read_text()
         finally:
             process.send_signal(signal.SIGTERM)
@@ -152,6 +154,7 @@ def test_logout_ends_the_tokens(world: World, tmp_path: Path) -> None:
     database.close()
     token = rows[0]["access_token"]
     assert world.globus("logout", "--yes", HOME=home).returncode == 0
+    world.calls.append(("logout", "--yes"))
     done = world.globus("api", "auth", "GET", "/v2/oauth2/userinfo", "--no-retry", HOME=home)
     assert done.returncode == 0, "a client identity gets new tokens by itself"
     request = urllib.request.Request(

@@ -1,0 +1,350 @@
+"""Strangers at a serving worker, over real TLS: whoever is not exactly the node of the ticket, asking for exactly what
+it covers, is served nothing. Every byte that comes back is counted and searched for the source's contents and names."""
+
+from __future__ import annotations
+
+import os
+import socket
+import ssl
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import trio
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from agent.connect.tls import session_context
+from protocol import lane, session
+from protocol.control import SessionAnswer, SessionOrder
+from protocol.identity import NodeKey
+from protocol.ticket import Grant, RelayRoot, TicketSigner
+from tests.agent.engine_world import RELAY, World, world
+
+SECRET = b"secret-content-of-alpha " * 400
+OPEN = b"open-content-of-alpha " * 400
+INSTANCE = bytes(range(32))
+PATIENCE = 10.0
+
+
+@dataclass
+class Scene:
+    """Alpha serves one session to beta, for what lies below /open."""
+
+    made: World
+    task: str
+    session: str
+    ticket: str
+    answer: SessionAnswer
+
+    def ticket_for(self, **changes: Any) -> str:
+        source = changes.pop("source", self.made.alpha.grant("r", ["/open"]))
+        destination = changes.pop("destination", self.made.beta.grant("rw", ["/"]))
+        fields = {"session_id": self.session, "task_id": self.task} | changes
+        return self.made.ticket(self.task, self.session, source, destination, **fields)
+
+    def version(self, path: str) -> session.Version:
+        found = os.stat(self.made.alpha.root / path)
+        return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+    def dial(self, context: ssl.SSLContext, session_id: str | None = None) -> ssl.SSLSocket:
+        candidate = self.answer.candidates[0]
+        raw = socket.create_connection((candidate.host, candidate.port), timeout=PATIENCE)
+        return context.wrap_socket(raw, server_hostname=(session_id or self.session) + session.SNI_SUFFIX)
+
+    def context(self, identity: NodeKey | None, alpn: str = session.ALPN_CONTROL) -> ssl.SSLContext:
+        if identity is not None:
+            return session_context(identity, self.made.alpha.key.certificate_pem, server_side=False, alpn=alpn)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        context.set_alpn_protocols([alpn])
+        return context
+
+
+@pytest.fixture
+async def scene(tmp_path: Path) -> AsyncIterator[Scene]:
+    async with world(tmp_path) as made:
+        for name, content in (("secret/hidden-name", SECRET), ("open/shown-name", OPEN)):
+            (made.alpha.root / name).parent.mkdir()
+            (made.alpha.root / name).write_bytes(content)
+        task, session_id = str(uuid.uuid4()), str(uuid.uuid4())
+        ticket = made.ticket(task, session_id, made.alpha.grant("r", ["/open"]), made.beta.grant("rw", ["/"]))
+        assert made.alpha.service is not None
+        order = SessionOrder(session_id=session_id, task_id=task, ticket=ticket, peer=made.beta.party)
+        answer = await made.alpha.service.put_session(order)
+        yield Scene(made, task, session_id, ticket, answer)
+
+
+def everything(sock: ssl.SSLSocket) -> bytes:
+    """All that the other side says until it ends the connection, or stops saying anything."""
+    received = bytearray()
+    try:
+        while data := sock.recv(65536):
+            received += data
+    except (OSError, ssl.SSLError):
+        pass
+    return bytes(received)
+
+
+def visit(scene: Scene, context: ssl.SSLContext, data: bytes, session_id: str | None = None) -> bytes:
+    """Connect, say ``data`` whatever happens, and return every byte that was served. Blocks."""
+    try:
+        with scene.dial(context, session_id) as sock:
+            sock.sendall(data)
+            return everything(sock)
+    except (OSError, ssl.SSLError):
+        return b""
+
+
+def asking(ticket: str) -> bytes:
+    """A greeting and the wish to see everything, in one go."""
+    messages = [
+        session.Hello(ticket, INSTANCE),
+        session.ListDirectory(1, b""),
+        session.StatPaths(2, [b"open/shown-name"]),
+    ]
+    return b"".join(map(session.encode, messages))
+
+
+def messages_in(data: bytes) -> list[Any]:
+    return [session.answer_untrusted(body) for body in session.MessageReader().feed_untrusted(data)]
+
+
+# --- who may connect -------------------------------------------------------------------------------------------------
+
+
+IDENTITIES: dict[str, Callable[[Scene], NodeKey | None]] = {
+    "no certificate": lambda scene: None,
+    "a certificate of nobody": lambda scene: NodeKey.generate(),
+    "the source's own certificate, reflected": lambda scene: scene.made.alpha.key,
+}
+
+
+@pytest.mark.parametrize("alpn", [session.ALPN_CONTROL, session.ALPN_LANE])
+@pytest.mark.parametrize("who", IDENTITIES)
+async def test_a_wrong_certificate_is_served_zero_bytes(scene: Scene, who: str, alpn: str) -> None:
+    data = asking(scene.ticket) if alpn == session.ALPN_CONTROL else lane.encode_header(lane.LaneHello(INSTANCE, 0))
+    context = scene.context(IDENTITIES[who](scene), alpn)
+    assert await trio.to_thread.run_sync(visit, scene, context, data) == b""
+
+
+async def test_a_node_with_a_session_of_its_own_cannot_enter_another_one(scene: Scene) -> None:
+    gamma = NodeKey.generate()
+    party = msgspec.structs.replace(scene.made.beta.party, certificate=gamma.certificate_pem, node_id=str(uuid.uuid4()))
+    task, session_id = str(uuid.uuid4()), str(uuid.uuid4())
+    grant = msgspec.structs.replace(
+        scene.made.beta.grant("rw", ["/"]), node_id=party.node_id, fingerprint=gamma.fingerprint
+    )
+    ticket = scene.made.ticket(task, session_id, scene.made.alpha.grant("r", ["/open"]), grant)
+    assert scene.made.alpha.service is not None
+    order = SessionOrder(session_id=session_id, task_id=task, ticket=ticket, peer=party)
+    await scene.made.alpha.service.put_session(order)
+    for wanted in (scene.ticket, ticket):
+        assert await trio.to_thread.run_sync(visit, scene, scene.context(gamma), asking(wanted)) == b""
+    served = await trio.to_thread.run_sync(converse, scene, scene.context(gamma), session_id, ticket)
+    assert isinstance(served[0], session.HelloAnswer), "its own session it may enter"
+
+
+async def test_roles_are_not_swapped(scene: Scene) -> None:
+    """Alpha, the source, dials beta as if beta were to serve it, with the very ticket of the session."""
+    assert scene.made.beta.service is not None
+    order = SessionOrder(
+        session_id=str(uuid.uuid4()), task_id=str(uuid.uuid4()), ticket="x", peer=scene.made.alpha.party
+    )
+    with pytest.raises(Exception, match="signed"):
+        await scene.made.beta.service.put_session(order)
+    # Where beta listens: a session that it does serve tells.
+    back, task = str(uuid.uuid4()), str(uuid.uuid4())
+    ticket = scene.made.ticket(task, back, scene.made.beta.grant("r", ["/"]), scene.made.alpha.grant("rw", ["/"]))
+    order = SessionOrder(session_id=back, task_id=task, ticket=ticket, peer=scene.made.alpha.party)
+    answer = await scene.made.beta.service.put_session(order)
+    other = Scene(scene.made, scene.task, scene.session, scene.ticket, answer)
+    context = session_context(
+        scene.made.alpha.key, scene.made.beta.key.certificate_pem, server_side=False, alpn=session.ALPN_CONTROL
+    )
+    assert await trio.to_thread.run_sync(visit, other, context, asking(scene.ticket)) == b""
+    refused = await trio.to_thread.run_sync(converse, other, context, back, scene.ticket)
+    assert [answer.error["code"] for answer in refused] == ["TICKET_REFUSED"]
+
+
+def converse(
+    scene: Scene, context: ssl.SSLContext, session_id: str, ticket: str, *requests: session.Message
+) -> list[Any]:
+    """A greeting, and after a welcome some requests; all answers. Blocks."""
+    received = bytearray()
+    with scene.dial(context, session_id) as sock:
+        sock.sendall(session.encode(session.Hello(ticket, INSTANCE)))
+        sock.settimeout(3)
+        received += sock.recv(65536)
+        if requests:
+            sock.sendall(b"".join(map(session.encode, requests)))
+            while len(messages_in(bytes(received))) < 1 + len(requests):
+                data = sock.recv(65536)
+                if not data:
+                    break
+                received += data
+    assert SECRET[:24] not in received
+    assert b"hidden-name" not in received or requests
+    return messages_in(bytes(received))
+
+
+# --- with which ticket -----------------------------------------------------------------------------------------------
+
+
+def foreign(scene: Scene) -> str:
+    """A ticket that another relay has signed, in this one's name."""
+    root, key = RelayRoot.generate(), Ed25519PrivateKey.generate()
+    signer = TicketSigner(RELAY, key, root.certify(key.public_key(), "k", time.time() - 100, time.time() + 86400), "k")
+    scene.made.signer, real = signer, scene.made.signer
+    try:
+        return scene.ticket_for()
+    finally:
+        scene.made.signer = real
+
+
+def tampered(scene: Scene) -> str:
+    """The real ticket with a wider scope pasted in."""
+    head, _, signature = scene.ticket.split(".")
+    wider = scene.ticket_for(source=scene.made.alpha.grant("r", ["/"])).split(".")[1]
+    return f"{head}.{wider}.{signature}"
+
+
+def other_node(scene: Scene) -> Grant:
+    return msgspec.structs.replace(scene.made.beta.grant("rw", ["/"]), fingerprint=NodeKey.generate().fingerprint)
+
+
+TICKETS: dict[str, Callable[[Scene], str]] = {
+    "none": lambda scene: "",
+    "nonsense": lambda scene: "a.b.c",
+    "expired": lambda scene: scene.ticket_for(issued=time.time() - 7200, expires=time.time() - 3600),
+    "not valid yet": lambda scene: scene.ticket_for(issued=time.time() + 3600, expires=time.time() + 7200),
+    "of another relay": foreign,
+    "tampered with": tampered,
+    "of another session": lambda scene: scene.ticket_for(session_id=str(uuid.uuid4())),
+    "of another task": lambda scene: scene.ticket_for(task_id=str(uuid.uuid4())),
+    "for another destination": lambda scene: scene.ticket_for(destination=other_node(scene)),
+    "with the roles swapped": lambda scene: scene.ticket_for(
+        source=scene.made.beta.grant("r", ["/open"]), destination=scene.made.alpha.grant("rw", ["/"])
+    ),
+    "of another collection": lambda scene: scene.ticket_for(
+        source=msgspec.structs.replace(scene.made.alpha.grant("r", ["/open"]), collection_id=str(uuid.uuid4()))
+    ),
+    "without a source": lambda scene: scene.ticket_for(source=None),
+}
+
+
+@pytest.mark.parametrize("what", TICKETS)
+async def test_a_wrong_ticket_is_answered_by_a_refusal_and_nothing_else(scene: Scene, what: str) -> None:
+    context = scene.context(scene.made.beta.key)
+    answers = await trio.to_thread.run_sync(converse, scene, context, scene.session, TICKETS[what](scene))
+    assert [type(answer) for answer in answers] == [session.Failed], what
+    assert answers[0].error["code"] in ("TICKET_REFUSED", "TICKET_EXPIRED", "PROTOCOL_ERROR"), what
+
+
+async def test_requests_before_the_ticket_was_accepted_are_not_answered(scene: Scene) -> None:
+    data = asking(scene.ticket)
+    received = await trio.to_thread.run_sync(visit, scene, scene.context(scene.made.beta.key), data)
+    assert [type(answer) for answer in messages_in(received)] == [session.Failed]
+    for message in (session.ListDirectory(1, b""), session.StatPaths(1, [b"open"]), session.RenewTicket(scene.ticket)):
+        received = await trio.to_thread.run_sync(
+            visit, scene, scene.context(scene.made.beta.key), session.encode(message)
+        )
+        assert [type(answer) for answer in messages_in(received)] == [session.Failed]
+        assert b"shown-name" not in received
+
+
+# --- for which paths -------------------------------------------------------------------------------------------------
+
+
+OUTSIDE = [
+    b"",
+    b"secret",
+    b"secret/hidden-name",
+    b"ope",
+    b"opened",
+    b"open/../secret/hidden-name",
+    b"/secret",
+    b"open//x",
+]
+
+
+async def test_paths_outside_of_the_ticket_are_refused_on_the_control_stream(scene: Scene) -> None:
+    context = scene.context(scene.made.beta.key)
+    for raw in OUTSIDE:
+        requests = (
+            session.ListDirectory(1, raw),
+            session.StatPaths(2, [raw, b"open/shown-name"]),
+            session.DigestFile(3, raw, "SHA256"),
+        )
+        for request in requests:
+            _, answer = await trio.to_thread.run_sync(converse, scene, context, scene.session, scene.ticket, request)
+            if isinstance(answer, session.Stats):
+                refused, allowed = answer.results
+                assert refused.row is None, raw
+                assert allowed.row is not None
+            else:
+                assert isinstance(answer, session.Failed), raw
+
+
+async def test_contents_outside_of_the_ticket_are_refused_on_a_lane(scene: Scene) -> None:
+    size, block = len(SECRET), session.MIN_BLOCK
+    secret, shown = scene.version("secret/hidden-name"), scene.version("open/shown-name")
+    requests: list[session.Message] = [
+        session.ReadRange(2, 0, b"secret/hidden-name", secret, 0, size, block),
+        session.ReadPack(3, 0, b"secret", [session.PackFile(b"hidden-name", secret)]),
+        session.ReadPack(4, 0, b"", [session.PackFile(b"secret/hidden-name", secret)]),
+        session.ReadPack(5, 0, b"open", [session.PackFile(b"shown-name", shown), session.PackFile(b"x", secret)]),
+        session.ReadRange(6, 0, b"open/shown-name", shown, 0, len(OPEN), block),
+    ]
+    wire, frames = await trio.to_thread.run_sync(read_on_lane, scene, requests)
+    assert SECRET[:24] not in wire
+    failed = {header.r for header, _ in frames if isinstance(header, lane.ReadFailed)}
+    assert failed == {2, 3, 4}
+    assert b"".join(payload for header, payload in frames if getattr(header, "r", 0) == 6) == OPEN
+
+
+async def test_a_lane_that_names_no_live_session_is_served_zero_bytes(scene: Scene) -> None:
+    """The right node, the right certificate, and a guess at the secret of the control stream."""
+    context = scene.context(scene.made.beta.key, session.ALPN_LANE)
+    for instance in (INSTANCE, bytes(32), b""):
+        data = lane.encode_header(lane.LaneHello(instance, 0))
+        assert await trio.to_thread.run_sync(visit, scene, context, data) == b""
+
+
+def read_on_lane(scene: Scene, requests: list[session.Message]) -> tuple[bytes, list[tuple[lane.AnyHeader, bytes]]]:
+    """Enter the session as its destination, ask on a lane, and return all bytes of it until the last answer. Blocks."""
+    control = scene.dial(scene.context(scene.made.beta.key))
+    bulk = scene.dial(scene.context(scene.made.beta.key, session.ALPN_LANE))
+    with control, bulk:
+        control.sendall(session.encode(session.Hello(scene.ticket, INSTANCE)))
+        assert isinstance(messages_in(control.recv(65536))[0], session.HelloAnswer)
+        bulk.sendall(lane.encode_header(lane.LaneHello(INSTANCE, 0)))
+        wire = bytearray()
+        frames: list[tuple[lane.AnyHeader, bytes]] = []
+        while not any(isinstance(header, lane.LaneReady) for header, _ in frames):
+            wire += bulk.recv(65536)
+            frames = frames_in(wire)
+        control.sendall(b"".join(map(session.encode, requests)))
+        last = max(request.r for request in requests)  # type: ignore[attr-defined]
+        while not any(getattr(header, "r", 0) == last for header, _ in frames):
+            data = bulk.recv(65536)
+            assert data, "the lane ended early"
+            wire += data
+            frames = frames_in(wire)
+        return bytes(wire), frames
+
+
+def frames_in(wire: bytearray) -> list[tuple[lane.AnyHeader, bytes]]:
+    frames, at = [], 0
+    while at + lane.FRAME.size <= len(wire):
+        head, payload = lane.lengths_untrusted(wire[at : at + lane.FRAME.size])
+        start = at + lane.FRAME.size
+        at = start + head + payload
+        if at > len(wire):
+            break
+        frames.append((lane.header_untrusted(wire[start : start + head]), bytes(wire[start + head : at])))
+    return frames
