@@ -1,0 +1,196 @@
+"""Each check that stands between a stranger and somebody's data is removed in turn, and the tests must notice.
+
+The checks of the relay's routes are found in its code, so that a new route is included without anybody's doing; those
+of sessions and the link are named here. Takes minutes, so it belongs to ``make soak``; prints what was noticed.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.soak
+
+TREE = Path(__file__).parents[2]
+STRANGERS = ("tests/agent/test_session_strangers.py",)
+LINK = ("tests/agent/test_link_app.py", "tests/agent/test_agent_policy.py")
+ROUTES = ("tests/relay/test_transfer_authorization.py",)
+SUBMISSIONS = (*ROUTES, "tests/relay/test_transfer_endpoints.py", "tests/relay/test_transfer_submission.py")
+
+# What a removed decision becomes: the row itself, whoever asks.
+UNCHECKED = """
+
+def unchecked(connection, collection_id, **_others):
+    return load(connection, collection_id.lower())
+"""
+
+
+@dataclass(frozen=True)
+class Removal:
+    """One check to be removed: in ``path``, the text from ``start`` to ``end`` becomes ``instead``."""
+
+    path: str
+    start: int
+    end: int
+    instead: str
+    tests: tuple[str, ...]
+    name: str
+
+
+# File, the check, what stands there without it, tests that must notice.
+_POLICY, _SERVE, _TICKET = "agent/transfer/source_policy.py", "agent/transfer/serve.py", "protocol/ticket.py"
+_UNSIGNED = "options={'verify_signature': False})"
+NAMED: list[tuple[str, str, str, tuple[str, ...]]] = [
+    ("agent/connect/tls.py", "presented != fingerprint", "False", STRANGERS),
+    (_POLICY, "ticket.session_id != self._session_id", "False", STRANGERS),
+    (_POLICY, "ticket.task_id != self._task_id", "False", STRANGERS),
+    (_POLICY, "source.node_id != self._node_id", "False", STRANGERS),
+    (_POLICY, "source.collection_id != self._collection_id", "False", STRANGERS),
+    (_POLICY, "ticket.destination.fingerprint != peer_fingerprint", "False", STRANGERS),
+    (_POLICY, "not any(is_within(path, prefix) for prefix in self._prefixes)", "False", STRANGERS),
+    (_SERVE, "hmac.compare_digest(control.instance, instance)", "True", STRANGERS),
+    (_SERVE, "self._side.policy.check(path, now)", "pass", STRANGERS),
+    (_SERVE, "self._side.policy.check(path, time.time())", "pass", STRANGERS),
+    (_SERVE, "len(bodies) > 1", "False", STRANGERS),
+    (_TICKET, 'claims.get("iss") != self.relay_id', "False", ("tests/protocol/test_ticket.py",)),
+    (_TICKET, "now > expires + LEEWAY or now < issued - LEEWAY", "False", STRANGERS),
+    (
+        _TICKET,
+        "claims = msgspec.convert(_decode(key_certificate, self._root), _KeyClaims)",
+        f"claims = msgspec.convert(jwt.decode(key_certificate, {_UNSIGNED}, _KeyClaims)",
+        STRANGERS,
+    ),
+    (
+        _TICKET,
+        "claims = _decode(token, self._certified_key(certificate, kid, now))",
+        f"self._certified_key(certificate, kid, now); claims = jwt.decode(token, {_UNSIGNED}",
+        STRANGERS,
+    ),
+    ("agent/link_app.py", "self._policy.check_operation(operation)", "pass", LINK),
+    ("agent/link_app.py", "_check_ids(request)\n                return", "return", LINK),
+    ("agent/link_app.py", "return self._policy.check(config.id, path, access), path", "return config, path", LINK),
+    ("agent/link_app.py", 'self._policy.check(order.destination.collection_id, (), "rw")', "pass", LINK),
+    ("agent/link_app.py", 'order.task_id != request.path_params["task"]', "False", LINK),
+    ("agent/link_app.py", 'order.session_id != request.path_params["session"]', "False", LINK),
+    ("agent/policy.py", 'access == "rw" and collection.read_only', "False", LINK),
+    ("agent/policy.py", 'component in (b"", b".", b"..") or b"/" in component or b"\\0" in component', "False", LINK),
+    ("relay/access/decisions.py", "if wanted in held:", "if True:", ROUTES),
+    (
+        "relay/transfer/bookmarks.py",
+        "_bookmark.owner_id == owner_id, _bookmark.id == bookmark_id.lower()",
+        "_bookmark.id == bookmark_id.lower()",
+        ROUTES,
+    ),
+    ("relay/transfer/task_rows.py", "task is None or task.owner_id != identity_id", "task is None", ROUTES),
+    ("relay/transfer/task_lists.py", "held = [column.owner_id == identity_id, ", "held = [", ROUTES),
+    ("relay/transfer/search.py", "_visible(identity_id), ", "", ROUTES),
+]
+
+
+def named() -> Iterator[Removal]:
+    for path, check, instead, tests in NAMED:
+        text = (TREE / path).read_text()
+        at = text.find(check)
+        assert at >= 0, f"{path} has no such check any more: {check}"
+        yield Removal(path, at, at + len(check), instead, tests, f"{path}: {check.splitlines()[0]}")
+
+
+def derived() -> Iterator[Removal]:
+    """The demand for a token of every route of the Transfer API, and every decision taken in them."""
+    for file in sorted((TREE / "relay").rglob("*.py")):
+        path, text = str(file.relative_to(TREE)), file.read_text()
+        for match in re.finditer(r"caller: CallerHere", text):
+            if path.startswith("relay/api/transfer_") and _of_a_route(text, match.start()):
+                yield Removal(
+                    path, *match.span(), 'caller: str = ""', ROUTES, f"{path}:{_line(text, match.start())} token"
+                )
+        for call in [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]:
+            instead = _without_decision(text, call)
+            if instead is not None:
+                start, end = _span(text, call)
+                tests = SUBMISSIONS if path.startswith("relay/transfer/") else ROUTES
+                yield Removal(path, start, end, instead, tests, f"{path}:{call.lineno} decision")
+
+
+def _of_a_route(text: str, at: int) -> bool:
+    return "@router." in text[:at].rsplit("\n\n\n", 1)[-1]
+
+
+def _line(text: str, at: int) -> int:
+    return text.count("\n", 0, at) + 1
+
+
+def _without_decision(text: str, call: ast.Call) -> str | None:
+    callee = ast.get_source_segment(text, call.func) or ""
+    arguments = [ast.get_source_segment(text, argument) or "" for argument in call.args]
+    if callee == "collections.require":
+        return f"collections.unchecked({arguments[0]}, {arguments[1]})"
+    if callee.endswith("require_own"):
+        return f"task_rows.load({arguments[0]}, {arguments[1]})"
+    if callee in ("_require", "_collection") and len(arguments) == 4:
+        return f"services.store.read(partial(collections.unchecked, collection_id={arguments[2]}))"
+    return None
+
+
+def _span(text: str, node: ast.expr) -> tuple[int, int]:
+    lines = text.splitlines(keepends=True)
+    assert node.end_lineno is not None
+    assert node.end_col_offset is not None
+    start = sum(map(len, lines[: node.lineno - 1])) + len(lines[node.lineno - 1].encode()[: node.col_offset].decode())
+    last = lines[node.end_lineno - 1].encode()[: node.end_col_offset].decode()
+    return start, sum(map(len, lines[: node.end_lineno - 1])) + len(last)
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project once more, to be damaged."""
+    place = tmp_path_factory.mktemp("copy")
+    for name in ("agent", "relay", "protocol", "conf", "docs", "tests"):
+        shutil.copytree(TREE / name, place / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(TREE / "pyproject.toml", place)
+    collections = place / "relay" / "transfer" / "collections.py"
+    collections.write_text(collections.read_text() + UNCHECKED)
+    return place
+
+
+def tests_pass(copy: Path, tests: tuple[str, ...]) -> bool:
+    environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", *tests]
+    done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode in (0, 1), done.stdout[-2000:] + done.stderr[-2000:]
+    return done.returncode == 0
+
+
+@pytest.mark.timeout(3600)
+def test_every_removed_check_is_noticed(copy: Path) -> None:
+    removals = [*named(), *derived()]
+    for tests in {removal.tests for removal in removals}:
+        assert tests_pass(copy, tests), f"{tests} fail before anything is removed"
+    unnoticed = []
+    for removal in removals:
+        file = copy / removal.path
+        whole = file.read_text()
+        file.write_text(whole[: removal.start] + removal.instead + whole[removal.end :])
+        try:
+            if tests_pass(copy, removal.tests):
+                unnoticed.append(removal.name)
+        finally:
+            file.write_text(whole)
+        print("noticed" if removal.name not in unnoticed else "NOT NOTICED", removal.name, flush=True)
+    print(f"{len(removals)} checks removed, {len(removals) - len(unnoticed)} noticed")
+    assert unnoticed == []
+
+
+def test_routes_and_decisions_are_found() -> None:
+    found = list(derived())
+    assert len([removal for removal in found if removal.name.endswith("token")]) > 40
+    assert len([removal for removal in found if removal.name.endswith("decision")]) > 15
