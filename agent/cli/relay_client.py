@@ -6,6 +6,7 @@ tools elsewhere cannot redirect ours half-way. Access tokens are kept between co
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -120,14 +121,28 @@ def _token_storage(path: Path | None) -> TokenStorage:
         return MemoryTokenStorage()
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     try:
+        # The library's own object cannot be closed when it fails to open, so the file is looked at first.
+        if path.exists():
+            with contextlib.closing(sqlite3.connect(path)) as database:
+                database.execute("SELECT count(*) FROM token_storage").fetchone()
         storage = SQLiteTokenStorage(path)
         path.chmod(0o600)
+    except sqlite3.Error:
+        return _without_storage(path)
+    try:
         storage.get_token_data_by_resource_server()
     except (sqlite3.Error, ValueError):
-        # It only saves a request; a damaged one is thrown away, and the next command begins a new one.
-        path.unlink(missing_ok=True)
-        return MemoryTokenStorage()
+        storage.close()
+        return _without_storage(path)
     return storage
+
+
+def _without_storage(path: Path) -> TokenStorage:
+    """It only saves a request; a damaged one is thrown away, and the next command begins a new one."""
+    from globus_sdk.token_storage import MemoryTokenStorage
+
+    path.unlink(missing_ok=True)
+    return MemoryTokenStorage()
 
 
 def _retry_config() -> RetryConfig:
