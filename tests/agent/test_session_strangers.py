@@ -18,7 +18,7 @@ import pytest
 import trio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from agent.connect.tls import session_context
+from agent.connect.tls import check_peer, session_context
 from protocol import lane, session
 from protocol.control import SessionAnswer, SessionOrder
 from protocol.identity import NodeKey
@@ -348,3 +348,12 @@ def frames_in(wire: bytearray) -> list[tuple[lane.AnyHeader, bytes]]:
             break
         frames.append((lane.header_untrusted(wire[start : start + head]), bytes(wire[start + head : at])))
     return frames
+
+
+def test_the_pin_is_compared_once_more_after_the_handshake() -> None:
+    """The second lock: it would hold if the library ever let somebody through."""
+    mine, other = NodeKey.generate(), NodeKey.generate()
+    check_peer(ssl.PEM_cert_to_DER_cert(mine.certificate_pem), mine.fingerprint)
+    for presented in (ssl.PEM_cert_to_DER_cert(other.certificate_pem), b"no certificate", b"", None):
+        with pytest.raises(AccessDenied):
+            check_peer(presented, mine.fingerprint)
