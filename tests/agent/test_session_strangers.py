@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from agent.connect.tls import check_peer, session_context
 from protocol import lane, session
 from protocol.control import SessionAnswer, SessionOrder
+from protocol.errors import AccessDenied
 from protocol.identity import NodeKey
 from protocol.ticket import Grant, RelayRoot, TicketSigner
 from tests.agent.engine_world import RELAY, World, world
@@ -152,10 +153,9 @@ async def test_a_node_with_a_session_of_its_own_cannot_enter_another_one(scene: 
 async def test_roles_are_not_swapped(scene: Scene) -> None:
     """Alpha, the source, dials beta as if beta were to serve it, with the very ticket of the session."""
     assert scene.made.beta.service is not None
-    order = SessionOrder(
-        session_id=str(uuid.uuid4()), task_id=str(uuid.uuid4()), ticket="x", peer=scene.made.alpha.party
-    )
-    with pytest.raises(Exception, match="signed"):
+    alpha = scene.made.alpha.party
+    order = SessionOrder(session_id=scene.session, task_id=scene.task, ticket=scene.ticket, peer=alpha)
+    with pytest.raises(AccessDenied):
         await scene.made.beta.service.put_session(order)
     # Where beta listens: a session that it does serve tells.
     back, task = str(uuid.uuid4()), str(uuid.uuid4())
@@ -217,6 +217,11 @@ def other_node(scene: Scene) -> Grant:
     return msgspec.structs.replace(scene.made.beta.grant("rw", ["/"]), fingerprint=NodeKey.generate().fingerprint)
 
 
+def source_but(scene: Scene, **changes: str) -> Grant:
+    """What the source may be asked for, but for one thing."""
+    return msgspec.structs.replace(scene.made.alpha.grant("r", ["/open"]), **changes)
+
+
 TICKETS: dict[str, Callable[[Scene], str]] = {
     "none": lambda scene: "",
     "nonsense": lambda scene: "a.b.c",
@@ -230,9 +235,11 @@ TICKETS: dict[str, Callable[[Scene], str]] = {
     "with the roles swapped": lambda scene: scene.ticket_for(
         source=scene.made.beta.grant("r", ["/open"]), destination=scene.made.alpha.grant("rw", ["/"])
     ),
-    "of another collection": lambda scene: scene.ticket_for(
-        source=msgspec.structs.replace(scene.made.alpha.grant("r", ["/open"]), collection_id=str(uuid.uuid4()))
+    "that names another node": lambda scene: scene.ticket_for(source=source_but(scene, node_id=str(uuid.uuid4()))),
+    "that names another key": lambda scene: scene.ticket_for(
+        source=source_but(scene, fingerprint=NodeKey.generate().fingerprint)
     ),
+    "of another collection": lambda scene: scene.ticket_for(source=source_but(scene, collection_id=str(uuid.uuid4()))),
     "without a source": lambda scene: scene.ticket_for(source=None),
 }
 

@@ -54,6 +54,7 @@ NAMED: list[tuple[str, str, str, tuple[str, ...]]] = [
     (_POLICY, "ticket.session_id != self._session_id", "False", STRANGERS),
     (_POLICY, "ticket.task_id != self._task_id", "False", STRANGERS),
     (_POLICY, "source.node_id != self._node_id", "False", STRANGERS),
+    (_POLICY, "source.fingerprint != self._fingerprint", "False", STRANGERS),
     (_POLICY, "source.collection_id != self._collection_id", "False", STRANGERS),
     (_POLICY, "ticket.destination.fingerprint != peer_fingerprint", "False", STRANGERS),
     (_POLICY, "not any(is_within(path, prefix) for prefix in self._prefixes)", "False", STRANGERS),
