@@ -30,6 +30,7 @@ from relay.auth.guesses import GuessLimit
 from relay.auth.housekeeping import forget_old
 from relay.auth.passwords import PasswordChecker
 from relay.auth.tokens import remove_expired
+from relay.auth.upstream import Upstream
 from relay.dispatch import Dispatcher
 from relay.keys import RelayKeys
 from relay.lock import exclusive
@@ -117,6 +118,7 @@ def build(settings: Settings, store: Store, clock: Callable[[], float] = time.ti
         steward=steward,
         secrets=SecretChecker(store),
         passwords=PasswordChecker(store),
+        upstreams={provider.id: Upstream(provider, settings.directory_path, clock) for provider in sign_in.providers},
         guesses=GuessLimit(sign_in.failures, sign_in.failures_window),
         crowd_guesses=GuessLimit(sign_in.failures * _CROWD, sign_in.failures_window),
         clock=clock,

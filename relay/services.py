@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from relay.auth.clients import SecretChecker
     from relay.auth.guesses import GuessLimit
     from relay.auth.passwords import PasswordChecker
+    from relay.auth.upstream import Upstream
     from relay.keys import RelayKeys
     from relay.rendezvous.registry import Registry
     from relay.settings import Settings
@@ -35,6 +36,7 @@ class Services:
     steward: Steward
     secrets: SecretChecker
     passwords: PasswordChecker
+    upstreams: Mapping[str, Upstream]
     guesses: GuessLimit
     crowd_guesses: GuessLimit
     clock: Callable[[], float]

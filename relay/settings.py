@@ -343,6 +343,7 @@ def _check_together(settings: Settings, where: str) -> None:
         raise refuse(f"sign_in.domain: {settings.sign_in.domain!r} is no domain name.")
     for name in settings.tls.names:
         _check_host(name, refuse)
+    _check_providers(settings.sign_in.providers, refuse)
     if settings.listen.url is not None:
         try:
             url = urlsplit(settings.listen.url)
@@ -351,6 +352,17 @@ def _check_together(settings: Settings, where: str) -> None:
             valid = False
         if not valid or url.path.strip("/") or url.query or url.fragment or url.username:
             raise refuse("listen.url must be an origin such as https://relay.example.org:8443, without a path.")
+
+
+def _check_providers(providers: list[Provider], refuse: Any) -> None:
+    if len({provider.id for provider in providers}) < len(providers):
+        raise refuse("sign_in.providers: two providers have the same id.")
+    if len({provider.issuer for provider in providers}) < len(providers):
+        raise refuse("sign_in.providers: two providers have the same issuer.")
+    for provider in providers:
+        parts = urlsplit(provider.issuer)
+        if parts.scheme != "https" or not parts.hostname or parts.query or parts.fragment:
+            raise refuse(f"sign_in.providers: the issuer of {provider.id} must be an https address.")
 
 
 def _check_host(name: str, refuse: Any) -> None:

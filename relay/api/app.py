@@ -11,7 +11,7 @@ from starlette.middleware.cors import CORSMiddleware
 from relay.api import auth_identities, auth_login, auth_tokens, errors, relay_info
 from relay.api.errors import service_of
 from relay.api.frame import Frame
-from relay.pages import account, authorize, device, one_time, passkeys, render, sign_in
+from relay.pages import account, authorize, device, one_time, passkeys, render, sign_in, upstream
 from relay.services import Services
 
 PAGES = (
@@ -21,6 +21,7 @@ PAGES = (
     passkeys.router,
     one_time.router,
     device.router,
+    upstream.router,
 )
 
 

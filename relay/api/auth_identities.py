@@ -28,6 +28,7 @@ from relay.auth.identities import (
 )
 from relay.auth.linked import set_of
 from relay.auth.scopes import MANAGE_PROJECTS, VIEW_CONSENTS, VIEW_IDENTITY_SET
+from relay.auth.upstream import provider_identity_id
 from relay.services import services_of
 
 router = APIRouter(prefix="/v2", tags=["Auth"])
@@ -111,12 +112,23 @@ async def find_providers(request: Request, ids: str | None = None, domains: str 
     """The identity providers of this relay with these ``ids`` or ``domains``."""
     if (ids is None) == (domains is None):
         raise ApiError(400, "INVALID_REQUEST", "Give either ids or domains, one of the two.")
-    own = services_of(request).settings.user_domain
-    known = {provider_id_of(own): own, CLIENT_PROVIDER_ID: CLIENT_DOMAIN}
-    asked_ids, asked_domains = set(_split(ids or "")), {part.lower() for part in _split(domains or "")}
-    chosen = [
-        _provider_document(key, domain) for key, domain in known.items() if key in asked_ids or domain in asked_domains
+    settings = services_of(request).settings
+    documents = [
+        _provider_document(provider_id_of(settings.user_domain), settings.user_domain),
+        _provider_document(CLIENT_PROVIDER_ID, CLIENT_DOMAIN),
     ]
+    documents += [
+        {
+            "id": provider_identity_id(provider),
+            "name": provider.name,
+            "short_name": provider.id,
+            "domains": [domain for domain in provider.domains if domain != "*"],
+            "alternative_names": [],
+        }
+        for provider in settings.sign_in.providers
+    ]
+    asked_ids, asked_domains = set(_split(ids or "")), {part.lower() for part in _split(domains or "")}
+    chosen = [item for item in documents if item["id"] in asked_ids or asked_domains & set(item["domains"])]
     return {"identity_providers": chosen}
 
 

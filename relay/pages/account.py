@@ -19,7 +19,7 @@ from relay.auth.known_scopes import facts_of
 from relay.auth.public_clients import title_of
 from relay.pages.browser import FRESH, Browser, browser_of, go
 from relay.pages.render import Look, NotSignedIn, PageProblem, page
-from relay.pages.sign_in import Invitation, check_password, sign_in_page
+from relay.pages.sign_in import Invitation, check_password, elsewhere, sign_in_page
 from relay.services import services_of
 
 router = APIRouter(include_in_schema=False)
@@ -82,7 +82,7 @@ def _page(browser: Browser, session: BrowserSession, here: str, **values: Any) -
     answer = page(
         browser.request,
         f"{here}.html",
-        look=Look(script=here == "account"),
+        look=Look(elsewhere(services_of(browser.request).settings.sign_in.providers), script=here == "account"),
         form_token=browser.form_token,
         session=session,
         here=here,

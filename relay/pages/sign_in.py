@@ -34,6 +34,7 @@ from relay.pages.browser import (
 )
 from relay.pages.render import Look, PageProblem, page
 from relay.services import Services, services_of
+from relay.settings import Provider
 from relay.store.sign_in_tables import browser_sessions
 
 router = APIRouter(include_in_schema=False)
@@ -59,11 +60,12 @@ class Invitation:
 def sign_in_page(browser: Browser, invitation: Invitation, status: int = 200) -> HTMLResponse:
     """The page on which people show who they are."""
     settings = services_of(browser.request).settings
+    targets = [*invitation.form_targets, *elsewhere(settings.sign_in.providers)]
     answer = page(
         browser.request,
         "sign_in.html",
         status=status,
-        look=Look(invitation.form_targets, script=settings.sign_in.local_accounts),
+        look=Look(targets, script=settings.sign_in.local_accounts),
         form_token=browser.form_token,
         invitation=invitation,
         local=settings.sign_in.local_accounts,
@@ -73,6 +75,11 @@ def sign_in_page(browser: Browser, invitation: Invitation, status: int = 200) ->
     )
     browser.keep(answer)
     return answer
+
+
+def elsewhere(providers: Sequence[Provider]) -> list[str]:
+    """What forms that lead to a provider need: where its pages are is for it to say."""
+    return ["https:"] if providers else []
 
 
 @router.get("/sign-in")
