@@ -1,12 +1,18 @@
-"""Who may do what with a collection and with a task: pure functions over facts, no database, no network.
+"""Who may do what with a collection and with a task: pure functions over facts, no database, no network, no clock.
 
 Everything not granted here is refused. The rules:
 
-- the owner of a collection, and identities with the role ``administrator`` on it, may read, write and manage it;
-- ``access_manager`` may see the collection and its access rules;
+- the owner of a collection, and those with the role ``administrator`` on it, may read, write and manage it;
+- ``access_manager`` may see the collection and see and change its access rules;
 - ``activity_manager`` and ``activity_monitor`` may see the collection and the tasks on it;
+- an access rule opens one folder and all below it, to read (``r``) or to read and write (``rw``), for an identity, a
+  group, everybody who is signed in, or anybody; rules only add, and count only while the owner's own configuration
+  says that the collection may be shared;
 - everybody who is signed in may see that a *public* collection exists and how it is described, nothing more;
 - a task belongs to the identity that submitted it.
+
+A person may have several identities and be in several groups; what any of them is granted counts. Facts of a kind that
+is not known here (an unknown role, permission or principal type) grant nothing.
 
 A refusal never tells more than the caller may know: what they may not see does not exist (404), what they may see
 but not use is forbidden (403).
@@ -14,14 +20,21 @@ but not use is forbidden (403).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from enum import Enum
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple, TypeAlias
+
+from protocol.names import CollectionPath, is_within
 
 Role = Literal["administrator", "access_manager", "activity_manager", "activity_monitor"]
 Verdict = Literal["allowed", "forbidden", "unknown", "deleted"]
+# A place in a collection. None: only the agent can tell where it is (it counts from home), so no rule covers it
+# except one for the whole collection.
+Spot: TypeAlias = CollectionPath | None
 
 ROLES: Final[tuple[Role, ...]] = ("administrator", "access_manager", "activity_manager", "activity_monitor")
+ROOT: Final[CollectionPath] = ()
 
 
 class Ability(Enum):
@@ -32,66 +45,143 @@ class Ability(Enum):
     WRITE = "write"
     MANAGE = "manage"
     SEE_RULES = "see rules"
+    CHANGE_RULES = "change rules"
     SEE_TASKS = "see tasks"
 
 
-_OF_ROLE: Final[dict[Role, frozenset[Ability]]] = {
+_OF_ROLE: Final[dict[str, frozenset[Ability]]] = {
     "administrator": frozenset(Ability),
-    "access_manager": frozenset({Ability.SEE, Ability.SEE_RULES}),
+    "access_manager": frozenset({Ability.SEE, Ability.SEE_RULES, Ability.CHANGE_RULES}),
     "activity_manager": frozenset({Ability.SEE, Ability.SEE_TASKS}),
     "activity_monitor": frozenset({Ability.SEE, Ability.SEE_TASKS}),
 }
+_OF_RULE: Final[dict[str, frozenset[Ability]]] = {
+    "r": frozenset({Ability.SEE, Ability.READ}),
+    "rw": frozenset({Ability.SEE, Ability.READ, Ability.WRITE}),
+}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Who asks, and when (Unix seconds): all identities and groups of one person. No identities: nobody signed in."""
+
+    identities: frozenset[str]
+    groups: frozenset[str] = frozenset()
+    now: float = 0.0
+
+
+class RoleGrant(NamedTuple):
+    """One role given to an ``identity`` or a ``group``."""
+
+    principal_type: str
+    principal: str
+    role: str
+
+
+class Rule(NamedTuple):
+    """One access rule. ``expires`` in Unix seconds; ``principal`` is empty for whole classes of people."""
+
+    principal_type: str
+    principal: str
+    path: CollectionPath
+    permissions: str
+    expires: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class CollectionFacts:
-    """What decisions about one collection rest on. ``granted`` are (identity id, role) pairs."""
+    """What decisions about one collection rest on.
+
+    ``shareable`` is what the owner's configuration says, ``anonymous_writes`` whether people who are not signed in may
+    write where a rule lets anybody write.
+    """
 
     owner_id: str
     public: bool
     deleted: bool
-    granted: frozenset[tuple[str, str]]
+    granted: frozenset[RoleGrant] = frozenset()
+    rules: tuple[Rule, ...] = field(default=())
+    shareable: bool = False
+    anonymous_writes: bool = False
 
 
-def effective_roles(facts: CollectionFacts, identity_id: str) -> list[Role]:
-    """The roles of an identity in the order of `ROLES`; the owner is an administrator."""
-    return [
-        role
-        for role in ROLES
-        if (identity_id, role) in facts.granted or (role == "administrator" and identity_id == facts.owner_id)
-    ]
+def effective_roles(facts: CollectionFacts, subject: Subject) -> list[Role]:
+    """The roles of a person in the order of `ROLES`; the owner is an administrator."""
+    held = {grant.role for grant in facts.granted if _concerns(grant.principal_type, grant.principal, subject)}
+    if facts.owner_id in subject.identities:
+        held.add("administrator")
+    return [role for role in ROLES if role in held]
 
 
-def abilities(facts: CollectionFacts, identity_id: str) -> frozenset[Ability]:
-    """All that an identity may do with a collection that exists."""
-    held: frozenset[Ability] = frozenset({Ability.SEE}) if facts.public else frozenset()
-    for role in effective_roles(facts, identity_id):
+def abilities(facts: CollectionFacts, subject: Subject, spot: Spot = ROOT) -> frozenset[Ability]:
+    """All that a person may do at one place of a collection that exists; by default at its root, so everywhere."""
+    held: frozenset[Ability] = frozenset({Ability.SEE}) if facts.public and subject.identities else frozenset()
+    for role in effective_roles(facts, subject):
         held |= _OF_ROLE[role]
+    for rule in live_rules(facts, subject):
+        allowed = _OF_RULE.get(rule.permissions, frozenset())
+        if rule.principal_type == "anonymous" and not facts.anonymous_writes:
+            allowed -= {Ability.WRITE}
+        held |= allowed if _covers(rule.path, spot) else allowed & {Ability.SEE}
     return held
 
 
-def decide(facts: CollectionFacts | None, identity_id: str, wanted: Ability) -> Verdict:
-    """One question about one collection (None: there is no such collection).
+def decide(
+    facts: CollectionFacts | None, subject: Subject, wanted: Ability, spots: Iterable[Spot] = (ROOT,)
+) -> Verdict:
+    """One question about one collection (None: there is no such collection): may this be done at all these places?
 
-    ``deleted`` is told only to those who had a role on the collection; to others it never existed.
+    No places at all means the whole collection. ``deleted`` is told only to those who had a role on the collection; to
+    others it never existed.
     """
     if facts is None:
         return "unknown"
     if facts.deleted:
-        return "deleted" if effective_roles(facts, identity_id) else "unknown"
-    held = abilities(facts, identity_id)
-    if wanted in held:
+        return "deleted" if effective_roles(facts, subject) else "unknown"
+    held = [abilities(facts, subject, spot) for spot in spots] or [abilities(facts, subject)]
+    if all(wanted in at_one for at_one in held):
         return "allowed"
-    return "forbidden" if Ability.SEE in held else "unknown"
+    return "forbidden" if all(Ability.SEE in at_one for at_one in held) else "unknown"
 
 
-def may_keep_running(
-    owner_id: str, type_: str, source: CollectionFacts | None, destination: CollectionFacts | None
+def live_rules(facts: CollectionFacts, subject: Subject) -> list[Rule]:
+    """The rules that count for a person now."""
+    if not facts.shareable:
+        return []
+    return [
+        rule
+        for rule in facts.rules
+        if (rule.expires is None or rule.expires > subject.now)
+        and (_concerns(rule.principal_type, rule.principal, subject) or _includes(rule.principal_type, subject))
+    ]
+
+
+def _concerns(principal_type: str, principal: str, subject: Subject) -> bool:
+    if principal_type == "identity":
+        return principal in subject.identities
+    return principal_type == "group" and principal in subject.groups
+
+
+def _includes(principal_type: str, subject: Subject) -> bool:
+    return principal_type == "anonymous" or (principal_type == "all_authenticated_users" and bool(subject.identities))
+
+
+def _covers(folder: CollectionPath, spot: Spot) -> bool:
+    return is_within(ROOT if spot is None else spot, folder)
+
+
+@dataclass(frozen=True)
+class TaskNeeds:
+    """Where a task reads in its source and writes in its destination. ``source`` is None for deletes."""
+
+    source: tuple[Spot, ...] | None
+    destination: tuple[Spot, ...]
+
+
+def may_run(
+    subject: Subject, needs: TaskNeeds, source: CollectionFacts | None, destination: CollectionFacts | None
 ) -> bool:
-    """Whether a task may go on: its owner must still be allowed what the submission needed."""
-    if type_ == "DELETE":
-        return decide(source, owner_id, Ability.WRITE) == "allowed"
-    return (
-        decide(source, owner_id, Ability.READ) == "allowed"
-        and decide(destination, owner_id, Ability.WRITE) == "allowed"
-    )
+    """Whether a task may run (on): its owner must be allowed now all that it does."""
+    if decide(destination, subject, Ability.WRITE, needs.destination) != "allowed":
+        return False
+    return needs.source is None or decide(source, subject, Ability.READ, needs.source) == "allowed"

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request, Response
 from sqlalchemy import Connection
 
 from relay.access.decisions import Ability
+from relay.access.principals import subject_of
 from relay.api.errors import ApiError
 from relay.api.transfer_frame import (
     PREFIX,
@@ -39,7 +40,13 @@ async def endpoint_search(request: Request, caller: CallerHere, services: Servic
         ),
         offset=query_integer(parameters.get("offset"), "offset", default=0, lowest=0, highest=search.MAX_OFFSET),
     )
-    found, more = await services.store.read(partial(search.find, query=query, identity_id=caller.identity_id))
+    now = services.clock()
+
+    def work(connection: Connection) -> tuple[list[Collection], bool]:
+        subject = subject_of(connection, caller.identity_id, now)
+        return search.find(connection, query, subject, caller.identity_id)
+
+    found, more = await services.store.read(work)
     fields = wanted_fields(request)
     rows = [
         only_fields(endpoint_document(collection, view), fields)
@@ -83,7 +90,13 @@ async def create_shared_endpoint(caller: CallerHere) -> Response:
 
 async def _require(services: ServicesHere, caller: CallerHere, endpoint_id: str, ability: Ability) -> Collection:
     return await services.store.read(
-        partial(collections.require, collection_id=endpoint_id, identity_id=caller.identity_id, ability=ability)
+        partial(
+            collections.require,
+            collection_id=endpoint_id,
+            identity_id=caller.identity_id,
+            ability=ability,
+            now=services.clock(),
+        )
     )
 
 
@@ -103,7 +116,7 @@ async def update_endpoint(request: Request, endpoint_id: str, caller: CallerHere
     values = collections.read_description(fields, creating=False)
 
     def work(connection: Connection) -> None:
-        collection = collections.require(connection, endpoint_id, caller.identity_id, Ability.MANAGE)
+        collection = collections.require(connection, endpoint_id, caller.identity_id, Ability.MANAGE, now=services.clock())
         disable = values.get("disable_verify", collection.disable_verify)
         if disable and values.get("force_verify", collection.force_verify):
             raise ApiError(400, BAD_REQUEST, "disable_verify and force_verify cannot both be true.")
@@ -119,7 +132,7 @@ async def delete_endpoint(request: Request, endpoint_id: str, caller: CallerHere
     now = services.clock()
 
     def work(connection: Connection) -> list[str]:
-        collection = collections.require(connection, endpoint_id, caller.identity_id, Ability.MANAGE)
+        collection = collections.require(connection, endpoint_id, caller.identity_id, Ability.MANAGE, now=services.clock())
         collections.mark_deleted(connection, collection.id, now)
         reason = f"The collection “{collection.display_name}” was deleted."
         return task_turns.end_where_access_is_gone(connection, collection.id, reason, now)
@@ -153,7 +166,7 @@ async def set_subscription_admin_verified(
 
 async def _change(services: ServicesHere, caller: CallerHere, endpoint_id: str, values: dict[str, Any]) -> None:
     def work(connection: Connection) -> None:
-        collection = collections.require(connection, endpoint_id, caller.identity_id, Ability.MANAGE)
+        collection = collections.require(connection, endpoint_id, caller.identity_id, Ability.MANAGE, now=services.clock())
         collections.change(connection, collection.id, values)
 
     await services.store.write(work)
@@ -197,10 +210,3 @@ async def my_effective_pause_rule_list(endpoint_id: str, caller: CallerHere, ser
     """Pause rules that concern the caller: there are none yet."""
     await _require(services, caller, endpoint_id, Ability.SEE)
     return answer({"DATA_TYPE": "pause_rule_limited_list", "DATA": []})
-
-
-@router.get("/endpoint/{endpoint_id}/access_list")
-async def access_list(endpoint_id: str, caller: CallerHere, services: ServicesHere) -> Response:
-    """Access rules of a mapped collection: it has none, roles decide."""
-    collection = await _require(services, caller, endpoint_id, Ability.SEE_RULES)
-    return answer({"DATA_TYPE": "access_list", "DATA": [], "length": 0, "endpoint": collection.id})

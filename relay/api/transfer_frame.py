@@ -9,6 +9,8 @@ import trio
 from fastapi import Depends, Request, Response
 from sqlalchemy import Connection
 
+from relay.access.decisions import Subject
+from relay.access.principals import subject_of
 from relay.api.errors import request_id_of
 from relay.auth.bearer import Caller, transfer_caller
 from relay.auth.identities import select_by_ids
@@ -81,16 +83,19 @@ def wanted_fields(request: Request) -> frozenset[str] | None:
 async def views(services: Services, caller: Caller, shown: list[Collection]) -> list[View]:
     """What documents of collections need beside them, in one look."""
 
-    def work(connection: Connection) -> tuple[dict[str, str], set[str], set[str]]:
+    now = services.clock()
+
+    def work(connection: Connection) -> tuple[dict[str, str], set[str], set[str], Subject]:
         owners = select_by_ids(connection, {collection.owner_id for collection in shown})
         used = collections.in_use_by(connection, caller.identity_id, [collection.id for collection in shown])
         resting = nodes.paused(connection, {collection.node_id for collection in shown if collection.node_id})
-        return {id_: owner.username for id_, owner in owners.items()}, used, resting
+        subject = subject_of(connection, caller.identity_id, now)
+        return {id_: owner.username for id_, owner in owners.items()}, used, resting, subject
 
-    names, used, resting = await services.store.read(work)
+    names, used, resting, subject = await services.store.read(work)
     return [
         View(
-            caller_id=caller.identity_id,
+            subject=subject,
             owner=names.get(collection.owner_id, collection.owner_id),
             connected=collection.node_id is not None and services.registry.is_connected(collection.node_id),
             paused=collection.node_id in resting,

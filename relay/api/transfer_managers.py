@@ -11,6 +11,8 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from sqlalchemy import ColumnElement, Connection
 
+from relay.access.decisions import Subject
+from relay.access.principals import subject_of
 from relay.api.errors import ApiError
 from relay.api.transfer_frame import PREFIX, CallerHere, ServicesHere, answer, surroundings
 from relay.store import transfer_tables as tables
@@ -82,15 +84,19 @@ async def managed_task_list(request: Request, caller: CallerHere, services: Serv
         raise bad_request("last_key is not one that was given out.")
     conditions = _conditions(parameters)
 
-    def work(connection: Connection) -> tuple[task_lists.TaskPage, bool]:
-        return task_lists.watched_tasks(
-            connection, identity_id=caller.identity_id, conditions=conditions, after=last_key, limit=limit
-        )
+    now = services.clock()
 
-    page, more = await services.store.read(work)
+    def work(connection: Connection) -> tuple[task_lists.TaskPage, bool, Subject]:
+        subject = subject_of(connection, caller.identity_id, now)
+        page, more = task_lists.watched_tasks(
+            connection, subject=subject, conditions=conditions, after=last_key, limit=limit
+        )
+        return page, more, subject
+
+    page, more, subject = await services.store.read(work)
     around = surroundings(services, page.collections)
     rows = [
-        admin_document(task, around, task_lists.watched_sides(task, page.collections, caller.identity_id))
+        admin_document(task, around, task_lists.watched_sides(task, page.collections, subject))
         for task in page.tasks
     ]
     return answer(
@@ -106,11 +112,13 @@ async def managed_task_list(request: Request, caller: CallerHere, services: Serv
 async def _watched(
     services: ServicesHere, caller: CallerHere, task_id: str
 ) -> tuple[Task, dict[str, Collection], frozenset[str]]:
+    now = services.clock()
+
     def work(connection: Connection) -> tuple[Task, dict[str, Collection], frozenset[str]]:
         task = task_rows.load(connection, task_id.lower()) if is_uuid(task_id) else None
         if task is not None:
             known = task_lists.collections_of(connection, [task])
-            sides = task_lists.watched_sides(task, known, caller.identity_id)
+            sides = task_lists.watched_sides(task, known, subject_of(connection, caller.identity_id, now))
             if sides:
                 return task, known, sides
         raise ApiError(404, "TaskNotFound", f"No such task '{task_id[:64]}'.")

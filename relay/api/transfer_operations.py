@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from fastapi import APIRouter, Request, Response
+from sqlalchemy import Connection
 
 from relay.access.decisions import Ability
 from relay.api.transfer_frame import (
@@ -19,15 +18,27 @@ from relay.api.transfer_frame import (
 from relay.transfer import collections
 from relay.transfer.collections import Collection
 from relay.transfer.fields import Fields, bad_request, query_integer
-from relay.transfer.filesystem import MAX_LIMIT, MAX_PATH, Filesystem, ListingRequest
+from relay.transfer.filesystem import MAX_LIMIT, MAX_PATH, Filesystem, ListingRequest, checked_path
+from relay.transfer.scopes import spot
 
 router = APIRouter(prefix=f"{PREFIX}/operation/endpoint/{{endpoint_id}}", tags=["Transfer"])
 
 
-async def _collection(services: ServicesHere, caller: CallerHere, endpoint_id: str, ability: Ability) -> Collection:
-    return await services.store.read(
-        partial(collections.require, collection_id=endpoint_id, identity_id=caller.identity_id, ability=ability)
-    )
+async def _collection(
+    services: ServicesHere, caller: CallerHere, endpoint_id: str, ability: Ability, *paths: object, above: bool = False
+) -> Collection:
+    """The collection, if the caller may do that at all these paths of it; with ``above``, in the folders they are in.
+
+    Whoever may not even see the collection is told so before anything is said about their paths.
+    """
+    now = services.clock()
+
+    def work(connection: Connection) -> Collection:
+        collection = collections.require(connection, endpoint_id, caller.identity_id, Ability.SEE, now=now)
+        spots = [spot(checked_path(path or collection.directory, "path"), above=above) for path in paths]
+        return collections.require(connection, collection.id, caller.identity_id, ability, now=now, spots=spots)
+
+    return await services.store.read(work)
 
 
 def _filesystem(services: ServicesHere) -> Filesystem:
@@ -37,8 +48,8 @@ def _filesystem(services: ServicesHere) -> Filesystem:
 @router.get("/ls")
 async def list_directory(request: Request, endpoint_id: str, caller: CallerHere, services: ServicesHere) -> Response:
     """The entries of a directory."""
-    collection = await _collection(services, caller, endpoint_id, Ability.READ)
     parameters = request.query_params
+    collection = await _collection(services, caller, endpoint_id, Ability.READ, parameters.get("path"))
     _refuse_local_user(parameters.get("local_user"))
     hidden = (parameters.get("show_hidden") or "1").lower()
     if hidden not in ("0", "1", "true", "false"):
@@ -57,7 +68,7 @@ async def list_directory(request: Request, endpoint_id: str, caller: CallerHere,
 @router.get("/stat")
 async def stat(request: Request, endpoint_id: str, caller: CallerHere, services: ServicesHere) -> Response:
     """One entry."""
-    collection = await _collection(services, caller, endpoint_id, Ability.READ)
+    collection = await _collection(services, caller, endpoint_id, Ability.READ, request.query_params.get("path"))
     _refuse_local_user(request.query_params.get("local_user"))
     return answer(await _filesystem(services).stat(collection, request.query_params.get("path") or None))
 
@@ -65,8 +76,8 @@ async def stat(request: Request, endpoint_id: str, caller: CallerHere, services:
 @router.post("/mkdir")
 async def mkdir(request: Request, endpoint_id: str, caller: CallerHere, services: ServicesHere) -> Response:
     """Make a directory."""
-    collection = await _collection(services, caller, endpoint_id, Ability.WRITE)
     fields = Fields(await read_document(request), "the mkdir document")
+    collection = await _collection(services, caller, endpoint_id, Ability.WRITE, fields.raw("path"))
     fields.data_type("mkdir")
     _refuse_local_user(fields.text("local_user", longest=256))
     await _filesystem(services).mkdir(collection, fields.raw("path"))
@@ -76,9 +87,10 @@ async def mkdir(request: Request, endpoint_id: str, caller: CallerHere, services
 
 @router.post("/rename")
 async def rename(request: Request, endpoint_id: str, caller: CallerHere, services: ServicesHere) -> Response:
-    """Rename or move a file or directory."""
-    collection = await _collection(services, caller, endpoint_id, Ability.WRITE)
+    """Rename or move a file or directory. Both folders, the old and the new one, change."""
     fields = Fields(await read_document(request), "the rename document")
+    paths = fields.raw("old_path"), fields.raw("new_path")
+    collection = await _collection(services, caller, endpoint_id, Ability.WRITE, *paths, above=True)
     fields.data_type("rename")
     _refuse_local_user(fields.text("local_user", longest=256))
     await _filesystem(services).rename(collection, fields.raw("old_path"), fields.raw("new_path"))
@@ -87,7 +99,7 @@ async def rename(request: Request, endpoint_id: str, caller: CallerHere, service
 
 @router.post("/symlink")
 async def symlink(request: Request, endpoint_id: str, caller: CallerHere, services: ServicesHere) -> Response:
-    """Make a symbolic link."""
+    """Make a symbolic link. It may lead anywhere in the collection, so one must be allowed to write everywhere in it."""
     collection = await _collection(services, caller, endpoint_id, Ability.WRITE)
     fields = Fields(await read_document(request), "the symlink document")
     fields.data_type("symlink")

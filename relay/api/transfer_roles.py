@@ -15,9 +15,10 @@ router = APIRouter(prefix=PREFIX, tags=["Transfer"])
 @router.get("/endpoint/{endpoint_id}/role_list")
 async def role_list(endpoint_id: str, caller: CallerHere, services: ServicesHere) -> Response:
     """All roles, the owner's first."""
+    now = services.clock()
 
     def work(connection: Connection) -> list[roles.Grant]:
-        collection = collections.require(connection, endpoint_id, caller.identity_id, Ability.MANAGE)
+        collection = collections.require(connection, endpoint_id, caller.identity_id, Ability.MANAGE, now=now)
         return roles.granted(connection, collection)
 
     rows = [roles.role_document(grant) for grant in await services.store.read(work)]
@@ -32,7 +33,7 @@ async def create_role(request: Request, endpoint_id: str, caller: CallerHere, se
 
     def work(connection: Connection) -> roles.Grant:
         # Permission first: what is wrong with the document is told to those who may send it.
-        collection = collections.require(connection, endpoint_id, caller.identity_id, Ability.MANAGE)
+        collection = collections.require(connection, endpoint_id, caller.identity_id, Ability.MANAGE, now=now)
         principal, role = roles.read_request(document)
         return roles.grant(connection, collection, principal, role, now)
 
@@ -50,9 +51,10 @@ async def create_role(request: Request, endpoint_id: str, caller: CallerHere, se
 @router.get("/endpoint/{endpoint_id}/role/{role_id}")
 async def show_role(endpoint_id: str, role_id: str, caller: CallerHere, services: ServicesHere) -> Response:
     """One role."""
+    now = services.clock()
 
     def work(connection: Connection) -> roles.Grant:
-        collection = collections.require(connection, endpoint_id, caller.identity_id, Ability.MANAGE)
+        collection = collections.require(connection, endpoint_id, caller.identity_id, Ability.MANAGE, now=now)
         return roles.find(connection, collection, role_id)
 
     return answer(roles.role_document(await services.store.read(work)))
@@ -66,7 +68,7 @@ async def delete_role(
     now = services.clock()
 
     def work(connection: Connection) -> list[str]:
-        collection = collections.require(connection, endpoint_id, caller.identity_id, Ability.MANAGE)
+        collection = collections.require(connection, endpoint_id, caller.identity_id, Ability.MANAGE, now=now)
         roles.withdraw(connection, collection, role_id)
         reason = f"The permission on “{collection.display_name}” that this task needs was withdrawn."
         return task_turns.end_where_access_is_gone(connection, collection.id, reason, now)

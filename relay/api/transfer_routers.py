@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from relay.api import (
+    transfer_access,
     transfer_bookmarks,
     transfer_endpoints,
     transfer_managers,
@@ -15,6 +16,7 @@ from relay.api import (
 ROUTERS = (
     transfer_endpoints.router,
     transfer_roles.router,
+    transfer_access.router,
     transfer_operations.router,
     transfer_submission.router,
     transfer_tasks.router,

@@ -116,6 +116,26 @@ roles = Table(
     CheckConstraint("role IN ('administrator', 'access_manager', 'activity_manager', 'activity_monitor')", name="role"),
 )
 
+# ``path`` is a folder in its canonical text from the root, with a slash at its end.
+access_rules = Table(
+    "access_rules",
+    metadata,
+    Column("id", String(36), primary_key=True),
+    Column("collection_id", String(36), ForeignKey("collections.id"), nullable=False),
+    Column("principal_type", String(32), nullable=False),
+    # Empty for all_authenticated_users and anonymous.
+    Column("principal", String(36), nullable=False, index=True),
+    Column("path", Text, nullable=False),
+    Column("permissions", String(2), nullable=False),
+    Column("created", Float, nullable=False),
+    Column("expires", Float, index=True),
+    UniqueConstraint("collection_id", "principal_type", "principal", "path"),
+    CheckConstraint(
+        "principal_type IN ('identity', 'group', 'all_authenticated_users', 'anonymous')", name="principal_type"
+    ),
+    CheckConstraint("permissions IN ('r', 'rw')", name="permissions"),
+)
+
 bookmarks = Table(
     "bookmarks",
     metadata,

@@ -13,7 +13,7 @@ from collections.abc import Collection as Container
 from dataclasses import dataclass
 from typing import Any
 
-from relay.access.decisions import Ability, abilities, effective_roles
+from relay.access.decisions import Ability, Subject, abilities, effective_roles
 from relay.transfer.collections import Collection
 from relay.transfer.times import iso
 
@@ -24,7 +24,7 @@ ENTITY_TYPE = "GCP_mapped_collection"
 class View:
     """What a document needs beside the collection: who looks, who owns it, and what is known this moment."""
 
-    caller_id: str
+    subject: Subject
     owner: str
     connected: bool
     paused: bool
@@ -99,7 +99,7 @@ def _state(collection: Collection, view: View) -> dict[str, Any]:
 
 
 def _policy(collection: Collection, view: View) -> dict[str, Any]:
-    allowed = abilities(collection.facts, view.caller_id)
+    allowed = abilities(collection.facts, view.subject)
     policy = collection.notification_policy
     return {
         "public": collection.public,
@@ -111,9 +111,9 @@ def _policy(collection: Collection, view: View) -> dict[str, Any]:
         "subscription_id": collection.subscription_id,
         "subscription_admin_verified": collection.subscription_admin_verified,
         "shareable": collection.shareable,
-        "acl_available": False,
-        "acl_editable": False,
-        "my_effective_roles": list(effective_roles(collection.facts, view.caller_id)),
+        "acl_available": collection.shareable,
+        "acl_editable": collection.shareable and Ability.CHANGE_RULES in allowed,
+        "my_effective_roles": list(effective_roles(collection.facts, view.subject)),
         "guest_collection_activity_notification_policy": None if policy is None else json.loads(policy),
         "network_use": collection.network_use or "normal",
         "local_user_info_available": True if Ability.READ in allowed else None,

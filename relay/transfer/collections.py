@@ -15,9 +15,11 @@ from typing import Any
 from sqlalchemy import Connection, func, or_, select, update
 
 from protocol.names import CollectionPath, parse_path_untrusted
-from relay.access.decisions import Ability, CollectionFacts, decide
+from relay.access.decisions import ROOT, Ability, CollectionFacts, RoleGrant, Rule, Spot, decide, live_rules
+from relay.access.principals import subject_of
 from relay.api.errors import ApiError
 from relay.store import transfer_tables as tables
+from relay.transfer import rules
 from relay.transfer.fields import Fields, bad_request, is_uuid
 
 # Longest value of each text field that the owner may describe a collection with.
@@ -42,7 +44,7 @@ MAX_POLICY = 4096
 
 @dataclass(frozen=True, kw_only=True)
 class Collection:
-    """One row of the table of collections, with the roles granted on it."""
+    """One row of the table of collections, with the roles and access rules on it."""
 
     id: str
     owner_id: str
@@ -77,13 +79,20 @@ class Collection:
     created: float
     last_accessed: float | None
     deleted: float | None
-    granted: frozenset[tuple[str, str]]
+    granted: frozenset[RoleGrant]
+    rules: tuple[Rule, ...]
 
     @property
     def facts(self) -> CollectionFacts:
         """What access decisions rest on."""
         return CollectionFacts(
-            owner_id=self.owner_id, public=self.public, deleted=self.deleted is not None, granted=self.granted
+            owner_id=self.owner_id,
+            public=self.public,
+            deleted=self.deleted is not None,
+            granted=self.granted,
+            rules=self.rules,
+            shareable=self.shareable,
+            anonymous_writes=not self.disable_anonymous_writes,
         )
 
     @property
@@ -100,7 +109,7 @@ class Collection:
         return self.default_directory or self.reported_directory or "/~/"
 
 
-_COLUMNS = [tables.collections.c[field.name] for field in fields(Collection) if field.name != "granted"]
+_COLUMNS = [tables.collections.c[field.name] for field in fields(Collection) if field.name not in ("granted", "rules")]
 # SQLite bounds the number of values in one statement.
 _BATCH = 500
 
@@ -111,16 +120,19 @@ def load_many(connection: Connection, ids: Iterable[str]) -> dict[str, Collectio
     found: dict[str, Collection] = {}
     for start in range(0, len(wanted), _BATCH):
         batch = wanted[start : start + _BATCH]
-        granted: dict[str, set[tuple[str, str]]] = {}
+        granted: dict[str, set[RoleGrant]] = {}
         role = tables.roles.c
         for row in connection.execute(
-            select(role.collection_id, role.principal, role.role).where(
-                role.collection_id.in_(batch), role.principal_type == "identity"
+            select(role.collection_id, role.principal_type, role.principal, role.role).where(
+                role.collection_id.in_(batch)
             )
         ):
-            granted.setdefault(row.collection_id, set()).add((row.principal, row.role))
+            granted.setdefault(row.collection_id, set()).add(RoleGrant(row.principal_type, row.principal, row.role))
+        opened = rules.of_collections(connection, batch)
         for row in connection.execute(select(*_COLUMNS).where(tables.collections.c.id.in_(batch))):
-            found[row.id] = Collection(**row._mapping, granted=frozenset(granted.get(row.id, ())))
+            found[row.id] = Collection(
+                **row._mapping, granted=frozenset(granted.get(row.id, ())), rules=tuple(opened.get(row.id, ()))
+            )
     return found
 
 
@@ -129,26 +141,40 @@ def load(connection: Connection, collection_id: str) -> Collection | None:
     return load_many(connection, [collection_id]).get(collection_id)
 
 
-def require(connection: Connection, collection_id: str, identity_id: str, ability: Ability) -> Collection:
-    """The collection, if this identity may do that with it.
+def require(
+    connection: Connection,
+    collection_id: str,
+    identity_id: str,
+    ability: Ability,
+    *,
+    now: float,
+    spots: Iterable[Spot] = (ROOT,),
+) -> Collection:
+    """The collection, if this identity may do that with it now, at all these places of it.
 
     Raises `ApiError`: 404 EndpointNotFound or EndpointDeleted, 403 PermissionDenied. This is the one place where the
     API decides about collections.
     """
     collection = load(connection, collection_id.lower()) if is_uuid(collection_id) else None
-    verdict = decide(None if collection is None else collection.facts, identity_id, ability)
+    subject = subject_of(connection, identity_id, now)
+    verdict = decide(None if collection is None else collection.facts, subject, ability, spots)
     if collection is not None and verdict == "allowed":
         return collection
     raise refusal(collection_id, verdict)
 
 
-def homes(connection: Connection, ids: Iterable[str], identity_id: str) -> dict[str, CollectionPath | None]:
-    """Where ``~`` is in each collection that the identity may look into. Of others nothing is said."""
-    known = load_many(connection, ids)
+def homes(
+    connection: Connection, ids: Iterable[str], identity_id: str, now: float
+) -> dict[str, CollectionPath | None]:
+    """Where ``~`` is in each collection that the identity may look into somewhere. Of others nothing is said."""
+    subject = subject_of(connection, identity_id, now)
     return {
         key: collection.home_path
-        for key, collection in known.items()
-        if decide(collection.facts, identity_id, Ability.READ) == "allowed"
+        for key, collection in load_many(connection, ids).items()
+        if any(
+            decide(collection.facts, subject, Ability.READ, [place]) == "allowed"
+            for place in (ROOT, *(rule.path for rule in live_rules(collection.facts, subject)))
+        )
     }
 
 

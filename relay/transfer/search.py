@@ -7,6 +7,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Select, and_, exists, false, func, or_, select
 
+from relay.access.decisions import Subject
 from relay.store import transfer_tables as tables
 from relay.store.auth_tables import identities
 from relay.transfer.collection_documents import ENTITY_TYPE
@@ -76,10 +77,10 @@ def read(parameters: Any, *, limit: int, offset: int) -> Query:
     )
 
 
-def find(connection: Connection, query: Query, identity_id: str) -> tuple[list[Collection], bool]:
+def find(connection: Connection, query: Query, subject: Subject, identity_id: str) -> tuple[list[Collection], bool]:
     """Collections that match and that the identity may know of, and whether there are more after this page."""
     statement = select(_collection.id).where(
-        _collection.deleted.is_(None), _visible(identity_id), *_filters(query), _in_scope(query.scope, identity_id)
+        _collection.deleted.is_(None), _visible(subject), *_filters(query), _in_scope(query.scope, subject, identity_id)
     )
     statement = _ordered(statement, query, identity_id).limit(query.limit + 1).offset(query.offset)
     ids = list(connection.execute(statement).scalars())
@@ -87,17 +88,41 @@ def find(connection: Connection, query: Query, identity_id: str) -> tuple[list[C
     return [known[id_] for id_ in ids[: query.limit]], len(ids) > query.limit
 
 
-def _has_role(identity_id: str, *roles: str) -> Condition:
+def _has_role(subject: Subject, *roles: str) -> Condition:
     role = tables.roles.c
     held = select(role.id).where(
-        role.collection_id == _collection.id, role.principal_type == "identity", role.principal == identity_id
+        role.collection_id == _collection.id, _concerns(role.principal_type, role.principal, subject)
     )
     return exists(held.where(role.role.in_(roles)) if roles else held)
 
 
-def _visible(identity_id: str) -> Condition:
+def _concerns(principal_type: Any, principal: Any, subject: Subject) -> Condition:
+    return or_(
+        and_(principal_type == "identity", principal.in_(subject.identities)),
+        and_(principal_type == "group", principal.in_(subject.groups)),
+    )
+
+
+def _has_rule(subject: Subject) -> Condition:
+    rule = tables.access_rules.c
+    held = select(rule.id).where(
+        rule.collection_id == _collection.id,
+        or_(rule.expires.is_(None), rule.expires > subject.now),
+        or_(
+            _concerns(rule.principal_type, rule.principal, subject),
+            rule.principal_type.in_(("all_authenticated_users", "anonymous")),
+        ),
+    )
+    return and_(_collection.shareable, exists(held))
+
+
+def _visible(subject: Subject) -> Condition:
     """The same rule as `relay.access.decisions` for seeing a collection, as a condition."""
-    return or_(_collection.public, _collection.owner_id == identity_id, _has_role(identity_id))
+    return or_(_collection.public, _collection.owner_id.in_(subject.identities), _reaches(subject))
+
+
+def _reaches(subject: Subject) -> Condition:
+    return or_(_has_role(subject), _has_rule(subject))
 
 
 def _uses(identity_id: str) -> Select[Any]:
@@ -107,19 +132,19 @@ def _uses(identity_id: str) -> Select[Any]:
     )
 
 
-def _in_scope(scope: str, identity_id: str) -> Condition:
-    mine = _collection.owner_id == identity_id
+def _in_scope(scope: str, subject: Subject, identity_id: str) -> Condition:
+    mine = _collection.owner_id.in_(subject.identities)
     if scope in ("my-endpoints", "my-gcp-endpoints"):
         return mine
     if scope == "administered-by-me":
-        return or_(mine, _has_role(identity_id, "administrator"))
+        return or_(mine, _has_role(subject, "administrator"))
     if scope == "shared-with-me":
-        # There are no guest collections yet; what others have opened by a role is shared all the same.
-        return and_(~mine, _has_role(identity_id))
+        # There are no guest collections yet; what others have opened by a role or a rule is shared all the same.
+        return and_(~mine, _reaches(subject))
     if scope == "shared-by-me":
         return false()
     if scope == "hide-no-permissions":
-        return or_(mine, _has_role(identity_id))
+        return or_(mine, _reaches(subject))
     if scope == "in-use":
         return exists(_uses(identity_id).where(tables.tasks.c.status == "ACTIVE"))
     if scope == "recently-used":

@@ -26,7 +26,7 @@ from relay.rendezvous.signalling import Signalling
 from relay.settings import Settings
 from relay.store import transfer_tables as tables
 from relay.store.database import Store
-from relay.transfer import nodes, task_reports, task_rows, task_turns
+from relay.transfer import nodes, rules, task_reports, task_rows, task_turns
 from relay.transfer.agents import AgentLinks
 from relay.transfer.delivery import Courier
 from relay.transfer.event_stream import LineReader
@@ -380,11 +380,13 @@ class Steward:
     def _look_ahead(self, connection: Connection, now: float) -> tuple[bool, float]:
         expiry = task_turns.next_expiry(connection, CANCEL_GRACE)
         renewal = task_turns.next_renewal(connection, self._ticket_life / 2)
-        upcoming = min(moment for moment in (expiry, renewal, math.inf) if moment is not None)
+        rule = rules.next_expiry(connection)
+        upcoming = min(moment for moment in (expiry, renewal, rule, math.inf) if moment is not None)
         return upcoming <= now, upcoming
 
     def _turn(self, connection: Connection, now: float) -> list[str]:
         return [
+            *task_turns.end_where_rules_ran_out(connection, now),
             *task_turns.expire(connection, now, CANCEL_GRACE),
             *task_turns.renew(connection, now, self._ticket_life / 2),
         ]

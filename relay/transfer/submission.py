@@ -33,8 +33,9 @@ NOTIFICATIONS = ("notify_on_succeeded", "notify_on_failed", "notify_on_inactive"
 class Submission:
     """A task as it was asked for. For deletes the one collection is the source, as in the task documents.
 
-    ``source_scope`` and ``destination_scope`` are the path prefixes of the task's tickets; ``echo`` holds what is only
-    shown again.
+    ``source_scope`` and ``destination_scope`` are the path prefixes of the task's tickets, ``changes`` the folders that
+    its owner must be allowed to write in besides: those that deletes take entries from, and the whole destination where
+    symbolic links are made, since they may lead anywhere in it. ``echo`` holds what is only shown again.
     """
 
     type: Literal["TRANSFER", "DELETE"]
@@ -47,6 +48,7 @@ class Submission:
     items: list[TaskItem]
     source_scope: list[str]
     destination_scope: list[str]
+    changes: list[str]
     echo: dict[str, Any] = field(default_factory=dict)
 
 
@@ -91,6 +93,7 @@ def read_transfer(document: object, *, homes: Homes, max_items: int, now: float)
         items=items,
         source_scope=prefixes(sources),
         destination_scope=prefixes(destinations),
+        changes=["/"] if options.recursive_symlinks == "keep" or any(item.symlink for item in items) else [],
         echo=echo,
     )
 
@@ -110,7 +113,7 @@ def read_delete(document: object, *, homes: Homes, max_items: int, now: float) -
     rows = fields.items("DATA", max_items)
     if not rows:
         raise bad_request("A delete requires at least one item.", NO_DELETE_ITEMS)
-    items, places = [], []
+    items, places, parents = [], [], []
     for row in rows:
         entry = Fields(row, "each entry of DATA")
         entry.data_type("delete_item")
@@ -119,6 +122,7 @@ def read_delete(document: object, *, homes: Homes, max_items: int, now: float) -
         if not target:
             raise bad_request("path: the root of a collection cannot be deleted.")
         places.append(glob_base(target) if options.interpret_globs else target)
+        parents.append(target[:-1])
         items.append(TaskItem(source_path=canonical(target, path)))
     return Submission(
         type="DELETE",
@@ -131,6 +135,7 @@ def read_delete(document: object, *, homes: Homes, max_items: int, now: float) -
         items=items,
         source_scope=[],
         destination_scope=prefixes(places),
+        changes=prefixes(parents),
         echo=_echo(fields),
     )
 

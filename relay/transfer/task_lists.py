@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, func, or_, select
+from sqlalchemy import ColumnElement, Connection, and_, func, or_, select
 
-from relay.access.decisions import Ability, abilities
+from relay.access.decisions import Ability, Subject, abilities
 from relay.store import transfer_tables as tables
 from relay.transfer import task_rows
 from relay.transfer.collections import Collection, load_many
@@ -51,22 +51,22 @@ def own_tasks(
     return TaskPage(tasks, total, collections_of(connection, tasks))
 
 
-def watched_sides(task: Task, known: dict[str, Collection], identity_id: str) -> frozenset[str]:
-    """On which sides of a task (source, destination) an identity may watch over tasks."""
+def watched_sides(task: Task, known: dict[str, Collection], subject: Subject) -> frozenset[str]:
+    """On which sides of a task (source, destination) a person may watch over tasks."""
     sides = {"source": known.get(task.source_id), "destination": known.get(task.destination_id or "")}
     return frozenset(
         side
         for side, collection in sides.items()
         if collection is not None
         and collection.deleted is None
-        and Ability.SEE_TASKS in abilities(collection.facts, identity_id)
+        and Ability.SEE_TASKS in abilities(collection.facts, subject)
     )
 
 
 def watched_tasks(
-    connection: Connection, *, identity_id: str, conditions: list[ColumnElement[bool]], after: str | None, limit: int
+    connection: Connection, *, subject: Subject, conditions: list[ColumnElement[bool]], after: str | None, limit: int
 ) -> tuple[TaskPage, bool]:
-    """Tasks of anybody on collections that an identity watches over, newest first, and whether there are more.
+    """Tasks of anybody on collections that a person watches over, newest first, and whether there are more.
 
     ``after`` is the id of the last task of the page before.
     """
@@ -74,11 +74,13 @@ def watched_tasks(
     mine = select(collection.id).where(
         collection.deleted.is_(None),
         or_(
-            collection.owner_id == identity_id,
+            collection.owner_id.in_(subject.identities),
             collection.id.in_(
                 select(role.collection_id).where(
-                    role.principal_type == "identity",
-                    role.principal == identity_id,
+                    or_(
+                        and_(role.principal_type == "identity", role.principal.in_(subject.identities)),
+                        and_(role.principal_type == "group", role.principal.in_(subject.groups)),
+                    ),
                     role.role.in_(("administrator", "activity_manager", "activity_monitor")),
                 )
             ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
@@ -85,7 +85,7 @@ class Task:
         return document
 
 
-COLUMNS = [tables.tasks.c[field.name] for field in fields(Task)]
+COLUMNS = [tables.tasks.c[column.name] for column in fields(Task)]
 _BATCH = 500
 
 
@@ -135,10 +135,11 @@ def unpack_items(data: bytes) -> list[TaskItem]:
 
 @dataclass(frozen=True)
 class Scope:
-    """Path prefixes of a task's tickets, for each side."""
+    """Path prefixes of a task's tickets for each side, and folders of the destination it changes besides."""
 
     source: list[str]
     destination: list[str]
+    changes: list[str] = field(default_factory=list)
 
 
 def insert_task(connection: Connection, values: dict[str, Any], items: bytes, scope: Scope) -> None:
@@ -146,7 +147,7 @@ def insert_task(connection: Connection, values: dict[str, Any], items: bytes, sc
     connection.execute(insert(tables.tasks).values(**values))
     connection.execute(
         insert(tables.task_items).values(
-            task_id=values["id"], items=items, scope=json.dumps([scope.source, scope.destination])
+            task_id=values["id"], items=items, scope=json.dumps([scope.source, scope.destination, scope.changes])
         )
     )
 

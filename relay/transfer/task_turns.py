@@ -14,10 +14,11 @@ from typing import Any
 import msgspec
 from sqlalchemy import ColumnElement, Connection, or_, select
 
-from relay.access.decisions import Ability, may_keep_running
+from relay.access.decisions import Ability
 from relay.api.errors import ApiError
 from relay.store import transfer_tables as tables
-from relay.transfer import collections, event_log, task_rows
+from relay.transfer import collections, event_log, rules, task_rows
+from relay.transfer.entitlement import entitled, spots
 from relay.transfer.event_log import TaskEvent
 from relay.transfer.submission import Submission
 from relay.transfer.task_documents import CANCELED, DEADLINE_EXPIRED
@@ -52,7 +53,7 @@ def accept(
     present = find_submission(connection, owner_id, submission.submission_id)
     if present is not None:
         return present, DUPLICATE
-    _check_places(connection, submission, owner_id)
+    _check_places(connection, submission, owner_id, now)
     options = submission.options
     if submission.type == "TRANSFER" and not options.verify_checksum:
         ids = (submission.source_id, str(submission.destination_id))
@@ -76,7 +77,7 @@ def accept(
         "session_id": str(uuid.uuid4()),
         **_NEW,
     }
-    scope = Scope(submission.source_scope, submission.destination_scope)
+    scope = Scope(submission.source_scope, submission.destination_scope, submission.changes)
     task_rows.insert_task(connection, values, items, scope)
     for collection_id in {submission.source_id, submission.destination_id} - {None}:
         collections.change(connection, str(collection_id), {"last_accessed": now})
@@ -97,11 +98,18 @@ _NEW: dict[str, Any] = {
 }
 
 
-def _check_places(connection: Connection, submission: Submission, owner_id: str) -> None:
+def _check_places(connection: Connection, submission: Submission, owner_id: str, now: float) -> None:
+    """The same as `entitled` asks later on, with an answer for people."""
     if submission.destination_id is not None:
-        collections.require(connection, submission.source_id, owner_id, Ability.READ)
+        wanted = spots(submission.source_scope)
+        collections.require(connection, submission.source_id, owner_id, Ability.READ, now=now, spots=wanted)
     written = collections.require(
-        connection, submission.destination_id or submission.source_id, owner_id, Ability.WRITE
+        connection,
+        submission.destination_id or submission.source_id,
+        owner_id,
+        Ability.WRITE,
+        now=now,
+        spots=spots([*submission.destination_scope, *submission.changes]),
     )
     if written.node_id is not None and written.available and written.read_only:
         raise ApiError(403, "PermissionDenied", f"“{written.display_name}” is read-only by its owner's configuration.")
@@ -186,19 +194,20 @@ def end_where_access_is_gone(connection: Connection, collection_id: str, reason:
         column.status == "ACTIVE", or_(column.source_id == collection_id, column.destination_id == collection_id)
     )
     tasks = [Task(**row._mapping) for row in connection.execute(statement)]
-    ids = {task.source_id for task in tasks} | {task.destination_id for task in tasks if task.destination_id}
-    known = collections.load_many(connection, ids)
     ended = []
     for task in tasks:
-        source, destination = known.get(task.source_id), known.get(task.destination_id or "")
-        if not may_keep_running(
-            task.owner_id,
-            task.type,
-            None if source is None else source.facts,
-            None if destination is None else destination.facts,
-        ):
+        if not entitled(connection, task, now):
             end_now(connection, task, code=CANCELED, sentence=reason, now=now)
             ended.append(task.id)
+    return ended
+
+
+def end_where_rules_ran_out(connection: Connection, now: float) -> list[str]:
+    """Forget the access rules past their time and end the tasks that needed them; returns the tasks' ids."""
+    ended = []
+    for collection_id in rules.remove_expired(connection, now):
+        reason = "The access rule that this task needs has expired."
+        ended += end_where_access_is_gone(connection, collection_id, reason, now)
     return ended
 
 
