@@ -95,7 +95,7 @@ async def update_rule(
         return task_turns.end_where_access_is_gone(connection, collection.id, _reason(collection), now)
 
     for task_id in await services.store.write(work):
-        services.steward.wake(task_id)
+        services.steward.cut(task_id)
     return result(request, "Updated", "Access rule updated successfully.")
 
 
@@ -112,7 +112,7 @@ async def delete_rule(
         return task_turns.end_where_access_is_gone(connection, collection.id, _reason(collection), now)
 
     for task_id in await services.store.write(work):
-        services.steward.wake(task_id)
+        services.steward.cut(task_id)
     return result(request, "Deleted", "Access rule deleted successfully.")
 
 

@@ -114,9 +114,10 @@ async def update_endpoint(request: Request, endpoint_id: str, caller: CallerHere
     fields = Fields(await read_document(request), "the endpoint")
     fields.data_type("endpoint")
     values = collections.read_description(fields, creating=False)
+    now = services.clock()
 
     def work(connection: Connection) -> None:
-        collection = collections.require(connection, endpoint_id, caller.identity_id, Ability.MANAGE, now=services.clock())
+        collection = collections.require(connection, endpoint_id, caller.identity_id, Ability.MANAGE, now=now)
         disable = values.get("disable_verify", collection.disable_verify)
         if disable and values.get("force_verify", collection.force_verify):
             raise ApiError(400, BAD_REQUEST, "disable_verify and force_verify cannot both be true.")
@@ -132,13 +133,13 @@ async def delete_endpoint(request: Request, endpoint_id: str, caller: CallerHere
     now = services.clock()
 
     def work(connection: Connection) -> list[str]:
-        collection = collections.require(connection, endpoint_id, caller.identity_id, Ability.MANAGE, now=services.clock())
+        collection = collections.require(connection, endpoint_id, caller.identity_id, Ability.MANAGE, now=now)
         collections.mark_deleted(connection, collection.id, now)
         reason = f"The collection “{collection.display_name}” was deleted."
         return task_turns.end_where_access_is_gone(connection, collection.id, reason, now)
 
     for task_id in await services.store.write(work):
-        services.steward.wake(task_id)
+        services.steward.cut(task_id)
     return result(request, "Deleted", "Endpoint deleted successfully")
 
 
@@ -165,8 +166,10 @@ async def set_subscription_admin_verified(
 
 
 async def _change(services: ServicesHere, caller: CallerHere, endpoint_id: str, values: dict[str, Any]) -> None:
+    now = services.clock()
+
     def work(connection: Connection) -> None:
-        collection = collections.require(connection, endpoint_id, caller.identity_id, Ability.MANAGE, now=services.clock())
+        collection = collections.require(connection, endpoint_id, caller.identity_id, Ability.MANAGE, now=now)
         collections.change(connection, collection.id, values)
 
     await services.store.write(work)

@@ -96,8 +96,7 @@ async def managed_task_list(request: Request, caller: CallerHere, services: Serv
     page, more, subject = await services.store.read(work)
     around = surroundings(services, page.collections)
     rows = [
-        admin_document(task, around, task_lists.watched_sides(task, page.collections, subject))
-        for task in page.tasks
+        admin_document(task, around, task_lists.watched_sides(task, page.collections, subject)) for task in page.tasks
     ]
     return answer(
         {

@@ -99,7 +99,7 @@ async def rename(request: Request, endpoint_id: str, caller: CallerHere, service
 
 @router.post("/symlink")
 async def symlink(request: Request, endpoint_id: str, caller: CallerHere, services: ServicesHere) -> Response:
-    """Make a symbolic link. It may lead anywhere in the collection, so one must be allowed to write everywhere in it."""
+    """Make a symbolic link. It may lead anywhere in the collection, so it needs permission to write everywhere."""
     collection = await _collection(services, caller, endpoint_id, Ability.WRITE)
     fields = Fields(await read_document(request), "the symlink document")
     fields.data_type("symlink")

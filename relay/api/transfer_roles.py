@@ -74,5 +74,5 @@ async def delete_role(
         return task_turns.end_where_access_is_gone(connection, collection.id, reason, now)
 
     for task_id in await services.store.write(work):
-        services.steward.wake(task_id)
+        services.steward.cut(task_id)
     return result(request, "Deleted", "Role deleted successfully")

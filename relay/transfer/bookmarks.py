@@ -71,7 +71,7 @@ def create(connection: Connection, owner_id: str, document: object, now: float) 
     place(path, "path", ())
     if not path.endswith("/"):
         raise bad_request("path must be a directory and end with '/'.")
-    collections.require(connection, endpoint_id, owner_id, Ability.SEE)
+    collections.require(connection, endpoint_id, owner_id, Ability.SEE, now=now)
     _check_free(connection, owner_id, name, None)
     if len(of(connection, owner_id)) >= MAX_BOOKMARKS:
         raise ApiError(409, "Conflict", f"You have {MAX_BOOKMARKS} bookmarks, the most allowed.")

@@ -6,7 +6,7 @@ they are told. So a relay that dies between any two lines here goes on where it 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, cast
 
@@ -28,6 +28,7 @@ from protocol.ticket import TicketSigner
 from relay.store.database import Store
 from relay.transfer import event_log, task_reports, task_rows, task_turns
 from relay.transfer.agents import AgentLinks
+from relay.transfer.entitlement import entitled
 from relay.transfer.event_log import TaskEvent
 from relay.transfer.parties import Side, Sides, load_sides, sign_ticket
 from relay.transfer.task_documents import CANCELED, OFFLINE
@@ -68,15 +69,16 @@ class Situation:
 
 
 def next_step(task: Task, situation: Situation, now: float) -> Step:
-    """The one thing to do for a task now. Stopping comes before everything else."""
+    """The one thing to do for a task now. Stopping comes before everything else, and closing the source first of all:
+    it is where data would still flow out."""
     observed = task.last_observed
     agent_done = observed is not None and observed.state in FINAL_STATES
     order_due = task.delivered < task.revision
     if task.finished:
-        if task.attempted and order_due and task.desired == "cancel" and not agent_done and situation.worker_connected:
-            return Step.SEND_ORDER
         if task.session_open and situation.source_connected:
             return Step.WITHDRAW_SESSION
+        if task.attempted and order_due and task.desired == "cancel" and not agent_done and situation.worker_connected:
+            return Step.SEND_ORDER
         told = agent_done or not order_due
         if not task.closed and told and now >= situation.keep_until and situation.worker_connected:
             return Step.CLOSE
@@ -100,9 +102,12 @@ class Visit:
 
 @dataclass(frozen=True)
 class _Loaded:
+    """``entitled``: whether the owner of the task may do now what it does."""
+
     task: Task
     sides: Sides
     scope: Scope
+    entitled: bool
 
 
 class Courier:
@@ -130,13 +135,21 @@ class Courier:
 
     async def visit(self, task_id: str, now: float) -> Visit:
         """Take all steps that can be taken now. Agents' refusals end the task, passing faults are returned."""
+        source_failed: TowpathError | None = None
         for _ in range(MAX_STEPS):
-            loaded = await self._store.read(lambda connection: _load(connection, task_id))
+            loaded = await self._store.read(lambda connection: _load(connection, task_id, now))
             if loaded is None:
                 self._wanted.pop(task_id, None)
                 return Visit()
             task, sides = loaded.task, loaded.sides
-            step = next_step(task, self._situation(task, sides), now)
+            if not task.finished and not loaded.entitled:
+                # No ticket is signed any more, whoever forgot to end the task when the permission went.
+                await self._store.write(lambda connection: _end_unentitled(connection, task_id, now))
+                continue
+            situation = self._situation(task, sides)
+            if source_failed is not None:
+                situation = replace(situation, source_connected=False)
+            step = next_step(task, situation, now)
             try:
                 if step is Step.NOTHING:
                     if task.finished:
@@ -144,7 +157,7 @@ class Courier:
                         self._asked.pop(task_id, None)
                     elif task.held_by == "destination":
                         await self._change(task.id, held_by=None)
-                    return Visit(finished=task.finished)
+                    return Visit(finished=task.finished, failed=source_failed)
                 if step is Step.WAIT_FOR_WORKER:
                     await self._hold(task, "destination", now)
                     return Visit()
@@ -154,13 +167,19 @@ class Courier:
             except TowpathError as error:
                 if await self._refused(task, step, error, now):
                     continue
+                if step is Step.WITHDRAW_SESSION:
+                    # One end that does not answer must not keep the other from being told.
+                    source_failed = error
+                    continue
                 return Visit(failed=error)
         return Visit(failed=RetryLater("Relay and agent do not agree on this task yet."))
 
-    async def source_of(self, task_id: str, node_id: str) -> tuple[str, Task] | None:
+    async def source_of(self, task_id: str, node_id: str, now: float) -> tuple[str, Task] | None:
         """The node that is the source of a running task which ``node_id`` drives."""
-        loaded = await self._store.read(lambda connection: _load(connection, task_id))
-        if loaded is None or loaded.task.finished or loaded.sides.worker is None or loaded.sides.source is None:
+        loaded = await self._store.read(lambda connection: _load(connection, task_id, now))
+        if loaded is None or loaded.task.finished or not loaded.entitled:
+            return None
+        if loaded.sides.source is None or loaded.sides.worker is None:
             return None
         if loaded.sides.worker.node_id != node_id:
             return None
@@ -171,7 +190,7 @@ class Courier:
 
         Raises the link's passing errors.
         """
-        loaded = await self._store.read(lambda connection: _load(connection, task_id))
+        loaded = await self._store.read(lambda connection: _load(connection, task_id, now))
         if loaded is None or loaded.task.finished or not loaded.task.delivered:
             return
         if loaded.sides.worker is None or loaded.sides.worker.node_id != node_id:
@@ -185,6 +204,19 @@ class Courier:
             await self._store.write(lambda connection: _give_again(connection, task_id))
             return
         await self._store.write(lambda connection: _compared(connection, task_id, observed, now))
+
+    async def cut(self, task_id: str, now: float) -> None:
+        """Withdraw the session of a task at its source at once, beside any visit that is under way.
+
+        A visit repeats it, so that nothing is lost when this fails. Raises the link's errors.
+        """
+        loaded = await self._store.read(lambda connection: _load(connection, task_id, now))
+        if loaded is None or not loaded.task.finished or not loaded.task.session_open or loaded.sides.source is None:
+            return
+        node_id = loaded.sides.source.node_id
+        if self._links.is_connected(node_id):
+            path = f"/link/sessions/{loaded.task.session_id}"
+            await self._links.call(node_id, "DELETE", path, timeout=self._timeout)
 
     def _situation(self, task: Task, sides: Sides) -> Situation:
         return Situation(
@@ -216,7 +248,9 @@ class Courier:
             await self._change(task.id, closed=True)
 
     def _sign(self, loaded: _Loaded, worker: Side, source: Side | None, now: float) -> str:
-        return sign_ticket(self._signer, loaded.task, worker, source, loaded.scope, now=now, life=self._ticket_life)
+        # An order to stop needs no permission to read or write anything.
+        scope = loaded.scope if loaded.entitled and not loaded.task.finished else Scope([], [])
+        return sign_ticket(self._signer, loaded.task, worker, source, scope, now=now, life=self._ticket_life)
 
     async def _send_order(self, loaded: _Loaded, worker: Side, now: float) -> None:
         task, source = loaded.task, loaded.sides.source
@@ -342,11 +376,19 @@ def check_session_answer_untrusted(data: bytes, session_id: str, certificate: st
     return answer
 
 
-def _load(connection: Connection, task_id: str) -> _Loaded | None:
+def _load(connection: Connection, task_id: str, now: float) -> _Loaded | None:
     task = task_rows.load(connection, task_id)
     if task is None:
         return None
-    return _Loaded(task, load_sides(connection, task), task_rows.load_scope(connection, task_id))
+    scope = task_rows.load_scope(connection, task_id)
+    return _Loaded(task, load_sides(connection, task), scope, entitled(connection, task, now))
+
+
+def _end_unentitled(connection: Connection, task_id: str, now: float) -> None:
+    task = task_rows.load(connection, task_id)
+    if task is not None and not entitled(connection, task, now):
+        sentence = "The owner of this task is no longer allowed what it does."
+        task_turns.end_now(connection, task, code=CANCELED, sentence=sentence, now=now)
 
 
 def _mark_attempted(connection: Connection, task: Task) -> bool:

@@ -125,6 +125,23 @@ class Steward:
         # Its deadline may be the next one.
         self._clock_event.set()
 
+    def cut(self, task_id: str) -> None:
+        """A task has lost its permission: close its source at once, then let both agents know. Returns at once.
+
+        This goes past the queue of visits, so that agents which answer slowly, or not at all, hold nothing open.
+        """
+        if self._nursery is not None:
+            self._nursery.start_soon(self._cut, task_id)
+        self.wake(task_id)
+
+    async def _cut(self, task_id: str) -> None:
+        try:
+            await self._courier.cut(task_id, self._clock())
+        except TowpathError as error:
+            logger.info("The session of task %s is withdrawn again later: %s", task_id, error.sentence)
+        except Exception:
+            logger.exception("The session of task %s could not be withdrawn at once; a visit does it.", task_id)
+
     async def wait_finished(self, task_id: str, seconds: float) -> None:
         """Return when a task has ended, or after that time. The caller looks at the task itself."""
         event = self._finished.setdefault(task_id, trio.Event())
@@ -314,7 +331,7 @@ class Steward:
     async def _introduce(self, node_id: str, offer: PathOffer) -> None:
         """Let the two nodes of a running task arrange a path. What fails is asked for again by the destination."""
         try:
-            found = await self._courier.source_of(offer.task_id, node_id)
+            found = await self._courier.source_of(offer.task_id, node_id, self._clock())
             if found is not None:
                 source, task = found
                 await self._signalling.introduce(offer, node_id, source, owner_id=task.owner_id)
@@ -370,8 +387,10 @@ class Steward:
             self._due_event.set()
         due, upcoming = await self._store.read(lambda connection: self._look_ahead(connection, now))
         if due:
-            changed = await self._store.write(lambda connection: self._turn(connection, now))
-            for task_id in changed:
+            cut, changed = await self._store.write(lambda connection: self._turn(connection, now))
+            for task_id in cut:
+                self.cut(task_id)
+            for task_id in cut + changed:
                 self._announce_finished(task_id)
                 self._due[task_id] = None
             self._due_event.set()
@@ -384,12 +403,11 @@ class Steward:
         upcoming = min(moment for moment in (expiry, renewal, rule, math.inf) if moment is not None)
         return upcoming <= now, upcoming
 
-    def _turn(self, connection: Connection, now: float) -> list[str]:
-        return [
-            *task_turns.end_where_rules_ran_out(connection, now),
-            *task_turns.expire(connection, now, CANCEL_GRACE),
-            *task_turns.renew(connection, now, self._ticket_life / 2),
-        ]
+    def _turn(self, connection: Connection, now: float) -> tuple[list[str], list[str]]:
+        """Ids of the tasks that have lost their permission by now, and of others that have changed."""
+        cut = task_turns.end_where_rules_ran_out(connection, now)
+        expired = task_turns.expire(connection, now, CANCEL_GRACE)
+        return cut, [*expired, *task_turns.renew(connection, now, self._ticket_life / 2)]
 
 
 def _storing(node_id: str, reports: dict[str, TaskObserved]) -> Callable[[Connection], None]:

@@ -183,7 +183,8 @@ async def test_lists_that_are_rightly_empty_and_subscription_calls(relay: Transf
     relay.registry.up(agent)
     assert await alice.get(f"/endpoint/{id_}/my_shared_endpoint_list") == {"DATA_TYPE": "endpoint_list", "DATA": []}
     assert (await alice.get(f"/endpoint/{id_}/shared_endpoint_list"))["next_token"] is None
-    assert (await alice.get(f"/endpoint/{id_}/access_list"))["DATA"] == []
+    (implied,) = (await alice.get(f"/endpoint/{id_}/access_list"))["DATA"]
+    assert (implied["principal"], implied["role_type"], implied["id"]) == (alice.id, "administrator", None)
     assert (await alice.get(f"/endpoint/{id_}/my_effective_pause_rule_list"))["DATA"] == []
     servers = await alice.get(f"/endpoint/{id_}/server_list")
     assert servers["DATA"][0]["is_connected"] is True

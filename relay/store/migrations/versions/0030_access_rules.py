@@ -25,7 +25,11 @@ def upgrade() -> None:
             ["collection_id"], ["collections.id"], name="fk_access_rules_collection_id_collections"
         ),
         sa.UniqueConstraint(
-            "collection_id", "principal_type", "principal", "path", name="uq_access_rules_collection_id_principal_type_principal_path"
+            "collection_id",
+            "principal_type",
+            "principal",
+            "path",
+            name="uq_access_rules_collection_id_principal_type_principal_path",
         ),
         sa.CheckConstraint(
             "principal_type IN ('identity', 'group', 'all_authenticated_users', 'anonymous')",
