@@ -29,8 +29,7 @@ from protocol.names import CollectionPath, is_within
 
 Role = Literal["administrator", "access_manager", "activity_manager", "activity_monitor"]
 Verdict = Literal["allowed", "forbidden", "unknown", "deleted"]
-# A place in a collection. None: only the agent can tell where it is (it counts from home), so no rule covers it
-# except one for the whole collection.
+# A place in a collection, from its root. None: nobody can tell where; only a rule for the whole collection covers it.
 Spot: TypeAlias = CollectionPath | None
 
 ROLES: Final[tuple[Role, ...]] = ("administrator", "access_manager", "activity_manager", "activity_monitor")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Request, Response
 from sqlalchemy import Connection
 
-from relay.access.decisions import Ability
+from relay.access.decisions import Ability, Spot
 from relay.api.transfer_frame import (
     PREFIX,
     CallerHere,
@@ -18,8 +18,8 @@ from relay.api.transfer_frame import (
 from relay.transfer import collections
 from relay.transfer.collections import Collection
 from relay.transfer.fields import Fields, bad_request, query_integer
-from relay.transfer.filesystem import MAX_LIMIT, MAX_PATH, Filesystem, ListingRequest, checked_path
-from relay.transfer.scopes import spot
+from relay.transfer.filesystem import MAX_LIMIT, MAX_PATH, Filesystem, ListingRequest
+from relay.transfer.scopes import place
 
 router = APIRouter(prefix=f"{PREFIX}/operation/endpoint/{{endpoint_id}}", tags=["Transfer"])
 
@@ -35,10 +35,18 @@ async def _collection(
 
     def work(connection: Connection) -> Collection:
         collection = collections.require(connection, endpoint_id, caller.identity_id, Ability.SEE, now=now)
-        spots = [spot(checked_path(path or collection.directory, "path"), above=above) for path in paths]
+        spots = [_spot(collection, path, above=above) for path in paths]
         return collections.require(connection, collection.id, caller.identity_id, ability, now=now, spots=spots)
 
     return await services.store.read(work)
+
+
+def _spot(collection: Collection, path: object, *, above: bool) -> Spot:
+    """Where a path of a client leads, or the folder that holds it. What is no path is answered later on."""
+    if path is not None and not isinstance(path, str):
+        raise bad_request("A path must be a string.")
+    found = place(path or collection.directory, "path", collection.home_path)
+    return found[:-1] if above else found
 
 
 def _filesystem(services: ServicesHere) -> Filesystem:

@@ -78,12 +78,13 @@ async def _known(document: Any, caller: CallerHere, services: ServicesHere) -> t
     given = fields.get("submission_id")
     places = [fields.get(key) for key in ("source_endpoint", "destination_endpoint", "endpoint")]
     ids = [str(place).lower() for place in places if is_uuid(place)]
+    now = services.clock()
 
     def work(connection: Connection) -> tuple[str | None, Homes]:
         present = None
         if is_uuid(given):
             present = task_turns.find_submission(connection, caller.identity_id, str(given).lower())
-        return present, collections.homes(connection, ids, caller.identity_id)
+        return present, collections.homes(connection, ids, caller.identity_id, now)
 
     return await services.store.read(work)
 

@@ -163,9 +163,7 @@ def require(
     raise refusal(collection_id, verdict)
 
 
-def homes(
-    connection: Connection, ids: Iterable[str], identity_id: str, now: float
-) -> dict[str, CollectionPath | None]:
+def homes(connection: Connection, ids: Iterable[str], identity_id: str, now: float) -> dict[str, CollectionPath | None]:
     """Where ``~`` is in each collection that the identity may look into somewhere. Of others nothing is said."""
     subject = subject_of(connection, identity_id, now)
     return {

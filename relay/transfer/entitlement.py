@@ -9,13 +9,13 @@ from sqlalchemy import Connection
 from relay.access.decisions import Spot, TaskNeeds, may_run
 from relay.access.principals import subject_of
 from relay.transfer import collections, task_rows
-from relay.transfer.scopes import spot
+from relay.transfer.scopes import below_home, place
 from relay.transfer.task_rows import Scope, Task
 
 
 def spots(prefixes: Iterable[str]) -> list[Spot]:
-    """Where path prefixes of a ticket are."""
-    return [spot(prefix) for prefix in prefixes]
+    """Where path prefixes of a ticket are. Those of older tasks that begin at home could be anywhere."""
+    return [None if below_home(prefix) else place(prefix, "path", ()) for prefix in prefixes]
 
 
 def needs_of(task: Task, scope: Scope) -> TaskNeeds:
