@@ -134,6 +134,9 @@ class DataConfig:
         "allow",
         doc="Whether data may pass the relay's tunnel: always, until a direct path was found, or never.",
     )
+    port_mapping: bool = setting(
+        Flag(), True, doc="Whether to ask the router for a mapping of the data port (PCP, NAT-PMP, UPnP)."
+    )
     allow_loopback: bool = setting(Flag(), False, doc="Offer 127.0.0.1 too, for several agents on one machine.")
 
 

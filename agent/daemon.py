@@ -28,6 +28,7 @@ from agent.config import AgentConfig, ConfigError, load_config
 from agent.config_layers import overlay_file
 from agent.config_watch import changes
 from agent.connect.network import Network
+from agent.connect.portmap import PortMapping
 from agent.connect.proxy import Dialer
 from agent.connect.transport import Transports
 from agent.connect.tunnel import TunnelTransport
@@ -44,7 +45,7 @@ from agent.transfer.service import TransferService
 from agent.update.service import UpdateService
 from agent.watch.service import WatchService
 from agent.watch.submitter import CommandSubmitter
-from protocol.errors import RetryLater
+from protocol.errors import RetryLater, TowpathError
 from protocol.identity import NodeKey
 from protocol.link import HelloFields
 from protocol.ticket import TicketVerifier
@@ -95,13 +96,14 @@ class Daemon:
         relay_url, authority = config.relay.url or identity.relay_url, _authority(config)
         self._dialer = Dialer(config.relay.proxy, os.environ)
         self._network = Network(
-            relay=_place_of(relay_url),
+            relay=_place_of(relay_url, self._dialer),
             transports=Transports(tunnel=TunnelTransport(relay_url, authority, self._dialer.dial)),
             advertise=config.data.advertise,
             allow_loopback=config.data.allow_loopback,
             relay_policy=config.data.relay,
             relay_up=lambda: self._link.statistics().connected,
         )
+        self._port_mapping = PortMapping(self._network)
         self._tasks = TransferService(
             config.state_dir,
             config,
@@ -133,6 +135,7 @@ class Daemon:
             LinkApp(self._policy, self._collections, self._tasks, self._availability.look).application(),
             self._hello,
             dial=self._dialer.dial,
+            on_hello=self._network.take_hello,
         )
 
     def _hello(self) -> HelloFields:
@@ -157,6 +160,8 @@ class Daemon:
                 await self._availability.look()
                 nursery.start_soon(self._availability.run)
                 nursery.start_soon(self._link.run)
+                if self._config.data.port_mapping and not self._config.data.allow_loopback:
+                    nursery.start_soon(self._port_mapping.run)
                 nursery.start_soon(self._upkeep)
                 nursery.start_soon(self._tell_service_manager, notifier)
                 nursery.start_soon(self._watch_config)
@@ -267,7 +272,7 @@ class Daemon:
             "paused": self._policy.paused,
             "data_port": self._tasks.port,
             "link": asdict(self._link.statistics()),
-            "network": self._network.statistics(),
+            "network": {**self._network.statistics(), "port_mapping": self._port_mapping.sentence},
             "collections": self._availability.reports(),
             "tasks": self._tasks.tasks(),
         }
@@ -355,9 +360,17 @@ def _waiting_for_start(running: AgentConfig, read: AgentConfig) -> list[str]:
     return [key for key, old, new in pairs if old != new]
 
 
-def _place_of(url: str) -> tuple[str, int] | None:
+def _place_of(url: str, dialer: Dialer) -> tuple[str, int] | None:
+    """Where the relay can be asked how we are seen; nowhere when it is only reached through a proxy."""
     parts = urlsplit(url)
-    return None if parts.hostname is None else (parts.hostname, parts.port or 443)
+    if parts.hostname is None:
+        return None
+    place = parts.hostname, parts.port or 443
+    try:
+        return None if dialer.proxy_for(*place) is not None else place
+    except TowpathError:
+        # The link says what is wrong with the proxy.
+        return None
 
 
 def _authority(config: AgentConfig) -> str | None:

@@ -14,6 +14,7 @@ import trio
 import trio.lowlevel
 
 from agent.link_gate import HelloGate
+from protocol.control import RelayHello
 from protocol.errors import ProtocolError, RetryLater, TowpathError
 from protocol.identity import NodeKey
 from protocol.link import ALPN, HelloFields, channel_of
@@ -60,7 +61,8 @@ class Link:
     """One agent's link to its relay.
 
     ``ca_pem`` is the relay's own CA, None when the system's trust decides. ``app`` answers the relay's requests; it
-    sees none before the relay has proven itself. ``hello`` is asked at every link for what to tell. ``clock`` gives
+    sees none before the relay has proven itself. ``hello`` is asked at every link for what to tell; ``on_hello`` hears
+    what the relay told, once it has proven itself. ``clock`` gives
     Unix seconds. ``dial`` opens the way to the relay (a proxy's place). Raises ValueError for an address that is none.
     """
 
@@ -78,6 +80,7 @@ class Link:
         clock: Callable[[], float] = time.time,
         *,
         dial: Dial = dial_tcp,
+        on_hello: Callable[[RelayHello], None] = lambda _hello: None,
         limits: Limits = DEFAULT_LIMITS,
         jitter: random.Random | None = None,
     ) -> None:
@@ -92,6 +95,7 @@ class Link:
         self._hello = hello
         self._clock = clock
         self._dial = dial
+        self._on_hello = on_hello
         self._limits = limits
         self._jitter = jitter or random.SystemRandom()
         self._connected = trio.Event()
@@ -199,6 +203,8 @@ class Link:
         with trio.move_on_after(HELLO_TIMEOUT):
             await gate.decided.wait()
         if gate.proven:
+            if gate.hello is not None:
+                self._on_hello(gate.hello)
             self._up()
             return
         if gate.refusal is None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import trio
 
-from protocol.control import encode
+from protocol.control import RelayHello, encode
 from protocol.errors import AccessDenied, ProtocolError, TowpathError
 from protocol.identity import NodeKey
 from protocol.link import HELLO_PATH, MAX_HELLO, HelloFields, make_agent_hello, verify_relay_hello_untrusted
@@ -43,6 +43,7 @@ class HelloGate:
         self._clock = clock
         self.decided = trio.Event()
         self.proven = False
+        self.hello: RelayHello | None = None
         self.refusal: TowpathError | None = None
 
     def refuse(self, reason: TowpathError) -> None:
@@ -87,6 +88,7 @@ class HelloGate:
             channel=self._channel,
             fields=self._fields(),
         )
+        self.hello = hello
         # Before the answer goes out: the relay may use the link as soon as it has it.
         self.proven = True
         self.decided.set()

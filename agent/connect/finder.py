@@ -44,6 +44,8 @@ from protocol.round_trip import round_trip
 KEEP_UNUSED = 8.0
 GOOD_PATIENCE = 3.0
 OFFER_DELAY = 0.15
+# How long an offer waits for what the relay sees of the punching ports.
+GATHER_TIME = 0.8
 # An agent on a path through the relay looks for a better one again after this, and then ever more seldom (seconds).
 IMPROVE_FIRST, IMPROVE_MOST = 20.0, 600.0
 MAX_POOL = 32
@@ -420,9 +422,10 @@ class _RunningRace:
         async def gather(slot: Slot) -> None:
             whys.append(await gather_slot(slot, server, own_v6))
 
-        async with trio.open_nursery() as nursery:
-            for slot in slots:
-                nursery.start_soon(gather, slot)
+        with trio.move_on_after(GATHER_TIME):
+            async with trio.open_nursery() as nursery:
+                for slot in slots:
+                    nursery.start_soon(gather, slot)
         candidates = await network.host_candidates(loopback=subject.own)
         for slot in slots:
             candidates += slot.candidates

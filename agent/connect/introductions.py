@@ -32,7 +32,7 @@ from protocol.reversal import is_token, preamble
 # Introductions under way at once, and how long one lasts at most (seconds).
 MAX_SESSIONS = 256
 LIFE = 20.0
-GATHER_TIME = 2.0
+GATHER_TIME = 0.8
 MAX_BACK = 8
 MAX_TARGETS_A_SLOT = 3
 

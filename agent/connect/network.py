@@ -15,6 +15,7 @@ from agent.connect.listener import DataPort
 from agent.connect.stun_client import NotObserved, observe_tcp, resolve
 from agent.connect.transport import Transports
 from protocol.candidates import MAPPED_TCP, Candidate, Rules
+from protocol.control import RelayHello
 
 # Addresses of peers dialled at once, and again in every second: no peer makes this agent scan or flood anything.
 DIAL_BURST, DIALS_A_SECOND = 200, 20.0
@@ -105,6 +106,10 @@ class Network:
             return [], [], error.sentence
         return [Candidate(kind=MAPPED_TCP, host=mapped[0], port=mapped[1])], [held], ""
 
+    def take_hello(self, hello: RelayHello) -> None:
+        """What the relay tells about itself at each link."""
+        self.stun_ports = [port for port in hello.stun_ports[:4] if 0 < port < 65536]
+
     def may_dial(self) -> bool:
         """Whether one more address of a peer may be dialled now."""
         return self.allowance.take(time.monotonic())
@@ -120,6 +125,9 @@ class Network:
                 self.interfaces = interfaces
                 self.announce_change()
 
+    def _families(self) -> frozenset[int]:
+        return frozenset() if self.data_port is None else frozenset(int(row) for row in self.data_port.families)
+
     def announce_change(self) -> None:
         """The network is not what it was: whoever waits for `changed` gathers anew."""
         self.changed.set()
@@ -130,6 +138,9 @@ class Network:
         return {
             "addresses": list(self.interfaces.addresses),
             "observed": self.observed,
+            "families": sorted("IPv6" if row == socket.AF_INET6 else "IPv4" for row in self._families()),
+            "stun_ports": self.stun_ports,
+            "direct_relay": self.relay is not None,
             "mappings": [f"{row.host} port {row.port}" for row in self.mappings],
             "transports": [name for name in ("tunnel", "quic") if getattr(self.transports, name) is not None],
             "relay": self.relay_policy,

@@ -69,4 +69,7 @@ CHECKS: tuple[Entry, ...] = (
     Entry("agent", "Agent", "agent.doctor.machine:check_agent"),
     Entry("state", "State directory", "agent.doctor.machine:check_state"),
     Entry("collections", "Collections", "agent.doctor.machine:check_collections"),
+    Entry("relay", "Way to the relay", "agent.doctor.network:check_relay", 30.0),
+    Entry("nat", "NAT, UDP and IPv6", "agent.doctor.network:check_nat", 20.0),
+    Entry("paths", "Paths of tasks", "agent.doctor.network:check_paths"),
 )

@@ -1,0 +1,258 @@
+"""Destination and source find each other over real sockets on loopback, joined by the real signalling."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import trio
+
+from agent.connect import finder as finder_module
+from agent.connect.finder import PathFinder, Subject
+from agent.connect.introductions import Introductions
+from agent.connect.listener import DataPort, bind
+from agent.connect.network import DialAllowance, Network
+from agent.connect.transport import Path
+from protocol.candidates import Candidate, PathGo, PathOffer
+from protocol.control import SessionAnswer, encode
+from protocol.errors import ProtocolError, RetryLater, TowpathError
+from relay.rendezvous.observe import Observer
+from relay.rendezvous.signalling import Signalling
+
+SESSION = "00000000-0000-4000-8000-0000000000b2"
+TASK = "00000000-0000-4000-8000-0000000000b1"
+
+
+@dataclass
+class Node:
+    """One agent's network on loopback. ``delivered`` holds the first bytes of every connection that was greeted."""
+
+    network: Network
+    introductions: Introductions
+    delivered: list[str] = field(default_factory=list)
+
+
+@dataclass
+class World:
+    source: Node
+    destination: Node
+    finder: PathFinder
+    offers: list[PathOffer] = field(default_factory=list)
+    better: list[Path] = field(default_factory=list)
+    generation: int = 0
+    failures: list[TowpathError] = field(default_factory=list)
+
+
+@asynccontextmanager
+async def node(stun_port: int, **options: Any) -> AsyncIterator[Node]:
+    network = Network(relay=("127.0.0.1", stun_port), allow_loopback=True, **options)
+    made = Node(network, Introductions(network))
+
+    async def deliver(session_id: str, kind: str, _sock: trio.socket.SocketType) -> None:
+        await trio.lowlevel.checkpoint()
+        made.delivered.append(f"{session_id} {kind}")
+
+    network.data_port = DataPort(bind("127.0.0.1", 0), deliver)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(network.data_port.serve)
+        await nursery.start(made.introductions.run)
+        yield made
+        nursery.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def world(*, relay: str = "allow", relay_up: bool = True, lanes: int = 1) -> AsyncIterator[World]:
+    observer = Observer()
+    listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+
+    async def observe(stream: trio.SocketStream) -> None:
+        async with stream:
+            await observer.serve_stream(stream)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(trio.serve_listeners, observe, listeners)
+        port = listeners[0].socket.getsockname()[1]
+        async with node(port) as source, node(port) as destination:
+            made: World
+
+            class Links:
+                def address(self, _node_id: str) -> str:
+                    return "127.0.0.1"
+
+                def round_trip(self, _node_id: str) -> float | None:
+                    return 0.001
+
+                async def call(self, node_id: str, _method: str, path: str, *, document: Any, timeout: float) -> bytes:
+                    await trio.lowlevel.checkpoint()
+                    if isinstance(document, PathGo):
+                        if node_id == "source":
+                            source.introductions.go(document)
+                        else:
+                            made.finder.take_go(document)
+                        return b""
+                    return encode(await source.introductions.offer(document, own=False))
+
+            signalling = Signalling(Links())
+
+            async def introduce(offer: PathOffer) -> None:
+                try:
+                    await signalling.introduce(offer, "destination", "source")
+                except TowpathError as error:
+                    made.failures.append(error)
+
+            def send(offer: PathOffer) -> None:
+                made.offers.append(offer)
+                nursery.start_soon(introduce, offer)
+
+            def next_generation() -> int:
+                made.generation += 1
+                return made.generation
+
+            found = PathFinder(
+                destination.network,
+                Subject(session_id=SESSION, task_id=TASK, own=False, relay=relay, transport="tcp", lanes=lanes),
+                send_offer=send,
+                relay_up=lambda: relay_up,
+                on_better=lambda path: made.better.append(path),
+                generation=next_generation,
+            )
+            made = World(source, destination, found)
+            await nursery.start(found.run)
+            yield made
+        nursery.cancel_scope.cancel()
+
+
+def answer(*candidates: Candidate) -> SessionAnswer:
+    return SessionAnswer(session_id=SESSION, generation=1, candidates=list(candidates), certificate="")
+
+
+def at(port: int) -> Candidate:
+    return Candidate(kind="host", host="127.0.0.1", port=port)
+
+
+async def test_an_address_that_answers_is_dialled_and_nobody_is_troubled() -> None:
+    async with world() as made:
+        assert made.source.network.data_port is not None
+        made.finder.take_answer(answer(at(made.source.network.data_port.port)))
+        for _ in range(3):
+            connection = await made.finder.connect()
+            assert connection.path.kind == "direct"
+            connection.sock.close()
+        assert made.offers == []
+
+
+async def test_when_the_source_cannot_be_dialled_it_dials_back() -> None:
+    async with world() as made:
+        made.finder.take_answer(answer())
+
+        # The source's own addresses are kept back, as behind a firewall.
+        async def none(**_options: Any) -> list[Candidate]:
+            await trio.lowlevel.checkpoint()
+            return []
+
+        made.source.network.host_candidates = none  # type: ignore[method-assign]
+        connection = await made.finder.connect()
+        assert connection.path.kind in ("reversed", "punched")
+        connection.sock.close()
+        assert len(made.offers) == 1
+
+
+async def test_both_punch_when_neither_can_be_dialled() -> None:
+    async with world(lanes=2) as made:
+
+        async def none(**_options: Any) -> list[Candidate]:
+            await trio.lowlevel.checkpoint()
+            return []
+
+        for side in (made.source, made.destination):
+            side.network.host_candidates = none  # type: ignore[method-assign]
+        made.finder.take_answer(answer())
+        connections = [await made.finder.connect() for _ in range(3)]
+        assert [row.path.kind for row in connections] == ["punched"] * 3
+        for row in connections:
+            row.sock.close()
+        assert len(made.offers) == 1
+        assert {row.slot for row in made.offers[0].candidates} == {1, 2, 3}
+
+
+async def test_known_addresses_are_dialled_again_while_the_relay_is_away() -> None:
+    async with world(relay_up=False) as made:
+        assert made.source.network.data_port is not None
+        made.finder.take_answer(answer(at(made.source.network.data_port.port)))
+        first = await made.finder.connect()
+        first.sock.close()
+        second = await made.finder.connect()
+        second.sock.close()
+        assert made.offers == []
+
+
+async def test_without_any_way_the_reason_is_told() -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        async with world(relay_up=False, relay="never") as made:
+            made.finder.take_answer(answer(at(closed.getsockname()[1])))
+            with pytest.raises(RetryLater, match="may not go through the relay") as caught:
+                await made.finder.connect()
+    assert "refused" in caught.value.sentence
+
+
+async def test_an_old_generation_is_refused_and_an_old_go_ignored() -> None:
+    async with world() as made:
+        offer = PathOffer(session_id=SESSION, task_id=TASK, generation=5, token="0" * 32, count=1)
+        await made.source.introductions.offer(offer, own=False)
+        stale = PathOffer(session_id=SESSION, task_id=TASK, generation=4, token="0" * 32, count=1)
+        with pytest.raises(ProtocolError) as caught:
+            await made.source.introductions.offer(stale, own=False)
+        assert caught.value.code == "STALE_OFFER"
+        made.source.introductions.go(PathGo(session_id=SESSION, generation=4, start_in=0.0))
+        made.finder.take_go(PathGo(session_id=SESSION, generation=4, start_in=0.0))
+
+
+@pytest.mark.parametrize(("token", "count"), [("", 1), ("x" * 32, 1), ("0" * 32, 0), ("0" * 32, 99)])
+async def test_malformed_offers_are_refused(token: str, count: int) -> None:
+    async with world() as made:
+        offer = PathOffer(session_id=SESSION, task_id=TASK, generation=1, token=token, count=count)
+        with pytest.raises(ProtocolError):
+            await made.source.introductions.offer(offer, own=False)
+
+
+async def test_a_stranger_with_a_guessed_token_reaches_nobody() -> None:
+    async with world() as made:
+        assert made.destination.network.data_port is not None
+        stream = await trio.open_tcp_stream("127.0.0.1", made.destination.network.data_port.port)
+        await stream.send_all(b"TOWPATH-REVERSED/1 " + b"0" * 32 + b"\n")
+        try:
+            assert await stream.receive_some(1) == b""
+        except trio.BrokenResourceError:
+            # Closed with the line still unread.
+            pass
+        assert made.destination.delivered == []
+        await stream.aclose()
+
+
+def test_dials_of_peers_addresses_are_rationed() -> None:
+    allowance = DialAllowance(0.0, burst=10, rate=2)
+    assert sum(allowance.take(0.0) for _ in range(100)) == 10
+    assert allowance.refused == 90
+    assert sum(allowance.take(5.0) for _ in range(100)) == 10
+    assert [allowance.take(6.0) for _ in range(3)] == [True, True, False]
+
+
+def test_two_agents_of_one_user_never_share_a_data_port() -> None:
+    first = bind("127.0.0.1", 0)
+    try:
+        with pytest.raises(OSError):
+            bind("127.0.0.1", first[0].getsockname()[1])
+    finally:
+        for sock in first:
+            sock.close()
+
+
+def test_unused_connections_of_a_race_expire_before_the_source_gives_them_up() -> None:
+    from agent.connect.listener import GREETING_TIMEOUT
+
+    assert finder_module.KEEP_UNUSED < GREETING_TIMEOUT

@@ -1,0 +1,123 @@
+"""The relay's STUN service over real sockets: what it answers, and what it does not let itself be used for."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+import trio
+
+from agent.connect.stun_client import NotObserved, observe_tcp, observe_udp, udp_behaviour
+from protocol import stun
+from relay.rendezvous import observe
+from relay.rendezvous.observe import Observer
+
+
+@asynccontextmanager
+async def serving() -> AsyncIterator[tuple[Observer, int]]:
+    """An observer on loopback and its TCP port."""
+    observer = Observer()
+    observer.open("127.0.0.1", (0, 0))
+    listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(observer.run)
+
+        async def handle(stream: trio.SocketStream) -> None:
+            async with stream:
+                await observer.serve_stream(stream)
+
+        nursery.start_soon(trio.serve_listeners, handle, listeners)
+        yield observer, listeners[0].socket.getsockname()[1]
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_tcp_port_is_told_how_it_is_seen_and_the_connection_stays() -> None:
+    async with serving() as (observer, port):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            local = probe.getsockname()
+        mapped, held = await observe_tcp(local, ("127.0.0.1", port))
+        with held:
+            assert mapped == local
+            await trio.testing.wait_all_tasks_blocked()
+            assert observer.statistics().streams == 1
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        assert observer.statistics().streams == 0
+        assert observer.statistics().tcp == 1
+
+
+async def test_nobody_there_is_told() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        with pytest.raises(NotObserved):
+            await observe_tcp(("127.0.0.1", 0), probe.getsockname())
+
+
+async def test_without_a_nat_udp_is_told_so() -> None:
+    async with serving() as (observer, _):
+        found = await udp_behaviour("127.0.0.1", observer.ports, frozenset({"127.0.0.1"}))
+        assert found.reachable
+        assert found.mapping == "none"
+        assert found.filtering == "address"
+        assert found.mapped is not None
+        assert found.mapped[0] == "127.0.0.1"
+
+
+async def test_an_answer_from_the_other_port_comes_from_the_other_port() -> None:
+    async with serving() as (observer, _):
+        with trio.socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            await sock.bind(("127.0.0.1", 0))
+            answer = await observe_udp(sock, ("127.0.0.1", observer.ports[0]), change_port=True)
+            assert answer is not None
+            assert answer.other is not None
+            assert answer.other[1] == observer.ports[1]
+
+
+async def test_one_address_gets_so_many_answers_and_no_more() -> None:
+    async with serving() as (observer, _):
+        with trio.socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            request = stun.encode_request(stun.new_transaction())
+            for _ in range(observe.MAX_ANSWERS + 50):
+                await sock.sendto(request, ("127.0.0.1", observer.ports[0]))
+                await trio.lowlevel.checkpoint()
+            await trio.testing.wait_all_tasks_blocked(0.1)
+        statistics = observer.statistics()
+        assert statistics.udp <= observe.MAX_ANSWERS
+        assert statistics.refused >= 1
+
+
+@pytest.mark.parametrize("data", [b"", b"x", b"\0" * 20, b"\x16\x03\x01" + b"\0" * 40, b"\xff" * 2000])
+async def test_noise_gets_no_answer_and_harms_nobody(data: bytes) -> None:
+    async with serving() as (observer, port):
+        with trio.socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            await sock.sendto(data, ("127.0.0.1", observer.ports[0]))
+        stream = await trio.open_tcp_stream("127.0.0.1", port)
+        try:
+            await stream.send_all(data)
+            await stream.send_eof()
+            assert await stream.receive_some(100) == b""
+        except trio.BrokenResourceError:
+            # Closed on us before all of it was read.
+            pass
+        await stream.aclose()
+        mapped, held = await observe_tcp(("127.0.0.1", 0), ("127.0.0.1", port))
+        held.close()
+        assert mapped[0] == "127.0.0.1"
+
+
+async def test_a_connection_answers_a_bounded_number_of_questions() -> None:
+    async with serving() as (_, port):
+        stream = await trio.open_tcp_stream("127.0.0.1", port)
+        request = stun.encode_request(stun.new_transaction())
+        await stream.send_all(request * (observe.MAX_QUESTIONS + 5))
+        received = b""
+        try:
+            while chunk := await stream.receive_some(4096):
+                received += chunk
+        except trio.BrokenResourceError:
+            # Unread questions make the kernel reset the connection.
+            pass
+        assert received.count(stun.MAGIC.to_bytes(4, "big")) <= observe.MAX_QUESTIONS
+        await stream.aclose()

@@ -1,0 +1,182 @@
+"""Introducing two nodes: what passes, when both are told to begin, and what a hostile or hasty agent gets."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+import trio
+from hypothesis import given
+from hypothesis import strategies as st
+
+from protocol.candidates import Candidate, PathAnswer, PathGo, PathOffer
+from protocol.control import decode_untrusted, encode
+from protocol.errors import ProtocolError, RetryLater
+from relay.rendezvous import signalling
+from relay.rendezvous.signalling import Signalling, start_times
+
+SESSION = "00000000-0000-4000-8000-0000000000b2"
+TASK = "00000000-0000-4000-8000-0000000000b1"
+OFFER = PathOffer(
+    session_id=SESSION,
+    task_id=TASK,
+    generation=7,
+    token="0" * 32,
+    count=2,
+    candidates=[Candidate(kind="mapped-tcp", host="192.0.2.1", port=4000, slot=1)],
+    transports=["tcp", "tunnel"],
+)
+ANSWER = PathAnswer(
+    session_id=SESSION,
+    generation=7,
+    candidates=[Candidate(kind="mapped-tcp", host="192.0.2.2", port=5000)],
+    transports=["tcp", "tunnel"],
+)
+
+
+class Links:
+    """Two agents; remembers what each was told."""
+
+    def __init__(self, answer: object = ANSWER) -> None:
+        self.answer = answer
+        self.told: list[tuple[str, str, object]] = []
+
+    def address(self, node_id: str) -> str:
+        return {"destination": "192.0.2.1", "source": "192.0.2.2"}[node_id]
+
+    def round_trip(self, node_id: str) -> float | None:
+        return {"destination": 0.2, "source": 0.03}[node_id]
+
+    async def call(
+        self, node_id: str, method: str, path: str, *, document: object | None = None, timeout: float = 30.0
+    ) -> bytes:
+        await trio.lowlevel.checkpoint()
+        self.told.append((node_id, f"{method} {path}", document))
+        return encode(self.answer) if path.endswith("/offer") else b""
+
+    def go_of(self, node_id: str) -> PathGo:
+        return next(row[2] for row in self.told if row[0] == node_id and isinstance(row[2], PathGo))
+
+
+class Places:
+    def __init__(self) -> None:
+        self.given = 0
+
+    def places(
+        self, offer: PathOffer, destination: str, source: str, owner_id: str
+    ) -> tuple[Candidate, Candidate] | None:
+        self.given += 1
+        place = Candidate(kind="relay-tunnel", host="relay", port=443)
+        return tuple(msgspec.structs.replace(place, token=f"{side}{self.given}") for side in ("d", "s"))  # type: ignore[return-value]
+
+
+async def test_both_get_the_others_candidates_and_their_go() -> None:
+    links = Links()
+    subject = Signalling(links)
+    assert subject.admit(OFFER)
+    await subject.introduce(OFFER, "destination", "source")
+    subject.done(OFFER)
+    node, request, passed = links.told[0]
+    assert (node, request) == ("source", f"PUT /link/sessions/{SESSION}/offer")
+    assert isinstance(passed, PathOffer)
+    assert (passed.observed, passed.peer_observed) == ("192.0.2.2", "192.0.2.1")
+    destination, source = links.go_of("destination"), links.go_of("source")
+    assert destination.answer == ANSWER
+    assert source.answer is None
+    assert (destination.observed, destination.peer_observed) == ("192.0.2.1", "192.0.2.2")
+    # The destination's message is 85 ms longer on its way.
+    assert source.start_in - destination.start_in == pytest.approx(0.085)
+
+
+@given(st.one_of(st.none(), st.floats(0, 10)), st.one_of(st.none(), st.floats(0, 10)))
+def test_both_begin_at_one_instant_and_not_before_they_can_know(one: float | None, other: float | None) -> None:
+    waits = start_times(one, other)
+    assumed = [min(0.1 if trip is None else trip, 2.0) / 2 for trip in (one, other)]
+    assert waits[0] + assumed[0] == pytest.approx(waits[1] + assumed[1])
+    assert min(waits) >= signalling.MARGIN - 1e-9
+
+
+async def test_each_connection_gets_a_place_at_the_tunnel_of_its_own() -> None:
+    links, places = Links(), Places()
+    await Signalling(links, places).introduce(OFFER, "destination", "source")
+    assert [row.token for row in links.go_of("destination").tunnels] == ["d1", "d2"]
+    assert [row.token for row in links.go_of("source").tunnels] == ["s1", "s2"]
+
+
+@pytest.mark.parametrize("side", ["offer", "answer"])
+async def test_a_side_that_wants_no_tunnel_gets_none(side: str) -> None:
+    answer = msgspec.structs.replace(ANSWER, transports=["tcp"]) if side == "answer" else ANSWER
+    offer = msgspec.structs.replace(OFFER, transports=["tcp"]) if side == "offer" else OFFER
+    links, places = Links(answer), Places()
+    await Signalling(links, places).introduce(offer, "destination", "source")
+    assert places.given == 0
+    assert links.go_of("source").tunnels == []
+
+
+async def test_the_same_generation_again_adds_candidates_and_starts_nothing() -> None:
+    links = Links()
+    subject = Signalling(links)
+    await subject.introduce(OFFER, "destination", "source")
+    before = len(links.told)
+    await subject.introduce(OFFER, "destination", "source")
+    assert [row[1] for row in links.told[before:]] == [f"PUT /link/sessions/{SESSION}/offer"]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        msgspec.structs.replace(ANSWER, generation=8),
+        msgspec.structs.replace(ANSWER, session_id=TASK),
+        msgspec.structs.replace(ANSWER, candidates=[Candidate(kind="host", host="x" * 300, port=1)]),
+        msgspec.structs.replace(ANSWER, candidates=[Candidate(kind="host", host="x", port=1)] * 100),
+        {"nothing": 1},
+    ],
+)
+async def test_an_answer_that_is_none_goes_no_further(answer: object) -> None:
+    links = Links(answer)
+    with pytest.raises(ProtocolError):
+        await Signalling(links).introduce(OFFER, "destination", "source")
+    assert len(links.told) == 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"count": 0},
+        {"count": 65},
+        {"token": "x" * 65},
+        {"transports": ["x"] * 17},
+        {"candidates": [Candidate(kind="host", host="x", port=0)]},
+        {"candidates": [Candidate(kind="host", host="x", port=1, slot=99)]},
+    ],
+)
+async def test_malformed_offers_are_not_passed_on(changes: dict[str, object]) -> None:
+    assert not Signalling(Links()).admit(msgspec.structs.replace(OFFER, **changes))
+
+
+async def test_stale_and_hasty_offers_are_not_passed_on(autojump_clock: trio.testing.MockClock) -> None:
+    subject = Signalling(Links())
+    await subject.introduce(OFFER, "destination", "source")
+    newer = msgspec.structs.replace(OFFER, generation=8)
+    assert not subject.admit(msgspec.structs.replace(OFFER, generation=6))
+    assert not subject.admit(newer)
+    await trio.sleep(signalling.INTERVAL)
+    assert subject.admit(newer)
+    assert subject.statistics().refused == 2
+
+
+async def test_an_agent_that_is_away_is_told_to_the_caller() -> None:
+    class Away(Links):
+        async def call(self, *_arguments: object, **_options: object) -> bytes:
+            raise RetryLater("away")
+
+    with pytest.raises(RetryLater):
+        await Signalling(Away()).introduce(OFFER, "destination", "source")
+
+
+@given(st.binary(max_size=300))
+def test_any_bytes_for_an_offer_raise_only_the_protocol_error(data: bytes) -> None:
+    for kind in (PathOffer, PathAnswer, PathGo):
+        try:
+            decode_untrusted(data, kind)
+        except ProtocolError:
+            continue
