@@ -223,6 +223,14 @@ def _print_status(document: dict[str, Any]) -> None:
     if document["config_problem"]:
         click.echo("The changed configuration is not used, the one before stays in force:")
         click.echo("  " + terminal_safe_lines(document["config_problem"]).replace("\n", "\n  "))
+    network = document.get("network")
+    if network:
+        seen = f", seen by the relay at {network['observed']}" if network["observed"] else ""
+        click.echo(
+            f"Network: data port {document['data_port']} ({', '.join(network['families'])}){terminal_safe(seen)}"
+        )
+        if network["mappings"]:
+            click.echo(f"  {terminal_safe(network['port_mapping'])}")
     for row in document["collections"]:
         access = "read-only" if row["read_only"] else "read-write"
         state = "available" if row["available"] else f"not available: {row['reason']}"
@@ -234,3 +242,5 @@ def _print_status(document: dict[str, Any]) -> None:
             f"  task {task['task_id']}: {task['state']}{terminal_safe(held)}, {counters['files_transferred']} files, "
             f"{counters['bytes_transferred']} bytes"
         )
+        if task["path"]:
+            click.echo(f"    path: {terminal_safe(task['path'])}")

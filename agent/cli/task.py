@@ -148,6 +148,9 @@ def _task_rows(document: Mapping[str, Any]) -> list[tuple[str, object]]:
     progress = progress_of(document)
     total = "" if progress.bytes_total is None else f" of {human_bytes(progress.bytes_total)}"
     rows.append(("Bytes transferred", human_bytes(progress.bytes_done) + total))
+    ours = document.get("towpath")
+    if isinstance(ours, dict) and ours.get("path"):
+        rows.append(("Path", ours["path"]))
     rows.append(("Rate", f"{human_bytes(int(document.get('effective_bytes_per_second') or 0))}/s"))
     rows.append(("Sent again", human_bytes(int(beside(document).get("bytes_sent_again") or 0))))
     error = document.get("fatal_error")

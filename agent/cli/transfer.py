@@ -97,6 +97,13 @@ def _sync_level(_context: click.Context, _parameter: click.Parameter, value: str
 @click.option("--skip-source-errors", is_flag=True, help="Leave out what cannot be read and go on.")
 @click.option("--fail-on-quota-errors", is_flag=True, help="Fail instead of waiting when the destination is full.")
 @click.option("--encrypt-data", "--encrypt", "encrypt_data", is_flag=True, help="Accepted; data is always encrypted.")
+@click.option(
+    "--relay",
+    "relay_path",
+    type=click.Choice(["allow", "until-direct", "never"]),
+    help="Whether the data may pass the relay: at any time, until a direct path was found, or never.",
+)
+@click.option("--transport", type=click.Choice(["auto", "tcp", "quic"]), help="What carries the data.")
 @click.option("--source-local-user", help="The local user on the source's machine.")
 @click.option("--destination-local-user", help="The local user on the destination's machine.")
 @submission_options
@@ -150,6 +157,10 @@ def transfer_data(
     extra: dict[str, Any] = common_fields(submission)
     if options["symlinks"] is not None:
         extra["recursive_symlinks"] = options["symlinks"]
+    if options["relay_path"] is not None:
+        extra["towpath_relay"] = options["relay_path"]
+    if options["transport"] is not None:
+        extra["towpath_transport"] = options["transport"]
     data = TransferData(
         origin.collection_id,
         target.collection_id,

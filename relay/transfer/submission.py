@@ -155,6 +155,9 @@ def _label(fields: Fields) -> str | None:
 def _transfer_options(fields: Fields) -> TaskOptions:
     rules = [_filter_rule(rule) for rule in fields.items("filter_rules", MAX_FILTER_RULES)]
     symlinks: Any = fields.choice("recursive_symlinks", ("ignore", "keep", "copy"), "ignore")
+    # Ours, beside theirs: how the data may go.
+    relay_path: Any = fields.choice("towpath_relay", ("allow", "until-direct", "never"), "allow")
+    transport: Any = fields.choice("towpath_transport", ("tcp", "quic", "auto"), "auto")
     return TaskOptions(
         sync_level=fields.integer("sync_level", 0, 3),
         verify_checksum=fields.boolean("verify_checksum", False),
@@ -165,6 +168,8 @@ def _transfer_options(fields: Fields) -> TaskOptions:
         delete_destination_extra=fields.boolean("delete_destination_extra", False),
         recursive_symlinks=symlinks,
         filter_rules=rules,
+        relay_path=relay_path,
+        transport=transport,
     )
 
 

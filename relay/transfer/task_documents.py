@@ -208,6 +208,8 @@ def _condition(task: Task, around: Surroundings) -> dict[str, Any]:
         "rate": 0.0 if observed is None or task.finished else observed.rate,
         "current": "" if observed is None or task.finished else observed.current,
         "path": "" if observed is None else observed.path,
+        "relay": task.task_options.relay_path,
+        "transport": task.task_options.transport,
         "item_count": task.item_count,
     }
     return document
