@@ -26,6 +26,7 @@ from protocol.identity import write_private_file
 if TYPE_CHECKING:
     from agent.storage.base import Root
     from agent.storage.mounts import Mark
+    from agent.storage.posix import PosixRoot
 
 logger = logging.getLogger("towpath.collections")
 
@@ -189,25 +190,26 @@ class Collections:
 
         root = posix.open_root(config.root)
         try:
-            self._recognise(config, root.mark())
+            self._recognise(config, root)
         except BaseException:
             root.close()
             raise
         return offered(root, hidden=config.hidden)
 
-    def _recognise(self, config: CollectionConfig, found: Mark) -> None:
+    def _recognise(self, config: CollectionConfig, root: PosixRoot) -> None:
         from agent.storage import mounts
 
-        expected = self._marks.expected(config)
-        if expected is None:
+        expected, found = self._marks.expected(config), root.mark()
+        if expected is None or expected == dataclasses.replace(found, marker=""):
             try:
-                self._marks.keep(config, found)
+                self._marks.keep(config, found if config.read_only else root.place_marker())
             except OSError as error:
                 # It counts until the agent ends; a full disk of the agent is no fault of the collection's.
                 logger.warning("The file system of %s could not be remembered: %s", config.name, error)
             return
-        # A folder that was made anew in the same place is the owner's doing; another disk may be an accident.
-        difference = mounts.difference(dataclasses.replace(expected, inode=found.inode), found)
+        # A folder that was made anew in the same place is the owner's doing; another disk may be an accident. Before
+        # something is deleted there, `Root.check_original` looks more closely.
+        difference = mounts.difference(expected, found, strict=False)
         if difference:
             raise CollectionUnavailable(
                 f"The root of collection {config.name!r} {difference}. Mount its disk; or, if it has moved for good, "

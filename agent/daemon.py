@@ -91,7 +91,8 @@ class Daemon:
         self._stop = trio.Event()
         self._policy = Policy(config.collections)
         self._policy.paused = (config.state_dir / PAUSED_FILE).exists()
-        self._collections = Collections(Marks(config.state_dir / MARKS_FILE))
+        marks = Marks(config.state_dir / MARKS_FILE)
+        self._collections = Collections(marks)
         verifier = TicketVerifier(identity.relay_id, identity.relay_root)
         relay_url, authority = config.relay.url or identity.relay_url, _authority(config)
         self._dialer = Dialer(config.relay.proxy, os.environ)
@@ -114,6 +115,7 @@ class Daemon:
             self._policy,
             identity.relay_root,
             self._network,
+            marks.expected,
         )
         self._availability = Availability(self._policy, self._collections, self._tasks.announce_collections)
         self._watch = WatchService(config.state_dir, config.watch, self._policy, self._collections, CommandSubmitter())

@@ -295,6 +295,12 @@ class Root(ABC):
         """Raise `NeedsPerson` (COLLECTION_UNAVAILABLE) unless the root is the folder it was when it was opened: a
         disk that is not mounted is not an empty folder."""
 
+    def check_original(self) -> None:
+        """`check_present`, and the root must be the very folder that was set up: asked before anything is deleted
+        because a source does not have it. Raises `NeedsPerson` (ROOT_CHANGED). Storage without marks has nothing
+        more to look at."""
+        self.check_present()
+
     @abstractmethod
     def free_bytes(self) -> int:
         """Bytes this user can still write."""

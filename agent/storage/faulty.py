@@ -109,6 +109,10 @@ class FaultyRoot(Root):
         self.script.before("check_present")
         self.inner.check_present()
 
+    def check_original(self) -> None:
+        self.script.before("check_original")
+        self.inner.check_original()
+
     def free_bytes(self) -> int:
         self.script.before("free_bytes")
         return self.inner.free_bytes()

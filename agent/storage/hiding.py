@@ -198,6 +198,9 @@ class HidingRoot(Root):
     def check_present(self) -> None:
         self.inner.check_present()
 
+    def check_original(self) -> None:
+        self.inner.check_original()
+
     def free_bytes(self) -> int:
         return self.inner.free_bytes()
 

@@ -16,6 +16,8 @@ _LOCAL = frozenset({
 # fmt: on
 # Inode numbers that do not outlive a mount.
 _UNSTABLE_INODES = frozenset({"exfat", "msdos", "ntfs", "ntfs3", "overlay", "vfat"})
+_MARKER = "user.towpath.root"
+_MARKER_LENGTH = 64
 _OCTAL = re.compile(rb"\\([0-7]{3})")
 
 
@@ -30,11 +32,13 @@ class Mount:
 @dataclass(frozen=True, slots=True)
 class Mark:
     """What tells a root from the empty folder left when its disk is not mounted. Device numbers change with every
-    boot and are left out; the inode is 0 where it does not outlive a mount."""
+    boot and are left out; the inode is 0 where it does not outlive a mount. The marker is a random word kept as an
+    extended attribute of the root, empty where there are none: another disk in the same place does not have it."""
 
     mount_point: str
     file_system: str
     inode: int
+    marker: str = ""
 
 
 def mount_of(fd: int, path: str) -> Mount:
@@ -63,18 +67,49 @@ def is_local(file_system: str) -> bool:
     return file_system in _LOCAL
 
 
-def mark_of(mount: Mount, inode: int) -> Mark:
+def mark_of(mount: Mount, inode: int, marker: str = "") -> Mark:
     """The mark of a root folder on this mount."""
     stable = mount.file_system not in _UNSTABLE_INODES and not mount.file_system.startswith("fuse")
-    return Mark(mount.mount_point, mount.file_system, inode if stable else 0)
+    return Mark(mount.mount_point, mount.file_system, inode if stable else 0, marker)
 
 
-def difference(expected: Mark, found: Mark) -> str:
-    """Why the folder found is not the one expected, as the end of a sentence; empty if it is."""
+def read_marker(fd: int) -> str:
+    """The marker of an open folder; empty where there is none or where there can be none."""
+    if not hasattr(os, "getxattr"):
+        return ""
+    try:
+        return os.getxattr(fd, _MARKER)[:_MARKER_LENGTH].decode("ascii", "replace")
+    except OSError:
+        # No such attribute, no attributes on this file system, or no permission to look: all the same here.
+        return ""
+
+
+def place_marker(fd: int) -> str:
+    """Give an open folder a marker unless it has one. The marker, empty where it cannot be kept."""
+    known = read_marker(fd)
+    if known or not hasattr(os, "setxattr"):
+        return known
+    try:
+        os.setxattr(fd, _MARKER, os.urandom(16).hex().encode(), os.XATTR_CREATE)
+    except OSError:
+        # A folder that may only be read, or a file system without attributes: mount and inode must do.
+        return read_marker(fd)
+    return read_marker(fd)
+
+
+def difference(expected: Mark, found: Mark, *, strict: bool = True) -> str:
+    """Why the folder found is not the one expected, as the end of a sentence; empty if it is.
+
+    Without ``strict`` only the disk counts: a folder that was made anew in the same place is its owner's doing.
+    """
     if expected.mount_point != found.mount_point:
         return f"is not on the disk mounted at {expected.mount_point} as when it was set up"
     if expected.file_system != found.file_system:
         return f"is on a file system of type {found.file_system}, not {expected.file_system} as when it was set up"
+    if not strict:
+        return ""
     if expected.inode != found.inode:
         return "is not the folder it was when it was set up"
+    if expected.marker and expected.marker != found.marker:
+        return "is not the folder it was when it was set up (its marker, an extended attribute, is missing or another)"
     return ""

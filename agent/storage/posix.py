@@ -30,15 +30,16 @@ from protocol.names import RESERVED_PREFIX, CollectionPath, escape
 def open_root(path: str, expected: mounts.Mark | None = None) -> PosixRoot:
     """Open the folder of a collection. Symlinks in ``path`` are followed: it comes from the owner's configuration.
 
-    Raises `NeedsPerson` (COLLECTION_UNAVAILABLE) if it is no folder, cannot be opened, or is not the one that
-    ``expected`` (kept from set-up, see `PosixRoot.mark`) describes.
+    Raises `NeedsPerson` (COLLECTION_UNAVAILABLE) if it is no folder, cannot be opened, or is not on the disk that
+    ``expected`` (kept from set-up, see `PosixRoot.mark`) describes. Whether it is also the very folder,
+    `Root.check_original` says.
     """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
         raise _unavailable(path, f"cannot be opened ({error.strerror})") from error
-    root = PosixRoot(fd, path)
-    difference = mounts.difference(expected, root.mark()) if expected is not None else ""
+    root = PosixRoot(fd, path, expected)
+    difference = mounts.difference(expected, root.mark(), strict=False) if expected is not None else ""
     if difference:
         root.close()
         raise _unavailable(path, difference)
@@ -48,8 +49,9 @@ def open_root(path: str, expected: mounts.Mark | None = None) -> PosixRoot:
 class PosixRoot(Root):
     """A folder of this machine. Made by `open_root`; owns the handle it is given."""
 
-    def __init__(self, fd: int, path: str) -> None:
+    def __init__(self, fd: int, path: str, expected: mounts.Mark | None = None) -> None:
         self._fd = fd
+        self._expected = expected
         self._configured = path
         self.walker = Walker(fd, sorted({os.path.abspath(path), os.path.realpath(path)}))
         status = os.fstat(fd)
@@ -86,7 +88,18 @@ class PosixRoot(Root):
 
     def mark(self) -> mounts.Mark:
         """What to keep at set-up, so that `open_root` knows this folder again."""
-        return mounts.mark_of(self._mount, self._identity[1])
+        return mounts.mark_of(self._mount, self._identity[1], mounts.read_marker(self._fd))
+
+    def place_marker(self) -> mounts.Mark:
+        """Give the folder a marker by which it is known again, where it can hold one. Its mark from now on."""
+        mounts.place_marker(self._fd)
+        return self.mark()
+
+    def check_original(self) -> None:
+        self.check_present()
+        difference = mounts.difference(self._expected, self.mark()) if self._expected is not None else ""
+        if difference:
+            raise _unavailable(self._configured, difference, code="ROOT_CHANGED")
 
     def check_present(self) -> None:
         try:
@@ -335,9 +348,10 @@ def _rename_in_steps(old_fd: int, old: bytes, new_fd: int, new: bytes) -> None:
     os.unlink(old, dir_fd=old_fd)
 
 
-def _unavailable(path: str, why: str) -> NeedsPerson:
+def _unavailable(path: str, why: str, *, code: str = "COLLECTION_UNAVAILABLE") -> NeedsPerson:
     shown = escape(os.fsencode(path))
     return NeedsPerson(
-        f"The collection's folder {shown} {why}. Mount or restore it, or run the set-up again to accept it as it is.",
-        code="COLLECTION_UNAVAILABLE",
+        f"The collection's folder {shown} {why}. Mount or restore it, or accept it as it is with "
+        "`towpath config accept-root`.",
+        code=code,
     )

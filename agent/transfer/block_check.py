@@ -9,17 +9,27 @@ import os
 from dataclasses import replace
 
 from agent.storage.base import Root
-from agent.transfer.jobs import BlocksChecked, FileSealed, LargeFile, Outcome
-from agent.transfer.journal import Journal
-from agent.transfer.small_files import remove
+from agent.transfer.jobs import Abandoned, BlocksChecked, FileSealed, LargeFile, Outcome
+from agent.transfer.journal import Journal, PartialRow
+from agent.transfer.small_files import Remover
 from protocol.lane import digest as block_digest
 
 
 class BlockChecker:
     """Its methods block; one thread calls them."""
 
-    def __init__(self, root: Root, journal: Journal, *, verify: bool, mode_mask: int, preserve_timestamp: bool) -> None:
+    def __init__(
+        self,
+        root: Root,
+        journal: Journal,
+        *,
+        verify: bool,
+        mode_mask: int,
+        preserve_timestamp: bool,
+        remover: Remover,
+    ) -> None:
         self._root = root
+        self._remover = remover
         self._journal = journal
         self._verify = verify
         self._mode_mask = mode_mask
@@ -76,11 +86,26 @@ class BlockChecker:
         """Close and remove the temporary of a file that is given up."""
         file = outcome.discard
         if file is not None:
-            if file.descriptor >= 0:
-                descriptor, file.descriptor = file.descriptor, -1
-                with contextlib.suppress(OSError):
-                    # A late write error says nothing new about a file that failed.
-                    self._root.close_file(descriptor)
-            remove(file.job.group.handle, file.temporary)
+            self._close(file)
+            self._remover.remove(file.job.group, file.temporary)
             self._journal.drop_partial(*file.job.key)
         return replace(outcome, discard=None)
+
+    def abandon(self, item: Abandoned) -> Abandoned:
+        """Close the temporary of a file that is tried again; keep it when some of it counts already."""
+        file = item.file
+        self._close(file)
+        if file.done_count:
+            row = PartialRow(file.temporary, file.job.row.version, file.block, file.done)
+            self._journal.put_partial(*file.job.key, row)
+        else:
+            self._remover.remove(file.job.group, file.temporary)
+            self._journal.drop_partial(*file.job.key)
+        return item
+
+    def _close(self, file: LargeFile) -> None:
+        if file.descriptor >= 0:
+            descriptor, file.descriptor = file.descriptor, -1
+            with contextlib.suppress(OSError):
+                # A late write error says nothing new about a file that failed: only blocks that were synced count.
+                self._root.close_file(descriptor)

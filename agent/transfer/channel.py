@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 import trio
 
+from agent.storage.mounts import Mark
 from protocol.control import TaskObserved, TaskOrder
 
 MAX_CHANNEL_MESSAGE = 128 * 1024 * 1024
@@ -37,6 +38,8 @@ class WorkerCollection(msgspec.Struct, frozen=True, kw_only=True):
     read_only: bool
     home: str = "/"
     hidden: bool = True
+    # What the root was at set-up; None when it was never looked at.
+    mark: Mark | None = None
 
 
 class Common(msgspec.Struct, frozen=True, kw_only=True):
@@ -60,6 +63,8 @@ class RunTask(Message, tag="run", frozen=True, kw_only=True):
     order: TaskOrder
     state_dir: str
     lanes: int = 1
+    # The highest number of an event that the daemon has of this task.
+    last_event: int = 0
 
 
 class ServeSession(Message, tag="serve", frozen=True, kw_only=True):

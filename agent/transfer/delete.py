@@ -59,7 +59,7 @@ class DeleteRun:
 
     def run(self) -> None:
         """Remove everything. Raises `TowpathError` for what concerns the whole task, `Stopped`."""
-        self._root.check_present()
+        self._root.check_original()
         previous = self._journal.counters()
         self.deleted, self.failed = previous.deleted, previous.failed
         done, begun = self._journal.done_items(), self._journal.known_items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 import trio
@@ -46,7 +47,10 @@ class DirectoryWalk:
         run = self._run
         await run.slot()
         sweep = run.context.temporary_prefix if run.resumed else None
-        planner = DirectoryPlanner(run.context.root, run.context.journal, run.options, row, sweep=sweep)
+        context = run.context
+        planner = DirectoryPlanner(
+            context.root, context.journal, run.options, row, sweep=sweep, patience=context.patience
+        )
         try:
             group = await trio.to_thread.run_sync(planner.open)
         except OSError as error:
@@ -56,11 +60,12 @@ class DirectoryWalk:
         follow = run.options.recursive_symlinks == "copy"
         pack: list[FileJob] = []
         try:
-            async for rows in run.session.list_directory(row.source, follow=follow):
-                planned = await trio.to_thread.run_sync(planner.plan, rows)
-                if planned.directories:
-                    listing.added()
-                await self._hand_out(planned, pack)
+            async with aclosing(run.session.list_directory(row.source, follow=follow)) as batches:
+                async for rows in batches:
+                    planned = await trio.to_thread.run_sync(planner.plan, rows)
+                    if planned.directories:
+                        listing.added()
+                    await self._hand_out(planned, pack)
         except TowpathError as error:
             if isinstance(error, RetryLater | NeedsPerson | TaskFailed):
                 raise
@@ -75,7 +80,7 @@ class DirectoryWalk:
     async def _not_opened(self, row: DirectoryRow, error: TowpathError) -> None:
         """The destination directory cannot be used: an error of its own, unless it concerns the whole task."""
         run = self._run
-        if isinstance(error, RetryLater | NeedsPerson | TaskFailed):
+        if run.context.patience.is_passing(row.destination, error):
             run.release_slot()
             raise error
         handle = await trio.to_thread.run_sync(run.context.root.open_directory, ())

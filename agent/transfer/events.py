@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable
 
 from agent.transfer.channel import Event
 from agent.transfer.journal import Journal
 from agent.transfer.plan import now_iso
+from agent.transfer.state_trouble import StateTrouble
 from protocol.errors import TowpathError
 
 # After so many events of one code only every hundredth is told; all are counted.
@@ -18,10 +20,12 @@ TOLD_EVERY = 100
 class EventLog:
     """The events of one task. Everything is called in the trio thread."""
 
-    def __init__(self, journal: Journal, tell: Callable[[Event], None]) -> None:
+    def __init__(self, journal: Journal, tell: Callable[[Event], None], *, after: int = 0) -> None:
         self._journal = journal
         self._tell = tell
         self._seen: Counter[str] = Counter()
+        # The daemon may know more events than a journal that was begun anew; numbers are never used twice.
+        self._last = max(after, journal.last_event())
         self.faults = int(journal.get("faults") or b"0")
 
     def tell_again(self) -> None:
@@ -31,21 +35,25 @@ class EventLog:
 
     def add(self, code: str, description: str, details: str = "", *, is_error: bool = False) -> None:
         """Record an event; durable with the journal's next commit."""
+        self._last += 1
         event = Event(
-            seq=self._journal.last_event() + 1,
+            seq=self._last,
             time=now_iso(),
             code=code,
             description=description,
             details=details,
             is_error=is_error,
         )
-        self._journal.put_event(event)
+        # A journal that cannot be written ends the run at its next commit; people hear of the event all the same.
+        with contextlib.suppress(StateTrouble):
+            self._journal.put_event(event)
         self._tell(event)
 
     def fault(self, error: TowpathError) -> None:
         """Count an error, and tell it unless very many like it were told."""
         self.faults += 1
-        self._journal.put("faults", str(self.faults).encode())
+        with contextlib.suppress(StateTrouble):
+            self._journal.put("faults", str(self.faults).encode())
         self._seen[error.code] += 1
         count = self._seen[error.code]
         if count <= TOLD_EACH or not count % TOLD_EVERY:

@@ -153,7 +153,7 @@ class ItemPlanner:
         except OSError as error:
             self._run.release_slot()
             problem = fault(error, "destination", join_path(parent))
-            if isinstance(problem, RetryLater | NeedsPerson):
+            if self._run.context.patience.is_passing(join_path(parent), problem):
                 raise problem from error
             await self._fail([(index, path, problem) for index, path, _ in rows])
             return
@@ -197,7 +197,10 @@ class ItemPlanner:
             except FileNotFoundError:
                 existing = None
             except OSError as error:
-                decisions.append(fault(error, "destination", job.destination_path))
+                problem = fault(error, "destination", job.destination_path)
+                if self._run.context.patience.is_passing(job.destination_path, problem):
+                    raise problem from error
+                decisions.append(problem)
                 continue
             if job.row.kind == SYMLINK:
                 decisions.append("conflict" if existing is not None and existing.kind == "dir" else "link")

@@ -231,6 +231,15 @@ class Outcome:
 
 
 @dataclass(slots=True)
+class Abandoned:
+    """To the settler: a large file failed with ``error`` and is tried again once its temporary is closed. What of it is
+    durable stays for that."""
+
+    file: LargeFile
+    error: TowpathError
+
+
+@dataclass(slots=True)
 class LinkWanted:
     """To the settler: a symlink to be made as it is at the source."""
 
@@ -245,4 +254,4 @@ class GroupListed:
     group: Group
 
 
-ToSettle = PackArrived | BlocksWritten | BlocksChecked | FileSealed | LinkWanted | Outcome | GroupListed
+ToSettle = PackArrived | BlocksWritten | Abandoned | BlocksChecked | FileSealed | LinkWanted | Outcome | GroupListed

@@ -18,11 +18,13 @@ import msgspec
 
 from agent.state_files import pragmas
 from agent.transfer.channel import Event
+from agent.transfer.state_trouble import StateDamaged, StateTrouble, of_sqlite, of_system
 from protocol.control import Counters
-from protocol.errors import NeedsPerson, TaskFailed
 from protocol.session import Version
 
 VERSION = 1
+# Seconds that another program may hold the journal before the task says so and waits.
+BUSY_TIMEOUT = 5.0
 
 _SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
@@ -83,33 +85,31 @@ class PartialRow(msgspec.Struct, frozen=True):
 
 
 class Journal:
-    """One open journal. Raises `TaskFailed` or `NeedsPerson` when the file cannot be used as it is."""
+    """One open journal. Every method raises `StateTrouble` when the file cannot be used: the caller then closes
+    everything and opens it again later."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock = threading.RLock()
+        self._closed = False
         try:
-            self._connection = sqlite3.connect(path, timeout=5, check_same_thread=False, isolation_level=None)
-            self._closed = False
+            self._connection = sqlite3.connect(
+                path, timeout=BUSY_TIMEOUT, check_same_thread=False, isolation_level=None
+            )
             try:
                 self._prepare()
             except BaseException:
                 self._connection.close()
                 raise
-        except sqlite3.OperationalError as error:
-            raise NeedsPerson(
-                f"The journal of the task cannot be opened: {error}. Check that the state directory is writable "
-                "and that no other agent uses it; the task then goes on.",
-                code="JOURNAL_UNAVAILABLE",
-                who="destination owner",
-            ) from error
+        except sqlite3.DatabaseError as error:
+            raise of_sqlite(error, path) from error
 
     def _prepare(self) -> None:
         version = self._connection.execute("PRAGMA user_version").fetchone()[0]
         if version > VERSION:
-            raise TaskFailed(
-                f"The journal of the task was written by a newer agent (format {version}, this one knows {VERSION}); "
-                "update the agent.",
+            raise StateTrouble(
+                f"The journal of the task was written by a newer agent (format {version}, this one knows {VERSION}). "
+                "Update the agent, or go back to the newer one; the task then goes on by itself.",
                 code="JOURNAL_NEWER",
                 who="destination owner",
             )
@@ -122,40 +122,54 @@ class Journal:
             self._connection.execute(f"PRAGMA user_version = {VERSION}")
             self._connection.execute("COMMIT")
         elif self._connection.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
-            raise sqlite3.DatabaseError("the journal is damaged")
+            raise StateDamaged(f"The journal {self.path} is damaged.", who="destination owner")
         self._connection.execute("BEGIN")
 
     @contextmanager
-    def writing(self) -> Iterator[sqlite3.Connection]:
-        """Hold the journal; what is written counts from the next `commit`."""
+    def _using(self) -> Iterator[None]:
+        """Hold the journal; trouble with it comes out as what it means. Raises `StateTrouble`."""
         with self._lock:
-            yield self._connection
+            try:
+                yield
+            except sqlite3.DatabaseError as error:
+                raise of_sqlite(error, self.path) from error
 
     def commit(self) -> None:
         """Make everything written so far durable."""
-        with self._lock:
+        with self._using():
             self._connection.execute("COMMIT")
             self._connection.execute("BEGIN")
 
     def close(self) -> None:
-        """Commit and close. Safe to call twice."""
-        with self._lock:
+        """Commit and close. Safe to call twice.
+
+        Raises `StateTrouble` when the commit failed: what was not committed before is planned again.
+        """
+        with self._using():
             if self._closed:
                 return
             self._closed = True
-            if self._connection.in_transaction:
-                self._connection.execute("COMMIT")
+            try:
+                if self._connection.in_transaction:
+                    self._connection.execute("COMMIT")
+            finally:
+                self._connection.close()
+
+    def abandon(self) -> None:
+        """Close without a commit, after trouble: only what was committed before counts. Safe to call twice."""
+        with self._lock:
+            self._closed = True
             self._connection.close()
 
     # --- meta ------------------------------------------------------------------------------------------
 
     def get(self, key: str) -> bytes | None:
-        with self._lock:
+        with self._using():
             row = self._connection.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
         return None if row is None else row[0]
 
     def put(self, key: str, value: bytes) -> None:
-        with self._lock:
+        with self._using():
             self._connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
 
     def counters(self) -> Counters:
@@ -174,34 +188,43 @@ class Journal:
     def put_lengths(self, transferred: int, skipped: int) -> None:
         self.put("lengths", msgspec.msgpack.encode((transferred, skipped)))
 
+    def left_behind(self) -> list[tuple[bytes, bytes]]:
+        """Folder and name of temporaries that could not be removed."""
+        value = self.get("left_behind")
+        return [] if value is None else msgspec.msgpack.decode(value, type=list[tuple[bytes, bytes]])
+
+    def add_left_behind(self, folder: bytes, name: bytes) -> None:
+        with self._using():
+            self.put("left_behind", msgspec.msgpack.encode([*self.left_behind(), (folder, name)]))
+
     # --- items -----------------------------------------------------------------------------------------
 
     def done_items(self) -> set[int]:
         """Indices of items that need nothing more."""
-        with self._lock:
+        with self._using():
             return {row[0] for row in self._connection.execute("SELECT id FROM items WHERE done = 1")}
 
     def known_items(self) -> set[int]:
         """Indices of items that were resolved to directories."""
-        with self._lock:
+        with self._using():
             return {row[0] for row in self._connection.execute("SELECT id FROM items")}
 
     def put_item(self, index: int, *, done: bool) -> None:
-        with self._lock:
+        with self._using():
             self._connection.execute("INSERT OR REPLACE INTO items VALUES (?, ?)", (index, int(done)))
 
     # --- directories -----------------------------------------------------------------------------------
 
     def reopen_directories(self) -> int:
         """At the start of a run: directories that were being worked on must be listed again."""
-        with self._lock:
+        with self._using():
             cursor = self._connection.execute("UPDATE directories SET state = ? WHERE state = ?", (PENDING, ACTIVE))
             return cursor.rowcount
 
     def add_directories(self, rows: Iterable[tuple[int, bytes, bytes, int, list[tuple[int, int]]]]) -> None:
         """Remember directories to list: item, source, destination, mtime_ns, ancestry. Known ones stay as they are."""
         encode = msgspec.msgpack.encode
-        with self._lock:
+        with self._using():
             self._connection.executemany(
                 "INSERT OR IGNORE INTO directories (item, source, destination, mtime_ns, ancestry, state) "
                 "VALUES (?, ?, ?, ?, ?, 0)",
@@ -210,7 +233,7 @@ class Journal:
 
     def next_directory(self) -> DirectoryRow | None:
         """Take the newest directory that waits (depth first keeps few waiting), or None."""
-        with self._lock:
+        with self._using():
             row = self._connection.execute(
                 "SELECT id, item, source, destination, mtime_ns, ancestry FROM directories "
                 "WHERE state = 0 ORDER BY id DESC LIMIT 1"
@@ -223,12 +246,12 @@ class Journal:
 
     def unfinished_destinations(self) -> list[bytes]:
         """Destination directories in which temporaries of this task may lie."""
-        with self._lock:
+        with self._using():
             rows = self._connection.execute("SELECT destination FROM directories WHERE state != ?", (DONE,))
             return [row[0] for row in rows]
 
     def finish_directory(self, directory: int) -> None:
-        with self._lock:
+        with self._using():
             self._connection.execute("UPDATE directories SET state = ? WHERE id = ?", (DONE, directory))
             self._connection.execute("DELETE FROM finished WHERE directory = ?", (directory,))
             self._connection.execute("DELETE FROM partial WHERE directory = ?", (directory,))
@@ -237,7 +260,7 @@ class Journal:
         """Destination path, mtime_ns and item of every directory, children before parents."""
         last = None
         while True:
-            with self._lock:
+            with self._using():
                 rows = self._connection.execute(
                     "SELECT id, destination, mtime_ns, item FROM directories WHERE id < ? ORDER BY id DESC LIMIT 1000",
                     (last if last is not None else 2**62,),
@@ -252,24 +275,24 @@ class Journal:
 
     def finished(self, directory: int) -> dict[bytes, int]:
         """Names in a directory that are settled already, with their outcome."""
-        with self._lock:
+        with self._using():
             return dict(
                 self._connection.execute("SELECT name, outcome FROM finished WHERE directory = ?", (directory,))
             )
 
     def finished_items(self) -> dict[int, int]:
         """Single items that are settled while their group was not, with their outcome."""
-        with self._lock:
+        with self._using():
             rows = self._connection.execute("SELECT directory, outcome FROM finished WHERE directory < 0")
             return {-1 - directory: outcome for directory, outcome in rows}
 
     def put_finished(self, rows: Iterable[tuple[int, bytes, int]]) -> None:
-        with self._lock:
+        with self._using():
             self._connection.executemany("INSERT OR REPLACE INTO finished VALUES (?, ?, ?)", rows)
 
     def partial(self, directory: int, name: bytes) -> PartialRow | None:
         """The large file in flight under this name, if there is one."""
-        with self._lock:
+        with self._using():
             row = self._connection.execute(
                 "SELECT temporary, version, block, done FROM partial WHERE directory = ? AND name = ?",
                 (directory, name),
@@ -280,19 +303,19 @@ class Journal:
 
     def partial_temporaries(self, directory: int) -> set[bytes]:
         """Temporaries in a directory that hold blocks worth keeping."""
-        with self._lock:
+        with self._using():
             rows = self._connection.execute("SELECT temporary FROM partial WHERE directory = ?", (directory,))
             return {row[0] for row in rows}
 
     def put_partial(self, directory: int, name: bytes, row: PartialRow) -> None:
-        with self._lock:
+        with self._using():
             self._connection.execute(
                 "INSERT OR REPLACE INTO partial VALUES (?, ?, ?, ?, ?, ?)",
                 (directory, name, row.temporary, msgspec.msgpack.encode(row.version), row.block, bytes(row.done)),
             )
 
     def drop_partial(self, directory: int, name: bytes) -> None:
-        with self._lock:
+        with self._using():
             self._connection.execute("DELETE FROM partial WHERE directory = ? AND name = ?", (directory, name))
 
     # --- events ----------------------------------------------------------------------------------------
@@ -303,7 +326,7 @@ class Journal:
 
     def put_event(self, event: Event) -> None:
         """Keep an event until the daemon has it; events that must outlive a crash need a `commit`."""
-        with self._lock:
+        with self._using():
             self._connection.execute(
                 "INSERT OR REPLACE INTO events VALUES (?, ?)", (event.seq, msgspec.msgpack.encode(event))
             )
@@ -311,12 +334,12 @@ class Journal:
 
     def events(self) -> list[Event]:
         """Events the daemon has not confirmed, in order."""
-        with self._lock:
+        with self._using():
             rows = self._connection.execute("SELECT body FROM events ORDER BY seq").fetchall()
         return [msgspec.msgpack.decode(row[0], type=Event) for row in rows]
 
     def drop_events(self, up_to: int) -> None:
-        with self._lock:
+        with self._using():
             self._connection.execute("DELETE FROM events WHERE seq <= ?", (up_to,))
 
 
@@ -324,13 +347,16 @@ def open_or_rebuild(path: Path) -> tuple[Journal, bool]:
     """Open the journal; one that is damaged is put aside and begun anew (True): the task then lists and compares
     everything again instead of trusting it, and nothing under a final name is touched.
 
-    Raises what `Journal` raises for every other trouble.
+    Raises `StateTrouble` for everything that is no damage: a full disk, a newer format, another program.
     """
     try:
         return Journal(path), False
-    except sqlite3.DatabaseError:
-        for suffix in ("", "-wal", "-shm"):
-            part = path.with_name(path.name + suffix)
-            if part.exists():
-                part.replace(path.with_name(path.name + ".damaged" + suffix))
+    except StateDamaged:
+        try:
+            for suffix in ("", "-wal", "-shm"):
+                part = path.with_name(path.name + suffix)
+                if part.exists():
+                    part.replace(path.with_name(path.name + ".damaged" + suffix))
+        except OSError as error:
+            raise of_system(error, path) from error
         return Journal(path), True

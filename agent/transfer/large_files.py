@@ -9,8 +9,8 @@ import trio
 from agent.storage.faults import fault
 from agent.transfer.compare import block_size, missing_ranges
 from agent.transfer.fetch import RANGE_BYTES
-from agent.transfer.jobs import FileJob, LargeFile, count_done, empty_bitmap
-from agent.transfer.retries import ATTEMPTS
+from agent.transfer.jobs import Abandoned, FileJob, LargeFile, count_done, empty_bitmap
+from agent.transfer.patience import attempts
 from protocol.errors import NeedsPerson, RetryLater, TaskFailed, TowpathError
 
 if TYPE_CHECKING:
@@ -82,16 +82,15 @@ class LargeFiles:
         return LargeFile(job, name, descriptor, block, empty_bitmap(job.row.size), 0)
 
     def idle(self, file: LargeFile) -> None:
-        """No range of this file is under way. When it failed, now its temporary can be closed."""
+        """No range of this file is under way. When it failed, now it can be tried again or given up."""
         if not file.failed or file.error is None:
             return
         error, file.error = file.error, None
         if self._run.retries.lasting(file.job, error):
             self._run.give_up(file.job, error, discard=file)
             return
-        descriptor, file.descriptor = file.descriptor, -1
-        self._run.context.root.close_file(descriptor)
-        self._run.retries.again(file.job, error)
+        # The settler may be at work on it: closing is its business.
+        self._run.settle.put(Abandoned(file, error))
 
     def failed(self, file: LargeFile, error: TowpathError) -> None:
         """The destination could not take this file."""
@@ -111,7 +110,7 @@ class LargeFiles:
             who="destination owner",
         )
         run.context.on_fault(error)
-        if file.job.attempts >= ATTEMPTS:
+        if file.job.attempts >= attempts(error):
             file.failed = True
             self.failed(file, error)
             return

@@ -15,6 +15,8 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
+from agent.transfer.state_trouble import of_system
+
 _FRAME = struct.Struct(">II")
 MAX_FRAME = 64 * 1024 * 1024
 ROWS_IN_FRAME = 4096
@@ -48,9 +50,21 @@ RowType = TypeVar("RowType", TransferredRow, SkippedRow)
 
 
 class ManifestWriter:
-    """Appends rows. ``length`` is what the journal must record after `sync`."""
+    """Appends rows. ``length`` is what the journal must record after `sync`.
+
+    Every method raises `StateTrouble` when the file cannot be written; a new writer then goes on from what the journal
+    says.
+    """
 
     def __init__(self, path: Path, length: int) -> None:
+        self._path = path
+        self._file = -1
+        try:
+            self._open(path, length)
+        except OSError as error:
+            raise of_system(error, path) from error
+
+    def _open(self, path: Path, length: int) -> None:
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             present = os.fstat(self._file).st_size
@@ -59,7 +73,7 @@ class ManifestWriter:
                 length = present
             os.ftruncate(self._file, length)
         except BaseException:
-            os.close(self._file)
+            self.close()
             raise
         self.length = length
 
@@ -68,13 +82,20 @@ class ManifestWriter:
         for start in range(0, len(rows), ROWS_IN_FRAME):
             body = zlib.compress(msgspec.msgpack.encode(rows[start : start + ROWS_IN_FRAME]), 1)
             frame = _FRAME.pack(len(body), zlib.crc32(body)) + body
-            written = 0
-            while written < len(frame):
-                written += os.pwrite(self._file, frame[written:], self.length + written)
+            try:
+                written = 0
+                while written < len(frame):
+                    written += os.pwrite(self._file, frame[written:], self.length + written)
+            except OSError as error:
+                raise of_system(error, self._path) from error
             self.length += len(frame)
 
     def sync(self) -> None:
-        os.fdatasync(self._file)
+        """Make what was appended durable."""
+        try:
+            os.fdatasync(self._file)
+        except OSError as error:
+            raise of_system(error, self._path) from error
 
     def close(self) -> None:
         """Safe to call twice."""

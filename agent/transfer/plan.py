@@ -20,6 +20,7 @@ from agent.storage.rules import included
 from agent.transfer.compare import Decision, decide
 from agent.transfer.jobs import FileJob, Group
 from agent.transfer.journal import FAILED, SKIPPED, UNCHANGED, DirectoryRow, Journal
+from agent.transfer.patience import Patience
 from agent.transfer.remove import remove_entry
 from protocol.control import TaskOptions
 from protocol.errors import ItemFailed, ProtocolError, TowpathError
@@ -47,7 +48,14 @@ class DirectoryPlanner:
     """Plans one directory. Its methods block and run in worker threads, one at a time."""
 
     def __init__(
-        self, root: Root, journal: Journal, options: TaskOptions, row: DirectoryRow, *, sweep: bytes | None
+        self,
+        root: Root,
+        journal: Journal,
+        options: TaskOptions,
+        row: DirectoryRow,
+        *,
+        sweep: bytes | None,
+        patience: Patience,
     ) -> None:
         self._root = root
         self._journal = journal
@@ -57,6 +65,7 @@ class DirectoryPlanner:
         self._fresh = False
         self._names: set[bytes] | None = set() if options.delete_destination_extra else None
         self._sweep = sweep
+        self._patience = patience
         self.group: Group
 
     def open(self) -> Group:
@@ -125,7 +134,7 @@ class DirectoryPlanner:
             except FileNotFoundError:
                 existing = None
             except OSError as error:
-                planned.failures.append((job, fault(error, "destination", job.destination_path)))
+                planned.failures.append((job, self._lasting(job, error)))
                 return "ignore"
         return decide(row, existing, self._options)
 
@@ -143,17 +152,25 @@ class DirectoryPlanner:
         except FileExistsError:
             pass
         except OSError as error:
-            planned.failures.append((job, fault(error, "destination", job.destination_path)))
+            planned.failures.append((job, self._lasting(job, error)))
             return
         above = [*ancestry, identity] if self._options.recursive_symlinks == "copy" else []
         planned.directories.append((self._row.item, job.source_path, job.destination_path, row.mtime_ns, above))
 
+    def _lasting(self, job: FileJob, error: OSError) -> TowpathError:
+        """The error of a job that ends with it. One that may pass is raised: the run begins anew."""
+        problem = fault(error, "destination", job.destination_path)
+        if self._patience.is_passing(job.destination_path, problem):
+            raise problem from error
+        return problem
+
     def delete_extra(self) -> list[tuple[FileJob, TowpathError]]:
-        """After the last row: remove what the source does not have. Raises `NeedsPerson` when the root is not there."""
+        """After the last row: remove what the source does not have. Raises `NeedsPerson` when the root is not the one
+        that was set up, and errors that may pass."""
         failures: list[tuple[FileJob, TowpathError]] = []
         if self._names is None:
             return failures
-        self._root.check_present()
+        self._root.check_original()
         for node in list(self.group.handle.scan()):
             if node.name in self._names:
                 continue
@@ -164,7 +181,7 @@ class DirectoryPlanner:
             except OSError as error:
                 row = Row(node.name, FILE, 0, 0, 0, 0, 0, 0)
                 job = FileJob(self.group, self._row.item, row, node.name, node.name, False)
-                failures.append((job, fault(error, "destination", job.destination_path)))
+                failures.append((job, self._lasting(job, error)))
         self.group.planned += len(failures)
         return failures
 
@@ -213,8 +230,25 @@ def sweep_temporaries(handle: Directory, prefix: bytes, keep: set[bytes]) -> int
     return len(names)
 
 
+def remove_left_behind(root: Root, journal: Journal) -> None:
+    """Remove temporaries that could not be removed when they should have been. Raises `TowpathError`; to be called
+    again then."""
+    for folder, name in journal.left_behind():
+        try:
+            with root.open_directory(split_path(folder)) as handle:
+                handle.unlink(name)
+        except (FileNotFoundError, NotADirectoryError, PermissionError):
+            # Gone already, or not ours to remove any more: the collection of orphans looks at it again.
+            continue
+        except OSError as error:
+            raise fault(error, "destination", folder) from error
+
+
 def set_directory_times(root: Root, rows: Iterator[tuple[bytes, int, int]]) -> None:
-    """Give directories the times of their sources, children before parents; one that is gone is left out."""
+    """Give directories the times of their sources, children before parents; one that is gone is left out.
+
+    Raises `TowpathError`; to be called again then.
+    """
     for destination, mtime_ns, _ in rows:
         path = split_path(destination)
         if not path:
@@ -225,7 +259,7 @@ def set_directory_times(root: Root, rows: Iterator[tuple[bytes, int, int]]) -> N
                 parent.set_times(name, mtime_ns)
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.EPERM, errno.EACCES):
-                raise
+                raise fault(error, "destination", destination) from error
 
 
 class Listing:

@@ -35,6 +35,11 @@ class ReceivedCounter:
         with self._lock:
             self._page[: _COUNT.size] = _COUNT.pack(self.value + size)
 
+    def reset(self) -> None:
+        """Begin anew, when nobody knows any more what of it was settled."""
+        with self._lock:
+            self._page[: _COUNT.size] = _COUNT.pack(0)
+
     def close(self) -> None:
         """Safe to call twice."""
         self._page.close()

@@ -8,14 +8,13 @@ import msgspec
 import trio
 
 from agent.transfer.items import ItemPlanner
-from agent.transfer.jobs import FileJob
-from protocol.errors import NeedsPerson, ProtocolError, RetryLater, TaskFailed, TowpathError
+from agent.transfer.jobs import FileJob, LinkWanted
+from agent.transfer.patience import attempts, pause
+from protocol.errors import NeedsPerson, TaskFailed, TowpathError
+from protocol.session import SYMLINK
 
 if TYPE_CHECKING:
     from agent.transfer.transfer_run import TransferRun
-
-# How often one file is tried before its passing fault is taken for a lasting one.
-ATTEMPTS = 5
 
 
 class Retries:
@@ -30,7 +29,7 @@ class Retries:
             self._run.stop(error)
             return False
         job.attempts += 1
-        return not isinstance(error, RetryLater | ProtocolError) or job.attempts >= ATTEMPTS
+        return job.attempts >= attempts(error)
 
     def job_failed(self, job: FileJob, error: TowpathError) -> None:
         """A file could not be brought over this time."""
@@ -46,7 +45,7 @@ class Retries:
     async def _retry(self, job: FileJob, error: TowpathError) -> None:
         run = self._run
         run.context.on_fault(error)
-        await trio.sleep(0.2 * 4 ** (job.attempts - 1))
+        await trio.sleep(pause(job.attempts))
         if job.charged:
             run.budget.release(job.charged)
             job.charged = 0
@@ -56,6 +55,9 @@ class Retries:
             return
         job.group.counts.bytes_total += result.row.size - job.row.size
         job.row = msgspec.structs.replace(result.row, name=job.row.name)
+        if job.row.kind == SYMLINK:
+            run.settle.put(LinkWanted(job, job.row.target or b""))
+            return
         pack: list[FileJob] = []
         await run.copy(job, pack)
         await run.send_pack(pack)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
@@ -27,6 +28,7 @@ from agent.transfer.channel import (
     RunTask,
 )
 from agent.transfer.plan import now_iso
+from agent.transfer.state_trouble import StateTrouble
 from agent.transfer.task_paths import TaskPaths
 from agent.transfer.task_store import StoredTask
 from agent.transfer.worker_process import worker
@@ -38,6 +40,10 @@ if TYPE_CHECKING:
     from agent.transfer.service import TransferService
 
 CRASH_PAUSE, LONGEST_CRASH_PAUSE = 0.5, 30.0
+# How often to try again to write down what a task has told.
+STATE_PAUSE = 2.0
+
+logger = logging.getLogger("towpath.tasks")
 
 
 def merged(before: Counters, after: Counters) -> Counters:
@@ -169,6 +175,9 @@ class RunningTask:
             started = trio.current_time()
             try:
                 await self._run_worker()
+            except StateTrouble as error:
+                logger.error("Task %s: %s", self.order.task_id, error.sentence)  # noqa: TRY400
+                await trio.sleep(STATE_PAUSE)
             except (ChannelClosed, OSError):
                 self._channel = None
                 if trio.current_time() - started > 60:
@@ -211,6 +220,7 @@ class RunningTask:
             order=order,
             state_dir=str(service.directory / self.order.task_id),
             lanes=service.config.limits.lanes,
+            last_event=await trio.to_thread.run_sync(service.store.last_worker_event, self.order.task_id),
         )
         async with worker(start) as channel, trio.open_nursery() as nursery:
             self._channel = channel
@@ -263,9 +273,19 @@ class RunningTask:
         await self._record(line, worker_seq=message.seq)
 
     async def _record(self, line: AgentEvent, *, worker_seq: int | None = None) -> None:
+        """Keep a line. While the state directory cannot be written the worker's word waits, and with it the task."""
         store = self._service.store
-        await trio.to_thread.run_sync(lambda: store.add_event(line, worker_seq=worker_seq, observed=line.observed))
-        self._service.outbox.durable()
+        while True:
+            try:
+                await trio.to_thread.run_sync(
+                    lambda: store.add_event(line, worker_seq=worker_seq, observed=line.observed)
+                )
+            except StateTrouble as error:
+                logger.error("Task %s: %s", self.order.task_id, error.sentence)  # noqa: TRY400
+                await trio.sleep(STATE_PAUSE)
+            else:
+                self._service.outbox.durable()
+                return
 
     async def _observe(self, observed: TaskObserved, *, final: bool) -> None:
         before = self.observed

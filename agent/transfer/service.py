@@ -6,11 +6,12 @@ dials and listens for them, and turns what they say into numbered event lines. T
 
 from __future__ import annotations
 
+import logging
 import shutil
 import socket
 import time
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractAsyncContextManager, closing
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,11 +19,12 @@ from typing import TYPE_CHECKING
 import msgspec
 import trio
 
-from agent.config import AgentConfig
+from agent.config import AgentConfig, CollectionConfig
 from agent.connect import listener
 from agent.connect.introductions import Introductions
 from agent.connect.network import Network
 from agent.policy import Policy
+from agent.storage.mounts import Mark
 from agent.transfer.channel import Common, WorkerCollection
 from agent.transfer.manifest import ManifestPage, RowType, SkippedRow, TransferredRow, read_page
 from agent.transfer.order_check import check_order, check_session_order
@@ -30,7 +32,7 @@ from agent.transfer.outbox import Outbox
 from agent.transfer.plan import now_iso
 from agent.transfer.running_task import RunningTask
 from agent.transfer.served_session import ServedSessions
-from agent.transfer.task_store import TaskStore
+from agent.transfer.task_store import open_or_begin
 from protocol.candidates import PathAnswer, PathGo, PathOffer
 from protocol.control import (
     FINAL_STATES,
@@ -52,6 +54,8 @@ from protocol.ticket import TicketVerifier
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+logger = logging.getLogger("towpath.tasks")
+
 MAX_PAGE = 1000
 
 
@@ -69,6 +73,7 @@ class TransferService:
         policy: Policy,
         relay_root: str,
         network: Network | None = None,
+        expected_mark: Callable[[CollectionConfig], Mark | None] = lambda _collection: None,
     ) -> None:
         self.directory = state_dir / "tasks"
         self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -79,7 +84,13 @@ class TransferService:
         self.verifier = verifier
         self.policy = policy
         self._relay_root = relay_root
-        self.store = TaskStore(self.directory / "tasks.sqlite")
+        self._expected_mark = expected_mark
+        self.store, begun_anew = open_or_begin(self.directory / "tasks.sqlite")
+        if begun_anew:
+            logger.error(
+                "The list of tasks was damaged; it is kept as tasks.sqlite.damaged and begun anew. The relay gives the "
+                "tasks again, and they go on from their journals."
+            )
         self.outbox = Outbox(self.store)
         self.network = network or Network(
             relay=None, advertise=config.data.advertise, allow_loopback=config.data.allow_loopback
@@ -166,7 +177,14 @@ class TransferService:
             relay_id=self.verifier.relay_id,
             relay_root=self._relay_root,
             collections=[
-                WorkerCollection(id=row.id, root=row.root, read_only=row.read_only, home=row.home, hidden=row.hidden)
+                WorkerCollection(
+                    id=row.id,
+                    root=row.root,
+                    read_only=row.read_only,
+                    home=row.home,
+                    hidden=row.hidden,
+                    mark=self._expected_mark(row),
+                )
                 for row in self.policy.collections
             ],
         )

@@ -22,6 +22,7 @@ from agent.storage.faults import fault
 from agent.transfer.block_check import BlockChecker
 from agent.transfer.checksum import file_digest
 from agent.transfer.jobs import (
+    Abandoned,
     BlocksChecked,
     BlocksWritten,
     FileJob,
@@ -38,7 +39,7 @@ from agent.transfer.journal import Journal, PartialRow
 from agent.transfer.manifest import ManifestWriter
 from agent.transfer.record import Record
 from agent.transfer.side_thread import Broken, SideThread
-from agent.transfer.small_files import OWNER_ACCESS, SmallFiles, Temporary, remove
+from agent.transfer.small_files import OWNER_ACCESS, Remover, SmallFiles, Temporary
 from protocol.errors import ItemFailed, TowpathError
 
 # From this many files and folders on, one syncfs is cheaper than an fsync each.
@@ -59,6 +60,7 @@ class SettleReports(Protocol):
     def job_failed(self, job: FileJob, error: TowpathError) -> None: ...
     def file_failed(self, file: LargeFile, error: TowpathError) -> None: ...
     def refetch(self, file: LargeFile, index: int) -> None: ...
+    def abandoned(self, file: LargeFile, error: TowpathError) -> None: ...
     def group_done(self, group: Group) -> None: ...
 
 
@@ -91,13 +93,20 @@ class _Batch:
 
 
 @dataclass(slots=True)
+class _Closed:
+    """To the settler, from the checker: the temporary of a file that is tried again is closed."""
+
+    item: Abandoned
+
+
+@dataclass(slots=True)
 class _Discarded:
     """To the settler, from the checker: the temporary of a file that is given up is gone."""
 
     outcome: Outcome
 
 
-_Answer: TypeAlias = ToSettle | _Batch | _Discarded
+_Answer: TypeAlias = ToSettle | _Batch | _Discarded | _Closed
 _Item: TypeAlias = _Answer | Broken
 
 
@@ -125,15 +134,22 @@ class Settler:
         self._mode_mask = mode_mask
         self._reports = reports
         self._temporary_name = temporary_name
+        self.remover = Remover(journal)
         self._small = SmallFiles(
             root,
             mode_mask=mode_mask,
             preserve_timestamp=preserve_timestamp,
             temporary_name=temporary_name,
             failed=reports.job_failed,
+            remover=self.remover,
         )
         self._checker = BlockChecker(
-            root, journal, verify=verify, mode_mask=mode_mask, preserve_timestamp=preserve_timestamp
+            root,
+            journal,
+            verify=verify,
+            mode_mask=mode_mask,
+            preserve_timestamp=preserve_timestamp,
+            remover=self.remover,
         )
         self._written: list[Temporary] = []
         self._written_bytes = 0
@@ -218,6 +234,11 @@ class Settler:
             self._file_sealed(item)
         elif isinstance(item, LinkWanted):
             self._link(item)
+        elif isinstance(item, Abandoned):
+            self._ask_checker(partial(self._abandon, item))
+        elif isinstance(item, _Closed):
+            self._checks -= 1
+            self._reports.abandoned(item.item.file, item.item.error)
         elif isinstance(item, Outcome):
             self._outcome(item)
         elif isinstance(item, _Discarded):
@@ -322,7 +343,7 @@ class Settler:
             job.group.handle.rename(file.temporary, job.name)
         except (TowpathError, OSError) as error:
             problem = fault(error, "destination", job.destination_path) if isinstance(error, OSError) else error
-            remove(job.group.handle, file.temporary)
+            self.remover.remove(job.group, file.temporary)
             self._reports.job_failed(job, problem)
             return
         self._names.transferred.append((job, checksum))
@@ -339,7 +360,7 @@ class Settler:
             if self._preserve_timestamp:
                 job.group.handle.set_times(job.name, job.row.mtime_ns)
         except OSError as error:
-            remove(job.group.handle, temporary)
+            self.remover.remove(job.group, temporary)
             self._reports.job_failed(job, fault(error, "destination", job.destination_path))
             return
         self._names.linked.append(job)
@@ -351,6 +372,10 @@ class Settler:
         else:
             # Its blocks may be being checked now: the descriptor is closed behind that.
             self._ask_checker(lambda: _Discarded(self._checker.discard(outcome)))
+
+    def _abandon(self, item: Abandoned) -> _Closed:
+        """In the side thread."""
+        return _Closed(self._checker.abandon(item))
 
     def _published_digest(self, job: FileJob, temporary: bytes) -> str:
         descriptor = job.group.handle.open_temporary(temporary)

@@ -12,9 +12,10 @@ import resource
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from agent.storage.base import Directory, Root
+from agent.storage.base import Root
 from agent.storage.faults import fault
-from agent.transfer.jobs import FileJob, PackArrived
+from agent.transfer.jobs import FileJob, Group, PackArrived
+from agent.transfer.journal import Journal
 from protocol.errors import RetryLater, TowpathError
 from protocol.lane import digest as content_digest
 from protocol.session import MAX_BLOCK
@@ -43,6 +44,24 @@ def raise_descriptor_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
+class Remover:
+    """Removes temporaries. What cannot be removed now stays in the journal and is tried again at the end of the run.
+    Any thread may call."""
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+
+    def remove(self, group: Group, temporary: bytes) -> None:
+        """Remove a temporary of a group if it is there."""
+        try:
+            group.handle.unlink(temporary)
+        except FileNotFoundError:
+            return
+        except OSError:
+            # Before the group can be marked done, after which nobody sweeps its folder.
+            self._journal.add_left_behind(group.destination, temporary)
+
+
 class SmallFiles:
     """Writes and reads back. Failures are reported one by one and end nothing else."""
 
@@ -54,8 +73,10 @@ class SmallFiles:
         preserve_timestamp: bool,
         temporary_name: Callable[[], bytes],
         failed: Callable[[FileJob, TowpathError], None],
+        remover: Remover,
     ) -> None:
         self._root = root
+        self._remover = remover
         self._mode_mask = mode_mask
         self._preserve_timestamp = preserve_timestamp
         self._temporary_name = temporary_name
@@ -87,8 +108,7 @@ class SmallFiles:
                         root.close_file(descriptor)
                     raise
             except OSError as error:
-                with contextlib.suppress(OSError):
-                    handle.unlink(name)
+                self._remover.remove(job.group, name)
                 self._failed(job, fault(error, "destination", job.destination_path))
                 continue
             self._kept += descriptor >= 0
@@ -152,14 +172,8 @@ class SmallFiles:
         """Remove a temporary that is no good and fail its job."""
         with contextlib.suppress(OSError):
             self.close(item)
-        remove(item.job.group.handle, item.name)
+        self._remover.remove(item.job.group, item.name)
         self._failed(item.job, error)
-
-
-def remove(handle: Directory, temporary: bytes) -> None:
-    """Remove a temporary if it is there and can be; what is left behind is swept at the next start."""
-    with contextlib.suppress(OSError):
-        handle.unlink(temporary)
 
 
 def _differs() -> RetryLater:

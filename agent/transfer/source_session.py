@@ -7,7 +7,7 @@ the stream dies everybody waiting gets `SessionLost`, and the whole session is b
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 import trio
 
@@ -175,7 +175,7 @@ class SourceSession:
             raise ProtocolError("The source answered a question that was not asked.")
         return answer.value
 
-    async def list_directory(self, path: bytes, *, follow: bool) -> AsyncIterator[list[session.Row]]:
+    async def list_directory(self, path: bytes, *, follow: bool) -> AsyncGenerator[list[session.Row], None]:
         """The rows of a directory, some at a time; the source sends no faster than they are taken."""
         r = self.number()
         receive = self._open(r, session.LISTING_WINDOW + 1)

@@ -26,3 +26,12 @@ def first_error(group: BaseExceptionGroup[BaseException]) -> TowpathError:
     if isinstance(found, TowpathError):
         return found
     return RetryLater(f"The connection to the source broke: {found}.", code="CONNECTION_LOST")
+
+
+def first_system_error(group: BaseExceptionGroup[OSError]) -> OSError:
+    """One of the errors in a group that holds no others."""
+    found: BaseException = group
+    while isinstance(found, BaseExceptionGroup):
+        found = found.exceptions[0]
+    assert isinstance(found, OSError)  # except* gives nothing else
+    return found

@@ -7,25 +7,27 @@ import fcntl
 import os
 import random
 from collections.abc import Awaitable, Callable
+from contextlib import closing
 from pathlib import Path
 
 import msgspec
 import trio
 
 from agent.storage.base import Root
-from agent.storage.hiding import offered
-from agent.storage.posix import open_root
 from agent.transfer.channel import Event, RunTask
+from agent.transfer.compare import CHECKSUM
 from agent.transfer.daemon_line import DaemonLine
 from agent.transfer.delete import DeleteRun, Stopped
 from agent.transfer.events import EventLog
 from agent.transfer.journal import Journal, open_or_rebuild
 from agent.transfer.manifest import ManifestWriter
+from agent.transfer.patience import Patience
 from agent.transfer.plan import now_iso, split_path, sweep_temporaries
 from agent.transfer.received import ReceivedCounter
 from agent.transfer.source_session import SourceSession
+from agent.transfer.state_trouble import StateTrouble, of_system
 from agent.transfer.transfer_run import RunContext, TransferRun
-from protocol.control import Counters, TaskObserved, TaskState
+from protocol.control import Counters, TaskObserved, TaskOrder, TaskState
 from protocol.errors import NeedsPerson, ProtocolError, TaskFailed, TowpathError
 from protocol.names import RESERVED_PREFIX, parse_path_untrusted
 
@@ -42,7 +44,7 @@ Connect = Callable[[str], Awaitable[SourceSession]]
 class TaskRunner:
     """Runs one task until it is finished, paused or cancelled; returns the message that tells the daemon."""
 
-    def __init__(self, start: RunTask, line: DaemonLine, mode_mask: int) -> None:
+    def __init__(self, start: RunTask, line: DaemonLine, mode_mask: int, open_root: Callable[[], Root]) -> None:
         self._start = start
         self._order = start.order
         self._line = line
@@ -52,18 +54,34 @@ class TaskRunner:
         self._counters = Counters()
         self._state: TaskState = "ACTIVE"
         self._status: TowpathError | None = None
-        self._events: EventLog
+        self._events: EventLog | None = None
         self._journal: Journal
         self._token = trio.lowlevel.current_trio_token()
         self._rate = 0.0
-        collection = next(row for row in start.common.collections if row.id == self._order.destination.collection_id)
-        self._root_path = collection.root
-        self._hidden = collection.hidden
+        self._open_root = open_root
+        self._patience = Patience()
 
     async def run(self) -> TaskObserved:
-        """To a final state, or to PAUSED. Raises only when the journal itself cannot be used."""
-        self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = await self._alone()
+        """To a final state, or to PAUSED. Trouble with the state directory is reported and waited for."""
+        while True:
+            try:
+                return await self._with_state()
+            except StateTrouble as error:
+                self._status = error
+                self._line.report(self.observed())
+                with self._line.while_desired() as scope:
+                    await trio.sleep(LOOK_AGAIN)
+                if scope.cancelled_caught:
+                    # Nothing can be written down now; what the daemon has is enough to begin again, or to end.
+                    self._state = "CANCELED" if self._line.desired == "cancel" else "PAUSED"
+                    return self.observed()
+
+    async def _with_state(self) -> TaskObserved:
+        try:
+            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            lock = await self._alone()
+        except OSError as error:
+            raise of_system(error, self._directory) from error
         try:
             return await self._run_alone()
         finally:
@@ -77,49 +95,86 @@ class TaskRunner:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 await trio.sleep(0.05)
+            except OSError:
+                os.close(descriptor)
+                raise
             else:
                 return descriptor
 
     async def _run_alone(self) -> TaskObserved:
         self._journal, rebuilt = await trio.to_thread.run_sync(open_or_rebuild, self._directory / "journal.sqlite")
+        try:
+            with contextlib.ExitStack() as stack:
+                observed = await self._with_journal(stack, rebuilt=rebuilt)
+        except StateTrouble:
+            self._journal.abandon()
+            raise
+        except BaseException:
+            with contextlib.suppress(StateTrouble):
+                self._journal.close()
+            raise
+        self._journal.close()
+        return observed
+
+    async def _with_journal(self, stack: contextlib.ExitStack, *, rebuilt: bool) -> TaskObserved:
         transferred, skipped = self._journal.lengths()
         manifests = (
-            ManifestWriter(self._directory / "transferred.manifest", transferred),
-            ManifestWriter(self._directory / "skipped.manifest", skipped),
+            stack.enter_context(closing(ManifestWriter(self._directory / "transferred.manifest", transferred))),
+            stack.enter_context(closing(ManifestWriter(self._directory / "skipped.manifest", skipped))),
         )
-        received = ReceivedCounter(self._directory / "received")
-        self._events = EventLog(self._journal, self._tell)
+        received = stack.enter_context(closing(self._received()))
+        if rebuilt:
+            received.reset()
+        self._events = EventLog(self._journal, self._tell, after=self._start.last_event)
+        stack.callback(setattr, self._line, "on_event_stored", lambda _seq: None)
+        return await self._run_journaled(self._events, manifests, received, rebuilt=rebuilt)
+
+    def _received(self) -> ReceivedCounter:
         try:
-            return await self._run_journaled(manifests, received, rebuilt=rebuilt)
-        finally:
-            self._line.on_event_stored = lambda _seq: None
-            for manifest in manifests:
-                manifest.close()
-            received.close()
-            self._journal.close()
+            return ReceivedCounter(self._directory / "received")
+        except OSError as error:
+            raise of_system(error, self._directory) from error
+
+    def _drop_events(self, up_to: int) -> None:
+        # What stays in the journal is told again at the next start, and known by its number.
+        with contextlib.suppress(StateTrouble):
+            self._journal.drop_events(up_to)
 
     async def _run_journaled(
-        self, manifests: tuple[ManifestWriter, ManifestWriter], received: ReceivedCounter, *, rebuilt: bool
+        self,
+        events: EventLog,
+        manifests: tuple[ManifestWriter, ManifestWriter],
+        received: ReceivedCounter,
+        *,
+        rebuilt: bool,
     ) -> TaskObserved:
         self._counters = self._journal.counters()
-        self._events.tell_again()
-        self._line.on_event_stored = self._journal.drop_events
+        events.tell_again()
+        self._line.on_event_stored = self._drop_events
         if rebuilt:
-            self._events.add(
+            self._journal.put("rebuilt", b"1")
+            events.add(
                 "JOURNAL_REBUILT",
                 "journal rebuilt",
-                "The journal of the task was damaged and is begun anew; what is at the destination is compared again.",
+                "The journal of the task was damaged and is begun anew. What is at the destination is compared with "
+                "the source by digest, and only what differs is transferred again.",
                 is_error=True,
             )
-        if not self._journal.last_event():
-            self._events.add("STARTED", "started")
+        elif self._journal.get("begun") is None:
+            events.add("STARTED", "started")
         resumed = self._journal.get("begun") is not None or rebuilt
         self._journal.put("begun", b"1")
         self._journal.commit()
+        trouble: StateTrouble | None = None
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._report_progress)
-            observed = await self._until_done(manifests, received, resumed=resumed)
+            try:
+                observed = await self._until_done(manifests, received, resumed=resumed)
+            except StateTrouble as error:
+                trouble = error
             nursery.cancel_scope.cancel()
+        if trouble is not None:
+            raise trouble
         return observed
 
     # --- one run after the other -----------------------------------------------------------------------
@@ -136,6 +191,8 @@ class TaskRunner:
                 if scope.cancelled_caught:
                     return await self._stopped()
                 return self._finish()
+            except StateTrouble:
+                raise
             except TaskFailed as error:
                 return self._fail(error)
             except TowpathError as error:
@@ -158,21 +215,22 @@ class TaskRunner:
     async def _one_run(
         self, manifests: tuple[ManifestWriter, ManifestWriter], received: ReceivedCounter, *, resumed: bool
     ) -> None:
-        with offered(await trio.to_thread.run_sync(open_root, self._root_path), hidden=self._hidden) as root:
+        with await trio.to_thread.run_sync(self._open_root) as root:
             if self._order.type == "DELETE":
                 await self._run_delete(root, manifests[1])
                 return
             await trio.to_thread.run_sync(self._journal.reopen_directories)
             async with self._line.session(self._order.session_id) as session:
                 context = RunContext(
-                    order=self._order,
+                    order=self._effective_order(),
                     root=root,
                     journal=self._journal,
                     manifests=manifests,
                     received=received,
                     temporary_prefix=self._prefix,
                     mode_mask=self._mode_mask,
-                    on_fault=self._events.fault,
+                    on_fault=self._fault,
+                    patience=self._patience,
                 )
                 run = TransferRun(context, session, self._line.lane, self._start.lanes, resumed=resumed)
                 self._run = run
@@ -184,6 +242,13 @@ class TaskRunner:
                     self._line.on_better_path = lambda: None
                     self._counters = run.counters()
                     self._run = None
+
+    def _effective_order(self) -> TaskOrder:
+        """The order; after the loss of a journal files that are there are compared instead of sent once more."""
+        options = self._order.options
+        if self._journal.get("rebuilt") is None or options.sync_level is not None:
+            return self._order
+        return msgspec.structs.replace(self._order, options=msgspec.structs.replace(options, sync_level=CHECKSUM))
 
     async def _run_delete(self, root: Root, skipped: ManifestWriter) -> None:
         run = DeleteRun(
@@ -202,13 +267,17 @@ class TaskRunner:
             self._run = None
 
     def _fault_from_thread(self, error: TowpathError) -> None:
-        self._token.run_sync_soon(self._events.fault, error)
+        self._token.run_sync_soon(self._fault, error)
+
+    def _fault(self, error: TowpathError) -> None:
+        if self._events is not None:
+            self._events.fault(error)
 
     # --- states ----------------------------------------------------------------------------------------
 
     def _wait_for(self, error: TowpathError) -> None:
         if self._status is None or self._status.code != error.code:
-            self._events.fault(error)
+            self._fault(error)
         self._status = error
 
     def _finish(self) -> TaskObserved:
@@ -246,7 +315,7 @@ class TaskRunner:
         for item in self._order.items or []:
             with contextlib.suppress(ProtocolError):
                 folders.add(parse_path_untrusted(item.destination_path)[:-1])
-        with contextlib.suppress(OSError, NeedsPerson), open_root(self._root_path) as root:
+        with contextlib.suppress(OSError, NeedsPerson), self._open_root() as root:
             for folder in folders:
                 with contextlib.suppress(OSError), root.open_directory(folder) as handle:
                     sweep_temporaries(handle, self._prefix, set())
@@ -260,7 +329,7 @@ class TaskRunner:
         known = self._journal.get("completed")
         completed = known.decode() if known else now_iso()
         self._journal.put("completed", completed.encode())
-        if known is None:
+        if known is None and self._events is not None:
             self._events.add(code, description, error.sentence if error else "", is_error=state == "FAILED")
         self._journal.commit()
         return msgspec.structs.replace(self.observed(), completion_time=completed)
@@ -278,7 +347,7 @@ class TaskRunner:
             status_code=error.code if error else "OK",
             status_sentence=error.sentence if error else "",
             who=error.who if error else "",
-            counters=msgspec.structs.replace(self._counters, faults=self._events.faults),
+            counters=msgspec.structs.replace(self._counters, faults=self._events.faults if self._events else 0),
             rate=self._rate,
             error_code=error.code if error and self._state == "FAILED" else "",
             path="direct TCP",

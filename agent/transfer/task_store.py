@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import sqlite3
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
 from agent.state_files import pragmas
+from agent.transfer.state_trouble import StateDamaged, of_sqlite, of_system
 from protocol.control import AgentEvent, SessionAnswer, SessionOrder, TaskObserved, TaskOrder
 
 _SCHEMA = """
@@ -40,24 +43,44 @@ class StoredTask:
 
 
 class TaskStore:
-    """All methods may be called from any thread."""
+    """All methods may be called from any thread, and raise `StateTrouble` when the file cannot be used now."""
 
     def __init__(self, path: Path) -> None:
         self._lock = threading.Lock()
+        self._path = path
         self._connection = sqlite3.connect(path, timeout=10, check_same_thread=False, isolation_level=None)
-        for pragma in pragmas(path.parent):
-            self._connection.execute(pragma)
-        self._connection.executescript(_SCHEMA)
+        try:
+            with self._using():
+                for pragma in pragmas(path.parent):
+                    self._connection.execute(pragma)
+                self._connection.executescript(_SCHEMA)
+                if self._connection.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
+                    raise StateDamaged(f"The agent's state file {path} is damaged.", who="destination owner")
+        except BaseException:
+            self._connection.close()
+            raise
+
+    @contextmanager
+    def _using(self) -> Iterator[None]:
+        with self._lock:
+            try:
+                yield
+            except sqlite3.DatabaseError as error:
+                # Some errors end the transaction by themselves; whatever is left of it must not catch the next call.
+                if self._connection.in_transaction:
+                    with suppress(sqlite3.DatabaseError):
+                        self._connection.execute("ROLLBACK")
+                raise of_sqlite(error, self._path) from error
 
     def close(self) -> None:
-        with self._lock:
+        with self._using():
             self._connection.close()
 
     # --- tasks -----------------------------------------------------------------------------------------
 
     def load(self) -> list[StoredTask]:
         """Every task that is not closed, oldest first."""
-        with self._lock:
+        with self._using():
             rows = self._connection.execute("SELECT body, observed, answer, held FROM tasks ORDER BY rowid").fetchall()
         return [
             StoredTask(
@@ -70,7 +93,7 @@ class TaskStore:
         ]
 
     def put_order(self, order: TaskOrder, observed: TaskObserved, answer: SessionAnswer | None) -> None:
-        with self._lock:
+        with self._using():
             self._connection.execute(
                 "INSERT INTO tasks (id, body, observed, answer) VALUES (?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET "
                 "body = excluded.body, observed = excluded.observed, answer = coalesce(excluded.answer, answer)",
@@ -83,17 +106,17 @@ class TaskStore:
             )
 
     def put_answer(self, task_id: str, answer: SessionAnswer) -> None:
-        with self._lock:
+        with self._using():
             self._connection.execute(
                 "UPDATE tasks SET answer = ? WHERE id = ?", (msgspec.msgpack.encode(answer), task_id)
             )
 
     def put_held(self, task_id: str, *, held: bool) -> None:
-        with self._lock:
+        with self._using():
             self._connection.execute("UPDATE tasks SET held = ? WHERE id = ?", (int(held), task_id))
 
     def remove(self, task_id: str) -> None:
-        with self._lock:
+        with self._using():
             self._connection.execute("BEGIN IMMEDIATE")
             self._connection.execute("DELETE FROM tasks WHERE id = ?", (task_id,))
             self._connection.execute("DELETE FROM events WHERE task = ?", (task_id,))
@@ -105,31 +128,27 @@ class TaskStore:
         self, event: AgentEvent, *, worker_seq: int | None = None, observed: TaskObserved | None = None
     ) -> bool:
         """Number and keep a line, with the state it reports. False when the worker had told it before."""
-        with self._lock:
+        with self._using():
             self._connection.execute("BEGIN IMMEDIATE")
-            try:
-                known = self._connection.execute(
-                    "SELECT 1 FROM events WHERE task = ? AND worker_seq = ?", (event.task_id, worker_seq)
-                ).fetchone()
-                if known is None:
-                    self._connection.execute(
-                        "INSERT INTO events (task, worker_seq, body) VALUES (?, ?, ?)",
-                        (event.task_id, worker_seq, msgspec.msgpack.encode(event)),
-                    )
-                if observed is not None:
-                    self._connection.execute(
-                        "UPDATE tasks SET observed = ? WHERE id = ?",
-                        (msgspec.msgpack.encode(observed), event.task_id),
-                    )
-                self._connection.execute("COMMIT")
-            except BaseException:
-                self._connection.execute("ROLLBACK")
-                raise
+            known = self._connection.execute(
+                "SELECT 1 FROM events WHERE task = ? AND worker_seq = ?", (event.task_id, worker_seq)
+            ).fetchone()
+            if known is None:
+                self._connection.execute(
+                    "INSERT INTO events (task, worker_seq, body) VALUES (?, ?, ?)",
+                    (event.task_id, worker_seq, msgspec.msgpack.encode(event)),
+                )
+            if observed is not None:
+                self._connection.execute(
+                    "UPDATE tasks SET observed = ? WHERE id = ?",
+                    (msgspec.msgpack.encode(observed), event.task_id),
+                )
+            self._connection.execute("COMMIT")
         return known is None
 
     def events_after(self, n: int, limit: int = 500) -> list[AgentEvent]:
         """Kept lines with a higher number, in order. A line's number is also its seq: it is unique for ever."""
-        with self._lock:
+        with self._using():
             rows = self._connection.execute(
                 "SELECT n, body FROM events WHERE n > ? ORDER BY n LIMIT ?", (n, limit)
             ).fetchall()
@@ -139,15 +158,21 @@ class TaskStore:
             lines.append(msgspec.structs.replace(event, n=number, seq=number))
         return lines
 
+    def last_worker_event(self, task_id: str) -> int:
+        """The highest number that a worker of this task has given to an event."""
+        with self._using():
+            row = self._connection.execute("SELECT max(worker_seq) FROM events WHERE task = ?", (task_id,)).fetchone()
+        return row[0] or 0
+
     def last_event(self) -> int:
-        with self._lock:
+        with self._using():
             row = self._connection.execute("SELECT seq FROM sqlite_sequence WHERE name = 'events'").fetchone()
         return row[0] if row else 0
 
     # --- sessions --------------------------------------------------------------------------------------
 
     def put_session(self, order: SessionOrder, expires: float, now: float) -> None:
-        with self._lock:
+        with self._using():
             self._connection.execute("DELETE FROM sessions WHERE expires < ?", (now - 86400,))
             self._connection.execute(
                 "INSERT OR REPLACE INTO sessions VALUES (?, ?, ?)",
@@ -155,21 +180,37 @@ class TaskStore:
             )
 
     def session(self, session_id: str) -> SessionOrder | None:
-        with self._lock:
+        with self._using():
             row = self._connection.execute("SELECT body FROM sessions WHERE id = ?", (session_id,)).fetchone()
         return None if row is None else msgspec.msgpack.decode(row[0], type=SessionOrder)
 
     def remove_session(self, session_id: str) -> None:
-        with self._lock:
+        with self._using():
             self._connection.execute("DELETE FROM sessions WHERE id = ?", (session_id,))
 
     # --- odds ------------------------------------------------------------------------------------------
 
     def get(self, key: str) -> str | None:
-        with self._lock:
+        with self._using():
             row = self._connection.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
         return None if row is None else row[0]
 
     def put(self, key: str, value: str) -> None:
-        with self._lock:
+        with self._using():
             self._connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
+
+
+def open_or_begin(path: Path) -> tuple[TaskStore, bool]:
+    """Open the store; one that is damaged is put aside and begun anew (True): the relay gives the tasks again, and
+    their own journals know how far each one is. Raises `StateTrouble` for everything that is no damage."""
+    try:
+        return TaskStore(path), False
+    except StateDamaged:
+        try:
+            for suffix in ("", "-wal", "-shm"):
+                part = path.with_name(path.name + suffix)
+                if part.exists():
+                    part.replace(path.with_name(path.name + ".damaged" + suffix))
+        except OSError as error:
+            raise of_system(error, path) from error
+        return TaskStore(path), True

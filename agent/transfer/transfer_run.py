@@ -18,6 +18,7 @@ import msgspec
 import trio
 
 from agent.storage.base import Root
+from agent.storage.faults import fault
 from agent.transfer.budget import Budget, charge
 from agent.transfer.directories import Comparisons, DirectoryWalk
 from agent.transfer.fetch import Fetcher
@@ -27,13 +28,14 @@ from agent.transfer.journal import Journal
 from agent.transfer.lanes import Lanes, OpenLane
 from agent.transfer.large_files import LargeFiles
 from agent.transfer.manifest import ManifestWriter
-from agent.transfer.plan import count_finished, now_iso, set_directory_times
+from agent.transfer.patience import Patience
+from agent.transfer.plan import count_finished, now_iso, remove_left_behind, set_directory_times
 from agent.transfer.received import ReceivedCounter
 from agent.transfer.record import add_counts
 from agent.transfer.retries import Retries
 from agent.transfer.settle import Settler
 from agent.transfer.source_session import SourceSession
-from agent.transfer.stopping import call_on_cancel, first_error
+from agent.transfer.stopping import call_on_cancel, first_error, first_system_error
 from protocol.control import Counters, TaskOrder
 from protocol.errors import TowpathError
 from protocol.session import MAX_PACK_FILES
@@ -57,6 +59,7 @@ class RunContext:
     temporary_prefix: bytes
     mode_mask: int
     on_fault: Callable[[TowpathError], None]
+    patience: Patience
 
 
 class TransferRun:
@@ -126,6 +129,9 @@ class TransferRun:
                 nursery.cancel_scope.cancel()
         except* TowpathError as group:
             self._error = self._error or first_error(group)
+        except* OSError as system:
+            # What no single file or folder answers for concerns the task as a whole.
+            self._error = self._error or fault(first_system_error(system), "destination", b"")
         finally:
             self._close_groups()
         if self._error is not None:
@@ -133,6 +139,7 @@ class TransferRun:
         if self.options.preserve_timestamp:
             rows = self.context.journal.directories_deepest_first()
             await trio.to_thread.run_sync(set_directory_times, self.context.root, rows)
+        await trio.to_thread.run_sync(remove_left_behind, self.context.root, self.context.journal)
 
     def stop(self, error: TowpathError) -> None:
         """End the run with this error, or with the one it is ending with already."""
@@ -263,6 +270,9 @@ class TransferRun:
 
     def refetch(self, file: LargeFile, index: int) -> None:
         self._soon(self.large.refetch, file, index)
+
+    def abandoned(self, file: LargeFile, error: TowpathError) -> None:
+        self._soon(self.retries.again, file.job, error)
 
     def group_done(self, group: Group) -> None:
         self._soon(self._on_group_done, group)

@@ -18,6 +18,7 @@ import trio
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from agent.connect.tls import HANDSHAKE_TIMEOUT, check_peer, session_context
+from agent.storage.base import Root
 from agent.storage.hiding import offered
 from agent.storage.posix import open_root
 from agent.transfer.channel import (
@@ -30,6 +31,7 @@ from agent.transfer.channel import (
     RunTask,
     ServeSession,
     ToWorker,
+    WorkerCollection,
 )
 from agent.transfer.daemon_line import DaemonLine
 from agent.transfer.serve import SourceSide, serve_lane
@@ -37,9 +39,9 @@ from agent.transfer.small_files import raise_descriptor_limit
 from agent.transfer.source_policy import SourcePolicy
 from agent.transfer.task_runner import TaskRunner
 from protocol.control import FINAL_STATES
-from protocol.errors import TowpathError
+from protocol.errors import NeedsPerson, ProtocolError, TowpathError
 from protocol.identity import NodeKey, fingerprint_of_certificate_untrusted
-from protocol.session import ALPN_CONTROL, ALPN_LANE
+from protocol.session import ALPN_CONTROL, ALPN_LANE, Failed, encode
 from protocol.ticket import TicketVerifier
 
 # A source's worker without connections ends after this many seconds.
@@ -52,13 +54,24 @@ def identity_of(common: Common) -> NodeKey:
     return NodeKey(key)  # type: ignore[arg-type]
 
 
+def _collection(common: Common, collection_id: str) -> WorkerCollection:
+    return next(row for row in common.collections if row.id == collection_id)
+
+
+def _root_of(collection: WorkerCollection) -> Root:
+    """The collection's root as others see it. Raises `NeedsPerson`."""
+    return offered(open_root(collection.root, collection.mark), hidden=collection.hidden)
+
+
 async def _run_task(channel: Channel, start: RunTask) -> None:
     mask = os.umask(0)
     os.umask(mask)
     line = DaemonLine(channel, start, identity_of(start.common))
     async with trio.open_nursery() as nursery:
         nursery.start_soon(line.run)
-        observed = await TaskRunner(start, line, 0o777 & ~mask).run()
+        collection = _collection(start.common, start.order.destination.collection_id)
+        runner = TaskRunner(start, line, 0o777 & ~mask, lambda: _root_of(collection))
+        observed = await runner.run()
         final = observed.state in FINAL_STATES
         await line.finish(Finished(observed=observed) if final else Checkpointed(observed=observed))
         nursery.cancel_scope.cancel()
@@ -75,7 +88,7 @@ class _SourceWorker:
         verifier = TicketVerifier(start.common.relay_id, start.common.relay_root)
         ticket = verifier.verify_untrusted(start.ticket, time.time())
         collection_id = ticket.source.collection_id if ticket.source else ""
-        collection = next(row for row in start.common.collections if row.id == collection_id)
+        collection = _collection(start.common, collection_id)
         policy = SourcePolicy(
             session_id=start.session_id,
             task_id=start.task_id,
@@ -83,7 +96,9 @@ class _SourceWorker:
             fingerprint=self._identity.fingerprint,
             collection_id=collection_id,
         )
-        self._side = SourceSide(offered(open_root(collection.root), hidden=collection.hidden), policy, verifier)
+        self._collection = collection
+        self._policy, self._verifier = policy, verifier
+        self._side: SourceSide | None = None
         self._connections = 0
         self._last = trio.current_time()
 
@@ -133,13 +148,35 @@ class _SourceWorker:
         with trio.fail_after(HANDSHAKE_TIMEOUT):
             await stream.do_handshake()
         check_peer(stream.getpeercert(binary_form=True), self._peer)
+        try:
+            self._side = await trio.to_thread.run_sync(self._present_side)
+        except NeedsPerson as error:
+            # A disk that is not mounted is not an empty folder: the destination waits, and says why.
+            error.who = "source owner"
+            await stream.send_all(encode(Failed(0, error.to_document())))
+            await trio.aclose_forcefully(stream)
+            raise
         await self._side.serve_control(stream, self._peer)
+
+    def _present_side(self) -> SourceSide:
+        """The side with a root that is known to be there now; one that went away and came back is opened again."""
+        if self._side is not None:
+            try:
+                self._side.root.check_present()
+            except NeedsPerson:
+                # Lanes may still read from what was opened; the next look, here, opens what is there now.
+                self._side = None
+            else:
+                return self._side
+        return SourceSide(_root_of(self._collection), self._policy, self._verifier)
 
     async def _lane(self, sock: socket.socket) -> None:
         duplicate = socket.socket(fileno=os.dup(sock.fileno()))
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_shut_down_when_cancelled, duplicate)
+                if self._side is None:
+                    raise ProtocolError("A lane came before its control stream.")
                 await trio.to_thread.run_sync(serve_lane, self._side, sock, self._secure)
                 nursery.cancel_scope.cancel()
         except* (TowpathError, OSError) as group:

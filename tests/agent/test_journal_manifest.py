@@ -15,8 +15,8 @@ from agent.transfer.channel import Event
 from agent.transfer.compare import block_count, block_size, missing_ranges
 from agent.transfer.journal import TRANSFERRED, VERSION, Journal, PartialRow, open_or_rebuild
 from agent.transfer.manifest import ROWS_IN_FRAME, ManifestPage, ManifestWriter, TransferredRow, read_page
+from agent.transfer.state_trouble import StateTrouble
 from protocol.control import Counters
-from protocol.errors import TaskFailed
 
 PARTIAL = PartialRow(b".temporary", (1, 2, 3, 4, 5), 1024, bytearray(b"\x05"))
 
@@ -146,7 +146,7 @@ def test_a_journal_of_a_newer_agent_is_left_alone(tmp_path: Path) -> None:
     connection.execute(f"PRAGMA user_version = {VERSION + 1}")
     connection.close()
     before = path.read_bytes()
-    with pytest.raises(TaskFailed) as raised:
+    with pytest.raises(StateTrouble) as raised:
         open_or_rebuild(path)
     assert raised.value.code == "JOURNAL_NEWER"
     assert path.read_bytes() == before

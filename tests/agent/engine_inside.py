@@ -1,0 +1,342 @@
+"""The engine of one task, both ends in one process: real threads, sockets, files and journals, without TLS, processes,
+daemon and relay. A run takes milliseconds, so that faults can be tried by the thousand.
+
+A *crash* is played by a plan that raises `Crashed`: from then on every call of storage and journal raises it too, and
+nothing is committed any more; a new engine on the same folders is what comes after.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import tempfile
+import threading
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from agent.storage.base import Root
+from agent.storage.faulty import Call, FaultyRoot, Plan, no_faults
+from agent.storage.posix import open_root
+from agent.transfer import patience, task_runner
+from agent.transfer.channel import Common, Event, RunTask
+from agent.transfer.journal import Journal
+from agent.transfer.manifest import ManifestWriter
+from agent.transfer.serve import SourceSide, serve_lane
+from agent.transfer.source_session import SourceSession
+from agent.transfer.state_trouble import of_system
+from agent.transfer.task_runner import TaskRunner
+from protocol.control import Party, TaskItem, TaskObserved, TaskOptions, TaskOrder
+from protocol.errors import TowpathError
+
+TASK = "11111111-2222-4333-8444-555555555555"
+WHOLE = [TaskItem(source_path="/", destination_path="/", recursive=True)]
+CHECKED = TaskOptions(verify_checksum=True, preserve_timestamp=True, recursive_symlinks="keep")
+
+
+class Crashed(BaseException):
+    """The process is dead. Nothing of the engine may catch this and go on."""
+
+
+class OpenPolicy:
+    """Lets everything pass: what a session may ask is tested elsewhere."""
+
+    def accept(self, *_: Any) -> None:
+        return
+
+    def renew(self, *_: Any) -> None:
+        return
+
+    def check(self, *_: Any) -> None:
+        return
+
+
+class Line:
+    """The daemon of a task, as its runner sees it."""
+
+    def __init__(self, engine: Engine, nursery: trio.Nursery) -> None:
+        self.engine = engine
+        self.nursery = nursery
+        self.desired = "run"
+        self.revision = 1
+        self.ticket = ""
+        self.on_event_stored: Callable[[int], None] = lambda _seq: None
+        self._scopes: set[trio.CancelScope] = set()
+        self.side: SourceSide | None = None
+        self.ended = trio.Event()
+
+    def want(self, desired: str) -> None:
+        self.desired = desired
+        for scope in self._scopes:
+            scope.cancel()
+
+    @contextlib.contextmanager
+    def while_desired(self) -> Iterator[trio.CancelScope]:
+        with trio.CancelScope() as scope:
+            if self.desired != "run":
+                scope.cancel()
+            self._scopes.add(scope)
+            try:
+                yield scope
+            finally:
+                self._scopes.discard(scope)
+
+    @contextlib.asynccontextmanager
+    async def session(self, _session_id: str) -> AsyncIterator[SourceSession]:
+        self.engine.sessions += 1
+        if self.engine.on_session is not None:
+            self.engine.on_session(self.engine.sessions)
+        ours, theirs = trio.testing.memory_stream_pair()
+        with self.engine.source_root() as root:
+            side = SourceSide(root, OpenPolicy(), None)  # type: ignore[arg-type]
+            self.side = side
+            scope = trio.CancelScope()
+            self.nursery.start_soon(self._serve, side, theirs, scope)
+            session = SourceSession(ours, b"i" * 16)
+            try:
+                await session.hello("", "")
+                yield session
+            finally:
+                self.side = None
+                scope.cancel()
+                with trio.CancelScope(shield=True):
+                    await self.ended.wait()
+                await trio.aclose_forcefully(ours)
+                self.engine.cut_lanes()
+
+    async def _serve(self, side: SourceSide, stream: trio.abc.Stream, scope: trio.CancelScope) -> None:
+        self.ended = trio.Event()
+        try:
+            with scope:
+                await side.serve_control(stream, "")
+        except TowpathError as error:
+            self.engine.lane_errors.append(error)
+        finally:
+            self.ended.set()
+
+    async def lane(self) -> socket.socket:
+        ours, theirs = socket.socketpair()
+        side = self.side
+        assert side is not None
+        self.engine.lanes.append(theirs)
+        thread = threading.Thread(target=self.engine.serve, args=(side, theirs), daemon=True)
+        thread.start()
+        self.engine.threads.append(thread)
+        return ours
+
+    def post(self, event: Event) -> None:
+        self.engine.events.append(event)
+        self.on_event_stored(event.seq)
+
+    def report(self, observed: TaskObserved) -> None:
+        self.engine.reports.append(observed)
+        if self.engine.on_report is not None:
+            self.engine.on_report(self, observed)
+
+
+@dataclass
+class Engine:
+    """One task from ``base/source`` to ``base/destination``, with its state in ``base/state``."""
+
+    base: Path
+    options: TaskOptions = CHECKED
+    items: list[TaskItem] = field(default_factory=lambda: list(WHOLE))
+    type: str = "TRANSFER"
+    plan: Plan = no_faults
+    source_plan: Plan = no_faults
+    short: int = 0
+    lanes_wanted: int = 1
+    wrap: Callable[[Root], Root] = lambda root: root
+    on_session: Callable[[int], None] | None = None
+    on_report: Callable[[Line, TaskObserved], None] | None = None
+
+    def __post_init__(self) -> None:
+        self.source, self.destination, self.state = (self.base / name for name in ("source", "destination", "state"))
+        for folder in (self.source, self.destination, self.state):
+            folder.mkdir(parents=True, exist_ok=True)
+        self.events: list[Event] = []
+        self.reports: list[TaskObserved] = []
+        self.lanes: list[socket.socket] = []
+        self.threads: list[threading.Thread] = []
+        self.lane_errors: list[BaseException] = []
+        self.calls: list[Call] = []
+        self.sessions = 0
+        self.dead = False
+        self._counted = 0
+        self._counts: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    # --- storage ---------------------------------------------------------------------------------------
+
+    def _planned(self, call: Call) -> int | None:
+        """One numbering over all runs of the task, and no life after a crash."""
+        if self.dead:
+            raise Crashed
+        with self._lock:
+            self._counted += 1
+            nth = self._counts[call.operation] = self._counts.get(call.operation, 0) + 1
+            call = Call(self._counted, call.operation, nth, call.name)
+            self.calls.append(call)
+        try:
+            return self.plan(call)
+        except Crashed:
+            self.dead = True
+            raise
+
+    def open_destination(self) -> Root:
+        if self.dead:
+            raise Crashed
+        return self.wrap(FaultyRoot(open_root(str(self.destination)), self._planned, short=self.short))
+
+    def source_root(self) -> Root:
+        return FaultyRoot(open_root(str(self.source)), self.source_plan, short=self.short)
+
+    def serve(self, side: SourceSide, sock: socket.socket) -> None:
+        try:
+            serve_lane(side, sock, lambda secured: (secured, ""))
+        except (OSError, TowpathError) as error:
+            self.lane_errors.append(error)
+
+    def cut_lanes(self) -> None:
+        for sock in self.lanes:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+        self.lanes.clear()
+        for thread in self.threads:
+            thread.join(10)
+            assert not thread.is_alive()
+        self.threads.clear()
+
+    # --- runs ------------------------------------------------------------------------------------------
+
+    def order(self) -> TaskOrder:
+        party = Party(endpoint_id="e", node_id="n", collection_id="c", certificate="")
+        return TaskOrder(
+            task_id=TASK,
+            revision=1,
+            desired="run",
+            type=self.type,  # type: ignore[arg-type]
+            ticket="",
+            session_id=str(uuid.uuid4()),
+            destination=party,
+            source=party,
+            options=self.options,
+            items=self.items,
+        )
+
+    async def run(self, seconds: float = 30) -> TaskObserved:
+        """To the end of the task, or until it crashes (`Crashed`)."""
+        common = Common(node_id="n", node_key=b"", relay_id="r", relay_root="", collections=[])
+        last = self.events[-1].seq if self.events else 0
+        start = RunTask(
+            common=common, order=self.order(), state_dir=str(self.state), lanes=self.lanes_wanted, last_event=last
+        )
+        observed: TaskObserved | None = None
+        try:
+            with trio.fail_after(seconds), self._mortal():
+                async with trio.open_nursery() as nursery:
+                    line = Line(self, nursery)
+                    observed = await TaskRunner(start, line, 0o755, self.open_destination).run()  # type: ignore[arg-type]
+                    nursery.cancel_scope.cancel()
+        except BaseException as error:
+            if self.dead and _holds(error, Crashed):
+                raise Crashed from None
+            raise
+        finally:
+            self.cut_lanes()
+        assert observed is not None
+        return observed
+
+    @contextlib.contextmanager
+    def _mortal(self) -> Iterator[None]:
+        """Journal and manifests die with the process: each durable step is a call of the plan, and after a crash
+        nothing is written any more. Pauses are short."""
+        engine = self
+        commit, close, sync = Journal.commit, Journal.close, ManifestWriter.sync
+
+        def committing(journal: Journal) -> None:
+            engine._step("journal_commit")
+            commit(journal)
+
+        def closing(journal: Journal) -> None:
+            if engine.dead:
+                journal.abandon()
+            else:
+                close(journal)
+
+        def syncing(manifest: ManifestWriter) -> None:
+            engine._step("manifest_sync")
+            sync(manifest)
+
+        pauses = [
+            (task_runner, "FIRST_PAUSE", 0.001),
+            (task_runner, "LONGEST_PAUSE", 0.01),
+            (task_runner, "LOOK_AGAIN", 0.01),
+            (patience, "FIRST_PAUSE", 0.001),
+            (patience, "LONGEST_PAUSE", 0.01),
+        ]
+        Journal.commit, Journal.close, ManifestWriter.sync = committing, closing, syncing  # type: ignore[method-assign]
+        before = [(module, name, getattr(module, name)) for module, name, _ in pauses]
+        for module, name, short in pauses:
+            setattr(module, name, short)
+        try:
+            yield
+        finally:
+            Journal.commit, Journal.close, ManifestWriter.sync = commit, close, sync  # type: ignore[method-assign]
+            for module, name, usual in before:
+                setattr(module, name, usual)
+
+    def _step(self, name: str) -> None:
+        code = self._planned(Call(0, name, 0, b""))
+        if code is not None:
+            raise of_system(OSError(code, os.strerror(code)), self.state / name)
+
+    # --- looks -----------------------------------------------------------------------------------------
+
+    def codes(self) -> list[str]:
+        return [event.code for event in self.events]
+
+    def temporaries(self) -> list[str]:
+        return sorted(str(path) for path in self.destination.rglob(".towpath.*"))
+
+    def revived(self, plan: Plan = no_faults) -> Engine:
+        """What comes after a crash: new processes on the same disks."""
+        after = Engine(self.base, self.options, self.items, self.type, plan, short=self.short)
+        after.events = list(self.events)
+        return after
+
+
+@pytest.fixture
+def quick_path(tmp_path: Path) -> Iterator[Path]:
+    """A folder in memory where there is one, else on the disk: thousands of syncs cost nothing there."""
+    memory = Path("/dev/shm")
+    if not os.access(memory, os.W_OK):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir=memory, prefix="towpath-") as folder:
+        yield Path(folder)
+
+
+def _holds(error: BaseException, kind: type[BaseException]) -> bool:
+    if isinstance(error, BaseExceptionGroup):
+        return any(_holds(inner, kind) for inner in error.exceptions)
+    return isinstance(error, kind)
+
+
+def contents(root: Path) -> dict[str, bytes | str]:
+    """Every name below a folder with its content, target or kind; times and modes apart."""
+    found: dict[str, bytes | str] = {}
+    for path in sorted(root.rglob("*")):
+        name = str(path.relative_to(root))
+        if path.is_symlink():
+            found[name] = f"link to {path.readlink()}"
+        else:
+            found[name] = "folder" if path.is_dir() else path.read_bytes()
+    return found

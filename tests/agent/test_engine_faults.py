@@ -1,0 +1,201 @@
+"""Every call of a small transfer fails once, in every way, and dies once: what is under a final name is whole, and the
+task comes to its end."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections import Counter
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from agent.storage.faulty import Call, fail_nth
+from tests.agent.engine_inside import Crashed, Engine, contents, quick_path
+
+__all__ = ["quick_path"]
+
+MIB = 1024 * 1024
+SEEDS = 200
+NEW = 3 * MIB + 17
+
+
+def fill(engine: Engine) -> dict[str, bytes | str]:
+    """A small tree of everything there is, and an older version of one file at the destination."""
+    (engine.source / "folder" / "inner").mkdir(parents=True)
+    (engine.source / "folder" / "one").write_bytes(b"1")
+    (engine.source / "folder" / "inner" / "two").write_bytes(b"two" * 1000)
+    (engine.source / "empty").write_bytes(b"")
+    (engine.source / "large").write_bytes(os.urandom(NEW))
+    (engine.source / "link").symlink_to("large")
+    (engine.destination / "empty").write_bytes(b"an older version")
+    return contents(engine.source)
+
+
+def nothing_half(engine: Engine, wanted: dict[str, bytes | str]) -> None:
+    """Whatever has a final name is complete, or what was there before."""
+    for name, content in contents(engine.destination).items():
+        if ".towpath." not in name:
+            assert content == wanted[name] or (name == "empty" and content == b"an older version"), name
+
+
+async def test_the_small_transfer_itself(quick_path: Path) -> None:
+    engine = Engine(quick_path)
+    wanted = fill(engine)
+    observed = await engine.run()
+    assert observed.state == "SUCCEEDED", observed
+    assert contents(engine.destination) == wanted
+    assert engine.codes() == ["STARTED", "SUCCEEDED"]
+    print(f"calls of a small transfer: {len(engine.calls)} {Counter(call.operation for call in engine.calls)}")
+
+
+async def recorded(base: Path, **fields: object) -> list[Call]:
+    """The calls of an undisturbed run."""
+    engine = Engine(base, **fields)  # type: ignore[arg-type]
+    fill(engine)
+    await engine.run()
+    return engine.calls
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        errno.EIO,
+        errno.ENOSPC,
+        # Goes the way of a full disk.
+        pytest.param(errno.EDQUOT, marks=pytest.mark.soak),
+        errno.EACCES,
+    ],
+    ids=errno.errorcode.get,
+)
+async def test_every_call_fails_once(quick_path: Path, code: int) -> None:
+    """Passing faults and full disks are got over; a lasting one costs its file at most. Nothing half has a name."""
+    calls = await recorded(quick_path / "plain")
+    ends: Counter[str] = Counter()
+    for number in range(1, len(calls) + 1):
+        engine = Engine(quick_path / str(number), plan=fail_nth(number, code))
+        wanted = fill(engine)
+        observed = await engine.run()
+        what = f"call {number} ({calls[number - 1].operation}), {observed}"
+        nothing_half(engine, wanted)
+        assert engine.temporaries() == [], what
+        ends[observed.state] += 1
+        if observed.state == "SUCCEEDED":
+            assert contents(engine.destination) == wanted, what
+        else:
+            # Only an error that trying again does not mend may end the task, and it names what failed.
+            assert (code, observed.error_code) == (errno.EACCES, "ITEMS_FAILED"), what
+            assert observed.counters.failed > 0, what
+            assert "PERMISSION_DENIED" in engine.codes(), what
+        if code in (errno.ENOSPC, errno.EDQUOT) and engine.codes() != ["STARTED", "SUCCEEDED"]:
+            assert {"NO_SPACE", "QUOTA_EXCEEDED", "STATE_UNAVAILABLE"} & set(engine.codes()) or engine.reports, what
+    print(f"{errno.errorcode[code]}: {len(calls)} calls failed, one a run; {dict(ends)}")
+
+
+async def test_every_call_moves_only_three_bytes(quick_path: Path) -> None:
+    engine = Engine(quick_path, short=4093)
+    wanted = fill(engine)
+    assert (await engine.run()).state == "SUCCEEDED"
+    assert contents(engine.destination) == wanted
+
+
+async def test_a_crash_at_every_call(quick_path: Path) -> None:
+    """The process dies before the n-th call for every n; the next one brings the task to its end."""
+    calls = await recorded(quick_path / "plain")
+    again = crashes = 0
+    for number in range(1, len(calls) + 1):
+
+        def die(call: Call, number: int = number) -> int | None:
+            if call.number == number:
+                raise Crashed
+            return None
+
+        engine = Engine(quick_path / str(number), plan=die)
+        wanted = fill(engine)
+        try:
+            await engine.run()
+        except Crashed:
+            crashes += 1
+        else:
+            # What is settled together, and so the number of calls, differs a little from run to run.
+            assert number > len(calls) // 2
+            continue
+        nothing_half(engine, wanted)
+        after = engine.revived()
+        observed = await after.run()
+        what = f"crash before call {number} ({calls[number - 1].operation}), {observed}"
+        assert observed.state == "SUCCEEDED", what
+        assert contents(engine.destination) == wanted, what
+        assert after.temporaries() == [], what
+        again = max(again, observed.counters.bytes_sent_again)
+        seqs = [event.seq for event in after.events]
+        assert len(set(seqs)) == len({(event.seq, event.code) for event in after.events}), what
+    assert again <= NEW + 4000
+    print(f"crashes survived: {crashes}, at most {again} bytes sent again")
+
+
+LASTING = {"EIO": errno.EIO, "EBUSY": errno.EBUSY, "ESTALE": errno.ESTALE, "EACCES": errno.EACCES}
+
+
+@pytest.mark.parametrize("operation", ["lstat", "create_temporary", "rename", "fsync", "symlink", "mkdir"])
+@pytest.mark.parametrize("name", LASTING)
+async def test_a_fault_that_stays_ends_the_task_in_words(quick_path: Path, name: str, operation: str) -> None:
+    """No fault is tried for ever: the budget of its class ends it, and the files it does not concern are there."""
+    engine = Engine(quick_path, plan=fail_nth(1, LASTING[name], operation, times=0))
+    wanted = fill(engine)
+    observed = await engine.run()
+    assert observed.state == "FAILED", observed
+    assert observed.error_code == "ITEMS_FAILED"
+    nothing_half(engine, wanted)
+    assert engine.temporaries() == []
+
+
+async def chaos(base: Path, seed: int) -> Counter[str]:
+    """Many faults of many kinds in one task, and now and then its death; in the end everything is there."""
+    random = Random(seed)
+    left = random.randint(1, 12)
+    seen: Counter[str] = Counter()
+
+    def plan(call: Call) -> int | None:
+        nonlocal left
+        if not left or random.random() > 0.08:
+            return None
+        left -= 1
+        if random.random() < 0.3:
+            seen["crashes"] += 1
+            raise Crashed
+        code = random.choice((errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.ESTALE, errno.EBUSY))
+        seen[errno.errorcode[code]] += 1
+        return code
+
+    engine = Engine(base, plan=plan)
+    wanted = fill(engine)
+    observed = None
+    while observed is None:
+        try:
+            observed = await engine.run()
+        except Crashed:
+            nothing_half(engine, wanted)
+            engine = engine.revived(plan)
+    assert observed.state == "SUCCEEDED", f"seed {seed}: {observed}"
+    assert contents(engine.destination) == wanted, f"seed {seed}"
+    return seen
+
+
+async def test_seeded_faults_and_crashes(quick_path: Path) -> None:
+    total: Counter[str] = Counter()
+    for seed in range(SEEDS):
+        total += await chaos(quick_path / str(seed), seed)
+    print(f"seeds: {SEEDS}, faults: {dict(total)}")
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3000)
+async def test_thousands_of_seeded_faults_and_crashes(quick_path: Path) -> None:
+    total: Counter[str] = Counter()
+    for seed in range(1000, 4000):
+        total += await chaos(quick_path / str(seed), seed)
+        shutil.rmtree(quick_path / str(seed))
+    print(f"seeds: 3000, faults: {dict(total)}")
