@@ -25,7 +25,7 @@ lint: $(BIN)/towpath
 	$(BIN)/mypy
 
 test: lint $(CLIENTS)/bin/globus
-	GLOBUS_CLI=$(CURDIR)/$(CLIENTS)/bin/globus $(BIN)/python -m pytest -m 'not soak'
+	GLOBUS_CLI=$(CURDIR)/$(CLIENTS)/bin/globus $(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not soak'
 
 unit: $(BIN)/towpath
 	$(BIN)/python -m pytest -m 'not soak and not clients' tests/protocol tests/agent tests/relay

@@ -275,6 +275,7 @@ class Daemon:
             "data_port": self._tasks.port,
             "link": asdict(self._link.statistics()),
             "network": {**self._network.statistics(), "port_mapping": self._port_mapping.sentence},
+            "transfer": asdict(self._tasks.statistics()),
             "collections": self._availability.reports(),
             "tasks": self._tasks.tasks(),
         }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from typing import Any, TypeVar
 
 import msgspec
@@ -16,8 +17,9 @@ import trio
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from agent.collections import Collections
 from agent.config import CollectionConfig, is_uuid
@@ -30,6 +32,7 @@ from agent.storage.query import parse_query_untrusted
 from protocol.candidates import PathGo, PathOffer
 from protocol.control import (
     MAX_DOCUMENT,
+    AgentEvent,
     CollectionReport,
     Record,
     SessionAnswer,
@@ -183,12 +186,7 @@ class LinkApp:
     async def _events(self, request: Request) -> Response:
         after = _number(request, "after", 0)
 
-        async def lines() -> AsyncIterator[bytes]:
-            async with self._tasks.events(after) as events:
-                async for event in events:
-                    yield encode(event) + b"\n"
-
-        return StreamingResponse(lines(), media_type="application/x-ndjson")
+        return _EventLines(self._tasks.events(after))
 
     async def _acknowledge(self, request: Request) -> Response:
         await self._tasks.acknowledge((await _body(request, _Acknowledgement)).n)
@@ -349,6 +347,35 @@ class LinkApp:
     async def _withdraw(self, request: Request) -> Response:
         await self._tasks.withdraw_session(request.path_params["session"])
         return Response(status_code=204)
+
+
+class _EventLines(Response):
+    """Event lines without end, until the relay leaves. Whichever way that is noticed, the reader has ended when this
+    returns; an iterator handed to a streaming response would end when it is collected."""
+
+    media_type = "application/x-ndjson"
+
+    def __init__(self, events: AbstractAsyncContextManager[AsyncIterator[AgentEvent]]) -> None:
+        super().__init__()
+        del self.headers["content-length"]
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_until_disconnected, receive, nursery.cancel_scope)
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            async with self._events as events:
+                async for event in events:
+                    line = encode(event) + b"\n"
+                    await send({"type": "http.response.body", "body": line, "more_body": True})
+            await send({"type": "http.response.body", "body": b""})
+            nursery.cancel_scope.cancel()
+
+
+async def _until_disconnected(receive: Receive, scope: trio.CancelScope) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    scope.cancel()
 
 
 def _check_ids(request: Request) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
 
 import trio
 
@@ -37,12 +37,19 @@ class Outbox:
         """All kept lines after a number, then those to come, without end."""
         reader = _Reader()
         self._readers.add(reader)
+        lines = self._lines(reader, after)
         try:
-            yield self._lines(reader, after)
+            async with aclosing(lines):
+                yield lines
         finally:
             self._readers.discard(reader)
 
-    async def _lines(self, reader: _Reader, after: int) -> AsyncIterator[AgentEvent]:
+    @property
+    def readers(self) -> int:
+        """How many follow now."""
+        return len(self._readers)
+
+    async def _lines(self, reader: _Reader, after: int) -> AsyncGenerator[AgentEvent, None]:
         while True:
             reader.wake = trio.Event()
             while lines := await trio.to_thread.run_sync(self._store.events_after, after):

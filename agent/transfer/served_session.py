@@ -39,6 +39,11 @@ class ServedSessions:
         self.nursery: trio.Nursery
         self.refused = 0
 
+    @property
+    def count(self) -> int:
+        """How many workers serve now."""
+        return len(self._served)
+
     async def deliver(self, session_id: str, kind: str, sock: trio.socket.SocketType) -> None:
         """Hand a connection to its session's worker; unknown and forbidden sessions are simply closed."""
         service = self._service

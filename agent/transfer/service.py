@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractAsyncContextManager, closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,6 +60,18 @@ logger = logging.getLogger("towpath.tasks")
 MAX_PAGE = 1000
 
 
+@dataclass(frozen=True)
+class TransferStatistics:
+    """What the engine does now, and since the start: connections it refused, lines the relay may still ask for."""
+
+    tasks: int
+    running: int
+    sessions: int
+    refused: int
+    event_readers: int
+    last_event: int
+
+
 class TransferService:
     """See the module. Create it, then run `run`; every other method may be called while it runs."""
 
@@ -103,6 +116,17 @@ class TransferService:
         self.port = 0
         for stored in self.store.load():
             self._tasks[stored.order.task_id] = RunningTask(self, stored)
+
+    def statistics(self) -> TransferStatistics:
+        """Counts of this moment and since the start."""
+        return TransferStatistics(
+            tasks=len(self._tasks),
+            running=sum(task.running for task in self._tasks.values()),
+            sessions=self.sessions.count,
+            refused=self.sessions.refused,
+            event_readers=self.outbox.readers,
+            last_event=self.store.last_event(),
+        )
 
     # --- running ---------------------------------------------------------------------------------------
 

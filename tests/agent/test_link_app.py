@@ -6,7 +6,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from agent.link_app import LinkApp
 from agent.local_app import LocalApplication
 from agent.policy import LINK_OPERATIONS, Policy
 from protocol.candidates import PathGo, PathOffer
-from protocol.control import Candidate, Party, SessionAnswer, SessionOrder, TaskItem, TaskOrder, encode
+from protocol.control import AgentEvent, Candidate, Party, SessionAnswer, SessionOrder, TaskItem, TaskOrder, encode
 from protocol.errors import AccessDenied
 from tests.agent.recorded_tasks import RecordedTasks
 
@@ -226,7 +227,7 @@ async def test_what_is_the_owners_alone_does_not_exist_on_the_link(link: Link) -
         pass
 
     local = LocalApplication(Owner(), link.tasks, link.policy, list).table()  # type: ignore[arg-type]
-    paths = [(method, path.format(id=READ_WRITE)) for method, path, _ in local]
+    paths = [(method, re.sub(r"\{\w+\}", READ_WRITE, path)) for method, path, _ in local]
     for method, path in [*paths, ("GET", "/config"), ("POST", "/update"), ("GET", "/docs"), ("GET", "/openapi.json")]:
         for place in (path, f"/link{path}"):
             if (method, place) == ("GET", "/link/collections"):
@@ -485,6 +486,41 @@ async def test_events_are_lines_of_json(link: Link) -> None:
     answer = await link.ask("GET", "/link/events", after=5)
     assert answer.headers["content-type"].startswith("application/x-ndjson")
     assert [json.loads(line)["n"] for line in answer.text.splitlines()] == [6, 7, 8]
+
+
+async def test_an_event_stream_ends_when_the_relay_leaves(link: Link, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once and in order, not when something is collected."""
+    ended: list[str] = []
+
+    @asynccontextmanager
+    async def endless(after: int) -> AsyncIterator[AsyncIterator[AgentEvent]]:
+        async def lines() -> AsyncIterator[AgentEvent]:
+            yield AgentEvent(n=after + 1, kind="event", time="")
+            await trio.sleep_forever()
+
+        try:
+            yield lines()
+        finally:
+            ended.append("reader")
+
+    monkeypatch.setattr(link.tasks, "events", endless)
+    heard, leave = trio.Event(), trio.Event()
+
+    async def receive() -> dict[str, Any]:
+        await leave.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        if message.get("body"):
+            heard.set()
+
+    scope = {"type": "http", "method": "GET", "path": "/link/events", "headers": [], "query_string": b"after=4"}
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(link.link_app.application(), scope, receive, send)
+        await heard.wait()
+        assert ended == []
+        leave.set()
+    assert ended == ["reader"]
 
 
 async def test_an_unknown_task_is_missing(link: Link) -> None:

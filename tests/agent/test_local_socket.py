@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import stat
+import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -148,14 +149,15 @@ def test_somebody_elses_link_in_place_of_the_directory_is_not_used(
 ) -> None:
     monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
     (tmp_path / "trap").mkdir(mode=0o700)
-    (tmp_path / "t").mkdir()
-    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path / "t"))
     long = tmp_path / ("x" * 120)
     long.mkdir()
-    *_, last = local_socket.places(long)
-    last.parent.symlink_to(tmp_path / "trap")
-    with pytest.raises(Exception, match="not a directory of this user"):
-        local_socket.listen(long)
+    # pytest's own directories may be too deep for the address of a socket.
+    with tempfile.TemporaryDirectory(prefix="t") as short:
+        monkeypatch.setattr("tempfile.gettempdir", lambda: short)
+        *_, last = local_socket.places(long)
+        last.parent.symlink_to(tmp_path / "trap")
+        with pytest.raises(Exception, match="not a directory of this user"):
+            local_socket.listen(long)
     assert not any((tmp_path / "trap").iterdir())
 
 

@@ -364,3 +364,17 @@ def test_the_pin_is_compared_once_more_after_the_handshake() -> None:
     for presented in (ssl.PEM_cert_to_DER_cert(other.certificate_pem), b"no certificate", b"", None):
         with pytest.raises(AccessDenied):
             check_peer(presented, mine.fingerprint)
+
+
+async def test_a_lane_must_know_the_secret_of_the_live_control_stream(scene: Scene) -> None:
+    """The right node with the right certificate, while its session is open, and one bit off."""
+
+    def guess() -> bytes:
+        with scene.dial(scene.context(scene.made.beta.key)) as control:
+            control.sendall(session.encode(session.Hello(scene.ticket, INSTANCE)))
+            assert isinstance(messages_in(control.recv(65536))[0], session.HelloAnswer)
+            wrong = bytes([INSTANCE[0] ^ 1]) + INSTANCE[1:]
+            context = scene.context(scene.made.beta.key, session.ALPN_LANE)
+            return visit(scene, context, lane.encode_header(lane.LaneHello(wrong, 0)))
+
+    assert await trio.to_thread.run_sync(guess) == b""
