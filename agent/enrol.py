@@ -137,7 +137,7 @@ def find_setup_key(argument: str | None, file: Path | None) -> SetupKey:
     if not text.strip():
         raise SetupFailed(
             f"No setup key: give it as argument, in the variable {SETUP_KEY_VARIABLE}, or with --setup-key-file. "
-            "The owner of a collection gets one by `globus gcp create mapped NAME`.",
+            "Or sign in instead, with --relay URL.",
             who="you",
         )
     return parse_setup_key_untrusted(text)

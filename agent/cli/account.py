@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import webbrowser
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,30 +50,39 @@ def read_secret(secret_file: str | None) -> str:
 @click.command()
 @click.option("--relay", "relay_url", envvar="TOWPATH_RELAY_URL", metavar="URL", help="The relay, https://HOST[:PORT].")
 @click.option("--ca-file", envvar="TOWPATH_CA_FILE", help="The relay's CA certificate, when it made its own.")
-@click.option("--client-id", envvar="TOWPATH_CLIENT_ID", metavar="ID", help="The client id the relay's operator gave.")
+@click.option("--device", is_flag=True, help="Show a code to be typed in on another device.")
+@click.option("--no-browser", is_flag=True, help="Show an address, and ask for the code that is shown there.")
+@click.option("--client-id", envvar="TOWPATH_CLIENT_ID", metavar="ID", help="Sign in as a client identity instead.")
 @click.option("--secret-file", metavar="FILE", help="Read the client secret from a file, or - for standard input.")
 @with_output
 def login(
-    out: Output, relay_url: str | None, ca_file: str | None, client_id: str | None, secret_file: str | None
+    out: Output,
+    relay_url: str | None,
+    ca_file: str | None,
+    device: bool,
+    no_browser: bool,
+    client_id: str | None,
+    secret_file: str | None,
 ) -> None:
     """Sign in to a relay and remember it.
 
-    The secret comes from --secret-file, from TOWPATH_CLIENT_SECRET or from a prompt, never from the command line,
-    where other users of this machine could see it.
+    Opens a browser; over SSH, or where there is none, use --device or --no-browser. With --client-id, a program's own
+    identity signs in: its secret comes from --secret-file, from TOWPATH_CLIENT_SECRET or from a prompt, never from the
+    command line, where other users of this machine could see it.
     """
     from agent.cli.failures import explained
     from agent.cli.relay_client import Relay
 
     if not relay_url:
         raise click.UsageError("Name the relay with --relay URL.")
-    if not client_id:
-        raise click.UsageError("Name the client with --client-id ID.")
-    profile = Profile(
-        checked_relay_url(relay_url),
-        checked_client_id(client_id),
-        read_secret(secret_file),
-        None if ca_file is None else str(Path(ca_file).absolute()),
-    )
+    if device + no_browser + (client_id is not None) > 1:
+        raise click.UsageError("Choose one of --device, --no-browser and --client-id.")
+    url = checked_relay_url(relay_url)
+    authority = None if ca_file is None else str(Path(ca_file).absolute())
+    if client_id is not None:
+        profile = Profile(url, checked_client_id(client_id), read_secret(secret_file), authority)
+    else:
+        profile = _person(url, authority, device=device, no_browser=no_browser)
     with explained(profile), Relay(profile, token_file=token_path(os.environ, profile)) as relay:
         identity = _identity(relay)
     path = profile_path(os.environ)
@@ -81,6 +91,52 @@ def login(
         {"relay_url": profile.relay_url, "client_id": profile.client_id, "profile": str(path), **identity},
         f"Signed in to {profile.relay_url} as {identity.get('preferred_username')}.",
     )
+
+
+def _person(url: str, ca_file: str | None, *, device: bool, no_browser: bool) -> Profile:
+    """Have a person sign in. Everything they are told goes to standard error; results alone go to standard output."""
+    from agent.cli.profile import check_ca_file
+    from agent.cli.sign_in import SignIn
+
+    if ca_file is not None:
+        check_ca_file(ca_file)
+    signing = SignIn(url, ca_file)
+    try:
+        copy = signing.make_copy()
+        if device:
+            code = signing.begin_device(copy)
+            tell(f"On any device, open {code.page} and type the code {code.user_code}")
+            tokens = signing.wait_for_device(copy, code)
+        elif no_browser or _is_remote():
+            tokens = signing.with_copied_code(copy, _show_address, _ask_code)
+        else:
+            tokens = signing.with_browser(copy, _open_browser)
+    finally:
+        signing.close()
+    return Profile(url, copy.client_id, copy.secret, ca_file, tokens)
+
+
+def tell(sentence: str) -> None:
+    """Say something to whoever sits at the terminal."""
+    click.echo(sentence, err=True)
+
+
+def _is_remote() -> bool:
+    """Whether a browser opened here would open on another machine's screen."""
+    return bool(os.environ.get("SSH_TTY") or os.environ.get("SSH_CONNECTION"))
+
+
+def _show_address(address: str) -> None:
+    tell(f"Open this address in a browser:\n{address}")
+
+
+def _ask_code() -> str:
+    return str(click.prompt("Code", err=True))
+
+
+def _open_browser(address: str) -> None:
+    tell(f"If no browser opens, open this address on this machine:\n{address}")
+    webbrowser.open(address)
 
 
 @click.command()
@@ -113,6 +169,7 @@ def logout(out: Output) -> None:
 def whoami(relay: Relay, out: Output) -> None:
     """Say who is signed in, and where."""
     identity = _identity(relay)
+    ends = identity.get("token_expires")
     out.record(
         {"relay_url": relay.profile.relay_url, "client_id": relay.profile.client_id, **identity},
         [
@@ -121,11 +178,16 @@ def whoami(relay: Relay, out: Output) -> None:
             ("ID", identity.get("sub")),
             ("Email", identity.get("email")),
             ("Relay", relay.profile.relay_url),
+            *([] if ends is None else [("Token ends", ends)]),
         ],
     )
+    if identity.get("token_is_ending"):
+        out.remark(f"The token “{identity.get('token_name')}” ends on {ends}: make a new one on the account page.")
 
 
 def _identity(relay: Relay) -> Mapping[str, Any]:
     from agent.cli.relay_client import document_of
 
+    if relay.profile.token is not None:
+        return document_of(relay.transfer.get("/towpath/v1/token"))
     return document_of(relay.auth.userinfo())

@@ -27,13 +27,31 @@ _GLOBUS_WORDS_FOR_FALSE = frozenset({"0", "false", "f", "no", "n", "off"})
 
 
 @dataclass(frozen=True)
+class Tokens:
+    """What a person's sign-in gave for one service; ``expires`` in Unix seconds is the access token's end."""
+
+    access: str
+    refresh: str
+    expires: float
+
+    def __repr__(self) -> str:
+        return f"Tokens(expires={self.expires!r})"
+
+
+@dataclass(frozen=True)
 class Profile:
-    """One relay and one client identity. ``ca_file`` None means the usual public authorities."""
+    """One relay and who one is there. ``ca_file`` None means the usual public authorities.
+
+    A client identity has id and secret; a person has ``tokens`` by service besides, and the client is this
+    installation's copy of the application. ``token`` is a token of long life, from the environment, and all there is.
+    """
 
     relay_url: str
     client_id: str
     client_secret: str
     ca_file: str | None = None
+    tokens: Mapping[str, Tokens] | None = None
+    token: str | None = None
 
     def __repr__(self) -> str:
         # The secret stays out of tracebacks and logs.
@@ -84,6 +102,8 @@ def choose_profile(environment: Mapping[str, str], stored: Profile | None) -> Pr
     """
     base = _from_globus_variables(environment) or stored
     url = environment.get("TOWPATH_RELAY_URL")
+    if environment.get("TOWPATH_TOKEN"):
+        return _from_token(environment, stored)
     client_id = environment.get("TOWPATH_CLIENT_ID")
     client_secret = environment.get("TOWPATH_CLIENT_SECRET")
     ca_file = environment.get("TOWPATH_CA_FILE")
@@ -97,16 +117,28 @@ def choose_profile(environment: Mapping[str, str], stored: Profile | None) -> Pr
                 )
             base = Profile(url, checked_client_id(client_id), client_secret)
     if base is None:
-        fail("Nobody is signed in; run `towpath login --relay URL --client-id ID` first.")
+        fail("Nobody is signed in; run `towpath login --relay URL` first.")
     if client_id and checked_client_id(client_id) != base.client_id:
         if not client_secret:
             fail("TOWPATH_CLIENT_ID is set without TOWPATH_CLIENT_SECRET; set both or neither.")
-        base = replace(base, client_id=checked_client_id(client_id))
+        base = replace(base, client_id=checked_client_id(client_id), tokens=None)
     if client_secret:
-        base = replace(base, client_secret=client_secret)
+        base = replace(base, client_secret=client_secret, tokens=None)
     if ca_file:
         base = replace(base, ca_file=str(Path(ca_file).absolute()))
     return base
+
+
+def _from_token(environment: Mapping[str, str], stored: Profile | None) -> Profile:
+    """The relay that a token of long life is for must be named with it, or be the stored one."""
+    url = environment.get("TOWPATH_RELAY_URL") or (None if stored is None else stored.relay_url)
+    if url is None:
+        fail("TOWPATH_TOKEN is set without TOWPATH_RELAY_URL; set both.")
+    ca_file = environment.get("TOWPATH_CA_FILE")
+    if ca_file is None and stored is not None and stored.relay_url == checked_relay_url(url):
+        ca_file = stored.ca_file
+    ca_file = None if ca_file is None else str(Path(ca_file).absolute())
+    return Profile(checked_relay_url(url), "", "", ca_file, token=environment["TOWPATH_TOKEN"].strip())
 
 
 def _from_globus_variables(environment: Mapping[str, str]) -> Profile | None:
@@ -182,9 +214,17 @@ def load_profile(path: Path) -> Profile | None:
             str(document["client_id"]),
             str(document["client_secret"]),
             None if ca_file is None else str(ca_file),
+            None if document.get("tokens") is None else _tokens(document["tokens"]),
         )
-    except (ValueError, KeyError, AttributeError):
+    except (ValueError, KeyError, AttributeError, TypeError):
         fail(f"The stored profile {path} is damaged; run `towpath login` again.")
+
+
+def _tokens(document: Mapping[str, Mapping[str, str | float]]) -> Mapping[str, Tokens]:
+    return {
+        server: Tokens(str(item["access"]), str(item["refresh"]), float(item["expires"]))
+        for server, item in document.items()
+    }
 
 
 def save_profile(path: Path, profile: Profile) -> None:
@@ -194,6 +234,7 @@ def save_profile(path: Path, profile: Profile) -> None:
         "client_id": profile.client_id,
         "client_secret": profile.client_secret,
         "ca_file": profile.ca_file,
+        "tokens": None if profile.tokens is None else {name: vars(item) for name, item in profile.tokens.items()},
     }
     write_private(path, json.dumps(document, indent=2) + "\n")
 

@@ -8,18 +8,28 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from agent.cli.location import Location, Place, resolve
 from agent.cli.output import CommandFailed
-from agent.cli.profile import Profile, check_ca_file, choose_profile, load_profile, profile_path, token_path
+from agent.cli.profile import (
+    Profile,
+    Tokens,
+    check_ca_file,
+    choose_profile,
+    load_profile,
+    profile_path,
+    save_profile,
+    token_path,
+)
 
 if TYPE_CHECKING:
-    from globus_sdk import AuthClient, ClientApp, GlobusHTTPResponse, TransferClient
+    from globus_sdk import AuthClient, ClientApp, ConfidentialAppAuthClient, GlobusHTTPResponse, TransferClient
     from globus_sdk.token_storage import TokenStorage
     from globus_sdk.transport import RequestsTransport, RetryConfig
 
@@ -29,43 +39,103 @@ MAX_RETRIES = 2
 class Relay:
     """A signed-in connection to one relay. Close it (or use ``with``) when done; calls may block.
 
+    ``save`` keeps a person's profile when its tokens were renewed.
+
     Raises `CommandFailed` when the profile's CA file cannot be used.
     """
 
-    def __init__(self, profile: Profile, *, token_file: Path | None = None, http_timeout: float = 60.0) -> None:
-        from globus_sdk import AuthClient, ClientApp, ConfidentialAppAuthClient, GlobusAppConfig, TransferClient
+    def __init__(
+        self,
+        profile: Profile,
+        *,
+        token_file: Path | None = None,
+        http_timeout: float = 60.0,
+        save: Callable[[Profile], object] | None = None,
+    ) -> None:
+        from globus_sdk import AuthClient, TransferClient
 
         if profile.ca_file is not None:
             check_ca_file(profile.ca_file)
         self.profile = profile
         self._http_timeout = http_timeout
         self._transports: list[RequestsTransport] = []
-        self._storage = _token_storage(token_file)
-        login_client = ConfidentialAppAuthClient(
-            profile.client_id,
-            profile.client_secret,
-            environment="production",
-            base_url=profile.relay_url + "/",
-            transport=self._transport(),
-            retry_config=_retry_config(),
-        )
-        self.app: ClientApp = ClientApp(
-            "towpath",
-            login_client=login_client,
-            config=GlobusAppConfig(token_storage=self._storage, environment="production"),
-        )
+        self._storage = _token_storage(None if profile.tokens or profile.token else token_file)
+        self._save = save
+        self._login_client: ConfidentialAppAuthClient | None = None
+        self._app: ClientApp | None = None
         self.transfer: TransferClient = TransferClient(
-            app=self.app,
             base_url=profile.relay_url,
             transport=self._transport(),
             retry_config=_retry_config(),
+            **self._identity("transfer.api.globus.org"),
         )
         self.auth: AuthClient = AuthClient(
-            app=self.app,
             base_url=profile.relay_url + "/",
             transport=self._transport(),
             retry_config=_retry_config(),
+            **self._identity("auth.globus.org"),
         )
+
+    # --- who one is ----------------------------------------------------------------------------------------
+
+    def _identity(self, server: str) -> dict[str, Any]:
+        """As whom a client of one service signs its requests."""
+        from globus_sdk import AccessTokenAuthorizer, RefreshTokenAuthorizer
+
+        if self.profile.token is not None:
+            return {"authorizer": AccessTokenAuthorizer(self.profile.token)}
+        if self.profile.tokens is None:
+            return {"app": self._client_app()}
+        tokens = self.profile.tokens.get(server)
+        if tokens is None:
+            raise CommandFailed("The stored profile is incomplete; run `towpath login` again.")
+        return {
+            "authorizer": RefreshTokenAuthorizer(
+                tokens.refresh,
+                self._client(),
+                access_token=tokens.access,
+                expires_at=int(tokens.expires),
+                on_refresh=lambda answer: self._refreshed(server, answer.by_resource_server[server]),
+            )
+        }
+
+    def _refreshed(self, server: str, answer: Mapping[str, Any]) -> None:
+        """Keep new tokens, for this command and the next."""
+        assert self.profile.tokens is not None
+        former = self.profile.tokens[server]
+        renewed = Tokens(
+            str(answer["access_token"]),
+            str(answer.get("refresh_token") or former.refresh),
+            float(answer["expires_at_seconds"]),
+        )
+        self.profile = replace(self.profile, tokens={**self.profile.tokens, server: renewed})
+        if self._save is not None:
+            self._save(self.profile)
+
+    def _client(self) -> ConfidentialAppAuthClient:
+        from globus_sdk import ConfidentialAppAuthClient
+
+        if self._login_client is None:
+            self._login_client = ConfidentialAppAuthClient(
+                self.profile.client_id,
+                self.profile.client_secret,
+                environment="production",
+                base_url=self.profile.relay_url + "/",
+                transport=self._transport(),
+                retry_config=_retry_config(),
+            )
+        return self._login_client
+
+    def _client_app(self) -> ClientApp:
+        from globus_sdk import ClientApp, GlobusAppConfig
+
+        if self._app is None:
+            self._app = ClientApp(
+                "towpath",
+                login_client=self._client(),
+                config=GlobusAppConfig(token_storage=self._storage, environment="production"),
+            )
+        return self._app
 
     def _transport(self) -> RequestsTransport:
         from globus_sdk.transport import RequestsTransport
@@ -92,14 +162,18 @@ class Relay:
     # --- the end -------------------------------------------------------------------------------------------
 
     def sign_out(self) -> None:
-        """Revoke the kept access tokens at the relay and forget them here."""
-        self.app.logout()
+        """Revoke what is kept at the relay; a person's copy of the application goes as a whole."""
+        if self.profile.tokens is not None:
+            self._client().delete(f"/v2/api/clients/{self.profile.client_id}")
+        elif self.profile.token is None:
+            self._client_app().logout()
 
     def close(self) -> None:
         """Close all connections and the token store. May be called twice."""
         self.transfer.close()
         self.auth.close()
-        self.app.close()
+        if self._app is not None:
+            self._app.close()
         for transport in self._transports:
             transport.close()
         self._storage.close()
@@ -177,5 +251,8 @@ def current_profile(environment: Mapping[str, str]) -> Profile:
 def open_relay(environment: Mapping[str, str]) -> Iterator[Relay]:
     """The relay of the current profile, with tokens kept between commands."""
     profile = current_profile(environment)
-    with Relay(profile, token_file=token_path(environment, profile)) as relay:
+    path = profile_path(environment)
+    with Relay(
+        profile, token_file=token_path(environment, profile), save=lambda renewed: save_profile(path, renewed)
+    ) as relay:
         yield relay

@@ -46,6 +46,8 @@ def failing_plainly() -> Iterator[None]:
 @click.command()
 @click.argument("key", required=False)
 @click.option("--setup-key-file", type=click.Path(path_type=Path), help="Read the one-time setup key from a file.")
+@click.option("--relay", "relay_url", metavar="URL", help="Without a key: sign in to this relay on any device.")
+@click.option("--ca-file", help="With --relay: its CA certificate, when it made its own.")
 @click.option("--root", required=True, help="The folder to offer as a collection.")
 @click.option("--name", help="What to call the collection; the relay's name for it if not given.")
 @click.option("--read-only", is_flag=True, help="Let others read, never write.")
@@ -58,6 +60,8 @@ def failing_plainly() -> Iterator[None]:
 def setup(
     key: str | None,
     setup_key_file: Path | None,
+    relay_url: str | None,
+    ca_file: str | None,
     root: str,
     name: str | None,
     read_only: bool,
@@ -72,6 +76,8 @@ def setup(
 
     The key may also come from --setup-key-file or the environment variable TOWPATH_SETUP_KEY, where other users of
     the machine cannot see it. A set-up that was interrupted is completed by repeating the same command.
+
+    Without a key, --relay URL shows a code; type it in on any device where you can sign in.
     """
     from agent.enrol import Wish, find_setup_key, set_up, write_globus_files
 
@@ -83,6 +89,12 @@ def setup(
         home=home,
         default_directory=default_directory,
     )
+    if relay_url is not None:
+        if key is not None or setup_key_file is not None:
+            raise click.UsageError("--relay is for setting up without a key.")
+        from agent.cli.enrolment_login import setup_key_by_sign_in
+
+        key = setup_key_by_sign_in(relay_url, ca_file, name)
     with failing_plainly():
         outcome = set_up(find_setup_key(key, setup_key_file), wish, config_file, state_dir)
         if globus_files:

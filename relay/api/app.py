@@ -8,12 +8,19 @@ from importlib import metadata
 from fastapi import APIRouter, FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
-from relay.api import auth_identities, auth_login, auth_tokens, errors, relay_info
+from relay.api import auth_identities, auth_login, auth_tokens, errors, relay_info, token_info
 from relay.api.errors import service_of
 from relay.api.frame import Frame
 from relay.pages import account, authorize, device, one_time, passkeys, render, sign_in, upstream
 from relay.services import Services
 
+OWN = (
+    auth_tokens.router,
+    auth_identities.router,
+    auth_login.router,
+    relay_info.router,
+    token_info.router,
+)
 PAGES = (
     authorize.router,
     sign_in.router,
@@ -38,7 +45,7 @@ def create_app(services: Services, routers: Iterable[APIRouter] = ()) -> FastAPI
     )
     app.state.services = services
     offered = set()
-    for router in (auth_tokens.router, auth_identities.router, auth_login.router, relay_info.router, *routers):
+    for router in (*OWN, *routers):
         app.include_router(router)
         offered |= {service_of(getattr(route, "path", "")) for route in router.routes}
     for router in PAGES:
