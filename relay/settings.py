@@ -181,6 +181,7 @@ class Settings(_Section, frozen=True, kw_only=True):
 
     name: Text = "Towpath relay"
     directory: Text = "."
+    updates: Text | None = None
     listen: Listen = Listen()
     stun: Stun = Stun()
     tls: Tls = Tls()
@@ -213,6 +214,11 @@ class Settings(_Section, frozen=True, kw_only=True):
     @property
     def directory_path(self) -> Path:
         return Path(self.directory)
+
+    @property
+    def updates_path(self) -> Path | None:
+        """The project's releases that this relay passes on, if it does."""
+        return None if self.updates is None else self.directory_path / self.updates
 
     @property
     def database_url(self) -> str:

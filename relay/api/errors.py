@@ -39,6 +39,8 @@ _SPACES: tuple[tuple[str, Service], ...] = (
     ("/registered_apis", "flows"),
     ("/web_inputs", "flows"),
     ("/batch/runs", "flows"),
+    ("/updates", "towpath"),
+    ("/install.sh", "towpath"),
     ("/v1", "search"),
     ("/beta/index", "search"),
     ("/v2/endpoints", "compute"),

