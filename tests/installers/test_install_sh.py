@@ -67,8 +67,8 @@ class Machine:
         self.path = folder / "bin"
         self.path.mkdir()
         tools = (
-            "sh openssl tar mktemp curl sed cut wc cat cp mv ln ls rm mkdir rmdir sort grep dirname readlink uname date "
-            "id basename true gzip"
+            "sh openssl tar mktemp curl sed cut wc cat cp mv ln ls rm mkdir rmdir sort grep dirname readlink uname "
+            "date id basename true gzip"
         )
         for tool in tools.split():
             found = shutil.which(tool)
