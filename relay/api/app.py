@@ -18,7 +18,8 @@ OWN = (
     auth_tokens.router,
     auth_identities.router,
     auth_login.router,
-    relay_info.router, updates.router,
+    relay_info.router,
+    updates.router,
     token_info.router,
 )
 PAGES = (
