@@ -70,7 +70,7 @@ def inviting(settings: Settings, who: str) -> Callable[[Store], Awaitable[str]]:
     """A one-time link with which a user chooses a password; it works for a week."""
 
     async def work(store: Store) -> str:
-        identity = await _find(store, settings, who)
+        identity = await find_identity(store, settings, who)
         if identity.kind != "login" or identity.provider_id != provider_id_of(settings.user_domain):
             raise Refused(f"{identity.username} does not sign in with a password of this relay.")
         key = await store.write(lambda c: one_time_links.make(c, "password", identity.id, time.time()))
@@ -83,7 +83,7 @@ def setting_password(settings: Settings, who: str, password: str) -> Callable[[S
     """Give a user this password and end their sessions in browsers."""
 
     async def work(store: Store) -> None:
-        identity = await _find(store, settings, who)
+        identity = await find_identity(store, settings, who)
         passwords.check_strength(password, identity.username)
         digest = await trio.to_thread.run_sync(passwords.digest_of, password)
 
@@ -115,7 +115,7 @@ def closing(settings: Settings, who: str) -> Callable[[Store], Awaitable[Identit
     """Close an account: nobody signs in with it any more and all its tokens are dead. Nothing of it is deleted."""
 
     async def work(store: Store) -> Identity:
-        identity = await _find(store, settings, who)
+        identity = await find_identity(store, settings, who)
 
         def write(connection: Connection) -> None:
             this = tables.identities.c.id == identity.id
@@ -139,7 +139,7 @@ def adding_client(settings: Settings, name: str, owner: str | None) -> Callable[
     now = time.time()
 
     async def work(store: Store) -> dict[str, Any]:
-        owner_id = None if owner is None else (await _find(store, settings, owner)).id
+        owner_id = None if owner is None else (await find_identity(store, settings, owner)).id
         secret, digest = await trio.to_thread.run_sync(clients.new_digest)
         client, secret_id = await store.write(
             lambda connection: clients.add_client(connection, name=name, now=now, digest=digest, owner_id=owner_id)
@@ -206,8 +206,8 @@ def adding_collection(
     wanted = [_grant(text) for text in grants]
 
     async def work(store: Store) -> dict[str, Any]:
-        owner_id = (await _find(store, settings, owner)).id
-        roles = tuple([((await _find(store, settings, who)).id, role) for who, role in wanted])
+        owner_id = (await find_identity(store, settings, owner)).id
+        roles = tuple([((await find_identity(store, settings, who)).id, role) for who, role in wanted])
         document = {"DATA_TYPE": "endpoint", "is_globus_connect": True, "display_name": name, "public": public}
         try:
             collection_id, setup_key = await create_mapped_collection(store, settings, owner_id, document, grants=roles)
@@ -225,7 +225,7 @@ def _grant(text: str) -> tuple[str, str]:
     return match[1], match[2]
 
 
-async def _find(store: Store, settings: Settings, who: str) -> Identity:
+async def find_identity(store: Store, settings: Settings, who: str) -> Identity:
     """An identity by its id, its username, or its name in the relay's own domain."""
     try:
         wanted = str(uuid.UUID(who))

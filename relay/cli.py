@@ -296,6 +296,43 @@ def client_remove_secret(context: click.Context, client_id: str, secret_id: str)
 
 
 @cli.group()
+def app() -> None:
+    """Applications that sign people in: web portals, JupyterHub, programs on people's machines, services."""
+
+
+@app.command("add")
+@click.argument("name")
+@click.option("--owner", required=True, help="The user who administers it from now on.")
+@click.option(
+    "--type",
+    "kind",
+    type=click.Choice(["web", "native", "service"]),
+    default="web",
+    show_default=True,
+    help="web: keeps a secret; native: runs on people's machines, without one; service: acts for itself.",
+)
+@click.option("--redirect-uri", multiple=True, help="Where browsers come back to after sign-in. Repeatable.")
+@click.option("--project", help="The owner's project it goes to; made when missing, and called NAME by default.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON document.")
+@click.pass_context
+def app_add(
+    context: click.Context,
+    name: str,
+    owner: str,
+    kind: str,
+    redirect_uri: tuple[str, ...],
+    project: str | None,
+    as_json: bool,
+) -> None:
+    """Register an application and print its id and secret, this once."""
+    from relay.applications import operator
+
+    settings = _settings(context)
+    work = operator.adding_application(settings, name, owner, kind, redirect_uri, project)
+    _show(_with_store(settings, work), as_json)
+
+
+@cli.group()
 def collection() -> None:
     """Collections: storage that agents serve."""
 

@@ -8,7 +8,16 @@ from importlib import metadata
 from fastapi import APIRouter, FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
-from relay.api import auth_identities, auth_login, auth_tokens, errors, relay_info, token_info, updates
+from relay.api import (
+    auth_applications,
+    auth_identities,
+    auth_login,
+    auth_tokens,
+    errors,
+    relay_info,
+    token_info,
+    updates,
+)
 from relay.api.errors import service_of
 from relay.api.frame import Frame
 from relay.pages import account, authorize, device, one_time, passkeys, render, sign_in, upstream
@@ -18,6 +27,7 @@ OWN = (
     auth_tokens.router,
     auth_identities.router,
     auth_login.router,
+    auth_applications.router,
     relay_info.router,
     updates.router,
     token_info.router,

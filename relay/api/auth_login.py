@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import datetime
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import trio
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel
 from sqlalchemy import Connection
 
 from relay.api.client_authentication import address_of, authenticated_client
@@ -23,12 +23,6 @@ from relay.keys import ID_TOKEN_ALGORITHM
 from relay.services import services_of
 
 router = APIRouter(tags=["Auth"])
-
-
-class NewClientBody(BaseModel):
-    """``client`` is Globus's document of a client."""
-
-    client: dict[str, Any]
 
 
 @router.get("/.well-known/openid-configuration")
@@ -79,15 +73,17 @@ async def keys(request: Request) -> JSONResponse:
     return JSONResponse(services_of(request).keys.jwk_set)
 
 
-@router.post("/v2/api/clients", status_code=201)
-async def make_copy(request: Request, body: NewClientBody) -> dict[str, Any]:
-    """An installation's own copy of a native application, as the Globus CLI asks for at its first login."""
+async def make_copy(request: Request, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """An installation's own copy of a native application, as the Globus CLI asks for at its first login.
+
+    ``wanted`` is Globus's document of a client.
+    """
     services = services_of(request)
     address, now = address_of(request), services.clock()
-    template_id = body.client.get("template_id")
+    template_id = wanted.get("template_id")
     if not isinstance(template_id, str) or template_id not in WELL_KNOWN:
         raise ApiError(403, "FORBIDDEN", "Without credentials, only copies of known native applications can be made.")
-    name = body.client.get("name")
+    name = wanted.get("name")
     if name is not None and (not isinstance(name, str) or not name.strip() or not name.isprintable()):
         raise ApiError(400, "INVALID_REQUEST", "name must be a text that can be shown.")
     wait = services.crowd_guesses.retry_after([f"{address} copies"], now)
@@ -115,7 +111,6 @@ async def make_copy(request: Request, body: NewClientBody) -> dict[str, Any]:
     return {"client": copy_document(client), "included": {"client_credential": credential}}
 
 
-@router.delete("/v2/api/clients/{client_id}")
 async def delete_copy(request: Request, client_id: str) -> dict[str, Any]:
     """End a copy of a native application, on its own word, with all that it was allowed."""
     client = await authenticated_client(request, {})

@@ -47,6 +47,8 @@ client_secrets = Table(
     Column("client_id", String(36), ForeignKey("clients.id", ondelete="CASCADE"), nullable=False, index=True),
     Column("digest", Text, nullable=False),
     Column("created", Float, nullable=False),
+    # What the developer calls it.
+    Column("name", Text, nullable=False, server_default=""),
 )
 
 # A session is one act of signing in; all tokens that came of it name it.
