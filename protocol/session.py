@@ -120,7 +120,7 @@ class ReadRange(Message, tag="read", frozen=True):
 
 
 class ReadPack(Message, tag="pack", frozen=True):
-    """Ask for several small files of one directory, whole, on one lane."""
+    """Ask for several small files, whole, on one lane; their names are paths below ``directory``."""
 
     r: int
     lane: int

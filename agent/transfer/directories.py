@@ -19,7 +19,8 @@ from protocol.errors import NeedsPerson, RetryLater, TaskFailed, TowpathError
 if TYPE_CHECKING:
     from agent.transfer.transfer_run import TransferRun
 
-LISTERS = 4
+# Round trips that overlap while directories are listed.
+LISTERS = 16
 COMPARISONS_AT_ONCE = 2
 
 
@@ -58,23 +59,22 @@ class DirectoryWalk:
             return
         run.opened(group)
         follow = run.options.recursive_symlinks == "copy"
-        pack: list[FileJob] = []
         try:
             async with aclosing(run.session.list_directory(row.source, follow=follow)) as batches:
                 async for rows in batches:
                     planned = await trio.to_thread.run_sync(planner.plan, rows)
                     if planned.directories:
                         listing.added()
-                    await self._hand_out(planned, pack)
+                    await self._hand_out(planned)
+                    await run.offer()
         except TowpathError as error:
             if isinstance(error, RetryLater | NeedsPerson | TaskFailed):
                 raise
             self._failed(group, row, error)
         else:
-            failures = await trio.to_thread.run_sync(planner.delete_extra)
-            for job, problem in failures:
-                run.give_up(job, problem)
-        await run.send_pack(pack)
+            if run.options.delete_destination_extra:
+                for job, problem in await trio.to_thread.run_sync(planner.delete_extra):
+                    run.give_up(job, problem)
         run.settle.put(GroupListed(group))
 
     async def _not_opened(self, row: DirectoryRow, error: TowpathError) -> None:
@@ -95,7 +95,7 @@ class DirectoryWalk:
         group.planned += 1
         self._run.give_up(job, error)
 
-    async def _hand_out(self, planned: Planned, pack: list[FileJob]) -> None:
+    async def _hand_out(self, planned: Planned) -> None:
         run = self._run
         for job, error in planned.failures:
             run.give_up(job, error)
@@ -104,7 +104,7 @@ class DirectoryWalk:
         for job in planned.comparisons:
             await run.compare(job)
         for job in planned.copies:
-            await run.copy(job, pack)
+            await run.copy(job)
 
 
 class Comparisons:
@@ -143,9 +143,8 @@ class Comparisons:
         if theirs == ours:
             run.settle.put(Outcome(job, None))
             return
-        pack: list[FileJob] = []
-        await run.copy(job, pack)
-        await run.send_pack(pack)
+        await run.copy(job)
+        await run.offer()
 
     def _own_digest(self, job: FileJob) -> str:
         root = self._run.context.root

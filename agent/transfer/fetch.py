@@ -21,6 +21,8 @@ from protocol.session import PackFile, ReadPack, ReadRange
 # Bytes asked for on one lane and not yet arrived: enough that a lane always has work, at any round-trip time.
 LANE_WINDOW = 24 * 1024 * 1024
 RANGE_BYTES = 4 * 1024 * 1024
+# A lane with fewer bytes than this under way is about to have nothing to do.
+HUNGRY = 512 * 1024
 
 
 @dataclass(eq=False)
@@ -44,6 +46,7 @@ class Fetcher:
         on_range_lost: Callable[[LargeFile, int], None],
         on_file_idle: Callable[[LargeFile], None],
         on_job_failed: Callable[[FileJob, TowpathError], None],
+        on_hungry: Callable[[], None],
     ) -> None:
         # Shared with lane threads, which only look requests up.
         self.requests: dict[int, Request] = {}
@@ -53,11 +56,12 @@ class Fetcher:
         self._on_range_lost = on_range_lost
         self._on_file_idle = on_file_idle
         self._on_job_failed = on_job_failed
+        self._on_hungry = on_hungry
 
     # --- work ------------------------------------------------------------------------------------------
 
     def submit_pack(self, jobs: list[FileJob]) -> None:
-        """Ask for small files of one group."""
+        """Ask for small files, which are all followed through symlinks or none of them."""
         self._ready.append(PackRequest(self._session.number(), jobs, sum(job.row.size for job in jobs)))
         self._dispatch()
 
@@ -75,6 +79,13 @@ class Fetcher:
     def idle(self) -> bool:
         """Nothing is under way or waiting."""
         return not self._ready and not any(lane.outstanding for lane in self._lanes.values())
+
+    @property
+    def hungry(self) -> bool:
+        """A lane is up and has next to nothing to do."""
+        return not self._ready and any(
+            lane.size < HUNGRY and len(lane.outstanding) < 2 for lane in self._lanes.values()
+        )
 
     @property
     def lanes(self) -> int:
@@ -138,6 +149,8 @@ class Fetcher:
             lane.size += request.size
             self.requests[request.r] = request
             self._send(lane.number, request)
+        if self.hungry:
+            self._on_hungry()
 
     def _send(self, lane: int, request: Request) -> None:
         if isinstance(request, RangeRequest):
@@ -156,8 +169,12 @@ class Fetcher:
             )
             return
         first = request.jobs[0]
-        files = [PackFile(job.source_name, job.row.version) for job in request.jobs]
-        self._session.post(ReadPack(request.r, lane, first.group.source, files, first.follow))
+        directory = first.group.source
+        if all(job.group is first.group for job in request.jobs):
+            files = [PackFile(job.source_name, job.row.version) for job in request.jobs]
+        else:
+            directory, files = b"", [PackFile(job.source_path, job.row.version) for job in request.jobs]
+        self._session.post(ReadPack(request.r, lane, directory, files, first.follow))
 
     # --- answers ---------------------------------------------------------------------------------------
 

@@ -161,10 +161,9 @@ class ItemPlanner:
         jobs = [self._job(group, index, path, row) for index, path, row in rows]
         group.planned = len(jobs)
         decisions = await trio.to_thread.run_sync(self._decide, group, jobs)
-        pack: list[FileJob] = []
         for job, decision in zip(jobs, decisions, strict=True):
-            await self._hand_out(job, decision, pack)
-        await self._run.send_pack(pack)
+            await self._hand_out(job, decision)
+        await self._run.offer()
         self._run.settle.put(GroupListed(group))
 
     def _job(self, group: Group, index: int, path: bytes, row: Row) -> FileJob:
@@ -208,7 +207,7 @@ class ItemPlanner:
                 decisions.append(decide(job.row, existing, self._run.options))
         return decisions
 
-    async def _hand_out(self, job: FileJob, decision: Decision | TowpathError | int, pack: list[FileJob]) -> None:
+    async def _hand_out(self, job: FileJob, decision: Decision | TowpathError | int) -> None:
         run = self._run
         if isinstance(decision, int):
             job.group.planned -= 1
@@ -219,7 +218,7 @@ class ItemPlanner:
             if _unknown_algorithm(job) is not None:
                 run.give_up(job, _unknown_algorithm(job) or ItemFailed(""))
             else:
-                await run.copy(job, pack)
+                await run.copy(job)
         elif decision == "skip":
             job.group.planned -= 1
             job.group.counts.files_skipped += 1

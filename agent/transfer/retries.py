@@ -58,6 +58,5 @@ class Retries:
         if job.row.kind == SYMLINK:
             run.settle.put(LinkWanted(job, job.row.target or b""))
             return
-        pack: list[FileJob] = []
-        await run.copy(job, pack)
-        await run.send_pack(pack)
+        await run.copy(job)
+        await run.offer()

@@ -163,10 +163,11 @@ class LaneSender:
     # --- files -----------------------------------------------------------------------------------------
 
     def _whole_file(self, path: CollectionPath, version: Version, content: memoryview, *, follow: bool) -> None:
-        descriptor = self._directory(path[:-1]).open_read(path[-1], follow=follow)
+        descriptor, status = self._directory(path[:-1]).open_read_status(path[-1], follow=follow)
         try:
-            self._check(descriptor, version, path)
-            if self._read_file(descriptor, content, 0) != len(content):
+            if version_of(status) != tuple(version):
+                raise _changed(path)
+            if content and self._read_file(descriptor, content, 0) != len(content):
                 raise _changed(path)
             self._check(descriptor, version, path)
         finally:

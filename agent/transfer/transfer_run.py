@@ -93,6 +93,8 @@ class TransferRun:
             now=now_iso,
         )
         self.settle: queue.SimpleQueue[Any] = self._settler.queue
+        self._pack: list[FileJob] = []
+        self._pack_bytes = 0
         self.retries = Retries(self)
         self.large = LargeFiles(self)
         self._comparisons = Comparisons(self)
@@ -102,6 +104,7 @@ class TransferRun:
             on_range_lost=lambda _file, size: self.budget.release(size),
             on_file_idle=self.large.idle,
             on_job_failed=self.retries.job_failed,
+            on_hungry=self._on_hungry,
         )
         self.nursery: trio.Nursery
 
@@ -194,25 +197,40 @@ class TransferRun:
 
     # --- for the planners -------------------------------------------------------------------------------
 
-    async def copy(self, job: FileJob, pack: list[FileJob]) -> None:
-        """Have a file brought over; small ones collect in ``pack`` (see `send_pack`)."""
+    async def copy(self, job: FileJob) -> None:
+        """Have a file brought over. Small ones collect, also across directories, until a pack is full or a lane has
+        nothing to do; `offer` must follow."""
         if not job.small:
             await self.large.copy(job)
             return
-        pack.append(job)
-        if len(pack) >= MAX_PACK_FILES or sum(job.row.size for job in pack) >= PACK_BYTES:
-            await self.send_pack(pack)
+        if self._pack and self._pack[0].follow != job.follow:
+            await self._send_pack()
+        self._pack.append(job)
+        self._pack_bytes += job.row.size
+        if len(self._pack) >= MAX_PACK_FILES or self._pack_bytes >= PACK_BYTES:
+            await self._send_pack()
 
-    async def send_pack(self, pack: list[FileJob]) -> None:
+    async def offer(self) -> None:
+        """Nothing more comes for the moment: hand out what has been collected if a lane waits for it."""
+        if self._pack and self.fetcher.hungry:
+            await self._send_pack()
+
+    async def _send_pack(self) -> None:
         """Ask for the collected small files."""
-        if not pack:
+        jobs, self._pack, self._pack_bytes = self._pack, [], 0
+        if not jobs:
             return
-        jobs = list(pack)
-        pack.clear()
+        total = 0
         for job in jobs:
             job.charged = charge(job.row.size)
-        await self.budget.acquire(sum(job.charged for job in jobs))
+            total += job.charged
+        await self.budget.acquire(total)
         self.fetcher.submit_pack(jobs)
+
+    def _on_hungry(self) -> None:
+        """A lane has nothing to do: what has been collected must not wait for more."""
+        if self._pack:
+            self.nursery.start_soon(self._send_pack)
 
     async def slot(self) -> None:
         """Wait until one more group may be open; `opened` must follow."""
