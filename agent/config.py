@@ -145,7 +145,12 @@ class LimitsConfig:
     """How much of the machine transfers may use: worker processes at a time, lanes of one session."""
 
     workers: int = setting(Number(1, 64), 4, doc="Worker processes at a time. Each running session takes one.")
-    lanes: int = setting(Number(1, 32), 2, doc="Parallel connections of one session.")
+    lanes: int = setting(
+        Number(1, 32), 4, doc="Most parallel connections of one session; how many there are is found by measuring."
+    )
+    spare_worker: bool = setting(
+        Flag(), True, doc="Keep one idle worker process, so that a transfer begins at once (about 45 MB of memory)."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

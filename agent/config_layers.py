@@ -43,7 +43,7 @@ PREFIX = "TOWPATH_AGENT_"
 PROFILES: Mapping[str, Values] = {
     "standard": {},
     # Hundreds of people share the machine: one session at a time, few connections.
-    "login-node": {"limits": {"workers": 1, "lanes": 2}},
+    "login-node": {"limits": {"workers": 1, "lanes": 2, "spare_worker": False}},
 }
 _HEADER = """\
 # Written by the towpath command; what stands here counts more than agent.yaml beside it.

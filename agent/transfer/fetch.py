@@ -84,8 +84,13 @@ class Fetcher:
     def hungry(self) -> bool:
         """A lane is up and has next to nothing to do."""
         return not self._ready and any(
-            lane.size < HUNGRY and len(lane.outstanding) < 2 for lane in self._lanes.values()
+            lane.size < HUNGRY and len(lane.outstanding) < 2 and lane.drained is None for lane in self._lanes.values()
         )
+
+    @property
+    def busy(self) -> bool:
+        """Every lane has all the work it may have: another one would not be idle."""
+        return bool(self._ready) or all(lane.size > HUNGRY for lane in self._lanes.values())
 
     @property
     def lanes(self) -> int:

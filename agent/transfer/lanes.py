@@ -1,7 +1,8 @@
-"""The lanes of a run: opened, kept open, and opened again when they break."""
+"""The lanes of a run: opened while they make it faster, kept open, and opened again when they break."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 import ssl
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from agent.transfer.lane_count import LaneCount
 from agent.transfer.receive import LaneReceiver
 from agent.transfer.source_session import SessionLost
 from agent.transfer.stopping import call_on_cancel, first_error
@@ -20,30 +22,62 @@ if TYPE_CHECKING:
 
 OpenLane = Callable[[], Awaitable[ssl.SSLSocket]]
 
+# How often goodput is looked at (seconds).
+MEASURE_EVERY = 0.5
+
 
 class Lanes:
-    """All lanes of one run; each lives in a thread of its own."""
+    """All lanes of one run; each lives in a thread of its own. There are as many as pay, up to ``limit``."""
 
-    def __init__(self, run: TransferRun, open_lane: OpenLane, target: int) -> None:
+    def __init__(self, run: TransferRun, open_lane: OpenLane, limit: int) -> None:
         self._run = run
         self._open_lane = open_lane
-        self._target = target
+        self._limit = limit
+        # Every lane by its number, with what tells it to finish what was asked of it and go.
+        self._leave: dict[int, trio.Event] = {}
         self._nursery: trio.Nursery | None = None
-        self._better = trio.Event()
 
     def use_better(self) -> None:
         """New connections go a better way than those there are: open lanes anew, one for each, and let the old ones
         finish what was asked of them."""
-        self._better.set()
-        self._better = trio.Event()
+        for leave in list(self._leave.values()):
+            if not leave.is_set():
+                leave.set()
+                self._open()
 
     def start(self, nursery: trio.Nursery) -> None:
-        """Open the lanes; they end with the nursery."""
+        """Open the first lane, and more while they help; they end with the nursery."""
         self._nursery = nursery
-        for number in range(1, self._target + 1):
-            nursery.start_soon(self._keep, number)
+        self._open()
+        nursery.start_soon(self._measure)
+
+    def _open(self) -> None:
+        if self._nursery is not None:
+            # The source tells lanes apart by number; one that leaves keeps its own until it is gone.
+            number = next(number for number in itertools.count(1) if number not in self._leave)
+            self._leave[number] = trio.Event()
+            self._nursery.start_soon(self._keep, number)
+
+    async def _measure(self) -> None:
+        run = self._run
+        count = LaneCount(self._limit, trio.current_time())
+        while True:
+            await trio.sleep(MEASURE_EVERY)
+            staying = [leave for leave in self._leave.values() if not leave.is_set()]
+            received = run.context.received.value
+            wanted = count.decide(trio.current_time(), received, len(staying), busy=run.fetcher.busy)
+            if wanted > len(staying):
+                self._open()
+            for leave in staying[wanted:]:
+                leave.set()
 
     async def _keep(self, number: int) -> None:
+        try:
+            await self._keep_open(number)
+        finally:
+            del self._leave[number]
+
+    async def _keep_open(self, number: int) -> None:
         delay = 0.2
         while True:
             try:
@@ -59,18 +93,14 @@ class Lanes:
                 return
             self._run.context.on_fault(SessionLost("A lane to the source broke; its work goes on elsewhere."))
 
-    async def _replace(self, number: int, sock: socket.socket) -> None:
-        """When there is a better way: have another lane opened, drain this one, and end it."""
-        await self._better.wait()
-        if self._nursery is not None:
-            # The source tells lanes apart by number; two lives of one lane may overlap.
-            other = number + self._target if number <= self._target else number - self._target
-            self._nursery.start_soon(self._keep, other)
+    async def _end(self, number: int, sock: socket.socket) -> None:
+        """When the lane is to go: drain it, and end it."""
+        await self._leave[number].wait()
         await self._run.fetcher.retire_lane(number)
         _shut_down(sock)
 
     async def _use(self, number: int, sock: ssl.SSLSocket) -> bool:
-        """One life of a lane; returns when it broke, or True when it ended because another took its place."""
+        """One life of a lane; returns when it broke, or True when it was told to leave."""
         run = self._run
         receiver = LaneReceiver(number, sock, run.context.root, run.fetcher.requests, run.settle, run)
         # Shutting down a duplicate ends the blocking read without touching the TLS object, which belongs to the thread.
@@ -78,7 +108,7 @@ class Lanes:
         try:
             async with trio.open_nursery() as nursery:
                 await nursery.start(call_on_cancel, lambda: _shut_down(duplicate))
-                nursery.start_soon(self._replace, number, duplicate)
+                nursery.start_soon(self._end, number, duplicate)
                 await trio.to_thread.run_sync(receiver.introduce, run.session.instance)
                 run.fetcher.add_lane(number)
                 await trio.to_thread.run_sync(receiver.run)
@@ -88,10 +118,10 @@ class Lanes:
             if broken is not None:
                 raise first_error(broken) from None
         finally:
-            replaced = run.fetcher.drop_lane(number)
+            left = run.fetcher.drop_lane(number)
             duplicate.close()
             sock.close()
-        return replaced
+        return left
 
 
 def _shut_down(sock: socket.socket) -> None:

@@ -31,7 +31,6 @@ from agent.transfer.plan import now_iso
 from agent.transfer.state_trouble import StateTrouble
 from agent.transfer.task_paths import TaskPaths
 from agent.transfer.task_store import StoredTask
-from agent.transfer.worker_process import worker
 from protocol.candidates import PathGo
 from protocol.control import FINAL_STATES, AgentEvent, Counters, SessionAnswer, TaskObserved, TaskOrder
 from protocol.errors import TaskFailed, TowpathError
@@ -222,7 +221,7 @@ class RunningTask:
             lanes=service.config.limits.lanes,
             last_event=await trio.to_thread.run_sync(service.store.last_worker_event, self.order.task_id),
         )
-        async with worker(start) as channel, trio.open_nursery() as nursery:
+        async with service.workers.worker(start) as channel, trio.open_nursery() as nursery:
             self._channel = channel
             if self.desired != order.desired:
                 await self._tell_worker()

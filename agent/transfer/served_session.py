@@ -10,7 +10,6 @@ import trio
 
 from agent.transfer.channel import Channel, ChannelClosed, Incoming, ServeSession
 from agent.transfer.order_check import check_session_order
-from agent.transfer.worker_process import worker
 from protocol.control import SessionOrder
 from protocol.errors import RetryLater, TowpathError
 
@@ -95,7 +94,7 @@ class ServedSessions:
         )
         try:
             with served.scope:
-                async with worker(start) as channel:
+                async with self._service.workers.worker(start) as channel:
                     served.channel = channel
                     served.ready.set()
                     while True:

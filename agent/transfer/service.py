@@ -34,6 +34,7 @@ from agent.transfer.plan import now_iso
 from agent.transfer.running_task import RunningTask
 from agent.transfer.served_session import ServedSessions
 from agent.transfer.task_store import open_or_begin
+from agent.transfer.worker_process import Workers
 from protocol.candidates import PathAnswer, PathGo, PathOffer
 from protocol.control import (
     FINAL_STATES,
@@ -109,6 +110,7 @@ class TransferService:
             relay=None, advertise=config.data.advertise, allow_loopback=config.data.allow_loopback
         )
         self._introductions = Introductions(self.network)
+        self.workers = Workers(spare=config.limits.spare_worker)
         self.sessions = ServedSessions(self)
         self._tasks: dict[str, RunningTask] = {}
         self._wake = trio.Event()
@@ -139,6 +141,7 @@ class TransferService:
                 data_port = self.network.data_port = listener.DataPort(listening, self.sessions.deliver)
                 nursery.start_soon(data_port.serve)
                 nursery.start_soon(self.network.watch)
+                nursery.start_soon(self.workers.run)
                 await nursery.start(self._introductions.run)
                 task_status.started()
                 await self._schedule(nursery)

@@ -17,6 +17,7 @@ import time
 import trio
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
+from agent.connect.congestion import tune_sender
 from agent.connect.tls import HANDSHAKE_TIMEOUT, check_peer, session_context
 from agent.storage.base import Root
 from agent.storage.hiding import offered
@@ -188,6 +189,8 @@ class _SourceWorker:
         sock.settimeout(HANDSHAKE_TIMEOUT)
         secured = self._context(ALPN_LANE).wrap_socket(sock, server_side=True)
         check_peer(secured.getpeercert(binary_form=True), self._peer)
+        # After the handshake, when the round-trip time is known.
+        tune_sender(secured)
         return secured, self._peer
 
 

@@ -1,4 +1,4 @@
-"""Starting and ending worker processes."""
+"""Starting and ending worker processes, one of which may wait ready so that a transfer begins at once."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 
 import trio
 
@@ -14,13 +15,57 @@ from agent.transfer.channel import Channel, Message, ToDaemon
 
 # How long a worker may take to settle what arrived when it is told to stop.
 GRACE = 4.0
+# A spare worker is started this long (seconds) after the last one was taken, so that it does not slow that one down.
+REST = 2.0
 
 
-@asynccontextmanager
-async def worker(start: Message) -> AsyncIterator[Channel]:
-    """A worker process that was told what to be. At the end its channel is closed, by which it ends; one that does
-    not is
-    killed, like any crash it costs nothing but time."""
+@dataclass(frozen=True)
+class _Process:
+    process: trio.Process
+    channel: Channel
+
+
+class Workers:
+    """All worker processes of an agent. With ``spare`` one waits, started and idle, for the next piece of work."""
+
+    def __init__(self, *, spare: bool) -> None:
+        self._want_spare = spare
+        self._spare: _Process | None = None
+        self._taken = trio.Event()
+
+    async def run(self) -> None:
+        """Keep a spare worker, if one is wanted, until cancelled."""
+        try:
+            while self._want_spare:
+                await trio.sleep(REST)
+                if self._spare is None:
+                    self._spare = await _start()
+                self._taken = trio.Event()
+                await self._taken.wait()
+        finally:
+            if self._spare is not None:
+                spare, self._spare = self._spare, None
+                await _end(spare)
+
+    @asynccontextmanager
+    async def worker(self, start: Message) -> AsyncIterator[Channel]:
+        """A worker process that was told what to be. At the end its channel is closed, by which it ends; one that does
+        not is killed, like any crash it costs nothing but time."""
+        spare, self._spare = self._spare, None
+        self._taken.set()
+        if spare is not None and spare.process.poll() is not None:
+            # It died while it waited.
+            await _end(spare)
+            spare = None
+        one = spare or await _start()
+        try:
+            await one.channel.send(start)
+            yield one.channel
+        finally:
+            await _end(one)
+
+
+async def _start() -> _Process:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     with theirs:
         process = await trio.lowlevel.open_process(
@@ -28,15 +73,14 @@ async def worker(start: Message) -> AsyncIterator[Channel]:
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
         )
-    channel = Channel(ours, ToDaemon)
-    try:
-        await channel.send(start)
-        yield channel
-    finally:
-        channel.close()
-        with trio.CancelScope(shield=True):
-            with trio.move_on_after(GRACE):
-                await process.wait()
-            if process.returncode is None:
-                process.kill()
-                await process.wait()
+    return _Process(process, Channel(ours, ToDaemon))
+
+
+async def _end(one: _Process) -> None:
+    one.channel.close()
+    with trio.CancelScope(shield=True):
+        with trio.move_on_after(GRACE):
+            await one.process.wait()
+        if one.process.returncode is None:
+            one.process.kill()
+            await one.process.wait()

@@ -90,7 +90,7 @@ class World:
             state_dir=node.state,
             collections=(collection,),
             data=DataConfig(listen="127.0.0.1", advertise=("127.0.0.1",), allow_loopback=True),
-            limits=LimitsConfig(workers=2, lanes=2),
+            limits=LimitsConfig(workers=2, lanes=2, spare_worker=False),
         )
         service = TransferService(
             node.state,

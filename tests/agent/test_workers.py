@@ -1,0 +1,58 @@
+"""Worker processes: one that waits ready, and what happens when it dies while it waits."""
+
+from __future__ import annotations
+
+import pytest
+import trio
+
+from agent.transfer import worker_process
+from agent.transfer.channel import ChannelClosed, EventStored
+from agent.transfer.worker_process import Workers
+
+
+@pytest.fixture(autouse=True)
+def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_process, "REST", 0.0)
+
+
+async def _spare(workers: Workers) -> trio.Process:
+    with trio.fail_after(20):
+        while workers._spare is None:
+            await trio.sleep(0.01)
+    return workers._spare.process
+
+
+async def test_the_spare_worker_is_taken_and_replaced() -> None:
+    workers = Workers(spare=True)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(workers.run)
+        first = await _spare(workers)
+        # A message that is no start makes a worker end: enough to see whom it reached.
+        async with workers.worker(EventStored(seq=1)) as channel:
+            with pytest.raises(ChannelClosed):
+                await channel.receive()
+        assert first.returncode is not None
+        second = await _spare(workers)
+        assert second.pid != first.pid
+        nursery.cancel_scope.cancel()
+    assert second.returncode is not None
+
+
+async def test_a_spare_worker_that_died_is_not_used() -> None:
+    workers = Workers(spare=True)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(workers.run)
+        first = await _spare(workers)
+        first.kill()
+        await first.wait()
+        async with workers.worker(EventStored(seq=1)) as channel:
+            # Not the dead one: what was sent reached a worker, which then ended by itself.
+            with pytest.raises(ChannelClosed):
+                await channel.receive()
+        nursery.cancel_scope.cancel()
+
+
+async def test_without_a_spare_nothing_waits() -> None:
+    workers = Workers(spare=False)
+    await workers.run()
+    assert workers._spare is None
