@@ -100,10 +100,10 @@ def _with_store(settings: Settings, work: Callable[[Store], Any]) -> Any:
 @cli.command()
 @click.option("--directory", type=click.Path(path_type=Path, file_okay=False), default=".", show_default="here")
 @click.option("--host", default="0.0.0.0", show_default=True, help="Address to listen on.")  # noqa: S104
-@click.option("--port", type=click.IntRange(1, 65535), default=8443, show_default=True)
+@click.option("--port", type=click.IntRange(1, 65535), help="Port to listen on.  [default: that of --url, else 8443]")
 @click.option("--url", help="The address users and agents will use, such as https://relay.example.org:8443.")
 @click.option("--name", help="What the relay is called.")
-def init(directory: Path, host: str, port: int, url: str | None, name: str | None) -> None:
+def init(directory: Path, host: str, port: int | None, url: str | None, name: str | None) -> None:
     """Make a relay: configuration, keys, certificate, database. Repeating it changes nothing."""
     from relay import accounts
     from relay.initialise import initialise

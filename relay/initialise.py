@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from protocol.identity import write_private_file
 from relay import keys, settings, tls
@@ -14,6 +16,7 @@ from relay.settings import Settings
 from relay.store.database import Store
 from relay.store.migrate import upgrade
 
+PORT = 8443
 CONFIGURATION = "relay.yaml"
 
 
@@ -26,7 +29,7 @@ class Initialised:
     configuration_was_there: bool
 
 
-def initialise(directory: Path, *, host: str, port: int, url: str | None, name: str | None) -> Initialised:
+def initialise(directory: Path, *, host: str, port: int | None, url: str | None, name: str | None) -> Initialised:
     """Make what is missing in ``directory``; an existing configuration is left as it is and obeyed.
 
     Raises OSError, `SettingsError`, `KeysUnusable`, `CertificateUnusable` and the store's errors.
@@ -35,7 +38,7 @@ def initialise(directory: Path, *, host: str, port: int, url: str | None, name: 
     configuration = directory.resolve() / CONFIGURATION
     was_there = configuration.exists()
     if not was_there:
-        text = _configuration_text(host, port, url, name)
+        text = _configuration_text(host, port or _port_of(url), url, name)
         settings.parse(text, "the options given")
         write_private_file(configuration, text.encode())
     loaded = settings.load(configuration)
@@ -50,6 +53,13 @@ def initialise(directory: Path, *, host: str, port: int, url: str | None, name: 
     finally:
         store.close()
     return Initialised(configuration, loaded, was_there)
+
+
+def _port_of(url: str | None) -> int:
+    """The port that an address names, else the usual one; what is wrong with the address is told by its own check."""
+    with contextlib.suppress(ValueError):
+        return urlsplit(url or "").port or PORT
+    return PORT
 
 
 def _configuration_text(host: str, port: int, url: str | None, name: str | None) -> str:

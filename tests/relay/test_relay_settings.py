@@ -10,6 +10,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from relay.initialise import initialise
 from relay.settings import Duration, Settings, SettingsError, load, parse
 
 EXAMPLE = Path(__file__).parents[2] / "conf" / "relay.yaml"
@@ -95,3 +96,19 @@ def test_the_address_follows_from_host_and_port(host: str, url: str, names: list
     settings = parse(f"listen:\n  host: '{host}'\n")
     assert settings.public_url == url
     assert settings.certificate_names == names
+
+
+@pytest.mark.parametrize(
+    ("port", "url", "expected"),
+    [
+        (None, None, 8443),
+        (None, "https://relay.example.org", 8443),
+        (None, "https://relay.example.org:9000", 9000),
+        (9001, "https://relay.example.org:9000", 9001),
+    ],
+)
+def test_a_new_relay_listens_where_its_address_says(
+    tmp_path: Path, port: int | None, url: str | None, expected: int
+) -> None:
+    made = initialise(tmp_path / "relay", host="127.0.0.1", port=port, url=url, name=None)
+    assert made.settings.listen.port == expected

@@ -95,7 +95,7 @@ NAMED: list[tuple[str, str, str, tuple[str, ...]]] = [
     ("agent/link_app.py", 'order.session_id != request.path_params["session"]', "False", LINK),
     ("agent/policy.py", 'access == "rw" and collection.read_only', "False", LINK),
     ("agent/policy.py", 'component in (b"", b".", b"..") or b"/" in component or b"\\0" in component', "False", LINK),
-    ("relay/access/decisions.py", "if wanted in held:", "if True:", ROUTES),
+    ("relay/access/decisions.py", "if all(wanted in at_one for at_one in held):", "if True:", ROUTES),
     (
         "relay/transfer/bookmarks.py",
         "_bookmark.owner_id == owner_id, _bookmark.id == bookmark_id.lower()",
@@ -104,7 +104,7 @@ NAMED: list[tuple[str, str, str, tuple[str, ...]]] = [
     ),
     ("relay/transfer/task_rows.py", "task is None or task.owner_id != identity_id", "task is None", ROUTES),
     ("relay/transfer/task_lists.py", "held = [column.owner_id == identity_id, ", "held = [", ROUTES),
-    ("relay/transfer/search.py", "_visible(identity_id), ", "", ROUTES),
+    ("relay/transfer/search.py", "_visible(subject), ", "", ROUTES),
 ]
 
 
