@@ -57,6 +57,7 @@ __all__ = [
     "DataConfig",
     "LimitsConfig",
     "LogConfig",
+    "MannersConfig",
     "Problem",
     "RelayConfig",
     "UpdateConfig",
@@ -168,6 +169,28 @@ class LogConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MannersConfig:
+    """When transfers of this machine wait by themselves."""
+
+    on_battery: str = setting(
+        words("pause", "go-on"), "go-on", doc="What transfers do while the machine runs on battery."
+    )
+    on_metered: str = setting(
+        words("pause", "go-on"), "go-on", doc="What transfers do in a metered network (where NetworkManager tells)."
+    )
+    busy_above: int | None = setting(
+        OrNull(Number(5, 100)),
+        None,
+        doc="Transfers wait while other programs use more than this percentage of all processors; null: never.",
+    )
+
+    @property
+    def wanted(self) -> bool:
+        """Whether the machine has to be looked at, at all."""
+        return "pause" in (self.on_battery, self.on_metered) or self.busy_above is not None
+
+
+@dataclass(frozen=True, kw_only=True)
 class UpdateConfig:
     """How an agent that was installed from a bundle comes to its updates."""
 
@@ -259,6 +282,7 @@ class AgentConfig:
     data: DataConfig = setting(Section(DataConfig), doc="The data port: other agents connect here to move data.")
     limits: LimitsConfig = setting(Section(LimitsConfig), doc="How much of this machine transfers may use.")
     log: LogConfig = setting(Section(LogConfig), doc="The agent's log.")
+    manners: MannersConfig = setting(Section(MannersConfig), doc="When transfers of this machine wait by themselves.")
     update: UpdateConfig = setting(Section(UpdateConfig), doc="Updates of an agent that was installed from a bundle.")
     watch: tuple[WatchConfig, ...] = setting(
         Entries(WatchConfig, "rule", MAX_RULES, "name"), doc="Rules that transfer new files by themselves."

@@ -39,6 +39,7 @@ from agent.local_app import LocalApplication, local_app
 from agent.local_gate import LOOPBACK_FILE, Loopback, listen_on_loopback
 from agent.local_server import serve_local
 from agent.lock import RENEW_EVERY, InstanceLock, held
+from agent.manners import Manners
 from agent.policy import Policy
 from agent.sdnotify import Notifier
 from agent.transfer.service import TransferService
@@ -126,6 +127,7 @@ class Daemon:
             config.relay.url or identity.relay_url,
             lambda: any(task.state == "ACTIVE" for task in self._tasks.tasks()),
         )
+        self._manners = Manners(lambda: self._read.manners, self._hold_back)
         self._link = Link(
             relay_url,
             authority,
@@ -169,6 +171,7 @@ class Daemon:
                 nursery.start_soon(self._watch_config)
                 nursery.start_soon(self._watch.run)
                 nursery.start_soon(self._update.run)
+                nursery.start_soon(self._manners.run)
                 sentence = f"Serving {len(self._policy.collections)} collection(s) from port {self._tasks.port}."
                 logger.info(sentence)
                 notifier.ready(sentence)
@@ -268,6 +271,7 @@ class Daemon:
             "endpoint_id": self._identity.endpoint_id,
             "node_id": self._identity.node_id,
             "owner": self._identity.owner,
+            "held_back": self._policy.held_back,
             "update_available": self._update.available,
             "host": socket.gethostname(),
             "batch_job": process.batch_job(),
@@ -324,6 +328,13 @@ class Daemon:
             await self._tasks.owner_changed({collection.id for collection in self._policy.collections})
         # The relay learns of it with the next hello.
         self._link.kick()
+
+    async def _hold_back(self, reason: str) -> None:
+        """Have everything on this machine wait for a reason of its own, or go on (empty)."""
+        self._policy.held_back = reason
+        await self._tasks.suspend(suspended=bool(reason))
+        if reason:
+            await self._tasks.owner_changed({collection.id for collection in self._policy.collections})
 
     async def accept_root(self, collection_id: str) -> None:
         """Take a collection's root as it is now."""

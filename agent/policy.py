@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import Literal
 
 from agent.config import CollectionConfig
-from protocol.errors import AccessDenied, ItemFailed, NeedsPerson
+from protocol.errors import AccessDenied, ItemFailed, NeedsPerson, RetryLater
 from protocol.names import is_reserved
 
 Access = Literal["r", "rw"]
@@ -34,6 +34,8 @@ class Policy:
         self._collections = {collection.id: collection for collection in collections}
         # Set by the owner alone, through the local socket.
         self.paused = False
+        # Why this machine holds back for the moment by itself (battery, load); empty if it does not.
+        self.held_back = ""
 
     @property
     def collections(self) -> tuple[CollectionConfig, ...]:
@@ -95,3 +97,5 @@ class Policy:
                 code="PAUSED_BY_OWNER",
                 who="source owner",
             )
+        if operation == "sessions" and self.held_back:
+            raise RetryLater(f"The source holds back: {self.held_back}", code="SOURCE_BUSY")

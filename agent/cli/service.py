@@ -232,6 +232,10 @@ def _print_status(document: dict[str, Any]) -> None:
     paused = ", paused by its owner" if document["paused"] else ""
     click.echo(f"Agent {document['version']}, process {document['pid']}{paused}, {terminal_safe(where)}")
     click.echo(f"Configuration {document['config_file']}, state in {document['state_dir']}")
+    if document.get("held_back"):
+        click.echo(terminal_safe(document["held_back"]))
+    if document.get("update_available"):
+        click.echo(f"Version {document['update_available']} is there; `towpath update install` installs it.")
     if document["config_problem"]:
         click.echo("The changed configuration is not used, the one before stays in force:")
         click.echo("  " + terminal_safe_lines(document["config_problem"]).replace("\n", "\n  "))

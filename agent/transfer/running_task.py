@@ -75,12 +75,12 @@ class RunningTask:
         if self.running or self.observed.state in FINAL_STATES:
             return False
         return self.order.desired == "cancel" or (
-            self.order.desired == "run" and not self.held and not self.forbidden()
+            self.order.desired == "run" and not self.held and not self._service.suspended and not self.forbidden()
         )
 
     @property
     def desired(self) -> str:
-        if self.order.desired == "run" and (self.held or self._stopping or self.forbidden()):
+        if self.order.desired == "run" and (self.held or self._stopping or self._service.suspended or self.forbidden()):
             return "pause"
         return self.order.desired
 
@@ -106,6 +106,10 @@ class RunningTask:
     async def hold(self, *, held: bool) -> None:
         """The owner holds the task up or lets it go on."""
         self.held = held
+        await self._tell_worker()
+
+    async def suspension_changed(self) -> None:
+        """All tasks of this machine wait from now on, or go on."""
         await self._tell_worker()
 
     async def owner_changed(self, collection_ids: Collection[str]) -> None:

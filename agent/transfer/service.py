@@ -115,6 +115,8 @@ class TransferService:
         self._tasks: dict[str, RunningTask] = {}
         self._wake = trio.Event()
         self._paused = False
+        # All tasks wait for the moment (on battery, for example); nothing of this is remembered.
+        self.suspended = False
         self.port = 0
         for stored in self.store.load():
             self._tasks[stored.order.task_id] = RunningTask(self, stored)
@@ -290,6 +292,13 @@ class TransferService:
         self.sessions.cut_collections(collection_ids)
         for task in list(self._tasks.values()):
             await task.owner_changed(collection_ids)
+        self._wake.set()
+
+    async def suspend(self, *, suspended: bool) -> None:
+        """Have all tasks wait, settled, or go on."""
+        self.suspended = suspended
+        for task in self._tasks.values():
+            await task.suspension_changed()
         self._wake.set()
 
     async def checkpoint(self) -> None:

@@ -32,12 +32,14 @@ USER = 12399
 PROGRAMS = Path(sys.executable).parent
 
 
-def variant(base: Path, target: Path, version: str, *, broken: bool = False) -> Path:
-    """The same bundle under another version; a broken one says its version and cannot run."""
+def variant(base: Path, target: Path, version: str, root: Path, *, broken: bool = False) -> Path:
+    """The same bundle under another version, with a pinned root; a broken one says its version and cannot run."""
     shutil.rmtree(target, ignore_errors=True)
     with tarfile.open(base) as archive:
         archive.extractall(target, filter="data")
     (target / "bundle.json").write_text(json.dumps({"version": version, "platform": this_platform()}))
+    (target / "trust").mkdir()
+    shutil.copy(root, target / "trust" / "root.json")
     packages = next((target / "lib").glob("python*/site-packages"))
     info = next(packages.glob("towpath-*.dist-info"))
     metadata = info / "METADATA"
@@ -101,7 +103,8 @@ class Relay:
         self.url = f"https://127.0.0.1:{port}"
         self.folder = folder
         self.releases = folder / "releases"
-        self.command("init", "--directory", str(folder), "--url", self.url, bare=True)
+        where = ("--directory", str(folder), "--host", "127.0.0.1", "--port", str(port), "--url", self.url)
+        self.command("init", *where, bare=True)
         with (folder / "relay.yaml").open("a") as file:
             file.write(f"\nupdates: {self.releases}\n")
         self.ca_file = folder / "tls" / "ca.pem"
@@ -135,7 +138,11 @@ def test_from_nothing_to_nothing(relay: Relay, tmp_path: Path) -> None:
     keys = Keys.generate()
     repository = Repository.open(relay.releases, keys)
     repository.publish()
-    base = build_bundle.build(tmp_path, "0.1.0", relay.releases / "metadata" / "1.root.json")
+    root = relay.releases / "metadata" / "1.root.json"
+    # A bundle that was built before saves the minutes of building one.
+    ready = os.environ.get("TOWPATH_TEST_BUNDLE")
+    built = Path(ready) if ready else build_bundle.build(tmp_path, build_bundle.project_version(), None)
+    base = variant(built, tmp_path / "first", "0.1.0", root)
     figures["bundle MiB"] = base.stat().st_size / 2**20
     add(repository, keys, base)
     repository.publish()
@@ -185,12 +192,12 @@ def test_from_nothing_to_nothing(relay: Relay, tmp_path: Path) -> None:
     figures["start s"] = time.monotonic() - began
 
     # A second build, and a third that is broken.
-    add(repository, keys, variant(base, tmp_path / "second", "0.1.1"))
+    add(repository, keys, variant(built, tmp_path / "second", "0.1.1", root))
     repository.publish()
     updated = account.run(account.towpath, "update", "install")
     assert "Version 0.1.1 runs" in updated.stdout, updated
     assert account.status()["version"] == "0.1.1"
-    add(repository, keys, variant(base, tmp_path / "third", "0.1.2", broken=True))
+    add(repository, keys, variant(built, tmp_path / "third", "0.1.2", root, broken=True))
     repository.publish()
     failed = account.run(account.towpath, "update", "install", check=False)
     assert failed.returncode == 1

@@ -1,0 +1,56 @@
+"""Starts the tray application when the user signs in to a desktop: what each system wants, as text and place."""
+
+from __future__ import annotations
+
+import os
+import plistlib
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+NAME = "towpath-tray"
+LABEL = "org.towpath.tray"
+
+
+def desktop_entry(command: Sequence[str]) -> str:
+    """An XDG autostart entry (Desktop Application Autostart Specification)."""
+    # Within quotes, these four have a backslash before them; a percent sign is doubled.
+    quoted = " ".join(shlex.quote(word).replace("%", "%%") for word in command)
+    return (
+        "[Desktop Entry]\nType=Application\nName=Towpath\nComment=State of the Towpath agent\n"
+        f"Exec={quoted}\nTerminal=false\nX-GNOME-Autostart-enabled=true\n"
+    )
+
+
+def launch_agent(label: str, command: Sequence[str], log: str | None = None, *, keep_alive: bool = False) -> bytes:
+    """A property list for ~/Library/LaunchAgents (launchd.plist(5))."""
+    document: dict[str, object] = {"Label": label, "ProgramArguments": list(command), "RunAtLoad": True}
+    if keep_alive:
+        document["KeepAlive"] = {"SuccessfulExit": False}
+        document["ThrottleInterval"] = 10
+    document["ProcessType"] = "Background" if keep_alive else "Interactive"
+    if log is not None:
+        document |= {"StandardOutPath": log, "StandardErrorPath": log}
+    return plistlib.dumps(document)
+
+
+def place(environment: Mapping[str, str] = os.environ, platform: str = sys.platform) -> Path:
+    """Where the entry belongs on this system."""
+    if platform == "darwin":
+        return Path.home() / "Library" / "LaunchAgents" / f"{LABEL}.plist"
+    value = environment.get("XDG_CONFIG_HOME", "")
+    config = Path(value) if value.startswith("/") else Path.home() / ".config"
+    return config / "autostart" / f"{NAME}.desktop"
+
+
+def set_autostart(command: Sequence[str], *, wanted: bool, platform: str = sys.platform) -> Path:
+    """Write or remove the entry; where it is. Raises OSError."""
+    path = place(platform=platform)
+    if not wanted:
+        path.unlink(missing_ok=True)
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = launch_agent(LABEL, command) if platform == "darwin" else desktop_entry(command).encode()
+    path.write_bytes(text)
+    return path

@@ -1,0 +1,134 @@
+"""What the tray shows for a status of the agent: colour, one line, menu. Plain data, no window system."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from agent.cli.output import human_bytes
+from agent.cli.terminal import terminal_safe
+
+Look = Literal["off", "idle", "busy", "paused", "trouble"]
+MAX_ROWS = 8
+MAX_LINE = 70
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the menu: a text, what a click does (empty: nothing), and lines below it."""
+
+    text: str
+    action: str = ""
+    argument: str = ""
+    below: tuple[Entry, ...] = ()
+
+
+SEPARATOR = Entry("-")
+
+
+@dataclass(frozen=True)
+class View:
+    """Everything the tray shows."""
+
+    look: Look
+    title: str
+    menu: tuple[Entry, ...]
+
+
+def view_of(status: Mapping[str, Any] | None, relay_url: str = "") -> View:
+    """The view of a status document; None when the agent does not answer."""
+    if status is None:
+        start = Entry("Start the agent", "start")
+        return View("off", "Towpath: the agent does not run", (Entry("The agent does not run"), start, SEPARATOR, QUIT))
+    active = [task for task in status["tasks"] if task["state"] == "ACTIVE"]
+    problems = problems_of(status)
+    held = bool(status["paused"] or status.get("held_back"))
+    look: Look = "trouble" if problems else "paused" if held else "busy" if active else "idle"
+    title = f"Towpath: {_title(status, len(active), problems)}"
+    menu = [
+        Entry(_title(status, len(active), problems)),
+        SEPARATOR,
+        *_transfers(active),
+        Entry("Let transfers go on", "resume") if status["paused"] else Entry("Pause transfers", "pause"),
+        SEPARATOR,
+        Entry("Shared folders", below=_folders(status) or (Entry("none"),)),
+        *([Entry(f"Recent problems ({len(problems)})", below=tuple(problems))] if problems else []),
+        *([Entry(f"Install version {status['update_available']}", "update")] if status.get("update_available") else []),
+        SEPARATOR,
+        Entry("Open web page", "web", relay_url or status["link"]["relay_url"]),
+        Entry("Sign in…", "sign-in", relay_url or status["link"]["relay_url"]),
+        Entry("Stop the agent", "stop"),
+        QUIT,
+    ]
+    return View(look, title[:MAX_LINE], tuple(menu))
+
+
+QUIT = Entry("Quit this menu", "quit")
+
+
+def _title(status: Mapping[str, Any], active: int, problems: list[Entry]) -> str:
+    if status["paused"]:
+        return "paused"
+    if status.get("held_back"):
+        return _short(status["held_back"])
+    if active:
+        return f"{active} transfer{'s' if active != 1 else ''} running"
+    if problems:
+        return "something needs you"
+    return "nothing to do" if status["link"]["connected"] else "not connected"
+
+
+def _transfers(active: list[Mapping[str, Any]]) -> list[Entry]:
+    rows = []
+    for task in active[:MAX_ROWS]:
+        counters = task["counters"]
+        done, total = counters["bytes_transferred"], counters["bytes_total"]
+        share = f"{100 * done // total} % of " if total and counters["scan_complete"] else ""
+        rate = f", {human_bytes(task['rate'])}/s" if task.get("rate") else ""
+        text = f"{share}{human_bytes(total)}, {counters['files_transferred']} of {counters['files']} files{rate}"
+        pause = Entry("Pause this one", "pause-task", task["task_id"])
+        rows.append(Entry(_short(text), below=(Entry(_short(f"Task {task['task_id']}")), pause)))
+    if len(active) > MAX_ROWS:
+        rows.append(Entry(f"and {len(active) - MAX_ROWS} more"))
+    return [*rows, SEPARATOR] if rows else []
+
+
+def _folders(status: Mapping[str, Any]) -> tuple[Entry, ...]:
+    rows = []
+    for collection in status["collections"][:MAX_ROWS]:
+        how = "" if collection["available"] else " (not available)"
+        rows.append(Entry(_short(f"{collection['name']}{how}"), "folder", collection["id"]))
+    return tuple(rows)
+
+
+def problems_of(status: Mapping[str, Any]) -> list[Entry]:
+    """What is wrong, each with what to do about it below."""
+    rows = []
+    if not status["link"]["connected"] and status["link"]["last_error"]:
+        rows.append(_problem("Not connected to the relay", status["link"]["last_error"]))
+    if status.get("config_problem"):
+        rows.append(_problem("The configuration has a mistake", status["config_problem"]))
+    for collection in status["collections"]:
+        if not collection["available"]:
+            rows.append(_problem(f"{collection['name']} is not available", collection["reason"]))
+    for task in status["tasks"]:
+        if task["state"] not in ("SUCCEEDED", "CANCELLED") and task.get("who"):
+            rows.append(_problem(f"A transfer waits for {task['who']}", task["status_sentence"]))
+        elif task["state"] == "FAILED":
+            rows.append(_problem("A transfer failed", task["status_sentence"] or task["error_code"]))
+    return rows[:MAX_ROWS]
+
+
+def _problem(what: str, sentence: str) -> Entry:
+    words, lines = terminal_safe(sentence).split(" "), [""]
+    for word in words:
+        if len(lines[-1]) + len(word) > MAX_LINE and lines[-1]:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+    return Entry(_short(what), below=tuple(Entry(line) for line in lines[:6]))
+
+
+def _short(text: str) -> str:
+    plain = terminal_safe(text)
+    return plain if len(plain) <= MAX_LINE else plain[: MAX_LINE - 1] + "…"
