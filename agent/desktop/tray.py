@@ -106,7 +106,9 @@ class Tray:
         text = entry.text.replace("_", "__") if sys.platform == "linux" else entry.text
         if entry.below:
             return pystray.MenuItem(text, pystray.Menu(*(self._item(pystray, inner) for inner in entry.below)))
-        return pystray.MenuItem(text, functools.partial(self._clicked, entry), enabled=bool(entry.action))
+        # The default is what a plain click does, and all there is where the window system has no menus for icons.
+        clicked = functools.partial(self._clicked, entry)
+        return pystray.MenuItem(text, clicked, enabled=bool(entry.action), default=entry.action in ("web", "start"))
 
     def _clicked(self, entry: Entry, _icon: Any = None, _item: Any = None) -> None:
         # The window system's thread must not wait for the agent.

@@ -1,0 +1,269 @@
+"""The tray: what it shows for every state, and the real thing on a virtual screen."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import plistlib
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from socketserver import UnixStreamServer
+from typing import Any
+
+import pytest
+
+from agent.desktop.autostart import desktop_entry, launch_agent, place, set_autostart
+from agent.desktop.view import Entry, View, view_of
+
+TASK = "00000000-0000-4000-8000-0000000000b1"
+
+
+def status(**changes: Any) -> dict[str, Any]:
+    document: dict[str, Any] = {
+        "version": "1",
+        "paused": False,
+        "held_back": "",
+        "config_problem": "",
+        "update_available": "",
+        "link": {"connected": True, "last_error": "", "relay_url": "https://relay.example"},
+        "collections": [{"id": "c1", "name": "Data", "available": True, "reason": ""}],
+        "tasks": [],
+    }
+    return document | changes
+
+
+def task(**changes: Any) -> dict[str, Any]:
+    counters = {
+        "bytes_transferred": 250,
+        "bytes_total": 1000,
+        "files": 4,
+        "files_transferred": 1,
+        "scan_complete": True,
+    }
+    row = {"task_id": TASK, "state": "ACTIVE", "who": "", "status_sentence": "", "rate": 1e6, "counters": counters}
+    return row | {"error_code": ""} | changes
+
+
+def texts(view: View) -> list[str]:
+    def walk(entries: tuple[Entry, ...]) -> Iterator[str]:
+        for entry in entries:
+            yield entry.text
+            yield from walk(entry.below)
+
+    return list(walk(view.menu))
+
+
+def actions(view: View) -> set[str]:
+    def walk(entries: tuple[Entry, ...]) -> Iterator[str]:
+        for entry in entries:
+            yield entry.action
+            yield from walk(entry.below)
+
+    return set(walk(view.menu)) - {""}
+
+
+@pytest.mark.parametrize(
+    ("document", "look"),
+    [
+        (None, "off"),
+        (status(), "idle"),
+        (status(tasks=[task()]), "busy"),
+        (status(paused=True, tasks=[task()]), "paused"),
+        (status(held_back="On battery."), "paused"),
+        (status(link={"connected": False, "last_error": "No route.", "relay_url": "x"}), "trouble"),
+        (status(tasks=[task(state="FAILED", status_sentence="Broken.")]), "trouble"),
+        (status(collections=[{"id": "c", "name": "N", "available": False, "reason": "Gone."}]), "trouble"),
+    ],
+)
+def test_every_state_has_its_look(document: dict[str, Any] | None, look: str) -> None:
+    assert view_of(document).look == look
+
+
+def test_a_running_transfer_is_shown_with_progress_and_can_be_paused() -> None:
+    view = view_of(status(tasks=[task()]))
+    assert any("25 % of 1000 B, 1 of 4 files" in text for text in texts(view))
+    assert {"pause", "pause-task", "web", "sign-in", "folder", "stop", "quit"} <= actions(view)
+    assert "1 transfer running" in view.title
+    assert "resume" in actions(view_of(status(paused=True)))
+    assert actions(view_of(None)) == {"start", "quit"}
+
+
+def test_problems_say_what_to_do_and_names_cannot_act_on_the_screen() -> None:
+    waiting = task(
+        who="destination owner", status_sentence="The disk is full. Free some space \x1b[2J" + "and so on " * 30
+    )
+    view = view_of(
+        status(tasks=[waiting], collections=[{"id": "c", "name": "a\x1bb", "available": True, "reason": ""}])
+    )
+    text = "\n".join(texts(view))
+    assert "A transfer waits for destination owner" in text
+    assert "The disk is full." in text
+    assert "\x1b" not in text
+    assert all(len(line) <= 75 for line in texts(view))
+
+
+def test_an_update_is_offered() -> None:
+    view = view_of(status(update_available="0.2.0"))
+    assert "Install version 0.2.0" in texts(view)
+    assert "update" in actions(view)
+
+
+# --- autostart ---------------------------------------------------------------------------------------------------
+
+
+def test_autostart_is_written_and_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    path = set_autostart(["/a b/python", "-m", "agent", "100%"], wanted=True, platform="linux")
+    assert path == tmp_path / "autostart" / "towpath-tray.desktop"
+    assert "Exec='/a b/python' -m agent 100%%\n" in path.read_text()
+    set_autostart([], wanted=False, platform="linux")
+    assert not path.exists()
+    assert desktop_entry(["x"]).startswith("[Desktop Entry]\n")
+
+
+def test_the_launch_agent_of_macos_is_a_property_list() -> None:
+    document = plistlib.loads(launch_agent("org.towpath.agent", ["/x/towpath", "run"], "/x/log", keep_alive=True))
+    assert document["ProgramArguments"] == ["/x/towpath", "run"]
+    assert document["KeepAlive"] == {"SuccessfulExit": False}
+    assert document["RunAtLoad"] is True
+    assert place(platform="darwin").parts[-3:] == ("Library", "LaunchAgents", "org.towpath.tray.plist")
+
+
+# --- the real thing ----------------------------------------------------------------------------------------------
+
+
+class FakeAgent:
+    """Answers on a local socket as an agent does, and keeps what it was asked."""
+
+    def __init__(self, state_dir: Path) -> None:
+        self.document = status(tasks=[task()])
+        self.asked: list[str] = []
+        agent = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def answer(self) -> None:
+                if self.command == "POST":
+                    agent.asked.append(self.path)
+                    agent.document["paused"] = self.path == "/pause"
+                body = json.dumps(agent.document).encode()
+                self.send_response(200)
+                self.send_header("content-length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            do_GET = answer  # noqa: N815 - http.server's names
+            do_POST = answer  # noqa: N815
+
+            def address_string(self) -> str:
+                return "local"
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        (state_dir / "control").mkdir(mode=0o700)
+        path = state_dir / "control" / "agent.sock"
+        self.server = UnixStreamServer(str(path), Handler)
+        (state_dir / "local.socket").write_text(f"{path}\n")
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+@pytest.fixture
+def screen() -> Iterator[str]:
+    """A virtual screen with a tray."""
+    for tool in ("Xvfb", "trayer", "import"):
+        if not shutil.which(tool):
+            pytest.skip(f"needs {tool}")
+    pytest.importorskip("Xlib")
+    pytest.importorskip("PIL")
+    number = next(n for n in range(90, 200) if not Path(f"/tmp/.X11-unix/X{n}").exists())
+    display = f":{number}"
+    environment = {**os.environ, "DISPLAY": display}
+    null = subprocess.DEVNULL
+    with contextlib.ExitStack() as stack:
+        for command in (
+            ["Xvfb", display, "-screen", "0", "640x480x24", "-nolisten", "tcp"],
+            ["trayer", "--edge", "top", "--align", "right", "--height", "32", "--widthtype", "request"],
+        ):
+            process = stack.enter_context(subprocess.Popen(command, env=environment, stdout=null, stderr=null))
+            stack.callback(process.terminate)
+            deadline = time.monotonic() + 20
+            while not Path(f"/tmp/.X11-unix/X{number}").exists() and time.monotonic() < deadline:
+                time.sleep(0.05)
+        yield display
+
+
+def colours(display: str, target: Path) -> set[tuple[int, ...]]:
+    """The colours on the screen, by a screenshot that is kept for looking at."""
+    from PIL import Image
+
+    subprocess.run(["import", "-window", "root", "-display", display, str(target)], check=True, timeout=30)
+    with Image.open(target) as image:
+        return {colour for _, colour in image.convert("RGB").getcolors(maxcolors=1 << 24) or []}  # type: ignore[misc]
+
+
+def test_the_tray_shows_the_agents_state_on_a_screen(tmp_path: Path, screen: str) -> None:
+    state_dir = tmp_path / "agent.state"
+    state_dir.mkdir(mode=0o700)
+    (tmp_path / "agent.yaml").write_text("relay: {}\n")
+    agent = FakeAgent(state_dir)
+    environment = {**os.environ, "DISPLAY": screen, "PYSTRAY_BACKEND": "xorg"}
+    command = [sys.executable, "-m", "agent", "tray", "--config", str(tmp_path / "agent.yaml")]
+    keep = Path(os.environ.get("TOWPATH_SCREENSHOTS", str(tmp_path)))
+    blue, orange, grey = (27, 106, 201), (178, 106, 0), (154, 160, 166)
+
+    def until(colour: tuple[int, ...], name: str) -> None:
+        deadline = time.monotonic() + 40
+        while colour not in colours(screen, keep / f"tray-{name}.png"):
+            assert time.monotonic() < deadline, f"{name} never showed"
+            time.sleep(0.3)
+
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            until(blue, "busy")
+            agent.document["paused"] = True
+            until(orange, "paused")
+            agent.server.shutdown()
+            agent.server.server_close()
+            (state_dir / "local.socket").unlink()
+            until(grey, "off")
+            assert process.poll() is None
+        finally:
+            process.kill()
+            assert process.stderr is not None
+            assert "Traceback" not in process.stderr.read()
+
+
+def test_clicks_reach_the_agent(tmp_path: Path, screen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DISPLAY", screen)
+    monkeypatch.setenv("PYSTRAY_BACKEND", "xorg")
+    state_dir = tmp_path / "agent.state"
+    state_dir.mkdir(mode=0o700)
+    (tmp_path / "agent.yaml").write_text("relay: {}\n")
+    agent = FakeAgent(state_dir)
+    from agent.desktop.tray import Tray
+
+    tray = Tray(tmp_path / "agent.yaml")
+    tray.do(Entry("x", "pause"))
+    tray.do(Entry("x", "resume"))
+    tray.do(Entry("x", "pause-task", TASK))
+    assert agent.asked == ["/pause", "/resume", f"/tasks/{TASK}/pause"]
+    agent.server.shutdown()
+    agent.server.server_close()
+
+
+def test_without_a_desktop_it_says_so(tmp_path: Path) -> None:
+    (tmp_path / "agent.yaml").write_text("relay: {}\n")
+    environment = {name: value for name, value in os.environ.items() if name not in ("DISPLAY", "WAYLAND_DISPLAY")}
+    command = [sys.executable, "-m", "agent", "tray", "--config", str(tmp_path / "agent.yaml")]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 1
+    assert "towpath top" in result.stderr
+    assert socket.gethostname()
