@@ -247,6 +247,8 @@ class TunnelService:
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Keep the moving processes running until cancelled."""
+        if self.enabled:
+            _logger.info("Starting the tunnel processes of relay node %s.", self.relay_node)
         async with trio.open_nursery() as nursery:
             for mover in self._movers:
                 await nursery.start(self._keep_running, mover)
