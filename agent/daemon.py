@@ -30,6 +30,9 @@ from agent.config_watch import changes
 from agent.connect.network import Network
 from agent.connect.portmap import PortMapping
 from agent.connect.proxy import Dialer
+from agent.connect.quic.engine import EngineMissing
+from agent.connect.quic.observe import udp_candidates, udp_targets
+from agent.connect.quic.transport import QuicTransport
 from agent.connect.transport import Transports
 from agent.connect.tunnel import TunnelTransport
 from agent.identity_file import Identity, NotSetUp, make_state_dir, require
@@ -118,6 +121,7 @@ class Daemon:
             self._network,
             marks.expected,
         )
+        self._quic = self._make_quic(key)
         self._availability = Availability(self._policy, self._collections, self._tasks.announce_collections)
         self._watch = WatchService(config.state_dir, config.watch, self._policy, self._collections, CommandSubmitter())
         self._update = UpdateService(
@@ -142,6 +146,21 @@ class Daemon:
             on_hello=self._network.take_hello,
         )
 
+    def _make_quic(self, key: NodeKey) -> QuicTransport | None:
+        network = self._network
+        try:
+            transport = QuicTransport(
+                key,
+                self._tasks.peer_certificate,
+                functools.partial(udp_candidates, network),
+                functools.partial(udp_targets, network),
+            )
+        except EngineMissing as error:
+            network.transports.absent["quic"] = error.sentence
+            return None
+        network.transports.quic = transport
+        return transport
+
     def _hello(self) -> HelloFields:
         return HelloFields(
             version=version("towpath"),
@@ -164,6 +183,9 @@ class Daemon:
                 await self._availability.look()
                 nursery.start_soon(self._availability.run)
                 nursery.start_soon(self._link.run)
+                if self._quic is not None:
+                    nursery.start_soon(self._quic.run)
+                    nursery.start_soon(self._move_quic, self._quic)
                 if self._config.data.port_mapping and not self._config.data.allow_loopback:
                     nursery.start_soon(self._port_mapping.run)
                 nursery.start_soon(self._upkeep)
@@ -182,6 +204,11 @@ class Daemon:
         finally:
             local_socket.forget(self._config.state_dir, path)
             self._collections.close()
+
+    async def _move_quic(self, quic: QuicTransport) -> None:
+        while True:
+            await self._network.changed.wait()
+            await quic.moved()
 
     async def _settle(self) -> None:
         logger.info("Stopping: running tasks are settled first.")

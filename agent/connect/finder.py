@@ -266,6 +266,9 @@ class _RunningRace:
         self._finder = finder
         self._network = finder.network
         available = self._network.transports.tunnel is not None
+        # Where a task wants QUIC only, TCP is not even tried; the tunnel stays as last resort.
+        self._udp_only = finder.subject.transport == "quic" and self._network.transports.quic is not None
+        direct = [] if self._udp_only else direct
         self._race = Race(
             now=trio.current_time(),
             direct=direct,
@@ -313,7 +316,9 @@ class _RunningRace:
             and "quic" in go.answer.transports
         ):
             transports.append("quic")
-        if not targets:
+        if self._udp_only:
+            direct, targets = [], []
+        elif not targets:
             self._notes.append("the source's address from outside is not known")
         self._race.go(trio.current_time(), go.start_in, direct, targets, len(self._slots), transports)
         self._wake.set()
@@ -411,7 +416,7 @@ class _RunningRace:
             slot.close()
         count = min(subject.lanes + 1, MAX_SLOTS)
         token = new_token()
-        if network.data_port is not None:
+        if network.data_port is not None and not self._udp_only:
             self._expectations.enter_context(network.data_port.expecting(token, self._arrived))
         slots = [open_slot(number, (socket.AF_INET, socket.AF_INET6)) for number in range(1, count + 1)]
         self._slots = slots

@@ -36,10 +36,16 @@ class Path:
 
 @dataclass(frozen=True)
 class Connection:
-    """A socket to the peer and how it goes. For ``quic`` it is a connected datagram socket, else a stream."""
+    """A stream socket to the peer and how it goes. For ``quic`` it is a local one whose bytes a process carries."""
 
     sock: socket.socket
     path: Path
+
+
+def send_at_once(sock: socket.socket) -> None:
+    """Have TCP send small messages without waiting for more; a local socket does so anyway."""
+    if sock.family in (socket.AF_INET, socket.AF_INET6):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
 # The source's side of a transport hands each connection to this, which looks at its TLS greeting, as for those that
@@ -98,4 +104,5 @@ __all__ = [
     "Transport",
     "Transports",
     "Wish",
+    "send_at_once",
 ]

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 import trio
 
 from agent.connect.tls import HANDSHAKE_TIMEOUT, check_peer, session_context
+from agent.connect.transport import send_at_once
 from agent.transfer.channel import (
     BetterPath,
     Channel,
@@ -142,7 +143,7 @@ class DaemonLine:
             error = error_from_document_untrusted(answer.error)
             raise error if isinstance(error, TowpathError) else RetryLater("No path to the source.")
         sock = socket.socket(fileno=descriptors[0])
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        send_at_once(sock)
         return sock, answer.certificate
 
     def _context(self, certificate: str, alpn: str) -> ssl.SSLContext:

@@ -389,6 +389,14 @@ class TransferService:
             certificate=self.identity.certificate_pem,
         )
 
+    async def peer_certificate(self, session_id: str) -> str | None:
+        """The certificate of the other node of a session, None for one that is not known here."""
+        order = await trio.to_thread.run_sync(self.store.session, session_id)
+        if order is not None:
+            return order.peer.certificate
+        sources = [task.order.source for task in self._tasks.values() if task.order.session_id == session_id]
+        return sources[0].certificate if sources and sources[0] is not None else None
+
     async def withdraw_session(self, session_id: str) -> None:
         """Cut a session and refuse its ticket from now on."""
         await trio.to_thread.run_sync(self.store.remove_session, session_id)

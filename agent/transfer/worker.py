@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from agent.connect.congestion import tune_sender
 from agent.connect.tls import HANDSHAKE_TIMEOUT, check_peer, session_context
+from agent.connect.transport import send_at_once
 from agent.storage.base import Root
 from agent.storage.hiding import offered
 from agent.storage.posix import open_root
@@ -121,7 +122,7 @@ class _SourceWorker:
     async def _connection(self, kind: str, sock: socket.socket) -> None:
         self._connections += 1
         try:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            send_at_once(sock)
             if kind == "lane":
                 await self._lane(sock)
             else:
