@@ -276,6 +276,9 @@ class TaskRunner:
     # --- states ----------------------------------------------------------------------------------------
 
     def _wait_for(self, error: TowpathError) -> None:
+        if isinstance(error, NeedsPerson) and not error.who:
+            # What concerns no side by name concerns this one: its root, its state.
+            error.who = "destination owner"
         if self._status is None or self._status.code != error.code:
             self._fault(error)
         self._status = error

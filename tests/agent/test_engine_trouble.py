@@ -1,0 +1,513 @@
+"""Trouble as users meet it: full disks, disks that are away or others, damaged and unwritable state, changing sources.
+What the task says meanwhile, that it goes on by itself, and that nothing wrong has a final name."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from agent.storage.base import Root
+from agent.storage.faulty import Call
+from agent.storage.mounts import Mark
+from agent.storage.posix import PosixRoot, open_root
+from agent.transfer.checksum import file_digest
+from agent.transfer.remove import remove_entry
+from protocol.control import TaskItem, TaskObserved, TaskOptions
+from tests.agent.engine_inside import CHECKED, Engine, Line, contents, quick_path
+
+__all__ = ["quick_path"]
+
+MIB = 1024 * 1024
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root for mounts")
+
+
+@contextmanager
+def mounted(place: Path, megabytes: int) -> Iterator[None]:
+    """A small disk of its own; skips where this process may not mount."""
+    place.mkdir(exist_ok=True)
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "none", place], capture_output=True)
+    if done.returncode:
+        pytest.skip(f"mounting is not allowed here: {done.stderr.decode().strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", place], check=True)
+
+
+def when(code: str, action: Callable[[], None]) -> Callable[[Line, TaskObserved], None]:
+    """Do something once, when the task says for the first time that this holds it up."""
+    done: list[str] = []
+
+    def look(_line: Line, observed: TaskObserved) -> None:
+        if observed.status_code == code and not done:
+            done.append(observed.status_sentence)
+            assert observed.state == "WAITING"
+            assert observed.who in ("destination owner", "source owner"), observed
+            action()
+
+    return look
+
+
+# --- full disks ------------------------------------------------------------------------------------------
+
+
+@needs_root
+async def test_a_full_disk_is_said_and_got_over(tmp_path: Path) -> None:
+    with mounted(tmp_path / "destination", 16):
+        ballast = tmp_path / "destination" / "ballast"
+        engine = Engine(tmp_path, on_report=when("NO_SPACE", lambda: ballast.unlink()))
+        (engine.source / "large").write_bytes(os.urandom(6 * MIB))
+        for number in range(20):
+            (engine.source / f"small-{number}").write_bytes(os.urandom(100_000))
+        ballast.write_bytes(bytes(14 * MIB))
+        observed = await engine.run()
+        assert observed.state == "SUCCEEDED", observed
+        assert "NO_SPACE" in engine.codes()
+        assert contents(engine.destination) == contents(engine.source)
+
+
+@needs_root
+async def test_a_full_state_directory_is_said_and_got_over(tmp_path: Path) -> None:
+    with mounted(tmp_path / "state", 1):
+        ballast = tmp_path / "state" / "ballast"
+        engine = Engine(tmp_path, on_report=when("NO_SPACE", lambda: ballast.unlink(missing_ok=True)))
+        for number in range(300):
+            (engine.source / f"{number:0200}").write_bytes(b"x")
+        descriptor = os.open(ballast, os.O_CREAT | os.O_WRONLY)
+        with pytest.raises(OSError, match="space"):
+            while True:
+                os.write(descriptor, bytes(4096))
+        os.close(descriptor)
+        observed = await engine.run()
+        assert observed.state == "SUCCEEDED", observed
+        assert "NO_SPACE" in {report.status_code for report in engine.reports}
+        assert contents(engine.destination) == contents(engine.source)
+
+
+# --- roots -----------------------------------------------------------------------------------------------
+
+
+class Marked(Engine):
+    """An engine that knows its destination by a mark, as the worker does."""
+
+    mark: Mark | None = None
+
+    def open_destination(self) -> Root:
+        return open_root(str(self.destination), self.mark)
+
+
+def mark_of(folder: Path) -> Mark:
+    with open_root(str(folder)) as root:
+        return root.place_marker()
+
+
+@needs_root
+async def test_an_unmounted_destination_is_waited_for_and_not_filled(tmp_path: Path) -> None:
+    place = tmp_path / "destination"
+    with mounted(place, 16):
+        mark = mark_of(place)
+    mounts: list[Iterator[None]] = []
+
+    def mount_again() -> None:
+        assert list(place.iterdir()) == []
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "none", place], check=True)
+
+    engine = Marked(tmp_path, on_report=when("COLLECTION_UNAVAILABLE", mount_again))
+    engine.mark = mark
+    (engine.source / "file").write_bytes(b"content")
+    try:
+        observed = await engine.run()
+        assert observed.state == "SUCCEEDED", observed
+        assert (place / "file").read_bytes() == b"content"
+    finally:
+        subprocess.run(["umount", "--lazy", place], check=True)
+    assert list(place.iterdir()) == []
+    assert not mounts
+
+
+async def test_nothing_is_deleted_for_a_mirror_in_a_folder_that_is_not_the_one_set_up(tmp_path: Path) -> None:
+    (tmp_path / "destination").mkdir()
+    mark = mark_of(tmp_path / "destination")
+    if not mark.marker:
+        pytest.skip("this file system keeps no extended attributes")
+    (tmp_path / "destination" / "precious").write_bytes(b"precious")
+    os.setxattr(tmp_path / "destination", "user.towpath.root", b"another disk")
+
+    def restored() -> None:
+        assert (tmp_path / "destination" / "precious").exists()
+        os.setxattr(tmp_path / "destination", "user.towpath.root", mark.marker.encode())
+
+    options = TaskOptions(delete_destination_extra=True, sync_level=1)
+    engine = Marked(tmp_path, options, on_report=when("ROOT_CHANGED", restored))
+    engine.mark = mark
+    (engine.source / "file").write_bytes(b"content")
+    observed = await engine.run()
+    assert observed.state == "SUCCEEDED", observed
+    assert contents(engine.destination) == {"file": b"content"}
+    assert observed.counters.deleted == 1
+
+
+# --- state -----------------------------------------------------------------------------------------------
+
+
+async def interrupted(base: Path) -> tuple[Engine, int]:
+    """A task that was paused in the middle, and how many files were there by then."""
+
+    def pause(line: Line, observed: TaskObserved) -> None:
+        if observed.counters.files_transferred > 50:
+            line.want("pause")
+
+    engine = Engine(base, TaskOptions(verify_checksum=True), on_report=pause)
+    for folder in range(30):
+        (engine.source / str(folder)).mkdir()
+        for number in range(40):
+            (engine.source / str(folder) / str(number)).write_bytes(b"%d of %d" % (number, folder) * 1000)
+    before = await engine.run()
+    return engine, before.counters.files_transferred
+
+
+@pytest.mark.parametrize("damage", ["zeros", "half", "garbage"])
+async def test_a_damaged_journal_is_rebuilt_by_comparing(quick_path: Path, damage: str) -> None:
+    engine, _ = await interrupted(quick_path)
+    there = sum(1 for path in engine.destination.rglob("*") if path.is_file())
+    journal = engine.state / "journal.sqlite"
+    content = journal.read_bytes()
+    journal.write_bytes(
+        {"zeros": bytes(len(content)), "half": content[: len(content) // 2], "garbage": b"\xa5" * len(content)}[damage]
+    )
+    for suffix in ("-wal", "-shm"):
+        journal.with_name(journal.name + suffix).unlink(missing_ok=True)
+    after = engine.revived()
+    observed = await after.run()
+    assert observed.state == "SUCCEEDED", observed
+    assert "JOURNAL_REBUILT" in after.codes()
+    # The daemon must not take it for an event it knows.
+    numbers = [event.seq for event in after.events]
+    assert len(set(numbers)) == len(numbers)
+    # What was there was compared, not sent again.
+    assert observed.counters.files_skipped >= there
+    assert observed.counters.files_transferred == 1200 - observed.counters.files_skipped
+    assert contents(engine.destination) == contents(engine.source)
+    print(f"files there: {there}, compared: {observed.counters.files_skipped}")
+
+
+async def test_a_journal_of_a_newer_agent_is_said_and_waited_for(quick_path: Path) -> None:
+    import sqlite3
+
+    engine, _ = await interrupted(quick_path)
+    journal = engine.state / "journal.sqlite"
+
+    def version(number: int) -> None:
+        connection = sqlite3.connect(journal)
+        connection.execute(f"PRAGMA user_version = {number}")
+        connection.close()
+
+    version(99)
+    after = engine.revived()
+    after.on_report = when("JOURNAL_NEWER", lambda: version(1))
+    observed = await after.run()
+    assert observed.state == "SUCCEEDED", observed
+    assert "JOURNAL_REBUILT" not in after.codes()
+    assert contents(engine.destination) == contents(engine.source)
+
+
+async def test_a_journal_that_another_program_holds_is_said_and_waited_for(
+    quick_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sqlite3
+
+    monkeypatch.setattr("agent.transfer.journal.BUSY_TIMEOUT", 0.01)
+    engine, _ = await interrupted(quick_path)
+    holder = sqlite3.connect(engine.state / "journal.sqlite", isolation_level=None)
+    holder.execute("PRAGMA locking_mode = EXCLUSIVE")
+    holder.execute("BEGIN EXCLUSIVE")
+    after = engine.revived()
+    after.on_report = when("STATE_UNAVAILABLE", holder.close)
+    observed = await after.run()
+    assert observed.state == "SUCCEEDED", observed
+    assert contents(engine.destination) == contents(engine.source)
+
+
+# --- sources that change ---------------------------------------------------------------------------------
+
+LARGE = 6 * MIB
+
+
+def grow(path: Path) -> None:
+    with path.open("ab") as file:
+        file.write(b"more")
+
+
+def shrink(path: Path) -> None:
+    os.truncate(path, 3 * MIB)
+
+
+def overwrite_keeping_time(path: Path) -> None:
+    """Other content of the same size under the old time; only the kernel's own change time tells."""
+    status = path.stat()
+    with path.open("r+b") as file:
+        file.write(b"B" * LARGE)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def replaced(path: Path) -> None:
+    status = path.stat()
+    other = path.with_name("other")
+    other.write_bytes(b"C" * LARGE)
+    os.utime(other, ns=(status.st_atime_ns, status.st_mtime_ns))
+    other.rename(path)
+
+
+@pytest.mark.parametrize("change", [grow, shrink, overwrite_keeping_time, replaced])
+@pytest.mark.parametrize("at", [1, 2, 5])
+async def test_a_source_that_changes_while_it_is_read_is_read_again(
+    quick_path: Path, change: Callable[[Path], None], at: int
+) -> None:
+    path = quick_path / "source" / "file"
+
+    def plan(call: Call) -> int | None:
+        if call.operation == "preadv" and call.nth == at and not changed:
+            changed.append(call)
+            change(path)
+        return None
+
+    changed: list[Call] = []
+    engine = Engine(quick_path, source_plan=plan)
+    path.write_bytes(b"A" * LARGE)
+    observed = await engine.run()
+    assert changed
+    assert observed.state == "SUCCEEDED", observed
+    assert "FILE_CHANGED" in engine.codes()
+    arrived = (engine.destination / "file").read_bytes()
+    assert arrived == path.read_bytes()
+    assert engine.temporaries() == []
+
+
+async def test_a_source_that_never_rests_is_given_up_in_words(quick_path: Path) -> None:
+    path = quick_path / "source" / "file"
+
+    def plan(call: Call) -> int | None:
+        if call.operation == "preadv":
+            grow(path)
+        return None
+
+    engine = Engine(quick_path, source_plan=plan)
+    path.write_bytes(b"A" * 2000)
+    (engine.source / "other").write_bytes(b"other")
+    observed = await engine.run()
+    assert observed.state == "FAILED"
+    assert observed.counters.failed == 2 or observed.counters.failed == 1
+    assert Counter(engine.codes())["FILE_CHANGED"] >= 4
+    assert not (engine.destination / "file").exists()
+    assert engine.temporaries() == []
+
+
+# --- integrity -------------------------------------------------------------------------------------------
+
+
+class Rotten:
+    """A root whose storage changes a bit of what is written, now and then, behind everybody's back."""
+
+    def __init__(self, times: int) -> None:
+        self.left = times
+        self.lock = threading.Lock()
+
+    def wrap(self, root: Root) -> Root:
+        pwrite = root.pwrite
+
+        def rotten(fd: int, data: bytes | bytearray | memoryview, offset: int) -> int:
+            with self.lock:
+                spoil = self.left > 0 and len(data) > 0
+                self.left -= spoil
+            if spoil:
+                changed = bytearray(data)
+                changed[len(changed) // 2] ^= 1
+                return pwrite(fd, changed, offset)
+            return pwrite(fd, data, offset)
+
+        root.pwrite = rotten  # type: ignore[method-assign]
+        return root
+
+
+@pytest.mark.parametrize("times", [1, 3])
+async def test_what_the_destination_stores_wrongly_is_found_and_fetched_again(quick_path: Path, times: int) -> None:
+    rotten = Rotten(times)
+    engine = Engine(quick_path, wrap=rotten.wrap)
+    (engine.source / "large").write_bytes(os.urandom(5 * MIB + 3))
+    for number in range(4):
+        (engine.source / f"small-{number}").write_bytes(os.urandom(5000))
+    observed = await engine.run()
+    assert observed.state == "SUCCEEDED", observed
+    assert rotten.left == 0
+    assert Counter(engine.codes())["VERIFY_CHECKSUM"] == times
+    assert contents(engine.destination) == contents(engine.source)
+    # One block or one small file again for each bad one, and nothing else.
+    assert observed.counters.bytes_sent_again <= times * MIB
+    print(f"bits flipped on disk: {times}, found: {times}, bytes sent again: {observed.counters.bytes_sent_again}")
+
+
+@needs_root
+async def test_read_back_finds_what_changed_on_the_device_behind_the_page_cache(tmp_path: Path) -> None:
+    """A loop device whose backing file is altered after the sync: the page cache still has the right bytes."""
+    image, place = tmp_path / "image", tmp_path / "destination"
+    with image.open("wb") as file:
+        file.truncate(64 * MIB)
+    place.mkdir()
+    made = subprocess.run(["mkfs.ext4", "-q", "-F", image], capture_output=True)
+    mounted_loop = made.returncode == 0 and subprocess.run(["mount", "-o", "loop", image, place], capture_output=True)
+    if not mounted_loop or mounted_loop.returncode:
+        pytest.skip("loop devices cannot be mounted here")
+    signature = os.urandom(64)
+    altered: list[int] = []
+
+    def plan(call: Call) -> int | None:
+        # The first read of the check, after the first sync.
+        if call.operation == "preadv" and not altered:
+            with image.open("r+b") as device:
+                content = device.read()
+                where = content.find(signature)
+                assert where > 0, "the block is not on the device"
+                device.seek(where)
+                device.write(bytes(64))
+                device.flush()
+                os.fsync(device.fileno())
+            altered.append(where)
+        return None
+
+    try:
+        engine = Engine(tmp_path, plan=plan)
+        body = bytearray(os.urandom(4 * MIB))
+        body[2 * MIB + 1000 : 2 * MIB + 1064] = signature
+        (engine.source / "large").write_bytes(body)
+        observed = await engine.run()
+        assert altered
+        assert observed.state == "SUCCEEDED", observed
+        assert "VERIFY_CHECKSUM" in engine.codes()
+        assert observed.counters.bytes_sent_again <= MIB
+        assert (engine.destination / "large").read_bytes() == bytes(body)
+        print(f"altered at {altered[0]}, bytes sent again: {observed.counters.bytes_sent_again}")
+    finally:
+        subprocess.run(["umount", "--lazy", place], check=True)
+
+
+# Published values: RFC 1321, FIPS 180 examples, the BLAKE3 and xxHash test vectors; the first has leading zeros.
+PUBLISHED = [
+    ("MD5", b"", "d41d8cd98f00b204e9800998ecf8427e"),
+    ("MD5", b"message digest", "f96b697d7cb7938d525a2f31aaf161d0"),
+    ("SHA1", b"abc", "a9993e364706816aba3e25717850c26c9cd0d89d"),
+    ("SHA-256", b"abc", "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"),
+    (
+        "SHA-512",
+        b"abc",
+        "ddaf35a193617abacc417349ae20413112e6fa4e89a97ea20a9eeee64b55d39a"
+        "2192992a274fc1a836ba3c23a3feebbd454d4423643ce80e2a9ac94fa54ca49f",
+    ),
+    ("XXH3-128", b"", "99aa06d3014798d86001c324468d497f"),
+    ("BLAKE3", b"", "af1349b9f5f9a1a6a0404dea36dcc9499bcb25c9adc112b7cc9a93cae41f3262"),
+]
+
+
+@pytest.mark.parametrize(("algorithm", "content", "value"), PUBLISHED)
+def test_digests_are_the_published_ones(tmp_path: Path, algorithm: str, content: bytes, value: str) -> None:
+    (tmp_path / "file").write_bytes(content)
+    with open_root(str(tmp_path)) as root, root.open_directory(()) as folder:
+        assert isinstance(root, PosixRoot)
+        descriptor = folder.open_read(b"file")
+        assert file_digest(root, descriptor, algorithm) == value
+        root.close_file(descriptor)
+
+
+async def test_given_digests_decide_in_every_algorithm(quick_path: Path) -> None:
+    options = replace_options()
+    engine = Engine(quick_path, options, items=[])
+    wrong = 0
+    for number, (algorithm, content, value) in enumerate(PUBLISHED):
+        (engine.source / str(number)).write_bytes(content)
+        for given, name in ((value, f"right-{number}"), ("0" * len(value), f"wrong-{number}")):
+            engine.items.append(
+                TaskItem(
+                    source_path=f"/{number}",
+                    destination_path=f"/{name}",
+                    external_checksum=given,
+                    checksum_algorithm=algorithm,
+                )
+            )
+            wrong += name.startswith("wrong")
+    observed = await engine.run()
+    assert (observed.state, observed.counters.failed) == ("FAILED", wrong)
+    names = {path.name for path in engine.destination.iterdir()}
+    assert names == {f"right-{number}" for number in range(len(PUBLISHED))}
+
+
+def replace_options() -> TaskOptions:
+    import msgspec
+
+    return msgspec.structs.replace(CHECKED, preserve_timestamp=False)
+
+
+# --- sizes -----------------------------------------------------------------------------------------------
+
+
+async def test_sizes_at_every_edge(quick_path: Path) -> None:
+    sizes = [0, 1, MIB - 1, MIB, MIB + 1, 2 * MIB - 1, 2 * MIB, 2 * MIB + 1, 3 * MIB, 16 * MIB + 1]
+    engine = Engine(quick_path)
+    for size in sizes:
+        (engine.source / str(size)).write_bytes(os.urandom(size))
+    observed = await engine.run()
+    assert observed.state == "SUCCEEDED", observed
+    assert contents(engine.destination) == contents(engine.source)
+    print(f"sizes: {sizes}")
+
+
+# --- depth -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("depth", [300, pytest.param(1500, marks=pytest.mark.soak)])
+async def test_a_very_deep_tree_arrives_and_can_be_deleted(quick_path: Path, depth: int) -> None:
+    engine = Engine(quick_path)
+    dig(engine.source, depth)
+    observed = await engine.run(60)
+    assert observed.state == "SUCCEEDED", observed
+    assert observed.counters.directories == depth + 1
+    for folder in (engine.destination, engine.source):
+        remover = Engine(
+            folder.parent / f"delete-{folder.name}",
+            TaskOptions(recursive=True),
+            [TaskItem(source_path="/d")],
+            type="DELETE",
+        )
+        remover.destination = folder
+        gone = await remover.run(60)
+        assert gone.state == "SUCCEEDED", gone
+        assert gone.counters.deleted == depth + 1
+        assert list(folder.iterdir()) == []
+
+
+def dig(folder: Path, depth: int) -> None:
+    """Folders inside one another, a file in the last one; deeper than any path may be long."""
+    here = os.open(folder, os.O_RDONLY)
+    for _ in range(depth):
+        os.mkdir("d", dir_fd=here)
+        below = os.open("d", os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = below
+    os.close(os.open("leaf", os.O_CREAT | os.O_WRONLY, dir_fd=here))
+    os.close(here)
+
+
+def test_removing_knows_no_depth(quick_path: Path) -> None:
+    (quick_path / "bystander").write_bytes(b"")
+    (quick_path / "tree").mkdir()
+    dig(quick_path / "tree", 5000)
+    with open_root(str(quick_path)) as root, root.open_directory(()) as folder:
+        before = len(os.listdir("/proc/self/fd"))
+        assert remove_entry(folder, folder.lstat(b"tree"), recursive=True) == 5002
+        assert len(os.listdir("/proc/self/fd")) == before
+    assert [path.name for path in quick_path.iterdir()] == ["bystander"]
