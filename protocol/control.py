@@ -128,6 +128,8 @@ class TaskOptions(Record, frozen=True, kw_only=True):
     skip_source_errors: bool = False
     fail_on_quota_errors: bool = False
     delete_destination_extra: bool = False
+    # How many files and folders a mirror may delete; None: no more than stay, or a thousand.
+    delete_destination_extra_limit: int | None = None
     recursive_symlinks: Literal["ignore", "keep", "copy"] = "ignore"
     filter_rules: list[FilterRule] = []
     recursive: bool = False

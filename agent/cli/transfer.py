@@ -92,6 +92,11 @@ def _sync_level(_context: click.Context, _parameter: click.Parameter, value: str
     "--delete", "--delete-destination-extra", "delete_extra", is_flag=True, help="Make the destination equal."
 )
 @click.option(
+    "--delete-limit",
+    type=click.IntRange(min=0),
+    help="With --delete: how many may be deleted at most. Default: no more than stay, or 1000.",
+)
+@click.option(
     "--symlinks", type=click.Choice(["ignore", "keep", "copy"]), help="What to do with symlinks in directories."
 )
 @click.option("--skip-source-errors", is_flag=True, help="Leave out what cannot be read and go on.")
@@ -161,6 +166,8 @@ def transfer_data(
         extra["towpath_relay"] = options["relay_path"]
     if options["transport"] is not None:
         extra["towpath_transport"] = options["transport"]
+    if options["delete_limit"] is not None:
+        extra["delete_destination_extra_limit"] = options["delete_limit"]
     data = TransferData(
         origin.collection_id,
         target.collection_id,

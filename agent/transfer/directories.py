@@ -73,8 +73,7 @@ class DirectoryWalk:
             self._failed(group, row, error)
         else:
             if run.options.delete_destination_extra:
-                for job, problem in await trio.to_thread.run_sync(planner.delete_extra):
-                    run.give_up(job, problem)
+                await trio.to_thread.run_sync(planner.note_extra)
         run.settle.put(GroupListed(group))
 
     async def _not_opened(self, row: DirectoryRow, error: TowpathError) -> None:

@@ -22,7 +22,7 @@ from agent.transfer.state_trouble import StateDamaged, StateTrouble, of_sqlite, 
 from protocol.control import Counters
 from protocol.session import Version
 
-VERSION = 1
+VERSION = 2
 # Seconds that another program may hold the journal before the task says so and waits.
 BUSY_TIMEOUT = 5.0
 
@@ -55,8 +55,19 @@ CREATE TABLE partial (
     done BLOB NOT NULL,
     PRIMARY KEY (directory, name)
 ) STRICT, WITHOUT ROWID;
+CREATE TABLE extras (
+    destination BLOB NOT NULL,
+    name BLOB NOT NULL,
+    PRIMARY KEY (destination, name)
+) STRICT, WITHOUT ROWID;
 CREATE TABLE events (seq INTEGER PRIMARY KEY, body BLOB NOT NULL) STRICT;
 """
+
+# What each format needs to become the next one.
+_UPGRADES = {
+    1: "CREATE TABLE extras (destination BLOB NOT NULL, name BLOB NOT NULL, PRIMARY KEY (destination, name)) "
+    "STRICT, WITHOUT ROWID",
+}
 
 PENDING, ACTIVE, DONE = 0, 1, 2
 # How a name in `finished` ended; UNCHANGED was found equal by comparing digests.
@@ -123,6 +134,12 @@ class Journal:
             self._connection.execute("COMMIT")
         elif self._connection.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
             raise StateDamaged(f"The journal {self.path} is damaged.", who="destination owner")
+        elif version < VERSION:
+            self._connection.execute("BEGIN IMMEDIATE")
+            for step in range(version, VERSION):
+                self._connection.execute(_UPGRADES[step])
+            self._connection.execute(f"PRAGMA user_version = {VERSION}")
+            self._connection.execute("COMMIT")
         self._connection.execute("BEGIN")
 
     @contextmanager
@@ -317,6 +334,35 @@ class Journal:
     def drop_partial(self, directory: int, name: bytes) -> None:
         with self._using():
             self._connection.execute("DELETE FROM partial WHERE directory = ? AND name = ?", (directory, name))
+
+    # --- extras ----------------------------------------------------------------------------------------
+
+    def put_extras(self, destination: bytes, names: Iterable[bytes]) -> None:
+        """What a destination directory has and its source does not; what was noted before no longer counts."""
+        with self._using():
+            self._connection.execute("DELETE FROM extras WHERE destination = ?", (destination,))
+            self._connection.executemany(
+                "INSERT OR IGNORE INTO extras VALUES (?, ?)", ((destination, name) for name in names)
+            )
+
+    def extras(self) -> Iterator[tuple[bytes, bytes]]:
+        """Directory and name of everything a mirror is to delete. Rows may be dropped meanwhile."""
+        last = (b"", b"")
+        while True:
+            with self._using():
+                rows = self._connection.execute(
+                    "SELECT destination, name FROM extras WHERE (destination, name) > (?, ?) "
+                    "ORDER BY destination, name LIMIT 1000",
+                    last,
+                ).fetchall()
+            if not rows:
+                return
+            yield from rows
+            last = rows[-1]
+
+    def drop_extra(self, destination: bytes, name: bytes) -> None:
+        with self._using():
+            self._connection.execute("DELETE FROM extras WHERE destination = ? AND name = ?", (destination, name))
 
     # --- events ----------------------------------------------------------------------------------------
 

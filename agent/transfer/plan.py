@@ -21,7 +21,6 @@ from agent.transfer.compare import Decision, decide
 from agent.transfer.jobs import FileJob, Group
 from agent.transfer.journal import FAILED, SKIPPED, UNCHANGED, DirectoryRow, Journal
 from agent.transfer.patience import Patience
-from agent.transfer.remove import remove_entry
 from protocol.control import TaskOptions
 from protocol.errors import ItemFailed, ProtocolError, TowpathError
 from protocol.names import CollectionPath, check_component_untrusted, is_reserved
@@ -164,26 +163,20 @@ class DirectoryPlanner:
             raise problem from error
         return problem
 
-    def delete_extra(self) -> list[tuple[FileJob, TowpathError]]:
-        """After the last row: remove what the source does not have. Raises `NeedsPerson` when the root is not the one
-        that was set up, and errors that may pass."""
-        failures: list[tuple[FileJob, TowpathError]] = []
+    def note_extra(self) -> None:
+        """After the last row: remember what the source does not have (`agent.transfer.mirror` deletes it). Raises
+        OSError."""
         if self._names is None:
-            return failures
-        self._root.check_original()
-        for node in list(self.group.handle.scan()):
-            if node.name in self._names:
-                continue
-            if not included(self._options.filter_rules, node.name, node.kind == "dir"):
-                continue
-            try:
-                self.group.counts.deleted += remove_entry(self.group.handle, node, recursive=True)
-            except OSError as error:
-                row = Row(node.name, FILE, 0, 0, 0, 0, 0, 0)
-                job = FileJob(self.group, self._row.item, row, node.name, node.name, False)
-                failures.append((job, self._lasting(job, error)))
-        self.group.planned += len(failures)
-        return failures
+            return
+        names, rules = self._names, self._options.filter_rules
+        self._journal.put_extras(
+            self._row.destination,
+            [
+                node.name
+                for node in self.group.handle.scan()
+                if node.name not in names and included(rules, node.name, node.kind == "dir")
+            ],
+        )
 
 
 def count_finished(group: Group, row: Row, outcome: int, *, verified: bool) -> None:

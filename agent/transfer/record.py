@@ -106,6 +106,14 @@ class Record:
         self.journal.commit()
         return done
 
+    def removed(self, count: int, failures: list[SkippedRow]) -> None:
+        """Extras of a mirror that are gone or could not be removed; durable when this returns."""
+        self.counters = msgspec.structs.replace(
+            self.counters, deleted=self.counters.deleted + count, failed=self.counters.failed + len(failures)
+        )
+        self._append(self._skipped, failures)
+        self.commit([], [], [], [])
+
     def _fold(self, group: Group) -> None:
         """Add a finished group's counts to the task's and forget its details."""
         group.folded = True

@@ -28,6 +28,7 @@ from agent.transfer.journal import Journal
 from agent.transfer.lanes import Lanes, OpenLane
 from agent.transfer.large_files import LargeFiles
 from agent.transfer.manifest import ManifestWriter
+from agent.transfer.mirror import Mirror
 from agent.transfer.patience import Patience
 from agent.transfer.plan import count_finished, now_iso, remove_left_behind, set_directory_times
 from agent.transfer.received import ReceivedCounter
@@ -95,6 +96,7 @@ class TransferRun:
         self.settle: queue.SimpleQueue[Any] = self._settler.queue
         self._pack: list[FileJob] = []
         self._pack_bytes = 0
+        self._mirror = Mirror(context.root, context.journal, self._settler.record, self.options, context.patience)
         self.retries = Retries(self)
         self.large = LargeFiles(self)
         self._comparisons = Comparisons(self)
@@ -139,6 +141,8 @@ class TransferRun:
             self._close_groups()
         if self._error is not None:
             raise self._error
+        if self.options.delete_destination_extra:
+            await trio.to_thread.run_sync(self._mirror.run)
         if self.options.preserve_timestamp:
             rows = self.context.journal.directories_deepest_first()
             await trio.to_thread.run_sync(set_directory_times, self.context.root, rows)

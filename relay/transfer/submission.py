@@ -166,6 +166,8 @@ def _transfer_options(fields: Fields) -> TaskOptions:
         skip_source_errors=fields.boolean("skip_source_errors", False),
         fail_on_quota_errors=fields.boolean("fail_on_quota_errors", False),
         delete_destination_extra=fields.boolean("delete_destination_extra", False),
+        # Ours, beside theirs: confirms that a mirror may delete as much.
+        delete_destination_extra_limit=fields.integer("delete_destination_extra_limit", 0, 10**12),
         recursive_symlinks=symlinks,
         filter_rules=rules,
         relay_path=relay_path,

@@ -18,6 +18,7 @@ from agent.storage.faulty import Call
 from agent.storage.mounts import Mark
 from agent.storage.posix import PosixRoot, open_root
 from agent.transfer.checksum import file_digest
+from agent.transfer.journal import VERSION
 from agent.transfer.remove import remove_entry
 from protocol.control import TaskItem, TaskObserved, TaskOptions
 from tests.agent.engine_inside import CHECKED, Engine, Line, contents, quick_path
@@ -211,7 +212,21 @@ async def test_a_journal_of_a_newer_agent_is_said_and_waited_for(quick_path: Pat
 
     version(99)
     after = engine.revived()
-    after.on_report = when("JOURNAL_NEWER", lambda: version(1))
+    after.on_report = when("JOURNAL_NEWER", lambda: version(VERSION))
+    observed = await after.run()
+    assert observed.state == "SUCCEEDED", observed
+    assert "JOURNAL_REBUILT" not in after.codes()
+    assert contents(engine.destination) == contents(engine.source)
+
+
+async def test_a_journal_of_the_first_format_is_upgraded_and_gone_on_with(quick_path: Path) -> None:
+    import sqlite3
+
+    engine, _ = await interrupted(quick_path)
+    connection = sqlite3.connect(engine.state / "journal.sqlite")
+    connection.executescript("DROP TABLE extras; PRAGMA user_version = 1;")
+    connection.close()
+    after = engine.revived()
     observed = await after.run()
     assert observed.state == "SUCCEEDED", observed
     assert "JOURNAL_REBUILT" not in after.codes()

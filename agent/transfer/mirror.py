@@ -1,0 +1,123 @@
+"""The last step of a mirror: deleting at the destination what the source does not have.
+
+Only after everything has arrived, only in the very folder that was set up, and only what was found missing in
+directories that the source listed to their end. A mirror that would delete suspiciously much (the source's disk is not
+mounted, or the wrong folder was named) is refused as a whole unless the task allows as much.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from agent.storage.base import Directory, Root
+from agent.storage.faults import fault
+from agent.transfer.journal import Journal
+from agent.transfer.manifest import SkippedRow
+from agent.transfer.patience import Patience
+from agent.transfer.plan import now_iso, split_path
+from agent.transfer.record import Record
+from agent.transfer.remove import remove_entry
+from protocol.control import TaskOptions
+from protocol.errors import TaskFailed, TowpathError
+
+# Without a limit in the task, more than this many are deleted only when at least as many files and folders stay.
+ALWAYS_ALLOWED = 1000
+
+
+class Mirror:
+    """One run over the extras that the journal remembers. `run` blocks; it may be called again after an error."""
+
+    def __init__(self, root: Root, journal: Journal, record: Record, options: TaskOptions, patience: Patience) -> None:
+        self._root = root
+        self._journal = journal
+        self._record = record
+        self._options = options
+        self._patience = patience
+
+    def run(self) -> None:
+        """Delete the extras. Raises `NeedsPerson` when the root is not the one that was set up, `TaskFailed`
+        (DELETE_REFUSED) when it would be too much, and errors that may pass."""
+        if next(self._journal.extras(), None) is None:
+            return
+        self._root.check_original()
+        self._refuse_too_many()
+        for folder, name in self._journal.extras():
+            self._remove(folder, name)
+
+    def _refuse_too_many(self) -> None:
+        counters = self._record.counters
+        limit = self._options.delete_destination_extra_limit
+        if limit is None:
+            limit = max(ALWAYS_ALLOWED, counters.files + counters.directories + counters.symlinks)
+        # What an earlier run has deleted belongs to the same count.
+        count = counters.deleted
+        for folder, name in self._journal.extras():
+            count += self._count(folder, name, limit - count)
+            if count > limit:
+                raise TaskFailed(
+                    f"The mirror would delete more than {limit} files and folders at the destination that the source "
+                    "does not have, so nothing was deleted; everything else has arrived. If that is what you want, "
+                    "submit the transfer again with a higher delete_destination_extra_limit.",
+                    code="DELETE_REFUSED",
+                    who="you",
+                )
+
+    def _count(self, folder: bytes, name: bytes, enough: int) -> int:
+        """How many entries one extra is, itself included; not counted much beyond ``enough``."""
+        try:
+            with self._root.open_directory(split_path(folder)) as parent:
+                if parent.lstat(name).kind != "dir":
+                    return 1
+                with parent.open_directory(name) as inner:
+                    return 1 + _entries(inner, enough)
+        except FileNotFoundError:
+            return 0
+        except OSError:
+            # Whatever keeps it from being counted will be reported when it is to be removed.
+            return 1
+
+    def _remove(self, folder: bytes, name: bytes) -> None:
+        path = folder + b"/" + name if folder else name
+        removed, rows = 0, []
+        try:
+            with self._root.open_directory(split_path(folder)) as parent:
+                removed = remove_entry(parent, parent.lstat(name), recursive=True)
+                parent.sync()
+        except FileNotFoundError:
+            removed = 0
+        except OSError as error:
+            problem: TowpathError = fault(error, "destination", path)
+            if self._patience.is_passing(path, problem):
+                raise problem from error
+            rows.append(SkippedRow(b"", path, -1, problem.code, problem.sentence, now_iso(), extra=True))
+        self._journal.drop_extra(folder, name)
+        self._record.removed(removed, rows)
+
+
+def _entries(folder: Directory, enough: int) -> int:
+    """Entries below a folder. Breadth first, so that few handles are open."""
+    count = 0
+    waiting: list[Iterator[Directory]] = [iter([folder])]
+    while waiting and count <= enough:
+        current = next(waiting[-1], None)
+        if current is None:
+            waiting.pop()
+            continue
+        below = []
+        for node in current.scan():
+            count += 1
+            if node.kind == "dir" and len(waiting) < 32:
+                below.append(node.name)
+        if below:
+            waiting.append(_opened(current, below))
+    return count
+
+
+def _opened(folder: Directory, names: list[bytes]) -> Iterator[Directory]:
+    for name in names:
+        try:
+            inner = folder.open_directory(name)
+        except OSError:
+            continue
+        with inner:
+            yield inner

@@ -1,0 +1,143 @@
+"""Mirrors: what is deleted at the destination, when, and what refuses to be."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from agent.storage.faulty import Call, fail_nth
+from protocol.control import FilterRule, TaskOptions
+from tests.agent.engine_inside import Crashed, Engine, contents, quick_path
+
+__all__ = ["quick_path"]
+
+MIRROR = TaskOptions(delete_destination_extra=True, sync_level=1)
+
+
+def lay_out(engine: Engine) -> None:
+    for place, names in (
+        (engine.source, ("a/one", "a/two", "b/three")),
+        (engine.destination, ("a/one", "a/old", "x/y/z")),
+    ):
+        for name in names:
+            path = place / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"content")
+    (engine.destination / "link").symlink_to("a")
+
+
+async def test_a_mirror_ends_equal(quick_path: Path) -> None:
+    engine = Engine(quick_path, MIRROR)
+    lay_out(engine)
+    observed = await engine.run()
+    assert observed.state == "SUCCEEDED", observed
+    assert contents(engine.destination) == contents(engine.source)
+    # a/old, x, x/y, x/y/z, link
+    assert observed.counters.deleted == 5
+
+
+async def test_what_the_rules_leave_out_is_not_deleted(quick_path: Path) -> None:
+    rules = [FilterRule(method="exclude", name="x", type="dir")]
+    engine = Engine(quick_path, TaskOptions(delete_destination_extra=True, sync_level=1, filter_rules=rules))
+    lay_out(engine)
+    observed = await engine.run()
+    assert observed.state == "SUCCEEDED", observed
+    assert (engine.destination / "x" / "y" / "z").exists()
+    assert not (engine.destination / "a" / "old").exists()
+
+
+async def test_nothing_is_deleted_before_everything_has_arrived(quick_path: Path) -> None:
+    removals = ("unlink", "rmdir")
+    engine = Engine(quick_path, MIRROR)
+    lay_out(engine)
+    await engine.run()
+    order = [call.operation for call in engine.calls if call.operation in (*removals, "rename")]
+    assert order.index("unlink") > len(order) - 1 - order[::-1].index("rename")
+
+
+async def test_a_mirror_of_an_emptied_source_is_refused(quick_path: Path) -> None:
+    """The source's disk is not mounted, say: its folder is empty, and the destination holds years of work."""
+    engine = Engine(quick_path, MIRROR)
+    for number in range(1500):
+        (engine.destination / str(number)).write_bytes(b"years of work")
+    (engine.source / "new").write_bytes(b"new")
+    observed = await engine.run()
+    assert (observed.state, observed.error_code, observed.who) == ("FAILED", "DELETE_REFUSED", "you")
+    assert len(list(engine.destination.iterdir())) == 1501
+    assert observed.counters.deleted == 0
+    # Whoever means it says so.
+    confirmed = Engine(
+        quick_path / "again", TaskOptions(delete_destination_extra=True, delete_destination_extra_limit=1500)
+    )
+    confirmed.source, confirmed.destination = engine.source, engine.destination
+    observed = await confirmed.run()
+    assert (observed.state, observed.counters.deleted) == ("SUCCEEDED", 1500)
+    print("files saved from an empty source: 1500")
+
+
+@pytest.mark.parametrize(("limit", "state"), [(0, "FAILED"), (4, "FAILED"), (5, "SUCCEEDED")])
+async def test_a_limit_counts_everything_below(quick_path: Path, limit: int, state: str) -> None:
+    options = TaskOptions(delete_destination_extra=True, sync_level=1, delete_destination_extra_limit=limit)
+    engine = Engine(quick_path, options)
+    lay_out(engine)
+    observed = await engine.run()
+    assert observed.state == state
+    assert (engine.destination / "x" / "y" / "z").exists() is (state == "FAILED")
+
+
+async def test_a_crash_at_every_call_of_a_mirror(quick_path: Path) -> None:
+    plain = Engine(quick_path / "plain", MIRROR)
+    lay_out(plain)
+    await plain.run()
+    crashes = 0
+    for number in range(1, len(plain.calls) + 1):
+
+        def die(call: Call, number: int = number) -> int | None:
+            if call.number == number:
+                raise Crashed
+            return None
+
+        engine = Engine(quick_path / str(number), MIRROR, plan=die)
+        lay_out(engine)
+        try:
+            await engine.run()
+        except Crashed:
+            crashes += 1
+        after = engine.revived()
+        observed = await after.run()
+        assert observed.state == "SUCCEEDED", (number, observed)
+        assert contents(engine.destination) == contents(engine.source), number
+    print(f"crashes survived: {crashes}")
+
+
+async def test_what_cannot_be_deleted_is_listed_and_the_rest_goes(quick_path: Path) -> None:
+    engine = Engine(quick_path, MIRROR, plan=fail_nth(1, errno.EACCES, "unlink"))
+    lay_out(engine)
+    observed = await engine.run()
+    assert (observed.state, observed.counters.failed) == ("FAILED", 1)
+    left = set(contents(engine.destination)) - set(contents(engine.source))
+    assert len(left) == 1, left
+
+
+async def test_a_source_that_gains_a_file_meanwhile_keeps_it(quick_path: Path) -> None:
+    """Noted as extra in a run that died; there in the next one."""
+
+    def die(call: Call) -> int | None:
+        if call.operation == "unlink":
+            raise Crashed
+        return None
+
+    engine = Engine(quick_path, MIRROR, plan=die)
+    lay_out(engine)
+    with pytest.raises(Crashed):
+        await engine.run()
+    os.truncate(engine.state / "journal.sqlite", 0)
+    for suffix in ("-wal", "-shm"):
+        (engine.state / f"journal.sqlite{suffix}").unlink(missing_ok=True)
+    (engine.source / "a" / "old").write_bytes(b"content")
+    observed = await engine.revived().run()
+    assert observed.state == "SUCCEEDED", observed
+    assert (engine.destination / "a" / "old").exists()
