@@ -60,6 +60,8 @@ def add(repository: Repository, keys: Keys, bundle: Path, channel: str = "stable
     folder.mkdir(parents=True, exist_ok=True)
     script = render(keys)
     (folder / "install.sh").write_bytes(script)
+    if platform.startswith("windows-"):
+        (folder / f"install-{platform}.ps1").write_bytes(render_windows(keys, platform))
     digest = hashlib.sha256(bundle.read_bytes()).hexdigest()
     manifest = (
         f"version: {version}\nplatform: {platform}\nlength: {bundle.stat().st_size}\nsha256: {digest}\n"
@@ -83,6 +85,14 @@ def render(keys: Keys) -> bytes:
     pem = keys.signers["targets"][0].public_key.keyval["public"].strip()
     template = (PROJECT / "installers" / "install.sh.in").read_text()
     return template.replace("@PINNED_KEY@", pem).encode()
+
+
+def render_windows(keys: Keys, platform: str) -> bytes:
+    """`install.ps1` for a platform with the project's public key in it."""
+    pem = keys.signers["targets"][0].public_key.keyval["public"].strip()
+    body = "".join(line for line in pem.splitlines() if not line.startswith("-----"))
+    template = (PROJECT / "installers" / "windows" / "install.ps1.in").read_text()
+    return template.replace("@PINNED_KEY_BASE64@", body).replace("@PLATFORM@", platform).encode()
 
 
 if __name__ == "__main__":

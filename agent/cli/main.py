@@ -61,6 +61,7 @@ COMMANDS: dict[str, Entry] = {
     "collection": Entry("agent.cli.collection:collection", "Offer folders of this machine.", MACHINE),
     "watch": Entry("agent.cli.watch:watch", "Transfer new files by themselves, by rules.", MACHINE),
     "config": Entry("agent.cli.config:config", "Show, change and check the agent's configuration.", MACHINE),
+    "service": Entry("agent.cli.service_manager:service", "Have your service manager run the agent.", MACHINE),
     "update": Entry("agent.cli.update:update", "Look for updates, install them, go back.", MACHINE),
     "doctor": Entry("agent.cli.doctor:doctor", "Look for everything that can be wrong.", MACHINE),
     "demo": Entry("agent.demo.command:demo", "Move real data between two agents, with crashes, and prove it.", MACHINE),

@@ -165,7 +165,7 @@ _VALUES = st.recursive(_SCALARS, lambda inner: st.lists(inner, max_size=3), max_
 _KEYS = st.sampled_from(["relay", "url", "collections", "id", "root", "data", "port", "advertise", "limits", "lanes"])
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow])
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.dictionaries(_KEYS, st.one_of(_VALUES, st.dictionaries(_KEYS, _VALUES, max_size=3)), max_size=4))
 def test_any_yaml_is_a_configuration_or_a_config_error(document: object) -> None:
     try:

@@ -187,7 +187,7 @@ def _values(schema: dict[str, Any]) -> st.SearchStrategy[Any]:
     return _SCALARS
 
 
-@settings(max_examples=150, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 @given(_values(json_schema()))
 def test_what_the_reader_takes_the_schema_takes_too(document: dict[str, Any]) -> None:
     text = yaml.safe_dump(document)

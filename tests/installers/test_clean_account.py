@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -125,16 +126,23 @@ def relay(tmp_path: Path) -> Iterator[Relay]:
     made.process.wait(30)
 
 
+@pytest.fixture
+def public() -> Iterator[Path]:
+    """A folder that every user may enter, which pytest's own are not."""
+    folder = Path(tempfile.mkdtemp(prefix="towpath-account-"))
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder)
+
+
 def found(pattern: str, text: str) -> str:
     match = re.search(pattern, text)
     assert match is not None, text
     return match[0]
 
 
-def test_from_nothing_to_nothing(relay: Relay, tmp_path: Path) -> None:
+def test_from_nothing_to_nothing(relay: Relay, tmp_path: Path, public: Path) -> None:
     figures: dict[str, float] = {}
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o755)
     keys = Keys.generate()
     repository = Repository.open(relay.releases, keys)
     repository.publish()
@@ -149,10 +157,10 @@ def test_from_nothing_to_nothing(relay: Relay, tmp_path: Path) -> None:
     relay.command("user", "add", "ada")
     client = relay.command("client", "add", "laptop", "--owner", "ada")
     client_id, secret = found(r"[0-9a-f]{8}-[0-9a-f-]{27}", client), client.split()[-1]
-    ca_file = tmp_path / "ca.pem"
+    ca_file = public / "ca.pem"
     shutil.copy(relay.ca_file, ca_file)
     ca_file.chmod(0o644)
-    account = Account(tmp_path / "home")
+    account = Account(public / "home")
     (account.home / "data").mkdir()
     (account.home / "data" / "file").write_text("precious")
     os.chown(account.home / "data", USER, USER)

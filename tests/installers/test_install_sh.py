@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import os
+import plistlib
 import shutil
 import subprocess
 import tarfile
@@ -12,9 +14,15 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_der_public_key
 
+from agent.cli.main import cli
+from agent.cli.service_manager import unit_text
 from agent.update.offer import this_platform
-from installers.release import add
+from installers.release import add, render_windows
 from installers.repository import Keys, Repository
 
 PLATFORM = this_platform()
@@ -224,3 +232,41 @@ def test_the_script_is_plain_posix_shell(machine: Machine) -> None:
     for shell in ("dash", "bash"):
         if shutil.which(shell):
             assert subprocess.run([shell, "-n", str(machine.script)], check=False).returncode == 0
+
+
+# --- other systems, as far as they can be looked at from here --------------------------------------------------------
+
+
+def test_the_installer_of_windows_pins_the_same_key_and_touches_the_user_alone(machine: Machine) -> None:
+    text = render_windows(machine.keys, "windows-x86_64").decode()
+    pem = machine.script.read_text()
+    body = text.split("$PinnedKey = '")[1].split("'")[0]
+    assert body in pem.replace("\n", "")
+    key = load_der_public_key(base64.b64decode(body))
+    signature = machine.manifest.with_suffix(".manifest.sig").read_bytes()
+    key.verify(signature, machine.manifest.read_bytes(), ec.ECDSA(hashes.SHA256()))  # type: ignore[union-attr,call-arg,arg-type]
+    assert "@" not in text.split("param(")[0].split("PinnedKey")[-1]
+    assert "HKLM" not in text
+    assert "HKCU:" in text
+    assert "RunAs" not in text
+    for made, removed in (
+        ("'Towpath' -Value", "-Name 'Towpath' -Err"),
+        ("New-Item -Force $UninstallKey", "$UninstallKey }"),
+    ):
+        assert made in text
+        assert removed in text
+
+
+def test_units_and_property_lists_carry_the_real_command() -> None:
+    unit = unit_text(
+        "[Unit]\nConditionPathExists=x\n[Service]\nExecStart=y\nType=notify\n", ["/a b/towpath"], Path("/c%/a.yaml")
+    )
+    assert 'ExecStart="/a b/towpath" run --config /c%%/a.yaml\n' in unit
+    assert "ConditionPathExists=/c%%/a.yaml\n" in unit
+    result = CliRunner().invoke(cli, ["service", "manifest", "--program", "/x/towpath", "--launchd"])
+    document = plistlib.loads(result.stdout_bytes)
+    assert document["Label"] == "org.towpath.agent"
+    assert document["ProgramArguments"][:3] == ["/x/towpath", "run", "--config"]
+    systemd = CliRunner().invoke(cli, ["service", "manifest", "--program", "/x/towpath", "--systemd"]).stdout
+    assert "ExecStart=/x/towpath run --config " in systemd
+    assert "WatchdogSec=" in systemd
