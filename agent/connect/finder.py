@@ -18,6 +18,7 @@ import msgspec
 import trio
 
 from agent.connect.dialer import dial
+from agent.connect.listener import keep_alive
 from agent.connect.network import Network
 from agent.connect.punch import Slot, gather_slot, open_slot, punch
 from agent.connect.race import Arrange, Cancel, Dial, Give, Punch, Race, SendOffer
@@ -45,7 +46,7 @@ KEEP_UNUSED = 8.0
 GOOD_PATIENCE = 3.0
 OFFER_DELAY = 0.15
 # How long an offer waits for what the relay sees of the punching ports.
-GATHER_TIME = 0.8
+GATHER_TIME, PATIENT_GATHER_TIME = 0.8, 3.0
 # An agent on a path through the relay looks for a better one again after this, and then ever more seldom (seconds).
 IMPROVE_FIRST, IMPROVE_MOST = 20.0, 600.0
 MAX_POOL = 32
@@ -92,7 +93,7 @@ class PathFinder:
         self._nursery: trio.Nursery | None = None
         self._had_direct = False
         self.path: Path | None = None
-        self.why = ""
+        self._last_why = ""
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until cancelled; connections that nobody took are closed then."""
@@ -126,6 +127,12 @@ class PathFinder:
 
     async def connect(self) -> Connection:
         """One connection more, the best there is now. Raises `RetryLater` when there is no path."""
+        found = await self._connect()
+        if found.sock.type == socket.SOCK_STREAM:
+            keep_alive(found.sock)
+        return found
+
+    async def _connect(self) -> Connection:
         raced = False
         while True:
             found = await self._available()
@@ -162,6 +169,11 @@ class PathFinder:
             self._had_direct = True
         self.path = replace(path, why=self.why if path.kind == "tunnel" else "")
 
+    @property
+    def why(self) -> str:
+        """Why there is no better path: what the race under way has seen, else what the last one had."""
+        return (self._running.why() if self._running is not None else "") or self._last_why
+
     def _sentence(self) -> str:
         reason = f" ({self.why})" if self.why else ""
         if self._relay_allowed():
@@ -197,7 +209,7 @@ class PathFinder:
         try:
             await running.run()
         finally:
-            self.why = running.why() or self.why
+            self._last_why = running.why() or self._last_why
             if self._running is running:
                 self._running = None
             self._tell()
@@ -288,12 +300,10 @@ class _RunningRace:
         self._notes: list[str] = []
         if not relay_up:
             self._notes.append("the relay cannot be reached to arrange a path")
-        elif not tunnel:
-            self._notes.append("the relay's tunnel is not allowed")
 
     def why(self) -> str:
         """Why there is no better path."""
-        return "; ".join([*self._notes, self._race.why]).strip("; ")
+        return "; ".join(dict.fromkeys([*self._notes, self._race.why])).strip("; ")
 
     def take_go(self, go: PathGo) -> None:
         """The relay's go; ignored unless it is for the newest offer."""
@@ -427,7 +437,7 @@ class _RunningRace:
         async def gather(slot: Slot) -> None:
             whys.append(await gather_slot(slot, server, own_v6))
 
-        with trio.move_on_after(GATHER_TIME):
+        with trio.move_on_after(GATHER_TIME if self._wanted("tunnel") else PATIENT_GATHER_TIME):
             async with trio.open_nursery() as nursery:
                 for slot in slots:
                     nursery.start_soon(gather, slot)

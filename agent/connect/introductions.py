@@ -7,13 +7,15 @@ and prove in the TLS handshake to be the node that the session's ticket names.
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import msgspec
 import trio
 
 from agent.connect.dialer import dial
-from agent.connect.network import Network
+from agent.connect.network import Network, Observation
 from agent.connect.punch import PUNCH_TIME, connect_from
 from agent.connect.transport import Connection, Transport
 from protocol.candidates import (
@@ -32,7 +34,7 @@ from protocol.reversal import is_token, preamble
 # Introductions under way at once, and how long one lasts at most (seconds).
 MAX_SESSIONS = 256
 LIFE = 20.0
-GATHER_TIME = 0.8
+GATHER_TIME, PATIENT_GATHER_TIME = 0.8, 3.0
 MAX_BACK = 8
 MAX_TARGETS_A_SLOT = 3
 
@@ -44,15 +46,22 @@ class _Introduction:
     offer: PathOffer
     usable: list[Candidate]
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
-    held: list[socket.socket] = field(default_factory=list)
+    releases: list[Callable[[], None]] = field(default_factory=list)
+    closed: bool = False
     go: PathGo | None = None
     given: trio.Event = field(default_factory=trio.Event)
 
     def close(self) -> None:
         self.scope.cancel()
-        for sock in self.held:
-            sock.close()
-        self.held.clear()
+        self.closed = True
+        while self.releases:
+            self.releases.pop()()
+
+    def hold(self, observation: Observation, network: Network) -> None:
+        """Keep an observation until this is over."""
+        self.releases.append(partial(network.release, observation))
+        if self.closed:
+            self.close()
 
 
 class Introductions:
@@ -102,8 +111,12 @@ class Introductions:
         self._start(self._live, introduction)
         mapped: list[Candidate] = []
         if offer.count and any(row.slot for row in usable):
-            with trio.move_on_after(GATHER_TIME):
-                mapped, introduction.held, _ = await network.observe_data_port()
+            # Nobody waits where the relay carries the data already, and a busy line answers late.
+            with trio.move_on_after(GATHER_TIME if "tunnel" in offer.transports else PATIENT_GATHER_TIME):
+                observation = await network.observe_data_port()
+                if observation is not None:
+                    mapped.append(observation.candidate)
+                    introduction.hold(observation, network)
         candidates = [*mapped, *await network.host_candidates(loopback=own)]
         transports = ["tcp"]
         for name, transport in self._transports(offer):
@@ -200,13 +213,12 @@ class Introductions:
 
     async def _introduce(self, sock: socket.socket, token: str) -> None:
         sock.setblocking(False)
-        stream = trio.socket.from_stdlib_socket(sock)
-        try:
-            await stream.send(preamble(token))
-        except OSError:
-            stream.close()
-            return
-        await self._greet_socket(stream)
+        with trio.socket.from_stdlib_socket(sock) as stream:
+            try:
+                await stream.send(preamble(token))
+            except OSError:
+                return
+            await self._greet_socket(stream)
 
     # --- punching ------------------------------------------------------------------------------------------
 

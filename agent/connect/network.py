@@ -42,6 +42,15 @@ class DialAllowance:
 
 
 @dataclass
+class Observation:
+    """How the relay sees the data port, and the connection that keeps it so."""
+
+    candidate: Candidate
+    held: socket.socket
+    users: int = 1
+
+
+@dataclass
 class Network:
     """One for each agent, put together by the daemon. ``relay`` is host and port of the relay, None behind a proxy."""
 
@@ -59,6 +68,8 @@ class Network:
     allowance: DialAllowance = field(default_factory=lambda: DialAllowance(time.monotonic()))
     changed: trio.Event = field(default_factory=trio.Event)
     relay_up: Callable[[], bool] = lambda: True
+    _observation: Observation | None = None
+    _observing: trio.Lock = field(default_factory=trio.Lock)
 
     def rules(self, *, loopback: bool, observed: str, peer_observed: str) -> Rules:
         """What may be dialled for one peer; ``loopback`` for a peer that is this very node."""
@@ -95,16 +106,31 @@ class Network:
         found = await resolve(*self.relay, socket.AF_INET)
         return found[0] if found else None
 
-    async def observe_data_port(self) -> tuple[list[Candidate], list[socket.socket], str]:
-        """How the relay sees the data port over TCP: candidates, the connections that keep it so, or why not."""
-        server = await self.stun_server()
-        if server is None or self.data_port is None or socket.AF_INET not in self.data_port.families:
-            return [], [], "The relay cannot be asked over IPv4."
-        try:
-            mapped, held = await observe_tcp(("0.0.0.0", self.data_port.port), server)  # noqa: S104
-        except NotObserved as error:
-            return [], [], error.sentence
-        return [Candidate(kind=MAPPED_TCP, host=mapped[0], port=mapped[1])], [held], ""
+    async def observe_data_port(self) -> Observation | None:
+        """How the relay sees the data port over TCP, or None. Give it back with `release`: it is shared, because one
+        port can have one connection to one server."""
+        async with self._observing:
+            if self._observation is not None:
+                self._observation.users += 1
+                return self._observation
+            server = await self.stun_server()
+            if server is None or self.data_port is None or socket.AF_INET not in self.data_port.families:
+                return None
+            try:
+                mapped, held = await observe_tcp(("0.0.0.0", self.data_port.port), server)  # noqa: S104
+            except NotObserved:
+                return None
+            candidate = Candidate(kind=MAPPED_TCP, host=mapped[0], port=mapped[1])
+            self._observation = Observation(candidate, held)
+            return self._observation
+
+    def release(self, observation: Observation) -> None:
+        """An observation is no longer needed by one of its users."""
+        observation.users -= 1
+        if observation.users == 0:
+            observation.held.close()
+            if self._observation is observation:
+                self._observation = None
 
     def take_hello(self, hello: RelayHello) -> None:
         """What the relay tells about itself at each link."""
@@ -130,6 +156,7 @@ class Network:
 
     def announce_change(self) -> None:
         """The network is not what it was: whoever waits for `changed` gathers anew."""
+        self._observation = None
         self.changed.set()
         self.changed = trio.Event()
 

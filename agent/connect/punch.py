@@ -129,37 +129,43 @@ async def punch(slot: Slot, targets: Sequence[Candidate], hosts: frozenset[str])
     """
     found: list[socket.socket] = []
     errors: list[str] = []
-    async with trio.open_nursery() as nursery:
-        nursery.cancel_scope.deadline = trio.current_time() + PUNCH_TIME
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.cancel_scope.deadline = trio.current_time() + PUNCH_TIME
 
-        def won(sock: socket.socket) -> None:
-            found.append(sock)
-            nursery.cancel_scope.cancel()
+            def won(sock: socket.socket) -> None:
+                found.append(sock)
+                nursery.cancel_scope.cancel()
 
-        async def dial(target: Candidate) -> None:
-            port = slot.port(family_of(target.host))
-            if port is None:
-                return
-            try:
-                won(await connect_from(port, (target.host, target.port)))
-            except OSError as error:
-                errors.append(error.strerror or str(error))
+            async def dial(target: Candidate) -> None:
+                port = slot.port(family_of(target.host))
+                if port is None:
+                    return
+                try:
+                    won(await connect_from(port, (target.host, target.port)))
+                except OSError as error:
+                    errors.append(error.strerror or str(error))
 
-        async def take(listener: socket.socket) -> None:
-            # Another object for the same socket, so that cancelling here closes nothing of the slot's.
-            shared = trio.socket.from_stdlib_socket(listener.dup())
-            with shared:
-                while True:
-                    sock, source = await shared.accept()
-                    with sock:
-                        if source[0].partition("%")[0] in hosts:
-                            won(detached(sock))
-                            return
+            async def take(listener: socket.socket) -> None:
+                # Another object for the same socket, so that cancelling here closes nothing of the slot's.
+                shared = trio.socket.from_stdlib_socket(listener.dup())
+                with shared:
+                    while True:
+                        sock, source = await shared.accept()
+                        with sock:
+                            if source[0].partition("%")[0] in hosts:
+                                won(detached(sock))
+                                return
 
-        for listener in slot.listeners.values():
-            nursery.start_soon(take, listener)
-        for target in targets:
-            nursery.start_soon(dial, target)
+            for listener in slot.listeners.values():
+                nursery.start_soon(take, listener)
+            for target in targets:
+                nursery.start_soon(dial, target)
+    except BaseException:
+        # Whoever wanted the connection does not want it any more.
+        for sock in found:
+            sock.close()
+        raise
     for extra in found[1:]:
         extra.close()
     if found:

@@ -24,7 +24,7 @@ MAX_TARGETS = 6
 TUNNEL_HOLD = 0.3
 QUIC_DELAY = 0.4
 # An offer that brought no go is repeated, and a round of punching that brought nothing is followed by another.
-GO_PATIENCE = 3.0
+GO_PATIENCE = 5.0
 ROUND_TIME = 4.0
 MAX_ROUNDS = 3
 RACE_TIME = 15.0

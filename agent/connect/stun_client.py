@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import struct
 from dataclasses import dataclass
 
 import trio
@@ -47,6 +48,8 @@ async def observe_tcp(local: tuple[str, int], server: tuple[str, int]) -> tuple[
             answer = stun.parse_answer_untrusted(await _message(sock))
         if answer.transaction != transaction:
             raise ProtocolError("An answer to another question.")
+        # Closed with a reset: waiting out TIME_WAIT, the port could not ask this server again for a minute.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         kept = sock.dup()
         return answer.mapped, socket.socket(fileno=kept.detach())
     except (OSError, ProtocolError, trio.TooSlowError) as error:

@@ -137,7 +137,8 @@ class TaskPaths:
         if path is None:
             return f"none: {self._finder.why}" if self._finder.why else ""
         trip = f", {path.rtt * 1000:.0f} ms" if path.rtt is not None else ""
-        why = f" (no direct path: {path.why})" if path.why else ""
+        reason = self._finder.why if path.kind == "tunnel" else ""
+        why = f" (no direct path: {reason})" if reason else ""
         return f"{path.kind} {path.transport} {path.remote}{trip}{why}"
 
     def news(self) -> AgentEvent | None:

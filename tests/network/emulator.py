@@ -6,6 +6,7 @@ connected), says ``ready``, and takes one JSON line after another on standard in
     {"boxes": [{"name": "n", "outside": "203.0.113.1", "parent": null, …fields of `nat.Box`…}],
      "hosts": [{"device": "tun0", "addresses": ["192.168.1.10"], "parent": "n", "delay": 0.015}], "loss": 0.0}
 
+``{"change": {"n": {"mapping": "endpoint"}}}`` changes boxes of the network there is, which keep their flows.
 It answers each with ``ok`` and a line of the counters so far. The kernel has no netem; this needs nothing but TUN.
 """
 
@@ -71,6 +72,12 @@ class Network:
         self.parents[name] = parent
         if mapper is not None:
             self.mappers[name] = PortMapper(self.boxes[name], ipaddress.ip_address(gateway).packed, mapper)
+
+    def change(self, changes: dict[str, dict[str, Any]]) -> None:
+        """Have boxes behave otherwise from now on; what they know of flows stays."""
+        for name, fields in changes.items():
+            for key, value in fields.items():
+                setattr(self.boxes[name], key, value)
 
     def _owner(self, address: bytes) -> str | None:
         """The host with an address, or the box that has it outside."""
@@ -167,8 +174,12 @@ def main(names: list[str]) -> None:
                 if not line:
                     return
                 counters = {} if network is None else network.counters()
-                network = Network(json.loads(line), devices)
-                queue.clear()
+                description = json.loads(line)
+                if network is not None and "change" in description:
+                    network.change(description["change"])
+                else:
+                    network = Network(description, devices)
+                    queue.clear()
                 print("ok " + json.dumps(counters), flush=True)
                 continue
             for _ in range(64):

@@ -144,9 +144,13 @@ class Box:
         if forwarded is not None and forwarded[0] == packet.protocol:
             return rewritten(packet, source=(self.outside, forwarded[1]))
         key: tuple[object, ...] = (packet.protocol, packet.source)
+        narrow = (*key, packet.destination)
+        # A flow keeps its mapping when the box changes its ways.
+        port = self._out.get(narrow)
         if self.mapping == "symmetric":
-            key += (packet.destination,)
-        port = self._out.get(key)
+            key = narrow
+        elif port is None or packet.is_syn:
+            port = self._out.get(key)
         if port is None:
             port = self._free_port(packet.protocol, packet.source[1])
             self._out[key] = port
@@ -172,7 +176,7 @@ class Box:
         else:
             found = self._in.get((packet.protocol, packet.destination[1]))
             inside = None if found is None else found[0]
-            if found is not None and self.mapping == "symmetric" and found[1][2] != packet.source:
+            if found is not None and len(found[1]) == 3 and found[1][2] != packet.source:
                 inside = None
         if inside is not None and self._lets_in(packet, inside):
             if packet.is_syn and not self.crossing and not self._is_answered(packet, inside):

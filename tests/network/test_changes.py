@@ -1,0 +1,90 @@
+"""What changes under way: paths get better, relays restart, uplinks switch; nothing is lost and nothing comes twice."""
+
+from __future__ import annotations
+
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import lab as laboratory
+import matrix
+from test_matrix import arrange
+
+WHY_NOT = laboratory.why_not()
+pytestmark = [pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT), pytest.mark.soak, pytest.mark.timeout(400)]
+
+
+def content(size: int) -> bytes:
+    return random.Random(size).randbytes(size)
+
+
+async def until_moving(lab: laboratory.Lab, task_id: str, least: int = 1) -> dict[str, Any]:
+    """Wait until some bytes have arrived; the task as the destination's agent sees it."""
+    with trio.fail_after(60):
+        while True:
+            tasks = lab.sites["b"].status()["tasks"]
+            task = next((row for row in tasks if row["task_id"] == task_id), None)
+            if task is not None and task["counters"]["bytes_transferred"] >= least:
+                return dict(task)
+            await trio.sleep(0.2)
+
+
+async def succeed(lab: laboratory.Lab, task_id: str, name: str, data: bytes) -> dict[str, Any]:
+    task = await lab.finished(task_id, 240)
+    assert task["status"] == "SUCCEEDED", task
+    assert (lab.sites["b"].root / name).read_bytes() == data
+    return task
+
+
+async def test_a_relayed_transfer_moves_to_a_direct_path_without_a_break(tmp_path: Path) -> None:
+    data = content(60_000_000)
+    async with laboratory.open_lab(tmp_path) as lab:
+        arrange(lab, {"a": "symmetric", "b": "symmetric"})
+        await lab.start()
+        (lab.sites["a"].root / "big").write_bytes(data)
+        task_id = await lab.submit("a", "b", "big")
+        first = await until_moving(lab, task_id)
+        assert first["path"].startswith("tunnel"), first
+        lab.emulator.use({"change": {"nat-a": {"mapping": "endpoint"}, "nat-b": {"mapping": "endpoint"}}})
+        task = await succeed(lab, task_id, "big", data)
+        assert lab.path_of("b", task_id).startswith("punched")
+        assert task["faults"] == 0, task
+        assert task["towpath"]["bytes_sent_again"] == 0, task
+
+
+async def test_a_relay_that_restarts_is_not_noticed_by_a_direct_transfer(tmp_path: Path) -> None:
+    data = content(60_000_000)
+    async with laboratory.open_lab(tmp_path) as lab:
+        arrange(lab, {"a": "port", "b": "port"})
+        await lab.start()
+        (lab.sites["a"].root / "big").write_bytes(data)
+        task_id = await lab.submit("a", "b", "big")
+        await until_moving(lab, task_id)
+        await lab.relay.kill()
+        await trio.sleep(2)
+        await lab.relay.start()
+        for name in lab.sites:
+            await lab.until_connected(name)
+        task = await succeed(lab, task_id, "big", data)
+        assert task["towpath"]["bytes_sent_again"] == 0, task
+        assert lab.path_of("b", task_id).startswith("punched")
+
+
+async def test_an_uplink_that_switches_costs_time_and_nothing_else(tmp_path: Path) -> None:
+    data = content(40_000_000)
+    async with laboratory.open_lab(tmp_path) as lab:
+        arrange(lab, {"a": "port", "b": "port"})
+        await lab.start()
+        (lab.sites["a"].root / "big").write_bytes(data)
+        task_id = await lab.submit("a", "b", "big")
+        await until_moving(lab, task_id)
+        # The destination's site comes back behind another box with another address: every flow is gone.
+        chains = {"a": matrix.boxes("a", "port"), "b": [{**matrix.boxes("b", "port")[0], "outside": "203.0.113.77"}]}
+        lab.emulator.use(lab.describe(chains))
+        await succeed(lab, task_id, "big", data)
