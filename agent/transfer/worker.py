@@ -206,7 +206,11 @@ async def _shut_down_when_cancelled(sock: socket.socket) -> None:
 async def _main(descriptor: int) -> None:
     channel = Channel(socket.socket(fileno=descriptor), ToWorker)
     try:
-        start, _ = await channel.receive()
+        try:
+            start, _ = await channel.receive()
+        except ChannelClosed:
+            # It waited as a spare and was never needed.
+            return
         if isinstance(start, RunTask):
             await _run_task(channel, start)
         elif isinstance(start, ServeSession):

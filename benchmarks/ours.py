@@ -1,0 +1,147 @@
+"""Towpath's engine under measurement: two agents' transfer services in this process, their workers as in real life.
+
+What is left out is the relay: this process orders the task and answers for it. `first_light.py` has the whole.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import trio
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from agent.config import AgentConfig, CollectionConfig, DataConfig, LimitsConfig
+from agent.policy import Policy
+from agent.transfer.service import TransferService
+from protocol.control import (
+    FINAL_STATES,
+    Party,
+    SessionOrder,
+    TaskItem,
+    TaskObserved,
+    TaskOptions,
+    TaskOrder,
+)
+from protocol.identity import NodeKey
+from protocol.ticket import Grant, RelayRoot, Ticket, TicketSigner, TicketVerifier
+
+RELAY = "benchmark"
+
+
+class Agent:
+    """One end."""
+
+    def __init__(self, directory: Path, root: Path, relay_root: RelayRoot, lanes: int) -> None:
+        self.root = root
+        self.key = NodeKey.generate()
+        self.id, self.collection = str(uuid.uuid4()), str(uuid.uuid4())
+        directory.mkdir(parents=True)
+        collection = CollectionConfig(id=self.collection, name="benchmark", root=str(root))
+        config = AgentConfig(
+            state_dir=directory,
+            collections=(collection,),
+            data=DataConfig(listen="127.0.0.1", advertise=("127.0.0.1",), allow_loopback=True),
+            limits=LimitsConfig(lanes=lanes),
+        )
+        verifier = TicketVerifier(RELAY, relay_root.public_pem)
+        self.service = TransferService(
+            directory, config, self.key, self.id, self.id, verifier, Policy([collection]), relay_root.public_pem
+        )
+
+    @property
+    def party(self) -> Party:
+        return Party(
+            endpoint_id=self.id, node_id=self.id, collection_id=self.collection, certificate=self.key.certificate_pem
+        )
+
+    def grant(self, access: str) -> Grant:
+        return Grant(
+            node_id=self.id,
+            fingerprint=self.key.fingerprint,
+            collection_id=self.collection,
+            paths=["/"],
+            access=access,  # type: ignore[arg-type]
+        )
+
+
+class Engine:
+    """A source, a destination, and what a relay would do for them."""
+
+    def __init__(self, directory: Path, source: Path, destination: Path, lanes: int) -> None:
+        root = RelayRoot.generate()
+        key, now = Ed25519PrivateKey.generate(), time.time()
+        self._signer = TicketSigner(RELAY, key, root.certify(key.public_key(), "k", now - 100, now + 86400), "k")
+        self.source = Agent(directory / "source", source, root, lanes)
+        self.destination = Agent(directory / "destination", destination, root, lanes)
+        self._sessions: dict[str, SessionOrder] = {}
+
+    async def answer(self) -> None:
+        """Give the destination a session at the source whenever it wants one."""
+        async with self.destination.service.events(0) as lines:
+            async for line in lines:
+                if line.kind == "session_wanted" and line.task_id in self._sessions:
+                    answer = await self.source.service.put_session(self._sessions[line.task_id])
+                    await self.destination.service.put_session_answer(line.task_id, answer)
+
+    async def transfer(self, source: str, destination: str, *, recursive: bool, sync_level: int | None = None) -> str:
+        """Submit; the task's id."""
+        task, session, now = str(uuid.uuid4()), str(uuid.uuid4()), time.time()
+        ticket = self._signer.sign(
+            Ticket(
+                relay_id=RELAY,
+                ticket_id=str(uuid.uuid4()),
+                session_id=session,
+                task_id=task,
+                source=self.source.grant("r"),
+                destination=self.destination.grant("rw"),
+                policy_epoch=0,
+                issued=now,
+                expires=now + 7200,
+            )
+        )
+        order = SessionOrder(session_id=session, task_id=task, ticket=ticket, peer=self.destination.party)
+        self._sessions[task] = order
+        answer = await self.source.service.put_session(order)
+        await self.destination.service.put_task(
+            TaskOrder(
+                task_id=task,
+                revision=1,
+                desired="run",
+                type="TRANSFER",
+                ticket=ticket,
+                session_id=session,
+                session=answer,
+                destination=self.destination.party,
+                source=self.source.party,
+                owner_id="benchmark",
+                options=TaskOptions(verify_checksum=True, preserve_timestamp=True, sync_level=sync_level),
+                items=[TaskItem(source_path=source, destination_path=destination, recursive=recursive)],
+            )
+        )
+        return task
+
+    async def wait(self, task: str, every: float = 0.01) -> TaskObserved:
+        """Until it is over. Raises RuntimeError unless it succeeded."""
+        while (observed := self.destination.service.get_task(task)).state not in FINAL_STATES:
+            await trio.sleep(every)
+        if observed.state != "SUCCEEDED":
+            raise RuntimeError(f"the task ended as {observed.state}: {observed.status_sentence}")
+        return observed
+
+
+@asynccontextmanager
+async def engine(directory: Path, source: Path, destination: Path, lanes: int = 4) -> AsyncIterator[Engine]:
+    """Both agents, up and linked, each with its spare worker."""
+    made = Engine(directory, source, destination, lanes)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(made.source.service.run)
+        await nursery.start(made.destination.service.run)
+        nursery.start_soon(made.answer)
+        # Until the spare workers wait: that is the state an agent is in when nothing runs.
+        await trio.sleep(3.5)
+        yield made
+        nursery.cancel_scope.cancel()
