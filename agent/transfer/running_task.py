@@ -31,6 +31,7 @@ from agent.transfer.plan import now_iso
 from agent.transfer.state_trouble import StateTrouble
 from agent.transfer.task_paths import TaskPaths
 from agent.transfer.task_store import StoredTask
+from agent.transfer.turns import Candidate, claim_of
 from protocol.candidates import PathGo
 from protocol.control import FINAL_STATES, AgentEvent, Counters, SessionAnswer, TaskObserved, TaskOrder
 from protocol.errors import TaskFailed, TowpathError
@@ -60,6 +61,7 @@ class RunningTask:
         self.observed = stored.observed
         self.held = stored.held
         self.running = False
+        self.claim = claim_of(stored.order)
         self._answer = stored.answer or stored.order.session
         self._paths: TaskPaths | None = None
         self._channel: Channel | None = None
@@ -84,6 +86,32 @@ class RunningTask:
             return "pause"
         return self.order.desired
 
+    def candidate(self) -> Candidate:
+        """This task as the choice of the next ones sees it."""
+        return Candidate(
+            id=self.order.task_id,
+            owner_id=self.order.owner_id,
+            claim=self.claim,
+            running=self.running,
+            waiting=self.observed.state == "WAITING",
+            runnable=self.runnable,
+            ending=self.order.desired == "cancel",
+        )
+
+    async def tell_waits_for(self, holder: RunningTask) -> None:
+        """Report that another task has the place this one writes to."""
+        if self.running or self.observed.state in FINAL_STATES or self.observed.status_code == "DESTINATION_BUSY":
+            return
+        own = holder.order.owner_id == self.order.owner_id
+        name = f"Task {holder.order.task_id}" if own else "A task of somebody else"
+        sentence = f"{name} writes to the same place; this one follows when it has ended or is paused."
+        await self._observe(
+            msgspec.structs.replace(
+                self.observed, state="QUEUED", status_code="DESTINATION_BUSY", status_sentence=sentence, who=""
+            ),
+            final=False,
+        )
+
     def forbidden(self) -> TowpathError | None:
         """Why the owner of this machine does not allow the task now. The configuration may have changed since the
         order was taken, also while the agent was not running."""
@@ -97,6 +125,8 @@ class RunningTask:
 
     async def take_order(self, order: TaskOrder, observed: TaskObserved) -> None:
         """A newer order; a running worker hears of it."""
+        if order.items is not self.order.items:
+            self.claim = claim_of(order)
         self.order = order
         self.observed = msgspec.structs.replace(self.observed, revision=observed.revision)
         if order.session is not None:
@@ -303,6 +333,8 @@ class RunningTask:
             await self._record(msgspec.structs.replace(line, kind="state"))
         else:
             self._service.outbox.passing(line)
+        if (before.state == "WAITING") != (observed.state == "WAITING"):
+            self._service.turn_changed()
 
     # --- connections -----------------------------------------------------------------------------------
 

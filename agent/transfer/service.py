@@ -10,7 +10,6 @@ import logging
 import shutil
 import socket
 import time
-from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractAsyncContextManager, closing
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ from agent.transfer.plan import now_iso
 from agent.transfer.running_task import RunningTask
 from agent.transfer.served_session import ServedSessions
 from agent.transfer.task_store import open_or_begin
+from agent.transfer.turns import Turns, next_turns
 from agent.transfer.worker_process import Workers
 from protocol.candidates import PathAnswer, PathGo, PathOffer
 from protocol.control import (
@@ -168,28 +168,23 @@ class TransferService:
             await task.tell_why_not()
         while True:
             self._wake = trio.Event()
-            for task in self._next_tasks():
+            turns = self._next_turns()
+            for task_id in turns.start:
+                task = self._tasks[task_id]
                 task.running = True
                 nursery.start_soon(self._run_task, task)
+            for task_id, holder in turns.behind.items():
+                later, earlier = self._tasks.get(task_id), self._tasks.get(holder)
+                if later is not None and earlier is not None:
+                    await later.tell_waits_for(earlier)
             await self._wake.wait()
 
-    def _next_tasks(self) -> list[RunningTask]:
-        """Tasks to start now: owners take turns, those with fewer running tasks first, older tasks first."""
-        free = self.config.limits.workers - sum(task.running for task in self._tasks.values())
-        running = Counter(task.order.owner_id for task in self._tasks.values() if task.running)
-        waiting = [task for task in self._tasks.values() if task.runnable and not self._paused]
-        into = Counter(task.order.destination.collection_id for task in self._tasks.values() if task.running)
-        chosen: list[RunningTask] = []
-        while waiting and len(chosen) < free:
-            best = min(waiting, key=lambda task: running[task.order.owner_id])
-            waiting.remove(best)
-            collection_id = best.order.destination.collection_id
-            if not self.policy.has_room(collection_id, into[collection_id]):
-                continue
-            into[collection_id] += 1
-            running[best.order.owner_id] += 1
-            chosen.append(best)
-        return chosen
+    def _next_turns(self) -> Turns:
+        return next_turns(
+            [task.candidate() for task in self._tasks.values()] if not self._paused else [],
+            self.config.limits.workers,
+            self.policy.has_room,
+        )
 
     async def _run_task(self, task: RunningTask) -> None:
         try:
@@ -197,6 +192,10 @@ class TransferService:
         finally:
             task.running = False
             self._wake.set()
+
+    def turn_changed(self) -> None:
+        """A task began to wait for something, or goes on: others may have its turn, or must wait for theirs."""
+        self._wake.set()
 
     def common(self) -> Common:
         """What every worker is told."""
