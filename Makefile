@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 CLIENTS ?= .venv-clients
 
-.PHONY: demo test lint unit soak clean
+.PHONY: bundle demo test lint unit soak clean
 
 $(BIN)/towpath: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -18,6 +18,10 @@ $(CLIENTS)/bin/globus:
 
 demo: $(BIN)/towpath
 	$(BIN)/towpath demo
+
+# A self-contained bundle of the agent for this platform, in dist/. See docs/releases.md.
+bundle: $(BIN)/towpath
+	$(BIN)/python installers/build_bundle.py $(if $(ROOT),--root $(ROOT))
 
 lint: $(BIN)/towpath
 	$(BIN)/ruff check .

@@ -155,8 +155,8 @@ def test_from_nothing_to_nothing(relay: Relay, tmp_path: Path, public: Path) -> 
     add(repository, keys, base)
     repository.publish()
     relay.command("user", "add", "ada")
-    client = relay.command("client", "add", "laptop", "--owner", "ada")
-    client_id, secret = found(r"[0-9a-f]{8}-[0-9a-f-]{27}", client), client.split()[-1]
+    client = json.loads(relay.command("client", "add", "laptop", "--owner", "ada", "--json"))
+    client_id, secret = client["client_id"], client["client_secret"]
     ca_file = public / "ca.pem"
     shutil.copy(relay.ca_file, ca_file)
     ca_file.chmod(0o644)
@@ -165,8 +165,9 @@ def test_from_nothing_to_nothing(relay: Relay, tmp_path: Path, public: Path) -> 
     (account.home / "data" / "file").write_text("precious")
     os.chown(account.home / "data", USER, USER)
     before = account.files()
-    made = relay.command("collection", "add", "Home", "--owner", "ada", "--grant", f"{client_id}:administrator")
-    key, collection = found(r"twp-\S+", made), found(r"[0-9a-f]{8}-[0-9a-f-]{27}", made)
+    grant = ("--owner", "ada", "--grant", f"{client_id}:administrator", "--json")
+    made = json.loads(relay.command("collection", "add", "Home", *grant))
+    key, collection = made["setup_key"], made["collection_id"]
 
     script = subprocess.run(
         ["curl", "-fsS", "--cacert", ca_file, f"{relay.url}/install.sh"], capture_output=True, text=True, check=True
