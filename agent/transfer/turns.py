@@ -70,14 +70,15 @@ class _Leases:
     above: dict[tuple[str, CollectionPath], str] = field(default_factory=dict)
 
     def holder(self, claim: Claim) -> str | None:
-        """Who has a place that is one of these, lies below one of them, or holds one of them."""
-        for path in claim.paths:
-            key = (claim.collection_id, path)
-            holder = self.paths.get(key) or self.above.get(key)
+        """Who has a place that holds one of these, is one of them, or lies below one of them. Sorted, so that the
+        answer is always the same."""
+        for path in sorted(claim.above):
+            holder = self.paths.get((claim.collection_id, path))
             if holder is not None:
                 return holder
-        for path in claim.above:
-            holder = self.paths.get((claim.collection_id, path))
+        for path in sorted(claim.paths):
+            key = (claim.collection_id, path)
+            holder = self.paths.get(key) or self.above.get(key)
             if holder is not None:
                 return holder
         return None
