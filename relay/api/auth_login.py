@@ -125,7 +125,7 @@ def copy_document(client: Client) -> dict[str, Any]:
     return {
         "id": client.id,
         "name": client.name,
-        "client_type": "client_identity",
+        "client_type": "confidential_client",
         "public_client": False,
         "visibility": "private",
         "project": None,
