@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from protocol.identity import private_key_pem, public_key_fingerprint, write_pri
 from protocol.ticket import LEEWAY, RelayRoot, TicketSigner
 
 ID_TOKEN_ALGORITHM = "RS512"  # noqa: S105 - the name of an algorithm
+ID_TOKEN_KEY, FORMER_ID_TOKEN_KEY = "id-token.pem", "id-token-former.pem"
 _RSA_BITS = 3072
 # Agents with clocks behind ours must already accept a ticket key that was certified a moment ago.
 _BACKDATE = 3600.0
@@ -72,10 +74,33 @@ class RelayKeys:
         self._directory = directory
         self.relay_id = _read(directory / "relay-id").decode().strip()
         self.root_public_pem = _read(directory / "root-public.pem").decode()
-        self._rsa = _load_rsa(directory / "id-token.pem")
+        self._load_id_token_keys()
         self._ticket = _load_ticket_key(directory)
         self.signer = RotatingSigner(self.relay_id, _private(self._ticket), self._ticket.certificate, self._ticket.kid)
-        self.jwk_set: dict[str, Any] = {"keys": [_jwk(self._rsa.public_key())]}
+
+    def _load_id_token_keys(self) -> None:
+        self._rsa = _load_rsa(self._directory / ID_TOKEN_KEY)
+        keys = [_jwk(self._rsa.public_key())]
+        if (self._directory / FORMER_ID_TOKEN_KEY).exists():
+            keys.append(_jwk(_load_rsa(self._directory / FORMER_ID_TOKEN_KEY).public_key()))
+        # Clients take the first one for the one in use.
+        unique = {key["kid"]: key for key in keys}
+        self.jwk_set: dict[str, Any] = {"keys": list(unique.values())}
+
+    def renew_id_token_key(self, now: float, *, life: float) -> bool:
+        """Replace the key of id_tokens when it is older than ``life`` seconds; the former one stays published.
+
+        Returns whether it was replaced. Raises `KeysUnusable` and OSError.
+        """
+        current = self._directory / ID_TOKEN_KEY
+        if now - current.stat().st_mtime < life:
+            return False
+        # In this order a kill between the two leaves one key under both names, which is harmless.
+        write_private_file(self._directory / FORMER_ID_TOKEN_KEY, _read(current))
+        write_private_file(current, _new_rsa_pem())
+        os.utime(current, (now, now))
+        self._load_id_token_keys()
+        return True
 
     @property
     def root_path(self) -> Path:
@@ -127,14 +152,17 @@ def create(directory: Path, now: float, key_life: float) -> None:
         if not (directory / "root.pem").exists():
             RelayRoot.generate().save(directory / "root.pem")
         write_private_file(directory / "root-public.pem", RelayRoot.load(directory / "root.pem").public_pem.encode())
-    if not (directory / "id-token.pem").exists():
-        key = rsa.generate_private_key(public_exponent=65537, key_size=_RSA_BITS)
-        pem = key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
-        write_private_file(directory / "id-token.pem", pem)
+    if not (directory / ID_TOKEN_KEY).exists():
+        write_private_file(directory / ID_TOKEN_KEY, _new_rsa_pem())
     if not (directory / "ticket-key.json").exists():
         certify_ticket_key(directory, RelayRoot.load(directory / "root.pem"), now, key_life)
+
+
+def _new_rsa_pem() -> bytes:
+    key = rsa.generate_private_key(public_exponent=65537, key_size=_RSA_BITS)
+    return key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
 
 
 def certify_ticket_key(directory: Path, root: RelayRoot, now: float, key_life: float) -> _TicketKeyFile:

@@ -250,6 +250,8 @@ async def _upkeep(relay: Relay, settings: Settings) -> None:
     next_cleaning = services.clock()
     while True:
         await _attempt("renew the ticket key", partial(_in_thread, renew_keys, services.clock()))
+        renew_signing = partial(services.keys.renew_id_token_key, life=settings.sign_in.id_token_key_life)
+        await _attempt("renew the key of id_tokens", partial(_in_thread, renew_signing, services.clock()))
         now = datetime.datetime.fromtimestamp(services.clock(), datetime.UTC)
         await _attempt("renew the certificate", partial(_in_thread, relay.certificate.renew, now))
         if services.clock() >= next_cleaning:

@@ -112,6 +112,7 @@ class SignIn(_Section, frozen=True, kw_only=True):
     device_code_life: Life = Duration(900)
     service_token_life: Life = Duration(366 * 86400)
     unregistered_clients: Switch = True
+    id_token_key_life: Life = Duration(90 * 86400)
 
 
 class Tickets(_Section, frozen=True, kw_only=True):

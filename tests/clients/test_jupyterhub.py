@@ -1,4 +1,4 @@
-"""A real JupyterHub signs somebody in with oauthenticator's GlobusOAuthenticator, and their server gets their tokens."""
+"""A real JupyterHub signs somebody in with oauthenticator's GlobusOAuthenticator; their server uses their tokens."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def hub(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Hub]:
             client_id=account["client_id"],
             client_secret=account["client_secret"],
             python=Path(jupyterhub).with_name("python"),
-        )  # fmt: skip
+        )
     )
     log = tmp_path / "hub.log"
     environment = relay.environment(tmp_path) | {"JUPYTERHUB_CRYPT_KEY": "00" * 32}

@@ -5,8 +5,10 @@ from __future__ import annotations
 import datetime
 import hashlib
 import ssl
+import time
 from pathlib import Path
 
+import jwt
 import msgspec
 import pytest
 import trustme
@@ -208,3 +210,21 @@ def test_an_operators_certificate_is_used_and_taken_up_when_it_changes(tmp_path:
     with pytest.raises(tls.CertificateUnusable):
         tls.ServerCertificate(settings)
     handshake(shown.context, authority.cert_pem.bytes().decode(), "relay.example.org")
+
+
+def test_the_key_of_id_tokens_is_replaced_and_the_former_one_stays_published(tmp_path: Path) -> None:
+    now = time.time()
+    keys.create(tmp_path, now, 1000.0)
+    held = keys.RelayKeys(tmp_path)
+    first = held.jwk_set["keys"][0]
+    signed = held.id_token({"sub": "s"})
+    assert not held.renew_id_token_key(now + 10, life=1000.0)
+    assert held.renew_id_token_key(now + 2000, life=1000.0)
+    newest, former = held.jwk_set["keys"]
+    assert former == first != newest
+    assert jwt.decode(signed, jwt.PyJWK(former).key, algorithms=["RS512"])["sub"] == "s"
+    assert jwt.get_unverified_header(held.id_token({}))["kid"] == newest["kid"]
+    assert keys.RelayKeys(tmp_path).jwk_set == held.jwk_set
+    assert not held.renew_id_token_key(now + 2010, life=1000.0)
+    for name in (keys.ID_TOKEN_KEY, keys.FORMER_ID_TOKEN_KEY):
+        assert (tmp_path / name).stat().st_mode & 0o077 == 0
