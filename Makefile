@@ -4,7 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 CLIENTS ?= .venv-clients
 
-.PHONY: bundle demo test lint unit soak clean
+HUB ?= .venv-hub
+
+.PHONY: bundle demo test lint unit soak hub clean
 
 $(BIN)/towpath: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -37,5 +39,16 @@ unit: $(BIN)/towpath
 soak: $(BIN)/towpath
 	$(BIN)/python -m pytest -m soak --timeout 3600
 
+# A real JupyterHub; its proxy comes from the npm registry. The browser: installers/chromium.sh.
+$(HUB)/bin/jupyterhub:
+	$(PYTHON) -m venv $(HUB)
+	$(HUB)/bin/python -m pip install --quiet --disable-pip-version-check jupyterhub oauthenticator globus-sdk
+	npm install --silent --prefix $(HUB) configurable-http-proxy
+
+hub: $(BIN)/towpath $(HUB)/bin/jupyterhub
+	JUPYTERHUB=$(CURDIR)/$(HUB)/bin/jupyterhub \
+	JUPYTERHUB_PROXY=$(CURDIR)/$(HUB)/node_modules/.bin/configurable-http-proxy \
+	$(BIN)/python -m pytest -m soak --timeout 900 tests/clients/test_jupyterhub.py
+
 clean:
-	rm -rf $(VENV) $(CLIENTS) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS) $(HUB) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -15,7 +15,8 @@ import pytest
 from tests.clients.browser import Chromium, chromium
 from tests.clients.relay_process import PASSWORD, PATIENCE, RelayProcess, make_relay, serving
 
-pytestmark = pytest.mark.clients
+# One relay and one browser for the whole file.
+pytestmark = [pytest.mark.clients, pytest.mark.xdist_group("login-cli")]
 
 
 @dataclass
