@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import os
 import sqlite3
@@ -55,6 +56,8 @@ c.JupyterHub.cookie_secret_file = "{place}/cookie"
 c.JupyterHub.authenticator_class = {authenticator}
 c.Authenticator.allow_all = True
 c.Authenticator.enable_auth_state = True
+# The local one wants its users to have accounts of the machine.
+c.Authenticator.username_map = {user_map!r}
 c.OAuthenticator.http_request_kwargs = {{"ca_certs": "{ca_file}"}}
 a = c.{authenticator}
 a.authorize_url = "{url}/v2/oauth2/authorize"
@@ -87,7 +90,7 @@ class Hub:
     url: str
 
 
-@pytest.fixture(params=["GlobusOAuthenticator"])
+@pytest.fixture(params=["GlobusOAuthenticator", "LocalGlobusOAuthenticator"])
 def hub(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Hub]:
     jupyterhub, proxy = os.environ.get("JUPYTERHUB"), os.environ.get("JUPYTERHUB_PROXY")
     if not jupyterhub or not proxy:
@@ -119,6 +122,7 @@ def hub(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Hub]:
             client_id=account["client_id"],
             client_secret=account["client_secret"],
             python=Path(jupyterhub).with_name("python"),
+            user_map={"ada@localhost": getpass.getuser(), "ada": getpass.getuser()},
         )
     )
     log = tmp_path / "hub.log"
