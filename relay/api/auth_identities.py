@@ -30,6 +30,7 @@ from relay.auth.linked import set_of
 from relay.auth.scopes import MANAGE_PROJECTS, VIEW_CONSENTS, VIEW_IDENTITY_SET
 from relay.auth.upstream import provider_identity_id
 from relay.services import services_of
+from relay.settings import Settings
 
 router = APIRouter(prefix="/v2", tags=["Auth"])
 
@@ -80,7 +81,7 @@ async def find_identities(
 ) -> dict[str, Any]:
     """Identities by ``ids`` or by ``usernames``, comma-separated lists; unknown ones are left out.
 
-    With ``provision=true``, usernames of this relay's own domain that nobody has yet are given an identity, so that
+    With ``provision=true``, usernames of the domains known here that nobody has yet are given an identity, so that
     rules can name people before they come.
     """
     if (ids is None) == (usernames is None):
@@ -95,9 +96,9 @@ async def find_identities(
         names = [_checked_username(part) for part in _split(usernames or "")]
         found = await services.store.read(lambda connection: select_by_usernames(connection, names))
         missing = [name for name in names if name not in found]
-        domain, now = services.settings.user_domain, services.clock()
-        if provision.lower() == "true" and any(name.endswith("@" + domain) for name in missing):
-            found = await services.store.write(lambda connection: _provision(connection, names, domain, now))
+        vouchers, now = _vouchers(services.settings), services.clock()
+        if provision.lower() == "true" and any(name.rpartition("@")[2] in vouchers for name in missing):
+            found = await services.store.write(lambda connection: _provision(connection, names, vouchers, now))
     document: dict[str, Any] = {"identities": [_identity_document(identity) for identity in found.values()]}
     if "identity_provider" in include.split(","):
         providers = {identity.provider_id: identity.username.rpartition("@")[2] for identity in found.values()}
@@ -153,13 +154,25 @@ async def consents(
     return {"consents": await services_of(request).store.read(look)}
 
 
-def _provision(connection: Connection, names: Iterable[str], domain: str, now: float) -> dict[str, Identity]:
+def _vouchers(settings: Settings) -> dict[str, str]:
+    """The domains in which people are named here, each with the id of the provider that names them."""
+    of_providers = {
+        domain: provider_identity_id(provider)
+        for provider in settings.sign_in.providers
+        for domain in provider.domains
+        if domain != "*"
+    }
+    return {**of_providers, settings.user_domain: provider_id_of(settings.user_domain)}
+
+
+def _provision(
+    connection: Connection, names: Iterable[str], vouchers: Mapping[str, str], now: float
+) -> dict[str, Identity]:
     found = select_by_usernames(connection, names)
     for name in names:
-        if name not in found and name.endswith("@" + domain):
-            found[name] = add_identity(
-                connection, username=name, now=now, provider_id=provider_id_of(domain), status="unused"
-            )
+        provider_id = vouchers.get(name.rpartition("@")[2])
+        if name not in found and provider_id is not None:
+            found[name] = add_identity(connection, username=name, now=now, provider_id=provider_id, status="unused")
     return found
 
 

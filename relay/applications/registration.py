@@ -111,6 +111,8 @@ def create(connection: Connection, document: Mapping[str, Any], subject: Subject
         owner_id=owner_id,
         created=subject.now,
         redirect_uris=tuple(documents.redirect_uris(document) or ()),
+        # RFC 9700, 2.2.2: without a secret, a stolen refresh token must not go unnoticed.
+        rotates=public,
     )
     insert_client(connection, client)
     if not public:

@@ -237,6 +237,17 @@ async def test_an_identity_that_rules_have_named_is_found_by_its_owner(world: Re
     assert (found.id, found.status, found.name) == (made.id, "used", "Grace")
 
 
+async def test_people_of_a_provider_can_be_named_before_they_come(world: RelayWorld, campus: FakeProvider) -> None:
+    client_id, _ = await world.client()
+    headers = await world.bearer(client_id, client_id, "auth.globus.org")
+    asked = {"usernames": "grace@campus.example,x@elsewhere.example", "provision": "true"}
+    found = (await world.http.get("/v2/api/identities", params=asked, headers=headers)).json()["identities"]
+    assert [(item["username"], item["status"]) for item in found] == [("grace@campus.example", "unused")]
+    person = Person(world)
+    page = await come_back(person, campus, await leave(person))
+    assert found[0]["id"] in page.text
+
+
 async def test_an_answer_counts_once_in_the_browser_that_asked(world: RelayWorld, campus: FakeProvider) -> None:
     """Login CSRF: an attacker sends a victim the end of the attacker's own sign-in."""
     mallory, victim = Person(world), Person(world)
