@@ -18,7 +18,7 @@ from protocol.control import RelayHello
 from protocol.errors import ProtocolError, RetryLater, TowpathError
 from protocol.identity import NodeKey
 from protocol.link import ALPN, HelloFields, channel_of
-from protocol.reverse_http import DEFAULT_LIMITS, ASGIApplication, Ending, Limits, serve
+from protocol.reverse_http import ASGIApplication, Ending, Limits, serve
 from protocol.reverse_http.carrier import Carrier
 from protocol.ticket import TicketVerifier
 
@@ -28,6 +28,9 @@ Dial = Callable[[str, int], Awaitable[trio.abc.HalfCloseableStream]]
 
 DIAL_TIMEOUT = 30.0
 HELLO_TIMEOUT = 30.0
+# Often enough for the NATs on the way (they forget idle TCP after 30 s at the earliest); each ping of thousands of
+# agents is work for their relay.
+LINK_LIMITS = Limits(ping_interval=25.0)
 BACK_OFF_FIRST = 2.0
 BACK_OFF_MOST = 60.0
 # A link that lasted this long, in seconds, counts as good: the next attempt starts from the shortest back-off.
@@ -81,7 +84,7 @@ class Link:
         *,
         dial: Dial = dial_tcp,
         on_hello: Callable[[RelayHello], None] = lambda _hello: None,
-        limits: Limits = DEFAULT_LIMITS,
+        limits: Limits = LINK_LIMITS,
         jitter: random.Random | None = None,
     ) -> None:
         self._url = relay_url

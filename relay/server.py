@@ -160,6 +160,8 @@ def _link_handler(
     services: Services, certificate: ServerCertificate, observer: Observer
 ) -> Callable[[trio.SSLStream[trio.SocketStream]], Awaitable[None]]:
     nodes = DatabaseNodeDirectory(services.store)
+    # Once: finding it out reads files.
+    version = metadata.version("towpath")
 
     async def accept(stream: trio.SSLStream[trio.SocketStream]) -> None:
         await accept_link(
@@ -170,7 +172,7 @@ def _link_handler(
             # Read now: the certificate may have been renewed since the relay started.
             channel=certificate.channel,
             relay_id=services.keys.relay_id,
-            version=metadata.version("towpath"),
+            version=version,
             stun_ports=observer.ports,
         )
 

@@ -32,7 +32,7 @@ HELLO_TIMEOUT = 20.0
 # An agent that was refused comes back no sooner than this, in seconds.
 REFUSED_RETRY = 60.0
 # Agents ping too, and every sign of life counts: a relay that waits a little longer hardly ever has to ping itself.
-RELAY_LIMITS = Limits(ping_interval=20.0)
+RELAY_LIMITS = Limits(ping_interval=32.0)
 
 
 class NodeDirectory(Protocol):

@@ -14,7 +14,7 @@ import trio.testing
 import trustme
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from agent.link import BACK_OFF_MOST, Link
+from agent.link import BACK_OFF_MOST, LINK_LIMITS, Link
 from agent.link_gate import HelloGate
 from protocol.control import AgentHello, CollectionReport, RelayHello, decode_untrusted, encode
 from protocol.errors import error_from_document_untrusted
@@ -453,7 +453,7 @@ async def test_the_link_is_down_after_silence(autojump_clock: trio.testing.MockC
         frozen.append(True)
         relay.reachable = False
         # The last sign of life is at most one interval old; two intervals of silence end the link.
-        await trio.sleep(31)
+        await trio.sleep(2 * LINK_LIMITS.ping_interval + 1)
         assert not link.statistics().connected
         assert len(relay.dialled) > 1
         frozen.clear()
