@@ -84,15 +84,25 @@ def _with_store(settings: Settings, work: Callable[[Store], Any]) -> Any:
     """Run an async function over the store of an existing relay, its schema brought up to date."""
     import trio
 
+    from relay.audit import trail
+    from relay.audit.commands import command_entry
     from relay.store.database import Store
     from relay.store.migrate import upgrade
 
     if not Path(settings.directory_path / settings.database.file).exists():
         raise click.ClickException(f"There is no relay in {settings.directory}; run `towpath-relay init` first.")
+
+    async def recorded(store: Store) -> Any:
+        result = await work(store)
+        entry = command_entry(click.get_current_context())
+        if entry is not None:
+            await store.write(lambda connection: trail.append(connection, [entry]))
+        return result
+
     store = Store(settings.database_url, readers=1)
     try:
         upgrade(store.writing_engine)
-        return trio.run(work, store)
+        return trio.run(recorded, store)
     finally:
         store.close()
 
@@ -352,6 +362,39 @@ def collection_add(
 
     settings = _settings(context)
     _show(_with_store(settings, accounts.adding_collection(settings, name, owner, grant, public)), as_json)
+
+
+@cli.group()
+def audit() -> None:
+    """The audit log: who did what, when, from where, and how it ended."""
+
+
+@audit.command("export")
+@click.option("--after", type=click.IntRange(0), default=0, help="Only entries with numbers above this one.")
+@click.pass_context
+def audit_export(context: click.Context, after: int) -> None:
+    """Print the log as JSON lines, oldest first."""
+    from relay.audit import trail
+
+    def show(connection: Any) -> None:
+        for line in trail.lines(connection, after):
+            click.echo(line)
+
+    _with_store(_settings(context), lambda store: store.read(show))
+
+
+@audit.command("verify")
+@click.pass_context
+def audit_verify(context: click.Context) -> None:
+    """Check that no entry was changed, left out or put in. Keep the last hash elsewhere to see a cut-off end."""
+    from relay.audit import trail
+
+    verdict = _with_store(_settings(context), lambda store: store.read(trail.verify))
+    if verdict.broken is not None:
+        raise click.ClickException(
+            f"The log is broken at entry {verdict.broken}; the {verdict.entries} before are whole."
+        )
+    click.echo(f"{verdict.entries} entries, whole. Last hash: {verdict.head}")
 
 
 @cli.command()

@@ -25,6 +25,7 @@ from protocol.errors import TowpathError
 from relay import sdnotify
 from relay.api import enrol, transfer_routers
 from relay.api.app import create_app
+from relay.audit.recorder import Recorder
 from relay.auth.clients import SecretChecker
 from relay.auth.guesses import GuessLimit
 from relay.auth.housekeeping import forget_old
@@ -93,6 +94,7 @@ class Relay:
             "tunnel": self.tunnel,
             "store": self.services.store,
             "guesses": self.services.guesses,
+            "audit": self.services.audit,
             "keys": self.services.keys,
             "certificate": self.certificate,
         }
@@ -121,6 +123,7 @@ def build(settings: Settings, store: Store, clock: Callable[[], float] = time.ti
         upstreams={provider.id: Upstream(provider, settings.directory_path, clock) for provider in sign_in.providers},
         guesses=GuessLimit(sign_in.failures, sign_in.failures_window),
         crowd_guesses=GuessLimit(sign_in.failures * _CROWD, sign_in.failures_window),
+        audit=Recorder(store, clock),
         clock=clock,
     )
     app = create_app(services, [*transfer_routers.ROUTERS, enrol.router])

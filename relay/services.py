@@ -10,6 +10,7 @@ from fastapi import Request
 
 if TYPE_CHECKING:
     from protocol.ticket import TicketSigner
+    from relay.audit.recorder import Recorder
     from relay.auth.clients import SecretChecker
     from relay.auth.guesses import GuessLimit
     from relay.auth.passwords import PasswordChecker
@@ -39,6 +40,7 @@ class Services:
     upstreams: Mapping[str, Upstream]
     guesses: GuessLimit
     crowd_guesses: GuessLimit
+    audit: Recorder
     clock: Callable[[], float]
 
     @property

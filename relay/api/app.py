@@ -20,6 +20,7 @@ from relay.api import (
 )
 from relay.api.errors import service_of
 from relay.api.frame import Frame
+from relay.audit.recorder import AuditMiddleware
 from relay.pages import account, authorize, device, one_time, passkeys, render, sign_in, upstream
 from relay.services import Services
 
@@ -63,6 +64,7 @@ def create_app(services: Services, routers: Iterable[APIRouter] = ()) -> FastAPI
         app.include_router(router)
     render.install(app)
     errors.install(app, frozenset(offered))
+    app.add_middleware(AuditMiddleware, recorder=services.audit)
     app.add_middleware(Frame, max_body=services.settings.limits.request_body, clock=services.clock)
     app.add_middleware(
         CORSMiddleware,

@@ -18,6 +18,7 @@ from relay.api.client_authentication import (
 )
 from relay.api.errors import ApiError
 from relay.api.token_grants import Giving, refusal
+from relay.audit.notes import note, quiet
 from relay.auth import device
 from relay.auth.bearer import Caller
 from relay.auth.browser_sessions import Authentication
@@ -33,6 +34,8 @@ from relay.services import Services, services_of
 
 router = APIRouter(prefix="/v2/oauth2", tags=["Auth"])
 
+# What a device that waits for its user hears again and again.
+WAITING = frozenset({"authorization_pending", "slow_down"})
 _NO_STORE = {"Cache-Control": "no-store", "Pragma": "no-cache"}
 _TOKEN_FIELDS = (
     "scope",
@@ -58,10 +61,21 @@ async def token(request: Request) -> JSONResponse:
     try:
         outcome = await services.store.write(giving.run)
     except GrantRefused as error:
+        if error.code in WAITING:
+            quiet(request)
         raise refusal(error) from error
     if isinstance(outcome, GrantRefused):
+        if outcome.code in WAITING:
+            quiet(request)
         raise refusal(outcome)
+    note(request, grant=form["grant_type"], scope=_scopes(outcome))
     return JSONResponse(outcome, headers=_NO_STORE)
+
+
+def _scopes(outcome: Any) -> str:
+    """All scopes of an answer with tokens, for the audit log."""
+    documents = outcome if isinstance(outcome, list) else [outcome, *outcome.get("other_tokens", ())]
+    return " ".join(document["scope"] for document in documents)
 
 
 @router.post("/device_authorization", openapi_extra=form_description(optional=("client_id", "scope", "access_type")))

@@ -13,6 +13,7 @@ from urllib.parse import parse_qsl, unquote_plus
 from fastapi import Request
 
 from relay.api.errors import ApiError
+from relay.audit.notes import acting
 from relay.auth.clients import Client
 from relay.auth.public_clients import client_for
 from relay.services import services_of
@@ -71,6 +72,7 @@ async def authenticated_client(request: Request, form: Mapping[str, str]) -> Cli
         services.guesses.failed([pair], now)
         services.crowd_guesses.failed([crowd], now)
         raise _invalid_client("The client is unknown or its secret is wrong.")
+    acting(request, None, client.id)
     return client
 
 

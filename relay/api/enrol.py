@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request, Response
 from protocol.control import EnrolRequest, decode_untrusted, encode
 from protocol.errors import ProtocolError
 from relay.api.errors import ApiError
+from relay.audit.notes import note
 from relay.services import services_of
 from relay.transfer.enrolment import RelayName, redeem
 from relay.transfer.fields import BAD_REQUEST
@@ -34,4 +35,5 @@ async def enrol(request: Request) -> Response:
         raise ApiError(400, BAD_REQUEST, error.sentence) from error
     name = RelayName(services.keys.relay_id, services.keys.root_public_pem)
     answer = await redeem(services.store, name, document, services.clock())
+    note(request, node_id=answer.node_id, collection_id=answer.collection_id, owner_id=answer.owner_id)
     return Response(encode(answer), 201, media_type="application/json")

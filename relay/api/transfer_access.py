@@ -10,6 +10,7 @@ from sqlalchemy import Connection
 from relay.access.decisions import Ability
 from relay.api.errors import ApiError
 from relay.api.transfer_frame import PREFIX, CallerHere, ServicesHere, answer, read_document, result
+from relay.audit.notes import note
 from relay.transfer import collections, roles, rules, task_turns
 from relay.transfer.collections import Collection
 
@@ -47,6 +48,13 @@ async def create_rule(request: Request, endpoint_id: str, caller: CallerHere, se
         return rules.add(connection, collection.id, new, writable=not collection.disable_anonymous_writes, now=now)
 
     rule = await services.store.write(work)
+    note(
+        request,
+        rule_id=rule.id,
+        principal=f"{rule.principal_type} {rule.principal}".strip(),
+        path=rule.path,
+        permissions=rule.permissions,
+    )
     return result(
         request,
         "Created",

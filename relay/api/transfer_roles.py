@@ -7,6 +7,7 @@ from sqlalchemy import Connection
 
 from relay.access.decisions import Ability
 from relay.api.transfer_frame import PREFIX, CallerHere, ServicesHere, answer, read_document, result
+from relay.audit.notes import note
 from relay.transfer import collections, roles, task_turns
 
 router = APIRouter(prefix=PREFIX, tags=["Transfer"])
@@ -38,6 +39,7 @@ async def create_role(request: Request, endpoint_id: str, caller: CallerHere, se
         return roles.grant(connection, collection, principal, role, now)
 
     grant = await services.store.write(work)
+    note(request, role=grant.role, principal=grant.principal, role_id=str(grant.id))
     return result(
         request,
         "Created",

@@ -12,6 +12,7 @@ from fastapi import APIRouter, Request, Response
 from sqlalchemy import Connection
 
 from relay.api.transfer_frame import PREFIX, CallerHere, ServicesHere, answer, read_document, result
+from relay.audit.notes import note
 from relay.transfer import collections, task_turns
 from relay.transfer.fields import is_uuid
 from relay.transfer.submission import Homes, Submission, read_delete, read_transfer
@@ -69,6 +70,8 @@ async def _submit(
     # From here on the task exists, whether or not the client hears of it; its submission id finds it again.
     task_id, code = await services.store.write(accept)
     services.steward.wake(task_id)
+    source, destination = submission.source_id, submission.destination_id or ""
+    note(request, task_id=task_id, source_id=source, destination_id=destination, items=str(len(submission.items)))
     return _accepted(request, word, submission.submission_id, task_id, code)
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from fastapi import Request
 
 from relay.api.errors import ApiError
+from relay.audit.notes import acting
 from relay.auth.scopes import AUTH_SERVER, TRANSFER_ALL, TRANSFER_SERVER
 from relay.auth.tokens import TokenRecord, find
 from relay.services import services_of
@@ -58,6 +59,7 @@ async def _caller(request: Request, resource_server: str) -> Caller | None:
     record = await services.store.read(lambda connection: find(connection, token, now))
     if record is None or record.kind != "access" or record.resource_server != resource_server:
         return None
+    acting(request, record.identity_id, record.client_id)
     return _from_record(record)
 
 

@@ -18,6 +18,7 @@ from fastapi.responses import RedirectResponse, Response
 
 from relay.api.client_authentication import address_of, form_untrusted
 from relay.api.errors import ApiError
+from relay.audit.notes import acting
 from relay.auth.browser_sessions import BrowserSession, find_browser_session, is_stale, touch
 from relay.pages.render import PageProblem
 from relay.services import services_of
@@ -114,6 +115,7 @@ async def browser_of(request: Request) -> Browser:
         return Browser(request, visit, "", None)
     if is_stale(session, now):
         await services.store.write(lambda connection: touch(connection, session.id, now))
+    acting(request, session.identity.id)
     return Browser(request, visit, cookie, session)
 
 

@@ -12,6 +12,7 @@ from fastapi.responses import HTMLResponse, Response
 from sqlalchemy import Connection, delete
 
 from relay.api.client_authentication import address_of
+from relay.audit.notes import acting, note
 from relay.auth.browser_sessions import (
     Authentication,
     BrowserSession,
@@ -175,6 +176,8 @@ async def welcome(browser: Browser, identity: Identity, methods: tuple[str, ...]
     cookie = await services.store.write(work)
     if cookie is None:
         raise PageProblem(403, "This account is closed", "Ask the relay's operator.")
+    acting(browser.request, identity.id)
+    note(browser.request, action="sign_in", identity=identity.id, methods=" ".join(methods))
     answer = go(destination)
     set_cookie(answer, SESSION_COOKIE, cookie, life)
     browser.keep(answer)

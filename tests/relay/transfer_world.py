@@ -19,6 +19,7 @@ from protocol.identity import NodeKey
 from relay.api.app import create_app
 from relay.api.enrol import router as enrol_router
 from relay.api.transfer_routers import ROUTERS
+from relay.audit.recorder import Recorder
 from relay.auth.identities import Identity
 from relay.services import Services
 from relay.store.database import Store, _transact
@@ -179,6 +180,7 @@ async def open_world(
     store, clock = store or base.store, clock or base.clock
     steward = Steward(store, registry, base.relay.services.signer, base.settings, clock)
     replaced: Any = {"store": store, "registry": registry, "steward": steward, "clock": clock}
+    replaced["audit"] = Recorder(store, clock)
     services = dataclasses.replace(base.relay.services, **replaced)
     app = create_app(services, [*ROUTERS, enrol_router])
     transport = httpx.ASGITransport(app=app)

@@ -1,0 +1,162 @@
+"""Writes the audit log while requests are answered: an entry for each that changes something, before its answer leaves.
+
+What many requests have to say at the same time is written in one transaction.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+import trio
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from protocol.errors import TowpathError
+from relay.audit import trail
+from relay.audit.notes import notes
+from relay.audit.trail import Entry
+from relay.store.database import Store
+
+logger = logging.getLogger("relay.audit")
+
+_READING = frozenset({"GET", "HEAD", "OPTIONS"})
+# Requests that look something up by POST.
+_LOOKING = frozenset({"/v2/oauth2/token/validate", "/v2/oauth2/token/introspect"})
+# Refused requests of nobody in particular are recorded up to this many a minute; the others are counted.
+STRANGERS = 60
+
+
+@dataclass(frozen=True)
+class AuditStatistics:
+    """Entries written since the start, refusals only counted, entries that could not be written."""
+
+    written: int
+    suppressed: int
+    failed: int
+
+
+class Recorder:
+    """Takes entries from many tasks at once. ``clock`` gives Unix seconds."""
+
+    def __init__(self, store: Store, clock: Callable[[], float]) -> None:
+        self._store = store
+        self._clock = clock
+        self._waiting: list[tuple[Entry, trio.Event]] = []
+        self._writing = False
+        self._minute = -math.inf
+        self._strangers = self._untold = 0
+        self._written = self._suppressed = self._failed = 0
+
+    def statistics(self) -> AuditStatistics:
+        """What was recorded."""
+        return AuditStatistics(self._written, self._suppressed, self._failed)
+
+    async def record(self, entry: Entry) -> None:
+        """Write an entry; it is on disk when this returns. Cancellation does not lose it.
+
+        An entry that cannot be written goes to the relay's log instead, and the request is answered all the same: it
+        has been carried out.
+        """
+        done = trio.Event()
+        self._waiting.append((entry, done))
+        with trio.CancelScope(shield=True):
+            if self._writing:
+                await done.wait()
+                return
+            self._writing = True
+            try:
+                while self._waiting:
+                    batch, self._waiting = self._waiting, []
+                    await self._write([one for one, _ in batch])
+                    for _, event in batch:
+                        event.set()
+            finally:
+                self._writing = False
+
+    async def _write(self, entries: list[Entry]) -> None:
+        try:
+            await self._store.write(lambda connection: trail.append(connection, entries))
+            self._written += len(entries)
+        except TowpathError as error:
+            self._failed += len(entries)
+            for entry in entries:
+                logger.error("Not in the audit log (%s): %s", error.sentence, entry.canonical())  # noqa: TRY400
+        except Exception:
+            self._failed += len(entries)
+            logger.exception("Not in the audit log: %s", [entry.canonical() for entry in entries])
+
+    def entry_of(self, scope: Scope, status: int) -> Entry | None:
+        """What to record of an answered request; None for what changes nothing."""
+        told = notes(scope)
+        facts: dict[str, str] = dict(told.get("facts", {}))
+        if not facts and (scope["method"] in _READING or scope["path"] in _LOOKING):
+            return None
+        route = scope.get("route")
+        if route is None or told.get("quiet"):
+            return None
+        who, client = told.get("who"), told.get("client")
+        if status >= 400 and who is None and client is None and not self._may_tell_of_stranger(facts):
+            return None
+        template = str(getattr(route, "path", None) or scope["path"])
+        parameters: Mapping[str, Any] = scope.get("path_params", {})
+        peer = scope.get("client")
+        return Entry(
+            time=self._clock(),
+            action=facts.pop("action", "") or getattr(scope.get("endpoint"), "__name__", "request"),
+            outcome="done" if status < 400 else "refused" if status < 500 else "failed",
+            who=who,
+            client=client,
+            origin=peer[0] if peer else "",
+            request=scope["state"].get("request_id", ""),
+            facts={
+                "route": f"{scope['method']} {template}",
+                "status": str(status),
+                # Parameters of other kinds could be secrets, as in links that work once.
+                **{key: str(value) for key, value in parameters.items() if key.endswith("_id")},
+                **facts,
+            },
+        )
+
+    def _may_tell_of_stranger(self, facts: MutableMapping[str, str]) -> bool:
+        now = self._clock()
+        if not self._minute <= now < self._minute + 60:
+            self._minute, self._strangers = now, 0
+        self._strangers += 1
+        if self._strangers > STRANGERS:
+            self._suppressed += 1
+            self._untold += 1
+            return False
+        if self._untold:
+            facts["refusals_only_counted"], self._untold = str(self._untold), 0
+        return True
+
+
+class AuditMiddleware:
+    """ASGI middleware that records each request before its answer leaves."""
+
+    def __init__(self, app: ASGIApp, *, recorder: Recorder) -> None:
+        self._app = app
+        self._recorder = recorder
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def recording(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                entry = self._recorder.entry_of(scope, message["status"])
+                if entry is not None:
+                    await self._recorder.record(entry)
+            await send(message)
+
+        try:
+            await self._app(scope, receive, recording)
+        except Exception:
+            entry = self._recorder.entry_of(scope, 500)
+            if entry is not None:
+                await self._recorder.record(entry)
+            raise

@@ -1,0 +1,160 @@
+"""The audit log: every deed has its entry, no entry holds a secret, and no change goes unnoticed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+import sqlalchemy.exc
+import trio
+from click.testing import CliRunner
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from sqlalchemy import Connection, text
+
+from relay.audit import trail
+from relay.audit.recorder import STRANGERS
+from relay.audit.trail import Entry
+from relay.auth.scopes import AUTH_SERVER, MANAGE_PROJECTS
+from relay.cli import cli
+from tests.relay.transfer_world import TransferWorld, open_world, transfer_document
+
+
+@pytest.fixture
+async def relay(world: Any) -> AsyncIterator[TransferWorld]:
+    async with open_world(world, run=False) as made:
+        yield made
+
+
+async def log(relay: Any) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in await relay.store.read(lambda connection: list(trail.lines(connection)))]
+
+
+async def test_deeds_are_recorded_with_who_when_where_and_how_they_ended(relay: TransferWorld) -> None:
+    alice, bob = await relay.person("alice"), await relay.person("bob")
+    endpoint, _ = await relay.collection(alice, "Disk")
+    second, _ = await relay.collection(alice, "Other")
+    role = {"DATA_TYPE": "role", "principal": bob.id, "role": "activity_monitor"}
+    made = await alice.post(f"/endpoint/{endpoint}/role", role, status=201)
+    await bob.refused("DELETE", f"/endpoint/{endpoint}/role/{made['id']}", 403, "PermissionDenied")
+    await alice.delete(f"/endpoint/{endpoint}/role/{made['id']}")
+    task = await alice.post("/transfer", transfer_document(endpoint, second), status=202)
+    await alice.get("/task_list")
+    rows = [row for row in await log(relay) if row["action"] != "token"]
+    assert [(row["action"], row["who"], row["outcome"]) for row in rows] == [
+        ("create_role", alice.id, "done"),
+        ("delete_role", bob.id, "refused"),
+        ("delete_role", alice.id, "done"),
+        ("submit_transfer", alice.id, "done"),
+    ]
+    granted = rows[0]
+    assert granted["facts"]["principal"] == bob.id
+    assert (granted["facts"]["role"], granted["facts"]["endpoint_id"]) == ("activity_monitor", endpoint)
+    assert granted["time"].startswith("2027-01-15T08:00:00")
+    assert granted["request"]
+    assert rows[3]["facts"]["task_id"] == task["task_id"]
+    assert all(row["origin"] for row in rows)
+
+
+async def test_no_secret_reaches_the_log(relay: TransferWorld) -> None:
+    """Canaries in every place where a request can carry a secret."""
+    client_id, secret = await relay.base.client()
+    canary = "canary-7f3b1c"
+    canaries = [canary, secret]
+    form = {"grant_type": "client_credentials", "scope": f"{MANAGE_PROJECTS} openid"}
+    tokens = (await relay.http.post("/v2/oauth2/token", data=form, auth=(client_id, secret))).json()
+    canaries += [tokens["access_token"], *(other["access_token"] for other in tokens["other_tokens"])]
+    await relay.http.post("/v2/oauth2/token", data=form, auth=(client_id, canary))
+    await relay.http.post("/v2/oauth2/token", data={**form, "client_id": client_id, "client_secret": canary})
+    await relay.http.post("/v2/oauth2/token", data={"grant_type": canary}, auth=(client_id, secret))
+    await relay.http.post("/v2/oauth2/token/revoke", data={"token": canary, "client_id": client_id})
+    await relay.http.post(f"/v0.10/transfer?access_token={canary}", headers={"Authorization": f"Bearer {canary}"})
+    await relay.http.post("/towpath/v1/enrol", json={"setup_key": canary, "proof": canary, "certificate": canary})
+    await relay.http.post("/sign-in", data={"username": "a", "password": canary}, headers={"Cookie": f"x={canary}"})
+    person = await relay.base.user("dev@example.org")
+    issued = await relay.base.tokens(person.id, client_id, {AUTH_SERVER: [MANAGE_PROJECTS]})
+    headers = {"Authorization": f"Bearer {issued[AUTH_SERVER].access_token}"}
+    body = {"project": {"display_name": "P", "contact_email": "p@example.org"}}
+    project = (await relay.http.post("/v2/api/projects", json=body, headers=headers)).json()["project"]["id"]
+    body = {"client": {"name": "C", "project": project, "client_type": "confidential_client"}}
+    client = (await relay.http.post("/v2/api/clients", json=body, headers=headers)).json()["client"]["id"]
+    where = f"/v2/api/clients/{client}/credentials"
+    made = (await relay.http.post(where, json={"credential": {"name": "n"}}, headers=headers)).json()["credential"]
+    canaries.append(made["secret"])
+    rows = await log(relay)
+    assert {"token", "create_project", "create_client", "create_credential", "enrol"} <= {row["action"] for row in rows}
+    whole = json.dumps(rows)
+    assert [one for one in canaries if one in whole] == []
+
+
+async def test_the_database_itself_refuses_to_change_or_delete_an_entry(world: Any) -> None:
+    await world.store.write(lambda connection: trail.append(connection, [Entry(time=1.0, action="a", outcome="done")]))
+    for statement in ("UPDATE audit_log SET entry = '{}'", "DELETE FROM audit_log"):
+        with pytest.raises(sqlalchemy.exc.IntegrityError):
+            await world.store.write(lambda connection, one=statement: connection.execute(text(one)))
+    verdict = await world.store.read(trail.verify)
+    assert (verdict.entries, verdict.broken) == (1, None)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(1, 6), st.sampled_from(["change", "remove", "swap", "insert"]), st.data())
+def test_whatever_is_done_to_the_log_shows(count: int, how: str, data: st.DataObject) -> None:
+    engine = sqlalchemy.create_engine("sqlite://")
+    trail.audit_log.metadata.create_all(engine, tables=[trail.audit_log])
+    with engine.begin() as connection:
+        trail.append(connection, [Entry(time=float(i), action=f"a{i}", outcome="done") for i in range(count)])
+        assert trail.verify(connection).broken is None
+        before = trail.verify(connection)
+        victim = data.draw(st.integers(1, count))
+        _harm(connection, how, victim, count)
+        after = trail.verify(connection)
+        # A cut-off end is the one thing that shows only beside the last hash kept elsewhere.
+        assert after.broken is not None or after.head != before.head
+
+
+def _harm(connection: Connection, how: str, victim: int, count: int) -> None:
+    if how == "change":
+        connection.execute(
+            text("UPDATE audit_log SET entry = replace(entry, 'done', 'gone') WHERE n = :n"), {"n": victim}
+        )
+    elif how == "remove":
+        connection.execute(text("DELETE FROM audit_log WHERE n = :n"), {"n": victim})
+    elif how == "swap":
+        connection.execute(text("UPDATE audit_log SET entry = entry || ' ', hash = hash WHERE n = :n"), {"n": victim})
+    else:
+        row = {"n": count + 1, "t": 1.0, "e": "{}", "h": "0" * 64}
+        connection.execute(text("INSERT INTO audit_log (n, time, entry, hash) VALUES (:n, :t, :e, :h)"), row)
+
+
+async def test_many_entries_at_once_are_all_there_in_one_chain(world: Any) -> None:
+    recorder = world.relay.services.audit
+    async with trio.open_nursery() as nursery:
+        for n in range(200):
+            nursery.start_soon(recorder.record, Entry(time=1.0, action=f"deed {n}", outcome="done"))
+    verdict = await world.store.read(trail.verify)
+    assert (verdict.entries, verdict.broken) == (200, None)
+    assert recorder.statistics().written == 200
+
+
+async def test_strangers_cannot_fill_the_disk(relay: TransferWorld) -> None:
+    for _ in range(STRANGERS + 40):
+        await relay.http.post("/v0.10/transfer", json={})
+    assert len(await log(relay)) == STRANGERS
+    relay.base.clock.now += 61
+    await relay.http.post("/v0.10/transfer", json={})
+    assert (await log(relay))[-1]["facts"]["refusals_only_counted"] == "40"
+
+
+def test_the_operators_own_deeds_and_the_export(relay_directory: Any) -> None:
+    run = CliRunner()
+    config = ["--config", str(relay_directory / "relay.yaml")]
+    made = run.invoke(cli, [*config, "client", "add", "hub", "--json"])
+    assert made.exit_code == 0, made.output
+    assert run.invoke(cli, [*config, "client", "list"]).exit_code == 0
+    exported = run.invoke(cli, [*config, "audit", "export"])
+    rows = [json.loads(line) for line in exported.output.splitlines()]
+    assert [(row["action"], row["facts"]["name"]) for row in rows] == [("client add", "hub")]
+    assert json.loads(made.output)["client_secret"] not in exported.output
+    assert "1 entries, whole" in run.invoke(cli, [*config, "audit", "verify"]).output
