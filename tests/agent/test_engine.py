@@ -238,3 +238,26 @@ async def test_a_full_disk_ends_the_task_or_is_waited_for(tmp_path: Path, small_
             observed = await world.wait(task)
             assert observed.state == "SUCCEEDED"
             assert tree(small_disk).keys() == tree(world.alpha.root).keys()
+
+
+async def test_tasks_wait_while_the_machine_holds_back_and_go_on_afterwards(tmp_path: Path) -> None:
+    async with engine_world.world(tmp_path) as world:
+        fill(world.alpha.root)
+        assert world.beta.service is not None
+        await world.beta.service.suspend(suspended=True)
+        task = await world.submit(
+            [TaskItem(source_path="/data", destination_path="/copy", recursive=True)],
+            TaskOptions(preserve_timestamp=True, recursive_symlinks="keep"),
+        )
+        await trio.sleep(0.3)
+        assert not (world.beta.root / "copy").exists()
+        await world.beta.service.suspend(suspended=False)
+        with trio.fail_after(60):
+            while world.beta.service.get_task(task).state != "ACTIVE":
+                await trio.sleep(0.01)
+        # Once more while it runs: the worker settles, and another one finishes.
+        await world.beta.service.suspend(suspended=True)
+        await world.wait(task, states=frozenset({"PAUSED", "SUCCEEDED"}))
+        await world.beta.service.suspend(suspended=False)
+        assert (await world.wait(task)).state == "SUCCEEDED"
+        assert tree(world.beta.root / "copy") == tree(world.alpha.root / "data")

@@ -184,6 +184,16 @@ def test_from_nothing_to_nothing(relay: Relay, tmp_path: Path, public: Path) -> 
     account.run(account.towpath, "transfer", "--wait", f"{collection}:/file", f"{collection}:/copy")
     assert (account.home / "data" / "copy").read_text() == "precious"
 
+    # A watch rule, with the credentials that signing in left.
+    rule = ["--collection", collection, "--folder", "/in", "--destination", collection, "--template", "/out/{name}"]
+    account.run("mkdir", str(account.home / "data" / "in"))
+    account.run(account.towpath, "watch", "add", "scope", *rule, "--settle", "1")
+    account.run("sh", "-c", "echo measured >data/in/scan.tif")
+    account.until(lambda: (account.home / "data" / "out" / "scan.tif").exists(), "the watch rule")
+    rules = lambda: json.loads(account.run(account.towpath, "watch", "list", "-F", "json").stdout)["rules"]  # noqa: E731
+    account.until(lambda: rules()[0]["batches"] == {"done": 1}, "the end of its task")
+    account.run(account.towpath, "watch", "remove", "scope")
+
     # Idle cost.
     pid = account.status()["pid"]
     time.sleep(20)
@@ -215,5 +225,5 @@ def test_from_nothing_to_nothing(relay: Relay, tmp_path: Path, public: Path) -> 
     assert "newest" in account.run(account.towpath, "update", "check").stdout
 
     account.run("sh", str(account.home / ".local/share/towpath/install.sh"), "--uninstall")
-    assert account.files() == before | {"data/copy"}
+    assert account.files() == before | {f"data/{name}" for name in ("copy", "in", "in/scan.tif", "out", "out/scan.tif")}
     print({name: round(value, 2) for name, value in figures.items()})
