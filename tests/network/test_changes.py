@@ -43,7 +43,7 @@ async def succeed(lab: laboratory.Lab, task_id: str, name: str, data: bytes) -> 
 
 
 async def test_a_relayed_transfer_moves_to_a_direct_path_without_a_break(tmp_path: Path) -> None:
-    data = content(60_000_000)
+    data = content(30_000_000)
     async with laboratory.open_lab(tmp_path) as lab:
         arrange(lab, {"a": "symmetric", "b": "symmetric"})
         await lab.start()
@@ -88,3 +88,36 @@ async def test_an_uplink_that_switches_costs_time_and_nothing_else(tmp_path: Pat
         chains = {"a": matrix.boxes("a", "port"), "b": [{**matrix.boxes("b", "port")[0], "outside": "203.0.113.77"}]}
         lab.emulator.use(lab.describe(chains))
         await succeed(lab, task_id, "big", data)
+
+
+async def test_ipv6_between_stateful_firewalls_is_punched_where_ipv4_cannot(tmp_path: Path) -> None:
+    async with laboratory.open_lab(tmp_path) as lab:
+        chains = {site: matrix.boxes(site, "symmetric") for site in ("a", "b")}
+        for number, site in enumerate(("a", "b"), 1):
+            addresses = [matrix.address(site, "symmetric"), f"2001:db8:{number}::10"]
+            lab.sites[site].host.use(addresses, str(chains[site][0]["gateway"]))
+        lab.emulator.use(lab.describe(chains))
+        await lab.start()
+        (lab.sites["a"].root / "file").write_bytes(content(300_000))
+        task_id = await lab.submit("a", "b", "file")
+        await succeed(lab, task_id, "file", content(300_000))
+        assert lab.path_of("b", task_id).startswith("punched tcp [2001:db8:1::10]"), lab.path_of("b", task_id)
+
+
+@pytest.mark.parametrize(
+    ("kind", "mapping"),
+    [("port", "endpoint-independent"), ("symmetric", "address-and-port-dependent"), ("none", "none")],
+)
+async def test_the_doctor_tells_what_stands_in_between(tmp_path: Path, kind: str, mapping: str) -> None:
+    async with laboratory.open_lab(tmp_path) as lab:
+        arrange(lab, {"a": kind, "b": "none"})
+        await lab.start()
+        checks = {row["name"]: row["findings"] for row in await lab.doctor("a")}
+        udp = next(row["details"] for row in checks["nat"] if "udp" in row["details"])
+        assert udp["udp"] is True
+        assert udp["mapping"] == mapping
+        levels = {row["level"] for row in checks["relay"]}
+        assert levels == {"ok"}, checks["relay"]
+        details = [row["details"] for row in checks["relay"]]
+        trip = next(row["round_trip_ms"] for row in details if "round_trip_ms" in row)
+        assert trip >= 2 * laboratory.DELAY * 1000 * 0.8

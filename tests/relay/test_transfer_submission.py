@@ -47,6 +47,8 @@ def test_every_field_arrives() -> None:
         fail_on_quota_errors=True,
         delete_destination_extra=True,
         recursive_symlinks="keep",
+        towpath_relay="until-direct",
+        towpath_transport="tcp",
         filter_rules=[
             {"DATA_TYPE": "filter_rule", "method": "include", "name": "*.txt", "type": "file"},
             {"DATA_TYPE": "filter_rule", "method": "exclude", "name": "*", "type": None},
@@ -62,6 +64,7 @@ def test_every_field_arrives() -> None:
     options = read.options
     assert (read.label, read.deadline) == ("nightly", 1_811_851_200.0)
     assert (options.sync_level, options.recursive_symlinks) == (3, "keep")
+    assert (options.relay_path, options.transport) == ("until-direct", "tcp")
     assert all(
         [
             options.verify_checksum,
@@ -90,6 +93,7 @@ def test_defaults_are_those_of_the_api() -> None:
     assert options.sync_level is None
     assert options.verify_checksum is False
     assert options.recursive_symlinks == "ignore"
+    assert (options.relay_path, options.transport) == ("allow", "auto")
     assert transfer(DATA=[ITEM]).items[0].recursive is None
     assert delete(recursive=None).options.recursive is False
 
@@ -117,6 +121,8 @@ WRONG_TRANSFERS: list[tuple[str, dict[str, Any]]] = [
     ("delete_destination_extra", {"delete_destination_extra": "x"}),
     ("notify_on_failed", {"notify_on_failed": "x"}),
     ("recursive_symlinks", {"recursive_symlinks": "follow"}),
+    ("towpath_relay", {"towpath_relay": "sometimes"}),
+    ("towpath_transport", {"towpath_transport": "pigeon"}),
     ("filter_rules", {"filter_rules": {}}),
     ("filter rule", {"filter_rules": [{"name": "x"}]}),
     ("method", {"filter_rules": [{"method": "maybe", "name": "x"}]}),
