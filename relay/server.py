@@ -35,6 +35,7 @@ from relay.auth.upstream import Upstream
 from relay.dispatch import Dispatcher
 from relay.keys import RelayKeys
 from relay.lock import exclusive
+from relay.quota.allowance import Allowance
 from relay.rendezvous.acceptor import accept_link
 from relay.rendezvous.observe import Observer
 from relay.rendezvous.registry import Registry
@@ -95,6 +96,7 @@ class Relay:
             "store": self.services.store,
             "guesses": self.services.guesses,
             "audit": self.services.audit,
+            "requests": self.services.requests,
             "keys": self.services.keys,
             "certificate": self.certificate,
         }
@@ -124,6 +126,7 @@ def build(settings: Settings, store: Store, clock: Callable[[], float] = time.ti
         guesses=GuessLimit(sign_in.failures, sign_in.failures_window),
         crowd_guesses=GuessLimit(sign_in.failures * _CROWD, sign_in.failures_window),
         audit=Recorder(store, clock),
+        requests=Allowance(settings.limits.user_requests, settings.limits.user_requests_period),
         clock=clock,
     )
     app = create_app(services, [*transfer_routers.ROUTERS, enrol.router])

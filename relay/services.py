@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from relay.auth.passwords import PasswordChecker
     from relay.auth.upstream import Upstream
     from relay.keys import RelayKeys
+    from relay.quota.allowance import Allowance
     from relay.rendezvous.registry import Registry
     from relay.settings import Settings
     from relay.store.database import Store
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 class Services:
     """Held in ``app.state.services``. ``clock`` gives Unix seconds.
 
-    ``guesses`` counts wrong secrets by address and client, ``crowd_guesses`` by address alone.
+    ``guesses`` counts wrong secrets by address and client, ``crowd_guesses`` by address alone;
+    ``requests`` counts what each person asks for.
     """
 
     settings: Settings
@@ -41,6 +43,7 @@ class Services:
     guesses: GuessLimit
     crowd_guesses: GuessLimit
     audit: Recorder
+    requests: Allowance
     clock: Callable[[], float]
 
     @property

@@ -144,6 +144,9 @@ class Limits(_Section, frozen=True, kw_only=True):
     )
     connections: Annotated[int, Meta(ge=1, le=1_000_000, description="a whole number from 1 to 1000000")] = 20_000
     call_timeout: Life = Duration(30)
+    user_requests: Annotated[int, Meta(ge=0, le=10_000_000, description="a whole number, 0 for no limit")] = 6000
+    user_requests_period: Life = Duration(60)
+    user_tasks: Annotated[int, Meta(ge=0, le=10_000_000, description="a whole number, 0 for no limit")] = 10_000
 
 
 Amount = Annotated[int, Meta(ge=0, le=1 << 60, description="a number of bytes, 0 for no limit")]

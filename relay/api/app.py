@@ -14,6 +14,7 @@ from relay.api import (
     auth_login,
     auth_tokens,
     errors,
+    quota,
     relay_info,
     token_info,
     updates,
@@ -30,6 +31,7 @@ OWN = (
     auth_login.router,
     auth_applications.router,
     relay_info.router,
+    quota.router,
     updates.router,
     token_info.router,
 )

@@ -11,6 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from relay.api.errors import ApiError, new_request_id, render
+from relay.quota.requests import add_headers
 
 logger = logging.getLogger("relay.api")
 
@@ -91,6 +92,7 @@ class _Exchange:
         path: str = self._scope["path"]
         headers["X-Content-Type-Options"] = "nosniff"
         headers["X-Request-Id"] = self._scope["state"]["request_id"]
+        add_headers(self._scope, headers)
         if path.startswith(_TRANSFER_PREFIX):
             headers["X-Transfer-API-Version"] = TRANSFER_API_VERSION
         if path.startswith(_NEVER_CACHED):

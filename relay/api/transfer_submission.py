@@ -66,6 +66,7 @@ async def _submit(
         owner=caller.username,
         deadline=now + float(tasks.deadline),
         now=now,
+        most=services.settings.limits.user_tasks,
     )
     # From here on the task exists, whether or not the client hears of it; its submission id finds it again.
     task_id, code = await services.store.write(accept)

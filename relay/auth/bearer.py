@@ -14,6 +14,7 @@ from relay.api.errors import ApiError
 from relay.audit.notes import acting
 from relay.auth.scopes import AUTH_SERVER, TRANSFER_ALL, TRANSFER_SERVER
 from relay.auth.tokens import TokenRecord, find
+from relay.quota.requests import count
 from relay.services import services_of
 
 TRANSFER_UNAUTHENTICATED = "ClientError.AuthenticationFailed"
@@ -60,6 +61,8 @@ async def _caller(request: Request, resource_server: str) -> Caller | None:
     if record is None or record.kind != "access" or record.resource_server != resource_server:
         return None
     acting(request, record.identity_id, record.client_id)
+    # By identity, not by token: whoever makes many tokens gets no more by it.
+    count(request, services.requests, record.identity_id, now)
     return _from_record(record)
 
 

@@ -12,10 +12,11 @@ import uuid
 from typing import Any
 
 import msgspec
-from sqlalchemy import ColumnElement, Connection, or_, select
+from sqlalchemy import ColumnElement, Connection, func, or_, select
 
 from relay.access.decisions import Ability
 from relay.api.errors import ApiError
+from relay.quota.requests import too_many
 from relay.store import transfer_tables as tables
 from relay.transfer import collections, event_log, rules, task_rows
 from relay.transfer.entitlement import entitled, spots
@@ -45,15 +46,19 @@ def accept(
     owner: str,
     deadline: float,
     now: float,
+    most: int = 0,
 ) -> tuple[str, str]:
     """Store a new task; returns its id and ``Accepted``, or the id of the same submission and ``Duplicate``.
 
-    ``deadline`` holds when the submission has none. Raises `ApiError` when the caller may not read or write there.
+    ``deadline`` holds when the submission has none, ``most`` bounds the tasks of one person that are not over (0: no
+    bound). Raises `ApiError` when the caller may not read or write there, or has too many tasks.
     """
     present = find_submission(connection, owner_id, submission.submission_id)
     if present is not None:
         return present, DUPLICATE
     _check_places(connection, submission, owner_id, now)
+    if most and count_of_owner(connection, owner_id) >= most:
+        raise too_many(f"You have {most} tasks that are not over, the most allowed; wait for some to end.", 60)
     options = submission.options
     if submission.type == "TRANSFER" and not options.verify_checksum:
         ids = (submission.source_id, str(submission.destination_id))
@@ -82,6 +87,13 @@ def accept(
     for collection_id in {submission.source_id, submission.destination_id} - {None}:
         collections.change(connection, str(collection_id), {"last_accessed": now})
     return task_id, ACCEPTED
+
+
+def count_of_owner(connection: Connection, owner_id: str) -> int:
+    """How many tasks of a person are not over."""
+    task = tables.tasks.c
+    statement = select(func.count()).where(task.owner_id == owner_id, task.status == "ACTIVE")
+    return int(connection.execute(statement).scalar_one())
 
 
 _NEW: dict[str, Any] = {
