@@ -43,6 +43,12 @@ FILE, DIRECTORY, SYMLINK, OTHER = 0, 1, 2, 3
 Version = tuple[int, int, int, int, int]
 
 
+# Offset and length of a part of a file that holds data.
+Extent = tuple[int, int]
+# Abilities a source may announce in its `HelloAnswer`.
+EXTENTS = "extents"
+
+
 class Row(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """One directory entry. ``target`` is the text of a symlink; later versions may append fields."""
 
@@ -139,6 +145,15 @@ class DigestFile(Message, tag="digest", frozen=True):
     follow: bool = False
 
 
+class FindExtents(Message, tag="extents", frozen=True):
+    """Ask which parts of a file hold data; only of a source with the ability `EXTENTS`."""
+
+    r: int
+    path: bytes
+    version: Version
+    follow: bool = False
+
+
 class Abandon(Message, tag="abandon", frozen=True):
     """The answer to a request is no longer wanted."""
 
@@ -156,7 +171,17 @@ class Ping(Message, tag="ping", frozen=True):
 
 
 Request = (
-    Hello | ListDirectory | MoreRows | StatPaths | ReadRange | ReadPack | DigestFile | Abandon | RenewTicket | Ping
+    Hello
+    | ListDirectory
+    | MoreRows
+    | StatPaths
+    | ReadRange
+    | ReadPack
+    | DigestFile
+    | FindExtents
+    | Abandon
+    | RenewTicket
+    | Ping
 )
 
 
@@ -199,6 +224,13 @@ class Digest(Message, tag="digested", frozen=True):
     value: str
 
 
+class Extents(Message, tag="parts", frozen=True):
+    """Answer to `FindExtents`, in order; null when that cannot be told."""
+
+    r: int
+    extents: list[Extent] | None
+
+
 class Failed(Message, tag="failed", frozen=True):
     """A request failed; ``error`` is an error document. With ``r`` 0 the whole session is refused."""
 
@@ -210,7 +242,7 @@ class Pong(Message, tag="pong", frozen=True):
     """Answer to `Ping`."""
 
 
-Answer = HelloAnswer | Rows | Stats | Digest | Failed | Pong
+Answer = HelloAnswer | Rows | Stats | Digest | Extents | Failed | Pong
 
 _encoder = msgspec.msgpack.Encoder()
 _request_decoder = msgspec.msgpack.Decoder(Request)

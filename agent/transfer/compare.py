@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from agent.storage.base import Node
@@ -52,6 +53,7 @@ def _by_sync_level(row: Row, existing: Node, level: int) -> Decision:
 # Blocks of a large file: big enough to cost little, small enough that one lost block costs little.
 SMALL_FILE = 1024 * 1024
 _MIB = 1024 * 1024
+_NOT_ALL_DONE = re.compile(rb"[^\xff]")
 
 
 def block_size(size: int) -> int:
@@ -74,7 +76,8 @@ def missing_ranges(done: bytes | bytearray, size: int, block: int, longest: int)
     ranges: list[tuple[int, int]] = []
     start: int | None = None
     count = block_count(size, block)
-    for index in range(count + 1):
+    index = 0
+    while index <= count:
         have = index == count or bool(done[index >> 3] >> (index & 7) & 1)
         if not have and start is None:
             start = index
@@ -85,4 +88,10 @@ def missing_ranges(done: bytes | bytearray, size: int, block: int, longest: int)
                 ranges.append((offset, length))
                 offset += length
             start = None
+        if have and not index & 7 and index < count:
+            # Holes of very large files: whole bytes of the bitmap at once.
+            found = _NOT_ALL_DONE.search(done, index >> 3)
+            index = max(index + 1, min(count, found.start() * 8 if found is not None else count))
+        else:
+            index += 1
     return ranges

@@ -9,9 +9,12 @@ import trio
 from agent.storage.faults import fault
 from agent.transfer.compare import block_size, missing_ranges
 from agent.transfer.fetch import RANGE_BYTES
+from agent.transfer.holes import WORTH_ASKING, mark_holes
 from agent.transfer.jobs import Abandoned, FileJob, LargeFile, count_done, empty_bitmap
 from agent.transfer.patience import attempts
+from agent.transfer.source_session import SessionLost
 from protocol.errors import NeedsPerson, RetryLater, TaskFailed, TowpathError
+from protocol.session import EXTENTS
 
 if TYPE_CHECKING:
     from agent.transfer.transfer_run import TransferRun
@@ -46,6 +49,7 @@ class LargeFiles:
         except OSError as error:
             run.retries.job_failed(job, fault(error, "destination", job.destination_path))
             return
+        await self._leave_holes(file)
         # Held open while ranges are being handed out, so that the file is not taken for idle in between.
         file.open_ranges += 1
         for offset, length in missing_ranges(file.done, job.row.size, file.block, max(RANGE_BYTES, file.block)):
@@ -57,6 +61,22 @@ class LargeFiles:
         file.open_ranges -= 1
         if not file.open_ranges:
             self.idle(file)
+
+    async def _leave_holes(self, file: LargeFile) -> None:
+        """Take the blocks of a new sparse file that hold no data as done: the temporary has holes there already."""
+        job, session = file.job, self._run.session
+        if job.row.size < WORTH_ASKING or file.done_count or EXTENTS not in session.abilities:
+            return
+        try:
+            extents = await session.extents(job.source_path, job.row.version, follow=job.follow)
+        except SessionLost:
+            raise
+        except TowpathError:
+            # Whatever is wrong with the file, reading it says so, and whether it passes.
+            return
+        if extents is not None:
+            mark_holes(file.done, extents, job.row.size, file.block)
+            file.done_count = count_done(file.done)
 
     def _open(self, job: FileJob) -> LargeFile:
         """The temporary of a large file: the one an earlier run left, when it holds the same version, or a new one."""

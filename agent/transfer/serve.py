@@ -15,9 +15,10 @@ from itertools import islice
 
 import trio
 
-from agent.storage.base import Directory, Node, Root
+from agent.storage.base import Directory, Node, Root, version_of
 from agent.storage.faults import fault
 from agent.transfer.checksum import file_digest
+from agent.transfer.holes import data_extents
 from agent.transfer.send import LaneRequest, LaneSender
 from agent.transfer.source_policy import SourcePolicy
 from protocol import session
@@ -120,7 +121,7 @@ class Control:
                 await self._stream.send_all(session.encode(session.Failed(0, error.to_document())))
                 raise
             self.instance = first.instance
-            await self._stream.send_all(session.encode(session.HelloAnswer()))
+            await self._stream.send_all(session.encode(session.HelloAnswer(abilities=[session.EXTENTS])))
         if scope.cancelled_caught:
             raise RetryLater("The destination did not introduce itself in time.")
 
@@ -187,6 +188,8 @@ class Control:
             nursery.start_soon(self._stat, request)
         elif isinstance(request, session.DigestFile):
             nursery.start_soon(self._digest, request)
+        elif isinstance(request, session.FindExtents):
+            nursery.start_soon(self._extents, request)
         elif isinstance(request, session.RenewTicket):
             self._side.policy.renew(self._side.verifier, request.ticket, time.time())
         elif isinstance(request, session.Ping):
@@ -270,6 +273,29 @@ class Control:
             return file_digest(self._side.root, descriptor, request.algorithm)
         finally:
             self._side.root.close_file(descriptor)
+
+    async def _extents(self, request: session.FindExtents) -> None:
+        try:
+            path = self._allowed(request.path)
+            extents = await trio.to_thread.run_sync(self._extents_of, request, path, limiter=self._digests)
+            await self._answer(session.Extents(request.r, extents))
+        except TowpathError as error:
+            await self._answer(session.Failed(request.r, error.to_document()))
+        except OSError as error:
+            await self._answer(session.Failed(request.r, fault(error, "source", request.path).to_document()))
+
+    def _extents_of(self, request: session.FindExtents, path: CollectionPath) -> list[session.Extent] | None:
+        root = self._side.root
+        parent, name = root.open_parent(path)
+        with parent:
+            descriptor = parent.open_read(name, follow=request.follow)
+        try:
+            extents = data_extents(descriptor, request.version[2])
+            # Looked at afterwards: what was found belongs to this version and no other.
+            same = version_of(root.fstat(descriptor)) == tuple(request.version)
+            return extents if same else None
+        finally:
+            root.close_file(descriptor)
 
     # --- contents --------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator
 
 import trio
 
+from agent.transfer.holes import check_extents_untrusted
 from protocol import session
 from protocol.errors import ProtocolError, RetryLater, TowpathError, error_from_document_untrusted
 
@@ -33,6 +34,8 @@ class SourceSession:
 
     def __init__(self, stream: trio.abc.Stream, instance: bytes) -> None:
         self.instance = instance
+        # What the source announced; unknown ones are never used.
+        self.abilities: frozenset[str] = frozenset()
         self._stream = stream
         self._next = 1
         self._waiting: dict[int, trio.MemorySendChannel[session.Answer]] = {}
@@ -65,6 +68,7 @@ class SourceSession:
             raise error_from_document_untrusted(answer.error)
         if not isinstance(answer, session.HelloAnswer):
             raise ProtocolError("The source began with something other than its greeting.")
+        self.abilities = frozenset(answer.abilities)
         return answer
 
     async def run(self) -> None:
@@ -174,6 +178,21 @@ class SourceSession:
         if not isinstance(answer, session.Digest):
             raise ProtocolError("The source answered a question that was not asked.")
         return answer.value
+
+    async def extents(self, path: bytes, version: session.Version, *, follow: bool) -> list[session.Extent] | None:
+        """Which parts of a file hold data; None when the source cannot tell. Only with the ability `EXTENTS`."""
+        r = self.number()
+        receive = self._open(r, 1)
+        try:
+            self.post(session.FindExtents(r, path, version, follow))
+            answer = await self._next_answer(receive, ANSWER_TIMEOUT)
+        finally:
+            self._waiting.pop(r, None)
+        if not isinstance(answer, session.Extents):
+            raise ProtocolError("The source answered a question that was not asked.")
+        if answer.extents is not None:
+            check_extents_untrusted(answer.extents, version[2])
+        return answer.extents
 
     async def list_directory(self, path: bytes, *, follow: bool) -> AsyncGenerator[list[session.Row], None]:
         """The rows of a directory, some at a time; the source sends no faster than they are taken."""

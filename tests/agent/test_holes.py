@@ -1,0 +1,123 @@
+"""Sparse files: holes are not sent, stay holes, and cost neither time nor room."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from agent.transfer.compare import block_count, missing_ranges
+from agent.transfer.holes import check_extents_untrusted, data_extents, mark_holes
+from agent.transfer.jobs import empty_bitmap
+from protocol.errors import ProtocolError
+from tests.agent.engine_inside import Engine, quick_path
+
+__all__ = ["quick_path"]
+
+MIB = 1024 * 1024
+GIB = 1024 * MIB
+
+
+def sparse(path: Path, size: int, pieces: dict[int, bytes]) -> None:
+    with path.open("wb") as file:
+        file.truncate(size)
+        for offset, data in pieces.items():
+            file.seek(offset)
+            file.write(data)
+
+
+def supports(folder: Path, size: int) -> bool:
+    probe = folder / "probe"
+    try:
+        sparse(probe, size, {size - 1: b"x"})
+        return probe.stat().st_blocks * 512 < MIB
+    except OSError:
+        return False
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(1, 200), st.lists(st.integers(0, 199), max_size=6), st.integers(1, 8))
+def test_only_blocks_without_data_are_marked(size: int, places: list[int], block: int) -> None:
+    wanted = sorted({place for place in places if place < size})
+    extents = [(place, 1) for place in wanted]
+    done = bytearray((block_count(size, block) + 7) // 8)
+    marked = mark_holes(done, extents, size, block)
+    holes = {index for index in range(block_count(size, block)) if done[index >> 3] >> (index & 7) & 1}
+    last = block_count(size, block) - 1
+    assert holes == {index for index in range(last) if not any(place // block == index for place in wanted)}
+    assert marked == len(holes) * block
+    asked = [
+        index
+        for offset, length in missing_ranges(done, size, block, 3 * block)
+        for index in range(offset // block, -(-(offset + length) // block))
+    ]
+    assert asked == [index for index in range(last + 1) if index not in holes]
+
+
+@pytest.mark.parametrize("extents", [[(-1, 2)], [(0, 0)], [(0, 11)], [(5, 2), (6, 1)], [(5, -1)], [(2**70, 1)]])
+def test_parts_that_cannot_be_are_refused(extents: list[tuple[int, int]]) -> None:
+    with pytest.raises(ProtocolError):
+        check_extents_untrusted(extents, 10)
+
+
+def test_the_parts_of_a_file(quick_path: Path) -> None:
+    if not supports(quick_path, GIB):
+        pytest.skip("this file system keeps no holes")
+    sparse(quick_path / "file", GIB, {0: b"a", 512 * MIB: b"b" * MIB})
+    descriptor = os.open(quick_path / "file", os.O_RDONLY)
+    extents = data_extents(descriptor, GIB)
+    os.close(descriptor)
+    assert extents is not None
+    assert [offset // MIB for offset, _ in extents] == [0, 512]
+    assert sum(length for _, length in extents) < 2 * MIB
+
+
+SIZES = {"2^31": 2**31, "2^32": 2**32, "2^32+1": 2**32 + 1, "1 TB": 10**12, "2^53+1": 2**53 + 1}
+
+
+@pytest.mark.parametrize("name", SIZES)
+async def test_huge_sparse_files_arrive_as_they_are(quick_path: Path, name: str) -> None:
+    size = SIZES[name]
+    if not supports(quick_path, size):
+        pytest.skip("this file system holds no such file")
+    engine = Engine(quick_path)
+    pieces = {0: b"begin", size // 3: os.urandom(100_000), size - 3: b"end"}
+    sparse(engine.source / "file", size, pieces)
+    observed = await engine.run(60)
+    assert observed.state == "SUCCEEDED", observed
+    status = (engine.destination / "file").stat()
+    assert status.st_size == size
+    # Three pieces, each in a block of 16 MiB at most, one of them across two.
+    assert status.st_blocks * 512 <= 4 * 16 * MIB + MIB
+    with (engine.destination / "file").open("rb") as file:
+        for offset, data in pieces.items():
+            file.seek(offset)
+            assert file.read(len(data)) == data
+        file.seek(size // 2)
+        assert file.read(100) == bytes(100)
+    print(f"{name}: {size} bytes, on disk {status.st_blocks * 512}")
+
+
+async def test_a_file_of_nothing_but_a_hole(quick_path: Path) -> None:
+    if not supports(quick_path, GIB):
+        pytest.skip("this file system keeps no holes")
+    engine = Engine(quick_path)
+    sparse(engine.source / "file", GIB, {})
+    assert (await engine.run()).state == "SUCCEEDED"
+    status = (engine.destination / "file").stat()
+    assert (status.st_size, status.st_blocks * 512 <= 2 * MIB) == (GIB, True)
+    assert len(empty_bitmap(GIB)) == 128
+
+
+async def test_a_source_without_the_ability_is_not_asked(quick_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An older source would take the question for a breach of the rules."""
+    monkeypatch.setattr("agent.transfer.large_files.EXTENTS", "an ability nobody has")
+    engine = Engine(quick_path)
+    sparse(engine.source / "file", 65 * MIB, {1000: b"data"})
+    assert (await engine.run()).state == "SUCCEEDED"
+    assert (engine.destination / "file").read_bytes() == (engine.source / "file").read_bytes()
