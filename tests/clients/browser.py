@@ -43,7 +43,7 @@ class Chromium:
 
     @property
     def text(self) -> str:
-        return str(self._ask("GET", f"/element/{self.find('body')}/text"))
+        return self.text_of("body")
 
     def find(self, selector: str) -> str:
         """The first element that matches, once there is one."""
@@ -66,7 +66,14 @@ class Chromium:
         self._ask("POST", f"/element/{self.find(selector)}/click", {})
 
     def text_of(self, selector: str) -> str:
-        return str(self._ask("GET", f"/element/{self.find(selector)}/text"))
+        for _ in range(20):
+            try:
+                return str(self._ask("GET", f"/element/{self.find(selector)}/text"))
+            except LookupError as error:
+                # The page was replaced between finding and reading.
+                if "stale element" not in str(error):
+                    raise
+        raise LookupError(f"{selector} never stayed")
 
     def run(self, script: str) -> Any:
         return self._ask("POST", "/execute/sync", {"script": script, "args": []})
