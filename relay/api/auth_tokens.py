@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -88,6 +89,13 @@ async def device_authorization(request: Request) -> JSONResponse:
         raise ApiError(400, "invalid_request", "access_type must be online or offline.")
     now, settings = services.clock(), services.settings
     scope, agent = form.get("scope", ""), request.headers.get("user-agent", "")
+    # Nobody has shown who they are yet, and every request leaves a row behind.
+    beginner = [f"{address_of(request)} devices"]
+    wait = services.crowd_guesses.retry_after(beginner, now)
+    if wait > 0:
+        later = {"Retry-After": str(math.ceil(wait))}
+        raise ApiError(429, "slow_down", "Too many sign-ins were begun from here.", headers=later)
+    services.crowd_guesses.failed(beginner, now)
 
     def begin(connection: Connection) -> device.NewDeviceCode:
         try:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from sqlalchemy import Connection, delete, insert, select, update
+from sqlalchemy import Connection, delete, func, insert, select, update
 
 from relay.auth.browser_sessions import MAX_TEXT, Authentication
 from relay.auth.codes import open_signed_session
@@ -95,7 +95,7 @@ def begin(
 def count_waiting(connection: Connection, now: float) -> int:
     """How many requests wait for somebody."""
     waiting = (device_codes.c.state == "waiting") & (device_codes.c.expires > now)
-    return len(connection.execute(select(device_codes.c.digest).where(waiting).limit(MAX_WAITING)).all())
+    return connection.execute(select(func.count()).select_from(device_codes).where(waiting)).scalar_one()
 
 
 def find_request(connection: Connection, user_code: str, now: float) -> DeviceRequest | None:

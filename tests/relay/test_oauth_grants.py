@@ -118,6 +118,14 @@ async def test_guessing_user_codes_is_stopped(world: RelayWorld, ada: Person) ->
     assert (await ada.post(form, user_code=made["user_code"])).status_code == 429
 
 
+async def test_beginning_many_sign_ins_is_limited(world: RelayWorld) -> None:
+    for _ in range(world.settings.sign_in.failures * 10):
+        world.relay.services.crowd_guesses.failed(["127.0.0.1 devices"], world.clock.now)
+    form = {"client_id": TOWPATH_CLI, "scope": "openid"}
+    answer = await world.http.post("/v2/oauth2/device_authorization", data=form)
+    assert answer.status_code == 429
+
+
 @pytest.mark.parametrize(("scope", "error"), [("", "invalid_scope"), ("nonsense", "invalid_scope")])
 async def test_device_requests_are_checked_at_once(world: RelayWorld, scope: str, error: str) -> None:
     form = {"client_id": TOWPATH_CLI, "scope": scope}
