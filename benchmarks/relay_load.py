@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import math
 import multiprocessing
 import os
 import random
@@ -264,6 +265,20 @@ def wait_for(counts: list[Synchronized[int]], wanted: int, what: str, patience: 
     return time.monotonic() - started
 
 
+def settle(relay: RelayUnderLoad) -> float:
+    """Wait until the relay has done what new links give it to do: its use of the processor has come to rest."""
+    started = time.monotonic()
+    last = math.inf
+    while time.monotonic() - started < 120:
+        before = relay.cpu()
+        time.sleep(3)
+        used = relay.cpu() - before
+        if used > 0.7 * last:
+            break
+        last = used
+    return time.monotonic() - started
+
+
 async def requests(relay: RelayUnderLoad, seconds: float, at_once: int) -> tuple[float, list[float]]:
     """Directory listings of random agents: how many a second, and how long each took (ms)."""
     taken: list[float] = []
@@ -386,7 +401,11 @@ def run(relay: RelayUnderLoad, arguments: argparse.Namespace) -> None:
         linked = sum(count.value for count in counts)
         spent = relay.cpu() - started_with
         print(f"{'linked':36s} {linked:7d} in {seconds:.1f} s, relay CPU {spent * 1000 / max(linked, 1):.1f} ms a link")
-        time.sleep(3)
+        settled = settle(relay)
+        print(
+            f"{'everything stored and quiet':36s} {settled:7.1f} s later, relay CPU until then "
+            f"{(relay.cpu() - started_with) * 1000 / max(linked, 1):.1f} ms a link"
+        )
         each = (relay.memory() - base) * 1024 / max(linked, 1)
         print(f"{'relay memory':36s} {relay.memory():7.0f} MiB, {base:.0f} before: {each:.0f} KiB a link")
         before = relay.cpu()
