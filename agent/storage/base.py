@@ -24,7 +24,7 @@ from typing import Literal, Self, TypeAlias
 
 import msgspec
 
-from protocol.names import CollectionPath
+from protocol.names import RESERVED_PREFIX, CollectionPath
 
 Kind: TypeAlias = Literal["file", "dir", "symlink", "chr", "blk", "pipe", "other"]
 Version: TypeAlias = tuple[int, int, int, int, int]
@@ -161,6 +161,10 @@ class Directory(ABC):
 
         Entries that vanish meanwhile are left out. Several scans may run at once.
         """
+
+    def reserved_names(self) -> list[bytes]:
+        """The names of temporaries in this folder, whoever's they are."""
+        return [node.name for node in self.scan(reserved=True) if node.name.startswith(RESERVED_PREFIX)]
 
     @abstractmethod
     def lstat(self, name: bytes) -> Node:

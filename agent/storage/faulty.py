@@ -189,6 +189,10 @@ class FaultyDirectory(Directory):
         self.script.before("rename_no_replace", new)
         self.inner.rename_no_replace(old, new, _unwrapped(target))
 
+    def reserved_names(self) -> list[bytes]:
+        self.script.before("reserved_names")
+        return self.inner.reserved_names()
+
     def lstat(self, name: bytes) -> Node:
         self.script.before("lstat", name)
         return self.inner.lstat(name)

@@ -47,6 +47,9 @@ class HidingDirectory(Directory):
     def scan(self, *, reserved: bool = False) -> Iterator[Node]:
         return (node for node in self.inner.scan(reserved=reserved) if not is_hidden(node.name))
 
+    def reserved_names(self) -> list[bytes]:
+        return self.inner.reserved_names()
+
     def lstat(self, name: bytes) -> Node:
         _check([name])
         return self.inner.lstat(name)

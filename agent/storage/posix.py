@@ -171,6 +171,14 @@ class PosixDirectory(Directory):
         finally:
             os.close(fd)
 
+    def reserved_names(self) -> list[bytes]:
+        # Names alone: looking at every file of a large folder would cost as much as planning it.
+        fd = os.open(b".", handles.FOLDER, dir_fd=self._fd)
+        try:
+            return [name for entry in os.listdir(fd) if (name := os.fsencode(entry)).startswith(RESERVED_PREFIX)]
+        finally:
+            os.close(fd)
+
     def lstat(self, name: bytes) -> Node:
         return node_from_stat(name, os.stat(component(name), dir_fd=self._fd, follow_symlinks=False))
 

@@ -26,6 +26,9 @@ from protocol.errors import ItemFailed, ProtocolError, TowpathError
 from protocol.names import CollectionPath, check_component_untrusted, is_reserved
 from protocol.session import DIRECTORY, FILE, SYMLINK, Row
 
+# Seconds after which a temporary that nothing has changed is an orphan: longer than tasks are held up or kept.
+ORPHAN_AGE = 30 * 86400
+
 
 @dataclass
 class Planned:
@@ -78,6 +81,7 @@ class DirectoryPlanner:
             self._finished = self._journal.finished(self._row.id)
             if self._sweep is not None:
                 sweep_temporaries(handle, self._sweep, self._journal.partial_temporaries(self._row.id))
+            collect_orphans(handle, time.time_ns())
             self._fresh = not self._finished and next(handle.scan(reserved=True), None) is None
         except BaseException:
             handle.close()
@@ -221,6 +225,23 @@ def sweep_temporaries(handle: Directory, prefix: bytes, keep: set[bytes]) -> int
         with contextlib.suppress(FileNotFoundError):
             handle.unlink(name)
     return len(names)
+
+
+def collect_orphans(handle: Directory, now_ns: int) -> int:
+    """Remove temporaries in a folder that nobody has touched for very long: their tasks are dead, whoever's they were.
+    How many there were. What cannot be looked at or removed is left for the next time.
+
+    Their change time counts, not the time of modification, which may be that of the source already.
+    """
+    removed = 0
+    with contextlib.suppress(OSError):
+        for name in handle.reserved_names():
+            with contextlib.suppress(OSError):
+                node = handle.lstat(name)
+                if node.kind != "dir" and now_ns - node.ctime_ns > ORPHAN_AGE * 10**9:
+                    handle.unlink(name)
+                    removed += 1
+    return removed
 
 
 def remove_left_behind(root: Root, journal: Journal) -> None:

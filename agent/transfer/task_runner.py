@@ -194,6 +194,8 @@ class TaskRunner:
             except StateTrouble:
                 raise
             except TaskFailed as error:
+                # What is left of it is of no use to anybody any more.
+                await trio.to_thread.run_sync(self._sweep)
                 return self._fail(error)
             except TowpathError as error:
                 if error.code in QUOTA_CODES and self._order.options.fail_on_quota_errors:

@@ -526,3 +526,29 @@ def test_removing_knows_no_depth(quick_path: Path) -> None:
         assert remove_entry(folder, folder.lstat(b"tree"), recursive=True) == 5002
         assert len(os.listdir("/proc/self/fd")) == before
     assert [path.name for path in quick_path.iterdir()] == ["bystander"]
+
+
+# --- orphans ---------------------------------------------------------------------------------------------
+
+
+async def test_temporaries_of_dead_tasks_are_collected_and_young_ones_are_not(
+    quick_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(quick_path)
+    (engine.source / "folder").mkdir()
+    (engine.source / "folder" / "file").write_bytes(b"content")
+    (engine.destination / "folder").mkdir()
+    orphans = [engine.destination / ".towpath.dead.1", engine.destination / "folder" / ".towpath.dead.2"]
+    for orphan in orphans:
+        orphan.write_bytes(b"left by a task that nobody remembers")
+        # A temporary may have its source's time already; that says nothing about its age.
+        os.utime(orphan, (0, 0))
+    assert (await engine.run()).state == "SUCCEEDED"
+    assert all(orphan.exists() for orphan in orphans)
+    monkeypatch.setattr("agent.transfer.plan.ORPHAN_AGE", -1)
+    again = Engine(quick_path / "again", TaskOptions(sync_level=1))
+    again.source, again.destination = engine.source, engine.destination
+    assert (await again.run()).state == "SUCCEEDED"
+    assert not any(orphan.exists() for orphan in orphans)
+    assert contents(engine.destination) == contents(engine.source)
+    print(f"orphans collected: {len(orphans)}")
