@@ -139,7 +139,9 @@ def build(settings: Settings, store: Store, clock: Callable[[], float] = time.ti
         stun=observer.serve_stream,
         tls_context=certificate.context,
     )
-    return Relay(services, app, certificate, web, dispatcher, registry, steward, signalling, observer, tunnel)
+    relay = Relay(services, app, certificate, web, dispatcher, registry, steward, signalling, observer, tunnel)
+    app.state.statistics = relay.statistics
+    return relay
 
 
 def _tunnel(keys: RelayKeys, settings: Settings, clock: Callable[[], float]) -> TunnelService:

@@ -16,6 +16,7 @@ from relay.api import (
     errors,
     quota,
     relay_info,
+    statistics,
     token_info,
     updates,
 )
@@ -32,6 +33,7 @@ OWN = (
     auth_applications.router,
     relay_info.router,
     quota.router,
+    statistics.router,
     updates.router,
     token_info.router,
 )
