@@ -40,8 +40,7 @@ NOT_FOR_AGENTS = {
 }  # fmt: skip
 # Every system of the platform has these.
 SYSTEM_LIBRARIES = re.compile(r"(ld-linux.*|libc|libm|libdl|libpthread|librt|libutil|libresolv|libnsl)\.so(\.\d+)*\Z")
-LAUNCHER = """\
-#!/bin/sh
+LAUNCHER = r"""#!/bin/sh
 # Runs the agent with the Python beside it, wherever this folder lies and whatever Python settings the user has.
 self=$0
 while [ -h "$self" ]; do
@@ -50,6 +49,23 @@ while [ -h "$self" ]; do
 done
 here=$(CDPATH= cd -P -- "$(dirname -- "$self")" && pwd) || exit 1
 unset PYTHONHOME PYTHONPATH PYTHONSTARTUP
+# A version that was switched to and has not proved itself yet (the machine lost power in between): after some starts
+# in vain the version before is taken again.
+prefix=$here/../../..
+if [ "${{1:-}}" = run ] && [ -f "$prefix/update/state.json" ]; then
+    value() {{ sed -n "s/.*\"$1\":\"\\([0-9a-z.]*\\)\".*/\1/p" "$prefix/update/state.json"; }}
+    previous=$(value previous)
+    own=$(basename "$(dirname "$here")")
+    if [ "$(value pending)" = "$own" ] && [ -x "$prefix/versions/$previous/bin/towpath" ]; then
+        starts=$(($(cat "$prefix/update/starts" 2>/dev/null || echo 0) + 1))
+        echo $starts >"$prefix/update/starts"
+        if [ $starts -gt 5 ]; then
+            rm -f "$prefix/update/starts" "$prefix/.current-back"
+            ln -s "versions/$previous" "$prefix/.current-back" && mv -fT "$prefix/.current-back" "$prefix/current"
+            exec "$prefix/versions/$previous/bin/towpath" "$@"
+        fi
+    fi
+fi
 PYTHONDONTWRITEBYTECODE=1 PYTHONNOUSERSITE=1
 export PYTHONDONTWRITEBYTECODE PYTHONNOUSERSITE
 exec "$here/{python}" -s -m agent "$@"

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from agent.update.install import Installation
+from agent.update.install import STARTS_FILE, Installation
 from agent.update.mirror import UpdateRefused
 from protocol.errors import TowpathError
 
@@ -52,6 +52,7 @@ def change(
     state.pending, state.previous = version, before
     # Written first: whoever finds the new version current and `pending` set knows that it has not proved itself.
     installation.remember(state)
+    (installation.directory / STARTS_FILE).unlink(missing_ok=True)
     if status is not None:
         agent.stop()
     installation.switch(version)
@@ -68,6 +69,7 @@ def change(
     state = installation.state()
     state.pending, state.available, state.last_problem = "", "", ""
     installation.remember(state)
+    (installation.directory / STARTS_FILE).unlink(missing_ok=True)
     installation.prune()
     return f"Version {version} runs; {before} is kept to go back to."
 

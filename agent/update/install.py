@@ -28,6 +28,8 @@ from protocol.identity import write_private_file
 BUNDLE_FILE = "bundle.json"
 ROOT_FILE = "trust/root.json"
 STATE_FILE = "state.json"
+# How often the launcher has started a version that has not proved itself; see `installers/build_bundle.py`.
+STARTS_FILE = "starts"
 COMMAND = "bin/towpath"
 MAX_UNPACKED = 4 * 1024 * 1024 * 1024
 MAX_MEMBERS = 200_000
@@ -102,6 +104,22 @@ class Installation:
         """Write it down, durable. Raises OSError."""
         self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         write_private_file(self.directory / STATE_FILE, msgspec.json.encode(state) + b"\n")
+
+    def settle(self, *, proved: bool) -> None:
+        """After an update that nobody watched to its end: the version that runs now is the right one (``proved``: it
+        has run for a while), or is the one before, taken again by the launcher. Raises OSError."""
+        state = self.state()
+        if not state.pending:
+            return
+        running = self.running()
+        if state.pending != running:
+            state.failed.append(state.pending)
+            state.last_problem = f"Version {state.pending} did not start and is not tried again."
+        elif not proved:
+            return
+        state.pending = ""
+        self.remember(state)
+        (self.directory / STARTS_FILE).unlink(missing_ok=True)
 
     # --- versions ----------------------------------------------------------------------------------------
 

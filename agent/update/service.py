@@ -93,7 +93,9 @@ class UpdateService:
         """Until cancelled; ends at once where there is nothing to update."""
         if self._installation is None:
             return
+        await self._settle(self._installation, proved=False)
         await trio.sleep(FIRST_LOOK * random.uniform(0.5, 1.5))  # noqa: S311 - only spreads the load
+        await self._settle(self._installation, proved=True)
         while True:
             if self.config.update.mode != "off":
                 try:
@@ -101,6 +103,13 @@ class UpdateService:
                 except (TowpathError, OSError) as error:
                     logger.warning("No update: %s", error)
             await trio.sleep(LOOK_EVERY * random.uniform(0.8, 1.2))  # noqa: S311
+
+    @staticmethod
+    async def _settle(installation: Installation, *, proved: bool) -> None:
+        try:
+            await trio.to_thread.run_sync(lambda: installation.settle(proved=proved))
+        except OSError as error:
+            logger.warning("What became of an update could not be written down: %s", error)
 
     async def _once(self, installation: Installation) -> None:
         config = self.config

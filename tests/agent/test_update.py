@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import subprocess
+import sys
 import tarfile
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -23,6 +25,7 @@ from agent.update.install import Installation, State
 from agent.update.mirror import HttpFetcher, Mirror, UpdateRefused
 from agent.update.offer import Offer, is_newer, parse_offer_untrusted, takes_part, this_platform, version_key
 from agent.update.service import fetch, look
+from installers.build_bundle import LAUNCHER
 from installers.repository import Keys, Repository
 from protocol.errors import ProtocolError, RetryLater, TowpathError
 
@@ -481,3 +484,37 @@ def test_old_versions_are_pruned_but_not_those_to_go_back_to(world: World) -> No
         change(world.installation, world.fetch().version, agent, sleep=clock.sleep, clock=clock)
     assert sorted(os.listdir(world.installation.versions)) == ["0.3.0", "0.4.0"]
     assert world.installation.state() == State(previous="0.3.0", last_check=1000.0)
+
+
+def test_a_version_that_nobody_watched_is_left_by_the_launcher_when_it_does_not_start(world: World) -> None:
+    """The machine lost power between switching and watching, and the new version is broken."""
+    installation = world.installation
+    python = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    for version, script in (("0.1.0", 'echo "fine $*"'), ("0.2.0", "exit 3")):
+        folder = installation.versions / version / "bin"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / python).write_text(f"#!/bin/sh\n{script}\n")
+        (folder / "towpath").write_text(LAUNCHER.format(python=python))
+        for path in folder.iterdir():
+            path.chmod(0o755)
+    installation.remember(State(pending="0.2.0", previous="0.1.0"))
+    installation.switch("0.2.0")
+    codes = []
+    for _ in range(6):
+        program = installation.current / "bin" / "towpath"
+        result = subprocess.run([program, "run", "x"], capture_output=True, text=True, check=False)
+        codes.append(result.returncode)
+    assert codes == [3] * 5 + [0]
+    assert result.stdout == "fine -s -m agent run x\n"
+    assert installation.running() == "0.1.0"
+    installation.settle(proved=False)
+    assert installation.state().failed == ["0.2.0"]
+    assert installation.state().pending == ""
+
+
+def test_a_version_that_nobody_watched_and_runs_is_the_right_one(world: World) -> None:
+    world.installation.remember(State(pending="0.1.0", previous="0.0.9"))
+    world.installation.settle(proved=False)
+    assert world.installation.state().pending == "0.1.0"
+    world.installation.settle(proved=True)
+    assert world.installation.state() == State(previous="0.0.9")
