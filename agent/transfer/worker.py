@@ -7,6 +7,7 @@ what to be. It ends when its work ends or the daemon goes away; what it had sett
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import socket
@@ -226,6 +227,9 @@ def main() -> None:
     # Ctrl-C at a terminal reaches the whole group; the daemon decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     raise_descriptor_limit()
+    # What is loaded by now stays, and what comes are many small objects in few cycles: seldom is often enough.
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
     trio.run(_main, int(sys.argv[1]))
 
 
