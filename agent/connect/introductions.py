@@ -105,7 +105,10 @@ class Introductions:
             return PathAnswer(session_id=offer.session_id, generation=offer.generation)
         if known is None and len(self._current) >= MAX_SESSIONS:
             raise RetryLater("Too many paths are being arranged here at this moment.", code="ENDPOINT_TOO_BUSY")
+        # An observation that is under way is taken over: asking anew costs time, on a busy line much of it.
+        kept: list[Callable[[], None]] = []
         if known is not None:
+            kept, known.releases = known.releases, []
             known.close()
         introduction = self._current[offer.session_id] = _Introduction(offer, usable)
         self._start(self._live, introduction)
@@ -117,6 +120,8 @@ class Introductions:
                 if observation is not None:
                     mapped.append(observation.candidate)
                     introduction.hold(observation, network)
+        for release in kept:
+            release()
         candidates = [*mapped, *await network.host_candidates(loopback=own)]
         transports = ["tcp"]
         for name, transport in self._transports(offer):

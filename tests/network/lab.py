@@ -92,7 +92,7 @@ class Host:
         _run("ip", "netns", "add", self.namespace)
         _run("ip", "link", "set", self.device, "netns", self.namespace)
         _run("ip", "-n", self.namespace, "link", "set", "lo", "up")
-        _run("ip", "-n", self.namespace, "link", "set", self.device, "mtu", "1500", "txqueuelen", "2000", "up")
+        _run("ip", "-n", self.namespace, "link", "set", self.device, "mtu", "1500", "txqueuelen", "200", "up")
 
     def use(self, addresses: list[str], gateway: str | None = None) -> None:
         """Have these addresses and no others, with the default route through the device."""

@@ -45,13 +45,16 @@ async def succeed(lab: laboratory.Lab, task_id: str, name: str, data: bytes) -> 
 async def test_a_relayed_transfer_moves_to_a_direct_path_without_a_break(tmp_path: Path) -> None:
     data = content(30_000_000)
     async with laboratory.open_lab(tmp_path) as lab:
-        arrange(lab, {"a": "symmetric", "b": "symmetric"})
+        arrange(lab, {"a": "port", "b": "port"})
+        stubborn = {"crossing": False, "udp": False}
+        lab.emulator.use({"change": {"nat-a": stubborn, "nat-b": stubborn}})
         await lab.start()
         (lab.sites["a"].root / "big").write_bytes(data)
         task_id = await lab.submit("a", "b", "big")
         first = await until_moving(lab, task_id)
         assert first["path"].startswith("tunnel"), first
-        lab.emulator.use({"change": {"nat-a": {"mapping": "endpoint"}, "nat-b": {"mapping": "endpoint"}}})
+        # Both boxes learn to let crossing SYNs pass.
+        lab.emulator.use({"change": {"nat-a": {"crossing": True}, "nat-b": {"crossing": True}}})
         task = await succeed(lab, task_id, "big", data)
         assert lab.path_of("b", task_id).startswith("punched")
         assert task["faults"] == 0, task
