@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import globus_sdk
 import trio
 
 from agent import local_socket
@@ -207,7 +208,11 @@ class Lab:
         with trio.move_on_after(READY):
             while True:
                 site.child.raise_if_ended()
-                document = await self.call(lambda relay: relay.transfer.get_endpoint(site.collection_id).data)
+                try:
+                    document = await self.call(lambda relay: relay.transfer.get_endpoint(site.collection_id).data)
+                except globus_sdk.NetworkError:
+                    # The relay is starting.
+                    document = {}
                 if document.get("gcp_connected"):
                     return
                 await trio.sleep(0.1)
