@@ -47,6 +47,9 @@ Version = tuple[int, int, int, int, int]
 Extent = tuple[int, int]
 # Abilities a source may announce in its `HelloAnswer`.
 EXTENTS = "extents"
+BLOCK_DIGESTS = "block digests"
+# Digests of blocks in one answer.
+MAX_DIGESTS = 1024
 
 
 class Row(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -154,6 +157,18 @@ class FindExtents(Message, tag="extents", frozen=True):
     follow: bool = False
 
 
+class DigestBlocks(Message, tag="blocks", frozen=True):
+    """Ask for the BLAKE3 digests of some blocks of a file; only of a source with the ability `BLOCK_DIGESTS`."""
+
+    r: int
+    path: bytes
+    version: Version
+    block: int
+    first: int
+    count: int
+    follow: bool = False
+
+
 class Abandon(Message, tag="abandon", frozen=True):
     """The answer to a request is no longer wanted."""
 
@@ -179,6 +194,7 @@ Request = (
     | ReadPack
     | DigestFile
     | FindExtents
+    | DigestBlocks
     | Abandon
     | RenewTicket
     | Ping
@@ -231,6 +247,13 @@ class Extents(Message, tag="parts", frozen=True):
     extents: list[Extent] | None
 
 
+class BlockDigests(Message, tag="digests", frozen=True):
+    """Answer to `DigestBlocks`, in order."""
+
+    r: int
+    digests: list[bytes]
+
+
 class Failed(Message, tag="failed", frozen=True):
     """A request failed; ``error`` is an error document. With ``r`` 0 the whole session is refused."""
 
@@ -242,7 +265,7 @@ class Pong(Message, tag="pong", frozen=True):
     """Answer to `Ping`."""
 
 
-Answer = HelloAnswer | Rows | Stats | Digest | Extents | Failed | Pong
+Answer = HelloAnswer | Rows | Stats | Digest | Extents | BlockDigests | Failed | Pong
 
 _encoder = msgspec.msgpack.Encoder()
 _request_decoder = msgspec.msgpack.Decoder(Request)
@@ -320,6 +343,14 @@ def path_untrusted(raw: bytes) -> CollectionPath:
     if any(is_reserved(component) for component in path):
         raise ProtocolError("A temporary was asked for.", code="ILLEGAL_NAME")
     return path
+
+
+def check_blocks_untrusted(request: DigestBlocks) -> None:
+    """Refuse blocks no honest destination asks about. Raises only `ProtocolError`."""
+    if not MIN_BLOCK <= request.block <= MAX_BLOCK or not 0 < request.count <= MAX_DIGESTS or request.first < 0:
+        raise ProtocolError("Digests of impossible blocks were asked for.")
+    if (request.first + request.count - 1) * request.block >= request.version[2]:
+        raise ProtocolError("Digests beyond the end of the file were asked for.")
 
 
 def check_range_untrusted(request: ReadRange) -> None:

@@ -12,6 +12,7 @@ from agent.transfer.fetch import RANGE_BYTES
 from agent.transfer.holes import WORTH_ASKING, mark_holes
 from agent.transfer.jobs import Abandoned, FileJob, LargeFile, count_done, empty_bitmap
 from agent.transfer.patience import attempts
+from agent.transfer.reuse import Reuse
 from agent.transfer.source_session import SessionLost
 from protocol.errors import NeedsPerson, RetryLater, TaskFailed, TowpathError
 from protocol.session import EXTENTS
@@ -50,9 +51,11 @@ class LargeFiles:
             run.retries.job_failed(job, fault(error, "destination", job.destination_path))
             return
         await self._leave_holes(file)
+        reuse = Reuse(run, file)
         # Held open while ranges are being handed out, so that the file is not taken for idle in between.
         file.open_ranges += 1
-        for offset, length in missing_ranges(file.done, job.row.size, file.block, max(RANGE_BYTES, file.block)):
+        await reuse.run()
+        for offset, length in missing_ranges(reuse.have, job.row.size, file.block, max(RANGE_BYTES, file.block)):
             await run.budget.acquire(length)
             if file.failed:
                 run.budget.release(length)

@@ -17,7 +17,7 @@ import trio
 
 from agent.storage.base import Directory, Node, Root, version_of
 from agent.storage.faults import fault
-from agent.transfer.checksum import file_digest
+from agent.transfer.checksum import block_digests, file_digest
 from agent.transfer.holes import data_extents
 from agent.transfer.send import LaneRequest, LaneSender
 from agent.transfer.source_policy import SourcePolicy
@@ -121,7 +121,9 @@ class Control:
                 await self._stream.send_all(session.encode(session.Failed(0, error.to_document())))
                 raise
             self.instance = first.instance
-            await self._stream.send_all(session.encode(session.HelloAnswer(abilities=[session.EXTENTS])))
+            await self._stream.send_all(
+                session.encode(session.HelloAnswer(abilities=[session.EXTENTS, session.BLOCK_DIGESTS]))
+            )
         if scope.cancelled_caught:
             raise RetryLater("The destination did not introduce itself in time.")
 
@@ -190,6 +192,9 @@ class Control:
             nursery.start_soon(self._digest, request)
         elif isinstance(request, session.FindExtents):
             nursery.start_soon(self._extents, request)
+        elif isinstance(request, session.DigestBlocks):
+            session.check_blocks_untrusted(request)
+            nursery.start_soon(self._block_digests, request)
         elif isinstance(request, session.RenewTicket):
             self._side.policy.renew(self._side.verifier, request.ticket, time.time())
         elif isinstance(request, session.Ping):
@@ -294,6 +299,29 @@ class Control:
             # Looked at afterwards: what was found belongs to this version and no other.
             same = version_of(root.fstat(descriptor)) == tuple(request.version)
             return extents if same else None
+        finally:
+            root.close_file(descriptor)
+
+    async def _block_digests(self, request: session.DigestBlocks) -> None:
+        try:
+            path = self._allowed(request.path)
+            digests = await trio.to_thread.run_sync(self._digests_of, request, path, limiter=self._digests)
+            await self._answer(session.BlockDigests(request.r, digests))
+        except TowpathError as error:
+            await self._answer(session.Failed(request.r, error.to_document()))
+        except OSError as error:
+            await self._answer(session.Failed(request.r, fault(error, "source", request.path).to_document()))
+
+    def _digests_of(self, request: session.DigestBlocks, path: CollectionPath) -> list[bytes]:
+        root = self._side.root
+        parent, name = root.open_parent(path)
+        with parent:
+            descriptor = parent.open_read(name, follow=request.follow)
+        try:
+            digests = block_digests(root, descriptor, request)
+            if version_of(root.fstat(descriptor)) != tuple(request.version):
+                raise RetryLater("The file changed while it was compared.", code="FILE_CHANGED", who="source owner")
+            return digests
         finally:
             root.close_file(descriptor)
 

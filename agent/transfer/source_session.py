@@ -194,6 +194,21 @@ class SourceSession:
             check_extents_untrusted(answer.extents, version[2])
         return answer.extents
 
+    async def block_digests(
+        self, path: bytes, version: session.Version, block: int, first: int, count: int, *, follow: bool
+    ) -> list[bytes]:
+        """Digests of some blocks of a file. Only with the ability `BLOCK_DIGESTS`."""
+        r = self.number()
+        receive = self._open(r, 1)
+        try:
+            self.post(session.DigestBlocks(r, path, version, block, first, count, follow))
+            answer = await self._next_answer(receive, ANSWER_TIMEOUT)
+        finally:
+            self._waiting.pop(r, None)
+        if not isinstance(answer, session.BlockDigests) or len(answer.digests) != count:
+            raise ProtocolError("The source answered a question that was not asked.")
+        return answer.digests
+
     async def list_directory(self, path: bytes, *, follow: bool) -> AsyncGenerator[list[session.Row], None]:
         """The rows of a directory, some at a time; the source sends no faster than they are taken."""
         r = self.number()
