@@ -88,12 +88,12 @@ async def test_a_limit_counts_everything_below(quick_path: Path, limit: int, sta
     assert (engine.destination / "x" / "y" / "z").exists() is (state == "FAILED")
 
 
-async def test_a_crash_at_every_call_of_a_mirror(quick_path: Path) -> None:
+async def test_a_crash_at_every_other_call_of_a_mirror(quick_path: Path) -> None:
     plain = Engine(quick_path / "plain", MIRROR)
     lay_out(plain)
     await plain.run()
     crashes = 0
-    for number in range(1, len(plain.calls) + 1):
+    for number in range(1, len(plain.calls) + 1, 2):
 
         def die(call: Call, number: int = number) -> int | None:
             if call.number == number:

@@ -174,7 +174,9 @@ async def interrupted(base: Path) -> tuple[Engine, int]:
     return engine, before.counters.files_transferred
 
 
-@pytest.mark.parametrize("damage", ["zeros", "half", "garbage"])
+@pytest.mark.parametrize(
+    "damage", ["zeros", *(pytest.param(one, marks=pytest.mark.soak) for one in ("half", "garbage"))]
+)
 async def test_a_damaged_journal_is_rebuilt_by_comparing(quick_path: Path, damage: str) -> None:
     engine, _ = await interrupted(quick_path)
     there = sum(1 for path in engine.destination.rglob("*") if path.is_file())
