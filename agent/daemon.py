@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import ipaddress
 import logging
 import os
 import signal
@@ -186,7 +187,7 @@ class Daemon:
                 if self._quic is not None:
                     nursery.start_soon(self._quic.run)
                     nursery.start_soon(self._move_quic, self._quic)
-                if self._config.data.port_mapping and not self._config.data.allow_loopback:
+                if self._config.data.port_mapping and not self._is_local_only():
                     nursery.start_soon(self._port_mapping.run)
                 nursery.start_soon(self._upkeep)
                 nursery.start_soon(self._tell_service_manager, notifier)
@@ -209,6 +210,11 @@ class Daemon:
         while True:
             await self._network.changed.wait()
             await quic.moved()
+
+    def _is_local_only(self) -> bool:
+        """Whether the data port is meant for this machine alone."""
+        data = self._config.data
+        return data.allow_loopback or ipaddress.ip_address(data.listen).is_loopback
 
     async def _settle(self) -> None:
         logger.info("Stopping: running tasks are settled first.")
