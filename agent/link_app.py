@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, TypeVar
 
@@ -25,7 +25,7 @@ from agent.collections import Collections
 from agent.config import CollectionConfig, is_uuid
 from agent.policy import Access, Policy
 from agent.services import TaskService
-from agent.storage.base import Root
+from agent.storage.base import Reach, Root
 from agent.storage.faults import fault
 from agent.storage.listing import Accounts, list_directory, stat_entry
 from agent.storage.query import parse_query_untrusted
@@ -78,16 +78,20 @@ class _Acknowledgement(Record, frozen=True, kw_only=True):
     n: int
 
 
-class _PathBody(Record, frozen=True, kw_only=True):
+class _Body(Record, frozen=True, kw_only=True):
+    reach: list[str] | None = None
+
+
+class _PathBody(_Body, frozen=True, kw_only=True):
     path: str
 
 
-class _RenameBody(Record, frozen=True, kw_only=True):
+class _RenameBody(_Body, frozen=True, kw_only=True):
     old_path: str
     new_path: str
 
 
-class _SymlinkBody(Record, frozen=True, kw_only=True):
+class _SymlinkBody(_Body, frozen=True, kw_only=True):
     path: str
     symlink_target: str
 
@@ -197,13 +201,22 @@ class LinkApp:
     async def _list_collections(self, _request: Request) -> Response:
         return _answer({"collections": await self._look()})
 
-    async def _on(self, config: CollectionConfig, path: CollectionPath, work: Callable[[Root], T]) -> T:
-        """Do something to a collection's root, in a thread. A call that the relay gave up runs to its end there."""
+    async def _on(
+        self, config: CollectionConfig, path: CollectionPath, reach: Sequence[str] | None, work: Callable[[Root], T]
+    ) -> T:
+        """Do something to a collection's root, in a thread. A call that the relay gave up runs to its end there.
+
+        ``reach`` names the folders in which symlinks may end; None is the whole collection.
+        """
+        narrow = None if reach is None else Reach(tuple(parse_path_untrusted(folder) for folder in reach))
 
         def in_thread() -> T:
-            with self._collections.using(config) as root:
+            with self._collections.using(config) as whole:
                 try:
-                    return work(root)
+                    if narrow is None:
+                        return work(whole)
+                    with whole.narrowed(narrow) as root:
+                        return work(root)
                 except OSError as error:
                     raise fault(error, "", path) from error
 
@@ -227,15 +240,19 @@ class LinkApp:
             offset=_number(request, "offset", 0),
             show_hidden=query.get("show_hidden", "1") != "0",
         )
-        listing = await self._on(config, path, lambda root: list_directory(root, path, wanted, self._accounts))
+        reach = query.getlist("reach") or None
+        listing = await self._on(config, path, reach, lambda root: list_directory(root, path, wanted, self._accounts))
         return _answer(listing)
 
     async def _stat(self, request: Request) -> Response:
-        config, path = self._allowed(request, request.query_params.get("path") or "~", "r")
-        return _answer(await self._on(config, path, lambda root: stat_entry(root, path, self._accounts)))
+        query = request.query_params
+        config, path = self._allowed(request, query.get("path") or "~", "r")
+        reach = query.getlist("reach") or None
+        return _answer(await self._on(config, path, reach, lambda root: stat_entry(root, path, self._accounts)))
 
     async def _mkdir(self, request: Request) -> Response:
-        config, path = self._allowed(request, (await _body(request, _PathBody)).path, "rw")
+        body = await _body(request, _PathBody)
+        config, path = self._allowed(request, body.path, "rw")
         if not path:
             raise ItemFailed("The root of the collection exists already.", code="EXISTS")
 
@@ -245,7 +262,7 @@ class LinkApp:
                 parent.mkdir(name)
                 parent.sync()
 
-        await self._on(config, path, work)
+        await self._on(config, path, body.reach, work)
         return Response(status_code=201)
 
     async def _rename(self, request: Request) -> Response:
@@ -267,7 +284,7 @@ class LinkApp:
                     raise fault(error, "", new) from error
                 source.sync()
 
-        await self._on(config, old, work)
+        await self._on(config, old, body.reach, work)
         return _answer({})
 
     async def _symlink(self, request: Request) -> Response:
@@ -283,7 +300,7 @@ class LinkApp:
                 parent.symlink(name, target)
                 parent.sync()
 
-        await self._on(config, path, work)
+        await self._on(config, path, body.reach, work)
         return Response(status_code=201)
 
     # --- tasks -----------------------------------------------------------------------------------------

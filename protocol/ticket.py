@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from protocol.control import Record
 from protocol.errors import ProtocolError
 from protocol.identity import load_private_key, private_key_pem, public_key_fingerprint, write_private_file
+from protocol.names import CollectionPath, parse_path_untrusted
 
 ALGORITHM = "EdDSA"
 MAX_TOKEN = 256 * 1024
@@ -27,13 +28,22 @@ LEEWAY = 120.0
 
 
 class Grant(Record, frozen=True, kw_only=True):
-    """What one side of a ticket may be asked for: a node (by certificate pin), a collection, path prefixes."""
+    """What one side of a ticket may be asked for: a node (by certificate pin), a collection, path prefixes.
+
+    ``reach`` names the folders in which symlinks below those paths may end: what the task's owner may read (or write)
+    at all. None is the whole collection; a ticket that says nothing reaches no farther than its paths.
+    """
 
     node_id: str
     fingerprint: str
     collection_id: str
     paths: list[str]
     access: Literal["r", "rw"]
+    reach: list[str] | None = None
+
+    def folders(self) -> tuple[CollectionPath, ...] | None:
+        """``reach`` as parsed paths. Raises `ProtocolError`."""
+        return None if self.reach is None else tuple(parse_path_untrusted(path) for path in self.reach)
 
 
 class Ticket(Record, frozen=True, kw_only=True):
@@ -108,8 +118,9 @@ class TicketSigner:
 
     def sign(self, ticket: Ticket) -> str:
         """The ticket as it travels."""
-        if len(ticket.destination.paths) > MAX_PATHS or (ticket.source and len(ticket.source.paths) > MAX_PATHS):
-            raise ValueError(f"A ticket names at most {MAX_PATHS} path prefixes a side.")
+        for grant in (ticket.destination, ticket.source):
+            if grant is not None and max(len(grant.paths), len(grant.reach or ())) > MAX_PATHS:
+                raise ValueError(f"A ticket names at most {MAX_PATHS} path prefixes a side.")
         return self.sign_claims(
             {
                 "iss": ticket.relay_id,
@@ -132,6 +143,7 @@ def _grant_claims(grant: Grant) -> dict[str, Any]:
         "collection": grant.collection_id,
         "paths": grant.paths,
         "access": grant.access,
+        "reach": grant.reach,
     }
 
 
@@ -141,9 +153,11 @@ class _GrantClaims(msgspec.Struct, frozen=True):
     collection: str
     paths: list[str]
     access: Literal["r", "rw"]
+    reach: list[str] | msgspec.UnsetType | None = msgspec.UNSET
 
     def grant(self) -> Grant:
-        if len(self.paths) > MAX_PATHS:
+        reach = self.paths if self.reach is msgspec.UNSET else self.reach
+        if max(len(self.paths), len(reach or ())) > MAX_PATHS:
             raise ProtocolError("The ticket names too many paths.")
         return Grant(
             node_id=self.node,
@@ -151,6 +165,7 @@ class _GrantClaims(msgspec.Struct, frozen=True):
             collection_id=self.collection,
             paths=self.paths,
             access=self.access,
+            reach=reach,
         )
 
 
@@ -215,6 +230,19 @@ class TicketVerifier:
         if now > expires + LEEWAY or now < issued - LEEWAY:
             raise TicketExpired("The statement of the relay is not valid at this time.", code="TICKET_EXPIRED")
         return claims
+
+    def at_any_time_untrusted(self, token: str) -> Ticket:
+        """A ticket whose signature and relay are right, for what it said when it was issued, also after its end.
+
+        For work of the destination on its own storage, which was allowed then. Raises only `ProtocolError`.
+        """
+        try:
+            issued = jwt.decode(token, options={"verify_signature": False}).get("iat")
+        except (jwt.PyJWTError, ValueError) as error:
+            raise ProtocolError("A statement that should come from the relay is not signed by it.") from error
+        if not isinstance(issued, int | float):
+            raise ProtocolError("The statement of the relay has no time of validity.")
+        return self.verify_untrusted(token, issued)
 
     def verify_untrusted(self, token: str, now: float) -> Ticket:
         """A ticket whose signature, relay and times are right. ``now`` is Unix seconds.

@@ -24,7 +24,7 @@ from typing import Literal, Self, TypeAlias
 
 import msgspec
 
-from protocol.names import RESERVED_PREFIX, CollectionPath
+from protocol.names import RESERVED_PREFIX, CollectionPath, is_within
 
 Kind: TypeAlias = Literal["file", "dir", "symlink", "chr", "blk", "pipe", "other"]
 Version: TypeAlias = tuple[int, int, int, int, int]
@@ -51,6 +51,34 @@ class LeavesCollection(OSError):
 
     def __init__(self, sentence: str = "leads out of the collection") -> None:
         super().__init__(errno.EXDEV, sentence)
+
+
+class LeavesReach(PermissionError):
+    """A symlink leads to a folder of the collection that is not open to whoever came this way."""
+
+    def __init__(self) -> None:
+        super().__init__(errno.EACCES, "is reached through a symlink that leads to where you have no permission")
+
+
+@dataclass(frozen=True)
+class Reach:
+    """The folders of a collection that somebody may come to, whatever symlinks say."""
+
+    folders: tuple[CollectionPath, ...]
+
+    def check_way(self, place: Sequence[bytes]) -> None:
+        """Raise `LeavesReach` unless the place lies in one of the folders, or on the way to one."""
+        if not any(_begin_alike(place, folder) for folder in self.folders):
+            raise LeavesReach
+
+    def check_end(self, place: Sequence[bytes]) -> None:
+        """Raise `LeavesReach` unless the place lies in one of the folders."""
+        if not any(is_within(tuple(place), folder) for folder in self.folders):
+            raise LeavesReach
+
+
+def _begin_alike(one: Sequence[bytes], other: Sequence[bytes]) -> bool:
+    return all(left == right for left, right in zip(one, other, strict=False))
 
 
 class NotRegularFile(OSError):
@@ -304,6 +332,14 @@ class Root(ABC):
         because a source does not have it. Raises `NeedsPerson` (ROOT_CHANGED). Storage without marks has nothing
         more to look at."""
         self.check_present()
+
+    @abstractmethod
+    def narrowed(self, reach: Reach) -> Root:
+        """The same tree for somebody who may come to some folders only: symlinks that lead elsewhere are refused
+        (`LeavesReach`). Paths that are asked for by name are not looked at; whoever asks has checked those.
+
+        The new root is closed by itself; both may be used side by side.
+        """
 
     @abstractmethod
     def free_bytes(self) -> int:

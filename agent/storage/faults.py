@@ -6,7 +6,7 @@ import errno
 import os
 from typing import Literal
 
-from agent.storage.base import IllegalName, LeavesCollection, NotRegularFile
+from agent.storage.base import IllegalName, LeavesCollection, LeavesReach, NotRegularFile
 from protocol.errors import ItemFailed, NeedsPerson, RetryLater, TowpathError, Who
 from protocol.names import CollectionPath, escape, format_path
 
@@ -78,6 +78,8 @@ def fault(error: OSError, side: Side, path: CollectionPath | bytes | str) -> Tow
     if isinstance(error, LeavesCollection):
         sentence = f"{what} {error.strerror}, which nothing is allowed to do."
         return ItemFailed(sentence, code="PERMISSION_DENIED", who=who, subject=subject)
+    if isinstance(error, LeavesReach):
+        return ItemFailed(f"{what} {error.strerror}.", code="PERMISSION_DENIED", who=who, subject=subject)
     if isinstance(error, NotRegularFile):
         return ItemFailed(f"{what} {error.strerror}.", code="NOT_A_FILE", subject=subject)
     if isinstance(error, IllegalName):

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
-from agent.storage.base import Bytes, Directory, Node, Root
+from agent.storage.base import Bytes, Directory, Node, Reach, Root
 from protocol.names import CollectionPath
 
 
@@ -104,6 +104,11 @@ class FaultyRoot(Root):
 
     def identity(self) -> tuple[int, int]:
         return self.inner.identity()
+
+    def narrowed(self, reach: Reach) -> FaultyRoot:
+        narrow = FaultyRoot(self.inner.narrowed(reach))
+        narrow.script = self.script
+        return narrow
 
     def check_present(self) -> None:
         self.script.before("check_present")

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 
-from agent.storage.base import Bytes, Directory, Node, Root
+from agent.storage.base import Bytes, Directory, Node, Reach, Root
 from protocol.names import CollectionPath, is_reserved
 
 
@@ -197,6 +197,9 @@ class HidingRoot(Root):
 
     def identity(self) -> tuple[int, int]:
         return self.inner.identity()
+
+    def narrowed(self, reach: Reach) -> HidingRoot:
+        return HidingRoot(self.inner.narrowed(reach))
 
     def check_present(self) -> None:
         self.inner.check_present()

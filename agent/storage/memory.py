@@ -7,7 +7,9 @@ permission checks, umask, owners other than this process, special files, sync (e
 
 from __future__ import annotations
 
+import copy
 import errno
+import itertools
 import os
 import threading
 import time
@@ -26,6 +28,7 @@ from agent.storage.base import (
     LeavesCollection,
     Node,
     NotRegularFile,
+    Reach,
     Root,
     checked_time,
     component,
@@ -93,7 +96,8 @@ class MemoryRoot(Root):
         self.present = True
         self._path = _split(path)
         self._capacity = capacity
-        self._numbers = 1
+        self._numbers = itertools.count(2)
+        self._reach: Reach | None = None
         self._lock = threading.RLock()
         self.top = _Inode("dir", 1, mode=0o755)
 
@@ -123,6 +127,11 @@ class MemoryRoot(Root):
                     where = way
             return self._open(list(where))
 
+    def narrowed(self, reach: Reach) -> MemoryRoot:
+        root = copy.copy(self)
+        root._reach = reach
+        return root
+
     def identity(self) -> tuple[int, int]:
         return (_DEVICE, self.top.number)
 
@@ -142,8 +151,7 @@ class MemoryRoot(Root):
 
     def new(self, kind: Kind, *, mode: int = 0o755, target: bytes = b"") -> _Inode:
         """An inode with the next number; the lock is held."""
-        self._numbers += 1
-        return _Inode(kind, self._numbers, mode=mode, target=target)
+        return _Inode(kind, next(self._numbers), mode=mode, target=target)
 
     @property
     def lock(self) -> threading.RLock:
@@ -181,14 +189,18 @@ class MemoryRoot(Root):
                 continue
             here.append(inode)
             done.append(name)
+        if links and self._reach is not None:
+            self._reach.check_end(done)
         if folder and here[-1].kind != "dir":
             raise _error(errno.ENOTDIR)
         return here[-1], tuple(done)
 
     def parent_of(self, way: list[bytes]) -> tuple[_Inode, CollectionPath]:
         """The folder that would hold the end of a way whose last component is missing, through a dangling symlink."""
-        for _ in range(MAX_LINKS):
+        for turn in range(MAX_LINKS):
             parent, where = self.find(way[:-1], folder=True)
+            if turn and self._reach is not None:
+                self._reach.check_end((*where, way[-1]))
             inode = parent.entries.get(way[-1])
             if inode is None or inode.kind != "symlink":
                 return parent, (*where, way[-1])

@@ -17,6 +17,7 @@ from agent.storage.base import (
     IllegalName,
     Node,
     NotRegularFile,
+    Reach,
     Root,
     component,
     node_from_stat,
@@ -49,11 +50,11 @@ def open_root(path: str, expected: mounts.Mark | None = None) -> PosixRoot:
 class PosixRoot(Root):
     """A folder of this machine. Made by `open_root`; owns the handle it is given."""
 
-    def __init__(self, fd: int, path: str, expected: mounts.Mark | None = None) -> None:
+    def __init__(self, fd: int, path: str, expected: mounts.Mark | None = None, reach: Reach | None = None) -> None:
         self._fd = fd
         self._expected = expected
         self._configured = path
-        self.walker = Walker(fd, sorted({os.path.abspath(path), os.path.realpath(path)}))
+        self.walker = Walker(fd, sorted({os.path.abspath(path), os.path.realpath(path)}), reach)
         status = os.fstat(fd)
         self._identity = (status.st_dev, status.st_ino)
         self._mount = mounts.mount_of(fd, path)
@@ -82,6 +83,9 @@ class PosixRoot(Root):
 
     def make_directories(self, path: CollectionPath, *, durable: bool = True) -> PosixDirectory:
         return self.readable(*self.walker.walk(_checked(path), make=True, durable=durable))
+
+    def narrowed(self, reach: Reach) -> PosixRoot:
+        return PosixRoot(os.dup(self._fd), self._configured, self._expected, reach)
 
     def identity(self) -> tuple[int, int]:
         return self._identity
@@ -220,7 +224,8 @@ class PosixDirectory(Directory):
             if not follow:
                 raise os_error(errno.ENOTDIR) from error
             walker = self._root.walker
-            return self._root.readable(*walker.walk(walker.expand(self._path, read_link(self._fd, name, error))))
+            way = walker.expand(self._path, read_link(self._fd, name, error))
+            return self._root.readable(*walker.walk(way, followed=True))
 
     def create_temporary(self, name: bytes, mode: int = 0o600) -> int:
         return os.open(component(name), handles.CREATE, mode & PERMISSION_BITS, dir_fd=self._fd)

@@ -12,7 +12,7 @@ import errno
 import os
 from collections.abc import Sequence
 
-from agent.storage.base import MAX_LINKS, LeavesCollection
+from agent.storage.base import MAX_LINKS, LeavesCollection, Reach
 from agent.storage.handles import LOOKUP, PERHAPS_LINK, os_error, sync_folder
 from protocol.names import CollectionPath
 
@@ -27,20 +27,31 @@ def components(path: bytes) -> list[bytes]:
 
 class Walker:
     """Walks below one root handle, which stays the caller's. ``spellings`` are the root's absolute paths: a symlink
-    with an absolute target is inside when it begins with one of them."""
+    with an absolute target is inside when it begins with one of them. With ``reach`` symlinks lead into its folders
+    only; what was asked for by name is not looked at."""
 
-    def __init__(self, fd: int, spellings: Sequence[str]) -> None:
+    def __init__(self, fd: int, spellings: Sequence[str], reach: Reach | None = None) -> None:
         self._fd = fd
         self._spellings = [components(os.fsencode(spelling)) for spelling in spellings]
+        self._reach = reach
 
     def retire(self) -> None:
         """Walk no more: the root's handle is about to be closed, and its number may soon mean something else."""
         self._fd = -1
 
-    def walk(self, path: Sequence[bytes], *, make: bool = False, durable: bool = False) -> tuple[int, CollectionPath]:
+    def walk(
+        self,
+        path: Sequence[bytes],
+        *,
+        make: bool = False,
+        durable: bool = False,
+        followed: bool = False,
+        name: tuple[bytes, ...] = (),
+    ) -> tuple[int, CollectionPath]:
         """Descend to a folder, through symlinks that stay inside: a handle for lookups, and where it really is.
 
-        With ``make`` missing folders are made, and with ``durable`` synced. The caller owns the handle.
+        With ``make`` missing folders are made, and with ``durable`` synced. ``followed`` says that the path itself is
+        what a symlink stands for, ``name`` what is wanted in the folder then. The caller owns the handle.
         """
         pending = list(reversed(path))
         done: list[bytes] = []
@@ -48,23 +59,29 @@ class Walker:
         fd = os.dup(self._fd)
         try:
             for _ in range(_MAX_STEPS):
+                reach = self._reach if followed or links else None
                 if not pending:
+                    if reach is not None:
+                        reach.check_end((*done, *name))
                     return fd, tuple(done)
-                name = pending.pop()
+                step = pending.pop()
                 # Comes from link targets only. `done` holds no links, so its parent is one component shorter.
-                if name == b"..":
+                if step == b"..":
                     way = _parent(done)
                 else:
-                    below = _enter(fd, name)
+                    if reach is not None:
+                        # Before the look, so that not even its existence is told.
+                        reach.check_way((*done, step))
+                    below = _enter(fd, step)
                     if isinstance(below, int):
                         os.close(fd)
                         fd = below
-                        done.append(name)
+                        done.append(step)
                         continue
                     if below is None:
                         # Made or not, the next round sees what is there now.
-                        _make(fd, name, make, durable)
-                        pending.append(name)
+                        _make(fd, step, make, durable)
+                        pending.append(step)
                         continue
                     links += 1
                     way = self.expand(done, below)
@@ -92,12 +109,12 @@ class Walker:
         raise LeavesCollection
 
     def resolve(self, way: list[bytes]) -> tuple[int, CollectionPath, bytes]:
-        """Follow a way to its end: a handle of the folder that holds it, where that is, and its name there, which is
-        no link. The name is empty if the way ends at the folder itself. The caller owns the handle."""
+        """Follow a symlink's way to its end: a handle of the folder that holds it, where that is, and its name there,
+        which is no link. The name is empty if the way ends at the folder itself. The caller owns the handle."""
         for _ in range(MAX_LINKS):
             if not way or way[-1] == b"..":
-                return (*self.walk(way), b"")
-            fd, where = self.walk(way[:-1])
+                return (*self.walk(way, followed=True), b"")
+            fd, where = self.walk(way[:-1], followed=True, name=(way[-1],))
             try:
                 target = os.readlink(way[-1], dir_fd=fd)
             except OSError as error:

@@ -15,7 +15,7 @@ from itertools import islice
 
 import trio
 
-from agent.storage.base import Directory, Node, Root, version_of
+from agent.storage.base import Directory, Node, Reach, Root, version_of
 from agent.storage.faults import fault
 from agent.transfer.checksum import block_digests, file_digest
 from agent.transfer.holes import data_extents
@@ -54,7 +54,9 @@ class SourceSide:
     """All connections of one session at its source."""
 
     def __init__(self, root: Root, policy: SourcePolicy, verifier: TicketVerifier) -> None:
+        self._whole = root
         self.root = root
+        self._reach: tuple[CollectionPath, ...] | None = None
         self.policy = policy
         self.verifier = verifier
         self.control: Control | None = None
@@ -72,6 +74,14 @@ class SourceSide:
             if self.control is control:
                 self.control = None
             await trio.aclose_forcefully(stream)
+
+    def confine(self) -> None:
+        """Let symlinks lead from now on as far as the accepted ticket says. Blocks shortly."""
+        if self.policy.reach == self._reach:
+            return
+        self._reach = self.policy.reach
+        # The root of before stays open: lanes of an earlier control stream may still read from it.
+        self.root = self._whole if self._reach is None else self._whole.narrowed(Reach(self._reach))
 
     def join(self, instance: bytes, number: int) -> queue.SimpleQueue[LaneRequest | None]:
         """The queue of a lane that names the live control stream. Raises `ProtocolError`; any thread may call."""
@@ -120,6 +130,7 @@ class Control:
             except TowpathError as error:
                 await self._stream.send_all(session.encode(session.Failed(0, error.to_document())))
                 raise
+            self._side.confine()
             self.instance = first.instance
             await self._stream.send_all(
                 session.encode(session.HelloAnswer(abilities=[session.EXTENTS, session.BLOCK_DIGESTS]))

@@ -17,6 +17,8 @@ class SourcePolicy:
         self._fingerprint = fingerprint
         self._collection_id = collection_id
         self._prefixes: tuple[CollectionPath, ...] = ()
+        # Where symlinks may lead; None is anywhere in the collection.
+        self.reach: tuple[CollectionPath, ...] | None = ()
         self._expires = 0.0
         self._peer = ""
 
@@ -36,15 +38,20 @@ class SourcePolicy:
         if ticket.destination.fingerprint != peer_fingerprint:
             raise AccessDenied("The ticket was given to another node.", code="TICKET_REFUSED")
         self._prefixes = tuple(parse_path_untrusted(path) for path in source.paths)
+        self.reach = source.folders()
         self._expires = ticket.expires
         self._peer = peer_fingerprint
         return ticket
 
     def renew(self, verifier: TicketVerifier, token: str, now: float) -> None:
-        """Replace the ticket of a session in progress. Raises as `accept` does."""
+        """Replace the ticket of a session in progress. Raises as `accept` does, and `RetryLater` when the new one
+        reaches other folders: what is open already was opened for the old one, so the session begins anew."""
         if not self._peer:
             raise ProtocolError("A ticket cannot be renewed before there is one.")
+        before = self.reach
         self.accept(verifier, token, self._peer, now)
+        if self.reach != before:
+            raise RetryLater("What the task's owner may reach has changed; the session begins anew.")
 
     def check(self, path: CollectionPath, now: float) -> None:
         """Whether this path may be read now. Raises `AccessDenied`, or `RetryLater` when the ticket has run out."""

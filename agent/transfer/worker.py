@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from agent.connect.congestion import tune_sender
 from agent.connect.tls import HANDSHAKE_TIMEOUT, check_peer, session_context
 from agent.connect.transport import send_at_once
-from agent.storage.base import Root
+from agent.storage.base import Reach, Root
 from agent.storage.hiding import offered
 from agent.storage.posix import open_root
 from agent.transfer.channel import (
@@ -45,7 +45,7 @@ from protocol.control import FINAL_STATES
 from protocol.errors import NeedsPerson, ProtocolError, TowpathError
 from protocol.identity import NodeKey, fingerprint_of_certificate_untrusted
 from protocol.session import ALPN_CONTROL, ALPN_LANE, Failed, encode
-from protocol.ticket import TicketVerifier
+from protocol.ticket import Grant, TicketVerifier
 
 # A source's worker without connections ends after this many seconds.
 IDLE = 60.0
@@ -66,6 +66,15 @@ def _root_of(collection: WorkerCollection) -> Root:
     return offered(open_root(collection.root, collection.mark), hidden=collection.hidden)
 
 
+def _narrowed(root: Root, grant: Grant) -> Root:
+    """The root as far as symlinks may lead in it by a ticket; takes the place of the one given."""
+    folders = grant.folders()
+    if folders is None:
+        return root
+    with root:
+        return root.narrowed(Reach(folders))
+
+
 async def _run_task(channel: Channel, start: RunTask) -> None:
     mask = os.umask(0)
     os.umask(mask)
@@ -73,7 +82,12 @@ async def _run_task(channel: Channel, start: RunTask) -> None:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(line.run)
         collection = _collection(start.common, start.order.destination.collection_id)
-        runner = TaskRunner(start, line, 0o777 & ~mask, lambda: _root_of(collection))
+        verifier = TicketVerifier(start.common.relay_id, start.common.relay_root)
+
+        def reached_root() -> Root:
+            return _narrowed(_root_of(collection), verifier.at_any_time_untrusted(line.ticket).destination)
+
+        runner = TaskRunner(start, line, 0o777 & ~mask, reached_root)
         observed = await runner.run()
         final = observed.state in FINAL_STATES
         await line.finish(Finished(observed=observed) if final else Checkpointed(observed=observed))

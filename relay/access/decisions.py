@@ -143,6 +143,17 @@ def decide(
     return "forbidden" if all(Ability.SEE in at_one for at_one in held) else "unknown"
 
 
+def reach(facts: CollectionFacts, subject: Subject, wanted: Ability) -> tuple[CollectionPath, ...] | None:
+    """The folders of a collection in which somebody may do something at all; None is the whole collection.
+
+    What lies there by name may be a symlink to somewhere else: this says how far it counts.
+    """
+    folders = {rule.path for rule in live_rules(facts, subject) if wanted in abilities(facts, subject, rule.path)}
+    if wanted in abilities(facts, subject):
+        return None
+    return tuple(sorted(folders))
+
+
 def live_rules(facts: CollectionFacts, subject: Subject) -> list[Rule]:
     """The rules that count for a person now."""
     if not facts.shareable:

@@ -17,6 +17,7 @@ from relay.api.transfer_frame import (
 )
 from relay.transfer import collections
 from relay.transfer.collections import Collection
+from relay.transfer.entitlement import reach_text
 from relay.transfer.fields import Fields, bad_request, query_integer
 from relay.transfer.filesystem import MAX_LIMIT, MAX_PATH, Filesystem, ListingRequest
 from relay.transfer.scopes import place
@@ -26,19 +27,23 @@ router = APIRouter(prefix=f"{PREFIX}/operation/endpoint/{{endpoint_id}}", tags=[
 
 async def _collection(
     services: ServicesHere, caller: CallerHere, endpoint_id: str, ability: Ability, *paths: object, above: bool = False
-) -> Collection:
+) -> tuple[Collection, Filesystem]:
     """The collection, if the caller may do that at all these paths of it; with ``above``, in the folders they are in.
+    And its files, as far as the caller may come to them.
 
     Whoever may not even see the collection is told so before anything is said about their paths.
     """
     now = services.clock()
 
-    def work(connection: Connection) -> Collection:
+    def work(connection: Connection) -> tuple[Collection, list[str] | None]:
         collection = collections.require(connection, endpoint_id, caller.identity_id, Ability.SEE, now=now)
         spots = [_spot(collection, path, above=above) for path in paths]
-        return collections.require(connection, collection.id, caller.identity_id, ability, now=now, spots=spots)
+        found = collections.require(connection, collection.id, caller.identity_id, ability, now=now, spots=spots)
+        return found, reach_text(collections.reach_of(connection, found, caller.identity_id, ability, now))
 
-    return await services.store.read(work)
+    collection, reach = await services.store.read(work)
+    timeout = float(services.settings.limits.call_timeout)
+    return collection, Filesystem(services.registry, timeout=timeout, reach=reach)
 
 
 def _spot(collection: Collection, path: object, *, above: bool) -> Spot:
@@ -49,15 +54,11 @@ def _spot(collection: Collection, path: object, *, above: bool) -> Spot:
     return found[:-1] if above else found
 
 
-def _filesystem(services: ServicesHere) -> Filesystem:
-    return Filesystem(services.registry, timeout=float(services.settings.limits.call_timeout))
-
-
 @router.get("/ls")
 async def list_directory(request: Request, endpoint_id: str, caller: CallerHere, services: ServicesHere) -> Response:
     """The entries of a directory."""
     parameters = request.query_params
-    collection = await _collection(services, caller, endpoint_id, Ability.READ, parameters.get("path"))
+    collection, files = await _collection(services, caller, endpoint_id, Ability.READ, parameters.get("path"))
     _refuse_local_user(parameters.get("local_user"))
     hidden = (parameters.get("show_hidden") or "1").lower()
     if hidden not in ("0", "1", "true", "false"):
@@ -70,25 +71,25 @@ async def list_directory(request: Request, endpoint_id: str, caller: CallerHere,
         limit=query_integer(parameters.get("limit"), "limit", default=MAX_LIMIT, lowest=1, highest=MAX_LIMIT),
         offset=query_integer(parameters.get("offset"), "offset", default=0, lowest=0, highest=10**9),
     )
-    return await answer_large(await _filesystem(services).list(collection, listing))
+    return await answer_large(await files.list(collection, listing))
 
 
 @router.get("/stat")
 async def stat(request: Request, endpoint_id: str, caller: CallerHere, services: ServicesHere) -> Response:
     """One entry."""
-    collection = await _collection(services, caller, endpoint_id, Ability.READ, request.query_params.get("path"))
+    collection, files = await _collection(services, caller, endpoint_id, Ability.READ, request.query_params.get("path"))
     _refuse_local_user(request.query_params.get("local_user"))
-    return answer(await _filesystem(services).stat(collection, request.query_params.get("path") or None))
+    return answer(await files.stat(collection, request.query_params.get("path") or None))
 
 
 @router.post("/mkdir")
 async def mkdir(request: Request, endpoint_id: str, caller: CallerHere, services: ServicesHere) -> Response:
     """Make a directory."""
     fields = Fields(await read_document(request), "the mkdir document")
-    collection = await _collection(services, caller, endpoint_id, Ability.WRITE, fields.raw("path"))
+    collection, files = await _collection(services, caller, endpoint_id, Ability.WRITE, fields.raw("path"))
     fields.data_type("mkdir")
     _refuse_local_user(fields.text("local_user", longest=256))
-    await _filesystem(services).mkdir(collection, fields.raw("path"))
+    await files.mkdir(collection, fields.raw("path"))
     message = "The directory was created successfully"
     return result(request, "DirectoryCreated", message, data_type="mkdir_result", status=202)
 
@@ -98,24 +99,24 @@ async def rename(request: Request, endpoint_id: str, caller: CallerHere, service
     """Rename or move a file or directory. Both folders, the old and the new one, change."""
     fields = Fields(await read_document(request), "the rename document")
     paths = fields.raw("old_path"), fields.raw("new_path")
-    collection = await _collection(services, caller, endpoint_id, Ability.WRITE, *paths, above=True)
+    collection, files = await _collection(services, caller, endpoint_id, Ability.WRITE, *paths, above=True)
     fields.data_type("rename")
     _refuse_local_user(fields.text("local_user", longest=256))
-    await _filesystem(services).rename(collection, fields.raw("old_path"), fields.raw("new_path"))
+    await files.rename(collection, fields.raw("old_path"), fields.raw("new_path"))
     return result(request, "FileRenamed", "File or directory renamed successfully")
 
 
 @router.post("/symlink")
 async def symlink(request: Request, endpoint_id: str, caller: CallerHere, services: ServicesHere) -> Response:
     """Make a symbolic link. It may lead anywhere in the collection, so it needs permission to write everywhere."""
-    collection = await _collection(services, caller, endpoint_id, Ability.WRITE)
+    collection, files = await _collection(services, caller, endpoint_id, Ability.WRITE)
     fields = Fields(await read_document(request), "the symlink document")
     fields.data_type("symlink")
     _refuse_local_user(fields.text("local_user", longest=256))
     target = fields.raw("symlink_target")
     if not isinstance(target, str) or not 0 < len(target) <= MAX_PATH or "\0" in target:
         raise bad_request("symlink_target must be a string that is not empty.")
-    await _filesystem(services).symlink(collection, fields.raw("path"), target)
+    await files.symlink(collection, fields.raw("path"), target)
     return result(request, "SymlinkCreated", "The symlink was created successfully")
 
 

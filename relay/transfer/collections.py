@@ -15,7 +15,7 @@ from typing import Any
 from sqlalchemy import Connection, func, or_, select, update
 
 from protocol.names import CollectionPath, parse_path_untrusted
-from relay.access.decisions import ROOT, Ability, CollectionFacts, RoleGrant, Rule, Spot, decide, live_rules
+from relay.access.decisions import ROOT, Ability, CollectionFacts, RoleGrant, Rule, Spot, decide, live_rules, reach
 from relay.access.principals import subject_of
 from relay.api.errors import ApiError
 from relay.store import transfer_tables as tables
@@ -161,6 +161,13 @@ def require(
     if collection is not None and verdict == "allowed":
         return collection
     raise refusal(collection_id, verdict)
+
+
+def reach_of(
+    connection: Connection, collection: Collection, identity_id: str, ability: Ability, now: float
+) -> tuple[CollectionPath, ...] | None:
+    """The folders in which this identity may do that, None for everywhere: where symlinks may lead them."""
+    return reach(collection.facts, subject_of(connection, identity_id, now), ability)
 
 
 def homes(connection: Connection, ids: Iterable[str], identity_id: str, now: float) -> dict[str, CollectionPath | None]:

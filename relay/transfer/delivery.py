@@ -28,7 +28,7 @@ from protocol.ticket import TicketSigner
 from relay.store.database import Store
 from relay.transfer import event_log, task_reports, task_rows, task_turns
 from relay.transfer.agents import AgentLinks
-from relay.transfer.entitlement import entitled
+from relay.transfer.entitlement import Reaches, entitled, reaches
 from relay.transfer.event_log import TaskEvent
 from relay.transfer.parties import Side, Sides, load_sides, sign_ticket
 from relay.transfer.task_documents import CANCELED, OFFLINE
@@ -107,6 +107,7 @@ class _Loaded:
     task: Task
     sides: Sides
     scope: Scope
+    reaches: Reaches
     entitled: bool
 
 
@@ -249,8 +250,9 @@ class Courier:
 
     def _sign(self, loaded: _Loaded, worker: Side, source: Side | None, now: float) -> str:
         # An order to stop needs no permission to read or write anything.
-        scope = loaded.scope if loaded.entitled and not loaded.task.finished else Scope([], [])
-        return sign_ticket(self._signer, loaded.task, worker, source, scope, now=now, life=self._ticket_life)
+        allowed = loaded.entitled and not loaded.task.finished
+        scope, reaches = (loaded.scope, loaded.reaches) if allowed else (Scope([], []), Reaches([], []))
+        return sign_ticket(self._signer, loaded.task, worker, source, scope, reaches, now=now, life=self._ticket_life)
 
     async def _send_order(self, loaded: _Loaded, worker: Side, now: float) -> None:
         task, source = loaded.task, loaded.sides.source
@@ -381,7 +383,8 @@ def _load(connection: Connection, task_id: str, now: float) -> _Loaded | None:
     if task is None:
         return None
     scope = task_rows.load_scope(connection, task_id)
-    return _Loaded(task, load_sides(connection, task), scope, entitled(connection, task, now))
+    far = reaches(connection, task, now)
+    return _Loaded(task, load_sides(connection, task), scope, far, entitled(connection, task, now))
 
 
 def _end_unentitled(connection: Connection, task_id: str, now: float) -> None:

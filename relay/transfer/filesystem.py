@@ -51,11 +51,13 @@ class ListingRequest:
 
 
 class Filesystem:
-    """File operations through the links. Whether the caller may do them was decided before."""
+    """File operations through the links. Whether the caller may do them was decided before; ``reach`` says in which
+    folders symlinks may end for this caller (None: anywhere)."""
 
-    def __init__(self, links: AgentLinks, *, timeout: float) -> None:
+    def __init__(self, links: AgentLinks, *, timeout: float, reach: list[str] | None = None) -> None:
         self._links = links
         self._timeout = timeout
+        self._reach = reach
 
     async def list(self, collection: Collection, request: ListingRequest) -> dict[str, Any]:
         """``ls``. Raises `ApiError`."""
@@ -118,7 +120,7 @@ class Filesystem:
                 node_id,
                 method,
                 f"/link/collections/{collection.id}/{verb}",
-                query=query,
+                query=[*query, *(("reach", folder) for folder in self._reach or ())],
                 timeout=self._timeout if timeout is None else timeout,
             )
             return check_names_untrusted(decode_untrusted(answer, kind))
@@ -128,8 +130,9 @@ class Filesystem:
     async def _tell(self, operation: Operation, collection: Collection, verb: str, document: dict[str, str]) -> None:
         node_id = self._node(operation, collection)
         path = f"/link/collections/{collection.id}/{verb}"
+        body = document if self._reach is None else {**document, "reach": self._reach}
         try:
-            await self._links.call(node_id, "POST", path, document=document, timeout=self._timeout)
+            await self._links.call(node_id, "POST", path, document=body, timeout=self._timeout)
         except TowpathError as error:
             raise operation_error(operation, error, collection.display_name) from error
 

@@ -13,6 +13,7 @@ from protocol.control import Party
 from protocol.ticket import Grant, Ticket, TicketSigner
 from relay.store import transfer_tables as tables
 from relay.transfer.collections import Collection, load_many
+from relay.transfer.entitlement import Reaches
 from relay.transfer.task_rows import Scope, Task
 
 # Raised when a whole policy changes at once; single permissions are withdrawn by ending their tasks.
@@ -27,13 +28,14 @@ class Side:
     fingerprint: str
     party: Party
 
-    def grant(self, paths: list[str], access: Literal["r", "rw"]) -> Grant:
+    def grant(self, paths: list[str], access: Literal["r", "rw"], reach: list[str] | None) -> Grant:
         return Grant(
             node_id=self.node_id,
             fingerprint=self.fingerprint,
             collection_id=self.party.collection_id,
             paths=paths,
             access=access,
+            reach=reach,
         )
 
 
@@ -74,7 +76,15 @@ def _side(collection: Collection | None, certificates: Mapping[str, tuple[str, s
 
 
 def sign_ticket(
-    signer: TicketSigner, task: Task, worker: Side, source: Side | None, scope: Scope, *, now: float, life: float
+    signer: TicketSigner,
+    task: Task,
+    worker: Side,
+    source: Side | None,
+    scope: Scope,
+    reaches: Reaches,
+    *,
+    now: float,
+    life: float,
 ) -> str:
     """A ticket for one task: these two nodes, read here and write there, these paths, until ``now + life``."""
     ticket = Ticket(
@@ -82,8 +92,8 @@ def sign_ticket(
         ticket_id=str(uuid.uuid4()),
         session_id=task.session_id,
         task_id=task.id,
-        source=None if source is None else source.grant(scope.source, "r"),
-        destination=worker.grant(scope.destination, "rw"),
+        source=None if source is None else source.grant(scope.source, "r", reaches.source),
+        destination=worker.grant(scope.destination, "rw", reaches.destination),
         policy_epoch=POLICY_EPOCH,
         issued=now,
         expires=now + life,

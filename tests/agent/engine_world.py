@@ -51,13 +51,14 @@ class Node:
             endpoint_id=self.id, node_id=self.id, collection_id=self.collection, certificate=self.key.certificate_pem
         )
 
-    def grant(self, access: str, paths: list[str]) -> Grant:
+    def grant(self, access: str, paths: list[str], reach: list[str] | None = None) -> Grant:
         return Grant(
             node_id=self.id,
             fingerprint=self.key.fingerprint,
             collection_id=self.collection,
             paths=paths,
             access=access,  # type: ignore[arg-type]
+            reach=reach,
         )
 
 

@@ -293,6 +293,27 @@ async def test_dots_and_links_lead_nowhere_outside(link: Link) -> None:
     assert link.tree() == before
 
 
+async def test_links_lead_no_farther_than_the_caller_may_go(link: Link) -> None:
+    (link.folder / "rw" / "shared").mkdir()
+    (link.folder / "rw" / "own").mkdir()
+    (link.folder / "rw" / "shared" / "link").symlink_to("../own")
+    (link.folder / "rw" / "shared" / "self").symlink_to(".")
+    (link.folder / "rw" / "own" / "sub").mkdir()
+    for call in ("ls", "stat"):
+        assert (await link.code("GET", at(READ_WRITE, call), path="/shared/link/sub"))[0] == 200
+        assert (await link.code("GET", at(READ_WRITE, call), path="/shared/self", reach="/shared"))[0] == 200
+        refused = await link.code("GET", at(READ_WRITE, call), path="/shared/link/sub", reach="/shared")
+        assert refused == (403, "PERMISSION_DENIED")
+    assert (await link.code("GET", at(READ_WRITE, "ls"), path="/shared/link", reach="/shared"))[0] == 403
+    made = {"path": "/shared/link/new", "reach": ["/shared"]}
+    assert await link.code("POST", at(READ_WRITE, "mkdir"), made) == (403, "PERMISSION_DENIED")
+    linked = {"path": "/shared/link/new", "symlink_target": "x", "reach": ["/shared"]}
+    assert await link.code("POST", at(READ_WRITE, "symlink"), linked) == (403, "PERMISSION_DENIED")
+    moved = {"old_path": "/shared/self/self", "new_path": "/shared/link/new", "reach": ["/shared"]}
+    assert await link.code("POST", at(READ_WRITE, "rename"), moved) == (403, "PERMISSION_DENIED")
+    assert [entry.name for entry in (link.folder / "rw" / "own").iterdir()] == ["sub"]
+
+
 @pytest.mark.parametrize(
     "path",
     [

@@ -313,6 +313,41 @@ async def test_contents_outside_of_the_ticket_are_refused_on_a_lane(scene: Scene
     assert b"".join(payload for header, payload in frames if getattr(header, "r", 0) == 6) == OPEN
 
 
+async def test_links_lead_no_farther_than_the_ticket_says(scene: Scene) -> None:
+    root = scene.made.alpha.root
+    (root / "open/folder").symlink_to("../secret")
+    (root / "open/file").symlink_to("../secret/hidden-name")
+    version, size = scene.version("secret/hidden-name"), len(SECRET)
+    requests: list[session.Message] = [
+        session.ListDirectory(1, b"open/folder", follow=True),
+        session.StatPaths(1, [b"open/folder/hidden-name", b"open/file"], follow=True),
+        session.DigestFile(1, b"open/folder/hidden-name", "SHA256", follow=True),
+        session.DigestFile(1, b"open/file", "SHA256", follow=True),
+    ]
+    on_lane: list[session.Message] = [
+        session.ReadRange(2, 0, b"open/folder/hidden-name", version, 0, size, session.MIN_BLOCK, follow=True),
+        session.ReadRange(3, 0, b"open/file", version, 0, size, session.MIN_BLOCK, follow=True),
+        session.ReadPack(4, 0, b"open/folder", [session.PackFile(b"hidden-name", version)], follow=True),
+    ]
+    context = scene.context(scene.made.beta.key)
+    whole, narrow = scene.ticket, scene.ticket_for(source=scene.made.alpha.grant("r", ["/open"], ["/open"]))
+    for ticket, served in ((whole, True), (narrow, False), (whole, True)):
+        for request in requests:
+            _, answer = await trio.to_thread.run_sync(converse, scene, context, scene.session, ticket, request)
+            if isinstance(answer, session.Stats):
+                assert [result.row is not None for result in answer.results] == [served, served]
+            else:
+                assert isinstance(answer, session.Failed) == (not served), request
+        _, listed = await trio.to_thread.run_sync(
+            converse, scene, context, scene.session, ticket, session.ListDirectory(1, b"open", True)
+        )
+        kinds = {row.name: row.kind for row in listed.rows}
+        seen = {b"folder": session.DIRECTORY, b"file": session.FILE}
+        assert {name: kinds[name] for name in seen} == (seen if served else dict.fromkeys(seen, session.SYMLINK))
+        wire, _ = await trio.to_thread.run_sync(read_on_lane, scene, on_lane, ticket)
+        assert (SECRET[:24] in wire) == served
+
+
 async def test_a_lane_that_names_no_live_session_is_served_zero_bytes(scene: Scene) -> None:
     """The right node, the right certificate, and a guess at the secret of the control stream."""
     context = scene.context(scene.made.beta.key, session.ALPN_LANE)
@@ -321,12 +356,14 @@ async def test_a_lane_that_names_no_live_session_is_served_zero_bytes(scene: Sce
         assert await trio.to_thread.run_sync(visit, scene, context, data) == b""
 
 
-def read_on_lane(scene: Scene, requests: list[session.Message]) -> tuple[bytes, list[tuple[lane.AnyHeader, bytes]]]:
+def read_on_lane(
+    scene: Scene, requests: list[session.Message], ticket: str = ""
+) -> tuple[bytes, list[tuple[lane.AnyHeader, bytes]]]:
     """Enter the session as its destination, ask on a lane, and return all bytes of it until the last answer. Blocks."""
     control = scene.dial(scene.context(scene.made.beta.key))
     bulk = scene.dial(scene.context(scene.made.beta.key, session.ALPN_LANE))
     with control, bulk:
-        control.sendall(session.encode(session.Hello(scene.ticket, INSTANCE)))
+        control.sendall(session.encode(session.Hello(ticket or scene.ticket, INSTANCE)))
         assert isinstance(messages_in(control.recv(65536))[0], session.HelloAnswer)
         bulk.sendall(lane.encode_header(lane.LaneHello(INSTANCE, 0)))
         wire = bytearray()

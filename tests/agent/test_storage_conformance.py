@@ -13,7 +13,9 @@ from agent.storage.base import (
     Directory,
     IllegalName,
     LeavesCollection,
+    LeavesReach,
     NotRegularFile,
+    Reach,
     Root,
     node_from_stat,
     version_of,
@@ -590,3 +592,91 @@ def test_a_node_of_a_plain_stat(tmp_path: Path) -> None:
     node = node_from_stat(b"x", os.lstat(tmp_path))
     assert (node.kind, node.name) == ("dir", b"x")
     assert node.mode == os.lstat(tmp_path).st_mode & 0o7777
+
+
+# --- reach -----------------------------------------------------------------------------------------------
+
+OPEN = (b"open",)
+
+
+@pytest.fixture()
+def narrow(root: Root) -> Iterator[Root]:
+    """A root of which one folder is open; another holds a secret, and links lead to it in every way there is."""
+    for path in ((b"open", b"sub"), (b"secret", b"sub")):
+        root.make_directories(path).close()
+    with root.open_directory((b"secret",)) as secret, root.open_directory(OPEN) as folder:
+        write(root, secret, b"f", b"not for you")
+        write(root, folder, b"f", b"for you")
+        for name, target in {
+            b"file": b"../secret/f",
+            b"folder": b"../secret",
+            b"missing": b"../secret/none",
+            b"top": b"..",
+            b"chain": b"folder/sub",
+            b"back": b"../secret/../open/f",
+            b"fine": b"../open/f",
+            b"fine-folder": b"sub",
+        }.items():
+            folder.symlink(name, target)
+    with root.narrowed(Reach((OPEN,))) as narrowed:
+        yield narrowed
+
+
+@pytest.mark.parametrize("name", [b"file", b"folder", b"top", b"chain"])
+def test_a_link_out_of_reach_leads_nowhere(root: Root, narrow: Root, name: bytes) -> None:
+    link = (*OPEN, name)
+    with narrow.open_directory(OPEN) as folder:
+        calls: list[Callable[[], object]] = [
+            lambda: narrow.stat(link),
+            lambda: narrow.open_directory(link),
+            lambda: folder.stat(name),
+            lambda: folder.open_read(name, follow=True),
+            lambda: folder.open_directory(name, follow=True),
+            lambda: folder.set_times(name, OLD, follow=True),
+        ]
+        if name != b"file":
+            calls += [
+                lambda: narrow.open_directory((*link, b"sub")),
+                lambda: narrow.open_parent((*link, b"f")),
+                lambda: narrow.make_directories((*link, b"made")),
+            ]
+        # Memory resolves a way to its end before it looks how far it may go; it holds no secrets of users.
+        in_memory = isinstance(root, MemoryRoot | FaultyRoot)
+        for call in calls:
+            assert code(call) in ((errno.EACCES, errno.ENOTDIR, errno.ENOENT) if in_memory else (errno.EACCES,))
+        # Without following, a link is an entry like any other.
+        assert folder.lstat(name).kind == "symlink"
+    for place in ((), (b"secret",), (b"secret", b"sub")):
+        with root.open_directory(place) as looked:
+            assert b"made" not in names(looked)
+
+
+def test_whether_something_out_of_reach_exists_is_not_told(root: Root, narrow: Root) -> None:
+    if isinstance(root, MemoryRoot | FaultyRoot):
+        pytest.skip("memory resolves such a way to its end first; it holds no secrets of users")
+    with narrow.open_directory(OPEN) as folder:
+        for name in (b"file", b"missing", b"back"):
+            with pytest.raises(LeavesReach):
+                folder.stat(name)
+
+
+def test_a_link_within_reach_leads_where_it_says(narrow: Root) -> None:
+    with narrow.open_directory(OPEN) as folder:
+        assert content(narrow, folder, b"fine", follow=True) == b"for you"
+        assert narrow.stat((*OPEN, b"fine-folder")).kind == "dir"
+        with narrow.make_directories((*OPEN, b"fine-folder", b"new")) as made:
+            assert made.path == (b"open", b"sub", b"new")
+
+
+def test_a_folder_reached_by_name_is_not_looked_at_again(narrow: Root) -> None:
+    # Whoever asks by name has checked the name; only links are in doubt.
+    parent, name = narrow.open_parent(OPEN)
+    with parent:
+        assert parent.stat(name).kind == "dir"
+
+
+def test_a_narrowed_root_stands_beside_the_whole(root: Root, narrow: Root) -> None:
+    with root.narrowed(Reach(())) as nothing, pytest.raises(LeavesReach):
+        nothing.stat((*OPEN, b"fine"))
+    assert narrow.stat((*OPEN, b"fine")).kind == "file"
+    assert root.stat((*OPEN, b"file")).kind == "file"

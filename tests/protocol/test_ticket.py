@@ -44,6 +44,28 @@ def test_a_ticket_comes_back_as_it_was_signed() -> None:
         assert verifier.verify_untrusted(signer.sign(ticket), NOW + 5) == ticket
 
 
+def test_a_ticket_that_does_not_say_how_far_links_lead_reaches_no_farther_than_its_paths() -> None:
+    signer, verifier = make()
+    for reach in (None, [], ["/a", "/b"]):
+        grant = Grant(node_id="n", fingerprint="f", collection_id="c", paths=["/a"], access="r", reach=reach)
+        assert verifier.verify_untrusted(signer.sign(a_ticket(source=grant)), NOW).source == grant
+    claims = jwt.decode(signer.sign(a_ticket()), options={"verify_signature": False})
+    del claims["src"]["reach"], claims["dst"]["reach"]
+    older = verifier.verify_untrusted(signer.sign_claims(claims), NOW)
+    assert older.source is not None
+    assert older.source.folders() == older.destination.folders() == ((b"a",),)
+
+
+def test_what_a_ticket_said_can_be_read_after_its_end_but_only_what_was_signed() -> None:
+    signer, verifier = make()
+    token = signer.sign(a_ticket(issued=NOW - 9, expires=NOW - 8))
+    assert verifier.at_any_time_untrusted(token).expires == NOW - 8
+    stranger, _ = make()
+    for forged in (stranger.sign(a_ticket()), token[:-9] + "AAAAAAAAA", "", "a.b.c", token.replace(".", "")):
+        with pytest.raises(ProtocolError):
+            verifier.at_any_time_untrusted(forged)
+
+
 def test_expired_and_not_yet_valid_are_told_apart_from_forged() -> None:
     signer, verifier = make()
     token = signer.sign(a_ticket())

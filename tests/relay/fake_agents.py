@@ -50,6 +50,7 @@ class FakeAgent:
     acknowledged: list[int] = field(default_factory=list)
     asked_after: list[int] = field(default_factory=list)
     calls: list[tuple[str, str]] = field(default_factory=list)
+    reaches: list[list[str]] = field(default_factory=list)
     entries: dict[str, Entry] = field(default_factory=dict)
     made: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     pages: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
@@ -117,6 +118,7 @@ class FakeAgent:
 
     def answer(self, method: str, path: str, query: dict[str, list[str]], document: Any) -> Any:
         self.calls.append((method, path))
+        self.reaches.append(query.get("reach", []))
         if self.refuse is not None:
             self.refuse(method, path)
         for pattern, name in _ROUTES:

@@ -21,6 +21,7 @@ from relay.access.decisions import (
     decide,
     effective_roles,
     may_run,
+    reach,
 )
 
 PEOPLE, GROUPS = ("ann", "bob", "cat"), ("lab", "team")
@@ -165,3 +166,12 @@ def test_every_role_and_ability_by_hand() -> None:
         )
         assert abilities(facts, subject) == expected
         assert abilities(facts, Subject(frozenset({"stranger"}))) == set()
+
+
+@given(facts, subjects, st.sampled_from([Ability.READ, Ability.WRITE]), paths)
+def test_links_reach_exactly_what_may_be_read_or_written(
+    facts: CollectionFacts, who: Subject, wanted: Ability, place: CollectionPath
+) -> None:
+    folders = reach(facts, who, wanted)
+    within = folders is None or any(place[: len(folder)] == folder for folder in folders)
+    assert within == (wanted in abilities(facts, who, place))

@@ -126,6 +126,21 @@ async def test_a_rule_opens_its_folder_and_nothing_beside_it(relay: TransferWorl
     await (await relay.person("eve")).refused("GET", f"/endpoint/{endpoint}", 404, "EndpointNotFound")
 
 
+async def test_links_lead_the_callers_of_a_rule_into_its_folder_only(relay: TransferWorld) -> None:
+    alice, bob, endpoint, agent = await opened(relay)
+    for folder, may in ((FOLDER, "rw"), ("/other/", "r")):
+        await alice.post(f"/endpoint/{endpoint}/access", rule(bob.id, may, folder), status=201)
+    base = f"/operation/endpoint/{endpoint}"
+    for person, readable, writable in ((alice, [], None), (bob, ["/other", "/shared"], ["/shared"])):
+        agent.reaches.clear()
+        agent.made.clear()
+        for verb in ("ls", "stat"):
+            assert (await person.ask("GET", f"{base}/{verb}", params={"path": "/shared/x"})).status_code == 200
+        assert agent.reaches == [readable, readable]
+        await person.post(f"{base}/mkdir", {"DATA_TYPE": "mkdir", "path": "/shared/new"}, status=202)
+        assert [document.get("reach") for _, document in agent.made] == [writable]
+
+
 async def test_writing_stays_inside_the_folder(relay: TransferWorld) -> None:
     alice, bob, endpoint, agent = await opened(relay)
     await alice.post(f"/endpoint/{endpoint}/access", rule(bob.id, "rw"), status=201)
@@ -265,6 +280,9 @@ async def test_an_order_to_stop_carries_no_permission(clock: MockClock, scene: S
     before, after = (verifier.verify_untrusted(order.ticket, now) for order in (first, last))
     assert before.source is not None
     assert before.source.paths == ["/shared/d"]
+    # What Bob may read in Alice's collection, and all of his own.
+    assert (before.source.reach, before.destination.reach) == (["/shared"], None)
+    assert after.destination.reach == []
     assert after.source is None or after.source.paths == []
     assert after.destination.paths == []
 
