@@ -70,8 +70,11 @@ def test_a_role_that_is_taken_away_ends_the_transfer_under_way(lab: Lab, friend:
     given = ("--identity", account["username"], "--role", "administrator")
     role = lab.json("endpoint", "role", "create", lab.alpha, *given)["id"]
     lab.run("endpoint", "role", "create", lab.beta, *given)
+    # Real data: holes would arrive at once.
+    block = os.urandom(16 * 1024**2)
     with (lab.root("alpha") / "large").open("wb") as file:
-        file.truncate(64 * 1024**3)
+        for _ in range(256):
+            file.write(block)
     task = other.json("transfer", f"{lab.alpha}:/large", f"{lab.beta}:/large")["task_id"]
     deadline = time.monotonic() + 60
     while not other.json("task", "show", task)["bytes_transferred"]:
