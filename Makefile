@@ -30,8 +30,10 @@ lint: $(BIN)/towpath
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Real clients share one world and one record of what was called, so they run one after the other.
 test: lint $(CLIENTS)/bin/globus
-	GLOBUS_CLI=$(CURDIR)/$(CLIENTS)/bin/globus $(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not soak'
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not soak and not clients'
+	GLOBUS_CLI=$(CURDIR)/$(CLIENTS)/bin/globus $(BIN)/python -m pytest -m 'clients and not soak'
 
 unit: $(BIN)/towpath
 	$(BIN)/python -m pytest -m 'not soak and not clients' tests/protocol tests/agent tests/relay

@@ -210,7 +210,6 @@ def colours(display: str, target: Path) -> set[tuple[int, ...]]:
         return {colour for _, colour in image.convert("RGB").getcolors(maxcolors=1 << 24) or []}  # type: ignore[misc]
 
 
-@pytest.mark.xdist_group("screen")
 def test_the_tray_shows_the_agents_state_on_a_screen(tmp_path: Path, screen: str) -> None:
     state_dir = tmp_path / "agent.state"
     state_dir.mkdir(mode=0o700)
@@ -243,7 +242,6 @@ def test_the_tray_shows_the_agents_state_on_a_screen(tmp_path: Path, screen: str
             assert "Traceback" not in process.stderr.read()
 
 
-@pytest.mark.xdist_group("screen")
 def test_clicks_reach_the_agent(tmp_path: Path, screen: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DISPLAY", screen)
     monkeypatch.setenv("PYSTRAY_BACKEND", "xorg")

@@ -1,4 +1,4 @@
-"""One world for all tests of real clients; they are one group, so that parallel runs start it once."""
+"""One world for all tests of real clients, which run one after the other."""
 
 from __future__ import annotations
 

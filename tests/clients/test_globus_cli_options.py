@@ -13,7 +13,7 @@ import pytest
 
 from tests.clients.lab import Lab, eventually
 
-pytestmark = [pytest.mark.clients, pytest.mark.xdist_group("globus-cli")]
+pytestmark = [pytest.mark.clients]
 
 
 # --- the slides of the Globus tutorial, as they are written ----------------------------------------------------------

@@ -17,7 +17,6 @@ from tests.clients.lab import Lab
 
 pytestmark = [
     pytest.mark.clients,
-    pytest.mark.xdist_group("globus-cli"),
     pytest.mark.skipif("GLOBUS_CLI" not in os.environ, reason="GLOBUS_CLI does not name the globus command"),
 ]
 # Withdrawn within two seconds, as docs/architecture.md says; the rest is for a busy machine.

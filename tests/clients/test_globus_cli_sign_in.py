@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.clients, pytest.mark.xdist_group("globus-cli")]
+pytestmark = [pytest.mark.clients]
 
 PATIENCE = 30.0
 

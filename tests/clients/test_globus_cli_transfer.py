@@ -8,7 +8,7 @@ import pytest
 
 from tests.clients.lab import Lab
 
-pytestmark = [pytest.mark.clients, pytest.mark.xdist_group("globus-cli")]
+pytestmark = [pytest.mark.clients]
 
 
 def test_whoami_and_identities(lab: Lab) -> None:

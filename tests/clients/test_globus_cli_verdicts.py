@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.clients, pytest.mark.xdist_group("globus-cli")]
+pytestmark = [pytest.mark.clients]
 
 TABLE = Path(__file__).parents[2] / "docs" / "globus-cli.md"
 FILES = {"test_globus_cli_options", "test_globus_cli_roles", "test_globus_cli_sign_in", "test_globus_cli_transfer"}

@@ -18,7 +18,7 @@ from tests.clients.browser import Chromium, chromium
 from tests.clients.relay_process import PASSWORD, PATIENCE, RelayProcess, make_relay, serving
 
 # One relay and one browser for the whole file.
-pytestmark = [pytest.mark.clients, pytest.mark.xdist_group("login-towpath")]
+pytestmark = [pytest.mark.clients]
 
 
 @dataclass
