@@ -128,8 +128,7 @@ class PathFinder:
     async def connect(self) -> Connection:
         """One connection more, the best there is now. Raises `RetryLater` when there is no path."""
         found = await self._connect()
-        if found.sock.type == socket.SOCK_STREAM:
-            keep_alive(found.sock)
+        keep_alive(found.sock)
         return found
 
     async def _connect(self) -> Connection:

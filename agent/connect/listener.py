@@ -43,7 +43,9 @@ def reusable(family: socket.AddressFamily) -> socket.socket:
 
 def keep_alive(sock: socket.socket | trio.socket.SocketType) -> None:
     """Have the kernel ask an idle peer for a sign of life: one that vanished is noticed within 14 seconds, and no NAT
-    on the way forgets the connection."""
+    on the way forgets the connection. Does nothing to what is no TCP socket: other carriers keep themselves alive."""
+    if sock.family not in (socket.AF_INET, socket.AF_INET6) or sock.type != socket.SOCK_STREAM:
+        return
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 3), ("TCP_KEEPCNT", 3)):
         if hasattr(socket, name):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import trio
 
-from agent.connect.transport import Path
+from agent.connect.transport import Connection, Path
 from agent.transfer.channel import (
     BetterPath,
     Channel,
@@ -34,7 +34,7 @@ from agent.transfer.task_store import StoredTask
 from agent.transfer.turns import Candidate, claim_of
 from protocol.candidates import PathGo
 from protocol.control import FINAL_STATES, AgentEvent, Counters, SessionAnswer, TaskObserved, TaskOrder
-from protocol.errors import TaskFailed, TowpathError
+from protocol.errors import RetryLater, TaskFailed, TowpathError
 
 if TYPE_CHECKING:
     from agent.transfer.service import TransferService
@@ -338,6 +338,14 @@ class RunningTask:
 
     # --- connections -----------------------------------------------------------------------------------
 
+    async def _found(self, paths: TaskPaths) -> tuple[Connection, str]:
+        """A connection to the source and its certificate. Raises `TowpathError`: what is wrong with one connection must
+        end neither the other tasks nor the daemon."""
+        try:
+            return await paths.connect()
+        except OSError as error:
+            raise RetryLater(f"No connection to the source could be made: {error}.", code="CONNECT_FAILED") from error
+
     async def _connect(self, channel: Channel, message: Connect) -> None:
         paths = self._paths
         if paths is None:
@@ -345,7 +353,7 @@ class RunningTask:
             await channel.send(ConnectFailed(request=message.request, error=error.to_document()))
             return
         try:
-            connection, certificate = await paths.connect()
+            connection, certificate = await self._found(paths)
         except TowpathError as error:
             await channel.send(ConnectFailed(request=message.request, error=error.to_document()))
             return
