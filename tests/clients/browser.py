@@ -17,6 +17,8 @@ import httpx
 import pytest
 
 PATIENCE = 30.0
+# What a script of the page does on a click may leave the page where it is.
+LEAVING = 3.0
 _ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
 
 
@@ -63,7 +65,25 @@ class Chromium:
         self._ask("POST", f"/element/{element}/value", {"text": text})
 
     def click(self, selector: str) -> None:
-        self._ask("POST", f"/element/{self.find(selector)}/click", {})
+        """Click, and wait a moment for the page to go: the driver may answer before the browser has left it."""
+        element = self.find(selector)
+        self._ask("POST", f"/element/{element}/click", {})
+        deadline = time.monotonic() + LEAVING
+        while time.monotonic() < deadline:
+            try:
+                self._ask("GET", f"/element/{element}/name")
+            except LookupError:
+                return
+            time.sleep(0.02)
+
+    def shows(self, text: str) -> bool:
+        """Whether the page says this, now or soon."""
+        deadline = time.monotonic() + PATIENCE
+        while text not in self.text:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.05)
+        return True
 
     def text_of(self, selector: str) -> str:
         for _ in range(20):

@@ -95,7 +95,7 @@ def test_login_with_a_browser(world: World, tmp_path: Path) -> None:
     world.browser.open((tmp_path / "opened").read_text())
     world.sign_in()
     world.browser.click("button[value=allow]")
-    assert "You can close this page" in world.browser.text
+    assert world.browser.shows("You can close this page")
     assert "as ada@localhost" in finished(process)
     profile = next((tmp_path / ".config").rglob("default.json"))
     assert profile.stat().st_mode & 0o777 == 0o600
@@ -166,7 +166,7 @@ def test_a_token_of_long_life(world: World, tmp_path: Path) -> None:
             world.towpath(tmp_path, "endpoint", "search", "--filter-scope", "my-endpoints", **environment).returncode
             == 0
         )
-    assert "ends soon" in world.browser.text
+    assert world.browser.shows("ends soon")
     assert token not in world.relay.log
     world.browser.click("button.small[type=submit]")
 
@@ -178,12 +178,12 @@ def test_passkeys_are_made_and_used(world: World) -> None:
     world.browser.type("#passkey-name", "Laptop")
     world.browser.click("form[data-passkey=make] button")
     world.browser.find("form[action='/account/passkeys/remove']")
-    assert "Laptop" in world.browser.text
+    assert world.browser.shows("Laptop")
     world.browser.forget_cookies()
     world.browser.open(f"{world.relay.url}/sign-in")
     world.browser.click("form[data-passkey=sign-in] button")
     world.browser.find("form[action='/sign-out']")
-    assert "ada@localhost" in world.browser.text
+    assert world.browser.shows("ada@localhost")
 
 
 SHOTS = os.environ.get("TOWPATH_SCREENSHOTS")
