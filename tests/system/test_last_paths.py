@@ -166,7 +166,8 @@ async def over_quic(directory: Path, size: int) -> None:
 
 
 async def test_over_quic_with_kills_of_both_agents(tmp_path: Path) -> None:
-    await over_quic(tmp_path, 64 << 20)
+    # Large enough not to be over before it is looked at and killed twice.
+    await over_quic(tmp_path, 512 << 20)
 
 
 @pytest.mark.soak
