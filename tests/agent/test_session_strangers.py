@@ -3,6 +3,7 @@ it covers, is served nothing. Every byte that comes back is counted and searched
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import ssl
@@ -360,11 +361,12 @@ def read_on_lane(
     scene: Scene, requests: list[session.Message], ticket: str = ""
 ) -> tuple[bytes, list[tuple[lane.AnyHeader, bytes]]]:
     """Enter the session as its destination, ask on a lane, and return all bytes of it until the last answer. Blocks."""
-    control = scene.dial(scene.context(scene.made.beta.key))
-    bulk = scene.dial(scene.context(scene.made.beta.key, session.ALPN_LANE))
-    with control, bulk:
+    with contextlib.ExitStack() as opened:
+        control = opened.enter_context(scene.dial(scene.context(scene.made.beta.key)))
         control.sendall(session.encode(session.Hello(ticket or scene.ticket, INSTANCE)))
         assert isinstance(messages_in(control.recv(65536))[0], session.HelloAnswer)
+        # A lane that comes before its control stream was welcomed is turned away.
+        bulk = opened.enter_context(scene.dial(scene.context(scene.made.beta.key, session.ALPN_LANE)))
         bulk.sendall(lane.encode_header(lane.LaneHello(INSTANCE, 0)))
         wire = bytearray()
         frames: list[tuple[lane.AnyHeader, bytes]] = []
