@@ -18,7 +18,7 @@ import msgspec
 
 from agent.state_files import pragmas
 from agent.transfer.channel import Event
-from agent.transfer.state_trouble import StateDamaged, StateTrouble, of_sqlite, of_system
+from agent.transfer.state_trouble import StateDamaged, StateTrouble, of_sqlite, put_aside
 from protocol.control import Counters
 from protocol.session import Version
 
@@ -398,11 +398,5 @@ def open_or_rebuild(path: Path) -> tuple[Journal, bool]:
     try:
         return Journal(path), False
     except StateDamaged:
-        try:
-            for suffix in ("", "-wal", "-shm"):
-                part = path.with_name(path.name + suffix)
-                if part.exists():
-                    part.replace(path.with_name(path.name + ".damaged" + suffix))
-        except OSError as error:
-            raise of_system(error, path) from error
+        put_aside(path)
         return Journal(path), True

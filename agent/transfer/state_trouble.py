@@ -64,3 +64,17 @@ def of_system(error: OSError, path: Path) -> StateTrouble:
         f"The agent's state file {path} cannot be used: {reason}. The work goes on by itself when it can.",
         who="destination owner",
     )
+
+
+def put_aside(path: Path) -> None:
+    """Move a damaged database with what belongs to it out of the way, for whoever wants to look at it.
+
+    Raises `StateTrouble`.
+    """
+    try:
+        for suffix in ("", "-wal", "-shm"):
+            part = path.with_name(path.name + suffix)
+            if part.exists():
+                part.replace(path.with_name(path.name + ".damaged" + suffix))
+    except OSError as error:
+        raise of_system(error, path) from error

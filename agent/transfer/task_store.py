@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 
 from agent.state_files import pragmas
-from agent.transfer.state_trouble import StateDamaged, of_sqlite, of_system
+from agent.transfer.state_trouble import StateDamaged, of_sqlite, put_aside
 from protocol.control import AgentEvent, SessionAnswer, SessionOrder, TaskObserved, TaskOrder
 
 _SCHEMA = """
@@ -206,11 +206,5 @@ def open_or_begin(path: Path) -> tuple[TaskStore, bool]:
     try:
         return TaskStore(path), False
     except StateDamaged:
-        try:
-            for suffix in ("", "-wal", "-shm"):
-                part = path.with_name(path.name + suffix)
-                if part.exists():
-                    part.replace(path.with_name(path.name + ".damaged" + suffix))
-        except OSError as error:
-            raise of_system(error, path) from error
+        put_aside(path)
         return TaskStore(path), True
