@@ -28,7 +28,7 @@ from protocol.ticket import TicketSigner
 from relay.store.database import Store
 from relay.transfer import event_log, task_reports, task_rows, task_turns
 from relay.transfer.agents import AgentLinks
-from relay.transfer.entitlement import Reaches, entitled, reaches
+from relay.transfer.entitlement import NOTHING, Entitlement, entitled, entitlement
 from relay.transfer.event_log import TaskEvent
 from relay.transfer.parties import Side, Sides, load_sides, sign_ticket
 from relay.transfer.task_documents import CANCELED, OFFLINE
@@ -102,13 +102,12 @@ class Visit:
 
 @dataclass(frozen=True)
 class _Loaded:
-    """``entitled``: whether the owner of the task may do now what it does."""
+    """``entitlement``: what the owner of the task may do now of what it does."""
 
     task: Task
     sides: Sides
     scope: Scope
-    reaches: Reaches
-    entitled: bool
+    entitlement: Entitlement
 
 
 class Courier:
@@ -143,7 +142,7 @@ class Courier:
                 self._wanted.pop(task_id, None)
                 return Visit()
             task, sides = loaded.task, loaded.sides
-            if not task.finished and not loaded.entitled:
+            if not task.finished and not loaded.entitlement.runs:
                 # No ticket is signed any more, whoever forgot to end the task when the permission went.
                 await self._store.write(lambda connection: _end_unentitled(connection, task_id, now))
                 continue
@@ -178,7 +177,7 @@ class Courier:
     async def source_of(self, task_id: str, node_id: str, now: float) -> tuple[str, Task] | None:
         """The node that is the source of a running task which ``node_id`` drives."""
         loaded = await self._store.read(lambda connection: _load(connection, task_id, now))
-        if loaded is None or loaded.task.finished or not loaded.entitled:
+        if loaded is None or loaded.task.finished or not loaded.entitlement.runs:
             return None
         if loaded.sides.source is None or loaded.sides.worker is None:
             return None
@@ -250,9 +249,9 @@ class Courier:
 
     def _sign(self, loaded: _Loaded, worker: Side, source: Side | None, now: float) -> str:
         # An order to stop needs no permission to read or write anything.
-        allowed = loaded.entitled and not loaded.task.finished
-        scope, reaches = (loaded.scope, loaded.reaches) if allowed else (Scope([], []), Reaches([], []))
-        return sign_ticket(self._signer, loaded.task, worker, source, scope, reaches, now=now, life=self._ticket_life)
+        allowed = loaded.entitlement.runs and not loaded.task.finished
+        scope, may = (loaded.scope, loaded.entitlement) if allowed else (Scope([], []), NOTHING)
+        return sign_ticket(self._signer, loaded.task, worker, source, scope, may, now=now, life=self._ticket_life)
 
     async def _send_order(self, loaded: _Loaded, worker: Side, now: float) -> None:
         task, source = loaded.task, loaded.sides.source
@@ -383,8 +382,7 @@ def _load(connection: Connection, task_id: str, now: float) -> _Loaded | None:
     if task is None:
         return None
     scope = task_rows.load_scope(connection, task_id)
-    far = reaches(connection, task, now)
-    return _Loaded(task, load_sides(connection, task), scope, far, entitled(connection, task, now))
+    return _Loaded(task, load_sides(connection, task), scope, entitlement(connection, task, scope, now))
 
 
 def _end_unentitled(connection: Connection, task_id: str, now: float) -> None:

@@ -9,7 +9,7 @@ from sqlalchemy import Connection
 
 from protocol.names import CollectionPath, format_path
 from protocol.ticket import MAX_PATHS
-from relay.access.decisions import Ability, CollectionFacts, Spot, TaskNeeds, may_run, reach
+from relay.access.decisions import Ability, CollectionFacts, Spot, Subject, TaskNeeds, may_run, reach
 from relay.access.principals import subject_of
 from relay.transfer import collections, task_rows
 from relay.transfer.scopes import below_home, place
@@ -28,23 +28,35 @@ def needs_of(task: Task, scope: Scope) -> TaskNeeds:
 
 
 @dataclass(frozen=True)
-class Reaches:
-    """The folders in which symlinks that a task meets may end, in its source and in its destination; None is all."""
+class Entitlement:
+    """What a task's owner may do by the rules and roles of this moment: whether the task may run (on), and in which
+    folders of its source and its destination symlinks that it meets may end (None: anywhere)."""
 
-    source: list[str] | None
-    destination: list[str] | None
+    runs: bool
+    source_reach: list[str] | None
+    destination_reach: list[str] | None
 
 
-def reaches(connection: Connection, task: Task, now: float) -> Reaches:
-    """How far a task's owner gets by the rules and roles of this moment."""
+NOTHING = Entitlement(runs=False, source_reach=[], destination_reach=[])
+
+
+def entitlement(connection: Connection, task: Task, scope: Scope, now: float) -> Entitlement:
+    """Look at the collections of a task and at its owner once, and decide."""
     known = collections.load_many(connection, [task.source_id, task.worker_id])
+    facts = {collection_id: collection.facts for collection_id, collection in known.items()}
+    source, destination = facts.get(task.source_id), facts.get(task.worker_id)
     subject = subject_of(connection, task.owner_id, now)
+    if not may_run(subject, needs_of(task, scope), source, destination):
+        return NOTHING
+    return Entitlement(
+        runs=True,
+        source_reach=_reach(source, subject, Ability.READ),
+        destination_reach=_reach(destination, subject, Ability.WRITE),
+    )
 
-    def folders(collection_id: str, wanted: Ability) -> list[str] | None:
-        facts: CollectionFacts | None = known[collection_id].facts if collection_id in known else None
-        return [] if facts is None else reach_text(reach(facts, subject, wanted))
 
-    return Reaches(folders(task.source_id, Ability.READ), folders(task.worker_id, Ability.WRITE))
+def _reach(facts: CollectionFacts | None, subject: Subject, wanted: Ability) -> list[str] | None:
+    return [] if facts is None else reach_text(reach(facts, subject, wanted))
 
 
 def reach_text(folders: Iterable[CollectionPath] | None) -> list[str] | None:
@@ -54,11 +66,4 @@ def reach_text(folders: Iterable[CollectionPath] | None) -> list[str] | None:
 
 def entitled(connection: Connection, task: Task, now: float) -> bool:
     """Whether the task may run (on) by the rules and roles of this moment."""
-    known = collections.load_many(connection, [task.source_id, task.worker_id])
-    source, destination = known.get(task.source_id), known.get(task.worker_id)
-    return may_run(
-        subject_of(connection, task.owner_id, now),
-        needs_of(task, task_rows.load_scope(connection, task.id)),
-        None if source is None else source.facts,
-        None if destination is None else destination.facts,
-    )
+    return entitlement(connection, task, task_rows.load_scope(connection, task.id), now).runs

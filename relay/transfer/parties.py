@@ -13,7 +13,7 @@ from protocol.control import Party
 from protocol.ticket import Grant, Ticket, TicketSigner
 from relay.store import transfer_tables as tables
 from relay.transfer.collections import Collection, load_many
-from relay.transfer.entitlement import Reaches
+from relay.transfer.entitlement import Entitlement
 from relay.transfer.task_rows import Scope, Task
 
 # Raised when a whole policy changes at once; single permissions are withdrawn by ending their tasks.
@@ -81,7 +81,7 @@ def sign_ticket(
     worker: Side,
     source: Side | None,
     scope: Scope,
-    reaches: Reaches,
+    entitlement: Entitlement,
     *,
     now: float,
     life: float,
@@ -92,8 +92,8 @@ def sign_ticket(
         ticket_id=str(uuid.uuid4()),
         session_id=task.session_id,
         task_id=task.id,
-        source=None if source is None else source.grant(scope.source, "r", reaches.source),
-        destination=worker.grant(scope.destination, "rw", reaches.destination),
+        source=None if source is None else source.grant(scope.source, "r", entitlement.source_reach),
+        destination=worker.grant(scope.destination, "rw", entitlement.destination_reach),
         policy_epoch=POLICY_EPOCH,
         issued=now,
         expires=now + life,
