@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
@@ -101,9 +102,7 @@ async def test_the_database_itself_refuses_to_change_or_delete_an_entry(world: A
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(1, 6), st.sampled_from(["change", "remove", "swap", "insert"]), st.data())
 def test_whatever_is_done_to_the_log_shows(count: int, how: str, data: st.DataObject) -> None:
-    engine = sqlalchemy.create_engine("sqlite://")
-    trail.audit_log.metadata.create_all(engine, tables=[trail.audit_log])
-    with engine.begin() as connection:
+    with memory_log() as connection:
         trail.append(connection, [Entry(time=float(i), action=f"a{i}", outcome="done") for i in range(count)])
         assert trail.verify(connection).broken is None
         before = trail.verify(connection)
@@ -112,6 +111,18 @@ def test_whatever_is_done_to_the_log_shows(count: int, how: str, data: st.DataOb
         after = trail.verify(connection)
         # A cut-off end is the one thing that shows only beside the last hash kept elsewhere.
         assert after.broken is not None or after.head != before.head
+
+
+@contextlib.contextmanager
+def memory_log() -> Iterator[Connection]:
+    """A database of its own with nothing in it but an empty log."""
+    engine = sqlalchemy.create_engine("sqlite://")
+    try:
+        trail.audit_log.metadata.create_all(engine, tables=[trail.audit_log])
+        with engine.begin() as connection:
+            yield connection
+    finally:
+        engine.dispose()
 
 
 def _harm(connection: Connection, how: str, victim: int, count: int) -> None:
