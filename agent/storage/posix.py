@@ -4,6 +4,7 @@ component relative to an open folder."""
 from __future__ import annotations
 
 import contextlib
+import copy
 import errno
 import os
 import stat as stat_bits
@@ -50,11 +51,11 @@ def open_root(path: str, expected: mounts.Mark | None = None) -> PosixRoot:
 class PosixRoot(Root):
     """A folder of this machine. Made by `open_root`; owns the handle it is given."""
 
-    def __init__(self, fd: int, path: str, expected: mounts.Mark | None = None, reach: Reach | None = None) -> None:
+    def __init__(self, fd: int, path: str, expected: mounts.Mark | None = None) -> None:
         self._fd = fd
         self._expected = expected
         self._configured = path
-        self.walker = Walker(fd, sorted({os.path.abspath(path), os.path.realpath(path)}), reach)
+        self.walker = Walker(fd, sorted({os.path.abspath(path), os.path.realpath(path)}))
         status = os.fstat(fd)
         self._identity = (status.st_dev, status.st_ino)
         self._mount = mounts.mount_of(fd, path)
@@ -85,7 +86,11 @@ class PosixRoot(Root):
         return self.readable(*self.walker.walk(_checked(path), make=True, durable=durable))
 
     def narrowed(self, reach: Reach) -> PosixRoot:
-        return PosixRoot(os.dup(self._fd), self._configured, self._expected, reach)
+        # What was found out about the folder holds for both; only the way of links differs.
+        root = copy.copy(self)
+        root._fd = os.dup(self._fd)
+        root.walker = self.walker.narrowed(root._fd, reach)
+        return root
 
     def identity(self) -> tuple[int, int]:
         return self._identity

@@ -8,6 +8,7 @@ the kernel, so a folder that is moved away during the walk leads nowhere.
 from __future__ import annotations
 
 import contextlib
+import copy
 import errno
 import os
 from collections.abc import Sequence
@@ -27,13 +28,19 @@ def components(path: bytes) -> list[bytes]:
 
 class Walker:
     """Walks below one root handle, which stays the caller's. ``spellings`` are the root's absolute paths: a symlink
-    with an absolute target is inside when it begins with one of them. With ``reach`` symlinks lead into its folders
-    only; what was asked for by name is not looked at."""
+    with an absolute target is inside when it begins with one of them. A narrowed one (see `narrowed`) follows
+    symlinks into some folders only; what was asked for by name is not looked at."""
 
-    def __init__(self, fd: int, spellings: Sequence[str], reach: Reach | None = None) -> None:
+    def __init__(self, fd: int, spellings: Sequence[str]) -> None:
         self._fd = fd
         self._spellings = [components(os.fsencode(spelling)) for spelling in spellings]
-        self._reach = reach
+        self._reach: Reach | None = None
+
+    def narrowed(self, fd: int, reach: Reach) -> Walker:
+        """One with a handle of its own, for whom symlinks lead into some folders only."""
+        walker = copy.copy(self)
+        walker._fd, walker._reach = fd, reach
+        return walker
 
     def retire(self) -> None:
         """Walk no more: the root's handle is about to be closed, and its number may soon mean something else."""

@@ -76,7 +76,7 @@ class SourceSide:
             await trio.aclose_forcefully(stream)
 
     def confine(self) -> None:
-        """Let symlinks lead from now on as far as the accepted ticket says. Blocks shortly."""
+        """Let symlinks lead from now on as far as the accepted ticket says. Asks the disk nothing."""
         if self.policy.reach == self._reach:
             return
         self._reach = self.policy.reach
