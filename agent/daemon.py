@@ -101,14 +101,7 @@ class Daemon:
         verifier = TicketVerifier(identity.relay_id, identity.relay_root)
         relay_url, authority = config.relay.url or identity.relay_url, _authority(config)
         self._dialer = Dialer(config.relay.proxy, os.environ)
-        self._network = Network(
-            relay=_place_of(relay_url, self._dialer),
-            transports=Transports(tunnel=TunnelTransport(relay_url, authority, self._dialer.dial)),
-            advertise=config.data.advertise,
-            allow_loopback=config.data.allow_loopback,
-            relay_policy=config.data.relay,
-            relay_up=lambda: self._link.statistics().connected,
-        )
+        self._network = self._make_network(relay_url, authority)
         self._port_mapping = PortMapping(self._network)
         self._tasks = TransferService(
             config.state_dir,
@@ -129,7 +122,7 @@ class Daemon:
             config,
             config_file,
             identity.node_id,
-            config.relay.url or identity.relay_url,
+            relay_url,
             lambda: any(task.state == "ACTIVE" for task in self._tasks.tasks()),
         )
         self._manners = Manners(lambda: self._read.manners, self._hold_back)
@@ -145,6 +138,17 @@ class Daemon:
             self._hello,
             dial=self._dialer.dial,
             on_hello=self._network.take_hello,
+        )
+
+    def _make_network(self, relay_url: str, authority: str | None) -> Network:
+        data = self._config.data
+        return Network(
+            relay=_place_of(relay_url, self._dialer),
+            transports=Transports(tunnel=TunnelTransport(relay_url, authority, self._dialer.dial)),
+            advertise=data.advertise,
+            allow_loopback=data.allow_loopback,
+            relay_policy=data.relay,
+            relay_up=lambda: self._link.statistics().connected,
         )
 
     def _make_quic(self, key: NodeKey) -> QuicTransport | None:
