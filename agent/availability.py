@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import trio
 
 from agent.collections import Collections, report_of
-from agent.config import CollectionConfig
+from agent.config.keys import CollectionConfig
 from agent.policy import Policy
 from protocol.control import CollectionReport
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from agent.config import CollectionConfig
+from agent.config.keys import CollectionConfig
 from protocol.control import CollectionReport
 from protocol.errors import NeedsPerson, TowpathError
 from protocol.identity import write_private_file

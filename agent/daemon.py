@@ -25,9 +25,9 @@ import trio
 from agent import local_socket, logs, process
 from agent.availability import Availability
 from agent.collections import MARKS_FILE, Collections, Marks
-from agent.config import AgentConfig, ConfigError, load_config
-from agent.config_layers import overlay_file
-from agent.config_watch import changes
+from agent.config.keys import AgentConfig, ConfigError, load_config
+from agent.config.layers import overlay_file
+from agent.config.watch import changes
 from agent.connect.network import Network
 from agent.connect.portmap import PortMapping
 from agent.connect.proxy import Dialer

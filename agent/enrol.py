@@ -28,8 +28,9 @@ from pathlib import Path
 import jwt
 import msgspec
 
-from agent import config_edit, config_layers
-from agent.config import AgentConfig, default_state_dir, relay_url_problem
+from agent.config import edit as config_edit
+from agent.config import layers as config_layers
+from agent.config.keys import AgentConfig, default_state_dir, relay_url_problem
 from agent.enrol_http import RelayTrust, fetch_authority, redeem
 from agent.identity_file import (
     CA_FILE,

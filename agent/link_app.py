@@ -22,7 +22,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from agent.collections import Collections
-from agent.config import CollectionConfig, is_uuid
+from agent.config.keys import CollectionConfig, is_uuid
 from agent.policy import Access, Policy
 from agent.services import TaskService
 from agent.storage.base import Reach, Root

@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from agent.config import is_uuid
+from agent.config.keys import is_uuid
 from agent.policy import Policy
 from agent.services import Owner, TaskService
 from protocol.control import CollectionReport, encode

@@ -16,7 +16,7 @@ from pathlib import Path
 import structlog
 from structlog.typing import EventDict, WrappedLogger
 
-from agent.config import LogConfig
+from agent.config.keys import LogConfig
 
 # The journal of the service manager takes priorities as sd-daemon(3) has them.
 _PRIORITIES = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical": 2}

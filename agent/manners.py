@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import psutil
 import trio
 
-from agent.config import MannersConfig
+from agent.config.keys import MannersConfig
 
 logger = logging.getLogger("towpath.agent")
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Literal
 
-from agent.config import CollectionConfig
+from agent.config.keys import CollectionConfig
 from protocol.errors import AccessDenied, ItemFailed, NeedsPerson, RetryLater
 from protocol.names import is_reserved
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from agent import local_socket
 from agent.cli.output import CommandFailed
-from agent.config import AgentConfig
+from agent.config.keys import AgentConfig
 from agent.lock import Holder, holder_of
 from agent.sdnotify import VARIABLE
 

@@ -11,7 +11,7 @@ import click
 from agent.cli.command import with_output
 from agent.cli.output import CommandFailed, Output, field
 from agent.cli.service import config_option, failing_plainly, tell_running_agent
-from agent.config import CollectionConfig, load_config
+from agent.config.keys import CollectionConfig, load_config
 
 if TYPE_CHECKING:
     from agent.enrol import SetupKey, Wish
@@ -132,7 +132,7 @@ def _created(wish: Wish, config_file: Path) -> SetupKey:
 @with_output
 def update(out: Output, /, name_or_id: str, config_file: Path, **options: Any) -> None:
     """Rename a collection or change what is allowed on it. Your configuration file stays as it is."""
-    from agent.config_layers import editing, entry_in
+    from agent.config.layers import editing, entry_in
 
     if all(value is None for value in options.values()):
         raise click.UsageError("Give at least one thing to change; see --help.")
@@ -163,9 +163,9 @@ def remove(out: Output, name_or_id: str, delete_at_relay: bool, yes: bool, confi
     """Offer a collection no longer. The files stay where they are; transfers on it end."""
     from agent.cli.failures import explained
     from agent.cli.relay_client import current_profile, open_relay
-    from agent.config import AgentConfig, document
-    from agent.config_document import read_layer
-    from agent.config_layers import editing, remove_entry
+    from agent.config.document import read_layer
+    from agent.config.keys import AgentConfig, document
+    from agent.config.layers import editing, remove_entry
 
     with failing_plainly():
         found = _find(name_or_id, config_file)

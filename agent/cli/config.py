@@ -13,7 +13,7 @@ import click
 from agent.cli.command import with_output
 from agent.cli.output import CommandFailed, Output
 from agent.cli.service import config_option, failing_plainly, tell_running_agent
-from agent.config import AgentConfig, ConfigError, load_config
+from agent.config.keys import AgentConfig, ConfigError, load_config
 from protocol.errors import TowpathError
 
 
@@ -68,8 +68,8 @@ def _is_below(path: Path, root: str) -> bool:
 @with_output
 def show(out: Output, key: str | None, origin: bool, config_file: Path) -> None:
     """Show what is in force: all of it, or one KEY such as limits.lanes or a section such as limits."""
-    from agent.config_layers import load
-    from agent.config_show import rows_of
+    from agent.config.layers import load
+    from agent.config.show import rows_of
 
     with failing_plainly():
         loaded = load(config_file)
@@ -93,7 +93,7 @@ def show(out: Output, key: str | None, origin: bool, config_file: Path) -> None:
 @config_option
 def set_value(key: str, value: str, config_file: Path) -> None:
     """Set KEY to VALUE (written as in YAML), remembered beside your file, which stays as it is."""
-    from agent.config_layers import overlay_file, set_in_overlay
+    from agent.config.layers import overlay_file, set_in_overlay
 
     with failing_plainly():
         set_in_overlay(config_file, key, value)
@@ -105,7 +105,7 @@ def set_value(key: str, value: str, config_file: Path) -> None:
 @config_option
 def unset(key: str, config_file: Path) -> None:
     """Forget what `towpath config set` remembered for KEY; your file counts again."""
-    from agent.config_layers import unset_in_overlay
+    from agent.config.layers import unset_in_overlay
 
     with failing_plainly():
         was_set = unset_in_overlay(config_file, key)
@@ -118,7 +118,7 @@ def unset(key: str, config_file: Path) -> None:
 @config_option
 def edit(config_file: Path) -> None:
     """Open your file in an editor ($VISUAL, $EDITOR); it is replaced only by one without mistakes."""
-    from agent.config_layers import load
+    from agent.config.layers import load
 
     def checked(text: str) -> None:
         load(config_file, owners=text.encode())
@@ -161,7 +161,7 @@ def _edited(before: str, config_file: Path, check_text: Callable[[str], None]) -
 @config.command()
 def schema() -> None:
     """Print the JSON Schema of the configuration file."""
-    from agent.config_show import json_schema
+    from agent.config.show import json_schema
 
     click.echo(json.dumps(json_schema(), indent=2))
 

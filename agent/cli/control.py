@@ -14,7 +14,7 @@ from agent.cli.service import config_option, failing_plainly
 def _command(name: str, path: str, help_text: str) -> Callable[..., Any]:
     def ask(config_file: Path) -> None:
         from agent import local_socket
-        from agent.config_layers import state_dir_of
+        from agent.config.layers import state_dir_of
 
         with failing_plainly():
             click.echo(local_socket.ask(state_dir_of(config_file), "POST", path)["message"])

@@ -29,7 +29,7 @@ FOLLOW_EVERY = 0.5
 @config_option
 def logs(lines: int, follow: bool, journal: bool, config_file: Path) -> None:
     """Show the agent's log."""
-    from agent.config_layers import state_dir_of
+    from agent.config.layers import state_dir_of
 
     file = state_dir_of(config_file) / LOG_FILE
     if journal or (not file.exists() and shutil.which("journalctl")):

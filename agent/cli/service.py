@@ -14,7 +14,7 @@ import click
 from agent.cli.exit_codes import ExitCode
 from agent.cli.output import CommandFailed
 from agent.cli.terminal import terminal_safe, terminal_safe_lines
-from agent.config import default_config_file, load_config
+from agent.config.keys import default_config_file, load_config
 from protocol.errors import TowpathError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -164,7 +164,7 @@ def start(config_file: Path) -> None:
 def stop(config_file: Path) -> None:
     """Stop the agent; running transfers are settled and go on at the next start."""
     from agent.cli.background import stop_running
-    from agent.config_layers import state_dir_of
+    from agent.config.layers import state_dir_of
 
     with failing_plainly():
         holder = stop_running(state_dir_of(config_file))
@@ -177,7 +177,7 @@ def stop(config_file: Path) -> None:
 def status(form: str, config_file: Path) -> None:
     """Say what the agent of this machine is doing. Exit code 1 when it does not run."""
     from agent import local_socket
-    from agent.config_layers import state_dir_of
+    from agent.config.layers import state_dir_of
 
     state_dir = state_dir_of(config_file)
     try:

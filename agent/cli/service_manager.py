@@ -58,7 +58,7 @@ def template() -> str:
 
 def unit_path() -> Path:
     """Where the user's unit belongs."""
-    from agent.config import default_config_file
+    from agent.config.keys import default_config_file
 
     return default_config_file().parents[1] / "systemd" / "user" / UNIT
 

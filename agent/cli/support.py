@@ -22,9 +22,9 @@ def support_bundle(target: Path | None, config_file: Path) -> None:
 
     Names of folders, files in log lines, and ids are in it: look before you send it.
     """
-    from agent.config import ConfigError
-    from agent.config_layers import load, overlay_file, state_dir_of
-    from agent.config_show import rows_of
+    from agent.config.keys import ConfigError
+    from agent.config.layers import load, overlay_file, state_dir_of
+    from agent.config.show import rows_of
     from agent.doctor.registry import CHECKS
     from agent.redaction import Redactor
     from agent.support import MAX_LOG_TEXT, facts, known_secrets, state_listing, write_bundle

@@ -27,7 +27,7 @@ def top(interval: float, once: bool, config_file: Path) -> None:
     from rich.live import Live
 
     from agent import local_socket
-    from agent.config_layers import state_dir_of
+    from agent.config.layers import state_dir_of
 
     state_dir = state_dir_of(config_file)
 

@@ -96,7 +96,7 @@ def back(config_file: Path) -> None:
 
 
 def _offer(config_file: Path) -> Any:
-    from agent.config import load_config
+    from agent.config.keys import load_config
     from agent.identity_file import load_identity
     from agent.update.install import Installation
     from agent.update.service import look, mirror_for
@@ -115,7 +115,7 @@ class LocalAgent:
     """The agent of this user, started by its service manager or in the background (`agent.update.change.Agent`)."""
 
     def __init__(self, config_file: Path, current: Path) -> None:
-        from agent.config_layers import state_dir_of
+        from agent.config.layers import state_dir_of
 
         self._config_file = config_file
         self._command = current / "bin" / "towpath"

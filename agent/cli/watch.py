@@ -10,7 +10,7 @@ import click
 from agent.cli.command import with_output
 from agent.cli.output import Column, CommandFailed, Output, field
 from agent.cli.service import config_option, failing_plainly, tell_running_agent
-from agent.config import AgentConfig, document, load_config
+from agent.config.keys import AgentConfig, document, load_config
 
 COLUMNS = (
     field("Name", "name"),
@@ -62,7 +62,7 @@ def list_rules(out: Output, config_file: Path) -> None:
 @with_output
 def add(out: Output, /, name: str, config_file: Path, **options: Any) -> None:
     """Add a rule, or change the one of this name."""
-    from agent.config_layers import editing, entry_in
+    from agent.config.layers import editing, entry_in
 
     with failing_plainly():
         with editing(config_file) as content:
@@ -80,8 +80,8 @@ def add(out: Output, /, name: str, config_file: Path, **options: Any) -> None:
 @with_output
 def remove(out: Output, name: str, config_file: Path) -> None:
     """Remove a rule. What it has submitted goes on."""
-    from agent.config_document import read_layer
-    from agent.config_layers import editing, remove_entry
+    from agent.config.document import read_layer
+    from agent.config.layers import editing, remove_entry
 
     with failing_plainly():
         config = load_config(config_file)
@@ -103,7 +103,7 @@ def run_now(name: str, retry: bool, config_file: Path) -> None:
     from urllib.parse import quote
 
     from agent import local_socket
-    from agent.config_layers import state_dir_of
+    from agent.config.layers import state_dir_of
 
     with failing_plainly():
         path = f"/watch/{quote(name, safe='')}/{'retry' if retry else 'run'}"

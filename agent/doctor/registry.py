@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 if TYPE_CHECKING:
-    from agent.config import AgentConfig
+    from agent.config.keys import AgentConfig
 
 # ``ok``: looked at, as it should be. ``note``: worth knowing. ``warning``: works, but not well or not for long.
 # ``failure``: something does not work.

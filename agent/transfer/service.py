@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import trio
 
-from agent.config import AgentConfig, CollectionConfig
+from agent.config.keys import AgentConfig, CollectionConfig
 from agent.connect import listener
 from agent.connect.introductions import Introductions
 from agent.connect.network import Network

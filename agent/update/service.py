@@ -17,7 +17,7 @@ from pathlib import Path
 
 import trio
 
-from agent.config import AgentConfig, UpdateConfig
+from agent.config.keys import AgentConfig, UpdateConfig
 from agent.update.install import Installation, NotInstalled
 from agent.update.mirror import HttpFetcher, Mirror
 from agent.update.offer import Offer, is_newer, takes_part, this_platform

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from agent.config_kinds import Schema, Text, Wrong
+from agent.config.kinds import Schema, Text, Wrong
 from agent.storage.base import Version
 from agent.storage.rules import matches
 from protocol.names import escape

@@ -20,7 +20,7 @@ from watchdog.events import FileSystemEvent, FileSystemEventHandler
 from watchdog.observers import Observer
 
 from agent.collections import Collections
-from agent.config import WatchConfig
+from agent.config.keys import WatchConfig
 from agent.policy import Policy
 from agent.storage.base import Root
 from agent.watch.ledger import LEDGER_FILE, Batch, Item, Ledger

@@ -13,7 +13,7 @@ from typing import Any
 import trio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from agent.config import AgentConfig, CollectionConfig, DataConfig, LimitsConfig
+from agent.config.keys import AgentConfig, CollectionConfig, DataConfig, LimitsConfig
 from agent.policy import Policy
 from agent.transfer.service import TransferService
 from protocol.control import (

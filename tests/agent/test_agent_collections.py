@@ -13,7 +13,7 @@ import trio
 from agent import availability
 from agent.availability import Availability
 from agent.collections import MARKS_FILE, Collections, CollectionUnavailable, Marks, report_of
-from agent.config import CollectionConfig
+from agent.config.keys import CollectionConfig
 from agent.policy import Policy
 from agent.storage.mounts import Mark
 from protocol.control import CollectionReport

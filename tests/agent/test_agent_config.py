@@ -10,7 +10,9 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from agent.config import (
+from agent.config.document import Entries, Section
+from agent.config.document import settings as settings_of
+from agent.config.keys import (
     MAX_CONFIG_BYTES,
     AgentConfig,
     ConfigError,
@@ -19,8 +21,6 @@ from agent.config import (
     load_config,
     parse_config,
 )
-from agent.config_document import Entries, Section
-from agent.config_document import settings as settings_of
 from agent.enrol import template
 
 FILE = Path("/etc/example/agent.yaml")

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.config import CollectionConfig
+from agent.config.keys import CollectionConfig
 from agent.policy import LINK_OPERATIONS, Policy
 from protocol.errors import NeedsPerson, TowpathError
 

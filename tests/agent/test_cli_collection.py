@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from agent.cli.main import cli
-from agent.config import CollectionConfig, load_config
+from agent.config.keys import CollectionConfig, load_config
 from agent.policy import Policy
 
 ONE = "6c54cade-bde5-45c1-bdea-f4bd71dba2cc"
@@ -58,7 +58,7 @@ def test_remove_withdraws_it_and_keeps_the_files(file: Path, tmp_path: Path) -> 
 def test_the_limit_of_sessions_is_per_collection() -> None:
     limited = CollectionConfig(id=ONE, name="One", root="/one")
     assert Policy([limited]).has_room(ONE, 1000)
-    from agent.config import CollectionLimits
+    from agent.config.keys import CollectionLimits
 
     limited = CollectionConfig(id=ONE, name="One", root="/one", limits=CollectionLimits(sessions=2))
     policy = Policy([limited])

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.config_edit import CannotEdit, append_collection, checked, set_value
+from agent.config.edit import CannotEdit, append_collection, checked, set_value
 from agent.enrol import template
 
 FILE = Path("/etc/example/agent.yaml")

@@ -14,9 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from agent.cli.main import cli
-from agent.config import ConfigError, load_config, parse_config
-from agent.config_document import Problem, compose
-from agent.config_layers import (
+from agent.config.document import Problem, compose
+from agent.config.keys import ConfigError, load_config, parse_config
+from agent.config.layers import (
     UnknownSetting,
     editing,
     entry_in,
@@ -27,8 +27,8 @@ from agent.config_layers import (
     state_dir_of,
     unset_in_overlay,
 )
-from agent.config_migrate import Renamed, migrated
-from agent.config_show import json_schema
+from agent.config.migrate import Renamed, migrated
+from agent.config.show import json_schema
 from agent.enrol import template
 
 ONE = "6c54cade-bde5-45c1-bdea-f4bd71dba2cc"

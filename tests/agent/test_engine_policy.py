@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 import trio
 
-from agent.config import CollectionConfig
+from agent.config.keys import CollectionConfig
 from agent.transfer.service import TransferService
 from protocol.control import TaskItem
 from tests.agent.engine_world import Node, World, world

@@ -18,7 +18,7 @@ import trio.testing
 
 from agent.availability import Availability
 from agent.collections import Collections, Marks
-from agent.config import CollectionConfig
+from agent.config.keys import CollectionConfig
 from agent.link_app import LinkApp
 from agent.local_app import LocalApplication
 from agent.policy import LINK_OPERATIONS, Policy

@@ -6,7 +6,7 @@ import pytest
 import trio
 
 from agent import manners
-from agent.config import MannersConfig
+from agent.config.keys import MannersConfig
 from agent.manners import Conditions, Manners, Observer, Verdict, decide, parse_metered
 from agent.policy import Policy
 from protocol.errors import RetryLater

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from agent import local_socket, logs, state_files
-from agent.config import LogConfig
+from agent.config.keys import LogConfig
 from agent.process import batch_job, raise_file_limit
 from agent.sdnotify import Notifier
 from agent.state_files import is_shared, pragmas
@@ -156,7 +156,8 @@ def test_objects_for_programs() -> None:
 
 def test_a_log_file_is_rotated_and_stays_private(tmp_path: Path) -> None:
     code = (
-        "import logging, sys; from pathlib import Path; from agent import logs; from agent.config import LogConfig;"
+        "import logging, sys; from pathlib import Path; from agent import logs;"
+        "from agent.config.keys import LogConfig;"
         "logs.configure(LogConfig(max_bytes=65536, keep=2), Path(sys.argv[1]));"
         "[logging.getLogger('x').info('n' * 100) for _ in range(3000)]; print('and other words', flush=True)"
     )

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from tuf.api.exceptions import DownloadHTTPError
 from tuf.ngclient.fetcher import FetcherInterface
 
-from agent.config import UpdateConfig
+from agent.config.keys import UpdateConfig
 from agent.update.change import change, go_back
 from agent.update.install import Installation, State
 from agent.update.mirror import HttpFetcher, Mirror, UpdateRefused

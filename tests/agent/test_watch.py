@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.collections import Collections, Marks
-from agent.config import CollectionConfig, ConfigError, WatchConfig, parse_config
+from agent.config.keys import CollectionConfig, ConfigError, WatchConfig, parse_config
 from agent.policy import Policy
 from agent.watch.ledger import Batch, Item, Ledger
 from agent.watch.rule import Seen, Settling, destination, is_due, is_wanted, next_time

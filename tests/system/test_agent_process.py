@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from agent.config_edit import append_collection, set_value
+from agent.config.edit import append_collection, set_value
 from agent.enrol import template
 from agent.identity_file import KEY_FILE, Identity, make_state_dir, save_identity
 from protocol.identity import NodeKey

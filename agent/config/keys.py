@@ -16,7 +16,7 @@ from pathlib import Path
 
 import yaml
 
-from agent.config_document import (
+from agent.config.document import (
     MAX_CONFIG_BYTES,
     ConfigError,
     Entries,
@@ -27,7 +27,7 @@ from agent.config_document import (
     read_layer,
     setting,
 )
-from agent.config_kinds import (
+from agent.config.kinds import (
     Address,
     Choice,
     FilePath,
@@ -45,7 +45,7 @@ from agent.config_kinds import (
     relay_url_problem,
     words,
 )
-from agent.config_migrate import CURRENT, migrated
+from agent.config.migrate import CURRENT, migrated
 from agent.watch.rule import Cron, Template
 
 __all__ = [
@@ -318,7 +318,7 @@ def load_config(
 
     Raises `ConfigError`, also for a file that is missing or unreadable.
     """
-    from agent.config_layers import load
+    from agent.config.layers import load
 
     return load(file, environment=environment, flags=flags or {}).config
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import yaml
 
-from agent.config import AgentConfig
-from agent.config_document import Entries, Section, Setting, schema_of, settings
-from agent.config_kinds import Schema
-from agent.config_layers import Loaded
+from agent.config.document import Entries, Section, Setting, schema_of, settings
+from agent.config.keys import AgentConfig
+from agent.config.kinds import Schema
+from agent.config.layers import Loaded
 
 
 @dataclass(frozen=True)

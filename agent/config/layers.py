@@ -18,8 +18,7 @@ from typing import Any
 
 import yaml
 
-from agent.config import AgentConfig, default_state_dir, document, finished
-from agent.config_document import (
+from agent.config.document import (
     MAX_CONFIG_BYTES,
     REMOVED,
     ConfigError,
@@ -34,7 +33,8 @@ from agent.config_document import (
     read_layer,
     settings,
 )
-from agent.config_kinds import Wrong
+from agent.config.keys import AgentConfig, default_state_dir, document, finished
+from agent.config.kinds import Wrong
 from protocol.errors import TowpathError
 from protocol.identity import write_private_file
 

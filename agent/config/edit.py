@@ -13,7 +13,7 @@ from pathlib import Path
 
 import yaml
 
-from agent.config import AgentConfig, ConfigError, compose, parse_config
+from agent.config.keys import AgentConfig, ConfigError, compose, parse_config
 from protocol.errors import TowpathError
 
 Scalar = str | bool | int

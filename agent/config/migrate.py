@@ -12,8 +12,8 @@ from pathlib import Path
 
 import yaml
 
-from agent.config_document import ConfigError, Problem
-from agent.config_kinds import tag
+from agent.config.document import ConfigError, Problem
+from agent.config.kinds import tag
 
 CURRENT = 1
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import yaml
 
-from agent.config_kinds import Kind, Schema, Wrong, tag
+from agent.config.kinds import Kind, Schema, Wrong, tag
 from protocol.errors import TowpathError
 
 MAX_CONFIG_BYTES = 1024 * 1024
