@@ -51,13 +51,17 @@ class _Handler(FileSystemEventHandler):
 
 
 async def changes(files: Sequence[Path]) -> AsyncGenerator[None, None]:
-    """Yields each time one of the files has changed; ends only by cancellation."""
+    """Yields each time one of the files has changed; ends only by cancellation.
+
+    The first time comes at once: whoever read the files before may have missed a change until now.
+    """
     wake, waken = trio.open_memory_channel[None](1)
     handler = _Handler(frozenset(file.name for file in files), wake, trio.lowlevel.current_trio_token())
     seen = await trio.to_thread.run_sync(_stamp, files)
     observer = Observer()
     try:
         await trio.to_thread.run_sync(_start, observer, handler, {file.parent for file in files})
+        yield
         while True:
             with trio.move_on_after(LOOK_EVERY):
                 await waken.receive()
