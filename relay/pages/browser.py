@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import math
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -59,7 +60,8 @@ class Browser:
 
     def mark(self, subject: str, now: float) -> str:
         """A note of now that this browser hands back and cannot change; see `marked`."""
-        key, text = self.visit.encode(), f"{now:.0f}"
+        # Rounded down, so that whoever signs in right after the page was shown is not asked again.
+        key, text = self.visit.encode(), str(math.floor(now))
         return f"{text}.{hmac.new(key, f'{text} {subject}'.encode(), hashlib.sha256).hexdigest()}"
 
     def marked(self, mark: str, subject: str) -> float | None:

@@ -19,6 +19,7 @@ import pytest
 PATIENCE = 30.0
 # What a script of the page does on a click may leave the page where it is.
 LEAVING = 3.0
+_PAGE = "return document.body ? document.body.innerText.slice(0, 2000) : document.readyState"
 _ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
 
 
@@ -55,8 +56,11 @@ class Chromium:
                 found = self._ask("POST", "/element", {"using": "css selector", "value": selector})
                 return str(found[_ELEMENT])
             except LookupError as error:
-                if time.monotonic() > deadline or "no such element" not in str(error):
+                if "no such element" not in str(error):
                     raise
+                if time.monotonic() > deadline:
+                    page = self._ask("POST", "/execute/sync", {"script": _PAGE, "args": []})
+                    raise LookupError(f"no {selector} at {self.url}, which says: {page}") from error
                 time.sleep(0.05)
 
     def type(self, selector: str, text: str) -> None:

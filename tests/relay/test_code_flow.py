@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 from urllib.parse import urlencode
 
@@ -132,6 +133,17 @@ async def test_prompt_login_asks_again_and_once(world: RelayWorld, ada: Person) 
     page = await ada.post(forms_of(page.text)[0], username="ada", password=PASSWORD)
     assert "wants to act for you" in page.text
     assert "code" in application.answer(await ada.post(forms_of(page.text)[0], decision="allow"))
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.25, 0.5, 0.75, 0.999])
+async def test_prompt_login_takes_who_signs_in_at_once(world: RelayWorld, ada: Person, fraction: float) -> None:
+    """The time of the request travels in whole seconds; it must never be later than the sign-in that follows."""
+    world.clock.now = math.floor(world.clock.now) + 10 + fraction
+    page = await ada.get(Application().url(prompt="login"))
+    assert "Sign in again." in page.text
+    world.clock.now += 0.001
+    page = await ada.post(forms_of(page.text)[0], username="ada", password=PASSWORD)
+    assert "wants to act for you" in page.text
 
 
 async def test_prompt_none_never_shows_a_page(world: RelayWorld, ada: Person) -> None:
