@@ -25,8 +25,8 @@ import trio
 from agent import local_socket, logs, process
 from agent.availability import Availability
 from agent.collections import MARKS_FILE, Collections, Marks
-from agent.config.keys import AgentConfig, ConfigError, load_config
-from agent.config.layers import overlay_file
+from agent.config.keys import AgentConfig, ConfigError
+from agent.config.layers import load_config, overlay_file
 from agent.config.watch import changes
 from agent.connect.network import Network
 from agent.connect.portmap import PortMapping

@@ -11,7 +11,8 @@ import click
 from agent.cli.command import with_output
 from agent.cli.output import CommandFailed, Output, field
 from agent.cli.service import config_option, failing_plainly, tell_running_agent
-from agent.config.keys import CollectionConfig, load_config
+from agent.config.keys import CollectionConfig
+from agent.config.layers import load_config
 
 if TYPE_CHECKING:
     from agent.enrol import SetupKey, Wish

@@ -13,7 +13,8 @@ import click
 from agent.cli.command import with_output
 from agent.cli.output import CommandFailed, Output
 from agent.cli.service import config_option, failing_plainly, tell_running_agent
-from agent.config.keys import AgentConfig, ConfigError, load_config
+from agent.config.keys import AgentConfig, ConfigError
+from agent.config.layers import load_config
 from protocol.errors import TowpathError
 
 

@@ -53,7 +53,8 @@ def doctor(out: Output, checks: tuple[str, ...], config_file: Path) -> int:
 def examine(config_file: Path) -> Examination:
     """What there is to look at now."""
     from agent import local_socket
-    from agent.config.keys import ConfigError, load_config
+    from agent.config.keys import ConfigError
+    from agent.config.layers import load_config
     from agent.doctor.registry import Examination
     from protocol.errors import TowpathError
 

@@ -96,7 +96,7 @@ def back(config_file: Path) -> None:
 
 
 def _offer(config_file: Path) -> Any:
-    from agent.config.keys import load_config
+    from agent.config.layers import load_config
     from agent.identity_file import load_identity
     from agent.update.install import Installation
     from agent.update.service import look, mirror_for

@@ -10,7 +10,8 @@ import click
 from agent.cli.command import with_output
 from agent.cli.output import Column, CommandFailed, Output, field
 from agent.cli.service import config_option, failing_plainly, tell_running_agent
-from agent.config.keys import AgentConfig, document, load_config
+from agent.config.keys import AgentConfig, document
+from agent.config.layers import load_config
 
 COLUMNS = (
     field("Name", "name"),

@@ -1,6 +1,6 @@
 """The owner's configuration: what this machine offers, to which relay, within which limits.
 
-The records here are the definition: every key, what it may be, its default and a sentence on it. `load_config` reads
+The records here are the definition: every key, what it may be, its default and a sentence on it. `layers.load` reads
 the owner's file, what `towpath config set` and other commands wrote beside it, and the environment, and answers
 with frozen records, or raises `ConfigError` that lists *every* problem with file and line. Unknown keys and wrong
 types are problems: a misspelt ``acess: read-only`` must never quietly mean read-write. `conf/agent.yaml` documents
@@ -66,7 +66,6 @@ __all__ = [
     "default_config_file",
     "default_state_dir",
     "is_uuid",
-    "load_config",
     "parse_config",
     "relay_url_problem",
 ]
@@ -309,18 +308,6 @@ def _xdg(environment: Mapping[str, str], variable: str, below_home: str) -> Path
     value = environment.get(variable, "")
     # The specification tells programs to ignore relative paths here.
     return Path(value) if value.startswith("/") else Path.home() / below_home
-
-
-def load_config(
-    file: Path, *, environment: Mapping[str, str] = os.environ, flags: Mapping[str, str] | None = None
-) -> AgentConfig:
-    """Read and check the configuration: the owner's file, the overlay, the environment and flags, each above the last.
-
-    Raises `ConfigError`, also for a file that is missing or unreadable.
-    """
-    from agent.config.layers import load
-
-    return load(file, environment=environment, flags=flags or {}).config
 
 
 def parse_config(data: bytes, file: Path) -> AgentConfig:

@@ -99,6 +99,13 @@ def load(
     return Loaded(config=finished(values, file), origins=origins, values=values)
 
 
+def load_config(
+    file: Path, *, environment: Mapping[str, str] = os.environ, flags: Mapping[str, str] | None = None
+) -> AgentConfig:
+    """What `load` finds, without where it comes from."""
+    return load(file, environment=environment, flags=flags).config
+
+
 def _owners_file(file: Path) -> bytes:
     try:
         with file.open("rb") as stream:

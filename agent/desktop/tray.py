@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agent import local_socket
-from agent.config.keys import load_config
-from agent.config.layers import state_dir_of
+from agent.config.layers import load_config, state_dir_of
 from agent.desktop.view import Entry, Look, View, view_of
 from protocol.errors import TowpathError
 

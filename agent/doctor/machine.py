@@ -15,7 +15,8 @@ LOW_DISK = 256 * 1024 * 1024
 
 def check_configuration(examination: Examination) -> Iterator[Finding]:
     """Whether the file can be read and is free of mistakes."""
-    from agent.config.keys import ConfigError, load_config
+    from agent.config.keys import ConfigError
+    from agent.config.layers import load_config
 
     file = examination.config_file
     try:

@@ -18,9 +18,9 @@ from agent.config.keys import (
     ConfigError,
     default_config_file,
     default_state_dir,
-    load_config,
     parse_config,
 )
+from agent.config.layers import load_config
 from agent.enrol import template
 
 FILE = Path("/etc/example/agent.yaml")

@@ -10,7 +10,8 @@ import pytest
 from click.testing import CliRunner
 
 from agent.cli.main import cli
-from agent.config.keys import CollectionConfig, load_config
+from agent.config.keys import CollectionConfig
+from agent.config.layers import load_config
 from agent.policy import Policy
 
 ONE = "6c54cade-bde5-45c1-bdea-f4bd71dba2cc"

@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 
 from agent.cli.main import cli
 from agent.config.document import Problem, compose
-from agent.config.keys import ConfigError, load_config, parse_config
+from agent.config.keys import ConfigError, parse_config
 from agent.config.layers import (
     UnknownSetting,
     editing,
     entry_in,
     load,
+    load_config,
     overlay_file,
     remove_entry,
     set_in_overlay,

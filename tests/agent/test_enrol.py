@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from agent import enrol
 from agent.cli.service import setup
-from agent.config.keys import load_config
+from agent.config.layers import load_config
 from agent.enrol import Outcome, SetupFailed, Wish, find_setup_key, parse_setup_key_untrusted, set_up
 from agent.enrol_http import RelayUnreachable, SetupRefused
 from agent.identity_file import NotSetUp, load_identity, require
