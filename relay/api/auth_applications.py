@@ -5,70 +5,24 @@ The token must carry the scope ``manage_projects``. What belongs to projects of 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Annotated, Any, TypeVar
+from typing import Any
 
-import msgspec
 import trio
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from sqlalchemy import Connection
 
 from relay.access.decisions import Subject
-from relay.access.principals import subject_of
 from relay.api.auth_login import delete_copy, make_copy
+from relay.api.client_authentication import authenticated_client
+from relay.api.developer import Developer, body_of, developer, reading, writing
 from relay.api.errors import ApiError
 from relay.applications import policies, projects, registration
-from relay.applications.documents import invalid, required, wrapped
-from relay.auth.bearer import Caller, auth_caller
-from relay.auth.clients import new_digest
-from relay.auth.scopes import MANAGE_PROJECTS
+from relay.applications.documents import required
+from relay.auth.clients import Client, new_digest
+from relay.auth.providers import sign_in_provider_ids
 from relay.services import services_of
 
 router = APIRouter(prefix="/v2/api", tags=["Auth"])
-MAX_BODY = 256 * 1024
-T = TypeVar("T")
-
-
-async def developer(request: Request) -> Caller:
-    """The caller, whose token must allow managing projects. Raises `ApiError` 401, 403."""
-    caller = await auth_caller(request)
-    if MANAGE_PROJECTS not in caller.scopes:
-        raise ApiError(
-            403,
-            "FORBIDDEN",
-            "The token does not carry the scope manage_projects.",
-            extra={"required_scopes": [MANAGE_PROJECTS]},
-        )
-    return caller
-
-
-Developer = Annotated[Caller, Depends(developer)]
-
-
-async def _body(request: Request, key: str) -> Any:
-    body = await request.body()
-    if len(body) > MAX_BODY:
-        raise ApiError(413, "REQUEST_TOO_LARGE", f"The document is larger than {MAX_BODY} bytes.")
-    try:
-        return wrapped(msgspec.json.decode(body), key)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise invalid("The body of the request is not JSON.") from error
-
-
-async def _read(request: Request, caller: Caller, work: Callable[[Connection, Subject], T]) -> T:
-    services = services_of(request)
-    now = services.clock()
-    return await services.store.read(
-        lambda connection: work(connection, subject_of(connection, caller.identity_id, now))
-    )
-
-
-async def _write(request: Request, caller: Caller, work: Callable[[Connection, Subject], T]) -> T:
-    services = services_of(request)
-    now = services.clock()
-    return await services.store.write(
-        lambda connection: work(connection, subject_of(connection, caller.identity_id, now))
-    )
 
 
 # --- projects ---------------------------------------------------------------------------------------------------------
@@ -77,37 +31,39 @@ async def _write(request: Request, caller: Caller, work: Callable[[Connection, S
 @router.get("/projects")
 async def list_projects(request: Request, caller: Developer) -> dict[str, Any]:
     """The caller's projects."""
-    found = await _read(request, caller, projects.administered)
+    found = await reading(request, caller, projects.administered)
     return {"projects": [projects.project_document(project) for project in found]}
 
 
 @router.post("/projects", status_code=201)
 async def create_project(request: Request, caller: Developer) -> dict[str, Any]:
     """A new project."""
-    document = await _body(request, "project")
+    document = await body_of(request, "project")
 
     def work(connection: Connection, subject: Subject) -> projects.Project:
         return projects.create(connection, document, subject, caller.identity_id)
 
-    return {"project": projects.project_document(await _write(request, caller, work))}
+    return {"project": projects.project_document(await writing(request, caller, work))}
 
 
 @router.get("/projects/{project_id}")
 async def show_project(request: Request, project_id: str, caller: Developer) -> dict[str, Any]:
     """One project."""
-    found = await _read(request, caller, lambda connection, subject: projects.require(connection, project_id, subject))
+    found = await reading(
+        request, caller, lambda connection, subject: projects.require(connection, project_id, subject)
+    )
     return {"project": projects.project_document(found)}
 
 
 @router.put("/projects/{project_id}")
 async def update_project(request: Request, project_id: str, caller: Developer) -> dict[str, Any]:
     """Change a project."""
-    document = await _body(request, "project")
+    document = await body_of(request, "project")
 
     def work(connection: Connection, subject: Subject) -> projects.Project:
         return projects.change(connection, projects.require(connection, project_id, subject), document)
 
-    return {"project": projects.project_document(await _write(request, caller, work))}
+    return {"project": projects.project_document(await writing(request, caller, work))}
 
 
 @router.delete("/projects/{project_id}")
@@ -119,7 +75,7 @@ async def delete_project(request: Request, project_id: str, caller: Developer) -
         projects.remove(connection, found)
         return found
 
-    return {"project": projects.project_document(await _write(request, caller, work))}
+    return {"project": projects.project_document(await writing(request, caller, work))}
 
 
 # --- clients ----------------------------------------------------------------------------------------------------------
@@ -131,49 +87,70 @@ async def list_clients(request: Request, caller: Developer, fqdn: str | None = N
     if fqdn is not None:
         raise projects.not_found("client with the domain", fqdn)
 
-    def work(connection: Connection, subject: Subject) -> list[registration.Registered]:
+    def work(connection: Connection, subject: Subject) -> list[dict[str, Any]]:
         mine = [project.id for project in projects.administered(connection, subject)]
-        return registration.of_projects(connection, mine)
+        found = registration.of_projects(connection, mine)
+        return [registration.client_document(connection, one) for one in found]
 
-    return {"clients": [registration.client_document(one) for one in await _read(request, caller, work)]}
+    return {"clients": await reading(request, caller, work)}
 
 
 @router.post("/clients", status_code=201)
 async def create_client(request: Request) -> dict[str, Any]:
     """Register a client; or, without a token, the copy that a native application makes for itself."""
-    document = await _body(request, "client")
+    document = await body_of(request, "client")
     authorization = request.headers.get("authorization", "").lower()
     if "template_id" in document and not authorization:
         return await make_copy(request, document)
+    providers = sign_in_provider_ids(services_of(request).settings)
     if authorization.startswith("basic "):
-        raise ApiError(501, "NOT_IMPLEMENTED", "Clients cannot make child clients here; register them in a project.")
+        return await _create_child(request, document, providers)
     caller = await developer(request)
 
-    def work(connection: Connection, subject: Subject) -> registration.Registered:
-        return registration.create(connection, document, subject, caller.identity_id)
+    def work(connection: Connection, subject: Subject) -> dict[str, Any]:
+        made = registration.create(connection, document, subject, caller.identity_id, providers)
+        return registration.client_document(connection, made)
 
-    return {"client": registration.client_document(await _write(request, caller, work))}
+    return {"client": await writing(request, caller, work)}
+
+
+async def _create_child(request: Request, document: Any, providers: frozenset[str]) -> dict[str, Any]:
+    """Register a client on the word of another one, which shows its own id and secret."""
+    parent: Client = await authenticated_client(request, {})
+    if parent.parent_id is not None:
+        raise ApiError(403, "FORBIDDEN", "A copy of a native application signs people in and does nothing else.")
+    services = services_of(request)
+    now = services.clock()
+
+    def work(connection: Connection) -> dict[str, Any]:
+        made = registration.create_child(connection, document, parent.id, now, providers)
+        return registration.client_document(connection, made)
+
+    return {"client": await services.store.write(work)}
 
 
 @router.get("/clients/{client_id}")
 async def show_client(request: Request, client_id: str, caller: Developer) -> dict[str, Any]:
-    """One client."""
-    found = await _read(
-        request, caller, lambda connection, subject: registration.require(connection, client_id, subject)
-    )
-    return {"client": registration.client_document(found)}
+    """One client: of the caller's own projects, or any that is visible to all."""
+
+    def work(connection: Connection, subject: Subject) -> dict[str, Any]:
+        return registration.client_document(connection, registration.look(connection, client_id, subject))
+
+    return {"client": await reading(request, caller, work)}
 
 
 @router.put("/clients/{client_id}")
 async def update_client(request: Request, client_id: str, caller: Developer) -> dict[str, Any]:
     """Change a client."""
-    document = await _body(request, "client")
+    document = await body_of(request, "client")
+    providers = sign_in_provider_ids(services_of(request).settings)
 
-    def work(connection: Connection, subject: Subject) -> registration.Registered:
+    def work(connection: Connection, subject: Subject) -> dict[str, Any]:
         found = registration.require(connection, client_id, subject)
-        return registration.change(connection, found, document, subject)
+        changed = registration.change(connection, found, document, subject, providers)
+        return registration.client_document(connection, changed)
 
-    return {"client": registration.client_document(await _write(request, caller, work))}
+    return {"client": await writing(request, caller, work)}
 
 
 @router.delete("/clients/{client_id}")
@@ -183,12 +160,13 @@ async def delete_client(request: Request, client_id: str) -> dict[str, Any]:
         return await delete_copy(request, client_id)
     caller = await developer(request)
 
-    def work(connection: Connection, subject: Subject) -> registration.Registered:
+    def work(connection: Connection, subject: Subject) -> dict[str, Any]:
         found = registration.require(connection, client_id, subject)
+        document = registration.client_document(connection, found)
         registration.remove(connection, found)
-        return found
+        return document
 
-    return {"client": registration.client_document(await _write(request, caller, work))}
+    return {"client": await writing(request, caller, work)}
 
 
 # --- credentials ------------------------------------------------------------------------------------------------------
@@ -201,22 +179,22 @@ async def list_credentials(request: Request, client_id: str, caller: Developer) 
     def work(connection: Connection, subject: Subject) -> list[dict[str, Any]]:
         return registration.secret_documents(connection, registration.require(connection, client_id, subject).client.id)
 
-    return {"credentials": await _read(request, caller, work)}
+    return {"credentials": await reading(request, caller, work)}
 
 
 @router.post("/clients/{client_id}/credentials", status_code=201)
 async def create_credential(request: Request, client_id: str, caller: Developer) -> dict[str, Any]:
     """A further secret, shown this once."""
-    name = required(await _body(request, "credential"), "name")
+    name = required(await body_of(request, "credential"), "name")
     # Permission first: making a secret costs.
-    await _read(request, caller, lambda connection, subject: registration.require(connection, client_id, subject))
+    await reading(request, caller, lambda connection, subject: registration.require(connection, client_id, subject))
     secret, digest = await trio.to_thread.run_sync(new_digest)
 
     def work(connection: Connection, subject: Subject) -> dict[str, Any]:
         found = registration.require(connection, client_id, subject)
         return registration.add_secret(connection, found, name, digest, secret, subject.now)
 
-    return {"credential": await _write(request, caller, work)}
+    return {"credential": await writing(request, caller, work)}
 
 
 @router.delete("/clients/{client_id}/credentials/{credential_id}")
@@ -227,7 +205,7 @@ async def delete_credential(request: Request, client_id: str, credential_id: str
         found = registration.require(connection, client_id, subject)
         return registration.remove_secret(connection, found, credential_id)
 
-    return {"credential": await _write(request, caller, work)}
+    return {"credential": await writing(request, caller, work)}
 
 
 # --- policies ---------------------------------------------------------------------------------------------------------
@@ -241,18 +219,18 @@ async def list_policies(request: Request, caller: Developer) -> dict[str, Any]:
         mine = [project.id for project in projects.administered(connection, subject)]
         return policies.of_projects(connection, mine)
 
-    return {"policies": await _read(request, caller, work)}
+    return {"policies": await reading(request, caller, work)}
 
 
 @router.post("/policies", status_code=201)
 async def create_policy(request: Request, caller: Developer) -> dict[str, Any]:
     """A new policy."""
-    document = await _body(request, "policy")
+    document = await body_of(request, "policy")
 
     def work(connection: Connection, subject: Subject) -> dict[str, Any]:
         return policies.create(connection, document, subject)
 
-    return {"policy": await _write(request, caller, work)}
+    return {"policy": await writing(request, caller, work)}
 
 
 @router.get("/policies/{policy_id}")
@@ -262,18 +240,18 @@ async def show_policy(request: Request, policy_id: str, caller: Developer) -> di
     def work(connection: Connection, subject: Subject) -> dict[str, Any]:
         return policies.policy_document(policies.require(connection, policy_id, subject))
 
-    return {"policy": await _read(request, caller, work)}
+    return {"policy": await reading(request, caller, work)}
 
 
 @router.put("/policies/{policy_id}")
 async def update_policy(request: Request, policy_id: str, caller: Developer) -> dict[str, Any]:
     """Change a policy."""
-    document = await _body(request, "policy")
+    document = await body_of(request, "policy")
 
     def work(connection: Connection, subject: Subject) -> dict[str, Any]:
         return policies.change(connection, policies.require(connection, policy_id, subject), document, subject)
 
-    return {"policy": await _write(request, caller, work)}
+    return {"policy": await writing(request, caller, work)}
 
 
 @router.delete("/policies/{policy_id}")
@@ -285,4 +263,4 @@ async def delete_policy(request: Request, policy_id: str, caller: Developer) -> 
         policies.remove(connection, row.id)
         return policies.policy_document(row)
 
-    return {"policy": await _write(request, caller, work)}
+    return {"policy": await writing(request, caller, work)}

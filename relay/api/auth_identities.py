@@ -17,8 +17,6 @@ from relay.auth.browser_sessions import Authentication
 from relay.auth.codes import authentications_of
 from relay.auth.consents import consents_of, document
 from relay.auth.identities import (
-    CLIENT_DOMAIN,
-    CLIENT_PROVIDER_ID,
     Identity,
     add_identity,
     normal_username,
@@ -27,6 +25,7 @@ from relay.auth.identities import (
     select_by_usernames,
 )
 from relay.auth.linked import set_of
+from relay.auth.providers import IdentityProvider, identity_providers, named_after
 from relay.auth.scopes import MANAGE_PROJECTS, VIEW_CONSENTS, VIEW_IDENTITY_SET
 from relay.auth.upstream import provider_identity_id
 from relay.services import services_of
@@ -103,7 +102,7 @@ async def find_identities(
     if "identity_provider" in include.split(","):
         providers = {identity.provider_id: identity.username.rpartition("@")[2] for identity in found.values()}
         document["included"] = {
-            "identity_providers": [_provider_document(key, domain) for key, domain in providers.items()]
+            "identity_providers": [_provider_document(named_after(key, domain)) for key, domain in providers.items()]
         }
     return document
 
@@ -113,21 +112,7 @@ async def find_providers(request: Request, ids: str | None = None, domains: str 
     """The identity providers of this relay with these ``ids`` or ``domains``."""
     if (ids is None) == (domains is None):
         raise ApiError(400, "INVALID_REQUEST", "Give either ids or domains, one of the two.")
-    settings = services_of(request).settings
-    documents = [
-        _provider_document(provider_id_of(settings.user_domain), settings.user_domain),
-        _provider_document(CLIENT_PROVIDER_ID, CLIENT_DOMAIN),
-    ]
-    documents += [
-        {
-            "id": provider_identity_id(provider),
-            "name": provider.name,
-            "short_name": provider.id,
-            "domains": [domain for domain in provider.domains if domain != "*"],
-            "alternative_names": [],
-        }
-        for provider in settings.sign_in.providers
-    ]
+    documents = [_provider_document(one) for one in identity_providers(services_of(request).settings)]
     asked_ids, asked_domains = set(_split(ids or "")), {part.lower() for part in _split(domains or "")}
     chosen = [item for item in documents if item["id"] in asked_ids or asked_domains & set(item["domains"])]
     return {"identity_providers": chosen}
@@ -210,11 +195,11 @@ def _identity_document(identity: Identity) -> dict[str, Any]:
     }
 
 
-def _provider_document(provider_id: str, domain: str) -> dict[str, Any]:
+def _provider_document(provider: IdentityProvider) -> dict[str, Any]:
     return {
-        "id": provider_id,
-        "name": domain,
-        "short_name": domain.partition(".")[0],
-        "domains": [domain],
+        "id": provider.id,
+        "name": provider.name,
+        "short_name": provider.short_name,
+        "domains": list(provider.domains),
         "alternative_names": [],
     }

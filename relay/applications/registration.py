@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import json
 import uuid
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from relay.auth.identities import CLIENT_PROVIDER_ID, add_identity
 from relay.auth.public_clients import remove_client
 from relay.store import auth_tables
 from relay.store.application_tables import registrations
+from relay.store.sign_in_tables import scopes
 
 MAX_CLIENTS = 500
 PUBLIC_TYPES = frozenset({"public_installed_client", "public_webapp_client"})
@@ -51,6 +52,13 @@ class Registered:
     terms_and_conditions: str | None
     privacy_policy: str | None
     preselect_idp: str | None
+    required_idp: str | None = None
+    registered_by: str | None = None
+
+    @property
+    def parent(self) -> str | None:
+        """The client that this one came from: as its copy, or registered by it."""
+        return self.registered_by or self.client.parent_id
 
 
 def of_projects(connection: Connection, project_ids: list[str]) -> list[Registered]:
@@ -83,9 +91,14 @@ def find(connection: Connection, client_id: str) -> Registered | None:
 
 
 def require(connection: Connection, client_id: str, subject: Subject) -> Registered:
-    """A client of a project that the person administers. Raises `ApiError` 404."""
+    """A client of a project that the person administers, or one that the asking client registered itself.
+
+    Raises `ApiError` 404.
+    """
     found = find(connection, client_id)
     if found is not None:
+        if found.registered_by in subject.identities:
+            return found
         try:
             projects.require(connection, found.project_id, subject)
         except ApiError as error:
@@ -94,22 +107,65 @@ def require(connection: Connection, client_id: str, subject: Subject) -> Registe
     raise projects.not_found("client", client_id)
 
 
-def create(connection: Connection, document: Mapping[str, Any], subject: Subject, owner_id: str) -> Registered:
-    """Register a client, still without a secret. Raises `ApiError` 400, 404, 409."""
+def look(connection: Connection, client_id: str, subject: Subject) -> Registered:
+    """The same, and beside these every client that is visible to all. Raises `ApiError` 404."""
+    found = find(connection, client_id)
+    return found if found is not None and found.visibility == "public" else require(connection, client_id, subject)
+
+
+def create(
+    connection: Connection,
+    document: Mapping[str, Any],
+    subject: Subject,
+    owner_id: str,
+    providers: Collection[str] = (),
+) -> Registered:
+    """Register a client, still without a secret. ``providers`` are the ids of those that people sign in with here.
+
+    Raises `ApiError` 400, 404, 409.
+    """
     project_id = documents.identifier(document.get("project"), "project")
     projects.require(connection, project_id, subject)
+    return _insert(connection, document, project_id, owner_id, None, subject.now, providers)
+
+
+def create_child(
+    connection: Connection, document: Mapping[str, Any], parent_id: str, now: float, providers: Collection[str] = ()
+) -> Registered:
+    """Register a client on the word of another one, in the same project and under the same people.
+
+    Children have no children. Raises `ApiError` 400, 403, 409.
+    """
+    parent = find(connection, parent_id)
+    if parent is None or parent.registered_by is not None:
+        sentence = "Only a client that a person registered in a project can register further ones."
+        raise ApiError(403, "FORBIDDEN", sentence)
+    if document.get("project", parent.project_id) != parent.project_id:
+        raise documents.invalid("A client registers others in its own project; leave project out.")
+    owner_id = parent.client.owner_id or parent.client.id
+    return _insert(connection, document, parent.project_id, owner_id, parent.client.id, now, providers)
+
+
+def _insert(
+    connection: Connection,
+    document: Mapping[str, Any],
+    project_id: str,
+    owner_id: str,
+    registered_by: str | None,
+    now: float,
+    providers: Collection[str],
+) -> Registered:
     mine = registrations.c.project_id == project_id
     if connection.execute(select(func.count()).select_from(registrations).where(mine)).scalar_one() >= MAX_CLIENTS:
         raise ApiError(409, "CONFLICT", f"A project has at most {MAX_CLIENTS} clients.")
     kind = _client_type(document)
-    _refuse_required_idp(document)
     public = kind in PUBLIC_TYPES
     client = Client(
         id=str(uuid.uuid4()),
         name=documents.required(document, "name"),
         public=public,
         owner_id=owner_id,
-        created=subject.now,
+        created=now,
         redirect_uris=tuple(documents.redirect_uris(document) or ()),
         # RFC 9700, 2.2.2: without a secret, a stolen refresh token must not go unnoticed.
         rotates=public,
@@ -119,7 +175,7 @@ def create(connection: Connection, document: Mapping[str, Any], subject: Subject
         add_identity(
             connection,
             username=clients.client_username(client.id),
-            now=subject.now,
+            now=now,
             provider_id=CLIENT_PROVIDER_ID,
             identity_id=client.id,
             kind="client_identity",
@@ -130,7 +186,9 @@ def create(connection: Connection, document: Mapping[str, Any], subject: Subject
         "project_id": project_id,
         "client_type": kind,
         "visibility": _visibility(document, "private"),
-        "preselect_idp": _preselect(document),
+        "preselect_idp": _provider(document, "preselect_idp", providers),
+        "required_idp": _provider(document, "required_idp", providers),
+        "registered_by": registered_by,
         **_links(document),
     }
     connection.execute(insert(registrations).values(**row))
@@ -152,12 +210,6 @@ def _client_type(document: Mapping[str, Any]) -> str:
     return kind
 
 
-def _refuse_required_idp(document: Mapping[str, Any]) -> None:
-    # Accepting what is not enforced would be worse than refusing it.
-    if document.get("required_idp") is not None:
-        raise documents.invalid("required_idp is not offered; demand domains with a policy instead.")
-
-
 def _visibility(document: Mapping[str, Any], default: str) -> str:
     value = documents.text(document, "visibility") or default
     if value not in ("private", "public"):
@@ -165,9 +217,15 @@ def _visibility(document: Mapping[str, Any], default: str) -> str:
     return value
 
 
-def _preselect(document: Mapping[str, Any]) -> str | None:
-    value = document.get("preselect_idp")
-    return None if value is None else documents.identifier(value, "preselect_idp")
+def _provider(document: Mapping[str, Any], key: str, known: Collection[str]) -> str | None:
+    value = document.get(key)
+    if value is None:
+        return None
+    provider_id = documents.identifier(value, key)
+    # Nobody could ever satisfy it.
+    if provider_id not in known:
+        raise documents.invalid(f"{key}: nobody signs in here with a provider '{provider_id}'.")
+    return provider_id
 
 
 def _links(document: Mapping[str, Any]) -> dict[str, str | None]:
@@ -177,12 +235,17 @@ def _links(document: Mapping[str, Any]) -> dict[str, str | None]:
     return {key: documents.web_address(links, key) for key in _LINKS}
 
 
-def change(connection: Connection, found: Registered, document: Mapping[str, Any], subject: Subject) -> Registered:
+def change(
+    connection: Connection,
+    found: Registered,
+    document: Mapping[str, Any],
+    subject: Subject,
+    providers: Collection[str] = (),
+) -> Registered:
     """Change the keys that are present; what a client is stays. Raises `ApiError` 400, 404."""
     for key, now in (("client_type", found.client_type), ("public_client", found.client.public)):
         if document.get(key) is not None and document[key] != now:
             raise documents.invalid(f"{key} of a client cannot be changed; register a new one.")
-    _refuse_required_idp(document)
     client: dict[str, Any] = {}
     if "name" in document:
         client["name"] = documents.required(document, "name")
@@ -197,8 +260,7 @@ def change(connection: Connection, found: Registered, document: Mapping[str, Any
         projects.require(connection, own["project_id"], subject)
     if "visibility" in document:
         own["visibility"] = _visibility(document, found.visibility)
-    if "preselect_idp" in document:
-        own["preselect_idp"] = _preselect(document)
+    own |= {key: _provider(document, key, providers) for key in ("preselect_idp", "required_idp") if key in document}
     if "links" in document:
         own |= _links(document)
     if own:
@@ -209,13 +271,19 @@ def change(connection: Connection, found: Registered, document: Mapping[str, Any
 
 
 def remove(connection: Connection, found: Registered) -> None:
-    """Delete a client with its secrets, tokens and consents."""
+    """Delete a client with its secrets, tokens and consents. Those that it registered stay in the project."""
+    mine = registrations.c.registered_by == found.client.id
+    connection.execute(update(registrations).where(mine).values(registered_by=None))
     remove_client(connection, found.client.id)
 
 
-def client_document(found: Registered) -> dict[str, Any]:
+def client_document(connection: Connection, found: Registered) -> dict[str, Any]:
     """The client document of the Auth API."""
     public = found.client.public
+    own_scopes = select(scopes.c.id).where(scopes.c.client_id == found.client.id).order_by(scopes.c.created)
+    grant_types = ["authorization_code", "refresh_token"]
+    if not public:
+        grant_types += ["client_credentials", "urn:globus:auth:grant_type:dependent_token"]
     return {
         "id": found.client.id,
         "name": found.client.name,
@@ -223,13 +291,13 @@ def client_document(found: Registered) -> dict[str, Any]:
         "public_client": public,
         "visibility": found.visibility,
         "project": found.project_id,
-        "parent_client": found.client.parent_id,
+        "parent_client": found.parent,
         "redirect_uris": list(found.client.redirect_uris),
         "links": {"terms_and_conditions": found.terms_and_conditions, "privacy_policy": found.privacy_policy},
-        "scopes": [],
-        "grant_types": ["authorization_code", *([] if public else ["client_credentials"]), "refresh_token"],
+        "scopes": list(connection.execute(own_scopes).scalars()),
+        "grant_types": sorted(grant_types),
         "fqdns": [],
-        "required_idp": None,
+        "required_idp": found.required_idp,
         "preselect_idp": found.preselect_idp,
         "prompt_for_named_grant": False,
         "userinfo_from_effective_identity": True,

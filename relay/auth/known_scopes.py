@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import re
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from sqlalchemy import Connection, select, union
 
@@ -31,6 +32,7 @@ from relay.store import sign_in_tables as tables
 from relay.store.transfer_tables import collections, endpoints
 
 MAX_TREE = 500
+_UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _CUSTOM = re.compile(r"https://auth\.globus\.org/scopes/([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})/([A-Za-z0-9_]+)")
 
 _WORDS: Mapping[str, str] = {
@@ -83,8 +85,51 @@ def facts_of(connection: Connection, name: str) -> ScopeFacts | None:
         return _custom(connection, name)
     if object_ids([server]) and not _exist(connection, {server}):
         return None
-    scope_id = str(uuid.uuid5(uuid.NAMESPACE_URL, name))
-    return ScopeFacts(scope_id, name, server, _WORDS.get(name) or _words_of(connection, name, server))
+    return ScopeFacts(id_of(name), name, server, _WORDS.get(name) or _words_of(connection, name, server))
+
+
+def id_of(name: str) -> str:
+    """The id of a scope that every relay knows, or that belongs to an endpoint or collection: the same everywhere."""
+    return str(uuid.uuid5(uuid.NAMESPACE_URL, name))
+
+
+def names_with_ids(connection: Connection, ids: Collection[str]) -> dict[str, str]:
+    """Which of these ids are those of scopes that no client of this relay defined: their names by id."""
+    if not ids:
+        return {}
+    found = {id_of(name): name for name in _WORDS if id_of(name) in ids}
+    if len(found) < len(ids):
+        # An id says nothing of its name, so that all that could be meant are gone through.
+        for server in connection.execute(union(select(collections.c.id), select(endpoints.c.id))).scalars():
+            for name in _of_object(server):
+                if id_of(name) in ids:
+                    found[id_of(name)] = name
+    return found
+
+
+def _of_object(server: str) -> tuple[str, ...]:
+    prefix = f"https://auth.globus.org/scopes/{server}"
+    return f"urn:globus:auth:scope:{server}:manage_collections", f"{prefix}/https", f"{prefix}/data_access"
+
+
+def built_in(connection: Connection, name: str) -> dict[str, Any] | None:
+    """The scope document of a scope that no client of this relay defined, or None."""
+    if resource_server_of(name) is None:
+        return None
+    facts = facts_of(connection, name)
+    if facts is None:
+        return None
+    return {
+        "id": facts.id,
+        "scope_string": name,
+        "name": facts.words,
+        "description": facts.words,
+        "client": facts.server if _UUID.fullmatch(facts.server) else str(uuid.uuid5(uuid.NAMESPACE_DNS, facts.server)),
+        "advertised": True,
+        "allows_refresh_token": facts.allows_refresh,
+        "required_domains": [],
+        "dependent_scopes": [],
+    }
 
 
 def _custom(connection: Connection, name: str) -> ScopeFacts | None:

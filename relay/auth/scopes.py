@@ -25,6 +25,7 @@ OPENID_SCOPES = frozenset({"openid", "profile", "email"})
 TRANSFER_ALL = f"urn:globus:auth:scope:{TRANSFER_SERVER}:all"
 VIEW_IDENTITY_SET = f"urn:globus:auth:scope:{AUTH_SERVER}:view_identity_set"
 VIEW_CONSENTS = f"urn:globus:auth:scope:{AUTH_SERVER}:view_consents"
+VIEW_CLIENTS_AND_SCOPES = f"urn:globus:auth:scope:{AUTH_SERVER}:view_clients_and_scopes"
 MANAGE_PROJECTS = f"urn:globus:auth:scope:{AUTH_SERVER}:manage_projects"
 
 MAX_LENGTH = 16 * 1024

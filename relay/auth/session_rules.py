@@ -1,14 +1,33 @@
-"""The authentication policies that applications refer to by their ids."""
+"""What applications demand of who signs in: by policies that they name, and by what they are registered with."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from sqlalchemy import Connection, select
 
+from relay.auth.clients import Client
 from relay.auth.step_up import Rule, Unsatisfiable
-from relay.store.application_tables import policies
+from relay.store.application_tables import policies, registrations
+
+
+@dataclass(frozen=True)
+class ProviderWishes:
+    """Ids of providers: the one from which everybody must have an identity, and the one to offer first."""
+
+    required: str | None = None
+    preselected: str | None = None
+
+
+def provider_wishes(connection: Connection, client: Client) -> ProviderWishes:
+    """What an application is registered with. The copies of a native application are bound by it as well."""
+    table = registrations.c
+    row = connection.execute(
+        select(table.required_idp, table.preselect_idp).where(table.client_id == (client.parent_id or client.id))
+    ).first()
+    return ProviderWishes() if row is None else ProviderWishes(row.required_idp, row.preselect_idp)
 
 
 def rules_of(connection: Connection, policy_ids: Sequence[str]) -> list[Rule]:

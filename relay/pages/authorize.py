@@ -31,9 +31,10 @@ from relay.auth.codes import issue_code
 from relay.auth.identities import Identity
 from relay.auth.known_scopes import ScopeFacts, expand
 from relay.auth.linked import set_of
+from relay.auth.providers import check_provider
 from relay.auth.public_clients import client_for, ensure_row, is_nameless, title_of
 from relay.auth.scopes import InvalidScope, Scope
-from relay.auth.session_rules import rules_of
+from relay.auth.session_rules import provider_wishes, rules_of
 from relay.auth.step_up import Lacking, Unsatisfiable, lacking
 from relay.pages.browser import Browser, browser_of, go
 from relay.pages.render import Look, PageProblem, page
@@ -88,7 +89,7 @@ async def decide(request: Request) -> Response:
         asking = await _asking(services_of(request), asked, browser.session)
         missing = await _missing(browser, browser.session, asked, asking.person, form.get("since", ""))
         if missing is not None:
-            return _sign_in(browser, asked, missing, form.get("since", ""))
+            return await _sign_in(browser, asked, missing, form.get("since", ""))
         return await _allow(browser, asking, browser.session)
     except Refused as error:
         return _tell(request, asked.redirect_uri, error, asked.state)
@@ -128,13 +129,13 @@ async def _answer(browser: Browser, asked: AuthorizationRequest, mark: str) -> R
     if session is None:
         if silent:
             raise Refused("login_required", "Nobody is signed in.")
-        return _sign_in(browser, asked, Lacking(""), "")
+        return await _sign_in(browser, asked, Lacking(""), "")
     asking = await _asking(services, asked, session)
     missing = await _missing(browser, session, asked, asking.person, mark)
     if missing is not None:
         if silent:
             raise Refused("login_required", missing.sentence)
-        return _sign_in(browser, asked, missing, mark)
+        return await _sign_in(browser, asked, missing, mark)
     native = asked.client.public or asked.client.parent_id is not None
     # Nobody can tell one native application from another, so these are never let in unseen (RFC 8252, 8.6).
     if asking.covered and not native and "consent" not in asked.prompt:
@@ -152,6 +153,10 @@ async def _asking(services: Services, asked: AuthorizationRequest, session: Brow
             raise Refused("invalid_scope", str(error)) from error
         person = set_of(connection, session.identity.id)
         _check_domains(expanded, person)
+        try:
+            check_provider(services.settings, asked.client, provider_wishes(connection, asked.client), person)
+        except Unsatisfiable as error:
+            raise Refused("access_denied", str(error)) from error
         covered = consents.covers(
             connection,
             session.identity.id,
@@ -190,12 +195,13 @@ async def _missing(
         raise Refused("access_denied", str(error)) from error
 
 
-def _sign_in(browser: Browser, asked: AuthorizationRequest, missing: Lacking, mark: str) -> HTMLResponse:
+async def _sign_in(browser: Browser, asked: AuthorizationRequest, missing: Lacking, mark: str) -> HTMLResponse:
     services = services_of(browser.request)
     since = browser.marked(mark, asked.query)
     if since is None or services.clock() - since > _MARK_LIFE:
         mark = browser.mark(asked.query, services.clock())
     destination = f"/v2/oauth2/authorize?{asked.query}&{urlencode({_MARK: mark})}"
+    wishes = await services.store.read(lambda connection: provider_wishes(connection, asked.client))
     return sign_in_page(
         browser,
         Invitation(
@@ -204,6 +210,7 @@ def _sign_in(browser: Browser, asked: AuthorizationRequest, missing: Lacking, ma
             message=asked.message,
             application=title_of(asked.client),
             username=missing.hint or asked.login_hint,
+            provider=wishes.required or wishes.preselected,
             form_targets=targets_of(asked.redirect_uri, services.settings.public_url),
         ),
     )

@@ -12,8 +12,12 @@ from relay.auth import consents, device
 from relay.auth.browser_sessions import BrowserSession
 from relay.auth.clients import Client, find_client
 from relay.auth.known_scopes import expand
+from relay.auth.linked import set_of
+from relay.auth.providers import check_provider
 from relay.auth.public_clients import is_nameless, title_of
 from relay.auth.scopes import InvalidScope, Scope, parse_untrusted
+from relay.auth.session_rules import provider_wishes
+from relay.auth.step_up import Unsatisfiable
 from relay.pages.account import signed_in
 from relay.pages.browser import Browser
 from relay.pages.render import PageProblem, page
@@ -88,6 +92,12 @@ async def _find(request: Request, session: BrowserSession, code: str) -> _Waitin
             expanded = expand(connection, parse_untrusted(found.scope).values())
         except InvalidScope:
             return None
+        try:
+            check_provider(
+                services.settings, client, provider_wishes(connection, client), set_of(connection, session.identity.id)
+            )
+        except Unsatisfiable as error:
+            raise PageProblem(403, "Not for you", str(error)) from error
         scopes = [scope for scope, _ in expanded.values()]
         return _Waiting(found, client, scopes, [facts.words for _, facts in expanded.values()])
 

@@ -23,6 +23,7 @@ from relay.auth.browser_sessions import (
 from relay.auth.identities import Identity, select_by_ids, select_by_usernames
 from relay.auth.linked import primary_of
 from relay.auth.public_clients import client_for, may_redirect_to
+from relay.auth.upstream import provider_identity_id
 from relay.pages.browser import (
     SESSION_COOKIE,
     Browser,
@@ -47,7 +48,10 @@ _WRONG = "The username or the password is wrong."
 
 @dataclass(frozen=True)
 class Invitation:
-    """What the sign-in page says and offers. ``reason`` is our own sentence, ``message`` the application's."""
+    """What the sign-in page says and offers. ``reason`` is our own sentence, ``message`` the application's.
+
+    ``provider`` is the id of the one to offer first.
+    """
 
     destination: str = "/account"
     reason: str = ""
@@ -55,6 +59,7 @@ class Invitation:
     application: str = ""
     username: str = ""
     error: str = ""
+    provider: str | None = None
     form_targets: Sequence[str] = ()
 
 
@@ -71,7 +76,8 @@ def sign_in_page(browser: Browser, invitation: Invitation, status: int = 200) ->
         invitation=invitation,
         local=settings.sign_in.local_accounts,
         domain=settings.user_domain,
-        providers=settings.sign_in.providers,
+        # The one that the application wishes for comes first.
+        providers=sorted(settings.sign_in.providers, key=lambda one: provider_identity_id(one) != invitation.provider),
         signed_in=None if browser.session is None else browser.session.identity.username,
     )
     browser.keep(answer)

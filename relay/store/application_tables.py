@@ -33,6 +33,10 @@ registrations = Table(
     Column("terms_and_conditions", Text),
     Column("privacy_policy", Text),
     Column("preselect_idp", String(36)),
+    # The provider from which a person must have an identity.
+    Column("required_idp", String(36)),
+    # The client that registered this one, if it was no person.
+    Column("registered_by", String(36), ForeignKey("clients.id"), index=True),
     CheckConstraint("visibility IN ('private', 'public')", name="visibility"),
 )
 

@@ -1,0 +1,203 @@
+"""Scopes that developers define, clients that clients register, and applications for the people of one provider."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from sqlalchemy import update
+
+from relay.auth.clients import SecretChecker
+from relay.auth.known_scopes import id_of
+from relay.auth.providers import sign_in_provider_ids
+from relay.auth.scopes import AUTH_SERVER, MANAGE_PROJECTS, TRANSFER_ALL, VIEW_CLIENTS_AND_SCOPES
+from relay.store.auth_tables import identities
+from tests.relay.sign_in_world import Application, Person, add_person, forms_of
+from tests.relay.test_applications import Developer, developer
+
+DEPENDENT = "urn:globus:auth:grant_type:dependent_token"
+
+
+async def service(dev: Developer, **more: Any) -> tuple[str, str]:
+    """A client with a secret: both."""
+    client = await dev.client(await dev.project(), client_type="resource_server", **more)
+    body = {"credential": {"name": "first"}}
+    made = await dev.done("POST", f"/clients/{client['id']}/credentials", body, status=201)
+    return client["id"], made["credential"]["secret"]
+
+
+async def scope_of(dev: Developer, client_id: str, **more: Any) -> dict[str, Any]:
+    body = {"name": "Move", "description": "Move what you found", "scope_suffix": "move", **more}
+    return dict((await dev.done("POST", f"/clients/{client_id}/scopes", {"scope": body}, status=201))["scope"])
+
+
+def needing(scope: str, *, optional: bool = False) -> dict[str, Any]:
+    return {"dependent_scopes": [{"scope": scope, "optional": optional, "requires_refresh_token": False}]}
+
+
+async def test_a_scope_is_asked_for_consented_to_and_gives_its_service_dependent_tokens(world: Any) -> None:
+    dev = await developer(world, "dev")
+    client_id, secret = await service(dev)
+    scope = await scope_of(dev, client_id, **needing(id_of(TRANSFER_ALL)))
+    ada = Person(world)
+    await ada.arrive(await add_person(world, "ada"))
+    application = Application(scope=scope["scope_string"])
+    page = await ada.get(application.url())
+    assert "Move what you found" in page.text
+    assert TRANSFER_ALL in page.text
+    document = (await application.redeem(world, await application.code(ada))).json()
+    assert document["resource_server"] == client_id
+    form = {"grant_type": DEPENDENT, "token": document["access_token"]}
+    (given,) = (await world.http.post("/v2/oauth2/token", data=form, auth=(client_id, secret))).json()
+    assert given["scope"] == TRANSFER_ALL
+    # What the scope stands for is gone: so is every token that carries it.
+    await dev.done("DELETE", f"/scopes/{scope['id']}")
+    check = {"token": document["access_token"]}
+    answer = await world.http.post("/v2/oauth2/token/introspect", data=check, auth=(client_id, secret))
+    assert answer.json() == {"active": False}
+    assert application.answer(await ada.get(application.url()))["error"] == "invalid_scope"
+
+
+async def test_a_scope_that_needs_more_than_before_is_asked_for_again(world: Any) -> None:
+    dev = await developer(world, "dev")
+    client_id, secret = await service(dev, redirect_uris=["https://hub.example.org/cb"])
+    scope = await scope_of(dev, client_id)
+    ada = Person(world)
+    await ada.arrive(await add_person(world, "ada"))
+    hub = Application(client_id=client_id, redirect_uri="https://hub.example.org/cb", scope=scope["scope_string"])
+    await hub.code(ada)
+    assert "code" in hub.answer(await ada.get(hub.url()))
+    await dev.done("PUT", f"/scopes/{scope['id']}", {"scope": needing("openid")})
+    assert "wants to act for you" in (await ada.get(hub.url())).text
+    del secret
+
+
+async def test_scopes_of_others_are_seen_as_far_as_their_developer_wants(world: Any) -> None:
+    dev, eve = await developer(world, "dev"), await developer(world, "eve")
+    hidden = await scope_of(dev, (await service(dev))[0])
+    open_client = (await service(dev, visibility="public"))[0]
+    shown = await scope_of(dev, open_client)
+    told = await scope_of(dev, hidden["client"], scope_suffix="told", advertised=True)
+    ids = ",".join(scope["id"] for scope in (hidden, shown, told))
+    found = (await eve.done("GET", f"/scopes?ids={ids}"))["scopes"]
+    assert {scope["id"] for scope in found} == {shown["id"], told["id"]}
+    strings = ",".join([hidden["scope_string"], told["scope_string"], "openid", "nonsense"])
+    found = (await eve.done("GET", f"/scopes?scope_strings={strings}"))["scopes"]
+    assert {scope["scope_string"] for scope in found} == {told["scope_string"], "openid"}
+    assert (await eve.done("GET", "/scopes"))["scopes"] == []
+    assert len((await dev.done("GET", "/scopes"))["scopes"]) == 3
+    await eve.refused("GET", f"/scopes/{hidden['id']}", 404)
+    assert (await eve.done("GET", f"/clients/{open_client}"))["client"]["scopes"] == [shown["id"]]
+    for method in ("PUT", "DELETE"):
+        await eve.refused(method, f"/scopes/{told['id']}", 404, {"scope": {"name": "mine"}})
+    mine = (await service(eve))[0]
+    body = {"scope": {"name": "n", "description": "d", "scope_suffix": "x", **needing(hidden["id"])}}
+    assert "no scope" in await eve.refused("POST", f"/clients/{mine}/scopes", 400, body)
+
+
+async def test_a_new_suffix_is_a_new_scope(world: Any) -> None:
+    dev = await developer(world, "dev")
+    client_id, _ = await service(dev)
+    first = await scope_of(dev, client_id)
+    second = await scope_of(dev, client_id, scope_suffix="second", **needing(first["id"]))
+    ada = Person(world)
+    await ada.arrive(await add_person(world, "ada"))
+    application = Application(scope=first["scope_string"])
+    await application.redeem(world, await application.code(ada))
+    changed = (await dev.done("PUT", f"/scopes/{first['id']}", {"scope": {"scope_suffix": "third"}}))["scope"]
+    assert changed["scope_string"].endswith("/third")
+    after = (await dev.done("GET", f"/scopes/{second['id']}"))["scope"]
+    assert [need["scope"] for need in after["dependent_scopes"]] == [first["id"]]
+    assert application.answer(await ada.get(application.url()))["error"] == "invalid_scope"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"scope_suffix": "https"},
+        {"scope_suffix": "data_access"},
+        {"scope_suffix": "With Space"},
+        {"scope_suffix": None},
+        {"name": ""},
+        {"required_domains": ["*.example.org"]},
+        {"dependent_scopes": "openid"},
+        {"dependent_scopes": [{"scope": "00000000-0000-4000-8000-000000000000"}]},
+        {"dependent_scopes": [{"scope": "openid", "optional": "yes"}]},
+        {"advertised": 1},
+    ],
+)
+async def test_what_is_no_scope(world: Any, wrong: dict[str, Any]) -> None:
+    dev = await developer(world, "dev")
+    client = await dev.client(await dev.project())
+    body = {"name": "n", "description": "d", "scope_suffix": "fine", **wrong}
+    await dev.refused("POST", f"/clients/{client['id']}/scopes", 400, {"scope": body})
+
+
+async def test_a_token_that_may_look_may_not_change(world: Any) -> None:
+    dev = await developer(world, "dev")
+    scope = await scope_of(dev, (await service(dev))[0])
+    client_id, _ = await world.client()
+    issued = await world.tokens(dev.id, client_id, {AUTH_SERVER: [VIEW_CLIENTS_AND_SCOPES]})
+    bearer = {"Authorization": f"Bearer {issued[AUTH_SERVER].access_token}"}
+    path = f"/v2/api/scopes/{scope['id']}"
+    assert (await world.http.get(path, headers=bearer)).status_code == 200
+    assert (await world.http.delete(path, headers=bearer)).status_code == 403
+    assert (await world.http.get(path)).status_code == 401
+
+
+async def test_a_client_registers_others_and_manages_them(world: Any) -> None:
+    dev = await developer(world, "dev")
+    parent, secret = await service(dev)
+
+    async def register(auth: tuple[str, str], **more: Any) -> Any:
+        body = {"client": {"name": "Child", "client_type": "confidential_client", **more}}
+        return await world.http.post("/v2/api/clients", json=body, auth=auth)
+
+    child = (await register((parent, secret))).json()["client"]
+    assert child["parent_client"] == parent
+    assert child["project"] == (await dev.done("GET", f"/clients/{parent}"))["client"]["project"]
+    # The parent gives it a secret with a token of its own; so do the people of the project.
+    issued = await world.tokens(parent, parent, {AUTH_SERVER: [MANAGE_PROJECTS]})
+    itself = Developer(parent, issued[AUTH_SERVER].access_token, world.http)
+    where = f"/clients/{child['id']}/credentials"
+    made = (await itself.done("POST", where, {"credential": {"name": "s"}}, status=201))["credential"]
+    assert (await SecretChecker(world.store).check(child["id"], made["secret"])) is not None
+    await itself.refused("GET", f"/clients/{parent}/credentials", 404)
+    assert len((await dev.done("GET", where))["credentials"]) == 1
+    assert (await register((child["id"], made["secret"]))).status_code == 403
+    assert (await register((parent, "wrong"))).status_code == 401
+    assert (await register((parent, secret), project=(await dev.project()))).status_code == 400
+    # A client that the operator made stands in no project.
+    assert (await register(await world.client())).status_code == 403
+    await dev.done("DELETE", f"/clients/{parent}")
+    assert (await dev.done("GET", f"/clients/{child['id']}"))["client"]["parent_client"] is None
+
+
+async def test_an_application_for_people_of_one_provider(world: Any) -> None:
+    dev = await developer(world, "dev")
+    (own,) = sign_in_provider_ids(world.settings)
+    client_id, _ = await service(dev, redirect_uris=["https://hub.example.org/cb"], required_idp=own)
+    guest = await add_person(world, "guest")
+    person = Person(world)
+    await person.arrive(guest)
+    hub = Application(client_id=client_id, redirect_uri="https://hub.example.org/cb", scope="openid")
+    refused = hub.answer(await person.get(hub.url()))
+    assert refused["error"] == "access_denied"
+    assert world.settings.user_domain in refused["error_description"]
+    # On another device as well.
+    begun = (
+        await world.http.post("/v2/oauth2/device_authorization", data={"scope": "openid"}, auth=(client_id, _))
+    ).json()
+    page = await person.get("/device")
+    page = await person.post(
+        next(f for f in forms_of(page.text) if f.action == "/device"), user_code=begun["user_code"]
+    )
+    assert page.status_code == 403
+
+    def adopt(connection: Any) -> None:
+        connection.execute(update(identities).where(identities.c.id == guest.id).values(provider_id=own))
+
+    await world.store.write(adopt)
+    assert "wants to act for you" in (await person.get(hub.url())).text
+    unknown = {"client": {"required_idp": "00000000-0000-4000-8000-000000000000"}}
+    assert "nobody signs in here" in await dev.refused("PUT", f"/clients/{client_id}", 400, unknown)
