@@ -25,6 +25,7 @@ from relay.api.errors import service_of
 from relay.api.frame import Frame
 from relay.audit.recorder import AuditMiddleware
 from relay.pages import account, authorize, device, one_time, passkeys, render, sign_in, upstream
+from relay.pages.developers import application, index, policy, project, scope
 from relay.services import Services
 
 OWN = (
@@ -47,6 +48,11 @@ PAGES = (
     one_time.router,
     device.router,
     upstream.router,
+    index.router,
+    project.router,
+    application.router,
+    policy.router,
+    scope.router,
 )
 
 

@@ -28,23 +28,27 @@ T = TypeVar("T")
 _DAY = 86400.0
 
 
-async def signed_in(request: Request, *, fresh: bool = False) -> tuple[Browser, BrowserSession]:
-    """The browser and its session. Raises `NotSignedIn`; with ``fresh``, also when the last proof is old."""
+async def signed_in(request: Request, *, fresh: bool = False, back: str = "/account") -> tuple[Browser, BrowserSession]:
+    """The browser and its session. Raises `NotSignedIn`; with ``fresh``, also when the last proof is old.
+
+    ``back`` is where somebody goes on who sent a form and has to sign in first; they have to send it again.
+    """
     browser = await browser_of(request)
     session = browser.session
     if session is None:
-        raise NotSignedIn(sign_in_page(browser, Invitation(destination=_here(request))))
+        raise NotSignedIn(sign_in_page(browser, Invitation(destination=_here(request, back))))
     if fresh and services_of(request).clock() - session.authenticated > FRESH:
-        reason = "Sign in again to change how you sign in."
+        reason = "Sign in again to change this, and then send the form once more."
         name = session.identity.username
-        raise NotSignedIn(sign_in_page(browser, Invitation(destination=_here(request), reason=reason, username=name)))
+        raise NotSignedIn(
+            sign_in_page(browser, Invitation(destination=_here(request, back), reason=reason, username=name))
+        )
     return browser, session
 
 
-def _here(request: Request) -> str:
-    """Where to go on after signing in. What a form wanted to do has to be done again."""
+def _here(request: Request, back: str) -> str:
     if request.method != "GET":
-        return "/account"
+        return back
     return request.url.path + (f"?{request.url.query}" if request.url.query else "")
 
 

@@ -30,7 +30,7 @@ VISIT_COOKIE = "__Host-towpath-visit"
 _MAX_COOKIE = 200
 _VISIT_LIFE = 86400
 # Where somebody who has signed in may be sent on: our own pages alone.
-_DESTINATIONS = ("/v2/oauth2/authorize", "/account", "/device")
+_DESTINATIONS = ("/v2/oauth2/authorize", "/account", "/device", "/developers")
 # For changing how one signs in, the last proof of who one is may be so old, in seconds.
 FRESH = 900.0
 

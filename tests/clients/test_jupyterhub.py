@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import getpass
-import json
 import os
-import sqlite3
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,44 +96,62 @@ def hub(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Hub]:
         pytest.skip("JUPYTERHUB and JUPYTERHUB_PROXY name no hub; `make hub` installs them and runs this test")
     relay = make_relay(tmp_path / "relay")
     relay.add_person("ada")
+    relay.add_person("operator", "--email", "operator@mail.example")
     relay.run("collection", "add", "Beamline data", "--owner", "ada")
     port, hub_port, api_port = free_port(), free_port(), free_port()
     url = f"http://127.0.0.1:{port}"
     callback = f"{url}/hub/oauth_callback"
-    account = json.loads(relay.run("client", "add", "Jupyter of the institute", "--json"))
-    with sqlite3.connect(relay.directory / "relay.sqlite") as database:
-        database.execute(
-            "UPDATE clients SET redirect_uris = ? WHERE id = ?", (json.dumps([callback]), account["client_id"])
+    with serving(relay), chromium(tmp_path) as browser:
+        client_id, client_secret = _register(relay, browser, callback)
+        (tmp_path / "notebook.py").write_text(NOTEBOOK)
+        (tmp_path / "jupyterhub_config.py").write_text(
+            CONFIGURATION.format(
+                authenticator=request.param,
+                port=port,
+                hub_port=hub_port,
+                api_port=api_port,
+                proxy=proxy.split(),
+                place=tmp_path,
+                ca_file=relay.ca_file,
+                url=relay.url,
+                callback=callback,
+                client_id=client_id,
+                client_secret=client_secret,
+                python=Path(jupyterhub).with_name("python"),
+                user_map={"ada@localhost": getpass.getuser(), "ada": getpass.getuser()},
+            )
         )
-    database.close()
-    (tmp_path / "notebook.py").write_text(NOTEBOOK)
-    (tmp_path / "jupyterhub_config.py").write_text(
-        CONFIGURATION.format(
-            authenticator=request.param,
-            port=port,
-            hub_port=hub_port,
-            api_port=api_port,
-            proxy=proxy.split(),
-            place=tmp_path,
-            ca_file=relay.ca_file,
-            url=relay.url,
-            callback=callback,
-            client_id=account["client_id"],
-            client_secret=account["client_secret"],
-            python=Path(jupyterhub).with_name("python"),
-            user_map={"ada@localhost": getpass.getuser(), "ada": getpass.getuser()},
-        )
-    )
-    log = tmp_path / "hub.log"
-    environment = relay.environment(tmp_path) | {"JUPYTERHUB_CRYPT_KEY": "00" * 32}
-    with serving(relay), chromium(tmp_path) as browser, log.open("w") as file:
+        with _running(jupyterhub, relay, tmp_path, f"{url}/hub/health"):
+            yield Hub(relay, browser, url)
+
+
+def _register(relay: RelayProcess, browser: Chromium, callback: str) -> tuple[str, str]:
+    """What the hub's operator does: the form on the developers' page."""
+    browser.open(f"{relay.url}/developers")
+    browser.type("#username", "operator")
+    browser.type("#password", PASSWORD)
+    browser.click("form[action='/sign-in'] button")
+    browser.type("#name", "Jupyter of the institute")
+    browser.type("#uris", callback)
+    browser.click("form[action='/developers'] button[type=submit]")
+    assert browser.shows("is registered")
+    account = browser.text_of("code.large"), browser.text_of(".note code.large")
+    browser.forget_cookies()
+    return account
+
+
+@contextmanager
+def _running(jupyterhub: str, relay: RelayProcess, place: Path, health: str) -> Iterator[None]:
+    log = place / "hub.log"
+    environment = relay.environment(place) | {"JUPYTERHUB_CRYPT_KEY": "00" * 32}
+    with log.open("w") as file:
         process = subprocess.Popen(
-            [jupyterhub, "-f", str(tmp_path / "jupyterhub_config.py")], cwd=tmp_path, stdout=file, stderr=file,
+            [jupyterhub, "-f", str(place / "jupyterhub_config.py")], cwd=place, stdout=file, stderr=file,
             env=environment,
         )  # fmt: skip
         try:
-            _wait(f"{url}/hub/health", process, log)
-            yield Hub(relay, browser, url)
+            _wait(health, process, log)
+            yield
         except BaseException:
             print(log.read_text()[-5000:])
             raise

@@ -175,7 +175,7 @@ async def test_an_old_session_must_prove_itself_before_it_changes_how_one_signs_
     form = next(form for form in forms_of((await person.get("/account")).text) if form.action == "/account/password")
     world.clock.now += FRESH + 1
     answer = await person.post(form, current=PASSWORD, password="another long one", again="another long one")
-    assert "Sign in again to change how you sign in." in answer.text
+    assert "Sign in again to change this" in answer.text
     assert (await Person(world).sign_in()).status_code == 200
 
 

@@ -1,0 +1,71 @@
+"""All that somebody has registered, and the form with which an application is registered in one go."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import trio
+from fastapi import APIRouter, Request
+from fastapi.responses import HTMLResponse, Response
+from sqlalchemy import Connection
+
+from relay.access.decisions import Subject
+from relay.applications import projects, registration
+from relay.applications.operator import KINDS
+from relay.audit.notes import note
+from relay.auth.clients import new_digest
+from relay.pages.developers.frame import HOME, Visit, doing, looking, unknown
+from relay.pages.render import PageProblem
+from relay.services import services_of
+
+router = APIRouter(include_in_schema=False)
+
+
+@router.get(HOME)
+async def overview(request: Request) -> HTMLResponse:
+    """Projects and applications."""
+    visit = await looking(request)
+
+    def look(connection: Connection, subject: Subject) -> list[dict[str, Any]]:
+        return [
+            {"project": project, "applications": registration.of_projects(connection, [project.id])}
+            for project in projects.administered(connection, subject)
+        ]
+
+    return visit.page("index", found=await visit.read(look))
+
+
+@router.post(HOME)
+async def register(request: Request) -> Response:
+    """Register an application, in a new project when none is chosen, and show its secret, this once."""
+    visit, deed = await doing(request, "application")
+    if deed != "register":
+        raise unknown()
+    kind = KINDS.get(visit.fields.get("kind", ""))
+    if kind is None:
+        raise PageProblem(400, "That did not work", "Choose what kind of application it is.")
+    secret, digest = await trio.to_thread.run_sync(new_digest)
+
+    def work(connection: Connection, subject: Subject) -> tuple[registration.Registered, str | None]:
+        project_id = visit.text("project") or _new_project(connection, subject, visit)
+        document = {
+            "name": visit.text("name"),
+            "project": project_id,
+            "client_type": kind,
+            "redirect_uris": visit.lines("redirect_uris"),
+        }
+        made = registration.create(connection, document, subject, visit.identity.id)
+        note(request, client_id=made.client.id)
+        if made.client.public:
+            return made, None
+        registration.add_secret(connection, made, "first", digest, secret, subject.now)
+        return made, secret
+
+    made, shown = await visit.write(work)
+    return visit.page("registered", made=made, secret=shown, origin=services_of(request).settings.public_url)
+
+
+def _new_project(connection: Connection, subject: Subject, visit: Visit) -> str:
+    mail = visit.text("contact_email") or visit.identity.email or ""
+    document = {"display_name": visit.text("name"), "contact_email": mail}
+    return projects.create(connection, document, subject, visit.identity.id).id

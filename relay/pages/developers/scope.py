@@ -1,0 +1,58 @@
+"""One scope that an application offers to others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import HTMLResponse, Response
+from sqlalchemy import Connection
+
+from relay.access.decisions import Subject
+from relay.applications import custom_scopes
+from relay.pages.browser import go
+from relay.pages.developers.frame import HOME, Visit, doing, looking, unknown
+
+router = APIRouter(include_in_schema=False)
+
+
+def scope_document_of(visit: Visit) -> dict[str, Any]:
+    """The document that a scope's form stands for. A star before a scope that it needs marks it as optional."""
+    return {
+        "name": visit.text("name"),
+        "description": visit.text("description"),
+        "scope_suffix": visit.text("scope_suffix"),
+        "advertised": visit.ticked("advertised"),
+        "allows_refresh_token": visit.ticked("allows_refresh_token"),
+        "required_domains": visit.lines("required_domains"),
+        "dependent_scopes": [
+            {"scope": line.removeprefix("*"), "optional": line.startswith("*"), "requires_refresh_token": False}
+            for line in visit.lines("needs")
+        ],
+    }
+
+
+@router.get(HOME + "/scopes/{scope_id}")
+async def show_scope_page(request: Request, scope_id: str) -> HTMLResponse:
+    """The scope."""
+    visit = await looking(request)
+    found = await visit.read(lambda connection, subject: custom_scopes.require(connection, scope_id, subject))
+    return visit.page("scope", scope=found)
+
+
+@router.post(HOME + "/scopes/{scope_id}")
+async def change_scope_page(request: Request, scope_id: str) -> Response:
+    """Change or delete the scope."""
+    visit, deed = await doing(request, "scope")
+    if deed not in ("change", "delete"):
+        raise unknown()
+
+    def work(connection: Connection, subject: Subject) -> str:
+        found = custom_scopes.require(connection, scope_id, subject)
+        if deed == "delete":
+            custom_scopes.remove(connection, found)
+        else:
+            custom_scopes.change(connection, found, scope_document_of(visit), subject)
+        return f"{HOME}/applications/{found.client_id}"
+
+    return go(await visit.write(work))
