@@ -138,6 +138,16 @@ async def test_malformed_changes_never_reach_the_agent(laptop: Laptop, verb: str
     assert not any("/collections/" in path for _, path in laptop.agent.calls[calls:])
 
 
+@pytest.mark.parametrize("path", ["/ok", "/../up", "/a\0b", "/" + "x" * 300])
+async def test_a_stranger_hears_nothing_about_paths(laptop: Laptop, path: str) -> None:
+    """Whether a path makes sense there is told to those alone who may see the collection."""
+    mallory = await laptop.relay.person("mallory")
+    for id_ in (laptop.id, "3018bbc1-cdeb-442e-81d0-e1d0242a9910"):
+        route = f"/operation/endpoint/{id_}"
+        await mallory.refused("GET", f"{route}/ls", 404, "EndpointNotFound", params={"path": path})
+        await mallory.refused("POST", f"{route}/mkdir", 404, "EndpointNotFound", json={"path": path})
+
+
 LISTING_ERRORS = [
     (ItemFailed("x", code="NOT_FOUND"), 404, "ClientError.NotFound"),
     (AccessDenied("x"), 403, "EndpointPermissionDenied"),

@@ -24,6 +24,7 @@ TREE = Path(__file__).parents[2]
 STRANGERS = ("tests/agent/test_session_strangers.py",)
 LINK = ("tests/agent/test_link_app.py", "tests/agent/test_agent_policy.py")
 ROUTES = ("tests/relay/test_transfer_authorization.py",)
+OPERATIONS = (*ROUTES, "tests/relay/test_transfer_operations.py", "tests/relay/test_transfer_access.py")
 SUBMISSIONS = (*ROUTES, "tests/relay/test_transfer_endpoints.py", "tests/relay/test_transfer_submission.py")
 
 # What a removed demand for a token becomes: everybody is the same nobody.
@@ -128,7 +129,13 @@ def derived() -> Iterator[Removal]:
             instead = _without_decision(text, call)
             if instead is not None:
                 start, end = _span(text, call)
-                tests = SUBMISSIONS if path.startswith("relay/transfer/") else ROUTES
+                tests = (
+                    SUBMISSIONS
+                    if path.startswith("relay/transfer/")
+                    else OPERATIONS
+                    if "operations" in path
+                    else ROUTES
+                )
                 yield Removal(path, start, end, instead, tests, f"{path}:{call.lineno} decision")
 
 
