@@ -46,6 +46,7 @@ from agent.lock import RENEW_EVERY, InstanceLock, held
 from agent.manners import Manners
 from agent.policy import Policy
 from agent.sdnotify import Notifier
+from agent.transfer.local_node import LocalNode
 from agent.transfer.service import TransferService
 from agent.update.service import UpdateService
 from agent.watch.service import WatchService
@@ -103,18 +104,18 @@ class Daemon:
         self._dialer = Dialer(config.relay.proxy, os.environ)
         self._network = self._make_network(relay_url, authority)
         self._port_mapping = PortMapping(self._network)
-        self._tasks = TransferService(
+        self._node = LocalNode(
             config.state_dir,
             config,
             key,
             identity.node_id,
-            identity.endpoint_id,
             verifier,
             self._policy,
             identity.relay_root,
             self._network,
             marks.expected,
         )
+        self._tasks = TransferService(self._node)
         self._quic = self._make_quic(key)
         self._availability = Availability(self._policy, self._collections, self._tasks.announce_collections)
         self._watch = WatchService(config.state_dir, config.watch, self._policy, self._collections, CommandSubmitter())
@@ -339,7 +340,7 @@ class Daemon:
         before, after = set(self._policy.collections), set(config.collections)
         if config.log != self._read.log:
             await trio.to_thread.run_sync(logs.configure, config.log, self._log_file)
-        self._tasks.config = self._read = config
+        self._node.config = self._read = config
         self._policy.replace(config.collections)
         self._watch.replace(config.watch)
         self._update.config = config

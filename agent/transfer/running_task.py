@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable, Collection
-from typing import TYPE_CHECKING
 
 import msgspec
 import trio
@@ -27,6 +26,7 @@ from agent.transfer.channel import (
     Progress,
     RunTask,
 )
+from agent.transfer.local_node import LocalNode
 from agent.transfer.plan import now_iso
 from agent.transfer.state_trouble import StateTrouble
 from agent.transfer.task_paths import TaskPaths
@@ -35,9 +35,6 @@ from agent.transfer.turns import Candidate, claim_of
 from protocol.candidates import PathGo
 from protocol.control import FINAL_STATES, AgentEvent, Counters, SessionAnswer, TaskObserved, TaskOrder
 from protocol.errors import RetryLater, TaskFailed, TowpathError
-
-if TYPE_CHECKING:
-    from agent.transfer.service import TransferService
 
 CRASH_PAUSE, LONGEST_CRASH_PAUSE = 0.5, 30.0
 # How often to try again to write down what a task has told.
@@ -55,8 +52,8 @@ def merged(before: Counters, after: Counters) -> Counters:
 class RunningTask:
     """See the module. All methods are called in the trio thread."""
 
-    def __init__(self, service: TransferService, stored: StoredTask) -> None:
-        self._service = service
+    def __init__(self, node: LocalNode, stored: StoredTask) -> None:
+        self._node = node
         self.order = stored.order
         self.observed = stored.observed
         self.held = stored.held
@@ -68,8 +65,8 @@ class RunningTask:
         self._stopping = False
 
     @classmethod
-    def fresh(cls, service: TransferService, order: TaskOrder, observed: TaskObserved) -> RunningTask:
-        return cls(service, StoredTask(order, observed, order.session, held=False))
+    def fresh(cls, node: LocalNode, order: TaskOrder, observed: TaskObserved) -> RunningTask:
+        return cls(node, StoredTask(order, observed, order.session, held=False))
 
     @property
     def runnable(self) -> bool:
@@ -77,12 +74,12 @@ class RunningTask:
         if self.running or self.observed.state in FINAL_STATES:
             return False
         return self.order.desired == "cancel" or (
-            self.order.desired == "run" and not self.held and not self._service.suspended and not self.forbidden()
+            self.order.desired == "run" and not self.held and not self._node.suspended and not self.forbidden()
         )
 
     @property
     def desired(self) -> str:
-        if self.order.desired == "run" and (self.held or self._stopping or self._service.suspended or self.forbidden()):
+        if self.order.desired == "run" and (self.held or self._stopping or self._node.suspended or self.forbidden()):
             return "pause"
         return self.order.desired
 
@@ -116,7 +113,7 @@ class RunningTask:
         """Why the owner of this machine does not allow the task now. The configuration may have changed since the
         order was taken, also while the agent was not running."""
         try:
-            self._service.policy.check(self.order.destination.collection_id, (), "rw")
+            self._node.policy.check(self.order.destination.collection_id, (), "rw")
         except TowpathError as error:
             return error
         return None
@@ -236,7 +233,7 @@ class RunningTask:
     async def _cancel_without_collection(self) -> bool:
         """A task whose collection the owner has removed has nowhere left to tidy up: it is cancelled as it is."""
         try:
-            self._service.policy.collection(self.order.destination.collection_id)
+            self._node.policy.collection(self.order.destination.collection_id)
         except TowpathError:
             canceled = msgspec.structs.replace(
                 self.observed, state="CANCELED", status_code="CANCELED", status_sentence="", completion_time=now_iso()
@@ -246,22 +243,22 @@ class RunningTask:
         return False
 
     async def _run_worker(self) -> None:
-        service = self._service
+        node = self._node
         order = msgspec.structs.replace(self.order, session=None)
         start = RunTask(
-            common=service.common(),
+            common=node.common(),
             order=order,
-            state_dir=str(service.directory / self.order.task_id),
-            lanes=service.config.limits.lanes,
-            last_event=await trio.to_thread.run_sync(service.store.last_worker_event, self.order.task_id),
+            state_dir=str(node.directory / self.order.task_id),
+            lanes=node.config.limits.lanes,
+            last_event=await trio.to_thread.run_sync(node.store.last_worker_event, self.order.task_id),
         )
-        async with service.workers.worker(start) as channel, trio.open_nursery() as nursery:
+        async with node.workers.worker(start) as channel, trio.open_nursery() as nursery:
             self._channel = channel
             if self.desired != order.desired:
                 await self._tell_worker()
             if order.source is not None and order.type == "TRANSFER":
                 better = self._better(channel, nursery)
-                self._paths = TaskPaths(service, self.order, self._answer, better)
+                self._paths = TaskPaths(node, self.order, self._answer, better)
                 await nursery.start(self._paths.run)
             try:
                 while True:
@@ -307,7 +304,7 @@ class RunningTask:
 
     async def _record(self, line: AgentEvent, *, worker_seq: int | None = None) -> None:
         """Keep a line. While the state directory cannot be written the worker's word waits, and with it the task."""
-        store = self._service.store
+        store = self._node.store
         while True:
             try:
                 await trio.to_thread.run_sync(
@@ -317,7 +314,7 @@ class RunningTask:
                 logger.error("Task %s: %s", self.order.task_id, error.sentence)  # noqa: TRY400
                 await trio.sleep(STATE_PAUSE)
             else:
-                self._service.outbox.durable()
+                self._node.outbox.durable()
                 return
 
     async def _observe(self, observed: TaskObserved, *, final: bool) -> None:
@@ -332,9 +329,9 @@ class RunningTask:
         if final or (before.state, before.status_code) != (observed.state, observed.status_code):
             await self._record(msgspec.structs.replace(line, kind="state"))
         else:
-            self._service.outbox.passing(line)
+            self._node.outbox.passing(line)
         if (before.state == "WAITING") != (observed.state == "WAITING"):
-            self._service.turn_changed()
+            self._node.turn_changed()
 
     # --- connections -----------------------------------------------------------------------------------
 

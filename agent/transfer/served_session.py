@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection
-from typing import TYPE_CHECKING
 
 import trio
 
 from agent.transfer.channel import Channel, ChannelClosed, Incoming, ServeSession
-from agent.transfer.order_check import check_session_order
+from agent.transfer.local_node import LocalNode
 from protocol.control import SessionOrder
 from protocol.errors import RetryLater, TowpathError
-
-if TYPE_CHECKING:
-    from agent.transfer.service import TransferService
 
 MAX_SESSIONS = 256
 
@@ -32,8 +28,8 @@ class _Served:
 class ServedSessions:
     """Workers of sessions whose source is this node. A worker starts with the first connection and ends when idle."""
 
-    def __init__(self, service: TransferService) -> None:
-        self._service = service
+    def __init__(self, node: LocalNode) -> None:
+        self._node = node
         self._served: dict[str, _Served] = {}
         self.nursery: trio.Nursery
         self.refused = 0
@@ -45,17 +41,15 @@ class ServedSessions:
 
     async def deliver(self, session_id: str, kind: str, sock: trio.socket.SocketType) -> None:
         """Hand a connection to its session's worker; unknown and forbidden sessions are simply closed."""
-        service = self._service
-        order = await trio.to_thread.run_sync(service.store.session, session_id)
+        node = self._node
+        order = await trio.to_thread.run_sync(node.store.session, session_id)
         if order is None:
             self.refused += 1
             return
         try:
             # Checked anew for every connection: policy and ticket may have changed since the session was announced.
-            service.policy.check_operation("sessions")
-            ticket = check_session_order(
-                order, service.verifier, service.policy, service.node_id, service.identity.fingerprint, time.time()
-            )
+            node.policy.check_operation("sessions")
+            ticket = node.check_session(order, time.time())
         except TowpathError:
             self.refused += 1
             return
@@ -86,7 +80,7 @@ class ServedSessions:
 
     async def _serve(self, order: SessionOrder, served: _Served) -> None:
         start = ServeSession(
-            common=self._service.common(),
+            common=self._node.common(),
             session_id=order.session_id,
             task_id=order.task_id,
             peer_certificate=order.peer.certificate,
@@ -94,7 +88,7 @@ class ServedSessions:
         )
         try:
             with served.scope:
-                async with self._service.workers.worker(start) as channel:
+                async with self._node.workers.worker(start) as channel:
                     served.channel = channel
                     served.ready.set()
                     while True:
@@ -111,7 +105,7 @@ class ServedSessions:
     def check_room(self, session_id: str, collection_id: str) -> None:
         """Whether the owner's limit leaves room for one more session on a collection. Raises `RetryLater`."""
         others = sum(served.collection_id == collection_id for key, served in self._served.items() if key != session_id)
-        if not self._service.policy.has_room(collection_id, others):
+        if not self._node.policy.has_room(collection_id, others):
             raise RetryLater(
                 "The source serves as many sessions on this collection as its owner allows; it goes on later.",
                 code="SOURCE_BUSY",

@@ -10,7 +10,7 @@ import logging
 import shutil
 import socket
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractAsyncContextManager, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,22 +19,14 @@ from typing import TYPE_CHECKING
 import msgspec
 import trio
 
-from agent.config.keys import AgentConfig, CollectionConfig
 from agent.connect import listener
 from agent.connect.introductions import Introductions
-from agent.connect.network import Network
-from agent.policy import Policy
-from agent.storage.mounts import Mark
-from agent.transfer.channel import Common, WorkerCollection
+from agent.transfer.local_node import LocalNode
 from agent.transfer.manifest import ManifestPage, RowType, SkippedRow, TransferredRow, read_page
-from agent.transfer.order_check import check_order, check_session_order
-from agent.transfer.outbox import Outbox
 from agent.transfer.plan import now_iso
 from agent.transfer.running_task import RunningTask
 from agent.transfer.served_session import ServedSessions
-from agent.transfer.task_store import open_or_begin
 from agent.transfer.turns import Turns, next_turns
-from agent.transfer.worker_process import Workers
 from protocol.candidates import PathAnswer, PathGo, PathOffer
 from protocol.control import (
     FINAL_STATES,
@@ -49,9 +41,7 @@ from protocol.control import (
     TaskOrder,
 )
 from protocol.errors import ItemFailed
-from protocol.identity import NodeKey
 from protocol.names import format_path
-from protocol.ticket import TicketVerifier
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -76,50 +66,13 @@ class TransferStatistics:
 class TransferService:
     """See the module. Create it, then run `run`; every other method may be called while it runs."""
 
-    def __init__(
-        self,
-        state_dir: Path,
-        config: AgentConfig,
-        identity: NodeKey,
-        node_id: str,
-        endpoint_id: str,
-        verifier: TicketVerifier,
-        policy: Policy,
-        relay_root: str,
-        network: Network | None = None,
-        expected_mark: Callable[[CollectionConfig], Mark | None] = lambda _collection: None,
-    ) -> None:
-        self.directory = state_dir / "tasks"
-        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self.config = config
-        self.identity = identity
-        self.node_id = node_id
-        self.endpoint_id = endpoint_id
-        self.verifier = verifier
-        self.policy = policy
-        self._relay_root = relay_root
-        self._expected_mark = expected_mark
-        self.store, begun_anew = open_or_begin(self.directory / "tasks.sqlite")
-        if begun_anew:
-            logger.error(
-                "The list of tasks was damaged; it is kept as tasks.sqlite.damaged and begun anew. The relay gives the "
-                "tasks again, and they go on from their journals."
-            )
-        self.outbox = Outbox(self.store)
-        self.network = network or Network(
-            relay=None, advertise=config.data.advertise, allow_loopback=config.data.allow_loopback
-        )
-        self._introductions = Introductions(self.network)
-        self.workers = Workers(spare=config.limits.spare_worker)
-        self.sessions = ServedSessions(self)
-        self._tasks: dict[str, RunningTask] = {}
-        self._wake = trio.Event()
+    def __init__(self, node: LocalNode) -> None:
+        self._node = node
+        self._introductions = Introductions(node.network)
+        self.sessions = ServedSessions(node)
+        self._tasks = {stored.order.task_id: RunningTask(node, stored) for stored in node.store.load()}
         self._paused = False
-        # All tasks wait for the moment (on battery, for example); nothing of this is remembered.
-        self.suspended = False
         self.port = 0
-        for stored in self.store.load():
-            self._tasks[stored.order.task_id] = RunningTask(self, stored)
 
     def statistics(self) -> TransferStatistics:
         """Counts of this moment and since the start."""
@@ -128,38 +81,38 @@ class TransferService:
             running=sum(task.running for task in self._tasks.values()),
             sessions=self.sessions.count,
             refused=self.sessions.refused,
-            event_readers=self.outbox.readers,
-            last_event=self.store.last_event(),
+            event_readers=self._node.outbox.readers,
+            last_event=self._node.store.last_event(),
         )
 
     # --- running ---------------------------------------------------------------------------------------
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Listen, serve and schedule until cancelled; workers settle what arrived before this returns."""
-        with closing(self.store):
+        with closing(self._node.store):
             listening = await trio.to_thread.run_sync(self._bind)
             async with trio.open_nursery() as nursery:
                 self.sessions.nursery = nursery
-                data_port = self.network.data_port = listener.DataPort(listening, self.sessions.deliver)
+                data_port = self._node.network.data_port = listener.DataPort(listening, self.sessions.deliver)
                 nursery.start_soon(data_port.serve)
-                nursery.start_soon(self.network.watch)
-                nursery.start_soon(self.workers.run)
+                nursery.start_soon(self._node.network.watch)
+                nursery.start_soon(self._node.workers.run)
                 await nursery.start(self._introductions.run)
                 task_status.started()
                 await self._schedule(nursery)
 
     def _bind(self) -> list[socket.socket]:
         """The data port: the configured one, else the one of last time, so that peers find us without the relay."""
-        remembered = int(self.store.get("port") or 0)
-        wanted = self.config.data.port or remembered
+        remembered = int(self._node.store.get("port") or 0)
+        wanted = self._node.config.data.port or remembered
         try:
-            sockets = listener.bind(self.config.data.listen, wanted)
+            sockets = listener.bind(self._node.config.data.listen, wanted)
         except OSError:
-            if self.config.data.port or not wanted:
+            if self._node.config.data.port or not wanted:
                 raise
-            sockets = listener.bind(self.config.data.listen, 0)
+            sockets = listener.bind(self._node.config.data.listen, 0)
         self.port = sockets[0].getsockname()[1]
-        self.store.put("port", str(self.port))
+        self._node.store.put("port", str(self.port))
         return sockets
 
     async def _schedule(self, nursery: trio.Nursery) -> None:
@@ -167,7 +120,7 @@ class TransferService:
             # The configuration may have changed while the agent was not running.
             await task.tell_why_not()
         while True:
-            self._wake = trio.Event()
+            change = self._node.change
             turns = self._next_turns()
             for task_id in turns.start:
                 task = self._tasks[task_id]
@@ -177,13 +130,13 @@ class TransferService:
                 later, earlier = self._tasks.get(task_id), self._tasks.get(holder)
                 if later is not None and earlier is not None:
                     await later.tell_waits_for(earlier)
-            await self._wake.wait()
+            await change.wait()
 
     def _next_turns(self) -> Turns:
         return next_turns(
             [task.candidate() for task in self._tasks.values()] if not self._paused else [],
-            self.config.limits.workers,
-            self.policy.has_room,
+            self._node.config.limits.workers,
+            self._node.policy.has_room,
         )
 
     async def _run_task(self, task: RunningTask) -> None:
@@ -191,31 +144,7 @@ class TransferService:
             await task.run()
         finally:
             task.running = False
-            self._wake.set()
-
-    def turn_changed(self) -> None:
-        """A task began to wait for something, or goes on: others may have its turn, or must wait for theirs."""
-        self._wake.set()
-
-    def common(self) -> Common:
-        """What every worker is told."""
-        return Common(
-            node_id=self.node_id,
-            node_key=self.identity.private_key_pem,
-            relay_id=self.verifier.relay_id,
-            relay_root=self._relay_root,
-            collections=[
-                WorkerCollection(
-                    id=row.id,
-                    root=row.root,
-                    read_only=row.read_only,
-                    home=row.home,
-                    hidden=row.hidden,
-                    mark=self._expected_mark(row),
-                )
-                for row in self.policy.collections
-            ],
-        )
+            self._node.turn_changed()
 
     # --- orders ----------------------------------------------------------------------------------------
 
@@ -230,16 +159,16 @@ class TransferService:
         if known is not None and order.items is None:
             order = msgspec.structs.replace(order, items=known.order.items)
         if order.desired == "run":
-            check_order(order, self.verifier, self.policy, self.node_id, self.identity.fingerprint, time.time())
+            self._node.check_task(order, time.time())
         if known is None:
             observed = TaskObserved(task_id=order.task_id, revision=order.revision, state="QUEUED")
-            known = RunningTask.fresh(self, order, observed)
+            known = RunningTask.fresh(self._node, order, observed)
         else:
             observed = msgspec.structs.replace(known.observed, revision=order.revision)
-        await trio.to_thread.run_sync(self.store.put_order, order, observed, order.session)
+        await trio.to_thread.run_sync(self._node.store.put_order, order, observed, order.session)
         self._tasks[order.task_id] = known
         await known.take_order(order, observed)
-        self._wake.set()
+        self._node.turn_changed()
         return known.observed
 
     def get_task(self, task_id: str) -> TaskObserved:
@@ -259,7 +188,7 @@ class TransferService:
     async def put_session_answer(self, task_id: str, answer: SessionAnswer) -> None:
         """Where this destination's task finds its source now."""
         task = self._task(task_id)
-        await trio.to_thread.run_sync(self.store.put_answer, task_id, answer)
+        await trio.to_thread.run_sync(self._node.store.put_answer, task_id, answer)
         task.take_answer(answer)
 
     async def close_task(self, task_id: str) -> None:
@@ -268,8 +197,8 @@ class TransferService:
         if task is None or task.observed.state not in FINAL_STATES or task.running:
             return
         del self._tasks[task_id]
-        await trio.to_thread.run_sync(self.store.remove, task_id)
-        await trio.to_thread.run_sync(lambda: shutil.rmtree(self.directory / task_id, ignore_errors=True))
+        await trio.to_thread.run_sync(self._node.store.remove, task_id)
+        await trio.to_thread.run_sync(lambda: shutil.rmtree(self._node.directory / task_id, ignore_errors=True))
 
     async def pause_task(self, task_id: str) -> None:
         """The owner holds a task up; it stays so over restarts."""
@@ -281,9 +210,9 @@ class TransferService:
 
     async def _hold(self, task_id: str, *, held: bool) -> None:
         task = self._task(task_id)
-        await trio.to_thread.run_sync(lambda: self.store.put_held(task_id, held=held))
+        await trio.to_thread.run_sync(lambda: self._node.store.put_held(task_id, held=held))
         await task.hold(held=held)
-        self._wake.set()
+        self._node.turn_changed()
 
     async def owner_changed(self, collection_ids: Collection[str]) -> None:
         """The owner has changed the configuration of these collections (or paused this machine): what runs on them
@@ -291,14 +220,14 @@ class TransferService:
         self.sessions.cut_collections(collection_ids)
         for task in list(self._tasks.values()):
             await task.owner_changed(collection_ids)
-        self._wake.set()
+        self._node.turn_changed()
 
     async def suspend(self, *, suspended: bool) -> None:
         """Have all tasks wait, settled, or go on."""
-        self.suspended = suspended
+        self._node.suspended = suspended
         for task in self._tasks.values():
             await task.suspension_changed()
-        self._wake.set()
+        self._node.turn_changed()
 
     async def checkpoint(self) -> None:
         """Hold up all tasks, settled, for a clean end; nothing of this is remembered."""
@@ -307,8 +236,7 @@ class TransferService:
             await task.checkpoint()
         with trio.move_on_after(4):
             while any(task.running for task in self._tasks.values()):
-                wake = self._wake = trio.Event()
-                await wake.wait()
+                await self._node.change.wait()
 
     # --- results ---------------------------------------------------------------------------------------
 
@@ -352,45 +280,45 @@ class TransferService:
         return Page(rows=[msgspec.to_builtins(row) for row in rows], next_marker=page.next_marker)
 
     def _manifest(self, task_id: str, name: str) -> Path:
-        return self.directory / self._task(task_id).order.task_id / name
+        return self._node.directory / self._task(task_id).order.task_id / name
 
     # --- events ----------------------------------------------------------------------------------------
 
     def events(self, after: int) -> AbstractAsyncContextManager[AsyncIterator[AgentEvent]]:
         """All kept lines after a number, then those to come, without end."""
-        return self.outbox.read(after)
+        return self._node.outbox.read(after)
 
     async def acknowledge(self, n: int) -> None:
         """The relay has stored all lines up to ``n``; they are kept all the same until their task is closed."""
-        await trio.to_thread.run_sync(self.store.put, "acknowledged", str(n))
+        await trio.to_thread.run_sync(self._node.store.put, "acknowledged", str(n))
 
     def last_event(self) -> int:
         """The highest number given to a line so far."""
-        return self.store.last_event()
+        return self._node.store.last_event()
 
     def announce_collections(self, reports: Sequence[CollectionReport]) -> None:
         """Tell the relay what the owner offers now."""
-        self.outbox.passing(AgentEvent(n=0, kind="collections", time=now_iso(), collections=list(reports)))
+        self._node.outbox.passing(AgentEvent(n=0, kind="collections", time=now_iso(), collections=list(reports)))
 
     # --- sessions --------------------------------------------------------------------------------------
 
     async def put_session(self, order: SessionOrder) -> SessionAnswer:
         """Serve as source of a session. Raises `TowpathError` when ticket or policy forbid it."""
         now = time.time()
-        ticket = check_session_order(order, self.verifier, self.policy, self.node_id, self.identity.fingerprint, now)
+        ticket = self._node.check_session(order, now)
         self.sessions.check_room(order.session_id, ticket.source.collection_id if ticket.source else "")
-        await trio.to_thread.run_sync(self.store.put_session, order, ticket.expires, now)
-        own = order.peer.node_id == self.node_id
+        await trio.to_thread.run_sync(self._node.store.put_session, order, ticket.expires, now)
+        own = order.peer.node_id == self._node.node_id
         return SessionAnswer(
             session_id=order.session_id,
             generation=int(now * 1000),
-            candidates=await self.network.host_candidates(loopback=own),
-            certificate=self.identity.certificate_pem,
+            candidates=await self._node.network.host_candidates(loopback=own),
+            certificate=self._node.identity.certificate_pem,
         )
 
     async def peer_certificate(self, session_id: str) -> str | None:
         """The certificate of the other node of a session, None for one that is not known here."""
-        order = await trio.to_thread.run_sync(self.store.session, session_id)
+        order = await trio.to_thread.run_sync(self._node.store.session, session_id)
         if order is not None:
             return order.peer.certificate
         sources = [task.order.source for task in self._tasks.values() if task.order.session_id == session_id]
@@ -398,7 +326,7 @@ class TransferService:
 
     async def withdraw_session(self, session_id: str) -> None:
         """Cut a session and refuse its ticket from now on."""
-        await trio.to_thread.run_sync(self.store.remove_session, session_id)
+        await trio.to_thread.run_sync(self._node.store.remove_session, session_id)
         self.sessions.cut(session_id)
         self._introductions.cut(session_id)
 
@@ -406,12 +334,12 @@ class TransferService:
 
     async def take_offer(self, offer: PathOffer) -> PathAnswer:
         """A destination wants a path to this source arranged. Raises `TowpathError` when there is no such session."""
-        self.policy.check_operation("sessions")
-        order = await trio.to_thread.run_sync(self.store.session, offer.session_id)
+        self._node.policy.check_operation("sessions")
+        order = await trio.to_thread.run_sync(self._node.store.session, offer.session_id)
         if order is None:
             raise ItemFailed("This agent serves no such session.", code="NOT_FOUND", subject=offer.session_id)
-        check_session_order(order, self.verifier, self.policy, self.node_id, self.identity.fingerprint, time.time())
-        return await self._introductions.offer(offer, own=order.peer.node_id == self.node_id)
+        self._node.check_session(order, time.time())
+        return await self._introductions.offer(offer, own=order.peer.node_id == self._node.node_id)
 
     def take_source_go(self, go: PathGo) -> None:
         """The relay's go for an offer that this source has answered."""

@@ -5,19 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING
 
 import trio
 
 from agent.connect.finder import PathFinder, Subject
 from agent.connect.transport import Connection, Path
+from agent.transfer.local_node import LocalNode
 from agent.transfer.plan import now_iso
 from protocol.candidates import PathGo, PathOffer
 from protocol.control import AgentEvent, SessionAnswer, TaskOrder
 from protocol.errors import RetryLater
-
-if TYPE_CHECKING:
-    from agent.transfer.service import TransferService
 
 ANSWER_TIMEOUT = 20.0
 
@@ -35,14 +32,14 @@ class TaskPaths:
 
     def __init__(
         self,
-        service: TransferService,
+        node: LocalNode,
         order: TaskOrder,
         answer: SessionAnswer | None,
         on_better: Callable[[Path], None],
     ) -> None:
         source = order.source
         assert source is not None  # deletes need no paths
-        self._service = service
+        self._node = node
         self._order = order
         self._certificate = source.certificate
         self._answer = answer
@@ -52,17 +49,17 @@ class TaskPaths:
         self._shown = "direct"
         options = order.options
         self._finder = PathFinder(
-            service.network,
+            node.network,
             Subject(
                 session_id=order.session_id,
                 task_id=order.task_id,
-                own=source.node_id == service.node_id,
+                own=source.node_id == node.node_id,
                 relay=options.relay_path,
                 transport=options.transport,
-                lanes=service.config.limits.lanes,
+                lanes=node.config.limits.lanes,
             ),
             send_offer=self._send_offer,
-            relay_up=service.network.relay_up,
+            relay_up=node.network.relay_up,
             on_better=on_better,
             generation=self._next_generation,
         )
@@ -100,7 +97,7 @@ class TaskPaths:
 
     async def _newer_answer(self, old: SessionAnswer | None) -> None:
         generation = -1 if old is None else old.generation
-        self._service.outbox.passing(
+        self._node.outbox.passing(
             AgentEvent(n=0, kind="session_wanted", time=now_iso(), task_id=self._order.task_id, generation=generation)
         )
         with trio.move_on_after(ANSWER_TIMEOUT):
@@ -117,7 +114,7 @@ class TaskPaths:
 
     def _send_offer(self, offer: PathOffer) -> None:
         line = AgentEvent(n=0, kind="path_offer", time=now_iso(), task_id=self._order.task_id, offer=offer)
-        self._service.outbox.passing(line)
+        self._node.outbox.passing(line)
 
     def _next_generation(self) -> int:
         self._generation = max(self._generation + 1, int(time.time() * 1000))

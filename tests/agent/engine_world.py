@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from agent.config.keys import AgentConfig, CollectionConfig, DataConfig, LimitsConfig
 from agent.policy import Policy
+from agent.transfer.local_node import LocalNode
 from agent.transfer.service import TransferService
 from protocol.control import (
     FINAL_STATES,
@@ -44,6 +45,7 @@ class Node:
     collection: str = field(default_factory=lambda: str(uuid.uuid4()))
     read_only: bool = False
     service: TransferService | None = None
+    policy: Policy = field(default_factory=lambda: Policy([]))
 
     @property
     def party(self) -> Party:
@@ -93,15 +95,17 @@ class World:
             data=DataConfig(listen="127.0.0.1", advertise=("127.0.0.1",), allow_loopback=True),
             limits=LimitsConfig(workers=2, lanes=2, spare_worker=False),
         )
+        node.policy = Policy([collection])
         service = TransferService(
-            node.state,
-            config,
-            node.key,
-            node.id,
-            node.id,
-            TicketVerifier(RELAY, self.relay_root.public_pem),
-            Policy([collection]),
-            self.relay_root.public_pem,
+            LocalNode(
+                node.state,
+                config,
+                node.key,
+                node.id,
+                TicketVerifier(RELAY, self.relay_root.public_pem),
+                node.policy,
+                self.relay_root.public_pem,
+            )
         )
         node.service = service
         scope = trio.CancelScope()

@@ -24,7 +24,7 @@ def configured(node: Node, **changes: object) -> CollectionConfig:
 
 
 async def owner_changes(node: Node, *collections: CollectionConfig) -> None:
-    service_of(node).policy.replace(collections)
+    node.policy.replace(collections)
     await service_of(node).owner_changed({node.collection})
 
 

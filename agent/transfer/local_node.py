@@ -1,0 +1,101 @@
+"""This node as its tasks and sessions know it: who it is, what its owner allows, where things are kept."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import trio
+
+from agent.config.keys import AgentConfig, CollectionConfig
+from agent.connect.network import Network
+from agent.policy import Policy
+from agent.storage.mounts import Mark
+from agent.transfer.channel import Common, WorkerCollection
+from agent.transfer.order_check import check_order, check_session_order
+from agent.transfer.outbox import Outbox
+from agent.transfer.task_store import open_or_begin
+from agent.transfer.worker_process import Workers
+from protocol.control import SessionOrder, TaskOrder
+from protocol.identity import NodeKey
+from protocol.ticket import Ticket, TicketVerifier
+
+logger = logging.getLogger("towpath.tasks")
+
+
+class LocalNode:
+    """Shared by the service, its tasks and its sessions; none of them needs to know the others for it.
+
+    Opens the list of tasks below ``state_dir``; whoever makes this closes ``store``.
+    """
+
+    def __init__(
+        self,
+        state_dir: Path,
+        config: AgentConfig,
+        identity: NodeKey,
+        node_id: str,
+        verifier: TicketVerifier,
+        policy: Policy,
+        relay_root: str,
+        network: Network | None = None,
+        expected_mark: Callable[[CollectionConfig], Mark | None] = lambda _collection: None,
+    ) -> None:
+        self.directory = state_dir / "tasks"
+        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.config = config
+        self.identity = identity
+        self.node_id = node_id
+        self.verifier = verifier
+        self.policy = policy
+        self.network = network or Network(
+            relay=None, advertise=config.data.advertise, allow_loopback=config.data.allow_loopback
+        )
+        self._relay_root = relay_root
+        self._expected_mark = expected_mark
+        self.store, begun_anew = open_or_begin(self.directory / "tasks.sqlite")
+        if begun_anew:
+            logger.error(
+                "The list of tasks was damaged; it is kept as tasks.sqlite.damaged and begun anew. The relay gives the "
+                "tasks again, and they go on from their journals."
+            )
+        self.outbox = Outbox(self.store)
+        self.workers = Workers(spare=config.limits.spare_worker)
+        # All tasks wait for the moment (on battery, for example); nothing of this is remembered.
+        self.suspended = False
+        # Set, and replaced by a new one, at every change of what decides whose turn it is.
+        self.change = trio.Event()
+
+    def turn_changed(self) -> None:
+        """A task came, ended, began to wait or goes on: others may have its turn, or must wait for theirs."""
+        self.change.set()
+        self.change = trio.Event()
+
+    def check_task(self, order: TaskOrder, now: float) -> None:
+        """Whether a task may run here. Raises `TowpathError` when ticket, policy or the order itself forbid it."""
+        check_order(order, self.verifier, self.policy, self.node_id, self.identity.fingerprint, now)
+
+    def check_session(self, order: SessionOrder, now: float) -> Ticket:
+        """The ticket of a session to be served from here. Raises `TowpathError` when ticket or policy forbid it."""
+        return check_session_order(order, self.verifier, self.policy, self.node_id, self.identity.fingerprint, now)
+
+    def common(self) -> Common:
+        """What every worker is told."""
+        return Common(
+            node_id=self.node_id,
+            node_key=self.identity.private_key_pem,
+            relay_id=self.verifier.relay_id,
+            relay_root=self._relay_root,
+            collections=[
+                WorkerCollection(
+                    id=row.id,
+                    root=row.root,
+                    read_only=row.read_only,
+                    home=row.home,
+                    hidden=row.hidden,
+                    mark=self._expected_mark(row),
+                )
+                for row in self.policy.collections
+            ],
+        )
