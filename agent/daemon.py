@@ -341,6 +341,7 @@ class Daemon:
         if config.log != self._read.log:
             await trio.to_thread.run_sync(logs.configure, config.log, self._log_file)
         self._node.config = self._read = config
+        self._node.allotment.changed()
         self._policy.replace(config.collections)
         self._watch.replace(config.watch)
         self._update.config = config

@@ -137,6 +137,8 @@ class TaskOptions(Record, frozen=True, kw_only=True):
     interpret_globs: bool = False
     relay_path: RelayPath = "allow"
     transport: Transport = "auto"
+    # The most that the task may move, in bytes a second; may change while it runs.
+    bandwidth_limit: int | None = None
 
 
 class TaskItem(Record, frozen=True, kw_only=True):

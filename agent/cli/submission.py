@@ -15,6 +15,7 @@ from agent.cli.failures import exit_with
 from agent.cli.output import Output
 from agent.cli.relay_client import document_of
 from agent.cli.waiting import Patience, Waited, outcome_sentence, troubles, watch
+from agent.limits.rate import parse_rate
 
 if TYPE_CHECKING:
     from globus_sdk import DeleteData, TransferData
@@ -98,6 +99,25 @@ def deadline_option(command: C) -> C:
         metavar="TIME",
         callback=_deadline_option,
         help="End the task after this time (UTC) or span (+2h).",
+    )(command)
+
+
+def _bandwidth_option(_context: click.Context, _parameter: click.Parameter, value: str | None) -> int | None:
+    if value is None or value == "none":
+        return None if value is None else 0
+    try:
+        return parse_rate(value)
+    except ValueError as error:
+        raise click.BadParameter(f"{error}.") from error
+
+
+def bandwidth_option(command: C) -> C:
+    """Add ``--bandwidth-limit``: bytes a second, 0 for none."""
+    return click.option(
+        "--bandwidth-limit",
+        metavar="RATE",
+        callback=_bandwidth_option,
+        help="The most the task may move, such as '20 MB/s' or '200 Mbit/s'; none: as much as its agents allow.",
     )(command)
 
 

@@ -13,8 +13,9 @@ from agent.cli.command import with_relay
 from agent.cli.output import Column, Output, field, human_bytes
 from agent.cli.progress import beside, progress_of
 from agent.cli.relay_client import document_of
-from agent.cli.submission import deadline_option, finish, patience_from, waiting_options
+from agent.cli.submission import bandwidth_option, deadline_option, finish, patience_from, waiting_options
 from agent.cli.waiting import watch
+from agent.limits.rate import rate_text
 
 if TYPE_CHECKING:
     from agent.cli.relay_client import Relay
@@ -151,6 +152,8 @@ def _task_rows(document: Mapping[str, Any]) -> list[tuple[str, object]]:
     ours = document.get("towpath")
     if isinstance(ours, dict) and ours.get("path"):
         rows.append(("Path", ours["path"]))
+    if isinstance(ours, dict) and ours.get("bandwidth_limit"):
+        rows.append(("Bandwidth limit", rate_text(ours["bandwidth_limit"])))
     rows.append(("Rate", f"{human_bytes(int(document.get('effective_bytes_per_second') or 0))}/s"))
     rows.append(("Sent again", human_bytes(int(beside(document).get("bytes_sent_again") or 0))))
     error = document.get("fatal_error")
@@ -196,12 +199,18 @@ def cancel(relay: Relay, out: Output, task_id: Any, every: bool) -> None:
 @_identifier
 @click.option("--label", help="A new label.")
 @deadline_option
+@bandwidth_option
 @with_relay
-def update(relay: Relay, out: Output, task_id: Any, label: str | None, deadline: str | None) -> None:
-    """Change the label or the deadline of a task that has not ended."""
-    changes = {name: value for name, value in (("label", label), ("deadline", deadline)) if value is not None}
+def update(
+    relay: Relay, out: Output, task_id: Any, label: str | None, deadline: str | None, bandwidth_limit: int | None
+) -> None:
+    """Change the label, the deadline or the limit of bandwidth of a task that has not ended."""
+    given: tuple[tuple[str, Any], ...] = (("label", label), ("deadline", deadline))
+    changes = {name: value for name, value in given if value is not None}
+    if bandwidth_limit is not None:
+        changes["towpath_bandwidth_limit"] = bandwidth_limit or None
     if not changes:
-        raise click.UsageError("Give --label or --deadline.")
+        raise click.UsageError("Give --label, --deadline or --bandwidth-limit.")
     answer = relay.transfer.update_task(task_id, {"DATA_TYPE": "task", **changes})
     out.result(document_of(answer), answer["message"])
 

@@ -11,7 +11,14 @@ from agent.cli.batch import BatchError, Item, parse_transfer_batch
 from agent.cli.command import with_relay
 from agent.cli.location import Location, LocationType, Place
 from agent.cli.output import Output
-from agent.cli.submission import Submission, common_fields, submission_from, submission_options, submit
+from agent.cli.submission import (
+    Submission,
+    bandwidth_option,
+    common_fields,
+    submission_from,
+    submission_options,
+    submit,
+)
 
 if TYPE_CHECKING:
     from globus_sdk import TransferData
@@ -109,6 +116,7 @@ def _sync_level(_context: click.Context, _parameter: click.Parameter, value: str
     help="Whether the data may pass the relay: at any time, until a direct path was found, or never.",
 )
 @click.option("--transport", type=click.Choice(["auto", "tcp", "quic"]), help="What carries the data.")
+@bandwidth_option
 @click.option("--source-local-user", help="The local user on the source's machine.")
 @click.option("--destination-local-user", help="The local user on the destination's machine.")
 @submission_options
@@ -166,6 +174,8 @@ def transfer_data(
         extra["towpath_relay"] = options["relay_path"]
     if options["transport"] is not None:
         extra["towpath_transport"] = options["transport"]
+    if options["bandwidth_limit"]:
+        extra["towpath_bandwidth_limit"] = options["bandwidth_limit"]
     if options["delete_limit"] is not None:
         extra["delete_destination_extra_limit"] = options["delete_limit"]
     data = TransferData(

@@ -46,11 +46,14 @@ from agent.config.kinds import (
     words,
 )
 from agent.config.migrate import CURRENT, migrated
+from agent.limits.kinds import Rate, WeeklyTime
 from agent.watch.rule import Cron, Template
 
 __all__ = [
     "MAX_CONFIG_BYTES",
     "AgentConfig",
+    "BandwidthConfig",
+    "BandwidthEntry",
     "CollectionConfig",
     "CollectionLimits",
     "ConfigError",
@@ -73,6 +76,7 @@ __all__ = [
 MAX_COLLECTIONS = 1000
 MAX_ADVERTISED = 16
 MAX_RULES = 100
+MAX_ENTRIES = 100
 MAX_NAME = 255
 PROXY = r"none|http://([^/@\s]+@)?[^/@\s]+"
 
@@ -141,8 +145,43 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BandwidthEntry:
+    """Limits of bandwidth that count at some times of the week, in place of the general ones."""
+
+    name: str = setting(
+        Text(64, "[A-Za-z0-9][A-Za-z0-9_ -]*", "letters, digits, spaces, - and _"),
+        doc="Name of the entry.",
+        required=True,
+    )
+    when: str = setting(
+        WeeklyTime(),
+        doc="Local times of the week: 'mon-fri 08:00-18:00', 'sat,sun', '22:00-06:00'.",
+        required=True,
+    )
+    receive: int | None = setting(OrNull(Rate()), None, doc="All transfers to this machine together; null: no limit.")
+    send: int | None = setting(OrNull(Rate()), None, doc="All transfers from this machine together; null: no limit.")
+    task: int | None = setting(OrNull(Rate()), None, doc="Each transfer; null: no limit.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BandwidthConfig:
+    """How fast content may move, in bytes a second; None: no limit. The first entry of the time-table that holds the
+    present moment takes the place of the other three."""
+
+    receive: int | None = setting(
+        OrNull(Rate()), None, doc="All transfers to this machine together, such as 20 MB/s or 200 Mbit/s."
+    )
+    send: int | None = setting(OrNull(Rate()), None, doc="All transfers from this machine together.")
+    task: int | None = setting(OrNull(Rate()), None, doc="Each transfer, in either direction.")
+    timetable: tuple[BandwidthEntry, ...] = setting(
+        Entries(BandwidthEntry, "entry", MAX_ENTRIES, "name"),
+        doc="Other limits at some times of the week; the first entry that holds the moment counts.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class LimitsConfig:
-    """How much of the machine transfers may use: worker processes at a time, lanes of one session."""
+    """How much of the machine transfers may use: worker processes at a time, lanes of one session, bandwidth."""
 
     workers: int = setting(Number(1, 64), 4, doc="Worker processes at a time. Each running session takes one.")
     lanes: int = setting(
@@ -151,6 +190,7 @@ class LimitsConfig:
     spare_worker: bool = setting(
         Flag(), True, doc="Keep one idle worker process, so that a transfer begins at once (about 45 MB of memory)."
     )
+    bandwidth: BandwidthConfig = setting(Section(BandwidthConfig), doc="How fast content may move.")
 
 
 @dataclass(frozen=True, kw_only=True)

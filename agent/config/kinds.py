@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 from urllib.parse import urlsplit
 
 import yaml
@@ -35,6 +35,14 @@ class Kind(Protocol):
 
     def schema(self) -> Schema:
         """The same as JSON Schema (2020-12)."""
+
+
+@runtime_checkable
+class Written(Protocol):
+    """A kind whose values look other in the file than in the records."""
+
+    def written(self, value: Any) -> Any:
+        """The value as it would stand in the file."""
 
 
 _NAMES_OF_TAGS = {"str": "text", "int": "a number", "bool": "true or false", "null": "nothing", "float": "a fraction"}

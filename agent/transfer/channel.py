@@ -63,6 +63,9 @@ class RunTask(Message, tag="run", frozen=True, kw_only=True):
     order: TaskOrder
     state_dir: str
     lanes: int = 1
+    # Bytes a second that it may receive until it is told more; None: any. And whose limit that is.
+    rate: int | None = None
+    limited_by: str = ""
     # The highest number of an event that the daemon has of this task.
     last_event: int = 0
 
@@ -75,6 +78,8 @@ class ServeSession(Message, tag="serve", frozen=True, kw_only=True):
     task_id: str
     peer_certificate: str
     ticket: str
+    # Bytes a second that it may send until it is told more; None: any.
+    rate: int | None = None
 
 
 class Incoming(Message, tag="incoming", frozen=True, kw_only=True):
@@ -110,6 +115,14 @@ class Desire(Message, tag="desire", frozen=True, kw_only=True):
     deadline: str | None = None
 
 
+class Allowed(Message, tag="allowed", frozen=True, kw_only=True):
+    """What a worker may move from now on: bytes a second (None: any), whose limit that is, and lanes of its session."""
+
+    rate: int | None
+    limited_by: str = ""
+    lanes: int = 1
+
+
 class EventStored(Message, tag="stored", frozen=True, kw_only=True):
     """The daemon has this event and all before it on disk."""
 
@@ -143,6 +156,13 @@ class Progress(Message, tag="progress", frozen=True, kw_only=True):
     observed: TaskObserved
 
 
+class Moved(Message, tag="moved", frozen=True, kw_only=True):
+    """Content that a worker has moved and seconds its lanes have waited for their allowance, both since its start."""
+
+    content: int
+    waited: float
+
+
 class Finished(Message, tag="finished", frozen=True, kw_only=True):
     """The task is in a final state, and this is on disk."""
 
@@ -155,8 +175,8 @@ class Checkpointed(Message, tag="checkpointed", frozen=True, kw_only=True):
     observed: TaskObserved
 
 
-ToWorker = RunTask | ServeSession | Incoming | Connected | ConnectFailed | BetterPath | Desire | EventStored
-ToDaemon = Connect | Event | Progress | Finished | Checkpointed
+ToWorker = RunTask | ServeSession | Incoming | Connected | ConnectFailed | BetterPath | Desire | EventStored | Allowed
+ToDaemon = Connect | Event | Progress | Moved | Finished | Checkpointed
 
 _encoder = msgspec.msgpack.Encoder()
 

@@ -12,7 +12,9 @@ import trio
 
 from agent.connect.tls import HANDSHAKE_TIMEOUT, check_peer, session_context
 from agent.connect.transport import send_at_once
+from agent.limits.pace import Pace
 from agent.transfer.channel import (
+    Allowed,
     BetterPath,
     Channel,
     Checkpointed,
@@ -24,6 +26,7 @@ from agent.transfer.channel import (
     EventStored,
     Finished,
     Message,
+    Moved,
     Progress,
     RunTask,
 )
@@ -32,6 +35,20 @@ from protocol.control import TaskObserved
 from protocol.errors import RetryLater, TowpathError, error_from_document_untrusted
 from protocol.identity import NodeKey, fingerprint_of_certificate_untrusted
 from protocol.session import ALPN_CONTROL, ALPN_LANE, SNI_SUFFIX, RenewTicket
+
+# How often (seconds) a worker says what it has moved.
+MOVED_EVERY = 0.5
+
+
+async def tell_moved(channel: Channel, pace: Pace) -> None:
+    """Tell the daemon now and then what lanes have moved and waited, so that limits are shared; until cancelled."""
+    said = (0, 0.0)
+    while True:
+        await trio.sleep(MOVED_EVERY)
+        now = (pace.content, pace.waited)
+        if now != said:
+            said = now
+            await channel.send(Moved(content=now[0], waited=now[1]))
 
 
 class DaemonLine:
@@ -47,6 +64,11 @@ class DaemonLine:
         self.ticket = start.order.ticket
         self.on_event_stored: Callable[[int], None] = lambda _seq: None
         self.on_better_path: Callable[[], None] = lambda: None
+        self.on_lanes: Callable[[int], None] = lambda _limit: None
+        # What this worker may do, as the daemon last said.
+        self.lanes = start.lanes
+        self.pace = Pace(start.rate)
+        self.limited_by = start.limited_by
         self._next = 0
         self._waiting: dict[int, trio.MemorySendChannel[tuple[Connected | ConnectFailed, list[int]]]] = {}
         self._scopes: set[trio.CancelScope] = set()
@@ -61,6 +83,7 @@ class DaemonLine:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._write)
             nursery.start_soon(self._write_progress)
+            nursery.start_soon(self._write_moved)
             while True:
                 message, descriptors = await self._channel.receive()
                 self._handle(message, descriptors)
@@ -84,8 +107,20 @@ class DaemonLine:
                     scope.cancel()
         elif isinstance(message, BetterPath):
             self.on_better_path()
+        elif isinstance(message, Allowed):
+            self._allow(message)
         elif isinstance(message, EventStored):
             self.on_event_stored(message.seq)
+
+    def _allow(self, message: Allowed) -> None:
+        self.pace.set_rate(message.rate)
+        self.limited_by = message.limited_by
+        if message.lanes != self.lanes:
+            self.lanes = message.lanes
+            self.on_lanes(message.lanes)
+
+    async def _write_moved(self) -> None:
+        await tell_moved(self._channel, self.pace)
 
     async def _write(self) -> None:
         async for message in self._receive_out:

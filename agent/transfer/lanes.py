@@ -32,7 +32,7 @@ class Lanes:
     def __init__(self, run: TransferRun, open_lane: OpenLane, limit: int) -> None:
         self._run = run
         self._open_lane = open_lane
-        self._limit = limit
+        self.limit = limit
         # Every lane by its number, with what tells it to finish what was asked of it and go.
         self._leave: dict[int, trio.Event] = {}
         self._nursery: trio.Nursery | None = None
@@ -60,12 +60,18 @@ class Lanes:
 
     async def _measure(self) -> None:
         run = self._run
-        count = LaneCount(self._limit, trio.current_time())
+        count = LaneCount(self.limit, trio.current_time())
+        pace = run.context.pace
+        waited = pace.waited
         while True:
             await trio.sleep(MEASURE_EVERY)
+            count.limit = self.limit
+            # Where a limit holds the lanes back, another one changes nothing.
+            before, waited = waited, pace.waited
+            busy = run.fetcher.busy and waited - before < MEASURE_EVERY / 10
             staying = [leave for leave in self._leave.values() if not leave.is_set()]
             received = run.context.received.value
-            wanted = count.decide(trio.current_time(), received, len(staying), busy=run.fetcher.busy)
+            wanted = count.decide(trio.current_time(), received, len(staying), busy=busy)
             if wanted > len(staying):
                 self._open()
             for leave in staying[wanted:]:
@@ -102,7 +108,7 @@ class Lanes:
     async def _use(self, number: int, sock: ssl.SSLSocket) -> bool:
         """One life of a lane; returns when it broke, or True when it was told to leave."""
         run = self._run
-        receiver = LaneReceiver(number, sock, run.context.root, run.fetcher.requests, run.settle, run)
+        receiver = LaneReceiver(number, sock, run.context.root, run.fetcher.requests, run.settle, run, run.context.pace)
         # Shutting down a duplicate ends the blocking read without touching the TLS object, which belongs to the thread.
         duplicate = socket.socket(fileno=os.dup(sock.fileno()))
         try:

@@ -10,6 +10,7 @@ import trio
 
 from agent.config.keys import AgentConfig, CollectionConfig
 from agent.connect.network import Network
+from agent.limits.allotment import Allotment
 from agent.policy import Policy
 from agent.storage.mounts import Mark
 from agent.transfer.channel import Common, WorkerCollection
@@ -61,6 +62,7 @@ class LocalNode:
                 "tasks again, and they go on from their journals."
             )
         self.outbox = Outbox(self.store)
+        self.allotment = Allotment(lambda: self.config.limits)
         self.workers = Workers(spare=config.limits.spare_worker)
         # All tasks wait for the moment (on battery, for example); nothing of this is remembered.
         self.suspended = False

@@ -10,6 +10,7 @@ import queue
 import ssl
 from typing import Any, Protocol
 
+from agent.limits.pace import Pace
 from agent.storage.base import Root
 from agent.storage.faults import fault
 from agent.transfer.jobs import BlocksWritten, FileJob, LargeFile, PackArrived, PackRequest, RangeRequest, Request
@@ -42,6 +43,7 @@ class LaneReceiver:
         requests: dict[int, Request],
         settle: queue.SimpleQueue[Any],
         reports: Reports,
+        pace: Pace,
     ) -> None:
         self.number = number
         self._socket = sock
@@ -49,6 +51,7 @@ class LaneReceiver:
         self._requests = requests
         self._settle = settle
         self._reports = reports
+        self._pace = pace
         self._prefix = memoryview(bytearray(lane.FRAME.size))
         # Both grow to the largest seen: a session of small blocks stays small.
         self._header = memoryview(bytearray(64 * 1024))
@@ -86,6 +89,16 @@ class LaneReceiver:
                 raise RetryLater("The source closed a lane.", code="CONNECTION_LOST")
             received += count
 
+    def _read_content(self, view: memoryview) -> None:
+        """Read no faster than the pace allows; what is not read holds the source back, whatever carries the lane."""
+        self._pace.moved(len(view))
+        while len(view) and self._pace.limited:
+            piece = view[: self._pace.piece]
+            self._pace.take(len(piece))
+            self._read_exactly(piece)
+            view = view[len(piece) :]
+        self._read_exactly(view)
+
     def _frame(self) -> tuple[lane.AnyHeader, memoryview]:
         self._read_exactly(self._prefix)
         header_length, payload_length = lane.lengths_untrusted(self._prefix)
@@ -101,7 +114,7 @@ class LaneReceiver:
             if payload_length > len(self._buffer):
                 self._buffer = memoryview(bytearray(payload_length))
             payload = self._buffer[:payload_length]
-        self._read_exactly(payload)
+        self._read_content(payload)
         return header, payload
 
     # --- large files -----------------------------------------------------------------------------------

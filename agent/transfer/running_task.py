@@ -6,12 +6,15 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable, Collection
+from functools import partial
 
 import msgspec
 import trio
 
 from agent.connect.transport import Connection, Path
+from agent.limits.allotment import Allowance
 from agent.transfer.channel import (
+    Allowed,
     BetterPath,
     Channel,
     ChannelClosed,
@@ -23,6 +26,7 @@ from agent.transfer.channel import (
     Event,
     EventStored,
     Finished,
+    Moved,
     Progress,
     RunTask,
 )
@@ -47,6 +51,12 @@ def merged(before: Counters, after: Counters) -> Counters:
     """Counters only grow: a worker that lists a directory again begins a little below."""
     names = [name for name in Counters.__struct_fields__ if name not in ("scan_complete", "retrying")]
     return msgspec.structs.replace(after, **{name: max(getattr(before, name), getattr(after, name)) for name in names})
+
+
+async def allow(channel: Channel, allowance: Allowance) -> None:
+    """Tell a worker what it may do; one that is ending hears it no more."""
+    with contextlib.suppress(ChannelClosed):
+        await channel.send(Allowed(rate=allowance.rate, limited_by=allowance.source, lanes=allowance.lanes))
 
 
 class RunningTask:
@@ -126,6 +136,7 @@ class RunningTask:
             self.claim = claim_of(order)
         self.order = order
         self.observed = msgspec.structs.replace(self.observed, revision=observed.revision)
+        self._node.allotment.changed()
         if order.session is not None:
             self.take_answer(order.session)
         await self._tell_worker()
@@ -245,15 +256,19 @@ class RunningTask:
     async def _run_worker(self) -> None:
         node = self._node
         order = msgspec.structs.replace(self.order, session=None)
+        allowance = node.allotment.begin("receive", self._own_limit)
         start = RunTask(
             common=node.common(),
             order=order,
             state_dir=str(node.directory / self.order.task_id),
-            lanes=node.config.limits.lanes,
+            lanes=allowance.lanes,
+            rate=allowance.rate,
+            limited_by=allowance.source,
             last_event=await trio.to_thread.run_sync(node.store.last_worker_event, self.order.task_id),
         )
         async with node.workers.worker(start) as channel, trio.open_nursery() as nursery:
             self._channel = channel
+            share = node.allotment.worker("receive", self._own_limit, allowance, partial(allow, channel))
             if self.desired != order.desired:
                 await self._tell_worker()
             if order.source is not None and order.type == "TRANSFER":
@@ -261,19 +276,26 @@ class RunningTask:
                 self._paths = TaskPaths(node, self.order, self._answer, better)
                 await nursery.start(self._paths.run)
             try:
-                while True:
-                    message, _ = await channel.receive()
-                    if isinstance(message, Connect):
-                        nursery.start_soon(self._connect, channel, message)
-                    elif await self._handle(channel, message):
-                        nursery.cancel_scope.cancel()
-                        return
+                with share as worker:
+                    while True:
+                        message, _ = await channel.receive()
+                        if isinstance(message, Connect):
+                            nursery.start_soon(self._connect, channel, message)
+                        elif isinstance(message, Moved):
+                            worker.note(message.content, message.waited)
+                        elif await self._handle(channel, message):
+                            nursery.cancel_scope.cancel()
+                            return
             except ChannelClosed:
                 nursery.cancel_scope.cancel()
                 self._channel = None
             finally:
                 self._channel = self._paths = None
         raise ChannelClosed
+
+    def _own_limit(self) -> int | None:
+        """What the task itself is limited to, as the relay last said."""
+        return self.order.options.bandwidth_limit
 
     async def _handle(self, channel: Channel, message: object) -> bool:
         """Take a worker's message; whether it was its last."""

@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from agent.limits.pace import Pace
 from agent.storage.base import Directory, Root, version_of
 from agent.storage.faults import fault
 from protocol import lane
@@ -40,10 +41,11 @@ Join = Callable[[bytes, int], "queue.SimpleQueue[LaneRequest | None]"]
 class LaneSender:
     """One lane at the source. `run` blocks until it ends; shutting the socket down ends it."""
 
-    def __init__(self, sock: socket.socket, root: Root, join: Join) -> None:
+    def __init__(self, sock: socket.socket, root: Root, join: Join, pace: Pace) -> None:
         self._socket = sock
         self._root = root
         self._join = join
+        self._pace = pace
         self._buffer = memoryview(bytearray(2 * 1024 * 1024))
         self._files: OrderedDict[tuple[CollectionPath, bool], int] = OrderedDict()
         self._parent: tuple[CollectionPath, Directory] | None = None
@@ -122,7 +124,7 @@ class LaneSender:
                 return
             header = lane.Block(request.r, offset, lane.digest(block), offset + length >= end)
             self._socket.sendall(lane.encode_header(header, length))
-            self._socket.sendall(block)
+            self._send_content(block)
             offset += length
 
     def _read_block(self, path: CollectionPath, request: ReadRange, block: memoryview, offset: int) -> None:
@@ -158,7 +160,17 @@ class LaneSender:
     def _send_pack(self, r: int, files: list[lane.Packed], used: int, *, last: bool) -> None:
         self._socket.sendall(lane.encode_header(lane.Pack(r, files, last), used))
         if used:
-            self._socket.sendall(self._buffer[:used])
+            self._send_content(self._buffer[:used])
+
+    def _send_content(self, content: memoryview) -> None:
+        """Send no faster than the pace allows."""
+        self._pace.moved(len(content))
+        while len(content) and self._pace.limited:
+            piece = content[: self._pace.piece]
+            self._pace.take(len(piece))
+            self._socket.sendall(piece)
+            content = content[len(piece) :]
+        self._socket.sendall(content)
 
     # --- files -----------------------------------------------------------------------------------------
 

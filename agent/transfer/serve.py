@@ -15,6 +15,7 @@ from itertools import islice
 
 import trio
 
+from agent.limits.pace import Pace
 from agent.storage.base import Directory, Node, Reach, Root, version_of
 from agent.storage.faults import fault
 from agent.transfer.checksum import block_digests, file_digest
@@ -53,12 +54,13 @@ def row_of(node: Node, target: bytes | None = None) -> session.Row:
 class SourceSide:
     """All connections of one session at its source."""
 
-    def __init__(self, root: Root, policy: SourcePolicy, verifier: TicketVerifier) -> None:
+    def __init__(self, root: Root, policy: SourcePolicy, verifier: TicketVerifier, pace: Pace | None = None) -> None:
         self._whole = root
         self.root = root
         self._reach: tuple[CollectionPath, ...] | None = None
         self.policy = policy
         self.verifier = verifier
+        self.pace = pace or Pace()
         self.control: Control | None = None
 
     async def serve_control(self, stream: trio.abc.Stream, peer_fingerprint: str) -> None:
@@ -398,6 +400,6 @@ def serve_lane(
     """
     secured, _ = handshake(sock)
     try:
-        LaneSender(secured, side.root, side.join).run()
+        LaneSender(secured, side.root, side.join, side.pace).run()
     finally:
         secured.close()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection
+from functools import partial
 
 import trio
 
-from agent.transfer.channel import Channel, ChannelClosed, Incoming, ServeSession
+from agent.transfer.channel import Channel, ChannelClosed, Incoming, Moved, ServeSession
 from agent.transfer.local_node import LocalNode
+from agent.transfer.running_task import allow
 from protocol.control import SessionOrder
 from protocol.errors import RetryLater, TowpathError
 
@@ -23,6 +25,11 @@ class _Served:
         self.scope = trio.CancelScope()
         self.channel: Channel | None = None
         self.ready = trio.Event()
+
+
+def _no_limit() -> int | None:
+    """A task's own limit is kept by its destination."""
+    return None
 
 
 class ServedSessions:
@@ -79,20 +86,26 @@ class ServedSessions:
         return served
 
     async def _serve(self, order: SessionOrder, served: _Served) -> None:
+        allotment = self._node.allotment
+        allowance = allotment.begin("send", _no_limit)
         start = ServeSession(
             common=self._node.common(),
             session_id=order.session_id,
             task_id=order.task_id,
             peer_certificate=order.peer.certificate,
             ticket=order.ticket,
+            rate=allowance.rate,
         )
         try:
             with served.scope:
                 async with self._node.workers.worker(start) as channel:
                     served.channel = channel
                     served.ready.set()
-                    while True:
-                        await channel.receive()
+                    with allotment.worker("send", _no_limit, allowance, partial(allow, channel)) as worker:
+                        while True:
+                            message, _ = await channel.receive()
+                            if isinstance(message, Moved):
+                                worker.note(message.content, message.waited)
         except (ChannelClosed, OSError):
             # The worker ended, idle or by a crash; the next connection starts another.
             served.channel = None

@@ -97,6 +97,7 @@ class TransferService:
                 nursery.start_soon(data_port.serve)
                 nursery.start_soon(self._node.network.watch)
                 nursery.start_soon(self._node.workers.run)
+                nursery.start_soon(self._node.allotment.run)
                 await nursery.start(self._introductions.run)
                 task_status.started()
                 await self._schedule(nursery)

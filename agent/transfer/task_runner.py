@@ -233,15 +233,18 @@ class TaskRunner:
                     mode_mask=self._mode_mask,
                     on_fault=self._fault,
                     patience=self._patience,
+                    pace=self._line.pace,
                 )
-                run = TransferRun(context, session, self._line.lane, self._start.lanes, resumed=resumed)
+                run = TransferRun(context, session, self._line.lane, self._line.lanes, resumed=resumed)
                 self._run = run
                 self._status = None
                 self._line.on_better_path = run.use_better_path
+                self._line.on_lanes = run.limit_lanes
                 try:
                     await run.run()
                 finally:
                     self._line.on_better_path = lambda: None
+                    self._line.on_lanes = lambda _limit: None
                     self._counters = run.counters()
                     self._run = None
 

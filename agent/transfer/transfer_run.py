@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 import trio
 
+from agent.limits.pace import Pace
 from agent.storage.base import Root
 from agent.storage.faults import fault
 from agent.transfer.budget import Budget, charge
@@ -61,6 +62,7 @@ class RunContext:
     mode_mask: int
     on_fault: Callable[[TowpathError], None]
     patience: Patience
+    pace: Pace
 
 
 class TransferRun:
@@ -113,6 +115,10 @@ class TransferRun:
     def use_better_path(self) -> None:
         """Lanes opened from now on go a better way; move to them, one by one."""
         self._lanes.use_better()
+
+    def limit_lanes(self, limit: int) -> None:
+        """From now on there may be so many lanes."""
+        self._lanes.limit = limit
 
     # --- the run ---------------------------------------------------------------------------------------
 

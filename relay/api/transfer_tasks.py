@@ -23,7 +23,7 @@ from relay.transfer import event_log, task_details, task_filters, task_lists, ta
 from relay.transfer.collection_documents import only_fields
 from relay.transfer.collections import Collection
 from relay.transfer.fields import Fields, query_integer
-from relay.transfer.submission import MAX_LABEL, read_deadline
+from relay.transfer.submission import MAX_LABEL, read_bandwidth_limit, read_deadline
 from relay.transfer.task_documents import task_document
 from relay.transfer.task_rows import Task
 
@@ -91,7 +91,7 @@ async def show_task(request: Request, task_id: str, caller: CallerHere, services
 
 @router.put("/task/{task_id}")
 async def update_task(request: Request, task_id: str, caller: CallerHere, services: ServicesHere) -> Response:
-    """Change the label or the deadline of a task that is not over."""
+    """Change the label or the deadline of a task that is not over, or (ours, beside theirs) its limit of bandwidth."""
     fields = Fields(await read_document(request), "the task")
     fields.data_type("task")
     changes: dict[str, Any] = {}
@@ -99,9 +99,12 @@ async def update_task(request: Request, task_id: str, caller: CallerHere, servic
         changes["label"] = fields.text("label", longest=MAX_LABEL) or None
     if fields.raw("deadline") is not None:
         changes["deadline"] = read_deadline(fields, services.clock())
+    limited, limit = "towpath_bandwidth_limit" in fields, read_bandwidth_limit(fields)
 
     def work(connection: Connection) -> str:
         task = task_rows.require_own(connection, task_id, caller.identity_id)
+        if limited:
+            changes["options"] = task_turns.options_with(task, bandwidth_limit=limit)
         task_turns.update(connection, task, changes)
         return task.id
 

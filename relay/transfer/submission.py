@@ -172,7 +172,13 @@ def _transfer_options(fields: Fields) -> TaskOptions:
         filter_rules=rules,
         relay_path=relay_path,
         transport=transport,
+        bandwidth_limit=read_bandwidth_limit(fields),
     )
+
+
+def read_bandwidth_limit(fields: Fields) -> int | None:
+    """The most that a task may move, in bytes a second; ours, beside theirs. Raises `ApiError` 400."""
+    return fields.integer("towpath_bandwidth_limit", 1000, 10**12)
 
 
 def _filter_rule(document: object) -> FilterRule:

@@ -210,6 +210,7 @@ def _condition(task: Task, around: Surroundings) -> dict[str, Any]:
         "path": "" if observed is None else observed.path,
         "relay": task.task_options.relay_path,
         "transport": task.task_options.transport,
+        "bandwidth_limit": task.task_options.bandwidth_limit,
         "item_count": task.item_count,
     }
     return document

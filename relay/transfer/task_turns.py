@@ -188,8 +188,14 @@ def end_now(connection: Connection, task: Task, *, code: str, sentence: str, now
     finish(connection, task, code=code, sentence=sentence, when=now)
 
 
+def options_with(task: Task, *, bandwidth_limit: int | None) -> str:
+    """The options of a task, as they are stored, with another limit of bandwidth."""
+    changed = msgspec.structs.replace(task.task_options, bandwidth_limit=bandwidth_limit)
+    return msgspec.json.encode(changed).decode()
+
+
 def update(connection: Connection, task: Task, changes: dict[str, Any]) -> None:
-    """Change label or deadline. Raises `ApiError` 409 when the task has ended."""
+    """Change label, deadline or options. Raises `ApiError` 409 when the task has ended."""
     if task.finished:
         raise ApiError(409, "Conflict", "The task has ended; it cannot be changed any more.")
     if changes:

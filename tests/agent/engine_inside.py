@@ -22,6 +22,7 @@ import pytest
 import trio
 import trio.testing
 
+from agent.limits.pace import Pace
 from agent.storage.base import Root
 from agent.storage.faulty import Call, FaultyRoot, Plan, no_faults
 from agent.storage.posix import open_root
@@ -69,6 +70,9 @@ class Line:
         self.desired = "run"
         self.revision = 1
         self.ticket = ""
+        self.pace = engine.pace
+        self.limited_by = ""
+        self.lanes = engine.lanes_wanted
         self.on_event_stored: Callable[[int], None] = lambda _seq: None
         self._scopes: set[trio.CancelScope] = set()
         self.side: SourceSide | None = None
@@ -171,6 +175,7 @@ class Engine:
         self.calls: list[Call] = []
         self.sessions = 0
         self.dead = False
+        self.pace = Pace()
         self._counted = 0
         self._counts: dict[str, int] = {}
         self._lock = threading.Lock()

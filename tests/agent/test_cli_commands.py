@@ -226,7 +226,7 @@ def test_transfer_batch_from_standard_input(towpath: Run, relay: FakeRelay) -> N
         (["delete", "alpha", "--batch", "-"], "a b\n", "one path and nothing else"),
         (["ls", "alpha", "--orderby", "colour"], "", "is not FIELD"),
         (["task", "cancel"], "", "either one task id or --all"),
-        (["task", "update", TASK], "", "Give --label or --deadline"),
+        (["task", "update", TASK], "", "Give --label, --deadline or --bandwidth-limit"),
         (["endpoint", "search"], "", "Give a text"),
         (["endpoint", "update", "alpha"], "", "at least one thing"),
         (["no-such-command"], "", "No such command"),
@@ -367,6 +367,11 @@ def test_task_cancel_update_and_ids(towpath: Run, relay: FakeRelay) -> None:
     assert len(relay.sent("POST", f"/v0.10/task/{TASK}/cancel")) == 2
     assert towpath("task", "update", TASK, "--label", "new")[0] == 0
     assert relay.sent("PUT", f"/v0.10/task/{TASK}")[0].document == {"DATA_TYPE": "task", "label": "new"}
+    for text, limit in (("20 MB/s", 20_000_000), ("none", None)):
+        assert towpath("task", "update", TASK, "--bandwidth-limit", text)[0] == 0
+        sent = relay.sent("PUT", f"/v0.10/task/{TASK}")[-1].document
+        assert sent == {"DATA_TYPE": "task", "towpath_bandwidth_limit": limit}
+    assert towpath("task", "update", TASK, "--bandwidth-limit", "fast")[0] == 2
     assert towpath("task", "generate-submission-id")[1].strip() == "ffffffff-0000-4000-8000-000000000006"
 
 

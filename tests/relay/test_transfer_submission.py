@@ -123,6 +123,8 @@ WRONG_TRANSFERS: list[tuple[str, dict[str, Any]]] = [
     ("recursive_symlinks", {"recursive_symlinks": "follow"}),
     ("towpath_relay", {"towpath_relay": "sometimes"}),
     ("towpath_transport", {"towpath_transport": "pigeon"}),
+    ("towpath_bandwidth_limit", {"towpath_bandwidth_limit": 999}),
+    ("towpath_bandwidth_limit", {"towpath_bandwidth_limit": "20 MB/s"}),
     ("filter_rules", {"filter_rules": {}}),
     ("filter rule", {"filter_rules": [{"name": "x"}]}),
     ("method", {"filter_rules": [{"method": "maybe", "name": "x"}]}),

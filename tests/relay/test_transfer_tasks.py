@@ -208,7 +208,14 @@ async def test_update_and_remove(pair: Pair) -> None:
     assert (shown["label"], shown["deadline"]) == ("new", "2027-02-01T00:00:00.000000+00:00")
     await until(lambda: pair.destination.orders[task_id][-1].label == "new")
     assert pair.destination.orders[task_id][-1].items is None
-    for wrong in ({"label": "x" * 129}, {"deadline": "2001-01-01"}, {"deadline": 3}, []):
+    await pair.alice.put(f"/task/{task_id}", {"DATA_TYPE": "task", "towpath_bandwidth_limit": 5_000_000})
+    await until(lambda: pair.destination.orders[task_id][-1].options.bandwidth_limit == 5_000_000)
+    shown = await pair.alice.get(f"/task/{task_id}")
+    assert (shown["label"], shown["towpath"]["bandwidth_limit"]) == ("new", 5_000_000)
+    await pair.alice.put(f"/task/{task_id}", {"DATA_TYPE": "task", "towpath_bandwidth_limit": None})
+    await until(lambda: pair.destination.orders[task_id][-1].options.bandwidth_limit is None)
+    wrong_limit = {"towpath_bandwidth_limit": 3}
+    for wrong in ({"label": "x" * 129}, {"deadline": "2001-01-01"}, {"deadline": 3}, wrong_limit, []):
         await pair.alice.refused("PUT", f"/task/{task_id}", 400, "ClientError.BadRequest", json=wrong)
     await pair.alice.refused("POST", f"/task/{task_id}/remove", 409, "Conflict")
     pair.destination.succeed(task_id)
