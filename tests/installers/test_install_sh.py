@@ -32,7 +32,7 @@ echo "$@" >>"$HOME/calls"
 case $1 in
     --version) echo "towpath {version}" ;;
     setup) mkdir -p "$HOME/.config/towpath" "$HOME/.local/state/towpath"; : >"$HOME/.config/towpath/agent.yaml"
-        [ -n "$TOWPATH_SETUP_KEY" ] ;;
+        [ -n "${TOWPATH_SETUP_KEY:-}" ] || case $* in *--relay*) ;; *) exit 1 ;; esac ;;
     status) exit 1 ;;
 esac
 """
@@ -141,6 +141,26 @@ def test_it_installs_enrols_starts_and_leaves_nothing_behind(machine: Machine, p
     assert gone.returncode == 0, gone.stderr
     assert machine.files() - {"calls"} == before
     assert (machine.home / "mine").read_text() == "mine"
+
+
+@pytest.mark.parametrize("piped", [False, True])
+def test_without_a_key_it_enrols_by_a_code_once(machine: Machine, piped: bool) -> None:
+    root = machine.home / "data"
+    root.mkdir()
+    options = ["--relay", "https://relay.example", "--ca-file", "/ca.pem", "--root", str(root), "--name", "Lab"]
+    done = machine.install(*options, piped=piped)
+    assert done.returncode == 0, done.stderr
+    setup = f"setup --relay https://relay.example --root {root} --ca-file /ca.pem --name Lab"
+    assert (machine.home / "calls").read_text().splitlines()[-3:] == [setup, "status", "start"]
+    assert machine.install(*options, piped=piped).returncode == 0
+    assert (machine.home / "calls").read_text().count("setup ") == 1
+
+
+def test_enrolling_can_be_left_for_later(machine: Machine) -> None:
+    done = machine.install("--relay", "https://relay.example", "--root", str(machine.home), "--no-enrol")
+    assert done.returncode == 0, done.stderr
+    assert "setup" not in (machine.home / "calls").read_text()
+    assert "Next: towpath setup --relay https://relay.example" in done.stderr
 
 
 def test_settings_can_be_kept(machine: Machine) -> None:
