@@ -124,7 +124,7 @@ class Daemon:
             config_file,
             identity.node_id,
             relay_url,
-            lambda: any(task.state == "ACTIVE" for task in self._tasks.tasks()),
+            self._moves_data,
         )
         self._manners = Manners(lambda: self._read.manners, self._hold_back)
         self._link = Link(
@@ -210,6 +210,10 @@ class Daemon:
         finally:
             local_socket.forget(self._config.state_dir, path)
             self._collections.close()
+
+    def _moves_data(self) -> bool:
+        """Whether a task runs here, or somebody reads from here."""
+        return self._tasks.sessions.count > 0 or any(task.state == "ACTIVE" for task in self._tasks.tasks())
 
     async def _move_quic(self, quic: QuicTransport) -> None:
         while True:

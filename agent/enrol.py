@@ -13,7 +13,6 @@ from __future__ import annotations
 import base64
 import binascii
 import contextlib
-import fcntl
 import hashlib
 import hmac
 import os
@@ -43,6 +42,7 @@ from agent.identity_file import (
     make_state_dir,
     save_identity,
 )
+from agent.system.file_lock import wait_for_lock
 from protocol.control import EnrolRequest
 from protocol.errors import ProtocolError, TowpathError
 from protocol.identity import NodeKey, write_private_file
@@ -169,7 +169,7 @@ def _one_at_a_time(state_dir: Path) -> Iterator[None]:
     with (state_dir / "setup.lock").open("a") as file:
         # Where the file system has no locks, repeating a set-up mends what a collision lost.
         with contextlib.suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
+            wait_for_lock(file.fileno())
         yield
 
 

@@ -9,8 +9,6 @@ counts as held.
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import json
 import os
 import socket
@@ -19,6 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from agent.system.file_lock import try_lock
 from protocol.errors import TowpathError
 
 LOCK_FILE = "agent.lock"
@@ -27,8 +26,8 @@ MAX_RECORD = 4096
 RENEW_EVERY = 30.0
 FOREIGN_LIFE = 150.0
 LOOKS = 10
-# What file systems without locks answer.
-_NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
+# Windows has neither: it passes no handles on that were not meant to be, and makes links only for administrators.
+_OPENING = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0)
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ def acquire(state_dir: Path, *, clock: Callable[[], float] = time.time, host: st
     """Take the lock of a state directory at once. Raises `AlreadyRunning` or OSError."""
     path = state_dir / LOCK_FILE
     host = host or socket.gethostname()
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | _OPENING, 0o600)
     try:
         now = clock()
         _ensure_free(descriptor, state_dir, host, now)
@@ -110,11 +109,11 @@ def held(state_dir: Path) -> Iterator[InstanceLock]:
 def holder_of(state_dir: Path, *, clock: Callable[[], float] = time.time) -> Holder | None:
     """Who holds the lock now, or None. Raises OSError other than for a missing file."""
     try:
-        descriptor = os.open(state_dir / LOCK_FILE, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        descriptor = os.open(state_dir / LOCK_FILE, os.O_RDWR | _OPENING)
     except FileNotFoundError:
         return None
     try:
-        kernel = _lock(descriptor, fcntl.LOCK_SH)
+        kernel = try_lock(descriptor, shared=True)
         record = _read_record(descriptor)
         host = socket.gethostname()
         if kernel is False:
@@ -137,29 +136,16 @@ def process_start(pid: int) -> float:
 
 
 def _ensure_free(descriptor: int, state_dir: Path, host: str, now: float) -> None:
-    kernel = _lock(descriptor, fcntl.LOCK_EX)
+    kernel = try_lock(descriptor)
     for _ in range(LOOKS):
         if kernel is not False:
             break
         # `holder_of` takes the lock for a moment, to look.
         time.sleep(0.02)
-        kernel = _lock(descriptor, fcntl.LOCK_EX)
+        kernel = try_lock(descriptor)
     record = _read_record(descriptor)
     if kernel is False or (record is not None and _still_there(record, host, now, known_to_kernel=kernel)):
         raise AlreadyRunning(state_dir, record)
-
-
-def _lock(descriptor: int, kind: int) -> bool | None:
-    """True: taken; False: another process has it; None: this file system has no locks."""
-    try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno in _NO_LOCKS:
-            return None
-        raise
-    return True
 
 
 def _still_there(record: Holder, host: str, now: float, *, known_to_kernel: bool | None) -> bool:
@@ -173,7 +159,8 @@ def _still_there(record: Holder, host: str, now: float, *, known_to_kernel: bool
 
 def _read_record(descriptor: int) -> Holder | None:
     try:
-        document = json.loads(os.pread(descriptor, MAX_RECORD, 0))
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        document = json.loads(os.read(descriptor, MAX_RECORD))
         return Holder(
             str(document["host"])[:255], int(document["pid"]), float(document["began"]), float(document["renewed"])
         )
@@ -184,5 +171,6 @@ def _read_record(descriptor: int) -> Holder | None:
 
 def _write_record(descriptor: int, holder: Holder) -> None:
     data = json.dumps(asdict(holder)).encode() + b"\n"
-    os.pwrite(descriptor, data, 0)
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    os.write(descriptor, data)
     os.ftruncate(descriptor, len(data))

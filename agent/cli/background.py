@@ -18,6 +18,7 @@ from agent.cli.output import CommandFailed
 from agent.config.keys import AgentConfig
 from agent.lock import Holder, holder_of
 from agent.sdnotify import VARIABLE
+from agent.update.supervisor import DETACHED
 
 START_TIMEOUT = 30.0
 STOP_TIMEOUT = 15.0
@@ -40,7 +41,7 @@ def start_detached(config_file: Path, config: AgentConfig) -> int:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                env={**os.environ, VARIABLE: f"{folder}/ready"},
+                env={**os.environ, VARIABLE: f"{folder}/ready", DETACHED: "1"},
                 start_new_session=True,
             )
             _wait_ready(process, channel, log, lambda: _said(Path(output.name), 0) + _said(log, logged))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import click
 from agent.cli.command import with_output
 from agent.cli.output import CommandFailed, Output
 from agent.cli.service import config_option, failing_plainly
+from agent.update.supervisor import LAUNCHD_JOB
 from protocol.errors import TowpathError
 
 UNIT = "towpath-agent.service"
@@ -37,7 +40,8 @@ def status(out: Output) -> None:
         state = installation.state()
         document = {"running": installation.running(), **msgspec.to_builtins(state)}
     names = (("Running", "running"), ("Available", "available"), ("Before", "previous"), ("Problem", "last_problem"))
-    out.record(document, [(label, document[key] or None) for label, key in names])
+    rows = [(label, document[key] or None) for label, key in names]
+    out.record(document, [*rows, ("Not well here", ", ".join(state.failed) or None)])
 
 
 @update.command()
@@ -121,6 +125,7 @@ class LocalAgent:
         self._command = current / "bin" / "towpath"
         self._state_dir = state_dir_of(config_file)
         self._managed = _managed()
+        self._launchd = _launchd_job()
 
     def status(self) -> dict[str, Any] | None:
         """Its status, None if it does not answer."""
@@ -149,6 +154,9 @@ class LocalAgent:
             self._systemctl("reset-failed", check=False)
             self._systemctl("start")
             return
+        if self._launchd:
+            _run_quietly(["launchctl", "kickstart", self._launchd])
+            return
         command = [str(self._command), "start", "--config", str(self._config_file)]
         try:
             result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
@@ -161,6 +169,21 @@ class LocalAgent:
         result = subprocess.run(["systemctl", "--user", verb, UNIT], capture_output=True, text=True, check=False)
         if check and result.returncode:
             raise TowpathError(f"systemctl --user {verb} {UNIT} failed: {result.stderr.strip()[-300:]}.")
+
+
+def _run_quietly(command: list[str]) -> None:
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise TowpathError(f"{' '.join(command)} failed: {result.stderr.strip()[-300:]}.")
+
+
+def _launchd_job() -> str:
+    """How launchd names the agent's job; empty where it does not run it."""
+    if sys.platform == "darwin":
+        job = f"gui/{os.getuid()}/{LAUNCHD_JOB}"
+        if subprocess.run(["launchctl", "print", job], capture_output=True, check=False).returncode == 0:
+            return job
+    return ""
 
 
 def _managed() -> bool:

@@ -238,6 +238,9 @@ class UpdateConfig:
         "auto",
         doc="auto: install when no task runs; notify: only say that there is one; off: do not look.",
     )
+    interval: int = setting(
+        Number(10, 30 * 86400), 6 * 3600, doc="Seconds between two looks; spread by a fifth either way."
+    )
     channel: str = setting(Text(32, "[a-z][a-z0-9-]*", "a word of small letters"), "stable", doc="Which releases.")
     mirror: str | None = setting(
         OrNull(Text(500, "https?://[^ ]+", "a web address")),

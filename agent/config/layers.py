@@ -9,7 +9,6 @@ Environment variables are ``TOWPATH_AGENT_`` and the key in capitals (``TOWPATH_
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from agent.config.document import (
 )
 from agent.config.keys import AgentConfig, default_state_dir, document, finished
 from agent.config.kinds import Wrong
+from agent.system.file_lock import wait_for_lock
 from protocol.errors import TowpathError
 from protocol.identity import write_private_file
 
@@ -233,7 +233,7 @@ def editing(file: Path) -> Iterator[dict[str, Any]]:
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with path.with_name(f".{path.name}.lock").open("a") as lock:
         with contextlib.suppress(OSError):
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            wait_for_lock(lock.fileno())
         data = _overlay_bytes(file)
         overlay_layer(file, data)
         content: dict[str, Any] = yaml.safe_load(data) or {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import random
 from collections.abc import Awaitable, Callable
@@ -14,6 +13,7 @@ import msgspec
 import trio
 
 from agent.storage.base import Root
+from agent.system.file_lock import try_lock
 from agent.transfer.channel import Event, RunTask
 from agent.transfer.compare import CHECKSUM
 from agent.transfer.daemon_line import DaemonLine
@@ -92,14 +92,14 @@ class TaskRunner:
         descriptor = os.open(self._directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         while True:
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                await trio.sleep(0.05)
+                taken = try_lock(descriptor)
             except OSError:
                 os.close(descriptor)
                 raise
-            else:
+            # Where the file system has no locks, workers end with their daemon's channel all the same.
+            if taken is not False:
                 return descriptor
+            await trio.sleep(0.05)
 
     async def _run_alone(self) -> TaskObserved:
         self._journal, rebuilt = await trio.to_thread.run_sync(open_or_rebuild, self._directory / "journal.sqlite")

@@ -48,10 +48,9 @@ def change(
     if before == version:
         return f"Version {version} is the current one already."
     status = agent.status()
-    state = installation.state()
-    state.pending, state.previous = version, before
     # Written first: whoever finds the new version current and `pending` set knows that it has not proved itself.
-    installation.remember(state)
+    with installation.amending() as state:
+        state.pending, state.previous = version, before
     (installation.directory / STARTS_FILE).unlink(missing_ok=True)
     if status is not None:
         agent.stop()
@@ -66,9 +65,8 @@ def change(
         raise UpdateRefused(
             f"Version {version} was not well ({problem}); version {before} runs again.", code="ROLLED_BACK"
         )
-    state = installation.state()
-    state.pending, state.available, state.last_problem = "", "", ""
-    installation.remember(state)
+    with installation.amending() as state:
+        state.pending, state.available, state.last_problem = "", "", ""
     (installation.directory / STARTS_FILE).unlink(missing_ok=True)
     installation.prune()
     return f"Version {version} runs; {before} is kept to go back to."
@@ -102,9 +100,8 @@ def _start_and_watch(
 
 def go_back(installation: Installation, agent: Agent, *, running: bool) -> str:
     """Make the previous version current again, and never try the other one by itself; the version current now."""
-    state = installation.state()
-    failed = installation.running()
-    if not state.previous or state.previous == failed:
+    previous, failed = installation.state().previous, installation.running()
+    if not previous or previous == failed:
         raise UpdateRefused("There is no version to go back to.", who="you")
     if running:
         try:
@@ -112,11 +109,11 @@ def go_back(installation: Installation, agent: Agent, *, running: bool) -> str:
         except TowpathError:
             # It may hang or be gone; what counts is that the other one starts.
             pass
-    installation.switch(state.previous)
-    if failed not in state.failed:
-        state.failed.append(failed)
-    state.pending, state.last_problem = "", f"Version {failed} was not well and is not tried again."
-    installation.remember(state)
+    installation.switch(previous)
+    with installation.amending() as state:
+        if failed not in state.failed:
+            state.failed.append(failed)
+        state.pending, state.last_problem = "", f"Version {failed} was not well and is not tried again."
     if running:
         agent.start()
-    return state.previous
+    return previous

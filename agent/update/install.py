@@ -16,10 +16,12 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 
+from agent.system.file_lock import wait_for_lock
 from agent.update.mirror import UpdateRefused
 from agent.update.offer import version_key
 from protocol.errors import TowpathError
@@ -100,6 +102,18 @@ class Installation:
         except (OSError, msgspec.DecodeError):
             return State()
 
+    @contextlib.contextmanager
+    def amending(self) -> Iterator[State]:
+        """What is remembered, to be changed and written at the end; one process at a time. Raises OSError."""
+        self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with (self.directory / "state.lock").open("a") as lock:
+            # Without locks on this file system: what collides is at worst a line for people.
+            with contextlib.suppress(OSError):
+                wait_for_lock(lock.fileno())
+            state = self.state()
+            yield state
+            self.remember(state)
+
     def remember(self, state: State) -> None:
         """Write it down, durable. Raises OSError."""
         self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -108,17 +122,16 @@ class Installation:
     def settle(self, *, proved: bool) -> None:
         """After an update that nobody watched to its end: the version that runs now is the right one (``proved``: it
         has run for a while), or is the one before, taken again by the launcher. Raises OSError."""
-        state = self.state()
-        if not state.pending:
+        if not self.state().pending:
             return
         running = self.running()
-        if state.pending != running:
-            state.failed.append(state.pending)
-            state.last_problem = f"Version {state.pending} did not start and is not tried again."
-        elif not proved:
-            return
-        state.pending = ""
-        self.remember(state)
+        with self.amending() as state:
+            if state.pending and state.pending != running:
+                state.failed.append(state.pending)
+                state.last_problem = f"Version {state.pending} did not start and is not tried again."
+            elif not proved:
+                return
+            state.pending = ""
         (self.directory / STARTS_FILE).unlink(missing_ok=True)
 
     # --- versions ----------------------------------------------------------------------------------------

@@ -6,10 +6,9 @@ tasks are checkpointed like at any stop, and go on in the new version. ``notify`
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import os
 import random
-import shutil
 import subprocess
 import time
 from collections.abc import Callable
@@ -21,14 +20,17 @@ from agent.config.keys import AgentConfig, UpdateConfig
 from agent.update.install import Installation, NotInstalled
 from agent.update.mirror import HttpFetcher, Mirror
 from agent.update.offer import Offer, is_newer, takes_part, this_platform
+from agent.update.supervisor import check_changeable
 from protocol.errors import TowpathError
 
 logger = logging.getLogger("towpath.update")
 
 FIRST_LOOK = 300.0
-LOOK_EVERY = 6 * 3600.0
+# A version that has run for so long, and that nobody watches any more, is the right one.
+PROVED_AFTER = 300.0
 PATIENCE = 24 * 3600.0
-BUSY_LOOK = 60.0
+BUSY_LOOK = 15.0
+CHANGE_LOG = "change.log"
 
 
 def mirror_for(installation: Installation, config: AgentConfig, relay_url: str) -> Mirror:
@@ -42,31 +44,33 @@ def look(installation: Installation, mirror: Mirror, config: UpdateConfig, now: 
 
     Raises `TowpathError`.
     """
-    state = installation.state()
-    state.last_check = now
     try:
         offer = mirror.offer(config.channel, this_platform())
-        state.last_problem = ""
     except TowpathError as error:
-        state.last_problem = error.sentence
-        installation.remember(state)
+        with installation.amending() as state:
+            state.last_check, state.last_problem = now, error.sentence
         raise
-    if offer is not None and (not is_newer(offer.version, installation.running()) or offer.version in state.failed):
-        offer = None
-    state.available = offer.version if offer else ""
-    installation.remember(state)
+    running = installation.running()
+    with installation.amending() as state:
+        if offer is not None and (not is_newer(offer.version, running) or offer.version in state.failed):
+            offer = None
+        state.last_check, state.available = now, offer.version if offer else ""
+        state.last_problem = ""
     return offer
 
 
 def fetch(installation: Installation, mirror: Mirror, offer: Offer) -> None:
     """Download, verify and unpack an offer. Blocks. Raises `TowpathError` or OSError."""
+    if (installation.versions / offer.version).exists():
+        # Whole and verified, or it would not have its name; the agent was too busy to change to it so far.
+        return
     bundle = mirror.download(offer)
     installation.unpack(bundle, offer.version, offer.platform)
     bundle.unlink(missing_ok=True)
 
 
 class UpdateService:
-    """The agent's own looking for updates."""
+    """The agent's own looking for updates. ``installation`` is found where this program lies if not given."""
 
     def __init__(
         self,
@@ -76,6 +80,11 @@ class UpdateService:
         relay_url: str,
         is_busy: Callable[[], bool],
         clock: Callable[[], float] = time.time,
+        *,
+        installation: Installation | None = None,
+        ask: Callable[[Installation, AgentConfig, str], Mirror] = mirror_for,
+        check: Callable[[], object] = check_changeable,
+        begin: Callable[[Installation, str, Path], None] | None = None,
     ) -> None:
         self.config = config
         self._config_file = config_file
@@ -83,26 +92,39 @@ class UpdateService:
         self._relay_url = relay_url
         self._is_busy = is_busy
         self._clock = clock
+        self._ask = ask
+        self._check = check
+        self._begin = begin or start_change
         self.available = ""
-        try:
-            self._installation: Installation | None = Installation.here()
-        except NotInstalled:
-            self._installation = None
+        self._installation = installation
+        if installation is None:
+            with contextlib.suppress(NotInstalled):
+                self._installation = Installation.here()
 
     async def run(self) -> None:
         """Until cancelled; ends at once where there is nothing to update."""
-        if self._installation is None:
+        installation = self._installation
+        if installation is None:
             return
-        await self._settle(self._installation, proved=False)
-        await trio.sleep(FIRST_LOOK * random.uniform(0.5, 1.5))  # noqa: S311 - only spreads the load
-        await self._settle(self._installation, proved=True)
+        await self._settle(installation, proved=False)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._prove, installation)
+            await self._look_again_and_again(installation)
+
+    async def _look_again_and_again(self, installation: Installation) -> None:
+        # Spread, so that not all agents of a relay ask at once.
+        await trio.sleep(min(FIRST_LOOK, self.config.update.interval) * random.uniform(0.5, 1.5))  # noqa: S311
         while True:
             if self.config.update.mode != "off":
                 try:
-                    await self._once(self._installation)
+                    await self._once(installation)
                 except (TowpathError, OSError) as error:
                     logger.warning("No update: %s", error)
-            await trio.sleep(LOOK_EVERY * random.uniform(0.8, 1.2))  # noqa: S311
+            await trio.sleep(self.config.update.interval * random.uniform(0.8, 1.2))  # noqa: S311
+
+    async def _prove(self, installation: Installation) -> None:
+        await trio.sleep(PROVED_AFTER)
+        await self._settle(installation, proved=True)
 
     @staticmethod
     async def _settle(installation: Installation, *, proved: bool) -> None:
@@ -113,31 +135,35 @@ class UpdateService:
 
     async def _once(self, installation: Installation) -> None:
         config = self.config
-        mirror = await trio.to_thread.run_sync(mirror_for, installation, config, self._relay_url)
+        mirror = await trio.to_thread.run_sync(self._ask, installation, config, self._relay_url)
         offer = await trio.to_thread.run_sync(look, installation, mirror, config.update, self._clock())
         self.available = offer.version if offer else ""
         if offer is None:
             return
         if config.update.mode == "notify" or not takes_part(self._node_id, offer):
-            logger.info("Version %s is there; `towpath update` installs it.", offer.version)
+            logger.info("Version %s is there; `towpath update install` installs it.", offer.version)
             return
+        await trio.to_thread.run_sync(self._check)
         await trio.to_thread.run_sync(fetch, installation, mirror, offer)
         # Looked at again and again, because what keeps the agent busy ends in many places.
         for _ in range(int(PATIENCE / BUSY_LOOK)):
-            if not self._is_busy():
+            if not self._is_busy() or self.config.update.mode != "auto":
                 break
             await trio.sleep(BUSY_LOOK)
         if self.config.update.mode != "auto":
             return
         logger.info("Changing to version %s.", offer.version)
-        await trio.to_thread.run_sync(start_change, installation, offer.version, self._config_file)
+        await trio.to_thread.run_sync(self._begin, installation, offer.version, self._config_file)
 
 
 def start_change(installation: Installation, version: str, config_file: Path) -> None:
-    """Have a process of its own change the version; it outlives this agent. Raises OSError."""
+    """Have a process of its own change the version; it outlives this agent, and what it says goes to `CHANGE_LOG`.
+
+    Raises OSError, or `NotReplaceable` where the agent would not come back.
+    """
     command = [str(installation.current / "bin" / "towpath"), "update", "change", version, "--config", str(config_file)]
-    if os.environ.get("INVOCATION_ID") and shutil.which("systemd-run"):
+    if check_changeable():
         # The service manager ends everything in the agent's own unit together with the agent.
         command = ["systemd-run", "--user", "--collect", "--quiet", *command]
-    null = subprocess.DEVNULL
-    subprocess.Popen(command, stdin=null, stdout=null, stderr=null, start_new_session=True)
+    with open(installation.directory / CHANGE_LOG, "w+b") as said:
+        subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=True)

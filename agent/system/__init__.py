@@ -1,0 +1,1 @@
+"""What differs between operating systems, such as locks on files. The rest of the agent asks here."""
