@@ -5,8 +5,9 @@ BIN := $(VENV)/bin
 CLIENTS ?= .venv-clients
 
 HUB ?= .venv-hub
+AUDIT ?= .venv-audit
 
-.PHONY: bundle demo test lint unit soak hub clean
+.PHONY: audit bundle demo reproducible test lint unit soak hub clean
 
 $(BIN)/towpath: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -24,6 +25,18 @@ demo: $(BIN)/towpath
 # A self-contained bundle of the agent for this platform, in dist/. See docs/releases.md.
 bundle: $(BIN)/towpath
 	$(BIN)/python installers/build_bundle.py $(if $(ROOT),--root $(ROOT))
+
+# Build everything twice and compare (minutes).
+reproducible: $(BIN)/towpath
+	$(BIN)/python -m pytest -m soak --timeout 3600 tests/installers/test_reproducible.py
+
+# What is known against the libraries; says so, and fails, when nobody can be asked.
+$(AUDIT)/bin/pip-audit:
+	$(PYTHON) -m venv $(AUDIT)
+	$(AUDIT)/bin/python -m pip install --quiet --disable-pip-version-check 'pip-audit>=2.7'
+
+audit: $(BIN)/towpath $(AUDIT)/bin/pip-audit
+	$(BIN)/python installers/audit.py $(AUDIT)/bin/pip-audit $(BILL)
 
 lint: $(BIN)/towpath
 	$(BIN)/ruff check .
@@ -53,4 +66,4 @@ hub: $(BIN)/towpath $(HUB)/bin/jupyterhub
 	$(BIN)/python -m pytest -m soak --timeout 900 tests/clients/test_jupyterhub.py
 
 clean:
-	rm -rf $(VENV) $(CLIENTS) $(HUB) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS) $(HUB) $(AUDIT) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -4,7 +4,8 @@
 
 The Python that runs this is copied (it finds its library relative to itself), what the agent does not need is left out,
 and shared libraries that other systems may lack come along, found by a path relative to each file that needs them.
-The same sources give the same bytes: order, times and owners in the archive are fixed.
+The same sources and libraries give the same bytes: order, times and owners in the archive are fixed, and ``--like``
+takes the very libraries of an earlier bundle's bill of materials (``dist/*.sbom.json``), whatever is newest today.
 """
 
 from __future__ import annotations
@@ -21,12 +22,15 @@ import sys
 import sysconfig
 import tarfile
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 PROJECT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(PROJECT))
 
 from agent.update.offer import this_platform  # noqa: E402 - the project need not be installed
+from installers.sbom import bill_of_materials, hashes_of_report, read_bill, requirements  # noqa: E402
 
 # Parts of the standard library that no agent needs.
 LEFT_OUT = {
@@ -79,9 +83,11 @@ def main() -> None:
     parser.add_argument("--version", help="version to give it; the project's own by default")
     parser.add_argument("--root", type=Path, help="root.json to pin; without it the bundle cannot be updated")
     parser.add_argument("--desktop", action="store_true", help="with the tray application")
+    parser.add_argument("--like", type=Path, help="bill of materials of a bundle whose libraries are to be taken")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
-    path = build(options.output, options.version or project_version(), options.root, desktop=options.desktop)
+    version, like = options.version or project_version(), read_bill(options.like) if options.like else None
+    path = build(options.output, version, options.root, desktop=options.desktop, like=like)
     print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB, sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}")
 
 
@@ -92,12 +98,19 @@ def project_version() -> str:
     return match[1]
 
 
-def build(output: Path, version: str, root: Path | None, *, desktop: bool = False) -> Path:
-    """Build a bundle; the archive's path."""
+def build(
+    output: Path,
+    version: str,
+    root: Path | None,
+    *,
+    desktop: bool = False,
+    like: Mapping[str, Any] | None = None,
+) -> Path:
+    """Build a bundle, with its bill of materials beside it; the archive's path."""
     with tempfile.TemporaryDirectory(prefix="towpath-bundle-") as work:
         folder = Path(work) / "bundle"
         copy_python(folder)
-        install_agent(folder, Path(work), version, desktop=desktop)
+        hashes = install_agent(folder, Path(work), version, desktop=desktop, like=like)
         if sys.platform == "linux":
             bring_libraries(folder, Path(work))
         launcher = folder / "bin" / "towpath"
@@ -109,8 +122,11 @@ def build(output: Path, version: str, root: Path | None, *, desktop: bool = Fals
             shutil.copy(root, folder / "trust" / "root.json")
         shutil.copytree(PROJECT / "systemd", folder / "systemd")
         compile_all(folder)
-        (folder / "sbom.json").write_text(json.dumps(bill_of_materials(folder, version), indent=1) + "\n")
-        return pack(folder, output / f"towpath-{version}-{this_platform()}.tar.gz")
+        bill = json.dumps(bill_of_materials(folder, site_packages(folder), version, hashes), indent=1) + "\n"
+        (folder / "sbom.json").write_text(bill)
+        name = f"towpath-{version}-{this_platform()}"
+        (output / f"{name}.sbom.json").write_text(bill)
+        return pack(folder, output / f"{name}.tar.gz")
 
 
 def site_packages(folder: Path) -> Path:
@@ -144,8 +160,10 @@ def copy_python(folder: Path) -> None:
     site_packages(folder).mkdir(exist_ok=True)
 
 
-def install_agent(folder: Path, work: Path, version: str, *, desktop: bool) -> None:
-    """The project and the libraries of the agent, as pip installs them."""
+def install_agent(
+    folder: Path, work: Path, version: str, *, desktop: bool, like: Mapping[str, Any] | None
+) -> dict[str, str]:
+    """The project and the libraries of the agent, as pip installs them; SHA-256 of their archives, by name."""
     source = work / "source"
     shutil.copytree(
         PROJECT,
@@ -157,9 +175,19 @@ def install_agent(folder: Path, work: Path, version: str, *, desktop: bool) -> N
     project = source / "pyproject.toml"
     project.write_text(re.sub(r'(?m)^version = "[^"]+"', f'version = "{version}"', project.read_text()))
     target = site_packages(folder)
-    wanted = f"{source}[desktop]" if desktop else str(source)
+    wanted = [f"{source}[desktop]" if desktop else str(source)]
+    report = work / "report.json"
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"]
-    subprocess.run([*pip, "--target", str(target), wanted], check=True, stderr=subprocess.DEVNULL)
+    pip += ["--target", str(target), "--report", str(report)]
+    hashes: dict[str, str] = {}
+    if like is not None:
+        locked = work / "requirements.txt"
+        locked.write_text(requirements(like))
+        subprocess.run([*pip, "--no-deps", "--require-hashes", "-r", str(locked)], check=True)
+        hashes = hashes_of_report(json.loads(report.read_text()))
+        wanted = ["--no-deps", str(source)]
+    subprocess.run([*pip, *wanted], check=True, stderr=subprocess.DEVNULL)
+    hashes |= hashes_of_report(json.loads(report.read_text()))
     for metadata in target.glob("*.dist-info"):
         name = re.sub(r"[-_.]+", "-", metadata.name.split("-")[0]).lower()
         if name in {re.sub(r"[-_.]+", "-", entry) for entry in NOT_FOR_AGENTS}:
@@ -171,6 +199,7 @@ def install_agent(folder: Path, work: Path, version: str, *, desktop: bool) -> N
             shutil.rmtree(path)
     for record in [*target.glob("*.dist-info/RECORD"), *target.glob("*.dist-info/direct_url.json")]:
         record.unlink()
+    return hashes
 
 
 def remove_distribution(target: Path, metadata: Path) -> None:
@@ -229,21 +258,6 @@ def compile_all(folder: Path) -> None:
     environment = {**os.environ, "PYTHONHASHSEED": "0"}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     subprocess.run([*compile_, "-s", str(folder), str(folder / "lib")], check=False, env=environment)
-
-
-def bill_of_materials(folder: Path, version: str) -> dict[str, object]:
-    """What is inside, as CycloneDX 1.5."""
-    components = [{"type": "application", "name": "cpython", "version": sys.version.split()[0]}]
-    for metadata in sorted(site_packages(folder).glob("*.dist-info")):
-        name, _, rest = metadata.name.removesuffix(".dist-info").partition("-")
-        components.append({"type": "library", "name": name, "version": rest, "purl": f"pkg:pypi/{name.lower()}@{rest}"})
-    return {
-        "bomFormat": "CycloneDX",
-        "specVersion": "1.5",
-        "version": 1,
-        "metadata": {"component": {"type": "application", "name": "towpath", "version": version}},
-        "components": components,
-    }
 
 
 def pack(folder: Path, target: Path) -> Path:

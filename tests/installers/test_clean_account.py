@@ -3,26 +3,31 @@ roll back, uninstall. With the real bundle and a real relay; minutes, so not in 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
 import socket
+import ssl
 import subprocess
 import sys
 import tarfile
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from agent.update.offer import this_platform
 from installers import build_bundle
 from installers.release import add
 from installers.repository import Keys, Repository
+from tests.relay.sign_in_world import forms_of
 
 pytestmark = [
     pytest.mark.soak,
@@ -30,6 +35,9 @@ pytestmark = [
     pytest.mark.timeout(1800),
 ]
 USER = 12399
+PASSWORD = "quiet boats go by"
+# Bytes; seconds of work on any machine.
+BIG = 4 * 1024**3
 PROGRAMS = Path(sys.executable).parent
 
 
@@ -63,26 +71,33 @@ class Account:
         home.chmod(0o700)
         self.towpath = str(home / ".local/bin/towpath")
 
-    def run(self, *command: str, text: str | None = None, check: bool = True, **environment: str) -> Any:
-        result = subprocess.run(
+    def start(self, *command: str, **environment: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
             command,
-            input=text,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             env={"HOME": str(self.home), "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", **environment},
             cwd=self.home,
             user=USER,
             group=USER,
             extra_groups=[],
-            capture_output=True,
             text=True,
-            timeout=300,
-            check=False,
         )
+
+    def run(self, *command: str, text: str | None = None, check: bool = True, **environment: str) -> Any:
+        process = self.start(*command, **environment)
+        stdout, stderr = process.communicate(text, timeout=300)
+        result = subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
         assert not check or result.returncode == 0, (command, result.stdout, result.stderr)
         return result
 
     def status(self) -> dict[str, Any]:
         document: dict[str, Any] = json.loads(self.run(self.towpath, "status", "-F", "json", check=False).stdout)
         return document
+
+    def pid(self) -> int:
+        return int(self.status()["pid"])
 
     def files(self) -> set[str]:
         return {str(path.relative_to(self.home)) for path in self.home.rglob("*")}
@@ -111,10 +126,28 @@ class Relay:
         self.ca_file = folder / "tls" / "ca.pem"
         self.process = subprocess.Popen([PROGRAMS / "towpath-relay", "--config", folder / "relay.yaml", "serve"])
 
-    def command(self, *arguments: str, bare: bool = False) -> str:
+    def command(self, *arguments: str, bare: bool = False, text: str | None = None) -> str:
         config = [] if bare else ["--config", str(self.folder / "relay.yaml")]
         command = [str(PROGRAMS / "towpath-relay"), *config, *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+        return subprocess.run(command, input=text, capture_output=True, text=True, check=True, timeout=60).stdout
+
+    def script(self) -> str:
+        """install.sh, as anybody fetches it."""
+        command = ["curl", "-fsS", "--cacert", self.ca_file, f"{self.url}/install.sh"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    def allow_device(self, code: str) -> None:
+        """What Ada does on her telephone: sign in, type the code, allow it."""
+        context = ssl.create_default_context(cafile=str(self.ca_file))
+        with httpx.Client(base_url=self.url, verify=context, follow_redirects=True) as telephone:
+            page = telephone.get("/device")
+            (form,) = [form for form in forms_of(page.text) if form.action == "/sign-in"]
+            page = telephone.post(form.action, data={**form.fields, "username": "ada", "password": PASSWORD})
+            (form,) = [form for form in forms_of(page.text) if "user_code" in form.fields]
+            page = telephone.post(form.action, data={**form.fields, "user_code": code})
+            form = forms_of(page.text)[0]
+            page = telephone.post(form.action, data={**form.fields, "decision": "allow"})
+            assert "goes on by itself" in page.text, page.text
 
 
 @pytest.fixture
@@ -135,28 +168,48 @@ def public() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-def found(pattern: str, text: str) -> str:
-    match = re.search(pattern, text)
-    assert match is not None, text
-    return match[0]
+@dataclass
+class World:
+    """A project that makes releases, a relay that passes them on, and an account that has nothing."""
+
+    relay: Relay
+    keys: Keys
+    repository: Repository
+    built: Path
+    folder: Path
+    account: Account
+    ca_file: Path
+    figures: dict[str, float]
+
+    def release(self, version: str, *, broken: bool = False) -> Path:
+        root = self.relay.releases / "metadata" / "1.root.json"
+        bundle = variant(self.built, self.folder / version, version, root, broken=broken)
+        add(self.repository, self.keys, bundle)
+        self.repository.publish()
+        shutil.rmtree(self.folder / version)
+        return bundle
+
+    @contextlib.contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self.figures[name] = time.monotonic() - began
 
 
-def test_from_nothing_to_nothing(relay: Relay, tmp_path: Path, public: Path) -> None:
-    figures: dict[str, float] = {}
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project's bundle; one that was built before (TOWPATH_TEST_BUNDLE) saves the minutes of building one."""
+    ready = os.environ.get("TOWPATH_TEST_BUNDLE")
+    folder = tmp_path_factory.mktemp("bundle")
+    return Path(ready) if ready else build_bundle.build(folder, build_bundle.project_version(), None)
+
+
+@pytest.fixture
+def world(relay: Relay, tmp_path: Path, public: Path, built: Path) -> Iterator[World]:
     keys = Keys.generate()
     repository = Repository.open(relay.releases, keys)
     repository.publish()
-    root = relay.releases / "metadata" / "1.root.json"
-    # A bundle that was built before saves the minutes of building one.
-    ready = os.environ.get("TOWPATH_TEST_BUNDLE")
-    built = Path(ready) if ready else build_bundle.build(tmp_path, build_bundle.project_version(), None)
-    base = variant(built, tmp_path / "first", "0.1.0", root)
-    figures["bundle MiB"] = base.stat().st_size / 2**20
-    add(repository, keys, base)
-    repository.publish()
-    relay.command("user", "add", "ada")
-    client = json.loads(relay.command("client", "add", "laptop", "--owner", "ada", "--json"))
-    client_id, secret = client["client_id"], client["client_secret"]
+    relay.command("user", "add", "ada", "--password-file", "-", text=PASSWORD)
     ca_file = public / "ca.pem"
     shutil.copy(relay.ca_file, ca_file)
     ca_file.chmod(0o644)
@@ -164,22 +217,34 @@ def test_from_nothing_to_nothing(relay: Relay, tmp_path: Path, public: Path) -> 
     (account.home / "data").mkdir()
     (account.home / "data" / "file").write_text("precious")
     os.chown(account.home / "data", USER, USER)
+    made = World(relay, keys, repository, built, tmp_path, account, ca_file, {})
+    made.figures["bundle MiB"] = made.release("0.1.0").stat().st_size / 2**20
+    yield made
+    print({name: round(value, 2) for name, value in made.figures.items()})
+
+
+def found(pattern: str, text: str) -> str:
+    match = re.search(pattern, text)
+    assert match is not None, text
+    return match[0]
+
+
+def test_from_nothing_to_nothing(world: World) -> None:
+    relay, account, ca_file, figures = world.relay, world.account, str(world.ca_file), world.figures
+    client = json.loads(relay.command("client", "add", "laptop", "--owner", "ada", "--json"))
+    client_id, secret = client["client_id"], client["client_secret"]
     before = account.files()
     grant = ("--owner", "ada", "--grant", f"{client_id}:administrator", "--json")
     made = json.loads(relay.command("collection", "add", "Home", *grant))
     key, collection = made["setup_key"], made["collection_id"]
 
-    script = subprocess.run(
-        ["curl", "-fsS", "--cacert", ca_file, f"{relay.url}/install.sh"], capture_output=True, text=True, check=True
-    ).stdout
-    began = time.monotonic()
-    options = ["--relay", relay.url, "--ca-file", str(ca_file), "--root", str(account.home / "data")]
-    account.run("sh", "-s", "--", *options, text=script, TOWPATH_SETUP_KEY=key)
-    figures["install, enrol and start s"] = time.monotonic() - began
+    options = ["--relay", relay.url, "--ca-file", ca_file, "--root", str(account.home / "data")]
+    with world.timed("install, enrol and start s"):
+        account.run("sh", "-s", "--", *options, text=relay.script(), TOWPATH_SETUP_KEY=key)
     account.until(lambda: account.status()["link"]["connected"], "the link")
 
     signed_in = {"TOWPATH_CLIENT_SECRET": secret}
-    login = [account.towpath, "login", "--relay", relay.url, "--ca-file", str(ca_file), "--client-id", client_id]
+    login = [account.towpath, "login", "--relay", relay.url, "--ca-file", ca_file, "--client-id", client_id]
     account.run(*login, **signed_in)
     account.run(account.towpath, "transfer", "--wait", f"{collection}:/file", f"{collection}:/copy")
     assert (account.home / "data" / "copy").read_text() == "precious"
@@ -194,30 +259,18 @@ def test_from_nothing_to_nothing(relay: Relay, tmp_path: Path, public: Path) -> 
     account.until(lambda: rules()[0]["batches"] == {"done": 1}, "the end of its task")
     account.run(account.towpath, "watch", "remove", "scope")
 
-    # Idle cost.
-    pid = account.status()["pid"]
-    time.sleep(20)
-    ticks = lambda: sum(map(int, Path(f"/proc/{pid}/stat").read_text().rsplit(")")[-1].split()[11:13]))  # noqa: E731
-    start_ticks, start = ticks(), time.monotonic()
-    time.sleep(60)
-    figures["idle CPU %"] = 100 * (ticks() - start_ticks) / os.sysconf("SC_CLK_TCK") / (time.monotonic() - start)
-    rss = found(r"VmRSS:\s+\d+", Path(f"/proc/{pid}/status").read_text())
-    figures["idle RSS MiB"] = int(rss.split()[1]) / 1024
-    began = time.monotonic()
-    account.run(account.towpath, "stop")
-    figures["stop s"] = time.monotonic() - began
-    began = time.monotonic()
-    account.run(account.towpath, "start")
-    figures["start s"] = time.monotonic() - began
+    measure_idle(account, figures)
+    with world.timed("stop s"):
+        account.run(account.towpath, "stop")
+    with world.timed("start s"):
+        account.run(account.towpath, "start")
 
     # A second build, and a third that is broken.
-    add(repository, keys, variant(built, tmp_path / "second", "0.1.1", root))
-    repository.publish()
+    world.release("0.1.1")
     updated = account.run(account.towpath, "update", "install")
     assert "Version 0.1.1 runs" in updated.stdout, updated
     assert account.status()["version"] == "0.1.1"
-    add(repository, keys, variant(built, tmp_path / "third", "0.1.2", root, broken=True))
-    repository.publish()
+    world.release("0.1.2", broken=True)
     failed = account.run(account.towpath, "update", "install", check=False)
     assert failed.returncode == 1
     assert "version 0.1.1 runs again" in failed.stderr, failed
@@ -226,4 +279,107 @@ def test_from_nothing_to_nothing(relay: Relay, tmp_path: Path, public: Path) -> 
 
     account.run("sh", str(account.home / ".local/share/towpath/install.sh"), "--uninstall")
     assert account.files() == before | {f"data/{name}" for name in ("copy", "in", "in/scan.tif", "out", "out/scan.tif")}
-    print({name: round(value, 2) for name, value in figures.items()})
+
+
+def measure_idle(account: Account, figures: dict[str, float]) -> None:
+    """Processor time and memory of an agent that has done something and has nothing to do."""
+    pid = account.pid()
+    time.sleep(20)
+    ticks = lambda: sum(map(int, Path(f"/proc/{pid}/stat").read_text().rsplit(")")[-1].split()[11:13]))  # noqa: E731
+    start_ticks, start = ticks(), time.monotonic()
+    time.sleep(60)
+    figures["idle CPU %"] = 100 * (ticks() - start_ticks) / os.sysconf("SC_CLK_TCK") / (time.monotonic() - start)
+    rss = found(r"VmRSS:\s+\d+", Path(f"/proc/{pid}/status").read_text())
+    figures["idle RSS MiB"] = int(rss.split()[1]) / 1024
+
+
+def test_enrolled_by_a_code_the_agent_updates_itself_and_comes_back_from_a_broken_release(world: World) -> None:
+    """Nobody types `towpath update`: the daemon finds releases, waits for the transfer, changes, and goes back."""
+    relay, account = world.relay, world.account
+    before = account.files()
+    options = ["--relay", relay.url, "--ca-file", str(world.ca_file), "--root", str(account.home / "data")]
+    with world.timed("install, enrol by code and start s"):
+        install = account.start("sh", "-s", "--", *options)
+        assert install.stdin is not None
+        install.stdin.write(relay.script())
+        install.stdin.close()
+        relay.allow_device(code_of(install))
+        assert install.stderr is not None
+        assert install.wait(60) == 0, install.stderr.read()
+    account.until(lambda: account.status()["link"]["connected"], "the link")
+    collection = account.status()["collections"][0]["id"]
+
+    # Again for the login: nothing of the first one was kept.
+    login = account.start(account.towpath, "login", "--device", "--relay", relay.url, "--ca-file", str(world.ca_file))
+    relay.allow_device(code_of(login))
+    assert login.wait(60) == 0
+
+    # A release appears in the midst of a transfer.
+    account.run(
+        "sh", "-c", f"head -c {BIG} /dev/zero | openssl enc -aes-128-ctr -pass pass:x -nosalt >data/big 2>/dev/null"
+    )
+    account.run(account.towpath, "transfer", f"{collection}:/big", f"{collection}:/big-copy")
+    account.until(lambda: states(account) == ["ACTIVE"], "the transfer")
+    world.release("0.1.1")
+    account.run(account.towpath, "config", "set", "update.interval", "10")
+    first = account.pid()
+    deadline = time.monotonic() + 240
+    while account.status().get("version") != "0.1.1":
+        assert time.monotonic() < deadline, account.run("cat", ".local/share/towpath/update/state.json").stdout
+        if account.status().get("version") == "0.1.0":
+            assert account.status()["pid"] == first
+        time.sleep(0.5)
+    assert set(states(account)) <= {"SUCCEEDED"}, "it changed in the midst of a transfer"
+    assert account.run("cmp", "data/big", "data/big-copy").returncode == 0
+
+    # A broken one: back by itself, and not tried again.
+    account.until(lambda: not update_status(account)["pending"], "the end of the change")
+    world.release("0.1.2", broken=True)
+    account.until(lambda: update_status(account)["failed"] == ["0.1.2"], "the broken release to be given up")
+    account.until(lambda: account.status().get("version") == "0.1.1", "the version before")
+    survivor = account.pid()
+    time.sleep(30)
+    assert account.pid() == survivor
+    assert "newest" in account.run(account.towpath, "update", "check").stdout
+
+    # By hand, in the midst of a transfer: checkpointed, and gone on with in the new version.
+    account.run("rm", "data/big-copy")
+    account.run(account.towpath, "config", "set", "update.mode", "off")
+    account.run(account.towpath, "transfer", f"{collection}:/big", f"{collection}:/big-copy")
+    account.until(lambda: moved(account) > 0, "the transfer to move something")
+    world.release("0.1.3")
+    assert states(account)[-1] == "ACTIVE"
+    account.run(account.towpath, "update", "install")
+    assert account.status()["version"] == "0.1.3"
+    account.until(lambda: set(states(account)) <= {"SUCCEEDED"}, "the transfer")
+    account.until(lambda: (account.home / "data/big-copy").exists(), "the copy")
+    assert account.run("cmp", "data/big", "data/big-copy").returncode == 0
+
+    account.run(account.towpath, "logout")
+    account.run("sh", str(account.home / ".local/share/towpath/install.sh"), "--uninstall")
+    assert account.files() == before | {"data/big", "data/big-copy"}
+
+
+def update_status(account: Account) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads(account.run(account.towpath, "update", "status", "-F", "json").stdout)
+    return document
+
+
+def states(account: Account) -> list[str]:
+    return [task["state"] for task in account.status().get("tasks", [])]
+
+
+def moved(account: Account) -> int:
+    tasks = account.status().get("tasks", [])
+    return sum(task["counters"]["bytes_transferred"] for task in tasks if task["state"] == "ACTIVE")
+
+
+def code_of(process: subprocess.Popen[str]) -> str:
+    """The code that a waiting command shows."""
+    assert process.stderr is not None
+    said = ""
+    while not (code := re.search(r"the code ([A-Z]{4}-[A-Z]{4})", said)):
+        line = process.stderr.readline()
+        assert line, said
+        said += line
+    return code[1]
