@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import ssl
+import sys
 import tempfile
 
 from protocol.errors import AccessDenied, ProtocolError
@@ -40,17 +41,17 @@ def session_context(identity: NodeKey, peer_certificate: str, *, server_side: bo
 
 def _load_identity(context: ssl.SSLContext, identity: NodeKey) -> None:
     # `ssl` loads keys from files only; an anonymous file keeps the key off every disk.
-    if hasattr(os, "memfd_create"):
+    if sys.platform == "linux":
         descriptor = os.memfd_create("towpath", os.MFD_CLOEXEC)
         with os.fdopen(descriptor, "wb") as file:
             file.write(identity.private_key_pem + identity.certificate_pem.encode())
             file.flush()
             context.load_cert_chain(f"/proc/self/fd/{descriptor}")
-        return
-    with tempfile.NamedTemporaryFile(prefix="towpath-", suffix=".pem") as file:
-        file.write(identity.private_key_pem + identity.certificate_pem.encode())
-        file.flush()
-        context.load_cert_chain(file.name)
+    else:
+        with tempfile.NamedTemporaryFile(prefix="towpath-", suffix=".pem") as file:
+            file.write(identity.private_key_pem + identity.certificate_pem.encode())
+            file.flush()
+            context.load_cert_chain(file.name)
 
 
 def check_peer(certificate_der: bytes | None, fingerprint: str) -> None:

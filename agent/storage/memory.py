@@ -11,6 +11,8 @@ import copy
 import errno
 import itertools
 import os
+import sys
+import tempfile
 import threading
 import time
 import weakref
@@ -44,6 +46,15 @@ def _error(code: int) -> OSError:
     return OSError(code, os.strerror(code))
 
 
+def _anonymous_file() -> int:
+    if sys.platform == "linux":
+        return os.memfd_create("towpath", os.MFD_CLOEXEC)
+    else:  # noqa: RET505 - mypy takes what follows an `if` of the platform for unreachable
+        descriptor, name = tempfile.mkstemp(prefix="towpath-")
+        os.unlink(name)
+        return descriptor
+
+
 class _Inode:
     """A file, folder or symlink. Files keep size and times in their descriptor, the others here."""
 
@@ -57,7 +68,7 @@ class _Inode:
         self.mtime_ns = self.ctime_ns = time.time_ns()
         self.descriptor = -1
         if kind == "file":
-            self.descriptor = os.memfd_create("towpath", os.MFD_CLOEXEC)
+            self.descriptor = _anonymous_file()
             os.fchmod(self.descriptor, self.mode)
             weakref.finalize(self, os.close, self.descriptor)
 

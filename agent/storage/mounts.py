@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import sys
 from dataclasses import dataclass
 
 # File systems on a disk (or in the memory) of this machine. On any other, what another machine does with a sync or a
@@ -75,26 +77,22 @@ def mark_of(mount: Mount, inode: int, marker: str = "") -> Mark:
 
 def read_marker(fd: int) -> str:
     """The marker of an open folder; empty where there is none or where there can be none."""
-    if not hasattr(os, "getxattr"):
-        return ""
-    try:
-        return os.getxattr(fd, _MARKER)[:_MARKER_LENGTH].decode("ascii", "replace")
-    except OSError:
+    if sys.platform == "linux":
         # No such attribute, no attributes on this file system, or no permission to look: all the same here.
-        return ""
+        with contextlib.suppress(OSError):
+            return os.getxattr(fd, _MARKER)[:_MARKER_LENGTH].decode("ascii", "replace")
+    return ""
 
 
 def place_marker(fd: int) -> str:
     """Give an open folder a marker unless it has one. The marker, empty where it cannot be kept."""
     known = read_marker(fd)
-    if known or not hasattr(os, "setxattr"):
-        return known
-    try:
-        os.setxattr(fd, _MARKER, os.urandom(16).hex().encode(), os.XATTR_CREATE)
-    except OSError:
+    if sys.platform == "linux" and not known:
         # A folder that may only be read, or a file system without attributes: mount and inode must do.
+        with contextlib.suppress(OSError):
+            os.setxattr(fd, _MARKER, os.urandom(16).hex().encode(), os.XATTR_CREATE)
         return read_marker(fd)
-    return read_marker(fd)
+    return known
 
 
 def difference(expected: Mark, found: Mark, *, strict: bool = True) -> str:

@@ -5,9 +5,9 @@ behind the checks that were asked for before."""
 from __future__ import annotations
 
 import contextlib
-import os
 from dataclasses import replace
 
+from agent.storage import page_cache
 from agent.storage.base import Root
 from agent.transfer.jobs import Abandoned, BlocksChecked, FileSealed, LargeFile, Outcome
 from agent.transfer.journal import Journal, PartialRow
@@ -56,7 +56,7 @@ class BlockChecker:
         if len(self._buffer) < length:
             self._buffer = memoryview(bytearray(file.block))
         view = self._buffer[:length]
-        os.posix_fadvise(file.descriptor, offset, length, os.POSIX_FADV_DONTNEED)
+        page_cache.forget(file.descriptor, offset, length)
         read = 0
         while read < length:
             count = self._root.preadv(file.descriptor, [view[read:]], offset + read)

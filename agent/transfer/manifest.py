@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import struct
+import sys
 import zlib
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -16,6 +17,12 @@ from typing import Any, Generic, TypeVar
 import msgspec
 
 from agent.transfer.state_trouble import of_system
+
+if sys.platform == "linux":
+    _sync_data = os.fdatasync
+else:
+    # macOS has only the one that also writes down when.
+    _sync_data = os.fsync
 
 _FRAME = struct.Struct(">II")
 MAX_FRAME = 64 * 1024 * 1024
@@ -93,7 +100,7 @@ class ManifestWriter:
     def sync(self) -> None:
         """Make what was appended durable."""
         try:
-            os.fdatasync(self._file)
+            _sync_data(self._file)
         except OSError as error:
             raise of_system(error, self._path) from error
 

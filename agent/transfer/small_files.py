@@ -7,11 +7,11 @@ allows, so that nothing is opened twice. One thread calls everything here.
 from __future__ import annotations
 
 import contextlib
-import os
 import resource
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from agent.storage import page_cache
 from agent.storage.base import Root
 from agent.storage.faults import fault
 from agent.transfer.jobs import FileJob, Group, PackArrived
@@ -130,10 +130,10 @@ class SmallFiles:
     def read_back(self, items: list[Temporary]) -> list[Temporary]:
         """Those that read back as they were sent, past the page cache where the system allows; the others fail."""
         # All are dropped from the cache and asked for before the first is waited for, so that the disk sees a queue.
-        for advice in (os.POSIX_FADV_DONTNEED, os.POSIX_FADV_WILLNEED):
+        for step in (page_cache.forget, page_cache.want):
             for item in items:
                 if item.descriptor >= 0 and item.job.row.size:
-                    os.posix_fadvise(item.descriptor, 0, 0, advice)
+                    step(item.descriptor)
         return [item for item in items if self._reads_back(item)]
 
     def _reads_back(self, item: Temporary) -> bool:
@@ -141,7 +141,7 @@ class SmallFiles:
             if item.descriptor < 0:
                 item.descriptor = item.job.group.handle.open_temporary(item.name)
                 self._kept += 1
-                os.posix_fadvise(item.descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+                page_cache.forget(item.descriptor)
             size = item.job.row.size
             if len(self._buffer) <= size:
                 self._buffer = memoryview(bytearray(size + 1))
