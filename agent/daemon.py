@@ -7,7 +7,6 @@ import functools
 import ipaddress
 import logging
 import os
-import signal
 import socket
 import threading
 import time
@@ -46,6 +45,7 @@ from agent.lock import RENEW_EVERY, InstanceLock, held
 from agent.manners import Manners
 from agent.policy import Policy
 from agent.sdnotify import Notifier
+from agent.system.processes import ENDING, RELOADING
 from agent.transfer.local_node import LocalNode
 from agent.transfer.service import TransferService
 from agent.update.service import UpdateService
@@ -234,10 +234,10 @@ class Daemon:
             await self._tasks.checkpoint()
 
     async def _watch_signals(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+        with trio.open_signal_receiver(*ENDING, *RELOADING) as signals:
             task_status.started()
             async for number in signals:
-                if number == signal.SIGHUP:
+                if number in RELOADING:
                     await self._reload_if_good()
                 else:
                     self._stop.set()

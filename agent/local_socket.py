@@ -24,6 +24,7 @@ from typing import Any
 
 from agent.local_gate import LOOPBACK, LOOPBACK_FILE, UNIX_HOST, load_loopback
 from agent.state_files import is_shared
+from agent.system.accounts import own_number
 from protocol.errors import TowpathError
 from protocol.identity import write_private_file
 
@@ -55,7 +56,7 @@ def places(state_dir: Path, environment: Mapping[str, str] = os.environ) -> Iter
     runtime = environment.get("XDG_RUNTIME_DIR", "")
     if runtime.startswith("/") and Path(runtime).is_dir():
         yield Path(runtime) / f"towpath-{digest}" / NAME
-    yield Path(tempfile.gettempdir()) / f"towpath-{os.getuid()}-{digest}" / NAME
+    yield Path(tempfile.gettempdir()) / f"towpath-{own_number()}-{digest}" / NAME
     if shared:
         yield beside
 
@@ -102,7 +103,7 @@ def _private_directory(directory: Path) -> None:
         directory.mkdir(mode=0o700)
     except FileExistsError:
         status = directory.lstat()
-        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != own_number():
             raise PermissionError(1, "it is not a directory of this user") from None
         if status.st_mode & 0o077:
             directory.chmod(0o700)
@@ -129,7 +130,7 @@ def peer_user(connection: socket.socket) -> int | None:
 
 def is_allowed(user: int | None) -> bool:
     """Whether a user may control this agent: its own and root."""
-    return user is None or user in (os.geteuid(), 0)
+    return user is None or user in (own_number(), 0)
 
 
 # --- the client ----------------------------------------------------------------------------------------------
@@ -143,7 +144,7 @@ def address(state_dir: Path) -> Path:
     except OSError as error:
         raise NotRunning(f"No agent runs on {state_dir}.") from error
     # Somebody else's directory could hold somebody else's agent, which would learn what we ask.
-    foreign = status.st_uid not in (os.geteuid(), (state_dir / ADDRESS_FILE).stat().st_uid)
+    foreign = status.st_uid not in (own_number(), (state_dir / ADDRESS_FILE).stat().st_uid)
     if not stat.S_ISDIR(status.st_mode) or foreign or status.st_mode & 0o077:
         raise NotRunning(f"The socket directory {path.parent} is not private to this user; nothing was asked.")
     return path

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from agent.system.file_lock import try_lock
+from agent.system.files import BINARY, CLOEXEC, NOFOLLOW
 from protocol.errors import TowpathError
 
 LOCK_FILE = "agent.lock"
@@ -26,8 +27,6 @@ MAX_RECORD = 4096
 RENEW_EVERY = 30.0
 FOREIGN_LIFE = 150.0
 LOOKS = 10
-# Windows has neither: it passes no handles on that were not meant to be, and makes links only for administrators.
-_OPENING = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0)
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ def acquire(state_dir: Path, *, clock: Callable[[], float] = time.time, host: st
     """Take the lock of a state directory at once. Raises `AlreadyRunning` or OSError."""
     path = state_dir / LOCK_FILE
     host = host or socket.gethostname()
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | _OPENING, 0o600)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | CLOEXEC | NOFOLLOW | BINARY, 0o600)
     try:
         now = clock()
         _ensure_free(descriptor, state_dir, host, now)
@@ -109,7 +108,7 @@ def held(state_dir: Path) -> Iterator[InstanceLock]:
 def holder_of(state_dir: Path, *, clock: Callable[[], float] = time.time) -> Holder | None:
     """Who holds the lock now, or None. Raises OSError other than for a missing file."""
     try:
-        descriptor = os.open(state_dir / LOCK_FILE, os.O_RDWR | _OPENING)
+        descriptor = os.open(state_dir / LOCK_FILE, os.O_RDWR | CLOEXEC | NOFOLLOW | BINARY)
     except FileNotFoundError:
         return None
     try:

@@ -17,6 +17,7 @@ import structlog
 from structlog.typing import EventDict, WrappedLogger
 
 from agent.config.keys import LogConfig
+from agent.system.files import CLOEXEC
 
 # The journal of the service manager takes priorities as sd-daemon(3) has them.
 _PRIORITIES = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical": 2}
@@ -27,7 +28,7 @@ class _LogFile(logging.handlers.RotatingFileHandler):
     the interpreter, the words of worker processes."""
 
     def _open(self) -> io.TextIOWrapper:
-        descriptor = os.open(self.baseFilename, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        descriptor = os.open(self.baseFilename, os.O_WRONLY | os.O_CREAT | os.O_APPEND | CLOEXEC, 0o600)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
         return open(descriptor, "a", encoding="utf-8", errors="backslashreplace")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import resource
+import sys
 from collections.abc import Mapping
 
 import psutil
+
+from agent.system.limits import raise_open_files
 
 logger = logging.getLogger("towpath.agent")
 
@@ -29,19 +31,17 @@ _BATCH_SYSTEMS = {
 
 def raise_file_limit() -> int:
     """Raise the soft limit of open files towards the hard one; the limit that holds now."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = WANTED_FILES if hard == resource.RLIM_INFINITY else min(hard, WANTED_FILES)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return raise_open_files(WANTED_FILES)
 
 
 def step_back() -> None:
     """Let everybody else's work go first: processor and, where the system can, disk. Worker processes inherit it."""
     process = psutil.Process()
     with contextlib.suppress(OSError, psutil.Error):
-        os.nice(SHARED_NICENESS)
+        if sys.platform == "win32":
+            process.nice(psutil.BELOW_NORMAL_PRIORITY_CLASS)
+        else:
+            os.nice(SHARED_NICENESS)
     if hasattr(process, "ionice") and hasattr(psutil, "IOPRIO_CLASS_IDLE"):
         with contextlib.suppress(OSError, psutil.Error):
             process.ionice(psutil.IOPRIO_CLASS_IDLE)

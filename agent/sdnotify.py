@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import time
 from collections.abc import MutableMapping
 
@@ -49,7 +50,7 @@ class Notifier:
 
     def reloading(self) -> None:
         """The agent takes up a changed configuration; `ready` ends it (systemd's Type=notify-reload)."""
-        microseconds = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+        microseconds = time.monotonic_ns() // 1000
         self._send(f"RELOADING=1\nMONOTONIC_USEC={microseconds}")
 
     def stopping(self) -> None:
@@ -57,7 +58,7 @@ class Notifier:
         self._send("STOPPING=1\nSTATUS=Stopping.")
 
     def _send(self, message: str) -> None:
-        if self._address is None:
+        if self._address is None or sys.platform == "win32":
             return
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:

@@ -10,12 +10,16 @@ import os
 from pathlib import Path
 
 from agent.storage.mounts import is_local, mount_of
+from agent.system.files import CLOEXEC, DIRECTORY
 
 
 def file_system_of(directory: Path) -> str:
     """The type of the file system a folder is on; empty if it is not known."""
+    if not DIRECTORY:
+        # Windows: its state directory is the user's own, on this machine.
+        return ""
     try:
-        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        descriptor = os.open(directory, os.O_RDONLY | DIRECTORY | CLOEXEC)
     except OSError:
         return ""
     try:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from agent.redaction import Redactor
+from agent.system.files import BINARY, NOFOLLOW
 
 MAX_LOG_TEXT = 4 * 1024 * 1024
 MAX_SECRET_FILE = 1024 * 1024
@@ -155,7 +156,7 @@ def write_bundle(target: Path, parts: Mapping[str, str | object], redactor: Reda
 
     The names of the parts, for people. Raises OSError; FileExistsError when the target is there already.
     """
-    descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | BINARY | NOFOLLOW, 0o600)
     with os.fdopen(descriptor, "wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as bundle:
         for name, part in parts.items():
             text = part if isinstance(part, str) else json.dumps(part, indent=2, default=str)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from agent import local_socket
@@ -18,10 +18,13 @@ from agent.cli.output import CommandFailed
 from agent.config.keys import AgentConfig
 from agent.lock import Holder, holder_of
 from agent.sdnotify import VARIABLE
+from agent.system.processes import detached, tell_to_end
 from agent.update.supervisor import DETACHED
+from protocol.errors import TowpathError
 
 START_TIMEOUT = 30.0
 STOP_TIMEOUT = 15.0
+LOOK_EVERY = 0.2
 LOG_FILE = "agent.log"
 TAIL = 2000
 
@@ -30,22 +33,49 @@ def start_detached(config_file: Path, config: AgentConfig) -> int:
     """Start the agent in a session of its own; returns its process id once it is ready. Raises `CommandFailed`."""
     log = config.state_dir / LOG_FILE
     logged = log.stat().st_size if log.exists() else 0
-    with tempfile.TemporaryDirectory(prefix="towpath-") as folder:
-        channel = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        with contextlib.closing(channel), open(f"{folder}/output", "w+b") as output:
-            # The agent says that it is ready as it says it to a service manager.
-            channel.bind(f"{folder}/ready")
-            channel.settimeout(0.2)
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="towpath-"))
+        is_ready, environment = stack.enter_context(_readiness(config.state_dir, folder))
+        with open(f"{folder}/output", "w+b") as output:
             process = subprocess.Popen(
                 [sys.executable, "-m", "agent", "run", "--config", str(config_file), "--log-file", str(log)],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                env={**os.environ, VARIABLE: f"{folder}/ready", DETACHED: "1"},
-                start_new_session=True,
+                env={**os.environ, DETACHED: "1", **environment},
+                **detached(),
             )
-            _wait_ready(process, channel, log, lambda: _said(Path(output.name), 0) + _said(log, logged))
+            _wait_ready(process, is_ready, log, lambda: _said(Path(output.name), 0) + _said(log, logged))
     return process.pid
+
+
+@contextlib.contextmanager
+def _readiness(state_dir: Path, folder: str) -> Iterator[tuple[Callable[[], bool], dict[str, str]]]:
+    """How to learn that the agent is ready (waits for a moment), and what it has to be told for that."""
+    if hasattr(socket, "AF_UNIX"):
+        # The agent says that it is ready as it says it to a service manager.
+        channel = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        with contextlib.closing(channel):
+            channel.bind(f"{folder}/ready")
+            channel.settimeout(LOOK_EVERY)
+            yield functools.partial(_heard_ready, channel), {VARIABLE: f"{folder}/ready"}
+    else:
+        yield functools.partial(_answers, state_dir), {}
+
+
+def _heard_ready(channel: socket.socket) -> bool:
+    with contextlib.suppress(TimeoutError):
+        return b"READY=1" in channel.recv(4096)
+    return False
+
+
+def _answers(state_dir: Path) -> bool:
+    try:
+        local_socket.ask(state_dir, "GET", "/status")
+    except TowpathError:
+        time.sleep(LOOK_EVERY)
+        return False
+    return True
 
 
 def _said(file: Path, since: int) -> str:
@@ -56,12 +86,13 @@ def _said(file: Path, since: int) -> str:
     return ""
 
 
-def _wait_ready(process: subprocess.Popen[bytes], channel: socket.socket, log: Path, said: Callable[[], str]) -> None:
+def _wait_ready(
+    process: subprocess.Popen[bytes], is_ready: Callable[[], bool], log: Path, said: Callable[[], str]
+) -> None:
     deadline = time.monotonic() + START_TIMEOUT
     while time.monotonic() < deadline:
-        with contextlib.suppress(TimeoutError):
-            if b"READY=1" in channel.recv(4096):
-                return
+        if is_ready():
+            return
         if process.poll() is not None:
             raise CommandFailed(f"The agent ended with code {process.returncode}; its log is {log}. {said()}")
     process.terminate()
@@ -82,7 +113,7 @@ def stop_running(state_dir: Path) -> Holder | None:
         if holder.pid <= 0:
             raise CommandFailed(error.sentence) from error
         with contextlib.suppress(ProcessLookupError):
-            os.kill(holder.pid, signal.SIGTERM)
+            tell_to_end(holder.pid)
     deadline = time.monotonic() + STOP_TIMEOUT
     while holder_of(state_dir) is not None:
         if time.monotonic() > deadline:

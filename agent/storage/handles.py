@@ -12,12 +12,21 @@ from agent.storage.base import NotRegularFile, checked_time
 
 # O_PATH needs no read permission on folders that are only passed through (0711 home directories).
 PATH_ONLY: int | None = getattr(os, "O_PATH", None)
-LOOKUP = (PATH_ONLY or os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-# O_NONBLOCK: opening a pipe or a serial line must never wait for the other end.
-READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-REOPEN = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-CREATE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+# Whether this system opens names relative to an open folder without following links. Where it does not (Windows), a
+# path that was checked may lead elsewhere a moment later, so nothing is offered from there at all.
+USABLE = hasattr(os, "O_NOFOLLOW") and hasattr(os, "O_DIRECTORY") and os.open in os.supports_dir_fd
+if USABLE:
+    _ALWAYS = os.O_NOFOLLOW | os.O_CLOEXEC
+    # O_NONBLOCK: opening a pipe or a serial line must never wait for the other end.
+    _NO_WAIT = os.O_NONBLOCK | os.O_NOCTTY | _ALWAYS
+    _FOLDER = os.O_DIRECTORY | _ALWAYS
+else:
+    _ALWAYS = _NO_WAIT = _FOLDER = 0
+LOOKUP = (PATH_ONLY or os.O_RDONLY) | _FOLDER
+FOLDER = os.O_RDONLY | _FOLDER
+READ = os.O_RDONLY | _NO_WAIT
+REOPEN = os.O_RDWR | _NO_WAIT
+CREATE = os.O_RDWR | os.O_CREAT | os.O_EXCL | _ALWAYS
 # What kernels say when O_NOFOLLOW meets a symlink (Linux, macOS, FreeBSD); ENOTDIR only with O_DIRECTORY.
 LINK = frozenset({errno.ELOOP, errno.EMLINK})
 PERHAPS_LINK = LINK | {errno.ENOTDIR}

@@ -6,14 +6,13 @@ Both block and belong in a thread. They raise the errors of `agent.storage.fault
 from __future__ import annotations
 
 import errno
-import grp
-import pwd
 import threading
 from collections.abc import Callable, Iterator
 
 from agent.storage.base import Directory, Node, Root
 from agent.storage.faults import fault
 from agent.storage.query import Query, Row, select
+from agent.system import accounts
 from protocol.control import Entry, Listing
 from protocol.errors import ItemFailed
 from protocol.names import CollectionPath, escape, format_path
@@ -50,11 +49,11 @@ class Accounts:
 
     def user(self, uid: int) -> str:
         """The login name of a user."""
-        return self._name(self._users, uid, lambda: pwd.getpwuid(uid).pw_name)
+        return self._name(self._users, uid, lambda: accounts.user_name(uid))
 
     def group(self, gid: int) -> str:
         """The name of a group."""
-        return self._name(self._groups, gid, lambda: grp.getgrgid(gid).gr_name)
+        return self._name(self._groups, gid, lambda: accounts.group_name(gid))
 
     def forget(self) -> None:
         """Ask again from now on: accounts may have been renamed."""

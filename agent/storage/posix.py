@@ -36,6 +36,8 @@ def open_root(path: str, expected: mounts.Mark | None = None) -> PosixRoot:
     ``expected`` (kept from set-up, see `PosixRoot.mark`) describes. Whether it is also the very folder,
     `Root.check_original` says.
     """
+    if not handles.USABLE:
+        raise _unavailable(path, "cannot be offered from this operating system, which does not open files safely")
     try:
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:

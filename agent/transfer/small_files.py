@@ -7,13 +7,13 @@ allows, so that nothing is opened twice. One thread calls everything here.
 from __future__ import annotations
 
 import contextlib
-import resource
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from agent.storage import page_cache
 from agent.storage.base import Root
 from agent.storage.faults import fault
+from agent.system.limits import open_files, raise_open_files
 from agent.transfer.jobs import FileJob, Group, PackArrived
 from agent.transfer.journal import Journal
 from protocol.errors import RetryLater, TowpathError
@@ -38,10 +38,7 @@ class Temporary:
 
 def raise_descriptor_limit() -> None:
     """Let this process keep as many files open as the system's hard limit allows, within reason."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    raise_open_files(65536)
 
 
 class Remover:
@@ -82,7 +79,7 @@ class SmallFiles:
         self._temporary_name = temporary_name
         self._failed = failed
         self._kept = 0
-        self._keep = max(0, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - _OTHER_DESCRIPTORS)
+        self._keep = max(0, open_files() - _OTHER_DESCRIPTORS)
         self._buffer = memoryview(bytearray(MAX_BLOCK // 8))
 
     def write(self, pack: PackArrived, into: list[Temporary]) -> int:

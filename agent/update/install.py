@@ -22,6 +22,7 @@ from pathlib import Path
 import msgspec
 
 from agent.system.file_lock import wait_for_lock
+from agent.system.files import sync_directory
 from agent.update.mirror import UpdateRefused
 from agent.update.offer import version_key
 from protocol.errors import TowpathError
@@ -151,7 +152,7 @@ class Installation:
             self._check(temporary, version, platform)
             _sync_tree(temporary)
             os.rename(temporary, target)
-            _sync_directory(self.versions)
+            sync_directory(self.versions)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -190,7 +191,7 @@ class Installation:
         fresh.unlink(missing_ok=True)
         fresh.symlink_to(Path("versions") / version)
         os.replace(fresh, self.current)
-        _sync_directory(self.prefix)
+        sync_directory(self.prefix)
 
     def prune(self, keep: int = 2) -> list[str]:
         """Remove old versions except the current, the pending and the previous one, and a few newest."""
@@ -224,17 +225,8 @@ def _sync_tree(folder: Path) -> None:
         for name in names:
             file = os.path.join(path, name)
             if not os.path.islink(file):
-                _sync_directory(Path(file))
-        _sync_directory(Path(path))
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        with contextlib.suppress(OSError):
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+                sync_directory(Path(file))
+        sync_directory(Path(path))
 
 
 def describe(installation: Installation) -> str:

@@ -7,7 +7,7 @@ signatures of the project's keys, in date, not older than what was seen before, 
 from __future__ import annotations
 
 import contextlib
-import os
+import shutil
 import ssl
 import time
 import urllib.error
@@ -133,8 +133,7 @@ class Mirror:
                 raise UpdateRefused(f"The release names a bundle that is not signed: {offer.bundle}.")
             if info.length > MAX_BUNDLE:
                 raise UpdateRefused("The bundle is too large.")
-            free = os.statvfs(self._directory)
-            if free.f_bavail * free.f_frsize < 4 * info.length:
+            if shutil.disk_usage(self._directory).free < 4 * info.length:
                 raise RetryLater("There is too little room on the disk for an update.", code="NO_SPACE")
             return Path(updater.download_target(info))
 

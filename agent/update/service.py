@@ -17,6 +17,7 @@ from pathlib import Path
 import trio
 
 from agent.config.keys import AgentConfig, UpdateConfig
+from agent.system.processes import detached
 from agent.update.install import Installation, NotInstalled
 from agent.update.mirror import HttpFetcher, Mirror
 from agent.update.offer import Offer, is_newer, takes_part, this_platform
@@ -166,4 +167,4 @@ def start_change(installation: Installation, version: str, config_file: Path) ->
         # The service manager ends everything in the agent's own unit together with the agent.
         command = ["systemd-run", "--user", "--collect", "--quiet", *command]
     with open(installation.directory / CHANGE_LOG, "w+b") as said:
-        subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=True)
+        subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=said, stderr=said, **detached())
