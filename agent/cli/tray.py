@@ -27,13 +27,13 @@ def tray(autostart: str | None, config_file: Path) -> None:
     try:
         from agent.desktop.tray import Tray
 
-        icon = Tray(config_file)
+        Tray(config_file).run()
     except ImportError as error:
         raise CommandFailed(
             f"The tray needs libraries that are not installed ({error.name}); install towpath[desktop], or use "
             "`towpath status` and `towpath top`."
         ) from error
     except Exception as error:
-        # pystray looks for a window system when it is imported, and each one has errors of its own.
+        # pystray looks for a window system when it is imported and again when it runs (a session bus), and each one
+        # has errors of its own.
         raise CommandFailed(f"There is no desktop to show it on ({error}); use `towpath top`.") from error
-    icon.run()

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from socketserver import UnixStreamServer
@@ -240,6 +240,112 @@ def test_the_tray_shows_the_agents_state_on_a_screen(tmp_path: Path, screen: str
             process.kill()
             assert process.stderr is not None
             assert "Traceback" not in process.stderr.read()
+
+
+@contextlib.contextmanager
+def ended_at_last(command: list[str], **options: Any) -> Iterator[Any]:
+    """A process for the length of a block."""
+    with subprocess.Popen(command, **options) as process:
+        try:
+            yield process
+        finally:
+            process.terminate()
+
+
+SYSTEM_GI = Path("/usr/lib/python3/dist-packages/gi")
+
+
+def gtk(folder: Path) -> dict[str, str]:
+    """What makes the system's GTK importable here, and nothing else of the system's; skips where there is none."""
+    (folder / "gtk").mkdir()
+    (folder / "gtk" / "gi").symlink_to(SYSTEM_GI)
+    environment = {**os.environ, "PYTHONPATH": str(folder / "gtk"), "PYSTRAY_BACKEND": "gtk"}
+    code = "import gi; gi.require_version('Gtk', '3.0'); from gi.repository import Gtk"
+    if subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=False).returncode:
+        pytest.skip("needs GTK with its Python bindings for this Python (python3-gi, gir1.2-gtk-3.0)")
+    return environment
+
+
+def place_of(display: str, colour: tuple[int, ...], target: Path) -> tuple[int, int] | None:
+    """The middle of what has this colour on the screen."""
+    from PIL import Image
+
+    subprocess.run(["import", "-window", "root", "-display", display, str(target)], check=True, timeout=30)
+    with Image.open(target) as image:
+        rgb = image.convert("RGB")
+        spots = [(x, y) for x in range(rgb.width) for y in range(rgb.height) if rgb.getpixel((x, y)) == colour]
+    if not spots:
+        return None
+    return sum(x for x, _ in spots) // len(spots), sum(y for _, y in spots) // len(spots)
+
+
+@pytest.mark.soak
+def test_a_mouse_opens_the_menu_and_clicks_in_it(tmp_path: Path, screen: str) -> None:
+    """Real clicks on a real menu: the agent is paused, then let go on, and the menu says so in between."""
+    for tool in ("xdotool", "dbus-daemon"):
+        if not shutil.which(tool):
+            pytest.skip(f"needs {tool}")
+    environment = gtk(tmp_path) | {"DISPLAY": screen, "NO_AT_BRIDGE": "1"}
+    keep = Path(os.environ.get("TOWPATH_SCREENSHOTS", str(tmp_path)))
+    state_dir = tmp_path / "agent.state"
+    state_dir.mkdir(mode=0o700)
+    (tmp_path / "agent.yaml").write_text("relay: {}\n")
+    agent = FakeAgent(state_dir)
+    agent.document["tasks"] = []
+    green, orange = (46, 125, 107), (178, 106, 0)
+
+    def mouse(*words: object) -> str:
+        command = ["xdotool", *map(str, words)]
+        return subprocess.run(command, env=environment, check=True, timeout=30, capture_output=True, text=True).stdout
+
+    def icon(colour: tuple[int, ...]) -> tuple[int, int]:
+        deadline = time.monotonic() + 40
+        while (place := place_of(screen, colour, keep / "tray-mouse.png")) is None:
+            assert time.monotonic() < deadline, "the icon never showed"
+            time.sleep(0.3)
+        return place
+
+    def click_until(done: Callable[[], bool], colour: tuple[int, ...], first: int) -> None:
+        """Click on one entry after the other, from above, until it is done."""
+        x, y = icon(colour)
+        for row in range(first, 220, 12):
+            mouse("mousemove", x, y, "click", 3, "sleep", "0.3")
+            subprocess.run(["import", "-window", "root", "-display", screen, str(keep / "tray-menu.png")], check=True)
+            mouse("mousemove", x - 15, y + row, "sleep", "0.1", "click", 1, "sleep", "0.3", "key", "Escape")
+            if done():
+                return
+        pytest.fail("no entry of the menu does it")
+
+    command = [sys.executable, "-m", "agent", "tray", "--config", str(tmp_path / "agent.yaml")]
+    # What opens web pages writes down what it was asked for.
+    opener = tmp_path / "opener"
+    opener.write_text(f'#!/bin/sh\nprintf "%s\\n" "$1" >>{tmp_path}/opened\n')
+    opener.chmod(0o755)
+    environment["BROWSER"] = f"{opener} %s"
+    bus = ["dbus-daemon", "--session", "--nofork", "--nopidfile", "--print-address"]
+    with (
+        ended_at_last(bus, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as session,
+        subprocess.Popen(
+            command,
+            env=environment | {"DBUS_SESSION_BUS_ADDRESS": session.stdout.readline().strip()},
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process,
+    ):
+        try:
+            click_until(lambda: "/pause" in agent.asked, green, 45)
+            click_until(lambda: "/resume" in agent.asked, orange, 45)
+            click_until((tmp_path / "opened").exists, green, 100)
+            assert agent.asked == ["/pause", "/resume"]
+            assert (tmp_path / "opened").read_text().startswith("https://relay.example")
+            assert process.poll() is None
+        finally:
+            process.kill()
+            assert process.stderr is not None
+            said = process.stderr.read()
+            assert "Traceback" not in said, said
+            agent.server.shutdown()
+            agent.server.server_close()
 
 
 def test_clicks_reach_the_agent(tmp_path: Path, screen: str, monkeypatch: pytest.MonkeyPatch) -> None:
