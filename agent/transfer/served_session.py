@@ -15,6 +15,8 @@ from protocol.control import SessionOrder
 from protocol.errors import RetryLater, TowpathError
 
 MAX_SESSIONS = 256
+# Seconds for which a session that was announced has its place kept, while its destination has not come yet.
+PLACE_KEPT = 60.0
 
 
 class _Served:
@@ -38,6 +40,8 @@ class ServedSessions:
     def __init__(self, node: LocalNode) -> None:
         self._node = node
         self._served: dict[str, _Served] = {}
+        # Sessions whose destination may come at any moment: their collection, and until when (trio's clock).
+        self._expected: dict[str, tuple[str, float]] = {}
         self.nursery: trio.Nursery
         self.refused = 0
 
@@ -78,7 +82,8 @@ class ServedSessions:
     def _worker_of(self, order: SessionOrder, collection_id: str) -> _Served | None:
         served = self._served.get(order.session_id)
         if served is None:
-            if len(self._served) >= MAX_SESSIONS:
+            # Looked at in the same step as the place is taken: of those that come at once, no more get in than may.
+            if len(self._served) >= MAX_SESSIONS or not self._has_room(order.session_id, collection_id):
                 self.refused += 1
                 return None
             served = self._served[order.session_id] = _Served(collection_id)
@@ -114,20 +119,34 @@ class ServedSessions:
             served.ready.set()
             if self._served.get(order.session_id) is served:
                 del self._served[order.session_id]
+                self._expected.pop(order.session_id, None)
 
     def check_room(self, session_id: str, collection_id: str) -> None:
-        """Whether the owner's limit leaves room for one more session on a collection. Raises `RetryLater`."""
-        others = sum(served.collection_id == collection_id for key, served in self._served.items() if key != session_id)
-        if not self._node.policy.has_room(collection_id, others):
+        """Whether the owner's limit leaves room for one more session on a collection; it has a place for a while then.
+
+        Raises `RetryLater`.
+        """
+        now = trio.current_time()
+        self._expected = {key: row for key, row in self._expected.items() if row[1] > now}
+        if self._has_room(session_id, collection_id, expected=True):
+            self._expected[session_id] = (collection_id, now + PLACE_KEPT)
+        else:
             raise RetryLater(
                 "The source serves as many sessions on this collection as its owner allows; it goes on later.",
                 code="SOURCE_BUSY",
                 subject=collection_id,
             )
 
+    def _has_room(self, session_id: str, collection_id: str, *, expected: bool = False) -> bool:
+        others = {key for key, served in self._served.items() if served.collection_id == collection_id}
+        if expected:
+            others |= {key for key, (wanted, _) in self._expected.items() if wanted == collection_id}
+        return self._node.policy.has_room(collection_id, len(others - {session_id}))
+
     def cut(self, session_id: str) -> None:
         """End a session's worker now, whatever it is doing."""
         served = self._served.pop(session_id, None)
+        self._expected.pop(session_id, None)
         if served is not None:
             served.scope.cancel()
 
