@@ -163,6 +163,55 @@ def test_enrolling_can_be_left_for_later(machine: Machine) -> None:
     assert "Next: towpath setup --relay https://relay.example" in done.stderr
 
 
+CRONTAB = """#!/bin/sh
+# Stands for cron's: the table is a file.
+case $1 in -l) cat "$HOME/../crontab" ;; -) cat >"$HOME/../crontab" ;; *) cp "$1" "$HOME/../crontab" ;; esac
+"""
+SYSTEMCTL = """#!/bin/sh
+echo "systemctl $*" >>"$HOME/calls"
+"""
+
+
+def tool(machine: Machine, name: str, script: str) -> None:
+    (machine.path / name).write_text(script)
+    (machine.path / name).chmod(0o755)
+
+
+def test_without_a_service_manager_cron_starts_it_after_a_reboot(machine: Machine) -> None:
+    tool(machine, "crontab", CRONTAB)
+    (machine.folder / "crontab").write_text("0 4 * * * backup\n")
+    options = ["--root", str(machine.home)]
+    for _ in range(2):
+        assert machine.install(*options, key="twp-key").returncode == 0
+    lines = (machine.folder / "crontab").read_text().splitlines()
+    assert lines == ["0 4 * * * backup", f"@reboot '{machine.prefix}/current/bin/towpath' start # towpath-agent"]
+    # What cron does at the next boot.
+    (machine.home / "calls").unlink()
+    command = lines[1].removeprefix("@reboot ")
+    subprocess.run(["sh", "-c", command], env={"HOME": str(machine.home), "PATH": str(machine.path)}, check=True)
+    assert (machine.home / "calls").read_text() == "start\n"
+    assert machine.run("--uninstall").returncode == 0
+    assert (machine.folder / "crontab").read_text() == "0 4 * * * backup\n"
+
+
+def test_where_there_is_systemd_it_becomes_a_service_of_the_user(machine: Machine) -> None:
+    tool(machine, "systemctl", SYSTEMCTL)
+    tool(machine, "loginctl", "#!/bin/sh\nexit 1\n")
+    before = machine.files()
+    done = machine.install("--root", str(machine.home), key="twp-key")
+    assert done.returncode == 0, done.stderr
+    assert "ask an administrator for: loginctl enable-linger" in done.stderr
+    unit = (machine.home / ".config/systemd/user/towpath-agent.service").read_text()
+    program = machine.prefix / "current/bin/towpath"
+    assert f"ExecStart={program} run --config {machine.home}/.config/towpath/agent.yaml\n" in unit
+    calls = (machine.home / "calls").read_text()
+    assert "systemctl --user enable --now towpath-agent" in calls
+    assert "\nstart\n" not in calls
+    assert machine.run("--uninstall").returncode == 0
+    assert "systemctl --user disable --now towpath-agent" in (machine.home / "calls").read_text()
+    assert machine.files() - {"calls"} == before
+
+
 def test_settings_can_be_kept(machine: Machine) -> None:
     (machine.home / "data").mkdir()
     machine.install("--root", str(machine.home / "data"), key="twp-key")
