@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
 import plistlib
 import shlex
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 NAME = "towpath-tray"
 LABEL = "org.towpath.tray"
+RUN_KEY = r"Software\Microsoft\Windows\CurrentVersion\Run"
+# `install.ps1` removes it.
+RUN_VALUE = "Towpath tray"
 
 
 def desktop_entry(command: Sequence[str]) -> str:
@@ -45,7 +52,9 @@ def place(environment: Mapping[str, str] = os.environ, platform: str = sys.platf
 
 
 def set_autostart(command: Sequence[str], *, wanted: bool, platform: str = sys.platform) -> Path:
-    """Write or remove the entry; where it is. Raises OSError."""
+    """Write or remove the entry; where it is (on Windows a value of the registry). Raises OSError."""
+    if platform == "win32":
+        return _set_run_value(command if wanted else None)
     path = place(platform=platform)
     if not wanted:
         path.unlink(missing_ok=True)
@@ -54,3 +63,16 @@ def set_autostart(command: Sequence[str], *, wanted: bool, platform: str = sys.p
     text = launch_agent(LABEL, command) if platform == "darwin" else desktop_entry(command).encode()
     path.write_bytes(text)
     return path
+
+
+def _set_run_value(command: Sequence[str] | None) -> Path:
+    """The user's own Run key, for which nobody has to be an administrator."""
+    # The module is there on Windows alone.
+    winreg: Any = importlib.import_module("winreg")
+    with winreg.CreateKey(winreg.HKEY_CURRENT_USER, RUN_KEY) as key:
+        if command is None:
+            with contextlib.suppress(FileNotFoundError):
+                winreg.DeleteValue(key, RUN_VALUE)
+        else:
+            winreg.SetValueEx(key, RUN_VALUE, 0, winreg.REG_SZ, subprocess.list2cmdline(command))
+    return Path(f"HKCU\\{RUN_KEY}\\{RUN_VALUE}")

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -128,6 +129,31 @@ def test_autostart_is_written_and_removed(tmp_path: Path, monkeypatch: pytest.Mo
     set_autostart([], wanted=False, platform="linux")
     assert not path.exists()
     assert desktop_entry(["x"]).startswith("[Desktop Entry]\n")
+
+
+def test_autostart_on_windows_is_a_value_of_the_users_own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    values: dict[str, object] = {}
+
+    def delete(_key: object, name: str) -> None:
+        if values.pop(name, None) is None:
+            raise FileNotFoundError(name)
+
+    winreg = types.ModuleType("winreg")
+    vars(winreg).update(
+        HKEY_CURRENT_USER="HKCU",
+        REG_SZ=1,
+        CreateKey=lambda root, path: contextlib.nullcontext((root, path)),
+        SetValueEx=lambda key, name, _reserved, kind, value: values.update({name: (key[0], kind, value)}),
+        DeleteValue=delete,
+    )
+    monkeypatch.setitem(sys.modules, "winreg", winreg)
+    where = set_autostart([r"C:\My Programs\python.exe", "-m", "agent", "tray"], wanted=True, platform="win32")
+    assert values == {"Towpath tray": ("HKCU", 1, '"C:\\My Programs\\python.exe" -m agent tray')}
+    assert str(where).endswith("Run\\Towpath tray")
+    for _ in range(2):
+        set_autostart([], wanted=False, platform="win32")
+    assert values == {}
+    assert "'Towpath tray'" in (Path(__file__).parents[2] / "installers/windows/install.ps1.in").read_text()
 
 
 def test_the_launch_agent_of_macos_is_a_property_list() -> None:

@@ -314,6 +314,11 @@ def test_the_installer_of_windows_pins_the_same_key_and_touches_the_user_alone(m
     key = load_der_public_key(base64.b64decode(body))
     signature = machine.manifest.with_suffix(".manifest.sig").read_bytes()
     key.verify(signature, machine.manifest.read_bytes(), ec.ECDSA(hashes.SHA256()))  # type: ignore[union-attr,call-arg,arg-type]
+    # What the script cuts out of the key by position is its point.
+    spki = base64.b64decode(body)
+    numbers = key.public_numbers()  # type: ignore[union-attr]
+    assert (len(spki), spki[26]) == (91, 4)
+    assert (spki[27:59], spki[59:91]) == (numbers.x.to_bytes(32, "big"), numbers.y.to_bytes(32, "big"))  # type: ignore[union-attr]
     assert "@" not in text.split("param(")[0].split("PinnedKey")[-1]
     assert "HKLM" not in text
     assert "HKCU:" in text
