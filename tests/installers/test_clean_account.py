@@ -64,10 +64,14 @@ def variant(base: Path, target: Path, version: str, root: Path, *, broken: bool 
 class Account:
     """An empty home of a user that can see nothing of ours."""
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, user: int = USER) -> None:
         self.home = home
+        self.user = user
         home.mkdir()
-        os.chown(home, USER, USER)
+        (home / "data").mkdir()
+        (home / "data" / "file").write_text("precious")
+        for path in (home, home / "data"):
+            os.chown(path, user, user)
         home.chmod(0o700)
         self.towpath = str(home / ".local/bin/towpath")
 
@@ -79,8 +83,8 @@ class Account:
             stderr=subprocess.PIPE,
             env={"HOME": str(self.home), "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", **environment},
             cwd=self.home,
-            user=USER,
-            group=USER,
+            user=self.user,
+            group=self.user,
             extra_groups=[],
             text=True,
         )
@@ -214,9 +218,6 @@ def world(relay: Relay, tmp_path: Path, public: Path, built: Path) -> Iterator[W
     shutil.copy(relay.ca_file, ca_file)
     ca_file.chmod(0o644)
     account = Account(public / "home")
-    (account.home / "data").mkdir()
-    (account.home / "data" / "file").write_text("precious")
-    os.chown(account.home / "data", USER, USER)
     made = World(relay, keys, repository, built, tmp_path, account, ca_file, {})
     made.figures["bundle MiB"] = made.release("0.1.0").stat().st_size / 2**20
     yield made
@@ -239,6 +240,8 @@ def test_from_nothing_to_nothing(world: World) -> None:
     key, collection = made["setup_key"], made["collection_id"]
 
     options = ["--relay", relay.url, "--ca-file", ca_file, "--root", str(account.home / "data")]
+    relay_that_lies(world, options, key)
+    assert account.files() == before
     with world.timed("install, enrol and start s"):
         account.run("sh", "-s", "--", *options, text=relay.script(), TOWPATH_SETUP_KEY=key)
     account.until(lambda: account.status()["link"]["connected"], "the link")
@@ -279,6 +282,69 @@ def test_from_nothing_to_nothing(world: World) -> None:
 
     account.run("sh", str(account.home / ".local/share/towpath/install.sh"), "--uninstall")
     assert account.files() == before | {f"data/{name}" for name in ("copy", "in", "in/scan.tif", "out", "out/scan.tif")}
+
+
+def relay_that_lies(world: World, options: list[str], key: str) -> None:
+    """Somebody has taken the relay over: neither another program nor another manifest comes in."""
+    (manifest,) = (world.relay.releases / "install").glob("*.manifest")
+    (bundle,) = (world.relay.releases / "targets" / "bundles").iterdir()
+    for victim, words in ((manifest, "signature of the project"), (bundle, "not what was signed")):
+        content = victim.read_bytes()
+        victim.write_bytes(content[:-2] + bytes([content[-2] ^ 1]) + content[-1:])
+        command = ["sh", "-s", "--", *options]
+        refused = world.account.run(*command, text=world.relay.script(), check=False, TOWPATH_SETUP_KEY=key)
+        assert refused.returncode != 0
+        assert words in refused.stderr, refused.stderr
+        victim.write_bytes(content)
+
+
+def test_two_users_on_one_host_do_not_meet(world: World, public: Path) -> None:
+    """Each has an agent of their own on a port of its own, moves data, and cannot control the other's."""
+    relay, ada = world.relay, world.account
+    client = json.loads(relay.command("client", "add", "laptop", "--owner", "ada", "--json"))
+    bob = Account(public / "bob", USER + 1)
+    collections = []
+    for account in (ada, bob):
+        grant = ("--owner", "ada", "--grant", f"{client['client_id']}:administrator", "--json")
+        made = json.loads(relay.command("collection", "add", account.home.name, *grant))
+        collections.append(made["collection_id"])
+        options = ["--relay", relay.url, "--ca-file", str(world.ca_file), "--root", str(account.home / "data")]
+        account.run("sh", "-s", "--", *options, text=relay.script(), TOWPATH_SETUP_KEY=made["setup_key"])
+        account.until(lambda account=account: account.status()["link"]["connected"], "the link")
+    assert ada.status()["data_port"] != bob.status()["data_port"]
+    assert ada.pid() != bob.pid()
+
+    # On one machine the data goes over loopback, which agents use for others only when told to.
+    for account in (ada, bob):
+        account.run(account.towpath, "config", "set", "data.allow_loopback", "true")
+        account.run(account.towpath, "stop")
+        account.run(account.towpath, "start")
+        account.until(lambda account=account: account.status()["link"]["connected"], "the link")
+    login = [ada.towpath, "login", "--relay", relay.url, "--ca-file", str(world.ca_file)]
+    ada.run(*login, "--client-id", client["client_id"], TOWPATH_CLIENT_SECRET=client["client_secret"])
+    ada.run(ada.towpath, "transfer", "--wait", f"{collections[0]}:/file", f"{collections[1]}:/from-ada")
+    assert (bob.home / "data" / "from-ada").read_text() == "precious"
+    assert (bob.home / "data" / "from-ada").stat().st_uid == bob.user
+
+    socket_of_ada = next(ada.home.rglob("agent.sock"))
+    reach = "import socket, sys; socket.socket(socket.AF_UNIX).connect(sys.argv[1])"
+    python = next((bob.home / ".local/share/towpath/current/bin").glob("python*"))
+    refused = bob.run(str(python), "-c", reach, str(socket_of_ada), check=False)
+    assert "PermissionError" in refused.stderr, refused
+    # Even with the directories wide open, the kernel's word on who asks is what counts.
+    for folder in [socket_of_ada.parent, *socket_of_ada.parent.relative_to(ada.home).parents]:
+        (ada.home / folder).chmod(0o755)
+    socket_of_ada.chmod(0o777)
+    ask = (
+        "import socket, sys; s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]);"
+        "s.sendall(b'POST /stop HTTP/1.1\\r\\nHost: agent\\r\\nContent-Length: 0\\r\\n\\r\\n');"
+        "print(len(s.recv(99)))"
+    )
+    answer = bob.run(str(python), "-c", ask, str(socket_of_ada), check=False)
+    assert answer.stdout.strip() in ("0", ""), answer
+    assert ada.status()["link"]["connected"]
+    for account in (ada, bob):
+        account.run("sh", str(account.home / ".local/share/towpath/install.sh"), "--uninstall")
 
 
 def measure_idle(account: Account, figures: dict[str, float]) -> None:
@@ -349,6 +415,10 @@ def test_enrolled_by_a_code_the_agent_updates_itself_and_comes_back_from_a_broke
     account.until(lambda: moved(account) > 0, "the transfer to move something")
     world.release("0.1.3")
     assert states(account)[-1] == "ACTIVE"
+    with world.timed("stop in mid-transfer s"):
+        account.run(account.towpath, "stop")
+    account.run(account.towpath, "start")
+    account.until(lambda: states(account)[-1:] == ["ACTIVE"], "the transfer to go on")
     account.run(account.towpath, "update", "install")
     assert account.status()["version"] == "0.1.3"
     account.until(lambda: set(states(account)) <= {"SUCCEEDED"}, "the transfer")
