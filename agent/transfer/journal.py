@@ -25,6 +25,8 @@ from protocol.session import Version
 VERSION = 2
 # Seconds that another program may hold the journal before the task says so and waits.
 BUSY_TIMEOUT = 5.0
+# Temporaries that could not be removed and are remembered by name.
+MOST_LEFT_BEHIND = 1000
 
 _SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
@@ -211,8 +213,22 @@ class Journal:
         return [] if value is None else msgspec.msgpack.decode(value, type=list[tuple[bytes, bytes]])
 
     def add_left_behind(self, folder: bytes, name: bytes) -> None:
+        """Note one. Beyond the bound only that there are more is noted: all folders are looked at then."""
         with self._using():
-            self.put("left_behind", msgspec.msgpack.encode([*self.left_behind(), (folder, name)]))
+            known = self.left_behind()
+            if len(known) < MOST_LEFT_BEHIND:
+                self.put("left_behind", msgspec.msgpack.encode([*known, (folder, name)]))
+            else:
+                self.put("left_behind_anywhere", b"1")
+
+    def left_behind_anywhere(self) -> bool:
+        """Whether there are more of them than `left_behind` names."""
+        return self.get("left_behind_anywhere") is not None
+
+    def forget_left_behind(self) -> None:
+        """All of them are gone, or not ours to remove."""
+        with self._using():
+            self._connection.execute("DELETE FROM meta WHERE key IN ('left_behind', 'left_behind_anywhere')")
 
     # --- items -----------------------------------------------------------------------------------------
 

@@ -11,15 +11,17 @@ import trio
 from agent.config.keys import AgentConfig, CollectionConfig
 from agent.connect.network import Network
 from agent.limits.allotment import Allotment
-from agent.policy import Policy
+from agent.policy import Policy, UnknownCollection
 from agent.storage.mounts import Mark
 from agent.transfer.channel import Common, WorkerCollection
 from agent.transfer.order_check import check_order, check_session_order
 from agent.transfer.outbox import Outbox
+from agent.transfer.places import Places
 from agent.transfer.task_store import open_or_begin
 from agent.transfer.worker_process import Workers
 from protocol.control import SessionOrder, TaskOrder
 from protocol.identity import NodeKey
+from protocol.names import CollectionPath
 from protocol.ticket import Ticket, TicketVerifier
 
 logger = logging.getLogger("towpath.tasks")
@@ -62,6 +64,7 @@ class LocalNode:
                 "tasks again, and they go on from their journals."
             )
         self.outbox = Outbox(self.store)
+        self.places = Places()
         self.allotment = Allotment(lambda: self.config.limits)
         self.workers = Workers(spare=config.limits.spare_worker)
         # All tasks wait for the moment (on battery, for example); nothing of this is remembered.
@@ -81,6 +84,13 @@ class LocalNode:
     def check_session(self, order: SessionOrder, now: float) -> Ticket:
         """The ticket of a session to be served from here. Raises `TowpathError` when ticket or policy forbid it."""
         return check_session_order(order, self.verifier, self.policy, self.node_id, self.identity.fingerprint, now)
+
+    def place_of(self, collection_id: str) -> CollectionPath | None:
+        """The real folder of a collection, None for one that is not offered."""
+        try:
+            return self.places.of(self.policy.collection(collection_id))
+        except UnknownCollection:
+            return None
 
     def common(self) -> Common:
         """What every worker is told."""

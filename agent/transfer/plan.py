@@ -10,7 +10,7 @@ import contextlib
 import errno
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import trio
@@ -22,10 +22,10 @@ from agent.transfer.compare import Decision, decide
 from agent.transfer.jobs import FileJob, Group
 from agent.transfer.journal import FAILED, SKIPPED, UNCHANGED, DirectoryRow, Journal
 from agent.transfer.patience import Patience
-from protocol.control import TaskOptions
+from protocol.control import TaskItem, TaskOptions
 from protocol.errors import ItemFailed, ProtocolError, TowpathError
-from protocol.names import CollectionPath, check_component_untrusted, is_reserved
-from protocol.session import DIRECTORY, FILE, SYMLINK, Row
+from protocol.names import CollectionPath, check_component_untrusted, is_reserved, parse_path_untrusted
+from protocol.session import DIRECTORY, FILE, SYMLINK, Row, join_path
 
 # Seconds after which a temporary that nothing has changed is an orphan: longer than tasks are held up or kept.
 ORPHAN_AGE = 30 * 86400
@@ -245,18 +245,41 @@ def collect_orphans(handle: Directory, now_ns: int) -> int:
     return removed
 
 
-def remove_left_behind(root: Root, journal: Journal) -> None:
-    """Remove temporaries that could not be removed when they should have been. Raises `TowpathError`; to be called
-    again then."""
+def remove_left_behind(root: Root, journal: Journal, prefix: bytes, items: Iterable[TaskItem]) -> None:
+    """Remove temporaries that could not be removed when they should have been, at the end of a task, when it needs none
+    of them any more. Raises `TowpathError`; to be called again then."""
     for folder, name in journal.left_behind():
-        try:
-            with root.open_directory(split_path(folder)) as handle:
-                handle.unlink(name)
-        except (FileNotFoundError, NotADirectoryError, PermissionError):
-            # Gone already, or not ours to remove any more: the collection of orphans looks at it again.
-            continue
-        except OSError as error:
-            raise fault(error, "destination", folder) from error
+        with _passing_over(folder), root.open_directory(split_path(folder)) as handle:
+            handle.unlink(name)
+    if journal.left_behind_anywhere():
+        for folder in _folders_of(journal, items):
+            with _passing_over(folder), root.open_directory(split_path(folder)) as handle:
+                sweep_temporaries(handle, prefix, set())
+    journal.forget_left_behind()
+
+
+@contextlib.contextmanager
+def _passing_over(folder: bytes) -> Iterator[None]:
+    """Pass over what is gone already, or not ours to remove any more: the collection of orphans looks at it again."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return
+    except OSError as error:
+        raise fault(error, "destination", folder) from error
+
+
+def _folders_of(journal: Journal, items: Iterable[TaskItem]) -> Iterator[bytes]:
+    """All folders at the destination in which a task makes temporaries."""
+    for destination, _, _ in journal.directories_deepest_first():
+        yield destination
+    parents = set()
+    for item in items:
+        # One whose name cannot be has failed by itself.
+        with contextlib.suppress(ProtocolError):
+            parents.add(parse_path_untrusted(item.destination_path)[:-1])
+    for parent in parents:
+        yield join_path(parent)
 
 
 def set_directory_times(root: Root, rows: Iterator[tuple[bytes, int, int]]) -> None:

@@ -68,7 +68,7 @@ class RunningTask:
         self.observed = stored.observed
         self.held = stored.held
         self.running = False
-        self.claim = claim_of(stored.order)
+        self.settle_claim()
         self._answer = stored.answer or stored.order.session
         self._paths: TaskPaths | None = None
         self._channel: Channel | None = None
@@ -77,6 +77,10 @@ class RunningTask:
     @classmethod
     def fresh(cls, node: LocalNode, order: TaskOrder, observed: TaskObserved) -> RunningTask:
         return cls(node, StoredTask(order, observed, order.session, held=False))
+
+    def settle_claim(self) -> None:
+        """Say anew which places this task writes to: its order is new, or its collection is somewhere else now."""
+        self.claim = claim_of(self.order, self._node.place_of(self.order.destination.collection_id))
 
     @property
     def runnable(self) -> bool:
@@ -132,9 +136,10 @@ class RunningTask:
 
     async def take_order(self, order: TaskOrder, observed: TaskObserved) -> None:
         """A newer order; a running worker hears of it."""
-        if order.items is not self.order.items:
-            self.claim = claim_of(order)
+        changed = order.items is not self.order.items
         self.order = order
+        if changed:
+            self.settle_claim()
         self.observed = msgspec.structs.replace(self.observed, revision=observed.revision)
         self._node.allotment.changed()
         if order.session is not None:

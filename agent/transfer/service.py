@@ -116,7 +116,13 @@ class TransferService:
         self._node.store.put("port", str(self.port))
         return sockets
 
+    async def _look_at_places(self) -> None:
+        if await self._node.places.look(self._node.policy.collections):
+            for task in self._tasks.values():
+                task.settle_claim()
+
     async def _schedule(self, nursery: trio.Nursery) -> None:
+        await self._look_at_places()
         for task in self._tasks.values():
             # The configuration may have changed while the agent was not running.
             await task.tell_why_not()
@@ -218,6 +224,7 @@ class TransferService:
     async def owner_changed(self, collection_ids: Collection[str]) -> None:
         """The owner has changed the configuration of these collections (or paused this machine): what runs on them
         stops within moments, and goes on with what is allowed and configured now."""
+        await self._look_at_places()
         self.sessions.cut_collections(collection_ids)
         for task in list(self._tasks.values()):
             await task.owner_changed(collection_ids)

@@ -152,7 +152,10 @@ class TransferRun:
         if self.options.preserve_timestamp:
             rows = self.context.journal.directories_deepest_first()
             await trio.to_thread.run_sync(set_directory_times, self.context.root, rows)
-        await trio.to_thread.run_sync(remove_left_behind, self.context.root, self.context.journal)
+        context = self.context
+        await trio.to_thread.run_sync(
+            remove_left_behind, context.root, context.journal, context.temporary_prefix, context.order.items or []
+        )
 
     def stop(self, error: TowpathError) -> None:
         """End the run with this error, or with the one it is ending with already."""

@@ -21,21 +21,28 @@ WAITING_FOR_EACH = 4
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """Where a task writes: its paths, each with everything below it, and all folders above them."""
+    """Where a task writes: its paths, each with everything below it, and all folders above them. They begin at the root
+    of the file system: collections may share a folder, or lie one inside the other."""
 
     collection_id: str
     paths: frozenset[CollectionPath]
     above: frozenset[CollectionPath]
 
 
-def claim_of(order: TaskOrder) -> Claim:
-    """The places a task needs for itself. Items whose names cannot be claim nothing: they fail by themselves."""
+def claim_of(order: TaskOrder, root: CollectionPath | None = None) -> Claim:
+    """The places a task needs for itself. Items whose names cannot be claim nothing: they fail by themselves.
+
+    ``root`` is the collection's real folder (see `agent.transfer.places`); one that is not known is a place of its own.
+    """
+    if root is None:
+        root = (b"", order.destination.collection_id.encode())
     paths: set[CollectionPath] = set()
     for item in order.items or []:
         try:
-            paths.add(parse_path_untrusted(item.source_path if order.type == "DELETE" else item.destination_path))
+            path = parse_path_untrusted(item.source_path if order.type == "DELETE" else item.destination_path)
         except ProtocolError:
             continue
+        paths.add((*root, *path))
     above = {path[:depth] for path in paths for depth in range(len(path))}
     return Claim(order.destination.collection_id, frozenset(paths), frozenset(above))
 
@@ -66,28 +73,27 @@ class Turns:
 class _Leases:
     """Who has which place."""
 
-    paths: dict[tuple[str, CollectionPath], str] = field(default_factory=dict)
-    above: dict[tuple[str, CollectionPath], str] = field(default_factory=dict)
+    paths: dict[CollectionPath, str] = field(default_factory=dict)
+    above: dict[CollectionPath, str] = field(default_factory=dict)
 
     def holder(self, claim: Claim) -> str | None:
         """Who has a place that holds one of these, is one of them, or lies below one of them. Sorted, so that the
         answer is always the same."""
         for path in sorted(claim.above):
-            holder = self.paths.get((claim.collection_id, path))
+            holder = self.paths.get(path)
             if holder is not None:
                 return holder
         for path in sorted(claim.paths):
-            key = (claim.collection_id, path)
-            holder = self.paths.get(key) or self.above.get(key)
+            holder = self.paths.get(path) or self.above.get(path)
             if holder is not None:
                 return holder
         return None
 
     def take(self, task_id: str, claim: Claim) -> None:
         for path in claim.paths:
-            self.paths.setdefault((claim.collection_id, path), task_id)
+            self.paths.setdefault(path, task_id)
         for path in claim.above:
-            self.above.setdefault((claim.collection_id, path), task_id)
+            self.above.setdefault(path, task_id)
 
 
 def next_turns(tasks: Sequence[Candidate], workers: int, has_room: Callable[[str, int], bool]) -> Turns:

@@ -1,0 +1,56 @@
+"""Temporaries that cannot be removed at their time: remembered within a bound, and gone when the task has ended."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from agent.storage.faulty import Call
+from agent.transfer import journal as journals
+from agent.transfer.journal import Journal
+from tests.agent.engine_inside import Engine, contents, quick_path
+
+__all__ = ["quick_path"]
+
+
+def test_the_list_is_bounded_and_says_that_there_are_more(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal.sqlite")
+    for number in range(journals.MOST_LEFT_BEHIND):
+        journal.add_left_behind(b"folder", b"%d" % number)
+    assert not journal.left_behind_anywhere()
+    for number in range(50):
+        journal.add_left_behind(b"folder", b"more %d" % number)
+    assert len(journal.left_behind()) == journals.MOST_LEFT_BEHIND
+    assert journal.left_behind_anywhere()
+    journal.forget_left_behind()
+    assert (journal.left_behind(), journal.left_behind_anywhere()) == ([], False)
+    journal.close()
+
+
+@pytest.mark.parametrize("most", [0, 3, 1000])
+async def test_what_could_not_be_removed_is_gone_in_the_end(
+    quick_path: Path, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    """Whatever the bound: each file reads back wrongly once, and its temporary cannot be removed then."""
+    monkeypatch.setattr(journals, "MOST_LEFT_BEHIND", most)
+    failed = {"rename": 0, "unlink": 0}
+
+    def plan(call: Call) -> int | None:
+        if call.operation in failed and failed[call.operation] < 12:
+            failed[call.operation] += 1
+            return errno.EIO
+        return None
+
+    engine = Engine(quick_path, plan=plan)
+    for folder in ("a", "b"):
+        (engine.source / folder).mkdir()
+        for number in range(6):
+            (engine.source / folder / f"file-{number}").write_bytes(b"content of %d" % number)
+    (engine.source / "single").write_bytes(b"single")
+    observed = await engine.run()
+    assert observed.state == "SUCCEEDED", observed
+    assert failed == {"rename": 12, "unlink": 12}
+    assert contents(engine.destination) == contents(engine.source)
+    assert engine.temporaries() == []
