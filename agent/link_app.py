@@ -37,6 +37,7 @@ from protocol.control import (
     Record,
     SessionAnswer,
     SessionOrder,
+    TaskList,
     TaskOrder,
     decode_untrusted,
     encode,
@@ -148,7 +149,9 @@ class LinkApp:
             ("POST", f"{one}/rename", "collections", self._rename),
             ("POST", f"{one}/symlink", "collections", self._symlink),
             ("PUT", "/link/tasks/{task}", "tasks", self._put_task),
+            ("GET", "/link/task-list", "tasks", self._list_tasks),
             ("GET", "/link/tasks/{task}", "tasks", self._get_task),
+            ("GET", "/link/tasks/{task}/order", "tasks", self._get_order),
             ("DELETE", "/link/tasks/{task}", "tasks", self._close_task),
             ("PUT", "/link/tasks/{task}/session", "tasks", self._put_answer),
             ("GET", "/link/tasks/{task}/successful", "tasks", self._successful),
@@ -316,6 +319,12 @@ class LinkApp:
             await self._tasks.pause_task(order.task_id)
             observed = self._tasks.get_task(order.task_id)
         return _answer(observed, 202)
+
+    async def _list_tasks(self, _request: Request) -> Response:
+        return _answer(TaskList(tasks=self._tasks.tasks()))
+
+    async def _get_order(self, request: Request) -> Response:
+        return _answer(self._tasks.order(request.path_params["task"]))
 
     async def _get_task(self, request: Request) -> Response:
         return _answer(self._tasks.get_task(request.path_params["task"]))

@@ -30,6 +30,9 @@ class TaskService(Protocol):
     def get_task(self, task_id: str) -> TaskObserved:
         """The task as observed. Raises ItemFailed NOT_FOUND."""
 
+    def order(self, task_id: str) -> TaskOrder:
+        """The task as it was last ordered. Raises ItemFailed NOT_FOUND."""
+
     async def put_session_answer(self, task_id: str, answer: SessionAnswer) -> None:
         """Where this destination's task finds its source now."""
 

@@ -257,6 +257,12 @@ class TaskObserved(Record, frozen=True, kw_only=True):
     completion_time: str | None = None
 
 
+class TaskList(Record, frozen=True, kw_only=True):
+    """``GET /link/task-list``: every task that the agent drives and that is not closed."""
+
+    tasks: list[TaskObserved]
+
+
 class AgentEvent(Record, frozen=True, kw_only=True):
     """One line of ``GET /link/events``.
 

@@ -7,6 +7,7 @@ enrolment follow key rotations without asking anybody.
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,8 +47,17 @@ class Grant(Record, frozen=True, kw_only=True):
         return None if self.reach is None else tuple(parse_path_untrusted(path) for path in self.reach)
 
 
+def owner_digest(task_id: str, owner_id: str) -> str:
+    """Names the owner of a task to whoever knows both ids already, and to nobody else."""
+    return hashlib.sha256(f"{task_id}/{owner_id}".encode()).hexdigest()
+
+
 class Ticket(Record, frozen=True, kw_only=True):
-    """One permission: this task, these nodes, these collections and paths, until ``expires`` (Unix seconds)."""
+    """One permission: this task, these nodes, these collections and paths, until ``expires`` (Unix seconds).
+
+    ``owner_digest`` (empty in tickets of older relays) lets a relay that was restored from an older backup know again
+    whose task this is.
+    """
 
     relay_id: str
     ticket_id: str
@@ -58,6 +68,7 @@ class Ticket(Record, frozen=True, kw_only=True):
     policy_epoch: int
     issued: float
     expires: float
+    owner_digest: str = ""
 
 
 def _public_pem(key: Ed25519PublicKey) -> str:
@@ -130,6 +141,7 @@ class TicketSigner:
                 "src": None if ticket.source is None else _grant_claims(ticket.source),
                 "dst": _grant_claims(ticket.destination),
                 "policy": ticket.policy_epoch,
+                "own": ticket.owner_digest,
                 "iat": int(ticket.issued),
                 "exp": int(ticket.expires),
             }
@@ -179,6 +191,7 @@ class _TicketClaims(msgspec.Struct, frozen=True):
     policy: int
     iat: float
     exp: float
+    own: str = ""
 
 
 class _KeyClaims(msgspec.Struct, frozen=True):
@@ -264,6 +277,7 @@ class TicketVerifier:
             policy_epoch=parsed.policy,
             issued=parsed.iat,
             expires=parsed.exp,
+            owner_digest=parsed.own,
         )
 
 

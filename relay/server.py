@@ -22,6 +22,7 @@ import trio
 from fastapi import FastAPI
 
 from protocol.errors import TowpathError
+from protocol.ticket import TicketVerifier
 from relay import sdnotify
 from relay.api import enrol, transfer_routers
 from relay.api.app import create_app
@@ -111,7 +112,8 @@ def build(settings: Settings, store: Store, clock: Callable[[], float] = time.ti
     registry = Registry()
     tunnel = _tunnel(keys, settings, clock)
     signalling = Signalling(registry, tunnel)
-    steward = Steward(store, registry, keys.signer, settings, clock, signalling)
+    verifier = TicketVerifier(keys.relay_id, keys.root_public_pem)
+    steward = Steward(store, registry, keys.signer, settings, clock, signalling, verifier)
     sign_in = settings.sign_in
     services = Services(
         settings=settings,

@@ -192,6 +192,10 @@ class TransferService:
         """All tasks that are not closed."""
         return [task.observed for task in self._tasks.values()]
 
+    def order(self, task_id: str) -> TaskOrder:
+        """The task as it was last ordered. Raises `ItemFailed` NOT_FOUND."""
+        return msgspec.structs.replace(self._task(task_id).order, session=None)
+
     async def put_session_answer(self, task_id: str, answer: SessionAnswer) -> None:
         """Where this destination's task finds its source now."""
         task = self._task(task_id)

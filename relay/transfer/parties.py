@@ -10,7 +10,7 @@ from typing import Literal
 from sqlalchemy import Connection, select
 
 from protocol.control import Party
-from protocol.ticket import Grant, Ticket, TicketSigner
+from protocol.ticket import Grant, Ticket, TicketSigner, owner_digest
 from relay.store import transfer_tables as tables
 from relay.transfer.collections import Collection, load_many
 from relay.transfer.entitlement import Entitlement
@@ -97,5 +97,6 @@ def sign_ticket(
         policy_epoch=POLICY_EPOCH,
         issued=now,
         expires=now + life,
+        owner_digest=owner_digest(task.id, task.owner_id),
     )
     return signer.sign(ticket)

@@ -20,7 +20,7 @@ from sqlalchemy import Connection, or_, select
 from protocol.candidates import PathOffer
 from protocol.control import AgentEvent, AgentHello, TaskObserved
 from protocol.errors import TowpathError
-from protocol.ticket import TicketSigner
+from protocol.ticket import TicketSigner, TicketVerifier
 from relay.rendezvous.registry import LinkUp
 from relay.rendezvous.signalling import Signalling
 from relay.settings import Settings
@@ -30,6 +30,7 @@ from relay.transfer import nodes, rules, task_reports, task_rows, task_turns
 from relay.transfer.agents import AgentLinks
 from relay.transfer.delivery import Courier
 from relay.transfer.event_stream import LineReader
+from relay.transfer.take_over import TakeOver
 
 logger = logging.getLogger("relay.steward")
 
@@ -62,7 +63,10 @@ class StewardStatistics:
 
 
 class Steward:
-    """One for each relay. ``clock`` gives Unix seconds. All methods belong to one trio run."""
+    """One for each relay. ``clock`` gives Unix seconds. All methods belong to one trio run.
+
+    ``verifier`` knows the relay's own tickets again; without one no tasks are taken over from agents.
+    """
 
     def __init__(
         self,
@@ -72,6 +76,7 @@ class Steward:
         settings: Settings,
         clock: Callable[[], float],
         signalling: Signalling | None = None,
+        verifier: TicketVerifier | None = None,
     ) -> None:
         self._store = store
         self._links = registry
@@ -88,6 +93,10 @@ class Steward:
             keep=self._keep,
             timeout=float(settings.limits.call_timeout),
         )
+        self._take_over = None
+        if verifier is not None:
+            timeout = float(settings.limits.call_timeout)
+            self._take_over = TakeOver(store, registry, verifier, timeout=timeout)
         self._due: dict[str, None] = {}
         self._due_event = trio.Event()
         self._visiting: dict[str, bool] = {}
@@ -259,12 +268,16 @@ class Steward:
     async def _welcome(self, node_id: str, *, rebooted: bool) -> None:
         """Stops first, before anything else is asked of the agent; then all that concerns it is looked at.
 
+        What it runs and this relay does not know is taken over before its events are read.
+
         A new process is asked for each of its tasks: one that lost its state gets them again.
         """
         stopping, others = await self._tasks_of(node_id)
         for task_id in stopping:
             await self._limiter.acquire()
             await self._visit(task_id)
+        if self._take_over is not None and await self._take_over.look(node_id, self._clock()):
+            _, others = await self._tasks_of(node_id)
         for task_id, is_source in others:
             if is_source:
                 self._courier.want_session(task_id)

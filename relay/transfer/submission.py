@@ -6,12 +6,13 @@ callers run `read_transfer` and `read_delete` in a thread.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from protocol.control import FilterRule, TaskItem, TaskOptions
-from protocol.names import CollectionPath
+from protocol.errors import ProtocolError
+from protocol.names import CollectionPath, parse_path_untrusted
 from relay.transfer.fields import Fields, bad_request
 from relay.transfer.scopes import canonical, glob_base, overlapping, place, prefixes
 
@@ -93,7 +94,7 @@ def read_transfer(document: object, *, homes: Homes, max_items: int, now: float)
         items=items,
         source_scope=prefixes(sources),
         destination_scope=prefixes(destinations),
-        changes=["/"] if options.recursive_symlinks == "keep" or any(item.symlink for item in items) else [],
+        changes=changed_folders("TRANSFER", options, items),
         echo=echo,
     )
 
@@ -113,7 +114,7 @@ def read_delete(document: object, *, homes: Homes, max_items: int, now: float) -
     rows = fields.items("DATA", max_items)
     if not rows:
         raise bad_request("A delete requires at least one item.", NO_DELETE_ITEMS)
-    items, places, parents = [], [], []
+    items, places = [], []
     for row in rows:
         entry = Fields(row, "each entry of DATA")
         entry.data_type("delete_item")
@@ -122,7 +123,6 @@ def read_delete(document: object, *, homes: Homes, max_items: int, now: float) -
         if not target:
             raise bad_request("path: the root of a collection cannot be deleted.")
         places.append(glob_base(target) if options.interpret_globs else target)
-        parents.append(target[:-1])
         items.append(TaskItem(source_path=canonical(target, path)))
     return Submission(
         type="DELETE",
@@ -135,9 +135,23 @@ def read_delete(document: object, *, homes: Homes, max_items: int, now: float) -
         items=items,
         source_scope=[],
         destination_scope=prefixes(places),
-        changes=prefixes(parents),
+        changes=changed_folders("DELETE", options, items),
         echo=_echo(fields),
     )
+
+
+def changed_folders(kind: str, options: TaskOptions, items: Iterable[TaskItem]) -> list[str]:
+    """The folders that a task's owner must be allowed to write in besides those of its tickets, see `Submission`.
+
+    Paths of deletes must be canonical; one that cannot be is taken for the whole collection.
+    """
+    if kind == "TRANSFER":
+        makes_links = options.recursive_symlinks == "keep" or any(item.symlink for item in items)
+        return ["/"] if makes_links else []
+    try:
+        return prefixes(parse_path_untrusted(item.source_path)[:-1] for item in items)
+    except ProtocolError:
+        return ["/"]
 
 
 def read_deadline(fields: Fields, now: float) -> float | None:

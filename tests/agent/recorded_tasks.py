@@ -24,12 +24,14 @@ class RecordedTasks:
     def __init__(self) -> None:
         self.calls: list[tuple[str, object]] = []
         self.known: dict[str, TaskObserved] = {}
+        self.orders: dict[str, TaskOrder] = {}
         self.announced: list[list[CollectionReport]] = []
 
     async def put_task(self, order: TaskOrder) -> TaskObserved:
         self.calls.append(("put_task", order.task_id))
         observed = TaskObserved(task_id=order.task_id, revision=order.revision, state="QUEUED")
         self.known[order.task_id] = observed
+        self.orders[order.task_id] = order
         return observed
 
     def get_task(self, task_id: str) -> TaskObserved:
@@ -37,6 +39,12 @@ class RecordedTasks:
         if task_id not in self.known:
             raise ItemFailed("This agent has no such task.", code="NOT_FOUND")
         return self.known[task_id]
+
+    def order(self, task_id: str) -> TaskOrder:
+        self.calls.append(("order", task_id))
+        if task_id not in self.orders:
+            raise ItemFailed("This agent has no such task.", code="NOT_FOUND")
+        return self.orders[task_id]
 
     async def put_session_answer(self, task_id: str, answer: SessionAnswer) -> None:
         self.calls.append(("put_session_answer", task_id))

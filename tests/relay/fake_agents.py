@@ -22,6 +22,7 @@ from protocol.control import (
     Page,
     SessionAnswer,
     SessionOrder,
+    TaskList,
     TaskObserved,
     TaskOrder,
     encode,
@@ -151,6 +152,13 @@ class FakeAgent:
             raise ItemFailed("This task is not known here.", code="NOT_FOUND")
         return self.tasks[task_id]
 
+    def list_tasks(self, **_: Any) -> TaskList:
+        return TaskList(tasks=[task for task in self.tasks.values() if task.task_id not in self.closed])
+
+    def get_order(self, task_id: str, **_: Any) -> TaskOrder:
+        orders = self.orders[task_id]
+        return msgspec.structs.replace(orders[-1], items=orders[0].items, session=None)
+
     def put_session_answer(self, task_id: str, *, document: SessionAnswer, **_: Any) -> None:
         self.session_answers.setdefault(task_id, []).append(document)
 
@@ -204,7 +212,9 @@ class FakeAgent:
 
 _ROUTES = (
     (r"PUT /link/tasks/([^/]+)", "put_task"),
+    (r"GET /link/task-list", "list_tasks"),
     (r"GET /link/tasks/([^/]+)", "get_task"),
+    (r"GET /link/tasks/([^/]+)/order", "get_order"),
     (r"PUT /link/tasks/([^/]+)/session", "put_session_answer"),
     (r"GET /link/tasks/([^/]+)/(successful|skipped)", "page"),
     (r"DELETE /link/tasks/([^/]+)", "close_task"),

@@ -16,6 +16,7 @@ from sqlalchemy import Connection
 
 from protocol.control import CollectionReport, EnrolAnswer, EnrolRequest
 from protocol.identity import NodeKey
+from protocol.ticket import TicketVerifier
 from relay.api.app import create_app
 from relay.api.enrol import router as enrol_router
 from relay.api.transfer_routers import ROUTERS
@@ -178,7 +179,9 @@ async def open_world(
     """The application over a fake registry, with its steward at work (or not, with ``run`` false)."""
     registry = FakeRegistry()
     store, clock = store or base.store, clock or base.clock
-    steward = Steward(store, registry, base.relay.services.signer, base.settings, clock)
+    keys = base.relay.services.keys
+    verifier = TicketVerifier(keys.relay_id, keys.root_public_pem)
+    steward = Steward(store, registry, base.relay.services.signer, base.settings, clock, verifier=verifier)
     replaced: Any = {"store": store, "registry": registry, "steward": steward, "clock": clock}
     replaced["audit"] = Recorder(store, clock)
     services = dataclasses.replace(base.relay.services, **replaced)

@@ -1,0 +1,122 @@
+"""Tasks that an agent knows and this database does not, because it was restored from a backup older than they are.
+
+The agent shows the order it was given, and the ticket in it says that this relay gave it: it is signed for this task,
+these nodes, these folders, and for one owner. So no agent can invent a task, give one to somebody else, or widen it.
+What the owner may do is decided by the rules of today, as for every other task.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import uuid
+from collections.abc import Iterable
+
+import msgspec
+from sqlalchemy import Connection
+
+from protocol.control import FINAL_STATES, TaskObserved, TaskOrder
+from protocol.errors import AccessDenied, ProtocolError
+from protocol.ticket import Ticket, TicketVerifier, owner_digest
+from relay.api.errors import ApiError
+from relay.auth import identities
+from relay.transfer import event_log, task_reports, task_rows, times
+from relay.transfer.collections import load_many
+from relay.transfer.event_log import TaskEvent
+from relay.transfer.submission import MAX_LABEL, changed_folders
+from relay.transfer.task_rows import Scope
+
+RESTORED = "RELAY_RESTORED"
+_SENTENCE = (
+    "The relay was restored from a backup that is older than this task. It was taken over from the agent, which "
+    "kept it running; settings that only the relay knew (notifications, base paths) are lost."
+)
+
+
+def unknown(connection: Connection, ids: Iterable[str]) -> list[str]:
+    """Those of the tasks that this database has never heard of, in their order."""
+    wanted = list(ids)
+    known = task_rows.load_many(connection, wanted)
+    return [task_id for task_id in wanted if task_id not in known]
+
+
+def proof_untrusted(verifier: TicketVerifier, order: TaskOrder, task_id: str, node_id: str) -> Ticket:
+    """The ticket that shows that this relay gave this order to this node. Raises only `ProtocolError`."""
+    ticket = verifier.at_any_time_untrusted(order.ticket)
+    right = (
+        order.task_id == task_id == ticket.task_id
+        and ticket.session_id == order.session_id
+        and ticket.destination.node_id == node_id
+        and (ticket.source is not None) == (order.type == "TRANSFER")
+        and hmac.compare_digest(ticket.owner_digest, owner_digest(task_id, order.owner_id))
+    )
+    if not right:
+        raise ProtocolError("The agent shows no ticket of this relay for the task it names.", subject=task_id)
+    return ticket
+
+
+def adopt(
+    connection: Connection, node_id: str, ticket: Ticket, order: TaskOrder, observed: TaskObserved, now: float
+) -> None:
+    """Take a task over as its agent has it. Raises `AccessDenied` when its owner or one of its collections is not known
+    here."""
+    places = [grant.collection_id for grant in (ticket.source, ticket.destination) if grant is not None]
+    known = load_many(connection, places)
+    owner = identities.select_by_ids(connection, [order.owner_id]).get(order.owner_id)
+    if len(known) < len(set(places)) or known[ticket.destination.collection_id].node_id != node_id or owner is None:
+        raise AccessDenied("The task's owner or one of its collections is not known here.", subject=order.task_id)
+    items = order.items or []
+    scope = Scope(
+        ticket.source.paths if ticket.source is not None else [],
+        ticket.destination.paths,
+        changed_folders(order.type, order.options, items),
+    )
+    try:
+        packed = task_rows.pack_items(items)
+    except ApiError as error:
+        raise AccessDenied(error.message, subject=order.task_id) from error
+    revision = max(order.revision, observed.revision)
+    values = {
+        "id": order.task_id,
+        "owner_id": owner.id,
+        "owner": owner.username,
+        # The one it was submitted with is not known any more.
+        "submission_id": str(uuid.uuid4()),
+        "type": order.type,
+        "label": order.label[:MAX_LABEL] or None,
+        "requested": min(ticket.issued, now),
+        "deadline": _moment(order.deadline),
+        "source_id": places[0],
+        "destination_id": places[1] if ticket.source is not None else None,
+        "status": "ACTIVE",
+        "state": "QUEUED",
+        "options": msgspec.json.encode(order.options).decode(),
+        "submitted": "{}",
+        "item_count": len(items),
+        "hidden": False,
+        "desired": order.desired,
+        "revision": revision,
+        "delivered": revision,
+        "attempted": True,
+        "cancel_time": now if order.desired == "cancel" else None,
+        "last_seq": 0,
+        "session_id": order.session_id,
+        "session_open": ticket.source is not None,
+        "ticket_issued": ticket.issued,
+        "closed": False,
+    }
+    task_rows.insert_task(connection, values, packed, scope)
+    event_log.add(connection, order.task_id, TaskEvent(code=RESTORED, description=_SENTENCE, time=now))
+    task = task_rows.load(connection, order.task_id)
+    assert task is not None
+    task_reports.store_observed(connection, task, observed)
+    if observed.state in FINAL_STATES:
+        current = task_rows.load(connection, order.task_id)
+        assert current is not None
+        task_reports.conclude(connection, current, observed, now)
+
+
+def _moment(text: str | None) -> float | None:
+    with contextlib.suppress(ValueError, TypeError):
+        return None if text is None else times.parse(text)
+    return None
