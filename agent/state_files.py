@@ -40,3 +40,20 @@ def pragmas(directory: Path) -> tuple[str, ...]:
     if is_shared(directory):
         return ("PRAGMA locking_mode = EXCLUSIVE", "PRAGMA journal_mode = TRUNCATE", "PRAGMA synchronous = FULL")
     return ("PRAGMA journal_mode = WAL", "PRAGMA synchronous = FULL")
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder for state, private and durable under its name: what is synced in it later is there after a power
+    failure. One that is there already may be left from a moment ago, so its name is made durable again. Raises OSError.
+    """
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    sync_names(path.parent)
+
+
+def sync_names(folder: Path) -> None:
+    """Make the names in a folder durable. Raises OSError."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

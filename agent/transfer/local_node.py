@@ -12,6 +12,7 @@ from agent.config.keys import AgentConfig, CollectionConfig
 from agent.connect.network import Network
 from agent.limits.allotment import Allotment
 from agent.policy import Policy, UnknownCollection
+from agent.state_files import make_folder
 from agent.storage.mounts import Mark
 from agent.transfer.channel import Common, WorkerCollection
 from agent.transfer.order_check import check_order, check_session_order
@@ -46,7 +47,7 @@ class LocalNode:
         expected_mark: Callable[[CollectionConfig], Mark | None] = lambda _collection: None,
     ) -> None:
         self.directory = state_dir / "tasks"
-        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_folder(self.directory)
         self.config = config
         self.identity = identity
         self.node_id = node_id

@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 import trio
 
+from agent.state_files import make_folder, sync_names
 from agent.storage.base import Root
 from agent.system.file_lock import try_lock
 from agent.transfer.channel import Event, RunTask
@@ -78,7 +79,7 @@ class TaskRunner:
 
     async def _with_state(self) -> TaskObserved:
         try:
-            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            await trio.to_thread.run_sync(make_folder, self._directory)
             lock = await self._alone()
         except OSError as error:
             raise of_system(error, self._directory) from error
@@ -125,6 +126,11 @@ class TaskRunner:
         received = stack.enter_context(closing(self._received()))
         if rebuilt:
             received.reset()
+        try:
+            # What is synced in these files from now on must not go with their names.
+            await trio.to_thread.run_sync(sync_names, self._directory)
+        except OSError as error:
+            raise of_system(error, self._directory) from error
         self._events = EventLog(self._journal, self._tell, after=self._start.last_event)
         stack.callback(setattr, self._line, "on_event_stored", lambda _seq: None)
         return await self._run_journaled(self._events, manifests, received, rebuilt=rebuilt)

@@ -23,6 +23,7 @@ import pytest
 import trio
 from globus_sdk import GlobusError, TransferData
 
+from agent import local_socket
 from agent.cli.relay_client import Relay, document_of
 from agent.demo.children import Child, warden
 from agent.demo.world import AGENTS, World, open_world
@@ -151,7 +152,7 @@ class StoppedWorld:
         (self.stops / "draft").rename(self.stops / "armed")
         async with trio.open_nursery() as nursery:
             submitted: list[str] = []
-            nursery.start_soon(self._submit, tree, place, submitted)
+            nursery.start_soon(self._submit_into, tree, place, submitted)
             with trio.fail_after(PATIENCE):
                 while not (stopped := self._stopped()) and not (submitted and await self._ended(submitted[0])):
                     await trio.sleep(0.02)
@@ -171,7 +172,7 @@ class StoppedWorld:
                 for child in again:
                     await child.start()
         (task_id,) = submitted
-        document = await self._until_ended(task_id)
+        document = await self.until_ended(task_id)
         assert document["status"] == "SUCCEEDED", (str(outcome), document)
         assert tree_of(self.destination / place) == expected, str(outcome)
         if stopped and victims != "relay":
@@ -180,7 +181,7 @@ class StoppedWorld:
             outcome.resumed = min(moves) - restarted if moves else None
         outcome.again = self._sent_again(task_id, document)
         assert outcome.again <= MOST_AGAIN, str(outcome)
-        outcome.codes = await self._codes(task_id)
+        outcome.codes = await self.codes(task_id)
         for once in ("STARTED", "SUCCEEDED"):
             assert outcome.codes.count(once) == 1, str(outcome)
         return outcome
@@ -214,9 +215,27 @@ class StoppedWorld:
         counted = (self.world.sites["beta"].state_dir / "tasks" / task_id / "received").read_bytes()
         return max(0, int.from_bytes(counted, "little") - int(document["bytes_transferred"]))
 
+    def slow(self, seconds: float) -> None:
+        """Let sources need this long for each block from now on."""
+        (self.stops / "slow.draft").write_text(str(seconds))
+        (self.stops / "slow.draft").rename(self.stops / "slow")
+
+    async def known_to_beta(self, task_id: str) -> int:
+        """Bytes done by beta's own account, whether or not there is a relay."""
+        state_dir = self.world.sites["beta"].state_dir
+        status = await trio.to_thread.run_sync(local_socket.ask, state_dir, "GET", "/status")
+        return max(
+            (int(row["counters"]["bytes_transferred"]) for row in status["tasks"] if row["task_id"] == task_id),
+            default=0,
+        )
+
     # --- the relay -------------------------------------------------------------------------------------
 
-    async def _submit(self, tree: str, place: str, submitted: list[str]) -> None:
+    async def _submit_into(self, tree: str, place: str, submitted: list[str]) -> None:
+        submitted.append(await self.submit(tree, place))
+
+    async def submit(self, tree: str, place: str) -> str:
+        """Have a folder of alpha's transferred to beta; the task's id."""
         data = TransferData(
             *(self.world.sites[name].collection_id for name in AGENTS),
             verify_checksum=True,
@@ -225,7 +244,12 @@ class StoppedWorld:
         )
         data.add_item(f"/{tree}/", f"/{place}/", recursive=True)
         answer = await self.ask(lambda relay: document_of(relay.transfer.submit_transfer(data)))
-        submitted.append(answer["task_id"])
+        return str(answer["task_id"])
+
+    async def show(self, task_id: str) -> dict[str, Any]:
+        """The task's document."""
+        document: dict[str, Any] = await self.ask(lambda relay: document_of(relay.transfer.get_task(task_id)))
+        return document
 
     async def ask(self, question: Any) -> Any:
         """The relay's answer; one that is away or stands still is asked again."""
@@ -239,19 +263,19 @@ class StoppedWorld:
     async def _ended(self, task_id: str) -> bool:
         # While the relay stands still nobody waits for its answer here.
         with trio.move_on_after(1.0):
-            document = await self.ask(lambda relay: document_of(relay.transfer.get_task(task_id)))
-            return bool(document["status"] != "ACTIVE")
+            return bool((await self.show(task_id))["status"] != "ACTIVE")
         return False
 
-    async def _until_ended(self, task_id: str) -> dict[str, Any]:
+    async def until_ended(self, task_id: str) -> dict[str, Any]:
+        """The task's document at its end."""
         with trio.fail_after(2 * PATIENCE):
             while True:
-                document: dict[str, Any] = await self.ask(lambda relay: document_of(relay.transfer.get_task(task_id)))
+                document = await self.show(task_id)
                 if document["status"] != "ACTIVE":
                     return document
                 await trio.sleep(0.05)
 
-    async def _codes(self, task_id: str) -> list[str]:
+    async def codes(self, task_id: str) -> list[str]:
         """Codes of the task's events, oldest first."""
 
         def question(relay: Relay) -> list[str]:

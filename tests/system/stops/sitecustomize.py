@@ -3,11 +3,13 @@
 Python loads this by itself in every process whose ``PYTHONPATH`` names this folder (see the standard module `site`);
 the product knows nothing of it. Without the variable ``STOPS_DIRECTORY`` nothing happens. With it the functions below
 are wrapped: whoever has just done a step looks whether the file ``armed`` in that directory names the step, and the
-actor it is. If so the process makes the file ``reached`` and stops (SIGSTOP) before the next instruction.
+actor it is. If so the process makes the file ``reached`` and stops (SIGSTOP) before the next instruction. A number in
+the file ``slow`` makes sources slow.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import inspect
@@ -80,6 +82,7 @@ STEPS: dict[str, list[tuple[str, str, str]]] = {
 }
 # What shows that a task moves (again): bytes written, names given, the end told.
 MOVES = {"written", "renamed", "end told"}
+SLOW_STEP = "block read"
 
 
 class Stops:
@@ -94,6 +97,8 @@ class Stops:
         """A step is done: stop here, if that is wanted."""
         if step in MOVES:
             self._note(f"moved-{os.getpid()}")
+        if step == SLOW_STEP:
+            self._go_slowly()
         try:
             armed = json.loads((DIRECTORY / "armed").read_bytes())
         except (OSError, ValueError):
@@ -107,6 +112,11 @@ class Stops:
         if self._note("reached"):
             # To this thread, which does nothing more then; all others stop with it.
             signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
+
+    def _go_slowly(self) -> None:
+        """While the file ``slow`` says so, each block takes this long (seconds) to read."""
+        with contextlib.suppress(OSError, ValueError):
+            time.sleep(float((DIRECTORY / "slow").read_text()))
 
     def _note(self, name: str) -> bool:
         """Make a file, whole at once; whether it was not there before."""
