@@ -43,6 +43,8 @@ from agent.local_gate import LOOPBACK_FILE, Loopback, listen_on_loopback
 from agent.local_server import serve_local
 from agent.lock import RENEW_EVERY, InstanceLock, held
 from agent.manners import Manners
+from agent.meter.exposition import AgentNumbers, exposition
+from agent.meter.publish import Publisher
 from agent.policy import Policy
 from agent.sdnotify import Notifier
 from agent.system.processes import ENDING, RELOADING
@@ -126,6 +128,7 @@ class Daemon:
             relay_url,
             self._moves_data,
         )
+        self._publisher = Publisher(lambda: self._read.metrics, self._metrics)
         self._manners = Manners(lambda: self._read.manners, self._hold_back)
         self._link = Link(
             relay_url,
@@ -200,6 +203,7 @@ class Daemon:
                 nursery.start_soon(self._watch.run)
                 nursery.start_soon(self._update.run)
                 nursery.start_soon(self._manners.run)
+                nursery.start_soon(self._publisher.run)
                 sentence = f"Serving {len(self._policy.collections)} collection(s) from port {self._tasks.port}."
                 logger.info(sentence)
                 notifier.ready(sentence)
@@ -326,6 +330,23 @@ class Daemon:
             "tasks": self._tasks.tasks(),
         }
         return cast("dict[str, Any]", msgspec.to_builtins(document))
+
+    def _metrics(self) -> str:
+        transfer, allotment = self._tasks.statistics(), self._node.allotment
+        limits = allotment.in_force()
+        numbers = AgentNumbers(
+            version=version("towpath"),
+            linked=self._link.statistics().connected,
+            paused=self._policy.paused,
+            running=transfer.running,
+            sessions=transfer.sessions,
+            refused=transfer.refused,
+            received=allotment.moved["receive"],
+            sent=allotment.moved["send"],
+            receive_limit=limits.receive,
+            send_limit=limits.send,
+        )
+        return exposition(numbers, self._tasks.tasks())
 
     async def reload(self) -> str:
         """Read the configuration again; a sentence on what changed. Transfers go on.

@@ -240,6 +240,29 @@ class Counters(Record, frozen=True, kw_only=True):
     scan_complete: bool = False
 
 
+class LaneFlow(Record, frozen=True, kw_only=True):
+    """One lane of a running task: content bytes a second, round-trip time in seconds where it is known, and packets
+    sent again so far."""
+
+    lane: int
+    goodput: float = 0.0
+    rtt: float | None = None
+    retransmissions: int = 0
+
+
+class Flow(Record, frozen=True, kw_only=True):
+    """How the content of a running task flows at the moment. ``limited_by`` is what holds it up: ``source disk``,
+    ``source CPU``, ``network``, ``destination CPU``, ``destination disk``, ``a limit``, ``planning``, or empty when
+    that is not known; ``rate_limit`` is the limit in force (bytes a second) and ``limit_of`` whose it is."""
+
+    limited_by: str = ""
+    goodput: float = 0.0
+    files_per_second: float = 0.0
+    rate_limit: int | None = None
+    limit_of: str = ""
+    lanes: list[LaneFlow] = []
+
+
 class TaskObserved(Record, frozen=True, kw_only=True):
     """The agent's observed state of a task. ``status_code`` is OK, QUEUED or the code of what holds it up."""
 
@@ -255,6 +278,7 @@ class TaskObserved(Record, frozen=True, kw_only=True):
     path: str = ""
     error_code: str = ""
     completion_time: str | None = None
+    flow: Flow | None = None
 
 
 class TaskList(Record, frozen=True, kw_only=True):

@@ -48,6 +48,9 @@ Extent = tuple[int, int]
 # Abilities a source may announce in its `HelloAnswer`.
 EXTENTS = "extents"
 BLOCK_DIGESTS = "block digests"
+LANE_READINGS = "lane readings"
+# Lanes in one answer to `ReadLanes`, and times of each.
+MAX_READINGS, LANE_TIMES = 256, 5
 # Digests of blocks in one answer.
 MAX_DIGESTS = 1024
 
@@ -169,6 +172,12 @@ class DigestBlocks(Message, tag="blocks", frozen=True):
     follow: bool = False
 
 
+class ReadLanes(Message, tag="lanes", frozen=True):
+    """Ask what the source measures of the session's lanes; only of a source with the ability `LANE_READINGS`."""
+
+    r: int
+
+
 class Abandon(Message, tag="abandon", frozen=True):
     """The answer to a request is no longer wanted."""
 
@@ -195,6 +204,7 @@ Request = (
     | DigestFile
     | FindExtents
     | DigestBlocks
+    | ReadLanes
     | Abandon
     | RenewTicket
     | Ping
@@ -254,6 +264,30 @@ class BlockDigests(Message, tag="digests", frozen=True):
     digests: list[bytes]
 
 
+class LaneReading(msgspec.Struct, array_like=True, frozen=True):
+    """What a source measures of one lane. All times are seconds since the lane's beginning: what its thread did (idle,
+    held back by a limit, reading, digesting, sending), and what the kernel says of its sender: in how much of the time
+    there was something to send (null: unknown), and the receiver's window was in the way."""
+
+    lane: int
+    content: int
+    times: list[float]
+    rtt: float | None = None
+    retransmissions: int = 0
+    busy: float | None = None
+    window: float = 0.0
+
+
+class LaneReadings(Message, tag="readings", frozen=True):
+    """Answer to `ReadLanes`. ``processor``: seconds of processor time of the source's process so far, ``now``: its
+    clock."""
+
+    r: int
+    now: float
+    processor: float
+    lanes: list[LaneReading]
+
+
 class Failed(Message, tag="failed", frozen=True):
     """A request failed; ``error`` is an error document. With ``r`` 0 the whole session is refused."""
 
@@ -265,7 +299,7 @@ class Pong(Message, tag="pong", frozen=True):
     """Answer to `Ping`."""
 
 
-Answer = HelloAnswer | Rows | Stats | Digest | Extents | BlockDigests | Failed | Pong
+Answer = HelloAnswer | Rows | Stats | Digest | Extents | BlockDigests | LaneReadings | Failed | Pong
 
 _encoder = msgspec.msgpack.Encoder()
 _request_decoder = msgspec.msgpack.Decoder(Request)
@@ -343,6 +377,18 @@ def path_untrusted(raw: bytes) -> CollectionPath:
     if any(is_reserved(component) for component in path):
         raise ProtocolError("A temporary was asked for.", code="ILLEGAL_NAME")
     return path
+
+
+def check_readings_untrusted(readings: LaneReadings) -> None:
+    """Refuse what no honest source measures. Raises only `ProtocolError`."""
+    numbers = [readings.now, readings.processor]
+    for lane in readings.lanes:
+        numbers += [*lane.times, lane.rtt or 0.0, lane.busy or 0.0, lane.window]
+        counts = (lane.lane, lane.content, lane.retransmissions)
+        if len(lane.times) != LANE_TIMES or not all(0 <= count < 2**63 for count in counts):
+            raise ProtocolError("The source reports impossible readings of a lane.")
+    if len(readings.lanes) > MAX_READINGS or not all(0 <= number < 1e12 for number in numbers):
+        raise ProtocolError("The source reports impossible readings.")
 
 
 def check_blocks_untrusted(request: DigestBlocks) -> None:

@@ -154,11 +154,32 @@ def _task_rows(document: Mapping[str, Any]) -> list[tuple[str, object]]:
         rows.append(("Path", ours["path"]))
     if isinstance(ours, dict) and ours.get("bandwidth_limit"):
         rows.append(("Bandwidth limit", rate_text(ours["bandwidth_limit"])))
+    flow = beside(document).get("flow")
+    if isinstance(flow, Mapping):
+        rows += flow_rows(flow)
     rows.append(("Rate", f"{human_bytes(int(document.get('effective_bytes_per_second') or 0))}/s"))
     rows.append(("Sent again", human_bytes(int(beside(document).get("bytes_sent_again") or 0))))
     error = document.get("fatal_error")
     if isinstance(error, Mapping):
         rows.append(("Fatal error", f"{error.get('code')}: {error.get('description')}"))
+    return rows
+
+
+def flow_rows(flow: Mapping[str, Any]) -> list[tuple[str, object]]:
+    """How the content flows at the moment: speed, what holds it up, and the lanes."""
+    rows: list[tuple[str, object]] = [("Goodput now", f"{human_bytes(int(flow.get('goodput') or 0))}/s")]
+    rows.append(("Files per second", f"{flow.get('files_per_second') or 0:.1f}"))
+    held_up_by = str(flow.get("limited_by") or "")
+    if flow.get("rate_limit"):
+        held_up_by += f" ({rate_text(flow['rate_limit'])}, of the {flow.get('limit_of') or 'agent'})"
+    rows.append(("Limited by", held_up_by.strip() or "unknown"))
+    for lane in flow.get("lanes") or []:
+        text = f"{human_bytes(int(lane.get('goodput') or 0))}/s"
+        if lane.get("rtt") is not None:
+            text += f", round trip {lane['rtt'] * 1000:.3g} ms"
+        if lane.get("retransmissions"):
+            text += f", {lane['retransmissions']} packets sent again"
+        rows.append((f"Lane {lane.get('lane')}", text))
     return rows
 
 

@@ -61,6 +61,7 @@ __all__ = [
     "LimitsConfig",
     "LogConfig",
     "MannersConfig",
+    "MetricsConfig",
     "Problem",
     "RelayConfig",
     "UpdateConfig",
@@ -208,6 +209,18 @@ class LogConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MetricsConfig:
+    """Where the agent's numbers can be read, in Prometheus's text format; nowhere unless configured."""
+
+    port: int | None = setting(
+        OrNull(Number(1, 65535)), None, doc="Answer http://127.0.0.1:PORT/metrics, to everybody on this machine."
+    )
+    textfile: Path | None = setting(
+        OrNull(FilePath()), None, doc="Write them to this file, for the node exporter's textfile collector (*.prom)."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class MannersConfig:
     """When transfers of this machine wait by themselves."""
 
@@ -324,6 +337,7 @@ class AgentConfig:
     data: DataConfig = setting(Section(DataConfig), doc="The data port: other agents connect here to move data.")
     limits: LimitsConfig = setting(Section(LimitsConfig), doc="How much of this machine transfers may use.")
     log: LogConfig = setting(Section(LogConfig), doc="The agent's log.")
+    metrics: MetricsConfig = setting(Section(MetricsConfig), doc="The agent's numbers, for Prometheus.")
     manners: MannersConfig = setting(Section(MannersConfig), doc="When transfers of this machine wait by themselves.")
     update: UpdateConfig = setting(Section(UpdateConfig), doc="Updates of an agent that was installed from a bundle.")
     watch: tuple[WatchConfig, ...] = setting(

@@ -11,26 +11,52 @@ from __future__ import annotations
 import contextlib
 import socket
 import struct
+from dataclasses import dataclass
 
 # Round-trip times from here on (seconds) are a path and not a local network.
 LONG_PATH = 0.003
-# Where `tcpi_rtt` lies in `struct tcp_info` (linux/tcp.h): microseconds.
+# `struct tcp_info` (linux/tcp.h), as far as it is of use here. Times are microseconds.
 _RTT = struct.Struct("=68xI")
+# Offsets of `tcpi_total_retrans` and of `tcpi_busy_time` with `tcpi_rwnd_limited` behind it.
+_RETRANSMISSIONS, _BUSY, _FULL = 100, 168, 184
+_LENGTH = 256
 
 
-def round_trip_time(sock: socket.socket) -> float | None:
-    """The smoothed round-trip time in seconds, or None where the system does not tell (or it is no TCP socket)."""
+@dataclass(frozen=True)
+class TcpFacts:
+    """What the kernel knows of a connection. Times in seconds; those of the sender count since its beginning: in how
+    much of it there was something to send (``busy``), and the receiver's window was in the way (``window``)."""
+
+    rtt: float | None
+    retransmissions: int = 0
+    busy: float | None = None
+    window: float = 0.0
+
+
+def tcp_facts(sock: socket.socket) -> TcpFacts | None:
+    """None where the system does not tell, for what is no TCP socket, and for one that is closed."""
     option = getattr(socket, "TCP_INFO", None)
     if option is None:
         return None
     try:
-        info = sock.getsockopt(socket.IPPROTO_TCP, option, 128)
+        info = sock.getsockopt(socket.IPPROTO_TCP, option, _LENGTH)
     except OSError:
         return None
     if len(info) < _RTT.size:
         return None
-    (microseconds,) = _RTT.unpack_from(info)
-    return int(microseconds) / 1e6 or None
+    (rtt,) = _RTT.unpack_from(info)
+    # Older kernels, and other systems, know less.
+    if len(info) < _FULL:
+        return TcpFacts(rtt / 1e6 or None)
+    (retransmissions,) = struct.unpack_from("=I", info, _RETRANSMISSIONS)
+    busy, window = struct.unpack_from("=QQ", info, _BUSY)
+    return TcpFacts(rtt / 1e6 or None, retransmissions, busy / 1e6, window / 1e6)
+
+
+def round_trip_time(sock: socket.socket) -> float | None:
+    """The smoothed round-trip time in seconds, or None where the system does not tell (or it is no TCP socket)."""
+    facts = tcp_facts(sock)
+    return None if facts is None else facts.rtt
 
 
 def tune_sender(sock: socket.socket) -> None:

@@ -6,9 +6,10 @@ all may move (`shares`), or the limit of its own task if that is less.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Literal
 
@@ -51,11 +52,14 @@ class Worker:
     # Its clock, what it had moved and how long it had waited when it last spoke; what it wanted since the time before.
     said: tuple[float, int, float]
     wanted: float = float("inf")
+    # All that was moved in its direction, by all workers since the start.
+    totals: Counter[Direction] = field(default_factory=Counter)
 
     def note(self, moved: int, waited: float) -> None:
         """What it says of itself, both counted since its start."""
         now = trio.current_time()
         before, self.said = self.said, (now, moved, waited)
+        self.totals[self.direction] += moved - before[1]
         self.wanted = demand(moved - before[1], now - before[0], waited - before[2])
 
     def demand(self, now: float) -> float:
@@ -77,12 +81,13 @@ class Allotment:
         self._limits = limits
         self._clock = clock
         self._workers: list[Worker] = []
+        # Content bytes that were moved since the start.
+        self.moved: Counter[Direction] = Counter()
         self._wake = trio.Event()
 
     def begin(self, direction: Direction, task_rate: Callable[[], int | None]) -> Allowance:
         """What a worker that starts now may do until it is told more: an even share."""
-        limits = self._limits()
-        rates = in_force(limits.bandwidth, self._clock())
+        limits, rates = self._limits(), self.in_force()
         total = rates.receive if direction == "receive" else rates.send
         others = sum(worker.direction == direction for worker in self._workers)
         return _least(None if total is None else total / (others + 1), rates.task, task_rate(), limits.lanes)
@@ -92,7 +97,7 @@ class Allotment:
         self, direction: Direction, task_rate: Callable[[], int | None], begun: Allowance, tell: Tell
     ) -> Iterator[Worker]:
         """Have a worker take part; ``begun`` is what it was told at its start."""
-        worker = Worker(direction, task_rate, tell, begun, (trio.current_time(), 0, 0.0))
+        worker = Worker(direction, task_rate, tell, begun, (trio.current_time(), 0, 0.0), totals=self.moved)
         self._workers.append(worker)
         self.changed()
         try:
@@ -100,6 +105,10 @@ class Allotment:
         finally:
             self._workers.remove(worker)
             self.changed()
+
+    def in_force(self) -> BandwidthConfig | BandwidthEntry:
+        """The owner's limits that count now."""
+        return in_force(self._limits().bandwidth, self._clock())
 
     def changed(self) -> None:
         """Limits, tasks or workers are others than before: divide at once."""
@@ -119,8 +128,7 @@ class Allotment:
 
     def divided(self, now: float) -> list[tuple[Worker, Allowance]]:
         """Whom to tell what."""
-        limits = self._limits()
-        rates = in_force(limits.bandwidth, self._clock())
+        limits, rates = self._limits(), self.in_force()
         news = []
         totals: tuple[tuple[Direction, int | None], ...] = (("receive", rates.receive), ("send", rates.send))
         for direction, total in totals:

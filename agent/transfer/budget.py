@@ -17,18 +17,34 @@ class Budget:
         self.total = total
         self.used = 0
         self._lot = trio.lowlevel.ParkingLot()
+        self._blocked = 0.0
+        self._since: float | None = None
+
+    @property
+    def blocked(self) -> float:
+        """Seconds so far in which somebody waited for room."""
+        return self._blocked + (0.0 if self._since is None else trio.current_time() - self._since)
 
     async def acquire(self, amount: int) -> None:
         """Wait until ``amount`` more fits; something larger than the whole budget waits until it is alone."""
         amount = min(amount, self.total)
         await trio.lowlevel.checkpoint()
         while self.used + amount > self.total or len(self._lot):
-            await self._lot.park()
+            await self._park()
             if self.used + amount <= self.total:
                 break
         self.used += amount
         if self.used < self.total:
             self._lot.unpark()
+
+    async def _park(self) -> None:
+        if self._since is None:
+            self._since = trio.current_time()
+        try:
+            await self._lot.park()
+        finally:
+            if not len(self._lot) and self._since is not None:
+                self._blocked, self._since = self.blocked, None
 
     def release(self, amount: int) -> None:
         """Give back what `acquire` took. Must be called in the trio thread."""

@@ -13,10 +13,12 @@ from dataclasses import dataclass, field
 
 import trio
 
+from agent.meter.lane import LaneMeter
+from agent.transfer.end_game import STALLED, LaneSpeed, slowest, twin_of
 from agent.transfer.jobs import FileJob, LargeFile, PackRequest, RangeRequest, Request
 from agent.transfer.source_session import SourceSession
 from protocol.errors import TowpathError
-from protocol.session import PackFile, ReadPack, ReadRange
+from protocol.session import Abandon, PackFile, ReadPack, ReadRange
 
 # Bytes asked for on one lane and not yet arrived: enough that a lane always has work, at any round-trip time.
 LANE_WINDOW = 24 * 1024 * 1024
@@ -32,6 +34,9 @@ class LaneWork:
     number: int
     outstanding: dict[int, Request] = field(default_factory=dict)
     size: int = 0
+    speed: LaneSpeed = field(default_factory=LaneSpeed)
+    # It was without work at the last measurement, too.
+    idle: bool = False
     # Set for a lane that gets no more work; the event says that it has nothing left.
     drained: trio.Event | None = None
 
@@ -53,6 +58,10 @@ class Fetcher:
         self._session = session
         self._ready: deque[Request] = deque()
         self._lanes: dict[int, LaneWork] = {}
+        # Requests that were delivered on another lane, while the thread of this one may still be at work on them.
+        self._leaving: dict[int, tuple[int, Request]] = {}
+        # Requests that were asked for a second time, so far.
+        self.rescued = 0
         self._on_range_lost = on_range_lost
         self._on_file_idle = on_file_idle
         self._on_job_failed = on_job_failed
@@ -96,9 +105,65 @@ class Fetcher:
     def lanes(self) -> int:
         return len(self._lanes)
 
-    def add_lane(self, number: int) -> None:
-        self._lanes[number] = LaneWork(number)
+    def add_lane(self, number: int, meter: LaneMeter | None = None) -> None:
+        self._lanes[number] = LaneWork(number, speed=LaneSpeed(meter))
         self._dispatch()
+
+    def measure(self, now: float) -> list[int]:
+        """Look how fast the lanes are; have slow ones relieved when there is nothing else to do. Returns the lanes from
+        which nothing comes any more although they have work."""
+        moving = {lane.number for lane in self._lanes.values() if lane.speed.measure(now, works=bool(lane.outstanding))}
+        stalled = [
+            lane.number
+            for lane in self._lanes.values()
+            if lane.outstanding and moving - {lane.number} and now - lane.speed.heard > STALLED
+        ]
+        for lane in list(self._lanes.values()):
+            if lane.idle:
+                self._rescue(lane)
+            lane.idle = not lane.outstanding
+        return stalled
+
+    def _rescue(self, lane: LaneWork) -> None:
+        """Have a lane without work ask again for what another one is slow with."""
+        if self._ready or lane.outstanding or lane.drained is not None:
+            return
+        others = [(each.speed.rate, each.outstanding.values()) for each in self._lanes.values() if each is not lane]
+        rates = [rate for rate, _ in others if rate is not None]
+        request = slowest(others, lane.speed.rate or max(rates, default=None))
+        if request is None:
+            return
+        twin = twin_of(request, self._session.number())
+        if isinstance(twin, RangeRequest):
+            twin.file.open_ranges += 1
+        self.rescued += 1
+        self._give(lane, twin)
+
+    def _give(self, lane: LaneWork, request: Request) -> None:
+        lane.outstanding[request.r] = request
+        lane.size += request.size
+        lane.idle = False
+        self.requests[request.r] = request
+        self._send(lane.number, request)
+
+    def _has_living_twin(self, request: Request) -> bool:
+        return request.twin is not None and request.twin.r in self.requests
+
+    def _abandon(self, request: Request) -> None:
+        """Everything of it came on another lane: what still comes of it is discarded."""
+        self.requests.pop(request.r, None)
+        for lane in self._lanes.values():
+            if lane.outstanding.pop(request.r, None) is not None:
+                lane.size -= request.size
+                self._leaving[request.r] = (lane.number, request)
+                self._session.post(Abandon(request.r))
+                self._look_whether_drained(lane)
+
+    def _left(self, r: int) -> None:
+        """The lane's thread has nothing to do any more with a request that was abandoned."""
+        _, request = self._leaving.pop(r, (0, None))
+        if isinstance(request, RangeRequest):
+            self._range_ended(request.file)
 
     async def retire_lane(self, number: int) -> None:
         """Give a lane no more work, and wait until it has delivered what was asked of it."""
@@ -118,6 +183,8 @@ class Fetcher:
         lane = self._lanes.pop(number, None)
         if lane is None:
             return False
+        for r in [r for r, (on, _) in self._leaving.items() if on == number]:
+            self._left(r)
         for request in reversed(lane.outstanding.values()):
             self.requests.pop(request.r, None)
             rest = self._rest(request)
@@ -130,11 +197,14 @@ class Fetcher:
         number = self._session.number()
         if isinstance(request, RangeRequest):
             offset, length = request.offset + request.arrived, request.length - request.arrived
-            if not length:
+            if not length or self._has_living_twin(request):
                 self._range_ended(request.file)
                 return None
-            return RangeRequest(number, request.file, offset, length)
-        jobs = [job for index, job in enumerate(request.jobs) if index not in request.seen]
+            # What a twin delivered before it was lost is known by its owner.
+            return RangeRequest(number, request.file, offset, length, owners=request.owners)
+        if self._has_living_twin(request):
+            return None
+        jobs = [job for index, job in enumerate(request.jobs) if index not in request.owners]
         if not jobs:
             return None
         return PackRequest(number, jobs, sum(job.row.size for job in jobs))
@@ -142,20 +212,24 @@ class Fetcher:
     def _dispatch(self) -> None:
         while self._ready:
             open_lanes = (lane for lane in self._lanes.values() if lane.drained is None)
-            lane = min(open_lanes, key=lambda lane: lane.size, default=None)
+            lane = min(open_lanes, key=self._busy_for, default=None)
             if lane is None or (lane.outstanding and lane.size + self._ready[0].size > LANE_WINDOW):
                 return
             request = self._ready.popleft()
             if isinstance(request, RangeRequest) and request.file.failed:
-                self._on_range_lost(request.file, request.length)
+                self._on_range_lost(request.file, _undelivered(request))
                 self._range_ended(request.file)
                 continue
-            lane.outstanding[request.r] = request
-            lane.size += request.size
-            self.requests[request.r] = request
-            self._send(lane.number, request)
+            self._give(lane, request)
         if self.hungry:
             self._on_hungry()
+
+    def _busy_for(self, lane: LaneWork) -> float:
+        """For how long a lane has work, compared with others."""
+        known = [each.speed.rate for each in self._lanes.values() if each.speed.rate]
+        usual = sum(known) / len(known) if known else 1.0
+        # A slow lane keeps a little work, or nobody would learn when it is faster again.
+        return lane.size / max(lane.speed.rate or usual, usual / 16)
 
     def _send(self, lane: int, request: Request) -> None:
         if isinstance(request, RangeRequest):
@@ -186,22 +260,37 @@ class Fetcher:
     def done(self, lane_number: int, r: int) -> None:
         """A request has arrived whole."""
         request = self._take(lane_number, r)
+        if request is None:
+            self._left(r)
+            return
         if isinstance(request, RangeRequest):
             self._range_ended(request.file)
+        twin = request.twin
+        if twin is not None:
+            self._abandon(twin)
         self._dispatch()
+        lane = self._lanes.get(lane_number)
+        if twin is not None and lane is not None:
+            # The end is near: do not wait for the next measurement.
+            self._rescue(lane)
 
     def failed(self, lane_number: int, r: int, error: TowpathError) -> None:
         """The source could not serve a request (to its end)."""
         request = self._take(lane_number, r)
+        if request is None:
+            self._left(r)
+            return
+        alone = not self._has_living_twin(request)
         if isinstance(request, RangeRequest):
             file = request.file
             file.failed = True
             file.error = file.error or error
-            self._on_range_lost(file, request.length - request.arrived)
+            if alone:
+                self._on_range_lost(file, _undelivered(request))
             self._range_ended(file)
-        elif request is not None:
+        elif alone:
             for index, job in enumerate(request.jobs):
-                if index not in request.seen:
+                if index not in request.owners:
                     self._on_job_failed(job, error)
         self._dispatch()
 
@@ -218,3 +307,10 @@ class Fetcher:
         file.open_ranges -= 1
         if not file.open_ranges:
             self._on_file_idle(file)
+
+
+def _undelivered(request: RangeRequest) -> int:
+    """Bytes of a range that no lane has delivered."""
+    block = request.file.block
+    offsets = range(request.offset, request.offset + request.length, block)
+    return sum(request.file.length_of(offset // block) for offset in offsets if offset not in request.owners)

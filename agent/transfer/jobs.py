@@ -159,8 +159,12 @@ class PackRequest:
     r: int
     jobs: list[FileJob]
     size: int
-    # Indices that have arrived or failed; what is missing is asked for again when the lane is lost.
+    # Indices that have arrived or failed on this lane.
     seen: set[int] = field(default_factory=set)
+    # Which request each index was first delivered by; shared with a twin (see `Fetcher.rescue`), so that what comes
+    # twice counts once. `dict.setdefault` is one step for all threads.
+    owners: dict[int, int] = field(default_factory=dict)
+    twin: PackRequest | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -173,6 +177,9 @@ class RangeRequest:
     length: int
     # How far the range has arrived, in bytes from ``offset``; blocks of a range arrive in order.
     arrived: int = 0
+    # The same for offsets of blocks, in a `RangeRequest`.
+    owners: dict[int, int] = field(default_factory=dict)
+    twin: RangeRequest | None = None
 
     @property
     def size(self) -> int:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from agent.meter.lane import LaneMeter
 from agent.transfer.lane_count import LaneCount
 from agent.transfer.receive import LaneReceiver
 from agent.transfer.source_session import SessionLost
@@ -33,6 +34,10 @@ class Lanes:
         self._run = run
         self._open_lane = open_lane
         self.limit = limit
+        # What is measured of the lanes that are up.
+        self.meters: dict[int, LaneMeter] = {}
+        # Duplicates of their sockets, to shut them down without touching the TLS objects, which belong to the threads.
+        self._sockets: dict[int, socket.socket] = {}
         # Every lane by its number, with what tells it to finish what was asked of it and go.
         self._leave: dict[int, trio.Event] = {}
         self._nursery: trio.Nursery | None = None
@@ -69,6 +74,8 @@ class Lanes:
             # Where a limit holds the lanes back, another one changes nothing.
             before, waited = waited, pace.waited
             busy = run.fetcher.busy and waited - before < MEASURE_EVERY / 10
+            for number in run.fetcher.measure(trio.current_time()):
+                self._break(number)
             staying = [leave for leave in self._leave.values() if not leave.is_set()]
             received = run.context.received.value
             wanted = count.decide(trio.current_time(), received, len(staying), busy=busy)
@@ -76,6 +83,12 @@ class Lanes:
                 self._open()
             for leave in staying[wanted:]:
                 leave.set()
+
+    def _break(self, number: int) -> None:
+        """Nothing comes on this lane any more: another connection takes its place."""
+        sock = self._sockets.get(number)
+        if sock is not None:
+            _shut_down(sock)
 
     async def _keep(self, number: int) -> None:
         try:
@@ -109,14 +122,15 @@ class Lanes:
         """One life of a lane; returns when it broke, or True when it was told to leave."""
         run = self._run
         receiver = LaneReceiver(number, sock, run.context.root, run.fetcher.requests, run.settle, run, run.context.pace)
-        # Shutting down a duplicate ends the blocking read without touching the TLS object, which belongs to the thread.
-        duplicate = socket.socket(fileno=os.dup(sock.fileno()))
+        # Shutting a duplicate down ends the blocking read.
+        duplicate = self._sockets[number] = socket.socket(fileno=os.dup(sock.fileno()))
         try:
             async with trio.open_nursery() as nursery:
                 await nursery.start(call_on_cancel, lambda: _shut_down(duplicate))
                 nursery.start_soon(self._end, number, duplicate)
                 await trio.to_thread.run_sync(receiver.introduce, run.session.instance)
-                run.fetcher.add_lane(number)
+                self.meters[number] = receiver.meter
+                run.fetcher.add_lane(number, receiver.meter)
                 await trio.to_thread.run_sync(receiver.run)
         except* (OSError, RetryLater) as group:
             # A broken lane is not a broken session: what it had goes to the others. Broken rules are another matter.
@@ -124,6 +138,8 @@ class Lanes:
             if broken is not None:
                 raise first_error(broken) from None
         finally:
+            self.meters.pop(number, None)
+            self._sockets.pop(number, None)
             left = run.fetcher.drop_lane(number)
             duplicate.close()
             sock.close()

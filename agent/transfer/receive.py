@@ -11,6 +11,8 @@ import ssl
 from typing import Any, Protocol
 
 from agent.limits.pace import Pace
+from agent.meter.lane import LaneMeter
+from agent.meter.time_shares import Doing
 from agent.storage.base import Root
 from agent.storage.faults import fault
 from agent.transfer.jobs import BlocksWritten, FileJob, LargeFile, PackArrived, PackRequest, RangeRequest, Request
@@ -52,6 +54,8 @@ class LaneReceiver:
         self._settle = settle
         self._reports = reports
         self._pace = pace
+        self.meter = LaneMeter(sock)
+        self._now = self.meter.times.now
         self._prefix = memoryview(bytearray(lane.FRAME.size))
         # Both grow to the largest seen: a session of small blocks stays small.
         self._header = memoryview(bytearray(64 * 1024))
@@ -67,6 +71,7 @@ class LaneReceiver:
     def run(self) -> None:
         """Take frames until the lane ends. Raises OSError or `ProtocolError`, never returns otherwise."""
         while True:
+            self._now(Doing.NETWORK)
             header, payload = self._frame()
             if isinstance(header, lane.Block):
                 self._block(header, payload)
@@ -94,10 +99,20 @@ class LaneReceiver:
         self._pace.moved(len(view))
         while len(view) and self._pace.limited:
             piece = view[: self._pace.piece]
+            self._now(Doing.LIMITED)
             self._pace.take(len(piece))
+            self._now(Doing.NETWORK)
             self._read_exactly(piece)
+            self.meter.content += len(piece)
             view = view[len(piece) :]
-        self._read_exactly(view)
+        received, total = 0, len(view)
+        receive, meter = self._socket.recv_into, self.meter
+        while received < total:
+            count = receive(view[received:], total - received)
+            if not count:
+                raise RetryLater("The source closed a lane.", code="CONNECTION_LOST")
+            received += count
+            meter.content += count
 
     def _frame(self) -> tuple[lane.AnyHeader, memoryview]:
         self._read_exactly(self._prefix)
@@ -124,6 +139,7 @@ class LaneReceiver:
         self._reports.received(len(payload))
         if not isinstance(request, RangeRequest):
             # Abandoned meanwhile: a source may not know yet.
+            self._reports.request_done(self.number, header.r)
             return
         file = request.file
         if header.offset != request.offset + request.arrived or len(payload) > request.length - request.arrived:
@@ -131,8 +147,15 @@ class LaneReceiver:
         index, rest = divmod(header.offset, file.block)
         if rest or len(payload) != file.length_of(index):
             raise ProtocolError("The source sent a block of the wrong size.")
+        self._now(Doing.DIGEST)
         if lane.digest(payload) != header.digest:
             raise ProtocolError("A block arrived damaged: its digest does not match.")
+        if request.owners.setdefault(header.offset, request.r) != request.r:
+            # Another lane was faster.
+            request.arrived += len(payload)
+            self._ended(header, request)
+            return
+        self._now(Doing.STORAGE)
         if not file.failed:
             try:
                 self._write(file.descriptor, payload, header.offset)
@@ -145,8 +168,12 @@ class LaneReceiver:
             self._reports.blocks_settled(len(payload))
         else:
             waiting = file.add_unchecked(index, header.digest)
-        if waiting * file.block >= CHECK_AFTER or header.last:
+        # With a twin another lane may have said already that everything is here.
+        if waiting * file.block >= CHECK_AFTER or header.last or request.twin is not None:
             self._settle.put(BlocksWritten(file))
+        self._ended(header, request)
+
+    def _ended(self, header: lane.Block, request: RangeRequest) -> None:
         if header.last:
             if request.arrived != request.length:
                 raise ProtocolError("The source ended a range early.")
@@ -163,7 +190,9 @@ class LaneReceiver:
         request = self._requests.get(header.r)
         self._reports.received(len(payload))
         if not isinstance(request, PackRequest):
+            self._reports.request_done(self.number, header.r)
             return
+        self._now(Doing.DIGEST)
         arrived = PackArrived([], [], [])
         offset = 0
         for packed in header.files:
@@ -172,6 +201,10 @@ class LaneReceiver:
                 raise ProtocolError("The source sent a file that was not asked for.")
             job = request.jobs[index]
             request.seen.add(index)
+            # Another lane may have been faster.
+            first = request.owners.setdefault(index, request.r) == request.r
+            if packed.error is not None and not first:
+                continue
             if packed.error is not None:
                 self._reports.job_failed(job, error_from_document_untrusted(packed.error))
                 continue
@@ -181,6 +214,8 @@ class LaneReceiver:
             if lane.digest(content) != packed.digest:
                 raise ProtocolError("A file arrived damaged: its digest does not match.")
             offset += size
+            if not first:
+                continue
             arrived.jobs.append(job)
             arrived.contents.append(content)
             arrived.digests.append(packed.digest)

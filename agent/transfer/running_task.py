@@ -371,6 +371,11 @@ class RunningTask:
             raise RetryLater(f"No connection to the source could be made: {error}.", code="CONNECT_FAILED") from error
 
     async def _connect(self, channel: Channel, message: Connect) -> None:
+        """Answer a worker's wish. One that has ended meanwhile is noticed by whoever listens to it."""
+        with contextlib.suppress(ChannelClosed):
+            await self._connect_for(channel, message)
+
+    async def _connect_for(self, channel: Channel, message: Connect) -> None:
         paths = self._paths
         if paths is None:
             error = TaskFailed("A delete has no source.")

@@ -10,9 +10,11 @@ import queue
 import socket
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from agent.limits.pace import Pace
+from agent.meter.lane import LaneMeter
+from agent.meter.time_shares import Doing
 from agent.storage.base import Directory, Root, version_of
 from agent.storage.faults import fault
 from protocol import lane
@@ -33,9 +35,11 @@ class LaneRequest:
     path: CollectionPath
     paths: tuple[CollectionPath, ...]
     refused: TowpathError | None = None
+    # Numbers of requests that the destination wants no more, shared by all of a session.
+    abandoned: set[int] = field(default_factory=set)
 
 
-Join = Callable[[bytes, int], "queue.SimpleQueue[LaneRequest | None]"]
+Join = Callable[[bytes, int, LaneMeter], "queue.SimpleQueue[LaneRequest | None]"]
 
 
 class LaneSender:
@@ -46,6 +50,8 @@ class LaneSender:
         self._root = root
         self._join = join
         self._pace = pace
+        self._meter = LaneMeter(sock)
+        self._now = self._meter.times.now
         self._buffer = memoryview(bytearray(2 * 1024 * 1024))
         self._files: OrderedDict[tuple[CollectionPath, bool], int] = OrderedDict()
         self._parent: tuple[CollectionPath, Directory] | None = None
@@ -56,6 +62,7 @@ class LaneSender:
             work = self._introduction()
             while (request := work.get()) is not None:
                 self._serve(request)
+                self._now(Doing.IDLE)
         finally:
             self._close()
 
@@ -68,7 +75,7 @@ class LaneSender:
         hello = lane.header_untrusted(self._read(header_length))
         if not isinstance(hello, lane.LaneHello):
             raise ProtocolError("A lane began without a greeting.")
-        work = self._join(hello.instance, hello.lane)
+        work = self._join(hello.instance, hello.lane, self._meter)
         self._socket.sendall(lane.encode_header(lane.LaneReady()))
         self._socket.settimeout(None)
         return work
@@ -96,22 +103,33 @@ class LaneSender:
         request = work.request
         if work.refused is not None:
             self._fail(request.r, work.refused)
+        elif request.r in work.abandoned:
+            self._leave_out(request.r, work.abandoned)
         elif isinstance(request, ReadRange):
-            self._range(request, work.path)
+            self._range(request, work.path, work.abandoned)
         else:
             self._pack(request, work.paths)
 
     def _fail(self, r: int, error: TowpathError) -> None:
         self._socket.sendall(lane.encode_header(lane.ReadFailed(r, error.to_document())))
 
-    def _range(self, request: ReadRange, path: CollectionPath) -> None:
+    def _leave_out(self, r: int, abandoned: set[int]) -> None:
+        """The destination has got it on another lane."""
+        abandoned.discard(r)
+        self._fail(r, RetryLater("The request was withdrawn.", code="WITHDRAWN"))
+
+    def _range(self, request: ReadRange, path: CollectionPath, abandoned: set[int]) -> None:
         if request.block > len(self._buffer):
             self._buffer = memoryview(bytearray(min(request.block, MAX_BLOCK)))
         end = request.offset + request.length
         offset = request.offset
         while offset < end:
+            if request.r in abandoned:
+                self._leave_out(request.r, abandoned)
+                return
             length = min(request.block, end - offset)
             block = self._buffer[:length]
+            self._now(Doing.STORAGE)
             try:
                 self._read_block(path, request, block, offset)
             except OSError as error:
@@ -122,7 +140,9 @@ class LaneSender:
                 self._forget(path, request.follow)
                 self._fail(request.r, error)
                 return
+            self._now(Doing.DIGEST)
             header = lane.Block(request.r, offset, lane.digest(block), offset + length >= end)
+            self._now(Doing.NETWORK)
             self._socket.sendall(lane.encode_header(header, length))
             self._send_content(block)
             offset += length
@@ -135,6 +155,7 @@ class LaneSender:
         self._check(descriptor, request.version, path)
 
     def _pack(self, request: ReadPack, paths: tuple[CollectionPath, ...]) -> None:
+        self._now(Doing.STORAGE)
         files: list[lane.Packed] = []
         used = 0
         for index, (file, path) in enumerate(zip(request.files, paths, strict=True)):
@@ -158,16 +179,21 @@ class LaneSender:
         self._send_pack(request.r, files, used, last=True)
 
     def _send_pack(self, r: int, files: list[lane.Packed], used: int, *, last: bool) -> None:
+        self._now(Doing.NETWORK)
         self._socket.sendall(lane.encode_header(lane.Pack(r, files, last), used))
         if used:
             self._send_content(self._buffer[:used])
+        self._now(Doing.STORAGE)
 
     def _send_content(self, content: memoryview) -> None:
         """Send no faster than the pace allows."""
         self._pace.moved(len(content))
+        self._meter.content += len(content)
         while len(content) and self._pace.limited:
             piece = content[: self._pace.piece]
+            self._now(Doing.LIMITED)
             self._pace.take(len(piece))
+            self._now(Doing.NETWORK)
             self._socket.sendall(piece)
             content = content[len(piece) :]
         self._socket.sendall(content)

@@ -10,12 +10,14 @@ import hmac
 import queue
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 
+import msgspec
 import trio
 
 from agent.limits.pace import Pace
+from agent.meter.lane import LaneMeter
 from agent.storage.base import Directory, Node, Reach, Root, version_of
 from agent.storage.faults import fault
 from agent.transfer.checksum import block_digests, file_digest
@@ -85,12 +87,12 @@ class SourceSide:
         # The root of before stays open: lanes of an earlier control stream may still read from it.
         self.root = self._whole if self._reach is None else self._whole.narrowed(Reach(self._reach))
 
-    def join(self, instance: bytes, number: int) -> queue.SimpleQueue[LaneRequest | None]:
+    def join(self, instance: bytes, number: int, meter: LaneMeter) -> queue.SimpleQueue[LaneRequest | None]:
         """The queue of a lane that names the live control stream. Raises `ProtocolError`; any thread may call."""
         control = self.control
         if control is None or not hmac.compare_digest(control.instance, instance):
             raise ProtocolError("The lane names no live session.")
-        return control.add_lane(number)
+        return control.add_lane(number, meter)
 
 
 class Control:
@@ -102,6 +104,8 @@ class Control:
         self._stream = stream
         self._reader = session.MessageReader()
         self._lanes: dict[int, queue.SimpleQueue[LaneRequest | None]] = {}
+        self._abandoned: set[int] = set()
+        self._meters: dict[int, LaneMeter] = {}
         self._listings: dict[int, tuple[trio.CancelScope, trio.Semaphore]] = {}
         self._send_out, self._receive_out = trio.open_memory_channel[bytes](1024)
         self._digests = trio.CapacityLimiter(2)
@@ -111,7 +115,7 @@ class Control:
         """A newer control stream took over."""
         self._scope.cancel()
 
-    def add_lane(self, number: int) -> queue.SimpleQueue[LaneRequest | None]:
+    def add_lane(self, number: int, meter: LaneMeter) -> queue.SimpleQueue[LaneRequest | None]:
         if number not in self._lanes and len(self._lanes) >= MAX_LANES:
             raise ProtocolError("The session has too many lanes.")
         old = self._lanes.get(number)
@@ -119,6 +123,7 @@ class Control:
             old.put(None)
         lane: queue.SimpleQueue[LaneRequest | None] = queue.SimpleQueue()
         self._lanes[number] = lane
+        self._meters[number] = meter
         return lane
 
     async def introduce(self, peer_fingerprint: str) -> None:
@@ -135,7 +140,9 @@ class Control:
             self._side.confine()
             self.instance = first.instance
             await self._stream.send_all(
-                session.encode(session.HelloAnswer(abilities=[session.EXTENTS, session.BLOCK_DIGESTS]))
+                session.encode(
+                    session.HelloAnswer(abilities=[session.EXTENTS, session.BLOCK_DIGESTS, session.LANE_READINGS])
+                )
             )
         if scope.cancelled_caught:
             raise RetryLater("The destination did not introduce itself in time.")
@@ -199,6 +206,8 @@ class Control:
             listing = self._listings.get(request.r)
             if listing is not None:
                 listing[0].cancel()
+            elif len(self._abandoned) < MAX_WAITING:
+                self._abandoned.add(request.r)
         elif isinstance(request, session.StatPaths):
             nursery.start_soon(self._stat, request)
         elif isinstance(request, session.DigestFile):
@@ -208,6 +217,8 @@ class Control:
         elif isinstance(request, session.DigestBlocks):
             session.check_blocks_untrusted(request)
             nursery.start_soon(self._block_digests, request)
+        elif isinstance(request, session.ReadLanes):
+            await self._answer(readings_of(request.r, self._meters))
         elif isinstance(request, session.RenewTicket):
             self._side.policy.renew(self._side.verifier, request.ticket, time.time())
         elif isinstance(request, session.Ping):
@@ -345,7 +356,7 @@ class Control:
             if isinstance(request, session.ReadRange):
                 session.check_range_untrusted(request)
                 path = self._allowed(request.path)
-                work = LaneRequest(request, path, ())
+                work = LaneRequest(request, path, (), abandoned=self._abandoned)
             else:
                 work = self._pack(request)
             lane = self._lanes.get(request.lane)
@@ -376,7 +387,25 @@ class Control:
             raise ProtocolError("The root of a collection is no file.")
         for path in paths:
             self._side.policy.check(path, now)
-        return LaneRequest(request, (), paths)
+        return LaneRequest(request, (), paths, abandoned=self._abandoned)
+
+
+def readings_of(r: int, meters: Mapping[int, LaneMeter]) -> session.LaneReadings:
+    """What is measured of the lanes now."""
+    lanes = []
+    for number, meter in sorted(meters.items()):
+        facts = meter.facts()
+        reading = session.LaneReading(number, meter.content, meter.times.totals())
+        if facts is not None:
+            reading = msgspec.structs.replace(
+                reading,
+                rtt=facts.rtt,
+                retransmissions=facts.retransmissions,
+                busy=facts.busy,
+                window=facts.window,
+            )
+        lanes.append(reading)
+    return session.LaneReadings(r, time.monotonic(), time.process_time(), lanes)
 
 
 def _rows(handle: Directory, *, follow: bool) -> Iterator[session.Row]:

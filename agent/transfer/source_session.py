@@ -194,6 +194,20 @@ class SourceSession:
             check_extents_untrusted(answer.extents, version[2])
         return answer.extents
 
+    async def read_lanes(self) -> session.LaneReadings:
+        """What the source measures of its lanes. Only with the ability `LANE_READINGS`."""
+        r = self.number()
+        receive = self._open(r, 1)
+        try:
+            self.post(session.ReadLanes(r))
+            answer = await self._next_answer(receive, ANSWER_TIMEOUT)
+        finally:
+            self._waiting.pop(r, None)
+        if not isinstance(answer, session.LaneReadings):
+            raise ProtocolError("The source answered a question that was not asked.")
+        session.check_readings_untrusted(answer)
+        return answer
+
     async def block_digests(
         self, path: bytes, version: session.Version, block: int, first: int, count: int, *, follow: bool
     ) -> list[bytes]:

@@ -28,11 +28,13 @@ from agent.transfer.received import ReceivedCounter
 from agent.transfer.source_session import SourceSession
 from agent.transfer.state_trouble import StateTrouble, of_system
 from agent.transfer.transfer_run import RunContext, TransferRun
-from protocol.control import Counters, TaskObserved, TaskOrder, TaskState
+from protocol.control import Counters, Flow, TaskObserved, TaskOrder, TaskState
 from protocol.errors import NeedsPerson, ProtocolError, TaskFailed, TowpathError
 from protocol.names import RESERVED_PREFIX, parse_path_untrusted
 
 PROGRESS_EVERY = 0.25
+# An event on progress comes after so many seconds, the next ones ever later.
+FIRST_PROGRESS_PAUSE, LONGEST_PROGRESS_PAUSE = 60.0, 3600.0
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 15.0
 # What `fail_on_quota_errors` turns from something to wait for into the end of the task.
 QUOTA_CODES = frozenset({"QUOTA_EXCEEDED", "NO_SPACE"})
@@ -365,10 +367,19 @@ class TaskRunner:
             rate=self._rate,
             error_code=error.code if error and self._state == "FAILED" else "",
             path="direct TCP",
+            flow=self._flow(),
         )
+
+    def _flow(self) -> Flow | None:
+        flow = self._run.flow if isinstance(self._run, TransferRun) else None
+        if flow is None or self._line.pace.rate is None:
+            return flow
+        return msgspec.structs.replace(flow, rate_limit=int(self._line.pace.rate), limit_of=self._line.limited_by)
 
     async def _report_progress(self) -> None:
         last_bytes, last_time = self._counters.bytes_transferred, trio.current_time()
+        began, pause = last_time, FIRST_PROGRESS_PAUSE
+        next_event = began + pause
         while True:
             await trio.sleep(PROGRESS_EVERY)
             observed = self.observed()
@@ -377,6 +388,25 @@ class TaskRunner:
             self._rate = 0.8 * self._rate + 0.2 * step
             last_bytes, last_time = observed.counters.bytes_transferred, now
             self._line.report(observed)
+            if now >= next_event:
+                pause = min(pause * 2, LONGEST_PROGRESS_PAUSE)
+                next_event = now + pause
+                self._tell_progress(observed, now - began)
+
+    def _tell_progress(self, observed: TaskObserved, seconds: float) -> None:
+        """An event with the same fields as Globus's, and who holds the task up."""
+        moved = observed.counters.bytes_transferred
+        details: dict[str, object] = {
+            "bytes_transferred": moved,
+            "duration": round(seconds, 1),
+            "mbps": round(observed.rate * 8 / 1e6, 2),
+        }
+        if observed.flow is not None:
+            details["files_per_second"] = round(observed.flow.files_per_second, 1)
+            details["lanes"] = len(observed.flow.lanes)
+            details["limited_by"] = observed.flow.limited_by
+        if self._events is not None and observed.state == "ACTIVE":
+            self._events.add("PROGRESS", "progress", msgspec.json.encode(details).decode())
 
     def _tell(self, event: Event) -> None:
         self._line.post(event)

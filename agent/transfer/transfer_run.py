@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import os
 import queue
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,6 +20,7 @@ import msgspec
 import trio
 
 from agent.limits.pace import Pace
+from agent.meter.flow import Reading, flow_between
 from agent.storage.base import Root
 from agent.storage.faults import fault
 from agent.transfer.budget import Budget, charge
@@ -36,15 +39,17 @@ from agent.transfer.received import ReceivedCounter
 from agent.transfer.record import add_counts
 from agent.transfer.retries import Retries
 from agent.transfer.settle import Settler
-from agent.transfer.source_session import SourceSession
+from agent.transfer.source_session import SessionLost, SourceSession
 from agent.transfer.stopping import call_on_cancel, first_error, first_system_error
-from protocol.control import Counters, TaskOrder
+from protocol.control import Counters, Flow, TaskOrder
 from protocol.errors import TowpathError
-from protocol.session import MAX_PACK_FILES
+from protocol.session import LANE_READINGS, MAX_PACK_FILES, LaneReadings
 
 # Directories (and their handles) being worked on at once.
 OPEN_GROUPS = 200
 PACK_BYTES = 1024 * 1024
+# How often (seconds) the meters of both ends are read, and how long the source may take to answer.
+FLOW_EVERY, ANSWER_PATIENCE = 1.0, 5.0
 # What `skip_source_errors` skips, as in the Globus transfer document.
 SKIPPABLE = frozenset({"FILE_NOT_FOUND", "NOT_FOUND", "PERMISSION_DENIED"})
 
@@ -103,6 +108,8 @@ class TransferRun:
         self.large = LargeFiles(self)
         self._comparisons = Comparisons(self)
         self._lanes = Lanes(self, open_lane, lanes)
+        # How content flows at the moment.
+        self.flow: Flow | None = None
         self.fetcher = Fetcher(
             session,
             on_range_lost=lambda _file, size: self.budget.release(size),
@@ -130,6 +137,7 @@ class TransferRun:
                 nursery.start_soon(self._run_session)
                 await nursery.start(self._run_settler)
                 self._lanes.start(nursery)
+                nursery.start_soon(self._watch_flow)
                 self.large.start(nursery)
                 self._comparisons.start(nursery)
                 await ItemPlanner(self).run(self.session)
@@ -165,6 +173,28 @@ class TransferRun:
     @property
     def stopping(self) -> bool:
         return self._error is not None
+
+    async def _watch_flow(self) -> None:
+        """Read both ends' meters now and then."""
+        before = await self._reading()
+        while True:
+            await trio.sleep(FLOW_EVERY)
+            after = await self._reading()
+            self.flow = flow_between(before, after)
+            before = after
+
+    async def _reading(self) -> Reading:
+        source: LaneReadings | None = None
+        if LANE_READINGS in self.session.abilities:
+            # What is measured is never worth the session: when it ends, whoever runs it says why.
+            with suppress(SessionLost), trio.move_on_after(ANSWER_PATIENCE):
+                source = await self.session.read_lanes()
+        lanes = {}
+        for number, meter in self._lanes.meters.items():
+            facts = meter.facts()
+            lanes[number] = (meter.content, meter.times.totals(), None if facts is None else facts.rtt)
+        files = self.counters().files_transferred
+        return Reading(time.monotonic(), time.process_time(), self.budget.blocked, files, lanes, source)
 
     async def _run_session(self) -> None:
         try:

@@ -211,6 +211,9 @@ def _condition(task: Task, around: Surroundings) -> dict[str, Any]:
         "relay": task.task_options.relay_path,
         "transport": task.task_options.transport,
         "bandwidth_limit": task.task_options.bandwidth_limit,
+        "flow": None
+        if observed is None or task.finished or observed.flow is None
+        else msgspec.to_builtins(observed.flow),
         "item_count": task.item_count,
     }
     return document

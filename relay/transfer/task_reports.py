@@ -13,7 +13,7 @@ import msgspec
 from sqlalchemy import Connection, select, update
 
 from protocol.candidates import PathOffer
-from protocol.control import FINAL_STATES, AgentEvent, Counters, TaskObserved
+from protocol.control import FINAL_STATES, AgentEvent, Counters, Flow, TaskObserved
 from relay.store import transfer_tables as tables
 from relay.transfer import event_log, task_rows, task_turns, times
 from relay.transfer.event_log import TaskEvent
@@ -21,6 +21,7 @@ from relay.transfer.nodes import record_reports
 from relay.transfer.task_rows import Task
 
 _LARGEST = 2**62
+MAX_LANES = 64
 
 
 @dataclass
@@ -162,12 +163,20 @@ def store_observed(connection: Connection, task: Task, observed: TaskObserved) -
         current=observed.current[:4096],
         path=observed.path[:256],
         error_code=observed.error_code[: event_log.MAX_CODE],
+        flow=None if observed.flow is None else _bounded(observed.flow),
     )
     # Also true of a task whose order left before this database was restored from a backup.
     values: dict[str, object] = {"observed": msgspec.json.encode(cut).decode(), "attempted": True}
     if not task.finished and observed.state not in FINAL_STATES:
         values["state"] = observed.state
     task_rows.change(connection, task.id, **values)
+
+
+def _bounded(flow: Flow) -> Flow:
+    """What an agent says of its lanes, cut to what is worth keeping."""
+    return msgspec.structs.replace(
+        flow, limited_by=flow.limited_by[:64], limit_of=flow.limit_of[:64], lanes=flow.lanes[:MAX_LANES]
+    )
 
 
 def merged(old: Counters, new: Counters) -> Counters:

@@ -94,6 +94,12 @@ async def test_a_limit_holds_and_is_lifted_while_the_task_runs(tmp_path: Path, l
         # However slow or fast the machine: not more than the limit lets pass, with much to spare.
         assert int.from_bytes(received.read_bytes(), "little") < SIZE // 4
         assert world.beta.service.get_task(task).state == "ACTIVE"
+        # And it says so.
+        with trio.fail_after(20):
+            while (flow := world.beta.service.get_task(task).flow) is None or flow.limited_by != "a limit":
+                await trio.sleep(0.05)
+        assert (flow.rate_limit is None) == (limit is _of_source)
+        assert [lane.lane for lane in flow.lanes][:1] == [1]
         await limit(world, task, None)
         observed = await world.wait(task)
         assert observed.state == "SUCCEEDED", observed

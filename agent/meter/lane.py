@@ -1,0 +1,24 @@
+"""What is measured of one lane, at either end."""
+
+from __future__ import annotations
+
+import socket
+
+from agent.connect.congestion import TcpFacts, tcp_facts
+from agent.meter.time_shares import TimeShares
+
+
+class LaneMeter:
+    """Belongs to one lane; its thread counts, others read."""
+
+    __slots__ = ("content", "sock", "times")
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.times = TimeShares()
+        # Content bytes that have passed.
+        self.content = 0
+
+    def facts(self) -> TcpFacts | None:
+        """What the system knows of its connection; None where it is none of TCP, or gone."""
+        return tcp_facts(self.sock)
