@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from agent.config.keys import AgentConfig, CollectionConfig, DataConfig, LimitsConfig
 from agent.policy import Policy
+from agent.transfer.local_node import LocalNode
 from agent.transfer.service import TransferService
 from protocol.control import (
     FINAL_STATES,
@@ -35,8 +36,8 @@ RELAY = "benchmark"
 class Agent:
     """One end."""
 
-    def __init__(self, directory: Path, root: Path, relay_root: RelayRoot, lanes: int) -> None:
-        self.root = root
+    def __init__(self, directory: Path, root: Path, relay_root: RelayRoot, lanes: int, address: str) -> None:
+        self.root, self.directory = root, directory
         self.key = NodeKey.generate()
         self.id, self.collection = str(uuid.uuid4()), str(uuid.uuid4())
         directory.mkdir(parents=True)
@@ -44,13 +45,12 @@ class Agent:
         config = AgentConfig(
             state_dir=directory,
             collections=(collection,),
-            data=DataConfig(listen="127.0.0.1", advertise=("127.0.0.1",), allow_loopback=True),
+            data=DataConfig(listen=address, advertise=(address,), allow_loopback=True),
             limits=LimitsConfig(lanes=lanes),
         )
         verifier = TicketVerifier(RELAY, relay_root.public_pem)
-        self.service = TransferService(
-            directory, config, self.key, self.id, self.id, verifier, Policy([collection]), relay_root.public_pem
-        )
+        policy, root_pem = Policy([collection]), relay_root.public_pem
+        self.service = TransferService(LocalNode(directory, config, self.key, self.id, verifier, policy, root_pem))
 
     @property
     def party(self) -> Party:
@@ -71,12 +71,12 @@ class Agent:
 class Engine:
     """A source, a destination, and what a relay would do for them."""
 
-    def __init__(self, directory: Path, source: Path, destination: Path, lanes: int) -> None:
+    def __init__(self, directory: Path, source: Path, destination: Path, lanes: int, address: str) -> None:
         root = RelayRoot.generate()
         key, now = Ed25519PrivateKey.generate(), time.time()
         self._signer = TicketSigner(RELAY, key, root.certify(key.public_key(), "k", now - 100, now + 86400), "k")
-        self.source = Agent(directory / "source", source, root, lanes)
-        self.destination = Agent(directory / "destination", destination, root, lanes)
+        self.source = Agent(directory / "source", source, root, lanes, address)
+        self.destination = Agent(directory / "destination", destination, root, lanes, "127.0.0.1")
         self._sessions: dict[str, SessionOrder] = {}
 
     async def answer(self) -> None:
@@ -134,9 +134,19 @@ class Engine:
 
 
 @asynccontextmanager
-async def engine(directory: Path, source: Path, destination: Path, lanes: int = 4) -> AsyncIterator[Engine]:
-    """Both agents, up and linked, each with its spare worker."""
-    made = Engine(directory, source, destination, lanes)
+async def engine(
+    directory: Path,
+    source: Path,
+    destination: Path,
+    lanes: int = 4,
+    *,
+    address: str = "127.0.0.1",
+    prepare: Callable[[Engine], None] = lambda _made: None,
+) -> AsyncIterator[Engine]:
+    """Both agents, up and linked, each with its spare worker. ``address`` is where the source listens; ``prepare`` is
+    called before they start."""
+    made = Engine(directory, source, destination, lanes, address)
+    prepare(made)
     async with trio.open_nursery() as nursery:
         await nursery.start(made.source.service.run)
         await nursery.start(made.destination.service.run)

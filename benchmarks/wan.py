@@ -1,0 +1,203 @@
+"""G5: long, lossy paths. Ours beside iperf3 with the same congestion control, on an emulated path, in one run.
+
+    python benchmarks/wan.py [--mib 256] [--rtt 100] [--rate 200] [--loss 0 0.1 1] [--files 20000] [--json FILE]
+
+Root, network namespaces and /dev/net/tun are needed; iperf3 is left out where it is not installed. Each cell moves
+one file of --mib MiB from memory to memory, encrypted, digested and read back; its rate counts from the first content
+byte to the end of the task. iperf3 sends as many bytes over one connection. Then --files files of 4 KiB go over the
+path, and over one without a round-trip time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import trio
+from ours import Engine, engine
+from wan_path import ADDRESSES, Shape, long_path, namespace, why_not, within
+
+MIB = 1024 * 1024
+FAST = Path("/dev/shm")
+SOURCE, DESTINATION = 0, 1
+
+
+@dataclass
+class Cell:
+    """What one path gave; rates in Mbit/s, times in seconds."""
+
+    rtt_ms: float
+    rate_mbit: float
+    loss_percent: float
+    ours: float = 0.0
+    iperf3: float | None = None
+    first_byte: float = 0.0
+    lanes: int = 0
+    again_mib: float = 0.0
+    limited_by: str = ""
+    files: int = 0
+    files_seconds: float = 0.0
+
+    @property
+    def ratio(self) -> float | None:
+        return self.ours / self.iperf3 if self.iperf3 else None
+
+
+def congestion_control() -> str:
+    """What the engine would choose for a long path here."""
+    allowed = Path("/proc/sys/net/ipv4/tcp_allowed_congestion_control").read_text().split()
+    return "bbr" if "bbr" in allowed else Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip()
+
+
+def measure_iperf3(mib: int) -> float | None:
+    """Mbit/s of one connection that sends as much the same way."""
+    if shutil.which("iperf3") is None:
+        return None
+    server = subprocess.Popen(
+        ["ip", "netns", "exec", namespace(SOURCE), "iperf3", "-s", "-1", "-B", ADDRESSES[SOURCE]],
+        stdout=subprocess.DEVNULL,
+    )
+    time.sleep(0.5)
+    client = ["iperf3", "-c", ADDRESSES[SOURCE], "-R", "-n", f"{mib}M", "-C", congestion_control(), "-J"]
+    try:
+        done = subprocess.run(
+            ["ip", "netns", "exec", namespace(DESTINATION), *client],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        end = json.loads(done.stdout).get("end", {})
+        return float(end["sum_received"]["bits_per_second"]) / 1e6
+    except (KeyError, ValueError, subprocess.TimeoutExpired) as error:
+        print(f"iperf3 failed: {error!r}", file=sys.stderr)
+        return None
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def far_source(made: Engine) -> None:
+    """Have the source listen in its own namespace; everything else of this process is the destination's."""
+    bind = made.source.service._bind
+
+    def bind_there() -> Any:
+        sockets: list[Any] = []
+        within(SOURCE, lambda: sockets.append(bind()))
+        return sockets[0]
+
+    made.source.service._bind = bind_there  # type: ignore[method-assign]
+
+
+async def move(made: Engine, name: str, cell: Cell, *, recursive: bool) -> tuple[float, float]:
+    """Move something: seconds from submission to the first byte, and from there to the end."""
+    begun = time.monotonic()
+    task = await made.transfer(f"/{name}", f"/{name}-{time.monotonic_ns()}", recursive=recursive)
+    counter = made.destination.directory / "tasks" / task / "received"
+    first = None
+    while first is None:
+        if counter.exists() and int.from_bytes(counter.read_bytes(), "little"):
+            first = time.monotonic()
+        await trio.sleep(0.002)
+    seen: dict[str, int] = {}
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_watch, made, task, cell, seen)
+        observed = await made.wait(task)
+        nursery.cancel_scope.cancel()
+    cell.again_mib = max(cell.again_mib, observed.counters.bytes_sent_again / MIB)
+    cell.limited_by = max(seen, key=lambda key: seen[key], default="")
+    return first - begun, time.monotonic() - first
+
+
+async def _watch(made: Engine, task: str, cell: Cell, seen: dict[str, int]) -> None:
+    while True:
+        flow = made.destination.service.get_task(task).flow
+        if flow is not None:
+            cell.lanes = max(cell.lanes, len(flow.lanes))
+            seen[flow.limited_by] = seen.get(flow.limited_by, 0) + 1
+        await trio.sleep(1)
+
+
+async def measure_ours(directory: Path, cell: Cell, mib: int, files: int) -> None:
+    source, destination = directory / "source", directory / "destination"
+    destination.mkdir()
+    source.mkdir()
+    with (source / "large").open("wb") as file:
+        for _ in range(mib):
+            file.write(os.urandom(MIB))
+    for number in range(files):
+        folder = source / "small" / f"{number // 100:05d}"
+        if not number % 100:
+            folder.mkdir(parents=True)
+        (folder / f"{number:07d}").write_bytes(os.urandom(4096))
+    made = engine(directory / "state", source, destination, address=ADDRESSES[SOURCE], prepare=far_source)
+    async with made as both:
+        if mib:
+            cell.first_byte, seconds = await move(both, "large", cell, recursive=False)
+            cell.ours = mib * MIB * 8 / seconds / 1e6
+        if files:
+            before, seconds = await move(both, "small", cell, recursive=True)
+            cell.files, cell.files_seconds = files, before + seconds
+
+
+def run_cell(shape: Shape, mib: int, files: int) -> Cell:
+    """One path: iperf3, then ours."""
+    cell = Cell(shape.rtt * 1000, shape.rate / 1e6, shape.loss * 100)
+    with long_path(shape), tempfile.TemporaryDirectory(dir=FAST if FAST.is_dir() else None) as folder:
+        if mib:
+            cell.iperf3 = measure_iperf3(mib)
+        # In a thread of its own, so that this one stays outside; workers that it starts are inside, too.
+        within(DESTINATION, lambda: trio.run(measure_ours, Path(folder), cell, mib, files))
+    return cell
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mib", type=int, default=256)
+    parser.add_argument("--rtt", type=float, default=100.0, help="milliseconds")
+    parser.add_argument("--rate", type=float, default=200.0, help="Mbit/s")
+    parser.add_argument("--loss", type=float, nargs="*", default=[0.0, 0.1, 1.0], help="per cent")
+    parser.add_argument("--files", type=int, default=20_000)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    reason = why_not()
+    if reason:
+        sys.exit(f"This measurement cannot be made here: {reason}.")
+    cells = []
+    print("| round trip | rate | loss | ours | iperf3 | ratio | first byte | lanes | sent again | limited by |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    for loss in options.loss:
+        cell = run_cell(Shape(options.rtt / 1000, options.rate * 1e6, loss / 100), options.mib, 0)
+        cells.append(cell)
+        iperf3 = "-" if cell.iperf3 is None else f"{cell.iperf3:.0f} Mbit/s"
+        ratio = "-" if cell.ratio is None else f"{cell.ratio:.2f}"
+        print(
+            f"| {cell.rtt_ms:.0f} ms | {cell.rate_mbit:.0f} Mbit/s | {loss} % | {cell.ours:.0f} Mbit/s "
+            f"| {iperf3} | {ratio} | {cell.first_byte:.2f} s "
+            f"| {cell.lanes} | {cell.again_mib:.1f} MiB | {cell.limited_by} |",
+            flush=True,
+        )
+    if options.files:
+        pair = [run_cell(Shape(rtt, options.rate * 1e6, 0.0), 0, options.files) for rtt in (0.0, options.rtt / 1000)]
+        cells += pair
+        near, far = (cell.files_seconds for cell in pair)
+        link = options.files * 4096 * 8 / (options.rate * 1e6)
+        print(
+            f"{options.files} files of 4 KiB: {near:.2f} s without round-trip time, {far:.2f} s at "
+            f"{options.rtt:.0f} ms (ratio {far / near:.2f}; the link alone takes {link:.2f} s)."
+        )
+    if options.json:
+        options.json.write_text(json.dumps([asdict(cell) for cell in cells], indent=2))
+
+
+if __name__ == "__main__":
+    main()
