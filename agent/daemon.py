@@ -360,8 +360,11 @@ class Daemon:
             self._config_problem = error.sentence
             raise
         self._config_problem = ""
+        later = _waiting_for_start(self._config, config)
+        rest = f" {', '.join(later)} will count from the next start on." if later else ""
         if config == self._read:
-            return "The configuration was read again: nothing has changed."
+            # Whoever asks may have been overtaken by the watch of the files.
+            return f"The configuration was read again: nothing has changed.{rest}"
         before, after = set(self._policy.collections), set(config.collections)
         if config.log != self._read.log:
             await trio.to_thread.run_sync(logs.configure, config.log, self._log_file)
@@ -372,8 +375,6 @@ class Daemon:
         self._update.config = config
         await self._tasks.owner_changed({collection.id for collection in before ^ after})
         self._tasks.announce_collections(await self._availability.look())
-        later = _waiting_for_start(self._config, config)
-        rest = f" {', '.join(later)} will count from the next start on." if later else ""
         return f"The configuration was read again: {len(config.collections)} collection(s).{rest}"
 
     async def set_paused(self, paused: bool) -> None:
