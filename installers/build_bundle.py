@@ -183,7 +183,9 @@ def install_agent(
     if like is not None:
         locked = work / "requirements.txt"
         locked.write_text(requirements(like))
-        subprocess.run([*pip, "--no-deps", "--require-hashes", "-r", str(locked)], check=True)
+        hashed = [*pip, "--no-deps", "--require-hashes", "-r", str(locked)]
+        # Its errors say which archive is not the one of the bill.
+        subprocess.run(hashed, check=True)
         hashes = hashes_of_report(json.loads(report.read_text()))
         wanted = ["--no-deps", str(source)]
     subprocess.run([*pip, *wanted], check=True, stderr=subprocess.DEVNULL)
@@ -197,8 +199,10 @@ def install_agent(
     for path in sorted(target.rglob("*")):
         if path.is_dir() and path.name in ("tests", "test", "__pycache__", "_tests") and path.parent != target:
             shutil.rmtree(path)
-    for record in [*target.glob("*.dist-info/RECORD"), *target.glob("*.dist-info/direct_url.json")]:
-        record.unlink()
+    # Where things lay, and who asked for them, is not the same for every way of installing.
+    for name in ("RECORD", "REQUESTED", "direct_url.json"):
+        for record in target.glob(f"*.dist-info/{name}"):
+            record.unlink()
     return hashes
 
 
