@@ -22,7 +22,7 @@ from agent.update.install import State
 from agent.update.mirror import HttpFetcher, UpdateRefused
 from agent.update.offer import Offer, is_newer, parse_offer_untrusted, takes_part, version_key
 from installers.build_bundle import LAUNCHER
-from installers.repository import Keys
+from installers.repository import LIFE, Keys
 from protocol.errors import ProtocolError, RetryLater, TowpathError
 from tests.agent.update_world import PLATFORM, Clock, FakeAgent, World, bundle, changed
 
@@ -74,6 +74,15 @@ def test_freeze_is_noticed_when_the_timestamp_runs_out(world: World) -> None:
         world.look()
     assert caught.value.code == "UPDATE_EXPIRED"
     assert "clock" in world.installation.state().last_problem
+
+
+@pytest.mark.parametrize("role", ["targets", "snapshot", "timestamp"])
+def test_no_role_is_believed_past_its_time(world: World, monkeypatch: pytest.MonkeyPatch, role: str) -> None:
+    monkeypatch.setitem(LIFE, role, -1)
+    world.publish("0.2.0")
+    with pytest.raises(UpdateRefused) as caught:
+        world.look()
+    assert caught.value.code == "UPDATE_EXPIRED"
 
 
 def test_mix_and_match_is_refused(world: World) -> None:
