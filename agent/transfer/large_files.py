@@ -14,13 +14,15 @@ from agent.transfer.jobs import Abandoned, FileJob, LargeFile, count_done, empty
 from agent.transfer.patience import attempts
 from agent.transfer.reuse import Reuse
 from agent.transfer.source_session import SessionLost
-from protocol.errors import NeedsPerson, RetryLater, TaskFailed, TowpathError
+from protocol.errors import ItemFailed, NeedsPerson, RetryLater, TaskFailed, TowpathError
 from protocol.session import EXTENTS
 
 if TYPE_CHECKING:
     from agent.transfer.transfer_run import TransferRun
 
 LARGE_AT_ONCE = 4
+# How often a passing fault may keep us from a part of a file before it is given up for lost.
+PART_ATTEMPTS = 2
 
 
 class LargeFiles:
@@ -90,7 +92,11 @@ class LargeFiles:
                 try:
                     descriptor = handle.open_temporary(known.temporary)
                     return LargeFile(job, known.temporary, descriptor, known.block, known.done, count_done(known.done))
-                except OSError:
+                except OSError as error:
+                    passing = not isinstance(fault(error, "destination", b""), ItemFailed)
+                    if passing and job.attempts < PART_ATTEMPTS:
+                        # What has arrived is worth another try: to begin again may cost hours.
+                        raise
                     # It is gone or no longer ours: begin this file again.
                     self._run.context.on_fault(
                         RetryLater(

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 
 import pytest
 
-from agent.storage.faulty import Call
+from agent.storage.faulty import Call, fail_nth
 from agent.transfer import journal as journals
 from agent.transfer.journal import Journal
-from tests.agent.engine_inside import Engine, contents, quick_path
+from tests.agent.engine_inside import Crashed, Engine, contents, quick_path
 
 __all__ = ["quick_path"]
 
@@ -54,3 +55,29 @@ async def test_what_could_not_be_removed_is_gone_in_the_end(
     assert failed == {"rename": 12, "unlink": 12}
     assert contents(engine.destination) == contents(engine.source)
     assert engine.temporaries() == []
+
+
+async def test_a_passing_fault_does_not_cost_what_has_arrived(quick_path: Path) -> None:
+    """The part of a large file that is there is opened again after a fault, not sent again."""
+    size = 40 * 1024 * 1024
+    died = False
+
+    def die(call: Call) -> int | None:
+        nonlocal died
+        # While later blocks are read back the first are settled.
+        if call.operation == "preadv" and call.nth == 30 and not died:
+            died = True
+            raise Crashed
+        return None
+
+    engine = Engine(quick_path, plan=die)
+    (engine.source / "large").write_bytes(os.urandom(size))
+    with pytest.raises(Crashed):
+        await engine.run()
+    after = engine.revived(fail_nth(1, errno.EIO, "open_temporary", times=2))
+    observed = await after.run()
+    assert observed.state == "SUCCEEDED", observed
+    assert contents(after.destination) == contents(after.source)
+    assert "PART_LOST" not in after.codes()
+    # All of it came twice if the part was given up for lost.
+    assert int.from_bytes((after.state / "received").read_bytes(), "little") < 2 * size - 8 * 1024 * 1024
