@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import suppress
 
 import trio
 
@@ -17,6 +16,10 @@ from protocol.control import AgentEvent, SessionAnswer, TaskOrder
 from protocol.errors import RetryLater
 
 ANSWER_TIMEOUT = 20.0
+# How often what is known of a source that does not answer is tried again meanwhile (seconds).
+DIAL_AGAIN = 1.0
+# The relay is asked for a newer answer once in so many of these tries; it may just have been away.
+ASK_EVERY = 5
 
 _SENTENCES = {
     "direct": "Data goes directly from the source to this machine.",
@@ -85,31 +88,43 @@ class TaskPaths:
         self._finder.take_go(go)
 
     async def connect(self) -> tuple[Connection, str]:
-        """A connection to the source, and the certificate to expect there. Raises `RetryLater`."""
-        answer = self._answer
-        if answer is not None:
-            with suppress(RetryLater):
-                # The certificate that came with the order and matches the ticket, whatever the answer says.
-                return await self._finder.connect(), self._certificate
-            # The source may have moved: the relay knows where to.
-        await self._newer_answer(answer)
-        return await self._finder.connect(), self._certificate
+        """A connection to the source, and the certificate to expect there. Raises `RetryLater`.
 
-    async def _newer_answer(self, old: SessionAnswer | None) -> None:
-        generation = -1 if old is None else old.generation
-        self._node.outbox.passing(
-            AgentEvent(n=0, kind="session_wanted", time=now_iso(), task_id=self._order.task_id, generation=generation)
-        )
-        with trio.move_on_after(ANSWER_TIMEOUT):
-            while self._answer is None or self._answer.generation <= generation:
-                await self._answered.wait()
-            return
+        A source that does not answer may have moved: the relay knows where to, and is asked. Or it is being started
+        again where it was, and perhaps the relay with it: so what is known is tried again now and then meanwhile.
+        """
+        first = self._answer
+        deadline = trio.current_time() + ANSWER_TIMEOUT
+        turns = 0
+        while True:
+            tried = self._answer
+            if tried is not None:
+                try:
+                    # The certificate that came with the order and matches the ticket, whatever the answer says.
+                    return await self._finder.connect(), self._certificate
+                except RetryLater:
+                    if tried is not first and tried is self._answer:
+                        raise
+            if trio.current_time() >= deadline:
+                break
+            if turns % ASK_EVERY == 0:
+                self._ask_for_answer(tried)
+            turns += 1
+            with trio.move_on_after(DIAL_AGAIN):
+                while self._answer is None or self._answer is tried:
+                    await self._answered.wait()
         reason = f" So far: {self._finder.why}." if self._finder.why else ""
         raise RetryLater(
             "The source endpoint is not connected to its relay, or the relay cannot be reached; the task goes on "
             f"when it is.{reason}",
             code="GC_NOT_CONNECTED",
             who="source owner",
+        )
+
+    def _ask_for_answer(self, old: SessionAnswer | None) -> None:
+        generation = -1 if old is None else old.generation
+        self._node.outbox.passing(
+            AgentEvent(n=0, kind="session_wanted", time=now_iso(), task_id=self._order.task_id, generation=generation)
         )
 
     def _send_offer(self, offer: PathOffer) -> None:

@@ -209,7 +209,8 @@ class TaskRunner:
                 if error.code in QUOTA_CODES and self._order.options.fail_on_quota_errors:
                     return await self._out_of_space(error)
                 self._wait_for(error)
-                if self._progressed(progress):
+                if self._progressed(progress) or error.code == "GC_NOT_CONNECTED":
+                    # Whoever waited for the source has waited already.
                     pause = FIRST_PAUSE
                 length = LOOK_AGAIN if isinstance(error, NeedsPerson) else pause * random.uniform(0.5, 1.5)  # noqa: S311
                 pause = min(pause * 2, LONGEST_PAUSE)
