@@ -169,6 +169,10 @@ class StoppedWorld:
                     assert child.process is not None
                     await child.process.wait()
                 restarted = time.time()
+                if victims in ("alpha", "alpha's workers"):
+                    # The destination's worker lives; what comes to it from now on counts.
+                    self._forget_moves()
+                    before = {}
                 for child in again:
                     await child.start()
         (task_id,) = submitted
@@ -195,7 +199,7 @@ class StoppedWorld:
         return noted if psutil.Process(noted["pid"]).status() == psutil.STATUS_STOPPED else None
 
     def _moves(self) -> dict[int, float]:
-        """When each process wrote its first byte, or gave its first name."""
+        """When the first content came to each process."""
         notes = [json.loads(path.read_text()) for path in self.stops.glob("moved-*")]
         return {note["pid"]: note["time"] for note in notes}
 

@@ -33,6 +33,8 @@ STEPS: dict[str, list[tuple[str, str, str]]] = {
         ("session opened", "agent.transfer.source_session", "SourceSession.hello"),
         ("folders planned", "agent.transfer.journal", "Journal.add_directories"),
         ("folder made", "agent.storage.posix", "PosixDirectory.mkdir"),
+        ("block received", "agent.transfer.receive", "LaneReceiver._block"),
+        ("pack received", "agent.transfer.receive", "LaneReceiver._pack"),
         ("temporary made", "agent.storage.posix", "PosixDirectory.create_temporary"),
         ("written", "agent.storage.base", "Root.pwrite"),
         ("pack written", "agent.transfer.small_files", "SmallFiles.write"),
@@ -80,8 +82,8 @@ STEPS: dict[str, list[tuple[str, str, str]]] = {
         ("end written, not committed", "relay.transfer.task_turns", "finish"),
     ],
 }
-# What shows that a task moves (again): bytes written, names given, the end told.
-MOVES = {"written", "renamed", "end told"}
+# What shows that a task moves (again): content arrives, or, where nothing was missing, the end is told.
+MOVES = {"block received", "pack received", "end told"}
 SLOW_STEP = "block read"
 
 
