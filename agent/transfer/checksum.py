@@ -9,11 +9,14 @@ import xxhash
 from blake3 import blake3
 
 from agent.storage.base import Root
-from protocol.errors import ItemFailed
+from agent.transfer.jobs import FileJob
+from protocol.errors import ItemFailed, RetryLater, TowpathError
+from protocol.names import escape
 from protocol.session import DigestBlocks
 
 _CHUNK = 1024 * 1024
 _HEX_DIGITS = {"MD5": 32, "SHA1": 40, "SHA256": 64, "SHA512": 128, "XXH3-128": 32, "BLAKE3": 64}
+_HEX = frozenset("0123456789abcdefABCDEF")
 ALGORITHMS = tuple(_HEX_DIGITS)
 
 
@@ -39,6 +42,32 @@ def new_digest(algorithm: str) -> Any:
     if name == "XXH3-128":
         return xxhash.xxh3_128()
     return hashlib.new(name.lower(), usedforsecurity=False)
+
+
+def check_given(value: str, algorithm: str | None) -> None:
+    """Raise `ItemFailed` for a checksum that the algorithm (MD5 when not named) cannot have, before anything is read
+    for it."""
+    name = normalised_algorithm(algorithm or "MD5")
+    if len(value) != _HEX_DIGITS[name] or not set(value) <= _HEX:
+        raise ItemFailed(
+            f"The checksum {value[:200]!r} cannot be {name}, which has {_HEX_DIGITS[name]} hexadecimal digits, "
+            "leading zeros among them; name its algorithm, or correct it.",
+            code="BAD_CHECKSUM",
+            who="you",
+        )
+
+
+def unexpected_digest(job: FileJob, found: str, *, again: bool) -> TowpathError:
+    """A file is not what its given checksum says. ``again``: it may have been misread, so that it is worth another
+    look; the same content twice is what the source holds."""
+    name, given = normalised_algorithm(job.algorithm or "MD5"), (job.external_checksum or "").lower()
+    difference = f"The {name} digest of {escape(job.source_path)} is {found}, not {given} as was given"
+    subject = escape(job.source_path)
+    if again:
+        sentence = f"{difference}; it is read again."
+        return RetryLater(sentence, code="VERIFY_CHECKSUM", who="source owner", subject=subject)
+    sentence = f"{difference}; the source holds other content than expected."
+    return ItemFailed(sentence, code="VERIFY_CHECKSUM", who="source owner", subject=subject)
 
 
 def file_digest(root: Root, descriptor: int, algorithm: str) -> str:

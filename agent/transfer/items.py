@@ -9,7 +9,7 @@ import trio
 
 from agent.storage.base import Node
 from agent.storage.faults import fault
-from agent.transfer.checksum import normalised_algorithm
+from agent.transfer.checksum import check_given, normalised_algorithm
 from agent.transfer.compare import Decision, decide
 from agent.transfer.jobs import FileJob, Group, GroupListed, LinkWanted
 from agent.transfer.plan import refusal, sweep_temporaries
@@ -215,8 +215,9 @@ class ItemPlanner:
         elif isinstance(decision, TowpathError):
             run.give_up(job, decision)
         elif decision == "copy":
-            if _unknown_algorithm(job) is not None:
-                run.give_up(job, _unknown_algorithm(job) or ItemFailed(""))
+            refused = _bad_checksum(job)
+            if refused is not None:
+                run.give_up(job, refused)
             else:
                 await run.copy(job)
         elif decision == "skip":
@@ -230,11 +231,12 @@ class ItemPlanner:
             run.give_up(job, refusal(job.row, decision))
 
 
-def _unknown_algorithm(job: FileJob) -> ItemFailed | None:
-    if job.algorithm is None:
-        return None
+def _bad_checksum(job: FileJob) -> ItemFailed | None:
     try:
-        normalised_algorithm(job.algorithm)
+        if job.algorithm is not None:
+            normalised_algorithm(job.algorithm)
+        if job.external_checksum is not None:
+            check_given(job.external_checksum, job.algorithm)
     except ItemFailed as error:
         return error
     return None

@@ -73,6 +73,8 @@ class FileJob:
     follow: bool
     external_checksum: str | None = None
     algorithm: str | None = None
+    # What the content was found to be when it was not what was expected: the same twice is no accident.
+    found_digest: str = ""
     attempts: int = 0
     charged: int = 0
 

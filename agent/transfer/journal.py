@@ -4,6 +4,8 @@ It lies beside nothing but itself (one SQLite file per task, used by one worker 
 content is on disk and verified before `commit` is called. What it does not say is found again by listing
 and comparing. Planner and settler threads share one connection behind a lock; everything since the last commit may be
 lost in a crash and is then simply planned again.
+
+Every row carries a checksum over its table and values (`agent.transfer.journal_format`).
 """
 
 from __future__ import annotations
@@ -16,62 +18,21 @@ from pathlib import Path
 
 import msgspec
 
-from agent.state_files import pragmas
+from agent.transfer import journal_format
 from agent.transfer.channel import Event
-from agent.transfer.state_trouble import StateDamaged, StateTrouble, of_sqlite, put_aside
+from agent.transfer.state_trouble import StateDamaged, of_sqlite, put_aside
 from protocol.control import Counters
 from protocol.session import Version
 
-VERSION = 2
 # Seconds that another program may hold the journal before the task says so and waits.
 BUSY_TIMEOUT = 5.0
 # Temporaries that could not be removed and are remembered by name.
 MOST_LEFT_BEHIND = 1000
 
-_SCHEMA = """
-CREATE TABLE meta (key TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
-CREATE TABLE items (id INTEGER PRIMARY KEY, done INTEGER NOT NULL) STRICT;
-CREATE TABLE directories (
-    id INTEGER PRIMARY KEY,
-    item INTEGER NOT NULL,
-    source BLOB NOT NULL,
-    destination BLOB NOT NULL,
-    mtime_ns INTEGER NOT NULL,
-    ancestry BLOB NOT NULL,
-    state INTEGER NOT NULL,
-    UNIQUE (item, destination)
-) STRICT;
-CREATE INDEX directories_state ON directories (state, id);
-CREATE TABLE finished (
-    directory INTEGER NOT NULL,
-    name BLOB NOT NULL,
-    outcome INTEGER NOT NULL,
-    PRIMARY KEY (directory, name)
-) STRICT, WITHOUT ROWID;
-CREATE TABLE partial (
-    directory INTEGER NOT NULL,
-    name BLOB NOT NULL,
-    temporary BLOB NOT NULL,
-    version BLOB NOT NULL,
-    block INTEGER NOT NULL,
-    done BLOB NOT NULL,
-    PRIMARY KEY (directory, name)
-) STRICT, WITHOUT ROWID;
-CREATE TABLE extras (
-    destination BLOB NOT NULL,
-    name BLOB NOT NULL,
-    PRIMARY KEY (destination, name)
-) STRICT, WITHOUT ROWID;
-CREATE TABLE events (seq INTEGER PRIMARY KEY, body BLOB NOT NULL) STRICT;
-"""
-
-# What each format needs to become the next one.
-_UPGRADES = {
-    1: "CREATE TABLE extras (destination BLOB NOT NULL, name BLOB NOT NULL, PRIMARY KEY (destination, name)) "
-    "STRICT, WITHOUT ROWID",
-}
-
 PENDING, ACTIVE, DONE = 0, 1, 2
+_SET_STATE = (
+    "UPDATE directories SET state = ?1, crc = crc_of('directories', item, source, destination, mtime_ns, ancestry, ?1)"
+)
 # How a name in `finished` ended; UNCHANGED was found equal by comparing digests.
 TRANSFERRED, FAILED, SKIPPED, UNCHANGED = 1, 2, 3, 4
 
@@ -110,39 +71,16 @@ class Journal:
                 path, timeout=BUSY_TIMEOUT, check_same_thread=False, isolation_level=None
             )
             try:
-                self._prepare()
+                journal_format.prepare(self._connection, path)
+                self._connection.execute("BEGIN")
             except BaseException:
                 self._connection.close()
                 raise
         except sqlite3.DatabaseError as error:
             raise of_sqlite(error, path) from error
-
-    def _prepare(self) -> None:
-        version = self._connection.execute("PRAGMA user_version").fetchone()[0]
-        if version > VERSION:
-            raise StateTrouble(
-                f"The journal of the task was written by a newer agent (format {version}, this one knows {VERSION}). "
-                "Update the agent, or go back to the newer one; the task then goes on by itself.",
-                code="JOURNAL_NEWER",
-                who="destination owner",
-            )
-        for pragma in pragmas(self.path.parent):
-            self._connection.execute(pragma)
-        if version == 0:
-            self._connection.execute("BEGIN IMMEDIATE")
-            for statement in _SCHEMA.split(";"):
-                self._connection.execute(statement)
-            self._connection.execute(f"PRAGMA user_version = {VERSION}")
-            self._connection.execute("COMMIT")
-        elif self._connection.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
-            raise StateDamaged(f"The journal {self.path} is damaged.", who="destination owner")
-        elif version < VERSION:
-            self._connection.execute("BEGIN IMMEDIATE")
-            for step in range(version, VERSION):
-                self._connection.execute(_UPGRADES[step])
-            self._connection.execute(f"PRAGMA user_version = {VERSION}")
-            self._connection.execute("COMMIT")
-        self._connection.execute("BEGIN")
+        except UnicodeDecodeError as error:
+            # SQLite names what it cannot read, in the bytes it found.
+            raise StateDamaged(f"The agent's state file {path} is damaged.", who="destination owner") from error
 
     @contextmanager
     def _using(self) -> Iterator[None]:
@@ -189,7 +127,9 @@ class Journal:
 
     def put(self, key: str, value: bytes) -> None:
         with self._using():
-            self._connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
+            self._connection.execute(
+                "INSERT OR REPLACE INTO meta VALUES (?1, ?2, crc_of('meta', ?1, ?2))", (key, value)
+            )
 
     def counters(self) -> Counters:
         """What all finished directories and items add up to."""
@@ -244,14 +184,16 @@ class Journal:
 
     def put_item(self, index: int, *, done: bool) -> None:
         with self._using():
-            self._connection.execute("INSERT OR REPLACE INTO items VALUES (?, ?)", (index, int(done)))
+            self._connection.execute(
+                "INSERT OR REPLACE INTO items VALUES (?1, ?2, crc_of('items', ?1, ?2))", (index, int(done))
+            )
 
     # --- directories -----------------------------------------------------------------------------------
 
     def reopen_directories(self) -> int:
         """At the start of a run: directories that were being worked on must be listed again."""
         with self._using():
-            cursor = self._connection.execute("UPDATE directories SET state = ? WHERE state = ?", (PENDING, ACTIVE))
+            cursor = self._connection.execute(f"{_SET_STATE} WHERE state = ?2", (PENDING, ACTIVE))
             return cursor.rowcount
 
     def add_directories(self, rows: Iterable[tuple[int, bytes, bytes, int, list[tuple[int, int]]]]) -> None:
@@ -259,8 +201,8 @@ class Journal:
         encode = msgspec.msgpack.encode
         with self._using():
             self._connection.executemany(
-                "INSERT OR IGNORE INTO directories (item, source, destination, mtime_ns, ancestry, state) "
-                "VALUES (?, ?, ?, ?, ?, 0)",
+                "INSERT OR IGNORE INTO directories (item, source, destination, mtime_ns, ancestry, state, crc) "
+                "VALUES (?1, ?2, ?3, ?4, ?5, 0, crc_of('directories', ?1, ?2, ?3, ?4, ?5, 0))",
                 ((item, source, destination, mtime, encode(up)) for item, source, destination, mtime, up in rows),
             )
 
@@ -273,7 +215,7 @@ class Journal:
             ).fetchone()
             if row is None:
                 return None
-            self._connection.execute("UPDATE directories SET state = ? WHERE id = ?", (ACTIVE, row[0]))
+            self._connection.execute(f"{_SET_STATE} WHERE id = ?2", (ACTIVE, row[0]))
         ancestry = msgspec.msgpack.decode(row[5], type=list[tuple[int, int]])
         return DirectoryRow(row[0], row[1], row[2], row[3], row[4], ancestry)
 
@@ -285,7 +227,7 @@ class Journal:
 
     def finish_directory(self, directory: int) -> None:
         with self._using():
-            self._connection.execute("UPDATE directories SET state = ? WHERE id = ?", (DONE, directory))
+            self._connection.execute(f"{_SET_STATE} WHERE id = ?2", (DONE, directory))
             self._connection.execute("DELETE FROM finished WHERE directory = ?", (directory,))
             self._connection.execute("DELETE FROM partial WHERE directory = ?", (directory,))
 
@@ -321,7 +263,9 @@ class Journal:
 
     def put_finished(self, rows: Iterable[tuple[int, bytes, int]]) -> None:
         with self._using():
-            self._connection.executemany("INSERT OR REPLACE INTO finished VALUES (?, ?, ?)", rows)
+            self._connection.executemany(
+                "INSERT OR REPLACE INTO finished VALUES (?1, ?2, ?3, crc_of('finished', ?1, ?2, ?3))", rows
+            )
 
     def partial(self, directory: int, name: bytes) -> PartialRow | None:
         """The large file in flight under this name, if there is one."""
@@ -343,7 +287,8 @@ class Journal:
     def put_partial(self, directory: int, name: bytes, row: PartialRow) -> None:
         with self._using():
             self._connection.execute(
-                "INSERT OR REPLACE INTO partial VALUES (?, ?, ?, ?, ?, ?)",
+                "INSERT OR REPLACE INTO partial VALUES "
+                "(?1, ?2, ?3, ?4, ?5, ?6, crc_of('partial', ?1, ?2, ?3, ?4, ?5, ?6))",
                 (directory, name, row.temporary, msgspec.msgpack.encode(row.version), row.block, bytes(row.done)),
             )
 
@@ -358,7 +303,8 @@ class Journal:
         with self._using():
             self._connection.execute("DELETE FROM extras WHERE destination = ?", (destination,))
             self._connection.executemany(
-                "INSERT OR IGNORE INTO extras VALUES (?, ?)", ((destination, name) for name in names)
+                "INSERT OR IGNORE INTO extras VALUES (?1, ?2, crc_of('extras', ?1, ?2))",
+                ((destination, name) for name in names),
             )
 
     def extras(self) -> Iterator[tuple[bytes, bytes]]:
@@ -390,7 +336,8 @@ class Journal:
         """Keep an event until the daemon has it; events that must outlive a crash need a `commit`."""
         with self._using():
             self._connection.execute(
-                "INSERT OR REPLACE INTO events VALUES (?, ?)", (event.seq, msgspec.msgpack.encode(event))
+                "INSERT OR REPLACE INTO events VALUES (?1, ?2, crc_of('events', ?1, ?2))",
+                (event.seq, msgspec.msgpack.encode(event)),
             )
             self.put("last_event", str(event.seq).encode())
 

@@ -12,6 +12,7 @@ from agent.transfer.fetch import RANGE_BYTES
 from agent.transfer.holes import WORTH_ASKING, mark_holes
 from agent.transfer.jobs import Abandoned, FileJob, LargeFile, count_done, empty_bitmap
 from agent.transfer.patience import attempts
+from agent.transfer.receive import damaged
 from agent.transfer.reuse import Reuse
 from agent.transfer.source_session import SessionLost
 from protocol.errors import ItemFailed, NeedsPerson, RetryLater, TaskFailed, TowpathError
@@ -131,21 +132,28 @@ class LargeFiles:
 
     def refetch(self, file: LargeFile, index: int) -> None:
         """A block reads back other than it was written: fetch it again, alone."""
-        run = self._run
-        file.job.attempts += 1
         error = RetryLater(
             f"Block {index} reads back from the destination's storage other than it was written; it is fetched again.",
             code="VERIFY_CHECKSUM",
             who="destination owner",
         )
+        # Not waited for: the block's share of the budget was given back a moment ago.
+        self._run.budget.used += file.length_of(index)
+        self._fetch_again(file, index, error)
+
+    def damaged(self, file: LargeFile, index: int) -> None:
+        """A block arrived with a digest that is not its own: fetch it again, alone, with the budget it has."""
+        self._fetch_again(file, index, damaged(file.job.source_path, f"block ({index})"))
+
+    def _fetch_again(self, file: LargeFile, index: int, error: TowpathError) -> None:
+        run, length = self._run, file.length_of(index)
+        file.job.attempts += 1
         run.context.on_fault(error)
         if file.job.attempts >= attempts(error):
+            run.budget.release(length)
             file.failed = True
             self.failed(file, error)
             return
-        length = file.length_of(index)
-        # Not waited for: the block's share of the budget was given back a moment ago.
-        run.budget.used += length
         run.fetcher.submit_range(file, index * file.block, length, first=True)
 
 

@@ -53,6 +53,10 @@ class SkippedRow(msgspec.Struct, array_like=True, frozen=True):
     algorithm: str | None = None
 
 
+class ManifestDamaged(ValueError):
+    """The list holds something that was never written to it, or less than was."""
+
+
 RowType = TypeVar("RowType", TransferredRow, SkippedRow)
 
 
@@ -66,6 +70,8 @@ class ManifestWriter:
     def __init__(self, path: Path, length: int) -> None:
         self._path = path
         self._file = -1
+        # Whether the file holds less than the journal says.
+        self.lost = False
         try:
             self._open(path, length)
         except OSError as error:
@@ -77,7 +83,7 @@ class ManifestWriter:
             present = os.fstat(self._file).st_size
             if present < length:
                 # The journal knows of more rows than the file holds: history is damaged, content is not.
-                length = present
+                self.lost, length = True, present
             os.ftruncate(self._file, length)
         except BaseException:
             self.close()
@@ -118,10 +124,14 @@ class ManifestPage(msgspec.Struct, Generic[RowType], frozen=True):
     next_marker: str | None
 
 
-def read_page(path: Path, kind: type[RowType], marker: str | None, limit: int) -> ManifestPage[RowType]:
-    """Rows from ``marker`` (opaque; None for the beginning) on. A missing file has no rows.
+def read_page(
+    path: Path, kind: type[RowType], marker: str | None, limit: int, *, complete: bool = False
+) -> ManifestPage[RowType]:
+    """Rows from ``marker`` (opaque; None for the beginning) on. A missing file has no rows. ``complete``: nobody
+    writes to it any more, so that it ends with a whole frame.
 
-    Raises ValueError for a marker that this file never gave out, or for a damaged frame.
+    Raises ValueError for a marker that this file never gave out, and `ManifestDamaged`; what comes before the damage
+    is given out first.
     """
     offset, skip = _parse_marker(marker)
     rows: list[RowType] = []
@@ -133,16 +143,18 @@ def read_page(path: Path, kind: type[RowType], marker: str | None, limit: int) -
         while True:
             file.seek(offset)
             prefix = file.read(_FRAME.size)
-            if len(prefix) < _FRAME.size:
+            if not prefix:
                 return ManifestPage(rows, None)
-            length, checksum = _FRAME.unpack(prefix)
-            if length > MAX_FRAME:
-                raise ValueError("The marker does not point into the manifest, or the manifest is damaged.")
-            body = file.read(length)
-            if len(body) < length:
+            length, checksum = _FRAME.unpack(prefix) if len(prefix) == _FRAME.size else (MAX_FRAME, 0)
+            body = file.read(min(length, MAX_FRAME))
+            torn = len(body) < length
+            if torn and not complete and length <= MAX_FRAME:
+                # Being written just now.
                 return ManifestPage(rows, None)
-            if zlib.crc32(body) != checksum:
-                raise ValueError("The manifest is damaged: a frame does not match its checksum.")
+            if torn or zlib.crc32(body) != checksum:
+                if rows:
+                    return ManifestPage(rows, f"{offset}.0")
+                raise ManifestDamaged("The marker does not point into the manifest, or the manifest is damaged.")
             frame = msgspec.msgpack.decode(zlib.decompress(body), type=list[kind])  # type: ignore[valid-type]
             wanted = frame[skip : skip + limit - len(rows)]
             rows += wanted

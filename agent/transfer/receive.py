@@ -1,7 +1,8 @@
 """The receiving end of one lane: a thread that takes frames, checks their digests and writes blocks of large files.
 
-Nothing is written that does not match its digest. Small files go whole packs at a time to the settler, which is the one
-thread that writes them. The lane's thread never touches the journal; to the fetcher it says which requests are through.
+Nothing is written that does not match its digest; what does not is asked for again, alone. Small files go whole packs
+at a time to the settler, which is the one thread that writes them. The lane's thread never touches the journal; to the
+fetcher it says which requests are through.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from agent.storage.faults import fault
 from agent.transfer.jobs import BlocksWritten, FileJob, LargeFile, PackArrived, PackRequest, RangeRequest, Request
 from protocol import lane
 from protocol.errors import ProtocolError, RetryLater, TowpathError, error_from_document_untrusted
+from protocol.names import escape
 
 # Blocks of one large file that wait before the settler is asked to check them, in bytes.
 CHECK_AFTER = 16 * 1024 * 1024
@@ -32,6 +34,19 @@ class Reports(Protocol):
     def received(self, size: int) -> None: ...
     def blocks_settled(self, size: int) -> None: ...
     def file_failed(self, file: LargeFile, error: TowpathError) -> None: ...
+    def block_damaged(self, file: LargeFile, index: int) -> None: ...
+
+
+def damaged(source_path: bytes, what: str = "content") -> RetryLater:
+    """What came from the source is not what the source says it sent: TLS had nothing to object to, so that one of the
+    two machines, or the program at the source, is at fault."""
+    return RetryLater(
+        f"Some {what} of {escape(source_path)} arrived from the source with a digest that does not match; "
+        "it is fetched again.",
+        code="VERIFY_CHECKSUM",
+        who="source owner",
+        subject=escape(source_path),
+    )
 
 
 class LaneReceiver:
@@ -148,15 +163,14 @@ class LaneReceiver:
         if rest or len(payload) != file.length_of(index):
             raise ProtocolError("The source sent a block of the wrong size.")
         self._now(Doing.DIGEST)
-        if lane.digest(payload) != header.digest:
-            raise ProtocolError("A block arrived damaged: its digest does not match.")
+        good = lane.digest(payload) == header.digest
         if request.owners.setdefault(header.offset, request.r) != request.r:
             # Another lane was faster.
             request.arrived += len(payload)
             self._ended(header, request)
             return
         self._now(Doing.STORAGE)
-        if not file.failed:
+        if good and not file.failed:
             try:
                 self._write(file.descriptor, payload, header.offset)
             except OSError as error:
@@ -164,7 +178,10 @@ class LaneReceiver:
                 self._reports.file_failed(file, fault(error, "destination", file.job.destination_path))
         request.arrived += len(payload)
         waiting = 0
-        if file.failed:
+        if not good:
+            # Its share of the budget is kept for the next attempt.
+            self._reports.block_damaged(file, index)
+        elif file.failed:
             self._reports.blocks_settled(len(payload))
         else:
             waiting = file.add_unchecked(index, header.digest)
@@ -211,10 +228,11 @@ class LaneReceiver:
             content = payload[offset : offset + size]
             if size != job.row.size or len(content) != size:
                 raise ProtocolError("The source sent a file of another size than it listed.")
-            if lane.digest(content) != packed.digest:
-                raise ProtocolError("A file arrived damaged: its digest does not match.")
             offset += size
             if not first:
+                continue
+            if lane.digest(content) != packed.digest:
+                self._reports.job_failed(job, damaged(job.source_path))
                 continue
             arrived.jobs.append(job)
             arrived.contents.append(content)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import queue
 import socket
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,6 +26,15 @@ from protocol.session import MAX_BLOCK, ReadPack, ReadRange, Version
 INTRODUCTION_TIMEOUT = 30.0
 PACK_PAYLOAD = 1024 * 1024
 _OPEN_FILES = 8
+# Nanoseconds in which a file system may give two changes the same time: a tick of the kernel's clock, at the slowest.
+CLOCK_TICK = 20_000_000
+
+
+def rest(ctime_ns: int, now_ns: int) -> float:
+    """Seconds until a change of a file that changed at ``ctime_ns`` will show in its version. Times to come are no
+    clock of ours and not waited for."""
+    age = now_ns - ctime_ns
+    return (CLOCK_TICK - age) / 10**9 if 0 <= age < CLOCK_TICK else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +158,7 @@ class LaneSender:
             offset += length
 
     def _read_block(self, path: CollectionPath, request: ReadRange, block: memoryview, offset: int) -> None:
-        descriptor = self._open(path, follow=request.follow)
+        descriptor = self._open(path, request.version, follow=request.follow)
         self._check(descriptor, request.version, path)
         if self._read_file(descriptor, block, offset) != len(block):
             raise _changed(path)
@@ -205,6 +215,7 @@ class LaneSender:
         try:
             if version_of(status) != tuple(version):
                 raise _changed(path)
+            _let_rest(version)
             if content and self._read_file(descriptor, content, 0) != len(content):
                 raise _changed(path)
             self._check(descriptor, version, path)
@@ -219,7 +230,7 @@ class LaneSender:
             self._parent = (path, handle)
         return self._parent[1]
 
-    def _open(self, path: CollectionPath, *, follow: bool) -> int:
+    def _open(self, path: CollectionPath, version: Version, *, follow: bool) -> int:
         key = (path, follow)
         known = self._files.get(key)
         if known is not None:
@@ -228,6 +239,7 @@ class LaneSender:
         if not path:
             raise ProtocolError("The root of a collection is no file.")
         descriptor = self._directory(path[:-1]).open_read(path[-1], follow=follow)
+        _let_rest(version)
         self._files[key] = descriptor
         while len(self._files) > _OPEN_FILES:
             _, oldest = self._files.popitem(last=False)
@@ -251,6 +263,12 @@ class LaneSender:
                 break
             done += count
         return done
+
+
+def _let_rest(version: Version) -> None:
+    seconds = rest(version[4], time.time_ns())
+    if seconds:
+        time.sleep(seconds)
 
 
 def _changed(path: CollectionPath) -> RetryLater:

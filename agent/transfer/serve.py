@@ -295,13 +295,17 @@ class Control:
             await self._answer(session.Failed(request.r, fault(error, "source", request.path).to_document()))
 
     def _digest_one(self, request: session.DigestFile, path: CollectionPath) -> str:
-        parent, name = self._side.root.open_parent(path)
+        root = self._side.root
+        parent, name = root.open_parent(path)
         with parent:
             descriptor = parent.open_read(name, follow=request.follow)
         try:
-            return file_digest(self._side.root, descriptor, request.algorithm)
+            value = file_digest(root, descriptor, request.algorithm)
+            if request.version is not None and version_of(root.fstat(descriptor)) != tuple(request.version):
+                raise RetryLater("The file changed while it was compared.", code="FILE_CHANGED", who="source owner")
+            return value
         finally:
-            self._side.root.close_file(descriptor)
+            root.close_file(descriptor)
 
     async def _extents(self, request: session.FindExtents) -> None:
         try:

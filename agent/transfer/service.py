@@ -13,6 +13,7 @@ import time
 from collections.abc import Collection, Sequence
 from contextlib import AbstractAsyncContextManager, closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,7 @@ import trio
 from agent.connect import listener
 from agent.connect.introductions import Introductions
 from agent.transfer.local_node import LocalNode
-from agent.transfer.manifest import ManifestPage, RowType, SkippedRow, TransferredRow, read_page
+from agent.transfer.manifest import ManifestDamaged, ManifestPage, RowType, SkippedRow, TransferredRow, read_page
 from agent.transfer.plan import now_iso
 from agent.transfer.running_task import RunningTask
 from agent.transfer.served_session import ServedSessions
@@ -256,7 +257,7 @@ class TransferService:
         """A page of what was transferred; live while the task runs."""
         path = self._manifest(task_id, "transferred.manifest")
         page: ManifestPage[TransferredRow] = await trio.to_thread.run_sync(
-            lambda: _read(path, TransferredRow, marker, limit)
+            partial(_read, path, TransferredRow, marker, limit, complete=self._is_over(task_id))
         )
         rows = [
             SuccessfulTransfer(
@@ -273,7 +274,9 @@ class TransferService:
     async def skipped(self, task_id: str, marker: str | None, limit: int) -> Page:
         """A page of what was left out, and why."""
         path = self._manifest(task_id, "skipped.manifest")
-        page: ManifestPage[SkippedRow] = await trio.to_thread.run_sync(lambda: _read(path, SkippedRow, marker, limit))
+        page: ManifestPage[SkippedRow] = await trio.to_thread.run_sync(
+            partial(_read, path, SkippedRow, marker, limit, complete=self._is_over(task_id))
+        )
         rows = [
             SkippedError(
                 source_path=_shown(row.source),
@@ -293,6 +296,10 @@ class TransferService:
 
     def _manifest(self, task_id: str, name: str) -> Path:
         return self._node.directory / self._task(task_id).order.task_id / name
+
+    def _is_over(self, task_id: str) -> bool:
+        task = self._task(task_id)
+        return task.observed.state in FINAL_STATES and not task.running
 
     # --- events ----------------------------------------------------------------------------------------
 
@@ -366,8 +373,15 @@ def _shown(path: bytes) -> str:
     return format_path(tuple(path.split(b"/")) if path else ())
 
 
-def _read(path: Path, kind: type[RowType], marker: str | None, limit: int) -> ManifestPage[RowType]:
+def _read(path: Path, kind: type[RowType], marker: str | None, limit: int, *, complete: bool) -> ManifestPage[RowType]:
     try:
-        return read_page(path, kind, marker, min(limit, MAX_PAGE))
+        return read_page(path, kind, marker, min(limit, MAX_PAGE), complete=complete)
+    except ManifestDamaged as error:
+        raise ItemFailed(
+            "From here on the task's list of files is damaged on the agent's disk and cannot be shown. What was "
+            "transferred is not concerned; a transfer with a sync level checks it.",
+            code="LIST_DAMAGED",
+            who="destination owner",
+        ) from error
     except ValueError as error:
         raise ItemFailed(str(error), code="BAD_MARKER") from error

@@ -20,7 +20,7 @@ from typing import Protocol, TypeAlias
 from agent.storage.base import Directory, Root
 from agent.storage.faults import fault
 from agent.transfer.block_check import BlockChecker
-from agent.transfer.checksum import file_digest
+from agent.transfer.checksum import file_digest, unexpected_digest
 from agent.transfer.jobs import (
     Abandoned,
     BlocksChecked,
@@ -40,7 +40,7 @@ from agent.transfer.manifest import ManifestWriter
 from agent.transfer.record import Record
 from agent.transfer.side_thread import Broken, SideThread
 from agent.transfer.small_files import OWNER_ACCESS, Remover, SmallFiles, Temporary
-from protocol.errors import ItemFailed, TowpathError
+from protocol.errors import TowpathError
 
 # From this many files and folders on, one syncfs is cheaper than an fsync each.
 SYNCFS_FROM = 32
@@ -344,6 +344,7 @@ class Settler:
         except (TowpathError, OSError) as error:
             problem = fault(error, "destination", job.destination_path) if isinstance(error, OSError) else error
             self.remover.remove(job.group, file.temporary)
+            self.record.journal.drop_partial(*job.key)
             self._reports.job_failed(job, problem)
             return
         self._names.transferred.append((job, checksum))
@@ -384,12 +385,9 @@ class Settler:
         finally:
             self._root.close_file(descriptor)
         if job.external_checksum is not None and value != job.external_checksum.lower():
-            raise ItemFailed(
-                f"The {job.algorithm or 'MD5'} digest of the file is {value}, not {job.external_checksum.lower()} as "
-                "was given; the source holds other content than expected.",
-                code="VERIFY_CHECKSUM",
-                who="source owner",
-            )
+            again = job.found_digest != value
+            job.found_digest = value
+            raise unexpected_digest(job, value, again=again)
         return value
 
     # --- bookkeeping -----------------------------------------------------------------------------------

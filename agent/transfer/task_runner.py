@@ -135,6 +135,13 @@ class TaskRunner:
             raise of_system(error, self._directory) from error
         self._events = EventLog(self._journal, self._tell, after=self._start.last_event)
         stack.callback(setattr, self._line, "on_event_stored", lambda _seq: None)
+        if not rebuilt and any(manifest.lost for manifest in manifests):
+            self._events.add(
+                "LIST_DAMAGED",
+                "list damaged",
+                "Part of the list of files is gone from the agent's disk; what was transferred is not concerned.",
+                is_error=True,
+            )
         return await self._run_journaled(self._events, manifests, received, rebuilt=rebuilt)
 
     def _received(self) -> ReceivedCounter:

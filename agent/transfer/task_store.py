@@ -48,6 +48,7 @@ class TaskStore:
     def __init__(self, path: Path) -> None:
         self._lock = threading.Lock()
         self._path = path
+        self._closed = False
         self._connection = sqlite3.connect(path, timeout=10, check_same_thread=False, isolation_level=None)
         try:
             with self._using():
@@ -74,6 +75,7 @@ class TaskStore:
 
     def close(self) -> None:
         with self._using():
+            self._closed = True
             self._connection.close()
 
     # --- tasks -----------------------------------------------------------------------------------------
@@ -147,8 +149,11 @@ class TaskStore:
         return known is None
 
     def events_after(self, n: int, limit: int = 500) -> list[AgentEvent]:
-        """Kept lines with a higher number, in order. A line's number is also its seq: it is unique for ever."""
+        """Kept lines with a higher number, in order. A line's number is also its seq: it is unique for ever. A closed
+        store has no more to say: whoever follows the lines may notice its end a moment later."""
         with self._using():
+            if self._closed:
+                return []
             rows = self._connection.execute(
                 "SELECT n, body FROM events WHERE n > ? ORDER BY n LIMIT ?", (n, limit)
             ).fetchall()

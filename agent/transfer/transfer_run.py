@@ -329,6 +329,9 @@ class TransferRun:
     def blocks_settled(self, size: int) -> None:
         self._soon(self.budget.release, size)
 
+    def block_damaged(self, file: LargeFile, index: int) -> None:
+        self._soon(self.large.damaged, file, index)
+
     def refetch(self, file: LargeFile, index: int) -> None:
         self._soon(self.large.refetch, file, index)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +21,7 @@ from protocol.control import (
     FINAL_STATES,
     AgentEvent,
     Party,
+    SessionAnswer,
     SessionOrder,
     TaskItem,
     TaskObserved,
@@ -78,6 +79,8 @@ class World:
         self.beta = self._node(directory, "beta")
         self.events: list[AgentEvent] = []
         self.sessions: dict[str, SessionOrder] = {}
+        # What stands between the agents: where alpha's candidates lead instead.
+        self.detour: Callable[[SessionAnswer], SessionAnswer] = lambda answer: answer
 
     @staticmethod
     def _node(directory: Path, name: str) -> Node:
@@ -128,7 +131,7 @@ class World:
                     order = self.sessions[line.task_id]
                     assert self.alpha.service is not None
                     answer = await self.alpha.service.put_session(order)
-                    await service.put_session_answer(line.task_id, answer)
+                    await service.put_session_answer(line.task_id, self.detour(answer))
 
     def ticket(self, task: str, session: str, source: Grant | None, destination: Grant, **changes: Any) -> str:
         now = time.time()

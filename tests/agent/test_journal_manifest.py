@@ -13,8 +13,16 @@ from hypothesis import strategies as st
 
 from agent.transfer.channel import Event
 from agent.transfer.compare import block_count, block_size, missing_ranges
-from agent.transfer.journal import TRANSFERRED, VERSION, Journal, PartialRow, open_or_rebuild
-from agent.transfer.manifest import ROWS_IN_FRAME, ManifestPage, ManifestWriter, TransferredRow, read_page
+from agent.transfer.journal import TRANSFERRED, Journal, PartialRow, open_or_rebuild
+from agent.transfer.journal_format import VERSION
+from agent.transfer.manifest import (
+    ROWS_IN_FRAME,
+    ManifestDamaged,
+    ManifestPage,
+    ManifestWriter,
+    TransferredRow,
+    read_page,
+)
 from agent.transfer.state_trouble import StateTrouble
 from protocol.control import Counters
 
@@ -28,6 +36,16 @@ def filled(path: Path, directories: int = 500) -> None:
     journal.put_counters(Counters(files=7, bytes_transferred=2**40))
     journal.put_lengths(11, 22)
     journal.close()
+
+
+def set_format(path: Path, version: int) -> None:
+    """What a newer agent does to a closed journal."""
+    journal = Journal(path)
+    journal.put("format", b"%d" % version)
+    journal.close()
+    connection = sqlite3.connect(path)
+    connection.execute(f"PRAGMA user_version = {version}")
+    connection.close()
 
 
 # --- journal ---------------------------------------------------------------------------------------------
@@ -142,9 +160,7 @@ def test_an_empty_file_is_a_new_journal(tmp_path: Path) -> None:
 def test_a_journal_of_a_newer_agent_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "journal"
     filled(path)
-    connection = sqlite3.connect(path)
-    connection.execute(f"PRAGMA user_version = {VERSION + 1}")
-    connection.close()
+    set_format(path, VERSION + 1)
     before = path.read_bytes()
     with pytest.raises(StateTrouble) as raised:
         open_or_rebuild(path)
@@ -218,7 +234,7 @@ def test_a_manifest_shorter_than_its_journal_says_goes_on_from_its_end(tmp_path:
     path = tmp_path / "manifest"
     length = write(path, rows(3))
     writer = ManifestWriter(path, length + 1000)
-    assert writer.length == length
+    assert (writer.length, writer.lost) == (length, True)
     writer.append(rows(1))
     writer.close()
     assert read_page(path, TransferredRow, None, 100).rows == rows(3) + rows(1)
@@ -232,13 +248,34 @@ def test_every_flipped_bit_of_a_frame_is_found(tmp_path: Path) -> None:
         changed = bytearray(content)
         changed[place >> 3] ^= 1 << (place & 7)
         path.write_bytes(changed)
+        with pytest.raises(ManifestDamaged):
+            read_page(path, TransferredRow, None, 100, complete=True)
         try:
             page = read_page(path, TransferredRow, None, 100)
         except ValueError:
             continue
-        # A longer length looks like a frame still being written: no rows, never wrong ones.
+        # While somebody writes, a longer length looks like a frame still being written: no rows, never wrong ones.
         assert place < 32
         assert page == ManifestPage([], None)
+
+
+def test_what_comes_before_the_damage_is_given_out(tmp_path: Path) -> None:
+    path = tmp_path / "manifest"
+    length = write(path, rows(3))
+    writer = ManifestWriter(path, length)
+    writer.append(rows(5))
+    writer.close()
+    content = bytearray(path.read_bytes())
+    content[length + 20] ^= 4
+    path.write_bytes(content)
+    page = read_page(path, TransferredRow, None, 100)
+    assert page.rows == rows(3)
+    with pytest.raises(ManifestDamaged):
+        read_page(path, TransferredRow, page.next_marker, 100)
+    os.truncate(path, length + 3)
+    assert read_page(path, TransferredRow, None, 100) == ManifestPage(rows(3), None)
+    with pytest.raises(ManifestDamaged):
+        read_page(path, TransferredRow, f"{length}.0", 100, complete=True)
 
 
 @pytest.mark.parametrize("marker", ["x", "1", "-1.0", "0.-1", "0", ".", "1.x", "9" * 41 + ".0", "\u0663.\u0660", "3.0"])

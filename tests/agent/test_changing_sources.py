@@ -1,0 +1,210 @@
+"""Sources that change while they are read: noticed, read again, and told, in running transfers between real workers."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+import pytest
+import trio
+
+from agent.storage.faulty import Call
+from agent.transfer import send
+from agent.transfer.manifest import SkippedRow, read_page
+from protocol.control import TaskItem, TaskOptions
+from tests.agent.engine_inside import CHECKED, Engine, contents, quick_path
+from tests.agent.engine_world import World, world
+
+__all__ = ["quick_path"]
+
+MIB = 1024 * 1024
+WHOLE = [TaskItem(source_path="/", destination_path="/", recursive=True)]
+
+
+def grow(path: Path) -> None:
+    with path.open("ab") as file:
+        file.write(os.urandom(1000))
+
+
+def shrink(path: Path) -> None:
+    size = path.stat().st_size
+    if size < 1000:
+        path.write_bytes(os.urandom(9000))
+    else:
+        os.truncate(path, size - 100)
+
+
+def replace(path: Path) -> None:
+    """Another file of the same size and time takes the name."""
+    status = path.stat()
+    other = path.with_name(f"..{path.name}.new")
+    other.write_bytes(os.urandom(status.st_size))
+    os.utime(other, ns=(status.st_atime_ns, status.st_mtime_ns))
+    other.rename(path)
+
+
+def overwrite_keeping_time(path: Path) -> None:
+    """Other content under the old size and time of modification; only the kernel's time of change tells."""
+    status = path.stat()
+    with path.open("r+b") as file:
+        file.seek(status.st_size // 2)
+        file.write(os.urandom(1000))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+CHANGES = {"grown": grow, "shrunk": shrink, "replaced": replace, "same-mtime": overwrite_keeping_time}
+
+
+@contextmanager
+def changing(path: Path, change: Callable[[Path], None], until: Callable[[], bool]) -> Iterator[None]:
+    """Change a file again and again, from a thread, until somebody noticed."""
+    stop = threading.Event()
+
+    def work() -> None:
+        while not stop.wait(0.005) and not until():
+            change(path)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def told_of(made: World, name: str) -> list[str]:
+    return [event.details for event in made.events if event.code == "FILE_CHANGED" and name in event.details]
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        *((name, 24 * MIB) for name in CHANGES),
+        ("same-mtime", 3000),
+        *(pytest.param(name, 3000, marks=pytest.mark.soak) for name in ("grown", "shrunk", "replaced")),
+    ],
+)
+async def test_a_source_that_changes_is_read_again_and_told(tmp_path: Path, name: str, size: int) -> None:
+    async with world(tmp_path) as made:
+        path = made.alpha.root / name
+        for number in range(30):
+            (made.alpha.root / f"bystander-{number}").write_bytes(os.urandom(50_000))
+        path.write_bytes(os.urandom(size))
+        # Until the task has seen it: it may be listed and read between two changes only once.
+        with changing(path, CHANGES[name], lambda: bool(told_of(made, name))):
+            task = await made.submit(WHOLE)
+            with trio.fail_after(60):
+                while not told_of(made, name):
+                    assert made.beta.service is not None
+                    if made.beta.service.get_task(task).state == "SUCCEEDED":
+                        # Read between two changes by luck: once more.
+                        task = await made.submit(WHOLE)
+                    await trio.sleep(0.005)
+        observed = await made.wait(task)
+        assert observed.state == "SUCCEEDED", observed
+        assert contents(made.beta.root) == contents(made.alpha.root)
+        assert observed.counters.failed == 0
+        assert all("(source owner)" in details for details in told_of(made, name))
+        print(f"{name}, {size} bytes: noticed {len(told_of(made, name))} times")
+
+
+@pytest.mark.soak
+async def test_a_source_that_never_rests_is_listed_among_the_skipped_errors(tmp_path: Path) -> None:
+    async with world(tmp_path) as made:
+        path = made.alpha.root / "restless"
+        path.write_bytes(os.urandom(24 * MIB))
+        (made.alpha.root / "calm").write_bytes(b"calm")
+        with changing(path, overwrite_keeping_time, lambda: False):
+            task = await made.submit(WHOLE)
+            observed = await made.wait(task, seconds=120)
+        assert (observed.state, observed.error_code, observed.counters.failed) == ("FAILED", "ITEMS_FAILED", 1)
+        assert contents(made.beta.root) == {"calm": b"calm"}
+        assert made.beta.service is not None
+        (row,) = (await made.beta.service.skipped(task, None, 10)).rows
+        assert (row["source_path"], row["error_code"]) == ("/restless", "FILE_CHANGED")
+        assert len(told_of(made, "restless")) == 5
+
+
+async def test_what_never_rests_is_listed_with_its_reason(quick_path: Path) -> None:
+    path = quick_path / "source" / "restless"
+
+    def plan(call: Call) -> int | None:
+        if call.operation == "preadv":
+            overwrite_keeping_time(path)
+        return None
+
+    engine = Engine(quick_path, source_plan=plan)
+    path.write_bytes(os.urandom(3 * MIB))
+    observed = await engine.run()
+    assert (observed.state, observed.counters.failed) == ("FAILED", 1)
+    (row,) = read_page(engine.state / "skipped.manifest", SkippedRow, None, 10, complete=True).rows
+    assert (row.source, row.code) == (b"restless", "FILE_CHANGED")
+    assert "changed at the source while it was read" in row.details
+    assert engine.codes().count("FILE_CHANGED") == 5
+    assert contents(engine.destination) == {}
+    assert engine.temporaries() == []
+
+
+@pytest.mark.parametrize("skip", [False, True])
+async def test_a_source_that_goes_away_while_it_is_read(quick_path: Path, *, skip: bool) -> None:
+    path = quick_path / "source" / "file"
+
+    def plan(call: Call) -> int | None:
+        if call.operation == "preadv" and call.nth == 2:
+            path.rename(path.with_name("elsewhere"))
+            path.with_name("elsewhere").unlink()
+        return None
+
+    options = msgspec.structs.replace(CHECKED, skip_source_errors=skip)
+    engine = Engine(quick_path, options, source_plan=plan)
+    path.write_bytes(os.urandom(5 * MIB))
+    observed = await engine.run()
+    (row,) = read_page(engine.state / "skipped.manifest", SkippedRow, None, 10, complete=True).rows
+    assert (row.source, row.code) == (b"file", "FILE_NOT_FOUND")
+    assert contents(engine.destination) == {}
+    assert engine.temporaries() == []
+    if skip:
+        assert (observed.state, observed.counters.skipped_errors) == ("SUCCEEDED", 1)
+    else:
+        assert (observed.state, observed.counters.failed) == ("FAILED", 1)
+
+
+async def test_a_folder_that_grows_while_it_is_listed_gives_what_was_listed(quick_path: Path) -> None:
+    def plan(call: Call) -> int | None:
+        if call.operation in ("preadv", "fstat", "open_read_status"):
+            (quick_path / "source" / f"late-{call.number}").write_bytes(b"late")
+        return None
+
+    engine = Engine(quick_path, TaskOptions(verify_checksum=True), source_plan=plan)
+    for number in range(50):
+        (engine.source / f"early-{number}").write_bytes(b"early %d" % number)
+    observed = await engine.run()
+    assert observed.state == "SUCCEEDED", observed
+    there = contents(engine.destination)
+    assert {name for name in there if name.startswith("early")} == {f"early-{number}" for number in range(50)}
+    assert all(contents(engine.source)[name] == content for name, content in there.items())
+
+
+@pytest.mark.parametrize(
+    ("age", "pause"), [(0, 0.02), (5_000_000, 0.015), (20_000_000, 0.0), (10**12, 0.0), (-(10**9), 0.0)]
+)
+def test_a_file_that_was_changed_a_moment_ago_is_let_rest(age: int, pause: float) -> None:
+    """Clocks of file systems tick: a second change within the tick of the first would leave no trace."""
+    now = 1_700_000_000 * 10**9
+    assert send.rest(now - age, now) == pytest.approx(pause)
+
+
+async def test_fresh_files_are_read_after_their_tick(quick_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rests: list[float] = []
+    monkeypatch.setattr(send, "CLOCK_TICK", 10**15)
+    monkeypatch.setattr("agent.transfer.send.time.sleep", rests.append)
+    engine = Engine(quick_path)
+    (engine.source / "small").write_bytes(b"small")
+    (engine.source / "large").write_bytes(bytes(3 * MIB))
+    assert (await engine.run()).state == "SUCCEEDED"
+    assert len(rests) == 2
