@@ -73,8 +73,18 @@ class DirectoryWalk:
             self._failed(group, row, error)
         else:
             if run.options.delete_destination_extra:
-                await trio.to_thread.run_sync(planner.note_extra)
+                await self._note_extra(group, row, planner)
         run.settle.put(GroupListed(group))
+
+    async def _note_extra(self, group: Group, row: DirectoryRow, planner: DirectoryPlanner) -> None:
+        """What cannot be looked through for a mirror's sake is an error of its own; nothing in it is deleted."""
+        try:
+            await trio.to_thread.run_sync(planner.note_extra)
+        except OSError as error:
+            problem = fault(error, "destination", row.destination)
+            if self._run.context.patience.is_passing(row.destination, problem):
+                raise problem from error
+            self._failed(group, row, problem)
 
     async def _not_opened(self, row: DirectoryRow, error: TowpathError) -> None:
         """The destination directory cannot be used: an error of its own, unless it concerns the whole task."""

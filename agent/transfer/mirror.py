@@ -7,7 +7,7 @@ mounted, or the wrong folder was named) is refused as a whole unless the task al
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from agent.storage.base import Directory, Root
 from agent.storage.faults import fault
@@ -25,14 +25,24 @@ ALWAYS_ALLOWED = 1000
 
 
 class Mirror:
-    """One run over the extras that the journal remembers. `run` blocks; it may be called again after an error."""
+    """One run over the extras that the journal remembers. `run` blocks; it may be called again after an error.
+    ``on_fault`` is told in the same thread of what could not be deleted."""
 
-    def __init__(self, root: Root, journal: Journal, record: Record, options: TaskOptions, patience: Patience) -> None:
+    def __init__(
+        self,
+        root: Root,
+        journal: Journal,
+        record: Record,
+        options: TaskOptions,
+        patience: Patience,
+        on_fault: Callable[[TowpathError], None],
+    ) -> None:
         self._root = root
         self._journal = journal
         self._record = record
         self._options = options
         self._patience = patience
+        self._on_fault = on_fault
 
     def run(self) -> None:
         """Delete the extras. Raises `NeedsPerson` when the root is not the one that was set up, `TaskFailed`
@@ -89,6 +99,7 @@ class Mirror:
             problem: TowpathError = fault(error, "destination", path)
             if self._patience.is_passing(path, problem):
                 raise problem from error
+            self._on_fault(problem)
             rows.append(SkippedRow(b"", path, -1, problem.code, problem.sentence, now_iso(), extra=True))
         self._journal.drop_extra(folder, name)
         self._record.removed(removed, rows)

@@ -7,7 +7,6 @@ blocks (comparing, making folders) happens in worker threads.
 from __future__ import annotations
 
 import contextlib
-import errno
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -245,28 +244,30 @@ def collect_orphans(handle: Directory, now_ns: int) -> int:
     return removed
 
 
-def remove_left_behind(root: Root, journal: Journal, prefix: bytes, items: Iterable[TaskItem]) -> None:
+def remove_left_behind(
+    root: Root, journal: Journal, prefix: bytes, items: Iterable[TaskItem], patience: Patience
+) -> None:
     """Remove temporaries that could not be removed when they should have been, at the end of a task, when it needs none
     of them any more. Raises `TowpathError`; to be called again then."""
     for folder, name in journal.left_behind():
-        with _passing_over(folder), root.open_directory(split_path(folder)) as handle:
+        with _passing_over(folder, patience), root.open_directory(split_path(folder)) as handle:
             handle.unlink(name)
     if journal.left_behind_anywhere():
         for folder in _folders_of(journal, items):
-            with _passing_over(folder), root.open_directory(split_path(folder)) as handle:
+            with _passing_over(folder, patience), root.open_directory(split_path(folder)) as handle:
                 sweep_temporaries(handle, prefix, set())
     journal.forget_left_behind()
 
 
 @contextlib.contextmanager
-def _passing_over(folder: bytes) -> Iterator[None]:
+def _passing_over(folder: bytes, patience: Patience) -> Iterator[None]:
     """Pass over what is gone already, or not ours to remove any more: the collection of orphans looks at it again."""
     try:
         yield
-    except (FileNotFoundError, NotADirectoryError, PermissionError):
-        return
     except OSError as error:
-        raise fault(error, "destination", folder) from error
+        problem = fault(error, "destination", folder)
+        if patience.is_passing(folder, problem):
+            raise problem from error
 
 
 def _folders_of(journal: Journal, items: Iterable[TaskItem]) -> Iterator[bytes]:
@@ -282,8 +283,9 @@ def _folders_of(journal: Journal, items: Iterable[TaskItem]) -> Iterator[bytes]:
         yield join_path(parent)
 
 
-def set_directory_times(root: Root, rows: Iterator[tuple[bytes, int, int]]) -> None:
-    """Give directories the times of their sources, children before parents; one that is gone is left out.
+def set_directory_times(root: Root, rows: Iterator[tuple[bytes, int, int]], patience: Patience) -> None:
+    """Give directories the times of their sources, children before parents. One that is gone, or is no folder of the
+    collection any more, is left out.
 
     Raises `TowpathError`; to be called again then.
     """
@@ -296,8 +298,9 @@ def set_directory_times(root: Root, rows: Iterator[tuple[bytes, int, int]]) -> N
             with parent:
                 parent.set_times(name, mtime_ns)
         except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.EPERM, errno.EACCES):
-                raise fault(error, "destination", destination) from error
+            problem = fault(error, "destination", destination)
+            if patience.is_passing(destination, problem):
+                raise problem from error
 
 
 class Listing:

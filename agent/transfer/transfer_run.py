@@ -103,7 +103,14 @@ class TransferRun:
         self.settle: queue.SimpleQueue[Any] = self._settler.queue
         self._pack: list[FileJob] = []
         self._pack_bytes = 0
-        self._mirror = Mirror(context.root, context.journal, self._settler.record, self.options, context.patience)
+        self._mirror = Mirror(
+            context.root,
+            context.journal,
+            self._settler.record,
+            self.options,
+            context.patience,
+            partial(self._soon, context.on_fault),
+        )
         self.retries = Retries(self)
         self.large = LargeFiles(self)
         self._comparisons = Comparisons(self)
@@ -155,14 +162,19 @@ class TransferRun:
             self._close_groups()
         if self._error is not None:
             raise self._error
+        context = self.context
         if self.options.delete_destination_extra:
             await trio.to_thread.run_sync(self._mirror.run)
         if self.options.preserve_timestamp:
-            rows = self.context.journal.directories_deepest_first()
-            await trio.to_thread.run_sync(set_directory_times, self.context.root, rows)
-        context = self.context
+            rows = context.journal.directories_deepest_first()
+            await trio.to_thread.run_sync(set_directory_times, context.root, rows, context.patience)
         await trio.to_thread.run_sync(
-            remove_left_behind, context.root, context.journal, context.temporary_prefix, context.order.items or []
+            remove_left_behind,
+            context.root,
+            context.journal,
+            context.temporary_prefix,
+            context.order.items or [],
+            context.patience,
         )
 
     def stop(self, error: TowpathError) -> None:

@@ -45,7 +45,7 @@ async def test_a_bit_flipped_below_tls_costs_a_lane_and_nothing_else(tmp_path: P
         # The first connection is the control stream; the next two are lanes, and so are those that replace them.
         proxy = FlippingProxy(nursery, {1: 3 * MIB, 2: 2 * MIB, 3: MIB})
         assert made.alpha.service is not None
-        for candidate in await made.alpha.service.network.host_candidates(loopback=True):
+        for candidate in await made.alpha.service._node.network.host_candidates(loopback=True):
             await proxy.stand_before(candidate.host, candidate.port)
         made.detour = proxy.detour
         task = await made.submit([TaskItem(source_path="/", destination_path="/", recursive=True)])
@@ -75,7 +75,7 @@ async def test_a_bit_flipped_in_the_control_stream_begins_the_session_anew(tmp_p
         # Past the handshake, in the middle of the listings.
         proxy = FlippingProxy(nursery, {0: 8000})
         assert made.alpha.service is not None
-        for candidate in await made.alpha.service.network.host_candidates(loopback=True):
+        for candidate in await made.alpha.service._node.network.host_candidates(loopback=True):
             await proxy.stand_before(candidate.host, candidate.port)
         made.detour = proxy.detour
         task = await made.submit([TaskItem(source_path="/", destination_path="/", recursive=True)])

@@ -141,3 +141,23 @@ async def test_a_source_that_gains_a_file_meanwhile_keeps_it(quick_path: Path) -
     observed = await engine.revived().run()
     assert observed.state == "SUCCEEDED", observed
     assert (engine.destination / "a" / "old").exists()
+
+
+async def test_a_folder_that_may_not_be_looked_through_is_an_error_of_its_own(quick_path: Path) -> None:
+    scans: list[Call] = []
+
+    def plan(call: Call) -> int | None:
+        if call.operation != "scan":
+            return None
+        scans.append(call)
+        # The first look is at whether the folder is empty, the second for what is too much.
+        return errno.EACCES if len(scans) == 2 else None
+
+    engine = Engine(quick_path, MIRROR, plan=plan)
+    (engine.source / "file").write_bytes(b"content")
+    (engine.destination / "extra").write_bytes(b"extra")
+    observed = await engine.run()
+    assert len(scans) >= 2
+    assert (observed.state, observed.counters.failed) == ("FAILED", 1)
+    assert "PERMISSION_DENIED" in engine.codes()
+    assert contents(engine.destination) == {"file": b"content", "extra": b"extra"}
