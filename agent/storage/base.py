@@ -159,7 +159,7 @@ def checked_time(mtime_ns: int) -> int:
 @dataclass(frozen=True, slots=True)
 class Features:
     """What a root can do. ``local``: on a disk of this machine. ``syncfs``: `Root.syncfs` makes everything written
-    before it durable. ``rename_no_replace``: atomic also for folders. ``case_sensitive`` None: not known."""
+    before it durable. ``rename_no_replace``: atomic also for folders."""
 
     file_system: str = ""
     local: bool = False
@@ -168,7 +168,6 @@ class Features:
     symlinks: bool = True
     modes: bool = True
     sparse: bool = True
-    case_sensitive: bool | None = None
     mtime_resolution_ns: int = 1
 
 
@@ -193,6 +192,12 @@ class Directory(ABC):
     def reserved_names(self) -> list[bytes]:
         """The names of temporaries in this folder, whoever's they are."""
         return [node.name for node in self.scan(reserved=True) if node.name.startswith(RESERVED_PREFIX)]
+
+    def folds(self, prefix: bytes) -> bool:
+        """Whether names that differ in case or Unicode form only are one name in this folder. Where the system does not
+        say so, it is found out with a temporary whose name begins with ``prefix``."""
+        del prefix
+        return False
 
     @abstractmethod
     def lstat(self, name: bytes) -> Node:

@@ -198,6 +198,9 @@ class FaultyDirectory(Directory):
         self.script.before("reserved_names")
         return self.inner.reserved_names()
 
+    def folds(self, prefix: bytes) -> bool:
+        return self.inner.folds(prefix)
+
     def lstat(self, name: bytes) -> Node:
         self.script.before("lstat", name)
         return self.inner.lstat(name)

@@ -50,6 +50,9 @@ class HidingDirectory(Directory):
     def reserved_names(self) -> list[bytes]:
         return self.inner.reserved_names()
 
+    def folds(self, prefix: bytes) -> bool:
+        return self.inner.folds(prefix)
+
     def lstat(self, name: bytes) -> Node:
         _check([name])
         return self.inner.lstat(name)

@@ -10,7 +10,7 @@ import os
 import stat as stat_bits
 from collections.abc import Iterator
 
-from agent.storage import handles, libc, mounts
+from agent.storage import folding, handles, libc, mounts
 from agent.storage.base import (
     PERMISSION_BITS,
     Directory,
@@ -61,6 +61,7 @@ class PosixRoot(Root):
         status = os.fstat(fd)
         self._identity = (status.st_dev, status.st_ino)
         self._mount = mounts.mount_of(fd, path)
+        self._folds: dict[int, bool] = {}
         local = mounts.is_local(self._mount.file_system)
         self.features = Features(
             file_system=self._mount.file_system,
@@ -129,6 +130,13 @@ class PosixRoot(Root):
             raise os_error(errno.ENOTSUP)
         libc.syncfs(self._fd)
 
+    def folds(self, fd: int, prefix: bytes) -> bool:
+        """`Directory.folds` of an open folder."""
+        device = os.fstat(fd).st_dev
+        # Another file system may be mounted below.
+        file_system = self._mount.file_system if device == self._identity[0] else ""
+        return folding.folds(file_system, fd, prefix, self._folds, device)
+
     def fsync(self, fd: int) -> None:
         handles.sync_handle(fd)
 
@@ -189,6 +197,9 @@ class PosixDirectory(Directory):
             return [name for entry in os.listdir(fd) if (name := os.fsencode(entry)).startswith(RESERVED_PREFIX)]
         finally:
             os.close(fd)
+
+    def folds(self, prefix: bytes) -> bool:
+        return self._root.folds(self._fd, prefix)
 
     def lstat(self, name: bytes) -> Node:
         return node_from_stat(name, os.stat(component(name), dir_fd=self._fd, follow_symlinks=False))

@@ -15,6 +15,7 @@ from agent.transfer.journal import DirectoryRow
 from agent.transfer.plan import DirectoryPlanner, Listing, Planned
 from agent.transfer.source_session import SessionLost
 from protocol.errors import NeedsPerson, RetryLater, TaskFailed, TowpathError
+from protocol.session import Row
 
 if TYPE_CHECKING:
     from agent.transfer.transfer_run import TransferRun
@@ -47,10 +48,15 @@ class DirectoryWalk:
     async def _list(self, row: DirectoryRow, listing: Listing) -> None:
         run = self._run
         await run.slot()
-        sweep = run.context.temporary_prefix if run.resumed else None
         context = run.context
         planner = DirectoryPlanner(
-            context.root, context.journal, run.options, row, sweep=sweep, patience=context.patience
+            context.root,
+            context.journal,
+            run.options,
+            row,
+            prefix=context.temporary_prefix,
+            sweep=run.resumed,
+            patience=context.patience,
         )
         try:
             group = await trio.to_thread.run_sync(planner.open)
@@ -61,12 +67,14 @@ class DirectoryWalk:
         follow = run.options.recursive_symlinks == "copy"
         try:
             async with aclosing(run.session.list_directory(row.source, follow=follow)) as batches:
+                gathered: list[Row] = []
                 async for rows in batches:
-                    planned = await trio.to_thread.run_sync(planner.plan, rows)
-                    if planned.directories:
-                        listing.added()
-                    await self._hand_out(planned)
-                    await run.offer()
+                    if planner.folds:
+                        gathered += rows
+                    else:
+                        await self._plan(planner, rows, listing)
+                if gathered:
+                    await self._plan(planner, gathered, listing)
         except TowpathError as error:
             if isinstance(error, RetryLater | NeedsPerson | TaskFailed):
                 raise
@@ -75,6 +83,13 @@ class DirectoryWalk:
             if run.options.delete_destination_extra:
                 await self._note_extra(group, row, planner)
         run.settle.put(GroupListed(group))
+
+    async def _plan(self, planner: DirectoryPlanner, rows: list[Row], listing: Listing) -> None:
+        planned = await trio.to_thread.run_sync(planner.plan, rows)
+        if planned.directories:
+            listing.added()
+        await self._hand_out(planned)
+        await self._run.offer()
 
     async def _note_extra(self, group: Group, row: DirectoryRow, planner: DirectoryPlanner) -> None:
         """What cannot be looked through for a mirror's sake is an error of its own; nothing in it is deleted."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,9 @@ import trio
 
 from agent.storage.base import Node
 from agent.storage.faults import fault
+from agent.storage.folding import fold_key
 from agent.transfer.checksum import check_given, normalised_algorithm
+from agent.transfer.collisions import collision, losers, twice
 from agent.transfer.compare import Decision, decide
 from agent.transfer.jobs import FileJob, Group, GroupListed, LinkWanted
 from agent.transfer.plan import refusal, sweep_temporaries
@@ -40,10 +43,13 @@ class ItemPlanner:
         self._run = run
         self._items = run.context.order.items or []
         self._settled: dict[int, int] = {}
+        # For every parent and key of a name, the items that want it, in their order.
+        self._wanted: dict[tuple[CollectionPath, bytes], list[int]] = {}
 
     async def run(self, session: SourceSession) -> None:
         """Hand out jobs for file items, remember folders for listing."""
         journal = self._run.context.journal
+        self._note_wanted()
         resolved = journal.known_items()
         self._settled = journal.finished_items()
         waiting = [index for index in range(len(self._items)) if index not in resolved]
@@ -53,6 +59,32 @@ class ItemPlanner:
                 indices = [index for index in chunk if self._items[index].symlink is links]
                 if indices:
                     await self._resolve(session, indices, follow=not links)
+
+    def _note_wanted(self) -> None:
+        for index, item in enumerate(self._items):
+            # One whose name cannot be fails by itself.
+            with contextlib.suppress(ProtocolError):
+                path = parse_path_untrusted(item.destination_path)
+                self._wanted.setdefault((path[:-1], fold_key(path[-1]) if path else b""), []).append(index)
+        self._wanted = {place: wanted for place, wanted in self._wanted.items() if len(wanted) > 1}
+
+    def _taken(self, group: Group, job: FileJob) -> ItemFailed | None:
+        """Whether an earlier item of the task has this name, or one that is the same at the destination. Raises
+        OSError."""
+        path = parse_path_untrusted(self._items[job.item].destination_path)
+        for index in self._wanted.get((path[:-1], fold_key(path[-1])), ()):
+            if index >= job.item:
+                break
+            earlier = self._items[index]
+            other = parse_path_untrusted(earlier.destination_path)[-1]
+            if other == job.name:
+                if earlier.source_path != self._items[job.item].source_path:
+                    return twice(job.destination_path, earlier.source_path)
+            elif group.handle.folds(self._run.context.temporary_prefix) and losers(
+                self._run.context.root, group.handle, [other, job.name], self._run.context.temporary_prefix
+            ):
+                return collision(job.name, other)
+        return None
 
     async def _resolve(self, session: SourceSession, indices: list[int], *, follow: bool) -> None:
         paths: list[bytes] = []
@@ -192,6 +224,10 @@ class ItemPlanner:
                 continue
             existing: Node | None = None
             try:
+                taken = self._taken(group, job)
+                if taken is not None:
+                    decisions.append(taken)
+                    continue
                 existing = group.handle.lstat(job.name)
             except FileNotFoundError:
                 existing = None

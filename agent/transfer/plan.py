@@ -16,7 +16,9 @@ import trio
 
 from agent.storage.base import Directory, Node, Root
 from agent.storage.faults import fault
+from agent.storage.folding import fold_key
 from agent.storage.rules import included
+from agent.transfer.collisions import collision, losers
 from agent.transfer.compare import Decision, decide
 from agent.transfer.jobs import FileJob, Group
 from agent.transfer.journal import FAILED, SKIPPED, UNCHANGED, DirectoryRow, Journal
@@ -56,7 +58,8 @@ class DirectoryPlanner:
         options: TaskOptions,
         row: DirectoryRow,
         *,
-        sweep: bytes | None,
+        prefix: bytes,
+        sweep: bool,
         patience: Patience,
     ) -> None:
         self._root = root
@@ -66,7 +69,10 @@ class DirectoryPlanner:
         self._finished: dict[bytes, int] = {}
         self._fresh = False
         self._names: set[bytes] | None = set() if options.delete_destination_extra else None
+        self._prefix = prefix
         self._sweep = sweep
+        # Whether names may be one name at the destination: all rows must then come to `plan` at once.
+        self.folds = False
         self._patience = patience
         self.group: Group
 
@@ -79,9 +85,10 @@ class DirectoryPlanner:
         self.group.counts.directories = 1
         try:
             self._finished = self._journal.finished(self._row.id)
-            if self._sweep is not None:
-                sweep_temporaries(handle, self._sweep, self._journal.partial_temporaries(self._row.id))
+            if self._sweep:
+                sweep_temporaries(handle, self._prefix, self._journal.partial_temporaries(self._row.id))
             collect_orphans(handle, time.time_ns())
+            self.folds = handle.folds(self._prefix)
             self._fresh = not self._finished and next(handle.scan(reserved=True), None) is None
         except BaseException:
             handle.close()
@@ -91,6 +98,7 @@ class DirectoryPlanner:
     def plan(self, rows: list[Row]) -> Planned:
         """Decide about some rows. Folders are made here, everything else is left to others. Raises OSError."""
         planned = Planned()
+        losers = self._losers(rows) if self.folds else {}
         for row in rows:
             if is_reserved(check_component_untrusted(row.name)):
                 # Our own sources never list these; what another one calls so must not pass for a temporary.
@@ -98,13 +106,20 @@ class DirectoryPlanner:
             if self._names is not None:
                 self._names.add(row.name)
             if included(self._options.filter_rules, row.name, row.kind == DIRECTORY):
-                self._plan_row(row, planned)
+                self._plan_row(row, planned, losers.get(row.name))
         self._journal.add_directories(planned.directories)
         self.group.planned += len(planned.copies) + len(planned.comparisons)
         self.group.planned += len(planned.links) + len(planned.failures)
         return planned
 
-    def _plan_row(self, row: Row, planned: Planned) -> None:
+    def _losers(self, rows: list[Row]) -> dict[bytes, bytes]:
+        rules = self._options.filter_rules
+        names = (
+            check_component_untrusted(row.name) for row in rows if included(rules, row.name, row.kind == DIRECTORY)
+        )
+        return losers(self._root, self.group.handle, names, self._prefix)
+
+    def _plan_row(self, row: Row, planned: Planned, winner: bytes | None) -> None:
         counts = self.group.counts
         job = FileJob(self.group, self._row.item, row, row.name, row.name, self._options.recursive_symlinks == "copy")
         if row.kind == FILE:
@@ -113,6 +128,9 @@ class DirectoryPlanner:
         outcome = self._finished.get(row.name)
         if outcome is not None:
             count_finished(self.group, row, outcome, verified=self._options.verify_checksum)
+            return
+        if winner is not None:
+            planned.failures.append((job, collision(row.name, winner)))
             return
         decision = self._decide(row, job, planned)
         if decision == "copy":
@@ -172,13 +190,16 @@ class DirectoryPlanner:
         OSError."""
         if self._names is None:
             return
-        names, rules = self._names, self._options.filter_rules
+        rules = self._options.filter_rules
+        # What may be a name of the source in another spelling is not deleted.
+        spelled = fold_key if self.folds else bytes
+        names = {spelled(name) for name in self._names}
         self._journal.put_extras(
             self._row.destination,
             [
                 node.name
                 for node in self.group.handle.scan()
-                if node.name not in names and included(rules, node.name, node.kind == "dir")
+                if spelled(node.name) not in names and included(rules, node.name, node.kind == "dir")
             ],
         )
 

@@ -1,0 +1,84 @@
+"""Names of a source that would be one name at the destination: found before anything of their folder is sent.
+
+The rule: a name that the destination has already, spelled like this, keeps it; otherwise the first in the order of
+bytes gets it. The others are left out, each with an error that names both. Nothing is renamed and nothing overwritten.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Iterable
+
+from agent.storage.base import Directory, Root
+from agent.storage.folding import fold_key
+from protocol.errors import ItemFailed
+from protocol.names import MAX_COMPONENT, escape
+
+
+def losers(root: Root, handle: Directory, names: Iterable[bytes], prefix: bytes) -> dict[bytes, bytes]:
+    """For every name that is left out, the name that has its place. The folder itself is asked which of them are one
+    name to it, with temporaries that begin with ``prefix``. Raises OSError."""
+    by_key: dict[bytes, set[bytes]] = defaultdict(set)
+    for name in names:
+        by_key[fold_key(name)].add(name)
+    suspects = [sorted(group) for group in by_key.values() if len(group) > 1]
+    if not suspects:
+        return {}
+    there = {node.name for node in handle.scan()}
+    found: dict[bytes, bytes] = {}
+    for group in suspects:
+        for same in _same(root, handle, group, prefix):
+            winner = next((name for name in same if name in there), same[0])
+            found.update((name, winner) for name in same if name != winner)
+    return found
+
+
+def _same(root: Root, handle: Directory, names: list[bytes], prefix: bytes) -> list[list[bytes]]:
+    """Names that are one name to this folder, together, in the order given."""
+    classes: dict[int, list[bytes]] = {}
+    made: list[bytes] = []
+    too_long: list[bytes] = []
+    try:
+        for name in names:
+            probe = prefix + name
+            if len(probe) > MAX_COMPONENT:
+                too_long.append(name)
+                continue
+            try:
+                root.close_file(handle.create_temporary(probe))
+                made.append(probe)
+            except FileExistsError:
+                # That is the answer: somebody before it has this name.
+                pass
+            classes.setdefault(handle.lstat(probe).inode, []).append(name)
+    finally:
+        for probe in made:
+            with contextlib.suppress(FileNotFoundError):
+                handle.unlink(probe)
+    groups = list(classes.values())
+    if too_long:
+        # They cannot be asked about and may be anybody's twin.
+        groups = [sorted([name for group in groups for name in group] + too_long)]
+    return groups
+
+
+def collision(name: bytes, winner: bytes) -> ItemFailed:
+    """The error of a name that is left out."""
+    return ItemFailed(
+        f"{escape(name)} and {escape(winner)} are one name at the destination, whose file system does not tell case "
+        "or Unicode forms apart; only the latter is transferred. Rename one of them at the source.",
+        code="NAME_COLLISION",
+        who="source owner",
+        subject=escape(name),
+    )
+
+
+def twice(path: bytes, first: str) -> ItemFailed:
+    """The error of a file that is to have a destination path which an earlier item of the task has."""
+    return ItemFailed(
+        f"{escape(path)} is the destination of two files of this task; it gets {first}, which was named first.",
+        code="NAME_COLLISION",
+        who="you",
+        subject=escape(path),
+    )

@@ -1,0 +1,209 @@
+"""Names that would be one name at the destination: found before anything of their folder is sent, decided by one rule,
+told; and nothing is overwritten or deleted for their sake."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agent.storage.folding import ask, by_attribute, fold_key
+from agent.storage.posix import open_root
+from agent.transfer.manifest import SkippedRow, read_page
+from protocol.control import TaskItem, TaskOptions
+from tests.agent.engine_inside import CHECKED, Crashed, Engine, contents, quick_path
+from tests.agent.folding_root import FoldingRoot, folded
+
+__all__ = ["quick_path"]
+
+COMPOSED, DECOMPOSED = "caf\u00e9", "cafe\u0301"
+
+
+def skipped(engine: Engine) -> dict[str, str]:
+    page = read_page(engine.state / "skipped.manifest", SkippedRow, None, 1000, complete=True)
+    return {os.fsdecode(row.source): row.code for row in page.rows}
+
+
+def tree(folder: Path, names: list[str]) -> None:
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"content of {name}")
+
+
+NAMES = ["README", "readme", "ReadMe", "other", COMPOSED, DECOMPOSED, "Docs/a", "docs/b", "stra\u00dfe", "STRASSE"]
+
+
+async def test_collisions_are_found_decided_and_told(quick_path: Path) -> None:
+    engine = Engine(quick_path, wrap=FoldingRoot.around)
+    tree(engine.source, NAMES)
+    observed = await engine.run()
+    assert (observed.state, observed.counters.failed) == ("FAILED", 5)
+    # The first in the order of bytes has the name.
+    wanted = {"README", "other", DECOMPOSED, "Docs", "Docs/a", "STRASSE"}
+    there = contents(engine.destination)
+    assert set(there) == wanted
+    assert all(there[name] in ("folder", f"content of {name}".encode()) for name in wanted)
+    assert skipped(engine) == dict.fromkeys(["ReadMe", "readme", COMPOSED, "docs", "stra\u00dfe"], "NAME_COLLISION")
+    told = [event.details for event in engine.events if event.code == "NAME_COLLISION"]
+    assert len(told) == 5
+    assert any("ReadMe and README are one name" in details and "(source owner)" in details for details in told)
+    # Nothing of the folder was created before the answer was known.
+    operations = [call for call in engine.calls if call.operation in ("create_temporary", "rename", "mkdir")]
+    probes = [index for index, call in enumerate(operations) if call.name.endswith(b".README")]
+    first_file = next(index for index, call in enumerate(operations) if call.operation in ("rename", "mkdir"))
+    assert probes
+    assert probes[-1] < first_file
+    assert engine.temporaries() == []
+
+
+async def test_the_same_names_are_different_where_case_counts(quick_path: Path) -> None:
+    engine = Engine(quick_path)
+    tree(engine.source, NAMES)
+    observed = await engine.run()
+    assert observed.state == "SUCCEEDED", observed
+    assert contents(engine.destination) == contents(engine.source)
+
+
+async def test_the_spelling_that_is_there_keeps_its_name_also_after_a_crash(quick_path: Path) -> None:
+    deaths = 0
+    for number in range(5, 400, 9):
+
+        def plan(call: object, number: int = number) -> int | None:
+            if getattr(call, "number", 0) == number:
+                raise Crashed
+            return None
+
+        engine = Engine(quick_path / str(number), plan=plan, wrap=FoldingRoot.around)
+        tree(engine.source, ["a/readme", "a/README", "a/ReadMe", "a/x"])
+        (engine.destination / "a").mkdir()
+        (engine.destination / "a" / "readme").write_text("older")
+        try:
+            await engine.run()
+        except Crashed:
+            deaths += 1
+            engine = engine.revived()
+            engine.wrap = FoldingRoot.around
+            observed = await engine.run()
+            assert (observed.state, observed.counters.failed) == ("FAILED", 2)
+        assert contents(engine.destination / "a") == {"readme": b"content of a/readme", "x": b"content of a/x"}
+        assert set(skipped(engine)) == {"a/README", "a/ReadMe"}
+        assert engine.temporaries() == []
+    assert deaths > 3
+
+
+async def test_a_mirror_does_not_delete_what_has_another_spelling(quick_path: Path) -> None:
+    options = TaskOptions(delete_destination_extra=True, verify_checksum=True)
+    engine = Engine(quick_path, options, wrap=FoldingRoot.around)
+    tree(engine.source, ["readme", "folder/file"])
+    tree(engine.destination, ["README", "FOLDER/FILE", "extra"])
+    observed = await engine.run()
+    assert observed.state == "SUCCEEDED", observed
+    assert observed.counters.deleted == 1
+    there = {folded(os.fsencode(name)): content for name, content in contents(engine.destination).items()}
+    assert there == {"readme": b"content of readme", "folder": "folder", "folder/file": b"content of folder/file"}
+
+
+async def test_items_with_one_name_are_decided_by_their_order(quick_path: Path) -> None:
+    for wrap, failed in ((FoldingRoot.around, {"b", "c"}), (lambda root: root, {"c"})):
+        base = quick_path / str(len(failed))
+        engine = Engine(base, msgspec.structs.replace(CHECKED, preserve_timestamp=False), items=[], wrap=wrap)
+        tree(engine.source, ["a", "b", "c", "d"])
+        pairs = [("a", "x/Name"), ("b", "x/name"), ("c", "x/Name"), ("d", "x/other"), ("d", "x/other")]
+        engine.items = [TaskItem(source_path=f"/{source}", destination_path=f"/{name}") for source, name in pairs]
+        observed = await engine.run()
+        assert (observed.state, observed.counters.failed) == ("FAILED", len(failed))
+        assert skipped(engine) == dict.fromkeys(failed, "NAME_COLLISION")
+        assert (engine.destination / "x" / "Name").read_text() == "content of a"
+        assert (engine.destination / "x" / "other").read_text() == "content of d"
+
+
+async def test_names_that_are_too_long_to_be_asked_about_do_not_overwrite_each_other(quick_path: Path) -> None:
+    engine = Engine(quick_path, wrap=FoldingRoot.around)
+    tree(engine.source, ["x" * 250, "X" * 250])
+    observed = await engine.run()
+    assert (observed.state, observed.counters.failed) == ("FAILED", 1)
+    assert set(contents(engine.destination)) == {"X" * 250}
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["README", "readme"],
+        [COMPOSED, DECOMPOSED, COMPOSED.upper()],
+        ["stra\u00dfe", "STRASSE"],
+        ["\u212a", "k", "K"],
+        ["\ufb01", "fi"],
+        ["a\u200db", "ab"],
+        ["\u03a3", "\u03c3", "\u03c2"],
+        ["\u0131", "I", "i"],
+        ["name.", "name", "name. ."],
+    ],
+)
+def test_one_key_for_what_some_file_system_takes_for_one_name(names: list[str]) -> None:
+    assert len({fold_key(name.encode()) for name in names}) == 1
+
+
+@given(st.binary(min_size=1, max_size=40))
+def test_keys_never_fail_and_never_miss_what_plain_folding_finds(name: bytes) -> None:
+    key = fold_key(name)
+    assert key
+    assert fold_key(os.fsencode(os.fsdecode(name))) == key
+    if name.isascii():
+        assert fold_key(name.upper()) == fold_key(name.lower())
+
+
+def test_folders_on_this_machine_answer_for_themselves(tmp_path: Path) -> None:
+    with open_root(str(tmp_path)) as root, root.open_directory(()) as folder:
+        assert folder.folds(b".towpath.x.") is ((tmp_path.parent / tmp_path.name.upper()).exists())
+        assert list(tmp_path.iterdir()) == []
+        descriptor = folder.fileno()
+        assert descriptor is not None
+        assert ask(descriptor, b".towpath.x.") is False
+        assert by_attribute("ext3", descriptor) is False
+        assert by_attribute("vfat", descriptor) is None
+    assert list(tmp_path.iterdir()) == []
+
+
+# Real file systems, tried in this order: options of mkfs and mount.
+REAL = {
+    "ext4": (["mkfs.ext4", "-q", "-F", "-O", "casefold"], ["-o", "loop"]),
+    "vfat": (["mkfs.vfat"], ["-o", "loop,iocharset=utf8"]),
+}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root for mounts")
+@pytest.mark.parametrize("kind", REAL)
+async def test_collisions_on_a_real_file_system_that_folds(tmp_path: Path, kind: str) -> None:
+    make, mount = REAL[kind]
+    image, place = tmp_path / "image", tmp_path / "destination"
+    with image.open("wb") as file:
+        file.truncate(32 * 1024 * 1024)
+    place.mkdir()
+    try:
+        made = subprocess.run([*make, image], capture_output=True)
+        mounted = subprocess.run(["mount", *mount, image, place], capture_output=True)
+    except FileNotFoundError as error:
+        pytest.skip(f"{error.filename} is not installed")
+    if made.returncode or mounted.returncode:
+        pytest.skip(f"this kernel mounts no {kind} that folds names: {(made.stderr + mounted.stderr).decode().strip()}")
+    try:
+        target = place
+        if kind == "ext4":
+            target = place / "folding"
+            target.mkdir()
+            subprocess.run(["chattr", "+F", target], check=True)
+        engine = Engine(tmp_path, TaskOptions(verify_checksum=True))
+        engine.destination = target
+        tree(engine.source, ["README", "readme", "other"])
+        observed = await engine.run()
+        assert (observed.state, observed.counters.failed) == ("FAILED", 1)
+        assert skipped(engine) == {"readme": "NAME_COLLISION"}
+        assert (target / "README").read_text() == "content of README"
+    finally:
+        subprocess.run(["umount", "--lazy", place], check=True)
