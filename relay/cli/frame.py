@@ -1,0 +1,76 @@
+"""What all commands stand on: the configuration, the database beside a running relay, and how results are shown."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from relay.settings import Settings
+    from relay.store.database import Store
+
+_EVERYWHERE = Path("/etc/towpath/relay.yaml")
+
+
+def default_configuration() -> Path:
+    """Where the configuration is when nobody says so."""
+    here = Path("relay.yaml")
+    return here if here.exists() else _EVERYWHERE
+
+
+def settings_of(context: click.Context) -> Settings:
+    """The settings that the command works with. Raises `SettingsError`."""
+    from relay import settings
+
+    return settings.load(context.obj or default_configuration())
+
+
+def with_store(settings: Settings, work: Callable[[Store], Any]) -> Any:
+    """Run an async function over the store of an existing relay, its schema brought up to date."""
+    import trio
+
+    from relay.audit import trail
+    from relay.audit.commands import command_entry
+    from relay.store.database import Store
+    from relay.store.migrate import upgrade
+
+    if not Path(settings.directory_path / settings.database.file).exists():
+        raise click.ClickException(f"There is no relay in {settings.directory}; run `towpath-relay init` first.")
+
+    async def recorded(store: Store) -> Any:
+        result = await work(store)
+        entry = command_entry(click.get_current_context())
+        if entry is not None:
+            await store.write(lambda connection: trail.append(connection, [entry]))
+        return result
+
+    store = Store(settings.database_url, readers=1)
+    try:
+        upgrade(store.writing_engine)
+        return trio.run(recorded, store)
+    finally:
+        store.close()
+
+
+def show(document: dict[str, Any], as_json: bool) -> None:
+    """Print one result."""
+    if as_json:
+        click.echo(json.dumps(document, indent=2))
+        return
+    width = max(map(len, document))
+    for name, value in document.items():
+        click.echo(f"{name.replace('_', ' '):<{width}}  {'' if value is None else value}")
+
+
+def show_rows(rows: list[dict[str, Any]], columns: tuple[str, ...], as_json: bool) -> None:
+    """Print several results, one a line."""
+    if as_json:
+        click.echo(json.dumps(rows, indent=2))
+        return
+    for row in rows:
+        cells = (row[column] for column in columns)
+        click.echo("  ".join(",".join(cell) if isinstance(cell, list) else str(cell or "-") for cell in cells))

@@ -1,0 +1,77 @@
+"""`towpath-relay`: set up, run and look after a relay.
+
+Each command imports what it needs when it runs, so that `--help` answers at once. All commands work beside a running
+relay. Secrets are printed once, to standard output, and never taken from the command line.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+import click
+
+from relay.cli import audit, people, programs, root_key, upkeep
+
+
+def main() -> NoReturn:
+    """Entry point of the command. Exit codes: 0 done, 1 failed, 2 wrong usage."""
+    import tarfile
+
+    from protocol.errors import TowpathError
+
+    # Nearly all files of a relay are secret; those that are not are opened up one by one.
+    os.umask(0o077)
+    try:
+        cli.main(prog_name="towpath-relay", standalone_mode=False)
+    except click.exceptions.Exit as exit_:
+        sys.exit(exit_.exit_code)
+    except click.Abort:
+        _fail("Stopped.")
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except TowpathError as error:
+        _fail(error.sentence)
+    except tarfile.TarError as error:
+        _fail(f"The backup cannot be read: {error}")
+    except OSError as error:
+        _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    sys.exit(0)
+
+
+def _fail(sentence: str) -> NoReturn:
+    click.echo(f"towpath-relay: {sentence}", err=True)
+    sys.exit(1)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path, dir_okay=False),
+    envvar="TOWPATH_RELAY_CONFIG",
+    help="The relay's configuration file; without it relay.yaml here, then /etc/towpath/relay.yaml.",
+)
+@click.version_option(package_name="towpath")
+@click.pass_context
+def cli(context: click.Context, config: Path | None) -> None:
+    """Set up, run and look after a Towpath relay."""
+    context.obj = config
+
+
+for _command in (
+    upkeep.init,
+    upkeep.serve,
+    people.user,
+    programs.client,
+    programs.app,
+    programs.collection,
+    audit.audit,
+    upkeep.backup,
+    upkeep.restore,
+    root_key.root,
+    upkeep.config,
+):
+    cli.add_command(_command)

@@ -1,0 +1,111 @@
+"""The people of a relay."""
+
+from __future__ import annotations
+
+from typing import IO
+
+import click
+
+from relay.cli.frame import settings_of, show, show_rows, with_store
+
+
+@click.group()
+def user() -> None:
+    """People of this relay."""
+
+
+@user.command("add")
+@click.argument("name")
+@click.option("--full-name", help="The name to show to others.")
+@click.option("--email")
+@click.option("--password-file", type=click.File(), help="Read a password from a file, or - for standard input.")
+@click.option("--no-link", is_flag=True, help="Make no link for choosing a password.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON document.")
+@click.pass_context
+def user_add(
+    context: click.Context,
+    name: str,
+    full_name: str | None,
+    email: str | None,
+    password_file: IO[str] | None,
+    no_link: bool,
+    as_json: bool,
+) -> None:
+    """Add a user, and print a one-time link with which they choose their password.
+
+    NAME without an @ belongs to the relay's own domain; others sign in at their provider and need no link.
+    """
+    from relay import accounts
+
+    settings = settings_of(context)
+    password = None if password_file is None else password_file.read(1000).rstrip("\r\n")
+    identity = with_store(settings, accounts.adding_user(settings, name, full_name, email))
+    document = {"id": identity.id, "username": identity.username, "name": identity.name, "email": identity.email}
+    if password is not None:
+        with_store(settings, accounts.setting_password(settings, identity.id, password))
+    elif not no_link and identity.username.endswith("@" + settings.user_domain):
+        document["link"] = with_store(settings, accounts.inviting(settings, identity.id))
+    show(document, as_json)
+
+
+@user.command("link")
+@click.argument("name")
+@click.pass_context
+def user_link(context: click.Context, name: str) -> None:
+    """Print a one-time link with which a user chooses a new password. It works for a week."""
+    from relay import accounts
+
+    settings = settings_of(context)
+    click.echo(with_store(settings, accounts.inviting(settings, name)))
+
+
+@user.command("password")
+@click.argument("name")
+@click.option(
+    "--password-file", type=click.File(), help="Read it from a file, or - for standard input; else asked for."
+)
+@click.pass_context
+def user_password(context: click.Context, name: str, password_file: IO[str] | None) -> None:
+    """Give a user a password. It is never taken from the command line, where others could see it."""
+    from relay import accounts
+
+    settings = settings_of(context)
+    if password_file is not None:
+        password = password_file.read(1000).rstrip("\r\n")
+    else:
+        password = str(click.prompt("Password", hide_input=True, confirmation_prompt=True, err=True))
+    with_store(settings, accounts.setting_password(settings, name, password))
+    click.echo("The password is set; browsers that were signed in have to sign in again.")
+
+
+@user.command("close")
+@click.argument("name")
+@click.pass_context
+def user_close(context: click.Context, name: str) -> None:
+    """Close an account: it cannot sign in any more and its tokens are dead. Nothing is deleted."""
+    from relay import accounts
+
+    settings = settings_of(context)
+    identity = with_store(settings, accounts.closing(settings, name))
+    click.echo(f"{identity.username} is closed.")
+
+
+@user.command("administrator")
+@click.pass_context
+def user_administrator(context: click.Context) -> None:
+    """Print a new one-time link for the relay's first administrator."""
+    from relay import accounts
+
+    settings = settings_of(context)
+    link = with_store(settings, lambda store: accounts.first_administrator_link(settings, store))
+    click.echo("This relay has an administrator." if link is None else link)
+
+
+@user.command("list")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON document.")
+@click.pass_context
+def user_list(context: click.Context, as_json: bool) -> None:
+    """List the users."""
+    from relay import accounts
+
+    show_rows(with_store(settings_of(context), accounts.list_users), ("id", "username", "status", "name"), as_json)
