@@ -59,17 +59,21 @@ async def token(request: Request) -> JSONResponse:
     form = await form_untrusted(request)
     client = await identified_client(request, form)
     giving = Giving(services, client, form, services.clock())
-    try:
-        outcome = await services.store.write(giving.run)
-    except GrantRefused as error:
-        if error.code in WAITING:
+
+    def work(connection: Connection) -> Any:
+        outcome = giving.run(connection)
+        if not isinstance(outcome, GrantRefused):
+            note(request, grant=form["grant_type"], scope=_scopes(outcome))
+        elif outcome.code in WAITING:
             quiet(request)
+        return outcome
+
+    try:
+        outcome = await services.store.write(work)
+    except GrantRefused as error:
         raise refusal(error) from error
     if isinstance(outcome, GrantRefused):
-        if outcome.code in WAITING:
-            quiet(request)
         raise refusal(outcome)
-    note(request, grant=form["grant_type"], scope=_scopes(outcome))
     return JSONResponse(outcome, headers=_NO_STORE)
 
 

@@ -6,7 +6,7 @@ from contextlib import aclosing
 
 from fastapi import APIRouter, Request, Response
 
-from protocol.control import EnrolRequest, decode_untrusted, encode
+from protocol.control import EnrolAnswer, EnrolRequest, decode_untrusted, encode
 from protocol.errors import ProtocolError
 from relay.api.errors import ApiError
 from relay.audit.notes import note
@@ -34,6 +34,9 @@ async def enrol(request: Request) -> Response:
     except ProtocolError as error:
         raise ApiError(400, BAD_REQUEST, error.sentence) from error
     name = RelayName(services.keys.relay_id, services.keys.root_public_pem)
-    answer = await redeem(services.store, name, document, services.clock())
-    note(request, node_id=answer.node_id, collection_id=answer.collection_id, owner_id=answer.owner_id)
+
+    def told(made: EnrolAnswer) -> None:
+        note(request, node_id=made.node_id, collection_id=made.collection_id, owner_id=made.owner_id)
+
+    answer = await redeem(services.store, name, document, services.clock(), told)
     return Response(encode(answer), 201, media_type="application/json")

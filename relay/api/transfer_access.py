@@ -45,16 +45,18 @@ async def create_rule(request: Request, endpoint_id: str, caller: CallerHere, se
         collection = collections.require(connection, endpoint_id, caller.identity_id, Ability.CHANGE_RULES, now=now)
         new = rules.read_request(document, now)
         _check_shareable(collection)
-        return rules.add(connection, collection.id, new, writable=not collection.disable_anonymous_writes, now=now)
+        writable = not collection.disable_anonymous_writes
+        made = rules.add(connection, collection.id, new, writable=writable, now=now)
+        note(
+            request,
+            rule_id=made.id,
+            principal=f"{made.principal_type} {made.principal}".strip(),
+            path=made.path,
+            permissions=made.permissions,
+        )
+        return made
 
     rule = await services.store.write(work)
-    note(
-        request,
-        rule_id=rule.id,
-        principal=f"{rule.principal_type} {rule.principal}".strip(),
-        path=rule.path,
-        permissions=rule.permissions,
-    )
     return result(
         request,
         "Created",

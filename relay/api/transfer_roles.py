@@ -36,10 +36,11 @@ async def create_role(request: Request, endpoint_id: str, caller: CallerHere, se
         # Permission first: what is wrong with the document is told to those who may send it.
         collection = collections.require(connection, endpoint_id, caller.identity_id, Ability.MANAGE, now=now)
         principal, role = roles.read_request(document)
-        return roles.grant(connection, collection, principal, role, now)
+        made = roles.grant(connection, collection, principal, role, now)
+        note(request, role=made.role, principal=made.principal, role_id=str(made.id))
+        return made
 
     grant = await services.store.write(work)
-    note(request, role=grant.role, principal=grant.principal, role_id=str(grant.id))
     return result(
         request,
         "Created",

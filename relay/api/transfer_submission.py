@@ -68,11 +68,17 @@ async def _submit(
         now=now,
         most=services.settings.limits.user_tasks,
     )
-    # From here on the task exists, whether or not the client hears of it; its submission id finds it again.
-    task_id, code = await services.store.write(accept)
-    services.steward.wake(task_id)
     source, destination = submission.source_id, submission.destination_id or ""
-    note(request, task_id=task_id, source_id=source, destination_id=destination, items=str(len(submission.items)))
+    note(request, source_id=source, destination_id=destination, items=str(len(submission.items)))
+
+    def work(connection: Connection) -> tuple[str, str]:
+        made, word_of_code = accept(connection)
+        note(request, task_id=made)
+        return made, word_of_code
+
+    # From here on the task exists, whether or not the client hears of it; its submission id finds it again.
+    task_id, code = await services.store.write(work)
+    services.steward.wake(task_id)
     return _accepted(request, word, submission.submission_id, task_id, code)
 
 

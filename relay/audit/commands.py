@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 
 import click
+from sqlalchemy import Connection
 
+from protocol.errors import TowpathError
+from relay.audit import trail
 from relay.audit.trail import Entry
 
 # Commands that only show something.
-_SHOWING = frozenset({"list", "show", "check", "export", "verify"})
+_SHOWING = frozenset({"list", "show", "check", "export", "verify", "serve"})
 
 
 def command_entry(context: click.Context) -> Entry | None:
@@ -30,3 +34,27 @@ def command_entry(context: click.Context) -> Entry | None:
     return Entry(
         time=time.time(), action=" ".join(words), outcome="done", origin=f"command line, user {user}", facts=given
     )
+
+
+class CommandRecord:
+    """Whether a command's entry was written already: once, in the first transaction that changes something."""
+
+    def __init__(self, entry: Entry) -> None:
+        self._entry = entry
+        self.written = False
+
+    def accompany(self, connection: Connection, _result: object) -> None:
+        """Write the entry in a transaction of the command."""
+        if not self.written:
+            trail.append(connection, [self._entry])
+            self.written = True
+
+    def failure(self, error: Exception) -> Entry:
+        """The entry of a command that failed. An error of unknown kind is told by its kind alone."""
+        if isinstance(error, TowpathError):
+            reason = error.sentence
+        elif isinstance(error, click.ClickException):
+            reason = error.format_message()
+        else:
+            reason = type(error).__name__
+        return replace(self._entry, outcome="failed", facts={**self._entry.facts, "reason": reason})

@@ -1,6 +1,8 @@
-"""Writes the audit log while requests are answered: an entry for each that changes something, before its answer leaves.
+"""Writes the audit log while requests are answered: an entry for each that changes something.
 
-What many requests have to say at the same time is written in one transaction.
+What a request changes and its entry are one transaction, so that there is never one without the other. What was refused
+or changed nothing in the database is recorded before the answer leaves; what many requests have to say of that at the
+same time is written in one transaction.
 """
 
 from __future__ import annotations
@@ -8,17 +10,18 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import trio
+from sqlalchemy import Connection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from protocol.errors import TowpathError
 from relay.audit import trail
 from relay.audit.notes import notes
 from relay.audit.trail import Entry
-from relay.store.database import Store
+from relay.store.database import Store, companion
 
 logger = logging.getLogger("relay.audit")
 
@@ -88,6 +91,10 @@ class Recorder:
             self._failed += len(entries)
             logger.exception("Not in the audit log: %s", [entry.canonical() for entry in entries])
 
+    def note_written(self, entries: int) -> None:
+        """Entries were written in the transactions of what they tell of."""
+        self._written += entries
+
     def entry_of(self, scope: Scope, status: int) -> Entry | None:
         """What to record of an answered request; None for what changes nothing."""
         told = notes(scope)
@@ -145,18 +152,60 @@ class AuditMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        deed = _Deed(self._recorder, scope)
 
         async def recording(message: Message) -> None:
             if message["type"] == "http.response.start":
-                entry = self._recorder.entry_of(scope, message["status"])
-                if entry is not None:
-                    await self._recorder.record(entry)
+                await deed.end(message["status"])
             await send(message)
 
+        mark = companion.set(deed.accompany)
         try:
             await self._app(scope, receive, recording)
         except Exception:
-            entry = self._recorder.entry_of(scope, 500)
-            if entry is not None:
-                await self._recorder.record(entry)
+            await deed.end(500)
             raise
+        finally:
+            companion.reset(mark)
+
+
+class _Deed:
+    """What one request does, from its first transaction to its answer."""
+
+    def __init__(self, recorder: Recorder, scope: Scope) -> None:
+        self._recorder = recorder
+        self._scope = scope
+        self._told: Entry | None = None
+        self._over = False
+
+    def accompany(self, connection: Connection, result: object) -> None:
+        """Record what a transaction of the request is about to change, in that transaction."""
+        if self._over:
+            return
+        # An exception that is returned refuses the request, though what was written stays: a stolen code ends tokens.
+        entry = self._recorder.entry_of(self._scope, 400 if isinstance(result, Exception) else 200)
+        if entry is None or self._is_told(entry):
+            return
+        # Which status the answer will have is not known yet.
+        entry = replace(entry, facts=_without_status(entry))
+        trail.append(connection, [entry])
+        self._told = entry
+        self._recorder.note_written(1)
+
+    async def end(self, status: int) -> None:
+        """The answer has this status; record it unless all was said."""
+        if self._over:
+            return
+        self._over = True
+        entry = self._recorder.entry_of(self._scope, status)
+        if entry is not None and not self._is_told(entry):
+            await self._recorder.record(entry)
+
+    def _is_told(self, entry: Entry) -> bool:
+        told = self._told
+        return told is not None and (told.outcome, _without_status(told)) == (entry.outcome, _without_status(entry))
+
+
+def _without_status(entry: Entry) -> dict[str, str]:
+    """What a transaction knows of the facts."""
+    return {key: value for key, value in entry.facts.items() if key != "status"}

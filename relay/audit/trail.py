@@ -19,7 +19,7 @@ from relay.store.audit_tables import audit_log
 from relay.transfer.times import iso
 
 FIRST = "0" * 64
-MAX_VALUE = 300
+MAX_VALUE = 2000
 _PAGE = 1000
 
 

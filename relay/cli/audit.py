@@ -6,10 +6,11 @@ from typing import Any
 
 import click
 
+from relay.cli.audited import AuditedGroup
 from relay.cli.frame import settings_of, with_store
 
 
-@click.group()
+@click.group(cls=AuditedGroup)
 def audit() -> None:
     """The audit log: who did what, when, from where, and how it ended."""
 

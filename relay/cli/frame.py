@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from relay.cli.audited import remember
+
 if TYPE_CHECKING:
     from relay.settings import Settings
     from relay.store.database import Store
@@ -26,32 +28,26 @@ def settings_of(context: click.Context) -> Settings:
     """The settings that the command works with. Raises `SettingsError`."""
     from relay import settings
 
-    return settings.load(context.obj or default_configuration())
+    loaded = settings.load(context.obj or default_configuration())
+    remember(context, loaded)
+    return loaded
 
 
 def with_store(settings: Settings, work: Callable[[Store], Any]) -> Any:
     """Run an async function over the store of an existing relay, its schema brought up to date."""
     import trio
 
-    from relay.audit import trail
-    from relay.audit.commands import command_entry
     from relay.store.database import Store
     from relay.store.migrate import upgrade
 
     if not Path(settings.directory_path / settings.database.file).exists():
         raise click.ClickException(f"There is no relay in {settings.directory}; run `towpath-relay init` first.")
 
-    async def recorded(store: Store) -> Any:
-        result = await work(store)
-        entry = command_entry(click.get_current_context())
-        if entry is not None:
-            await store.write(lambda connection: trail.append(connection, [entry]))
-        return result
-
+    remember(click.get_current_context(), settings)
     store = Store(settings.database_url, readers=1)
     try:
         upgrade(store.writing_engine)
-        return trio.run(recorded, store)
+        return trio.run(work, store)
     finally:
         store.close()
 

@@ -6,10 +6,11 @@ from typing import IO
 
 import click
 
+from relay.cli.audited import AuditedGroup
 from relay.cli.frame import settings_of, show, show_rows, with_store
 
 
-@click.group()
+@click.group(cls=AuditedGroup)
 def user() -> None:
     """People of this relay."""
 

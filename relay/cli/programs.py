@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import click
 
+from relay.cli.audited import AuditedGroup
 from relay.cli.frame import settings_of, show, show_rows, with_store
 
 
-@click.group()
+@click.group(cls=AuditedGroup)
 def client() -> None:
     """Programs that sign in with an id and a secret."""
 
@@ -60,7 +61,7 @@ def client_remove_secret(context: click.Context, client_id: str, secret_id: str)
     click.echo("Removed. Tokens that were given for it stay valid until they end.")
 
 
-@click.group()
+@click.group(cls=AuditedGroup)
 def app() -> None:
     """Applications that sign people in: web portals, JupyterHub, programs on people's machines, services."""
 
@@ -97,7 +98,7 @@ def app_add(
     show(with_store(settings, work), as_json)
 
 
-@click.group()
+@click.group(cls=AuditedGroup)
 def collection() -> None:
     """Collections: storage that agents serve."""
 

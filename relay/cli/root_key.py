@@ -6,10 +6,11 @@ from pathlib import Path
 
 import click
 
+from relay.cli.audited import AuditedGroup
 from relay.cli.frame import settings_of
 
 
-@click.group()
+@click.group(cls=AuditedGroup)
 def root() -> None:
     """The root key, which agents pin for good when they are set up.
 
@@ -20,7 +21,7 @@ def root() -> None:
 
 @root.command("show")
 @click.pass_context
-def rootshow(context: click.Context) -> None:
+def root_show(context: click.Context) -> None:
     """Show the root's public half and the state of the ticket key."""
     from datetime import UTC, datetime
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import click
 
+from relay.cli.audited import AuditedCommand, AuditedGroup, remember
 from relay.cli.frame import default_configuration, settings_of, with_store
 
 
-@click.command()
+@click.command(cls=AuditedCommand)
 @click.option("--directory", type=click.Path(path_type=Path, file_okay=False), default=".", show_default="here")
 @click.option("--host", default="0.0.0.0", show_default=True, help="Address to listen on.")  # noqa: S104
 @click.option("--port", type=click.IntRange(1, 65535), help="Port to listen on.  [default: that of --url, else 8443]")
@@ -40,7 +41,7 @@ def init(directory: Path, host: str, port: int | None, url: str | None, name: st
     click.echo(f"Keep {made.settings.directory_path / 'keys' / 'root.pem'} safe; see `towpath-relay root --help`.")
 
 
-@click.command()
+@click.command(cls=AuditedCommand)
 @click.pass_context
 def serve(context: click.Context) -> None:
     """Run the relay until SIGTERM or Ctrl-C."""
@@ -53,7 +54,7 @@ def serve(context: click.Context) -> None:
     trio.run(server.serve, settings)
 
 
-@click.command()
+@click.command(cls=AuditedCommand)
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
 @click.pass_context
 def backup(context: click.Context, file: Path) -> None:
@@ -65,24 +66,26 @@ def backup(context: click.Context, file: Path) -> None:
     click.echo(f"Wrote {file} ({size} bytes). It holds the relay's secrets: keep it where only you can read it.")
 
 
-@click.command()
+@click.command(cls=AuditedCommand)
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False, exists=True))
 @click.option("--directory", type=click.Path(path_type=Path, file_okay=False), help="Where; else as --config says.")
 @click.option("--force", is_flag=True, help="Move a relay that is there already aside.")
 @click.pass_context
 def restore(context: click.Context, file: Path, directory: Path | None, force: bool) -> None:
     """Put a backup in place. The relay must not be running."""
+    from relay import settings
     from relay.backup import restore as restore_archive
 
     if directory is None:
         directory = (context.obj or default_configuration()).parent
     aside = restore_archive(file, directory, force=force)
+    remember(click.get_current_context(), settings.load(directory / "relay.yaml"))
     if aside is not None:
         click.echo(f"What was there before is in {aside}.")
     click.echo(f"Restored into {directory}. Start it with: towpath-relay --config {directory / 'relay.yaml'} serve")
 
 
-@click.group()
+@click.group(cls=AuditedGroup)
 def config() -> None:
     """The configuration file."""
 

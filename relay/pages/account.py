@@ -11,6 +11,7 @@ from fastapi.responses import HTMLResponse, Response
 from sqlalchemy import Connection
 
 from protocol.errors import ItemFailed
+from relay.audit.notes import note
 from relay.auth import browser_sessions, consents, linked, passkeys, passwords, service_tokens
 from relay.auth.administrators import is_administrator
 from relay.auth.browser_sessions import BrowserSession
@@ -224,6 +225,7 @@ async def withdraw(request: Request) -> Response:
     """Take back what an application was allowed."""
     browser, session = await signed_in(request)
     client_id = (await browser.form()).get("client", "")
+    note(request, action="withdraw_consent", application=client_id)
     await change(request, session, lambda c: consents.withdraw(c, session.identity.id, client_id))
     return go("/account/applications")
 

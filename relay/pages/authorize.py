@@ -15,6 +15,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse, Response
 from sqlalchemy import Connection
 
+from relay.audit.notes import note
 from relay.auth import consents
 from relay.auth.authorization import (
     MAX_QUERY,
@@ -84,6 +85,7 @@ async def decide(request: Request) -> Response:
     if browser.session is None:
         return await _answer(browser, asked, "")
     if form.get("decision") != "allow":
+        note(request, action="refuse_consent", application=asked.client.id, scope=asked.scope)
         return _tell(request, asked.redirect_uri, Refused("access_denied", "The person refused."), asked.state)
     try:
         asking = await _asking(services_of(request), asked, browser.session)
@@ -256,6 +258,15 @@ async def _allow(browser: Browser, asking: Asking, session: BrowserSession) -> R
 
     def work(connection: Connection) -> str:
         ensure_row(connection, asked.client, now)
+        note(
+            browser.request,
+            action="consent",
+            application=asked.client.id,
+            application_name=title_of(asked.client),
+            scope=" ".join(str(scope) for scope, _ in asking.expanded.values()),
+            goes_to=origin_of(asked.redirect_uri) or "",
+            lasting="yes" if asked.offline else "no",
+        )
         allowed = [scope for scope, _ in asking.expanded.values()]
         consents.record(connection, session.identity.id, asked.client.id, allowed, offline=asked.offline, now=now)
         limited = dataclasses.replace(asked, offline=asked.offline and _may_refresh(asking))

@@ -116,7 +116,7 @@ async def browser_of(request: Request) -> Browser:
     if session is None:
         return Browser(request, visit, "", None)
     if is_stale(session, now):
-        await services.store.write(lambda connection: touch(connection, session.id, now))
+        await services.store.write(lambda connection: touch(connection, session.id, now), aside=True)
     acting(request, session.identity.id)
     return Browser(request, visit, cookie, session)
 

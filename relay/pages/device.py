@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse, Response
 from sqlalchemy import Connection
 
+from relay.audit.notes import note
 from relay.auth import consents, device
 from relay.auth.browser_sessions import BrowserSession
 from relay.auth.clients import Client, find_client
@@ -64,6 +65,14 @@ async def check_or_decide(request: Request) -> Response:
     now, allowed = services.clock(), form["decision"] == "allow"
 
     def work(connection: Connection) -> bool:
+        note(
+            request,
+            action="consent" if allowed else "refuse_consent",
+            application=waiting.client.id,
+            application_name=title_of(waiting.client),
+            scope=" ".join(str(scope) for scope in waiting.scopes),
+            device=waiting.request.address,
+        )
         if not allowed:
             return device.refuse(connection, waiting.request)
         mine, client_id = session.identity.id, waiting.client.id

@@ -171,6 +171,8 @@ async def welcome(browser: Browser, identity: Identity, methods: tuple[str, ...]
         current = select_by_ids(connection, [identity.id]).get(identity.id)
         if current is None or current.status == "closed":
             return None
+        acting(browser.request, identity.id)
+        note(browser.request, action="sign_in", identity=identity.id, methods=" ".join(methods))
         session = browser.session
         if session is not None and session.identity.id == primary_of(connection, identity.id):
             note_authentication(connection, session.id, shown)
@@ -182,8 +184,6 @@ async def welcome(browser: Browser, identity: Identity, methods: tuple[str, ...]
     cookie = await services.store.write(work)
     if cookie is None:
         raise PageProblem(403, "This account is closed", "Ask the relay's operator.")
-    acting(browser.request, identity.id)
-    note(browser.request, action="sign_in", identity=identity.id, methods=" ".join(methods))
     answer = go(destination)
     set_cookie(answer, SESSION_COOKIE, cookie, life)
     browser.keep(answer)
@@ -226,6 +226,7 @@ async def _way_back(request: Request) -> tuple[str | None, str]:
 async def _ended(browser: Browser, answer: Response) -> Response:
     session = browser.session
     if session is not None:
+        note(browser.request, action="sign_out")
         await end_one(services_of(browser.request), session)
     drop_session_cookie(answer)
     return answer

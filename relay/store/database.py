@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,6 +26,10 @@ from protocol.errors import NeedsPerson, RetryLater, TowpathError
 BUSY_TIMEOUT_MS = 15_000
 
 T = TypeVar("T")
+
+# What the request or command in progress adds to each of its transactions that change something, right before the
+# commit: it gets the connection and the result of the work, and its effect stands or falls with that of the work.
+companion: ContextVar[Callable[[Connection, object], None] | None] = ContextVar("companion", default=None)
 
 
 @dataclass(frozen=True)
@@ -66,14 +71,16 @@ class Store:
         self._reads += 1
         return await trio.to_thread.run_sync(_transact, self._reader, work, limiter=self._read_limit)
 
-    async def write(self, work: Callable[[Connection], T]) -> T:
+    async def write(self, work: Callable[[Connection], T], *, aside: bool = False) -> T:
         """Run ``work`` in one writing transaction; when this returns, its effect is on disk.
 
         An exception from ``work`` undoes all of it. Cancellation counts until the work has started, so a call that was
-        cancelled while waiting has changed nothing.
+        cancelled while waiting has changed nothing. ``aside`` is for what is not the subject of the request in
+        progress, so that its `companion` stays out.
         """
         self._writes += 1
-        return await trio.to_thread.run_sync(_transact, self._writer, work, limiter=self._write_limit)
+        beside = None if aside else companion.get()
+        return await trio.to_thread.run_sync(_transact, self._writer, work, beside, limiter=self._write_limit)
 
     def statistics(self) -> StoreStatistics:
         """What the store has done and who waits for it."""
@@ -107,12 +114,24 @@ class StoreBroken(NeedsPerson):
     default_code = "DATABASE_UNAVAILABLE"
 
 
-def _transact(engine: Engine, work: Callable[[Connection], T]) -> T:
+def _transact(
+    engine: Engine, work: Callable[[Connection], T], beside: Callable[[Connection, object], None] | None = None
+) -> T:
     try:
         with engine.begin() as connection:
-            return work(connection)
+            before = _changes(connection)
+            result = work(connection)
+            if beside is not None and _changes(connection) > before:
+                beside(connection, result)
+            return result
     except sqlalchemy.exc.OperationalError as error:
         raise _explain(error) from error
+
+
+def _changes(connection: Connection) -> int:
+    """How many rows this connection has changed since it was opened."""
+    driver: Any = connection.connection.dbapi_connection
+    return int(driver.total_changes)
 
 
 def _explain(error: sqlalchemy.exc.OperationalError) -> TowpathError | sqlalchemy.exc.OperationalError:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,14 +130,26 @@ def _insert_collection(
         )
 
 
-async def redeem(store: Store, name: RelayName, request: EnrolRequest, now: float) -> EnrolAnswer:
-    """Turn a setup key into a node and a served collection.
+async def redeem(
+    store: Store,
+    name: RelayName,
+    request: EnrolRequest,
+    now: float,
+    told: Callable[[EnrolAnswer], None] = lambda answer: None,
+) -> EnrolAnswer:
+    """Turn a setup key into a node and a served collection; ``told`` hears of it before the transaction ends.
 
     Raises `ApiError`: 400 for a request that is malformed or not proven, 403 SetupKeyInvalid when the key is unknown,
     used or expired, 403 PermissionDenied when the node is another's.
     """
     fingerprint = check_proof_untrusted(request, now)
-    return await store.write(lambda connection: _redeem(connection, name, request, fingerprint, now))
+
+    def work(connection: Connection) -> EnrolAnswer:
+        answer = _redeem(connection, name, request, fingerprint, now)
+        told(answer)
+        return answer
+
+    return await store.write(work)
 
 
 def check_proof_untrusted(request: EnrolRequest, now: float) -> str:

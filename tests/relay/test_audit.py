@@ -18,8 +18,10 @@ from sqlalchemy import Connection, text
 from relay.audit import trail
 from relay.audit.recorder import STRANGERS
 from relay.audit.trail import Entry
-from relay.auth.scopes import AUTH_SERVER, MANAGE_PROJECTS
+from relay.auth.scopes import AUTH_SERVER, MANAGE_PROJECTS, TRANSFER_ALL
 from relay.cli import cli
+from tests.canary.sitecustomize import CANARIES
+from tests.relay.sign_in_world import Application, Person, add_person, forms_of
 from tests.relay.transfer_world import TransferWorld, open_world, transfer_document
 
 
@@ -156,6 +158,104 @@ async def test_strangers_cannot_fill_the_disk(relay: TransferWorld) -> None:
     relay.base.clock.now += 61
     await relay.http.post("/v0.10/transfer", json={})
     assert (await log(relay))[-1]["facts"]["refusals_only_counted"] == "40"
+
+
+async def test_what_is_done_and_its_entry_are_one(relay: TransferWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is done that cannot be recorded; and what is done is recorded though everything after it goes wrong."""
+    alice = await relay.person("alice")
+    endpoint, _ = await relay.collection(alice, "Disk")
+    bob = await relay.person("bob")
+    role = {"DATA_TYPE": "role", "principal": bob.id, "role": "activity_monitor"}
+    before = len(await log(relay))
+
+    def full(*_: Any) -> None:
+        raise sqlalchemy.exc.OperationalError("INSERT", {}, Exception("the disk is full"))
+
+    with monkeypatch.context() as broken:
+        broken.setattr("relay.audit.recorder.trail.append", full)
+        answer = await relay.http.post(f"/v0.10/endpoint/{endpoint}/role", json=role, headers=alice.headers)
+        assert answer.status_code == 500
+    assert len(await log(relay)) == before
+    assert len((await alice.get(f"/endpoint/{endpoint}/role_list"))["DATA"]) == 1
+
+    with monkeypatch.context() as broken:
+        # After the transaction there is no more chance to record anything.
+        broken.setattr("relay.audit.recorder.Recorder.record", full)
+        made = await alice.post(f"/endpoint/{endpoint}/role", role, status=201)
+    (row,) = (await log(relay))[before:]
+    assert (row["action"], row["who"], row["outcome"]) == ("create_role", alice.id, "done")
+    assert row["facts"]["role_id"] == made["id"]
+
+
+async def test_a_request_is_recorded_once_with_all_its_facts(relay: TransferWorld) -> None:
+    alice = await relay.person("alice")
+    before = len(await log(relay))
+    first, _ = await relay.collection(alice, "Disk")
+    second, _ = await relay.collection(alice, "Other")
+    task = await alice.post("/transfer", transfer_document(first, second), status=202)
+    rows = (await log(relay))[before:]
+    assert [row["outcome"] for row in rows if row["request"]].count("done") == len(rows)
+    assert len({row["request"] for row in rows}) == len(rows)
+    assert rows[-1]["facts"]["task_id"] == task["task_id"]
+    assert rows[-1]["facts"]["source_id"] == first
+
+
+async def test_consents_tell_which_application_and_what(world: Any) -> None:
+    ada = await add_person(world, "ada")
+    person = Person(world)
+    await person.sign_in("ada")
+    application = Application(scope=f"openid {TRANSFER_ALL}")
+    await application.redeem(world, await application.code(person))
+    page = await person.get(application.url())
+    await person.post(forms_of(page.text)[0], decision="refuse")
+    page = await person.get("/account/applications")
+    await person.post(next(form for form in forms_of(page.text) if "client" in form.fields))
+    rows = {row["action"]: row for row in await log(world)}
+    assert rows["sign_in"]["who"] == ada.id
+    given = rows["consent"]
+    assert (given["who"], given["outcome"]) == (ada.id, "done")
+    assert given["facts"]["application"] == application.client_id
+    assert given["facts"]["scope"] == f"openid {TRANSFER_ALL}"
+    assert given["facts"]["lasting"] == "yes"
+    assert rows["refuse_consent"]["facts"]["application"] == application.client_id
+    assert rows["withdraw_consent"]["facts"]["application"] == application.client_id
+
+
+async def test_a_stolen_code_that_ends_tokens_is_recorded_as_refused(world: Any) -> None:
+    person = Person(world)
+    await person.arrive(await add_person(world, "ada"))
+    application = Application()
+    code = await application.code(person)
+    await application.redeem(world, code)
+    assert (await application.redeem(world, code)).status_code == 401
+    rows = [row for row in await log(world) if row["action"] == "token"]
+    assert [row["outcome"] for row in rows] == ["done", "refused"]
+
+
+def test_commands_that_failed_and_those_about_files_are_recorded(relay_directory: Any, tmp_path: Any) -> None:
+    run = CliRunner()
+    config = ["--config", str(relay_directory / "relay.yaml")]
+    assert run.invoke(cli, [*config, "user", "close", "nobody"]).exit_code != 0
+    assert run.invoke(cli, [*config, "client", "remove-secret", "x", "y"]).exit_code != 0
+    password = tmp_path / "password"
+    password.write_text("canary 7f3b1c canary")
+    made = run.invoke(cli, [*config, "user", "add", "ada", "--password-file", str(password), "--json"])
+    assert made.exit_code == 0, made.output
+    link = json.loads(run.invoke(cli, [*config, "user", "add", "bob", "--json"]).output)["link"]
+    assert run.invoke(cli, [*config, "root", "certify"]).exit_code == 0
+    exported = run.invoke(cli, [*config, "audit", "export"]).output
+    rows = [json.loads(line) for line in exported.splitlines()]
+    assert [(row["action"], row["outcome"]) for row in rows] == [
+        ("user close", "failed"),
+        ("client remove-secret", "failed"),
+        ("user add", "done"),
+        ("user add", "done"),
+        ("root certify", "done"),
+    ]
+    assert "no user" in rows[0]["facts"]["reason"]
+    assert "canary" not in exported
+    assert link.rpartition("=")[2] not in exported
+    assert CANARIES.search(exported) is None
 
 
 def test_the_operators_own_deeds_and_the_export(relay_directory: Any) -> None:
