@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import trio
-from sqlalchemy import Connection, select, update
+from sqlalchemy import Connection, delete, select, update
 
 from protocol.errors import ItemFailed
 from relay.access.decisions import ROLES
@@ -112,7 +112,7 @@ def _link(settings: Settings, key: str) -> str:
 
 
 def closing(settings: Settings, who: str) -> Callable[[Store], Awaitable[Identity]]:
-    """Close an account: nobody signs in with it any more and all its tokens are dead. Nothing of it is deleted."""
+    """Close an account: nobody signs in with it any more and its tokens end. Nothing else of it is deleted."""
 
     async def work(store: Store) -> Identity:
         identity = await find_identity(store, settings, who)
@@ -121,8 +121,25 @@ def closing(settings: Settings, who: str) -> Callable[[Store], Awaitable[Identit
             this = tables.identities.c.id == identity.id
             connection.execute(update(tables.identities).where(this).values(status="closed"))
             browser_sessions.end_all_sessions(connection, identity.id)
+            # For good: should the account be opened again, nobody is signed in by what was given before.
+            mine = tables.sessions.c.identity_id == identity.id
+            connection.execute(delete(tables.sessions).where(mine))
 
         await store.write(write)
+        return identity
+
+    return work
+
+
+def opening(settings: Settings, who: str) -> Callable[[Store], Awaitable[Identity]]:
+    """Open a closed account again; its owner has to sign in anew."""
+
+    async def work(store: Store) -> Identity:
+        identity = await find_identity(store, settings, who)
+        if identity.status != "closed":
+            raise Refused(f"{identity.username} is not closed.")
+        this = tables.identities.c.id == identity.id
+        await store.write(lambda c: c.execute(update(tables.identities).where(this).values(status="used")).rowcount)
         return identity
 
     return work

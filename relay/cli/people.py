@@ -83,12 +83,24 @@ def user_password(context: click.Context, name: str, password_file: IO[str] | No
 @click.argument("name")
 @click.pass_context
 def user_close(context: click.Context, name: str) -> None:
-    """Close an account: it cannot sign in any more and its tokens are dead. Nothing is deleted."""
+    """Close an account: it cannot sign in any more, its tokens end and its tasks pause. Nothing is deleted."""
     from relay import accounts
 
     settings = settings_of(context)
     identity = with_store(settings, accounts.closing(settings, name))
-    click.echo(f"{identity.username} is closed.")
+    click.echo(f"{identity.username} is closed. Tasks that run pause within a minute; `user open` lets them go on.")
+
+
+@user.command("open")
+@click.argument("name")
+@click.pass_context
+def user_open(context: click.Context, name: str) -> None:
+    """Open a closed account again: its owner can sign in, and its paused tasks go on."""
+    from relay import accounts
+
+    settings = settings_of(context)
+    identity = with_store(settings, accounts.opening(settings, name))
+    click.echo(f"{identity.username} is open. Tasks that were paused go on within a minute.")
 
 
 @user.command("administrator")

@@ -26,7 +26,7 @@ from protocol.control import (
 from protocol.errors import ItemFailed, ProtocolError, RetryLater, TowpathError
 from protocol.ticket import TicketSigner
 from relay.store.database import Store
-from relay.transfer import event_log, task_reports, task_rows, task_turns
+from relay.transfer import closed_owners, event_log, task_reports, task_rows, task_turns
 from relay.transfer.agents import AgentLinks
 from relay.transfer.entitlement import NOTHING, Entitlement, entitled, entitlement
 from relay.transfer.event_log import TaskEvent
@@ -83,6 +83,11 @@ def next_step(task: Task, situation: Situation, now: float) -> Step:
         if not task.closed and told and now >= situation.keep_until and situation.worker_connected:
             return Step.CLOSE
         return Step.NOTHING
+    if task.desired == "pause":
+        if task.session_open and situation.source_connected:
+            return Step.WITHDRAW_SESSION
+        if not task.attempted:
+            return Step.NOTHING
     if not situation.worker_connected:
         return Step.WAIT_FOR_WORKER
     if order_due:
@@ -108,6 +113,7 @@ class _Loaded:
     sides: Sides
     scope: Scope
     entitlement: Entitlement
+    owner_closed: bool
 
 
 class Courier:
@@ -142,6 +148,9 @@ class Courier:
                 self._wanted.pop(task_id, None)
                 return Visit()
             task, sides = loaded.task, loaded.sides
+            if loaded.owner_closed and task.desired == "run" and not task.finished:
+                await self._store.write(lambda connection: closed_owners.pause(connection, task_id, now))
+                continue
             if not task.finished and not loaded.entitlement.runs:
                 # No ticket is signed any more, whoever forgot to end the task when the permission went.
                 await self._store.write(lambda connection: _end_unentitled(connection, task_id, now))
@@ -177,7 +186,7 @@ class Courier:
     async def source_of(self, task_id: str, node_id: str, now: float) -> tuple[str, Task] | None:
         """The node that is the source of a running task which ``node_id`` drives."""
         loaded = await self._store.read(lambda connection: _load(connection, task_id, now))
-        if loaded is None or loaded.task.finished or not loaded.entitlement.runs:
+        if loaded is None or loaded.task.finished or not loaded.entitlement.runs or loaded.owner_closed:
             return None
         if loaded.sides.source is None or loaded.sides.worker is None:
             return None
@@ -211,7 +220,9 @@ class Courier:
         A visit repeats it, so that nothing is lost when this fails. Raises the link's errors.
         """
         loaded = await self._store.read(lambda connection: _load(connection, task_id, now))
-        if loaded is None or not loaded.task.finished or not loaded.task.session_open or loaded.sides.source is None:
+        if loaded is None or not loaded.task.session_open or loaded.sides.source is None:
+            return
+        if not loaded.task.finished and loaded.task.desired != "pause":
             return
         node_id = loaded.sides.source.node_id
         if self._links.is_connected(node_id):
@@ -249,7 +260,7 @@ class Courier:
 
     def _sign(self, loaded: _Loaded, worker: Side, source: Side | None, now: float) -> str:
         # An order to stop needs no permission to read or write anything.
-        allowed = loaded.entitlement.runs and not loaded.task.finished
+        allowed = loaded.entitlement.runs and not loaded.task.finished and loaded.task.desired == "run"
         scope, may = (loaded.scope, loaded.entitlement) if allowed else (Scope([], []), NOTHING)
         return sign_ticket(self._signer, loaded.task, worker, source, scope, may, now=now, life=self._ticket_life)
 
@@ -382,7 +393,13 @@ def _load(connection: Connection, task_id: str, now: float) -> _Loaded | None:
     if task is None:
         return None
     scope = task_rows.load_scope(connection, task_id)
-    return _Loaded(task, load_sides(connection, task), scope, entitlement(connection, task, scope, now))
+    return _Loaded(
+        task=task,
+        sides=load_sides(connection, task),
+        scope=scope,
+        entitlement=entitlement(connection, task, scope, now),
+        owner_closed=not task.finished and closed_owners.is_closed(connection, task.owner_id),
+    )
 
 
 def _end_unentitled(connection: Connection, task_id: str, now: float) -> None:

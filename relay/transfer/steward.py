@@ -26,7 +26,7 @@ from relay.rendezvous.signalling import Signalling
 from relay.settings import Settings
 from relay.store import transfer_tables as tables
 from relay.store.database import Store
-from relay.transfer import nodes, rules, task_reports, task_rows, task_turns
+from relay.transfer import closed_owners, nodes, rules, task_reports, task_rows, task_turns
 from relay.transfer.agents import AgentLinks
 from relay.transfer.delivery import Courier
 from relay.transfer.event_stream import LineReader
@@ -413,12 +413,16 @@ class Steward:
         expiry = task_turns.next_expiry(connection, CANCEL_GRACE)
         renewal = task_turns.next_renewal(connection, self._ticket_life / 2)
         rule = rules.next_expiry(connection)
-        upcoming = min(moment for moment in (expiry, renewal, rule, math.inf) if moment is not None)
+        # Accounts are closed and opened by a process of their own, so that nobody says when.
+        account = now if closed_owners.changed(connection) else None
+        upcoming = min(moment for moment in (expiry, renewal, rule, account, math.inf) if moment is not None)
         return upcoming <= now, upcoming
 
     def _turn(self, connection: Connection, now: float) -> tuple[list[str], list[str]]:
-        """Ids of the tasks that have lost their permission by now, and of others that have changed."""
+        """Ids of the tasks that have lost their permission by now, or whose owner's account was closed or opened, and
+        of others that have changed."""
         cut = task_turns.end_where_rules_ran_out(connection, now)
+        cut += closed_owners.follow(connection, now)
         expired = task_turns.expire(connection, now, CANCEL_GRACE)
         return cut, [*expired, *task_turns.renew(connection, now, self._ticket_life / 2)]
 

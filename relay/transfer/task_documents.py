@@ -20,6 +20,7 @@ from typing import Any
 
 import msgspec
 
+from relay.transfer import closed_owners
 from relay.transfer.collection_documents import legacy_username
 from relay.transfer.collections import Collection
 from relay.transfer.task_rows import Task
@@ -57,6 +58,8 @@ class Holdup:
 def holdup(task: Task, around: Surroundings) -> Holdup:
     """What to say of an unfinished task."""
     observed = task.last_observed
+    if task.desired == "pause":
+        return Holdup(closed_owners.CODE, closed_owners.sentence_of(task), closed_owners.WHO)
     if around.offline(task.worker_id):
         return Holdup(OFFLINE, f"The agent of “{_name(task.worker_id, around)}” is not connected.", "destination owner")
     reported = "QUEUED" if observed is None else observed.status_code
@@ -194,7 +197,7 @@ def _condition(task: Task, around: Surroundings) -> dict[str, Any]:
     if not task.finished:
         holding = holdup(task, around)
         document["is_ok"] = holding.code in ("OK", "Queued")
-        document["is_paused"] = task.state == "PAUSED"
+        document["is_paused"] = task.state == "PAUSED" or task.desired == "pause"
         document["nice_status"] = holding.code
         document["nice_status_short_description"] = holding.code.replace("_", " ").lower().capitalize()
         document["nice_status_details"] = holding.sentence or None

@@ -35,9 +35,9 @@ class CountingStore(InlineStore):
 
     written = 0
 
-    async def write(self, work: Callable[[Connection], T]) -> T:
+    async def write(self, work: Callable[[Connection], T], *, aside: bool = False) -> T:
         self.written += 1
-        return await super().write(work)
+        return await super().write(work, aside=aside)
 
 
 class Scene:
@@ -55,6 +55,14 @@ class Scene:
         person = await self.relay.person(name)
         self.clock.autojump_threshold = 0
         return person
+
+    async def sign_in_again(self) -> None:
+        """Alice gets new tokens."""
+        self.clock.autojump_threshold = math.inf
+        client_id, _ = await self.relay.base.client("another program")
+        self.relay.base.clock.now = self.relay.services.clock()
+        self.alice.headers = await self.relay.base.bearer(self.alice.id, client_id)
+        self.clock.autojump_threshold = 0
 
     def up(self) -> None:
         self.relay.registry.up(self.source)

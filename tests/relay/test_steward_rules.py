@@ -7,13 +7,17 @@ from typing import Any
 
 import pytest
 import trio
-from sqlalchemy import update
+from sqlalchemy import delete, update
 from trio.testing import MockClock
 
 from protocol.control import Counters
 from protocol.errors import AccessDenied, NeedsPerson
 from protocol.ticket import TicketVerifier
 from relay.store import transfer_tables as tables
+from relay.store.auth_tables import identities, tokens
+from relay.transfer.steward import CLOCK_INTERVAL
+from relay.transfer.times import iso
+from tests.relay.conftest import START
 from tests.relay.fake_agents import once
 from tests.relay.steward_scene import MOMENT, CountingStore, Scene, open_scene, virtual_clock
 from tests.relay.transfer_world import delete_document
@@ -222,6 +226,84 @@ async def test_a_task_does_not_outlive_its_permission(clock: MockClock, scene: S
     assert scene.destination.orders[task_id][-1].desired == "cancel"
     assert session_id in scene.source.withdrawn
     assert (await scene.show(mine))["status"] == ("ACTIVE" if how == "withdraw role" else "FAILED")
+
+
+async def _account(scene: Scene, status: str) -> None:
+    """What `towpath-relay user close` and `user open` do, in a process of their own."""
+
+    def work(connection: Any) -> None:
+        mine = identities.c.id == scene.alice.id
+        connection.execute(update(identities).where(mine).values(status=status))
+
+    await scene.relay.store.write(work)
+
+
+async def test_tasks_of_a_closed_account_pause_say_why_and_go_on(clock: MockClock, scene: Scene) -> None:
+    manager = await scene.person("bob")
+    for id_ in (scene.a, scene.b):
+        await scene.alice.post(
+            f"/endpoint/{id_}/role", {"principal": manager.id, "role": "activity_manager"}, status=201
+        )
+    scene.up()
+    task_id = await scene.task()
+    session_id = scene.destination.orders[task_id][0].session_id
+    await _account(scene, "closed")
+    await trio.sleep(CLOCK_INTERVAL + MOMENT)
+    assert scene.destination.orders[task_id][-1].desired == "pause"
+    assert session_id in scene.source.withdrawn
+    services = scene.relay.services
+    verifier = TicketVerifier(services.keys.relay_id, services.keys.root_public_pem)
+    ticket = verifier.verify_untrusted(scene.destination.orders[task_id][-1].ticket, services.clock())
+    assert ticket.destination.paths == []
+    shown = await manager.get(f"/endpoint_manager/task/{task_id}")
+    assert (shown["status"], shown["nice_status"], shown["is_paused"]) == ("ACTIVE", "ACCOUNT_CLOSED", True)
+    assert "alice" in shown["nice_status_details"]
+    assert "relay's operator opens it" in shown["nice_status_details"]
+    # Nothing is asked of anybody for it meanwhile, whatever the agents want.
+    sessions = len(scene.source.sessions[session_id])
+    scene.destination.say("session_wanted", task_id)
+    await trio.sleep(100)
+    assert len(scene.source.sessions[session_id]) == sessions
+    await _account(scene, "used")
+    await trio.sleep(CLOCK_INTERVAL + MOMENT)
+    assert scene.destination.orders[task_id][-1].desired == "run"
+    assert len(scene.source.sessions[session_id]) == sessions + 1
+    codes = await scene.codes(task_id)
+    assert codes.index("ACCOUNT_CLOSED") < codes.index("ACCOUNT_OPEN")
+    scene.destination.succeed(task_id)
+    await trio.sleep(MOMENT)
+    assert (await scene.show(task_id))["status"] == "SUCCEEDED"
+
+
+async def test_a_task_of_a_closed_account_is_not_begun_and_keeps_its_deadline(clock: MockClock, scene: Scene) -> None:
+    task_id = await scene.task(deadline=iso(START + 1000))
+    await _account(scene, "closed")
+    scene.up()
+    await trio.sleep(CLOCK_INTERVAL + MOMENT)
+    assert all(order.desired == "pause" for order in scene.destination.orders.get(task_id, []))
+    assert scene.source.sessions == {}
+    await trio.sleep(1000)
+    assert (await scene.row(task_id)).status == "FAILED"
+
+
+async def test_a_login_that_has_run_out_holds_no_task_up(clock: MockClock, scene: Scene, world: Any) -> None:
+    """A task needs its submitter's permission, not their login: it runs on, and a new login finds it."""
+    scene.up()
+    task_id = await scene.task()
+
+    def end_tokens(connection: Any) -> None:
+        connection.execute(delete(tokens))
+
+    await scene.relay.store.write(end_tokens)
+    await scene.alice.refused("GET", f"/task/{task_id}", 401, "ClientError.AuthenticationFailed")
+    await trio.sleep(world.settings.tickets.life)
+    assert scene.destination.orders[task_id][-1].desired == "run"
+    assert scene.destination.orders[task_id][-1].revision > 1, "its ticket was renewed"
+    await scene.sign_in_again()
+    assert (await scene.show(task_id))["status"] == "ACTIVE"
+    scene.destination.succeed(task_id)
+    await trio.sleep(MOMENT)
+    assert (await scene.show(task_id))["status"] == "SUCCEEDED"
 
 
 async def test_an_agent_can_speak_only_of_tasks_it_drives(clock: MockClock, scene: Scene) -> None:

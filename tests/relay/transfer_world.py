@@ -23,7 +23,7 @@ from relay.api.transfer_routers import ROUTERS
 from relay.audit.recorder import Recorder
 from relay.auth.identities import Identity
 from relay.services import Services
-from relay.store.database import Store, _transact
+from relay.store.database import Store, _transact, companion
 from relay.transfer import setup_keys
 from relay.transfer.enrolment import AUDIENCE, RelayName, create_mapped_collection, redeem
 from relay.transfer.steward import Steward
@@ -39,9 +39,9 @@ class InlineStore(Store):
         await trio.lowlevel.checkpoint()
         return _transact(self._reader, work)
 
-    async def write(self, work: Callable[[Connection], T]) -> T:
+    async def write(self, work: Callable[[Connection], T], *, aside: bool = False) -> T:
         await trio.lowlevel.checkpoint()
-        return _transact(self._writer, work)
+        return _transact(self._writer, work, None if aside else companion.get())
 
 
 class Person:
