@@ -17,7 +17,7 @@ from sqlalchemy import Connection, delete, select, update
 from protocol.errors import ItemFailed
 from relay.access.decisions import ROLES
 from relay.api.errors import ApiError
-from relay.auth import browser_sessions, clients, one_time_links, passwords
+from relay.auth import browser_sessions, clients, one_time_links, passwords, service_tokens
 from relay.auth.administrators import has_administrator
 from relay.auth.identities import (
     Identity,
@@ -31,6 +31,7 @@ from relay.settings import Settings
 from relay.store import auth_tables as tables
 from relay.store.database import Store
 from relay.transfer.enrolment import create_mapped_collection
+from relay.transfer.times import iso
 
 _GRANT = re.compile(r"(.+):([a-z_]+)")
 
@@ -149,6 +150,33 @@ async def list_users(store: Store) -> list[dict[str, Any]]:
     """All users by name, client identities left out."""
     query = select(tables.identities).where(tables.identities.c.kind == "login").order_by(tables.identities.c.username)
     return await store.read(lambda connection: [dict(row) for row in connection.execute(query).mappings()])
+
+
+def listing_tokens(settings: Settings, who: str | None) -> Callable[[Store], Awaitable[list[dict[str, Any]]]]:
+    """The tokens of long life, of everybody or of one person; never the secrets themselves, which nobody has."""
+    now = time.time()
+
+    async def work(store: Store) -> list[dict[str, Any]]:
+        mine = None if who is None else (await find_identity(store, settings, who)).id
+        found = await store.read(lambda connection: service_tokens.all_tokens(connection, now, mine))
+        return [
+            {
+                "id": one.token.id,
+                "username": one.username,
+                "name": one.token.name,
+                "created": iso(one.token.created),
+                "expires": iso(one.token.expires),
+                "is_ending": one.token.is_ending(now),
+            }
+            for one in found
+        ]
+
+    return work
+
+
+def ending_token(token_id: str) -> Callable[[Store], Awaitable[bool]]:
+    """End a token of long life; the result says whether there was one."""
+    return lambda store: store.write(lambda connection: service_tokens.withdraw(connection, token_id))
 
 
 def adding_client(settings: Settings, name: str, owner: str | None) -> Callable[[Store], Awaitable[dict[str, Any]]]:

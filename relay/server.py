@@ -28,6 +28,7 @@ from relay.api import enrol, transfer_routers
 from relay.api.app import create_app
 from relay.audit.recorder import Recorder
 from relay.auth.clients import SecretChecker
+from relay.auth.guess_memory import INTERVAL, GuessMemory
 from relay.auth.guesses import GuessLimit
 from relay.auth.housekeeping import forget_old
 from relay.auth.passwords import PasswordChecker
@@ -83,6 +84,7 @@ class Relay:
     signalling: Signalling
     observer: Observer
     tunnel: TunnelService
+    guess_memory: GuessMemory
 
     def statistics(self) -> dict[str, Any]:
         """What every part says of itself."""
@@ -141,7 +143,9 @@ def build(settings: Settings, store: Store, clock: Callable[[], float] = time.ti
         stun=observer.serve_stream,
         tls_context=certificate.context,
     )
-    relay = Relay(services, app, certificate, web, dispatcher, registry, steward, signalling, observer, tunnel)
+    limits = {"one": services.guesses, "crowd": services.crowd_guesses}
+    memory = GuessMemory(store, limits, sign_in.failures_window)
+    relay = Relay(services, app, certificate, web, dispatcher, registry, steward, signalling, observer, tunnel, memory)
     app.state.statistics = relay.statistics
     return relay
 
@@ -213,6 +217,8 @@ async def _run(relay: Relay, settings: Settings) -> None:
             await nursery.start(relay.steward.run)
             relay.observer.open(settings.listen.host, settings.stun_ports)
             nursery.start_soon(relay.observer.run)
+            await relay.guess_memory.load(relay.services.clock())
+            nursery.start_soon(_remember_guesses, relay)
             nursery.start_soon(_upkeep, relay, settings)
             nursery.start_soon(_watchdog)
             accepting = await nursery.start(_accept, relay, listeners)
@@ -226,6 +232,7 @@ async def _run(relay: Relay, settings: Settings) -> None:
             accepting.cancel()
             await relay.web.stop(GRACE)
             await _say_goodbye(relay.registry)
+            await _attempt("remember wrong guesses", partial(relay.guess_memory.flush, relay.services.clock()))
             nursery.cancel_scope.cancel()
     logger.info("Ended.")
 
@@ -274,6 +281,12 @@ async def _upkeep(relay: Relay, settings: Settings) -> None:
             await _attempt("forget old sessions and clients", partial(services.store.write, forget))
         logger.debug("%s", relay.statistics())
         await trio.sleep(_UPKEEP_INTERVAL)
+
+
+async def _remember_guesses(relay: Relay) -> None:
+    while True:
+        await trio.sleep(INTERVAL)
+        await _attempt("remember wrong guesses", partial(relay.guess_memory.flush, relay.services.clock()))
 
 
 async def _in_thread(work: Callable[..., bool], *arguments: Any) -> bool:

@@ -108,6 +108,7 @@ class SignIn(_Section, frozen=True, kw_only=True):
     local_accounts: Switch = True
     providers: Annotated[list[Provider], Meta(max_length=50, description="a list of providers")] = []
     session_life: Life = Duration(30 * 86400)
+    session_idle: Life = Duration(7 * 86400)
     code_life: Life = Duration(300)
     device_code_life: Life = Duration(900)
     service_token_life: Life = Duration(366 * 86400)

@@ -59,10 +59,14 @@ def open_browser_session(
     shown: Authentication,
     *,
     life: float,
+    idle: float,
     address: str,
     user_agent: str,
 ) -> str:
-    """Begin a session for the person behind an identity that has just shown who it is; returns the cookie's value."""
+    """Begin a session for the person behind an identity that has just shown who it is; returns the cookie's value.
+
+    It ends ``life`` seconds from now, and earlier when it is not used for ``idle`` seconds.
+    """
     cookie = secrets.token_urlsafe(32)
     session_id = str(uuid.uuid4())
     now = shown.authenticated
@@ -73,7 +77,7 @@ def open_browser_session(
             identity_id=primary_of(connection, shown.identity_id),
             created=now,
             last_seen=now,
-            expires=now + life,
+            expires=now + min(life, idle),
             address=address[:MAX_TEXT],
             user_agent=user_agent[:MAX_TEXT],
         )
@@ -141,14 +145,16 @@ def _load(connection: Connection, which: object) -> BrowserSession | None:
     )
 
 
-def is_stale(session: BrowserSession, now: float) -> bool:
+def is_stale(session: BrowserSession, now: float, idle: float) -> bool:
     """Whether `touch` is due."""
-    return now - session.last_seen > _SEEN_EVERY
+    return now - session.last_seen > min(_SEEN_EVERY, idle / 4)
 
 
-def touch(connection: Connection, session_id: str, now: float) -> None:
-    """Note that the session is in use."""
-    connection.execute(update(browser_sessions).where(browser_sessions.c.id == session_id).values(last_seen=now))
+def touch(connection: Connection, session: BrowserSession, now: float, *, life: float, idle: float) -> None:
+    """Note that the session is in use: it goes on for ``idle`` seconds, within its ``life``."""
+    ends = min(session.created + life, now + idle)
+    this = browser_sessions.c.id == session.id
+    connection.execute(update(browser_sessions).where(this).values(last_seen=now, expires=ends))
 
 
 def sessions_of(connection: Connection, identity_id: str, now: float) -> list[BrowserSession]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import OrderedDict, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 # Memory stays bounded however many names an attacker makes up; the oldest are forgotten first.
@@ -29,6 +30,7 @@ class GuessLimit:
         self._allowed = failures
         self._window = window
         self._recent: OrderedDict[str, deque[float]] = OrderedDict()
+        self._changed: set[str] = set()
         self._total = 0
 
     def retry_after(self, subjects: Iterable[str], now: float) -> float:
@@ -39,23 +41,50 @@ class GuessLimit:
         """A try of these subjects was wrong."""
         self._total += 1
         for subject in subjects:
-            times = self._recent.setdefault(subject, deque(maxlen=self._allowed))
+            key = _key(subject)
+            times = self._recent.setdefault(key, deque(maxlen=self._allowed))
             times.append(now)
-            self._recent.move_to_end(subject)
+            self._recent.move_to_end(key)
+            self._changed.add(key)
+        self._bound()
+
+    def changed(self) -> dict[str, list[float]]:
+        """The times of failures of every subject, by digest, that has some since the last call."""
+        found = {key: list(self._recent[key]) for key in self._changed if key in self._recent}
+        self._changed.clear()
+        return found
+
+    def mark_changed(self, keys: Iterable[str]) -> None:
+        """What the last call of `changed` told was not written down."""
+        self._changed.update(keys)
+
+    def restore(self, key: str, times: Sequence[float]) -> None:
+        """Take up failures that were told by `changed`, of an earlier process."""
+        self._recent[key] = deque(times, maxlen=self._allowed)
+        self._bound()
+
+    def _bound(self) -> None:
         while len(self._recent) > _MAX_SUBJECTS:
-            self._recent.popitem(last=False)
+            key, _ = self._recent.popitem(last=False)
+            self._changed.discard(key)
 
     def statistics(self) -> GuessStatistics:
         """How much guessing goes on."""
         return GuessStatistics(len(self._recent), self._total)
 
     def _wait(self, subject: str, now: float) -> float:
-        times = self._recent.get(subject)
+        key = _key(subject)
+        times = self._recent.get(key)
         if times is None:
             return 0.0
         while times and times[0] <= now - self._window:
             times.popleft()
         if not times:
-            del self._recent[subject]
+            del self._recent[key]
             return 0.0
         return times[0] + self._window - now if len(times) >= self._allowed else 0.0
+
+
+def _key(subject: str) -> str:
+    """Neither memory nor the database need to know who guesses at what."""
+    return hashlib.sha256(subject.encode(errors="surrogatepass")).hexdigest()

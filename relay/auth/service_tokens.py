@@ -14,7 +14,7 @@ from protocol.errors import ItemFailed
 from relay.auth.public_clients import TOWPATH_CLI, client_for, ensure_row
 from relay.auth.scopes import TRANSFER_ALL, TRANSFER_SERVER
 from relay.auth.tokens import open_session, token_digest
-from relay.store.auth_tables import sessions, tokens
+from relay.store.auth_tables import identities, sessions, tokens
 
 MAX_TOKENS = 100
 MAX_NAME = 100
@@ -79,6 +79,37 @@ def tokens_of(connection: Connection, identity_id: str, now: float) -> list[Serv
         .order_by(tokens.c.expires)
     )
     return [ServiceToken(row.id, row.name, row.issued, row.expires) for row in connection.execute(query)]
+
+
+@dataclass(frozen=True)
+class OwnedToken:
+    """A token and whose it is, for the operator."""
+
+    token: ServiceToken
+    username: str
+
+
+def all_tokens(connection: Connection, now: float, identity_id: str | None = None) -> list[OwnedToken]:
+    """The tokens of everybody, or of one person, the one that ends first in front."""
+    query = (
+        select(sessions.c.id, sessions.c.name, tokens.c.issued, tokens.c.expires, identities.c.username)
+        .join(tokens, tokens.c.session_id == sessions.c.id)
+        .join(identities, identities.c.id == sessions.c.identity_id)
+        .where(sessions.c.name.is_not(None), tokens.c.expires > now)
+        .order_by(tokens.c.expires)
+    )
+    if identity_id is not None:
+        query = query.where(sessions.c.identity_id == identity_id)
+    return [
+        OwnedToken(ServiceToken(row.id, row.name, row.issued, row.expires), row.username)
+        for row in connection.execute(query)
+    ]
+
+
+def withdraw(connection: Connection, token_id: str) -> bool:
+    """End anybody's token; returns whether there was one."""
+    this = (sessions.c.id == token_id) & sessions.c.name.is_not(None)
+    return connection.execute(delete(sessions).where(this)).rowcount > 0
 
 
 def end(connection: Connection, identity_id: str, token_id: str) -> bool:

@@ -65,6 +65,7 @@ for _command in (
     upkeep.init,
     upkeep.serve,
     people.user,
+    people.token,
     programs.client,
     programs.app,
     programs.collection,

@@ -122,3 +122,33 @@ def user_list(context: click.Context, as_json: bool) -> None:
     from relay import accounts
 
     show_rows(with_store(settings_of(context), accounts.list_users), ("id", "username", "status", "name"), as_json)
+
+
+@click.group(cls=AuditedGroup)
+def token() -> None:
+    """Tokens of long life that people made for machines."""
+
+
+@token.command("list")
+@click.option("--user", "name", help="Those of one user only.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON document.")
+@click.pass_context
+def token_list(context: click.Context, name: str | None, as_json: bool) -> None:
+    """List the tokens, the one that ends first in front."""
+    from relay import accounts
+
+    settings = settings_of(context)
+    rows = with_store(settings, accounts.listing_tokens(settings, name))
+    show_rows(rows, ("id", "username", "expires", "name"), as_json)
+
+
+@token.command("end")
+@click.argument("token_id")
+@click.pass_context
+def token_end(context: click.Context, token_id: str) -> None:
+    """End a token at once."""
+    from relay import accounts
+
+    if not with_store(settings_of(context), accounts.ending_token(token_id)):
+        raise click.ClickException(f"There is no token {token_id}.")
+    click.echo("The token is dead.")

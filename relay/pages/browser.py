@@ -115,8 +115,9 @@ async def browser_of(request: Request) -> Browser:
     session = await services.store.read(lambda connection: find_browser_session(connection, cookie, now))
     if session is None:
         return Browser(request, visit, "", None)
-    if is_stale(session, now):
-        await services.store.write(lambda connection: touch(connection, session.id, now), aside=True)
+    life, idle = services.settings.sign_in.session_life, services.settings.sign_in.session_idle
+    if is_stale(session, now, idle):
+        await services.store.write(lambda c: touch(c, session, now, life=life, idle=idle), aside=True)
     acting(request, session.identity.id)
     return Browser(request, visit, cookie, session)
 

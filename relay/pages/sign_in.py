@@ -165,7 +165,7 @@ async def welcome(browser: Browser, identity: Identity, methods: tuple[str, ...]
     now = services.clock()
     shown = Authentication(identity.id, identity.provider_id, now, methods)
     address, agent = where_from(browser.request)
-    life = services.settings.sign_in.session_life
+    life, idle = services.settings.sign_in.session_life, services.settings.sign_in.session_idle
 
     def work(connection: Connection) -> str | None:
         current = select_by_ids(connection, [identity.id]).get(identity.id)
@@ -179,7 +179,7 @@ async def welcome(browser: Browser, identity: Identity, methods: tuple[str, ...]
             return renew_cookie(connection, session.id)
         if session is not None:
             connection.execute(delete(browser_sessions).where(browser_sessions.c.id == session.id))
-        return open_browser_session(connection, shown, life=life, address=address, user_agent=agent)
+        return open_browser_session(connection, shown, life=life, idle=idle, address=address, user_agent=agent)
 
     cookie = await services.store.write(work)
     if cookie is None:

@@ -108,6 +108,18 @@ upstream_visits = Table(
     Column("expires", Float, nullable=False, index=True),
 )
 
+# Wrong guesses of the last minutes, so that a restart of the relay forgives none.
+guess_failures = Table(
+    "guess_failures",
+    metadata,
+    Column("counter", String(16), primary_key=True),
+    # A digest of who guessed at what.
+    Column("subject", String(64), primary_key=True),
+    # A JSON list.
+    Column("times", Text, nullable=False),
+    Column("last", Float, nullable=False, index=True),
+)
+
 browser_sessions = Table(
     "browser_sessions",
     metadata,

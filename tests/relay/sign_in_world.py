@@ -121,7 +121,7 @@ class Person:
         shown = Authentication(identity.id, identity.provider_id, now, methods or ("pwd",))
         cookie = await self.world.store.write(
             lambda connection: open_browser_session(
-                connection, shown, life=86400.0, address="192.0.2.1", user_agent="Test browser"
+                connection, shown, life=86400.0, idle=86400.0, address="192.0.2.1", user_agent="Test browser"
             )
         )
         self.cookies[SESSION_COOKIE] = cookie

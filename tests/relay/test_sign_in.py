@@ -268,3 +268,22 @@ async def test_nothing_that_lets_somebody_in_is_in_the_database(world: RelayWorl
         content = path.read_bytes()
         for what, secret in secrets.items():
             assert secret.encode() not in content, what
+
+
+async def test_a_browser_that_nobody_uses_is_signed_out(world: RelayWorld) -> None:
+    await add_person(world, "ada")
+    person = Person(world)
+    await person.sign_in("ada")
+    life, idle = world.settings.sign_in.session_life, world.settings.sign_in.session_idle
+    begun = world.clock.now
+    # In use it goes on, but not beyond its life.
+    while world.clock.now + idle * 0.9 < begun + life:
+        world.clock.now += idle * 0.9
+        assert "Your account" in (await person.get("/account")).text
+    world.clock.now = begun + life - 10
+    assert "Your account" in (await person.get("/account")).text
+    world.clock.now = begun + life
+    assert "Your account" not in (await person.get("/account")).text
+    await person.sign_in("ada")
+    world.clock.now += idle
+    assert "Your account" not in (await person.get("/account")).text

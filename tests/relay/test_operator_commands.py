@@ -1,0 +1,79 @@
+"""What the operator does about people at the command line: tokens of long life, closed and opened accounts."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from sqlalchemy import Connection
+
+from relay.auth import service_tokens
+from relay.auth.tokens import find
+from relay.cli import cli
+from relay.store.database import Store
+
+
+class Operator:
+    """Somebody with a shell on the relay's machine."""
+
+    def __init__(self, directory: Path) -> None:
+        self._config = ["--config", str(directory / "relay.yaml")]
+
+    def run(self, *words: str, code: int = 0) -> str:
+        done = CliRunner().invoke(cli, [*self._config, *words])
+        assert (done.exit_code == 0) == (code == 0), done.output
+        return done.output if code == 0 else str(done.exception or done.output)
+
+    def document(self, *words: str) -> Any:
+        return json.loads(self.run(*words, "--json"))
+
+
+@pytest.fixture
+def operator(relay_directory: Path) -> Operator:
+    return Operator(relay_directory)
+
+
+def make_token(store: Store, identity_id: str, name: str, days: int) -> str:
+    with store.writing_engine.begin() as connection:
+        return service_tokens.make(connection, identity_id, name, life=days * 86400.0, now=time.time())
+
+
+def alive(store: Store, secret: str) -> bool:
+    def work(connection: Connection) -> bool:
+        return find(connection, secret, time.time()) is not None
+
+    with store.writing_engine.begin() as connection:
+        return work(connection)
+
+
+def test_tokens_are_listed_and_ended(operator: Operator, relay_store: Store) -> None:
+    ada, bob = (operator.document("user", "add", name, "--no-link") for name in ("ada", "bob"))
+    beamline = make_token(relay_store, ada["id"], "beamline", 90)
+    cluster = make_token(relay_store, bob["id"], "cluster", 5)
+    rows = operator.document("token", "list")
+    assert [(row["name"], row["username"], row["is_ending"]) for row in rows] == [
+        ("cluster", bob["username"], True),
+        ("beamline", ada["username"], False),
+    ]
+    assert beamline not in json.dumps(rows)
+    assert [row["name"] for row in operator.document("token", "list", "--user", "ada")] == ["beamline"]
+    operator.run("token", "end", rows[0]["id"])
+    assert (alive(relay_store, beamline), alive(relay_store, cluster)) == (True, False)
+    operator.run("token", "end", rows[0]["id"], code=1)
+    # Sessions of applications are no tokens of long life.
+    assert [row["name"] for row in operator.document("token", "list")] == ["beamline"]
+
+
+def test_a_closed_account_is_opened_again_without_what_it_had(operator: Operator, relay_store: Store) -> None:
+    ada = operator.document("user", "add", "ada", "--no-link")
+    secret = make_token(relay_store, ada["id"], "beamline", 90)
+    operator.run("user", "open", "ada", code=1)
+    operator.run("user", "close", "ada")
+    assert not alive(relay_store, secret)
+    operator.run("user", "open", "ada")
+    assert not alive(relay_store, secret)
+    assert [row["status"] for row in operator.document("user", "list")] == ["used"]
