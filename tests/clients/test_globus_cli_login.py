@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,6 +28,7 @@ class World:
     browser: Chromium
     cli: str
     base: Path
+    calls: list[tuple[str, ...]]
 
     def environment(self, home: Path, **more: str) -> dict[str, str]:
         home.mkdir(exist_ok=True)
@@ -41,6 +43,7 @@ class World:
     def answer(self, home: Path, *arguments: str) -> str:
         done = self.globus(home, *arguments)
         assert done.returncode == 0, done.stdout + done.stderr
+        self.calls.append(arguments)
         return done.stdout
 
     def with_browser(self, home: Path, *arguments: str, name: str = "ada", allow: bool = True) -> str:
@@ -64,6 +67,27 @@ class World:
             self.decide(allow=allow)
             output, _ = process.communicate(timeout=PATIENCE)
         assert process.returncode == (0 if allow else 1), output
+        self.calls.append(arguments)
+        return output
+
+    def by_code(self, home: Path, *arguments: str) -> str:
+        """Run a command that prints an address, sign in there, and copy the code that the page shows."""
+        environment = self.environment(home, GLOBUS_CLI_INTERACTIVE="1")
+        with subprocess.Popen(
+            [self.cli, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True, env=environment,
+        ) as process:  # fmt: skip
+            assert process.stdin is not None
+            assert process.stdout is not None
+            url = next(line.strip() for line in process.stdout if line.startswith("https://"))
+            self.browser.open(url)
+            self.sign_in()
+            self.decide()
+            process.stdin.write(self.browser.text_of("code.large") + "\n")
+            process.stdin.flush()
+            output, _ = process.communicate(timeout=PATIENCE)
+        assert process.returncode == 0, output
+        self.calls.append(arguments)
         return output
 
     def sign_in(self, name: str = "ada") -> None:
@@ -76,7 +100,7 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+def world(tmp_path_factory: pytest.TempPathFactory, calls: list[tuple[str, ...]]) -> Iterator[World]:
     cli = os.environ.get("GLOBUS_CLI")
     if not cli:
         pytest.skip("GLOBUS_CLI does not name the globus command; `make test` installs it and sets this")
@@ -86,7 +110,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     relay.add_person("bob")
     # Chromium without scripts: the pages must do without.
     with serving(relay), chromium(base, scripts=False) as browser:
-        yield World(relay, browser, cli, base)
+        yield World(relay, browser, cli, base, calls)
 
 
 @pytest.fixture(scope="module")
@@ -121,8 +145,36 @@ def test_session_update_and_consent_go_through_the_browser(world: World, home: P
     assert set(before) == set(after)
     (identity,) = before
     assert after[identity]["auth_time"] >= before[identity]["auth_time"]
+    world.with_browser(home, "session", "update", "--all")
+    world.with_browser(home, "session", "update", "localhost")
+    assert "updated" in world.by_code(home, "session", "update", "--no-local-server", "ada@localhost")
     output = world.with_browser(home, "session", "consent", "urn:globus:auth:scope:transfer.api.globus.org:all")
     assert "consent" in output
+
+
+def test_projects_applications_and_policies_through_the_cli(world: World, home: Path) -> None:
+    """The CLI has no commands of its own for them; its `api auth` reaches them once the person has consented."""
+    manage = "urn:globus:auth:scope:auth.globus.org:manage_projects"
+    world.with_browser(home, "session", "update", "ada@localhost", "--scope", manage)
+
+    def api(method: str, path: str, body: object = None) -> dict[str, Any]:
+        more = () if body is None else ("--body", json.dumps(body))
+        document = json.loads(world.answer(home, "api", "auth", method, path, *more))
+        return dict(next(iter(document.values())))
+
+    project = api("POST", "/v2/api/projects", {"project": {"display_name": "P", "contact_email": "a@mail.example"}})
+    wish = {"name": "Hub", "project": project["id"], "client_type": "confidential_client"}
+    client = api("POST", "/v2/api/clients", {"client": wish})
+    policy = {
+        "project_id": project["id"],
+        "display_name": "p",
+        "description": "d",
+        "domain_constraints_include": ["localhost"],
+    }
+    made = api("POST", "/v2/api/policies", {"policy": policy})
+    scope = {"name": "n", "description": "d", "scope_suffix": "s"}
+    assert api("POST", f"/v2/api/clients/{client['id']}/scopes", {"scope": scope})["client"] == client["id"]
+    world.with_browser(home, "session", "update", "--policy", made["id"])
 
 
 def test_an_identity_that_is_not_hers_is_refused_in_words(world: World, home: Path) -> None:
@@ -138,28 +190,11 @@ def test_refusing_ends_the_login_with_a_sentence(world: World, tmp_path: Path) -
 
 
 def test_login_by_copying_a_code(world: World, tmp_path: Path) -> None:
-    environment = world.environment(tmp_path, GLOBUS_CLI_INTERACTIVE="1")
-    with subprocess.Popen(
-        [world.cli, "login", "--no-local-server"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True, env=environment,
-    ) as process:  # fmt: skip
-        assert process.stdin is not None
-        assert process.stdout is not None
-        url = None
-        for line in process.stdout:
-            if line.startswith("https://"):
-                url = line.strip()
-                break
-        assert url is not None
-        world.browser.open(url)
-        world.sign_in()
-        world.decide()
-        process.stdin.write(world.browser.text_of("code.large") + "\n")
-        process.stdin.flush()
-        output, _ = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 0, output
+    world.by_code(tmp_path, "login", "--no-local-server")
     assert world.answer(tmp_path, "whoami").strip() == "ada@localhost"
-    assert world.globus(tmp_path, "logout", "--yes", "--delete-client").returncode == 0
+    assert "already logged in" in world.answer(tmp_path, "login")
+    world.by_code(tmp_path, "login", "--force", "--no-local-server")
+    world.answer(tmp_path, "logout", "--yes", "--ignore-errors", "--delete-client")
     gone = world.globus(tmp_path, "whoami")
     assert gone.returncode != 0
     assert "Traceback" not in gone.stderr

@@ -10,7 +10,13 @@ import pytest
 pytestmark = [pytest.mark.clients]
 
 TABLE = Path(__file__).parents[2] / "docs" / "globus-cli.md"
-FILES = {"test_globus_cli_options", "test_globus_cli_roles", "test_globus_cli_sign_in", "test_globus_cli_transfer"}
+FILES = {
+    "test_globus_cli_login",
+    "test_globus_cli_options",
+    "test_globus_cli_roles",
+    "test_globus_cli_sign_in",
+    "test_globus_cli_transfer",
+}
 
 
 def rows() -> list[tuple[tuple[str, ...], set[str], str]]:
