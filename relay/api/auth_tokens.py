@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -24,6 +25,7 @@ from relay.auth import device
 from relay.auth.bearer import Caller
 from relay.auth.browser_sessions import Authentication
 from relay.auth.codes import authentications_of
+from relay.auth.consents import below
 from relay.auth.grants import GrantRefused
 from relay.auth.identities import Identity
 from relay.auth.known_scopes import expand
@@ -161,7 +163,7 @@ async def introspect(request: Request) -> dict[str, Any]:
 
     def more(connection: Connection) -> dict[str, Any]:
         shown = authentications_of(connection, found.session_id)
-        added: dict[str, Any] = {}
+        added: dict[str, Any] = {"dependent_tokens_cache_id": _cache_id(connection, found)}
         if "session_info" in include:
             added["session_info"] = _session_info(found, shown.values())
         if "identity_set" in include or "identity_set_detail" in include:
@@ -174,9 +176,17 @@ async def introspect(request: Request) -> dict[str, Any]:
                 ]
         return added
 
-    if include:
-        document |= await services.store.read(more)
-    return document
+    return document | await services.store.read(more)
+
+
+def _cache_id(connection: Connection, record: TokenRecord) -> str:
+    """Under which a service may keep the dependent tokens of a token: another one as soon as it would get others.
+
+    They belong to the session of the token, and hold what stands below its scopes in the person's consents.
+    """
+    allowed = below(connection, record.identity_id, record.client_id, record.scopes)
+    text = " ".join([record.session_id, record.resource_server, *sorted(allowed)])
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 @router.post("/token/revoke", openapi_extra=form_description(optional=("token", "client_id")))

@@ -72,6 +72,30 @@ async def test_a_scope_that_needs_more_than_before_is_asked_for_again(world: Any
     del secret
 
 
+async def test_the_cache_id_of_dependent_tokens_changes_with_what_they_would_be(world: Any) -> None:
+    dev = await developer(world, "dev")
+    client_id, secret = await service(dev)
+    scope = await scope_of(dev, client_id, **needing(TRANSFER_ALL))
+    ada = Person(world)
+    await ada.arrive(await add_person(world, "ada"))
+    application = Application(scope=scope["scope_string"])
+
+    async def cache_id(token: str) -> str:
+        answer = await world.http.post("/v2/oauth2/token/introspect", data={"token": token}, auth=(client_id, secret))
+        return str(answer.json()["dependent_tokens_cache_id"])
+
+    first = (await application.redeem(world, await application.code(ada))).json()
+    before = await cache_id(first["access_token"])
+    assert await cache_id(first["access_token"]) == before
+    form = {"grant_type": "refresh_token", "refresh_token": first["refresh_token"], "client_id": application.client_id}
+    renewed = (await world.http.post("/v2/oauth2/token", data=form)).json()
+    assert await cache_id(renewed["access_token"]) == before
+    await dev.done("PUT", f"/scopes/{scope['id']}", {"scope": needing("openid")})
+    second = (await application.redeem(world, await application.code(ada))).json()
+    assert await cache_id(second["access_token"]) != before
+    assert await cache_id(first["access_token"]) != before
+
+
 async def test_scopes_of_others_are_seen_as_far_as_their_developer_wants(world: Any) -> None:
     dev, eve = await developer(world, "dev"), await developer(world, "eve")
     hidden = await scope_of(dev, (await service(dev))[0])
