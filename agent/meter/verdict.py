@@ -28,7 +28,7 @@ class Side:
     busy: float | None = None
     # Source: share of the time in which the receiver's window was all that held it back.
     window: float = 0.0
-    # Destination: share of the time in which nothing more was asked for until storage had settled something.
+    # Destination: share of the time in which nothing more could be asked for until something had settled.
     unsettled: float = 0.0
 
 
@@ -44,7 +44,8 @@ def limiting_side(source: Side, destination: Side) -> str:
     ``planning`` where the source has nothing to do because nothing is asked of it."""
     if destination.shares[Doing.LIMITED] > MUCH or source.shares[Doing.LIMITED] > MUCH:
         return "a limit"
-    if destination.unsettled > MUCH:
+    if destination.unsettled > MUCH and source.shares[Doing.IDLE] > MUCH:
+        # Enough is asked for in advance: a source with nothing to do means that storage does not keep up.
         return "destination CPU" if destination.processor > FULL else "destination disk"
     if source.shares[Doing.STORAGE] > MUCH and source.shares[Doing.STORAGE] > source.shares[Doing.NETWORK]:
         return "source CPU" if source.processor > FULL else "source disk"
