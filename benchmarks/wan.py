@@ -4,8 +4,8 @@
 
 Root, network namespaces and /dev/net/tun are needed; iperf3 is left out where it is not installed. Each cell moves
 one file of --mib MiB from memory to memory, encrypted, digested and read back; its rate counts from the first content
-byte to the end of the task. iperf3 sends as many bytes over one connection. Then --files files of 4 KiB go over the
-path, and over one without a round-trip time.
+byte to the end of the task. iperf3 sends as many bytes over one connection; GridFTP, in the clear and whole commands,
+has its best number of streams. Then --files files of 4 KiB go over the path, and over one without a round-trip time.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -29,6 +30,7 @@ from wan_path import ADDRESSES, Shape, long_path, namespace, why_not, within
 MIB = 1024 * 1024
 FAST = Path("/dev/shm")
 SOURCE, DESTINATION = 0, 1
+GRIDFTP_STREAMS = (1, 4, 8)
 
 
 @dataclass
@@ -40,6 +42,8 @@ class Cell:
     loss_percent: float
     ours: float = 0.0
     iperf3: float | None = None
+    gridftp: float | None = None
+    gridftp_streams: int = 0
     first_byte: float = 0.0
     lanes: int = 0
     again_mib: float = 0.0
@@ -84,6 +88,66 @@ def measure_iperf3(mib: int) -> float | None:
     finally:
         server.terminate()
         server.wait()
+
+
+def _wait_for(address: str, port: int) -> None:
+    def try_it() -> None:
+        deadline = time.monotonic() + 20
+        while True:
+            try:
+                socket.create_connection((address, port), 1).close()
+            except OSError:
+                if time.monotonic() > deadline:
+                    return
+                time.sleep(0.1)
+            else:
+                return
+
+    within(SOURCE, try_it)
+
+
+def measure_gridftp(folder: Path, mib: int) -> tuple[float | None, int]:
+    """Mbit/s of GridFTP in the clear with its best number of streams, whole commands; and that number."""
+    if not shutil.which("globus-url-copy") or not shutil.which("globus-gridftp-server"):
+        return None, 0
+    address, content = ADDRESSES[SOURCE], folder / "gridftp-source"
+    with content.open("wb") as file:
+        for _ in range(mib):
+            file.write(os.urandom(MIB))
+    command = ["globus-gridftp-server", "-p", "2811", "-aa", "-anonymous-user", "root", "-allow-root", "-s"]
+    command += [
+        "-control-interface",
+        address,
+        "-data-interface",
+        address,
+        "-log-level",
+        "ERROR",
+        "-logfile",
+        str(folder / "gridftp.log"),
+    ]
+    server = subprocess.Popen(["ip", "netns", "exec", namespace(SOURCE), *command], stderr=subprocess.DEVNULL)
+    _wait_for(address, 2811)
+    found: dict[int, float] = {}
+    try:
+        for streams in GRIDFTP_STREAMS:
+            target = folder / f"gridftp-{streams}"
+            client = ["globus-url-copy", "-p", str(streams), "-nodcau", "-tcp-bs", str(8 * MIB)]
+            client += [f"ftp://{address}:2811{content}", f"file://{target}"]
+            begun = time.monotonic()
+            done = subprocess.run(
+                ["ip", "netns", "exec", namespace(DESTINATION), *client], capture_output=True, timeout=300, check=False
+            )
+            if done.returncode:
+                print(f"GridFTP failed: {done.stderr.decode(errors='replace').strip()}", file=sys.stderr)
+                continue
+            found[streams] = mib * MIB * 8 / (time.monotonic() - begun) / 1e6
+            target.unlink()
+    finally:
+        server.terminate()
+        server.wait()
+        content.unlink()
+    best = max(found, key=lambda streams: found[streams], default=0)
+    return found.get(best), best
 
 
 def far_source(made: Engine) -> None:
@@ -152,9 +216,13 @@ async def measure_ours(directory: Path, cell: Cell, mib: int, files: int) -> Non
 def run_cell(shape: Shape, mib: int, files: int) -> Cell:
     """One path: iperf3, then ours."""
     cell = Cell(shape.rtt * 1000, shape.rate / 1e6, shape.loss * 100)
-    with long_path(shape), tempfile.TemporaryDirectory(dir=FAST if FAST.is_dir() else None) as folder:
+    with (
+        long_path(shape, congestion_control()),
+        tempfile.TemporaryDirectory(dir=FAST if FAST.is_dir() else None) as folder,
+    ):
         if mib:
             cell.iperf3 = measure_iperf3(mib)
+            cell.gridftp, cell.gridftp_streams = measure_gridftp(Path(folder), mib)
         # In a thread of its own, so that this one stays outside; workers that it starts are inside, too.
         within(DESTINATION, lambda: trio.run(measure_ours, Path(folder), cell, mib, files))
     return cell
@@ -173,16 +241,17 @@ def main() -> None:
     if reason:
         sys.exit(f"This measurement cannot be made here: {reason}.")
     cells = []
-    print("| round trip | rate | loss | ours | iperf3 | ratio | first byte | lanes | sent again | limited by |")
+    print("| round trip, rate | loss | ours | iperf3 | ratio | GridFTP | first byte | lanes | again | limited by |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for loss in options.loss:
         cell = run_cell(Shape(options.rtt / 1000, options.rate * 1e6, loss / 100), options.mib, 0)
         cells.append(cell)
         iperf3 = "-" if cell.iperf3 is None else f"{cell.iperf3:.0f} Mbit/s"
+        gridftp = "-" if cell.gridftp is None else f"{cell.gridftp:.0f} Mbit/s (-p {cell.gridftp_streams})"
         ratio = "-" if cell.ratio is None else f"{cell.ratio:.2f}"
         print(
-            f"| {cell.rtt_ms:.0f} ms | {cell.rate_mbit:.0f} Mbit/s | {loss} % | {cell.ours:.0f} Mbit/s "
-            f"| {iperf3} | {ratio} | {cell.first_byte:.2f} s "
+            f"| {cell.rtt_ms:.0f} ms, {cell.rate_mbit:.0f} Mbit/s | {loss} % | {cell.ours:.0f} Mbit/s "
+            f"| {iperf3} | {ratio} | {gridftp} | {cell.first_byte:.2f} s "
             f"| {cell.lanes} | {cell.again_mib:.1f} MiB | {cell.limited_by} |",
             flush=True,
         )

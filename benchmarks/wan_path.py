@@ -13,6 +13,7 @@ import os
 import random
 import select
 import shutil
+import socket
 import struct
 import subprocess
 import sys
@@ -123,8 +124,9 @@ def namespace(side: int) -> str:
 
 
 @contextlib.contextmanager
-def long_path(shape: Shape) -> Iterator[None]:
-    """Both namespaces, joined by the path; ``ADDRESSES`` are their ends. Everything is removed afterwards."""
+def long_path(shape: Shape, congestion_control: str) -> Iterator[None]:
+    """Both namespaces, joined by the path; ``ADDRESSES`` are their ends. Programs that choose no congestion control of
+    their own get the given one. Everything is removed afterwards."""
     names = [f"twan{os.getpid() % 100000}{side}" for side in "ab"]
     arguments = [str(shape.rtt), str(shape.rate), str(shape.loss)]
     carrier = subprocess.Popen(
@@ -136,6 +138,11 @@ def long_path(shape: Shape) -> Iterator[None]:
             raise RuntimeError("the TUN devices could not be opened")
         for side, name in enumerate(names):
             _ip("netns", "add", namespace(side))
+            # What `ip netns exec` puts in the place of the system's: some programs want a name for every address.
+            hosts = _etc(side) / "hosts"
+            hosts.parent.mkdir(parents=True, exist_ok=True)
+            near = f"{ADDRESSES[side]} {socket.gethostname()} here\n{ADDRESSES[1 - side]} there\n"
+            hosts.write_text("127.0.0.1 localhost\n" + near)
             _ip("link", "set", name, "netns", namespace(side))
             inside = ["-n", namespace(side)]
             _ip(*inside, "addr", "add", f"{ADDRESSES[side]}/32", "peer", ADDRESSES[1 - side], "dev", name)
@@ -143,6 +150,7 @@ def long_path(shape: Shape) -> Iterator[None]:
             _ip(*inside, "link", "set", "lo", "up")
             for key, value in (
                 ("tcp_no_metrics_save", "1"),
+                ("tcp_congestion_control", congestion_control),
                 # Room for the bandwidth-delay product, as administrators of such machines set it.
                 ("tcp_rmem", "4096 131072 67108864"),
                 ("tcp_wmem", "4096 131072 67108864"),
@@ -152,7 +160,12 @@ def long_path(shape: Shape) -> Iterator[None]:
     finally:
         for side in (0, 1):
             subprocess.run(["ip", "netns", "del", namespace(side)], capture_output=True, check=False)
+            shutil.rmtree(_etc(side), ignore_errors=True)
         carrier.communicate(timeout=10)
+
+
+def _etc(side: int) -> Path:
+    return Path("/etc/netns") / namespace(side)
 
 
 def _ip(*arguments: str) -> None:
