@@ -13,7 +13,7 @@ that both sides of a ratio are durable. Before each run the source is read once,
 written and removed, so that neither side pays for cold pages; every run writes to a new place and nothing is removed
 before the end. Peers that are not installed are left out (`install-peers.sh`).
 
-G5, long and lossy paths, needs two machines or namespaces and is described in docs/performance.md.
+G5, long and lossy paths: `wan.py`, which makes network namespaces and needs root.
 """
 
 from __future__ import annotations

@@ -191,6 +191,14 @@ class LimitsConfig:
     spare_worker: bool = setting(
         Flag(), True, doc="Keep one idle worker process, so that a transfer begins at once (about 45 MB of memory)."
     )
+    cpu: int | None = setting(
+        OrNull(Number(5, 1000)),
+        None,
+        doc="Most that each worker may compute, in percent of one processor; null: no limit.",
+    )
+    memory: int = setting(
+        Number(16, 48), 48, doc="Content of one transfer that may be on its way and not yet settled here, in MiB."
+    )
     bandwidth: BandwidthConfig = setting(Section(BandwidthConfig), doc="How fast content may move.")
 
 

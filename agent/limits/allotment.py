@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Literal
 
@@ -31,11 +31,14 @@ Direction = Literal["receive", "send"]
 
 @dataclass(frozen=True)
 class Allowance:
-    """What one worker may do now: bytes a second (None: any), whose limit that is, and lanes of its session."""
+    """What one worker may do now: bytes a second (None: any), whose limit that is, lanes of its session, percent of a
+    processor (None: any) and MiB of content on its way."""
 
     rate: int | None
     source: str
     lanes: int
+    cpu: int | None = None
+    memory: int = 48
 
 
 Tell = Callable[[Allowance], Awaitable[None]]
@@ -90,7 +93,7 @@ class Allotment:
         limits, rates = self._limits(), self.in_force()
         total = rates.receive if direction == "receive" else rates.send
         others = sum(worker.direction == direction for worker in self._workers)
-        return _least(None if total is None else total / (others + 1), rates.task, task_rate(), limits.lanes)
+        return _least(None if total is None else total / (others + 1), rates.task, task_rate(), limits)
 
     @contextmanager
     def worker(
@@ -139,22 +142,22 @@ class Allotment:
                 wants[worker] = min([worker.demand(now), *own])
             shares = {} if total is None else divide(total, wants)
             for worker in group:
-                allowance = _least(shares.get(worker), rates.task, worker.task_rate(), limits.lanes)
+                allowance = _least(shares.get(worker), rates.task, worker.task_rate(), limits)
                 if _differs(worker.allowance, allowance):
                     news.append((worker, allowance))
         return news
 
 
-def _least(share: float | None, each: int | None, task: int | None, lanes: int) -> Allowance:
+def _least(share: float | None, each: int | None, task: int | None, limits: LimitsConfig) -> Allowance:
     """The tightest of the limits, and whose it is."""
     known = ((task, "task"), (each, "agent, each task"), (share, "agent"))
     tightest = min(((rate, source) for rate, source in known if rate is not None), key=lambda row: row[0], default=None)
     if tightest is None:
-        return Allowance(None, "", lanes)
-    return Allowance(max(1, int(tightest[0])), tightest[1], lanes)
+        return Allowance(None, "", limits.lanes, limits.cpu, limits.memory)
+    return Allowance(max(1, int(tightest[0])), tightest[1], limits.lanes, limits.cpu, limits.memory)
 
 
 def _differs(old: Allowance, new: Allowance) -> bool:
-    if (old.rate is None) != (new.rate is None) or (old.source, old.lanes) != (new.source, new.lanes):
+    if (old.rate is None) != (new.rate is None) or replace(old, rate=new.rate) != new:
         return True
     return old.rate is not None and new.rate is not None and abs(new.rate - old.rate) > WORTH_TELLING * old.rate

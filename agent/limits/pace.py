@@ -16,6 +16,9 @@ class Pace:
     """One for all lanes of a worker; every method may be called from any thread."""
 
     def __init__(self, rate: int | None = None) -> None:
+        # Of the rate that was set and the one that processor time allows, the lower one holds.
+        self._set = rate
+        self._governed: int | None = None
         self._bucket = TokenBucket(rate, time.monotonic())
         self._changed = threading.Condition()
         self._waited = 0.0
@@ -59,9 +62,20 @@ class Pace:
     def set_rate(self, rate: int | None) -> None:
         """From now on this rate holds, also for those who wait."""
         with self._changed:
-            if rate != self._bucket.rate:
-                self._bucket.set_rate(rate, time.monotonic())
-                self._changed.notify_all()
+            self._set = rate
+            self._apply()
+
+    def govern(self, rate: int | None) -> None:
+        """From now on no more than this, whatever was set."""
+        with self._changed:
+            self._governed = rate
+            self._apply()
+
+    def _apply(self) -> None:
+        rate = min((each for each in (self._set, self._governed) if each is not None), default=None)
+        if rate != self._bucket.rate:
+            self._bucket.set_rate(rate, time.monotonic())
+            self._changed.notify_all()
 
     def take(self, amount: int) -> None:
         """Wait until so many bytes may pass."""

@@ -25,6 +25,11 @@ class Budget:
         """Seconds so far in which somebody waited for room."""
         return self._blocked + (0.0 if self._since is None else trio.current_time() - self._since)
 
+    def resize(self, total: int) -> None:
+        """Another total from now on; what is on its way stays. No single amount may be larger than any total."""
+        self.total = total
+        self._lot.unpark()
+
     async def acquire(self, amount: int) -> None:
         """Wait until ``amount`` more fits; something larger than the whole budget waits until it is alone."""
         amount = min(amount, self.total)

@@ -66,6 +66,9 @@ class RunTask(Message, tag="run", frozen=True, kw_only=True):
     # Bytes a second that it may receive until it is told more; None: any. And whose limit that is.
     rate: int | None = None
     limited_by: str = ""
+    # Percent of a processor that it may compute (None: any), and MiB of content that may be on its way.
+    cpu: int | None = None
+    memory: int = 48
     # The highest number of an event that the daemon has of this task.
     last_event: int = 0
 
@@ -80,6 +83,8 @@ class ServeSession(Message, tag="serve", frozen=True, kw_only=True):
     ticket: str
     # Bytes a second that it may send until it is told more; None: any.
     rate: int | None = None
+    # Percent of a processor that it may compute; None: any.
+    cpu: int | None = None
 
 
 class Incoming(Message, tag="incoming", frozen=True, kw_only=True):
@@ -116,11 +121,14 @@ class Desire(Message, tag="desire", frozen=True, kw_only=True):
 
 
 class Allowed(Message, tag="allowed", frozen=True, kw_only=True):
-    """What a worker may move from now on: bytes a second (None: any), whose limit that is, and lanes of its session."""
+    """What a worker may do from now on: bytes a second (None: any), whose limit that is, lanes of its session, percent
+    of a processor (None: any), and MiB of content on its way."""
 
     rate: int | None
     limited_by: str = ""
     lanes: int = 1
+    cpu: int | None = None
+    memory: int = 48
 
 
 class EventStored(Message, tag="stored", frozen=True, kw_only=True):

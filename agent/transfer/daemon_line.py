@@ -6,6 +6,7 @@ import contextlib
 import os
 import socket
 import ssl
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 
 import trio
@@ -13,6 +14,7 @@ import trio
 from agent.connect.tls import HANDSHAKE_TIMEOUT, check_peer, session_context
 from agent.connect.transport import send_at_once
 from agent.limits.pace import Pace
+from agent.limits.processor import Governor
 from agent.transfer.channel import (
     Allowed,
     BetterPath,
@@ -40,15 +42,25 @@ from protocol.session import ALPN_CONTROL, ALPN_LANE, SNI_SUFFIX, RenewTicket
 MOVED_EVERY = 0.5
 
 
-async def tell_moved(channel: Channel, pace: Pace) -> None:
-    """Tell the daemon now and then what lanes have moved and waited, so that limits are shared; until cancelled."""
-    said = (0, 0.0)
-    while True:
-        await trio.sleep(MOVED_EVERY)
-        now = (pace.content, pace.waited)
-        if now != said:
-            said = now
-            await channel.send(Moved(content=now[0], waited=now[1]))
+class Moving:
+    """What the lanes of a worker may move and compute, and what they have; one for each worker."""
+
+    def __init__(self, rate: int | None, cpu: int | None) -> None:
+        self.pace = Pace(rate)
+        self.cpu = cpu
+
+    async def tell(self, channel: Channel) -> None:
+        """Keep to the limit of processor time, and tell the daemon now and then what was moved and waited for, so that
+        limits are shared; until cancelled."""
+        said = (0, 0.0)
+        governor = Governor(time.monotonic(), time.process_time(), 0)
+        while True:
+            await trio.sleep(MOVED_EVERY)
+            now = (self.pace.content, self.pace.waited)
+            self.pace.govern(governor.look(self.cpu, time.monotonic(), time.process_time(), now[0]))
+            if now != said:
+                said = now
+                await channel.send(Moved(content=now[0], waited=now[1]))
 
 
 class DaemonLine:
@@ -64,10 +76,13 @@ class DaemonLine:
         self.ticket = start.order.ticket
         self.on_event_stored: Callable[[int], None] = lambda _seq: None
         self.on_better_path: Callable[[], None] = lambda: None
-        self.on_lanes: Callable[[int], None] = lambda _limit: None
+        # Lanes and MiB on the way, when they have changed.
+        self.on_limits: Callable[[int, int], None] = lambda _lanes, _memory: None
         # What this worker may do, as the daemon last said.
         self.lanes = start.lanes
-        self.pace = Pace(start.rate)
+        self._moving = Moving(start.rate, start.cpu)
+        self.pace = self._moving.pace
+        self.memory = start.memory
         self.limited_by = start.limited_by
         self._next = 0
         self._waiting: dict[int, trio.MemorySendChannel[tuple[Connected | ConnectFailed, list[int]]]] = {}
@@ -115,12 +130,13 @@ class DaemonLine:
     def _allow(self, message: Allowed) -> None:
         self.pace.set_rate(message.rate)
         self.limited_by = message.limited_by
-        if message.lanes != self.lanes:
-            self.lanes = message.lanes
-            self.on_lanes(message.lanes)
+        self._moving.cpu = message.cpu
+        if (message.lanes, message.memory) != (self.lanes, self.memory):
+            self.lanes, self.memory = message.lanes, message.memory
+            self.on_limits(message.lanes, message.memory)
 
     async def _write_moved(self) -> None:
-        await tell_moved(self._channel, self.pace)
+        await self._moving.tell(self._channel)
 
     async def _write(self) -> None:
         async for message in self._receive_out:

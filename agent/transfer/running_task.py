@@ -56,7 +56,15 @@ def merged(before: Counters, after: Counters) -> Counters:
 async def allow(channel: Channel, allowance: Allowance) -> None:
     """Tell a worker what it may do; one that is ending hears it no more."""
     with contextlib.suppress(ChannelClosed):
-        await channel.send(Allowed(rate=allowance.rate, limited_by=allowance.source, lanes=allowance.lanes))
+        await channel.send(
+            Allowed(
+                rate=allowance.rate,
+                limited_by=allowance.source,
+                lanes=allowance.lanes,
+                cpu=allowance.cpu,
+                memory=allowance.memory,
+            )
+        )
 
 
 class RunningTask:
@@ -269,6 +277,8 @@ class RunningTask:
             lanes=allowance.lanes,
             rate=allowance.rate,
             limited_by=allowance.source,
+            cpu=allowance.cpu,
+            memory=allowance.memory,
             last_event=await trio.to_thread.run_sync(node.store.last_worker_event, self.order.task_id),
         )
         async with node.workers.worker(start) as channel, trio.open_nursery() as nursery:

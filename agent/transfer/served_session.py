@@ -100,6 +100,7 @@ class ServedSessions:
             peer_certificate=order.peer.certificate,
             ticket=order.ticket,
             rate=allowance.rate,
+            cpu=allowance.cpu,
         )
         try:
             with served.scope:

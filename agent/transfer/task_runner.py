@@ -252,15 +252,16 @@ class TaskRunner:
                     pace=self._line.pace,
                 )
                 run = TransferRun(context, session, self._line.lane, self._line.lanes, resumed=resumed)
+                run.limit(self._line.lanes, self._line.memory)
                 self._run = run
                 self._status = None
                 self._line.on_better_path = run.use_better_path
-                self._line.on_lanes = run.limit_lanes
+                self._line.on_limits = run.limit
                 try:
                     await run.run()
                 finally:
                     self._line.on_better_path = lambda: None
-                    self._line.on_lanes = lambda _limit: None
+                    self._line.on_limits = lambda _lanes, _memory: None
                     self._counters = run.counters()
                     self._run = None
 
@@ -382,7 +383,9 @@ class TaskRunner:
         flow = self._run.flow if isinstance(self._run, TransferRun) else None
         if flow is None or self._line.pace.rate is None:
             return flow
-        return msgspec.structs.replace(flow, rate_limit=int(self._line.pace.rate), limit_of=self._line.limited_by)
+        return msgspec.structs.replace(
+            flow, rate_limit=int(self._line.pace.rate), limit_of=self._line.limited_by or "processor"
+        )
 
     async def _report_progress(self) -> None:
         last_bytes, last_time = self._counters.bytes_transferred, trio.current_time()

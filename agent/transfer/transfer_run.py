@@ -47,7 +47,8 @@ from protocol.session import LANE_READINGS, MAX_PACK_FILES, LaneReadings
 
 # Directories (and their handles) being worked on at once.
 OPEN_GROUPS = 200
-PACK_BYTES = 1024 * 1024
+MIB = 1024 * 1024
+PACK_BYTES = MIB
 # How often (seconds) the meters of both ends are read, and how long the source may take to answer.
 FLOW_EVERY, ANSWER_PATIENCE = 1.0, 5.0
 # What `skip_source_errors` skips, as in the Globus transfer document.
@@ -130,9 +131,10 @@ class TransferRun:
         """Lanes opened from now on go a better way; move to them, one by one."""
         self._lanes.use_better()
 
-    def limit_lanes(self, limit: int) -> None:
-        """From now on there may be so many lanes."""
-        self._lanes.limit = limit
+    def limit(self, lanes: int, memory: int) -> None:
+        """From now on there may be so many lanes, and so many MiB on their way."""
+        self._lanes.limit = lanes
+        self.budget.resize(memory * MIB)
 
     # --- the run ---------------------------------------------------------------------------------------
 

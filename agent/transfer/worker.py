@@ -21,7 +21,6 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from agent.connect.congestion import tune_sender
 from agent.connect.tls import HANDSHAKE_TIMEOUT, check_peer, session_context
 from agent.connect.transport import send_at_once
-from agent.limits.pace import Pace
 from agent.storage.base import Reach, Root
 from agent.storage.hiding import offered
 from agent.storage.posix import open_root
@@ -38,7 +37,7 @@ from agent.transfer.channel import (
     ToWorker,
     WorkerCollection,
 )
-from agent.transfer.daemon_line import DaemonLine, tell_moved
+from agent.transfer.daemon_line import DaemonLine, Moving
 from agent.transfer.serve import SourceSide, serve_lane
 from agent.transfer.small_files import raise_descriptor_limit
 from agent.transfer.source_policy import SourcePolicy
@@ -118,18 +117,19 @@ class _SourceWorker:
         self._collection = collection
         self._policy, self._verifier = policy, verifier
         self._side: SourceSide | None = None
-        self._pace = Pace(start.rate)
+        self._moving = Moving(start.rate, start.cpu)
         self._connections = 0
         self._last = trio.current_time()
 
     async def run(self) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._end_when_idle, nursery.cancel_scope)
-            nursery.start_soon(tell_moved, self._channel, self._pace)
+            nursery.start_soon(self._moving.tell, self._channel)
             while True:
                 message, descriptors = await self._channel.receive()
                 if isinstance(message, Allowed):
-                    self._pace.set_rate(message.rate)
+                    self._moving.pace.set_rate(message.rate)
+                    self._moving.cpu = message.cpu
                 elif isinstance(message, Incoming):
                     sock = socket.socket(fileno=descriptors[0])
                     nursery.start_soon(self._connection, message.kind, sock)
@@ -191,7 +191,7 @@ class _SourceWorker:
                 self._side = None
             else:
                 return self._side
-        return SourceSide(_root_of(self._collection), self._policy, self._verifier, self._pace)
+        return SourceSide(_root_of(self._collection), self._policy, self._verifier, self._moving.pace)
 
     async def _lane(self, sock: socket.socket) -> None:
         duplicate = socket.socket(fileno=os.dup(sock.fileno()))

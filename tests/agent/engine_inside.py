@@ -72,7 +72,7 @@ class Line:
         self.ticket = ""
         self.pace = engine.pace
         self.limited_by = ""
-        self.lanes = engine.lanes_wanted
+        self.lanes, self.memory = engine.lanes_wanted, 48
         self.on_event_stored: Callable[[int], None] = lambda _seq: None
         self._scopes: set[trio.CancelScope] = set()
         self.side: SourceSide | None = None

@@ -17,6 +17,7 @@ from agent.config.keys import BandwidthConfig, BandwidthEntry, LimitsConfig
 from agent.limits.allotment import Allotment, Allowance, in_force
 from agent.limits.bucket import BURST_SECONDS, LEAST_BURST, TokenBucket
 from agent.limits.pace import Pace
+from agent.limits.processor import LEAST_RATE, Governor
 from agent.limits.rate import parse_rate, rate_text
 from agent.limits.shares import demand, divide
 from agent.limits.timetable import parse_weekly
@@ -159,6 +160,37 @@ def test_a_thread_that_waits_goes_on_when_its_limit_is_lifted() -> None:
     assert passed.wait(10)
     thread.join(10)
     assert not pace.limited
+
+
+# --- processor time ------------------------------------------------------------------------------------------
+
+
+@given(st.floats(1e-10, 1e-7), st.integers(5, 400), st.floats(1e5, 1e9))
+def test_processor_time_is_held_within_its_limit(cost: float, limit: int, network: float) -> None:
+    """A process that computes so many seconds a byte, on a network of some rate, keeps its limit after a few looks."""
+    now, processor, moved = 0.0, 0.0, 0
+    governor = Governor(now, processor, moved)
+    rate: int | None = None
+    for step in range(40):
+        passed = 0.5
+        actual = min(network, 1 / cost, network if rate is None else rate)
+        now, processor, moved = now + passed, processor + actual * passed * cost, moved + int(actual * passed)
+        rate = governor.look(limit, now, processor, moved)
+        if step > 5:
+            assert actual * cost * 100 <= max(limit * 1.3, LEAST_RATE * cost * 130)
+    # And not much less than it may.
+    assert actual >= 0.5 * min(network, 1 / cost, limit / 100 / cost)
+
+
+def test_without_a_limit_of_processor_time_nothing_is_held_back() -> None:
+    governor = Governor(0.0, 0.0, 0)
+    assert governor.look(50, 1.0, 1.0, 1_000_000) == 500_000
+    assert governor.look(None, 2.0, 2.0, 2_000_000) is None
+    pace = Pace(1000)
+    pace.govern(500)
+    assert pace.rate == 500
+    pace.govern(None)
+    assert pace.rate == 1000
 
 
 # --- shares --------------------------------------------------------------------------------------------------
