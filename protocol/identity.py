@@ -125,6 +125,14 @@ def public_key_of_certificate_untrusted(pem: str) -> Ed25519PublicKey:
     return key
 
 
+def certificates_agree_untrusted(shown: str, enrolled: str) -> bool:
+    """Whether two certificates (PEM) hold the same key. Raises only `ProtocolError`."""
+    # The same text needs no reading, and nearly always it is the same.
+    return shown == enrolled or fingerprint_of_certificate_untrusted(shown) == fingerprint_of_certificate_untrusted(
+        enrolled
+    )
+
+
 def fingerprint_of_certificate_untrusted(pem: str) -> str:
     """The pin of a peer's certificate. Raises only `ProtocolError`."""
     return public_key_fingerprint(public_key_of_certificate_untrusted(pem))

@@ -18,7 +18,7 @@ from cryptography.exceptions import InvalidSignature
 
 from protocol.control import AgentHello, CollectionReport, RelayHello, decode_untrusted
 from protocol.errors import ProtocolError
-from protocol.identity import NodeKey, fingerprint_of_certificate_untrusted, public_key_of_certificate_untrusted
+from protocol.identity import NodeKey, certificates_agree_untrusted, public_key_of_certificate_untrusted
 from protocol.ticket import TicketSigner, TicketVerifier
 
 ALPN = "towpath-link/1"
@@ -161,7 +161,7 @@ def verify_agent_hello_untrusted(
 
     Raises only `ProtocolError`.
     """
-    if fingerprint_of_certificate_untrusted(hello.certificate) != fingerprint_of_certificate_untrusted(certificate):
+    if not certificates_agree_untrusted(hello.certificate, certificate):
         raise ProtocolError("The agent shows another key than the one it was enrolled with.", code="WRONG_KEY")
     if not _CHANNEL.fullmatch(channel) or not _NONCE.fullmatch(nonce):
         raise ValueError("The channel or the nonce of this relay is malformed.")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
-from sqlalchemy import Connection, select, update
+from sqlalchemy import Connection, bindparam, select, update
 
 from protocol.control import AgentHello, CollectionReport
 from protocol.errors import ProtocolError
 from protocol.names import format_path, parse_path_untrusted
 from relay.store import transfer_tables as tables
+from relay.store.batch import Batch
 from relay.store.database import Store
 
 MAX_REPORTS = 1000
@@ -20,16 +21,18 @@ class DatabaseNodeDirectory:
     """Where links look up who may connect: node id to certificate."""
 
     def __init__(self, store: Store) -> None:
-        self._store = store
+        self._certificates: Batch[str, str | None] = Batch(store.read, certificates)
 
     async def certificate_of(self, node_id: str) -> str | None:
         """The certificate (PEM) a node enrolled with, or None for an unknown node. Raises the store's errors."""
-        node = tables.nodes.c
+        return await self._certificates.ask(node_id)
 
-        def work(connection: Connection) -> str | None:
-            return connection.execute(select(node.certificate).where(node.id == node_id)).scalar_one_or_none()
 
-        return await self._store.read(work)
+def certificates(connection: Connection, node_ids: Sequence[str]) -> list[str | None]:
+    """The certificates (PEM) of these nodes, None for unknown ones."""
+    node = tables.nodes.c
+    found = dict(connection.execute(select(node.id, node.certificate).where(node.id.in_(node_ids))).tuples().all())
+    return [found.get(node_id) for node_id in node_ids]
 
 
 def paused(connection: Connection, ids: Iterable[str]) -> set[str]:
@@ -38,35 +41,39 @@ def paused(connection: Connection, ids: Iterable[str]) -> set[str]:
     return set(connection.execute(select(node.id).where(node.id.in_(sorted(ids)), node.paused)).scalars())
 
 
-def last_event(connection: Connection, node_id: str) -> int:
-    """The number of the last event of a node that is stored here."""
-    node = tables.nodes.c
-    return int(connection.execute(select(node.last_event).where(node.id == node_id)).scalar_one())
+def record_hellos(connection: Connection, hellos: Iterable[AgentHello], now: float) -> dict[str, bool]:
+    """Store what nodes say at link-up, and from where their events are wanted; for each node that is known, whether it
+    is a new process. Of several hellos of one node the last one counts.
 
-
-def record_hello(connection: Connection, hello: AgentHello, now: float) -> bool:
-    """Store what a node says at link-up, and from where its events are wanted; returns whether it is a new process.
-
-    When the agent's numbering ends before what is stored here (its state was restored or lost), everything it keeps is
+    When an agent's numbering ends before what is stored here (its state was restored or lost), everything it keeps is
     wanted again: events have ids of their own, so a repetition changes nothing.
     """
+    said = {hello.node_id: hello for hello in hellos}
     node = tables.nodes.c
-    row = connection.execute(select(node.journal, node.last_event).where(node.id == hello.node_id)).one()
-    journal = hello.boot_id[:128]
-    regressed = hello.last_event < row.last_event
-    connection.execute(
-        update(tables.nodes)
-        .where(node.id == hello.node_id)
-        .values(
-            last_seen=now,
-            version=hello.version[:64],
-            paused=hello.paused,
-            journal=journal,
-            last_event=0 if regressed else row.last_event,
+    rows = connection.execute(select(node.id, node.journal, node.last_event).where(node.id.in_(said))).all()
+    greeted: dict[str, bool] = {}
+    changes = []
+    for row in rows:
+        hello = said[row.id]
+        journal = hello.boot_id[:128]
+        regressed = hello.last_event < row.last_event
+        greeted[row.id] = regressed or row.journal != journal
+        changes.append(
+            {
+                "node": row.id,
+                "last_seen": now,
+                "version": hello.version[:64],
+                "paused": hello.paused,
+                "journal": journal,
+                "last_event": 0 if regressed else row.last_event,
+            }
         )
-    )
-    record_reports(connection, hello.node_id, hello.collections)
-    return regressed or bool(row.journal != journal)
+    if changes:
+        names = ("last_seen", "version", "paused", "journal", "last_event")
+        statement = update(tables.nodes).where(node.id == bindparam("node"))
+        connection.execute(statement.values({name: bindparam(name) for name in names}), changes)
+    record_reports(connection, {node_id: said[node_id].collections for node_id in greeted})
+    return greeted
 
 
 def checked_home(text: str) -> str:
@@ -78,26 +85,32 @@ def checked_home(text: str) -> str:
         return "/"
 
 
-def record_reports(connection: Connection, node_id: str, reports: list[CollectionReport]) -> None:
-    """Store what the owner's configuration says of a node's collections.
+def record_reports(connection: Connection, reports: Mapping[str, list[CollectionReport]]) -> None:
+    """Store what the owners' configurations say of the collections of some nodes, by node.
 
-    Only collections that the relay itself has given to this node are touched; those the agent no longer names are
-    not available.
+    Only collections that the relay itself has given to a node are touched; those its agent no longer names are not
+    available.
     """
     collection = tables.collections.c
-    named = {report.id: report for report in reports[:MAX_REPORTS]}
-    mine = connection.execute(select(collection.id).where(collection.node_id == node_id)).scalars().all()
-    for collection_id in mine:
-        report = named.get(collection_id)
-        values = (
-            {"available": False}
-            if report is None
-            else {
-                "available": report.available,
-                "read_only": report.read_only,
-                "shareable": report.shareable,
-                "reported_directory": report.default_directory[:MAX_DIRECTORY],
-                "home": checked_home(report.home),
-            }
-        )
-        connection.execute(update(tables.collections).where(collection.id == collection_id).values(**values))
+    named = {node_id: {report.id: report for report in mine[:MAX_REPORTS]} for node_id, mine in reports.items()}
+    stored = select(collection.id, collection.node_id, *(collection[name] for name in _REPORTED))
+    for row in connection.execute(stored.where(collection.node_id.in_(named))).all():
+        values = _reported(named[row.node_id].get(row.id))
+        changed = {name: value for name, value in values.items() if row._mapping[name] != value}
+        if changed:
+            connection.execute(update(tables.collections).where(collection.id == row.id).values(**changed))
+
+
+_REPORTED = ("available", "read_only", "shareable", "reported_directory", "home")
+
+
+def _reported(report: CollectionReport | None) -> dict[str, object]:
+    if report is None:
+        return {"available": False}
+    return {
+        "available": report.available,
+        "read_only": report.read_only,
+        "shareable": report.shareable,
+        "reported_directory": report.default_directory[:MAX_DIRECTORY],
+        "home": checked_home(report.home),
+    }

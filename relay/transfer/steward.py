@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import trio
-from sqlalchemy import Connection, or_, select
+from sqlalchemy import Connection
 
 from protocol.candidates import PathOffer
 from protocol.control import AgentEvent, AgentHello, TaskObserved
@@ -24,10 +23,11 @@ from protocol.ticket import TicketSigner, TicketVerifier
 from relay.rendezvous.registry import LinkUp
 from relay.rendezvous.signalling import Signalling
 from relay.settings import Settings
-from relay.store import transfer_tables as tables
+from relay.store.batch import Batch
 from relay.store.database import Store
-from relay.transfer import closed_owners, nodes, rules, task_reports, task_rows, task_turns
+from relay.transfer import arrivals, closed_owners, rules, task_reports, task_turns
 from relay.transfer.agents import AgentLinks
+from relay.transfer.arrivals import Arrival
 from relay.transfer.delivery import Courier
 from relay.transfer.event_stream import LineReader
 from relay.transfer.take_over import TakeOver
@@ -101,6 +101,7 @@ class Steward:
         self._due_event = trio.Event()
         self._visiting: dict[str, bool] = {}
         self._limiter = trio.Semaphore(MAX_VISITS)
+        self._greeted: Batch[AgentHello, Arrival | None] = Batch(store.write, self._greet)
         self._pauses: dict[str, float] = {}
         self._retries: dict[str, float] = {}
         self._clock_event = trio.Event()
@@ -242,19 +243,21 @@ class Steward:
 
     async def _attend(self, hello: AgentHello, scope: trio.CancelScope) -> None:
         """Everything for one agent, from the moment its link is up until it is down, when ``scope`` is cancelled."""
-        node_id, greeted = hello.node_id, False
-        rebooted = True
+        node_id = hello.node_id
+        arrival: Arrival | None = None
         with scope:
-            pause = FIRST_PAUSE
+            pause, rebooted = FIRST_PAUSE, False
             while True:
                 started = self._clock()
                 try:
-                    if not greeted:
-                        rebooted = await self._store.write(partial(nodes.record_hello, hello=hello, now=started))
-                        greeted = True
-                    await self._welcome(node_id, rebooted=rebooted)
+                    arrival = await (self._greeted.ask(hello) if arrival is None else self._look_up(node_id))
+                    if arrival is None:
+                        logger.warning("Node %s is linked and was removed meanwhile.", node_id)
+                        return
+                    rebooted = rebooted or arrival.rebooted
+                    arrival = await self._welcome(node_id, arrival, rebooted=rebooted)
                     rebooted = False
-                    await self._read_events(node_id)
+                    await self._read_events(node_id, arrival.last_event)
                 except TowpathError as error:
                     logger.info("The events of node %s: %s (%s)", node_id, error.sentence, error.code)
                 except Exception:
@@ -265,41 +268,46 @@ class Steward:
                 await trio.sleep(pause)
                 pause = min(pause * 2, LONGEST_PAUSE)
 
-    async def _welcome(self, node_id: str, *, rebooted: bool) -> None:
+    def _greet(self, connection: Connection, hellos: Sequence[AgentHello]) -> list[Arrival | None]:
+        now = self._clock()
+        return arrivals.record(connection, hellos, now, now - self._keep)
+
+    async def _look_up(self, node_id: str) -> Arrival | None:
+        forgettable = self._clock() - self._keep
+        found = await self._store.read(lambda connection: arrivals.look_up(connection, [node_id], forgettable))
+        return found.get(node_id)
+
+    async def _welcome(self, node_id: str, arrival: Arrival, *, rebooted: bool) -> Arrival:
         """Stops first, before anything else is asked of the agent; then all that concerns it is looked at.
 
         What it runs and this relay does not know is taken over before its events are read.
 
-        A new process is asked for each of its tasks: one that lost its state gets them again.
+        A new process is asked for each of its tasks: one that lost its state gets them again. Returns
+        what holds for the agent after that.
         """
-        stopping, others = await self._tasks_of(node_id)
-        for task_id in stopping:
+        for task_id in arrival.stopping:
             await self._limiter.acquire()
             await self._visit(task_id)
         if self._take_over is not None and await self._take_over.look(node_id, self._clock()):
-            _, others = await self._tasks_of(node_id)
-        for task_id, is_source in others:
+            arrival = await self._look_up(node_id) or arrival
+        for task_id, is_source in arrival.others:
             if is_source:
                 self._courier.want_session(task_id)
             if rebooted:
                 await self._courier.compare(task_id, node_id, self._clock())
             self.wake(task_id)
-
-    async def _tasks_of(self, node_id: str) -> tuple[list[str], list[tuple[str, bool]]]:
-        forgettable = self._clock() - self._keep
-        return await self._store.read(lambda connection: _tasks_of_node(connection, node_id, forgettable))
+        return arrival
 
     async def _notice_absence(self, node_id: str) -> None:
         await trio.sleep(AWAY_BEFORE_NOTICE)
         if self._links.is_connected(node_id):
             return
-        _, others = await self._tasks_of(node_id)
-        for task_id, is_source in others:
+        arrival = await self._look_up(node_id)
+        for task_id, is_source in arrival.others if arrival is not None else ():
             if not is_source:
                 self.wake(task_id)
 
-    async def _read_events(self, node_id: str) -> None:
-        after = await self._store.read(lambda connection: nodes.last_event(connection, node_id))
+    async def _read_events(self, node_id: str, after: int) -> None:
         if after:
             # What was stored but not acknowledged before a restart.
             await self._acknowledge(node_id, after)
@@ -429,34 +437,3 @@ class Steward:
 
 def _storing(node_id: str, reports: dict[str, TaskObserved]) -> Callable[[Connection], None]:
     return lambda connection: task_reports.apply_progress(connection, node_id, reports)
-
-
-def _tasks_of_node(
-    connection: Connection, node_id: str, forgettable: float
-) -> tuple[list[str], list[tuple[str, bool]]]:
-    """Tasks that concern a node: ids of those it must stop, and (id, is source) of the others.
-
-    Those that ended before ``forgettable`` are among the others: the agent may drop what it keeps of them.
-    """
-    column = tables.tasks.c
-    mine = set(
-        connection.execute(select(tables.collections.c.id).where(tables.collections.c.node_id == node_id)).scalars()
-    )
-    statement = (
-        select(*task_rows.COLUMNS)
-        .where(
-            column.closed.is_(False),
-            or_(column.source_id.in_(sorted(mine)), column.destination_id.in_(sorted(mine))),
-        )
-        .order_by(column.requested)
-    )
-    stopping: list[str] = []
-    others: list[tuple[str, bool]] = []
-    for row in connection.execute(statement):
-        task = task_rows.Task(**row._mapping)
-        if task.worker_id in mine and task.desired == "cancel" and task.attempted and task.delivered < task.revision:
-            stopping.append(task.id)
-        elif not task.finished or task.session_open or (task.completed or 0.0) <= forgettable:
-            is_source = task.destination_id is not None and task.source_id in mine
-            others.append((task.id, is_source and not task.finished))
-    return stopping, others

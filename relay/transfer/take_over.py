@@ -45,6 +45,8 @@ class TakeOver:
             # An older agent has no such route.
             return 0
         listed = {task.task_id: task for task in decode_untrusted(answer, TaskList).tasks[:MAX_LISTED]}
+        if not listed:
+            return 0
         missing = await self._store.read(lambda connection: adoption.unknown(connection, listed))
         taken = 0
         for task_id in missing:

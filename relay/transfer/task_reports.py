@@ -45,7 +45,7 @@ def apply_lines(connection: Connection, node_id: str, lines: Iterable[AgentEvent
         applied.last_event = max(applied.last_event, line.n)
         if line.kind == "collections":
             if line.collections is not None:
-                record_reports(connection, node_id, line.collections)
+                record_reports(connection, {node_id: line.collections})
             continue
         task = tasks.get(line.task_id)
         if task is None:

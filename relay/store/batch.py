@@ -1,0 +1,104 @@
+"""Many small questions to the database, answered in few transactions.
+
+When thousands of agents come back at once, each has its line to write and its rows to read. A transaction for each,
+with its thread and its sync of the disk, would cost more than all the rest of a link.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Generic, TypeVar
+
+import trio
+from sqlalchemy import Connection
+
+Q = TypeVar("Q")
+A = TypeVar("A")
+
+# Transaction as in `Store.read` and `Store.write`.
+Transact = Callable[[Callable[[Connection], Any]], Awaitable[Any]]
+
+MOST = 256
+
+
+class _Question(Generic[Q, A]):
+    __slots__ = ("answer", "asked", "failure")
+
+    def __init__(self, asked: Q) -> None:
+        self.asked = asked
+        # Of one element once it is there: the answer itself may be None.
+        self.answer: tuple[A] | None = None
+        self.failure: Exception | None = None
+
+
+class Batch(Generic[Q, A]):
+    """Puts questions to ``work`` in the order they came, as many in one transaction as came during the one before.
+
+    ``transact`` is `Store.read` or `Store.write`; ``work`` answers each question, in order. Nobody waits for company: a
+    question that comes alone is a transaction of its own.
+    """
+
+    def __init__(
+        self, transact: Transact, work: Callable[[Connection, Sequence[Q]], Sequence[A]], *, most: int = MOST
+    ) -> None:
+        self._transact = transact
+        self._work = work
+        self._most = most
+        self._waiting: deque[_Question[Q, A]] = deque()
+        self._busy = False
+        self._turn = trio.lowlevel.ParkingLot()
+
+    async def ask(self, asked: Q) -> A:
+        """The answer to one question. Raises what ``work`` raises for it, and the store's errors.
+
+        A question that fails takes no other down: the others of its transaction are asked again one by one.
+        Cancellation may leave the question asked.
+        """
+        question: _Question[Q, A] = _Question(asked)
+        self._waiting.append(question)
+        try:
+            while question.answer is None:
+                if question.failure is not None:
+                    raise question.failure
+                if self._busy:
+                    await self._turn.park()
+                else:
+                    # Whoever finds the database free asks for everybody who waits.
+                    await self._serve()
+        finally:
+            if question in self._waiting:
+                self._waiting.remove(question)
+        return question.answer[0]
+
+    async def _serve(self) -> None:
+        self._busy = True
+        taken = [self._waiting.popleft() for _ in range(min(len(self._waiting), self._most))]
+        try:
+            try:
+                await self._answer(taken)
+            except Exception as error:
+                if len(taken) == 1:
+                    taken[0].failure = error
+                else:
+                    await self._one_by_one(taken)
+        finally:
+            # After a cancellation the others still want to know.
+            self._waiting.extendleft(
+                question for question in reversed(taken) if question.answer is None and question.failure is None
+            )
+            self._busy = False
+            self._turn.unpark_all()
+
+    async def _one_by_one(self, questions: Sequence[_Question[Q, A]]) -> None:
+        for question in questions:
+            try:
+                await self._answer([question])
+            except Exception as error:
+                question.failure = error
+
+    async def _answer(self, questions: Sequence[_Question[Q, A]]) -> None:
+        asked = [question.asked for question in questions]
+        answers = await self._transact(lambda connection: self._work(connection, asked))
+        for question, answer in zip(questions, answers, strict=True):
+            question.answer = (answer,)

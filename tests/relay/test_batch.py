@@ -1,0 +1,110 @@
+"""Questions put to the database together: nobody is forgotten, whoever fails or leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import Any, cast
+
+import pytest
+import trio
+import trio.testing
+from sqlalchemy import Connection
+
+from relay.store.batch import Batch
+
+NO_CONNECTION = cast("Connection", None)
+
+
+class Database:
+    """Runs work after one second of virtual time; remembers what was asked together."""
+
+    def __init__(self) -> None:
+        self.rounds: list[list[int]] = []
+        self.poison: set[int] = set()
+
+    async def transact(self, work: Callable[[Connection], Any]) -> Any:
+        await trio.sleep(1)
+        return work(NO_CONNECTION)
+
+    def work(self, _connection: Connection, asked: Sequence[int]) -> list[int | None]:
+        self.rounds.append(list(asked))
+        if self.poison & set(asked):
+            raise LookupError("on purpose")
+        return [None if question == 0 else question * 10 for question in asked]
+
+
+@pytest.fixture
+def database() -> Database:
+    return Database()
+
+
+async def test_what_comes_during_a_transaction_shares_the_next_one(
+    database: Database, autojump_clock: trio.testing.MockClock
+) -> None:
+    batch = Batch(database.transact, database.work, most=8)
+    answers: dict[int, int | None] = {}
+
+    async def ask(question: int) -> None:
+        answers[question] = await batch.ask(question)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(ask, 1)
+        await trio.sleep(0.5)
+        for question in [0, *range(2, 13)]:
+            nursery.start_soon(ask, question)
+            await trio.lowlevel.checkpoint()
+    assert answers == {0: None} | {question: question * 10 for question in range(1, 13)}
+    assert [len(together) for together in database.rounds] == [1, 8, 4]
+    # First come, first served.
+    assert list(chain(*database.rounds)) == [1, 0, *range(2, 13)]
+
+
+async def test_a_question_that_fails_fails_alone(database: Database, autojump_clock: trio.testing.MockClock) -> None:
+    batch = Batch(database.transact, database.work)
+    database.poison = {3}
+    outcomes: dict[int, object] = {}
+
+    async def ask(question: int) -> None:
+        try:
+            outcomes[question] = await batch.ask(question)
+        except LookupError:
+            outcomes[question] = "failed"
+
+    async with trio.open_nursery() as nursery:
+        for question in range(1, 6):
+            nursery.start_soon(ask, question)
+    assert outcomes == {1: 10, 2: 20, 3: "failed", 4: 40, 5: 50}
+
+
+async def test_whoever_asks_for_all_may_leave(database: Database, autojump_clock: trio.testing.MockClock) -> None:
+    batch = Batch(database.transact, database.work)
+    answers: list[int | None] = []
+    async with trio.open_nursery() as nursery:
+        leaving = trio.CancelScope()
+
+        async def leader() -> None:
+            with leaving:
+                await batch.ask(1)
+
+        async def other(question: int) -> None:
+            answers.append(await batch.ask(question))
+
+        nursery.start_soon(leader)
+        for question in (2, 3):
+            nursery.start_soon(other, question)
+        await trio.sleep(0.5)
+        leaving.cancel()
+    assert sorted(answers, key=str) == [20, 30]
+    assert 1 not in database.rounds[-1]
+
+
+async def test_one_who_waits_may_leave(database: Database, autojump_clock: trio.testing.MockClock) -> None:
+    batch = Batch(database.transact, database.work)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(batch.ask, 1)
+        await trio.sleep(0.5)
+        with trio.move_on_after(0.1):
+            await batch.ask(2)
+        nursery.start_soon(batch.ask, 3)
+    assert list(chain(*database.rounds)) == [1, 3]
