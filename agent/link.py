@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 import trio
 import trio.lowlevel
 
+from agent.back_off import BackOff
 from agent.link_gate import HelloGate
 from protocol.control import RelayHello
 from protocol.errors import ProtocolError, RetryLater, TowpathError
@@ -31,10 +32,6 @@ HELLO_TIMEOUT = 30.0
 # Often enough for the NATs on the way (they forget idle TCP after 30 s at the earliest); each ping of thousands of
 # agents is work for their relay.
 LINK_LIMITS = Limits(ping_interval=25.0)
-BACK_OFF_FIRST = 2.0
-BACK_OFF_MOST = 60.0
-# A link that lasted this long, in seconds, counts as good: the next attempt starts from the shortest back-off.
-GOOD_AFTER = 10.0
 
 
 class CannotConnect(RetryLater):
@@ -100,11 +97,10 @@ class Link:
         self._dial = dial
         self._on_hello = on_hello
         self._limits = limits
-        self._jitter = jitter or random.SystemRandom()
+        self._back_off = BackOff(jitter or random.SystemRandom())
         self._connected = trio.Event()
         self._since = clock()
         self._attempts = 0
-        self._failures = 0
         self._last_error = ""
         self._kicked = trio.Event()
         self._carrier: Carrier | None = None
@@ -130,19 +126,16 @@ class Link:
             self._kicked = trio.Event()
             self._attempts += 1
             started = trio.current_time()
-            retry_after: float | None = None
+            lasted, retry_after = 0.0, None
             try:
                 ending = await self._connect_once()
-                retry_after = ending.retry_after
-                if trio.current_time() - started >= GOOD_AFTER:
-                    self._failures = 0
-                elif retry_after is not None:
-                    # Whatever a relay says, connections that do not last are not repeated without a pause.
-                    retry_after = max(retry_after, BACK_OFF_FIRST)
+                lasted, retry_after = trio.current_time() - started, ending.retry_after
                 self._down(ending.sentence)
             except TowpathError as error:
                 self._down(error.sentence)
-            await self._pause(retry_after)
+            with trio.move_on_after(self._back_off.pause_after(lasted, retry_after)):
+                await self._kicked.wait()
+                self._back_off.forget()
 
     def _down(self, sentence: str) -> None:
         if self._connected.is_set():
@@ -157,17 +150,6 @@ class Link:
         self._since = self._clock()
         self._last_error = ""
         _logger.info("Linked to the relay %s.", self._url)
-
-    async def _pause(self, retry_after: float | None) -> None:
-        if retry_after is not None:
-            # Full jitter on top: what the relay told one agent it told thousands.
-            pause = retry_after + self._jitter.uniform(0, min(retry_after, BACK_OFF_MOST))
-        else:
-            pause = self._jitter.uniform(0, min(BACK_OFF_MOST, BACK_OFF_FIRST * 2.0 ** min(self._failures, 16)))
-        self._failures += 1
-        with trio.move_on_after(pause):
-            await self._kicked.wait()
-            self._failures = 0
 
     # --- one connection --------------------------------------------------------------------------------------
 

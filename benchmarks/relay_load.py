@@ -2,10 +2,12 @@
 
     python benchmarks/relay_load.py [--links 18000] [--tunnels 200] [--seconds 10]
 
-Starts a real relay process with as many enrolled nodes, and two processes that hold the agents' ends (`agent.link.Link`
-as an agent runs it, with a small application behind). Prints: time until all are linked, the relay's memory for each
-link, calls a second through links, time until all are back after kill -9 and a new start, and how long API requests
-take with and without tunnels moving bytes. Everything on loopback; both sides share this machine's cores.
+Starts a real relay process with as many enrolled nodes, one process with the ends of 200 agents that are called
+(`agent.link.Link` as an agent runs it, with a small application behind), and two with the ends of all others
+(`light_agents`: real links, made as cheaply as they can be, so that the load does not take the relay's share of the
+processor). Prints: time until all are linked, the relay's memory for each link, calls a second through links, time
+until all are back after kill -9 and a new start, and how long API requests take with and without tunnels moving bytes.
+Everything on loopback; both sides share this machine's cores.
 """
 
 from __future__ import annotations
@@ -13,12 +15,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import hashlib
 import math
 import multiprocessing
 import os
 import random
 import signal
 import socket
+import ssl
 import statistics
 import subprocess
 import sys
@@ -39,6 +43,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from agent.connect.tunnel import dial_plain, open_tunnel, tunnel_context
 from agent.link import Link, _tls_context
+from benchmarks.light_agents import hold
 from protocol.identity import NodeKey
 from protocol.link import HelloFields
 from relay.auth.clients import add_client, new_digest
@@ -224,9 +229,14 @@ class RelayUnderLoad:
         times = self.process().cpu_times()
         return float(times.user + times.system)
 
-    def http(self) -> httpx.AsyncClient:
-        import ssl
+    def certificate(self) -> str:
+        """What the relay's port shows (PEM)."""
+        text = (self.directory / "tls" / "server.pem").read_text()
+        return text[text.index("-----BEGIN CERTIFICATE") :].partition("-----END CERTIFICATE-----")[0] + (
+            "-----END CERTIFICATE-----\n"
+        )
 
+    def http(self) -> httpx.AsyncClient:
         context = ssl.create_default_context(cadata=self.ca)
         return httpx.AsyncClient(
             base_url=f"https://localhost:{self.port}",
@@ -374,6 +384,7 @@ def main() -> None:
     parser.add_argument("--links", type=int, default=18_000)
     parser.add_argument("--tunnels", type=int, default=200)
     parser.add_argument("--seconds", type=float, default=10.0)
+    parser.add_argument("--away", type=float, default=0.0, help="seconds between kill and start")
     parser.add_argument("--patience", type=float, default=180.0)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="towpath-load-") as name:
@@ -386,21 +397,28 @@ def main() -> None:
 def run(relay: RelayUnderLoad, arguments: argparse.Namespace) -> None:
     base = relay.memory()
     context = multiprocessing.get_context("spawn")
+    channel = hashlib.sha256(ssl.PEM_cert_to_DER_cert(relay.certificate())).hexdigest()
     relay_id = (relay.directory / "keys" / "relay-id").read_text().strip()
     root = (relay.directory / "keys" / "root-public.pem").read_text()
-    counts = [context.Value("i", 0) for _ in range(2)]
-    holders = [
-        context.Process(target=agents, args=(relay.rows[part::2], relay.port, relay.ca, relay_id, root, counts[part]))
-        for part in range(2)
-    ]
+    counts = [context.Value("i", 0) for _ in range(3)]
+    spending = [context.Value("d", 0.0) for _ in range(2)]
+    real, light = relay.rows[:CALLED], relay.rows[CALLED:]
+    holders = [context.Process(target=agents, args=(real, relay.port, relay.ca, relay_id, root, counts[0]))]
+    for part in range(2):
+        if rows := light[part::2]:
+            holders.append(
+                context.Process(target=hold, args=(rows, relay.port, channel, counts[1 + part], spending[part]))
+            )
     try:
         started_with = relay.cpu()
         for holder in holders:
             holder.start()
         seconds = wait_for(counts, arguments.links, "linking", arguments.patience)
         linked = sum(count.value for count in counts)
+        light_spent = sum(value.value for value in spending)
         spent = relay.cpu() - started_with
         print(f"{'linked':36s} {linked:7d} in {seconds:.1f} s, relay CPU {spent * 1000 / max(linked, 1):.1f} ms a link")
+        print(f"{'the load itself':36s} {light_spent * 1000 / max(len(light), 1):7.1f} ms CPU a link")
         settled = settle(relay)
         print(
             f"{'everything stored and quiet':36s} {settled:7.1f} s later, relay CPU until then "
@@ -423,11 +441,16 @@ def run(relay: RelayUnderLoad, arguments: argparse.Namespace) -> None:
         relay.kill()
         while sum(count.value for count in counts) > linked // 100:
             time.sleep(0.05)
+        time.sleep(arguments.away)
         started = time.monotonic()
         relay.start()
         print(f"{'killed and started again':36s} {time.monotonic() - started:7.1f} s until it was ready", flush=True)
         seconds = wait_for(counts, linked, "coming back", arguments.patience)
-        print(f"{'all back after a start':36s} {seconds:7.1f} s, relay memory {relay.memory():.0f} MiB")
+        spent = relay.cpu() * 1000 / max(linked, 1)
+        print(
+            f"{'all back after a start':36s} {seconds:7.1f} s, relay CPU {spent:.1f} ms a link, "
+            f"memory {relay.memory():.0f} MiB"
+        )
     finally:
         for holder in holders:
             holder.kill()

@@ -11,7 +11,7 @@ import logging
 import socket
 import ssl
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,6 +22,7 @@ from protocol.errors import ProtocolError
 from protocol.link import ALPN as LINK_ALPN
 from protocol.stun import looks_like_stun
 from protocol.tunnel.token import ALPN as TUNNEL_ALPN
+from relay.turnstile import Turnstile
 
 _logger = logging.getLogger("towpath.dispatch")
 
@@ -34,6 +35,11 @@ PEEK_TIMEOUT = 10.0
 HANDSHAKE_TIMEOUT = 15.0
 # Connections that have not finished their handshake; more are closed at once.
 MAX_PENDING = 2000
+# Agents have their handshakes this many at a time, the others wait: when all come back at once, each is served soon
+# after its turn begins, and people's requests do not wait behind them. Whoever is slow holds up nobody for longer
+# than this, in seconds.
+HANDSHAKES_AT_ONCE = 128
+TURN = 0.25
 _PAUSE_FIRST, _PAUSE_MOST = 0.005, 0.25
 _QUICK_LOOKS = 16
 
@@ -87,6 +93,7 @@ class Dispatcher:
         self._web_handler = web
         self._stun_handler = stun
         self._max_pending = max_pending
+        self._links = Turnstile(HANDSHAKES_AT_ONCE, TURN)
         self._pending = 0
         self._taken: Counter[str] = Counter()
         self._web = self._stun = self._plain = self._refused = self._failed = 0
@@ -143,10 +150,11 @@ class Dispatcher:
         own = next((name for name in self._handlers if name in hello.alpn), None)
         # Browsers and other HTTP clients often end without TLS's goodbye.
         secured = trio.SSLStream(stream, self._context, server_side=True, https_compatible=True)
-        with trio.move_on_after(HANDSHAKE_TIMEOUT) as scope:
-            await secured.do_handshake()
-        if scope.cancelled_caught:
-            raise GreetingTimeout("The TLS handshake took too long.")
+        if own == LINK_ALPN:
+            async with self._links.turn():
+                await _shake_hands(secured)
+        else:
+            await _shake_hands(secured)
         chosen = secured.selected_alpn_protocol()
         if own != (chosen if chosen in self._handlers else None):
             raise ProtocolError("The handshake chose another protocol than the greeting announced.")
@@ -166,12 +174,11 @@ class Dispatcher:
             _logger.exception("A connection ended with an error of the relay.")
 
 
-async def serve_port(
-    listeners: Sequence[trio.SocketListener], *, web: Handler, link: Handler, tls_context: ssl.SSLContext
-) -> None:
-    """Serve ``listeners`` until cancelled. Handlers get a stream whose handshake is done; it is closed for them."""
-    dispatcher = Dispatcher(web=web, link=link, tls_context=tls_context)
-    await trio.serve_listeners(dispatcher.handle, list(listeners))
+async def _shake_hands(secured: trio.SSLStream[trio.SocketStream]) -> None:
+    with trio.move_on_after(HANDSHAKE_TIMEOUT) as scope:
+        await secured.do_handshake()
+    if scope.cancelled_caught:
+        raise GreetingTimeout("The TLS handshake took too long.")
 
 
 async def _is_stun(sock: trio.socket.SocketType) -> bool:

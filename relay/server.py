@@ -34,9 +34,11 @@ from relay.auth.housekeeping import forget_old
 from relay.auth.passwords import PasswordChecker
 from relay.auth.tokens import remove_expired
 from relay.auth.upstream import Upstream
-from relay.dispatch import Dispatcher
+from relay.dispatch import MAX_PENDING, Dispatcher
 from relay.keys import RelayKeys
+from relay.listen import accept_all
 from relay.lock import exclusive
+from relay.process import collect_seldom, raise_file_limit
 from relay.quota.allowance import Allowance
 from relay.rendezvous.acceptor import accept_link
 from relay.rendezvous.observe import Observer
@@ -59,7 +61,7 @@ GRACE = 5.0
 _GOODBYE = 2.0
 _UPKEEP_INTERVAL = 60.0
 _CLEANING_INTERVAL = 3600.0
-_BACKLOG = 1024
+_BACKLOG = 4096
 # How many more tries an address has than one client at that address.
 _CROWD = 10
 # Agents that lose their relay on purpose come back after this many seconds, spread by their own jitter.
@@ -142,6 +144,8 @@ def build(settings: Settings, store: Store, clock: Callable[[], float] = time.ti
         tunnel=tunnel.acceptor.accept if tunnel.enabled else None,
         stun=observer.serve_stream,
         tls_context=certificate.context,
+        # Half of what may be open at all: the other half is for those who have come through.
+        max_pending=max(MAX_PENDING, raise_file_limit() // 2),
     )
     limits = {"one": services.guesses, "crowd": services.crowd_guesses}
     memory = GuessMemory(store, limits, sign_in.failures_window)
@@ -223,6 +227,7 @@ async def _run(relay: Relay, settings: Settings) -> None:
             nursery.start_soon(_watchdog)
             accepting = await nursery.start(_accept, relay, listeners)
             port = listeners[0].socket.getsockname()[1]
+            collect_seldom()
             logger.info("Ready: %s (port %d), relay %s", settings.public_url, port, relay.services.keys.relay_id)
             sdnotify.notify("READY=1")
             async for number in signals:
@@ -259,7 +264,7 @@ async def _accept(
     async with trio.open_nursery() as connections:
         with trio.CancelScope() as accepting:
             task_status.started(accepting)
-            await trio.serve_listeners(relay.dispatcher.handle, listeners, handler_nursery=connections)
+            await accept_all(listeners, relay.dispatcher.handle, connections)
 
 
 async def _upkeep(relay: Relay, settings: Settings) -> None:

@@ -17,6 +17,7 @@ from protocol.client_hello import MAX_CLIENT_HELLO, NotTLS
 from protocol.errors import ProtocolError
 from protocol.link import ALPN
 from relay.dispatch import Dispatcher, GreetingTimeout, peek_client_hello
+from relay.listen import accept_all
 
 
 @dataclass
@@ -69,7 +70,7 @@ async def port(max_pending: int = 100) -> AsyncIterator[Port]:
     (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
     made = Port(listener.socket.getsockname()[1], dispatcher, ca)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(trio.serve_listeners, dispatcher.handle, [listener])
+        nursery.start_soon(accept_all, [listener], dispatcher.handle, nursery)
         yield made
         nursery.cancel_scope.cancel()
 

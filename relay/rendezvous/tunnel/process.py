@@ -15,6 +15,7 @@ import time
 
 import msgspec
 
+from relay.process import raise_file_limit
 from relay.rendezvous.tunnel.limits import TunnelLimits
 from relay.rendezvous.tunnel.mover import Mover, PairEnded
 
@@ -135,9 +136,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     # Each pair takes two descriptors, and two more for each direction that is held up.
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    raise_file_limit()
     _Process(socket.socket(fileno=int(sys.argv[1]))).run()
 
 
