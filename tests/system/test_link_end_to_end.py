@@ -24,7 +24,8 @@ from protocol.errors import ItemFailed
 from protocol.identity import NodeKey
 from protocol.link import HelloFields, channel_of
 from protocol.ticket import RelayRoot, TicketSigner
-from relay.dispatch import serve_port
+from relay.dispatch import Dispatcher
+from relay.listen import accept_all
 from relay.rendezvous.acceptor import accept_link
 from relay.rendezvous.registry import CallTimeout, NodeOffline, Registry
 
@@ -117,7 +118,8 @@ async def relay(registry: Registry, port: int = 0) -> AsyncIterator[int]:
     async with trio.open_nursery() as nursery:
 
         async def serve() -> None:
-            await serve_port(listeners, web=web, link=accept(registry), tls_context=server_context())
+            dispatcher = Dispatcher(web=web, link=accept(registry), tls_context=server_context())
+            await accept_all(listeners, dispatcher.handle, nursery)
 
         nursery.start_soon(serve)
         yield listeners[0].socket.getsockname()[1]
@@ -242,7 +244,8 @@ async def test_a_proxy_that_the_machine_trusts_but_that_reads_along_is_refused()
         context = server_context(office.issue_cert("localhost"))
 
         async def proxy() -> None:
-            await serve_port(listeners, web=web, link=intercept, tls_context=context)
+            dispatcher = Dispatcher(web=web, link=intercept, tls_context=context)
+            await accept_all(listeners, dispatcher.handle, nursery)
 
         nursery.start_soon(proxy)
         link = make_link(proxy_port, office)
