@@ -18,6 +18,7 @@ from agent.link_gate import HelloGate
 from protocol.control import RelayHello
 from protocol.errors import ProtocolError, RetryLater, TowpathError
 from protocol.identity import NodeKey
+from protocol.keep_alive import give_up_unacknowledged, keep_alive
 from protocol.link import ALPN, HelloFields, channel_of
 from protocol.reverse_http import ASGIApplication, Ending, Limits, serve
 from protocol.reverse_http.carrier import Carrier
@@ -29,8 +30,8 @@ Dial = Callable[[str, int], Awaitable[trio.abc.HalfCloseableStream]]
 
 DIAL_TIMEOUT = 30.0
 HELLO_TIMEOUT = 30.0
-# Often enough for the NATs on the way (they forget idle TCP after 30 s at the earliest); each ping of thousands of
-# agents is work for their relay.
+# The kernels at both ends notice at once when the way between them is gone (`protocol.keep_alive`). Pings are for what
+# they cannot see, proxies on the way and processes that hang; each ping of thousands of agents is work for their relay.
 LINK_LIMITS = Limits(ping_interval=25.0)
 
 
@@ -205,6 +206,9 @@ class Link:
                 raw = await self._dial(self._host, self._port)
             except OSError as error:
                 raise CannotConnect(f"The relay {self._host}:{self._port} cannot be reached: {error}.") from error
+            if isinstance(raw, trio.SocketStream):
+                keep_alive(raw.socket)
+                give_up_unacknowledged(raw.socket)
             return await self._secure(raw)
         raise CannotConnect(f"The relay {self._host}:{self._port} did not answer within {DIAL_TIMEOUT:g} seconds.")
 

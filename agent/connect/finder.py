@@ -18,7 +18,6 @@ import msgspec
 import trio
 
 from agent.connect.dialer import dial
-from agent.connect.listener import keep_alive
 from agent.connect.network import Network
 from agent.connect.punch import Slot, gather_slot, open_slot, punch
 from agent.connect.race import Arrange, Cancel, Dial, Give, Punch, Race, SendOffer
@@ -38,6 +37,7 @@ from protocol.candidates import (
 )
 from protocol.control import SessionAnswer
 from protocol.errors import RetryLater, TowpathError
+from protocol.keep_alive import keep_alive
 from protocol.reversal import new_token
 from protocol.round_trip import round_trip
 

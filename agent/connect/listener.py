@@ -15,6 +15,7 @@ import trio
 
 from protocol.client_hello import MAX_CLIENT_HELLO, NotTLS, parse_client_hello_untrusted
 from protocol.errors import ProtocolError
+from protocol.keep_alive import keep_alive
 from protocol.reversal import LENGTH, parse_preamble_untrusted
 from protocol.session import ALPN_CONTROL, ALPN_LANE, SNI_SUFFIX
 
@@ -39,17 +40,6 @@ def reusable(family: socket.AddressFamily) -> socket.socket:
         sock.close()
         raise
     return sock
-
-
-def keep_alive(sock: socket.socket | trio.socket.SocketType) -> None:
-    """Have the kernel ask an idle peer for a sign of life: one that vanished is noticed within 14 seconds, and no NAT
-    on the way forgets the connection. Does nothing to what is no TCP socket: other carriers keep themselves alive."""
-    if sock.family not in (socket.AF_INET, socket.AF_INET6) or sock.type != socket.SOCK_STREAM:
-        return
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 3), ("TCP_KEEPCNT", 3)):
-        if hasattr(socket, name):
-            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def listen_on(host: str, port: int) -> socket.socket:

@@ -6,6 +6,7 @@ be held up by a slow reader of a body, by a full socket or by another stream.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -156,6 +157,7 @@ class Carrier:
         self._queued = trio.lowlevel.ParkingLot()
         self._drained = trio.lowlevel.ParkingLot()
         self._retimed = trio.Event()
+        self._next_look = -math.inf
         # The peer is owed a reason for the end.
         self._leaving = False
         self._flushed = trio.Event()
@@ -264,10 +266,15 @@ class Carrier:
                 return
             self._poke()
             self._retimed = trio.Event()
-            with trio.move_on_at(max(now, self.core.pings.deadline())):
+            self._next_look = max(now, self.core.pings.deadline())
+            with trio.move_on_at(self._next_look):
                 await self._retimed.wait()
-        interval = self.core.limits.ping_interval
-        self.end(Ending(f"The other side was silent for {2 * interval:g} seconds."))
+        self.end(Ending(f"The other side was silent for {self.core.pings.silence(now):.0f} seconds."))
+
+    def _retime(self) -> None:
+        """Look at the clock earlier than was thought, if that is so."""
+        if self.core.pings.deadline() < self._next_look:
+            self._retimed.set()
 
     def _poke(self) -> None:
         if self.core.queued:
@@ -343,8 +350,9 @@ class Carrier:
 
     def start(self, headers: Headers, *, end: bool) -> Channel:
         """Begin a request."""
-        channel = self.add(self.core.open(headers, end=end))
+        channel = self.add(self.core.open(headers, trio.current_time(), end=end))
         self._poke()
+        self._retime()
         return channel
 
     def respond(self, channel: Channel, headers: Headers, *, end: bool) -> None:
@@ -366,7 +374,7 @@ class Carrier:
             last = sent + len(piece) == len(data)
             if not piece and not (last and end):
                 break
-            self.core.send_data(channel.id, piece, end=end and last)
+            self.core.send_data(channel.id, piece, trio.current_time(), end=end and last)
             sent += len(piece)
             if last:
                 break
@@ -392,8 +400,9 @@ class Carrier:
             else:
                 piece = view[:room]
                 view = view[len(piece) :]
-                self.core.send_data(channel.id, piece, end=end and not view)
+                self.core.send_data(channel.id, piece, trio.current_time(), end=end and not view)
                 self._poke()
+                self._retime()
                 if not view:
                     break
                 # One frame a turn, so that every stream that has something to send gets its share.

@@ -167,9 +167,11 @@ class Core:
         self.limits = limits
         self.client = client
         self.closed = False
-        self.pings = Pings(limits.ping_interval, limits.fence_interval, now)
+        self.pings = Pings(limits.ping_interval, limits.quick_ping_interval, limits.fence_interval, now)
         self._meter = FrameMeter(server=not client, limits=limits, now=now)
         self._streams: dict[int, _Stream] = {}
+        # Requests of ours whose answers have not begun.
+        self._unanswered: set[int] = set()
         self._settings_seen = False
         self._credit = 0
         self._out = bytearray()
@@ -188,6 +190,8 @@ class Core:
             happened = [h for event in self._h2.receive_data(data) for h in self._translate(event, now)]
             self._collect()
             self._check_queue()
+            if not self._unanswered:
+                self.pings.calm()
         except Flood as flood:
             self.close(Farewell(flood.sentence), ErrorCodes.ENHANCE_YOUR_CALM)
             raise
@@ -212,6 +216,7 @@ class Core:
                 self._forget_if_done(event.stream_id)
                 yield BodyEnded(event.stream_id)
             case h2.events.StreamReset():
+                self._unanswered.discard(event.stream_id or 0)
                 if self._streams.pop(event.stream_id or 0, None) is not None and not self.client:
                     self._meter.cancelled_untrusted(now)
                 yield StreamReset(event.stream_id, int(event.error_code or 0))
@@ -234,6 +239,7 @@ class Core:
 
     def _headers_arrived(self, event: h2.events.RequestReceived | h2.events.ResponseReceived) -> HeadersArrived:
         stream_id = event.stream_id or 0
+        self._unanswered.discard(stream_id)
         if not self.client:
             self._streams[stream_id] = _Stream()
         headers = tuple((bytes(name), bytes(value)) for name, value in event.headers or ())
@@ -285,9 +291,11 @@ class Core:
         highest = self._h2.highest_outbound_stream_id
         return (highest + 2 if highest else 1) > self.limits.last_stream_id
 
-    def open(self, headers: Headers, *, end: bool) -> int:
+    def open(self, headers: Headers, now: float, *, end: bool) -> int:
         """Begin a request; returns its stream id. The headers must have been checked."""
         stream_id = self._h2.get_next_available_stream_id()
+        self._unanswered.add(stream_id)
+        self.pings.expect(now)
         self._send_headers(stream_id, headers, end)
         self._meter.opened()
         return stream_id
@@ -314,8 +322,11 @@ class Core:
         """Whether bodies should wait for the socket."""
         return len(self._out) >= self.limits.out_buffer
 
-    def send_data(self, stream_id: int, data: bytes | memoryview, *, end: bool) -> None:
+    def send_data(self, stream_id: int, data: bytes | memoryview, now: float, *, end: bool) -> None:
         """Send part of a body, no longer than `room`."""
+        if not end:
+            # The rest of a body is of interest only as long as somebody is there.
+            self.pings.expect(now)
         self._h2.send_data(stream_id, data, end_stream=end)
         self._meter.sent(len(data))
         self._sent(stream_id, end)
@@ -334,6 +345,7 @@ class Core:
         if not self.is_open(stream_id):
             return False
         del self._streams[stream_id]
+        self._unanswered.discard(stream_id)
         self._h2.reset_stream(stream_id, code)
         if self.client:
             self.pings.hold()

@@ -30,6 +30,8 @@ class Limits:
     max_queued: int = MIB
     # A peer that is silent for this long is sent a PING; silent for twice as long, it counts as dead.
     ping_interval: float = 15.0
+    # The same while a call waits for its answer, or part of a body that was sent for any sign of life.
+    quick_ping_interval: float = 6.0
     # A client asks at most this often whether the server has seen its resets (see `pings`).
     fence_interval: float = 0.25
     # How long a handler may go on after its caller left.

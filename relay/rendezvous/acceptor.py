@@ -13,6 +13,7 @@ import trio
 
 from protocol.control import AgentHello, encode
 from protocol.errors import ProtocolError, TowpathError
+from protocol.keep_alive import give_up_unacknowledged, keep_alive
 from protocol.link import (
     HELLO_PATH,
     MAX_HELLO,
@@ -66,6 +67,9 @@ async def accept_link(
     ``channel`` is the hex SHA-256 of the relay's TLS certificate (DER), ``clock`` gives Unix seconds. Raises
     nothing for what the caller does: a refusal is logged and told to it.
     """
+    if (sock := _socket_of(stream)) is not None:
+        keep_alive(sock)
+        give_up_unacknowledged(sock)
     async with connect(stream, limits=limits) as client:
         try:
             hello = await _greet(client, nodes, signer, channel, relay_id, version, clock, stun_ports)
@@ -81,12 +85,16 @@ async def accept_link(
         _logger.info("The link of agent %s ended: %s", hello.node_id, reason)
 
 
+def _socket_of(stream: trio.abc.Stream) -> trio.socket.SocketType | None:
+    transport = stream.transport_stream if isinstance(stream, trio.SSLStream) else stream
+    return transport.socket if isinstance(transport, trio.SocketStream) else None
+
+
 def _peer_of(stream: trio.abc.Stream) -> tuple[str, Callable[[], float | None]]:
     """Where a link comes from, and how to learn its round-trip time; nothing of both on streams without a socket."""
-    transport = stream.transport_stream if isinstance(stream, trio.SSLStream) else stream
-    if not isinstance(transport, trio.SocketStream):
+    sock = _socket_of(stream)
+    if sock is None:
         return "", lambda: None
-    sock = transport.socket
     try:
         name = sock.getpeername()
     except OSError:

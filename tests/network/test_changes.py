@@ -124,3 +124,29 @@ async def test_the_doctor_tells_what_stands_in_between(tmp_path: Path, kind: str
         details = [row["details"] for row in checks["relay"]]
         trip = next(row["round_trip_ms"] for row in details if "round_trip_ms" in row)
         assert trip >= 2 * laboratory.DELAY * 1000 * 0.8
+
+
+async def test_a_link_into_a_black_hole_is_missed_at_both_ends(tmp_path: Path) -> None:
+    """Nothing is said and nothing refused: packets simply go nowhere."""
+    async with laboratory.open_lab(tmp_path) as lab:
+        arrange(lab, {"a": "port", "b": "none"})
+        await lab.start()
+        site = lab.sites["a"]
+        assert site.status()["link"]["connected"]
+        lab.emulator.use({"change": {"nat-a": {"tcp_ports": [9], "udp": False}}})
+        cut = trio.current_time()
+        missed: dict[str, float] = {}
+        # A goal of the product, not of this machine's speed: what decides is the kernels' clocks.
+        with trio.move_on_after(40):
+            while len(missed) < 2:
+                await trio.sleep(0.2)
+                if "agent" not in missed and not site.status()["link"]["connected"]:
+                    missed["agent"] = trio.current_time() - cut
+                document = await lab.call(lambda relay: relay.transfer.get_endpoint(site.collection_id).data)
+                if "relay" not in missed and not document["gcp_connected"]:
+                    missed["relay"] = trio.current_time() - cut
+        print(f"missed after: {missed}")
+        assert missed.keys() == {"agent", "relay"}
+        assert max(missed.values()) < 16
+        lab.emulator.use({"change": {"nat-a": {"tcp_ports": None, "udp": True}}})
+        await lab.until_connected("a")

@@ -205,7 +205,7 @@ def test_a_client_refuses_pushed_streams() -> None:
     peer.initiate_connection()
     peer.receive_data(core.take(1 << 20))
     core.receive_untrusted(peer.data_to_send(), NOW)
-    core.open([(n.encode(), v.encode()) for n, v in REQUEST], end=True)
+    core.open([(n.encode(), v.encode()) for n, v in REQUEST], NOW, end=True)
     pushed = PushPromiseFrame(1, data=encoder()(REQUEST), flags=["END_HEADERS"])
     pushed.promised_stream_id = 2
     with pytest.raises(ProtocolError):
@@ -260,7 +260,7 @@ def test_random_frames_raise_nothing_but_protocol_errors(sequence: list[bytes], 
     try:
         core.receive_untrusted(start, NOW)
         if client:
-            core.open([(n.encode(), v.encode()) for n, v in REQUEST], end=False)
+            core.open([(n.encode(), v.encode()) for n, v in REQUEST], NOW, end=False)
         for data in sequence:
             core.receive_untrusted(data, NOW)
             core.consumed(1, 1)

@@ -1,0 +1,160 @@
+"""A peer that vanishes while somebody waits for it is missed soon; while nobody does, watching it costs little."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from protocol.reverse_http import Client, Limits, LinkLost, connect, serve
+from protocol.reverse_http.carrier import Carrier
+from protocol.reverse_http.pings import Pings
+
+LIMITS = Limits(ping_interval=25.0)
+# Two short intervals, and a moment.
+NOTICED = 2 * LIMITS.quick_ping_interval + 0.5
+
+
+class Line:
+    """Both ends of a link whose bytes can be lost from a moment on, without either end being told."""
+
+    def __init__(self) -> None:
+        self.cut = False
+        self.carriers: list[Carrier] = []
+        self._agents_end, self._agents_far_end = trio.testing.memory_stream_pair()
+        self._relays_far_end, self.relays_end = trio.testing.memory_stream_pair()
+        self.carried = 0
+
+    async def carry(self) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._pump, self._agents_far_end, self._relays_far_end)
+            nursery.start_soon(self._pump, self._relays_far_end, self._agents_far_end)
+
+    async def _pump(self, source: trio.abc.Stream, target: trio.abc.Stream) -> None:
+        while data := await source.receive_some():
+            if not self.cut:
+                self.carried += len(data)
+                await target.send_all(data)
+
+    async def agent(self) -> None:
+        await serve(self._agents_end, self.application, limits=LIMITS, on_carrier=self.carriers.append)
+
+    async def application(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["path"] == "/slow":
+            await trio.sleep(200)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        if scope["path"] == "/events":
+            await send({"type": "http.response.body", "body": b"", "more_body": True})
+            while True:
+                await trio.sleep(60)
+                await send({"type": "http.response.body", "body": b"event\n", "more_body": True})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+
+async def drain(client: Client) -> None:
+    try:
+        async with client.stream("GET", "/events") as answer:
+            async for _ in answer:
+                pass
+    except LinkLost:
+        return
+
+
+@pytest.mark.parametrize("idle", [0.0, 3.0, 24.0, 26.0, 301.0])
+async def test_a_call_to_an_agent_that_has_vanished_fails_soon(
+    idle: float, autojump_clock: trio.testing.MockClock
+) -> None:
+    line = Line()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(line.carry)
+        nursery.start_soon(line.agent)
+        async with connect(line.relays_end, limits=LIMITS) as client:
+            assert (await client.request("GET", "/")).body == b"ok"
+            await trio.sleep(idle)
+            line.cut = True
+            begun = trio.current_time()
+            with pytest.raises(LinkLost, match="silent for"):
+                await client.request("GET", "/", timeout=1000)
+            assert trio.current_time() - begun <= NOTICED
+        nursery.cancel_scope.cancel()
+
+
+async def test_an_agent_that_vanishes_in_the_middle_of_a_long_call_is_missed_soon(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    line = Line()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(line.carry)
+        nursery.start_soon(line.agent)
+        async with connect(line.relays_end, limits=LIMITS) as client:
+
+            async def vanish() -> None:
+                await trio.sleep(100)
+                line.cut = True
+
+            nursery.start_soon(vanish)
+            begun = trio.current_time()
+            with pytest.raises(LinkLost, match="silent for"):
+                await client.request("GET", "/slow", timeout=1000)
+            assert 100 <= trio.current_time() - begun <= 100 + NOTICED
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_long_call_to_an_agent_that_lives_is_left_alone(autojump_clock: trio.testing.MockClock) -> None:
+    line = Line()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(line.carry)
+        nursery.start_soon(line.agent)
+        async with connect(line.relays_end, limits=LIMITS) as client:
+            assert (await client.request("GET", "/slow", timeout=1000)).body == b"ok"
+        nursery.cancel_scope.cancel()
+
+
+async def test_an_agent_with_something_to_tell_misses_its_relay_soon(autojump_clock: trio.testing.MockClock) -> None:
+    line = Line()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(line.carry)
+        nursery.start_soon(line.agent)
+        async with connect(line.relays_end, limits=LIMITS) as client:
+            begun = trio.current_time()
+            nursery.start_soon(drain, client)
+            # Just before the second event.
+            await trio.sleep(119)
+            line.cut = True
+            await line.carriers[0].closed.wait()
+            assert trio.current_time() - begun <= 120 + NOTICED
+        nursery.cancel_scope.cancel()
+
+
+async def test_an_idle_link_is_pinged_as_seldom_as_before(autojump_clock: trio.testing.MockClock) -> None:
+    line = Line()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(line.carry)
+        nursery.start_soon(line.agent)
+        async with connect(line.relays_end, limits=LIMITS) as client:
+            await client.request("GET", "/")
+            await trio.sleep(60)
+            before = line.carried
+            await trio.sleep(86_400)
+            # Both ends send one PING of 17 bytes for each interval, and its answer.
+            assert line.carried - before <= 4 * 17 * (86_400 / 25 + 1)
+        nursery.cancel_scope.cancel()
+
+
+def test_the_short_interval_counts_from_when_somebody_waits() -> None:
+    pings = Pings(25.0, 6.0, 0.25, 100.0)
+    assert pings.deadline() == 125.0
+    pings.expect(120.0)
+    # Nothing has come for 20 s, and nobody minded.
+    assert not pings.is_dead(120.0)
+    assert pings.deadline() == 125.0
+    assert pings.due(125.0) is not None
+    assert pings.deadline() == 132.0
+    assert not pings.is_dead(131.9)
+    assert pings.is_dead(132.0)
+    pings.heard(131.0)
+    pings.calm()
+    assert not pings.is_dead(156.0)
+    assert pings.is_dead(181.0)
