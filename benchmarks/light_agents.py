@@ -19,6 +19,8 @@ import time
 from multiprocessing.sharedctypes import Synchronized
 from typing import Any
 
+from hpack import Decoder
+
 from agent.back_off import BackOff
 from agent.link import DIAL_TIMEOUT, LINK_LIMITS
 from protocol.control import RelayHello, decode_untrusted, encode
@@ -29,6 +31,7 @@ DATA, HEADERS, RESET, SETTINGS, PING, GOAWAY = 0, 1, 3, 4, 6, 7
 END_STREAM, END_HEADERS, ACK = 0x1, 0x4, 0x1
 # Whole entries of HPACK's static table (RFC 7541, appendix A).
 STATUS_200, STATUS_204 = b"\x88", b"\x89"
+NO_TASKS = b'{"tasks":[]}'
 _PREFACE = 24
 
 
@@ -54,6 +57,7 @@ class LightAgent:
         self._buffer = bytearray()
         self._skip = 0
         self._body = bytearray()
+        self._decoder = Decoder()
 
     def dial(self, address: tuple[str, int], now: float) -> socket.socket:
         self.socket = socket.socket()
@@ -64,6 +68,7 @@ class LightAgent:
         self._buffer.clear()
         self._body.clear()
         self._skip, self._pinged = _PREFACE, False
+        self._decoder = Decoder()
         return self.socket
 
     def lost(self, now: float) -> None:
@@ -142,9 +147,15 @@ class LightAgent:
             return frame(PING, ACK, 0, payload)
         if kind == GOAWAY:
             raise OSError("goodbye")
-        if kind == HEADERS and flags & END_STREAM:
-            # The one GET that the relay makes of an agent without collections: its events, without end.
-            return frame(HEADERS, END_HEADERS, stream, STATUS_200)
+        if kind == HEADERS:
+            # All blocks must pass the decoder: they share its table.
+            path = dict(self._decoder.decode(payload, raw=True)).get(b":path", b"")
+            if not flags & END_STREAM:
+                return b""
+            answer = frame(HEADERS, END_HEADERS, stream, STATUS_200)
+            if path.startswith(b"/link/events"):
+                return answer
+            return answer + frame(DATA, END_STREAM, stream, NO_TASKS)
         if kind == DATA:
             self._body += payload
             if flags & END_STREAM:

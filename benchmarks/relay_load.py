@@ -43,7 +43,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from agent.connect.tunnel import dial_plain, open_tunnel, tunnel_context
 from agent.link import Link, _tls_context
-from benchmarks.light_agents import hold
+from benchmarks.light_agents import NO_TASKS, hold
 from protocol.identity import NodeKey
 from protocol.link import HelloFields
 from relay.auth.clients import add_client, new_digest
@@ -73,7 +73,7 @@ async def application(scope: dict[str, Any], receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": b"", "more_body": True})
         await trio.sleep_forever()
-    body = LISTING if path.endswith("/ls") else b""
+    body = LISTING if path.endswith("/ls") else NO_TASKS if path == "/link/task-list" else b""
     await send({"type": "http.response.start", "status": 200 if body else 204, "headers": []})
     await send({"type": "http.response.body", "body": body})
 
