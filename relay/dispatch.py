@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import select
 import socket
 import ssl
 from collections import Counter
@@ -20,9 +21,10 @@ import trio
 from protocol.client_hello import MAX_CLIENT_HELLO, ClientHello, NotTLS, parse_client_hello_untrusted
 from protocol.errors import ProtocolError
 from protocol.link import ALPN as LINK_ALPN
+from protocol.round_trip import has_left
 from protocol.stun import looks_like_stun
 from protocol.tunnel.token import ALPN as TUNNEL_ALPN
-from relay.turnstile import Turnstile
+from relay.turnstile import Turnstile, WaitedTooLong
 
 _logger = logging.getLogger("towpath.dispatch")
 
@@ -36,10 +38,11 @@ HANDSHAKE_TIMEOUT = 15.0
 # Connections that have not finished their handshake; more are closed at once.
 MAX_PENDING = 2000
 # Agents have their handshakes this many at a time, the others wait: when all come back at once, each is served soon
-# after its turn begins, and people's requests do not wait behind them. Whoever is slow holds up nobody for longer
-# than this, in seconds.
+# after its turn begins, and people's requests do not wait behind them. An agent that has kept us waiting for ``TURN``
+# seconds holds up nobody; one that has waited for ``PATIENCE`` seconds is about to give up and comes again.
 HANDSHAKES_AT_ONCE = 128
-TURN = 0.25
+TURN = 1.0
+PATIENCE = 20.0
 _PAUSE_FIRST, _PAUSE_MOST = 0.005, 0.25
 _QUICK_LOOKS = 16
 
@@ -93,7 +96,7 @@ class Dispatcher:
         self._web_handler = web
         self._stun_handler = stun
         self._max_pending = max_pending
-        self._links = Turnstile(HANDSHAKES_AT_ONCE, TURN)
+        self._links = Turnstile(HANDSHAKES_AT_ONCE, TURN, PATIENCE)
         self._pending = 0
         self._taken: Counter[str] = Counter()
         self._web = self._stun = self._plain = self._refused = self._failed = 0
@@ -126,7 +129,7 @@ class Dispatcher:
                 await run()
         except NotTLS:
             self._plain += 1
-        except (ProtocolError, trio.BrokenResourceError, trio.ClosedResourceError, OSError) as error:
+        except (ProtocolError, WaitedTooLong, trio.BrokenResourceError, trio.ClosedResourceError, OSError) as error:
             self._failed += 1
             _logger.debug("A connection came to nothing: %s", error)
 
@@ -151,7 +154,9 @@ class Dispatcher:
         # Browsers and other HTTP clients often end without TLS's goodbye.
         secured = trio.SSLStream(stream, self._context, server_side=True, https_compatible=True)
         if own == LINK_ALPN:
-            async with self._links.turn():
+            async with self._links.turn(lambda: not _has_something(stream.socket)):
+                if has_left(stream.socket):
+                    raise GreetingTimeout("The caller left before its turn came.")
                 await _shake_hands(secured)
         else:
             await _shake_hands(secured)
@@ -172,6 +177,13 @@ class Dispatcher:
         except Exception:
             # One connection's fault must not end the port that all others use.
             _logger.exception("A connection ended with an error of the relay.")
+
+
+def _has_something(sock: trio.socket.SocketType) -> bool:
+    """Whether something has come that we have not read."""
+    waiting = select.poll()
+    waiting.register(sock.fileno(), select.POLLIN)
+    return bool(waiting.poll(0))
 
 
 async def _shake_hands(secured: trio.SSLStream[trio.SocketStream]) -> None:
