@@ -16,7 +16,7 @@ logger = logging.getLogger("towpath.agent")
 
 # Lanes, sessions, roots and journals together; more is of no use.
 WANTED_FILES = 16384
-# Added to the niceness on a machine that many people share.
+# The niceness on a machine that many people share.
 SHARED_NICENESS = 10
 # A variable that a batch system sets in its jobs, and the system's name.
 _BATCH_SYSTEMS = {
@@ -41,7 +41,8 @@ def step_back() -> None:
         if sys.platform == "win32":
             process.nice(psutil.BELOW_NORMAL_PRIORITY_CLASS)
         else:
-            os.nice(SHARED_NICENESS)
+            # Not added again by an agent that the last one has started (an update).
+            os.nice(max(0, SHARED_NICENESS - os.nice(0)))
     if hasattr(process, "ionice") and hasattr(psutil, "IOPRIO_CLASS_IDLE"):
         with contextlib.suppress(OSError, psutil.Error):
             process.ionice(psutil.IOPRIO_CLASS_IDLE)

@@ -124,7 +124,8 @@ class LocalAgent:
         self._config_file = config_file
         self._command = current / "bin" / "towpath"
         self._state_dir = state_dir_of(config_file)
-        self._managed = _managed()
+        status = self.status()
+        self._managed = _managed(int(status["pid"]) if status else 0)
         self._launchd = _launchd_job()
 
     def status(self) -> dict[str, Any] | None:
@@ -186,10 +187,12 @@ def _launchd_job() -> str:
     return ""
 
 
-def _managed() -> bool:
-    """Whether the agent runs under the user's service manager."""
-    if not shutil.which("systemctl"):
+def _managed(pid: int) -> bool:
+    """Whether the user's service manager runs the agent with this process id, and not another one of this user."""
+    if not pid or not shutil.which("systemctl"):
         return False
+    command = ["systemctl", "--user", "show", "--property=MainPID", "--value", UNIT]
     with contextlib.suppress(OSError):
-        return subprocess.run(["systemctl", "--user", "--quiet", "is-active", UNIT], check=False).returncode == 0
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        return result.returncode == 0 and result.stdout.strip() == str(pid)
     return False

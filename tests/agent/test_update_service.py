@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import trio
 
+from agent.cli.update import LocalAgent
 from agent.config.keys import AgentConfig, UpdateConfig
 from agent.update.install import Installation
 from agent.update.mirror import Mirror, UpdateRefused
@@ -83,7 +84,8 @@ async def test_the_agent_finds_fetches_and_changes_by_itself(world: World, autoj
     assert service.begun == []
     world.publish("0.2.0")
     await service.run(4000)
-    assert [version for version, _ in service.begun] == ["0.2.0"]
+    # Nobody has changed it here, so a second look may begin it again.
+    assert {version for version, _ in service.begun} == {"0.2.0"}
     assert (world.installation.versions / "0.2.0").is_dir()
     assert world.installation.running() == "0.1.0", "only the process that watches it may switch"
 
@@ -198,3 +200,23 @@ def test_only_agents_that_somebody_starts_again_are_replaced(tmp_path: Path) -> 
     assert check_changeable(tmp_path / "none", {"XPC_SERVICE_NAME": "org.towpath.agent"}) is False
     with pytest.raises(NotReplaceable, match="foreground"):
         check_changeable(file, {})
+
+
+def test_the_service_manager_is_asked_only_for_the_agent_that_it_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A user may have one agent as a service and another one besides."""
+    systemctl = tmp_path / "systemctl"
+    systemctl.write_text(f'#!/bin/sh\necho "$*" >>{tmp_path}/calls\ncase $2 in show) echo 4711 ;; esac\n')
+    systemctl.chmod(0o755)
+    started = tmp_path / "current" / "bin" / "towpath"
+    started.parent.mkdir(parents=True)
+    started.write_text(f'#!/bin/sh\necho "towpath $1" >>{tmp_path}/calls\n')
+    started.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    for pid, call in ((4711, "--user start towpath-agent.service"), (4712, "towpath start")):
+        monkeypatch.setattr(LocalAgent, "status", lambda _self, pid=pid: {"pid": pid})
+        agent = LocalAgent(tmp_path / "agent.yaml", tmp_path / "current")
+        (tmp_path / "calls").unlink()
+        agent.start()
+        assert (tmp_path / "calls").read_text().splitlines()[-1] == call
