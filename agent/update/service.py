@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import random
 import subprocess
 import time
@@ -87,7 +88,8 @@ class UpdateService:
         check: Callable[[], object] = check_changeable,
         begin: Callable[[Installation, str, Path], None] | None = None,
     ) -> None:
-        self.config = config
+        self._config = config
+        self._config_changed = trio.Event()
         self._config_file = config_file
         self._node_id = node_id
         self._relay_url = relay_url
@@ -102,6 +104,16 @@ class UpdateService:
             with contextlib.suppress(NotInstalled):
                 self._installation = Installation.here()
 
+    @property
+    def config(self) -> AgentConfig:
+        """What counts; a new one counts at once, also for how long to wait."""
+        return self._config
+
+    @config.setter
+    def config(self, config: AgentConfig) -> None:
+        self._config = config
+        self._config_changed.set()
+
     async def run(self) -> None:
         """Until cancelled; ends at once where there is nothing to update."""
         installation = self._installation
@@ -113,15 +125,24 @@ class UpdateService:
             await self._look_again_and_again(installation)
 
     async def _look_again_and_again(self, installation: Installation) -> None:
-        # Spread, so that not all agents of a relay ask at once.
-        await trio.sleep(min(FIRST_LOOK, self.config.update.interval) * random.uniform(0.5, 1.5))  # noqa: S311
+        await self._wait(most=FIRST_LOOK)
         while True:
             if self.config.update.mode != "off":
                 try:
                     await self._once(installation)
                 except (TowpathError, OSError) as error:
                     logger.warning("No update: %s", error)
-            await trio.sleep(self.config.update.interval * random.uniform(0.8, 1.2))  # noqa: S311
+            await self._wait()
+
+    async def _wait(self, *, most: float = math.inf) -> None:
+        """Wait for the interval that is configured, spread so that not all agents of a relay ask at once."""
+        began, spread = trio.current_time(), random.uniform(0.8, 1.2)  # noqa: S311 - no secret
+        while True:
+            self._config_changed = trio.Event()
+            with trio.move_on_at(began + min(most, self.config.update.interval) * spread):
+                await self._config_changed.wait()
+                continue
+            return
 
     async def _prove(self, installation: Installation) -> None:
         await trio.sleep(PROVED_AFTER)

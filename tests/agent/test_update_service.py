@@ -124,6 +124,19 @@ async def test_switching_updates_off_counts_while_it_waits(world: World, autojum
     assert service.begun == []
 
 
+async def test_a_shorter_interval_counts_at_once(world: World, autojump_clock: object) -> None:
+    world.publish("0.2.0")
+    service = Service(world)
+    service.service.config = AgentConfig(state_dir=Path("/nowhere"), update=UpdateConfig(interval=30 * 86400))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(service.run, 4000)
+        await trio.sleep(1000)
+        assert service.asked == 1
+        service.service.config = AgentConfig(state_dir=Path("/nowhere"), update=UpdateConfig(interval=300))
+        await trio.sleep(100)
+        assert service.asked == 2
+
+
 async def test_a_release_for_a_share_waits_for_the_others(world: World, autojump_clock: object) -> None:
     world.publish("0.2.0", share=0)
     service = Service(world)

@@ -58,7 +58,7 @@ def variant(base: Path, target: Path, version: str, root: Path, *, broken: bool 
         (packages / "agent" / "daemon.py").write_text("raise RuntimeError('broken on purpose')\n")
         for path in (packages / "agent" / "__pycache__").glob("daemon.*"):
             path.unlink()
-    return build_bundle.pack(target, target.with_suffix(".tar.gz"))
+    return build_bundle.pack(target, target.with_name(f"{target.name}.tar.gz"))
 
 
 class Account:
@@ -185,13 +185,21 @@ class World:
     ca_file: Path
     figures: dict[str, float]
 
-    def release(self, version: str, *, broken: bool = False) -> Path:
+    def bundle(self, version: str, *, broken: bool = False) -> Path:
+        """A bundle of the project that is not published yet; seconds of work."""
         root = self.relay.releases / "metadata" / "1.root.json"
-        bundle = variant(self.built, self.folder / version, version, root, broken=broken)
+        made = variant(self.built, self.folder / version, version, root, broken=broken)
+        shutil.rmtree(self.folder / version)
+        return made
+
+    def publish(self, bundle: Path) -> None:
         add(self.repository, self.keys, bundle)
         self.repository.publish()
-        shutil.rmtree(self.folder / version)
-        return bundle
+
+    def release(self, version: str, *, broken: bool = False) -> Path:
+        made = self.bundle(version, broken=broken)
+        self.publish(made)
+        return made
 
     @contextlib.contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -381,14 +389,15 @@ def test_enrolled_by_a_code_the_agent_updates_itself_and_comes_back_from_a_broke
     assert login.wait(60) == 0
 
     # A release appears in the midst of a transfer.
-    account.run(
-        "sh", "-c", f"head -c {BIG} /dev/zero | openssl enc -aes-128-ctr -pass pass:x -nosalt >data/big 2>/dev/null"
-    )
+    noise = f"head -c {BIG} /dev/zero | openssl enc -aes-128-ctr -pass pass:x -nosalt >data/big 2>/dev/null"
+    account.run("sh", "-c", noise)
+    second, fourth = world.bundle("0.1.1"), world.bundle("0.1.3")
+    first = account.pid()
     account.run(account.towpath, "transfer", f"{collection}:/big", f"{collection}:/big-copy")
     account.until(lambda: states(account) == ["ACTIVE"], "the transfer")
-    world.release("0.1.1")
+    world.publish(second)
     account.run(account.towpath, "config", "set", "update.interval", "10")
-    first = account.pid()
+    assert states(account) == ["ACTIVE"]
     deadline = time.monotonic() + 240
     while account.status().get("version") != "0.1.1":
         assert time.monotonic() < deadline, account.run("cat", ".local/share/towpath/update/state.json").stdout
@@ -413,7 +422,7 @@ def test_enrolled_by_a_code_the_agent_updates_itself_and_comes_back_from_a_broke
     account.run(account.towpath, "config", "set", "update.mode", "off")
     account.run(account.towpath, "transfer", f"{collection}:/big", f"{collection}:/big-copy")
     account.until(lambda: moved(account) > 0, "the transfer to move something")
-    world.release("0.1.3")
+    world.publish(fourth)
     assert states(account)[-1] == "ACTIVE"
     with world.timed("stop in mid-transfer s"):
         account.run(account.towpath, "stop")
