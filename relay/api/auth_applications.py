@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import trio
 from fastapi import APIRouter, Request
 from sqlalchemy import Connection
 
@@ -18,7 +17,7 @@ from relay.api.developer import Developer, body_of, developer, reading, writing
 from relay.api.errors import ApiError
 from relay.applications import policies, projects, registration
 from relay.applications.documents import required
-from relay.auth.clients import Client, new_digest
+from relay.auth.clients import Client
 from relay.auth.providers import sign_in_provider_ids
 from relay.services import services_of
 
@@ -188,7 +187,7 @@ async def create_credential(request: Request, client_id: str, caller: Developer)
     name = required(await body_of(request, "credential"), "name")
     # Permission first: making a secret costs.
     await reading(request, caller, lambda connection, subject: registration.require(connection, client_id, subject))
-    secret, digest = await trio.to_thread.run_sync(new_digest)
+    secret, digest = await services_of(request).secrets.make()
 
     def work(connection: Connection, subject: Subject) -> dict[str, Any]:
         found = registration.require(connection, client_id, subject)

@@ -7,7 +7,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import trio
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 from sqlalchemy import Connection
@@ -16,7 +15,7 @@ from relay.api.client_authentication import address_of, authenticated_client
 from relay.api.errors import ApiError
 from relay.api.token_grants import DEVICE_CODE, GRANT_TYPES
 from relay.auth import public_clients
-from relay.auth.clients import Client, new_digest
+from relay.auth.clients import Client
 from relay.auth.public_clients import WELL_KNOWN, client_for, remove_client
 from relay.auth.scopes import OPENID_SCOPES, VIEW_IDENTITY_SET
 from relay.keys import ID_TOKEN_ALGORITHM
@@ -93,7 +92,7 @@ async def make_copy(request: Request, wanted: Mapping[str, Any]) -> dict[str, An
             429, "TOO_MANY_REQUESTS", "Too many clients were made from here.", headers={"Retry-After": seconds}
         )
     services.crowd_guesses.failed([f"{address} copies"], now)
-    secret, digest = await trio.to_thread.run_sync(new_digest)
+    secret, digest = await services.secrets.make()
 
     def work(connection: Connection) -> tuple[Client, str]:
         template = client_for(connection, template_id, unregistered=False)

@@ -147,12 +147,16 @@ def insert_client(connection: Connection, client: Client) -> None:
 
 
 class SecretChecker:
-    """Checks clients' secrets against the store."""
+    """Makes clients' secrets, and checks them against the store; few at once, because each costs memory and time."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
         # 16 MiB and one processor core for each check under way.
         self._limit = trio.CapacityLimiter(2)
+
+    async def make(self) -> tuple[str, str]:
+        """A new random secret and its digest, made when its turn comes."""
+        return await trio.to_thread.run_sync(new_digest, limiter=self._limit)
 
     async def check(self, client_id: str, secret: str) -> Client | None:
         """The client, when the secret is one of its secrets; None otherwise. Raises the store's errors."""

@@ -11,6 +11,7 @@ from fastapi.responses import HTMLResponse, Response
 from sqlalchemy import Connection
 
 from protocol.errors import ItemFailed
+from relay.api.errors import ApiError
 from relay.audit.notes import note
 from relay.auth import browser_sessions, consents, linked, passkeys, passwords, service_tokens
 from relay.auth.administrators import is_administrator
@@ -21,6 +22,7 @@ from relay.auth.public_clients import title_of
 from relay.pages.browser import FRESH, Browser, browser_of, go
 from relay.pages.render import Look, NotSignedIn, PageProblem, page
 from relay.pages.sign_in import Invitation, check_password, elsewhere, sign_in_page
+from relay.quota.requests import count
 from relay.services import services_of
 
 router = APIRouter(include_in_schema=False)
@@ -38,6 +40,13 @@ async def signed_in(request: Request, *, fresh: bool = False, back: str = "/acco
     session = browser.session
     if session is None:
         raise NotSignedIn(sign_in_page(browser, Invitation(destination=_here(request, back))))
+    services = services_of(request)
+    try:
+        count(request, services.requests, session.identity.id, services.clock())
+    except ApiError as error:
+        raise PageProblem(
+            429, "Please wait", error.message, retry_after=int(error.headers.get("Retry-After", "60"))
+        ) from error
     if fresh and services_of(request).clock() - session.authenticated > FRESH:
         reason = "Sign in again to change this, and then send the form once more."
         name = session.identity.username

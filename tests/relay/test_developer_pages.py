@@ -218,3 +218,17 @@ async def test_others_applications_do_not_exist(world: Any, dev: Desk) -> None:
         )
         assert page.status_code == 404
         assert "Hub" not in page.text
+
+
+async def test_pages_are_counted_like_other_requests(world: Any, dev: Desk) -> None:
+    """Making secrets costs, and nobody may keep the relay busy with it."""
+    client_id, _ = await dev.register()
+    limit = world.settings.limits.user_requests
+    for _ in range(limit):
+        if not world.relay.services.requests.take(dev.id, world.clock.now).remaining:
+            break
+    page = await dev.person.get(f"/developers/applications/{client_id}")
+    assert page.status_code == 429
+    assert int(page.headers["retry-after"]) >= 1
+    world.clock.now += world.settings.limits.user_requests_period
+    assert (await dev.person.get(f"/developers/applications/{client_id}")).status_code == 200

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import trio
 from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse, Response
 from sqlalchemy import Connection
@@ -12,7 +11,6 @@ from sqlalchemy import Connection
 from relay.access.decisions import Subject
 from relay.applications import custom_scopes, documents, registration
 from relay.applications.registration import Registered
-from relay.auth.clients import new_digest
 from relay.pages.browser import go
 from relay.pages.developers.frame import HOME, Visit, doing, looking, unknown
 from relay.pages.developers.scope import scope_document_of
@@ -60,7 +58,7 @@ async def change_application_page(request: Request, client_id: str) -> Response:
 async def _new_secret(visit: Visit, client_id: str) -> HTMLResponse:
     # Permission first: making a secret costs.
     await visit.read(lambda connection, subject: registration.require(connection, client_id, subject))
-    secret, digest = await trio.to_thread.run_sync(new_digest)
+    secret, digest = await services_of(visit.request).secrets.make()
 
     def work(connection: Connection, subject: Subject) -> str:
         found = registration.require(connection, client_id, subject)

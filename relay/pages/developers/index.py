@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import trio
 from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse, Response
 from sqlalchemy import Connection
@@ -13,7 +12,6 @@ from relay.access.decisions import Subject
 from relay.applications import projects, registration
 from relay.applications.operator import KINDS
 from relay.audit.notes import note
-from relay.auth.clients import new_digest
 from relay.pages.developers.frame import HOME, Visit, doing, looking, unknown
 from relay.pages.render import PageProblem
 from relay.services import services_of
@@ -44,7 +42,7 @@ async def register(request: Request) -> Response:
     kind = KINDS.get(visit.fields.get("kind", ""))
     if kind is None:
         raise PageProblem(400, "That did not work", "Choose what kind of application it is.")
-    secret, digest = await trio.to_thread.run_sync(new_digest)
+    secret, digest = await services_of(request).secrets.make()
 
     def work(connection: Connection, subject: Subject) -> tuple[registration.Registered, str | None]:
         project_id = visit.text("project") or _new_project(connection, subject, visit)
