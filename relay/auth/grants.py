@@ -17,8 +17,10 @@ from relay.auth.codes import Redeemed
 from relay.auth.consents import below
 from relay.auth.device import Allowed
 from relay.auth.known_scopes import by_server, expand
+from relay.auth.linked import set_of
 from relay.auth.public_clients import note_use
 from relay.auth.scopes import InvalidScope, parse_untrusted
+from relay.auth.session_rules import provider_wishes
 from relay.auth.tokens import IssuedToken, find, issue, open_session, token_digest
 from relay.store.auth_tables import tokens
 
@@ -152,6 +154,9 @@ def refresh(
     if record.replaced is not None and now - record.replaced > ROTATION_GRACE:
         connection.execute(delete(tokens).where(tokens.c.session_id == record.session_id))
         return Replayed()
+    required = provider_wishes(connection, client).required
+    if required is not None and all(one.provider_id != required for one in set_of(connection, record.identity_id)):
+        raise GrantRefused("invalid_grant", "The application is for people of a provider that you have no identity of.")
     wanted: Sequence[str] = record.scopes
     if scope.strip():
         try:

@@ -200,7 +200,7 @@ async def test_a_client_registers_others_and_manages_them(world: Any) -> None:
 async def test_an_application_for_people_of_one_provider(world: Any) -> None:
     dev = await developer(world, "dev")
     (own,) = sign_in_provider_ids(world.settings)
-    client_id, _ = await service(dev, redirect_uris=["https://hub.example.org/cb"], required_idp=own)
+    client_id, secret = await service(dev, redirect_uris=["https://hub.example.org/cb"], required_idp=own)
     guest = await add_person(world, "guest")
     person = Person(world)
     await person.arrive(guest)
@@ -210,7 +210,7 @@ async def test_an_application_for_people_of_one_provider(world: Any) -> None:
     assert world.settings.user_domain in refused["error_description"]
     # On another device as well.
     begun = (
-        await world.http.post("/v2/oauth2/device_authorization", data={"scope": "openid"}, auth=(client_id, _))
+        await world.http.post("/v2/oauth2/device_authorization", data={"scope": "openid"}, auth=(client_id, secret))
     ).json()
     page = await person.get("/device")
     page = await person.post(
@@ -218,10 +218,19 @@ async def test_an_application_for_people_of_one_provider(world: Any) -> None:
     )
     assert page.status_code == 403
 
-    def adopt(connection: Any) -> None:
-        connection.execute(update(identities).where(identities.c.id == guest.id).values(provider_id=own))
+    async def belongs_to(provider: str) -> None:
+        mine = identities.c.id == guest.id
+        await world.store.write(
+            lambda c: c.execute(update(identities).where(mine).values(provider_id=provider)).rowcount
+        )
 
-    await world.store.write(adopt)
+    await belongs_to(own)
     assert "wants to act for you" in (await person.get(hub.url())).text
+    given = (await hub.redeem(world, await hub.code(person), client_secret=secret)).json()
+    form = {"grant_type": "refresh_token", "refresh_token": given["refresh_token"]}
+    assert (await world.http.post("/v2/oauth2/token", data=form, auth=(client_id, secret))).status_code == 200
+    # Who unlinks that identity has no further tokens.
+    await belongs_to("elsewhere")
+    assert (await world.http.post("/v2/oauth2/token", data=form, auth=(client_id, secret))).status_code == 401
     unknown = {"client": {"required_idp": "00000000-0000-4000-8000-000000000000"}}
     assert "nobody signs in here" in await dev.refused("PUT", f"/clients/{client_id}", 400, unknown)
