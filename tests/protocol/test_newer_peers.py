@@ -37,9 +37,8 @@ def example(kind: Any) -> Any:
     if origin is typing.Literal:
         return arguments[0]
     if origin is list:
-        return [example(arguments[0])]
-    if origin is dict:
-        return {}
+        # Rows of free form have no keys that are known or unknown.
+        return [] if typing.get_origin(arguments[0]) is dict else [example(arguments[0])]
     return {str: "text", int: 1, float: 1.0, bool: True}[kind]
 
 
