@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import hmac
 import uuid
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 import msgspec
 from sqlalchemy import Connection
@@ -24,7 +24,7 @@ from relay.transfer import event_log, task_reports, task_rows, times
 from relay.transfer.collections import load_many
 from relay.transfer.event_log import TaskEvent
 from relay.transfer.submission import MAX_LABEL, changed_folders
-from relay.transfer.task_rows import Scope
+from relay.transfer.task_rows import Scope, Task
 
 RESTORED = "RELAY_RESTORED"
 _SENTENCE = (
@@ -33,11 +33,33 @@ _SENTENCE = (
 )
 
 
-def unknown(connection: Connection, ids: Iterable[str]) -> list[str]:
-    """Those of the tasks that this database has never heard of, in their order."""
-    wanted = list(ids)
-    known = task_rows.load_many(connection, wanted)
-    return [task_id for task_id in wanted if task_id not in known]
+def differing(connection: Connection, shown: Mapping[str, TaskObserved]) -> tuple[list[str], list[str]]:
+    """Of the tasks that an agent shows: those that this database has never heard of, and those of which it does not
+    remember that their order has left, or thinks that they are over."""
+    known = task_rows.load_many(connection, shown)
+    unknown = [task_id for task_id in shown if task_id not in known]
+    return unknown, [task_id for task_id, task in known.items() if _is_behind(task, shown[task_id])]
+
+
+def _is_behind(task: Task, observed: TaskObserved) -> bool:
+    return not task.attempted or (task.finished and observed.state not in FINAL_STATES and task.desired != "cancel")
+
+
+def remember(connection: Connection, node_id: str, observed: TaskObserved) -> bool:
+    """Note what an agent shows to be so of a task that it drives: it has the order. A task that is over here is stopped
+    there. Whether anything had to be done."""
+    task = task_rows.load(connection, observed.task_id)
+    if task is None or not _is_behind(task, observed):
+        return False
+    worker = load_many(connection, [task.worker_id]).get(task.worker_id)
+    if worker is None or worker.node_id != node_id:
+        return False
+    values: dict[str, object] = {"attempted": True}
+    if task.finished:
+        revision = max(task.revision, observed.revision) + 1
+        values |= {"desired": "cancel", "revision": revision, "closed": False}
+    task_rows.change(connection, task.id, **values)
+    return True
 
 
 def proof_untrusted(verifier: TicketVerifier, order: TaskOrder, task_id: str, node_id: str) -> Ticket:
@@ -57,9 +79,13 @@ def proof_untrusted(verifier: TicketVerifier, order: TaskOrder, task_id: str, no
 
 def adopt(
     connection: Connection, node_id: str, ticket: Ticket, order: TaskOrder, observed: TaskObserved, now: float
-) -> None:
-    """Take a task over as its agent has it. Raises `AccessDenied` when its owner or one of its collections is not known
-    here."""
+) -> bool:
+    """Take a task over as its agent has it; False when somebody has done so meanwhile.
+
+    Raises `AccessDenied` when its owner or one of its collections is not known here.
+    """
+    if task_rows.load(connection, order.task_id) is not None:
+        return False
     places = [grant.collection_id for grant in (ticket.source, ticket.destination) if grant is not None]
     known = load_many(connection, places)
     owner = identities.select_by_ids(connection, [order.owner_id]).get(order.owner_id)
@@ -114,6 +140,7 @@ def adopt(
         current = task_rows.load(connection, order.task_id)
         assert current is not None
         task_reports.conclude(connection, current, observed, now)
+    return True
 
 
 def _moment(text: str | None) -> float | None:

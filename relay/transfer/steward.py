@@ -285,11 +285,10 @@ class Steward:
         A new process is asked for each of its tasks: one that lost its state gets them again. Returns
         what holds for the agent after that.
         """
-        for task_id in arrival.stopping:
-            await self._limiter.acquire()
-            await self._visit(task_id)
+        await self._stop(arrival)
         if self._take_over is not None and await self._take_over.look(node_id, self._clock()):
             arrival = await self._look_up(node_id) or arrival
+            await self._stop(arrival)
         for task_id, is_source in arrival.others:
             if is_source:
                 self._courier.want_session(task_id)
@@ -297,6 +296,12 @@ class Steward:
                 await self._courier.compare(task_id, node_id, self._clock())
             self.wake(task_id)
         return arrival
+
+    async def _stop(self, arrival: Arrival) -> None:
+        """Visit what an agent must stop."""
+        for task_id in arrival.stopping:
+            await self._limiter.acquire()
+            await self._visit(task_id)
 
     async def _notice_absence(self, node_id: str) -> None:
         await trio.sleep(AWAY_BEFORE_NOTICE)

@@ -6,8 +6,10 @@ There are some when the relay was restored from a backup (`relay.transfer.adopti
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import msgspec
+from sqlalchemy import Connection
 
 from protocol.control import FINAL_STATES, TaskList, TaskObserved, TaskOrder, decode_untrusted
 from protocol.errors import AccessDenied, ItemFailed, ProtocolError
@@ -34,7 +36,8 @@ class TakeOver:
         self._timeout = timeout
 
     async def look(self, node_id: str, now: float) -> int:
-        """Take over the tasks that an agent drives and this database does not know; how many.
+        """Take over the tasks that an agent drives and this database does not know, and remember the orders of which it
+        does not know that they have left; how many.
 
         What nobody can show to be this relay's is stopped, and forgotten once it has stopped. Raises the link's
         passing errors, and `ProtocolError` for an agent that does not answer as one.
@@ -47,11 +50,13 @@ class TakeOver:
         listed = {task.task_id: task for task in decode_untrusted(answer, TaskList).tasks[:MAX_LISTED]}
         if not listed:
             return 0
-        missing = await self._store.read(lambda connection: adoption.unknown(connection, listed))
-        taken = 0
+        missing, behind = await self._store.read(lambda connection: adoption.differing(connection, listed))
+        changed = 0
+        for task_id in behind:
+            changed += await self._store.write(_remembering(node_id, listed[task_id]))
         for task_id in missing:
-            taken += await self._one(node_id, listed[task_id], now)
-        return taken
+            changed += await self._one(node_id, listed[task_id], now)
+        return changed
 
     async def _one(self, node_id: str, observed: TaskObserved, now: float) -> bool:
         task_id = observed.task_id
@@ -65,7 +70,7 @@ class TakeOver:
         order = decode_untrusted(answer, TaskOrder)
         try:
             ticket = adoption.proof_untrusted(self._verifier, order, task_id, node_id)
-            await self._store.write(
+            new = await self._store.write(
                 lambda connection: adoption.adopt(connection, node_id, ticket, order, observed, now)
             )
         except (AccessDenied, ProtocolError) as error:
@@ -77,6 +82,8 @@ class TakeOver:
             )
             await self._stop(node_id, path, order, observed)
             return False
+        if not new:
+            return False
         logger.warning("Task %s was taken over from node %s: it is newer than this database.", task_id, node_id)
         return True
 
@@ -87,3 +94,7 @@ class TakeOver:
             revision = max(order.revision, observed.revision) + 1
             stop = msgspec.structs.replace(order, revision=revision, desired="cancel", items=None, session=None)
             await self._links.call(node_id, "PUT", path, document=stop, timeout=self._timeout)
+
+
+def _remembering(node_id: str, observed: TaskObserved) -> Callable[[Connection], bool]:
+    return lambda connection: adoption.remember(connection, node_id, observed)

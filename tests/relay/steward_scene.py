@@ -95,14 +95,15 @@ class Scene:
 
 
 @asynccontextmanager
-async def open_scene(world: Any, clock: MockClock) -> AsyncIterator[Scene]:
+async def open_scene(world: Any, clock: MockClock, *, run: bool = True) -> AsyncIterator[Scene]:
+    """The scene, with its steward at work or (``run`` false) not."""
     started = trio.current_time()
     store = CountingStore(world.settings.database_url)
 
     def now() -> float:
         return START + trio.current_time() - started
 
-    async with open_world(world, store=store, clock=now) as relay:
+    async with open_world(world, store=store, clock=now, run=run) as relay:
         alice = await relay.person("alice")
         places = [await relay.collection(alice, name) for name in ("A", "B")]
         clock.autojump_threshold = 0

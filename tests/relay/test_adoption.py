@@ -122,6 +122,32 @@ async def test_what_the_owner_may_not_do_any_more_ends(clock: MockClock, scene: 
     assert scene.source.withdrawn
 
 
+async def test_a_task_cancelled_before_its_agent_came_back_is_stopped_there(clock: MockClock, scene: Scene) -> None:
+    """The backup is of a moment when no order had left, so the relay cancels alone; the agent has the order all the
+    same."""
+    task_id = await running(scene)
+    for agent in (scene.source, scene.destination):
+        scene.relay.registry.down(agent)
+    await trio.sleep(MOMENT)
+    backup = {
+        "status": "ACTIVE",
+        "state": "QUEUED",
+        "observed": None,
+        "revision": 1,
+        "delivered": 0,
+        "attempted": False,
+        "session_open": False,
+        "last_seq": 0,
+    }
+    await scene.relay.store.write(lambda connection: connection.execute(update(tables.tasks).values(**backup)) and None)
+    assert (await scene.alice.post(f"/task/{task_id}/cancel"))["code"] == "Canceled"
+    given = len(scene.destination.orders[task_id])
+    scene.up()
+    await trio.sleep(MOMENT)
+    assert [order.desired for order in scene.destination.orders[task_id][given:]] == ["cancel"]
+    assert scene.destination.orders[task_id][-1].revision > 1
+
+
 def _of_somebody_else(order: TaskOrder) -> TaskOrder:
     return msgspec.structs.replace(order, owner_id=str(uuid.uuid4()))
 
