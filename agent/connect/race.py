@@ -23,7 +23,9 @@ MAX_TARGETS = 6
 # How long the relay's leg stands by before it carries data.
 TUNNEL_HOLD = 0.3
 QUIC_DELAY = 0.4
-# An offer that brought no go is repeated, and a round of punching that brought nothing is followed by another.
+# Offers are gathered for within the first of these. One that brought no go is repeated, and a round of punching that
+# brought nothing is followed by another.
+OFFER_PATIENCE = 8.0
 GO_PATIENCE = 5.0
 ROUND_TIME = 4.0
 MAX_ROUNDS = 3
@@ -136,6 +138,10 @@ class Race:
         if self.tunnel and not self.has_tunnel:
             for leg in range(transports.count("tunnel")):
                 self._schedule(now, Arrange(self._new("tunnel", now), "tunnel", leg))
+
+    def offered(self, now: float) -> None:
+        """The offer has left; from now on a go is waited for."""
+        self._round_ends = now + GO_PATIENCE
 
     def connected(self, now: float, attempt_id: int) -> None:
         """An attempt brought a connection."""
@@ -270,7 +276,7 @@ class Race:
     def _begin(self, now: float, action: Action) -> None:
         if isinstance(action, SendOffer):
             self.rounds += 1
-            self._round_ends = now + GO_PATIENCE
+            self._round_ends = now + OFFER_PATIENCE
         elif isinstance(action, Give):
             attempt = self._attempts[action.id]
             attempt.state = "given"

@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import trio
 
-from agent.connect.finder import PathFinder, Subject
+from agent.connect.finder import PathFinder
+from agent.connect.running_race import Subject
 from agent.connect.transport import Connection, Path
 from agent.transfer.local_node import LocalNode
 from agent.transfer.plan import now_iso

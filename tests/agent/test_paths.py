@@ -12,10 +12,11 @@ import pytest
 import trio
 
 from agent.connect import finder as finder_module
-from agent.connect.finder import PathFinder, Subject
+from agent.connect.finder import PathFinder
 from agent.connect.introductions import Introductions
 from agent.connect.listener import DataPort, bind
 from agent.connect.network import DialAllowance, Network
+from agent.connect.running_race import Subject
 from agent.connect.transport import Path
 from protocol.candidates import Candidate, PathGo, PathOffer
 from protocol.control import SessionAnswer, encode

@@ -143,11 +143,31 @@ def test_a_tunnel_that_is_not_allowed_is_not_opened() -> None:
 
 def test_an_offer_without_an_answer_is_repeated_and_then_given_up() -> None:
     course = Course(Race(now=100.0, direct=[]))
-    course.run(relayed(tunnel=0.05, punched=0.05, source=False))
+
+    def unanswered(course: Course, action: object) -> None:
+        if isinstance(action, SendOffer):
+            course.race.offered(course.now)
+
+    course.run(unanswered)
     offers = [when for when, action in course.started if isinstance(action, SendOffer)]
     assert offers == [0.0, pytest.approx(module.GO_PATIENCE), pytest.approx(2 * module.GO_PATIENCE)]
     assert course.given == []
     assert course.now - 100.0 <= module.RACE_TIME
+
+
+def test_the_time_for_a_go_begins_when_the_offer_has_left() -> None:
+    """What the relay sees of the ports is asked for first, and a slow relay is slow to say it."""
+    course = Course(Race(now=100.0, direct=[]))
+    dialled_back: list[float] = []
+
+    def slow(course: Course, action: object) -> None:
+        if isinstance(action, SendOffer):
+            course.later(3.0, lambda: course.race.offered(course.now))
+            course.later(6.0, lambda: dialled_back.append(course.race.arrived(course.now)))
+
+    course.run(slow)
+    assert [when for when, action in course.started if isinstance(action, SendOffer)] == [0.0]
+    assert course.kinds_given()[0] == "reversed"
 
 
 def test_without_the_relay_known_addresses_are_all_there_is() -> None:

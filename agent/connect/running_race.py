@@ -1,0 +1,303 @@
+"""One race for a path under way: the sockets, timers and offers behind `agent.connect.race`."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import socket
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import msgspec
+import trio
+
+from agent.connect.dialer import dial
+from agent.connect.network import Network
+from agent.connect.punch import Slot, gather_slot, open_slot, punch
+from agent.connect.race import Arrange, Cancel, Dial, Give, Punch, Race, SendOffer
+from agent.connect.transport import Connection, Path, Transport, Wish
+from protocol.candidates import (
+    DIALLED,
+    HOST,
+    MAPPED_TCP,
+    MAX_SLOTS,
+    Candidate,
+    PathGo,
+    PathOffer,
+    Rules,
+    is_inside,
+    parse_address_untrusted,
+    usable_untrusted,
+)
+from protocol.errors import TowpathError
+from protocol.reversal import new_token
+
+OFFER_DELAY = 0.15
+# How long an offer waits for what the relay sees of the punching ports.
+GATHER_TIME, PATIENT_GATHER_TIME = 0.8, 3.0
+MAX_READY = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """Whose connections a finder finds. ``own``: the source is this very node."""
+
+    session_id: str
+    task_id: str
+    own: bool
+    relay: str
+    transport: str
+    lanes: int
+
+
+class Finder(Protocol):
+    """Whoever runs a race, gets what it brings and speaks with the relay for it (`agent.connect.finder`)."""
+
+    @property
+    def network(self) -> Network: ...
+
+    @property
+    def subject(self) -> Subject: ...
+
+    def rules(self, observed: str, peer_observed: str) -> Rules:
+        """What may be dialled for this source."""
+
+    def found(self, connection: Connection, candidate: Candidate | None) -> None:
+        """A connection may be used. ``candidate`` can be dialled again."""
+
+    def offer(self, offer: PathOffer) -> None:
+        """Send an offer through the relay."""
+
+    def next_generation(self) -> int:
+        """A generation higher than any before."""
+
+    def path_of(self, kind: str, sock: socket.socket) -> Path:
+        """How a new connection goes."""
+
+
+class RunningRace:
+    """One race and its attempts under way: `run` until it is over, `take_go` when the relay's go has come."""
+
+    def __init__(self, finder: Finder, direct: list[Candidate], relay_up: bool, *, tunnel: bool) -> None:
+        self._finder = finder
+        self._network = finder.network
+        available = self._network.transports.tunnel is not None
+        # Where a task wants QUIC only, TCP is not even tried; the tunnel stays as last resort.
+        self._udp_only = finder.subject.transport == "quic" and self._network.transports.quic is not None
+        direct = [] if self._udp_only else direct
+        self._race = Race(
+            now=trio.current_time(),
+            direct=direct,
+            can_offer=relay_up,
+            tunnel=tunnel and available,
+            # Where an address can be dialled it mostly answers; then nobody need be troubled.
+            offer_delay=OFFER_DELAY if direct else 0.0,
+        )
+        self._scopes: dict[int, trio.CancelScope] = {}
+        self._ready: dict[int, tuple[Connection, Candidate | None]] = {}
+        self._slots: list[Slot] = []
+        self._hosts: frozenset[str] = frozenset()
+        self._generation = -1
+        self._go: PathGo | None = None
+        self._wake = trio.Event()
+        self._expectations = contextlib.ExitStack()
+        self._notes: list[str] = []
+        if not relay_up:
+            self._notes.append("the relay cannot be reached to arrange a path")
+
+    def why(self) -> str:
+        """Why there is no better path."""
+        return "; ".join(dict.fromkeys([*self._notes, self._race.why])).strip("; ")
+
+    def take_go(self, go: PathGo) -> None:
+        """The relay's go; ignored unless it is for the newest offer."""
+        if go.generation != self._generation or go.session_id != self._finder.subject.session_id:
+            return
+        self._go = go
+        rules = self._finder.rules(go.observed, go.peer_observed)
+        candidates = usable_untrusted(go.answer.candidates if go.answer else [], rules)
+        direct = [row for row in candidates if row.kind in DIALLED]
+        targets = [row for row in candidates if row.kind == MAPPED_TCP or _outside_v6(row)]
+        self._hosts = frozenset(row.host for row in candidates) | {go.peer_observed}
+        wanted = self._finder.subject.transport
+        transports = []
+        if self._network.transports.tunnel is not None:
+            transports += ["tunnel"] * len(go.tunnels)
+        if (
+            wanted != "tcp"
+            and self._network.transports.quic is not None
+            and go.answer
+            and "quic" in go.answer.transports
+        ):
+            transports.append("quic")
+        if self._udp_only:
+            direct, targets = [], []
+        elif not targets:
+            self._notes.append("the source's address from outside is not known")
+        self._race.go(trio.current_time(), go.start_in, direct, targets, len(self._slots), transports)
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Race to the end. Connections given out live on; all else is closed."""
+        try:
+            async with trio.open_nursery() as nursery:
+                while not self._race.over(trio.current_time()):
+                    self._wake = trio.Event()
+                    for action in self._race.poll(trio.current_time()):
+                        self._act(nursery, action)
+                    deadline = self._race.deadline(trio.current_time())
+                    if math.isinf(deadline):
+                        break
+                    with trio.move_on_at(deadline):
+                        await self._wake.wait()
+                nursery.cancel_scope.cancel()
+        finally:
+            self._expectations.close()
+            for slot in self._slots:
+                slot.close()
+            for connection, _ in self._ready.values():
+                connection.sock.close()
+
+    def _act(self, nursery: trio.Nursery, action: Any) -> None:
+        if isinstance(action, SendOffer):
+            nursery.start_soon(self._send_offer)
+        elif isinstance(action, Give):
+            found = self._ready.pop(action.id, None)
+            if found is not None:
+                self._finder.found(*found)
+        elif isinstance(action, Cancel):
+            if (scope := self._scopes.get(action.id)) is not None:
+                scope.cancel()
+            if (unused := self._ready.pop(action.id, None)) is not None:
+                unused[0].sock.close()
+        elif isinstance(action, Dial):
+            nursery.start_soon(self._attempt, action.id, partial(self._dial, action.candidate), action.candidate)
+        elif isinstance(action, Punch):
+            nursery.start_soon(self._attempt, action.id, partial(self._punch, action))
+        else:
+            nursery.start_soon(self._attempt, action.id, partial(self._arrange, action))
+
+    async def _attempt(self, attempt_id: int, work: Any, candidate: Candidate | None = None) -> None:
+        why = ""
+        with trio.CancelScope() as scope:
+            self._scopes[attempt_id] = scope
+            try:
+                connection: Connection = await work()
+            except OSError as error:
+                why = f"{_name(work, candidate)}: {(error.strerror or str(error)).lower()}"
+            except TowpathError as error:
+                why = f"{_name(work, candidate)}: {error.sentence}"
+            else:
+                self._ready[attempt_id] = (connection, candidate)
+                self._race.connected(trio.current_time(), attempt_id)
+                self._wake.set()
+                return
+        self._race.failed(trio.current_time(), attempt_id, why)
+        self._wake.set()
+
+    async def _dial(self, candidate: Candidate) -> Connection:
+        if not self._network.may_dial():
+            raise OSError("too many addresses were dialled in a short time")
+        sock = await dial(candidate)
+        return Connection(sock, self._finder.path_of("direct", sock))
+
+    async def _punch(self, action: Punch) -> Connection:
+        slot = next((slot for slot in self._slots if slot.number == action.slot), None)
+        if slot is None or not self._network.may_dial():
+            raise OSError("no punching port")
+        sock = await punch(slot, action.targets, self._hosts)
+        return Connection(sock, self._finder.path_of("punched", sock))
+
+    async def _arrange(self, action: Arrange) -> Connection:
+        transports = self._network.transports
+        transport: Transport | None = getattr(transports, action.name)
+        assert transport is not None
+        assert self._go is not None
+        subject = self._finder.subject
+        wish = Wish(session_id=subject.session_id, task_id=subject.task_id, kind="control")
+        go = self._go
+        if action.name == "tunnel":
+            go = msgspec.structs.replace(go, tunnel=go.tunnels[action.leg])
+        return await transport.connect(wish, go)
+
+    # --- offers --------------------------------------------------------------------------------------------
+
+    async def _send_offer(self) -> None:
+        """Open fresh punching ports, find out how they are seen, and tell the source through the relay."""
+        network, subject = self._network, self._finder.subject
+        self._generation = generation = self._finder.next_generation()
+        for slot in self._slots:
+            slot.close()
+        count = min(subject.lanes + 1, MAX_SLOTS)
+        token = new_token()
+        if network.data_port is not None and not self._udp_only:
+            self._expectations.enter_context(network.data_port.expecting(token, self._arrived))
+        slots = [open_slot(number, (socket.AF_INET, socket.AF_INET6)) for number in range(1, count + 1)]
+        self._slots = slots
+        server = await network.stun_server()
+        own_v6 = [host for host in network.interfaces.addresses if ":" in host]
+        whys: list[str] = []
+
+        async def gather(slot: Slot) -> None:
+            whys.append(await gather_slot(slot, server, own_v6))
+
+        with trio.move_on_after(GATHER_TIME if self._wanted("tunnel") else PATIENT_GATHER_TIME):
+            async with trio.open_nursery() as nursery:
+                for slot in slots:
+                    nursery.start_soon(gather, slot)
+        candidates = await network.host_candidates(loopback=subject.own)
+        for slot in slots:
+            candidates += slot.candidates
+        if any(whys):
+            self._notes.append(next(why for why in whys if why))
+        transports = ["tcp"]
+        wish = Wish(session_id=subject.session_id, task_id=subject.task_id, kind="control")
+        for name in ("tunnel", "quic"):
+            transport: Transport | None = getattr(network.transports, name)
+            if transport is not None and self._wanted(name):
+                transports.append(name)
+                candidates += await transport.offer(wish)
+        if generation != self._generation:
+            return
+        self._finder.offer(
+            PathOffer(
+                session_id=subject.session_id,
+                task_id=subject.task_id,
+                generation=generation,
+                token=token,
+                count=count,
+                candidates=candidates,
+                transports=transports,
+            )
+        )
+        # Gathering took its time; the relay has as much as ever to answer.
+        self._race.offered(trio.current_time())
+
+    def _wanted(self, name: str) -> bool:
+        if name == "tunnel":
+            return self._race.tunnel and not self._race.has_tunnel
+        return self._finder.subject.transport != "tcp"
+
+    def _arrived(self, sock: socket.socket) -> None:
+        """The source dialled our data port."""
+        now = trio.current_time()
+        if len(self._ready) >= MAX_READY:
+            sock.close()
+            return
+        attempt_id = self._race.arrived(now)
+        self._ready[attempt_id] = (Connection(sock, self._finder.path_of("reversed", sock)), None)
+        self._wake.set()
+
+
+def _name(work: Any, candidate: Candidate | None) -> str:
+    if candidate is not None:
+        return f"{candidate.host} port {candidate.port}"
+    action = work.args[0]
+    return f"punching port {action.slot}" if isinstance(action, Punch) else str(action.name)
+
+
+def _outside_v6(candidate: Candidate) -> bool:
+    if candidate.kind != HOST or ":" not in candidate.host:
+        return False
+    return not is_inside(parse_address_untrusted(candidate.host))
