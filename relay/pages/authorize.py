@@ -15,6 +15,8 @@ from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse, Response
 from sqlalchemy import Connection
 
+from relay.applications import registration
+from relay.applications.registration import Registered
 from relay.audit.notes import note
 from relay.auth import consents
 from relay.auth.authorization import (
@@ -58,6 +60,7 @@ class Asking:
     expanded: dict[str, tuple[Scope, ScopeFacts]]
     person: list[Identity]
     covered: bool
+    registered: Registered | None
 
 
 @router.get("/v2/oauth2/authorize", response_model=None)
@@ -166,7 +169,7 @@ async def _asking(services: Services, asked: AuthorizationRequest, session: Brow
             [scope for scope, _ in expanded.values()],
             offline=asked.offline,
         )
-        return Asking(asked, expanded, person, covered)
+        return Asking(asked, expanded, person, covered, registration.find(connection, asked.client.id))
 
     return await services.store.read(work)
 
@@ -235,6 +238,7 @@ def _consent_page(browser: Browser, session: BrowserSession, asking: Asking, mar
         username=session.identity.username,
         wishes=[_words(scope, facts) for scope, facts in asking.expanded.values()],
         offline=asked.offline,
+        registered=asking.registered,
         label=asked.label,
         message=asked.message,
         goes_to="a page that shows you a code" if target == own else (target or asked.redirect_uri),

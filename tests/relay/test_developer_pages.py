@@ -103,9 +103,11 @@ async def test_settings_secrets_scopes_and_the_end_of_an_application(world: Any,
     assert secret is not None
     assert (await checker.check(client_id, secret)) is None
     assert (await checker.check(client_id, second)) is not None
-    await dev.do(
-        place, "change", name="New <b>name</b>", redirect_uris=f"{BACK}\r\nhttp://localhost/x\r\n", public="yes"
-    )
+    uris, terms = f"{BACK}\r\nhttp://localhost/x\r\n", "https://hub.example.org/terms?a=1&b=2"
+    change = {"name": "New <b>name</b>", "redirect_uris": uris, "public": "yes", "terms_and_conditions": terms}
+    await dev.do(place, "change", **change)
+    hub = Application(client_id=client_id, redirect_uri=BACK, scope="openid")
+    assert f'href="{html.escape(terms)}"' in (await dev.person.get(hub.url())).text
     page = await dev.person.get(place)
     assert "New &lt;b&gt;name&lt;/b&gt;" in page.text
     assert "http://localhost/x" in page.text
