@@ -85,8 +85,9 @@ def open_lab(directory: Path, calls: list[tuple[str, ...]]) -> Iterator[Lab]:
     file = directory / "world.json"
     towpath = Path(sys.executable).with_name("towpath")
     command = [towpath, "demo", "--keep", "--skip-transfer", "--json", file, "--directory", directory / "demo"]
-    with (directory / "demo.log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    # What it prints are the lines with which people use the world, the program's secret among them: no log.
+    with (directory / "demo.log").open("wb") as log, (directory / "demo-output").open("wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=log, start_new_session=True)
     try:
         deadline = time.monotonic() + UP
         while not file.exists():
