@@ -207,10 +207,20 @@ def set_in_overlay(file: Path, key: str, text: str) -> Loaded:
     Raises `UnknownSetting`, or `ConfigError` when the result would not do; nothing is written then.
     """
     value = yaml.safe_load(text) if compose(text.encode(), Path("value")) is not None else None
+    try:
+        _set(file, key, value)
+    except ConfigError:
+        if not isinstance(value, bool):
+            raise
+        # YAML takes ``off`` for false; where a word is wanted it is a word.
+        _set(file, key, text.strip())
+    return load(file)
+
+
+def _set(file: Path, key: str, value: Any) -> None:
     with editing(file) as content:
         holder, last = _holder(content, key, make=True)
         holder[last] = value
-    return load(file)
 
 
 def unset_in_overlay(file: Path, key: str) -> bool:

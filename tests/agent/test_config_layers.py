@@ -72,6 +72,14 @@ def test_a_profile_is_below_what_the_owner_says(file: Path) -> None:
     assert (config.limits.workers, config.limits.lanes) == (1, 3)
 
 
+def test_off_is_a_word_where_words_are_wanted_and_false_where_it_is_yes_or_no(file: Path) -> None:
+    assert set_in_overlay(file, "update.mode", "off").config.update.mode == "off"
+    assert set_in_overlay(file, "data.port_mapping", "off").config.data.port_mapping is False
+    assert load_config(file, environment={}).update.mode == "off"
+    with pytest.raises(ConfigError, match="must be auto or notify or off"):
+        set_in_overlay(file, "update.mode", "true")
+
+
 def test_unset_gives_the_owners_word_back(file: Path) -> None:
     set_in_overlay(file, "limits.lanes", "5")
     assert unset_in_overlay(file, "limits.lanes")
