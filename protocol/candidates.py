@@ -89,7 +89,8 @@ class PathGo(Record, frozen=True, kw_only=True):
     """Relay to both sides: begin punching ``start_in`` seconds after this was read.
 
     ``answer`` is set for the destination. ``tunnels`` are this side's places at the relay's tunnel, one for each
-    connection, if it may use any; a transport is given one at a time, as ``tunnel``.
+    connection, if it may use any; a transport is given one at a time, as ``tunnel``. ``tunnel_refused`` says to the
+    destination, in a sentence for people, why it may not.
     """
 
     session_id: str
@@ -98,6 +99,7 @@ class PathGo(Record, frozen=True, kw_only=True):
     answer: PathAnswer | None = None
     tunnel: Candidate | None = None
     tunnels: list[Candidate] = []
+    tunnel_refused: str = ""
     observed: str = ""
     peer_observed: str = ""
 

@@ -37,6 +37,8 @@ OFFER_DELAY = 0.15
 # How long an offer waits for what the relay sees of the punching ports.
 GATHER_TIME, PATIENT_GATHER_TIME = 0.8, 3.0
 MAX_READY = 32
+# Characters of the relay's reason that are shown.
+MAX_REASON = 400
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +133,10 @@ class RunningRace:
             and "quic" in go.answer.transports
         ):
             transports.append("quic")
+        if go.tunnel_refused and self._wanted("tunnel"):
+            # Who has no other path must know it: an amount that is used up, a relay without a tunnel.
+            reason = "".join(c if c.isprintable() else " " for c in go.tunnel_refused[:MAX_REASON])
+            self._notes.append(reason.rstrip(". "))
         if self._udp_only:
             direct, targets = [], []
         elif not targets:

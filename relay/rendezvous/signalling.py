@@ -49,10 +49,8 @@ class Links(Protocol):
 class TunnelPlaces(Protocol):
     """Gives a session its two places at the relay's tunnel (see `relay.rendezvous`)."""
 
-    def places(
-        self, offer: PathOffer, destination: str, source: str, owner_id: str
-    ) -> tuple[Candidate, Candidate] | None:
-        """For the destination and for the source; None where this session may not have any."""
+    def places(self, offer: PathOffer, destination: str, source: str, owner_id: str) -> tuple[Candidate, Candidate]:
+        """For the destination and for the source. Raises `TowpathError` where this session may not have any now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,13 +151,14 @@ class Signalling:
     ) -> None:
         seen = self._links.address(source), self._links.address(destination)
         waits = start_times(self._links.round_trip(destination), self._links.round_trip(source))
-        places = self._places(offer, answer, destination, source, owner_id)
+        places, refused = self._places(offer, answer, destination, source, owner_id)
         go = PathGo(session_id=offer.session_id, generation=offer.generation, start_in=0.0)
         for_destination = msgspec.structs.replace(
             go,
             start_in=waits[0],
             answer=answer,
             tunnels=[row[0] for row in places],
+            tunnel_refused=refused,
             observed=seen[1],
             peer_observed=seen[0],
         )
@@ -176,16 +175,18 @@ class Signalling:
 
     def _places(
         self, offer: PathOffer, answer: PathAnswer, destination: str, source: str, owner_id: str
-    ) -> list[tuple[Candidate, Candidate]]:
-        """Places at the tunnel for as many connections as are wanted, where both sides want them."""
+    ) -> tuple[list[tuple[Candidate, Candidate]], str]:
+        """Places at the tunnel for as many connections as are wanted, where both sides want them, and why there are no
+        more."""
         if self._tunnel is None or "tunnel" not in offer.transports or "tunnel" not in answer.transports:
-            return []
-        found = []
+            return [], ""
+        found: list[tuple[Candidate, Candidate]] = []
         for _ in range(min(offer.count, MAX_SLOTS)):
-            places = self._tunnel.places(offer, destination, source, owner_id)
-            if places is not None:
-                found.append(places)
-        return found
+            try:
+                found.append(self._tunnel.places(offer, destination, source, owner_id))
+            except TowpathError as error:
+                return found, error.sentence
+        return found, ""
 
     async def _send(self, node_id: str, path: str, go: PathGo) -> None:
         try:

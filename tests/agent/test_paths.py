@@ -12,12 +12,13 @@ import pytest
 import trio
 
 from agent.connect import finder as finder_module
+from agent.connect import race as race_module
 from agent.connect.finder import PathFinder
 from agent.connect.introductions import Introductions
 from agent.connect.listener import DataPort, bind
 from agent.connect.network import DialAllowance, Network
 from agent.connect.running_race import Subject
-from agent.connect.transport import Path
+from agent.connect.transport import Path, Wish
 from protocol.candidates import Candidate, PathGo, PathOffer
 from protocol.control import SessionAnswer, encode
 from protocol.errors import ProtocolError, RetryLater, TowpathError
@@ -199,6 +200,39 @@ async def test_without_any_way_the_reason_is_told() -> None:
             with pytest.raises(RetryLater, match="may not go through the relay") as caught:
                 await made.finder.connect()
     assert "refused" in caught.value.sentence
+
+
+async def test_why_the_relay_gives_no_place_at_its_tunnel_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with world() as made:
+
+        async def none(**_options: Any) -> list[Candidate]:
+            await trio.lowlevel.checkpoint()
+            return []
+
+        class Tunnel:
+            async def offer(self, _wish: Wish) -> list[Candidate]:
+                return await none()
+
+        # Nothing can be dialled either way, and nobody punches.
+        monkeypatch.setattr(race_module, "RACE_TIME", 6.0)
+        for side in (made.source, made.destination):
+            side.network.host_candidates = none  # type: ignore[method-assign]
+        made.destination.network.transports.tunnel = Tunnel()  # type: ignore[assignment]
+        made.finder.take_answer(answer())
+
+        def refuse(offer: PathOffer) -> None:
+            made.offers.append(offer)
+            sentence = "You have moved 5 bytes through the relay's tunnel\x1b[31m today."
+            go = PathGo(session_id=SESSION, generation=offer.generation, start_in=0.0, tunnel_refused=sentence)
+            trio.lowlevel.spawn_system_task(later, go)
+
+        async def later(go: PathGo) -> None:
+            await trio.sleep(0.01)
+            made.finder.take_go(go)
+
+        made.finder._send_offer = refuse
+        with pytest.raises(RetryLater, match=r"moved 5 bytes through the relay's tunnel .\[31m today"):
+            await made.finder.connect()
 
 
 async def test_an_old_generation_is_refused_and_an_old_go_ignored() -> None:

@@ -58,12 +58,13 @@ class Links:
 
 
 class Places:
-    def __init__(self) -> None:
+    def __init__(self, most: int = 100) -> None:
         self.given = 0
+        self.most = most
 
-    def places(
-        self, offer: PathOffer, destination: str, source: str, owner_id: str
-    ) -> tuple[Candidate, Candidate] | None:
+    def places(self, offer: PathOffer, destination: str, source: str, owner_id: str) -> tuple[Candidate, Candidate]:
+        if self.given == self.most:
+            raise RetryLater("You have moved 5 bytes through the relay's tunnel today.")
         self.given += 1
         place = Candidate(kind="relay-tunnel", host="relay", port=443)
         return tuple(msgspec.structs.replace(place, token=f"{side}{self.given}") for side in ("d", "s"))  # type: ignore[return-value]
@@ -100,6 +101,16 @@ async def test_each_connection_gets_a_place_at_the_tunnel_of_its_own() -> None:
     await Signalling(links, places).introduce(OFFER, "destination", "source")
     assert [row.token for row in links.go_of("destination").tunnels] == ["d1", "d2"]
     assert [row.token for row in links.go_of("source").tunnels] == ["s1", "s2"]
+
+
+@pytest.mark.parametrize("most", [0, 1])
+async def test_the_destination_is_told_why_there_are_no_more_places(most: int) -> None:
+    links = Links()
+    await Signalling(links, Places(most)).introduce(OFFER, "destination", "source")
+    assert len(links.go_of("destination").tunnels) == len(links.go_of("source").tunnels) == most
+    assert links.go_of("destination").tunnel_refused == "You have moved 5 bytes through the relay's tunnel today."
+    # Whose amount is used up is no business of the source's.
+    assert links.go_of("source").tunnel_refused == ""
 
 
 @pytest.mark.parametrize("side", ["offer", "answer"])

@@ -134,16 +134,14 @@ class TunnelService:
 
     # --- offers ----------------------------------------------------------------------------------------------
 
-    def places(
-        self, offer: PathOffer, destination: str, source: str, owner_id: str
-    ) -> tuple[Candidate, Candidate] | None:
-        """Places for the destination and the source of a session, None when there are none for it now."""
+    def places(self, offer: PathOffer, destination: str, source: str, owner_id: str) -> tuple[Candidate, Candidate]:
+        """Places for the destination and the source of a session. Raises as `issue` does."""
         try:
             for_source, for_destination = self.issue(offer.session_id, owner_id)
         except TowpathError as error:
             self._denied += 1
             _logger.info("No tunnel for session %s: %s", offer.session_id, error.sentence)
-            return None
+            raise
         return self._place(for_destination), self._place(for_source)
 
     def _place(self, token: str) -> Candidate:
