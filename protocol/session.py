@@ -373,10 +373,14 @@ def path_untrusted(raw: bytes) -> CollectionPath:
         raise ProtocolError("A path of the peer is too long.")
     if not raw:
         return ()
-    path = tuple(check_component_untrusted(component) for component in raw.split(b"/"))
-    if any(is_reserved(component) for component in path):
+    return tuple(map(name_untrusted, raw.split(b"/")))
+
+
+def name_untrusted(raw: bytes) -> bytes:
+    """One component of a path from a peer. Raises only `ProtocolError`."""
+    if is_reserved(check_component_untrusted(raw)):
         raise ProtocolError("A temporary was asked for.", code="ILLEGAL_NAME")
-    return path
+    return raw
 
 
 def check_readings_untrusted(readings: LaneReadings) -> None:

@@ -144,7 +144,8 @@ def component(name: bytes) -> bytes:
 
     The last line of defence behind `protocol.names.check_component_untrusted`.
     """
-    if b"/" in name or b"\0" in name or name in (b"", b".", b".."):
+    # Called for every operation on every file.
+    if b"/" in name or b"\0" in name or not name or name == b"." or name == b"..":
         raise IllegalName
     return name
 
@@ -400,3 +401,39 @@ class Root(ABC):
     def close_file(self, fd: int) -> None:
         """`os.close`; a delayed write error (NFS, quota) may surface here."""
         os.close(fd)
+
+    # --- small files whole: the same calls one after the other, in one step ----------------------------------
+
+    def read_whole(
+        self, directory: Directory, name: bytes, into: memoryview, *, follow: bool = False
+    ) -> tuple[int, os.stat_result]:
+        """Fill ``into`` from the beginning of a regular file: how many bytes there were, and its status after the
+        last was read. Raises what `Directory.open_read` does."""
+        fd, _ = directory.open_read_status(name, follow=follow)
+        try:
+            done = 0
+            while done < len(into):
+                count = self.preadv(fd, [into[done:]], done)
+                if not count:
+                    break
+                done += count
+            return done, self.fstat(fd)
+        finally:
+            self.close_file(fd)
+
+    def write_whole(
+        self, directory: Directory, name: bytes, mode: int, content: memoryview, mtime_ns: int | None
+    ) -> int:
+        """Make a temporary with a mode, a content and a modification time (None: now). Its descriptor, which is the
+        caller's; after an error there is none, but the temporary may be there."""
+        fd = directory.create_temporary(name, mode)
+        try:
+            written = 0
+            while written < len(content):
+                written += self.pwrite(fd, content[written:], written)
+            if mtime_ns is not None:
+                self.futimes(fd, mtime_ns)
+        except BaseException:
+            self.close_file(fd)
+            raise
+        return fd

@@ -45,10 +45,18 @@ def opening(error: OSError) -> OSError:
 def regular(fd: int) -> os.stat_result:
     """The status of an open file if it is regular; otherwise it is closed and the reason raised."""
     status = os.fstat(fd)
-    if stat_bits.S_ISREG(status.st_mode):
-        return status
-    os.close(fd)
-    raise os_error(errno.EISDIR) if stat_bits.S_ISDIR(status.st_mode) else NotRegularFile()
+    try:
+        check_regular(status)
+    except OSError:
+        os.close(fd)
+        raise
+    return status
+
+
+def check_regular(status: os.stat_result) -> None:
+    """Raises EISDIR for a folder, `NotRegularFile` for what is neither that nor a regular file."""
+    if not stat_bits.S_ISREG(status.st_mode):
+        raise os_error(errno.EISDIR) if stat_bits.S_ISDIR(status.st_mode) else NotRegularFile()
 
 
 def set_times(fd: int, name: bytes, mtime_ns: int) -> None:

@@ -8,6 +8,7 @@ import copy
 import errno
 import os
 import stat as stat_bits
+import time
 from collections.abc import Iterator
 
 from agent.storage import folding, handles, libc, mounts
@@ -20,6 +21,7 @@ from agent.storage.base import (
     NotRegularFile,
     Reach,
     Root,
+    checked_time,
     component,
     node_from_stat,
 )
@@ -140,6 +142,46 @@ class PosixRoot(Root):
     def fsync(self, fd: int) -> None:
         handles.sync_handle(fd)
 
+    def read_whole(
+        self, directory: Directory, name: bytes, into: memoryview, *, follow: bool = False
+    ) -> tuple[int, os.stat_result]:
+        if not isinstance(directory, PosixDirectory):
+            return super().read_whole(directory, name, into, follow=follow)
+        fd = directory.open_anything(name, follow=follow)
+        try:
+            done, size = 0, len(into)
+            while done < size:
+                count = os.preadv(fd, (into[done:],), done)
+                if not count:
+                    break
+                done += count
+            status = os.fstat(fd)
+        except OSError:
+            # A folder or a pipe refuses to be read; what it is comes first.
+            handles.check_regular(os.fstat(fd))
+            raise
+        finally:
+            os.close(fd)
+        handles.check_regular(status)
+        return done, status
+
+    def write_whole(
+        self, directory: Directory, name: bytes, mode: int, content: memoryview, mtime_ns: int | None
+    ) -> int:
+        if not isinstance(directory, PosixDirectory):
+            return super().write_whole(directory, name, mode, content, mtime_ns)
+        fd = directory.create_temporary(name, mode)
+        try:
+            written, size = 0, len(content)
+            while written < size:
+                written += os.pwrite(fd, content[written:] if written else content, written)
+            if mtime_ns is not None:
+                os.utime(fd, ns=(time.time_ns(), checked_time(mtime_ns)))
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
     def close(self) -> None:
         fd, self._fd = self._fd, -1
         if fd >= 0:
@@ -217,17 +259,22 @@ class PosixDirectory(Directory):
         return self.open_read_status(name, follow=follow)[0]
 
     def open_read_status(self, name: bytes, *, follow: bool = False) -> tuple[int, os.stat_result]:
+        fd = self.open_anything(name, follow=follow)
+        return fd, handles.regular(fd)
+
+    def open_anything(self, name: bytes, *, follow: bool) -> int:
+        """`open_read` of what may be no regular file: the caller looks before anything of it counts. Reading at an
+        offset takes nothing out of pipes and terminals: they refuse it."""
         try:
-            fd = os.open(component(name), handles.READ, dir_fd=self._fd)
+            return os.open(component(name), handles.READ, dir_fd=self._fd)
         except OSError as error:
             if not follow or error.errno not in handles.LINK:
                 raise handles.opening(error) from error
             with self._follow(name) as (folder, last):
                 try:
-                    fd = os.open(last or b".", handles.READ, dir_fd=folder)
+                    return os.open(last or b".", handles.READ, dir_fd=folder)
                 except OSError as inner:
                     raise handles.opening(inner) from inner
-        return fd, handles.regular(fd)
 
     def open_directory(self, name: bytes, *, follow: bool = False) -> PosixDirectory:
         try:

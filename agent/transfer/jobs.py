@@ -193,8 +193,8 @@ Request = PackRequest | RangeRequest
 
 @dataclass(slots=True, eq=False)
 class PackArrived:
-    """To the settler: small files have arrived, each of which matches its digest. ``contents`` are views of one
-    buffer that belongs to the settler from now on."""
+    """To the settler: small files have arrived, each of which matches its digest. ``contents`` are views of a buffer
+    of the lane that delivers them."""
 
     jobs: list[FileJob]
     contents: list[memoryview]
@@ -263,4 +263,4 @@ class GroupListed:
     group: Group
 
 
-ToSettle = PackArrived | BlocksWritten | Abandoned | BlocksChecked | FileSealed | LinkWanted | Outcome | GroupListed
+ToSettle = BlocksWritten | Abandoned | BlocksChecked | FileSealed | LinkWanted | Outcome | GroupListed

@@ -1,14 +1,15 @@
 """The receiving end of one lane: a thread that takes frames, checks their digests and writes blocks of large files.
 
-Nothing is written that does not match its digest; what does not is asked for again, alone. Small files go whole packs
-at a time to the settler, which is the one thread that writes them. The lane's thread never touches the journal; to the
-fetcher it says which requests are through.
+Nothing is written that does not match its digest; what does not is asked for again, alone. Small files are delivered
+whole packs at a time to the settler, which writes them in this thread, one lane at a time. To the fetcher the thread
+says which requests are through.
 """
 
 from __future__ import annotations
 
 import queue
 import ssl
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from agent.limits.pace import Pace
@@ -59,6 +60,7 @@ class LaneReceiver:
         root: Root,
         requests: dict[int, Request],
         settle: queue.SimpleQueue[Any],
+        deliver: Callable[[PackArrived], None],
         reports: Reports,
         pace: Pace,
     ) -> None:
@@ -67,6 +69,7 @@ class LaneReceiver:
         self._root = root
         self._requests = requests
         self._settle = settle
+        self._deliver = deliver
         self._reports = reports
         self._pace = pace
         self.meter = LaneMeter(sock)
@@ -137,13 +140,9 @@ class LaneReceiver:
         raw = self._header[:header_length]
         self._read_exactly(raw)
         header = lane.header_untrusted(raw)
-        if isinstance(header, lane.Pack):
-            # It goes to another thread as it is, so it gets memory of its own.
-            payload = memoryview(bytearray(payload_length))
-        else:
-            if payload_length > len(self._buffer):
-                self._buffer = memoryview(bytearray(payload_length))
-            payload = self._buffer[:payload_length]
+        if payload_length > len(self._buffer):
+            self._buffer = memoryview(bytearray(payload_length))
+        payload = self._buffer[:payload_length]
         self._read_content(payload)
         return header, payload
 
@@ -210,16 +209,17 @@ class LaneReceiver:
             self._reports.request_done(self.number, header.r)
             return
         self._now(Doing.DIGEST)
-        arrived = PackArrived([], [], [])
+        jobs, contents, digests = [], [], []
+        wanted, seen, owners, r = request.jobs, request.seen, request.owners, request.r
         offset = 0
         for packed in header.files:
             index, size = packed.index, packed.size
-            if not 0 <= index < len(request.jobs) or index in request.seen:
+            if not 0 <= index < len(wanted) or index in seen:
                 raise ProtocolError("The source sent a file that was not asked for.")
-            job = request.jobs[index]
-            request.seen.add(index)
+            job = wanted[index]
+            seen.add(index)
             # Another lane may have been faster.
-            first = request.owners.setdefault(index, request.r) == request.r
+            first = owners.setdefault(index, r) == r
             if packed.error is not None and not first:
                 continue
             if packed.error is not None:
@@ -234,12 +234,13 @@ class LaneReceiver:
             if lane.digest(content) != packed.digest:
                 self._reports.job_failed(job, damaged(job.source_path))
                 continue
-            arrived.jobs.append(job)
-            arrived.contents.append(content)
-            arrived.digests.append(packed.digest)
+            jobs.append(job)
+            contents.append(content)
+            digests.append(packed.digest)
         if offset != len(payload):
             raise ProtocolError("The source sent more than it announced.")
-        self._settle.put(arrived)
+        self._now(Doing.STORAGE)
+        self._deliver(PackArrived(jobs, contents, digests))
         if header.last:
             if len(request.seen) != len(request.jobs):
                 raise ProtocolError("The source left files out of a pack.")

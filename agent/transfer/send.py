@@ -1,7 +1,7 @@
 """The sending end of one lane: a thread that reads what was asked for, digests it and sends it.
 
-Every block and file is read between two looks at the file's version, so content that changes meanwhile is noticed and
-never sent as if it were what was listed.
+The file's version is looked at after the last byte of every block and small file was read, so content that changed
+since it was listed is noticed and never sent as if it were what was listed.
 """
 
 from __future__ import annotations
@@ -159,7 +159,6 @@ class LaneSender:
 
     def _read_block(self, path: CollectionPath, request: ReadRange, block: memoryview, offset: int) -> None:
         descriptor = self._open(path, request.version, follow=request.follow)
-        self._check(descriptor, request.version, path)
         if self._read_file(descriptor, block, offset) != len(block):
             raise _changed(path)
         self._check(descriptor, request.version, path)
@@ -211,16 +210,12 @@ class LaneSender:
     # --- files -----------------------------------------------------------------------------------------
 
     def _whole_file(self, path: CollectionPath, version: Version, content: memoryview, *, follow: bool) -> None:
-        descriptor, status = self._directory(path[:-1]).open_read_status(path[-1], follow=follow)
-        try:
-            if version_of(status) != tuple(version):
-                raise _changed(path)
-            _let_rest(version)
-            if content and self._read_file(descriptor, content, 0) != len(content):
-                raise _changed(path)
-            self._check(descriptor, version, path)
-        finally:
-            self._root.close_file(descriptor)
+        # The version holds the time of the last change, which is at rest: one look after the last byte covers
+        # everything since it was listed.
+        _let_rest(version)
+        read, status = self._root.read_whole(self._directory(path[:-1]), path[-1], content, follow=follow)
+        if read != len(content) or version_of(status) != version:
+            raise _changed(path)
 
     def _directory(self, path: CollectionPath) -> Directory:
         if self._parent is None or self._parent[0] != path:

@@ -385,13 +385,25 @@ class Control:
         if not 0 < len(request.files) <= session.MAX_PACK_FILES:
             raise ProtocolError("A pack of an impossible number of files was asked for.")
         directory = session.path_untrusted(request.directory)
-        paths = tuple(directory + session.path_untrusted(file.name) for file in request.files)
         now = time.time()
-        if not all(paths):
-            raise ProtocolError("The root of a collection is no file.")
-        for path in paths:
-            self._side.policy.check(path, now)
-        return LaneRequest(request, (), paths, abandoned=self._abandoned)
+        paths: list[CollectionPath] = []
+        # Files of one folder mostly come one after the other: what they have in common is checked once.
+        last: bytes | None = None
+        folder: CollectionPath = ()
+        covered = False
+        for file in request.files:
+            above, slash, name = file.name.rpartition(b"/")
+            if slash and not above:
+                raise ProtocolError("A path of the peer begins with a slash.", code="ILLEGAL_NAME")
+            if above != last:
+                last, folder = above, directory + session.path_untrusted(above)
+                covered = self._side.policy.covers(folder)
+            path = (*folder, session.name_untrusted(name))
+            if not covered:
+                self._side.policy.check(path, now)
+            paths.append(path)
+        self._side.policy.check(folder if covered else paths[-1], now)
+        return LaneRequest(request, (), tuple(paths), abandoned=self._abandoned)
 
 
 def readings_of(r: int, meters: Mapping[int, LaneMeter]) -> session.LaneReadings:

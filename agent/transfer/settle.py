@@ -1,6 +1,9 @@
-"""Settling: the one thread that writes small files and turns temporaries into final names, in the only safe order.
+"""Settling: small files are written, and temporaries turned into final names, in the only safe order.
 
 sync the temporaries → read them back (when asked to verify) → rename → sync the directories → manifest → journal.
+
+One thread at a time does it: the settler's own, or that of a lane which delivers a pack of small files. Several would
+hand the interpreter's lock to one another at every system call, and handing a pack over costs the same.
 
 Small files go through it in batches. While a batch is being synced in a side thread the next one is written, and one
 sync serves two batches: it makes the temporaries of one durable and the names of the one before. Large files are
@@ -12,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import queue
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -93,6 +97,11 @@ class _Batch:
 
 
 @dataclass(slots=True)
+class _Delivered:
+    """To the settler, from a lane: a pack was written, and nothing is being synced that would look at it."""
+
+
+@dataclass(slots=True)
 class _Closed:
     """To the settler, from the checker: the temporary of a file that is tried again is closed."""
 
@@ -106,7 +115,7 @@ class _Discarded:
     outcome: Outcome
 
 
-_Answer: TypeAlias = ToSettle | _Batch | _Discarded | _Closed
+_Answer: TypeAlias = ToSettle | _Batch | _Discarded | _Closed | _Delivered
 _Item: TypeAlias = _Answer | Broken
 
 
@@ -154,6 +163,12 @@ class Settler:
         self._written: list[Temporary] = []
         self._written_bytes = 0
         self._names = _Settled()
+        # Held by whoever works on all that follows: the settler's thread, or that of a lane.
+        self._turn = threading.Lock()
+        self._running = False
+        self._ended = False
+        # Packs that lanes have written.
+        self._deliveries = 0
         self._syncing = False
         # Being synced or read back.
         self._batches: list[list[Temporary]] = []
@@ -172,7 +187,13 @@ class Settler:
                 SideThread[_Answer]("check", self.queue) as checks,
             ):
                 self._syncs, self._check_thread = syncs, checks
-                self._loop()
+                with self._turn:
+                    self._running = True
+                try:
+                    self._loop()
+                finally:
+                    with self._turn:
+                        self._running, self._ended = False, True
         except OSError as error:
             raise fault(error, "destination", b"") from error
         finally:
@@ -181,22 +202,55 @@ class Settler:
                     # Only after an error: what is not settled is swept and transferred again.
                     self._small.close(item)
 
+    def deliver(self, pack: PackArrived) -> None:
+        """Write the small files of a pack, in the calling thread; what goes wrong with all of them ends `run`. After
+        the end nothing is written: it is transferred again."""
+        with self._turn:
+            if self._ended:
+                return
+            waiting = self._lingering
+            try:
+                self._written_bytes += self._small.write(pack, self._written)
+                if self._running:
+                    self._look()
+            except BaseException as error:
+                # It is the settler that ends by it, not the lane.
+                broken = Broken()
+                broken.__cause__ = error
+                self.queue.put(broken)
+                return
+            self._deliveries += 1
+            if self._lingering and not waiting:
+                # The settler begins to wait for more now.
+                self.queue.put(_Delivered())
+
     def _loop(self) -> None:
         stopping = False
-        while not stopping or self._busy:
-            lingering = not self._syncing and bool(self._written or self._names)
+        while True:
+            with self._turn:
+                # Decided under the lock: a lane may still be delivering.
+                if stopping and not self._busy:
+                    self._running, self._ended = False, True
+                    return
+                lingering, deliveries = self._lingering, self._deliveries
             try:
                 item = self.queue.get(timeout=0 if stopping and lingering else LINGER if lingering else None)
             except queue.Empty:
-                self._settle_now()
+                with self._turn:
+                    if stopping or self._deliveries == deliveries:
+                        self._settle_now()
                 continue
-            if item is None:
-                stopping = True
-            elif isinstance(item, PackArrived):
-                self._written_bytes += self._small.write(item, self._written)
-            else:
-                self._take(item)
-            self._look()
+            with self._turn:
+                if item is None:
+                    stopping = True
+                else:
+                    self._take(item)
+                self._look()
+
+    @property
+    def _lingering(self) -> bool:
+        """Something waits for more to come."""
+        return not self._syncing and bool(self._written or self._names)
 
     @property
     def _busy(self) -> bool:
@@ -250,6 +304,7 @@ class Settler:
                 self._names.touch(item.group)
         elif isinstance(item, Broken):
             raise item.__cause__ or item
+        # What a lane has delivered is looked at with everything else.
 
     # --- small files -----------------------------------------------------------------------------------
 

@@ -81,29 +81,20 @@ class SmallFiles:
         self._kept = 0
         self._keep = max(0, open_files() - _OTHER_DESCRIPTORS)
         self._buffer = memoryview(bytearray(MAX_BLOCK // 8))
+        self._in_memory = root.features.file_system in ("tmpfs", "ramfs")
 
     def write(self, pack: PackArrived, into: list[Temporary]) -> int:
         """Write every file of a pack to a temporary; those that could be written are added to ``into``. Their bytes."""
         size = 0
-        root = self._root
+        write_whole, temporary_name, mask = self._root.write_whole, self._temporary_name, self._mode_mask
         for job, content, digest in zip(pack.jobs, pack.contents, pack.digests, strict=True):
-            name = self._temporary_name()
-            handle = job.group.handle
+            name, row = temporary_name(), job.row
+            mtime_ns = row.mtime_ns if self._preserve_timestamp else None
             try:
-                descriptor = handle.create_temporary(name, job.row.mode & self._mode_mask | OWNER_ACCESS)
-                try:
-                    written = root.pwrite(descriptor, content, 0) if content else 0
-                    while written < len(content):
-                        written += root.pwrite(descriptor, content[written:], written)
-                    if self._preserve_timestamp:
-                        root.futimes(descriptor, job.row.mtime_ns)
-                    if self._kept >= self._keep:
-                        held, descriptor = descriptor, -1
-                        root.close_file(held)
-                except BaseException:
-                    if descriptor >= 0:
-                        root.close_file(descriptor)
-                    raise
+                descriptor = write_whole(job.group.handle, name, row.mode & mask | OWNER_ACCESS, content, mtime_ns)
+                if self._kept >= self._keep:
+                    held, descriptor = descriptor, -1
+                    self._root.close_file(held)
             except OSError as error:
                 self._remover.remove(job.group, name)
                 self._failed(job, fault(error, "destination", job.destination_path))
@@ -127,7 +118,8 @@ class SmallFiles:
     def read_back(self, items: list[Temporary]) -> list[Temporary]:
         """Those that read back as they were sent, past the page cache where the system allows; the others fail."""
         # All are dropped from the cache and asked for before the first is waited for, so that the disk sees a queue.
-        for step in (page_cache.forget, page_cache.want):
+        # What lives in memory alone has no other copy to read.
+        for step in () if self._in_memory else (page_cache.forget, page_cache.want):
             for item in items:
                 if item.descriptor >= 0 and item.job.row.size:
                     step(item.descriptor)

@@ -57,5 +57,9 @@ class SourcePolicy:
         """Whether this path may be read now. Raises `AccessDenied`, or `RetryLater` when the ticket has run out."""
         if now > self._expires + LEEWAY:
             raise RetryLater("The ticket of the session has run out; the relay renews it.", code="TICKET_EXPIRED")
-        if not any(is_within(path, prefix) for prefix in self._prefixes):
+        if not self.covers(path):
             raise AccessDenied("The ticket does not cover this path.", code="PERMISSION_DENIED", who="you")
+
+    def covers(self, path: CollectionPath) -> bool:
+        """Whether the ticket covers this path, and so everything below it."""
+        return any(is_within(path, prefix) for prefix in self._prefixes)
