@@ -25,6 +25,14 @@ LISTERS = 16
 COMPARISONS_AT_ONCE = 2
 
 
+class _NotOpened(Exception):
+    """The destination directory cannot be opened or made."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__(error)
+        self.error = error
+
+
 class DirectoryWalk:
     """Lists every directory the journal knows of, until none waits."""
 
@@ -58,34 +66,56 @@ class DirectoryWalk:
             sweep=run.resumed,
             patience=context.patience,
         )
-        try:
-            group = await trio.to_thread.run_sync(planner.open)
-        except OSError as error:
-            await self._not_opened(row, fault(error, "destination", row.destination))
-            return
-        run.opened(group)
         follow = run.options.recursive_symlinks == "copy"
         try:
             async with aclosing(run.session.list_directory(row.source, follow=follow)) as batches:
                 gathered: list[Row] = []
                 async for rows in batches:
-                    if planner.folds:
+                    planned = None if planner.folds else await self._take_rows(planner, rows)
+                    if planned is None:
                         gathered += rows
                     else:
-                        await self._plan(planner, rows, listing)
+                        await self._planned(planned, listing)
                 if gathered:
-                    await self._plan(planner, gathered, listing)
+                    await self._planned(await trio.to_thread.run_sync(planner.plan, gathered), listing)
+        except _NotOpened as problem:
+            await self._not_opened(row, fault(problem.error, "destination", row.destination))
+            return
         except TowpathError as error:
             if isinstance(error, RetryLater | NeedsPerson | TaskFailed):
                 raise
-            self._failed(group, row, error)
-        else:
-            if run.options.delete_destination_extra:
-                await self._note_extra(group, row, planner)
-        run.settle.put(GroupListed(group))
+            await self._not_listed(planner, row, error)
+            return
+        if run.options.delete_destination_extra:
+            await self._note_extra(planner.group, row, planner)
+        run.settle.put(GroupListed(planner.group))
 
-    async def _plan(self, planner: DirectoryPlanner, rows: list[Row], listing: Listing) -> None:
-        planned = await trio.to_thread.run_sync(planner.plan, rows)
+    async def _take_rows(self, planner: DirectoryPlanner, rows: list[Row]) -> Planned | None:
+        """Plan some rows; None when they are to be planned with all others. The directory here is opened in the hop
+        that plans the first of them, since each hop to a thread costs as much as planning some dozens of files."""
+        opened = planner.opened
+        try:
+            return await trio.to_thread.run_sync(planner.take, rows)
+        except OSError as error:
+            if planner.opened:
+                raise
+            raise _NotOpened(error) from error
+        finally:
+            if planner.opened and not opened:
+                self._run.opened(planner.group)
+
+    async def _not_listed(self, planner: DirectoryPlanner, row: DirectoryRow, error: TowpathError) -> None:
+        """The source's directory cannot be listed to its end; the one here is there all the same."""
+        if not planner.opened:
+            try:
+                await self._take_rows(planner, [])
+            except _NotOpened as problem:
+                await self._not_opened(row, fault(problem.error, "destination", row.destination))
+                return
+        self._failed(planner.group, row, error)
+        self._run.settle.put(GroupListed(planner.group))
+
+    async def _planned(self, planned: Planned, listing: Listing) -> None:
         if planned.directories:
             listing.added()
         await self._hand_out(planned)

@@ -75,6 +75,7 @@ class DirectoryPlanner:
         self.folds = False
         self._patience = patience
         self.group: Group
+        self.opened = False
 
     def open(self) -> Group:
         """Open (or make) the destination directory. Raises OSError."""
@@ -93,7 +94,15 @@ class DirectoryPlanner:
         except BaseException:
             handle.close()
             raise
+        self.opened = True
         return self.group
+
+    def take(self, rows: list[Row]) -> Planned | None:
+        """`open`, at the first call, and `plan`; None when all rows must come to `plan` at once (see ``folds``).
+        ``opened`` says how far it came when it raises."""
+        if not self.opened:
+            self.open()
+        return None if self.folds else self.plan(rows)
 
     def plan(self, rows: list[Row]) -> Planned:
         """Decide about some rows. Folders are made here, everything else is left to others. Raises OSError."""

@@ -247,16 +247,14 @@ class Control:
             self._listings.pop(request.r, None)
 
     async def _send_rows(self, request: session.ListDirectory, path: CollectionPath, credit: trio.Semaphore) -> None:
-        handle = await trio.to_thread.run_sync(self._side.root.open_directory, path)
-        with handle:
-            rows = _rows(handle, follow=request.follow)
-            while True:
+        # A hop to another thread for each message and none besides: opening, reading, encoding, closing.
+        listing = _Listing(self._side.root, path, request)
+        try:
+            while not listing.ended:
                 await credit.acquire()
-                batch = await trio.to_thread.run_sync(lambda: list(islice(rows, session.ROWS_IN_MESSAGE)))
-                last = len(batch) < session.ROWS_IN_MESSAGE
-                await self._answer(session.Rows(request.r, batch, last))
-                if last:
-                    return
+                await self._send_out.send(await trio.to_thread.run_sync(listing.message))
+        finally:
+            listing.close()
 
     async def _stat(self, request: session.StatPaths) -> None:
         if len(request.paths) > 1000:
@@ -422,6 +420,34 @@ def readings_of(r: int, meters: Mapping[int, LaneMeter]) -> session.LaneReadings
             )
         lanes.append(reading)
     return session.LaneReadings(r, time.monotonic(), time.process_time(), lanes)
+
+
+class _Listing:
+    """One directory on its way to a destination, a message at a time."""
+
+    def __init__(self, root: Root, path: CollectionPath, request: session.ListDirectory) -> None:
+        self._root = root
+        self._path = path
+        self._request = request
+        self._handle: Directory | None = None
+        self._rows: Iterator[session.Row] = iter(())
+        self.ended = False
+
+    def message(self) -> bytes:
+        """The next rows, encoded. Blocks; raises OSError."""
+        if self._handle is None:
+            self._handle = self._root.open_directory(self._path)
+            self._rows = _rows(self._handle, follow=self._request.follow)
+        batch = list(islice(self._rows, session.ROWS_IN_MESSAGE))
+        self.ended = len(batch) < session.ROWS_IN_MESSAGE
+        if self.ended:
+            self.close()
+        return session.encode(session.Rows(self._request.r, batch, self.ended))
+
+    def close(self) -> None:
+        """Safe to call twice."""
+        if self._handle is not None:
+            self._handle.close()
 
 
 def _rows(handle: Directory, *, follow: bool) -> Iterator[session.Row]:
