@@ -87,7 +87,15 @@ class Engine:
                     answer = await self.source.service.put_session(self._sessions[line.task_id])
                     await self.destination.service.put_session_answer(line.task_id, answer)
 
-    async def transfer(self, source: str, destination: str, *, recursive: bool, sync_level: int | None = None) -> str:
+    async def transfer(
+        self,
+        source: str,
+        destination: str,
+        *,
+        recursive: bool,
+        sync_level: int | None = None,
+        verify_checksum: bool = True,
+    ) -> str:
         """Submit; the task's id."""
         task, session, now = str(uuid.uuid4()), str(uuid.uuid4()), time.time()
         ticket = self._signer.sign(
@@ -118,7 +126,7 @@ class Engine:
                 destination=self.destination.party,
                 source=self.source.party,
                 owner_id="benchmark",
-                options=TaskOptions(verify_checksum=True, preserve_timestamp=True, sync_level=sync_level),
+                options=TaskOptions(verify_checksum=verify_checksum, preserve_timestamp=True, sync_level=sync_level),
                 items=[TaskItem(source_path=source, destination_path=destination, recursive=recursive)],
             )
         )
@@ -131,6 +139,10 @@ class Engine:
         if observed.state != "SUCCEEDED":
             raise RuntimeError(f"the task ended as {observed.state}: {observed.status_sentence}")
         return observed
+
+    async def rest(self) -> None:
+        """Until spare workers wait at both ends: the state an agent is in when nothing runs."""
+        await trio.sleep(3.5)
 
 
 @asynccontextmanager
@@ -151,7 +163,6 @@ async def engine(
         await nursery.start(made.source.service.run)
         await nursery.start(made.destination.service.run)
         nursery.start_soon(made.answer)
-        # Until the spare workers wait: that is the state an agent is in when nothing runs.
-        await trio.sleep(3.5)
+        await made.rest()
         yield made
         nursery.cancel_scope.cancel()

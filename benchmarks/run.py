@@ -1,17 +1,19 @@
 """Measures Towpath beside the programs people would use instead, in one run on one machine.
 
-    python benchmarks/run.py G1 [G1d G2 G2d G3 G4 G6 G7 G8] [--runs 3] [--json FILE] [--chart FILE.svg]
+    python benchmarks/run.py G1 [G1d G2 G2d G3 G3m G4 G6 G7 G8] [--runs 3] [--json FILE]
+    python benchmarks/report.py FILE --markdown docs/benchmarks.md --chart docs/benchmarks.svg
 
-G1   one large file in memory (tmpfs)          G4   a tree of small files again, nothing changed
+G1   one large file in memory (tmpfs)          G4   a tree of small files again, nothing changed, in memory
 G1d  the same, durable on disk                 G6   memory of all processes of an end, by number of files
 G2   20,000 files of 4 KiB in memory           G7   from submit to the first byte under its name
 G2d  the same, durable on disk                 G8   listing a folder through the relay while a transfer runs
-G3   100 files of 10 MiB; a Python installation, both durable
+G3   100 files of 10 MiB, durable              G3m  a real tree (Python's standard library), durable
 
-Ours is always encrypted, digested at both ends and read back. On disk every peer's command is followed by a sync, so
-that both sides of a ratio are durable. Before each run the source is read once, and as much as will be written is
-written and removed, so that neither side pays for cold pages; every run writes to a new place and nothing is removed
-before the end. Peers that are not installed are left out (`install-peers.sh`).
+Ours is always encrypted and digested at both ends, and read back from the destination's storage but for G1, which has a
+row for either. On disk every peer's command is followed by a sync, so that both sides of a ratio are durable. Before
+each run the source is read once, and as much as will be written is written and removed, so that neither side pays for
+cold pages. Every run writes to a new place; trees stay until the end, single files are removed after each run. Peers
+that are not installed are left out (`install-peers.sh`). ``--json`` adds to what the file holds of other goals.
 
 G5, long and lossy paths: `wan.py`, which makes network namespaces and needs root.
 """
@@ -21,6 +23,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import queue
 import resource
 import shutil
 import statistics
@@ -28,15 +31,17 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import trio
 from ours import Engine, engine
 from peers import Peer, peers
-from report import Goal, Row, chart, table, to_json
+from report import DISK, GOALS, LANE, Measure, Result, Row, store, table
 
 MIB = 1024 * 1024
 NAME = "Towpath"
@@ -134,17 +139,27 @@ async def timed(row: Row, work: Callable[[], Awaitable[None]]) -> None:
 
 
 async def ours_once(
-    made: Engine, place: Place, row: Row, name: str, *, to: Path | None = None, sync: int | None = None
+    made: Engine,
+    place: Place,
+    row: Row,
+    name: str,
+    *,
+    to: Path | None = None,
+    sync: int | None = None,
+    read_back: bool = True,
 ) -> Path:
     place.warm(name)
     target = to or place.fresh()
     recursive = (place.source / name).is_dir()
 
     async def work() -> None:
-        task = await made.transfer(f"/{name}", f"/{target.name}", recursive=recursive, sync_level=sync)
+        task = await made.transfer(
+            f"/{name}", f"/{target.name}", recursive=recursive, sync_level=sync, verify_checksum=read_back
+        )
         await made.wait(task)
 
     await timed(row, work)
+    await made.rest()
     return target
 
 
@@ -171,37 +186,106 @@ async def peer_once(peer: Peer, place: Place, row: Row, name: str, *, to: Path |
     return target
 
 
-async def compare(
-    key: str, place: Place, name: str, amount: float, unit: str, runs: int, *, lane: bool = False, again: bool = False
-) -> list[Row]:
+@dataclass(frozen=True)
+class Work:
+    """One piece of work. ``lane``: beside the bare lane; ``disk``: and what the disk alone can do. ``again``: into a
+    tree that is there already. ``read_back`` None: ours once without and once with it."""
+
+    key: str
+    name: str
+    amount: float
+    unit: str
+    peers: tuple[str, ...]
+    lane: bool = False
+    disk: bool = False
+    again: bool = False
+    read_back: bool | None = True
+
+
+async def compare(work: Work, place: Place, runs: int) -> list[Row]:
     """Ours and every peer at one piece of work, taking turns."""
-    rows = {NAME: Row(key, NAME, "TLS 1.3", amount, unit)}
+    key, name = work.key, work.name
+    rows: dict[str, Row] = {}
+    one_file = not (place.source / name).is_dir()
+
+    def row_of(title: str, wire: str) -> Row:
+        return rows.setdefault(title, Row(key, title, wire, work.amount, work.unit))
+
+    def done_with(target: Path | None) -> None:
+        # Memory and disk would not hold all copies of a large file.
+        if one_file and target is not None:
+            target.unlink(missing_ok=True)
+            place.settle()
+
     with peers(place.directory / "peers", place.source) as found:
         async with engine(place.directory / "agents", place.source, place.destination) as made:
             copies: dict[str, Path] = {}
             for _ in range(runs):
-                if again and NAME not in copies:
-                    copies[NAME] = await ours_once(made, place, Row("", "", "", 1, ""), name)
-                await ours_once(made, place, rows[NAME], name, to=copies.get(NAME), sync=2 if again else None)
-                if lane:
-                    row = rows.setdefault("bare lane", Row(key, "bare lane", "TLS 1.3", amount, unit))
+                for title, read_back in _variants(work.read_back):
+                    if work.again and title not in copies:
+                        copies[title] = await ours_once(made, place, Row("", "", "", 1, ""), name)
+                    sync = 2 if work.again else None
+                    row = row_of(title, "TLS 1.3")
+                    done_with(
+                        await ours_once(made, place, row, name, to=copies.get(title), sync=sync, read_back=read_back)
+                    )
+                for title, command in _references(work):
                     place.warm(name)
-                    result = await trio.to_thread.run_sync(_reference, place.source / name, place.fresh())
-                    place.settle()
+                    target = place.fresh()
+                    result = await trio.to_thread.run_sync(command, place.source / name, target)
+                    row = row_of(title, "TLS 1.3" if title == LANE else "local")
                     row.seconds.append(result["seconds"])
                     row.cpu.append(result["cpu"])
+                    done_with(target)
                 for peer in found:
-                    if again and not peer.name.startswith("rsync"):
+                    if peer.name not in work.peers:
                         continue
-                    if again and peer.name not in copies:
+                    if work.again and peer.name not in copies:
                         first = await peer_once(peer, place, Row("", "", "", 1, ""), name)
                         if first is None:
                             continue
                         copies[peer.name] = first
-                    row = rows.get(peer.name) or Row(key, peer.name, peer.wire, amount, unit)
-                    if await peer_once(peer, place, row, name, to=copies.get(peer.name)) is not None:
-                        rows[peer.name] = row
+                    row = row_of(peer.name, peer.wire)
+                    done_with(await peer_once(peer, place, row, name, to=copies.get(peer.name)))
     return [row for row in rows.values() if row.seconds]
+
+
+def _variants(read_back: bool | None) -> list[tuple[str, bool]]:
+    if read_back is None:
+        return [(NAME, False), (f"{NAME}, read back", True)]
+    return [(NAME, read_back)]
+
+
+def _references(work: Work) -> list[tuple[str, Callable[[Path, Path], dict[str, float]]]]:
+    return [*([(LANE, _reference)] if work.lane else []), *([(DISK, disk_alone)] if work.disk else [])]
+
+
+def disk_alone(source: Path, destination: Path) -> dict[str, float]:
+    """The disk's own durable write-and-read-back: a copy in blocks, synced, dropped from the cache and read, where
+    every 16 MiB are read while the next are written."""
+    used, started = time.process_time(), time.monotonic()
+    buffer, check = memoryview(bytearray(16 * MIB)), memoryview(bytearray(16 * MIB))
+    written: queue.SimpleQueue[tuple[int, int] | None] = queue.SimpleQueue()
+    target = os.open(destination, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+
+    def read() -> None:
+        while (part := written.get()) is not None:
+            os.fdatasync(target)
+            os.posix_fadvise(target, *part, os.POSIX_FADV_DONTNEED)
+            os.preadv(target, [check[: part[1]]], part[0])
+
+    with source.open("rb", buffering=0) as file:
+        reader = threading.Thread(target=read)
+        reader.start()
+        offset = 0
+        while count := file.readinto(buffer):
+            offset += os.pwrite(target, buffer[:count], offset)
+            written.put((offset - count, count))
+        written.put(None)
+        reader.join()
+    os.fsync(target)
+    os.close(target)
+    return {"seconds": time.monotonic() - started, "cpu": time.process_time() - used}
 
 
 def _reference(source: Path, destination: Path) -> dict[str, float]:
@@ -211,12 +295,12 @@ def _reference(source: Path, destination: Path) -> dict[str, float]:
     return dict(json.loads(done.stdout))
 
 
-async def memory(place: Place, files: int) -> None:
-    """G6: print the memory of all processes, the destination's state on disk, and the manifest, as files go by."""
+async def memory(place: Place, files: int) -> list[Measure]:
+    """G6: the memory of all processes, the destination's state on disk, and the manifest, as files go by."""
     name = make_small_empty(place, files)
+    found = []
     async with engine(place.directory / "agents", place.source, place.destination) as made:
         task = await made.transfer(f"/{name}", "/copy", recursive=True)
-        print("| files | RSS of all processes MiB | state MiB | of it manifest MiB |\n| --- | --- | --- | --- |")
         step = max(files // 10, 1)
         shown = 0
         while True:
@@ -227,9 +311,13 @@ async def memory(place: Place, files: int) -> None:
                 state = [path for path in (place.directory / "agents").rglob("*") if path.is_file()]
                 manifest = sum(path.stat().st_size for path in state if path.suffix == ".manifest")
                 total = sum(path.stat().st_size for path in state)
-                print(f"| {done} | {rss() / MIB:.0f} | {total / MIB:.1f} | {manifest / MIB:.1f} |", flush=True)
+                print(f"{done} files: {rss() / MIB:.0f} MiB, state {total / MIB:.1f} MiB", flush=True)
+                found.append(Measure(f"memory of all processes of both ends at {done} files", rss() / MIB, "MiB"))
+                if done:
+                    beside = (total - manifest) / done
+                    found.append(Measure(f"state beside the manifest at {done} files", beside, "bytes a file", 120))
             if observed.completion_time:
-                return
+                return found
             await trio.sleep(0.1)
 
 
@@ -247,7 +335,7 @@ def rss() -> int:
     return sum(process.memory_info().rss for process in [own, *own.children(recursive=True)])
 
 
-async def latency(place: Place, runs: int) -> None:
+async def latency(place: Place, runs: int) -> list[Measure]:
     """G7: from submit to a byte under its final name, with a spare worker waiting at both ends."""
     (place.source / "byte").write_bytes(b"1")
     measured = []
@@ -260,13 +348,12 @@ async def latency(place: Place, runs: int) -> None:
                 await trio.sleep(0.001)
             measured.append(time.monotonic() - started)
             await made.wait(task)
-            # Until the next spare workers wait.
-            await trio.sleep(4)
+            await made.rest()
     median = statistics.median(measured) * 1000
-    print(f"G7 submit to first byte under its name: {median:.0f} ms, median of {runs} (goal: under 150)")
+    return [Measure(f"from submit to the first byte under its name, warm, median of {runs}", median, "ms", 150)]
 
 
-def listing_under_load(directory: Path, mib: int) -> None:
+def listing_under_load(directory: Path, options: argparse.Namespace) -> list[Measure]:
     """G8: `ls` through a real relay while a large transfer runs between the same agents."""
     from first_light import little_world, make_sources
     from globus_sdk import TransferData
@@ -276,7 +363,7 @@ def listing_under_load(directory: Path, mib: int) -> None:
 
     with little_world(directory) as world:
         ends = world["endpoints"]
-        make_sources(Path(ends["alpha"]["root"]), mib, 2000)
+        make_sources(Path(ends["alpha"]["root"]), options.large_mib, 2000)
         profile = Profile(
             relay_url=world["relay_url"],
             ca_file=world["ca_file"],
@@ -296,76 +383,65 @@ def listing_under_load(directory: Path, mib: int) -> None:
                     relay.transfer.operation_ls(collection, path="/")
                     times.append(time.monotonic() - started)
     if len(times) < 20:
-        print("G8: the transfer was over too soon; give it a larger --large-mib")
-        return
+        raise SystemExit("The transfer was over too soon; give it a larger --large-mib.")
     worst, median = statistics.quantiles(times, n=20)[-1] * 1000, statistics.median(times) * 1000
-    print(f"G8 ls during a transfer: p95 {worst:.0f} ms, median {median:.0f} ms of {len(times)} (goal: p95 under 150)")
+    return [
+        Measure(f"ls through the relay during a transfer, p95 of {len(times)}", worst, "ms", 150),
+        Measure("the same, median", median, "ms"),
+    ]
 
 
-LARGE_GOALS = [Goal("curl from nginx", 1.0), Goal("GridFTP private", 1.5), Goal("scp", 2.0), Goal("bare lane", 0.9)]
-SMALL_GOALS = [Goal("rsync over ssh", 1.5), Goal("GridFTP private", 5.0), Goal("rsync daemon", 1.0)]
-GOALS = {
-    "G1": LARGE_GOALS,
-    "G1d": [Goal("bare lane", 0.85), Goal("GridFTP private, checksum", 4.0)],
-    "G2": SMALL_GOALS,
-    "G2d": [Goal("cp", 0.9), Goal("rsync over ssh", 1.0)],
-    "G3 files of 10 MiB": [
-        Goal(name, 1.2) for name in ("scp", "rsync over ssh", "tar over TLS (socat)", "GridFTP private")
-    ],
-    "G3 mixed tree": [Goal(name, 1.2) for name in ("scp", "rsync over ssh", "tar over TLS (socat)", "GridFTP private")],
-    "G4": [Goal("rsync over ssh", 1.0)],
-}
+ENCRYPTED = ("scp", "rsync over ssh", "tar over TLS (socat)", "GridFTP private")
+SMALL = ("cp", "tar over TLS (socat)", "rsync over ssh", "rsync daemon", "GridFTP private", "scp")
 
 
-async def measure(key: str, place: Place, options: argparse.Namespace) -> dict[str, list[Row]]:
+async def measure(key: str, place: Place, options: argparse.Namespace) -> Result:
     runs = options.runs
     if key in ("G1", "G1d"):
         name = make_large(place, options.large_mib)
-        return {key: await compare(key, place, name, options.large_mib, "MiB", runs, lane=True)}
+        if key == "G1":
+            chosen: tuple[str, ...] = ("curl from nginx", "GridFTP private", "scp")
+        else:
+            chosen = ("cp", "GridFTP private, checksum")
+        read_back = None if key == "G1" else True
+        work = Work(key, name, options.large_mib, "MiB", chosen, lane=True, disk=key == "G1d", read_back=read_back)
+        return Result(key, await compare(work, place, runs))
     if key in ("G2", "G2d", "G4"):
         name = make_small(place, options.files)
-        return {key: await compare(key, place, name, options.files, "files", runs, again=key == "G4")}
+        chosen = ("rsync over ssh", "rsync daemon") if key == "G4" else SMALL
+        return Result(
+            key, await compare(Work(key, name, options.files, "files", chosen, again=key == "G4"), place, runs)
+        )
     if key == "G3":
-        middle = "G3 files of 10 MiB"
-        results = {middle: await compare(middle, place, make_middle(place), 1000, "MiB", runs)}
-        shutil.rmtree(place.directory / "peers")
-        shutil.rmtree(place.directory / "agents")
+        return Result(key, await compare(Work(key, make_middle(place), 1000, "MiB", ENCRYPTED), place, runs))
+    if key == "G3m":
         mixed = make_mixed(place)
         files = sum(path.is_file() for path in (place.source / mixed).rglob("*"))
-        results["G3 mixed tree"] = await compare("G3 mixed tree", place, mixed, files, "files", runs)
-        return results
+        return Result(key, await compare(Work(key, mixed, files, "files", ENCRYPTED), place, runs))
     if key == "G6":
-        await memory(place, options.files)
-    elif key == "G7":
-        await latency(place, max(runs, 5))
-    else:
-        await trio.to_thread.run_sync(listing_under_load, place.directory / "world", options.large_mib)
-    return {}
+        return Result(key, [], await memory(place, options.files))
+    if key == "G7":
+        return Result(key, [], await latency(place, max(runs, 5)))
+    return Result(key, [], await trio.to_thread.run_sync(listing_under_load, place.directory, options))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("goals", nargs="+", choices=["G1", "G1d", "G2", "G2d", "G3", "G4", "G6", "G7", "G8"])
+    parser.add_argument("goals", nargs="+", choices=GOALS)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--large-mib", type=int, default=4096)
     parser.add_argument("--files", type=int, default=20_000)
     parser.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()), help="on the disk to measure")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--chart", type=Path)
+    parser.add_argument("--json", type=Path, help="add the results to this file")
     options = parser.parse_args()
-    results: dict[str, list[Row]] = {}
     for key in options.goals:
-        durable = key not in ("G1", "G2")
+        durable = key not in ("G1", "G2", "G4")
         base = options.directory if durable or not FAST.is_dir() else FAST
         with tempfile.TemporaryDirectory(prefix="towpath-benchmark-", dir=base) as name:
-            found = trio.run(measure, key, Place(Path(name), durable=durable), options)
-        results.update(found)
-        for work, rows in found.items():
-            print(table(work, rows, GOALS.get(work, [])), end="\n\n", flush=True)
-    if options.json:
-        options.json.write_text(to_json(results))
-    if options.chart and results:
-        chart(results, options.chart)
+            result = trio.run(measure, key, Place(Path(name), durable=durable), options)
+        print(table(result), end="\n\n", flush=True)
+        if options.json:
+            store(options.json, result)
 
 
 if __name__ == "__main__":
