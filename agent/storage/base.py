@@ -339,6 +339,11 @@ class Root(ABC):
         more to look at."""
         self.check_present()
 
+    def token(self) -> str:
+        """What tells this folder from another one in its place, the same after every start of the machine; empty where
+        nothing does."""
+        return ""
+
     @abstractmethod
     def narrowed(self, reach: Reach) -> Root:
         """The same tree for somebody who may come to some folders only: symlinks that lead elsewhere are refused

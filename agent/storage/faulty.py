@@ -114,6 +114,9 @@ class FaultyRoot(Root):
         self.script.before("check_present")
         self.inner.check_present()
 
+    def token(self) -> str:
+        return self.inner.token()
+
     def check_original(self) -> None:
         self.script.before("check_original")
         self.inner.check_original()

@@ -207,6 +207,9 @@ class HidingRoot(Root):
     def check_present(self) -> None:
         self.inner.check_present()
 
+    def token(self) -> str:
+        return self.inner.token()
+
     def check_original(self) -> None:
         self.inner.check_original()
 

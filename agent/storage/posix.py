@@ -109,6 +109,10 @@ class PosixRoot(Root):
         mounts.place_marker(self._fd)
         return self.mark()
 
+    def token(self) -> str:
+        mark = self.mark()
+        return f"{mark.inode} {mark.marker}" if mark.inode or mark.marker else ""
+
     def check_original(self) -> None:
         self.check_present()
         difference = mounts.difference(self._expected, self.mark()) if self._expected is not None else ""

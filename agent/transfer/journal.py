@@ -190,6 +190,15 @@ class Journal:
 
     # --- directories -----------------------------------------------------------------------------------
 
+    def start_over(self) -> None:
+        """Forget what is planned and settled: it was for another place. Events stay."""
+        with self._using():
+            for table in ("items", "directories", "finished", "partial", "extras"):
+                self._connection.execute(f"DELETE FROM {table}")  # noqa: S608
+            self.put_counters(Counters())
+            self.put("settled", b"0")
+            self.forget_left_behind()
+
     def reopen_directories(self) -> int:
         """At the start of a run: directories that were being worked on must be listed again."""
         with self._using():

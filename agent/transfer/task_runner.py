@@ -237,6 +237,9 @@ class TaskRunner:
             if self._order.type == "DELETE":
                 await self._run_delete(root, manifests[1])
                 return
+            if await trio.to_thread.run_sync(self._is_elsewhere, root):
+                self._begin_elsewhere(received)
+                resumed = True
             await trio.to_thread.run_sync(self._journal.reopen_directories)
             async with self._line.session(self._order.session_id) as session:
                 context = RunContext(
@@ -264,6 +267,33 @@ class TaskRunner:
                     self._line.on_limits = lambda _lanes, _memory: None
                     self._counters = run.counters()
                     self._run = None
+
+    def _is_elsewhere(self, root: Root) -> bool:
+        """Whether the root is another folder than the one the task began in, and its owner has accepted that.
+
+        Raises `NeedsPerson` (ROOT_CHANGED) for one that was not accepted: what has arrived is on the other one.
+        """
+        token, known = root.token().encode(), self._journal.get("root")
+        if not token or token == known:
+            return False
+        if known is not None:
+            root.check_original()
+        self._journal.put("root", token)
+        return known is not None
+
+    def _begin_elsewhere(self, received: ReceivedCounter) -> None:
+        self._journal.start_over()
+        self._journal.put("rebuilt", b"1")
+        received.reset()
+        if self._events is not None:
+            self._events.add(
+                "ROOT_REPLACED",
+                "root replaced",
+                "The destination's folder is another one than when the task began, and its owner has accepted it. "
+                "What is in it is compared with the source, and what is missing is transferred.",
+                is_error=True,
+            )
+        self._journal.commit()
 
     def _effective_order(self) -> TaskOrder:
         """The order; after the loss of a journal files that are there are compared instead of sent once more."""

@@ -48,6 +48,8 @@ from protocol.session import LANE_READINGS, MAX_PACK_FILES, LaneReadings
 # Directories (and their handles) being worked on at once.
 OPEN_GROUPS = 200
 MIB = 1024 * 1024
+# How often (seconds) to look whether the destination's root is still where it was.
+LOOK_AT_ROOT = 2.0
 PACK_BYTES = MIB
 # How often (seconds) the meters of both ends are read, and how long the source may take to answer.
 FLOW_EVERY, ANSWER_PATIENCE = 1.0, 5.0
@@ -148,6 +150,7 @@ class TransferRun:
                 await nursery.start(self._run_settler)
                 self._lanes.start(nursery)
                 nursery.start_soon(self._watch_flow)
+                nursery.start_soon(self._watch_root)
                 self.large.start(nursery)
                 self._comparisons.start(nursery)
                 await ItemPlanner(self).run(self.session)
@@ -155,6 +158,7 @@ class TransferRun:
                 self._planning = False
                 self._look_whether_done()
                 await self._idle.wait()
+                await trio.to_thread.run_sync(self.context.root.check_present)
                 nursery.cancel_scope.cancel()
         except* TowpathError as group:
             self._error = self._error or first_error(group)
@@ -179,6 +183,18 @@ class TransferRun:
             context.order.items or [],
             context.patience,
         )
+
+    async def _watch_root(self) -> None:
+        """End the run when the root's disk is taken away: what is opened would go on to be written where nobody sees
+        it, perhaps with another disk in its place."""
+        while True:
+            await trio.sleep(LOOK_AT_ROOT)
+            try:
+                # A file server that hangs must not hold up the end of the run.
+                await trio.to_thread.run_sync(self.context.root.check_present, abandon_on_cancel=True)
+            except TowpathError as error:
+                self.stop(error)
+                return
 
     def stop(self, error: TowpathError) -> None:
         """End the run with this error, or with the one it is ending with already."""

@@ -1,0 +1,308 @@
+"""Faults as users meet them in a running task: each has an event, a status, a sentence, somebody who can mend it; and
+the task goes on by itself when it is mended."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from agent.storage.base import Root
+from agent.storage.faulty import Call, FaultyRoot
+from agent.storage.mounts import Mark
+from agent.storage.posix import open_root
+from agent.transfer.manifest import SkippedRow, read_page
+from protocol.control import TaskObserved, TaskOptions
+from tests.agent.engine_inside import Engine, Line, contents, quick_path
+
+__all__ = ["quick_path"]
+
+MIB = 1024 * 1024
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root for mounts")
+
+
+class Seen:
+    """What a task says while something is wrong; mends it once the task has said so."""
+
+    def __init__(self, code: str, mend: Callable[[], None]) -> None:
+        self.code = code
+        self.mend = mend
+        self.told: list[TaskObserved] = []
+
+    def __call__(self, _line: Line, observed: TaskObserved) -> None:
+        if observed.status_code == self.code and not self.told:
+            self.told.append(observed)
+            self.mend()
+
+    def check(self, engine: Engine, who: str, words: str) -> None:
+        """Held up in words that name a person and a place, told in an event."""
+        (observed,) = self.told
+        assert (observed.state, observed.who) == ("WAITING", who), observed
+        assert words in observed.status_sentence, observed.status_sentence
+        assert observed.status_sentence.endswith(".")
+        (event, *_) = (event for event in engine.events if event.code == self.code)
+        assert event.is_error
+        assert who in event.details
+
+
+def failing(operation: str, code: int, broken: list[bool]) -> Callable[[Call], int | None]:
+    return lambda call: code if call.operation == operation and broken[0] else None
+
+
+@pytest.mark.parametrize(
+    ("code", "name", "words"),
+    [
+        (errno.EDQUOT, "QUOTA_EXCEEDED", "quota is used up"),
+        (errno.ENOSPC, "NO_SPACE", "disk is full"),
+        *([(errno.EKEYEXPIRED, "COLLECTION_UNAVAILABLE", "has expired")] if hasattr(errno, "EKEYEXPIRED") else []),
+    ],
+)
+@pytest.mark.parametrize("operation", ["pwrite", "fsync", "create_temporary", "mkdir"])
+async def test_what_a_person_mends_is_waited_for(
+    quick_path: Path, operation: str, code: int, name: str, words: str
+) -> None:
+    broken = [True]
+    seen = Seen(name, lambda: broken.__setitem__(0, False))
+    engine = Engine(quick_path, plan=failing(operation, code, broken), on_report=seen)
+    (engine.source / "folder").mkdir()
+    (engine.source / "folder" / "file").write_bytes(b"content")
+    (engine.source / "large").write_bytes(os.urandom(2 * MIB))
+    observed = await engine.run()
+    assert observed.state == "SUCCEEDED", observed
+    assert contents(engine.destination) == contents(engine.source)
+    seen.check(engine, "destination owner", words)
+    assert engine.temporaries() == []
+
+
+@pytest.mark.parametrize("side", ["destination", "source"])
+@pytest.mark.parametrize(
+    ("code", "name", "words"),
+    [
+        (errno.ESTALE, "STALE_HANDLE", "changed on the file server"),
+        (errno.ETIMEDOUT, "TIMEOUT", "did not answer in time"),
+        (errno.EBUSY, "BUSY", "is in use"),
+        (errno.EIO, "IO_ERROR", "reported a fault"),
+    ],
+)
+async def test_what_passes_is_told_and_tried_again(
+    quick_path: Path, side: str, code: int, name: str, words: str
+) -> None:
+    left = [3]
+    operation = "open_read" if side == "source" else "create_temporary"
+
+    def plan(call: Call) -> int | None:
+        if call.operation == operation and left[0]:
+            left[0] -= 1
+            return code
+        return None
+
+    engine = Engine(quick_path)
+    if side == "source":
+        engine.source_plan = plan
+    else:
+        engine.plan = plan
+    (engine.source / "file").write_bytes(b"content")
+    observed = await engine.run()
+    assert observed.state == "SUCCEEDED", observed
+    assert contents(engine.destination) == {"file": b"content"}
+    told = [event for event in engine.events if event.code == name]
+    assert len(told) == 3
+    assert all(event.is_error and words in event.details and side in event.details for event in told)
+
+
+@pytest.mark.parametrize(
+    ("code", "name", "who"),
+    [
+        (errno.EACCES, "PERMISSION_DENIED", "destination owner"),
+        (errno.EROFS, "READ_ONLY", "destination owner"),
+        (errno.EILSEQ, "ILLEGAL_NAME", ""),
+        (errno.ENAMETOOLONG, "ILLEGAL_NAME", ""),
+        (errno.EFBIG, "TOO_LARGE", ""),
+    ],
+)
+async def test_what_lasts_is_listed_and_costs_nothing_else(quick_path: Path, code: int, name: str, who: str) -> None:
+    engine = Engine(quick_path, plan=lambda call: code if call.operation == "rename" and call.name == b"bad" else None)
+    for file in ("bad", "good"):
+        (engine.source / file).write_bytes(b"content")
+    observed = await engine.run()
+    assert (observed.state, observed.error_code, observed.counters.failed) == ("FAILED", "ITEMS_FAILED", 1)
+    assert contents(engine.destination) == {"good": b"content"}
+    (row,) = read_page(engine.state / "skipped.manifest", SkippedRow, None, 10, complete=True).rows
+    assert (row.source, row.code) == (b"bad", name)
+    (event,) = (event for event in engine.events if event.code == name)
+    assert "bad" in event.details
+    assert who in event.details
+    assert engine.temporaries() == []
+
+
+# --- real disks ------------------------------------------------------------------------------------------
+
+
+class Disk:
+    """A small disk in a file."""
+
+    def __init__(self, image: Path, kind: str = "ext4", megabytes: int = 64) -> None:
+        self.image = image
+        with image.open("wb") as file:
+            file.truncate(megabytes * MIB)
+        try:
+            made = subprocess.run([f"mkfs.{kind}", "-q", image], capture_output=True)
+        except FileNotFoundError:
+            pytest.skip(f"mkfs.{kind} is not installed")
+        assert made.returncode == 0, made.stderr
+
+    def mount(self, place: Path) -> None:
+        done = subprocess.run(["mount", "-o", "loop", self.image, place], capture_output=True)
+        if done.returncode:
+            pytest.skip(f"loop devices cannot be mounted here: {done.stderr.decode().strip()}")
+
+
+@contextmanager
+def unmounting(place: Path) -> Iterator[None]:
+    place.mkdir(exist_ok=True)
+    try:
+        yield
+    finally:
+        while os.path.ismount(place):
+            subprocess.run(["umount", "--lazy", place], check=True)
+
+
+class Marked(Engine):
+    """An engine that knows its destination by a mark, as the worker does."""
+
+    mark: Mark | None = None
+
+    def open_destination(self) -> Root:
+        return FaultyRoot(open_root(str(self.destination), self.mark), self._planned)
+
+
+def accept(place: Path) -> Mark:
+    with open_root(str(place)) as root:
+        return root.place_marker()
+
+
+@needs_root
+@pytest.mark.parametrize("other", [True, False], ids=["replaced", "lost"])
+async def test_a_disk_that_is_taken_away_in_the_middle_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, other: bool
+) -> None:
+    """Taken away while files arrive, with another disk or none in its place; then it comes back."""
+    monkeypatch.setattr("agent.transfer.transfer_run.LOOK_AT_ROOT", 0.02)
+    place = tmp_path / "destination"
+    ours, foreign = Disk(tmp_path / "ours"), Disk(tmp_path / "foreign")
+    with unmounting(place):
+        ours.mount(place)
+        mark = accept(place)
+        if not mark.marker:
+            pytest.skip("this file system keeps no extended attributes")
+        taken: list[Call] = []
+
+        def plan(call: Call) -> int | None:
+            if call.operation == "rename" and call.nth == 20:
+                taken.append(call)
+                subprocess.run(["umount", "--lazy", place], check=True)
+                if other:
+                    foreign.mount(place)
+            return None
+
+        def bring_back() -> None:
+            # Nothing of the task went to the place without the disk.
+            assert {path.name for path in place.iterdir()} <= {"lost+found"}
+            if other:
+                subprocess.run(["umount", "--lazy", place], check=True)
+            ours.mount(place)
+
+        seen = Seen("COLLECTION_UNAVAILABLE", lambda: None)
+        changed = Seen("ROOT_CHANGED", bring_back)
+        back: list[int] = []
+
+        def watch(line: Line, observed: TaskObserved) -> None:
+            seen(line, observed)
+            if other:
+                changed(line, observed)
+            elif seen.told and not back:
+                back.append(1)
+                bring_back()
+
+        engine = Marked(tmp_path, TaskOptions(verify_checksum=True), plan=plan, on_report=watch)
+        engine.mark = mark
+        for folder in range(10):
+            (engine.source / str(folder)).mkdir()
+            for number in range(20):
+                (engine.source / str(folder) / str(number)).write_bytes(os.urandom(20_000))
+        (engine.source / "large").write_bytes(os.urandom(5 * MIB))
+        observed = await engine.run(60)
+        assert taken
+        assert observed.state == "SUCCEEDED", observed
+        there = {name: content for name, content in contents(place).items() if name != "lost+found"}
+        assert there == contents(engine.source)
+        (seen if not other else changed).check(engine, "destination owner", "mount" if not other else "set up")
+        assert "ROOT_REPLACED" not in engine.codes()
+        print(f"taken away at rename 20, {dict(Counter(engine.codes()))}")
+
+
+async def test_a_root_that_its_owner_replaced_gets_everything(tmp_path: Path) -> None:
+    """Half of the task is in a folder that is gone; its owner accepts the new one, and nothing is missing there."""
+    place = tmp_path / "destination"
+    place.mkdir()
+
+    def plan(call: Call) -> int | None:
+        if call.operation == "rename" and call.nth == 10:
+            place.rename(tmp_path / "gone")
+            place.mkdir()
+        return None
+
+    engine = Marked(tmp_path, TaskOptions(verify_checksum=True), plan=plan)
+    engine.mark = accept(place)
+    if not engine.mark.marker and not engine.mark.inode:
+        pytest.skip("nothing tells one folder from another on this file system")
+
+    def accepted() -> None:
+        engine.mark = accept(place)
+
+    seen = Seen("ROOT_CHANGED", accepted)
+    engine.on_report = seen
+    for folder in range(6):
+        (engine.source / str(folder)).mkdir()
+        for number in range(20):
+            (engine.source / str(folder) / str(number)).write_bytes(b"%d of %d" % (number, folder))
+    observed = await engine.run()
+    assert observed.state == "SUCCEEDED", observed
+    assert contents(place) == contents(engine.source)
+    seen.check(engine, "destination owner", "accept-root")
+    assert "ROOT_REPLACED" in engine.codes()
+    assert observed.counters.files_transferred == 120
+
+
+@needs_root
+async def test_a_real_quota_is_waited_for(tmp_path: Path) -> None:
+    """A limit on a Btrfs subvolume: this kernel's own EDQUOT."""
+    place = tmp_path / "disk"
+    disk = Disk(tmp_path / "image", "btrfs", 300)
+    with unmounting(place):
+        disk.mount(place)
+        folder = place / "folder"
+
+        def btrfs(*arguments: object) -> None:
+            done = subprocess.run(["btrfs", *map(str, arguments)], capture_output=True)
+            if done.returncode:
+                pytest.skip(f"quotas do not work here: {done.stderr.decode().strip()}")
+
+        btrfs("quota", "enable", place)
+        btrfs("subvolume", "create", folder)
+        btrfs("qgroup", "limit", 6 * MIB, folder)
+        seen = Seen("QUOTA_EXCEEDED", lambda: btrfs("qgroup", "limit", "none", folder))
+        engine = Engine(tmp_path, TaskOptions(verify_checksum=True), on_report=seen)
+        engine.destination = folder
+        for number in range(4):
+            (engine.source / f"large-{number}").write_bytes(os.urandom(4 * MIB))
+        observed = await engine.run(60)
+        assert observed.state == "SUCCEEDED", observed
+        assert contents(folder) == contents(engine.source)
+        seen.check(engine, "destination owner", "quota is used up")
