@@ -231,7 +231,7 @@ async def test_why_the_relay_gives_no_place_at_its_tunnel_is_told(monkeypatch: p
             made.finder.take_go(go)
 
         made.finder._send_offer = refuse
-        with pytest.raises(RetryLater, match=r"moved 5 bytes through the relay's tunnel .\[31m today"):
+        with pytest.raises(RetryLater, match=r"moved 5 bytes through the relay's tunnel \[31m today"):
             await made.finder.connect()
 
 
