@@ -151,15 +151,13 @@ class Dispatcher:
     ) -> tuple[trio.SSLStream[trio.SocketStream], Handler]:
         # In the server's order, as the handshake chooses.
         own = next((name for name in self._handlers if name in hello.alpn), None)
-        # Browsers and other HTTP clients often end without TLS's goodbye.
-        secured = trio.SSLStream(stream, self._context, server_side=True, https_compatible=True)
         if own == LINK_ALPN:
             async with self._links.turn(lambda: not _has_something(stream.socket)):
                 if has_left(stream.socket):
                     raise GreetingTimeout("The caller left before its turn came.")
-                await _shake_hands(secured)
+                secured = await self._shake_hands(stream)
         else:
-            await _shake_hands(secured)
+            secured = await self._shake_hands(stream)
         chosen = secured.selected_alpn_protocol()
         if own != (chosen if chosen in self._handlers else None):
             raise ProtocolError("The handshake chose another protocol than the greeting announced.")
@@ -168,6 +166,15 @@ class Dispatcher:
             return secured, self._handlers[own]
         self._web += 1
         return secured, self._web_handler
+
+    async def _shake_hands(self, stream: trio.SocketStream) -> trio.SSLStream[trio.SocketStream]:
+        # Browsers and other HTTP clients often end without TLS's goodbye.
+        secured = trio.SSLStream(stream, self._context, server_side=True, https_compatible=True)
+        with trio.move_on_after(HANDSHAKE_TIMEOUT) as scope:
+            await secured.do_handshake()
+        if scope.cancelled_caught:
+            raise GreetingTimeout("The TLS handshake took too long.")
+        return secured
 
     async def _run(self, handler: Handler, secured: trio.SSLStream[trio.SocketStream]) -> None:
         try:
@@ -184,13 +191,6 @@ def _has_something(sock: trio.socket.SocketType) -> bool:
     waiting = select.poll()
     waiting.register(sock.fileno(), select.POLLIN)
     return bool(waiting.poll(0))
-
-
-async def _shake_hands(secured: trio.SSLStream[trio.SocketStream]) -> None:
-    with trio.move_on_after(HANDSHAKE_TIMEOUT) as scope:
-        await secured.do_handshake()
-    if scope.cancelled_caught:
-        raise GreetingTimeout("The TLS handshake took too long.")
 
 
 async def _is_stun(sock: trio.socket.SocketType) -> bool:
