@@ -142,6 +142,7 @@ class Daemon:
             self._hello,
             dial=self._dialer.dial,
             on_hello=self._network.take_hello,
+            on_silence=self._network.announce_change,
         )
 
     def _make_network(self, relay_url: str, authority: str | None) -> Network:

@@ -63,8 +63,9 @@ class Link:
 
     ``ca_pem`` is the relay's own CA, None when the system's trust decides. ``app`` answers the relay's requests; it
     sees none before the relay has proven itself. ``hello`` is asked at every link for what to tell; ``on_hello`` hears
-    what the relay told, once it has proven itself. ``clock`` gives
-    Unix seconds. ``dial`` opens the way to the relay (a proxy's place). Raises ValueError for an address that is none.
+    what the relay told, once it has proven itself; ``on_silence`` is called when the relay, or the way to it, has
+    vanished without a word, as after a change of network. ``clock`` gives Unix seconds. ``dial`` opens the way to the
+    relay (a proxy's place). Raises ValueError for an address that is none.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class Link:
         *,
         dial: Dial = dial_tcp,
         on_hello: Callable[[RelayHello], None] = lambda _hello: None,
+        on_silence: Callable[[], None] = lambda: None,
         limits: Limits = LINK_LIMITS,
         jitter: random.Random | None = None,
     ) -> None:
@@ -97,6 +99,7 @@ class Link:
         self._clock = clock
         self._dial = dial
         self._on_hello = on_hello
+        self._on_silence = on_silence
         self._limits = limits
         self._back_off = BackOff(jitter or random.SystemRandom())
         self._connected = trio.Event()
@@ -132,6 +135,8 @@ class Link:
                 ending = await self._connect_once()
                 lasted, retry_after = trio.current_time() - started, ending.retry_after
                 self._down(ending.sentence)
+                if ending.silent:
+                    self._on_silence()
             except TowpathError as error:
                 self._down(error.sentence)
             with trio.move_on_after(self._back_off.pause_after(lasted, retry_after)):

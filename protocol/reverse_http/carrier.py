@@ -6,6 +6,7 @@ be held up by a slow reader of a body, by a full socket or by another stream.
 
 from __future__ import annotations
 
+import errno
 import math
 from collections import deque
 from collections.abc import Callable
@@ -33,6 +34,8 @@ from protocol.reverse_http.core import (
 from protocol.reverse_http.errors import CallReset, LinkLost
 from protocol.reverse_http.limits import Limits
 
+_VANISHED = {errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH}
+
 READ_SIZE = 64 * 1024
 WRITE_SIZE = 64 * 1024
 
@@ -45,6 +48,8 @@ class Ending:
     retry_after: float | None = None
     # Whether the other side said goodbye, rather than the line going dead or the rules being broken.
     said: bool = False
+    # Whether the other side, or the way to it, has vanished without a word.
+    silent: bool = False
 
 
 class Channel:
@@ -224,8 +229,8 @@ class Carrier:
         while True:
             try:
                 data = await self._stream.receive_some(READ_SIZE)
-            except (trio.BrokenResourceError, trio.ClosedResourceError):
-                self.end(Ending("The connection broke."))
+            except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+                self.end(_broken(error))
                 return
             if not data:
                 return
@@ -255,8 +260,8 @@ class Carrier:
                     return
                 else:
                     await self._queued.park()
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
-            self.end(Ending("The connection broke."))
+        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            self.end(_broken(error))
         finally:
             self._flushed.set()
 
@@ -269,7 +274,8 @@ class Carrier:
             self._next_look = max(now, self.core.pings.deadline())
             with trio.move_on_at(self._next_look):
                 await self._retimed.wait()
-        self.end(Ending(f"The other side was silent for {self.core.pings.silence(now):.0f} seconds."))
+        seconds = self.core.pings.silence(now)
+        self.end(Ending(f"The other side was silent for {seconds:.0f} seconds.", silent=True))
 
     def _retime(self) -> None:
         """Look at the clock earlier than was thought, if that is so."""
@@ -417,6 +423,16 @@ class Carrier:
             self._poke()
             self._retimed.set()
         return was_reset
+
+
+def _broken(error: BaseException) -> Ending:
+    """Why a stream broke. The kernel gives up on a peer that acknowledges nothing with a time-out."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in _VANISHED:
+            return Ending("The other side cannot be reached any more.", silent=True)
+        cause = cause.__cause__ or cause.__context__
+    return Ending("The connection broke.")
 
 
 def _reset(code: int) -> TowpathError:

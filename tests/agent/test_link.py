@@ -447,16 +447,20 @@ async def test_the_link_is_down_after_silence(autojump_clock: trio.testing.MockC
         stream: Any = await relay.dial(host, port)
         return trio.StapledStream(stream.send_stream, Freezing(stream.receive_stream, frozen))
 
-    async with running(relay, dial=dial) as link:
+    silences: list[float] = []
+    async with running(relay, dial=dial, on_silence=lambda: silences.append(trio.current_time())) as link:
         await link.wait_connected()
         await trio.sleep(100)
         assert link.statistics().connected
+        assert not silences
         frozen.append(True)
         relay.reachable = False
         # The last sign of life is at most one interval old; two intervals of silence end the link.
         await trio.sleep(2 * LINK_LIMITS.ping_interval + 1)
         assert not link.statistics().connected
         assert len(relay.dialled) > 1
+        # What is known of the network may be wrong by now: it is gathered anew, once.
+        assert len(silences) == 1
         frozen.clear()
         relay.reachable = True
         await link.wait_connected()

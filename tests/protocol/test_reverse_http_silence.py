@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from typing import Any
 
 import pytest
@@ -158,3 +159,38 @@ def test_the_short_interval_counts_from_when_somebody_waits() -> None:
     pings.calm()
     assert not pings.is_dead(156.0)
     assert pings.is_dead(181.0)
+
+
+class Broken(trio.abc.Stream):
+    """A stream that is quiet for ten seconds and then fails as a socket does."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        await trio.sleep(10)
+        try:
+            raise OSError(self.number, "on purpose")
+        except OSError as error:
+            raise trio.BrokenResourceError from error
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        await trio.lowlevel.checkpoint()
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+    async def aclose(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+
+@pytest.mark.parametrize(
+    ("number", "silent"), [(errno.ETIMEDOUT, True), (errno.EHOSTUNREACH, True), (errno.ECONNRESET, False)]
+)
+async def test_a_peer_that_the_kernel_misses_is_told_from_one_that_hangs_up(
+    number: int, silent: bool, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with connect(Broken(number), limits=LIMITS) as client:
+        await client.closed.wait()
+        assert client.ending is not None
+        assert client.ending.silent is silent
