@@ -219,7 +219,11 @@ class TaskOrder(Record, frozen=True, kw_only=True):
 
 
 class Counters(Record, frozen=True, kw_only=True):
-    """Absolute counts of one task so far; they only grow, so a lost progress report loses nothing."""
+    """Absolute counts of one task so far; they only grow, so a lost progress report loses nothing.
+
+    ``hard_links``: files with more names than one at the source, each of which becomes a file of its own;
+    ``special_modes``: files with setuid, setgid or sticky, which are not taken over.
+    """
 
     files: int = 0
     directories: int = 0
@@ -235,6 +239,8 @@ class Counters(Record, frozen=True, kw_only=True):
     bytes_sent_again: int = 0
     skipped_errors: int = 0
     failed: int = 0
+    hard_links: int = 0
+    special_modes: int = 0
     retrying: int = 0
     faults: int = 0
     scan_complete: bool = False

@@ -56,7 +56,8 @@ MAX_DIGESTS = 1024
 
 
 class Row(msgspec.Struct, array_like=True, frozen=True, gc=False):
-    """One directory entry. ``target`` is the text of a symlink; later versions may append fields."""
+    """One directory entry. ``target`` is the text of a symlink, ``links`` how many names a file has; later versions may
+    append fields."""
 
     name: bytes
     kind: int
@@ -67,6 +68,7 @@ class Row(msgspec.Struct, array_like=True, frozen=True, gc=False):
     inode: int
     mode: int
     target: bytes | None = None
+    links: int = 1
 
     @property
     def version(self) -> Version:

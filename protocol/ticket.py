@@ -26,6 +26,8 @@ MAX_TOKEN = 256 * 1024
 MAX_PATHS = 1000
 # Clocks of laptops differ; a ticket is accepted this many seconds before its first and after its last moment.
 LEEWAY = 120.0
+# The code of everything that fails because a ticket has run out.
+TICKET_EXPIRED = "TICKET_EXPIRED"
 
 
 class Grant(Record, frozen=True, kw_only=True):
@@ -241,7 +243,7 @@ class TicketVerifier:
         if not isinstance(issued, int | float) or not isinstance(expires, int | float):
             raise ProtocolError("The statement of the relay has no time of validity.")
         if now > expires + LEEWAY or now < issued - LEEWAY:
-            raise TicketExpired("The statement of the relay is not valid at this time.", code="TICKET_EXPIRED")
+            raise TicketExpired("The statement of the relay is not valid at this time.")
         return claims
 
     def at_any_time_untrusted(self, token: str) -> Ticket:
@@ -284,7 +286,7 @@ class TicketVerifier:
 class TicketExpired(ProtocolError):
     """Signed by the right relay, but not valid now; a renewed ticket will do."""
 
-    default_code = "TICKET_EXPIRED"
+    default_code = TICKET_EXPIRED
 
 
 def _decode(token: str, key: Ed25519PublicKey) -> dict[str, Any]:

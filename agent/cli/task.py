@@ -159,6 +159,9 @@ def _task_rows(document: Mapping[str, Any]) -> list[tuple[str, object]]:
         rows += flow_rows(flow)
     rows.append(("Rate", f"{human_bytes(int(document.get('effective_bytes_per_second') or 0))}/s"))
     rows.append(("Sent again", human_bytes(int(beside(document).get("bytes_sent_again") or 0))))
+    for key, title in (("hard_links", "Hard links, each a file now"), ("special_modes", "Without setuid or the like")):
+        if beside(document).get(key):
+            rows.append((title, beside(document)[key]))
     error = document.get("fatal_error")
     if isinstance(error, Mapping):
         rows.append(("Fatal error", f"{error.get('code')}: {error.get('description')}"))

@@ -202,8 +202,7 @@ class ItemPlanner:
         item = self._items[index]
         name = parse_path_untrusted(item.destination_path)[-1]
         if row.kind == FILE:
-            group.counts.files += 1
-            group.counts.bytes_total += row.size
+            group.counts.add_file(row)
         elif row.kind == SYMLINK:
             group.counts.symlinks += 1
         return FileJob(group, index, row, path, name, not item.symlink, item.external_checksum, item.checksum_algorithm)

@@ -17,6 +17,8 @@ from protocol.errors import TowpathError
 from protocol.session import Row
 
 TEMPORARY_DIGITS = 8
+# setuid, setgid and sticky.
+SPECIAL_BITS = 0o7000
 
 
 @dataclass(slots=True)
@@ -35,6 +37,15 @@ class Counts:
     bytes_checksummed: int = 0
     skipped_errors: int = 0
     failed: int = 0
+    hard_links: int = 0
+    special_modes: int = 0
+
+    def add_file(self, row: Row) -> None:
+        """Count a file that was found at the source, and what of it is not taken over as it is."""
+        self.files += 1
+        self.bytes_total += row.size
+        self.hard_links += row.links > 1
+        self.special_modes += bool(row.mode & SPECIAL_BITS)
 
 
 @dataclass(slots=True, eq=False)

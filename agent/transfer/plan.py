@@ -132,8 +132,7 @@ class DirectoryPlanner:
         counts = self.group.counts
         job = FileJob(self.group, self._row.item, row, row.name, row.name, self._options.recursive_symlinks == "copy")
         if row.kind == FILE:
-            counts.files += 1
-            counts.bytes_total += row.size
+            counts.add_file(row)
         outcome = self._finished.get(row.name)
         if outcome is not None:
             count_finished(self.group, row, outcome, verified=self._options.verify_checksum)

@@ -12,6 +12,7 @@ from agent.transfer.jobs import FileJob, LinkWanted
 from agent.transfer.patience import attempts, pause
 from protocol.errors import NeedsPerson, TaskFailed, TowpathError
 from protocol.session import SYMLINK
+from protocol.ticket import TICKET_EXPIRED
 
 if TYPE_CHECKING:
     from agent.transfer.transfer_run import TransferRun
@@ -25,7 +26,8 @@ class Retries:
 
     def lasting(self, job: FileJob, error: TowpathError) -> bool:
         """Whether this error ends the job; whole-task errors stop the run."""
-        if isinstance(error, NeedsPerson | TaskFailed):
+        if isinstance(error, NeedsPerson | TaskFailed) or error.code == TICKET_EXPIRED:
+            # A ticket is the whole session's; however late the relay is with a new one, no file is to blame.
             self._run.stop(error)
             return False
         job.attempts += 1

@@ -50,6 +50,7 @@ def row_of(node: Node, target: bytes | None = None) -> session.Row:
         node.inode,
         node.mode,
         target,
+        node.nlink,
     )
 
 

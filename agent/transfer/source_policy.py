@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from protocol.errors import AccessDenied, ProtocolError, RetryLater
 from protocol.names import CollectionPath, is_within, parse_path_untrusted
-from protocol.ticket import LEEWAY, Ticket, TicketVerifier
+from protocol.ticket import LEEWAY, TICKET_EXPIRED, Ticket, TicketVerifier
 
 
 class SourcePolicy:
@@ -56,7 +56,7 @@ class SourcePolicy:
     def check(self, path: CollectionPath, now: float) -> None:
         """Whether this path may be read now. Raises `AccessDenied`, or `RetryLater` when the ticket has run out."""
         if now > self._expires + LEEWAY:
-            raise RetryLater("The ticket of the session has run out; the relay renews it.", code="TICKET_EXPIRED")
+            raise RetryLater("The ticket of the session has run out; the relay renews it.", code=TICKET_EXPIRED)
         if not self.covers(path):
             raise AccessDenied("The ticket does not cover this path.", code="PERMISSION_DENIED", who="you")
 

@@ -207,6 +207,8 @@ def _condition(task: Task, around: Surroundings) -> dict[str, Any]:
         "who": holding.who,
         "bytes_total": task.counters.bytes_total,
         "bytes_sent_again": task.counters.bytes_sent_again,
+        "hard_links": task.counters.hard_links,
+        "special_modes": task.counters.special_modes,
         "scan_complete": task.counters.scan_complete,
         "rate": 0.0 if observed is None or task.finished else observed.rate,
         "current": "" if observed is None or task.finished else observed.current,

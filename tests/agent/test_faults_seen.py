@@ -19,6 +19,9 @@ from agent.storage.mounts import Mark
 from agent.storage.posix import open_root
 from agent.transfer.manifest import SkippedRow, read_page
 from protocol.control import TaskObserved, TaskOptions
+from protocol.errors import NeedsPerson, RetryLater, TowpathError
+from protocol.ticket import TICKET_EXPIRED
+from tests.agent import engine_inside
 from tests.agent.engine_inside import Engine, Line, contents, quick_path
 
 __all__ = ["quick_path"]
@@ -139,6 +142,67 @@ async def test_what_lasts_is_listed_and_costs_nothing_else(quick_path: Path, cod
     assert "bad" in event.details
     assert who in event.details
     assert engine.temporaries() == []
+
+
+# --- the other side --------------------------------------------------------------------------------------
+
+
+async def test_a_ticket_that_ran_out_is_no_files_fault(quick_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long the relay takes with a new one: more refusals than any file has attempts."""
+    refused: list[int] = []
+
+    def check(*_: object) -> None:
+        if begun and len(refused) < 30:
+            refused.append(1)
+            raise RetryLater("The ticket of the session has run out; the relay renews it.", code=TICKET_EXPIRED)
+
+    begun: list[int] = []
+    monkeypatch.setattr(engine_inside.OpenPolicy, "check", check)
+    engine = Engine(quick_path, source_plan=lambda call: begun.append(1) if call.operation == "scan" else None)
+    for number in range(5):
+        (engine.source / str(number)).write_bytes(os.urandom(2 * MIB))
+    observed = await engine.run()
+    assert len(refused) == 30
+    assert observed.state == "SUCCEEDED", observed
+    assert contents(engine.destination) == contents(engine.source)
+    held = [report for report in engine.reports if report.status_code == TICKET_EXPIRED]
+    assert all(report.state == "WAITING" and "the relay renews it" in report.status_sentence for report in held)
+    assert TICKET_EXPIRED in engine.codes()
+
+
+@pytest.mark.parametrize(
+    ("error", "who"),
+    [
+        (RetryLater("The other agent is not connected.", code="GC_NOT_CONNECTED"), ""),
+        (
+            NeedsPerson("The collection's folder is not mounted.", code="COLLECTION_UNAVAILABLE", who="source owner"),
+            "source owner",
+        ),
+    ],
+    ids=["peer gone", "source gone"],
+)
+async def test_a_source_that_is_gone_is_waited_for(quick_path: Path, error: TowpathError, who: str) -> None:
+    mended: list[int] = []
+
+    def session(number: int) -> None:
+        if not mended:
+            raise error
+
+    def look(_line: Line, observed: TaskObserved) -> None:
+        if observed.status_code == error.code and not mended and engine.sessions > 4:
+            assert (observed.state, observed.who, observed.status_sentence) == ("WAITING", who, error.sentence)
+            mended.append(1)
+
+    engine = Engine(quick_path, on_session=session, on_report=look)
+    for number in range(10):
+        (engine.source / str(number)).write_bytes(b"content")
+    observed = await engine.run()
+    assert mended
+    assert observed.state == "SUCCEEDED", observed
+    assert contents(engine.destination) == contents(engine.source)
+    (event, *_) = (event for event in engine.events if event.code == error.code)
+    assert event.is_error
+    assert error.sentence in event.details
 
 
 # --- real disks ------------------------------------------------------------------------------------------
