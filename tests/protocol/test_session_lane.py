@@ -127,7 +127,7 @@ def test_what_newer_peers_add_to_headers_is_ignored(header: lane.AnyHeader, extr
 
 
 def test_rows_of_newer_peers_may_be_longer() -> None:
-    row = [b"n", 0, 1, 2, 3, 4, 5, 6, None, "added later", {"and": "more"}]
+    row = [b"n", 0, 1, 2, 3, 4, 5, 6, None, 1, "added later", {"and": "more"}]
     body = msgspec.msgpack.encode({"t": "rows", "r": 1, "rows": [row]})
     answer = session.answer_untrusted(body)
     assert isinstance(answer, session.Rows)
