@@ -13,7 +13,7 @@ from protocol.control import Counters
 
 
 class Record:
-    """The books of one task. One thread calls everything here; ``counters`` may be read from any."""
+    """The books of one task. One thread at a time calls everything here; ``counters`` may be read from any."""
 
     def __init__(
         self,

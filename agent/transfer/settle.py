@@ -304,7 +304,6 @@ class Settler:
                 self._names.touch(item.group)
         elif isinstance(item, Broken):
             raise item.__cause__ or item
-        # What a lane has delivered is looked at with everything else.
 
     # --- small files -----------------------------------------------------------------------------------
 
