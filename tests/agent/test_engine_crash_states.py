@@ -181,7 +181,7 @@ async def look_at_all(
 @pytest.mark.timeout(170)
 async def test_states_after_a_power_failure(tmp_path: Path, quick_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recording = await record(tmp_path, monkeypatch, small_tree)
-    states = crash_states(recording.trace, Random(SEED), at_random=0, every=5)
+    states = crash_states(recording.trace, Random(SEED), at_random=0, every=7)
     count, seen, wrong = await look_at_all(recording, states, quick_path)
     calls = len(recording.trace.operations)
     print(f"calls: {calls}, syncs: {len(recording.trace.syncs)}, different states: {count}, events: {dict(seen)}")

@@ -28,7 +28,7 @@ from relay.transfer.steward import CANCEL_GRACE, Steward
 from tests.relay.fake_agents import FakeAgent, lost_answer, once
 from tests.relay.steward_scene import Scene, open_scene, virtual_clock
 
-SEEDS = [range(15), range(15, 30)]
+SEEDS = [range(10), range(10, 20)]
 MANY_SEEDS = [range(first, first + 15) for first in range(1000, 4000, 15)]
 HOUR = 3600.0
 # What a fault of the link hits.

@@ -102,8 +102,9 @@ async def test_a_transfer_neither_stops_nor_slows_without_its_relay(
         steady = sorted(without)[len(without) // 2]
         print(f"relay away for {outage:.0f} s: {with_relay / MIB:.2f} MiB/s with it, {steady / MIB:.2f} MiB/s without")
         print(f"workers killed meanwhile: {deaths}, events: {codes}")
-        assert (codes[0], codes[-1]) == ("STARTED", "SUCCEEDED")
-        assert codes.count("WORKER_DIED") == deaths
+        # What the relay itself notes when it is back, and agents are not yet, is not the agent's.
+        told = [code for code in codes if code != "GC_NOT_CONNECTED"]
+        assert told == ["STARTED", *["WORKER_DIED"] * deaths, "SUCCEEDED"]
         # Paced by sleeping, it cannot be faster with a relay than without; half is far outside every accident.
         assert steady > with_relay / 2
 

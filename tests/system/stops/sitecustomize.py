@@ -94,6 +94,7 @@ class Stops:
         self.actor = actor
         self._counts: Counter[tuple[str, str]] = Counter()
         self._lock = threading.Lock()
+        self._pace = threading.Lock()
 
     def done(self, step: str) -> None:
         """A step is done: stop here, if that is wanted."""
@@ -116,8 +117,8 @@ class Stops:
             signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
 
     def _go_slowly(self) -> None:
-        """While the file ``slow`` says so, each block takes this long (seconds) to read."""
-        with contextlib.suppress(OSError, ValueError):
+        """While the file ``slow`` says so, a source reads one block in so many seconds, on all its lanes together."""
+        with contextlib.suppress(OSError, ValueError), self._pace:
             time.sleep(float((DIRECTORY / "slow").read_text()))
 
     def _note(self, name: str) -> bool:
