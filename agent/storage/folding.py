@@ -52,8 +52,12 @@ def by_attribute(file_system: str, descriptor: int) -> bool | None:
     """Whether an open folder folds names, as far as its file system's type and its attributes tell; None: ask it."""
     if file_system in _NEVER:
         return False
-    if file_system not in _BY_FOLDER or not sys.platform.startswith("linux"):
-        return None
+    if file_system in _BY_FOLDER and sys.platform == "linux":
+        return _by_flag(descriptor)
+    return None
+
+
+def _by_flag(descriptor: int) -> bool | None:
     import fcntl
 
     try:
