@@ -1,7 +1,8 @@
 """How many lanes a session should have: one more while that makes it faster, one less when it did not. Pure.
 
-A further lane is tried only while every lane is busy. If goodput does not rise by a tenth the lane goes again, and
-the next try waits, each time longer: paths change, but mostly they do not.
+A further lane is tried only while every lane is busy, and once goodput no longer rises by itself: on a long path a
+connection takes a second or two to find its rate, which must not be taken for the gain of another one. If goodput does
+not rise by a tenth the lane goes again, and the next try waits, each time longer: paths change, but mostly they do not.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 # Seconds over which goodput is measured before it is judged.
 SPAN = 2.0
 GAIN = 1.10
+# Goodput that grows by no more than this from one span to the next has found its rate.
+STEADY = 1.10
 FIRST_REST, LONGEST_REST = 15.0, 240.0
 
 
@@ -21,6 +24,8 @@ class LaneCount:
         self._bytes = 0
         self._busy = True
         self._before: float | None = None
+        # Goodput of the span before, if every lane was busy in it.
+        self._last: float | None = None
         self._rest = FIRST_REST
         self._not_before = 0.0
 
@@ -34,8 +39,9 @@ class LaneCount:
         if now - self._since < SPAN:
             return lanes
         goodput = (received - self._bytes) / (now - self._since)
-        was_busy, before = self._busy, self._before
+        was_busy, before, last = self._busy, self._before, self._last
         self._begin(now, received, None)
+        self._last = goodput if was_busy else None
         if not was_busy:
             return lanes
         if before is not None:
@@ -44,7 +50,8 @@ class LaneCount:
                 self._rest = min(self._rest * 2, LONGEST_REST)
                 return max(1, lanes - 1)
             self._rest = FIRST_REST
-        if lanes < self.limit and now >= self._not_before:
+        steady = last is not None and goodput <= last * STEADY
+        if lanes < self.limit and now >= self._not_before and (steady or before is not None):
             self._before = goodput
             return lanes + 1
         return lanes

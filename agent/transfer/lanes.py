@@ -36,6 +36,8 @@ class Lanes:
         self.limit = limit
         # What is measured of the lanes that are up.
         self.meters: dict[int, LaneMeter] = {}
+        # Content bytes of those that are gone.
+        self._ended = 0
         # Duplicates of their sockets, to shut them down without touching the TLS objects, which belong to the threads.
         self._sockets: dict[int, socket.socket] = {}
         # Every lane by its number, with what tells it to finish what was asked of it and go.
@@ -77,7 +79,7 @@ class Lanes:
             for number in run.fetcher.measure(trio.current_time()):
                 self._break(number)
             staying = [leave for leave in self._leave.values() if not leave.is_set()]
-            received = run.context.received.value
+            received = self._ended + sum(meter.content for meter in self.meters.values())
             wanted = count.decide(trio.current_time(), received, len(staying), busy=busy)
             if wanted > len(staying):
                 self._open()
@@ -140,7 +142,8 @@ class Lanes:
             if broken is not None:
                 raise first_error(broken) from None
         finally:
-            self.meters.pop(number, None)
+            if self.meters.pop(number, None) is not None:
+                self._ended += receiver.meter.content
             self._sockets.pop(number, None)
             left = run.fetcher.drop_lane(number)
             duplicate.close()

@@ -38,6 +38,20 @@ def test_lanes_grow_while_they_help() -> None:
     assert path.lanes == 3
 
 
+def test_a_connection_that_still_finds_its_rate_gets_no_company() -> None:
+    count, received = LaneCount(8, 0.0), 0.0
+    now, lanes, history = 0.0, 1, []
+    # Goodput doubles every two seconds up to what the path has, whatever lanes there are.
+    for step in range(80):
+        now += 0.5
+        received += 0.5 * min(1e6 * 2 ** (step // 4), 64e6)
+        lanes = count.decide(now, int(received), lanes, busy=True)
+        history.append(lanes)
+    assert max(history[: 7 * 4]) == 1
+    assert max(history) == 2
+    assert lanes <= 2
+
+
 def test_a_lane_that_does_not_help_goes_and_is_tried_again_later_and_later() -> None:
     path = Path(8, {1: 500e6, 2: 500e6})
     path.run(600)
