@@ -41,7 +41,8 @@ def shrink(path: Path) -> None:
 def replace(path: Path) -> None:
     """Another file of the same size and time takes the name."""
     status = path.stat()
-    other = path.with_name(f"..{path.name}.new")
+    # Beside the collection: in it, it would be a file of its own for a moment.
+    other = path.parent.parent / f"{path.name}.new"
     other.write_bytes(os.urandom(status.st_size))
     os.utime(other, ns=(status.st_atime_ns, status.st_mtime_ns))
     other.rename(path)
