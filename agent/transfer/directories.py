@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import aclosing
-from typing import TYPE_CHECKING
 
 import trio
 
@@ -13,12 +12,10 @@ from agent.transfer.items import ItemPlanner
 from agent.transfer.jobs import FileJob, Group, GroupListed, LinkWanted, Outcome
 from agent.transfer.journal import DirectoryRow
 from agent.transfer.plan import DirectoryPlanner, Listing, Planned
+from agent.transfer.run import Run
 from agent.transfer.source_session import SessionLost
 from protocol.errors import NeedsPerson, RetryLater, TaskFailed, TowpathError
 from protocol.session import Row
-
-if TYPE_CHECKING:
-    from agent.transfer.transfer_run import TransferRun
 
 # Round trips that overlap while directories are listed.
 LISTERS = 16
@@ -36,7 +33,7 @@ class _NotOpened(Exception):
 class DirectoryWalk:
     """Lists every directory the journal knows of, until none waits."""
 
-    def __init__(self, run: TransferRun) -> None:
+    def __init__(self, run: Run) -> None:
         self._run = run
 
     async def run(self) -> None:
@@ -164,7 +161,7 @@ class DirectoryWalk:
 class Comparisons:
     """Compares files with the source by digest; those that differ are brought over."""
 
-    def __init__(self, run: TransferRun) -> None:
+    def __init__(self, run: Run) -> None:
         self._run = run
         self._waiting_in, self._waiting_out = trio.open_memory_channel[FileJob](64)
 

@@ -16,6 +16,7 @@ from agent.transfer.collisions import collision, losers, twice
 from agent.transfer.compare import Decision, decide
 from agent.transfer.jobs import FileJob, Group, GroupListed, LinkWanted
 from agent.transfer.plan import refusal, sweep_temporaries
+from agent.transfer.run import Run
 from protocol.control import TaskItem
 from protocol.errors import (
     ItemFailed,
@@ -30,7 +31,6 @@ from protocol.session import DIRECTORY, FILE, SYMLINK, Row, StatResult, join_pat
 
 if TYPE_CHECKING:
     from agent.transfer.source_session import SourceSession
-    from agent.transfer.transfer_run import TransferRun
 
 ITEMS_AT_ONCE = 250
 _UNKNOWN = Row(b"", -1, 0, 0, 0, 0, 0, 0)
@@ -39,7 +39,7 @@ _UNKNOWN = Row(b"", -1, 0, 0, 0, 0, 0, 0)
 class ItemPlanner:
     """Resolves the items of a task. Items that an earlier run finished are left alone."""
 
-    def __init__(self, run: TransferRun) -> None:
+    def __init__(self, run: Run) -> None:
         self._run = run
         self._items = run.context.order.items or []
         self._settled: dict[int, int] = {}

@@ -7,19 +7,16 @@ import os
 import socket
 import ssl
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING
 
 import trio
 
 from agent.meter.lane import LaneMeter
 from agent.transfer.lane_count import LaneCount
 from agent.transfer.receive import LaneReceiver
+from agent.transfer.run import Run
 from agent.transfer.source_session import SessionLost
 from agent.transfer.stopping import call_on_cancel, first_error
 from protocol.errors import ProtocolError, RetryLater
-
-if TYPE_CHECKING:
-    from agent.transfer.transfer_run import TransferRun
 
 OpenLane = Callable[[], Awaitable[ssl.SSLSocket]]
 
@@ -30,7 +27,7 @@ MEASURE_EVERY = 0.5
 class Lanes:
     """All lanes of one run; each lives in a thread of its own. There are as many as pay, up to ``limit``."""
 
-    def __init__(self, run: TransferRun, open_lane: OpenLane, limit: int) -> None:
+    def __init__(self, run: Run, open_lane: OpenLane, limit: int) -> None:
         self._run = run
         self._open_lane = open_lane
         self.limit = limit

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import trio
 
 from agent.storage.faults import fault
@@ -14,12 +12,10 @@ from agent.transfer.jobs import Abandoned, FileJob, LargeFile, count_done, empty
 from agent.transfer.patience import attempts
 from agent.transfer.receive import damaged
 from agent.transfer.reuse import Reuse
+from agent.transfer.run import Run
 from agent.transfer.source_session import SessionLost
 from protocol.errors import ItemFailed, NeedsPerson, RetryLater, TaskFailed, TowpathError
 from protocol.session import EXTENTS
-
-if TYPE_CHECKING:
-    from agent.transfer.transfer_run import TransferRun
 
 LARGE_AT_ONCE = 4
 # How often a passing fault may keep us from a part of a file before it is given up for lost.
@@ -29,7 +25,7 @@ PART_ATTEMPTS = 2
 class LargeFiles:
     """All large files of one run. Methods are called in the trio thread."""
 
-    def __init__(self, run: TransferRun) -> None:
+    def __init__(self, run: Run) -> None:
         self._run = run
         self._waiting_in, self._waiting_out = trio.open_memory_channel[FileJob](64)
 

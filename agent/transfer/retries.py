@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import msgspec
 import trio
 
 from agent.transfer.items import ItemPlanner
 from agent.transfer.jobs import FileJob, LinkWanted
 from agent.transfer.patience import attempts, pause
+from agent.transfer.run import Run
 from protocol.errors import NeedsPerson, TaskFailed, TowpathError
 from protocol.session import SYMLINK
 from protocol.ticket import TICKET_EXPIRED
-
-if TYPE_CHECKING:
-    from agent.transfer.transfer_run import TransferRun
 
 
 class Retries:
     """Decides about failures of one run. Methods are called in the trio thread."""
 
-    def __init__(self, run: TransferRun) -> None:
+    def __init__(self, run: Run) -> None:
         self._run = run
 
     def lasting(self, job: FileJob, error: TowpathError) -> bool:

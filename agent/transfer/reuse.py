@@ -7,19 +7,15 @@ of a received one: it counts when it is durable and reads back with the source's
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import trio
 
 from agent.storage.base import Root
 from agent.transfer.jobs import BlocksWritten, LargeFile
+from agent.transfer.run import Run
 from agent.transfer.source_session import SessionLost
 from protocol.errors import TowpathError
 from protocol.lane import digest as block_digest
 from protocol.session import BLOCK_DIGESTS
-
-if TYPE_CHECKING:
-    from agent.transfer.transfer_run import TransferRun
 
 # Smaller files are sent before the questions are answered.
 WORTH_ASKING = 16 * 1024 * 1024
@@ -32,7 +28,7 @@ DIGESTS_AT_ONCE = 32
 class Reuse:
     """Fills a new temporary with what the old file has. `run` is called once, before anything is asked for."""
 
-    def __init__(self, run: TransferRun, file: LargeFile) -> None:
+    def __init__(self, run: Run, file: LargeFile) -> None:
         self._run = run
         self._file = file
         # Blocks that need not be asked for: done, or copied and waiting for their check.

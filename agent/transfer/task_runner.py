@@ -25,9 +25,10 @@ from agent.transfer.manifest import ManifestWriter
 from agent.transfer.patience import Patience
 from agent.transfer.plan import now_iso, split_path, sweep_temporaries
 from agent.transfer.received import ReceivedCounter
+from agent.transfer.run import RunContext
 from agent.transfer.source_session import SourceSession
 from agent.transfer.state_trouble import StateTrouble, of_system
-from agent.transfer.transfer_run import RunContext, TransferRun
+from agent.transfer.transfer_run import TransferRun
 from protocol.control import Counters, Flow, TaskObserved, TaskOrder, TaskState
 from protocol.errors import NeedsPerson, ProtocolError, TaskFailed, TowpathError
 from protocol.names import RESERVED_PREFIX, parse_path_untrusted

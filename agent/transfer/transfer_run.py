@@ -12,36 +12,30 @@ import queue
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import msgspec
 import trio
 
-from agent.limits.pace import Pace
 from agent.meter.flow import Reading, flow_between
-from agent.storage.base import Root
 from agent.storage.faults import fault
 from agent.transfer.budget import Budget, charge
 from agent.transfer.directories import Comparisons, DirectoryWalk
 from agent.transfer.fetch import Fetcher
 from agent.transfer.items import ItemPlanner
 from agent.transfer.jobs import FileJob, Group, LargeFile, Outcome
-from agent.transfer.journal import Journal
 from agent.transfer.lanes import Lanes, OpenLane
 from agent.transfer.large_files import LargeFiles
-from agent.transfer.manifest import ManifestWriter
 from agent.transfer.mirror import Mirror
-from agent.transfer.patience import Patience
 from agent.transfer.plan import count_finished, now_iso, remove_left_behind, set_directory_times
-from agent.transfer.received import ReceivedCounter
 from agent.transfer.record import add_counts
 from agent.transfer.retries import Retries
+from agent.transfer.run import RunContext
 from agent.transfer.settle import Settler
 from agent.transfer.source_session import SessionLost, SourceSession
 from agent.transfer.stopping import call_on_cancel, first_error, first_system_error
-from protocol.control import Counters, Flow, TaskOrder
+from protocol.control import Counters, Flow
 from protocol.errors import TowpathError
 from protocol.session import LANE_READINGS, MAX_PACK_FILES, LaneReadings
 
@@ -55,22 +49,6 @@ PACK_BYTES = MIB
 FLOW_EVERY, ANSWER_PATIENCE = 1.0, 5.0
 # What `skip_source_errors` skips, as in the Globus transfer document.
 SKIPPABLE = frozenset({"FILE_NOT_FOUND", "NOT_FOUND", "PERMISSION_DENIED"})
-
-
-@dataclass(frozen=True)
-class RunContext:
-    """What stays the same over all runs of a task."""
-
-    order: TaskOrder
-    root: Root
-    journal: Journal
-    manifests: tuple[ManifestWriter, ManifestWriter]
-    received: ReceivedCounter
-    temporary_prefix: bytes
-    mode_mask: int
-    on_fault: Callable[[TowpathError], None]
-    patience: Patience
-    pace: Pace
 
 
 class TransferRun:

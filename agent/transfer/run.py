@@ -1,0 +1,107 @@
+"""One run of a transfer as its parts know it: planners, lanes, large files and retries ask these things of it.
+
+`agent.transfer.transfer_run` puts the parts together and stands above them; none of them imports it.
+"""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import trio
+
+from agent.limits.pace import Pace
+from agent.storage.base import Root
+from agent.transfer.budget import Budget
+from agent.transfer.fetch import Fetcher
+from agent.transfer.jobs import FileJob, Group, LargeFile, PackArrived
+from agent.transfer.journal import Journal
+from agent.transfer.manifest import ManifestWriter
+from agent.transfer.patience import Patience
+from agent.transfer.receive import Reports
+from agent.transfer.received import ReceivedCounter
+from agent.transfer.source_session import SourceSession
+from protocol.control import TaskOptions, TaskOrder
+from protocol.errors import TowpathError
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """What stays the same over all runs of a task."""
+
+    order: TaskOrder
+    root: Root
+    journal: Journal
+    manifests: tuple[ManifestWriter, ManifestWriter]
+    received: ReceivedCounter
+    temporary_prefix: bytes
+    mode_mask: int
+    on_fault: Callable[[TowpathError], None]
+    patience: Patience
+    pace: Pace
+
+
+class Failures(Protocol):
+    """Decides what becomes of a job that failed. Methods are called in the trio thread."""
+
+    def lasting(self, job: FileJob, error: TowpathError) -> bool:
+        """Whether this error ends the job; whole-task errors stop the run."""
+
+    def job_failed(self, job: FileJob, error: TowpathError) -> None:
+        """A file could not be brought over this time."""
+
+
+class Run(Reports, Protocol):
+    """See the module. But for `Reports`, `settle`, `deliver` and `temporary_name`, all is for the trio thread."""
+
+    context: RunContext
+    options: TaskOptions
+    session: SourceSession
+    resumed: bool
+    budget: Budget
+    fetcher: Fetcher
+    settle: queue.SimpleQueue[Any]
+    nursery: trio.Nursery
+
+    @property
+    def retries(self) -> Failures: ...
+
+    @property
+    def deliver(self) -> Callable[[PackArrived], None]:
+        """Settle a pack in the calling lane's thread."""
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the run is ending with an error."""
+
+    def stop(self, error: TowpathError) -> None:
+        """End the run with this error, or with the one it is ending with already."""
+
+    def temporary_name(self) -> bytes:
+        """A new reserved name."""
+
+    async def copy(self, job: FileJob) -> None:
+        """Have a file brought over; `offer` must follow."""
+
+    async def offer(self) -> None:
+        """Nothing more comes for the moment: hand out what has been collected if a lane waits for it."""
+
+    async def compare(self, job: FileJob) -> None:
+        """Have a file compared by digest, and brought over when it differs."""
+
+    async def slot(self) -> None:
+        """Wait until one more group may be open; `opened` must follow."""
+
+    def release_slot(self) -> None:
+        """The group could not be opened after all."""
+
+    def opened(self, group: Group) -> None:
+        """A group is being worked on until the settler says it is done."""
+
+    def count_finished(self, job: FileJob, outcome: int) -> None:
+        """A single item that an earlier run settled."""
+
+    def give_up(self, job: FileJob, error: TowpathError, discard: LargeFile | None = None) -> None:
+        """End a job with an error: it is listed, counted, and the rest goes on."""
