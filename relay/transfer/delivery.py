@@ -45,6 +45,8 @@ _SMALL = 16 * 1024
 
 # A source is asked for a new session of one task at most this often, in seconds.
 OFFER_INTERVAL = 1.0
+# So long after the relay's start an agent that runs a task may be away without a word about it, in seconds.
+BACK_SOON = 15.0
 
 
 class Step(Enum):
@@ -120,7 +122,15 @@ class Courier:
     """Takes the steps of tasks. The caller sees to it that a task has one visit at a time."""
 
     def __init__(
-        self, store: Store, links: AgentLinks, signer: TicketSigner, *, ticket_life: float, keep: float, timeout: float
+        self,
+        store: Store,
+        links: AgentLinks,
+        signer: TicketSigner,
+        *,
+        ticket_life: float,
+        keep: float,
+        timeout: float,
+        since: float,
     ) -> None:
         self._store = store
         self._links = links
@@ -128,6 +138,8 @@ class Courier:
         self._ticket_life = ticket_life
         self._keep = keep
         self._timeout = timeout
+        # When this relay was started.
+        self._since = since
         # Tasks whose agent asked for a session, with the generation it has; after a restart all are offered anew.
         self._wanted: dict[str, int] = {}
         # When the source of a task was last asked; an agent that asks on and on does not reach it more often.
@@ -168,6 +180,9 @@ class Courier:
                         await self._change(task.id, held_by=None)
                     return Visit(finished=task.finished, failed=source_failed)
                 if step is Step.WAIT_FOR_WORKER:
+                    if task.attempted and now - self._since < BACK_SOON:
+                        # The relay has just been started: whoever was there before it comes back in a moment.
+                        return Visit(failed=RetryLater("The agent has not linked to this relay yet."))
                     await self._hold(task, "destination", now)
                     return Visit()
                 if step is Step.OFFER_SESSION and now - self._asked.get(task_id, -OFFER_INTERVAL) < OFFER_INTERVAL:

@@ -92,6 +92,7 @@ class Steward:
             ticket_life=self._ticket_life,
             keep=self._keep,
             timeout=float(settings.limits.call_timeout),
+            since=clock(),
         )
         self._take_over = None
         if verifier is not None:

@@ -15,6 +15,7 @@ from trio.testing import MockClock
 from protocol.control import TaskObserved, TaskOrder
 from protocol.errors import ItemFailed
 from relay.store import transfer_tables as tables
+from relay.transfer.steward import Steward
 from tests.relay.steward_scene import MOMENT, Scene, open_scene, virtual_clock
 
 
@@ -206,3 +207,22 @@ async def test_an_older_agent_has_no_list_and_is_served_as_before(clock: MockClo
     scene.destination.succeed(task_id)
     await trio.sleep(MOMENT)
     assert (await scene.show(task_id))["status"] == "SUCCEEDED"
+
+
+@pytest.mark.parametrize(("after", "noted"), [(5.0, 0), (40.0, 1)])
+async def test_a_relay_that_was_just_started_gives_agents_a_moment(
+    clock: MockClock, scene: Scene, after: float, noted: int
+) -> None:
+    """Its restart is nothing that the users of a running task have to read about; an agent that stays away is."""
+    task_id = await running(scene)
+    registry, services = scene.relay.registry, scene.relay.services
+    for agent in (scene.source, scene.destination):
+        registry.down(agent)
+    successor = Steward(services.store, registry, services.signer, services.settings, services.clock)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(successor.run)
+        successor.wake(task_id)
+        await trio.sleep(after)
+        codes = await scene.codes(task_id)
+        nursery.cancel_scope.cancel()
+    assert codes.count("GC_NOT_CONNECTED") == noted
