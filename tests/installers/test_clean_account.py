@@ -335,6 +335,7 @@ def test_two_users_on_one_host_do_not_meet(world: World, public: Path) -> None:
     assert (bob.home / "data" / "from-ada").read_text() == "precious"
     assert (bob.home / "data" / "from-ada").stat().st_uid == bob.user
 
+    pid_of_ada = ada.pid()
     socket_of_ada = next(ada.home.rglob("agent.sock"))
     reach = "import socket, sys; socket.socket(socket.AF_UNIX).connect(sys.argv[1])"
     python = next((bob.home / ".local/share/towpath/current/bin").glob("python*"))
@@ -351,7 +352,10 @@ def test_two_users_on_one_host_do_not_meet(world: World, public: Path) -> None:
     )
     answer = bob.run(str(python), "-c", ask, str(socket_of_ada), check=False)
     assert answer.stdout.strip() in ("0", ""), answer
-    assert ada.status()["link"]["connected"]
+    # Her own client asks nobody in a folder that is open to others.
+    assert not ada.status()["running"]
+    socket_of_ada.parent.chmod(0o700)
+    assert ada.pid() == pid_of_ada
     for account in (ada, bob):
         account.run("sh", str(account.home / ".local/share/towpath/install.sh"), "--uninstall")
 
