@@ -131,13 +131,25 @@ class Scene:
     def file_failed(self, *_: object) -> None:
         raise AssertionError
 
+    def block_damaged(self, *_: object) -> None:
+        raise AssertionError
+
     # --- what happens ---
     def open(self, number: int) -> None:
         ours, theirs = socket.socketpair()
         ours.close()
         theirs.close()
         root: Any = self.disk
-        receiver = LaneReceiver(number, ours, root, self.fetcher.requests, self.settle, self, Pace())  # type: ignore[arg-type]
+        receiver = LaneReceiver(
+            number,
+            ours,  # type: ignore[arg-type]
+            root,
+            self.fetcher.requests,
+            self.settle,
+            self.settle.put,
+            self,
+            Pace(),
+        )
         self.receivers[number] = receiver
         self.asked[number] = deque()
         self.fetcher.add_lane(number, receiver.meter)
