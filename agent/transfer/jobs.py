@@ -118,6 +118,8 @@ class LargeFile:
     # Bitmap of durable, verified blocks, as the journal has it.
     done: bytearray
     done_count: int
+    # Bytes of these blocks that the task's books count as settled; what is a hole never was.
+    settled: int = 0
     # Blocks written and not yet checked, with their digests. The lock guards this and nothing else.
     unchecked: dict[int, bytes] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -260,6 +262,13 @@ class Abandoned:
 
 
 @dataclass(slots=True)
+class PartDropped:
+    """To the settler: what an earlier run had settled of a large file is of no use; it is transferred again."""
+
+    size: int
+
+
+@dataclass(slots=True)
 class LinkWanted:
     """To the settler: a symlink to be made as it is at the source."""
 
@@ -274,4 +283,4 @@ class GroupListed:
     group: Group
 
 
-ToSettle = BlocksWritten | Abandoned | BlocksChecked | FileSealed | LinkWanted | Outcome | GroupListed
+ToSettle = BlocksWritten | Abandoned | PartDropped | BlocksChecked | FileSealed | LinkWanted | Outcome | GroupListed

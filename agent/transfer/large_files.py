@@ -8,7 +8,7 @@ from agent.storage.faults import fault
 from agent.transfer.compare import block_size, missing_ranges
 from agent.transfer.fetch import RANGE_BYTES
 from agent.transfer.holes import WORTH_ASKING, mark_holes
-from agent.transfer.jobs import Abandoned, FileJob, LargeFile, count_done, empty_bitmap
+from agent.transfer.jobs import Abandoned, FileJob, LargeFile, PartDropped, count_done, empty_bitmap
 from agent.transfer.patience import attempts
 from agent.transfer.receive import damaged
 from agent.transfer.reuse import Reuse
@@ -88,7 +88,9 @@ class LargeFiles:
             if known.version == job.row.version:
                 try:
                     descriptor = handle.open_temporary(known.temporary)
-                    return LargeFile(job, known.temporary, descriptor, known.block, known.done, count_done(known.done))
+                    count = count_done(known.done)
+                    settled = min(count * known.block, job.row.size)
+                    return LargeFile(job, known.temporary, descriptor, known.block, known.done, count, settled)
                 except OSError as error:
                     passing = not isinstance(fault(error, "destination", b""), ItemFailed)
                     if passing and job.attempts < PART_ATTEMPTS:
@@ -102,6 +104,7 @@ class LargeFiles:
                     )
             _unlink_quietly(job, known.temporary)
             journal.drop_partial(*job.key)
+            self._run.settle.put(PartDropped(count_done(known.done) * known.block))
         name = self._run.temporary_name()
         descriptor = handle.create_temporary(name)
         block = block_size(job.row.size)

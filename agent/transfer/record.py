@@ -31,6 +31,10 @@ class Record:
         self._now = now
         self._unsynced: set[ManifestWriter] = set()
 
+    def settle(self, size: int) -> None:
+        """So many bytes more are durable; below zero, so many have to be transferred again."""
+        self.settled_bytes = max(0, self.settled_bytes + size)
+
     def transferred(self, done: list[tuple[FileJob, str | None]], linked: list[FileJob]) -> None:
         """Files (with a published checksum, where one was asked for) and links that have their final names."""
         rows = []
@@ -48,7 +52,7 @@ class Record:
         for job in linked:
             job.group.counts.symlinks_transferred += 1
             rows.append(TransferredRow(job.source_path, job.destination_path, 0))
-        self.settled_bytes += settled
+        self.settle(settled)
         self._append(self._transferred, rows)
 
     def outcomes(self, outcomes: list[Outcome]) -> None:

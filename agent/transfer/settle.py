@@ -37,6 +37,7 @@ from agent.transfer.jobs import (
     LinkWanted,
     Outcome,
     PackArrived,
+    PartDropped,
     ToSettle,
 )
 from agent.transfer.journal import Journal, PartialRow
@@ -290,6 +291,8 @@ class Settler:
             self._link(item)
         elif isinstance(item, Abandoned):
             self._ask_checker(partial(self._abandon, item))
+        elif isinstance(item, PartDropped):
+            self.record.settle(-item.size)
         elif isinstance(item, _Closed):
             self._checks -= 1
             self._reports.abandoned(item.item.file, item.item.error)
@@ -376,7 +379,8 @@ class Settler:
             self._reports.refetch(file, index)
         for index in item.good:
             file.mark_done(index)
-            self.record.settled_bytes += file.length_of(index)
+            file.settled += file.length_of(index)
+            self.record.settle(file.length_of(index))
         if not item.good:
             return
         if file.complete:
@@ -399,6 +403,7 @@ class Settler:
             problem = fault(error, "destination", job.destination_path) if isinstance(error, OSError) else error
             self.remover.remove(job.group, file.temporary)
             self.record.journal.drop_partial(*job.key)
+            self.record.settle(-file.settled)
             self._reports.job_failed(job, problem)
             return
         self._names.transferred.append((job, checksum))
@@ -425,6 +430,7 @@ class Settler:
         if outcome.discard is None:
             self._names.outcomes.append(outcome)
         else:
+            self.record.settle(-outcome.discard.settled)
             # Its blocks may be being checked now: the descriptor is closed behind that.
             self._ask_checker(lambda: _Discarded(self._checker.discard(outcome)))
 

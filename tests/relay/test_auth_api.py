@@ -203,6 +203,7 @@ async def test_introspection(world: RelayWorld) -> None:
     now = int(world.clock.now)
     session = document.pop("session_info")
     detail = document.pop("identity_set_detail")
+    assert len(document.pop("dependent_tokens_cache_id")) == 64
     assert document == {
         "active": True,
         "token_type": "Bearer",
