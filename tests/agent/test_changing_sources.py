@@ -107,6 +107,10 @@ async def test_a_source_that_changes_is_read_again_and_told(tmp_path: Path, name
                         task = await made.submit(WHOLE)
                     await trio.sleep(0.005)
         observed = await made.wait(task)
+        if observed.state == "FAILED":
+            # On a slow machine the file may have changed for every try before the first was told of.
+            assert len(told_of(made, name)) == 5
+            observed = await made.wait(await made.submit(WHOLE))
         assert observed.state == "SUCCEEDED", observed
         assert contents(made.beta.root) == contents(made.alpha.root)
         assert observed.counters.failed == 0
