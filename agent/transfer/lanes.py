@@ -127,7 +127,7 @@ class Lanes:
         duplicate = self._sockets[number] = socket.socket(fileno=os.dup(sock.fileno()))
         try:
             async with trio.open_nursery() as nursery:
-                await nursery.start(call_on_cancel, lambda: _shut_down(duplicate))
+                await nursery.start(call_on_cancel, lambda: _stop(receiver, duplicate))
                 nursery.start_soon(self._end, number, duplicate)
                 await trio.to_thread.run_sync(receiver.introduce, run.session.instance)
                 self.meters[number] = receiver.meter
@@ -146,6 +146,11 @@ class Lanes:
             duplicate.close()
             sock.close()
         return left
+
+
+def _stop(receiver: LaneReceiver, sock: socket.socket) -> None:
+    receiver.end()
+    _shut_down(sock)
 
 
 def _shut_down(sock: socket.socket) -> None:

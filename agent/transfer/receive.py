@@ -78,6 +78,7 @@ class LaneReceiver:
         # Both grow to the largest seen: a session of small blocks stays small.
         self._header = memoryview(bytearray(64 * 1024))
         self._buffer = memoryview(bytearray(1024 * 1024))
+        self._over = False
 
     def introduce(self, instance: bytes) -> None:
         """Join the control stream ``instance``. Raises OSError, `ProtocolError`."""
@@ -85,6 +86,11 @@ class LaneReceiver:
         header, _ = self._frame()
         if not isinstance(header, lane.LaneReady):
             raise ProtocolError("The source did not accept the lane.")
+
+    def end(self) -> None:
+        """Have a slow lane end with its next piece. What the kernel has of it already can be read long after the socket
+        was shut down. Called from any thread."""
+        self._over = True
 
     def run(self) -> None:
         """Take frames until the lane ends. Raises OSError or `ProtocolError`, never returns otherwise."""
@@ -119,6 +125,8 @@ class LaneReceiver:
             piece = view[: self._pace.piece]
             self._now(Doing.LIMITED)
             self._pace.take(len(piece))
+            if self._over:
+                raise RetryLater("The lane was ended.", code="CONNECTION_LOST")
             self._now(Doing.NETWORK)
             self._read_exactly(piece)
             self.meter.content += len(piece)
