@@ -14,7 +14,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -28,6 +27,7 @@ from globus_sdk import TransferData
 
 from agent.cli.profile import Profile
 from agent.cli.relay_client import Relay
+from agent.demo.free_port import free_port
 
 MIB = 1024 * 1024
 
@@ -105,12 +105,6 @@ def timed(command: list[str]) -> float:
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     os.sync()
     return time.monotonic() - started
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager

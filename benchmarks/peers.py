@@ -15,6 +15,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from agent.demo.free_port import free_port
+
 CIPHER = "aes128-gcm@openssh.com"
 
 
@@ -26,12 +28,6 @@ class Peer:
     wire: str
     file: Callable[[Path, Path], str] | None = None
     folder: Callable[[Path, Path], str] | None = None
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def program(name: str) -> str | None:

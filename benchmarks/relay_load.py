@@ -21,7 +21,6 @@ import multiprocessing
 import os
 import random
 import signal
-import socket
 import ssl
 import statistics
 import subprocess
@@ -42,6 +41,7 @@ from sqlalchemy import insert
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from agent.connect.tunnel import dial_plain, open_tunnel, tunnel_context
+from agent.demo.free_port import free_port
 from agent.link import Link, _tls_context
 from benchmarks.light_agents import NO_TASKS, hold
 from protocol.identity import NodeKey
@@ -132,8 +132,7 @@ class RelayUnderLoad:
     """A relay's directory, its enrolled nodes, and its process."""
 
     def __init__(self, directory: Path, links: int) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         self.directory = directory
         initialise(directory, host="127.0.0.1", port=self.port, url=f"https://localhost:{self.port}", name="load")
         self.settings = load(directory / "relay.yaml")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -22,6 +21,7 @@ import trio
 from agent.cli.profile import Profile
 from agent.cli.relay_client import Relay
 from agent.demo.children import Child, ChildFailed, Warden, run_tool
+from agent.demo.free_port import free_port
 
 HOST = "127.0.0.1"
 USER = "researcher"
@@ -135,13 +135,6 @@ def clean_environment(environment: Mapping[str, str]) -> dict[str, str]:
     dropped = ("TOWPATH_", "GLOBUS_", "NOTIFY_SOCKET")
     kept = {name: value for name, value in environment.items() if not name.startswith(dropped)}
     return {**kept, "PYTHONUNBUFFERED": "1"}
-
-
-def free_port() -> int:
-    """A port nobody listens on at the moment. It must stay the same when the relay is started again."""
-    with socket.socket() as sock:
-        sock.bind((HOST, 0))
-        return int(sock.getsockname()[1])
 
 
 @asynccontextmanager

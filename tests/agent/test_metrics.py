@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 import trio
 
 from agent.config.keys import MetricsConfig
+from agent.demo.free_port import free_port
 from agent.meter import publish
 from agent.meter.exposition import AgentNumbers, exposition
 from agent.meter.flow import Reading, flow_between
@@ -152,12 +152,6 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(publish, "WRITE_EVERY", 0.02)
 
 
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        port: int = sock.getsockname()[1]
-        return port
-
-
 async def _until(condition: Any) -> None:
     with trio.fail_after(10):
         while not condition():
@@ -172,7 +166,7 @@ async def test_the_port_opens_and_closes_with_the_configuration() -> None:
         nursery.start_soon(publisher.run)
         await trio.sleep(0.05)
         assert publisher.port is None
-        configured.config = MetricsConfig(port=_free_port())
+        configured.config = MetricsConfig(port=free_port())
         await _until(lambda: publisher.port is not None)
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{publisher.port}", trust_env=False) as client:
             answer = await client.get("/metrics")

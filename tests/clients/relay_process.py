@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import ssl
 import subprocess
 import sys
@@ -14,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from agent.demo.free_port import free_port
 
 PATIENCE = 60.0
 PASSWORD = "quiet boats go by"
@@ -63,11 +64,6 @@ class RelayProcess:
             **{f"GLOBUS_SDK_SERVICE_URL_{service}": self.url for service in services},
             "GLOBUS_SDK_VERIFY_SSL": str(self.ca_file),
         }
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return int(free.getsockname()[1])
 
 
 def make_relay(directory: Path) -> RelayProcess:

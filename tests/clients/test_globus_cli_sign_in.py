@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import sqlite3
 import ssl
 import subprocess
@@ -18,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from agent.demo.free_port import free_port
 
 pytestmark = [pytest.mark.clients]
 
@@ -54,8 +55,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, calls: list[tuple[str, ...]]
         pytest.skip("GLOBUS_CLI does not name the globus command; `make test` installs it and sets this")
     base = tmp_path_factory.mktemp("globus-cli")
     directory = base / "relay"
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "relay.cli"]
     subprocess.run(
         [*command, "init", "--directory", str(directory), "--host", "127.0.0.1", "--port", str(port),

@@ -14,8 +14,9 @@ from pathlib import Path
 import httpx
 import pytest
 
+from agent.demo.free_port import free_port
 from tests.clients.browser import Chromium, chromium
-from tests.clients.relay_process import PASSWORD, PATIENCE, RelayProcess, free_port, make_relay, serving
+from tests.clients.relay_process import PASSWORD, PATIENCE, RelayProcess, make_relay, serving
 
 pytestmark = [pytest.mark.clients, pytest.mark.soak]
 

@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import ssl
 import subprocess
 import sys
@@ -24,6 +23,7 @@ import httpx
 import psutil
 import pytest
 
+from agent.demo.free_port import free_port
 from agent.update.offer import this_platform
 from installers import build_bundle
 from installers.release import add
@@ -118,9 +118,7 @@ class Relay:
     """A real relay that passes releases on."""
 
     def __init__(self, folder: Path) -> None:
-        with socket.socket() as unused:
-            unused.bind(("127.0.0.1", 0))
-            port = unused.getsockname()[1]
+        port = free_port()
         self.url = f"https://127.0.0.1:{port}"
         self.folder = folder
         self.releases = folder / "releases"

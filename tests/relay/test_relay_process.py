@@ -20,6 +20,8 @@ import httpx
 import pytest
 import trio
 
+from agent.demo.free_port import free_port
+
 PATIENCE = 30.0
 RELAY = (sys.executable, "-m", "relay.cli")
 
@@ -83,8 +85,7 @@ class RelayProcess:
 @pytest.fixture
 def relay(tmp_path: Path) -> Iterator[RelayProcess]:
     """A relay that is set up and not yet running."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     made = RelayProcess(tmp_path / "relay", port)
     done = subprocess.run(
         [*RELAY, "init", "--directory", str(made.directory), "--host", "127.0.0.1", "--port", str(port),

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from agent.config.edit import append_collection, set_value
+from agent.demo.free_port import free_port
 from agent.enrol import template
 from agent.identity_file import KEY_FILE, Identity, make_state_dir, save_identity
 from protocol.identity import NodeKey
@@ -36,9 +37,7 @@ class Site:
         self.root.mkdir()
         self.state_dir = folder / "state"
         self.config_file = folder / "agent.yaml"
-        with socket.socket() as unused:
-            unused.bind(("127.0.0.1", 0))
-            self.relay_url = f"https://127.0.0.1:{unused.getsockname()[1]}"
+        self.relay_url = f"https://127.0.0.1:{free_port()}"
         make_state_dir(self.state_dir)
         key = NodeKey.generate()
         key.save(self.state_dir / KEY_FILE)
