@@ -144,21 +144,10 @@ async def managed_event_list(request: Request, task_id: str, caller: CallerHere,
     wanted = parameters.get("filter_is_error")
     kind = None if not wanted else wanted.lower() in ("1", "true")
 
-    def work(connection: Connection) -> tuple[list[dict[str, Any]], int]:
-        rows = event_log.page(connection, task.id, is_error=kind, limit=limit, offset=offset)
-        return rows, event_log.count(connection, task.id, kind)
+    def work(connection: Connection) -> dict[str, Any]:
+        return event_log.event_list(connection, task.id, is_error=kind, limit=limit, offset=offset)
 
-    rows, total = await services.store.read(work)
-    return answer(
-        {
-            "DATA_TYPE": "event_list",
-            "DATA": rows,
-            "length": len(rows),
-            "limit": limit,
-            "offset": offset,
-            "total": total,
-        }
-    )
+    return answer(await services.store.read(work))
 
 
 @router.get("/pause_rule_list")

@@ -149,22 +149,11 @@ async def event_list(request: Request, task_id: str, caller: CallerHere, service
     limit, offset = _page(parameters, default=task_lists.DEFAULT_LIMIT)
     kind = task_filters.event_kind(parameters.get("filter"))
 
-    def work(connection: Connection) -> tuple[list[dict[str, Any]], int]:
+    def work(connection: Connection) -> dict[str, Any]:
         task = task_rows.require_own(connection, task_id, caller.identity_id)
-        rows = event_log.page(connection, task.id, is_error=kind, limit=limit, offset=offset)
-        return rows, event_log.count(connection, task.id, kind)
+        return event_log.event_list(connection, task.id, is_error=kind, limit=limit, offset=offset)
 
-    rows, total = await services.store.read(work)
-    return answer(
-        {
-            "DATA_TYPE": "event_list",
-            "DATA": rows,
-            "length": len(rows),
-            "limit": limit,
-            "offset": offset,
-            "total": total,
-        }
-    )
+    return answer(await services.store.read(work))
 
 
 @router.get("/task/{task_id}/successful_transfers")

@@ -74,16 +74,16 @@ def forget_numbers(connection: Connection, task_id: str) -> None:
     connection.execute(update(tables.task_events).where(tables.task_events.c.task_id == task_id).values(seq=None))
 
 
-def page(
+def event_list(
     connection: Connection, task_id: str, *, is_error: bool | None, limit: int, offset: int
-) -> list[dict[str, Any]]:
-    """Event documents, newest first."""
+) -> dict[str, Any]:
+    """The ``event_list`` document: one page of a task's events, newest first."""
     column = tables.task_events.c
     statement = select(tables.task_events).where(column.task_id == task_id)
     if is_error is not None:
         statement = statement.where(column.is_error == is_error)
     rows = connection.execute(statement.order_by(column.time.desc(), column.id.desc()).limit(limit).offset(offset))
-    return [
+    events = [
         {
             "DATA_TYPE": "event",
             "code": row.code,
@@ -96,3 +96,11 @@ def page(
         }
         for row in rows
     ]
+    return {
+        "DATA_TYPE": "event_list",
+        "DATA": events,
+        "length": len(events),
+        "limit": limit,
+        "offset": offset,
+        "total": count(connection, task_id, is_error),
+    }
