@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 import queue
 import socket
-import sys
 import threading
 import time
 from collections import Counter, deque
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -27,22 +24,12 @@ from agent.transfer.receive import LaneReceiver
 from protocol import lane
 from protocol.errors import RetryLater, TowpathError
 from protocol.session import Abandon, ReadPack, ReadRange, Row
+from tests.agent import engine_inside
+from tests.agent.engine_inside import quick_path
+
+__all__ = ["quick_path"]
 
 BLOCK = 64 * 1024
-
-
-def _load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-engine_inside = _load("engine_inside")
-quick_path = engine_inside.quick_path
 
 
 class Disk:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import msgspec
 import psutil
@@ -17,20 +14,7 @@ import pytest
 import trio
 
 from protocol.control import TaskItem, TaskOptions
-
-
-def _load(name: str) -> ModuleType:
-    # Test folders are no packages: a shared piece is loaded by its place.
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-engine_world = _load("engine_world")
+from tests.agent import engine_world
 
 
 def tree(root: Path) -> dict[str, tuple[str, bytes | str, int]]:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.util
 import os
-import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import msgspec
@@ -19,19 +16,7 @@ import trio
 
 from agent.config.keys import BandwidthConfig
 from protocol.control import TaskItem, TaskOptions
-
-
-def _load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-engine_world = _load("engine_world")
+from tests.agent import engine_world
 
 # At the limit this takes three minutes; without one a moment.
 SIZE = 60 * 1024 * 1024

@@ -15,19 +15,13 @@ from sqlalchemy import Connection, select
 from trio.testing import MockClock
 
 from relay.store import transfer_tables as tables
-from tests.relay.conftest import START
 from tests.relay.fake_agents import FakeAgent
+from tests.relay.relay_world import START
 from tests.relay.transfer_world import InlineStore, Person, TransferWorld, open_world
 
 T = TypeVar("T")
 # Long enough for everything that needs no waiting.
 MOMENT = 2.0
-
-
-def virtual_clock() -> MockClock:
-    """The clock of a test's run, if the test asks for the fixture that returns it by name."""
-    # Time stands still at first: the fixtures' database calls run in threads, which the clock takes for idleness.
-    return MockClock()
 
 
 class CountingStore(InlineStore):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -16,18 +16,7 @@ from protocol.control import TaskObserved, TaskOrder
 from protocol.errors import ItemFailed
 from relay.store import transfer_tables as tables
 from relay.transfer.steward import Steward
-from tests.relay.steward_scene import MOMENT, Scene, open_scene, virtual_clock
-
-
-@pytest.fixture
-def clock() -> MockClock:
-    return virtual_clock()
-
-
-@pytest.fixture
-async def scene(world: Any, clock: MockClock) -> AsyncIterator[Scene]:
-    async with open_scene(world, clock) as opened:
-        yield opened
+from tests.relay.steward_scene import MOMENT, Scene
 
 
 def _forget(connection: Connection) -> None:

@@ -22,20 +22,9 @@ from agent.transfer.outbox import Outbox
 from agent.transfer.task_store import TaskStore
 from protocol.control import AgentEvent, Counters, TaskObserved, encode
 from relay.transfer.times import iso
-from tests.relay.steward_scene import MOMENT, Scene, open_scene, virtual_clock
+from tests.relay.steward_scene import MOMENT, Scene
 
 OUTAGE = 600
-
-
-@pytest.fixture
-def clock() -> MockClock:
-    return virtual_clock()
-
-
-@pytest.fixture
-async def scene(world: Any, clock: MockClock) -> AsyncIterator[Scene]:
-    async with open_scene(world, clock) as opened:
-        yield opened
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from relay.store import transfer_tables as tables
 from relay.store.metadata import metadata
 from relay.transfer.steward import CANCEL_GRACE, Steward
 from tests.relay.fake_agents import FakeAgent, lost_answer, once
-from tests.relay.steward_scene import Scene, open_scene, virtual_clock
+from tests.relay.steward_scene import Scene, open_scene
 
 SEEDS = [range(10), range(10, 20)]
 MANY_SEEDS = [range(first, first + 15) for first in range(1000, 4000, 15)]
@@ -35,11 +35,6 @@ HOUR = 3600.0
 CALLS = ("PUT /link/tasks/", "PUT /link/sessions/", "DELETE /link/sessions/", "GET /link/task", "POST /link/events/ack")
 
 Dump = dict[str, list[dict[str, Any]]]
-
-
-@pytest.fixture
-def clock() -> MockClock:
-    return virtual_clock()
 
 
 @pytest.fixture

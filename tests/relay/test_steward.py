@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from typing import Any
 
-import pytest
 import trio
 from sqlalchemy import Connection, update
 from trio.testing import MockClock
@@ -15,19 +13,7 @@ from protocol.errors import ItemFailed, RetryLater
 from relay.store import transfer_tables as tables
 from relay.transfer.steward import CANCEL_GRACE, Steward
 from tests.relay.fake_agents import lost_answer, once
-from tests.relay.steward_scene import MOMENT, Scene, open_scene, virtual_clock
-
-
-@pytest.fixture
-def clock() -> MockClock:
-    return virtual_clock()
-
-
-@pytest.fixture
-async def scene(world: Any, clock: MockClock) -> AsyncIterator[Scene]:
-    async with open_scene(world, clock) as opened:
-        yield opened
-
+from tests.relay.steward_scene import MOMENT, Scene
 
 # --- away, and back ----------------------------------------------------------------------------------------------
 

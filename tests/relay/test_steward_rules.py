@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -17,22 +16,10 @@ from relay.store import transfer_tables as tables
 from relay.store.auth_tables import identities, tokens
 from relay.transfer.steward import CLOCK_INTERVAL
 from relay.transfer.times import iso
-from tests.relay.conftest import START
 from tests.relay.fake_agents import once
-from tests.relay.steward_scene import MOMENT, CountingStore, Scene, open_scene, virtual_clock
+from tests.relay.relay_world import START
+from tests.relay.steward_scene import MOMENT, CountingStore, Scene
 from tests.relay.transfer_world import delete_document
-
-
-@pytest.fixture
-def clock() -> MockClock:
-    return virtual_clock()
-
-
-@pytest.fixture
-async def scene(world: Any, clock: MockClock) -> AsyncIterator[Scene]:
-    async with open_scene(world, clock) as opened:
-        yield opened
-
 
 # --- sessions and tickets ------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from protocol.control import CollectionReport, Entry
 from protocol.ticket import TicketVerifier
 from relay.store.sign_in_tables import linked_identities
 from tests.relay.fake_agents import FakeAgent
-from tests.relay.steward_scene import MOMENT, Scene, open_scene, virtual_clock
+from tests.relay.steward_scene import MOMENT, Scene
 from tests.relay.transfer_world import TransferWorld, delete_document, open_world, transfer_document
 
 FOLDER = "/shared/"
@@ -25,11 +25,6 @@ FOLDER = "/shared/"
 async def relay(world: Any) -> AsyncIterator[TransferWorld]:
     async with open_world(world, run=False) as made:
         yield made
-
-
-@pytest.fixture
-def clock() -> MockClock:
-    return virtual_clock()
 
 
 def rule(principal: str = "", permissions: str = "r", path: str = FOLDER, **more: Any) -> dict[str, Any]:
@@ -222,11 +217,10 @@ async def test_an_access_manager_changes_rules_and_reads_nothing(relay: Transfer
 
 
 @pytest.fixture
-async def scene(world: Any, clock: MockClock) -> AsyncIterator[Scene]:
-    async with open_scene(world, clock) as made:
-        reports = made.source.collections
-        made.source.collections = [CollectionReport(id=one.id, name=one.name, shareable=True) for one in reports]
-        yield made
+def scene(scene: Scene) -> Scene:
+    reports = scene.source.collections
+    scene.source.collections = [CollectionReport(id=one.id, name=one.name, shareable=True) for one in reports]
+    return scene
 
 
 async def bobs_task(scene: Scene, **more: Any) -> tuple[Any, str, str]:

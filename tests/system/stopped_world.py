@@ -27,6 +27,7 @@ from agent import local_socket
 from agent.cli.relay_client import Relay, document_of
 from agent.demo.children import Child, warden
 from agent.demo.world import AGENTS, World, open_world
+from tests.agent.engine_inside import contents
 
 STOPS = Path(__file__).with_name("stops")
 MIB = 1024 * 1024
@@ -34,18 +35,6 @@ MIB = 1024 * 1024
 MOST_AGAIN = 64 * MIB
 # Nobody waits longer than this for anything (seconds); a machine under load is slow.
 PATIENCE = 60.0
-
-
-def tree_of(root: Path) -> dict[str, bytes | str]:
-    """Every name below a folder with its content, target or kind."""
-    found: dict[str, bytes | str] = {}
-    for path in sorted(root.rglob("*")):
-        name = str(path.relative_to(root))
-        if path.is_symlink():
-            found[name] = f"link to {path.readlink()}"
-        else:
-            found[name] = "folder" if path.is_dir() else path.read_bytes()
-    return found
 
 
 def fill(root: Path, large: int) -> dict[str, bytes | str]:
@@ -58,7 +47,7 @@ def fill(root: Path, large: int) -> dict[str, bytes | str]:
     with (root / "large").open("wb") as file:
         for start in range(0, large, MIB):
             file.write(os.urandom(min(MIB, large - start)))
-    return tree_of(root)
+    return contents(root)
 
 
 @dataclass(frozen=True)
@@ -178,7 +167,7 @@ class StoppedWorld:
         (task_id,) = submitted
         document = await self.until_ended(task_id)
         assert document["status"] == "SUCCEEDED", (str(outcome), document)
-        assert tree_of(self.destination / place) == expected, str(outcome)
+        assert contents(self.destination / place) == expected, str(outcome)
         if stopped and victims != "relay":
             # Workers that lost their daemon may go on for a moment; what counts is what follows them.
             moves = [moment for pid, moment in self._moves().items() if pid not in before]
@@ -209,7 +198,7 @@ class StoppedWorld:
 
     def check_names(self, place: str, expected: dict[str, bytes | str]) -> None:
         """Whatever has a final name now is whole and right."""
-        for name, content in tree_of(self.destination / place).items():
+        for name, content in contents(self.destination / place).items():
             if ".towpath." not in name:
                 assert content == expected[name], name
 

@@ -11,7 +11,8 @@ import pytest
 import trio
 
 from agent.demo.world import program
-from tests.system.stopped_world import MIB, StoppedWorld, fill, stopped_world, tree_of
+from tests.agent.engine_inside import contents
+from tests.system.stopped_world import MIB, StoppedWorld, fill, stopped_world
 
 
 def command(world: StoppedWorld, *words: str) -> None:
@@ -58,7 +59,7 @@ async def test_a_relay_restored_from_an_older_backup_catches_up(
             codes = await world.codes(task_id)
             print(f"{place}: {codes}")
             assert shown["status"] == "SUCCEEDED", shown
-            assert tree_of(world.destination / place) == expected
+            assert contents(world.destination / place) == expected
             assert (codes.count("STARTED"), codes.count("SUCCEEDED")) == (1, 1), codes
             assert codes.index("STARTED") < codes.index("SUCCEEDED")
             assert ("RELAY_RESTORED" in codes) == (task_id != before), codes
