@@ -185,7 +185,8 @@ def _cache_id(connection: Connection, record: TokenRecord) -> str:
     They belong to the session of the token, and hold what stands below its scopes in the person's consents.
     """
     allowed = below(connection, record.identity_id, record.client_id, record.scopes)
-    text = " ".join([record.session_id, record.resource_server, *sorted(allowed)])
+    given = sorted(f"{scope} {lasting}" for scope, lasting in allowed.items())
+    text = " ".join([record.session_id, record.resource_server, *given])
     return hashlib.sha256(text.encode()).hexdigest()
 
 

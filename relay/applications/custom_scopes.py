@@ -31,7 +31,11 @@ _PREFIX = "https://auth.globus.org/scopes/"
 
 @dataclass(frozen=True)
 class Need:
-    """A scope that another one needs. ``optional``: whoever is asked may refuse it alone."""
+    """A scope that another one needs.
+
+    ``optional``: whoever is asked may refuse it alone. ``requires_refresh_token``: the service needs it while people
+    are away; they are told so, and it gets a refresh token when it asks with ``access_type=offline``.
+    """
 
     scope: str
     optional: bool
@@ -239,22 +243,21 @@ def _needs(connection: Connection, document: Mapping[str, Any], subject: Subject
         return None
     if not isinstance(wanted, list) or len(wanted) > MAX_NEEDS or not all(isinstance(item, dict) for item in wanted):
         raise documents.invalid(f"dependent_scopes must be a list of at most {MAX_NEEDS} objects.")
-    return [
-        Need(
-            _string_of(connection, documents.required(item, "scope"), subject),
-            documents.switch(item, "optional", False),
-            documents.switch(item, "requires_refresh_token", False),
-        )
-        for item in wanted
-    ]
+    return [_need(connection, item, subject) for item in wanted]
 
 
-def _string_of(connection: Connection, scope: str, subject: Subject) -> str:
+def _need(connection: Connection, item: Mapping[str, Any], subject: Subject) -> Need:
+    scope = documents.required(item, "scope")
     by = {"strings": [scope]} if ":" in scope or scope.isalpha() else {"ids": [scope]}
     found = look_up(connection, subject, **by)
     if not found:
         raise documents.invalid(f"dependent_scopes: there is no scope '{scope[:300]}'.")
-    return str(found[0]["scope_string"])
+    string, lasting = str(found[0]["scope_string"]), documents.switch(item, "requires_refresh_token", False)
+    if lasting and not found[0]["allows_refresh_token"]:
+        raise documents.invalid(
+            f"dependent_scopes: {string} gives nobody a refresh token, so that none can require one of it."
+        )
+    return Need(string, documents.switch(item, "optional", False), lasting)
 
 
 def _set_needs(connection: Connection, scope_id: str, needs: Sequence[Need]) -> None:

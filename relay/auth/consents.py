@@ -44,7 +44,8 @@ def _covered(
     connection: Connection, identity_id: str, client_id: str, parent: int | None, scope: Scope, *, offline: bool
 ) -> bool:
     row = _node(connection, identity_id, client_id, parent, scope.name)
-    if row is None or (offline and parent is None and not row.allows_refresh):
+    lasting = scope.lasting or (offline and parent is None)
+    if row is None or (lasting and not row.allows_refresh):
         return False
     return all(
         _covered(connection, identity_id, client_id, row.id, dependency, offline=offline)
@@ -83,6 +84,7 @@ def _record(
     now: float,
 ) -> None:
     row = _node(connection, identity_id, client_id, parent, scope.name)
+    lasting = offline or scope.lasting
     if row is None:
         made = connection.execute(
             insert(consents).values(
@@ -91,7 +93,7 @@ def _record(
                 parent_id=parent,
                 scope=scope.name,
                 optional=scope.optional,
-                allows_refresh=offline,
+                allows_refresh=lasting,
                 created=now,
                 updated=now,
                 last_used=now,
@@ -103,7 +105,7 @@ def _record(
     else:
         node = row.id
         changed: dict[str, Any] = {"last_used": now}
-        if offline and not row.allows_refresh:
+        if lasting and not row.allows_refresh:
             changed |= {"allows_refresh": True, "updated": now}
         connection.execute(update(consents).where(consents.c.id == node).values(changed))
     for dependency in scope.dependencies.values():
@@ -143,16 +145,21 @@ def consents_of(connection: Connection, identity_id: str, client_id: str | None 
     return found
 
 
-def below(connection: Connection, identity_id: str, client_id: str, scopes: Iterable[str]) -> list[str]:
-    """Scopes that the services behind these scopes may use in the person's name, one level down."""
+def below(connection: Connection, identity_id: str, client_id: str, scopes: Iterable[str]) -> dict[str, bool]:
+    """Scopes that the services behind these scopes may use in the person's name, one level down, and whether while the
+    person is away."""
     roots = select(consents.c.id).where(
         consents.c.identity_id == identity_id,
         consents.c.client_id == client_id,
         consents.c.parent_id.is_(None),
         consents.c.scope.in_(list(scopes)),
     )
-    query = select(consents.c.scope).where(consents.c.parent_id.in_(roots)).order_by(consents.c.id)
-    return list(dict.fromkeys(connection.execute(query).scalars()))
+    table = consents.c
+    query = select(table.scope, table.allows_refresh).where(table.parent_id.in_(roots)).order_by(table.id)
+    found: dict[str, bool] = {}
+    for scope, lasting in connection.execute(query):
+        found[scope] = found.get(scope, False) or lasting
+    return found
 
 
 def withdraw(connection: Connection, identity_id: str, client_id: str) -> bool:

@@ -6,7 +6,7 @@ which clients read them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from relay.auth.clients import Client
 from relay.auth.codes import Redeemed
 from relay.auth.consents import below
 from relay.auth.device import Allowed
-from relay.auth.known_scopes import by_server, expand
+from relay.auth.known_scopes import NotForPerson, by_server, check_domains, expand, facts_of, lasting_servers
 from relay.auth.linked import set_of
 from relay.auth.public_clients import note_use
 from relay.auth.scopes import InvalidScope, parse_untrusted
@@ -86,13 +86,23 @@ def _issue(
     now: float,
     lives: Lives,
     offline: bool,
+    lasting: Collection[str] | None = None,
 ) -> list[IssuedToken]:
+    """``lasting`` names those scopes that the person has allowed for while they are away; None: all of them."""
     try:
-        scopes = by_server(expand(connection, parse_untrusted(scope).values()))
+        expanded = expand(connection, parse_untrusted(scope).values())
     except InvalidScope as error:
         raise GrantRefused("invalid_scope", str(error)) from error
+    scopes = by_server(expanded)
     if not scopes:
         raise GrantRefused("invalid_scope", "The request names no scope.")
+    try:
+        check_domains((facts for _, facts in expanded.values()), set_of(connection, identity_id))
+    except NotForPerson as error:
+        raise GrantRefused("invalid_scope", str(error)) from error
+    servers = lasting_servers(expanded)
+    if lasting is not None:
+        servers = {server for server in servers if set(scopes[server]) <= set(lasting)}
     return issue(
         connection,
         session_id=session_id,
@@ -102,6 +112,7 @@ def _issue(
         now=now,
         access_life=lives.access,
         refresh_life=lives.refresh if offline else None,
+        lasting=servers,
     )
 
 
@@ -110,12 +121,14 @@ def dependent(
 ) -> list[IssuedToken]:
     """Tokens with which a service goes on in the name of whoever sent it a token (Globus's dependent tokens).
 
-    The service gets what the person's consent puts below the scopes of that token, and no more. Raises `GrantRefused`.
+    The service gets what the person's consent puts below the scopes of that token, and no more; refresh tokens
+    (``offline``) where the person was told that it goes on while they are away. Raises `GrantRefused`.
     """
     record = find(connection, shown, now)
     if record is None or record.kind != "access" or record.resource_server != client.id:
         raise GrantRefused("invalid_grant", "The token is unknown, expired, revoked, or was not meant for this client.")
-    allowed = below(connection, record.identity_id, record.client_id, record.scopes)
+    consented = below(connection, record.identity_id, record.client_id, record.scopes)
+    allowed = list(consented)
     if scope.strip():
         try:
             wanted = list(parse_untrusted(scope))
@@ -136,6 +149,7 @@ def dependent(
         now=now,
         lives=lives,
         offline=offline,
+        lasting=[name for name, kept in consented.items() if kept],
     )
 
 
@@ -154,9 +168,14 @@ def refresh(
     if record.replaced is not None and now - record.replaced > ROTATION_GRACE:
         connection.execute(delete(tokens).where(tokens.c.session_id == record.session_id))
         return Replayed()
+    person = set_of(connection, record.identity_id)
     required = provider_wishes(connection, client).required
-    if required is not None and all(one.provider_id != required for one in set_of(connection, record.identity_id)):
+    if required is not None and all(one.provider_id != required for one in person):
         raise GrantRefused("invalid_grant", "The application is for people of a provider that you have no identity of.")
+    try:
+        check_domains([facts for facts in (facts_of(connection, name) for name in record.scopes) if facts], person)
+    except NotForPerson as error:
+        raise GrantRefused("invalid_grant", str(error)) from error
     wanted: Sequence[str] = record.scopes
     if scope.strip():
         try:

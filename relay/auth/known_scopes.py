@@ -15,6 +15,7 @@ from typing import Any
 
 from sqlalchemy import Connection, select, union
 
+from relay.auth.identities import Identity
 from relay.auth.scopes import (
     AUTH_SERVER,
     COMPUTE_SERVER,
@@ -63,6 +64,10 @@ _OF_SERVER: Mapping[str, str] = {
     COMPUTE_SERVER: "Run computations in your name",
     SEARCH_SERVER: "Search in your name",
 }
+
+
+class NotForPerson(Exception):
+    """A scope is for people of other domains; the sentence says which."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +157,7 @@ def _custom(connection: Connection, name: str) -> ScopeFacts | None:
         words=row.description or row.name,
         allows_refresh=row.allows_refresh,
         required_domains=tuple(json.loads(row.required_domains)),
-        needs=tuple(Scope(item.needs, optional=item.optional) for item in needs),
+        needs=tuple(Scope(item.needs, item.optional, lasting=item.requires_refresh_token) for item in needs),
     )
 
 
@@ -198,7 +203,7 @@ def _grow(connection: Connection, scope: Scope, above: tuple[str, ...], budget: 
     facts = facts_of(connection, scope.name)
     if facts is None:
         raise InvalidScope(f"The scope {scope.name[:300]} is unknown here.")
-    grown = Scope(scope.name, scope.optional)
+    grown = Scope(scope.name, scope.optional, lasting=scope.lasting)
     # A scope that needs itself again further down is granted already where it first stands.
     path = (*above, scope.name)
     for dependency in (*scope.dependencies.values(), *facts.needs):
@@ -210,6 +215,44 @@ def _grow(connection: Connection, scope: Scope, above: tuple[str, ...], budget: 
             else:
                 present.merge(below)
     return grown, facts
+
+
+@dataclass(frozen=True)
+class Wish:
+    """One requested scope as people are asked for it.
+
+    ``below`` is what the service behind it may use in turn, and whether also while they are away.
+    """
+
+    words: str
+    scope: str
+    below: tuple[tuple[str, bool], ...]
+
+
+def wishes_of(expanded: Mapping[str, tuple[Scope, ScopeFacts]]) -> list[Wish]:
+    """The requested scopes in words."""
+    return [
+        Wish(facts.words, scope.name, tuple((str(one), one.any_lasting()) for one in scope.dependencies.values()))
+        for scope, facts in expanded.values()
+    ]
+
+
+def check_domains(scopes: Iterable[ScopeFacts], person: Iterable[Identity]) -> None:
+    """Whether a person may have these scopes, some of which are for identities of certain domains.
+
+    Raises `NotForPerson`.
+    """
+    own = {identity.username.rpartition("@")[2] for identity in person}
+    for facts in scopes:
+        if facts.required_domains and not own & set(facts.required_domains):
+            domains = " or ".join(facts.required_domains)
+            raise NotForPerson(f"The scope {facts.name} is for identities of {domains} only.")
+
+
+def lasting_servers(expanded: Mapping[str, tuple[Scope, ScopeFacts]]) -> set[str]:
+    """The resource servers for which a refresh token may be given: all that is asked of them allows one."""
+    kept_back = {facts.server for _, facts in expanded.values() if not facts.allows_refresh}
+    return {facts.server for _, facts in expanded.values()} - kept_back
 
 
 def by_server(expanded: Mapping[str, tuple[Scope, ScopeFacts]]) -> dict[str, list[str]]:

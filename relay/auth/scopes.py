@@ -69,19 +69,29 @@ class InvalidScope(ValueError):
 
 @dataclass
 class Scope:
-    """One requested scope with its dependencies by name; ``optional`` marks a dependency that may be refused."""
+    """One requested scope with its dependencies by name.
+
+    ``optional`` marks a dependency that may be refused, ``lasting`` one that the service above it needs while the
+    person is away: a refresh token. The text of a scope has no sign for the latter, which is for developers to say.
+    """
 
     name: str
     optional: bool = False
     dependencies: dict[str, Scope] = field(default_factory=dict)
+    lasting: bool = False
 
     def __str__(self) -> str:
         inner = " ".join(str(dependency) for dependency in self.dependencies.values())
         return ("*" if self.optional else "") + self.name + (f"[{inner}]" if inner else "")
 
+    def any_lasting(self) -> bool:
+        """Whether this or anything below it is needed while the person is away."""
+        return self.lasting or any(dependency.any_lasting() for dependency in self.dependencies.values())
+
     def merge(self, other: Scope) -> None:
         """Take in what another mention of the same scope asks for. Required wins over optional."""
         self.optional = self.optional and other.optional
+        self.lasting = self.lasting or other.lasting
         for dependency in other.dependencies.values():
             _add(self.dependencies, dependency)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -95,8 +95,10 @@ def issue(
     now: float,
     access_life: float,
     refresh_life: float | None = None,
+    lasting: Collection[str] | None = None,
 ) -> list[IssuedToken]:
-    """One access token for each resource server of ``scopes``; with ``refresh_life``, a refresh token beside each.
+    """One access token for each resource server of ``scopes``; with ``refresh_life``, a refresh token beside each, or
+    (``lasting``) beside those for some of the servers.
 
     Lives are in seconds. The tokens count once the transaction is committed.
     """
@@ -112,7 +114,7 @@ def issue(
             "issued": now,
         }
         rows.append({"digest": token_digest(access), "kind": "access", "expires": now + access_life, **common})
-        if refresh_life is not None:
+        if refresh_life is not None and (lasting is None or server in lasting):
             refresh = secrets.token_urlsafe(32)
             rows.append({"digest": token_digest(refresh), "kind": "refresh", "expires": now + refresh_life, **common})
         issued.append(IssuedToken(access, refresh, server, " ".join(names), int(access_life)))

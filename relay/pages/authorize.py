@@ -5,7 +5,6 @@ Every step reads the whole request again from its text; nothing is kept on the w
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from relay.auth.authorization import (
 from relay.auth.browser_sessions import BrowserSession
 from relay.auth.codes import issue_code
 from relay.auth.identities import Identity
-from relay.auth.known_scopes import ScopeFacts, expand
+from relay.auth.known_scopes import NotForPerson, ScopeFacts, check_domains, expand, wishes_of
 from relay.auth.linked import set_of
 from relay.auth.providers import check_provider
 from relay.auth.public_clients import client_for, ensure_row, is_nameless, title_of
@@ -157,10 +156,10 @@ async def _asking(services: Services, asked: AuthorizationRequest, session: Brow
         except InvalidScope as error:
             raise Refused("invalid_scope", str(error)) from error
         person = set_of(connection, session.identity.id)
-        _check_domains(expanded, person)
         try:
+            check_domains((facts for _, facts in expanded.values()), person)
             check_provider(services.settings, asked.client, provider_wishes(connection, asked.client), person)
-        except Unsatisfiable as error:
+        except (NotForPerson, Unsatisfiable) as error:
             raise Refused("access_denied", str(error)) from error
         covered = consents.covers(
             connection,
@@ -172,14 +171,6 @@ async def _asking(services: Services, asked: AuthorizationRequest, session: Brow
         return Asking(asked, expanded, person, covered, registration.find(connection, asked.client.id))
 
     return await services.store.read(work)
-
-
-def _check_domains(expanded: dict[str, tuple[Scope, ScopeFacts]], person: Sequence[Identity]) -> None:
-    own = {identity.username.rpartition("@")[2] for identity in person}
-    for name, (_, facts) in expanded.items():
-        if facts.required_domains and not own & set(facts.required_domains):
-            domains = " or ".join(facts.required_domains)
-            raise Refused("access_denied", f"The scope {name} is for identities of {domains} only.")
 
 
 async def _missing(
@@ -236,7 +227,7 @@ def _consent_page(browser: Browser, session: BrowserSession, asking: Asking, mar
         client_id=asked.client.id,
         nameless=is_nameless(asked.client),
         username=session.identity.username,
-        wishes=[_words(scope, facts) for scope, facts in asking.expanded.values()],
+        wishes=wishes_of(asking.expanded),
         offline=asked.offline,
         registered=asking.registered,
         label=asked.label,
@@ -245,15 +236,6 @@ def _consent_page(browser: Browser, session: BrowserSession, asking: Asking, mar
     )
     browser.keep(answer)
     return answer
-
-
-def _words(scope: Scope, facts: ScopeFacts) -> dict[str, object]:
-    """A wish in words, and below it what the service behind it may use in turn."""
-    return {
-        "words": facts.words,
-        "scope": scope.name,
-        "below": [str(dependency) for dependency in scope.dependencies.values()],
-    }
 
 
 async def _allow(browser: Browser, asking: Asking, session: BrowserSession) -> Response:
@@ -273,10 +255,9 @@ async def _allow(browser: Browser, asking: Asking, session: BrowserSession) -> R
         )
         allowed = [scope for scope, _ in asking.expanded.values()]
         consents.record(connection, session.identity.id, asked.client.id, allowed, offline=asked.offline, now=now)
-        limited = dataclasses.replace(asked, offline=asked.offline and _may_refresh(asking))
         return issue_code(
             connection,
-            limited,
+            asked,
             session.identity.id,
             session.authentications.values(),
             now=now,
@@ -287,10 +268,6 @@ async def _allow(browser: Browser, asking: Asking, session: BrowserSession) -> R
     # RFC 9207: the client can tell which server answered.
     answer = [("code", code), ("state", asked.state), ("iss", services.settings.public_url)]
     return go(answer_uri(asked.redirect_uri, answer))
-
-
-def _may_refresh(asking: Asking) -> bool:
-    return all(facts.allows_refresh for _, facts in asking.expanded.values())
 
 
 def _tell(request: Request, redirect_uri: str, error: Refused, state: str | None) -> Response:

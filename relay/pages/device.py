@@ -12,7 +12,7 @@ from relay.audit.notes import note
 from relay.auth import consents, device
 from relay.auth.browser_sessions import BrowserSession
 from relay.auth.clients import Client, find_client
-from relay.auth.known_scopes import expand
+from relay.auth.known_scopes import NotForPerson, Wish, check_domains, expand, wishes_of
 from relay.auth.linked import set_of
 from relay.auth.providers import check_provider
 from relay.auth.public_clients import is_nameless, title_of
@@ -33,7 +33,7 @@ class _Waiting:
     request: device.DeviceRequest
     client: Client
     scopes: list[Scope]
-    words: list[str]
+    wishes: list[Wish]
 
 
 @router.get("/device")
@@ -101,14 +101,14 @@ async def _find(request: Request, session: BrowserSession, code: str) -> _Waitin
             expanded = expand(connection, parse_untrusted(found.scope).values())
         except InvalidScope:
             return None
+        person = set_of(connection, session.identity.id)
         try:
-            check_provider(
-                services.settings, client, provider_wishes(connection, client), set_of(connection, session.identity.id)
-            )
-        except Unsatisfiable as error:
+            check_domains((facts for _, facts in expanded.values()), person)
+            check_provider(services.settings, client, provider_wishes(connection, client), person)
+        except (NotForPerson, Unsatisfiable) as error:
             raise PageProblem(403, "Not for you", str(error)) from error
         scopes = [scope for scope, _ in expanded.values()]
-        return _Waiting(found, client, scopes, [facts.words for _, facts in expanded.values()])
+        return _Waiting(found, client, scopes, wishes_of(expanded))
 
     waiting = await services.store.read(look)
     if waiting is None:
@@ -127,7 +127,7 @@ def _show(browser: Browser, session: BrowserSession, waiting: _Waiting, code: st
         nameless=is_nameless(waiting.client),
         client_id=waiting.client.id,
         username=session.identity.username,
-        words=waiting.words,
+        wishes=waiting.wishes,
         asked=waiting.request,
     )
     browser.keep(answer)

@@ -19,7 +19,7 @@ from relay.auth.identities import Identity, add_identity
 from relay.pages.browser import SESSION_COOKIE
 
 if TYPE_CHECKING:
-    from conftest import RelayWorld
+    from tests.relay.relay_world import RelayWorld
 
 PASSWORD = "quiet boats go by"
 SDK_CLIENT = "61338d24-54d5-408f-a10d-66c06b59f6d2"

@@ -16,7 +16,7 @@ from relay.auth.bearer import Caller, transfer_caller
 from relay.auth.scopes import AUTH_SERVER, TRANSFER_ALL, TRANSFER_SERVER
 
 if TYPE_CHECKING:
-    from conftest import RelayWorld
+    from tests.relay.relay_world import RelayWorld
 
 probe = APIRouter()
 

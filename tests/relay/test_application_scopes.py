@@ -31,8 +31,8 @@ async def scope_of(dev: Developer, client_id: str, **more: Any) -> dict[str, Any
     return dict((await dev.done("POST", f"/clients/{client_id}/scopes", {"scope": body}, status=201))["scope"])
 
 
-def needing(scope: str, *, optional: bool = False) -> dict[str, Any]:
-    return {"dependent_scopes": [{"scope": scope, "optional": optional, "requires_refresh_token": False}]}
+def needing(scope: str, *, optional: bool = False, lasting: bool = False) -> dict[str, Any]:
+    return {"dependent_scopes": [{"scope": scope, "optional": optional, "requires_refresh_token": lasting}]}
 
 
 async def test_a_scope_is_asked_for_consented_to_and_gives_its_service_dependent_tokens(world: Any) -> None:
@@ -70,6 +70,64 @@ async def test_a_scope_that_needs_more_than_before_is_asked_for_again(world: Any
     await dev.done("PUT", f"/scopes/{scope['id']}", {"scope": needing("openid")})
     assert "wants to act for you" in (await ada.get(hub.url())).text
     del secret
+
+
+@pytest.mark.parametrize("person_stays", [True, False])
+@pytest.mark.parametrize("lasting", [True, False])
+async def test_a_service_gets_refresh_tokens_where_the_person_was_told_of_it(
+    world: Any, lasting: bool, person_stays: bool
+) -> None:
+    dev = await developer(world, "dev")
+    auth = await service(dev)
+    scope = await scope_of(dev, auth[0], **needing(TRANSFER_ALL, lasting=lasting))
+    ada = Person(world)
+    await ada.arrive(await add_person(world, "ada"))
+    application, access = Application(scope=scope["scope_string"]), "online" if person_stays else "offline"
+    assert ("also while you are away</li>" in (await ada.get(application.url(access_type=access))).text) == lasting
+    document = (await application.redeem(world, await application.code(ada, access_type=access))).json()
+    assert ("refresh_token" in document) == (not person_stays)
+    form = {"grant_type": DEPENDENT, "token": document["access_token"]}
+    (plain,) = (await world.http.post("/v2/oauth2/token", data=form, auth=auth)).json()
+    assert "refresh_token" not in plain
+    (kept,) = (await world.http.post("/v2/oauth2/token", data=form | {"access_type": "offline"}, auth=auth)).json()
+    # Whoever allows an application only while they are there has not allowed its services more, unless they were told.
+    assert ("refresh_token" in kept) == (lasting or not person_stays)
+    if "refresh_token" in kept:
+        again = {"grant_type": "refresh_token", "refresh_token": kept["refresh_token"]}
+        assert (await world.http.post("/v2/oauth2/token", data=again, auth=auth)).json()["scope"] == TRANSFER_ALL
+
+
+async def test_a_scope_that_begins_to_need_a_refresh_token_is_asked_for_again(world: Any) -> None:
+    dev = await developer(world, "dev")
+    client_id, _ = await service(dev, redirect_uris=["https://hub.example.org/cb"])
+    scope = await scope_of(dev, client_id, **needing(TRANSFER_ALL))
+    ada = Person(world)
+    await ada.arrive(await add_person(world, "ada"))
+    hub = Application(client_id=client_id, redirect_uri="https://hub.example.org/cb", scope=scope["scope_string"])
+    place = hub.url(access_type="online")
+    await hub.code(ada, access_type="online")
+    assert "code" in hub.answer(await ada.get(place))
+    await dev.done("PUT", f"/scopes/{scope['id']}", {"scope": needing(TRANSFER_ALL, lasting=True)})
+    assert "also while you are away</li>" in (await ada.get(place)).text
+    await hub.code(ada, access_type="online")
+    assert "code" in hub.answer(await ada.get(place))
+
+
+async def test_no_refresh_token_is_given_or_required_for_a_scope_without(world: Any) -> None:
+    dev = await developer(world, "dev")
+    below = await service(dev)
+    brief = await scope_of(dev, below[0], allows_refresh_token=False, scope_suffix="brief")
+    above = (await service(dev))[0]
+    body = {"name": "n", "description": "d", "scope_suffix": "x", **needing(brief["id"], lasting=True)}
+    assert "refresh token" in await dev.refused("POST", f"/clients/{above}/scopes", 400, {"scope": body})
+    ada = Person(world)
+    await ada.arrive(await add_person(world, "ada"))
+    application = Application(scope=f"openid {brief['scope_string']}")
+    document = (await application.redeem(world, await application.code(ada))).json()
+    (other,) = document["other_tokens"]
+    # Each service by itself: the other one of the request keeps what it may have.
+    assert ("refresh_token" in document, "refresh_token" in other) == (True, False)
+    assert other["resource_server"] == below[0]
 
 
 async def test_the_cache_id_of_dependent_tokens_changes_with_what_they_would_be(world: Any) -> None:

@@ -13,7 +13,8 @@ from relay.auth.scopes import AUTH_SERVER, TRANSFER_ALL, TRANSFER_SERVER, VIEW_I
 
 if TYPE_CHECKING:
     import httpx
-    from conftest import RelayWorld
+
+    from tests.relay.relay_world import RelayWorld
 
 UNKNOWN = "11111111-2222-4333-8444-555555555555"
 

@@ -11,7 +11,7 @@ from tests.relay.test_oauth_grants import CLI_TEMPLATE, DEPENDENT_GRANT, custom_
 from tests.relay.test_transfer_conformance import compare
 
 if TYPE_CHECKING:
-    from conftest import RelayWorld
+    from tests.relay.relay_world import RelayWorld
 
 
 def example(module: str, case: str = "default") -> Any:

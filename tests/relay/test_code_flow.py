@@ -18,7 +18,8 @@ from tests.relay.sign_in_world import PASSWORD, Application, Person, add_person,
 
 if TYPE_CHECKING:
     import httpx
-    from conftest import RelayWorld
+
+    from tests.relay.relay_world import RelayWorld
 
 
 @pytest.fixture

@@ -111,11 +111,11 @@ async def test_settings_secrets_scopes_and_the_end_of_an_application(world: Any,
     page = await dev.person.get(place)
     assert "New &lt;b&gt;name&lt;/b&gt;" in page.text
     assert "http://localhost/x" in page.text
-    more = {"name": "Move", "description": "Move what you found", "scope_suffix": "move", "needs": f"*{TRANSFER_ALL}"}
+    more = {"name": "Move", "description": "Move what you found", "scope_suffix": "move", "needs": f"* +{TRANSFER_ALL}"}
     page = await dev.do(place, "scope", **more)
     scope = re.findall(r'href="(/developers/scopes/[^"]*)"', page.text)[0]
     page = await dev.person.get(scope)
-    assert f"*{TRANSFER_ALL}" in html.unescape(page.text)
+    assert f"*+{TRANSFER_ALL}" in html.unescape(page.text)
     await dev.do(scope, "change", name="Moved", needs="openid")
     page = await dev.person.get(scope)
     assert "Moved" in page.text

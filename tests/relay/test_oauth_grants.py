@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from sqlalchemy import insert, update
 
-from relay.auth import clients, device, public_clients
+from relay.auth import clients, device, linked, public_clients
 from relay.auth.grants import ROTATION_GRACE
 from relay.auth.public_clients import TOWPATH_CLI
 from relay.auth.scopes import TRANSFER_ALL, VIEW_CONSENTS, VIEW_IDENTITY_SET
@@ -18,7 +18,8 @@ from tests.relay.sign_in_world import PASSWORD, Application, Person, add_person,
 
 if TYPE_CHECKING:
     import httpx
-    from conftest import RelayWorld
+
+    from tests.relay.relay_world import RelayWorld
 
 DEVICE_GRANT = "urn:ietf:params:oauth:grant-type:device_code"
 DEPENDENT_GRANT = "urn:globus:auth:grant_type:dependent_token"
@@ -329,6 +330,29 @@ async def test_a_scope_for_one_domain_is_refused_to_others(world: RelayWorld, ad
     _, _, scope = await custom_scope(world, "openid", domains='["elsewhere.example"]')
     application = Application(scope=scope)
     assert application.answer(await ada.get(application.url()))["error"] == "access_denied"
+    # Nor does another way lead there: a code typed for a device, or a program in its own name.
+    made = await begin(world, scope)
+    (form,) = forms_of((await ada.get("/device")).text)
+    page = await ada.post(form, user_code=made["user_code"])
+    assert (page.status_code, "elsewhere.example" in page.text) == (403, True)
+    program = await world.client("Program")
+    grant = {"grant_type": "client_credentials", "scope": scope}
+    answer = await world.http.post("/v2/oauth2/token", data=grant, auth=program)
+    assert (answer.status_code, answer.json()["error"]) == (400, "invalid_scope")
+
+
+async def test_a_scope_for_one_domain_ends_with_the_identity_of_that_domain(world: RelayWorld) -> None:
+    bob, other = await add_person(world, "bob"), await add_person(world, "bob@elsewhere.example")
+    await world.store.write(lambda connection: linked.link(connection, bob.id, other.id, world.clock.now))
+    person = Person(world)
+    await person.arrive(bob)
+    _, _, scope = await custom_scope(world, "openid", domains='["elsewhere.example"]')
+    application = Application(scope=scope)
+    document = (await application.redeem(world, await application.code(person))).json()
+    assert (await refresh(world, application, document["refresh_token"])).status_code == 200
+    await world.store.write(lambda connection: linked.unlink(connection, bob.id, other.id))
+    answer = await refresh(world, application, document["refresh_token"])
+    assert (answer.status_code, "elsewhere.example" in answer.json()["error_description"]) == (401, True)
 
 
 # --- step-up ---------------------------------------------------------------------------------------------

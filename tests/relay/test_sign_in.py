@@ -17,7 +17,7 @@ from relay.store.auth_tables import identities
 from tests.relay.sign_in_world import PASSWORD, Application, Person, add_person, forms_of
 
 if TYPE_CHECKING:
-    from conftest import RelayWorld
+    from tests.relay.relay_world import RelayWorld
 
 
 async def test_the_right_password_signs_in_and_the_cookie_is_new(world: RelayWorld) -> None:

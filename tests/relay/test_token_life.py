@@ -15,7 +15,7 @@ from relay.auth.tokens import MAX_TOKEN, IssuedToken, find, remove_expired, revo
 from relay.store.auth_tables import identities, sessions, tokens
 
 if TYPE_CHECKING:
-    from conftest import RelayWorld
+    from tests.relay.relay_world import RelayWorld
 
 LIVES = Lives(access=100.0, refresh=1000.0)
 BOTH = {AUTH_SERVER: ["openid"], TRANSFER_SERVER: [TRANSFER_ALL]}

@@ -22,7 +22,7 @@ from relay.settings import Provider
 from tests.relay.sign_in_world import Person, add_person, forms_of
 
 if TYPE_CHECKING:
-    from conftest import RelayWorld
+    from tests.relay.relay_world import RelayWorld
 
 ISSUER = "https://login.campus.example"
 NOW = 1_800_000_000.0

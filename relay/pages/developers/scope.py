@@ -17,7 +17,7 @@ router = APIRouter(include_in_schema=False)
 
 
 def scope_document_of(visit: Visit) -> dict[str, Any]:
-    """The document that a scope's form stands for. A star before a scope that it needs marks it as optional."""
+    """The document that a scope's form stands for."""
     return {
         "name": visit.text("name"),
         "description": visit.text("description"),
@@ -25,11 +25,15 @@ def scope_document_of(visit: Visit) -> dict[str, Any]:
         "advertised": visit.ticked("advertised"),
         "allows_refresh_token": visit.ticked("allows_refresh_token"),
         "required_domains": visit.lines("required_domains"),
-        "dependent_scopes": [
-            {"scope": line.removeprefix("*"), "optional": line.startswith("*"), "requires_refresh_token": False}
-            for line in visit.lines("needs")
-        ],
+        "dependent_scopes": [_need_of(line) for line in visit.lines("needs")],
     }
+
+
+def _need_of(line: str) -> dict[str, Any]:
+    """A line of the form: before a scope, a star marks it as optional and a plus as needed while people are away."""
+    scope = line.lstrip("*+ ")
+    marks = line[: len(line) - len(scope)]
+    return {"scope": scope, "optional": "*" in marks, "requires_refresh_token": "+" in marks}
 
 
 @router.get(HOME + "/scopes/{scope_id}")
