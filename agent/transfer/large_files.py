@@ -23,7 +23,7 @@ PART_ATTEMPTS = 2
 
 
 class LargeFiles:
-    """All large files of one run. Methods are called in the trio thread."""
+    """All large files of one run. Public methods are called in the trio thread."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
@@ -81,7 +81,10 @@ class LargeFiles:
             file.done_count = count_done(file.done)
 
     def _open(self, job: FileJob) -> LargeFile:
-        """The temporary of a large file: the one an earlier run left, when it holds the same version, or a new one."""
+        """The temporary of a large file: the one an earlier run left, when it holds the same version, or a new one.
+
+        Runs in a worker thread of trio.
+        """
         journal, handle = self._run.context.journal, job.group.handle
         known = journal.partial(*job.key)
         if known is not None:
@@ -97,11 +100,8 @@ class LargeFiles:
                         # What has arrived is worth another try: to begin again may cost hours.
                         raise
                     # It is gone or no longer ours: begin this file again.
-                    self._run.context.on_fault(
-                        RetryLater(
-                            "Part of a file that had arrived is gone; it is transferred again.", code="PART_LOST"
-                        )
-                    )
+                    lost = "Part of a file that had arrived is gone; it is transferred again."
+                    trio.from_thread.run_sync(self._run.context.on_fault, RetryLater(lost, code="PART_LOST"))
             _unlink_quietly(job, known.temporary)
             journal.drop_partial(*job.key)
             self._run.settle.put(PartDropped(count_done(known.done) * known.block))

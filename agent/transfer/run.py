@@ -38,6 +38,7 @@ class RunContext:
     received: ReceivedCounter
     temporary_prefix: bytes
     mode_mask: int
+    # In the trio thread only: it posts to the daemon.
     on_fault: Callable[[TowpathError], None]
     patience: Patience
     pace: Pace

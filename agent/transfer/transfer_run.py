@@ -7,6 +7,7 @@ one settler, and trio's workers for planning; all of them end before the run doe
 
 from __future__ import annotations
 
+import itertools
 import os
 import queue
 import time
@@ -61,7 +62,7 @@ class TransferRun:
         self.options = context.order.options
         self.session = session
         self.resumed = resumed
-        self._temporary_serial = 0
+        self._temporary_serials = itertools.count(1)
         self._run_tag = os.urandom(3).hex().encode()
         self._groups: set[Group] = set()
         self._slots = trio.Semaphore(OPEN_GROUPS)
@@ -243,9 +244,8 @@ class TransferRun:
         )
 
     def temporary_name(self) -> bytes:
-        """A new reserved name. Called from several threads."""
-        self._temporary_serial += 1
-        return b"%s%s%x" % (self.context.temporary_prefix, self._run_tag, self._temporary_serial)
+        """A new reserved name. Called from several threads; a counter gives no number twice."""
+        return b"%s%s%x" % (self.context.temporary_prefix, self._run_tag, next(self._temporary_serials))
 
     # --- for the planners -------------------------------------------------------------------------------
 

@@ -141,10 +141,13 @@ class Line:
         return ours
 
     def post(self, event: Event) -> None:
+        # As the real one: raises in any other thread than trio's.
+        trio.lowlevel.current_task()
         self.engine.events.append(event)
         self.on_event_stored(event.seq)
 
     def report(self, observed: TaskObserved) -> None:
+        trio.lowlevel.current_task()
         self.engine.reports.append(observed)
         if self.engine.on_report is not None:
             self.engine.on_report(self, observed)

@@ -57,9 +57,11 @@ async def test_what_could_not_be_removed_is_gone_in_the_end(
     assert engine.temporaries() == []
 
 
-async def test_a_passing_fault_does_not_cost_what_has_arrived(quick_path: Path) -> None:
-    """The part of a large file that is there is opened again after a fault, not sent again."""
-    size = 40 * 1024 * 1024
+SIZE = 40 * 1024 * 1024
+
+
+async def _half_arrived(base: Path) -> Engine:
+    """An engine that died while a large file was under way, with some of its blocks settled."""
     died = False
 
     def die(call: Call) -> int | None:
@@ -70,14 +72,34 @@ async def test_a_passing_fault_does_not_cost_what_has_arrived(quick_path: Path) 
             raise Crashed
         return None
 
-    engine = Engine(quick_path, plan=die)
-    (engine.source / "large").write_bytes(os.urandom(size))
+    engine = Engine(base, plan=die)
+    (engine.source / "large").write_bytes(os.urandom(SIZE))
     with pytest.raises(Crashed):
         await engine.run()
+    return engine
+
+
+async def test_a_passing_fault_does_not_cost_what_has_arrived(quick_path: Path) -> None:
+    """The part of a large file that is there is opened again after a fault, not sent again."""
+    engine = await _half_arrived(quick_path)
     after = engine.revived(fail_nth(1, errno.EIO, "open_temporary", times=2))
     observed = await after.run()
     assert observed.state == "SUCCEEDED", observed
     assert contents(after.destination) == contents(after.source)
     assert "PART_LOST" not in after.codes()
     # All of it came twice if the part was given up for lost.
-    assert int.from_bytes((after.state / "received").read_bytes(), "little") < 2 * size - 8 * 1024 * 1024
+    assert int.from_bytes((after.state / "received").read_bytes(), "little") < 2 * SIZE - 8 * 1024 * 1024
+
+
+async def test_a_part_that_is_gone_is_told_and_transferred_again(quick_path: Path) -> None:
+    """Somebody removed the temporary while nobody was at work: said once, and the file begun again."""
+    engine = await _half_arrived(quick_path)
+    (temporary,) = engine.temporaries()
+    Path(temporary).unlink()
+    after = engine.revived()
+    observed = await after.run()
+    assert observed.state == "SUCCEEDED", observed
+    assert contents(after.destination) == contents(after.source)
+    assert after.codes().count("PART_LOST") == 1
+    assert observed.counters.bytes_transferred == SIZE
+    assert after.temporaries() == []
