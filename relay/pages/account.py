@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
@@ -19,9 +20,10 @@ from relay.auth.browser_sessions import BrowserSession
 from relay.auth.clients import find_client
 from relay.auth.known_scopes import facts_of
 from relay.auth.public_clients import title_of
-from relay.pages.browser import FRESH, Browser, browser_of, go
+from relay.pages.browser import Browser, again, browser_of, go, is_old
 from relay.pages.render import Look, NotSignedIn, PageProblem, page
 from relay.pages.sign_in import Invitation, check_password, elsewhere, sign_in_page
+from relay.pages.typed import NOTHING_TYPED, Typed
 from relay.quota.requests import count
 from relay.services import services_of
 
@@ -47,7 +49,7 @@ async def signed_in(request: Request, *, fresh: bool = False, back: str = "/acco
         raise PageProblem(
             429, "Please wait", error.message, retry_after=int(error.headers.get("Retry-After", "60"))
         ) from error
-    if fresh and services_of(request).clock() - session.authenticated > FRESH:
+    if fresh and is_old(request, session):
         reason = "Sign in again to change this, and then send the form once more."
         name = session.identity.username
         raise NotSignedIn(
@@ -74,7 +76,12 @@ async def change(request: Request, session: BrowserSession, work: Callable[[Conn
 async def account(request: Request) -> HTMLResponse:
     """Who you are here and how you sign in."""
     browser, session = await signed_in(request)
-    services = services_of(request)
+    return await account_page(browser, session)
+
+
+async def account_page(browser: Browser, session: BrowserSession, typed: Typed = NOTHING_TYPED) -> HTMLResponse:
+    """The page, after a refused form with what was typed into that."""
+    services = services_of(browser.request)
 
     def look(connection: Connection) -> dict[str, Any]:
         person = linked.set_of(connection, session.identity.id)
@@ -88,7 +95,8 @@ async def account(request: Request) -> HTMLResponse:
     facts = await services.store.read(look)
     sign_in = services.settings.sign_in
     facts |= {"providers": sign_in.providers, "local": sign_in.local_accounts}
-    return _page(browser, session, "account", done=request.query_params.get("done", ""), **facts)
+    done = browser.request.query_params.get("done", "")
+    return _page(browser, session, "account", done=done, typed=typed, **facts)
 
 
 def _page(browser: Browser, session: BrowserSession, here: str, **values: Any) -> HTMLResponse:
@@ -100,6 +108,8 @@ def _page(browser: Browser, session: BrowserSession, here: str, **values: Any) -
         form_token=browser.form_token,
         session=session,
         here=here,
+        # Ending things is possible at any time.
+        stale=here in ("account", "tokens") and is_old(browser.request, session),
         **values,
     )
     browser.keep(answer)
@@ -111,6 +121,14 @@ async def change_password(request: Request) -> Response:
     """Choose a new password; whoever else is signed in with the old one is signed out."""
     browser, session = await signed_in(request, fresh=True)
     form = await browser.form()
+    try:
+        await _change_password(request, session, form)
+    except PageProblem as problem:
+        return await again(problem, "password", form, partial(account_page, browser, session))
+    return go("/account?done=password")
+
+
+async def _change_password(request: Request, session: BrowserSession, form: Mapping[str, str]) -> None:
     services = services_of(request)
     identity = session.identity
     if await services.store.read(lambda connection: passwords.has_password(connection, identity.id)):
@@ -125,14 +143,13 @@ async def change_password(request: Request) -> Response:
         browser_sessions.end_all_sessions(connection, identity.id, but=session.id)
 
     await change(request, session, work)
-    return go("/account?done=password")
 
 
 async def checked_digest(request: Request, username: str, form: Any) -> str:
     """The digest of a new password that was typed twice. Raises `PageProblem`."""
     wanted = form.get("password", "")
     if wanted != form.get("again", ""):
-        raise PageProblem(400, "That did not work", "The two passwords differ; go back and type them again.")
+        raise PageProblem(400, "That did not work", "The two passwords differ; type them again.")
     try:
         passwords.check_strength(wanted, username)
     except passwords.WeakPassword as error:
@@ -145,11 +162,14 @@ async def link_local(request: Request) -> Response:
     """Link another local account by showing its password."""
     browser, session = await signed_in(request, fresh=True)
     form = await browser.form()
-    other = await check_password(request, form.get("username", ""), form.get("password", ""))
-    if other is None:
-        raise PageProblem(403, "That did not work", "The username or the password is wrong.")
-    now = services_of(request).clock()
-    await change(request, session, lambda connection: linked.link(connection, session.identity.id, other.id, now))
+    try:
+        other = await check_password(request, form.get("username", ""), form.get("password", ""))
+        if other is None:
+            raise PageProblem(403, "That did not work", "The username or the password is wrong.")
+        mine, second, now = session.identity.id, other.id, services_of(request).clock()
+        await change(request, session, lambda connection: linked.link(connection, mine, second, now))
+    except PageProblem as problem:
+        return await again(problem, "link", form, partial(account_page, browser, session))
     return go("/account?done=link")
 
 
@@ -243,15 +263,17 @@ async def withdraw(request: Request) -> Response:
 async def tokens(request: Request) -> HTMLResponse:
     """Your tokens of long life."""
     browser, session = await signed_in(request)
-    return await _tokens_page(browser, session, "", "")
+    return await _tokens_page(browser, session)
 
 
-async def _tokens_page(browser: Browser, session: BrowserSession, made: str, name: str) -> HTMLResponse:
+async def _tokens_page(
+    browser: Browser, session: BrowserSession, typed: Typed = NOTHING_TYPED, *, made: str = "", name: str = ""
+) -> HTMLResponse:
     services = services_of(browser.request)
     now = services.clock()
     found = await services.store.read(lambda c: service_tokens.tokens_of(c, session.identity.id, now))
     longest = int(services.settings.sign_in.service_token_life // _DAY)
-    return _page(browser, session, "tokens", found=found, now=now, longest=longest, made=made, name=name)
+    return _page(browser, session, "tokens", found=found, now=now, longest=longest, made=made, name=name, typed=typed)
 
 
 @router.post("/account/tokens")
@@ -259,18 +281,25 @@ async def change_tokens(request: Request) -> Response:
     """Make a token and show it, this once; or end one."""
     browser, session = await signed_in(request, fresh=True)
     form = await browser.form()
-    services = services_of(request)
     if "end" in form:
         await change(request, session, lambda c: service_tokens.end(c, session.identity.id, form["end"]))
         return go("/account/tokens")
+    try:
+        made = await _make_token(request, session, form)
+    except PageProblem as problem:
+        return await again(problem, "make", form, partial(_tokens_page, browser, session))
+    return await _tokens_page(browser, session, made=made, name=form.get("name", ""))
+
+
+async def _make_token(request: Request, session: BrowserSession, form: Mapping[str, str]) -> str:
+    services = services_of(request)
     days = form.get("days", "")
     longest = services.settings.sign_in.service_token_life
     if not days.isdecimal() or len(days) > 5 or not 1 <= int(days) * _DAY <= longest:
         raise PageProblem(400, "That did not work", f"A token counts for 1 to {int(longest // _DAY)} days.")
     name, now = form.get("name", ""), services.clock()
-    made = await change(
+    return await change(
         request,
         session,
         lambda c: service_tokens.make(c, session.identity.id, name, life=int(days) * _DAY, now=now),
     )
-    return await _tokens_page(browser, session, made, name)

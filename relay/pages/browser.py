@@ -10,18 +10,19 @@ import hashlib
 import hmac
 import math
 import secrets
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from urllib.parse import quote, urlsplit
 
 from fastapi import Request
-from fastapi.responses import RedirectResponse, Response
+from fastapi.responses import HTMLResponse, RedirectResponse, Response
 
 from relay.api.client_authentication import address_of, form_untrusted
 from relay.api.errors import ApiError
 from relay.audit.notes import acting
 from relay.auth.browser_sessions import BrowserSession, find_browser_session, is_stale, touch
 from relay.pages.render import PageProblem
+from relay.pages.typed import Typed
 from relay.services import services_of
 
 # The prefix makes browsers refuse the cookie without TLS, for another path or from a sibling host.
@@ -120,6 +121,25 @@ async def browser_of(request: Request) -> Browser:
         await services.store.write(lambda c: touch(c, session, now, life=life, idle=idle), aside=True)
     acting(request, session.identity.id)
     return Browser(request, visit, cookie, session)
+
+
+def is_old(request: Request, session: BrowserSession) -> bool:
+    """Whether the last proof of who somebody is does not count any more for changing how they sign in, or who may."""
+    return services_of(request).clock() - session.authenticated > FRESH
+
+
+async def again(
+    problem: PageProblem, form: str, fields: Mapping[str, str], show: Callable[[Typed], Awaitable[HTMLResponse]]
+) -> HTMLResponse:
+    """The page of a form that was refused once more, with what was typed and what is wrong.
+
+    ``form`` is its name on the page. Raises the problem itself where typing something else does not help.
+    """
+    if problem.retry_after is not None:
+        raise problem
+    answer = await show(Typed.of(form, fields, problem.sentence))
+    answer.status_code = problem.status
+    return answer
 
 
 def set_cookie(answer: Response, name: str, value: str, life: float) -> None:

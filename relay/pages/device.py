@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse, Response
@@ -20,9 +21,10 @@ from relay.auth.scopes import InvalidScope, Scope, parse_untrusted
 from relay.auth.session_rules import provider_wishes
 from relay.auth.step_up import Unsatisfiable
 from relay.pages.account import signed_in
-from relay.pages.browser import Browser
+from relay.pages.browser import Browser, again
 from relay.pages.render import PageProblem, page
 from relay.pages.sign_in import count_failure, limit_guesses
+from relay.pages.typed import NOTHING_TYPED, Typed
 from relay.services import services_of
 
 router = APIRouter(include_in_schema=False)
@@ -40,13 +42,18 @@ class _Waiting:
 async def ask_for_code(request: Request) -> HTMLResponse:
     """The page that asks for the code. A link may bring the code along; it still has to be confirmed."""
     browser, session = await signed_in(request)
-    code = request.query_params.get("user_code", "")[:20]
+    return await _code_page(browser, session)
+
+
+async def _code_page(browser: Browser, session: BrowserSession, typed: Typed = NOTHING_TYPED) -> HTMLResponse:
+    code = browser.request.query_params.get("user_code", "")[:20]
     answer = page(
-        request,
+        browser.request,
         "device.html",
         form_token=browser.form_token,
         username=session.identity.username,
         code=code if code.replace("-", "").isalpha() else "",
+        typed=typed,
     )
     browser.keep(answer)
     return answer
@@ -58,7 +65,10 @@ async def check_or_decide(request: Request) -> Response:
     browser, session = await signed_in(request)
     form = await browser.form()
     code = form.get("user_code", "")
-    waiting = await _find(request, session, code)
+    try:
+        waiting = await _find(request, session, code)
+    except PageProblem as problem:
+        return await again(problem, "code", form, partial(_code_page, browser, session))
     if "decision" not in form:
         return _show(browser, session, waiting, code)
     services = services_of(request)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
+
 from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse, Response
 from sqlalchemy import Connection
@@ -11,9 +14,10 @@ from relay.auth import administrators, browser_sessions, one_time_links, passwor
 from relay.auth.identities import Identity, add_identity, normal_username, select_by_ids, select_by_usernames
 from relay.auth.one_time_links import OneTimeLink
 from relay.pages.account import checked_digest
-from relay.pages.browser import browser_of
+from relay.pages.browser import Browser, again, browser_of
 from relay.pages.render import PageProblem, page
 from relay.pages.sign_in import PASSWORD, count_failure, limit_guesses, welcome
+from relay.pages.typed import NOTHING_TYPED, Typed
 from relay.services import Services, services_of
 
 router = APIRouter(include_in_schema=False)
@@ -29,15 +33,22 @@ async def show(request: Request) -> HTMLResponse:
     browser = await browser_of(request)
     key = request.query_params.get("key", "")
     link, identity = await _look(request, key)
+    return await _page(browser, key, link, identity)
+
+
+async def _page(
+    browser: Browser, key: str, link: OneTimeLink, identity: Identity | None, typed: Typed = NOTHING_TYPED
+) -> HTMLResponse:
     answer = page(
-        request,
+        browser.request,
         "welcome.html",
         form_token=browser.form_token,
         key=key,
         purpose=link.purpose,
         username=None if identity is None else identity.username,
-        domain=services_of(request).settings.user_domain,
+        domain=services_of(browser.request).settings.user_domain,
         least=passwords.MIN_LENGTH,
+        typed=typed,
     )
     browser.keep(answer)
     return answer
@@ -68,7 +79,20 @@ async def use(request: Request) -> Response:
     form = await browser.form()
     key = form.get("key", "")
     link, identity = await _look(request, key)
-    services = services_of(request)
+    try:
+        signed = await _use(request, form, link, identity)
+    except PageProblem as problem:
+        return await again(problem, "account", form, partial(_page, browser, key, link, identity))
+    if signed is None:
+        raise _gone()
+    return await welcome(browser, signed, PASSWORD, "/account")
+
+
+async def _use(
+    request: Request, form: Mapping[str, str], link: OneTimeLink, identity: Identity | None
+) -> Identity | None:
+    """Who has an account with a password now; None when somebody else was faster."""
+    services, key = services_of(request), form.get("key", "")
     username = _username(services, form.get("username", "")) if identity is None else identity.username
     digest = await checked_digest(request, username, form)
     now = services.clock()
@@ -86,12 +110,9 @@ async def use(request: Request) -> Response:
         return who
 
     try:
-        signed = await services.store.write(work)
+        return await services.store.write(work)
     except ItemFailed as error:
         raise PageProblem(409, "That did not work", error.sentence) from error
-    if signed is None:
-        raise _gone()
-    return await welcome(browser, signed, PASSWORD, "/account")
 
 
 def _username(services: Services, text: str) -> str:

@@ -16,6 +16,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, Response
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from relay.pages.typed import NOTHING_TYPED
 from relay.services import services_of
 
 _HERE = Path(__file__).parent
@@ -55,7 +56,12 @@ def page(
     """An answer made of a template and its values."""
     look = look or Look()
     relay_name = services_of(request).settings.name
-    text = _environment().get_template(template).render(relay_name=relay_name, script=look.script, **values)
+    values = {"typed": NOTHING_TYPED, "stale": False, **values}
+    text = (
+        _environment()
+        .get_template(template)
+        .render(relay_name=relay_name, script=look.script, request_path=request.url.path, **values)
+    )
     return HTMLResponse(text, status_code=status, headers=_headers(look))
 
 

@@ -64,7 +64,8 @@ def forms_of(text: str) -> list[Form]:
         for tag in re.findall(r"<(?:input|button)[^>]*>", body):
             name = re.search(r'name="([^"]*)"', tag)
             value = re.search(r'value="([^"]*)"', tag)
-            if name is not None and tag.startswith("<input"):
+            off = 'type="checkbox"' in tag and " checked" not in tag
+            if name is not None and tag.startswith("<input") and not off:
                 fields[name[1]] = html.unescape(value[1]) if value else ""
         found.append(Form(html.unescape(action[1]) if action else "", fields))
     return found

@@ -14,6 +14,7 @@ from relay.applications.registration import Registered
 from relay.pages.browser import go
 from relay.pages.developers.frame import HOME, Visit, doing, looking, unknown
 from relay.pages.developers.scope import scope_document_of
+from relay.pages.render import PageProblem
 from relay.services import services_of
 
 router = APIRouter(include_in_schema=False)
@@ -22,10 +23,10 @@ router = APIRouter(include_in_schema=False)
 @router.get(HOME + "/applications/{client_id}")
 async def show_application_page(request: Request, client_id: str) -> HTMLResponse:
     """The application."""
-    return await _page(await looking(request), client_id, "", "")
+    return await _page(await looking(request), client_id)
 
 
-async def _page(visit: Visit, client_id: str, secret: str, name: str) -> HTMLResponse:
+async def _page(visit: Visit, client_id: str, secret: str = "", name: str = "") -> HTMLResponse:
     def look(connection: Connection, subject: Subject) -> dict[str, Any]:
         found = registration.require(connection, client_id, subject)
         return {
@@ -43,16 +44,17 @@ async def _page(visit: Visit, client_id: str, secret: str, name: str) -> HTMLRes
 async def change_application_page(request: Request, client_id: str) -> Response:
     """Change the application, its secrets or its scopes; or delete it."""
     visit, deed = await doing(request, "application")
-    if deed == "secret":
-        return await _new_secret(visit, client_id)
     deeds = {"change": _change, "end": _end_secret, "scope": _scope, "delete": _delete}
-    if deed not in deeds:
+    if deed != "secret" and deed not in deeds:
         raise unknown()
 
     def work(connection: Connection, subject: Subject) -> str:
         return deeds[deed](connection, registration.require(connection, client_id, subject), subject, visit)
 
-    return go(await visit.write(work))
+    try:
+        return await _new_secret(visit, client_id) if deed == "secret" else go(await visit.write(work))
+    except PageProblem as problem:
+        return await visit.again(problem, lambda: _page(visit, client_id))
 
 
 async def _new_secret(visit: Visit, client_id: str) -> HTMLResponse:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -16,8 +16,9 @@ from relay.audit.notes import note
 from relay.auth.browser_sessions import BrowserSession
 from relay.auth.providers import IdentityProvider, identity_providers, sign_in_provider_ids
 from relay.pages.account import signed_in
-from relay.pages.browser import Browser
+from relay.pages.browser import Browser, again, is_old
 from relay.pages.render import PageProblem, page
+from relay.pages.typed import NOTHING_TYPED, Typed
 from relay.services import services_of
 
 T = TypeVar("T")
@@ -33,6 +34,7 @@ class Visit:
         self.identity = session.identity
         self._session = session
         self.fields = fields
+        self._typed = NOTHING_TYPED
 
     async def read(self, work: Callable[[Connection, Subject], T]) -> T:
         """Look something up. Raises `PageProblem`."""
@@ -59,10 +61,21 @@ class Visit:
             form_token=self._browser.form_token,
             session=self._session,
             here="developers",
+            stale=is_old(self.request, self._session),
+            typed=self._typed,
             **values,
         )
         self._browser.keep(answer)
         return answer
+
+    async def again(self, problem: PageProblem, show: Callable[[], Awaitable[HTMLResponse]]) -> HTMLResponse:
+        """The page once more, with what was typed into the form that was refused. Raises what that cannot mend."""
+
+        async def filled(typed: Typed) -> HTMLResponse:
+            self._typed = typed
+            return await show()
+
+        return await again(problem, self.fields.get("do", ""), self.fields, filled)
 
     def text(self, name: str) -> str | None:
         """A field of the form; None when it is empty."""

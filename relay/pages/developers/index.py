@@ -22,8 +22,10 @@ router = APIRouter(include_in_schema=False)
 @router.get(HOME)
 async def overview(request: Request) -> HTMLResponse:
     """Projects and applications."""
-    visit = await looking(request)
+    return await _page(await looking(request))
 
+
+async def _page(visit: Visit) -> HTMLResponse:
     def look(connection: Connection, subject: Subject) -> list[dict[str, Any]]:
         return [
             {"project": project, "applications": registration.of_projects(connection, [project.id])}
@@ -39,10 +41,18 @@ async def register(request: Request) -> Response:
     visit, deed = await doing(request, "application")
     if deed != "register":
         raise unknown()
+    try:
+        made, shown = await _register(visit)
+    except PageProblem as problem:
+        return await visit.again(problem, lambda: _page(visit))
+    return visit.page("registered", made=made, secret=shown, origin=services_of(request).settings.public_url)
+
+
+async def _register(visit: Visit) -> tuple[registration.Registered, str | None]:
     kind = KINDS.get(visit.fields.get("kind", ""))
     if kind is None:
         raise PageProblem(400, "That did not work", "Choose what kind of application it is.")
-    secret, digest = await services_of(request).secrets.make()
+    secret, digest = await services_of(visit.request).secrets.make()
 
     def work(connection: Connection, subject: Subject) -> tuple[registration.Registered, str | None]:
         project_id = visit.text("project") or _new_project(connection, subject, visit)
@@ -53,14 +63,13 @@ async def register(request: Request) -> Response:
             "redirect_uris": visit.lines("redirect_uris"),
         }
         made = registration.create(connection, document, subject, visit.identity.id)
-        note(request, client_id=made.client.id)
+        note(visit.request, client_id=made.client.id)
         if made.client.public:
             return made, None
         registration.add_secret(connection, made, "first", digest, secret, subject.now)
         return made, secret
 
-    made, shown = await visit.write(work)
-    return visit.page("registered", made=made, secret=shown, origin=services_of(request).settings.public_url)
+    return await visit.write(work)
 
 
 def _new_project(connection: Connection, subject: Subject, visit: Visit) -> str:

@@ -12,6 +12,7 @@ from relay.access.decisions import Subject
 from relay.applications import documents, policies
 from relay.pages.browser import go
 from relay.pages.developers.frame import HOME, Visit, doing, looking, unknown
+from relay.pages.render import PageProblem
 
 router = APIRouter(include_in_schema=False)
 
@@ -35,7 +36,10 @@ def policy_document_of(visit: Visit) -> dict[str, Any]:
 @router.get(HOME + "/policies/{policy_id}")
 async def show_policy_page(request: Request, policy_id: str) -> HTMLResponse:
     """The policy."""
-    visit = await looking(request)
+    return await _page(await looking(request), policy_id)
+
+
+async def _page(visit: Visit, policy_id: str) -> HTMLResponse:
     found = await visit.read(lambda c, subject: policies.policy_document(policies.require(c, policy_id, subject)))
     return visit.page("policy", policy=found)
 
@@ -55,4 +59,7 @@ async def change_policy_page(request: Request, policy_id: str) -> Response:
             policies.change(connection, row, policy_document_of(visit), subject)
         return f"{HOME}/projects/{row.project_id}"
 
-    return go(await visit.write(work))
+    try:
+        return go(await visit.write(work))
+    except PageProblem as problem:
+        return await visit.again(problem, lambda: _page(visit, policy_id))

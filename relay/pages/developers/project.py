@@ -15,6 +15,7 @@ from relay.auth.identities import select_by_usernames
 from relay.pages.browser import go
 from relay.pages.developers.frame import HOME, Visit, doing, looking, unknown
 from relay.pages.developers.policy import policy_document_of
+from relay.pages.render import PageProblem
 from relay.services import services_of
 
 router = APIRouter(include_in_schema=False)
@@ -23,8 +24,10 @@ router = APIRouter(include_in_schema=False)
 @router.get(HOME + "/projects/{project_id}")
 async def show_project_page(request: Request, project_id: str) -> HTMLResponse:
     """The project."""
-    visit = await looking(request)
+    return await _page(await looking(request), project_id)
 
+
+async def _page(visit: Visit, project_id: str) -> HTMLResponse:
     def look(connection: Connection, subject: Subject) -> dict[str, Any]:
         project = projects.require(connection, project_id, subject)
         return {
@@ -48,7 +51,10 @@ async def change_project_page(request: Request, project_id: str) -> Response:
     def work(connection: Connection, subject: Subject) -> str:
         return deeds[deed](connection, projects.require(connection, project_id, subject), subject, visit, domain)
 
-    return go(await visit.write(work))
+    try:
+        return go(await visit.write(work))
+    except PageProblem as problem:
+        return await visit.again(problem, lambda: _page(visit, project_id))
 
 
 def _place(project: Project) -> str:

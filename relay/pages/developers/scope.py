@@ -12,6 +12,7 @@ from relay.access.decisions import Subject
 from relay.applications import custom_scopes
 from relay.pages.browser import go
 from relay.pages.developers.frame import HOME, Visit, doing, looking, unknown
+from relay.pages.render import PageProblem
 
 router = APIRouter(include_in_schema=False)
 
@@ -39,7 +40,10 @@ def _need_of(line: str) -> dict[str, Any]:
 @router.get(HOME + "/scopes/{scope_id}")
 async def show_scope_page(request: Request, scope_id: str) -> HTMLResponse:
     """The scope."""
-    visit = await looking(request)
+    return await _page(await looking(request), scope_id)
+
+
+async def _page(visit: Visit, scope_id: str) -> HTMLResponse:
     found = await visit.read(lambda connection, subject: custom_scopes.require(connection, scope_id, subject))
     return visit.page("scope", scope=found)
 
@@ -59,4 +63,7 @@ async def change_scope_page(request: Request, scope_id: str) -> Response:
             custom_scopes.change(connection, found, scope_document_of(visit), subject)
         return f"{HOME}/applications/{found.client_id}"
 
-    return go(await visit.write(work))
+    try:
+        return go(await visit.write(work))
+    except PageProblem as problem:
+        return await visit.again(problem, lambda: _page(visit, scope_id))
