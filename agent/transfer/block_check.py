@@ -5,11 +5,10 @@ behind the checks that were asked for before."""
 from __future__ import annotations
 
 import contextlib
-from dataclasses import replace
 
 from agent.storage import page_cache
 from agent.storage.base import Root
-from agent.transfer.jobs import Abandoned, BlocksChecked, FileSealed, LargeFile, Outcome
+from agent.transfer.jobs import Abandoned, BlocksChecked, FileSealed, LargeFile
 from agent.transfer.journal import Journal, PartialRow
 from agent.transfer.small_files import Remover
 from protocol.lane import digest as block_digest
@@ -82,14 +81,10 @@ class BlockChecker:
             answer.error = error
         return answer
 
-    def discard(self, outcome: Outcome) -> Outcome:
+    def discard(self, file: LargeFile) -> None:
         """Close and remove the temporary of a file that is given up."""
-        file = outcome.discard
-        if file is not None:
-            self._close(file)
-            self._remover.remove(file.job.group, file.temporary)
-            self._journal.drop_partial(*file.job.key)
-        return replace(outcome, discard=None)
+        self._close(file)
+        self._remover.remove(file.job.group, file.temporary)
 
     def abandon(self, item: Abandoned) -> Abandoned:
         """Close the temporary of a file that is tried again; keep it when some of it counts already."""

@@ -120,6 +120,8 @@ class LargeFile:
     done_count: int
     # Bytes of these blocks that the task's books count as settled; what is a hole never was.
     settled: int = 0
+    # Bytes of the check that made it complete: they are settled when the file has its name.
+    last_check: int = 0
     # Blocks written and not yet checked, with their digests. The lock guards this and nothing else.
     unchecked: dict[int, bytes] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -206,8 +208,8 @@ Request = PackRequest | RangeRequest
 
 @dataclass(slots=True, eq=False)
 class PackArrived:
-    """To the settler: small files have arrived, each of which matches its digest. ``contents`` are views of a buffer
-    of the lane that delivers them."""
+    """To the settler: small files have arrived, each of which matches its digest. ``contents`` are views of one buffer,
+    which is theirs."""
 
     jobs: list[FileJob]
     contents: list[memoryview]
@@ -263,9 +265,11 @@ class Abandoned:
 
 @dataclass(slots=True)
 class PartDropped:
-    """To the settler: what an earlier run had settled of a large file is of no use; it is transferred again."""
+    """To the settler: what an earlier run had settled of a large file in this temporary is of no use; it is transferred
+    again."""
 
-    size: int
+    job: FileJob
+    temporary: bytes
 
 
 @dataclass(slots=True)
@@ -283,4 +287,14 @@ class GroupListed:
     group: Group
 
 
-ToSettle = BlocksWritten | Abandoned | PartDropped | BlocksChecked | FileSealed | LinkWanted | Outcome | GroupListed
+ToSettle = (
+    PackArrived
+    | BlocksWritten
+    | Abandoned
+    | PartDropped
+    | BlocksChecked
+    | FileSealed
+    | LinkWanted
+    | Outcome
+    | GroupListed
+)

@@ -58,6 +58,14 @@ class PartialRow(msgspec.Struct, frozen=True):
     done: bytearray
 
 
+def bytes_done(row: PartialRow) -> int:
+    """Bytes of the blocks that are done, the last of which may be short."""
+    count = int.from_bytes(row.done, "little").bit_count()
+    last, rest = divmod(row.version[2], row.block)
+    short = row.block - rest if rest and row.done[last >> 3] >> (last & 7) & 1 else 0
+    return count * row.block - short
+
+
 class Journal:
     """One open journal. Every method raises `StateTrouble` when the file cannot be used: the caller then closes
     everything and opens it again later."""
@@ -90,6 +98,12 @@ class Journal:
                 yield
             except sqlite3.DatabaseError as error:
                 raise of_sqlite(error, self.path) from error
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What one thread writes within becomes durable in one step, whoever else commits."""
+        with self._lock:
+            yield
 
     def commit(self) -> None:
         """Make everything written so far durable."""

@@ -120,9 +120,7 @@ class Lanes:
     async def _use(self, number: int, sock: ssl.SSLSocket) -> bool:
         """One life of a lane; returns when it broke, or True when it was told to leave."""
         run = self._run
-        receiver = LaneReceiver(
-            number, sock, run.context.root, run.fetcher.requests, run.settle, run.deliver, run, run.context.pace
-        )
+        receiver = LaneReceiver(number, sock, run.context.root, run.fetcher.requests, run.settle, run, run.context.pace)
         # Shutting a duplicate down ends the blocking read.
         duplicate = self._sockets[number] = socket.socket(fileno=os.dup(sock.fileno()))
         try:

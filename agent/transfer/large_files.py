@@ -9,6 +9,7 @@ from agent.transfer.compare import block_size, missing_ranges
 from agent.transfer.fetch import RANGE_BYTES
 from agent.transfer.holes import WORTH_ASKING, mark_holes
 from agent.transfer.jobs import Abandoned, FileJob, LargeFile, PartDropped, count_done, empty_bitmap
+from agent.transfer.journal import bytes_done
 from agent.transfer.patience import attempts
 from agent.transfer.receive import damaged
 from agent.transfer.reuse import Reuse
@@ -91,8 +92,7 @@ class LargeFiles:
             if known.version == job.row.version:
                 try:
                     descriptor = handle.open_temporary(known.temporary)
-                    count = count_done(known.done)
-                    settled = min(count * known.block, job.row.size)
+                    count, settled = count_done(known.done), bytes_done(known)
                     return LargeFile(job, known.temporary, descriptor, known.block, known.done, count, settled)
                 except OSError as error:
                     passing = not isinstance(fault(error, "destination", b""), ItemFailed)
@@ -103,8 +103,7 @@ class LargeFiles:
                     lost = "Part of a file that had arrived is gone; it is transferred again."
                     trio.from_thread.run_sync(self._run.context.on_fault, RetryLater(lost, code="PART_LOST"))
             _unlink_quietly(job, known.temporary)
-            journal.drop_partial(*job.key)
-            self._run.settle.put(PartDropped(count_done(known.done) * known.block))
+            self._run.settle.put(PartDropped(job, known.temporary))
         name = self._run.temporary_name()
         descriptor = handle.create_temporary(name)
         block = block_size(job.row.size)

@@ -1,15 +1,13 @@
 """The receiving end of one lane: a thread that takes frames, checks their digests and writes blocks of large files.
 
-Nothing is written that does not match its digest; what does not is asked for again, alone. Small files are delivered
-whole packs at a time to the settler, which writes them in this thread, one lane at a time. To the fetcher the thread
-says which requests are through.
+Nothing is written that does not match its digest; what does not is asked for again, alone. Small files go to the
+settler, whole packs at a time. To the fetcher the thread says which requests are through.
 """
 
 from __future__ import annotations
 
 import queue
 import ssl
-from collections.abc import Callable
 from typing import Any, Protocol
 
 from agent.limits.pace import Pace
@@ -60,7 +58,6 @@ class LaneReceiver:
         root: Root,
         requests: dict[int, Request],
         settle: queue.SimpleQueue[Any],
-        deliver: Callable[[PackArrived], None],
         reports: Reports,
         pace: Pace,
     ) -> None:
@@ -69,7 +66,6 @@ class LaneReceiver:
         self._root = root
         self._requests = requests
         self._settle = settle
-        self._deliver = deliver
         self._reports = reports
         self._pace = pace
         self.meter = LaneMeter(sock)
@@ -148,9 +144,13 @@ class LaneReceiver:
         raw = self._header[:header_length]
         self._read_exactly(raw)
         header = lane.header_untrusted(raw)
-        if payload_length > len(self._buffer):
-            self._buffer = memoryview(bytearray(payload_length))
-        payload = self._buffer[:payload_length]
+        if isinstance(header, lane.Pack):
+            # The settler keeps it until the pack is written.
+            payload = memoryview(bytearray(payload_length))
+        else:
+            if payload_length > len(self._buffer):
+                self._buffer = memoryview(bytearray(payload_length))
+            payload = self._buffer[:payload_length]
         self._read_content(payload)
         return header, payload
 
@@ -247,8 +247,7 @@ class LaneReceiver:
             digests.append(packed.digest)
         if offset != len(payload):
             raise ProtocolError("The source sent more than it announced.")
-        self._now(Doing.STORAGE)
-        self._deliver(PackArrived(jobs, contents, digests))
+        self._settle.put(PackArrived(jobs, contents, digests))
         if header.last:
             if len(request.seen) != len(request.jobs):
                 raise ProtocolError("The source left files out of a pack.")

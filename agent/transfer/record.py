@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import msgspec
 
 from agent.transfer.jobs import FileJob, Group, LargeFile, Outcome
-from agent.transfer.journal import FAILED, SKIPPED, TRANSFERRED, UNCHANGED, Journal
+from agent.transfer.journal import FAILED, SKIPPED, TRANSFERRED, UNCHANGED, Journal, PartialRow, bytes_done
 from agent.transfer.manifest import ManifestWriter, SkippedRow, TransferredRow
 from protocol.control import Counters
 
@@ -34,6 +34,35 @@ class Record:
     def settle(self, size: int) -> None:
         """So many bytes more are durable; below zero, so many have to be transferred again."""
         self.settled_bytes = max(0, self.settled_bytes + size)
+
+    def part_settled(self, file: LargeFile, size: int) -> None:
+        """So many bytes more of a large file are durable, as its bitmap has them."""
+        with self.journal.together():
+            file.settled += size
+            self.settle(size)
+            self._put_settled()
+            row = PartialRow(file.temporary, file.job.row.version, file.block, file.done)
+            self.journal.put_partial(*file.job.key, row)
+
+    def part_dropped(self, file: LargeFile) -> None:
+        """A large file begins anew, or is given up: nothing of it counts any more."""
+        with self.journal.together():
+            self.settle(-file.settled)
+            file.settled = 0
+            self._put_settled()
+            self.journal.drop_partial(*file.job.key)
+
+    def known_part_dropped(self, job: FileJob, temporary: bytes) -> None:
+        """The same for what an earlier run left of a file, if it is still the journal's."""
+        with self.journal.together():
+            known = self.journal.partial(*job.key)
+            if known is not None and known.temporary == temporary:
+                self.settle(-bytes_done(known))
+                self._put_settled()
+                self.journal.drop_partial(*job.key)
+
+    def _put_settled(self) -> None:
+        self.journal.put("settled", str(self.settled_bytes).encode())
 
     def transferred(self, done: list[tuple[FileJob, str | None]], linked: list[FileJob]) -> None:
         """Files (with a published checksum, where one was asked for) and links that have their final names."""
@@ -80,6 +109,15 @@ class Record:
     ) -> list[Group]:
         """Count jobs in their groups, fold groups that are done, and make all of it durable: manifest first, then the
         journal that says how long it is. The groups that are done now."""
+        for manifest in self._unsynced:
+            manifest.sync()
+        self._unsynced.clear()
+        with self.journal.together():
+            return self._commit(settled, outcomes, complete, listed)
+
+    def _commit(
+        self, settled: list[FileJob], outcomes: list[Outcome], complete: list[LargeFile], listed: list[Group]
+    ) -> list[Group]:
         groups: dict[int, Group] = {id(group): group for group in listed}
         for group in listed:
             group.listed = True
@@ -97,15 +135,13 @@ class Record:
         ]
         self.journal.put_finished(finished)
         for file in complete:
+            self.settle(file.last_check)
             if file.job.key[0] not in done_ids:
                 self.journal.drop_partial(*file.job.key)
         for group in done:
             self._fold(group)
-        for manifest in self._unsynced:
-            manifest.sync()
-        self._unsynced.clear()
         self.journal.put_counters(self.counters)
-        self.journal.put("settled", str(self.settled_bytes).encode())
+        self._put_settled()
         self.journal.put_lengths(self._transferred.length, self._skipped.length)
         self.journal.commit()
         return done

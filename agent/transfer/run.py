@@ -16,7 +16,7 @@ from agent.limits.pace import Pace
 from agent.storage.base import Root
 from agent.transfer.budget import Budget
 from agent.transfer.fetch import Fetcher
-from agent.transfer.jobs import FileJob, Group, LargeFile, PackArrived
+from agent.transfer.jobs import FileJob, Group, LargeFile
 from agent.transfer.journal import Journal
 from agent.transfer.manifest import ManifestWriter
 from agent.transfer.patience import Patience
@@ -55,7 +55,7 @@ class Failures(Protocol):
 
 
 class Run(Reports, Protocol):
-    """See the module. But for `Reports`, `settle`, `deliver` and `temporary_name`, all is for the trio thread."""
+    """See the module. But for `Reports`, `settle` and `temporary_name`, all is for the trio thread."""
 
     context: RunContext
     options: TaskOptions
@@ -68,10 +68,6 @@ class Run(Reports, Protocol):
 
     @property
     def retries(self) -> Failures: ...
-
-    @property
-    def deliver(self) -> Callable[[PackArrived], None]:
-        """Settle a pack in the calling lane's thread."""
 
     @property
     def stopping(self) -> bool:

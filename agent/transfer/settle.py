@@ -2,8 +2,7 @@
 
 sync the temporaries → read them back (when asked to verify) → rename → sync the directories → manifest → journal.
 
-One thread at a time does it: the settler's own, or that of a lane which delivers a pack of small files. Several would
-hand the interpreter's lock to one another at every system call, and handing a pack over costs the same.
+One thread does it, and only that one: several would hand the interpreter's lock to one another at every system call.
 
 Small files go through it in batches. While a batch is being synced in a side thread the next one is written, and one
 sync serves two batches: it makes the temporaries of one durable and the names of the one before. Large files are
@@ -15,9 +14,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import queue
-import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol, TypeAlias
 
@@ -40,7 +38,7 @@ from agent.transfer.jobs import (
     PartDropped,
     ToSettle,
 )
-from agent.transfer.journal import Journal, PartialRow
+from agent.transfer.journal import Journal
 from agent.transfer.manifest import ManifestWriter
 from agent.transfer.record import Record
 from agent.transfer.side_thread import Broken, SideThread
@@ -98,11 +96,6 @@ class _Batch:
 
 
 @dataclass(slots=True)
-class _Delivered:
-    """To the settler, from a lane: a pack was written, and nothing is being synced that would look at it."""
-
-
-@dataclass(slots=True)
 class _Closed:
     """To the settler, from the checker: the temporary of a file that is tried again is closed."""
 
@@ -114,9 +107,10 @@ class _Discarded:
     """To the settler, from the checker: the temporary of a file that is given up is gone."""
 
     outcome: Outcome
+    file: LargeFile
 
 
-_Answer: TypeAlias = ToSettle | _Batch | _Discarded | _Closed | _Delivered
+_Answer: TypeAlias = ToSettle | _Batch | _Discarded | _Closed
 _Item: TypeAlias = _Answer | Broken
 
 
@@ -164,12 +158,6 @@ class Settler:
         self._written: list[Temporary] = []
         self._written_bytes = 0
         self._names = _Settled()
-        # Held by whoever works on all that follows: the settler's thread, or that of a lane.
-        self._turn = threading.Lock()
-        self._running = False
-        self._ended = False
-        # Packs that lanes have written.
-        self._deliveries = 0
         self._syncing = False
         # Being synced or read back.
         self._batches: list[list[Temporary]] = []
@@ -188,13 +176,7 @@ class Settler:
                 SideThread[_Answer]("check", self.queue) as checks,
             ):
                 self._syncs, self._check_thread = syncs, checks
-                with self._turn:
-                    self._running = True
-                try:
-                    self._loop()
-                finally:
-                    with self._turn:
-                        self._running, self._ended = False, True
+                self._loop()
         except OSError as error:
             raise fault(error, "destination", b"") from error
         finally:
@@ -203,50 +185,20 @@ class Settler:
                     # Only after an error: what is not settled is swept and transferred again.
                     self._small.close(item)
 
-    def deliver(self, pack: PackArrived) -> None:
-        """Write the small files of a pack, in the calling thread; what goes wrong with all of them ends `run`. After
-        the end nothing is written: it is transferred again."""
-        with self._turn:
-            if self._ended:
-                return
-            waiting = self._lingering
-            try:
-                self._written_bytes += self._small.write(pack, self._written)
-                if self._running:
-                    self._look()
-            except BaseException as error:
-                # It is the settler that ends by it, not the lane.
-                broken = Broken()
-                broken.__cause__ = error
-                self.queue.put(broken)
-                return
-            self._deliveries += 1
-            if self._lingering and not waiting:
-                # The settler begins to wait for more now.
-                self.queue.put(_Delivered())
-
     def _loop(self) -> None:
         stopping = False
-        while True:
-            with self._turn:
-                # Decided under the lock: a lane may still be delivering.
-                if stopping and not self._busy:
-                    self._running, self._ended = False, True
-                    return
-                lingering, deliveries = self._lingering, self._deliveries
+        while not stopping or self._busy:
             try:
-                item = self.queue.get(timeout=0 if stopping and lingering else LINGER if lingering else None)
+                linger = 0 if stopping else LINGER
+                item = self.queue.get(timeout=linger if self._lingering else None)
             except queue.Empty:
-                with self._turn:
-                    if stopping or self._deliveries == deliveries:
-                        self._settle_now()
+                self._settle_now()
                 continue
-            with self._turn:
-                if item is None:
-                    stopping = True
-                else:
-                    self._take(item)
-                self._look()
+            if item is None:
+                stopping = True
+            else:
+                self._take(item)
+            self._look()
 
     @property
     def _lingering(self) -> bool:
@@ -279,7 +231,9 @@ class Settler:
             self._record(names)
 
     def _take(self, item: _Item) -> None:
-        if isinstance(item, _Batch):
+        if isinstance(item, PackArrived):
+            self._written_bytes += self._small.write(item, self._written)
+        elif isinstance(item, _Batch):
             self._synced(item)
         elif isinstance(item, BlocksWritten):
             self._ask_checker(partial(self._checker.check, item.file))
@@ -292,7 +246,7 @@ class Settler:
         elif isinstance(item, Abandoned):
             self._ask_checker(partial(self._abandon, item))
         elif isinstance(item, PartDropped):
-            self.record.settle(-item.size)
+            self.record.known_part_dropped(item.job, item.temporary)
         elif isinstance(item, _Closed):
             self._checks -= 1
             self._reports.abandoned(item.item.file, item.item.error)
@@ -300,6 +254,7 @@ class Settler:
             self._outcome(item)
         elif isinstance(item, _Discarded):
             self._checks -= 1
+            self.record.part_dropped(item.file)
             self._names.outcomes.append(item.outcome)
         elif isinstance(item, GroupListed):
             self._names.listed.append(item.group)
@@ -377,17 +332,17 @@ class Settler:
             return
         for index in item.bad:
             self._reports.refetch(file, index)
-        for index in item.good:
-            file.mark_done(index)
-            file.settled += file.length_of(index)
-            self.record.settle(file.length_of(index))
         if not item.good:
             return
+        for index in item.good:
+            file.mark_done(index)
+        size = sum(map(file.length_of, item.good))
         if file.complete:
+            # Counts together with the name: until then the journal has the file as it was before this check.
+            file.last_check = size
             self._ask_checker(partial(self._checker.seal, file))
         else:
-            row = PartialRow(file.temporary, file.job.row.version, file.block, file.done)
-            self.record.journal.put_partial(*file.job.key, row)
+            self.record.part_settled(file, size)
 
     def _file_sealed(self, item: FileSealed) -> None:
         self._checks -= 1
@@ -402,8 +357,7 @@ class Settler:
         except (TowpathError, OSError) as error:
             problem = fault(error, "destination", job.destination_path) if isinstance(error, OSError) else error
             self.remover.remove(job.group, file.temporary)
-            self.record.journal.drop_partial(*job.key)
-            self.record.settle(-file.settled)
+            self.record.part_dropped(file)
             self._reports.job_failed(job, problem)
             return
         self._names.transferred.append((job, checksum))
@@ -427,12 +381,17 @@ class Settler:
         self._names.touch(job.group)
 
     def _outcome(self, outcome: Outcome) -> None:
-        if outcome.discard is None:
+        file = outcome.discard
+        if file is None:
             self._names.outcomes.append(outcome)
         else:
-            self.record.settle(-outcome.discard.settled)
             # Its blocks may be being checked now: the descriptor is closed behind that.
-            self._ask_checker(lambda: _Discarded(self._checker.discard(outcome)))
+            self._ask_checker(partial(self._discard, replace(outcome, discard=None), file))
+
+    def _discard(self, outcome: Outcome, file: LargeFile) -> _Discarded:
+        """In the side thread."""
+        self._checker.discard(file)
+        return _Discarded(outcome, file)
 
     def _abandon(self, item: Abandoned) -> _Closed:
         """In the side thread."""

@@ -1,7 +1,7 @@
 """Small files on their way to a final name: written to temporaries, read back after they were synced.
 
 The descriptor of a temporary stays open from its creation until it was read back, as far as the process's limit
-allows, so that nothing is opened twice. One thread at a time calls everything here (see `Settler.deliver`).
+allows, so that nothing is opened twice. The settler's thread calls everything here but `SmallFiles.sync`.
 """
 
 from __future__ import annotations

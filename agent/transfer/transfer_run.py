@@ -83,7 +83,6 @@ class TransferRun:
             now=now_iso,
         )
         self.settle: queue.SimpleQueue[Any] = self._settler.queue
-        self.deliver = self._settler.deliver
         self._pack: list[FileJob] = []
         self._pack_bytes = 0
         self._mirror = Mirror(

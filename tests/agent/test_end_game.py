@@ -133,7 +133,6 @@ class Scene:
             root,
             self.fetcher.requests,
             self.settle,
-            self.settle.put,
             self,
             Pace(),
         )

@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import threading
 from collections import Counter
 from pathlib import Path
 from random import Random
@@ -13,6 +14,7 @@ from random import Random
 import pytest
 
 from agent.storage.faulty import Call, fail_nth
+from agent.transfer import receive
 from tests.agent.engine_inside import Crashed, Engine, contents, quick_path
 
 __all__ = ["quick_path"]
@@ -152,7 +154,48 @@ async def test_a_fault_that_stays_ends_the_task_in_words(quick_path: Path, name:
     assert engine.temporaries() == []
 
 
-async def chaos(base: Path, seed: int) -> Counter[str]:
+@pytest.mark.parametrize("last", ["fails", "dies"])
+async def test_a_large_file_that_begins_anew_counts_once(
+    quick_path: Path, monkeypatch: pytest.MonkeyPatch, last: str
+) -> None:
+    """Its first blocks are in the journal, all are checked, and then its name cannot be given, or the process dies."""
+    monkeypatch.setattr(receive, "CHECK_AFTER", MIB)
+    checked, booked, complete, at_rest = (threading.Event() for _ in range(4))
+    failed: list[Call] = []
+
+    def hold_back(call: Call) -> int | None:
+        if call.operation == "preadv" and call.nth == 3:
+            assert booked.wait(20)
+        return None
+
+    def plan(call: Call) -> int | None:
+        if call.operation == "preadv":
+            checked.set()
+        elif call.operation == "journal_commit" and checked.is_set():
+            (at_rest if complete.is_set() else booked).set()
+        elif call.operation == "fchmod" and not failed:
+            complete.set()
+            assert at_rest.wait(20)
+        elif call.operation == "rename" and not failed:
+            failed.append(call)
+            if last == "dies":
+                raise Crashed
+            return errno.EIO
+        return None
+
+    engine = Engine(quick_path, plan=plan, source_plan=hold_back)
+    (engine.source / "large").write_bytes(os.urandom(NEW))
+    try:
+        observed = await engine.run()
+    except Crashed:
+        observed = await engine.revived().run()
+    assert failed
+    assert contents(engine.destination) == contents(engine.source)
+    assert observed.counters.bytes_transferred == observed.counters.bytes_total == NEW
+    assert last == "dies" or observed.counters.bytes_sent_again == NEW
+
+
+async def chaos(base: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Many faults of many kinds in one task, and now and then its death; in the end everything is there."""
     random = Random(seed)
     left = random.randint(1, 12)
@@ -170,6 +213,8 @@ async def chaos(base: Path, seed: int) -> Counter[str]:
         seen[errno.errorcode[code]] += 1
         return code
 
+    # Every other seed checks each block alone, so that parts of the large file count before it is whole.
+    monkeypatch.setattr(receive, "CHECK_AFTER", MIB if seed % 2 else 16 * MIB)
     engine = Engine(base, plan=plan)
     wanted = fill(engine)
     observed = None
@@ -181,21 +226,23 @@ async def chaos(base: Path, seed: int) -> Counter[str]:
             engine = engine.revived(plan)
     assert observed.state == "SUCCEEDED", f"seed {seed}: {observed}"
     assert contents(engine.destination) == wanted, f"seed {seed}"
+    counters = observed.counters
+    assert counters.bytes_transferred == counters.bytes_total, f"seed {seed}: {counters}"
     return seen
 
 
-async def test_seeded_faults_and_crashes(quick_path: Path) -> None:
+async def test_seeded_faults_and_crashes(quick_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     total: Counter[str] = Counter()
     for seed in range(SEEDS):
-        total += await chaos(quick_path / str(seed), seed)
+        total += await chaos(quick_path / str(seed), seed, monkeypatch)
     print(f"seeds: {SEEDS}, faults: {dict(total)}")
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(3000)
-async def test_thousands_of_seeded_faults_and_crashes(quick_path: Path) -> None:
+async def test_thousands_of_seeded_faults_and_crashes(quick_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     total: Counter[str] = Counter()
     for seed in range(1000, 4000):
-        total += await chaos(quick_path / str(seed), seed)
+        total += await chaos(quick_path / str(seed), seed, monkeypatch)
         shutil.rmtree(quick_path / str(seed))
     print(f"seeds: 3000, faults: {dict(total)}")
