@@ -14,6 +14,7 @@ import sqlite3
 import tarfile
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
 from protocol.errors import NeedsPerson
@@ -64,12 +65,15 @@ def back_up(settings: Settings, configuration: Path, target: Path) -> int:
     return target.stat().st_size
 
 
-def restore(archive: Path, directory: Path, *, force: bool) -> Path | None:
+def restore(
+    archive: Path, directory: Path, *, force: bool, note: Callable[[Path], None] = lambda _database: None
+) -> Path | None:
     """Put a backup in place: the configuration into ``directory``, everything else where it says.
 
     Returns where the former content was moved to, if there was any. Never touches a directory on which a relay runs;
-    replaces the content of another only with ``force``, and keeps it. Raises `AlreadyRunning`, `BackupRefused`,
-    `SettingsError`, OSError, tarfile.TarError.
+    replaces the content of another only with ``force``, and keeps it. ``note`` is called with the database's file
+    before it is put in place, and may write into it. Raises `AlreadyRunning`, `BackupRefused`, `SettingsError`,
+    OSError, tarfile.TarError.
     """
     text = _read_configuration_untrusted(archive)
     settings = parse(text, f"relay.yaml in {archive.name}")
@@ -89,6 +93,7 @@ def restore(archive: Path, directory: Path, *, force: bool) -> Path | None:
         try:
             _unpack_untrusted(archive, scratch)
             _check_database(scratch / DATABASE)
+            note(scratch / DATABASE)
             aside = _move_aside(place, present) if present else None
             home.mkdir(mode=0o700, parents=True, exist_ok=True)
             write_private_file(home / CONFIGURATION, text.encode())

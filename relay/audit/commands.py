@@ -40,13 +40,13 @@ class CommandRecord:
     """Whether a command's entry was written already: once, in the first transaction that changes something."""
 
     def __init__(self, entry: Entry) -> None:
-        self._entry = entry
+        self.entry = entry
         self.written = False
 
     def accompany(self, connection: Connection, _result: object) -> None:
         """Write the entry in a transaction of the command."""
         if not self.written:
-            trail.append(connection, [self._entry])
+            trail.append(connection, [self.entry])
             self.written = True
 
     def failure(self, error: Exception) -> Entry:
@@ -57,4 +57,4 @@ class CommandRecord:
             reason = error.format_message()
         else:
             reason = type(error).__name__
-        return replace(self._entry, outcome="failed", facts={**self._entry.facts, "reason": reason})
+        return replace(self.entry, outcome="failed", facts={**self.entry.facts, "reason": reason})

@@ -2,20 +2,52 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from relay.audit.commands import CommandRecord
     from relay.audit.trail import Entry
     from relay.settings import Settings
 
 _SETTINGS = "towpath.settings"
+_RECORD = "towpath.record"
+_ANNOUNCED = "towpath.announced"
 
 
 def remember(context: click.Context, settings: Settings) -> None:
-    """Say which relay the command is about, for its entry."""
+    """Say which relay the command is about, for its entry; before the command changes any of its files.
+
+    Raises `click.ClickException` when a command about files cannot be announced in the audit log.
+    """
     context.meta[_SETTINGS] = settings
+    if not isinstance(context.command, AuditedFileCommand) or _ANNOUNCED in context.meta:
+        return
+    database = settings.directory_path / settings.database.file
+    if database.exists():
+        _announce(context, settings.database_url)
+
+
+def _announce(context: click.Context, url: str) -> None:
+    from sqlalchemy import exc
+
+    record: CommandRecord = context.meta[_RECORD]
+    try:
+        _append(url, replace(record.entry, outcome="begun"))
+    except exc.SQLAlchemyError as error:
+        raise click.ClickException(f"The audit log cannot be written ({error}), so nothing was done.") from error
+    context.meta[_ANNOUNCED] = True
+
+
+def record_inside(context: click.Context, database: Path) -> None:
+    """Write the command's entry into a database that is about to be put in place, brought up to date for that."""
+    record: CommandRecord = context.meta[_RECORD]
+    _append(f"sqlite:///{database}", record.entry, bring_up_to_date=True)
+    record.written = True
 
 
 class AuditedCommand(click.Command):
@@ -29,7 +61,7 @@ class AuditedCommand(click.Command):
         entry = command_entry(ctx)
         if entry is None:
             return super().invoke(ctx)
-        record = CommandRecord(entry)
+        record = ctx.meta[_RECORD] = CommandRecord(entry)
         mark = companion.set(record.accompany)
         try:
             result = super().invoke(ctx)
@@ -45,6 +77,11 @@ class AuditedCommand(click.Command):
         return result
 
 
+class AuditedFileCommand(AuditedCommand):
+    """A command about files, which no transaction of the database holds: it is announced before it changes anything
+    and told of again when it has ended, so that there is no change without an entry, whatever is killed when."""
+
+
 class AuditedGroup(click.Group):
     """A group of such commands."""
 
@@ -53,20 +90,28 @@ class AuditedGroup(click.Group):
 
 
 def _write(context: click.Context, entry: Entry) -> None:
-    """Record what is in no transaction of the relay's database: what failed, and what is about files."""
+    """Record what is in no transaction of the relay's database: what failed, and how it ended that is about files."""
     from sqlalchemy import exc
-
-    from relay.audit import trail
-    from relay.store.database import Store
 
     settings: Settings | None = context.meta.get(_SETTINGS)
     if settings is None or not (settings.directory_path / settings.database.file).exists():
         return
-    store = Store(settings.database_url, readers=1)
     try:
-        with store.writing_engine.begin() as connection:
-            trail.append(connection, [entry])
+        _append(settings.database_url, entry)
     except exc.SQLAlchemyError as error:
         click.echo(f"towpath-relay: this is not in the audit log: {type(error).__name__}", err=True)
+
+
+def _append(url: str, entry: Entry, *, bring_up_to_date: bool = False) -> None:
+    from relay.audit import trail
+    from relay.store.database import Store
+    from relay.store.migrate import upgrade
+
+    store = Store(url, readers=1)
+    try:
+        if bring_up_to_date:
+            upgrade(store.writing_engine)
+        with store.writing_engine.begin() as connection:
+            trail.append(connection, [entry])
     finally:
         store.close()

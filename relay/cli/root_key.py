@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from relay.cli.audited import AuditedGroup
+from relay.cli.audited import AuditedFileCommand, AuditedGroup
 from relay.cli.frame import settings_of
 
 
@@ -37,7 +37,7 @@ def root_show(context: click.Context) -> None:
     click.echo(f"Ticket key {state.ticket_key} is certified until {until:%Y-%m-%d %H:%M} UTC.")
 
 
-@root.command("move")
+@root.command("move", cls=AuditedFileCommand)
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
 @click.pass_context
 def root_move(context: click.Context, file: Path) -> None:
@@ -48,7 +48,7 @@ def root_move(context: click.Context, file: Path) -> None:
     click.echo(f"Moved to {file}. Before the ticket key ends: towpath-relay root certify --root FILE")
 
 
-@root.command("certify")
+@root.command("certify", cls=AuditedFileCommand)
 @click.option("--root", "file", type=click.Path(path_type=Path, dir_okay=False, exists=True), help="The root key.")
 @click.pass_context
 def root_certify(context: click.Context, file: Path | None) -> None:

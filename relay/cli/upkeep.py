@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from relay.cli.audited import AuditedCommand, AuditedGroup, remember
+from relay.cli.audited import AuditedCommand, AuditedFileCommand, AuditedGroup, record_inside, remember
 from relay.cli.frame import default_configuration, settings_of, with_store
 
 
@@ -54,7 +54,7 @@ def serve(context: click.Context) -> None:
     trio.run(server.serve, settings)
 
 
-@click.command(cls=AuditedCommand)
+@click.command(cls=AuditedFileCommand)
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
 @click.pass_context
 def backup(context: click.Context, file: Path) -> None:
@@ -66,7 +66,7 @@ def backup(context: click.Context, file: Path) -> None:
     click.echo(f"Wrote {file} ({size} bytes). It holds the relay's secrets: keep it where only you can read it.")
 
 
-@click.command(cls=AuditedCommand)
+@click.command(cls=AuditedFileCommand)
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False, exists=True))
 @click.option("--directory", type=click.Path(path_type=Path, file_okay=False), help="Where; else as --config says.")
 @click.option("--force", is_flag=True, help="Move a relay that is there already aside.")
@@ -78,8 +78,9 @@ def restore(context: click.Context, file: Path, directory: Path | None, force: b
 
     if directory is None:
         directory = (context.obj or default_configuration()).parent
-    aside = restore_archive(file, directory, force=force)
-    remember(click.get_current_context(), settings.load(directory / "relay.yaml"))
+    if (directory / "relay.yaml").exists():
+        remember(context, settings.load(directory / "relay.yaml"))
+    aside = restore_archive(file, directory, force=force, note=lambda database: record_inside(context, database))
     if aside is not None:
         click.echo(f"What was there before is in {aside}.")
     click.echo(f"Restored into {directory}. Start it with: towpath-relay --config {directory / 'relay.yaml'} serve")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -250,12 +251,79 @@ def test_commands_that_failed_and_those_about_files_are_recorded(relay_directory
         ("client remove-secret", "failed"),
         ("user add", "done"),
         ("user add", "done"),
+        ("root certify", "begun"),
         ("root certify", "done"),
     ]
     assert "no user" in rows[0]["facts"]["reason"]
     assert "canary" not in exported
     assert link.rpartition("=")[2] not in exported
     assert CANARIES.search(exported) is None
+
+
+def _told(config: list[str]) -> list[tuple[str, str]]:
+    exported = CliRunner().invoke(cli, [*config, "audit", "export"])
+    assert exported.exit_code == 0, exported.output
+    rows = [json.loads(line) for line in exported.output.splitlines()]
+    return [(row["action"], row["outcome"]) for row in rows]
+
+
+@pytest.mark.parametrize("words", [("root", "certify"), ("root", "move", "FILE"), ("backup", "FILE")])
+def test_a_command_about_files_is_announced_before_it_changes_any(
+    relay_directory: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    run, config = CliRunner(), ["--config", str(relay_directory / "relay.yaml")]
+    command = [*config, *(str(tmp_path / "file") if word == "FILE" else word for word in words)]
+    name = " ".join(word for word in words if word != "FILE")
+    keys = {path: path.read_bytes() for path in (relay_directory / "keys").iterdir()}
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise Killed
+
+    # The process ends before its second entry: the first one is there, so is what was done.
+    with monkeypatch.context() as patch:
+        patch.setattr("relay.cli.audited._write", killed)
+        with pytest.raises(Killed):
+            run.invoke(cli, command, catch_exceptions=False)
+    assert _told(config) == [(name, "begun")]
+    assert (tmp_path / "file").exists() or keys != {path: path.read_bytes() for path in keys}
+
+    # What cannot be announced is not done.
+    def full(*_: Any, **__: Any) -> None:
+        raise sqlalchemy.exc.OperationalError("INSERT", {}, Exception("database or disk is full"))
+
+    keys = {path: path.read_bytes() for path in (relay_directory / "keys").iterdir()}
+    (tmp_path / "file").unlink(missing_ok=True)
+    with monkeypatch.context() as patch:
+        patch.setattr("relay.audit.trail.append", full)
+        refused = run.invoke(cli, command)
+    assert refused.exit_code != 0
+    assert not (tmp_path / "file").exists()
+    assert keys == {path: path.read_bytes() for path in (relay_directory / "keys").iterdir()}
+
+
+def test_a_restored_database_tells_who_put_it_there(relay_directory: Any, tmp_path: Any) -> None:
+    run, config = CliRunner(), ["--config", str(relay_directory / "relay.yaml")]
+    archive = tmp_path / "backup"
+    assert run.invoke(cli, [*config, "backup", str(archive)]).exit_code == 0
+    assert run.invoke(cli, [*config, "restore", str(archive)]).exit_code != 0
+    done = run.invoke(cli, [*config, "restore", str(archive), "--force"])
+    assert done.exit_code == 0, done.output
+    assert _told(config) == [("backup", "begun"), ("restore", "done")]
+    assert "whole" in run.invoke(cli, [*config, "audit", "verify"]).output
+    # What was there before says the same.
+    (aside,) = relay_directory.glob("replaced-*")
+    before = tmp_path / "before"
+    shutil.copytree(relay_directory, before)
+    shutil.copyfile(aside / "relay.sqlite", before / "relay.sqlite")
+    config = ["--config", str(before / "relay.yaml")]
+    assert _told(config) == [
+        ("backup", "begun"),
+        ("backup", "done"),
+        *[("restore", word) for word in ("begun", "failed", "begun")],
+    ]
 
 
 def test_the_operators_own_deeds_and_the_export(relay_directory: Any) -> None:
