@@ -131,6 +131,8 @@ class TaskOptions(Record, frozen=True, kw_only=True):
     # How many files and folders a mirror may delete; None: no more than stay, or a thousand.
     delete_destination_extra_limit: int | None = None
     recursive_symlinks: Literal["ignore", "keep", "copy"] = "ignore"
+    # Take over extended attributes of the user's namespace.
+    preserve_xattrs: bool = False
     filter_rules: list[FilterRule] = []
     recursive: bool = False
     ignore_missing: bool = False
@@ -222,7 +224,8 @@ class Counters(Record, frozen=True, kw_only=True):
     """Absolute counts of one task so far; they only grow, so a lost progress report loses nothing.
 
     ``hard_links``: files with more names than one at the source, each of which becomes a file of its own;
-    ``special_modes``: files with setuid, setgid or sticky, which are not taken over.
+    ``special_modes``: files with setuid, setgid or sticky, which are not taken over;
+    ``xattrs_left_out``: files and folders that lack extended attributes of their source although these were asked for.
     """
 
     files: int = 0
@@ -241,6 +244,7 @@ class Counters(Record, frozen=True, kw_only=True):
     failed: int = 0
     hard_links: int = 0
     special_modes: int = 0
+    xattrs_left_out: int = 0
     retrying: int = 0
     faults: int = 0
     scan_complete: bool = False

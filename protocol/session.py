@@ -49,8 +49,11 @@ Extent = tuple[int, int]
 EXTENTS = "extents"
 BLOCK_DIGESTS = "block digests"
 LANE_READINGS = "lane readings"
+ATTRIBUTES = "attributes"
 # Lanes in one answer to `ReadLanes`, and times of each.
 MAX_READINGS, LANE_TIMES = 256, 5
+# Files in one `ReadAttributes`, and the bytes of attributes from which on its answer holds no further file.
+MAX_ATTRIBUTE_FILES, ATTRIBUTE_BYTES = 250, 1024 * 1024
 # Digests of blocks in one answer.
 MAX_DIGESTS = 1024
 
@@ -174,6 +177,21 @@ class DigestBlocks(Message, tag="blocks", frozen=True):
     follow: bool = False
 
 
+class AttributesOf(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """A file or folder whose extended attributes are asked for; a file with the version that was listed."""
+
+    path: bytes
+    version: Version | None = None
+
+
+class ReadAttributes(Message, tag="attributes", frozen=True):
+    """Ask for extended attributes; only of a source with the ability `ATTRIBUTES`."""
+
+    r: int
+    files: list[AttributesOf]
+    follow: bool = False
+
+
 class ReadLanes(Message, tag="lanes", frozen=True):
     """Ask what the source measures of the session's lanes; only of a source with the ability `LANE_READINGS`."""
 
@@ -206,6 +224,7 @@ Request = (
     | DigestFile
     | FindExtents
     | DigestBlocks
+    | ReadAttributes
     | ReadLanes
     | Abandon
     | RenewTicket
@@ -266,6 +285,21 @@ class BlockDigests(Message, tag="digests", frozen=True):
     digests: list[bytes]
 
 
+class FileAttributes(msgspec.Struct, array_like=True, frozen=True):
+    """The extended attributes of one file or folder, and how many more it has that cannot be given. Names are those of
+    the user's namespace, without it: no other can be said."""
+
+    attributes: list[tuple[bytes, bytes]]
+    left_out: int = 0
+
+
+class Attributes(Message, tag="attributed", frozen=True):
+    """Answer to `ReadAttributes`, in order: at least one file, and as many as go into one answer."""
+
+    r: int
+    files: list[FileAttributes]
+
+
 class LaneReading(msgspec.Struct, array_like=True, frozen=True):
     """What a source measures of one lane. All times are seconds since the lane's beginning: what its thread did (idle,
     held back by a limit, reading, digesting, sending), and what the kernel says of its sender: in how much of the time
@@ -301,7 +335,7 @@ class Pong(Message, tag="pong", frozen=True):
     """Answer to `Ping`."""
 
 
-Answer = HelloAnswer | Rows | Stats | Digest | Extents | BlockDigests | LaneReadings | Failed | Pong
+Answer = HelloAnswer | Rows | Stats | Digest | Extents | BlockDigests | Attributes | LaneReadings | Failed | Pong
 
 _encoder = msgspec.msgpack.Encoder()
 _request_decoder = msgspec.msgpack.Decoder(Request)

@@ -159,13 +159,21 @@ def _task_rows(document: Mapping[str, Any]) -> list[tuple[str, object]]:
         rows += flow_rows(flow)
     rows.append(("Rate", f"{human_bytes(int(document.get('effective_bytes_per_second') or 0))}/s"))
     rows.append(("Sent again", human_bytes(int(beside(document).get("bytes_sent_again") or 0))))
-    for key, title in (("hard_links", "Hard links, each a file now"), ("special_modes", "Without setuid or the like")):
+    for key, title in _LEFT_OUT:
         if beside(document).get(key):
             rows.append((title, beside(document)[key]))
     error = document.get("fatal_error")
     if isinstance(error, Mapping):
         rows.append(("Fatal error", f"{error.get('code')}: {error.get('description')}"))
     return rows
+
+
+# What of files is not at the destination as it was at the source, where there was any of it.
+_LEFT_OUT = (
+    ("hard_links", "Hard links, each a file now"),
+    ("special_modes", "Without setuid or the like"),
+    ("xattrs_left_out", "Without some extended attributes"),
+)
 
 
 def flow_rows(flow: Mapping[str, Any]) -> list[tuple[str, object]]:

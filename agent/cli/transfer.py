@@ -89,6 +89,13 @@ def _sync_level(_context: click.Context, _parameter: click.Parameter, value: str
     help="Keep modification times.",
 )
 @click.option(
+    "--preserve-xattrs/--no-preserve-xattrs",
+    "--xattrs/--no-xattrs",
+    "preserve_xattrs",
+    default=False,
+    help="Keep extended attributes (user.* only).",
+)
+@click.option(
     "--verify-checksum/--no-verify-checksum", default=True, show_default=True, help="Read back and compare every file."
 )
 @click.option("--external-checksum", help="The checksum the file must have on both sides.")
@@ -170,6 +177,8 @@ def transfer_data(
     extra: dict[str, Any] = common_fields(submission)
     if options["symlinks"] is not None:
         extra["recursive_symlinks"] = options["symlinks"]
+    if options["preserve_xattrs"]:
+        extra["towpath_preserve_xattrs"] = True
     if options["relay_path"] is not None:
         extra["towpath_relay"] = options["relay_path"]
     if options["transport"] is not None:

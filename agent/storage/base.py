@@ -24,6 +24,7 @@ from typing import Literal, Self, TypeAlias
 
 import msgspec
 
+from agent.storage import attributes
 from protocol.names import RESERVED_PREFIX, CollectionPath, is_within
 
 Kind: TypeAlias = Literal["file", "dir", "symlink", "chr", "blk", "pipe", "other"]
@@ -402,6 +403,14 @@ class Root(ABC):
         """Set the modification time of an open file. The access time becomes now and not the file's old time, since
         scratch file systems purge by it."""
         os.utime(fd, ns=(time.time_ns(), checked_time(mtime_ns)))
+
+    def get_attributes(self, fd: int) -> tuple[attributes.Attributes, int]:
+        """Extended attributes of an open file or folder, and how many are left out (see `agent.storage.attributes`)."""
+        return attributes.read(fd)
+
+    def set_attribute(self, fd: int, name: bytes, value: bytes) -> None:
+        """Set an extended attribute of an open file or folder; durable with its next sync."""
+        attributes.write(fd, name, value)
 
     def close_file(self, fd: int) -> None:
         """`os.close`; a delayed write error (NFS, quota) may surface here."""

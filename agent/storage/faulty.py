@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
+from agent.storage.attributes import Attributes
 from agent.storage.base import Bytes, Directory, Node, Reach, Root
 from protocol.names import CollectionPath
 
@@ -161,6 +162,14 @@ class FaultyRoot(Root):
     def futimes(self, fd: int, mtime_ns: int) -> None:
         self.script.before("futimes")
         self.inner.futimes(fd, mtime_ns)
+
+    def get_attributes(self, fd: int) -> tuple[Attributes, int]:
+        self.script.before("get_attributes")
+        return self.inner.get_attributes(fd)
+
+    def set_attribute(self, fd: int, name: bytes, value: bytes) -> None:
+        self.script.before("set_attribute", name)
+        self.inner.set_attribute(fd, name, value)
 
     def close_file(self, fd: int) -> None:
         # As in the kernel, the descriptor is gone even if closing reports an error.

@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 
+from agent.storage.attributes import Attributes
 from agent.storage.base import Bytes, Directory, Node, Reach, Root
 from protocol.names import CollectionPath, is_reserved
 
@@ -242,6 +243,12 @@ class HidingRoot(Root):
 
     def futimes(self, fd: int, mtime_ns: int) -> None:
         self.inner.futimes(fd, mtime_ns)
+
+    def get_attributes(self, fd: int) -> tuple[Attributes, int]:
+        return self.inner.get_attributes(fd)
+
+    def set_attribute(self, fd: int, name: bytes, value: bytes) -> None:
+        self.inner.set_attribute(fd, name, value)
 
     def close_file(self, fd: int) -> None:
         self.inner.close_file(fd)

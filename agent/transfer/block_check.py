@@ -5,12 +5,14 @@ behind the checks that were asked for before."""
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 
 from agent.storage import page_cache
 from agent.storage.base import Root
-from agent.transfer.jobs import Abandoned, BlocksChecked, FileSealed, LargeFile
+from agent.transfer.attributes import give_attributes
+from agent.transfer.jobs import Abandoned, BlocksChecked, FileJob, FileSealed, LargeFile
 from agent.transfer.journal import Journal, PartialRow
-from agent.transfer.small_files import Remover
+from agent.transfer.small_files import OWNER_ACCESS, Remover
 from protocol.lane import digest as block_digest
 
 
@@ -25,6 +27,7 @@ class BlockChecker:
         verify: bool,
         mode_mask: int,
         preserve_timestamp: bool,
+        refused: Callable[[FileJob, OSError], None],
         remover: Remover,
     ) -> None:
         self._root = root
@@ -33,6 +36,7 @@ class BlockChecker:
         self._verify = verify
         self._mode_mask = mode_mask
         self._preserve_timestamp = preserve_timestamp
+        self._refused = refused
         self._buffer = memoryview(bytearray(0))
 
     def check(self, file: LargeFile) -> BlocksChecked:
@@ -70,6 +74,10 @@ class BlockChecker:
         answer = FileSealed(file)
         try:
             try:
+                if job.attributes:
+                    # Before the final mode, which may forbid it, and may be there already from an earlier run.
+                    self._root.fchmod(file.descriptor, OWNER_ACCESS)
+                    give_attributes(self._root, job, file.descriptor, self._refused)
                 self._root.fchmod(file.descriptor, job.row.mode & self._mode_mask)
                 if self._preserve_timestamp:
                     self._root.futimes(file.descriptor, job.row.mtime_ns)

@@ -83,6 +83,7 @@ class DirectoryWalk:
                 raise
             await self._not_listed(planner, row, error)
             return
+        await run.read_folder_attributes(planner.group)
         if run.options.delete_destination_extra:
             await self._note_extra(planner.group, row, planner)
         run.settle.put(GroupListed(planner.group))
@@ -154,8 +155,13 @@ class DirectoryWalk:
             run.settle.put(LinkWanted(job, job.row.target or b""))
         for job in planned.comparisons:
             await run.compare(job)
-        for job in planned.copies:
-            await run.copy(job)
+        copies = planned.copies
+        while copies:
+            # A few at a time, so that never many wait with all their attributes.
+            ready = await run.read_attributes(copies)
+            for job in copies[:ready]:
+                await run.copy(job)
+            copies = copies[ready:]
 
 
 class Comparisons:

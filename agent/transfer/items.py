@@ -193,6 +193,9 @@ class ItemPlanner:
         jobs = [self._job(group, index, path, row) for index, path, row in rows]
         group.planned = len(jobs)
         decisions = await trio.to_thread.run_sync(self._decide, group, jobs)
+        copies = [job for job, decision in zip(jobs, decisions, strict=True) if decision == "copy"]
+        while copies:
+            copies = copies[await self._run.read_attributes(copies) :]
         for job, decision in zip(jobs, decisions, strict=True):
             await self._hand_out(job, decision)
         await self._run.offer()

@@ -39,6 +39,7 @@ class Counts:
     failed: int = 0
     hard_links: int = 0
     special_modes: int = 0
+    xattrs_left_out: int = 0
 
     def add_file(self, row: Row) -> None:
         """Count a file that was found at the source, and what of it is not taken over as it is."""
@@ -66,6 +67,8 @@ class Group:
     made_folders: bool = False
     # Set by the settler just before the counts are added to the task's, so that nothing is counted twice.
     folded: bool = False
+    # Whether the folder itself has extended attributes that it does not have here.
+    attributes_left_out: bool = False
 
     @property
     def complete(self) -> bool:
@@ -88,6 +91,9 @@ class FileJob:
     found_digest: str = ""
     attempts: int = 0
     charged: int = 0
+    # Extended attributes to be set, None until the source was asked; how many it has besides, or were refused here.
+    attributes: list[tuple[bytes, bytes]] | None = None
+    attributes_left_out: int = 0
 
     @property
     def small(self) -> bool:

@@ -72,6 +72,7 @@ class Record:
             counts, size = job.group.counts, job.row.size
             counts.files_transferred += 1
             counts.bytes_transferred += size
+            counts.xattrs_left_out += job.attributes_left_out > 0
             if self._verify:
                 counts.bytes_checksummed += size
             if job.small:
@@ -157,6 +158,7 @@ class Record:
     def _fold(self, group: Group) -> None:
         """Add a finished group's counts to the task's and forget its details."""
         group.folded = True
+        group.counts.xattrs_left_out += group.attributes_left_out
         self.counters = add_counts(self.counters, group)
         if group.id > 0:
             self.journal.finish_directory(group.id)

@@ -53,6 +53,7 @@ class Retries:
             return
         job.group.counts.bytes_total += result.row.size - job.row.size
         job.row = msgspec.structs.replace(result.row, name=job.row.name)
+        job.attributes, job.attributes_left_out = None, 0
         if job.row.kind == SYMLINK:
             run.settle.put(LinkWanted(job, job.row.target or b""))
             return

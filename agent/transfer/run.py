@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -81,6 +81,12 @@ class Run(Reports, Protocol):
 
     async def copy(self, job: FileJob) -> None:
         """Have a file brought over; `offer` must follow."""
+
+    async def read_attributes(self, jobs: Sequence[FileJob]) -> int:
+        """Ask for extended attributes if the task wants them: how many of the jobs, from the first, have them now."""
+
+    async def read_folder_attributes(self, group: Group) -> None:
+        """Take over those of a folder itself."""
 
     async def offer(self) -> None:
         """Nothing more comes for the moment: hand out what has been collected if a lane waits for it."""

@@ -18,8 +18,10 @@ import trio
 
 from agent.limits.pace import Pace
 from agent.meter.lane import LaneMeter
+from agent.storage import attributes
 from agent.storage.base import Directory, Node, Reach, Root, version_of
 from agent.storage.faults import fault
+from agent.transfer.attributes import read_attributes
 from agent.transfer.checksum import block_digests, file_digest
 from agent.transfer.holes import data_extents
 from agent.transfer.send import LaneRequest, LaneSender
@@ -140,11 +142,7 @@ class Control:
                 raise
             self._side.confine()
             self.instance = first.instance
-            await self._stream.send_all(
-                session.encode(
-                    session.HelloAnswer(abilities=[session.EXTENTS, session.BLOCK_DIGESTS, session.LANE_READINGS])
-                )
-            )
+            await self._stream.send_all(session.encode(session.HelloAnswer(abilities=_abilities())))
         if scope.cancelled_caught:
             raise RetryLater("The destination did not introduce itself in time.")
 
@@ -218,6 +216,8 @@ class Control:
         elif isinstance(request, session.DigestBlocks):
             session.check_blocks_untrusted(request)
             nursery.start_soon(self._block_digests, request)
+        elif isinstance(request, session.ReadAttributes):
+            nursery.start_soon(self._attributes, request)
         elif isinstance(request, session.ReadLanes):
             await self._answer(readings_of(request.r, self._meters))
         elif isinstance(request, session.RenewTicket):
@@ -352,6 +352,10 @@ class Control:
         finally:
             root.close_file(descriptor)
 
+    async def _attributes(self, request: session.ReadAttributes) -> None:
+        answer = await trio.to_thread.run_sync(read_attributes, self._side.root, request, self._allowed)
+        await self._answer(answer)
+
     # --- contents --------------------------------------------------------------------------------------
 
     async def _queue_for_lane(self, request: session.ReadRange | session.ReadPack) -> None:
@@ -403,6 +407,12 @@ class Control:
             paths.append(path)
         self._side.policy.check(folder if covered else paths[-1], now)
         return LaneRequest(request, (), tuple(paths), abandoned=self._abandoned)
+
+
+def _abilities() -> list[str]:
+    """What this source can do beyond the basics."""
+    always = [session.EXTENTS, session.BLOCK_DIGESTS, session.LANE_READINGS]
+    return [*always, session.ATTRIBUTES] if attributes.usable() else always
 
 
 def readings_of(r: int, meters: Mapping[int, LaneMeter]) -> session.LaneReadings:

@@ -61,6 +61,7 @@ class SettleReports(Protocol):
     def settled(self, jobs: list[FileJob], released: int) -> None: ...
     def blocks_settled(self, size: int) -> None: ...
     def job_failed(self, job: FileJob, error: TowpathError) -> None: ...
+    def attribute_refused(self, job: FileJob, error: OSError) -> None: ...
     def file_failed(self, file: LargeFile, error: TowpathError) -> None: ...
     def refetch(self, file: LargeFile, index: int) -> None: ...
     def abandoned(self, file: LargeFile, error: TowpathError) -> None: ...
@@ -145,6 +146,7 @@ class Settler:
             preserve_timestamp=preserve_timestamp,
             temporary_name=temporary_name,
             failed=reports.job_failed,
+            refused=reports.attribute_refused,
             remover=self.remover,
         )
         self._checker = BlockChecker(
@@ -153,6 +155,7 @@ class Settler:
             verify=verify,
             mode_mask=mode_mask,
             preserve_timestamp=preserve_timestamp,
+            refused=reports.attribute_refused,
             remover=self.remover,
         )
         self._written: list[Temporary] = []

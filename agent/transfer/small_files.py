@@ -14,6 +14,7 @@ from agent.storage import page_cache
 from agent.storage.base import Root
 from agent.storage.faults import fault
 from agent.system.limits import open_files, raise_open_files
+from agent.transfer.attributes import give_attributes
 from agent.transfer.jobs import FileJob, Group, PackArrived
 from agent.transfer.journal import Journal
 from protocol.errors import RetryLater, TowpathError
@@ -70,6 +71,7 @@ class SmallFiles:
         preserve_timestamp: bool,
         temporary_name: Callable[[], bytes],
         failed: Callable[[FileJob, TowpathError], None],
+        refused: Callable[[FileJob, OSError], None],
         remover: Remover,
     ) -> None:
         self._root = root
@@ -78,6 +80,7 @@ class SmallFiles:
         self._preserve_timestamp = preserve_timestamp
         self._temporary_name = temporary_name
         self._failed = failed
+        self._refused = refused
         self._kept = 0
         self._keep = max(0, open_files() - _OTHER_DESCRIPTORS)
         self._buffer = memoryview(bytearray(MAX_BLOCK // 8))
@@ -92,6 +95,8 @@ class SmallFiles:
             mtime_ns = row.mtime_ns if self._preserve_timestamp else None
             try:
                 descriptor = write_whole(job.group.handle, name, row.mode & mask | OWNER_ACCESS, content, mtime_ns)
+                if job.attributes:
+                    self._give_attributes(job, descriptor)
                 if self._kept >= self._keep:
                     held, descriptor = descriptor, -1
                     self._root.close_file(held)
@@ -103,6 +108,13 @@ class SmallFiles:
             size += len(content)
             into.append(Temporary(job, name, digest, descriptor))
         return size
+
+    def _give_attributes(self, job: FileJob, descriptor: int) -> None:
+        try:
+            give_attributes(self._root, job, descriptor, self._refused)
+        except BaseException:
+            self._root.close_file(descriptor)
+            raise
 
     def sync(self, item: Temporary) -> None:
         """Make one temporary durable. Raises OSError; may be called from any one thread while its content rests."""

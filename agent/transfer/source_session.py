@@ -208,6 +208,19 @@ class SourceSession:
         session.check_readings_untrusted(answer)
         return answer
 
+    async def attributes(self, files: list[session.AttributesOf], *, follow: bool) -> list[session.FileAttributes]:
+        """Extended attributes of some files, or of the first few of them. Only with the ability `ATTRIBUTES`."""
+        r = self.number()
+        receive = self._open(r, 1)
+        try:
+            self.post(session.ReadAttributes(r, files, follow))
+            answer = await self._next_answer(receive, ANSWER_TIMEOUT)
+        finally:
+            self._waiting.pop(r, None)
+        if not isinstance(answer, session.Attributes):
+            raise ProtocolError("The source answered a question that was not asked.")
+        return answer.files
+
     async def block_digests(
         self, path: bytes, version: session.Version, block: int, first: int, count: int, *, follow: bool
     ) -> list[bytes]:

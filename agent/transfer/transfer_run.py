@@ -11,7 +11,7 @@ import itertools
 import os
 import queue
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -21,6 +21,7 @@ import trio
 
 from agent.meter.flow import Reading, flow_between
 from agent.storage.faults import fault
+from agent.transfer.attributes import Attributes, attributes_size
 from agent.transfer.budget import Budget, charge
 from agent.transfer.directories import Comparisons, DirectoryWalk
 from agent.transfer.fetch import Fetcher
@@ -93,6 +94,7 @@ class TransferRun:
             context.patience,
             partial(self._soon, context.on_fault),
         )
+        self.attributes = Attributes(self, wanted=self.options.preserve_xattrs)
         self.retries = Retries(self)
         self.large = LargeFiles(self)
         self._comparisons = Comparisons(self)
@@ -251,6 +253,8 @@ class TransferRun:
     async def copy(self, job: FileJob) -> None:
         """Have a file brought over. Small ones collect, also across directories, until a pack is full or a lane has
         nothing to do; `offer` must follow."""
+        if job.attributes is None:
+            await self.attributes.read([job])
         if not job.small:
             await self.large.copy(job)
             return
@@ -260,6 +264,14 @@ class TransferRun:
         self._pack_bytes += job.row.size
         if len(self._pack) >= MAX_PACK_FILES or self._pack_bytes >= PACK_BYTES:
             await self._send_pack()
+
+    async def read_attributes(self, jobs: Sequence[FileJob]) -> int:
+        """Ask for extended attributes if the task wants them: how many of the jobs, from the first, have them now."""
+        return await self.attributes.read(jobs)
+
+    async def read_folder_attributes(self, group: Group) -> None:
+        """Take over those of a folder itself."""
+        await self.attributes.folder(group)
 
     async def offer(self) -> None:
         """Nothing more comes for the moment: hand out what has been collected if a lane waits for it."""
@@ -273,7 +285,7 @@ class TransferRun:
             return
         total = 0
         for job in jobs:
-            job.charged = charge(job.row.size)
+            job.charged = charge(job.row.size + attributes_size(job))
             total += job.charged
         await self.budget.acquire(total)
         self.fetcher.submit_pack(jobs)
@@ -323,6 +335,9 @@ class TransferRun:
 
     def job_failed(self, job: FileJob, error: TowpathError) -> None:
         self._soon(self.retries.job_failed, job, error)
+
+    def attribute_refused(self, job: FileJob, error: OSError) -> None:
+        self._soon(self.attributes.refused, job.destination_path, error)
 
     def file_failed(self, file: LargeFile, error: TowpathError) -> None:
         self._soon(self.large.failed, file, error)

@@ -183,6 +183,8 @@ def _transfer_options(fields: Fields) -> TaskOptions:
         # Ours, beside theirs: confirms that a mirror may delete as much.
         delete_destination_extra_limit=fields.integer("delete_destination_extra_limit", 0, 10**12),
         recursive_symlinks=symlinks,
+        # Ours, beside theirs: what else of a file's properties is taken over.
+        preserve_xattrs=fields.boolean("towpath_preserve_xattrs", False),
         filter_rules=rules,
         relay_path=relay_path,
         transport=transport,

@@ -209,6 +209,8 @@ def _condition(task: Task, around: Surroundings) -> dict[str, Any]:
         "bytes_sent_again": task.counters.bytes_sent_again,
         "hard_links": task.counters.hard_links,
         "special_modes": task.counters.special_modes,
+        "preserve_xattrs": task.task_options.preserve_xattrs,
+        "xattrs_left_out": task.counters.xattrs_left_out,
         "scan_complete": task.counters.scan_complete,
         "rate": 0.0 if observed is None or task.finished else observed.rate,
         "current": "" if observed is None or task.finished else observed.current,

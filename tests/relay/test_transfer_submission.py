@@ -49,6 +49,7 @@ def test_every_field_arrives() -> None:
         recursive_symlinks="keep",
         towpath_relay="until-direct",
         towpath_transport="tcp",
+        towpath_preserve_xattrs=True,
         filter_rules=[
             {"DATA_TYPE": "filter_rule", "method": "include", "name": "*.txt", "type": "file"},
             {"DATA_TYPE": "filter_rule", "method": "exclude", "name": "*", "type": None},
@@ -73,6 +74,7 @@ def test_every_field_arrives() -> None:
             options.skip_source_errors,
             options.fail_on_quota_errors,
             options.delete_destination_extra,
+            options.preserve_xattrs,
         ]
     )
     assert [(rule.method, rule.name, rule.type) for rule in options.filter_rules] == [
@@ -94,6 +96,7 @@ def test_defaults_are_those_of_the_api() -> None:
     assert options.verify_checksum is False
     assert options.recursive_symlinks == "ignore"
     assert (options.relay_path, options.transport) == ("allow", "auto")
+    assert options.preserve_xattrs is False
     assert transfer(DATA=[ITEM]).items[0].recursive is None
     assert delete(recursive=None).options.recursive is False
 
@@ -123,6 +126,7 @@ WRONG_TRANSFERS: list[tuple[str, dict[str, Any]]] = [
     ("recursive_symlinks", {"recursive_symlinks": "follow"}),
     ("towpath_relay", {"towpath_relay": "sometimes"}),
     ("towpath_transport", {"towpath_transport": "pigeon"}),
+    ("towpath_preserve_xattrs", {"towpath_preserve_xattrs": "user"}),
     ("towpath_bandwidth_limit", {"towpath_bandwidth_limit": 999}),
     ("towpath_bandwidth_limit", {"towpath_bandwidth_limit": "20 MB/s"}),
     ("filter_rules", {"filter_rules": {}}),
