@@ -7,7 +7,7 @@ CLIENTS ?= .venv-clients
 HUB ?= .venv-hub
 AUDIT ?= .venv-audit
 
-.PHONY: audit bundle demo reproducible test lint unit soak hub clean
+.PHONY: audit bundle demo reproducible test lint unit soak hub screenshots clean
 
 $(BIN)/towpath: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -65,6 +65,11 @@ hub: $(BIN)/towpath $(HUB)/bin/jupyterhub
 	JUPYTERHUB=$(CURDIR)/$(HUB)/bin/jupyterhub \
 	JUPYTERHUB_PROXY=$(CURDIR)/$(HUB)/node_modules/.bin/configurable-http-proxy \
 	$(BIN)/python -m pytest -m soak --timeout 900 tests/clients/test_jupyterhub.py
+
+# Look at every page in a real browser and keep the pictures. The browser: installers/chromium.sh.
+SCREENSHOTS ?= build/screenshots
+screenshots: $(BIN)/towpath
+	TOWPATH_SCREENSHOTS=$(CURDIR)/$(SCREENSHOTS) $(BIN)/python -m pytest -m soak tests/clients/test_pages_seen.py
 
 clean:
 	rm -rf $(VENV) $(CLIENTS) $(HUB) $(AUDIT) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

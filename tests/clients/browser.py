@@ -105,6 +105,18 @@ class Chromium:
     def screenshot(self, path: Path) -> None:
         path.write_bytes(base64.b64decode(self._ask("GET", "/screenshot")))
 
+    def _devtools(self, command: str, **parameters: Any) -> None:
+        self._ask("POST", "/goog/cdp/execute", {"cmd": command, "params": parameters})
+
+    def resize(self, width: int, height: int) -> None:
+        """Show pages as on a screen of this size, in CSS pixels, without the window's frame."""
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        self._devtools("Emulation.setDeviceMetricsOverride", **size)
+
+    def prefer(self, scheme: str) -> None:
+        """Be a browser whose user likes ``light`` or ``dark`` pages."""
+        self._devtools("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+
     def forget_cookies(self) -> None:
         self._ask("DELETE", "/cookie")
 

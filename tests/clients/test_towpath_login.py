@@ -184,27 +184,3 @@ def test_passkeys_are_made_and_used(world: World) -> None:
     world.browser.click("form[data-passkey=sign-in] button")
     world.browser.find("form[action='/sign-out']")
     assert world.browser.shows("ada@localhost")
-
-
-SHOTS = os.environ.get("TOWPATH_SCREENSHOTS")
-
-
-@pytest.mark.skipif(not SHOTS, reason="TOWPATH_SCREENSHOTS names no directory to put pictures into")
-def test_pictures_of_the_pages(world: World) -> None:
-    assert SHOTS is not None
-    place = Path(SHOTS)
-    place.mkdir(parents=True, exist_ok=True)
-    ask = (
-        f"{world.relay.url}/v2/oauth2/authorize?client_id=61338d24-54d5-408f-a10d-66c06b59f6d2&response_type=code"
-        "&redirect_uri=http%3A%2F%2Flocalhost%3A1234%2F&code_challenge=" + "x" * 43 + "&code_challenge_method=S256"
-        "&scope=openid+profile+email+urn%3Aglobus%3Aauth%3Ascope%3Atransfer.api.globus.org%3Aall&access_type=offline"
-    )
-    world.browser.forget_cookies()
-    world.browser.open(ask)
-    world.browser.screenshot(place / "sign-in.png")
-    world.sign_in()
-    world.browser.find("button[value=allow]")
-    world.browser.screenshot(place / "consent.png")
-    for name in ("device", "account", "account/sessions", "account/applications", "account/tokens"):
-        world.browser.open(f"{world.relay.url}/{name}")
-        world.browser.screenshot(place / f"{name.replace('/', '-')}.png")
