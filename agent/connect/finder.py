@@ -197,7 +197,7 @@ class PathFinder:
         if len(self._pool) >= MAX_POOL:
             connection.sock.close()
             return
-        better = self.path is not None and self.path.kind == "tunnel" and connection.path.kind != "tunnel"
+        better = self.path is not None and connection.path.rank < self.path.rank
         if connection.path.kind == "tunnel":
             self._pool.append((trio.current_time(), connection))
         else:

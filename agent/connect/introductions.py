@@ -36,6 +36,9 @@ MAX_SESSIONS = 256
 LIFE = 20.0
 GATHER_TIME, PATIENT_GATHER_TIME = 0.8, 3.0
 MAX_BACK = 8
+# An offer for a new session mostly comes within so many seconds; who cannot dial the source makes one at once.
+AWAITED = 8.0
+MAX_AWAITED = 16
 MAX_TARGETS_A_SLOT = 3
 
 
@@ -70,6 +73,7 @@ class Introductions:
     def __init__(self, network: Network) -> None:
         self._network = network
         self._current: dict[str, _Introduction] = {}
+        self._awaited = 0
         self._nursery: trio.Nursery | None = None
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -84,6 +88,23 @@ class Introductions:
             for introduction in self._current.values():
                 introduction.close()
             self._current.clear()
+
+    def prepare(self) -> None:
+        """A session was ordered: find out already how the data port is seen, so that its first offer need not wait."""
+        if self._awaited < MAX_AWAITED:
+            self._start(self._observe_ahead)
+
+    async def _observe_ahead(self) -> None:
+        self._awaited += 1
+        try:
+            observation = await self._network.observe_data_port()
+            if observation is not None:
+                try:
+                    await trio.sleep(AWAITED)
+                finally:
+                    self._network.release(observation)
+        finally:
+            self._awaited -= 1
 
     async def offer(self, offer: PathOffer, *, own: bool) -> PathAnswer:
         """Answer an offer for a session that the caller has checked; ``own``: the destination is this very node.
@@ -113,23 +134,30 @@ class Introductions:
         introduction = self._current[offer.session_id] = _Introduction(offer, usable)
         self._start(self._live, introduction)
         mapped: list[Candidate] = []
-        if offer.count and any(row.slot for row in usable):
-            # Nobody waits where the relay carries the data already, and a busy line answers late.
-            with trio.move_on_after(GATHER_TIME if "tunnel" in offer.transports else PATIENT_GATHER_TIME):
-                observation = await network.observe_data_port()
-                if observation is not None:
-                    mapped.append(observation.candidate)
-                    introduction.hold(observation, network)
+        arranged: list[Candidate] = []
+        transports = self._transports(offer)
+        async with trio.open_nursery() as nursery:
+            if offer.count and any(row.slot for row in usable):
+                nursery.start_soon(self._observe, introduction, mapped)
+            for _, transport in transports:
+                nursery.start_soon(_ask, transport, offer, arranged)
         for release in kept:
             release()
-        candidates = [*mapped, *await network.host_candidates(loopback=own)]
-        transports = ["tcp"]
-        for name, transport in self._transports(offer):
-            transports.append(name)
-            candidates += await transport.answer(offer)
         return PathAnswer(
-            session_id=offer.session_id, generation=offer.generation, candidates=candidates, transports=transports
+            session_id=offer.session_id,
+            generation=offer.generation,
+            candidates=[*mapped, *await network.host_candidates(loopback=own), *arranged],
+            transports=["tcp", *(name for name, _ in transports)],
         )
+
+    async def _observe(self, introduction: _Introduction, mapped: list[Candidate]) -> None:
+        # Nobody waits where the relay carries the data already, and a busy line answers late.
+        relayed = "tunnel" in introduction.offer.transports
+        with trio.move_on_after(GATHER_TIME if relayed else PATIENT_GATHER_TIME):
+            observation = await self._network.observe_data_port()
+            if observation is not None:
+                mapped.append(observation.candidate)
+                introduction.hold(observation, self._network)
 
     def go(self, go: PathGo) -> None:
         """The relay's go; ignored unless it is for the newest offer of its session."""
@@ -209,12 +237,17 @@ class Introductions:
                     nursery.start_soon(one, candidate)
         if not winner:
             return
-        for _ in range(introduction.offer.count - 1):
+
+        async def another() -> None:
             try:
                 sock = await dial(winner[0])
             except OSError:
                 return
             self._start(self._introduce, sock, introduction.offer.token)
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(introduction.offer.count - 1):
+                nursery.start_soon(another)
 
     async def _introduce(self, sock: socket.socket, token: str) -> None:
         sock.setblocking(False)
@@ -268,3 +301,7 @@ class Introductions:
         connection.sock.setblocking(False)
         # It outlives its introduction: a leg that stands by is greeted when it is needed.
         self._start(self._greet_socket, trio.socket.from_stdlib_socket(connection.sock))
+
+
+async def _ask(transport: Transport, offer: PathOffer, found: list[Candidate]) -> None:
+    found += await transport.answer(offer)

@@ -20,6 +20,8 @@ from protocol.control import RelayHello
 # Addresses of peers dialled at once, and again in every second: no peer makes this agent scan or flood anything.
 DIAL_BURST, DIALS_A_SECOND = 200, 20.0
 LOOK_EVERY = 10.0
+# The relay closes a connection that asks nothing for 40 s, and with it goes what a NAT knew of it.
+OBSERVATION_LIFE = 25.0
 
 
 class DialAllowance:
@@ -47,6 +49,7 @@ class Observation:
 
     candidate: Candidate
     held: socket.socket
+    since: float
     users: int = 1
 
 
@@ -111,8 +114,12 @@ class Network:
         port can have one connection to one server."""
         async with self._observing:
             if self._observation is not None:
-                self._observation.users += 1
-                return self._observation
+                if trio.current_time() - self._observation.since < OBSERVATION_LIFE:
+                    self._observation.users += 1
+                    return self._observation
+                # Its other users go on with what they know; the port can have but one connection to the relay.
+                self._observation.held.close()
+                self._observation = None
             server = await self.stun_server()
             if server is None or self.data_port is None or socket.AF_INET not in self.data_port.families:
                 return None
@@ -121,7 +128,7 @@ class Network:
             except NotObserved:
                 return None
             candidate = Candidate(kind=MAPPED_TCP, host=mapped[0], port=mapped[1])
-            self._observation = Observation(candidate, held)
+            self._observation = Observation(candidate, held, trio.current_time())
             return self._observation
 
     def release(self, observation: Observation) -> None:

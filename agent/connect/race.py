@@ -30,6 +30,11 @@ GO_PATIENCE = 5.0
 ROUND_TIME = 4.0
 MAX_ROUNDS = 3
 RACE_TIME = 15.0
+# A source that has dialled us once dials for every connection that is wanted; so long the next one is waited for.
+NEXT_ARRIVAL = 1.0
+# After a punched connection, addresses that are being dialled, and a source that dials, have so long to answer: there
+# lanes can be opened later without the relay's help.
+BETTER_WAIT = 1.0
 
 
 @dataclass(frozen=True)
@@ -104,8 +109,12 @@ class Race:
     _next: int = field(default=0, init=False)
     _dialled: set[tuple[str, int]] = field(default_factory=set, init=False)
     _round_ends: float = field(default=math.inf, init=False)
+    _wanted: int = field(default=1, init=False)
+    _arrived: int = field(default=0, init=False)
+    _arrival: float = field(default=-math.inf, init=False)
     _errors: list[str] = field(default_factory=list, init=False)
     _best: str = field(default="", init=False)
+    _punched: float = field(default=math.inf, init=False)
 
     def __post_init__(self) -> None:
         self._start = self.now
@@ -139,8 +148,9 @@ class Race:
             for leg in range(transports.count("tunnel")):
                 self._schedule(now, Arrange(self._new("tunnel", now), "tunnel", leg))
 
-    def offered(self, now: float) -> None:
-        """The offer has left; from now on a go is waited for."""
+    def offered(self, now: float, count: int = 1) -> None:
+        """The offer, for ``count`` connections, has left; from now on a go is waited for."""
+        self._wanted, self._arrived = count, 0
         self._round_ends = now + GO_PATIENCE
 
     def connected(self, now: float, attempt_id: int) -> None:
@@ -161,6 +171,7 @@ class Race:
     def arrived(self, now: float) -> int:
         """The source dialled us: an attempt of its own, already successful. Returns its id."""
         attempt_id = self._new("reversed", now)
+        self._arrived, self._arrival = self._arrived + 1, now
         self._give(now, attempt_id, self._attempts[attempt_id])
         return attempt_id
 
@@ -205,16 +216,27 @@ class Race:
         times = [when for when, _, _ in self._scheduled]
         if not self.is_direct:
             times.append(self._round_ends)
+        times += [moment for moment in self._hopes() if moment > now]
         return min([*times, self._start + RACE_TIME])
 
     def over(self, now: float) -> bool:
         """Whether nothing more will come of it."""
         if now >= self._start + RACE_TIME:
             return True
-        running = any(attempt.state in ("running", "standby") for attempt in self._attempts.values())
+        hopes = any(moment > now for moment in self._hopes())
+        late = self._best == "punched" and not hopes
+        running = any(
+            attempt.state in ("running", "standby") and not (late and attempt.kind == "direct")
+            for attempt in self._attempts.values()
+        )
         waiting = self._round_ends < math.inf and not self.is_direct
         waiting = waiting and (now < self._round_ends or (self.rounds < MAX_ROUNDS and self.can_offer))
-        return not running and not self._scheduled and not waiting
+        return not running and not self._scheduled and not waiting and not hopes
+
+    def _hopes(self) -> list[float]:
+        """Until when something more may come by itself."""
+        hopes = [self._arrival + NEXT_ARRIVAL] if 0 < self._arrived < self._wanted else []
+        return [*hopes, self._punched + BETTER_WAIT] if self._best == "punched" else hopes
 
     @property
     def has_tunnel(self) -> bool:
@@ -269,7 +291,7 @@ class Race:
             if attempt.state == "standby" and self.is_direct:
                 attempt.state = "ended"
             return attempt.state in ("standby", "given")
-        if attempt.state == "running" and self.is_direct:
+        if attempt.state == "running" and self.is_direct and not self._is_better(attempt):
             attempt.state = "ended"
         return attempt.state == "running"
 
@@ -283,13 +305,23 @@ class Race:
             if not self.is_direct:
                 self._best = attempt.kind
 
+    def _is_better(self, attempt: _Attempt) -> bool:
+        return self._best == "punched" and attempt.kind == "direct"
+
     def _give(self, now: float, attempt_id: int, attempt: _Attempt) -> None:
         attempt.state = "given"
-        self._best = attempt.kind
+        if attempt.kind == "punched" and not self.is_direct:
+            self._punched = now
+        if not self.is_direct or attempt.kind != "punched":
+            self._best = attempt.kind
         self._schedule(now, Give(attempt_id))
         for other_id, other in self._attempts.items():
             # Other slots go on: each brings one connection more. A dialled address can be dialled again.
-            superseded = other.kind in ("direct", "quic") or (other.kind == "punched" and attempt.kind == "direct")
+            superseded = (
+                other.kind == "quic"
+                or (other.kind == "direct" and attempt.kind != "punched")
+                or (other.kind == "punched" and attempt.kind == "direct")
+            )
             if other.state == "standby" or (other.state == "running" and superseded):
                 other.state = "ended"
                 self._schedule(now, Cancel(other_id))

@@ -241,29 +241,25 @@ class RunningRace:
             self._expectations.enter_context(network.data_port.expecting(token, self._arrived))
         slots = [open_slot(number, (socket.AF_INET, socket.AF_INET6)) for number in range(1, count + 1)]
         self._slots = slots
-        server = await network.stun_server()
-        own_v6 = [host for host in network.interfaces.addresses if ":" in host]
-        whys: list[str] = []
-
-        async def gather(slot: Slot) -> None:
-            whys.append(await gather_slot(slot, server, own_v6))
-
-        with trio.move_on_after(GATHER_TIME if self._wanted("tunnel") else PATIENT_GATHER_TIME):
-            async with trio.open_nursery() as nursery:
-                for slot in slots:
-                    nursery.start_soon(gather, slot)
-        candidates = await network.host_candidates(loopback=subject.own)
-        for slot in slots:
-            candidates += slot.candidates
-        if any(whys):
-            self._notes.append(next(why for why in whys if why))
-        transports = ["tcp"]
-        wish = Wish(session_id=subject.session_id, task_id=subject.task_id, kind="control")
+        transports: dict[str, Transport] = {}
         for name in ("tunnel", "quic"):
             transport: Transport | None = getattr(network.transports, name)
             if transport is not None and self._wanted(name):
-                transports.append(name)
-                candidates += await transport.offer(wish)
+                transports[name] = transport
+        arranged: list[Candidate] = []
+        wish = Wish(session_id=subject.session_id, task_id=subject.task_id, kind="control")
+
+        async def ask(transport: Transport) -> None:
+            arranged.extend(await transport.offer(wish))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._gather_slots, slots)
+            for transport in transports.values():
+                nursery.start_soon(ask, transport)
+        candidates = await network.host_candidates(loopback=subject.own)
+        for slot in slots:
+            candidates += slot.candidates
+        candidates += arranged
         if generation != self._generation:
             return
         self._finder.offer(
@@ -274,11 +270,26 @@ class RunningRace:
                 token=token,
                 count=count,
                 candidates=candidates,
-                transports=transports,
+                transports=["tcp", *transports],
             )
         )
         # Gathering took its time; the relay has as much as ever to answer.
-        self._race.offered(trio.current_time())
+        self._race.offered(trio.current_time(), count)
+
+    async def _gather_slots(self, slots: list[Slot]) -> None:
+        server = await self._network.stun_server()
+        own_v6 = [host for host in self._network.interfaces.addresses if ":" in host]
+        whys: list[str] = []
+
+        async def gather(slot: Slot) -> None:
+            whys.append(await gather_slot(slot, server, own_v6))
+
+        with trio.move_on_after(GATHER_TIME if self._wanted("tunnel") else PATIENT_GATHER_TIME):
+            async with trio.open_nursery() as nursery:
+                for slot in slots:
+                    nursery.start_soon(gather, slot)
+        if any(whys):
+            self._notes.append(next(why for why in whys if why))
 
     def _wanted(self, name: str) -> bool:
         if name == "tunnel":

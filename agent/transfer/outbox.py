@@ -24,13 +24,13 @@ class Outbox:
     def durable(self) -> None:
         """A line was stored."""
         for reader in self._readers:
-            reader.wake.set()
+            reader.call(urgent=True)
 
     def passing(self, event: AgentEvent) -> None:
         """A line that is not kept; a newer one of the same task and kind takes its place."""
         for reader in self._readers:
             reader.passing[event.task_id, event.kind] = event
-            reader.wake.set()
+            reader.call(urgent=event.kind != "progress")
 
     @asynccontextmanager
     async def read(self, after: int) -> AsyncIterator[AsyncIterator[AgentEvent]]:
@@ -50,21 +50,43 @@ class Outbox:
         return len(self._readers)
 
     async def _lines(self, reader: _Reader, after: int) -> AsyncGenerator[AgentEvent, None]:
+        progress_due = trio.current_time()
         while True:
-            reader.wake = trio.Event()
+            reader.begin_turn()
             while lines := await trio.to_thread.run_sync(self._store.events_after, after):
                 for line in lines:
                     after = line.n
                     yield line
-            passing, reader.passing = reader.passing, {}
-            for line in passing.values():
+            # A path that is to be arranged does not wait behind the progress of something else.
+            for line in reader.take(urgent=True):
                 yield line
-            if passing:
-                await trio.sleep(PROGRESS_EVERY)
-            await reader.wake.wait()
+            if trio.current_time() >= progress_due and (progress := reader.take(urgent=False)):
+                progress_due = trio.current_time() + PROGRESS_EVERY
+                for line in progress:
+                    yield line
+            if reader.passing:
+                with trio.move_on_at(progress_due):
+                    await reader.urgent.wait()
+            else:
+                await reader.wake.wait()
 
 
 class _Reader:
     def __init__(self) -> None:
-        self.wake = trio.Event()
+        self.begin_turn()
         self.passing: dict[tuple[str, str], AgentEvent] = {}
+
+    def begin_turn(self) -> None:
+        """What comes from now on is news."""
+        self.wake, self.urgent = trio.Event(), trio.Event()
+
+    def call(self, *, urgent: bool) -> None:
+        """There is something to read."""
+        self.wake.set()
+        if urgent:
+            self.urgent.set()
+
+    def take(self, *, urgent: bool) -> list[AgentEvent]:
+        """Lines that are not kept: those of progress, or all others."""
+        taken = [key for key in self.passing if (key[1] != "progress") == urgent]
+        return [self.passing.pop(key) for key in taken]

@@ -328,6 +328,8 @@ class TransferService:
         self.sessions.check_room(order.session_id, ticket.source.collection_id if ticket.source else "")
         await trio.to_thread.run_sync(self._node.store.put_session, order, ticket.expires, now)
         own = order.peer.node_id == self._node.node_id
+        if not own:
+            self._introductions.prepare()
         return SessionAnswer(
             session_id=order.session_id,
             generation=int(now * 1000),

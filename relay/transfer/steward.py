@@ -110,6 +110,8 @@ class Steward:
         self._progress: dict[str, dict[str, TaskObserved]] = {}
         self._progress_event = trio.Event()
         self._finished: dict[str, trio.Event] = {}
+        # Node → the number that it is being told of, or will be next.
+        self._acknowledging: dict[str, int] = {}
         self._visits = self._lines = self._dropped = self._stream_failures = self._visit_failures = 0
 
     def statistics(self) -> StewardStatistics:
@@ -343,17 +345,37 @@ class Steward:
         now = self._clock()
         applied = await self._store.write(lambda connection: task_reports.apply_lines(connection, node_id, kept, now))
         self._dropped += applied.dropped
-        if applied.last_event:
-            await self._acknowledge(node_id, applied.last_event)
-        for task_id in applied.finished:
-            self._announce_finished(task_id)
-            self.wake(task_id)
         for offer in applied.offers:
             if self._nursery is not None and self._signalling.admit(offer):
                 self._nursery.start_soon(self._introduce, node_id, offer)
+        for task_id in applied.finished:
+            self._announce_finished(task_id)
+            self.wake(task_id)
         for task_id, generation in applied.wants_session.items():
             self._courier.want_session(task_id, generation)
             self.wake(task_id)
+        if applied.last_event:
+            self._acknowledge_soon(node_id, applied.last_event)
+
+    def _acknowledge_soon(self, node_id: str, n: int) -> None:
+        """Have an agent know what is stored, while its next lines are read already."""
+        if node_id not in self._acknowledging and self._nursery is not None:
+            self._nursery.start_soon(self._acknowledge_newest, node_id)
+        self._acknowledging[node_id] = n
+
+    async def _acknowledge_newest(self, node_id: str) -> None:
+        told = 0
+        try:
+            while self._acknowledging[node_id] != told:
+                told = self._acknowledging[node_id]
+                await self._acknowledge(node_id, told)
+        except TowpathError as error:
+            # It is told again at its next link, or with its next line.
+            logger.info("Lines of node %s could not be acknowledged: %s", node_id, error.sentence)
+        except Exception:
+            logger.exception("Acknowledging lines of node %s failed.", node_id)
+        finally:
+            del self._acknowledging[node_id]
 
     async def _introduce(self, node_id: str, offer: PathOffer) -> None:
         """Let the two nodes of a running task arrange a path. What fails is asked for again by the destination."""

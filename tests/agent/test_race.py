@@ -195,6 +195,48 @@ def test_a_source_that_dials_back_is_taken_at_once() -> None:
     assert course.kinds_given() == ["reversed"]
 
 
+def test_all_connections_that_a_source_dials_are_waited_for() -> None:
+    race = Race(now=100.0, direct=[])
+    course = Course(race)
+
+    def world(course: Course, action: object) -> None:
+        if isinstance(action, SendOffer):
+            race.offered(course.now, 3)
+            for after in (0.1, 0.1 + module.NEXT_ARRIVAL / 2, 0.1 + module.NEXT_ARRIVAL):
+                course.later(after, lambda: race.arrived(course.now))
+
+    course.run(world)
+    assert course.kinds_given() == ["reversed"] * 3
+    # Nothing more is wanted, so nothing more is waited for.
+    assert course.now - 100.0 == pytest.approx(0.1 + module.NEXT_ARRIVAL)
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_an_address_that_answers_soon_after_a_punch_is_taken_too(answers: bool) -> None:
+    def world(course: Course, action: object) -> None:
+        if isinstance(action, Dial):
+            if answers:
+                course.later(1.2, lambda: course.race.connected(course.now, action.id))
+        else:
+            relayed(tunnel=None, punched=0.15)(course, action)
+
+    course = Course(Race(now=100.0, direct=[V4]))
+    course.run(world)
+    assert course.kinds_given() == ["punched", "punched"] + (["direct"] if answers else [])
+    assert course.now - 100.0 == pytest.approx(1.2 if answers else 0.24 + module.BETTER_WAIT)
+
+
+def test_a_source_that_dials_soon_after_a_punch_is_taken_too() -> None:
+    def world(course: Course, action: object) -> None:
+        if isinstance(action, SendOffer):
+            course.later(0.5, lambda: course.race.arrived(course.now))
+        relayed(tunnel=None, punched=0.1)(course, action)
+
+    course = Course(Race(now=100.0, direct=[]))
+    course.run(world)
+    assert course.kinds_given() == ["punched", "punched", "reversed"]
+
+
 FATES = st.sampled_from(["connected", "failed", "silent"])
 
 

@@ -122,6 +122,7 @@ class Box:
     _in: dict[tuple[int, int], tuple[Endpoint, tuple[object, ...]]] = field(default_factory=dict)
     _seen: dict[tuple[int, Endpoint], set[Endpoint]] = field(default_factory=dict)
     _answered: set[tuple[Endpoint, Endpoint]] = field(default_factory=set)
+    _crossed: set[tuple[Endpoint, Endpoint]] = field(default_factory=set)
     # Granted by port mapping: outside port → inside endpoint, for one protocol.
     forwards: dict[tuple[int, int], Endpoint] = field(default_factory=dict)
 
@@ -179,13 +180,21 @@ class Box:
             if found is not None and len(found[1]) == 3 and found[1][2] != packet.source:
                 inside = None
         if inside is not None and self._lets_in(packet, inside):
-            if packet.is_syn and not self.crossing and not self._is_answered(packet, inside):
+            if not self.crossing and self._crosses(packet, inside):
                 self._count("crossing")
                 return None, None
             return rewritten(packet, destination=inside), None
         self._count("unsolicited")
         back = reset_for(packet) if self.resets and packet.is_syn and len(packet.source[0]) == 4 else None
         return None, back
+
+    def _crosses(self, packet: Packet, inside: Endpoint) -> bool:
+        """Whether a packet is of a flow in which a SYN came in before there was an answer. These boxes can make nothing
+        of such a flow: the answer to the inside's own SYN does not get through any more either."""
+        flow = (inside, packet.source)
+        if packet.is_syn and not self._is_answered(packet, inside):
+            self._crossed.add(flow)
+        return packet.protocol == TCP and flow in self._crossed
 
     def _is_answered(self, packet: Packet, inside: Endpoint) -> bool:
         return (inside, packet.source) in self._answered
