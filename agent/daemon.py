@@ -33,6 +33,7 @@ from agent.connect.proxy import Dialer
 from agent.connect.quic.engine import EngineMissing
 from agent.connect.quic.observe import udp_candidates, udp_targets
 from agent.connect.quic.transport import QuicTransport
+from agent.connect.relay_way import RelayWay
 from agent.connect.transport import Transports
 from agent.connect.tunnel import TunnelTransport
 from agent.identity_file import Identity, NotSetUp, make_state_dir, require
@@ -53,10 +54,12 @@ from agent.transfer.service import TransferService
 from agent.update.service import UpdateService
 from agent.watch.service import WatchService
 from agent.watch.submitter import CommandSubmitter
+from protocol.control import RelayHello
 from protocol.errors import RetryLater, TowpathError
 from protocol.identity import NodeKey
 from protocol.link import HelloFields
 from protocol.ticket import TicketVerifier
+from protocol.websocket.carrier import Carrier
 
 logger = logging.getLogger("towpath.agent")
 
@@ -104,6 +107,8 @@ class Daemon:
         verifier = TicketVerifier(identity.relay_id, identity.relay_root)
         relay_url, authority = config.relay.url or identity.relay_url, _authority(config)
         self._dialer = Dialer(config.relay.proxy, os.environ)
+        self._way = RelayWay(config.relay.transport, lambda: self._network.interfaces.addresses)
+        self._carrier = Carrier()
         self._network = self._make_network(relay_url, authority)
         self._port_mapping = PortMapping(self._network)
         self._node = LocalNode(
@@ -141,7 +146,8 @@ class Daemon:
             LinkApp(self._policy, self._collections, self._tasks, self._availability.look).application(),
             self._hello,
             dial=self._dialer.dial,
-            on_hello=self._network.take_hello,
+            way=self._way,
+            on_hello=self._take_hello,
             on_silence=self._network.announce_change,
         )
 
@@ -149,7 +155,9 @@ class Daemon:
         data = self._config.data
         return Network(
             relay=_place_of(relay_url, self._dialer),
-            transports=Transports(tunnel=TunnelTransport(relay_url, authority, self._dialer.dial)),
+            transports=Transports(
+                tunnel=TunnelTransport(relay_url, authority, self._dialer.dial, self._way, self._carrier)
+            ),
             advertise=data.advertise,
             allow_loopback=data.allow_loopback,
             relay_policy=data.relay,
@@ -170,6 +178,12 @@ class Daemon:
             return None
         network.transports.quic = transport
         return transport
+
+    def _take_hello(self, hello: RelayHello) -> None:
+        self._network.take_hello(hello)
+        if self._way.known == "websocket":
+            # A tunnel will want it, and then without waiting for a process to start.
+            self._carrier.want()
 
     def _hello(self) -> HelloFields:
         return HelloFields(
@@ -193,6 +207,7 @@ class Daemon:
                 await self._availability.look()
                 nursery.start_soon(self._availability.run)
                 nursery.start_soon(self._link.run)
+                nursery.start_soon(self._carrier.run)
                 if self._quic is not None:
                     nursery.start_soon(self._quic.run)
                     nursery.start_soon(self._move_quic, self._quic)

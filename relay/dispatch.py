@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import trio
 
@@ -24,12 +25,14 @@ from protocol.link import ALPN as LINK_ALPN
 from protocol.round_trip import has_left
 from protocol.stun import looks_like_stun
 from protocol.tunnel.token import ALPN as TUNNEL_ALPN
+from protocol.websocket.orders import ALPN as WEBSOCKET_ALPN
 from relay.turnstile import Turnstile, WaitedTooLong
 
 _logger = logging.getLogger("towpath.dispatch")
 
 Handler = Callable[["trio.SSLStream[trio.SocketStream]"], Awaitable[None]]
 PlainHandler = Callable[[trio.SocketStream], Awaitable[None]]
+S = TypeVar("S")
 
 # Ours first: the server's order decides (RFC 7301), and no browser offers it.
 ALPN_PROTOCOLS = (LINK_ALPN, TUNNEL_ALPN, "h2", "http/1.1")
@@ -66,6 +69,7 @@ class DispatchStatistics:
     web: int
     link: int
     tunnel: int
+    websocket: int
     stun: int
     plain: int
     refused: int
@@ -76,7 +80,8 @@ class DispatchStatistics:
 class Dispatcher:
     """Chooses who gets a connection. ``tls_context`` is prepared here; its certificate may be renewed at any time.
 
-    Without ``tunnel`` agents that bring one are told so in the handshake.
+    Without ``tunnel`` agents that bring one are told so in the handshake. ``websocket`` gives who takes
+    connections of agents with a tunnel inside WebSocket before their handshake, None when nobody can now.
     """
 
     def __init__(
@@ -87,6 +92,7 @@ class Dispatcher:
         tls_context: ssl.SSLContext,
         tunnel: Handler | None = None,
         stun: PlainHandler | None = None,
+        websocket: Callable[[], PlainHandler | None] = lambda: None,
         max_pending: int = MAX_PENDING,
     ) -> None:
         self._handlers = {LINK_ALPN: link} if tunnel is None else {LINK_ALPN: link, TUNNEL_ALPN: tunnel}
@@ -95,11 +101,12 @@ class Dispatcher:
         self._context = tls_context
         self._web_handler = web
         self._stun_handler = stun
+        self._websocket = websocket
         self._max_pending = max_pending
         self._links = Turnstile(HANDSHAKES_AT_ONCE, TURN, PATIENCE)
         self._pending = 0
         self._taken: Counter[str] = Counter()
-        self._web = self._stun = self._plain = self._refused = self._failed = 0
+        self._web = self._websockets = self._stun = self._plain = self._refused = self._failed = 0
 
     def statistics(self) -> DispatchStatistics:
         """Counts since the start."""
@@ -107,6 +114,7 @@ class Dispatcher:
             web=self._web,
             link=self._taken[LINK_ALPN],
             tunnel=self._taken[TUNNEL_ALPN],
+            websocket=self._websockets,
             stun=self._stun,
             plain=self._plain,
             refused=self._refused,
@@ -143,6 +151,9 @@ class Dispatcher:
                 return partial(self._stun_handler, stream)
             await _answer_plain(stream)
             raise
+        if set(WEBSOCKET_ALPN) <= set(hello.alpn) and (take := self._websocket()) is not None:
+            self._websockets += 1
+            return partial(self._run, take, stream)
         secured, handler = await self._secure(stream, hello)
         return partial(self._run, handler, secured)
 
@@ -176,9 +187,9 @@ class Dispatcher:
             raise GreetingTimeout("The TLS handshake took too long.")
         return secured
 
-    async def _run(self, handler: Handler, secured: trio.SSLStream[trio.SocketStream]) -> None:
+    async def _run(self, handler: Callable[[S], Awaitable[None]], stream: S) -> None:
         try:
-            await handler(secured)
+            await handler(stream)
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             _logger.debug("A connection broke.")
         except Exception:

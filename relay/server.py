@@ -23,6 +23,7 @@ from fastapi import FastAPI
 
 from protocol.errors import TowpathError
 from protocol.ticket import TicketVerifier
+from protocol.websocket.carrier import Carrier
 from relay import sdnotify
 from relay.api import enrol, transfer_routers
 from relay.api.app import create_app
@@ -46,6 +47,7 @@ from relay.rendezvous.registry import Registry
 from relay.rendezvous.signalling import Signalling
 from relay.rendezvous.tunnel.limits import TunnelLimits
 from relay.rendezvous.tunnel.service import TunnelService
+from relay.rendezvous.tunnel.websocket import WebSocketTunnels
 from relay.services import Services
 from relay.settings import Settings
 from relay.store.database import Store
@@ -53,6 +55,7 @@ from relay.store.migrate import upgrade
 from relay.tls import ServerCertificate
 from relay.transfer.nodes import DatabaseNodeDirectory
 from relay.transfer.steward import Steward
+from relay.upgrade import Upgrade
 from relay.web import WebServer
 
 logger = logging.getLogger("relay.server")
@@ -86,6 +89,7 @@ class Relay:
     signalling: Signalling
     observer: Observer
     tunnel: TunnelService
+    carrier: Carrier
     guess_memory: GuessMemory
 
     def statistics(self) -> dict[str, Any]:
@@ -98,6 +102,7 @@ class Relay:
             "signalling": self.signalling,
             "tasks": self.steward,
             "tunnel": self.tunnel,
+            "websocket": self.carrier,
             "store": self.services.store,
             "guesses": self.services.guesses,
             "audit": self.services.audit,
@@ -138,18 +143,35 @@ def build(settings: Settings, store: Store, clock: Callable[[], float] = time.ti
     app = create_app(services, [*transfer_routers.ROUTERS, enrol.router])
     web = WebServer(app, max_connections=settings.limits.connections)
     observer = Observer()
+    carrier = Carrier()
+    tunnels = WebSocketTunnels(tunnel.acceptor, carrier)
+    accept = _link_handler(services, certificate, observer)
     dispatcher = Dispatcher(
-        web=web.serve,
-        link=_link_handler(services, certificate, observer),
+        web=Upgrade(web.serve, accept, tunnels.carry if tunnel.enabled else None).serve,
+        link=accept,
         tunnel=tunnel.acceptor.accept if tunnel.enabled else None,
         stun=observer.serve_stream,
+        websocket=lambda: tunnels.take if tunnel.enabled and carrier.is_up else None,
         tls_context=certificate.context,
         # Half of what may be open at all: the other half is for those who have come through.
         max_pending=max(MAX_PENDING, raise_file_limit() // 2),
     )
     limits = {"one": services.guesses, "crowd": services.crowd_guesses}
     memory = GuessMemory(store, limits, sign_in.failures_window)
-    relay = Relay(services, app, certificate, web, dispatcher, registry, steward, signalling, observer, tunnel, memory)
+    relay = Relay(
+        services,
+        app,
+        certificate,
+        web,
+        dispatcher,
+        registry,
+        steward,
+        signalling,
+        observer,
+        tunnel,
+        carrier,
+        memory,
+    )
     app.state.statistics = relay.statistics
     return relay
 
@@ -176,12 +198,12 @@ def _tunnel(keys: RelayKeys, settings: Settings, clock: Callable[[], float]) -> 
 
 def _link_handler(
     services: Services, certificate: ServerCertificate, observer: Observer
-) -> Callable[[trio.SSLStream[trio.SocketStream]], Awaitable[None]]:
+) -> Callable[[trio.abc.Stream], Awaitable[None]]:
     nodes = DatabaseNodeDirectory(services.store)
     # Once: finding it out reads files.
     version = metadata.version("towpath")
 
-    async def accept(stream: trio.SSLStream[trio.SocketStream]) -> None:
+    async def accept(stream: trio.abc.Stream) -> None:
         await accept_link(
             stream,
             registry=services.registry,
@@ -218,6 +240,9 @@ async def _run(relay: Relay, settings: Settings) -> None:
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async with trio.open_nursery() as nursery:
             await nursery.start(relay.tunnel.run)
+            if relay.tunnel.enabled:
+                await relay.carrier.serve(*relay.certificate.files)
+                nursery.start_soon(relay.carrier.run)
             await nursery.start(relay.steward.run)
             relay.observer.open(settings.listen.host, settings.stun_ports)
             nursery.start_soon(relay.observer.run)
@@ -277,7 +302,7 @@ async def _upkeep(relay: Relay, settings: Settings) -> None:
         renew_signing = partial(services.keys.renew_id_token_key, life=settings.sign_in.id_token_key_life)
         await _attempt("renew the key of id_tokens", partial(_in_thread, renew_signing, services.clock()))
         now = datetime.datetime.fromtimestamp(services.clock(), datetime.UTC)
-        await _attempt("renew the certificate", partial(_in_thread, relay.certificate.renew, now))
+        await _attempt("renew the certificate", partial(_renew_certificate, relay, now))
         if services.clock() >= next_cleaning:
             next_cleaning = services.clock() + _CLEANING_INTERVAL
             forget = partial(remove_expired, now=services.clock())
@@ -292,6 +317,11 @@ async def _remember_guesses(relay: Relay) -> None:
     while True:
         await trio.sleep(INTERVAL)
         await _attempt("remember wrong guesses", partial(relay.guess_memory.flush, relay.services.clock()))
+
+
+async def _renew_certificate(relay: Relay, now: datetime.datetime) -> None:
+    if await _in_thread(relay.certificate.renew, now) and relay.tunnel.enabled:
+        await relay.carrier.serve(*relay.certificate.files)
 
 
 async def _in_thread(work: Callable[..., bool], *arguments: Any) -> bool:

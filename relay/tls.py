@@ -80,6 +80,12 @@ class ServerCertificate:
         self.channel = hashlib.sha256(leaf.public_bytes(serialization.Encoding.DER)).hexdigest()
         return True
 
+    @property
+    def files(self) -> tuple[str, str | None]:
+        """Where certificate and key are, for another process of the relay; no second file: the key is in the first."""
+        chain, key = _paths(self._settings)
+        return str(chain), None if key is None else str(key)
+
     def statistics(self) -> CertificateStatistics:
         """Names and end of the certificate in use."""
         assert self._leaf is not None

@@ -14,6 +14,8 @@ from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import ASGIFramework
 from starlette.types import ASGIApp
 
+from relay.upgrade import Replayed
+
 logger = logging.getLogger("relay.web")
 
 # A connection that says nothing for so long is closed, even in the middle of a request.
@@ -50,7 +52,7 @@ class WebServer:
         self._config.h2_max_concurrent_streams = 100
         self._config.errorlog = logger
 
-    async def serve(self, stream: trio.SSLStream[trio.SocketStream]) -> None:
+    async def serve(self, stream: trio.SSLStream[trio.SocketStream] | Replayed) -> None:
         """Answer requests on the stream until its end, and close it. Cancellation closes it at once."""
         if self._stopping.is_set() or self._open >= self._max:
             self._refused += 1
@@ -59,7 +61,8 @@ class WebServer:
         self._open += 1
         self._taken += 1
         try:
-            await TCPServer(self._app, self._config, self._context, {}, stream).run()
+            secured = cast("trio.SSLStream[trio.SocketStream]", stream)
+            await TCPServer(self._app, self._config, self._context, {}, secured).run()
         finally:
             self._open -= 1
             if self._stopping.is_set() and not self._open:

@@ -227,8 +227,11 @@ def _why_not(document: dict[str, Any]) -> str:
 
 def _print_status(document: dict[str, Any]) -> None:
     link = document["link"]
+    inside = " (inside WebSocket)" if link.get("wrapping") == "websocket" else ""
     where = (
-        f"linked to {link['relay_url']}" if link["connected"] else f"not linked: {link['last_error'] or 'connecting'}"
+        f"linked to {link['relay_url']}{inside}"
+        if link["connected"]
+        else f"not linked: {link['last_error'] or 'connecting'}"
     )
     paused = ", paused by its owner" if document["paused"] else ""
     click.echo(f"Agent {document['version']}, process {document['pid']}{paused}, {terminal_safe(where)}")

@@ -324,6 +324,11 @@ class RelayConfig:
         None,
         doc="HTTP proxy on the way to the relay; null: what HTTPS_PROXY and NO_PROXY say; none: no proxy in any case.",
     )
+    transport: str = setting(
+        words("auto", "raw", "websocket"),
+        "auto",
+        doc="How connections to the relay are wrapped; auto: raw, and WebSocket where only real HTTPS passes.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

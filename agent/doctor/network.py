@@ -50,6 +50,14 @@ def check_relay(examination: Examination) -> Iterator[Finding]:
     else:
         yield from _direct(host, port)
     yield from _https(examination, url)
+    if examination.status is not None and examination.status["link"].get("wrapping") == "websocket":
+        yield Finding(
+            level="note",
+            sentence="The link to the relay is inside WebSocket.",
+            advice="A firewall or a proxy lets only real HTTPS pass, or `relay.transport` demands it. Data through the "
+            "relay then costs more; a firewall that passes TLS to the relay untouched would make it cheaper.",
+            details={"wrapping": "websocket"},
+        )
 
 
 def _proxy(examination: Examination, host: str, port: int) -> Finding | None:

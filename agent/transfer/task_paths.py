@@ -152,7 +152,8 @@ class TaskPaths:
         trip = f", {path.rtt * 1000:.0f} ms" if path.rtt is not None else ""
         reason = self._finder.why if path.kind == "tunnel" else ""
         why = f" (no direct path: {reason})" if reason else ""
-        return f"{path.kind} {path.transport} {path.remote}{trip}{why}"
+        carried = "over WebSocket" if path.transport == "websocket" else path.transport
+        return f"{path.kind} {carried} {path.remote}{trip}{why}"
 
     def news(self) -> AgentEvent | None:
         """A line for people when the kind of path is another than at the last call."""

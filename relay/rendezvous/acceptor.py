@@ -25,6 +25,7 @@ from protocol.link import (
 from protocol.reverse_http import Client, Limits, connect
 from protocol.round_trip import round_trip
 from protocol.ticket import TicketSigner
+from protocol.websocket.stream import WebSocketStream
 from relay.rendezvous.registry import Registry
 
 _logger = logging.getLogger("towpath.rendezvous")
@@ -86,7 +87,9 @@ async def accept_link(
 
 
 def _socket_of(stream: trio.abc.Stream) -> trio.socket.SocketType | None:
-    transport = stream.transport_stream if isinstance(stream, trio.SSLStream) else stream
+    transport = stream
+    while isinstance(transport, trio.SSLStream | WebSocketStream):
+        transport = transport.transport_stream
     return transport.socket if isinstance(transport, trio.SocketStream) else None
 
 

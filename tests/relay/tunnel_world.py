@@ -12,11 +12,14 @@ import trio
 import trustme
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from agent.connect.tunnel import open_tunnel, tunnel_context
+from agent.connect.tunnel import enter_websocket, open_tunnel, tunnel_context
 from protocol.ticket import RelayRoot, TicketSigner
+from protocol.websocket.carrier import Carrier
 from relay.dispatch import Dispatcher
 from relay.rendezvous.tunnel.limits import TunnelLimits
 from relay.rendezvous.tunnel.service import TunnelService
+from relay.rendezvous.tunnel.websocket import WebSocketTunnels
+from relay.upgrade import Replayed, Upgrade
 
 RELAY = "00000000-0000-4000-8000-00000000000a"
 SESSION = "22222222-2222-4222-8222-222222222222"
@@ -35,13 +38,21 @@ class TunnelWorld:
     service: TunnelService
     dispatcher: Dispatcher
     port: int
+    # What carries WebSocket for the agents, and how many of the two sides are in it.
+    agents: Carrier
+    relay: Carrier
+    inside: int = 0
 
     def context(self) -> ssl.SSLContext:
         return tunnel_context(CA.cert_pem.bytes().decode())
 
-    async def enter(self, token: str) -> trio.SocketStream:
+    async def enter(self, token: str, *, websocket: bool = False) -> trio.SocketStream:
         """Be one side of a tunnel."""
-        sock = await open_tunnel(dial, "localhost", self.port, self.context(), token)
+        if websocket:
+            pem = CA.cert_pem.bytes().decode()
+            sock = await (await enter_websocket(dial, "localhost", self.port, pem, self.agents)).join(token)
+        else:
+            sock = await open_tunnel(dial, "localhost", self.port, self.context(), token)
         return trio.SocketStream(trio.socket.from_stdlib_socket(sock))
 
     @asynccontextmanager
@@ -53,7 +64,7 @@ class TunnelWorld:
         ends: dict[int, trio.SocketStream] = {}
 
         async def enter(number: int) -> None:
-            ends[number] = await self.enter(offers[number])
+            ends[number] = await self.enter(offers[number], websocket=number < self.inside)
 
         async with trio.open_nursery() as nursery:
             for number in range(2):
@@ -66,7 +77,7 @@ async def dial(host: str, port: int) -> trio.SocketStream:
     return await trio.open_tcp_stream("127.0.0.1", port)
 
 
-async def _nobody(stream: trio.SSLStream[trio.SocketStream]) -> None:
+async def _nobody(stream: trio.abc.Stream | Replayed) -> None:
     await trio.lowlevel.checkpoint()
 
 
@@ -77,14 +88,30 @@ async def tunnel_world(
     processes: int = 1,
     max_pairs: int = 2000,
     signer: TicketSigner = SIGNER,
+    websocket: int = 0,
+    handed_over: bool = True,
 ) -> AsyncIterator[TunnelWorld]:
     service = TunnelService(signer, ROOT.public_pem, limits, processes=processes, max_pairs=max_pairs)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     LEAF.configure_cert(context)
-    dispatcher = Dispatcher(web=_nobody, link=_nobody, tunnel=service.acceptor.accept, tls_context=context)
+    relay, agents = Carrier(), Carrier()
+    tunnels = WebSocketTunnels(service.acceptor, relay)
+    dispatcher = Dispatcher(
+        web=Upgrade(_nobody, _nobody, tunnels.carry).serve,
+        link=_nobody,
+        tunnel=service.acceptor.accept,
+        tls_context=context,
+        websocket=lambda: tunnels.take if handed_over else None,
+    )
     (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
-    async with trio.open_nursery() as nursery:
-        await nursery.start(service.run)
-        nursery.start_soon(trio.serve_listeners, dispatcher.handle, [listener])
-        yield TunnelWorld(service, dispatcher, listener.socket.getsockname()[1])
-        nursery.cancel_scope.cancel()
+    port = listener.socket.getsockname()[1]
+    with LEAF.private_key_and_cert_chain_pem.tempfile() as certificate:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(service.run)
+            if websocket:
+                await relay.serve(certificate, None)
+                nursery.start_soon(relay.run)
+                nursery.start_soon(agents.run)
+            nursery.start_soon(trio.serve_listeners, dispatcher.handle, [listener])
+            yield TunnelWorld(service, dispatcher, port, agents, relay, websocket)
+            nursery.cancel_scope.cancel()

@@ -37,6 +37,43 @@ class Joined(Protocol):
     ) -> None: ...
 
 
+class Bearer(Protocol):
+    """A connection that brings a half, and what is left of it for the bytes of the agents themselves."""
+
+    @property
+    def stream(self) -> trio.abc.Stream:
+        """On which the greeting is spoken."""
+
+    async def release(self) -> tuple[socket.socket, bytes]:
+        """A plain socket on which the inner connection goes on, and bytes of it that were read already."""
+
+
+class RawBearer:
+    """TLS whose whole purpose is the greeting: it ends in order, and the TCP connection goes on without it."""
+
+    def __init__(self, stream: trio.SSLStream[trio.SocketStream]) -> None:
+        self.stream = stream
+
+    async def release(self) -> tuple[socket.socket, bytes]:
+        """Sends our close and waits for the agent's, which comes only after it has seen ours."""
+        transport = self.stream.transport_stream
+        _, rest = await self.stream.unwrap()
+        # The caller closes its stream; the connection lives on in the duplicate.
+        return socket.socket(fileno=socket.dup(transport.socket.fileno())), bytes(rest)
+
+
+class LocalBearer:
+    """A local socket behind which WebSocket is spoken for us."""
+
+    def __init__(self, stream: trio.SocketStream) -> None:
+        self.stream = stream
+
+    async def release(self) -> tuple[socket.socket, bytes]:
+        """The same socket: nothing of the inner connection is read here."""
+        await trio.lowlevel.checkpoint()
+        return socket.socket(fileno=socket.dup(self.stream.socket.fileno())), b""
+
+
 class _Guest:
     """A connection whose half has come."""
 
@@ -83,6 +120,11 @@ class TunnelAcceptor:
 
         Raises what the stream raises when the agent goes away.
         """
+        await self.admit(RawBearer(stream))
+
+    async def admit(self, bearer: Bearer) -> None:
+        """The same for any kind of connection."""
+        stream = bearer.stream
         try:
             half = await self._half(stream)
             meeting = await self._meet(stream, half)
@@ -93,7 +135,7 @@ class TunnelAcceptor:
                 await stream.send_all(encode_line(Verdict(joined=False, error=error.to_document())))
             return
         try:
-            await self._hand_over(stream, half, meeting)
+            await self._hand_over(bearer, half, meeting)
         except BaseException:
             meeting.give_up()
             raise
@@ -133,21 +175,19 @@ class TunnelAcceptor:
             raise RetryLater("The other side of the tunnel did not come in time.", code="TUNNEL_ALONE")
         return guest.meeting
 
-    async def _hand_over(self, stream: trio.SSLStream[trio.SocketStream], half: Half, meeting: _Meeting) -> None:
-        head = b""
-        transport = stream.transport_stream
-        with trio.move_on_after(CLOSE_TIMEOUT) as scope:
-            await stream.send_all(encode_line(Verdict(joined=True)))
-            # Sends our close and waits for the agent's, which comes only after it has seen ours.
-            _, rest = await stream.unwrap()
-            head = bytes(rest)
-        if scope.cancelled_caught or len(head) > MAX_HEAD or meeting.failed:
+    async def _hand_over(self, bearer: Bearer, half: Half, meeting: _Meeting) -> None:
+        released: tuple[socket.socket, bytes] | None = None
+        with trio.move_on_after(CLOSE_TIMEOUT):
+            await bearer.stream.send_all(encode_line(Verdict(joined=True)))
+            released = await bearer.release()
+        if released is None or len(released[1]) > MAX_HEAD or meeting.failed:
+            if released is not None:
+                released[0].close()
             meeting.give_up()
             return
-        plain = socket.socket(fileno=socket.dup(transport.socket.fileno()))
+        plain, head = released
         plain.setblocking(False)
         if meeting.left is None:
-            # The caller closes its stream now; the connection lives on in the duplicate.
             meeting.left = (plain, head)
             return
         other, other_head = meeting.left

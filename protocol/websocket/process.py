@@ -1,0 +1,161 @@
+"""The process that carries WebSocket connections, so that TLS and framing hold up neither relay nor daemon.
+
+Composition only. Started as ``python -m protocol.websocket.process FD`` with one end of a SOCK_SEQPACKET pair; each
+packet is one message. `Carry` comes with two connected sockets. It ends when its starter closes its end.
+"""
+
+from __future__ import annotations
+
+import gc
+import selectors
+import signal
+import socket
+import ssl
+import sys
+import time
+from collections import deque
+
+from protocol.websocket.core import Core
+from protocol.websocket.orders import ALPN, MAX_PACKET, Carry, Report, Serve, decode_order, encode
+from protocol.websocket.shuttle import Over, Shuttle
+
+# The least TLS: what a reverse proxy or an inspecting firewall may still speak. The inside is encrypted by itself.
+LEAST_TLS = ssl.TLSVersion.TLSv1_2
+_LOOK_EVERY = 1.0
+
+
+class _Process:
+    def __init__(self, line: socket.socket) -> None:
+        self._line = line
+        line.setblocking(False)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(line, selectors.EVENT_READ, None)
+        self._server: ssl.SSLContext | None = None
+        self._clients: dict[tuple[str | None, bool], ssl.SSLContext] = {}
+        self._shuttles: dict[Shuttle, list[int]] = {}
+        self._busy: deque[Shuttle] = deque()
+        self._gone = False
+
+    def run(self) -> None:
+        next_look = time.monotonic() + _LOOK_EVERY
+        while not self._gone:
+            wait = 0.0 if self._busy else max(0.0, next_look - time.monotonic())
+            ready = [key.data for key, _ in self._selector.select(wait)]
+            if None in ready:
+                self._take_orders()
+            busy, self._busy = self._busy, deque()
+            for shuttle in dict.fromkeys([*busy, *(one for one in ready if one is not None)]):
+                self._step(shuttle)
+            if time.monotonic() >= next_look:
+                next_look = time.monotonic() + _LOOK_EVERY
+                for shuttle in list(self._shuttles):
+                    self._step(shuttle)
+                self._tell()
+        for shuttle in list(self._shuttles):
+            shuttle.close()
+
+    def _step(self, shuttle: Shuttle) -> None:
+        if shuttle not in self._shuttles:
+            return
+        try:
+            shuttle.step(time.monotonic())
+        except Over:
+            for sock, mask in zip(shuttle.sockets, self._shuttles.pop(shuttle), strict=True):
+                if mask:
+                    self._selector.unregister(sock)
+            shuttle.close()
+            return
+        if shuttle.again:
+            self._busy.append(shuttle)
+        self._wait_for(shuttle)
+
+    def _wait_for(self, shuttle: Shuttle) -> None:
+        masks = self._shuttles[shuttle]
+        for number, (sock, wish) in enumerate(zip(shuttle.sockets, shuttle.wishes(), strict=True)):
+            if wish == masks[number]:
+                continue
+            if not masks[number]:
+                self._selector.register(sock, wish, shuttle)
+            elif not wish:
+                self._selector.unregister(sock)
+            else:
+                self._selector.modify(sock, wish, shuttle)
+            masks[number] = wish
+
+    # --- orders ----------------------------------------------------------------------------------------------
+
+    def _take_orders(self) -> None:
+        for _ in range(16):
+            try:
+                packet, descriptors, _, _ = socket.recv_fds(self._line, MAX_PACKET, 2)
+            except BlockingIOError:
+                return
+            except OSError:
+                packet, descriptors = b"", []
+            if not packet:
+                self._gone = True
+                return
+            order = decode_order(packet)
+            sockets = [socket.socket(fileno=descriptor) for descriptor in descriptors]
+            if isinstance(order, Serve):
+                self._serve(order)
+            elif len(sockets) == 2:
+                self._carry(order, *sockets)
+
+    def _serve(self, order: Serve) -> None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = LEAST_TLS
+        context.set_alpn_protocols([ALPN[0]])
+        context.load_cert_chain(order.certificate, order.key)
+        self._server = context
+
+    def _client(self, ca_pem: str | None, hint: bool) -> ssl.SSLContext:
+        context = self._clients.get((ca_pem, hint))
+        if context is None:
+            context = ssl.create_default_context(cadata=ca_pem) if ca_pem else ssl.create_default_context()
+            context.minimum_version = LEAST_TLS
+            context.set_alpn_protocols(list(ALPN if hint else ALPN[:1]))
+            self._clients[ca_pem, hint] = context
+        return context
+
+    def _carry(self, order: Carry, outside: socket.socket, local: socket.socket) -> None:
+        now = time.monotonic()
+        if order.host is not None:
+            context = self._client(order.ca_pem, order.hint)
+            core = Core.client(order.host, order.port, order.path, now)
+        elif self._server is not None:
+            context, core = self._server, Core.server((order.path,), now)
+        else:
+            outside.close()
+            local.close()
+            return
+        try:
+            shuttle = Shuttle(outside, context, local, core, now, server_hostname=order.host)
+        except OSError:
+            # The connection has gone already.
+            outside.close()
+            local.close()
+            return
+        self._shuttles[shuttle] = [0, 0]
+        self._step(shuttle)
+
+    def _tell(self) -> None:
+        try:
+            self._line.send(encode(Report(len(self._shuttles), time.process_time())))
+        except BlockingIOError:
+            # A starter that does not read is told later or never; the moving goes on.
+            return
+        except OSError:
+            self._gone = True
+
+
+def main() -> None:
+    """Entry point of the process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    gc.freeze()
+    _Process(socket.socket(fileno=int(sys.argv[1]))).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""Tunnel connections inside WebSocket: they come to the acceptor as local sockets, behind which they are carried.
+
+Usually by the process of `protocol.websocket.carrier`, from the first byte on, so that neither TLS nor framing holds up
+the relay; by the relay itself where a connection was known for what it is only behind its TLS.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+
+import trio
+
+from protocol.websocket.carrier import Carrier, CarrierUnavailable, local_pair
+from protocol.websocket.orders import Carry
+from protocol.websocket.stream import WebSocketStream
+from relay.rendezvous.tunnel.acceptor import LocalBearer, TunnelAcceptor
+
+_logger = logging.getLogger("towpath.tunnel")
+
+# Connections that have not shown a half yet, or wait for the other one.
+MAX_PENDING = 2000
+_CHUNK = 128 * 1024
+
+
+class WebSocketTunnels:
+    """Hands connections to ``carrier`` (or carries them), and their inside to ``acceptor``."""
+
+    def __init__(self, acceptor: TunnelAcceptor, carrier: Carrier) -> None:
+        self._acceptor = acceptor
+        self._carrier = carrier
+        self._pending = 0
+
+    async def take(self, stream: trio.SocketStream) -> None:
+        """Serve a connection that has said nothing yet; closes this descriptor of it."""
+        if self._pending >= MAX_PENDING:
+            return
+        near, far = local_pair()
+        async with _stream_of(near) as inside:
+            with far:
+                try:
+                    await self._carrier.carry(Carry(), stream.socket, far)
+                except CarrierUnavailable as error:
+                    _logger.warning("A tunnel connection was dropped: %s", error.sentence)
+                    return
+            await stream.aclose()
+            await self._admit(inside)
+
+    async def carry(self, stream: WebSocketStream) -> None:
+        """Serve a connection on which WebSocket is open already, until its end; closes it."""
+        async with stream:
+            if self._pending >= MAX_PENDING:
+                return
+            near, far = local_pair()
+            try:
+                async with _stream_of(far) as outside, trio.open_nursery() as nursery:
+                    nursery.start_soon(self._admit_and_close, near)
+                    nursery.start_soon(_pump, stream, outside)
+                    nursery.start_soon(_pump, outside, stream)
+            except* (trio.BrokenResourceError, trio.ClosedResourceError):
+                _logger.debug("A tunnel connection broke.")
+
+    async def _admit_and_close(self, near: socket.socket) -> None:
+        async with _stream_of(near) as inside:
+            await self._admit(inside)
+
+    async def _admit(self, inside: trio.SocketStream) -> None:
+        self._pending += 1
+        try:
+            await self._acceptor.admit(LocalBearer(inside))
+        finally:
+            self._pending -= 1
+
+
+def _stream_of(sock: socket.socket) -> trio.SocketStream:
+    sock.setblocking(False)
+    return trio.SocketStream(trio.socket.from_stdlib_socket(sock))
+
+
+async def _pump(source: trio.abc.ReceiveStream, target: trio.abc.HalfCloseableStream) -> None:
+    while data := await source.receive_some(_CHUNK):
+        await target.send_all(data)
+    await target.send_eof()

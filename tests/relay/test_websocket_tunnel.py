@@ -1,0 +1,107 @@
+"""The tunnel inside WebSocket, end to end over real sockets and processes: joined, moved, half-closed, held back."""
+
+from __future__ import annotations
+
+import random
+
+import psutil
+import pytest
+import trio
+
+from protocol.errors import TowpathError
+from tests.relay.test_tunnel import no_pairs, read_all
+from tests.relay.tunnel_world import SESSION, USER, tunnel_world
+
+
+@pytest.mark.parametrize(("inside", "handed_over"), [(2, True), (1, True), (2, False)])
+async def test_bytes_pass_both_ways_and_each_way_ends_by_itself(inside: int, handed_over: bool) -> None:
+    content = random.Random(1).randbytes(3_000_000)
+    async with tunnel_world(websocket=inside, handed_over=handed_over) as world:
+        with trio.fail_after(30):
+            async with world.pair() as (source, destination):
+                received: dict[str, bytes] = {}
+
+                async def read(name: str, stream: trio.SocketStream) -> None:
+                    received[name] = await read_all(stream)
+
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(read, "forward", destination)
+                    await source.send_all(content)
+                    await source.send_eof()
+                assert received["forward"] == content
+                # The other way is still open.
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(read, "back", source)
+                    await destination.send_all(content[::-1])
+                    await destination.send_eof()
+                assert received["back"] == content[::-1]
+                await no_pairs(world)
+        assert world.service.statistics().outcomes == {"closed": 1}
+        assert world.relay.statistics().carried == (inside if handed_over else 0)
+
+
+async def test_a_receiver_that_takes_nothing_holds_the_sender_back() -> None:
+    async with tunnel_world(websocket=2) as world, world.pair() as (source, destination):
+        sent = 0
+        with trio.move_on_after(1.0):
+            while True:
+                await source.send_all(bytes(64 * 1024))
+                sent += 64 * 1024
+        # Buffers of five sockets, nothing that grows.
+        assert sent < 64 * 1024 * 1024
+        for child in psutil.Process().children():
+            if child.status() != psutil.STATUS_ZOMBIE and "protocol.websocket.process" in child.cmdline():
+                assert child.memory_info().rss < 100 * 1024 * 1024
+        # The receiver wakes up and gets everything, in order.
+        with trio.fail_after(20):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(source.send_eof)
+                received = await read_all(destination)
+        assert len(received) >= sent
+        assert not any(received)
+
+
+async def test_when_one_side_goes_the_other_is_told() -> None:
+    async with tunnel_world(websocket=2) as world, world.pair() as (source, destination):
+        await source.aclose()
+        with trio.fail_after(10):
+            assert await destination.receive_some() == b""
+            await destination.aclose()
+            await no_pairs(world)
+
+
+@pytest.mark.parametrize("handed_over", [True, False])
+async def test_a_token_counts_once_and_only_here(handed_over: bool) -> None:
+    async with tunnel_world(websocket=2, handed_over=handed_over) as world:
+        tokens = world.service.issue(SESSION, USER)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_enter, world, tokens[0])
+            nursery.start_soon(_enter, world, tokens[1])
+        for token in (tokens[0], "nonsense"):
+            with pytest.raises(TowpathError), trio.fail_after(10):
+                await world.enter(token, websocket=True)
+
+
+async def _enter(world, token: str) -> None:  # type: ignore[no-untyped-def]
+    await (await world.enter(token, websocket=True)).aclose()
+
+
+async def test_a_carrying_process_that_is_killed_is_replaced() -> None:
+    async with tunnel_world(websocket=2) as world:
+        async with world.pair() as (source, destination):
+            for child in psutil.Process().children():
+                if child.status() != psutil.STATUS_ZOMBIE and "protocol.websocket.process" in child.cmdline():
+                    child.kill()
+            with trio.fail_after(10):
+                assert await destination.receive_some() == b""
+            await source.aclose()
+        with trio.fail_after(20):
+            while True:
+                try:
+                    async with world.pair() as (a, b):
+                        await a.send_all(b"again")
+                        if await b.receive_some() == b"again":
+                            break
+                except* (TowpathError, trio.BrokenResourceError, trio.ClosedResourceError):
+                    pass
+                await trio.sleep(0.05)
