@@ -233,7 +233,7 @@ class TicketVerifier:
             if not isinstance(kid, str) or not isinstance(certificate, str):
                 raise ProtocolError("The statement of the relay names no certified key.")
             claims = _decode(token, self._certified_key(certificate, kid, now))
-        except (jwt.PyJWTError, msgspec.ValidationError, ValueError, TypeError) as error:
+        except (jwt.PyJWTError, msgspec.ValidationError, ValueError, TypeError, RecursionError) as error:
             raise ProtocolError("A statement that should come from the relay is not signed by it.") from error
         if claims.get("iss") != self.relay_id:
             raise ProtocolError("The statement was signed by another relay.")
@@ -253,7 +253,7 @@ class TicketVerifier:
         """
         try:
             issued = jwt.decode(token, options={"verify_signature": False}).get("iat")
-        except (jwt.PyJWTError, ValueError) as error:
+        except (jwt.PyJWTError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise ProtocolError("A statement that should come from the relay is not signed by it.") from error
         if not isinstance(issued, int | float):
             raise ProtocolError("The statement of the relay has no time of validity.")

@@ -271,7 +271,7 @@ def _object_untrusted(answer: httpx.Response) -> Mapping[str, Any]:
         raise CommandFailed("The relay answered with more than a relay would.")
     try:
         return msgspec.json.decode(answer.content, type=dict[str, Any])
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise CommandFailed(f"The relay gave an answer that cannot be read (status {answer.status_code}).") from error
 
 

@@ -76,16 +76,25 @@ class Outbound:
                     httpcore.AsyncConnectionPool(ssl_context=context, network_backend=self._backend) as pool,
                     pool.stream(method, url, headers=sent, content=body) as response,
                 ):
-                    received = bytearray()
-                    async for chunk in response.aiter_stream():
-                        received += chunk
-                        if len(received) > MAX_ANSWER:
-                            raise OutboundFailed(f"{parts.hostname} answers with more than {MAX_ANSWER} bytes.")
-                    return Answer(response.status, bytes(received))
+                    return Answer(response.status, await _body(response, parts.hostname))
         except trio.TooSlowError as error:
             raise OutboundFailed(f"{parts.hostname} did not answer within {TIMEOUT:.0f} seconds.") from error
         except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException, OSError) as error:
             raise OutboundFailed(f"{parts.hostname} cannot be reached: {error}.") from error
+
+
+async def _body(response: httpcore.Response, host: str) -> bytes:
+    received = bytearray()
+    # Cancelling ends the library's generators from the innermost outwards; leaving the loop would leave them behind.
+    with trio.CancelScope() as enough:
+        async for chunk in response.aiter_stream():
+            received += chunk
+            if len(received) > MAX_ANSWER:
+                received.clear()
+                enough.cancel()
+    if enough.cancel_called:
+        raise OutboundFailed(f"{host} answers with more than {MAX_ANSWER} bytes.")
+    return bytes(received)
 
 
 class _CheckedBackend(httpcore.AsyncNetworkBackend):

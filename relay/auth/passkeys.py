@@ -25,6 +25,8 @@ from relay.store.sign_in_tables import passkeys
 MAX_PASSKEYS = 20
 MAX_NAME = 100
 # A credential as a browser sends it; attestations are not asked for, so it stays small.
+# What reading a credential of a browser's making may raise.
+_UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 MAX_CREDENTIAL = 32 * 1024
 # A passkey proves possession and, because user verification is required, a second factor (RFC 8176).
 METHODS = ("hwk", "user", "mfa")
@@ -105,7 +107,7 @@ def add_untrusted(
             expected_origin=site.origin,
             require_user_verification=True,
         )
-    except (WebAuthnException, ValueError, KeyError, TypeError) as error:
+    except (WebAuthnException, *_UNREADABLE) as error:
         raise PasskeyRefused("The passkey cannot be read, or belongs to another site.") from error
     key_id = bytes_to_base64url(verified.credential_id)
     if connection.execute(select(passkeys.c.id).where(passkeys.c.id == key_id)).first() is not None:
@@ -130,7 +132,7 @@ def check_untrusted(connection: Connection, site: Site, credential: str, challen
     try:
         document = json.loads(credential)
         key_id = bytes_to_base64url(base64url_to_bytes(document["rawId"]))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except _UNREADABLE as error:
         raise wrong from error
     row = connection.execute(select(passkeys).where(passkeys.c.id == key_id)).one_or_none()
     if row is None:
@@ -146,7 +148,7 @@ def check_untrusted(connection: Connection, site: Site, credential: str, challen
             credential_current_sign_count=row.sign_count,
             require_user_verification=True,
         )
-    except (WebAuthnException, ValueError, KeyError, TypeError) as error:
+    except (WebAuthnException, *_UNREADABLE) as error:
         raise wrong from error
     values = {"sign_count": verified.new_sign_count, "last_used": now}
     connection.execute(update(passkeys).where(passkeys.c.id == key_id).values(values))

@@ -20,6 +20,7 @@ from urllib.parse import quote, urlencode, urlsplit
 
 import jwt
 import msgspec
+from cryptography.hazmat.primitives.asymmetric import rsa
 
 from protocol.errors import NeedsPerson
 from relay.auth.identities import CLIENT_DOMAIN, normal_username
@@ -27,6 +28,8 @@ from relay.auth.outbound import Answer, Outbound, OutboundFailed
 from relay.settings import Provider
 
 _ALGORITHMS = ["RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "EdDSA"]
+_LEAST_RSA = 2048
+_UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _LEEWAY = 120
 _MAX_AGE = 600
 _CACHED = 3600.0
@@ -170,7 +173,8 @@ class Upstream:
                     "require": ["sub", "exp", "iat"],
                 },
             )
-        except jwt.PyJWTError as error:
+        except (jwt.PyJWTError, TypeError, ValueError, RecursionError) as error:
+            # TypeError and ValueError when the token names an algorithm that its key is not for.
             raise NotWelcome("The provider's id_token is not valid.") from error
         now, issued, expires = self._clock(), claims["iat"], claims["exp"]
         if not isinstance(issued, int | float) or not isinstance(expires, int | float):
@@ -191,7 +195,7 @@ class Upstream:
             keys = await self._key_set(again=again)
             for key in keys.get("keys", []) if isinstance(keys.get("keys"), list) else []:
                 if isinstance(key, dict) and (kid is None or key.get("kid") == kid) and key.get("use", "sig") == "sig":
-                    return jwt.PyJWK(key).key
+                    return _strong(jwt.PyJWK(key).key)
         raise NotWelcome("The provider signed with a key that it does not publish.")
 
     async def _key_set(self, *, again: bool) -> Mapping[str, Any]:
@@ -214,7 +218,7 @@ class Upstream:
             raise OutboundFailed(f"{self.provider.name} does not describe itself (status {answer.status}).")
         try:
             found = msgspec.json.decode(answer.body, type=_Discovery)
-        except msgspec.DecodeError as error:
+        except _UNREADABLE as error:
             raise OutboundFailed(f"{self.provider.name} describes itself in a form that cannot be read.") from error
         # OpenID Connect Discovery 1.0, 4.3: or one provider could speak for another.
         if found.issuer != issuer:
@@ -235,12 +239,19 @@ class Upstream:
             raise NotWelcome(f"The relay's secret for {self.provider.name} cannot be read.") from error
 
 
+def _strong(key: Any) -> Any:
+    """The key, unless anybody could find out its private half (RFC 7518, 3.3). Raises `NotWelcome`."""
+    if isinstance(key, rsa.RSAPublicKey) and key.key_size < _LEAST_RSA:
+        raise NotWelcome("The provider signs with a key that is too short.")
+    return key
+
+
 def _object_untrusted(answer: Answer, what: str) -> dict[str, Any]:
     if answer.status != 200:
         raise OutboundFailed(f"The provider refused at {what} (status {answer.status}).")
     try:
         document = msgspec.json.decode(answer.body, type=dict[str, Any])
-    except msgspec.DecodeError as error:
+    except _UNREADABLE as error:
         raise OutboundFailed(f"The provider's answer at {what} cannot be read.") from error
     return document
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+
 import jwt
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -125,6 +127,16 @@ def test_garbage_raises_only_the_protocol_error(text: str) -> None:
         verifier.verify_untrusted(text, NOW)
     with pytest.raises(ProtocolError):
         fingerprint_of_certificate_untrusted(text)
+
+
+@pytest.mark.parametrize("where", [0, 1])
+def test_a_statement_of_ten_thousand_boxes_is_only_a_wrong_one(where: int) -> None:
+    signer, verifier = make()
+    parts = signer.sign(a_ticket()).split(".")
+    parts[where] = base64.urlsafe_b64encode(b'{"kid":' + b"[" * 10_000 + b"]" * 10_000 + b"}").rstrip(b"=").decode()
+    for look in (verifier.at_any_time_untrusted, lambda text: verifier.verify_untrusted(text, NOW)):
+        with pytest.raises(ProtocolError):
+            look(".".join(parts))
 
 
 def test_a_node_key_survives_its_file_and_is_private(tmp_path) -> None:  # type: ignore[no-untyped-def]

@@ -287,3 +287,20 @@ async def test_a_browser_that_nobody_uses_is_signed_out(world: RelayWorld) -> No
     await person.sign_in("ada")
     world.clock.now += idle
     assert "Your account" not in (await person.get("/account")).text
+
+
+@pytest.mark.parametrize("credential", ["", "7", "[]", "{", '{"rawId": 7}', "[" * 5000, '{"rawId":' * 1500])
+async def test_nonsense_for_a_passkey_is_refused_in_words(world: RelayWorld, credential: str) -> None:
+    person = Person(world)
+    page = await person.get("/sign-in")
+    form = next(form for form in forms_of(page.text) if form.action == "/sign-in/passkey")
+    offer = (await person.request("POST", "/sign-in/passkey/offer", form.fields)).json()
+    answer = await person.post(form, credential=credential, mark=offer["mark"])
+    assert (answer.status_code, "not known here" in answer.text) == (401, True)
+    ada = Person(world)
+    await ada.arrive(await add_person(world, "ada"))
+    page = await ada.get("/account")
+    form = next(form for form in forms_of(page.text) if form.action == "/account/passkeys")
+    offer = (await ada.request("POST", "/account/passkeys/offer", form.fields)).json()
+    answer = await ada.post(form, credential=credential, mark=offer["mark"])
+    assert (answer.status_code, "cannot be read" in answer.text) == (409, True)

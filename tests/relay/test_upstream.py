@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from urllib.parse import parse_qs, parse_qsl, urlencode, urlsplit
 import jwt
 import msgspec
 import pytest
-from cryptography.hazmat.primitives.asymmetric import ed25519, rsa
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
 from relay import settings
 from relay.auth.identities import add_identity, select_by_usernames
@@ -40,6 +41,7 @@ class FakeProvider:
     key: ed25519.Ed25519PrivateKey = field(default_factory=ed25519.Ed25519PrivateKey.generate)
     algorithm: str = "EdDSA"
     nonce: str = ""
+    signer: Any = None
     sent: list[tuple[str, str, bytes | None]] = field(default_factory=list)
     published: list[dict[str, Any]] | None = None
 
@@ -67,6 +69,7 @@ class FakeProvider:
             claims |= {"preferred_username": "grace@campus.example", "name": "Grace", **self.claims}
             claims = {name: value for name, value in claims.items() if value is not None}
             key: Any = None if self.algorithm == "none" else self.key if self.algorithm == "EdDSA" else "secret" * 8
+            key = self.signer or key
             document = {"access_token": "at", "id_token": jwt.encode(claims, key, self.algorithm, headers={"kid": "k"})}
         return Answer(200, json.dumps(document).encode())
 
@@ -117,6 +120,61 @@ HOSTILE: tuple[tuple[str, dict[str, Any]], ...] = (
 async def test_a_hostile_provider_is_not(what: str, changes: dict[str, Any]) -> None:
     fake = FakeProvider(nonce="n", **changes)
     with pytest.raises(NotWelcome):
+        await upstream_of(fake).claims("code", "https://relay/x", nonce="n", verifier="v" * 43)
+
+
+SIGNERS: dict[str, Any] = {
+    "EdDSA": ed25519.Ed25519PrivateKey.generate(),
+    "RS256": rsa.generate_private_key(public_exponent=65537, key_size=2048),
+    "PS384": rsa.generate_private_key(public_exponent=65537, key_size=2048),
+    "ES256": ec.generate_private_key(ec.SECP256R1()),
+}
+OF_KEY = {
+    "EdDSA": jwt.algorithms.OKPAlgorithm,
+    "RS256": jwt.algorithms.RSAAlgorithm,
+    "PS384": jwt.algorithms.RSAAlgorithm,
+    "ES256": jwt.algorithms.ECAlgorithm,
+}
+
+
+def _public(name: str, key: Any = None) -> dict[str, Any]:
+    return {**json.loads(OF_KEY[name].to_jwk((key or SIGNERS[name]).public_key())), "kid": "k"}
+
+
+@pytest.mark.parametrize("published", SIGNERS)
+@pytest.mark.parametrize("signed", SIGNERS)
+async def test_only_the_published_key_counts_whatever_the_token_names(signed: str, published: str) -> None:
+    fake = FakeProvider(nonce="n", published=[_public(published)], algorithm=signed, signer=SIGNERS[signed])
+    asked = upstream_of(fake).claims("code", "https://relay/x", nonce="n", verifier="v" * 43)
+    if signed == published:
+        assert (await asked)["sub"] == "s-1"
+    else:
+        with pytest.raises(NotWelcome):
+            await asked
+
+
+@pytest.mark.parametrize("place", ["/.well-known/openid-configuration", "/token", "/keys", "id_token"])
+async def test_documents_of_ten_thousand_boxes_are_told_in_words(place: str) -> None:
+    boxes = b'{"issuer":' + b"[" * 10_000 + b"]" * 10_000 + b"}"
+    fake = FakeProvider(nonce="n")
+    honest = fake.request
+
+    async def request(method: str, url: str, **more: Any) -> Answer:
+        answer = await honest(method, url, **more)
+        if url.endswith("/token") and place == "id_token":
+            header = base64.urlsafe_b64encode(boxes).rstrip(b"=").decode()
+            return Answer(200, json.dumps({"id_token": f"{header}.e30.AAAA"}).encode())
+        return Answer(200, boxes) if url.endswith(place) else answer
+
+    fake.request = request  # type: ignore[method-assign, assignment]
+    with pytest.raises((NotWelcome, OutboundFailed)):
+        await upstream_of(fake).claims("code", "https://relay/x", nonce="n", verifier="v" * 43)
+
+
+async def test_a_short_key_is_not_believed() -> None:
+    key = rsa.generate_private_key(public_exponent=65537, key_size=1024)
+    fake = FakeProvider(nonce="n", published=[_public("RS256", key)], algorithm="RS256", signer=key)
+    with pytest.warns(jwt.warnings.InsecureKeyLengthWarning), pytest.raises(NotWelcome, match="too short"):
         await upstream_of(fake).claims("code", "https://relay/x", nonce="n", verifier="v" * 43)
 
 
