@@ -25,8 +25,9 @@ router = APIRouter(tags=["Auth"])
 
 
 @router.get("/.well-known/openid-configuration")
+@router.get("/.well-known/oauth-authorization-server", include_in_schema=False)
 async def discovery(request: Request) -> dict[str, Any]:
-    """OpenID Connect Discovery 1.0."""
+    """OpenID Connect Discovery 1.0; for clients of plain OAuth, RFC 8414."""
     origin = services_of(request).settings.public_url
     return {
         "issuer": origin,

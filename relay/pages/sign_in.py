@@ -218,7 +218,8 @@ async def _way_back(request: Request) -> tuple[str | None, str]:
     client = await services_of(request).store.read(
         lambda connection: client_for(connection, client_id, unregistered=False)
     )
-    if client is None or origin_of(target) not in {origin_of(uri) for uri in client.redirect_uris}:
+    origin = origin_of(target)
+    if client is None or origin is None or origin not in {origin_of(uri) for uri in client.redirect_uris}:
         return None, ""
     return target, client.name
 
