@@ -133,6 +133,8 @@ class TaskOptions(Record, frozen=True, kw_only=True):
     recursive_symlinks: Literal["ignore", "keep", "copy"] = "ignore"
     # Take over extended attributes of the user's namespace.
     preserve_xattrs: bool = False
+    # Keep several names of one file as such.
+    preserve_hard_links: bool = False
     filter_rules: list[FilterRule] = []
     recursive: bool = False
     ignore_missing: bool = False
@@ -223,7 +225,8 @@ class TaskOrder(Record, frozen=True, kw_only=True):
 class Counters(Record, frozen=True, kw_only=True):
     """Absolute counts of one task so far; they only grow, so a lost progress report loses nothing.
 
-    ``hard_links``: files with more names than one at the source, each of which becomes a file of its own;
+    ``hard_links``: files with more names than one at the source, each of which becomes a file of its own but for
+    ``hard_links_kept``, which became further names of another one;
     ``special_modes``: files with setuid, setgid or sticky, which are not taken over;
     ``xattrs_left_out``: files and folders that lack extended attributes of their source although these were asked for.
     """
@@ -243,6 +246,7 @@ class Counters(Record, frozen=True, kw_only=True):
     skipped_errors: int = 0
     failed: int = 0
     hard_links: int = 0
+    hard_links_kept: int = 0
     special_modes: int = 0
     xattrs_left_out: int = 0
     retrying: int = 0

@@ -159,6 +159,9 @@ def _task_rows(document: Mapping[str, Any]) -> list[tuple[str, object]]:
         rows += flow_rows(flow)
     rows.append(("Rate", f"{human_bytes(int(document.get('effective_bytes_per_second') or 0))}/s"))
     rows.append(("Sent again", human_bytes(int(beside(document).get("bytes_sent_again") or 0))))
+    kept = beside(document).get("hard_links_kept")
+    if kept:
+        rows.append(("Names that are hard links", kept))
     for key, title in _LEFT_OUT:
         if beside(document).get(key):
             rows.append((title, beside(document)[key]))
@@ -170,7 +173,7 @@ def _task_rows(document: Mapping[str, Any]) -> list[tuple[str, object]]:
 
 # What of files is not at the destination as it was at the source, where there was any of it.
 _LEFT_OUT = (
-    ("hard_links", "Hard links, each a file now"),
+    ("hard_links", "Files with several names"),
     ("special_modes", "Without setuid or the like"),
     ("xattrs_left_out", "Without some extended attributes"),
 )

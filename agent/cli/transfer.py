@@ -89,6 +89,13 @@ def _sync_level(_context: click.Context, _parameter: click.Parameter, value: str
     help="Keep modification times.",
 )
 @click.option(
+    "--preserve-hard-links/--no-preserve-hard-links",
+    "--hard-links/--no-hard-links",
+    "preserve_hard_links",
+    default=False,
+    help="Keep several names of one file as such; otherwise each is a copy.",
+)
+@click.option(
     "--preserve-xattrs/--no-preserve-xattrs",
     "--xattrs/--no-xattrs",
     "preserve_xattrs",
@@ -177,6 +184,8 @@ def transfer_data(
     extra: dict[str, Any] = common_fields(submission)
     if options["symlinks"] is not None:
         extra["recursive_symlinks"] = options["symlinks"]
+    if options["preserve_hard_links"]:
+        extra["towpath_preserve_hard_links"] = True
     if options["preserve_xattrs"]:
         extra["towpath_preserve_xattrs"] = True
     if options["relay_path"] is not None:

@@ -242,6 +242,11 @@ class Directory(ABC):
         """
 
     @abstractmethod
+    def link(self, old: bytes, new: bytes, target: Directory | None = None) -> None:
+        """Give the file ``old`` one more name, ``new`` (in ``target``, a folder of the same root), which must not exist
+        (EEXIST). A symlink ``old`` is never followed. EPERM or ENOTSUP where files have one name only."""
+
+    @abstractmethod
     def rename_no_replace(self, old: bytes, new: bytes, target: Directory | None = None) -> None:
         """Like `rename`, but EEXIST if there is anything called ``new``."""
 

@@ -202,6 +202,10 @@ class FaultyDirectory(Directory):
         self.script.before("rename", new)
         self.inner.rename(old, new, _unwrapped(target), replace_symlink=replace_symlink)
 
+    def link(self, old: bytes, new: bytes, target: Directory | None = None) -> None:
+        self.script.before("link", new)
+        self.inner.link(old, new, _unwrapped(target))
+
     def rename_no_replace(self, old: bytes, new: bytes, target: Directory | None = None) -> None:
         self.script.before("rename_no_replace", new)
         self.inner.rename_no_replace(old, new, _unwrapped(target))

@@ -113,6 +113,10 @@ class HidingDirectory(Directory):
         _check([old, new])
         self.inner.rename(old, new, _inner(target), replace_symlink=replace_symlink)
 
+    def link(self, old: bytes, new: bytes, target: Directory | None = None) -> None:
+        _check([old, new])
+        self.inner.link(old, new, _inner(target))
+
     def rename_no_replace(self, old: bytes, new: bytes, target: Directory | None = None) -> None:
         _check([old, new])
         self.inner.rename_no_replace(old, new, _inner(target))

@@ -305,10 +305,21 @@ class MemoryDirectory(Directory):
             elif there is not None and there.kind == "dir":
                 raise _error(errno.EISDIR)
             if there is not None:
-                there.links = 0
+                there.links = 0 if there.kind == "dir" else there.links - 1
             del self._entries()[old]
             folder._entries()[new] = inode
             self._inode.touch()
+            folder._inode.touch()
+
+    def link(self, old: bytes, new: bytes, target: Directory | None = None) -> None:
+        with self._root.lock:
+            folder, inode = self._target(target), self._get(old)
+            if inode.kind == "dir":
+                raise _error(errno.EPERM)
+            if component(new) in folder._entries():
+                raise _error(errno.EEXIST)
+            folder._entries()[new] = inode
+            inode.links += 1
             folder._inode.touch()
 
     def rename_no_replace(self, old: bytes, new: bytes, target: Directory | None = None) -> None:

@@ -319,6 +319,10 @@ class PosixDirectory(Directory):
             raise os_error(errno.EEXIST)
         os.rename(component(old), component(new), src_dir_fd=self._fd, dst_dir_fd=fd)
 
+    def link(self, old: bytes, new: bytes, target: Directory | None = None) -> None:
+        fd = self._fd_of(target)
+        os.link(component(old), component(new), src_dir_fd=self._fd, dst_dir_fd=fd, follow_symlinks=False)
+
     def rename_no_replace(self, old: bytes, new: bytes, target: Directory | None = None) -> None:
         fd, old, new = self._fd_of(target), component(old), component(new)
         try:

@@ -156,12 +156,20 @@ class DirectoryWalk:
         for job in planned.comparisons:
             await run.compare(job)
         copies = planned.copies
+        for name in await run.hard_links.take(planned.shared) if planned.shared else ():
+            if name.decision == "copy":
+                copies.append(name.job)
+            else:
+                await run.hard_links.hand_out(name)
         while copies:
             # A few at a time, so that never many wait with all their attributes.
             ready = await run.read_attributes(copies)
             for job in copies[:ready]:
                 await run.copy(job)
             copies = copies[ready:]
+        if planned.shared:
+            await run.offer()
+            await run.hard_links.room()
 
 
 class Comparisons:
@@ -200,6 +208,7 @@ class Comparisons:
         if theirs == ours:
             run.settle.put(Outcome(job, None))
             return
+        job.place = None
         await run.copy(job)
         await run.offer()
 
@@ -207,6 +216,10 @@ class Comparisons:
         root = self._run.context.root
         descriptor = job.group.handle.open_read(job.name)
         try:
-            return file_digest(root, descriptor, "BLAKE3")
+            digest = file_digest(root, descriptor, "BLAKE3")
+            if job.shared:
+                status = root.fstat(descriptor)
+                job.place = (status.st_dev, status.st_ino)
+            return digest
         finally:
             root.close_file(descriptor)

@@ -14,7 +14,8 @@ from agent.storage.folding import fold_key
 from agent.transfer.checksum import check_given, normalised_algorithm
 from agent.transfer.collisions import collision, losers, twice
 from agent.transfer.compare import Decision, decide
-from agent.transfer.jobs import FileJob, Group, GroupListed, LinkWanted
+from agent.transfer.hard_links import is_shared, shared_name
+from agent.transfer.jobs import FileJob, Group, GroupListed, LinkWanted, SharedName
 from agent.transfer.plan import refusal, sweep_temporaries
 from agent.transfer.run import Run
 from protocol.control import TaskItem
@@ -196,19 +197,31 @@ class ItemPlanner:
         copies = [job for job, decision in zip(jobs, decisions, strict=True) if decision == "copy"]
         while copies:
             copies = copies[await self._run.read_attributes(copies) :]
+        shared: list[SharedName] = []
         for job, decision in zip(jobs, decisions, strict=True):
-            await self._hand_out(job, decision)
+            if isinstance(decision, SharedName):
+                shared.append(decision)
+            else:
+                await self._hand_out(job, decision)
+        for name in await self._run.hard_links.take(shared) if shared else ():
+            await self._run.hard_links.hand_out(name)
         await self._run.offer()
+        await self._run.hard_links.room()
         self._run.settle.put(GroupListed(group))
 
     def _job(self, group: Group, index: int, path: bytes, row: Row) -> FileJob:
         item = self._items[index]
         name = parse_path_untrusted(item.destination_path)[-1]
+        # What has to be compared with a checksum of its own comes on its own.
+        checked = item.external_checksum is not None or item.checksum_algorithm is not None
+        shared = is_shared(row, self._run.options) and not checked
         if row.kind == FILE:
-            group.counts.add_file(row)
+            group.counts.add_file(row, shared=shared)
         elif row.kind == SYMLINK:
             group.counts.symlinks += 1
-        return FileJob(group, index, row, path, name, not item.symlink, item.external_checksum, item.checksum_algorithm)
+        job = FileJob(group, index, row, path, name, not item.symlink, item.external_checksum, item.checksum_algorithm)
+        job.shared = shared
+        return job
 
     def _open(self, parent: CollectionPath, items: list[int]) -> Group:
         context = self._run.context
@@ -218,8 +231,8 @@ class ItemPlanner:
             sweep_temporaries(handle, context.temporary_prefix, keep)
         return Group(-1 - items[0], b"", join_path(parent), handle, items)
 
-    def _decide(self, group: Group, jobs: list[FileJob]) -> list[Decision | TowpathError | int]:
-        decisions: list[Decision | TowpathError | int] = []
+    def _decide(self, group: Group, jobs: list[FileJob]) -> list[Decision | SharedName | TowpathError | int]:
+        decisions: list[Decision | SharedName | TowpathError | int] = []
         for job in jobs:
             if job.item in self._settled:
                 decisions.append(self._settled[job.item])
@@ -242,7 +255,8 @@ class ItemPlanner:
             if job.row.kind == SYMLINK:
                 decisions.append("conflict" if existing is not None and existing.kind == "dir" else "link")
             else:
-                decisions.append(decide(job.row, existing, self._run.options))
+                decision = decide(job.row, existing, self._run.options)
+                decisions.append(shared_name(job, decision, existing, self._run.options) or decision)
         return decisions
 
     async def _hand_out(self, job: FileJob, decision: Decision | TowpathError | int) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from agent.storage.base import Directory
-from agent.transfer.compare import SMALL_FILE, block_count, block_size
+from agent.transfer.compare import SMALL_FILE, Decision, block_count, block_size
 from protocol.errors import TowpathError
 from protocol.session import Row
 
@@ -40,11 +40,15 @@ class Counts:
     hard_links: int = 0
     special_modes: int = 0
     xattrs_left_out: int = 0
+    hard_links_kept: int = 0
+    # Of files with several names that are kept as such, each counted once; part of the total.
+    bytes_shared: int = 0
 
-    def add_file(self, row: Row) -> None:
-        """Count a file that was found at the source, and what of it is not taken over as it is."""
+    def add_file(self, row: Row, *, shared: bool = False) -> None:
+        """Count a file that was found at the source, and what of it is not taken over as it is. The bytes of one that
+        is ``shared`` by several names are counted when it is known whether they come."""
         self.files += 1
-        self.bytes_total += row.size
+        self.bytes_total += 0 if shared else row.size
         self.hard_links += row.links > 1
         self.special_modes += bool(row.mode & SPECIAL_BITS)
 
@@ -94,6 +98,11 @@ class FileJob:
     # Extended attributes to be set, None until the source was asked; how many it has besides, or were refused here.
     attributes: list[tuple[bytes, bytes]] | None = None
     attributes_left_out: int = 0
+    # One of several names of a file, to be kept as such; what (device, inode) it became here, and that it became so by
+    # a link to another name.
+    shared: bool = False
+    place: tuple[int, int] | None = None
+    linked: bool = False
 
     @property
     def small(self) -> bool:
@@ -111,6 +120,20 @@ class FileJob:
     def key(self) -> tuple[int, bytes]:
         """Where the journal keeps this job."""
         return (self.group.id, self.name) if self.group.id > 0 else (-1 - self.item, b"")
+
+
+@dataclass(slots=True, eq=False)
+class SharedName:
+    """One of several names of a file, and what would be done about it alone. ``existing`` is what (device, inode) it is
+    at the destination already, as far as that may be taken for the source's file."""
+
+    job: FileJob
+    decision: Decision
+    existing: tuple[int, int] | None
+
+    @property
+    def source(self) -> tuple[int, int]:
+        return (self.job.row.device, self.job.row.inode)
 
 
 @dataclass(slots=True, eq=False)
@@ -287,6 +310,16 @@ class LinkWanted:
 
 
 @dataclass(slots=True)
+class HardLinkWanted:
+    """To the settler: a file is here already as ``place`` (device, inode) under the path ``target``, and gets the name
+    of the job besides."""
+
+    job: FileJob
+    target: bytes
+    place: tuple[int, int]
+
+
+@dataclass(slots=True)
 class GroupListed:
     """To the settler: every job of this group has been handed out."""
 
@@ -301,6 +334,7 @@ ToSettle = (
     | BlocksChecked
     | FileSealed
     | LinkWanted
+    | HardLinkWanted
     | Outcome
     | GroupListed
 )

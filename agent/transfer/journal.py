@@ -33,8 +33,9 @@ PENDING, ACTIVE, DONE = 0, 1, 2
 _SET_STATE = (
     "UPDATE directories SET state = ?1, crc = crc_of('directories', item, source, destination, mtime_ns, ancestry, ?1)"
 )
-# How a name in `finished` ended; UNCHANGED was found equal by comparing digests.
-TRANSFERRED, FAILED, SKIPPED, UNCHANGED = 1, 2, 3, 4
+# How a name in `finished` ended; UNCHANGED was found equal by comparing digests, LINKED became one
+# more name of a file, KEPT was one already.
+TRANSFERRED, FAILED, SKIPPED, UNCHANGED, LINKED, KEPT = 1, 2, 3, 4, 5, 6
 
 
 class DirectoryRow(msgspec.Struct, frozen=True):
@@ -64,6 +65,15 @@ def bytes_done(row: PartialRow) -> int:
     last, rest = divmod(row.version[2], row.block)
     short = row.block - rest if rest and row.done[last >> 3] >> (last & 7) & 1 else 0
     return count * row.block - short
+
+
+class HardLinkRow(msgspec.Struct, frozen=True, array_like=True):
+    """Where a file with several names at the source is here: with which version it came, under which path it was put,
+    and what (device, inode) it is, since the path may lead to something else by now."""
+
+    version: Version
+    destination: bytes
+    place: tuple[int, int]
 
 
 class Journal:
@@ -207,7 +217,7 @@ class Journal:
     def start_over(self) -> None:
         """Forget what is planned and settled: it was for another place. Events stay."""
         with self._using():
-            for table in ("items", "directories", "finished", "partial", "extras"):
+            for table in ("items", "directories", "finished", "partial", "extras", "hard_links"):
                 self._connection.execute(f"DELETE FROM {table}")  # noqa: S608
             self.put_counters(Counters())
             self.put("settled", b"0")
@@ -318,6 +328,27 @@ class Journal:
     def drop_partial(self, directory: int, name: bytes) -> None:
         with self._using():
             self._connection.execute("DELETE FROM partial WHERE directory = ? AND name = ?", (directory, name))
+
+    # --- files with several names ----------------------------------------------------------------------
+
+    def hard_links(self, sources: Iterable[tuple[int, int]]) -> dict[tuple[int, int], HardLinkRow]:
+        """Which of these files (device and inode at the source) are here already."""
+        found = {}
+        with self._using():
+            for source in sources:
+                row = self._connection.execute(
+                    "SELECT body FROM hard_links WHERE source = ?", (msgspec.msgpack.encode(source),)
+                ).fetchone()
+                if row is not None:
+                    found[source] = msgspec.msgpack.decode(row[0], type=HardLinkRow)
+        return found
+
+    def put_hard_link(self, source: tuple[int, int], row: HardLinkRow) -> None:
+        with self._using():
+            self._connection.execute(
+                "INSERT OR REPLACE INTO hard_links VALUES (?1, ?2, crc_of('hard_links', ?1, ?2))",
+                (msgspec.msgpack.encode(source), msgspec.msgpack.encode(row)),
+            )
 
     # --- extras ----------------------------------------------------------------------------------------
 

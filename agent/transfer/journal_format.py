@@ -15,7 +15,7 @@ import msgspec
 from agent.state_files import pragmas
 from agent.transfer.state_trouble import StateDamaged, StateTrouble
 
-VERSION = 3
+VERSION = 4
 
 _SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value BLOB NOT NULL, crc INTEGER NOT NULL) WITHOUT ROWID;
@@ -55,6 +55,7 @@ CREATE TABLE extras (
     crc INTEGER NOT NULL,
     PRIMARY KEY (destination, name)
 ) STRICT, WITHOUT ROWID;
+CREATE TABLE hard_links (source BLOB PRIMARY KEY, body BLOB NOT NULL, crc INTEGER NOT NULL) STRICT, WITHOUT ROWID;
 CREATE TABLE events (seq INTEGER PRIMARY KEY, body BLOB NOT NULL, crc INTEGER NOT NULL) STRICT
 """
 
@@ -67,6 +68,7 @@ _CHECKED = {
     "finished": "directory, name, outcome",
     "partial": "directory, name, temporary, version, block, done",
     "extras": "destination, name",
+    "hard_links": "source, body",
     "events": "seq, body",
 }
 
@@ -79,10 +81,15 @@ _UPGRADES = {
     2: [
         statement
         for table, columns in _CHECKED.items()
+        if table != "hard_links"
         for statement in (
             f"ALTER TABLE {table} ADD COLUMN crc INTEGER NOT NULL DEFAULT 0",
             f"UPDATE {table} SET crc = crc_of('{table}', {columns})",  # noqa: S608
         )
+    ],
+    3: [
+        "CREATE TABLE hard_links (source BLOB PRIMARY KEY, body BLOB NOT NULL, crc INTEGER NOT NULL) "
+        "STRICT, WITHOUT ROWID"
     ],
 }
 # The format once more, under a checksum: a flipped bit in the one SQLite keeps must not look like another version.
@@ -107,7 +114,7 @@ def prepare(connection: sqlite3.Connection, path: Path) -> None:
         )
     for pragma in pragmas(path.parent):
         connection.execute(pragma)
-    if not (_is_whole(connection) if version == VERSION else _bring_up(connection, version)):
+    if (version < VERSION and not _bring_up(connection, version)) or not _is_whole(connection):
         raise _damaged(path)
 
 
@@ -168,6 +175,6 @@ def _bring_up(connection: sqlite3.Connection, version: int) -> bool:
         connection.execute(statement)
     connection.execute(f"PRAGMA user_version = {VERSION}")
     value = b"%d" % VERSION
-    connection.execute("INSERT INTO meta VALUES (?1, ?2, crc_of('meta', ?1, ?2))", (_FORMAT, value))
+    connection.execute("INSERT OR REPLACE INTO meta VALUES (?1, ?2, crc_of('meta', ?1, ?2))", (_FORMAT, value))
     connection.execute("COMMIT")
     return True

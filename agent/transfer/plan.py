@@ -20,8 +20,9 @@ from agent.storage.folding import fold_key
 from agent.storage.rules import included
 from agent.transfer.collisions import collision, losers
 from agent.transfer.compare import Decision, decide
-from agent.transfer.jobs import FileJob, Group
-from agent.transfer.journal import FAILED, SKIPPED, UNCHANGED, DirectoryRow, Journal
+from agent.transfer.hard_links import is_shared, shared_name
+from agent.transfer.jobs import FileJob, Group, SharedName
+from agent.transfer.journal import FAILED, KEPT, LINKED, SKIPPED, UNCHANGED, DirectoryRow, Journal
 from agent.transfer.patience import Patience
 from protocol.control import TaskItem, TaskOptions
 from protocol.errors import ItemFailed, ProtocolError, TowpathError
@@ -39,6 +40,7 @@ class Planned:
     copies: list[FileJob] = field(default_factory=list)
     comparisons: list[FileJob] = field(default_factory=list)
     links: list[FileJob] = field(default_factory=list)
+    shared: list[SharedName] = field(default_factory=list)
     failures: list[tuple[FileJob, TowpathError]] = field(default_factory=list)
     directories: list[tuple[int, bytes, bytes, int, list[tuple[int, int]]]] = field(default_factory=list)
 
@@ -118,7 +120,7 @@ class DirectoryPlanner:
                 self._plan_row(row, planned, losers.get(row.name))
         self._journal.add_directories(planned.directories)
         self.group.planned += len(planned.copies) + len(planned.comparisons)
-        self.group.planned += len(planned.links) + len(planned.failures)
+        self.group.planned += len(planned.links) + len(planned.failures) + len(planned.shared)
         return planned
 
     def _losers(self, rows: list[Row]) -> dict[bytes, bytes]:
@@ -131,11 +133,12 @@ class DirectoryPlanner:
     def _plan_row(self, row: Row, planned: Planned, winner: bytes | None) -> None:
         counts = self.group.counts
         job = FileJob(self.group, self._row.item, row, row.name, row.name, self._options.recursive_symlinks == "copy")
+        job.shared = is_shared(row, self._options)
         if row.kind == FILE:
-            counts.add_file(row)
+            counts.add_file(row, shared=job.shared)
         outcome = self._finished.get(row.name)
         if outcome is not None:
-            count_finished(self.group, row, outcome, verified=self._options.verify_checksum)
+            count_finished(self.group, row, outcome, verified=self._options.verify_checksum, shared=job.shared)
             return
         if winner is not None:
             planned.failures.append((job, collision(row.name, winner)))
@@ -165,7 +168,12 @@ class DirectoryPlanner:
             except OSError as error:
                 planned.failures.append((job, self._lasting(job, error)))
                 return "ignore"
-        return decide(row, existing, self._options)
+        decision = decide(row, existing, self._options)
+        name = shared_name(job, decision, existing, self._options)
+        if name is None:
+            return decision
+        planned.shared.append(name)
+        return "ignore"
 
     def _plan_directory(self, row: Row, job: FileJob, planned: Planned) -> None:
         identity = (row.device, row.inode)
@@ -212,15 +220,21 @@ class DirectoryPlanner:
         )
 
 
-def count_finished(group: Group, row: Row, outcome: int, *, verified: bool) -> None:
+def count_finished(group: Group, row: Row, outcome: int, *, verified: bool, shared: bool = False) -> None:
     """Settled in an earlier run: only the counts of this group must know."""
     counts = group.counts
+    if shared and outcome not in (LINKED, KEPT):
+        counts.bytes_total += row.size
     if outcome == FAILED:
         counts.failed += 1
     elif outcome == SKIPPED:
         counts.skipped_errors += 1
-    elif outcome == UNCHANGED:
+    elif outcome in (UNCHANGED, KEPT):
         counts.files_skipped += 1
+        counts.hard_links_kept += outcome == KEPT
+    elif outcome == LINKED:
+        counts.files_transferred += 1
+        counts.hard_links_kept += 1
     elif row.kind == SYMLINK:
         counts.symlinks += 1
         counts.symlinks_transferred += 1

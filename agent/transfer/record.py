@@ -7,7 +7,18 @@ from collections.abc import Callable, Iterable
 import msgspec
 
 from agent.transfer.jobs import FileJob, Group, LargeFile, Outcome
-from agent.transfer.journal import FAILED, SKIPPED, TRANSFERRED, UNCHANGED, Journal, PartialRow, bytes_done
+from agent.transfer.journal import (
+    FAILED,
+    KEPT,
+    LINKED,
+    SKIPPED,
+    TRANSFERRED,
+    UNCHANGED,
+    HardLinkRow,
+    Journal,
+    PartialRow,
+    bytes_done,
+)
 from agent.transfer.manifest import ManifestWriter, SkippedRow, TransferredRow
 from protocol.control import Counters
 
@@ -71,6 +82,11 @@ class Record:
         for job, checksum in done:
             counts, size = job.group.counts, job.row.size
             counts.files_transferred += 1
+            if job.linked:
+                counts.hard_links_kept += 1
+                rows.append(TransferredRow(job.source_path, job.destination_path, size))
+                continue
+            self._note_place(job)
             counts.bytes_transferred += size
             counts.xattrs_left_out += job.attributes_left_out > 0
             if self._verify:
@@ -92,6 +108,8 @@ class Record:
             job, error = outcome.job, outcome.error
             if error is None:
                 job.group.counts.files_skipped += 1
+                job.group.counts.hard_links_kept += job.linked
+                self._note_place(job)
                 continue
             if outcome.skipped:
                 job.group.counts.skipped_errors += 1
@@ -99,6 +117,12 @@ class Record:
                 job.group.counts.failed += 1
             rows.append(skipped_row(job, error, self._now()))
         self._append(self._skipped, rows)
+
+    def _note_place(self, job: FileJob) -> None:
+        """Remember what a file with several names became, for the other ones."""
+        if job.place is not None:
+            row = HardLinkRow(job.row.version, job.destination_path, job.place)
+            self.journal.put_hard_link((job.row.device, job.row.inode), row)
 
     def _append(self, manifest: ManifestWriter, rows: list[TransferredRow] | list[SkippedRow]) -> None:
         if rows:
@@ -130,7 +154,9 @@ class Record:
             groups[id(outcome.job.group)] = outcome.job.group
         done = [group for group in groups.values() if group.complete]
         done_ids = {group.id for group in done if group.id > 0}
-        finished = [(*job.key, TRANSFERRED) for job in settled if job.group.id not in done_ids]
+        finished = [
+            (*job.key, LINKED if job.linked else TRANSFERRED) for job in settled if job.group.id not in done_ids
+        ]
         finished += [
             (*outcome.job.key, _outcome_code(outcome)) for outcome in outcomes if outcome.job.group.id not in done_ids
         ]
@@ -187,11 +213,12 @@ def add_counts(counters: Counters, group: Group) -> Counters:
     """Task counters with a group's counts added; counts of errors met during the scan are part of the group."""
     counts = group.counts
     names: Iterable[str] = counts.__slots__
-    changes = {name: getattr(counters, name) + getattr(counts, name) for name in names}
+    changes = {name: getattr(counters, name) + getattr(counts, name) for name in names if name != "bytes_shared"}
+    changes["bytes_total"] += counts.bytes_shared
     return msgspec.structs.replace(counters, **changes)
 
 
 def _outcome_code(outcome: Outcome) -> int:
     if outcome.error is None:
-        return UNCHANGED
+        return KEPT if outcome.job.linked else UNCHANGED
     return SKIPPED if outcome.skipped else FAILED

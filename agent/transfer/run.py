@@ -16,7 +16,7 @@ from agent.limits.pace import Pace
 from agent.storage.base import Root
 from agent.transfer.budget import Budget
 from agent.transfer.fetch import Fetcher
-from agent.transfer.jobs import FileJob, Group, LargeFile
+from agent.transfer.jobs import FileJob, Group, LargeFile, SharedName
 from agent.transfer.journal import Journal
 from agent.transfer.manifest import ManifestWriter
 from agent.transfer.patience import Patience
@@ -54,6 +54,19 @@ class Failures(Protocol):
         """A file could not be brought over this time."""
 
 
+class SharedNames(Protocol):
+    """Keeps several names of one file as such. Methods are called in the trio thread."""
+
+    async def take(self, names: Sequence[SharedName]) -> list[SharedName]:
+        """Take names that were planned; those that lead come back and are to be handed out as what they are."""
+
+    async def hand_out(self, name: SharedName) -> None:
+        """Do about a leader what was decided about it alone; `Run.offer` must follow."""
+
+    async def room(self) -> None:
+        """Wait while very many names wait. What `take` gave back must have been handed out."""
+
+
 class Run(Reports, Protocol):
     """See the module. But for `Reports`, `settle` and `temporary_name`, all is for the trio thread."""
 
@@ -68,6 +81,9 @@ class Run(Reports, Protocol):
 
     @property
     def retries(self) -> Failures: ...
+
+    @property
+    def hard_links(self) -> SharedNames: ...
 
     @property
     def stopping(self) -> bool:

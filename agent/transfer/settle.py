@@ -31,6 +31,7 @@ from agent.transfer.jobs import (
     FileSealed,
     Group,
     GroupListed,
+    HardLinkWanted,
     LargeFile,
     LinkWanted,
     Outcome,
@@ -39,6 +40,7 @@ from agent.transfer.jobs import (
     ToSettle,
 )
 from agent.transfer.journal import Journal
+from agent.transfer.links import add_name, place_of
 from agent.transfer.manifest import ManifestWriter
 from agent.transfer.record import Record
 from agent.transfer.side_thread import Broken, SideThread
@@ -62,6 +64,7 @@ class SettleReports(Protocol):
     def blocks_settled(self, size: int) -> None: ...
     def job_failed(self, job: FileJob, error: TowpathError) -> None: ...
     def attribute_refused(self, job: FileJob, error: OSError) -> None: ...
+    def hard_link_failed(self, job: FileJob, error: OSError) -> None: ...
     def file_failed(self, file: LargeFile, error: TowpathError) -> None: ...
     def refetch(self, file: LargeFile, index: int) -> None: ...
     def abandoned(self, file: LargeFile, error: TowpathError) -> None: ...
@@ -246,6 +249,8 @@ class Settler:
             self._file_sealed(item)
         elif isinstance(item, LinkWanted):
             self._link(item)
+        elif isinstance(item, HardLinkWanted):
+            self._hard_link(item)
         elif isinstance(item, Abandoned):
             self._ask_checker(partial(self._abandon, item))
         elif isinstance(item, PartDropped):
@@ -310,12 +315,14 @@ class Settler:
             mode = job.row.mode & self._mode_mask
             if mode & OWNER_ACCESS != OWNER_ACCESS:
                 handle.set_mode(item.name, mode)
+            place = place_of(handle, item.name) if job.shared else None
             handle.rename(item.name, job.name)
         except TowpathError as error:
             self._small.drop(item, error)
         except OSError as error:
             self._small.drop(item, fault(error, "destination", job.destination_path))
         else:
+            job.place = place
             self._names.transferred.append((job, checksum))
             self._names.touch(job.group)
 
@@ -356,6 +363,7 @@ class Settler:
                 raise item.error
             if job.external_checksum is not None or job.algorithm is not None:
                 checksum = self._published_digest(job, file.temporary)
+            place = place_of(job.group.handle, file.temporary) if job.shared else None
             job.group.handle.rename(file.temporary, job.name)
         except (TowpathError, OSError) as error:
             problem = fault(error, "destination", job.destination_path) if isinstance(error, OSError) else error
@@ -363,6 +371,7 @@ class Settler:
             self.record.part_dropped(file)
             self._reports.job_failed(job, problem)
             return
+        job.place = place
         self._names.transferred.append((job, checksum))
         self._names.complete.append(file)
         self._names.touch(job.group)
@@ -381,6 +390,20 @@ class Settler:
             self._reports.job_failed(job, fault(error, "destination", job.destination_path))
             return
         self._names.linked.append(job)
+        self._names.touch(job.group)
+
+    def _hard_link(self, link: HardLinkWanted) -> None:
+        job, temporary = link.job, self._temporary_name()
+        try:
+            add_name(self._root, link, temporary)
+        except OSError as error:
+            self.remover.remove(job.group, temporary)
+            self._reports.hard_link_failed(job, error)
+            return
+        # Where the name was one of this file already, renaming has changed nothing.
+        self.remover.remove(job.group, temporary)
+        job.linked = True
+        self._names.transferred.append((job, None))
         self._names.touch(job.group)
 
     def _outcome(self, outcome: Outcome) -> None:

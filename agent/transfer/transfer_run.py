@@ -25,6 +25,7 @@ from agent.transfer.attributes import Attributes, attributes_size
 from agent.transfer.budget import Budget, charge
 from agent.transfer.directories import Comparisons, DirectoryWalk
 from agent.transfer.fetch import Fetcher
+from agent.transfer.hard_links import HardLinks
 from agent.transfer.items import ItemPlanner
 from agent.transfer.jobs import FileJob, Group, LargeFile, Outcome
 from agent.transfer.lanes import Lanes, OpenLane
@@ -95,6 +96,7 @@ class TransferRun:
             partial(self._soon, context.on_fault),
         )
         self.attributes = Attributes(self, wanted=self.options.preserve_xattrs)
+        self.hard_links = HardLinks(self)
         self.retries = Retries(self)
         self.large = LargeFiles(self)
         self._comparisons = Comparisons(self)
@@ -313,7 +315,7 @@ class TransferRun:
 
     def count_finished(self, job: FileJob, outcome: int) -> None:
         """A single item that an earlier run settled."""
-        count_finished(job.group, job.row, outcome, verified=self.options.verify_checksum)
+        count_finished(job.group, job.row, outcome, verified=self.options.verify_checksum, shared=job.shared)
 
     def give_up(self, job: FileJob, error: TowpathError, discard: LargeFile | None = None) -> None:
         """End a job with an error: it is listed, counted, and the rest goes on."""
@@ -339,6 +341,9 @@ class TransferRun:
     def attribute_refused(self, job: FileJob, error: OSError) -> None:
         self._soon(self.attributes.refused, job.destination_path, error)
 
+    def hard_link_failed(self, job: FileJob, error: OSError) -> None:
+        self._soon(self.hard_links.failed, job, error)
+
     def file_failed(self, file: LargeFile, error: TowpathError) -> None:
         self._soon(self.large.failed, file, error)
 
@@ -348,6 +353,9 @@ class TransferRun:
     def settled(self, jobs: list[FileJob], released: int) -> None:
         if released:
             self._soon(self.budget.release, released)
+        shared = [job for job in jobs if job.shared] if self.options.preserve_hard_links else []
+        if shared:
+            self._soon(self.hard_links.settled, shared)
 
     def blocks_settled(self, size: int) -> None:
         self._soon(self.budget.release, size)

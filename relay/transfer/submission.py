@@ -184,6 +184,7 @@ def _transfer_options(fields: Fields) -> TaskOptions:
         delete_destination_extra_limit=fields.integer("delete_destination_extra_limit", 0, 10**12),
         recursive_symlinks=symlinks,
         # Ours, beside theirs: what else of a file's properties is taken over.
+        preserve_hard_links=fields.boolean("towpath_preserve_hard_links", False),
         preserve_xattrs=fields.boolean("towpath_preserve_xattrs", False),
         filter_rules=rules,
         relay_path=relay_path,

@@ -234,7 +234,26 @@ async def test_a_journal_of_the_first_format_is_upgraded_and_gone_on_with(quick_
     connection = sqlite3.connect(engine.state / "journal.sqlite")
     for table in ("meta", "items", "directories", "finished", "partial", "events"):
         connection.execute(f"ALTER TABLE {table} DROP COLUMN crc")
-    connection.executescript("DELETE FROM meta WHERE key = 'format'; DROP TABLE extras; PRAGMA user_version = 1;")
+    connection.executescript(
+        "DELETE FROM meta WHERE key = 'format'; DROP TABLE extras; DROP TABLE hard_links; PRAGMA user_version = 1;"
+    )
+    connection.close()
+    after = engine.revived()
+    observed = await after.run()
+    assert observed.state == "SUCCEEDED", observed
+    assert "JOURNAL_REBUILT" not in after.codes()
+    assert contents(engine.destination) == contents(engine.source)
+
+
+async def test_a_journal_of_the_format_before_hard_links_is_upgraded_and_gone_on_with(quick_path: Path) -> None:
+    import sqlite3
+
+    engine, _ = await interrupted(quick_path)
+    connection = sqlite3.connect(engine.state / "journal.sqlite")
+    connection.create_function("crc_of", 3, lambda *values: zlib.crc32(msgspec.msgpack.encode(values)))
+    connection.execute("UPDATE meta SET value = ?1, crc = crc_of('meta', key, ?1) WHERE key = 'format'", (b"3",))
+    connection.commit()
+    connection.executescript("DROP TABLE hard_links; PRAGMA user_version = 3;")
     connection.close()
     after = engine.revived()
     observed = await after.run()

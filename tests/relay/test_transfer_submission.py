@@ -50,6 +50,7 @@ def test_every_field_arrives() -> None:
         towpath_relay="until-direct",
         towpath_transport="tcp",
         towpath_preserve_xattrs=True,
+        towpath_preserve_hard_links=True,
         filter_rules=[
             {"DATA_TYPE": "filter_rule", "method": "include", "name": "*.txt", "type": "file"},
             {"DATA_TYPE": "filter_rule", "method": "exclude", "name": "*", "type": None},
@@ -75,6 +76,7 @@ def test_every_field_arrives() -> None:
             options.fail_on_quota_errors,
             options.delete_destination_extra,
             options.preserve_xattrs,
+            options.preserve_hard_links,
         ]
     )
     assert [(rule.method, rule.name, rule.type) for rule in options.filter_rules] == [
@@ -96,7 +98,7 @@ def test_defaults_are_those_of_the_api() -> None:
     assert options.verify_checksum is False
     assert options.recursive_symlinks == "ignore"
     assert (options.relay_path, options.transport) == ("allow", "auto")
-    assert options.preserve_xattrs is False
+    assert (options.preserve_xattrs, options.preserve_hard_links) == (False, False)
     assert transfer(DATA=[ITEM]).items[0].recursive is None
     assert delete(recursive=None).options.recursive is False
 
