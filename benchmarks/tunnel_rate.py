@@ -1,10 +1,11 @@
 """How fast the relay's tunnel is beside a direct lane, and what it costs the relay.
 
-    python benchmarks/tunnel_rate.py [--size MiB] [--lanes N] [--runs N]
+    python benchmarks/tunnel_rate.py [--size MiB] [--lanes N] [--runs N] [--websocket 0|1|2]
 
 A sender and a receiver process with one blocking TLS 1.3 socket each (a lane as the transfer engine has it), memory to
-memory, once directly over loopback and once through a relay's port and its moving process. Prints medians, the ratio,
-and the moving process's CPU seconds per GiB. Both ends and the relay share this machine's cores.
+memory, once directly over loopback and once through a relay's port and its moving process, with none, one or both of
+the two legs inside WebSocket. Prints medians, the ratio, and CPU seconds per GiB of the relay's processes: the moving
+one, and with WebSocket the carrying one. Both ends and the relay share this machine's cores.
 """
 
 from __future__ import annotations
@@ -86,8 +87,8 @@ def direct(size: int, lanes: int) -> float:
                 socket.close(descriptor)
 
 
-async def tunnelled(size: int, lanes: int) -> tuple[float, float]:
-    async with tunnel_world() as world:
+async def tunnelled(size: int, lanes: int, inside: int) -> tuple[float, float, float]:
+    async with tunnel_world(websocket=inside) as world:
         async with trio.open_nursery() as nursery:
             pairs: list[tuple[int, int]] = []
             done = trio.Event()
@@ -102,13 +103,14 @@ async def tunnelled(size: int, lanes: int) -> tuple[float, float]:
             for _ in range(lanes):
                 nursery.start_soon(enter)
         await trio.sleep(1.2)
-        before = world.service.statistics().cpu
+        before = world.service.statistics().cpu, world.relay.statistics().cpu
         seconds = await trio.to_thread.run_sync(run_pairs, pairs, size)
         for pair in pairs:
             for descriptor in pair:
                 socket.close(descriptor)
         await trio.sleep(1.5)
-        return seconds, world.service.statistics().cpu - before
+        moving, carrying = world.service.statistics().cpu, world.relay.statistics().cpu
+        return seconds, moving - before[0], carrying - before[1]
 
 
 def main() -> None:
@@ -116,19 +118,23 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=1024, help="MiB for each run")
     parser.add_argument("--lanes", type=int, default=1)
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--websocket", type=int, default=0, choices=(0, 1, 2), help="legs inside WebSocket")
     arguments = parser.parse_args()
     size = arguments.size * PIECE
-    plain, through, cpu = [], [], []
+    plain, through, cpu, carried = [], [], [], []
     for _ in range(arguments.runs):
         plain.append(size / direct(size, arguments.lanes) / 1e6)
-        seconds, spent = trio.run(partial(tunnelled, size, arguments.lanes))
+        seconds, spent, carrying = trio.run(partial(tunnelled, size, arguments.lanes, arguments.websocket))
         through.append(size / seconds / 1e6)
         cpu.append(spent / (size / 2**30))
+        carried.append(carrying / (size / 2**30))
     fast, slow = statistics.median(plain), statistics.median(through)
     print(f"direct   {fast:7.0f} MB/s ({min(plain):.0f}-{max(plain):.0f}), {arguments.lanes} lane(s)")
     print(f"tunnel   {slow:7.0f} MB/s ({min(through):.0f}-{max(through):.0f})")
     print(f"ratio    {slow / fast:7.2f}")
     print(f"relay    {statistics.median(cpu):7.2f} CPU s/GiB in the moving process")
+    if arguments.websocket:
+        print(f"         {statistics.median(carried):7.2f} CPU s/GiB in the carrying process")
 
 
 if __name__ == "__main__":

@@ -40,11 +40,15 @@ class _Process:
         next_look = time.monotonic() + _LOOK_EVERY
         while not self._gone:
             wait = 0.0 if self._busy else max(0.0, next_look - time.monotonic())
-            ready = [key.data for key, _ in self._selector.select(wait)]
-            if None in ready:
-                self._take_orders()
-            busy, self._busy = self._busy, deque()
-            for shuttle in dict.fromkeys([*busy, *(one for one in ready if one is not None)]):
+            turns = dict.fromkeys(self._busy)
+            self._busy.clear()
+            for key, _ in self._selector.select(wait):
+                if key.data is None:
+                    self._take_orders()
+                else:
+                    key.data.ready(key.fileobj)
+                    turns[key.data] = None
+            for shuttle in turns:
                 self._step(shuttle)
             if time.monotonic() >= next_look:
                 next_look = time.monotonic() + _LOOK_EVERY

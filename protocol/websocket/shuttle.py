@@ -74,7 +74,9 @@ class Shuttle:
         self._in: deque[memoryview] = deque()
         self._local_ended = self._told_end = False
         self._tls_wants = 0
-        self._local_writable = self._local_readable = True
+        # Reading in vain costs more than a read: each side is read again only when it is said to have something.
+        self._tls_quiet = self._local_quiet = False
+        self._buffer = memoryview(bytearray(FEED))
         self.again = False
 
     # --- for the loop ----------------------------------------------------------------------------------------
@@ -93,6 +95,13 @@ class Shuttle:
         if self._opened and not self._out and not self._local_ended:
             local |= selectors.EVENT_READ
         return outside, local
+
+    def ready(self, sock: object) -> None:
+        """One of `sockets` is ready for something of what `wishes` said."""
+        if sock is self._tls:
+            self._tls_quiet = False
+        else:
+            self._local_quiet = False
 
     def step(self, now: float) -> None:
         """Do what can be done. Raises `Over` when nothing is left to do."""
@@ -172,11 +181,11 @@ class Shuttle:
         while moved < QUANTUM:
             before = moved
             self._send()
-            if self._core.is_open and not self._out and not self._local_ended:
+            if self._core.is_open and not (self._out or self._local_ended or self._local_quiet):
                 moved += self._read_local()
             self._send()
             moved += self._deliver()
-            if not self._in:
+            if not self._in and not self._tls_quiet:
                 moved += self._receive(now)
             if moved == before:
                 break
@@ -204,6 +213,7 @@ class Shuttle:
         try:
             data = self._local.recv(MESSAGE)
         except BlockingIOError:
+            self._local_quiet = True
             return 0
         if data:
             self._core.send(data)
@@ -214,13 +224,8 @@ class Shuttle:
         return len(data) + 1
 
     def _receive(self, now: float) -> int:
-        try:
-            data = self._tls.recv(FEED)
-        except ssl.SSLWantReadError:
-            self._tls_wants |= selectors.EVENT_READ
-            return 0
-        except ssl.SSLWantWriteError:
-            self._tls_wants |= selectors.EVENT_WRITE
+        data = self._read_outside()
+        if data is None:
             return 0
         if not data and (self._leaving or (self._core.ended and self._core.peer_ended)):
             raise Over("Both sides are done.")
@@ -237,6 +242,24 @@ class Shuttle:
             if self._tells:
                 self._in.appendleft(memoryview(encode_line(Verdict(joined=True))))
         return len(data)
+
+    def _read_outside(self) -> bytes | None:
+        """Some records' content, empty at the end of the connection, None when there is nothing now."""
+        size = 0
+        while size < FEED:
+            try:
+                more = self._tls.recv_into(self._buffer[size:])
+            except ssl.SSLWantReadError:
+                self._tls_quiet = True
+                break
+            except ssl.SSLWantWriteError:
+                self._tls_wants |= selectors.EVENT_WRITE
+                self._tls_quiet = True
+                break
+            if not more:
+                return bytes(self._buffer[:size])
+            size += more
+        return bytes(self._buffer[:size]) if size else None
 
     def _deliver(self) -> int:
         size = 0
