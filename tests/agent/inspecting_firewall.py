@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import trio
 
 from relay.dispatch import peek_client_hello
-from tests.agent.proxy_server import _copy
+from tests.agent.proxy_server import copy
 
 HTTP = frozenset({"h2", "http/1.1", "http/1.0"})
 
@@ -36,8 +36,8 @@ class Firewall:
                 return
             onward = await trio.open_tcp_stream("127.0.0.1", self.target)
             async with onward, trio.open_nursery() as nursery:
-                nursery.start_soon(_copy, stream, onward)
-                nursery.start_soon(_copy, onward, stream)
+                nursery.start_soon(copy, stream, onward)
+                nursery.start_soon(copy, onward, stream)
 
 
 @asynccontextmanager

@@ -56,11 +56,17 @@ class ProxyServer:
         self.connected += 1
         async with onward, trio.open_nursery() as nursery:
             await stream.send_all(b"HTTP/1.1 200 Connection established\r\nVia: test\r\n\r\n")
-            nursery.start_soon(_copy, stream, onward)
-            nursery.start_soon(_copy, onward, stream)
+            if await self.begin(stream, onward):
+                nursery.start_soon(copy, stream, onward)
+                nursery.start_soon(copy, onward, stream)
+
+    async def begin(self, stream: trio.SocketStream, onward: trio.SocketStream) -> bool:
+        """Whether the connection may go on, once the client knows that it is made."""
+        await trio.lowlevel.checkpoint()
+        return True
 
 
-async def _copy(source: trio.SocketStream, target: trio.SocketStream) -> None:
+async def copy(source: trio.SocketStream, target: trio.SocketStream) -> None:
     try:
         while data := await source.receive_some(256 * 1024):
             await target.send_all(data)

@@ -25,6 +25,7 @@ from agent.demo.children import Child, Warden, run_tool, warden
 from agent.demo.world import clean_environment, program
 
 RELAY_ADDRESS = "203.0.113.100"
+RELAY_ADDRESS_6 = "2001:db8::100"
 HERE = Path(__file__).parent
 # One leg's delay, one way: 30 ms from an agent to the relay and back, 60 ms between two agents.
 DELAY = 0.015
@@ -279,15 +280,16 @@ def _in(namespace: str, command: list[str]) -> list[str]:
 
 
 @asynccontextmanager
-async def open_lab(directory: Path) -> AsyncIterator[Lab]:
-    """Build everything below a directory; on leaving, processes and namespaces are gone."""
+async def open_lab(directory: Path, version: int = 4) -> AsyncIterator[Lab]:
+    """Build everything below a directory; on leaving, processes and namespaces are gone. ``version`` is that of the
+    only Internet Protocol there is."""
     tag = f"{os.getpid() % 100_000}"
     hosts = {name: Host(name, f"twp{tag}-{name}", f"t{tag}{name}") for name in ("relay", "a", "b")}
     emulator = Emulator([host.device for host in hosts.values()])
     try:
         for host in hosts.values():
             host.create()
-        async with warden() as guard, _running(directory, hosts, emulator, guard) as lab:
+        async with warden() as guard, _running(directory, hosts, emulator, guard, version) as lab:
             yield lab
     finally:
         emulator.close()
@@ -296,13 +298,16 @@ async def open_lab(directory: Path) -> AsyncIterator[Lab]:
 
 
 @asynccontextmanager
-async def _running(directory: Path, hosts: dict[str, Host], emulator: Emulator, guard: Warden) -> AsyncIterator[Lab]:
+async def _running(
+    directory: Path, hosts: dict[str, Host], emulator: Emulator, guard: Warden, version: int
+) -> AsyncIterator[Lab]:
     environment = clean_environment(os.environ)
     relay_host = hosts["relay"]
-    relay_host.use([RELAY_ADDRESS])
-    url = f"https://{RELAY_ADDRESS}"
+    address, everywhere = (RELAY_ADDRESS, "0.0.0.0") if version == 4 else (RELAY_ADDRESS_6, "::")
+    relay_host.use([address])
+    url = f"https://{address}" if version == 4 else f"https://[{address}]"
     command = [program("towpath-relay")]
-    where = ("--directory", str(directory / "relay"), "--host", "0.0.0.0", "--port", "443", "--url", url)
+    where = ("--directory", str(directory / "relay"), "--host", everywhere, "--port", "443", "--url", url)
     await run_tool([*command, "init", *where, "--name", "lab"], environment)
     command += ["--config", str(directory / "relay" / "relay.yaml")]
     relay = Child("relay", _in(relay_host.namespace, [*command, "serve"]), environment, directory / "relay.log", guard)
@@ -319,7 +324,8 @@ async def _running(directory: Path, hosts: dict[str, Host], emulator: Emulator, 
         client = Relay(Profile(url, made["client_id"], made["client_secret"], ca_file), http_timeout=20.0)
         lab = Lab(directory, emulator, relay_host, relay, sites, client)
         for name in ("a", "b"):
-            hosts[name].use([f"203.0.113.{50 + len(sites)}"])
+            number = 50 + len(sites)
+            hosts[name].use([f"203.0.113.{number}" if version == 4 else f"2001:db8::{number}"])
             options = ("--owner", "researcher", "--grant", f"{made['client_id']}:administrator", "--json")
             key = json_of(await run_tool([*command, "collection", "add", name, *options], environment))
             home = directory / name

@@ -2,6 +2,7 @@
 
 ``D`` direct TCP: somebody can be reached or has a port mapping. ``P`` punched, TCP and UDP both could. ``T`` punched,
 TCP alone. ``R`` through the relay only. ``Q``: UDP alone could, over QUIC. The relay listens on 443.
+Kinds outside of the table: ``https``, which lets out only TLS that names HTTP, and ``proxy``, only an HTTP proxy.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ no-udp        .     .         .     .        .     .          .       .       T 
 443           .     .         .     .        .     .          .       .       .       R    R
 no-crossing   .     .         .     .        .     .          .       .       .       .    Q
 """
+
+# Where the lab's HTTP proxy listens, beside the relay.
+PROXY_PORT = 3128
 
 # What `path` of a task may begin with, by the letter of the cell.
 PATHS = {
@@ -58,6 +62,8 @@ def boxes(site: str, kind: str) -> list[dict[str, Any]]:
         "mapped": {"mapper": {"nat-pmp": True}},
         "no-udp": {"udp": False},
         "443": {"udp": False, "tcp_ports": [443]},
+        "https": {"udp": False, "tcp_ports": [443], "inspects": True},
+        "proxy": {"udp": False, "tcp_ports": [PROXY_PORT]},
         "no-crossing": {"crossing": False},
         "reset": {"resets": True},
     }

@@ -9,6 +9,9 @@ import random
 import struct
 from dataclasses import dataclass, field
 
+from protocol.client_hello import parse_client_hello_untrusted
+from protocol.errors import ProtocolError
+
 TCP, UDP = 6, 17
 FIN, SYN, RST, ACK = 1, 2, 4, 16
 # Ports that NATs with port translation hand out.
@@ -101,6 +104,36 @@ def reset_for(packet: Packet) -> Packet:
 
 
 @dataclass
+class _Greeting:
+    """The first bytes of a connection, until they are known for what they are."""
+
+    data: bytes = b""
+    begins: int | None = None
+    verdict: bool | None = None
+
+    def passes(self, packet: Packet) -> bool:
+        """Whether a packet on its way out may pass."""
+        payload = packet.data[packet.offset + (packet.data[packet.offset + 12] >> 4) * 4 :]
+        if self.verdict is None and payload:
+            (sequence,) = struct.unpack_from(">I", packet.data, packet.offset + 4)
+            if self.begins is None:
+                self.begins = sequence
+            if (sequence - self.begins) & 0xFFFFFFFF == len(self.data):
+                self.data += payload
+                self.verdict = is_https(self.data)
+        return self.verdict is not False
+
+
+def is_https(data: bytes) -> bool | None:
+    """Whether a connection that begins so is HTTP over TLS; None when more must be seen."""
+    try:
+        hello = parse_client_hello_untrusted(data)
+    except ProtocolError:
+        return False
+    return None if hello is None else bool(hello.alpn) and set(hello.alpn) <= {"h2", "http/1.1", "http/1.0"}
+
+
+@dataclass
 class Box:
     """One middlebox. ``mapping``: ``none``, ``endpoint``-independent or ``symmetric``; ``filtering``: ``none``,
     ``address`` or ``port``; ``outside`` is its public IPv4 address. IPv6 is never mapped, only filtered."""
@@ -116,6 +149,8 @@ class Box:
     hairpin: bool = False
     # Outside ports are those of the inside where they are free, as Linux does it; else random ones.
     keeps_ports: bool = False
+    # Lets out only connections whose first bytes are a TLS greeting that names nothing but HTTP.
+    inspects: bool = False
     rng: random.Random = field(default_factory=lambda: random.Random(1))
     counters: dict[str, int] = field(default_factory=dict)
     _out: dict[tuple[object, ...], int] = field(default_factory=dict)
@@ -123,6 +158,7 @@ class Box:
     _seen: dict[tuple[int, Endpoint], set[Endpoint]] = field(default_factory=dict)
     _answered: set[tuple[Endpoint, Endpoint]] = field(default_factory=set)
     _crossed: set[tuple[Endpoint, Endpoint]] = field(default_factory=set)
+    _greetings: dict[tuple[Endpoint, Endpoint], _Greeting] = field(default_factory=dict)
     # Granted by port mapping: outside port → inside endpoint, for one protocol.
     forwards: dict[tuple[int, int], Endpoint] = field(default_factory=dict)
 
@@ -135,6 +171,9 @@ class Box:
             packet.protocol == TCP and self.tcp_ports is not None and packet.destination[1] not in self.tcp_ports
         ):
             self._count("blocked")
+            return None
+        if self.inspects and packet.protocol == TCP and not self._is_https(packet):
+            self._count("inspected")
             return None
         if packet.protocol == TCP and packet.flags & ACK:
             self._answered.add((packet.source, packet.destination))
@@ -157,6 +196,13 @@ class Box:
             self._out[key] = port
             self._in[(packet.protocol, port)] = (packet.source, key)
         return rewritten(packet, source=(self.outside, port))
+
+    def _is_https(self, packet: Packet) -> bool:
+        flow = (packet.source, packet.destination)
+        if packet.is_syn:
+            self._greetings[flow] = _Greeting()
+        greeting = self._greetings.get(flow)
+        return greeting is None or greeting.passes(packet)
 
     def _free_port(self, protocol: int, wanted: int) -> int:
         if self.keeps_ports and (protocol, wanted) not in self._in:

@@ -1,0 +1,106 @@
+"""Networks that let out nothing but real HTTPS, or nothing but what goes to an HTTP proxy; and one without IPv4."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import yaml
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import lab as laboratory
+import matrix
+from test_matrix import arrange
+
+from agent.demo.children import Child, warden
+
+WHY_NOT = laboratory.why_not()
+# In the default run, tests/agent/test_relay_way.py stands for these.
+pytestmark = [pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT), pytest.mark.soak, pytest.mark.timeout(170)]
+
+SIZE = 600_000
+PASSWORD = "user:swordfish"
+
+
+async def moved(lab: laboratory.Lab, source: str, destination: str) -> str:
+    """Transfer a new file; the path it took."""
+    name = f"{source}-{destination}.bin"
+    content = random.Random(name).randbytes(SIZE)
+    (lab.sites[source].root / name).write_bytes(content)
+    task_id = await lab.submit(source, destination, name)
+    task = await lab.finished(task_id)
+    assert task["status"] == "SUCCEEDED", task
+    assert (lab.sites[destination].root / name).read_bytes() == content
+    path = lab.path_of(destination, task_id)
+    print(f"{source} → {destination}  {path}")
+    return path
+
+
+def configure(lab: laboratory.Lab, name: str, **relay: str) -> None:
+    file = lab.sites[name].config_file
+    document = yaml.safe_load(file.read_text())
+    document["relay"] = (document.get("relay") or {}) | relay
+    file.write_text(yaml.safe_dump(document))
+
+
+@asynccontextmanager
+async def proxy(lab: laboratory.Lab, *options: str) -> AsyncIterator[None]:
+    """An HTTP proxy on the relay's machine, which ``a`` is told of."""
+    command = [sys.executable, str(Path(__file__).parent / "proxy.py"), str(matrix.PROXY_PORT), PASSWORD, *options]
+    command = ["ip", "netns", "exec", lab.relay_host.namespace, *command]
+    configure(lab, "a", proxy=f"http://{PASSWORD}@{laboratory.RELAY_ADDRESS}:{matrix.PROXY_PORT}")
+    async with warden() as guard:
+        child = Child("proxy", command, {}, lab.directory / "proxy.log", guard)
+        await child.start()
+        try:
+            yield
+        finally:
+            await child.stop()
+
+
+async def test_only_real_https_gets_out(tmp_path: Path) -> None:
+    async with laboratory.open_lab(tmp_path) as lab:
+        arrange(lab, {"a": "https", "b": "none"})
+        await lab.start()
+        assert lab.sites["a"].status()["link"]["wrapping"] == "websocket"
+        assert lab.sites["b"].status()["link"]["wrapping"] == "raw"
+        path = await moved(lab, "b", "a")
+        assert path.startswith("tunnel over WebSocket")
+
+
+async def test_only_real_https_gets_out_of_both(tmp_path: Path) -> None:
+    async with laboratory.open_lab(tmp_path) as lab:
+        arrange(lab, {"a": "https", "b": "https"})
+        await lab.start()
+        for source, destination in (("a", "b"), ("b", "a")):
+            assert (await moved(lab, source, destination)).startswith("tunnel over WebSocket")
+
+
+@pytest.mark.parametrize("options", [(), ("inspect",)])
+async def test_only_a_proxy_with_a_password_gets_out(tmp_path: Path, options: tuple[str, ...]) -> None:
+    async with laboratory.open_lab(tmp_path) as lab, proxy(lab, *options):
+        arrange(lab, {"a": "proxy", "b": "port"})
+        await lab.start()
+        wanted = "tunnel over WebSocket" if options else "tunnel tcp"
+        for source, destination in (("a", "b"), ("b", "a")):
+            path = await moved(lab, source, destination)
+            assert path.startswith(wanted if destination == "a" else "tunnel")
+
+
+@pytest.mark.parametrize("kind", ["none", "firewall"])
+async def test_without_ipv4(tmp_path: Path, kind: str) -> None:
+    async with laboratory.open_lab(tmp_path, version=6) as lab:
+        chains = {site: matrix.boxes(site, kind) for site in lab.sites}
+        for number, site in enumerate(lab.sites.values(), 11):
+            site.host.use([f"2001:db8::{number}"])
+        lab.emulator.use(lab.describe(chains))
+        await lab.start()
+        for source, destination in (("a", "b"), ("b", "a")):
+            path = await moved(lab, source, destination)
+            assert path.startswith(("direct", "reversed") if kind == "none" else ("punched", "quic"))
+            assert "2001:db8" in path
