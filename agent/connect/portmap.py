@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-import httpx
 import trio
 
 from agent.connect import igd, port_control
@@ -20,7 +19,6 @@ from protocol.candidates import PORTMAP, Candidate
 from protocol.errors import ProtocolError
 
 _TRIES = (0.25, 0.5, 1.0)
-_HTTP_TIMEOUT = 4.0
 # No router that maps ports is asked again after this, or when the network has changed (seconds).
 AGAIN = 600.0
 GOODBYE = 1.0
@@ -94,7 +92,7 @@ class PortMapping:
                 granted = await way(gateway, port.port, life)
             except ProtocolError as error:
                 reasons.append(f"{name}: {error.sentence}")
-            except (OSError, httpx.HTTPError) as error:
+            except OSError as error:
                 reasons.append(f"{name}: {error}")
             else:
                 self._protocol = name
@@ -127,29 +125,10 @@ class PortMapping:
             await sock.connect((gateway, igd.SEARCH_PORT))
             own = str(sock.getsockname()[0])
             place = await _exchange(sock, igd.search_request(), lambda data: igd.parse_search_untrusted(data, gateway))
-        async with httpx.AsyncClient(timeout=_HTTP_TIMEOUT, trust_env=False, follow_redirects=False) as client:
-            _, description = await _small(client, "GET", place)
-            control, service = igd.parse_description_untrusted(description, place, gateway)
+        # Loaded only where a router speaks UPnP: an HTTP client takes a tenth of a daemon's start.
+        from agent.connect.igd_client import map_port
 
-            async def ask(action: str, arguments: dict[str, str]) -> dict[str, str]:
-                headers, body = igd.call(service, action, arguments)
-                status, answer = await _small(client, "POST", control, headers=headers, content=body)
-                return igd.parse_answer_untrusted(status, answer)
-
-            if life == 0:
-                gone = {"NewRemoteHost": "", "NewExternalPort": str(port), "NewProtocol": "TCP"}
-                await ask("DeletePortMapping", gone)
-                return Granted("", port, 0, 0)
-            try:
-                await ask("AddPortMapping", igd.mapping_arguments(own, port, port, life))
-            except ProtocolError:
-                # Some routers know only mappings for ever (error 725); ours is given back at the end.
-                await ask("AddPortMapping", igd.mapping_arguments(own, port, port, 0))
-            address = (await ask("GetExternalIPAddress", {})).get("NewExternalIPAddress", "")
-        try:
-            return Granted(str(ipaddress.IPv4Address(address)), port, float(life), 0)
-        except ValueError as error:
-            raise ProtocolError("The router names no outside address.") from error
+        return await map_port(place, gateway, own, port, life)
 
 
 async def _exchange(sock: trio.socket.SocketType, request: bytes, parse: Callable[[bytes], T]) -> T:
@@ -159,14 +138,3 @@ async def _exchange(sock: trio.socket.SocketType, request: bytes, parse: Callabl
         with trio.move_on_after(wait):
             return parse(await sock.recv(port_control.MAX_MESSAGE + 1))
     raise ProtocolError("The router does not answer.")
-
-
-async def _small(client: httpx.AsyncClient, method: str, url: str, **options: object) -> tuple[int, bytes]:
-    """A request to the router; its answer may not be long."""
-    body = bytearray()
-    async with client.stream(method, url, **options) as answer:  # type: ignore[arg-type]
-        async for chunk in answer.aiter_bytes():
-            body += chunk
-            if len(body) > igd.MAX_DOCUMENT:
-                raise ProtocolError("The router's document is too long.")
-        return answer.status_code, bytes(body)

@@ -1,10 +1,10 @@
 """The race for a path, at the destination: what to try when, and which connection is given out. Sans I/O.
 
 One race belongs to one session at a time. Everything that has happened is told to it with ``now``; what is to be done
-comes back as actions from `poll`. The order: direct TCP (IPv6 a little before IPv4) and, at the same time, an offer to
-the source, which dials back and punches with us at the instant of the go; QUIC after TCP had its chance; the tunnel is
-opened with the go and carries data when nothing direct is there within a moment. The race goes on after the tunnel was
-given out, so that a better path is found when there is one.
+comes back as actions from `poll`. The order: direct TCP (IPv6 a little before IPv4; again and again
+where it is refused) and, at the same time, an offer to the source, which dials back and punches with us at the instant
+of the go; QUIC after TCP had its chance; the tunnel is opened with the go and carries data when nothing direct is there
+within a moment. The race goes on after the tunnel was given out, so that a better path is found when there is one.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from protocol.candidates import Candidate
 BIAS = 0.03
 STAGGER = 0.05
 MAX_DIALS = 12
+# An address that did not take a connection is dialled again after the first of these, and ever later up to the second:
+# a source that is being started again is back at its address long before a race is over.
+AGAIN_FIRST, AGAIN_MOST = 0.2, 1.0
 MAX_TARGETS = 6
 # How long the relay's leg stands by before it carries data.
 TUNNEL_HOLD = 0.3
@@ -90,6 +93,9 @@ class _Attempt:
     kind: str
     started: float
     state: str = "running"  # running, standby, given, ended
+    candidate: Candidate | None = None
+    # How often it was dialled before. A repetition never makes a race longer.
+    repeats: int = 0
 
 
 @dataclass
@@ -183,8 +189,19 @@ class Race:
         attempt.state = "ended"
         if why and why not in self._errors and len(self._errors) < 16:
             self._errors.append(why)
-        if not self._pending_of_round():
-            self._round_ends = min(self._round_ends, now)
+        if attempt.candidate is None:
+            if not self._pending_of_round():
+                self._round_ends = min(self._round_ends, now)
+            return
+        if all(row.kind != "direct" or row.state != "running" for row in self._attempts.values()):
+            # No known address takes a connection: there is no reason to spare the source an offer any longer.
+            self._scheduled = [
+                (now if isinstance(action, SendOffer) else when, number, action)
+                for when, number, action in self._scheduled
+            ]
+        if not self._best:
+            pause = min(AGAIN_FIRST * 2.0**attempt.repeats, AGAIN_MOST)
+            self._dial(now + pause, attempt.candidate, attempt.repeats + 1)
 
     def offer_failed(self, now: float, why: str) -> None:
         """No offer could be sent."""
@@ -226,12 +243,13 @@ class Race:
         hopes = any(moment > now for moment in self._hopes())
         late = self._best == "punched" and not hopes
         running = any(
-            attempt.state in ("running", "standby") and not (late and attempt.kind == "direct")
+            attempt.state in ("running", "standby") and not attempt.repeats and not (late and attempt.kind == "direct")
             for attempt in self._attempts.values()
         )
         waiting = self._round_ends < math.inf and not self.is_direct
         waiting = waiting and (now < self._round_ends or (self.rounds < MAX_ROUNDS and self.can_offer))
-        return not running and not self._scheduled and not waiting and not hopes
+        scheduled = any(not self._is_repetition(action) for _, _, action in self._scheduled)
+        return not running and not scheduled and not waiting and not hopes
 
     def _hopes(self) -> list[float]:
         """Until when something more may come by itself."""
@@ -264,6 +282,9 @@ class Race:
         self._attempts[self._next] = _Attempt(kind, now)
         return self._next
 
+    def _is_repetition(self, action: Action) -> bool:
+        return isinstance(action, Dial) and self._attempts[action.id].repeats > 0
+
     def _schedule(self, when: float, action: Action) -> None:
         self._next += 1
         self._scheduled.append((when, self._next, action))
@@ -281,7 +302,13 @@ class Race:
         fresh.sort(key=lambda candidate: ":" not in candidate.host)
         for index, candidate in enumerate(fresh):
             late = (0.0 if ":" in candidate.host else bias) + STAGGER * max(0, index - 1)
-            self._schedule(now + late, Dial(self._new("direct", now + late), candidate))
+            self._dial(now + late, candidate)
+
+    def _dial(self, when: float, candidate: Candidate, repeats: int = 0) -> None:
+        attempt_id = self._new("direct", when)
+        attempt = self._attempts[attempt_id]
+        attempt.candidate, attempt.repeats = candidate, repeats
+        self._schedule(when, Dial(attempt_id, candidate))
 
     def _still_wanted(self, action: Action) -> bool:
         if isinstance(action, SendOffer | Cancel):

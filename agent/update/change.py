@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from agent.update.install import STARTS_FILE, Installation
-from agent.update.mirror import UpdateRefused
+from agent.update.offer import UpdateRefused
 from protocol.errors import TowpathError
 
 HEALTHY_WITHIN = 90.0

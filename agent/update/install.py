@@ -23,8 +23,7 @@ import msgspec
 
 from agent.system.file_lock import wait_for_lock
 from agent.system.files import sync_directory
-from agent.update.mirror import UpdateRefused
-from agent.update.offer import version_key
+from agent.update.offer import UpdateRefused, version_key
 from protocol.errors import TowpathError
 from protocol.identity import write_private_file
 

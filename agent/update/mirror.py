@@ -29,8 +29,8 @@ from tuf.ngclient.config import UpdaterConfig
 from tuf.ngclient.fetcher import FetcherInterface
 from tuf.ngclient.updater import Updater
 
-from agent.update.offer import Offer, index_name, parse_offer_untrusted
-from protocol.errors import RetryLater, TowpathError
+from agent.update.offer import Offer, UpdateRefused, index_name, parse_offer_untrusted
+from protocol.errors import RetryLater
 
 TIMEOUT = 30.0
 # A file that comes slower than this after the first seconds is given up.
@@ -39,12 +39,6 @@ GRACE = 60.0
 CHUNK = 64 * 1024
 MAX_OFFER = 64 * 1024
 MAX_BUNDLE = 1024 * 1024 * 1024
-
-
-class UpdateRefused(TowpathError):
-    """What the mirror serves must not be installed. ``code`` says why."""
-
-    default_code = "UPDATE_REFUSED"
 
 
 class HttpFetcher(FetcherInterface):

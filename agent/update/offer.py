@@ -11,10 +11,16 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from protocol.errors import ProtocolError
+from protocol.errors import ProtocolError, TowpathError
 
 _VERSION = re.compile(r"(\d{1,6})\.(\d{1,6})\.(\d{1,6})(?:(a|b|rc)(\d{1,6}))?\Z")
 _STAGES = {"a": 0, "b": 1, "rc": 2, None: 3}
+
+
+class UpdateRefused(TowpathError):
+    """What a mirror serves must not be installed. ``code`` says why."""
+
+    default_code = "UPDATE_REFUSED"
 
 
 class Offer(msgspec.Struct, frozen=True, kw_only=True):

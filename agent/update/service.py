@@ -14,16 +14,19 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import trio
 
 from agent.config.keys import AgentConfig, UpdateConfig
 from agent.system.processes import detached
 from agent.update.install import Installation, NotInstalled
-from agent.update.mirror import HttpFetcher, Mirror
 from agent.update.offer import Offer, is_newer, takes_part, this_platform
 from agent.update.supervisor import check_changeable
 from protocol.errors import TowpathError
+
+if TYPE_CHECKING:
+    from agent.update.mirror import Mirror
 
 logger = logging.getLogger("towpath.update")
 
@@ -37,6 +40,9 @@ CHANGE_LOG = "change.log"
 
 def mirror_for(installation: Installation, config: AgentConfig, relay_url: str) -> Mirror:
     """The configured mirror, by default the relay. Raises OSError."""
+    # Loaded at the first look: the library takes a tenth of a daemon's start.
+    from agent.update.mirror import HttpFetcher, Mirror
+
     url = config.update.mirror or f"{relay_url.rstrip('/')}/updates"
     return Mirror(installation.directory, installation.pinned_root(), url, HttpFetcher(config.relay.ca_file))
 

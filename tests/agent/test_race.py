@@ -182,6 +182,26 @@ def test_without_the_relay_known_addresses_are_all_there_is() -> None:
     assert course.race.why == "192.0.2.1 port 4000: refused"
 
 
+def test_an_address_that_refuses_is_dialled_again_until_its_source_is_back() -> None:
+    race = Race(now=100.0, direct=[V4])
+    course = Course(race)
+    dials: list[float] = []
+
+    def world(course: Course, action: object) -> None:
+        if isinstance(action, Dial):
+            dials.append(course.now - 100.0)
+            if course.now < 102.0:
+                course.later(0.001, lambda: race.failed(course.now, action.id, "refused"))
+            else:
+                course.later(0.001, lambda: race.connected(course.now, action.id))
+
+    course.run(world)
+    assert course.kinds_given() == ["direct"]
+    # No relay has said anything yet; a second is the most that is lost.
+    assert course.given[0][0] < 3.0
+    assert len(dials) <= 7
+
+
 def test_a_source_that_dials_back_is_taken_at_once() -> None:
     race = Race(now=100.0, direct=[V4])
     course = Course(race)

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 
 from agent.update.change import change, go_back
 from agent.update.install import State
-from agent.update.mirror import HttpFetcher, UpdateRefused
-from agent.update.offer import Offer, is_newer, parse_offer_untrusted, takes_part, version_key
+from agent.update.mirror import HttpFetcher
+from agent.update.offer import Offer, UpdateRefused, is_newer, parse_offer_untrusted, takes_part, version_key
 from installers.build_bundle import LAUNCHER
 from installers.repository import LIFE, Keys
 from protocol.errors import ProtocolError, RetryLater, TowpathError

@@ -12,7 +12,8 @@ import trio
 from agent.cli.update import LocalAgent
 from agent.config.keys import AgentConfig, UpdateConfig
 from agent.update.install import Installation
-from agent.update.mirror import Mirror, UpdateRefused
+from agent.update.mirror import Mirror
+from agent.update.offer import UpdateRefused
 from agent.update.service import UpdateService
 from agent.update.supervisor import DETACHED, NotReplaceable, check_changeable, own_unit
 from protocol.errors import TowpathError
