@@ -70,7 +70,7 @@ PAUSED_FILE = "paused"
 SETTLE_TIME = 3.5
 LAST_RESORT = 4.8
 # Seconds between two words to the service manager.
-STATUS_EVERY = 30.0
+STATUS_EVERY = 10.0
 # Seconds that `status` gives the collections to show themselves; after that it tells what was seen last.
 STATUS_PATIENCE = 2.0
 
@@ -449,8 +449,8 @@ def _waiting_for_start(running: AgentConfig, read: AgentConfig) -> list[str]:
         ("relay", running.relay, read.relay),
         ("state_dir", running.state_dir, read.state_dir),
         ("profile", running.profile, read.profile),
-        ("data.listen", running.data.listen, read.data.listen),
-        ("data.port", running.data.port, read.data.port),
+        *((f"data.{name}", getattr(running.data, name), value) for name, value in vars(read.data).items()),
+        ("limits.spare_worker", running.limits.spare_worker, read.limits.spare_worker),
     )
     return [key for key, old, new in pairs if old != new]
 

@@ -233,6 +233,14 @@ def unset_in_overlay(file: Path, key: str) -> bool:
 _NOTHING = object()
 
 
+class Refused(ConfigError):
+    """What was to be remembered will not do; nothing was written."""
+
+    def __init__(self, file: Path, problems: list[Problem]) -> None:
+        super().__init__(file, problems)
+        self.sentence = "\n".join(("Nothing was changed.", *(problem.sentence for problem in self.problems)))
+
+
 @contextlib.contextmanager
 def editing(file: Path) -> Iterator[dict[str, Any]]:
     """The overlay as a plain document to change; checked together with all other layers and written at the end.
@@ -249,7 +257,13 @@ def editing(file: Path) -> Iterator[dict[str, Any]]:
         content: dict[str, Any] = yaml.safe_load(data) or {}
         yield content
         text = _HEADER + yaml.safe_dump(_pruned(content), sort_keys=False, allow_unicode=True)
-        load(file, overlay=text.encode(), environment={})
+        try:
+            load(file, overlay=text.encode(), environment={})
+        except ConfigError as error:
+            if error.file != path:
+                raise
+            # The lines of a file that was not written tell nobody anything.
+            raise Refused(path, error.problems) from error
         write_private_file(path, text.encode())
 
 

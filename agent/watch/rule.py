@@ -22,6 +22,7 @@ from protocol.names import escape
 Path = tuple[bytes, ...]
 
 FIELDS = ("name", "stem", "suffix", "path", "folder", "year", "month", "day", "hour", "minute", "rule", "host")
+FEEDS_ITSELF = "The rule would take up again what it has brought: have its template begin with another folder."
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,23 @@ def destination(template: str, seen: Seen, rule: str, host: str) -> str:
     }
     # An empty {folder} leaves two slashes.
     return re.sub("/{2,}", "/", template.format(**values))
+
+
+def own_folder(template: str) -> Path:
+    """The folder below which all files of a rule go, as far as its template fixes it."""
+    fixed = template.partition("{")[0]
+    return tuple(part.encode() for part in fixed.rpartition("/")[0].split("/") if part)
+
+
+def feeds_itself(template: str, folder: Path, *, recursive: bool) -> bool:
+    """Whether files that a rule has brought into its own collection are new files in its own folder, without end.
+
+    What lies in a folder of its own below the watched one is not looked at and does no harm.
+    """
+    if own_folder(template) != folder:
+        return False
+    rest = template[template.partition("{")[0].rfind("/") + 1 :]
+    return recursive or "/" not in rest.strip("/")
 
 
 def is_due(schedule: str, last: float, now: float) -> bool:

@@ -24,9 +24,19 @@ from agent.config.keys import WatchConfig
 from agent.policy import Policy
 from agent.storage.base import Root
 from agent.watch.ledger import LEDGER_FILE, Batch, Item, Ledger
-from agent.watch.rule import Seen, Settling, destination, is_due, is_wanted, next_time
+from agent.watch.rule import (
+    FEEDS_ITSELF,
+    Seen,
+    Settling,
+    destination,
+    feeds_itself,
+    is_due,
+    is_wanted,
+    next_time,
+    own_folder,
+)
 from agent.watch.submitter import FINAL, SubmissionRefused, Submitter
-from protocol.errors import RetryLater, TowpathError
+from protocol.errors import NeedsPerson, RetryLater, TowpathError
 from protocol.names import CollectionPath, is_reserved, parse_path_untrusted
 
 logger = logging.getLogger("towpath.watch")
@@ -129,6 +139,14 @@ class RuleRunner:
         self._clock = clock
         self._settling = Settling(rule.settle)
         self._folder: CollectionPath = parse_path_untrusted(rule.folder)
+        # Folders that are not looked into: what lies there comes from this rule.
+        self._not_ours: set[CollectionPath] = set()
+        if rule.destination == rule.collection:
+            self._not_ours.add(own_folder(rule.template))
+        if rule.after == "move":
+            self._not_ours.add(parse_path_untrusted(rule.moved_to))
+        self._not_ours.discard(self._folder)
+        self._observer: Any = None
         self._problem = ""
         self._waiting = 0
         self._wake = trio.Event()
@@ -156,23 +174,27 @@ class RuleRunner:
 
     async def run(self) -> None:
         """Until cancelled. Trouble is kept as the rule's problem and tried again."""
-        observer = Observer()
+        token = trio.lowlevel.current_trio_token()
         try:
-            await trio.to_thread.run_sync(self._start, observer, trio.lowlevel.current_trio_token())
             while True:
                 self._wake = trio.Event()
+                # Before the look, so that nothing falls between the two.
+                await trio.to_thread.run_sync(self._listen, token)
                 delay = await self.step()
+                if self._problem:
+                    # A folder that comes back is another one, which the old notifications know nothing of.
+                    self._unlisten()
                 with trio.move_on_after(max(SOON, delay)):
                     await self._wake.wait()
                     # Notifications come in swarms.
                     await trio.sleep(SOON)
         finally:
-            observer.unschedule_all()
-            if observer.is_alive():
-                observer.stop()
+            self._unlisten()
 
-    def _start(self, observer: Any, token: trio.lowlevel.TrioToken) -> None:
-        """Listen for changes, where the system can tell of them."""
+    def _listen(self, token: trio.lowlevel.TrioToken) -> None:
+        """Hear of changes, where the system can tell of them and the folder is there."""
+        if self._observer is not None:
+            return
         runner = self
 
         class Handler(FileSystemEventHandler):
@@ -184,18 +206,32 @@ class RuleRunner:
                 except trio.RunFinishedError:
                     pass
 
+        observer = Observer()
         try:
             root = self._policy.collection(self.rule.collection).root
             folder = os.path.join(os.fsencode(root), *self._folder)
-            observer.schedule(Handler(), os.fsdecode(folder), recursive=True)
+            observer.schedule(Handler(), os.fsdecode(folder), recursive=self.rule.recursive)
             observer.start()
         except (OSError, TowpathError) as error:
-            logger.info("Watch %s: no notifications (%s); looking every %g seconds.", self.rule.name, error, LOOK_EVERY)
+            observer.unschedule_all()
+            logger.debug("Watch %s: no notifications (%s); looking every %g s.", self.rule.name, error, LOOK_EVERY)
+        else:
+            self._observer = observer
+
+    def _unlisten(self) -> None:
+        observer, self._observer = self._observer, None
+        if observer is not None:
+            observer.unschedule_all()
+            observer.stop()
 
     async def step(self) -> float:
         """One look and what follows from it; seconds until the next."""
         now = self._clock()
         try:
+            if self.rule.destination == self.rule.collection and feeds_itself(
+                self.rule.template, self._folder, recursive=self.rule.recursive
+            ):
+                raise NeedsPerson(FEEDS_ITSELF, who="you")
             files = await trio.to_thread.run_sync(self._scan)
             self._problem = ""
             await trio.to_thread.run_sync(self._take, files, now)
@@ -228,7 +264,7 @@ class RuleRunner:
             return found
 
     def _scan_folder(self, root: Root, below: tuple[bytes, ...], found: list[Seen]) -> None:
-        if self.rule.after == "move" and (*self._folder, *below) == parse_path_untrusted(self.rule.moved_to):
+        if (*self._folder, *below) in self._not_ours:
             return
         inner = []
         with root.open_directory((*self._folder, *below)) as directory:

@@ -56,6 +56,24 @@ def test_remove_withdraws_it_and_keeps_the_files(file: Path, tmp_path: Path) -> 
     assert invoke(file, "remove", "One", "--yes").exit_code == 1
 
 
+def test_watch_rules_name_collections_as_people_do(file: Path) -> None:
+    def add(*arguments: str) -> Any:
+        words = ["watch", "add", "scope", "--collection", "One", "--folder", "/in", *arguments]
+        return CliRunner().invoke(cli, [*words, "--config", str(file)])
+
+    done = add("--destination", "One", "--template", "/out/{name}", "--no-recursive", "--sync-level", "size")
+    assert done.exit_code == 0, done.output
+    (rule,) = load_config(file).watch
+    assert (rule.collection, rule.destination, rule.recursive, rule.sync_level) == (ONE, ONE, False, "size")
+    endless = add("--destination", "One", "--template", "/in/{path}")
+    assert endless.exit_code == 1
+    assert "take up again" in endless.output
+    other = ONE.replace("6", "7")
+    assert add("--destination", other, "--template", "/in/{path}").exit_code == 0
+    assert "Nothing was changed" in add("--destination", other, "--template", "/in/{nothing}").output
+    assert load_config(file).watch[0].template == "/in/{path}"
+
+
 def test_the_limit_of_sessions_is_per_collection() -> None:
     limited = CollectionConfig(id=ONE, name="One", root="/one")
     assert Policy([limited]).has_room(ONE, 1000)

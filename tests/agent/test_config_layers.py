@@ -105,6 +105,12 @@ def test_a_value_that_will_not_do_is_refused_and_nothing_is_written(
     assert not overlay_file(file).exists()
 
 
+def test_a_refused_value_is_not_blamed_on_a_line_that_was_not_written(file: Path) -> None:
+    with pytest.raises(ConfigError) as refused:
+        set_in_overlay(file, "limits.lanes", "99")
+    assert refused.value.sentence == "Nothing was changed.\n`lanes` must be between 1 and 32, not 99."
+
+
 @pytest.mark.parametrize("key", ["limit.lanes", "limits", "collections", f"collections.{ONE}", "limits.lanes.x"])
 def test_keys_that_are_no_single_setting_are_refused(file: Path, key: str) -> None:
     with pytest.raises(UnknownSetting):

@@ -16,7 +16,7 @@ from agent.collections import Collections, Marks
 from agent.config.keys import CollectionConfig, ConfigError, WatchConfig, parse_config
 from agent.policy import Policy
 from agent.watch.ledger import Batch, Item, Ledger
-from agent.watch.rule import Seen, Settling, destination, is_due, is_wanted, next_time
+from agent.watch.rule import Seen, Settling, destination, feeds_itself, is_due, is_wanted, next_time
 from agent.watch.service import RuleRunner, WatchService
 from agent.watch.submitter import Outcome, SubmissionRefused
 from protocol.errors import RetryLater
@@ -133,6 +133,23 @@ def test_the_ledger_remembers_over_a_crash(tmp_path: Path) -> None:
     assert again.fresh("other", [seen(b"a")]) == [seen(b"a")]
     again.close()
     ledger.close()
+
+
+@pytest.mark.parametrize(
+    ("template", "folder", "recursive", "endless"),
+    [
+        ("/out/{path}", b"in", True, False),
+        ("/in/{path}", b"in", True, True),
+        ("/in/x-{name}", b"in", False, True),
+        ("/in/{year}/{name}", b"in", True, True),
+        ("/in/{year}/{name}", b"in", False, False),
+        ("/in/done/{path}", b"in", True, False),
+        ("/{path}", b"", True, True),
+        ("/{year}/{name}", b"in", True, False),
+    ],
+)
+def test_a_rule_that_would_feed_itself_is_known(template: str, folder: bytes, recursive: bool, endless: bool) -> None:
+    assert feeds_itself(template, (folder,) if folder else (), recursive=recursive) is endless
 
 
 # --- whole rules -----------------------------------------------------------------------------------------------
@@ -313,6 +330,48 @@ async def test_a_disk_that_is_away_is_no_empty_folder(world: World) -> None:
     world.root.with_name("away").rename(world.root)
     await world.after(1)
     assert world.relay.files == ["/a"]
+
+
+async def test_what_a_rule_brought_into_its_own_folder_is_not_new(tmp_path: Path) -> None:
+    world = World(tmp_path, destination=HERE, template="/in/done/{path}")
+    world.write("a")
+    world.write("done/b")
+    await world.after(20)
+    assert world.relay.files == ["/in/done/a"]
+    world.ledger.close()
+    endless = World(tmp_path / "endless", destination=HERE, template="/in/{path}")
+    endless.write("a")
+    await endless.after(20)
+    assert endless.relay.submissions == 0
+    assert "take up again" in endless.runner.status()["problem"]
+    endless.ledger.close()
+
+
+async def test_a_folder_that_comes_late_or_again_is_heard_of(tmp_path: Path) -> None:
+    """Real notifications: without them a file would be seen after a minute only."""
+    world = World(tmp_path, settle=0)
+    folder = world.root / "in"
+    folder.rmdir()
+    world.runner = RuleRunner(
+        world.rule, world.ledger, world.policy, world.collections, world.relay, lambda: datetime.now().timestamp()
+    )
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(world.runner.run)
+        with trio.fail_after(30):
+            for name in ("a", "b"):
+                while not world.runner.status()["problem"]:
+                    await trio.sleep(0.05)
+                folder.mkdir()
+                world.runner.look_now(retry=False)
+                while world.runner.status()["problem"]:
+                    await trio.sleep(0.05)
+                (folder / name).write_text("x")
+                while f"/{name}" not in world.relay.files:
+                    await trio.sleep(0.05)
+                (folder / name).unlink()
+                folder.rmdir()
+        nursery.cancel_scope.cancel()
+    world.ledger.close()
 
 
 async def test_a_timed_rule_waits_for_its_time(tmp_path: Path) -> None:
