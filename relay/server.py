@@ -236,7 +236,9 @@ async def serve(settings: Settings) -> None:
 
 
 async def _run(relay: Relay, settings: Settings) -> None:
-    listeners = await trio.open_tcp_listeners(settings.listen.port, host=settings.listen.host, backlog=_BACKLOG)
+    # One wildcard means both families; trio's ``::`` is IPv6 alone.
+    host = None if settings.listen.host == "::" else settings.listen.host
+    listeners = await trio.open_tcp_listeners(settings.listen.port, host=host, backlog=_BACKLOG)
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async with trio.open_nursery() as nursery:
             await nursery.start(relay.tunnel.run)

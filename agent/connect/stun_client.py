@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import socket
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import trio
 
 from agent.connect.listener import reusable
+from agent.connect.udp import outgoing
 from protocol import stun
 from protocol.errors import ProtocolError, RetryLater
 
@@ -92,6 +94,32 @@ async def observe_udp(
                 if answer.transaction == transaction and (source[1] != server[1]) == change_port:
                     return answer
     return None
+
+
+async def observe_udp_at_all(
+    sock: trio.socket.SocketType, servers: Sequence[tuple[str, int]], found: list[stun.BindingAnswer]
+) -> None:
+    """Ask several servers at once from one socket; ``found`` grows by the answers as they come, also when this is
+    cancelled. Returns when all have answered, or after about two seconds."""
+    waiting = {stun.new_transaction(): server for server in servers}
+    for wait in _TRIES:
+        for transaction, server in list(waiting.items()):
+            try:
+                await sock.sendto(stun.encode_request(transaction), outgoing(sock.family, server))
+            except OSError:
+                # There is no way there, as with a family that this network does not have.
+                del waiting[transaction]
+        with trio.move_on_after(wait):
+            while waiting:
+                try:
+                    data, _ = await sock.recvfrom(stun.MAX_MESSAGE + 1)
+                    answer = stun.parse_answer_untrusted(data)
+                except (OSError, ProtocolError):
+                    continue
+                if waiting.pop(answer.transaction, None) is not None:
+                    found.append(answer)
+        if not waiting:
+            return
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -103,10 +103,12 @@ def quic_pair(
     session: str = SESSION,
     loss: float = 0.0,
     seed: int = 0,
+    make: Callable[[], socket.socket] = udp,
+    host: str = "127.0.0.1",
 ) -> QuicPair:
     """A pair that has begun its handshake. The client expects `SERVER` and the server `CLIENT`, in `SESSION`."""
-    a, b = udp(), udp()
-    address = b.getsockname()
+    a, b = make(), make()
+    address = (host, b.getsockname()[1])
     first, second = (Lossy(a, seed, loss), Lossy(b, seed + 1, loss)) if loss else (Datagrams(a), Datagrams(b))
     made: QuicPair
 

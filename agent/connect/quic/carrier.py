@@ -24,7 +24,7 @@ from agent.connect.quic.credit import (
     Sender,
     content_header,
 )
-from agent.connect.quic.datagrams import Address, Datagrams
+from agent.connect.quic.datagrams import Datagrams
 from agent.connect.quic.engine import (
     PING_EVERY,
     Closed,
@@ -35,6 +35,7 @@ from agent.connect.quic.engine import (
     now,
 )
 from agent.connect.quic.introduction import ClientIntroduction, ServerIntroduction
+from agent.connect.udp import Address
 from protocol.errors import ProtocolError, TowpathError
 
 MAX_STREAMS = 64

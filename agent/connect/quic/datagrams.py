@@ -7,7 +7,7 @@ import socket
 import struct
 from collections.abc import Iterable, Iterator
 
-Address = tuple[str, int]
+from agent.connect.udp import Address, incoming, outgoing
 
 _SOL_UDP, _UDP_SEGMENT, _UDP_GRO = 17, 103, 104
 _MAX_SEGMENTS = 60
@@ -22,6 +22,7 @@ class Datagrams:
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
         self.sock = sock
+        self._family = sock.family
         self.dropped = 0
         for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
             with contextlib.suppress(OSError):
@@ -35,7 +36,7 @@ class Datagrams:
         trouble: OSError | None = None
         for run, address in _runs(datagrams):
             try:
-                self._send_run(run, address)
+                self._send_run(run, outgoing(self._family, address))
             except BlockingIOError:
                 self.dropped += len(run)
             except OSError as error:
@@ -71,7 +72,7 @@ class Datagrams:
             for level, kind, payload in ancillary:
                 if (level, kind) == (_SOL_UDP, _UDP_GRO):
                     segment = int.from_bytes(payload[:2], "little")
-            yield data, segment, (address[0], address[1])
+            yield data, segment, incoming(address)
 
 
 def _runs(datagrams: Iterable[tuple[bytes, Address]]) -> Iterator[tuple[list[bytes], Address]]:

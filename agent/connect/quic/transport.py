@@ -32,6 +32,7 @@ from agent.connect.quic.process import (
 )
 from agent.connect.quic.punch import OPENING_TTL, Address, Punch, Send, is_quic_start
 from agent.connect.transport import Connection, Greet, Path, Wish
+from agent.connect.udp import get_hops, has_ipv6, incoming, open_udp, outgoing, set_hops
 from protocol.candidates import MAPPED_UDP, Candidate, PathGo, PathOffer
 from protocol.errors import RetryLater
 from protocol.identity import NodeKey
@@ -157,9 +158,10 @@ class QuicTransport:
         key = (session_id, role)
         if len(self._sockets) >= MAX_CONNECTIONS or self._nursery is None:
             return []
-        sock = trio.socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        plain = open_udp()
+        plain.setblocking(False)
+        sock = trio.socket.from_stdlib_socket(plain)
         try:
-            await sock.bind(("0.0.0.0", 0))  # noqa: S104 - a client's port
             candidates = await self._observe(sock)
         except BaseException:
             sock.close()
@@ -186,7 +188,9 @@ class QuicTransport:
         return None if live is None or live.over.is_set() else live
 
     def _connection(self, live: _Live, sock: socket.socket) -> Connection:
-        return Connection(sock, Path(kind="quic", transport="quic", remote=f"{live.remote[0]}:{live.remote[1]}"))
+        host, port = live.remote
+        remote = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        return Connection(sock, Path(kind="quic", transport="quic", remote=remote))
 
     async def _bring_up(self, session_id: str, role: str, go: PathGo, candidates: list[Candidate]) -> _Live:
         known = self._sockets.pop((session_id, role), None)
@@ -200,7 +204,7 @@ class QuicTransport:
             targets = [
                 (row.host, row.port)
                 for row in self._usable(candidates, go)
-                if row.kind == MAPPED_UDP and ":" not in row.host
+                if row.kind == MAPPED_UDP and (":" not in row.host or has_ipv6(sock.family))
             ]
             client = role == "client"
             remote = await punch(sock, client=client, secret=secret, targets=targets)
@@ -281,10 +285,8 @@ class QuicTransport:
         for (_, role), live in list(self._live.items()):
             if role != "client" or live.over.is_set():
                 continue
-            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-                sock.bind(("0.0.0.0", 0))  # noqa: S104 - a client's port
-                with contextlib.suppress(OSError, trio.ClosedResourceError):
-                    await _send(live.line, encode(Move()), sock.fileno())
+            with open_udp() as sock, contextlib.suppress(OSError, trio.ClosedResourceError):
+                await _send(live.line, encode(Move()), sock.fileno())
 
 
 async def punch(sock: trio.socket.SocketType, *, client: bool, secret: str, targets: list[Address]) -> Address:
@@ -305,7 +307,7 @@ async def punch(sock: trio.socket.SocketType, *, client: bool, secret: str, targ
                 # It stays in the socket for the process.
                 return machine.found
             await sock.recvfrom(2048)
-            for send in machine.receive_untrusted(data, (source[0], source[1])):
+            for send in machine.receive_untrusted(data, incoming(source)):
                 await _send_probe(sock, send)
         if client and machine.found is not None:
             return machine.found
@@ -313,16 +315,17 @@ async def punch(sock: trio.socket.SocketType, *, client: bool, secret: str, targ
 
 
 async def _send_probe(sock: trio.socket.SocketType, send: Send) -> None:
+    host, to = send.to[0], outgoing(sock.family, send.to)
     try:
         if send.opening:
-            usual = sock.getsockopt(socket.IPPROTO_IP, socket.IP_TTL)
-            sock.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, OPENING_TTL)
+            usual = get_hops(sock, host)
+            set_hops(sock, host, OPENING_TTL)
             try:
-                await sock.sendto(send.data, send.to)
+                await sock.sendto(send.data, to)
             finally:
-                sock.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, usual)
+                set_hops(sock, host, usual)
         else:
-            await sock.sendto(send.data, send.to)
+            await sock.sendto(send.data, to)
     except OSError:
         # One target cannot be reached from here; the others may.
         return
