@@ -137,6 +137,12 @@ class Chromium:
         )
 
 
+def missing_programs() -> str:
+    """What of the browser is not installed; empty when nothing is missing."""
+    missing = [name for name in ("chromium", "chromedriver") if shutil.which(name) is None]
+    return " and ".join(missing)
+
+
 @contextmanager
 def chromium(directory: Path, *, scripts: bool = True, width: int = 1000) -> Iterator[Chromium]:
     """A browser of its own profile; skips the test where Chromium is not installed (installers/chromium.sh)."""

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.clients.calls import Calls
+
 UP = 60.0
 PATIENCE = 60.0
 
@@ -27,7 +29,7 @@ class Lab:
     alpha: str
     beta: str
     # Every call that ended as it should, for the check of docs/globus-cli.md.
-    calls: list[tuple[str, ...]]
+    calls: Calls
 
     def run(self, *words: str, code: int = 0, text: str | None = None) -> str:
         result = subprocess.run(
@@ -80,7 +82,7 @@ def eventually(met: Callable[[], Any]) -> Any:
 
 
 @contextmanager
-def open_lab(directory: Path, calls: list[tuple[str, ...]]) -> Iterator[Lab]:
+def open_lab(directory: Path, calls: Calls) -> Iterator[Lab]:
     """Bring the world up; it ends with the block."""
     file = directory / "world.json"
     towpath = Path(sys.executable).with_name("towpath")

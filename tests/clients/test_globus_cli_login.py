@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.clients.browser import Chromium, chromium
+from tests.clients.calls import Calls
 from tests.clients.relay_process import PASSWORD, PATIENCE, RelayProcess, make_relay, serving
 
 # One relay and one browser for the whole file.
@@ -28,7 +29,7 @@ class World:
     browser: Chromium
     cli: str
     base: Path
-    calls: list[tuple[str, ...]]
+    calls: Calls
 
     def environment(self, home: Path, **more: str) -> dict[str, str]:
         home.mkdir(exist_ok=True)
@@ -100,7 +101,7 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory, calls: list[tuple[str, ...]]) -> Iterator[World]:
+def world(tmp_path_factory: pytest.TempPathFactory, calls: Calls) -> Iterator[World]:
     cli = os.environ.get("GLOBUS_CLI")
     if not cli:
         pytest.skip("GLOBUS_CLI does not name the globus command; `make test` installs it and sets this")

@@ -69,11 +69,10 @@ def test_a_role_that_is_taken_away_ends_the_transfer_under_way(lab: Lab, friend:
     given = ("--identity", account["username"], "--role", "administrator")
     role = lab.json("endpoint", "role", "create", lab.alpha, *given)["id"]
     lab.run("endpoint", "role", "create", lab.beta, *given)
-    # Real data: holes would arrive at once.
-    block = os.urandom(16 * 1024**2)
-    with (lab.root("alpha") / "large").open("wb") as file:
-        for _ in range(256):
-            file.write(block)
+    # Real data, since holes would arrive at once, and slowly enough to be under way for a while.
+    (lab.root("alpha") / "large").write_bytes(os.urandom(256 * 1024**2))
+    configuration = ("--config", lab.document["endpoints"]["alpha"]["config_file"])
+    lab.towpath("config", "set", *configuration, "limits.bandwidth.send", "200 Mbit/s")
     task = other.json("transfer", f"{lab.alpha}:/large", f"{lab.beta}:/large")["task_id"]
     deadline = time.monotonic() + 60
     while not other.json("task", "show", task)["bytes_transferred"]:
@@ -95,4 +94,5 @@ def test_a_role_that_is_taken_away_ends_the_transfer_under_way(lab: Lab, friend:
         time.sleep(0.5)
     assert not (root / "large").exists()
     other.run("ls", f"{lab.alpha}:/", code=1)
+    lab.towpath("config", "unset", *configuration, "limits.bandwidth.send")
     (lab.root("alpha") / "large").unlink()

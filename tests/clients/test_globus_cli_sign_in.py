@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from agent.demo.free_port import free_port
+from tests.clients.calls import Calls
 
 pytestmark = [pytest.mark.clients]
 
@@ -33,7 +34,7 @@ class World:
     client_id: str
     environment: dict[str, str]
     globus_cli: str
-    calls: list[tuple[str, ...]]
+    calls: Calls
 
     def globus(self, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -49,7 +50,7 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory, calls: list[tuple[str, ...]]) -> Iterator[World]:
+def world(tmp_path_factory: pytest.TempPathFactory, calls: Calls) -> Iterator[World]:
     binary = os.environ.get("GLOBUS_CLI")
     if not binary:
         pytest.skip("GLOBUS_CLI does not name the globus command; `make test` installs it and sets this")
