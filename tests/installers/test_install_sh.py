@@ -34,6 +34,7 @@ case $1 in
     setup) mkdir -p "$HOME/.config/towpath" "$HOME/.local/state/towpath"; : >"$HOME/.config/towpath/agent.yaml"
         [ -n "${TOWPATH_SETUP_KEY:-}" ] || case $* in *--relay*) ;; *) exit 1 ;; esac ;;
     status) exit 1 ;;
+    service) echo "[Service]"; echo "ExecStart=$5 run" ;;
 esac
 """
 
@@ -203,13 +204,37 @@ def test_where_there_is_systemd_it_becomes_a_service_of_the_user(machine: Machin
     assert "ask an administrator for: loginctl enable-linger" in done.stderr
     unit = (machine.home / ".config/systemd/user/towpath-agent.service").read_text()
     program = machine.prefix / "current/bin/towpath"
-    assert f"ExecStart={program} run --config {machine.home}/.config/towpath/agent.yaml\n" in unit
+    assert f"ExecStart={program} run\n" in unit
     calls = (machine.home / "calls").read_text()
     assert "systemctl --user enable --now towpath-agent" in calls
     assert "\nstart\n" not in calls
     assert machine.run("--uninstall").returncode == 0
     assert "systemctl --user disable --now towpath-agent" in (machine.home / "calls").read_text()
     assert machine.files() - {"calls"} == before
+
+
+LOGINCTL = """#!/bin/sh
+# Stands for logind: a file says whether services outlive the user's sessions.
+case $1 in
+    show-user) [ -f "$HOME/../linger" ] && echo yes || echo no ;;
+    enable-linger) : >"$HOME/../linger" ;;
+    disable-linger) rm "$HOME/../linger" ;;
+esac
+"""
+
+
+@pytest.mark.parametrize("lingered", [True, False])
+def test_uninstalling_leaves_lingering_as_it_was(machine: Machine, lingered: bool) -> None:
+    tool(machine, "systemctl", SYSTEMCTL)
+    tool(machine, "loginctl", LOGINCTL)
+    if lingered:
+        (machine.folder / "linger").touch()
+    # An update by the script must not forget what the first installation found.
+    for _ in range(2):
+        assert machine.install("--root", str(machine.home), key="twp-key").returncode == 0
+        assert (machine.folder / "linger").exists()
+    assert machine.run("--uninstall").returncode == 0
+    assert (machine.folder / "linger").exists() is lingered
 
 
 def test_settings_can_be_kept(machine: Machine) -> None:
