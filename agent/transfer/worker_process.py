@@ -17,6 +17,9 @@ from agent.transfer.channel import Channel, Message, ToDaemon
 GRACE = 4.0
 # A spare worker is started this long (seconds) after the last one was taken, so that it does not slow that one down.
 REST = 2.0
+# A spare worker that nobody needed for so long (seconds) gives its memory back; the next transfer waits the third of a
+# second that a worker takes to start, and has a spare behind it again.
+NEEDED_WITHIN = 900.0
 
 
 @dataclass(frozen=True)
@@ -41,11 +44,18 @@ class Workers:
                 if self._spare is None:
                     self._spare = await _start()
                 self._taken = trio.Event()
-                await self._taken.wait()
+                with trio.move_on_after(NEEDED_WITHIN):
+                    await self._taken.wait()
+                if not self._taken.is_set():
+                    await self._end_spare()
+                    await self._taken.wait()
         finally:
-            if self._spare is not None:
-                spare, self._spare = self._spare, None
-                await _end(spare)
+            await self._end_spare()
+
+    async def _end_spare(self) -> None:
+        spare, self._spare = self._spare, None
+        if spare is not None:
+            await _end(spare)
 
     @asynccontextmanager
     async def worker(self, start: Message) -> AsyncIterator[Channel]:

@@ -52,6 +52,24 @@ async def test_a_spare_worker_that_died_is_not_used() -> None:
         nursery.cancel_scope.cancel()
 
 
+async def test_a_spare_worker_that_nobody_needs_ends_until_work_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_process, "NEEDED_WITHIN", 0.1)
+    workers = Workers(spare=True)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(workers.run)
+        first = await _spare(workers)
+        with trio.fail_after(20):
+            await first.wait()
+        assert workers._spare is None
+        monkeypatch.setattr(worker_process, "NEEDED_WITHIN", 900.0)
+        async with workers.worker(EventStored(seq=1)) as channel:
+            with pytest.raises(ChannelClosed):
+                await channel.receive()
+        second = await _spare(workers)
+        assert second.pid != first.pid
+        nursery.cancel_scope.cancel()
+
+
 async def test_without_a_spare_nothing_waits() -> None:
     workers = Workers(spare=False)
     await workers.run()
