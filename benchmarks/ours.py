@@ -20,6 +20,7 @@ from agent.transfer.local_node import LocalNode
 from agent.transfer.service import TransferService
 from protocol.control import (
     FINAL_STATES,
+    Compression,
     Party,
     SessionOrder,
     TaskItem,
@@ -95,6 +96,7 @@ class Engine:
         recursive: bool,
         sync_level: int | None = None,
         verify_checksum: bool = True,
+        compression: Compression = "auto",
     ) -> str:
         """Submit; the task's id."""
         task, session, now = str(uuid.uuid4()), str(uuid.uuid4()), time.time()
@@ -126,7 +128,12 @@ class Engine:
                 destination=self.destination.party,
                 source=self.source.party,
                 owner_id="benchmark",
-                options=TaskOptions(verify_checksum=verify_checksum, preserve_timestamp=True, sync_level=sync_level),
+                options=TaskOptions(
+                    verify_checksum=verify_checksum,
+                    preserve_timestamp=True,
+                    sync_level=sync_level,
+                    compression=compression,
+                ),
                 items=[TaskItem(source_path=source, destination_path=destination, recursive=recursive)],
             )
         )

@@ -1,11 +1,13 @@
 """G5: long, lossy paths. Ours beside iperf3 with the same congestion control, on an emulated path, in one run.
 
-    python benchmarks/wan.py [--mib 256] [--rtt 100] [--rate 200] [--loss 0 0.1 1] [--files 20000] [--json FILE]
+    python benchmarks/wan.py [--mib 256] [--rtt 100] [--rate 200] [--loss 0 0.1 1] [--files 20000] [--text 128]
+        [--json FILE]
 
 Root, network namespaces and /dev/net/tun are needed; iperf3 is left out where it is not installed. Each cell moves
 one file of --mib MiB from memory to memory, encrypted, digested and read back; its rate counts from the first content
 byte to the end of the task. iperf3 sends as many bytes over one connection; GridFTP, in the clear and whole commands,
-has its best number of streams. Then --files files of 4 KiB go over the path, and over one without a round-trip time.
+has its best number of streams. Then --files files of 4 KiB go over the path, and over one without a round-trip time,
+and --text MiB of program text without compression and with it.
 """
 
 from __future__ import annotations
@@ -17,15 +19,19 @@ import shutil
 import socket
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import trio
 from ours import Engine, engine
 from wan_path import ADDRESSES, Shape, long_path, namespace, why_not, within
+
+from protocol.control import Compression
 
 MIB = 1024 * 1024
 FAST = Path("/dev/shm")
@@ -50,6 +56,9 @@ class Cell:
     limited_by: str = ""
     files: int = 0
     files_seconds: float = 0.0
+    # Mbit/s of program text, as it is and compressed where that pays.
+    plain: float = 0.0
+    compressed: float = 0.0
 
     @property
     def ratio(self) -> float | None:
@@ -162,10 +171,13 @@ def far_source(made: Engine) -> None:
     made.source.service._bind = bind_there  # type: ignore[method-assign]
 
 
-async def move(made: Engine, name: str, cell: Cell, *, recursive: bool) -> tuple[float, float]:
+async def move(
+    made: Engine, name: str, cell: Cell, *, recursive: bool, compression: Compression = "auto"
+) -> tuple[float, float]:
     """Move something: seconds from submission to the first byte, and from there to the end."""
     begun = time.monotonic()
-    task = await made.transfer(f"/{name}", f"/{name}-{time.monotonic_ns()}", recursive=recursive)
+    target = f"/{name}-{time.monotonic_ns()}"
+    task = await made.transfer(f"/{name}", target, recursive=recursive, compression=compression)
     counter = made.destination.directory / "tasks" / task / "received"
     first = None
     while first is None:
@@ -191,7 +203,16 @@ async def _watch(made: Engine, task: str, cell: Cell, seen: dict[str, int]) -> N
         await trio.sleep(1)
 
 
-async def measure_ours(directory: Path, cell: Cell, mib: int, files: int) -> None:
+def write_text(path: Path, mib: int) -> None:
+    """The text of Python's own library, again and again, each time differently shuffled."""
+    random, texts = Random(1), [each.read_bytes() for each in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))]
+    with path.open("wb") as file:
+        while file.tell() < mib * MIB:
+            random.shuffle(texts)
+            file.write(b"".join(texts)[: mib * MIB - file.tell()])
+
+
+async def measure_ours(directory: Path, cell: Cell, mib: int, files: int, text: int) -> None:
     source, destination = directory / "source", directory / "destination"
     destination.mkdir()
     source.mkdir()
@@ -211,9 +232,15 @@ async def measure_ours(directory: Path, cell: Cell, mib: int, files: int) -> Non
         if files:
             before, seconds = await move(both, "small", cell, recursive=True)
             cell.files, cell.files_seconds = files, before + seconds
+        if text:
+            write_text(source / "text", text)
+            _, seconds = await move(both, "text", cell, recursive=False, compression="off")
+            cell.plain = text * MIB * 8 / seconds / 1e6
+            _, seconds = await move(both, "text", cell, recursive=False)
+            cell.compressed = text * MIB * 8 / seconds / 1e6
 
 
-def run_cell(shape: Shape, mib: int, files: int) -> Cell:
+def run_cell(shape: Shape, mib: int, files: int, text: int = 0) -> Cell:
     """One path: iperf3, then ours."""
     cell = Cell(shape.rtt * 1000, shape.rate / 1e6, shape.loss * 100)
     with (
@@ -224,7 +251,7 @@ def run_cell(shape: Shape, mib: int, files: int) -> Cell:
             cell.iperf3 = measure_iperf3(mib)
             cell.gridftp, cell.gridftp_streams = measure_gridftp(Path(folder), mib)
         # In a thread of its own, so that this one stays outside; workers that it starts are inside, too.
-        within(DESTINATION, lambda: trio.run(measure_ours, Path(folder), cell, mib, files))
+        within(DESTINATION, lambda: trio.run(measure_ours, Path(folder), cell, mib, files, text))
     return cell
 
 
@@ -235,6 +262,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=200.0, help="Mbit/s")
     parser.add_argument("--loss", type=float, nargs="*", default=[0.0, 0.1, 1.0], help="per cent")
     parser.add_argument("--files", type=int, default=20_000)
+    parser.add_argument("--text", type=int, default=128, help="MiB of text, to be compressed")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     reason = why_not()
@@ -264,6 +292,10 @@ def main() -> None:
             f"{options.files} files of 4 KiB: {near:.2f} s without round-trip time, {far:.2f} s at "
             f"{options.rtt:.0f} ms (ratio {far / near:.2f}; the link alone takes {link:.2f} s)."
         )
+    if options.text:
+        cell = run_cell(Shape(options.rtt / 1000, options.rate * 1e6, 0.0), 0, 0, options.text)
+        cells.append(cell)
+        print(f"{options.text} MiB of text: {cell.plain:.0f} Mbit/s as it is, {cell.compressed:.0f} Mbit/s compressed.")
     if options.json:
         options.json.write_text(json.dumps([asdict(cell) for cell in cells], indent=2))
 

@@ -25,6 +25,7 @@ TaskState = Literal["QUEUED", "ACTIVE", "WAITING", "PAUSED", "SUCCEEDED", "FAILE
 # Whether a task's bytes may pass the relay's tunnel: at any time, until a direct path was found, not at all.
 RelayPath = Literal["allow", "until-direct", "never"]
 Transport = Literal["tcp", "quic", "auto"]
+Compression = Literal["auto", "on", "off"]
 EntryType = Literal["file", "dir", "invalid_symlink", "chr", "blk", "pipe", "other"]
 
 FINAL_STATES: frozenset[str] = frozenset({"SUCCEEDED", "FAILED", "CANCELED"})
@@ -141,6 +142,8 @@ class TaskOptions(Record, frozen=True, kw_only=True):
     interpret_globs: bool = False
     relay_path: RelayPath = "allow"
     transport: Transport = "auto"
+    # Compress content on its way: where it pays, all of it, never.
+    compression: Compression = "auto"
     # The most that the task may move, in bytes a second; may change while it runs.
     bandwidth_limit: int | None = None
 
@@ -260,6 +263,8 @@ class LaneFlow(Record, frozen=True, kw_only=True):
 
     lane: int
     goodput: float = 0.0
+    # Of the goodput, what compression kept off the network.
+    saved: float = 0.0
     rtt: float | None = None
     retransmissions: int = 0
 

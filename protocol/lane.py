@@ -37,12 +37,14 @@ class LaneReady(Header, tag="y", frozen=True):
 
 
 class Block(Header, tag="b", frozen=True):
-    """Part of a file at ``offset``; the payload is the content. ``last`` ends request ``r``."""
+    """Part of a file at ``offset``; the payload is the content, or with ``whole`` a zstd frame of so many bytes of it.
+    ``last`` ends request ``r``."""
 
     r: int
     offset: int
     digest: bytes
     last: bool = False
+    whole: int = 0
 
 
 class Packed(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -55,11 +57,13 @@ class Packed(msgspec.Struct, array_like=True, frozen=True, gc=False):
 
 
 class Pack(Header, tag="p", frozen=True):
-    """Several whole files; the payload is their contents one after the other."""
+    """Several whole files; the payload is their contents one after the other, or with ``whole`` a zstd frame of so many
+    bytes of them."""
 
     r: int
     files: list[Packed]
     last: bool = False
+    whole: int = 0
 
 
 class ReadFailed(Header, tag="f", frozen=True):

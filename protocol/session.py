@@ -49,6 +49,9 @@ Extent = tuple[int, int]
 EXTENTS = "extents"
 BLOCK_DIGESTS = "block digests"
 LANE_READINGS = "lane readings"
+# Abilities a destination may announce in its `Hello`: it takes content compressed with zstd where that pays; it wants
+# all of it so.
+ZSTD, ZSTD_ALWAYS = "zstd", "zstd always"
 ATTRIBUTES = "attributes"
 # Lanes in one answer to `ReadLanes`, and times of each.
 MAX_READINGS, LANE_TIMES = 256, 5

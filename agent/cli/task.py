@@ -189,6 +189,8 @@ def flow_rows(flow: Mapping[str, Any]) -> list[tuple[str, object]]:
     rows.append(("Limited by", held_up_by.strip() or "unknown"))
     for lane in flow.get("lanes") or []:
         text = f"{human_bytes(int(lane.get('goodput') or 0))}/s"
+        if lane.get("saved"):
+            text += f", of which compression saved {human_bytes(int(lane['saved']))}/s"
         if lane.get("rtt") is not None:
             text += f", round trip {lane['rtt'] * 1000:.3g} ms"
         if lane.get("retransmissions"):

@@ -130,6 +130,11 @@ def _sync_level(_context: click.Context, _parameter: click.Parameter, value: str
     help="Whether the data may pass the relay: at any time, until a direct path was found, or never.",
 )
 @click.option("--transport", type=click.Choice(["auto", "tcp", "quic"]), help="What carries the data.")
+@click.option(
+    "--compression",
+    type=click.Choice(["auto", "on", "off"]),
+    help="Compress the data on its way where that pays (the default), always, or never.",
+)
 @bandwidth_option
 @click.option("--source-local-user", help="The local user on the source's machine.")
 @click.option("--destination-local-user", help="The local user on the destination's machine.")
@@ -192,6 +197,8 @@ def transfer_data(
         extra["towpath_relay"] = options["relay_path"]
     if options["transport"] is not None:
         extra["towpath_transport"] = options["transport"]
+    if options["compression"] is not None:
+        extra["towpath_compression"] = options["compression"]
     if options["bandwidth_limit"]:
         extra["towpath_bandwidth_limit"] = options["bandwidth_limit"]
     if options["delete_limit"] is not None:

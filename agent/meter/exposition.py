@@ -84,6 +84,9 @@ def _flows(tasks: list[TaskObserved]) -> Iterator[str]:
     lanes = [({"task": task, "lane": str(lane.lane)}, lane) for task, flow in flows for lane in flow.lanes]
     speeds: list[Sample] = [(labels, lane.goodput) for labels, lane in lanes]
     yield _metric("lane_goodput_bytes_per_second", "gauge", "Content arriving on a lane now.", speeds)
+    saved: list[Sample] = [(labels, lane.saved) for labels, lane in lanes]
+    help_ = "Of the content arriving on a lane, what compression kept off the network."
+    yield _metric("lane_saved_bytes_per_second", "gauge", help_, saved)
     trips: list[Sample] = [(labels, lane.rtt) for labels, lane in lanes if lane.rtt is not None]
     yield _metric("lane_round_trip_seconds", "gauge", "Smoothed round-trip time.", trips)
     again: list[Sample] = [(labels, float(lane.retransmissions)) for labels, lane in lanes]

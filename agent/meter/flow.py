@@ -23,6 +23,8 @@ class Reading:
     # Of each lane: content bytes, `TimeShares.totals`, and its round-trip time as seen from here.
     lanes: Mapping[int, tuple[int, list[float], float | None]] = field(default_factory=dict)
     source: LaneReadings | None = None
+    # Of each lane, content bytes that compression kept off the network.
+    saved: Mapping[int, int] = field(default_factory=dict)
 
 
 def flow_between(before: Reading, after: Reading) -> Flow:
@@ -32,12 +34,14 @@ def flow_between(before: Reading, after: Reading) -> Flow:
     lanes = []
     for number, (content, _, rtt) in sorted(after.lanes.items()):
         moved = content - before.lanes.get(number, (0, [], None))[0]
+        saved = after.saved.get(number, 0) - (before.saved.get(number, 0) if moved >= 0 else 0)
         known = at_source.get(number)
         lanes.append(
             LaneFlow(
                 lane=number,
                 # A lane that was opened anew counts from its own beginning.
                 goodput=(moved if moved >= 0 else content) / seconds,
+                saved=saved / seconds,
                 rtt=known.rtt if known is not None and known.rtt is not None else rtt,
                 retransmissions=0 if known is None else known.retransmissions,
             )

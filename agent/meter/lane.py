@@ -11,13 +11,15 @@ from agent.meter.time_shares import TimeShares
 class LaneMeter:
     """Belongs to one lane; its thread counts, others read."""
 
-    __slots__ = ("content", "sock", "times")
+    __slots__ = ("content", "saved", "sock", "times")
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
         self.times = TimeShares()
         # Content bytes that have passed.
         self.content = 0
+        # Of these, bytes that compression kept off the network.
+        self.saved = 0
 
     def facts(self) -> TcpFacts | None:
         """What the system knows of its connection; None where it is none of TCP, or gone."""

@@ -15,6 +15,7 @@ from agent.connect.tls import HANDSHAKE_TIMEOUT, check_peer, session_context
 from agent.connect.transport import send_at_once
 from agent.limits.pace import Pace
 from agent.limits.processor import Governor
+from agent.transfer import compression
 from agent.transfer.channel import (
     Allowed,
     BetterPath,
@@ -74,6 +75,7 @@ class DaemonLine:
         self.desired = start.order.desired
         self.revision = start.order.revision
         self.ticket = start.order.ticket
+        self._offers = compression.offered(start.order.options.compression)
         self.on_event_stored: Callable[[int], None] = lambda _seq: None
         self.on_better_path: Callable[[], None] = lambda: None
         # Lanes and MiB on the way, when they have changed.
@@ -218,7 +220,7 @@ class DaemonLine:
                 raise RetryLater("The source did not finish the handshake in time.", code="CONNECT_FAILED")
             check_peer(stream.getpeercert(binary_form=True), fingerprint_of_certificate_untrusted(certificate))
             session = SourceSession(stream, os.urandom(16))
-            await session.hello(self.ticket, self._version)
+            await session.hello(self.ticket, self._version, self._offers)
             self._session = session
             yield session
         except (trio.BrokenResourceError, OSError) as error:

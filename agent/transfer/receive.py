@@ -15,10 +15,12 @@ from agent.meter.lane import LaneMeter
 from agent.meter.time_shares import Doing
 from agent.storage.base import Root
 from agent.storage.faults import fault
+from agent.transfer import compression
 from agent.transfer.jobs import BlocksWritten, FileJob, LargeFile, PackArrived, PackRequest, RangeRequest, Request
 from protocol import lane
 from protocol.errors import ProtocolError, RetryLater, TowpathError, error_from_document_untrusted
 from protocol.names import escape
+from protocol.session import MAX_BLOCK
 
 # Blocks of one large file that wait before the settler is asked to check them, in bytes.
 CHECK_AFTER = 16 * 1024 * 1024
@@ -152,7 +154,19 @@ class LaneReceiver:
                 self._buffer = memoryview(bytearray(payload_length))
             payload = self._buffer[:payload_length]
         self._read_content(payload)
+        if isinstance(header, lane.Block | lane.Pack) and header.whole:
+            payload = self._inflate(payload, header.whole)
         return header, payload
+
+    def _inflate(self, payload: memoryview, whole: int) -> memoryview:
+        if not len(payload) < whole <= MAX_BLOCK or not compression.usable():
+            raise ProtocolError("The source sent compressed content of an impossible size.")
+        self._now(Doing.DIGEST)
+        content = compression.inflate_untrusted(payload, whole)
+        self.meter.content += whole - len(payload)
+        self.meter.saved += whole - len(payload)
+        # What was spoilt on its way matches no digest: it is fetched again like anything else that does not.
+        return memoryview(bytes(whole) if content is None else content)
 
     # --- large files -----------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from agent.meter.lane import LaneMeter
 from agent.meter.time_shares import Doing
 from agent.storage.base import Directory, Root, version_of
 from agent.storage.faults import fault
+from agent.transfer.compression import Compression, Mode
 from protocol import lane
 from protocol.errors import ProtocolError, RetryLater, TowpathError
 from protocol.names import CollectionPath, format_path
@@ -47,6 +48,7 @@ class LaneRequest:
     refused: TowpathError | None = None
     # Numbers of requests that the destination wants no more, shared by all of a session.
     abandoned: set[int] = field(default_factory=set)
+    compression: Mode = "off"
 
 
 Join = Callable[[bytes, int, LaneMeter], "queue.SimpleQueue[LaneRequest | None]"]
@@ -62,6 +64,7 @@ class LaneSender:
         self._pace = pace
         self._meter = LaneMeter(sock)
         self._now = self._meter.times.now
+        self._compression = Compression()
         self._buffer = memoryview(bytearray(2 * 1024 * 1024))
         self._files: OrderedDict[tuple[CollectionPath, bool], int] = OrderedDict()
         self._parent: tuple[CollectionPath, Directory] | None = None
@@ -116,9 +119,9 @@ class LaneSender:
         elif request.r in work.abandoned:
             self._leave_out(request.r, work.abandoned)
         elif isinstance(request, ReadRange):
-            self._range(request, work.path, work.abandoned)
+            self._range(request, work.path, work.abandoned, work.compression)
         else:
-            self._pack(request, work.paths)
+            self._pack(request, work.paths, work.compression)
 
     def _fail(self, r: int, error: TowpathError) -> None:
         self._socket.sendall(lane.encode_header(lane.ReadFailed(r, error.to_document())))
@@ -128,7 +131,7 @@ class LaneSender:
         abandoned.discard(r)
         self._fail(r, RetryLater("The request was withdrawn.", code="WITHDRAWN"))
 
-    def _range(self, request: ReadRange, path: CollectionPath, abandoned: set[int]) -> None:
+    def _range(self, request: ReadRange, path: CollectionPath, abandoned: set[int], mode: Mode) -> None:
         if request.block > len(self._buffer):
             self._buffer = memoryview(bytearray(min(request.block, MAX_BLOCK)))
         end = request.offset + request.length
@@ -151,10 +154,10 @@ class LaneSender:
                 self._fail(request.r, error)
                 return
             self._now(Doing.DIGEST)
-            header = lane.Block(request.r, offset, lane.digest(block), offset + length >= end)
-            self._now(Doing.NETWORK)
-            self._socket.sendall(lane.encode_header(header, length))
-            self._send_content(block)
+            digest, last = lane.digest(block), offset + length >= end
+            packed = self._compression.attempt(block, mode)
+            header = lane.Block(request.r, offset, digest, last, 0 if packed is None else length)
+            self._send_content(header, block, packed)
             offset += length
 
     def _read_block(self, path: CollectionPath, request: ReadRange, block: memoryview, offset: int) -> None:
@@ -163,7 +166,7 @@ class LaneSender:
             raise _changed(path)
         self._check(descriptor, request.version, path)
 
-    def _pack(self, request: ReadPack, paths: tuple[CollectionPath, ...]) -> None:
+    def _pack(self, request: ReadPack, paths: tuple[CollectionPath, ...], mode: Mode) -> None:
         self._now(Doing.STORAGE)
         files: list[lane.Packed] = []
         used = 0
@@ -172,7 +175,7 @@ class LaneSender:
             if not 0 <= size <= PACK_PAYLOAD:
                 raise ProtocolError("A file too large for a pack was asked for in one.")
             if used + size > PACK_PAYLOAD:
-                self._send_pack(request.r, files, used, last=False)
+                self._send_pack(request.r, files, used, mode, last=False)
                 files, used = [], 0
             content = self._buffer[used : used + size]
             try:
@@ -185,19 +188,29 @@ class LaneSender:
                 continue
             files.append(lane.Packed(index, size, lane.digest(content)))
             used += size
-        self._send_pack(request.r, files, used, last=True)
+        self._send_pack(request.r, files, used, mode, last=True)
 
-    def _send_pack(self, r: int, files: list[lane.Packed], used: int, *, last: bool) -> None:
-        self._now(Doing.NETWORK)
-        self._socket.sendall(lane.encode_header(lane.Pack(r, files, last), used))
-        if used:
-            self._send_content(self._buffer[:used])
+    def _send_pack(self, r: int, files: list[lane.Packed], used: int, mode: Mode, *, last: bool) -> None:
+        content = self._buffer[:used]
+        self._now(Doing.DIGEST)
+        packed = self._compression.attempt(content, mode)
+        self._send_content(lane.Pack(r, files, last, 0 if packed is None else used), content, packed)
         self._now(Doing.STORAGE)
 
-    def _send_content(self, content: memoryview) -> None:
-        """Send no faster than the pace allows."""
-        self._pace.moved(len(content))
+    def _send_content(self, header: lane.AnyHeader, content: memoryview, packed: bytes | None) -> None:
+        """Send a header and its content, compressed or as it is, no faster than the pace allows."""
+        self._now(Doing.NETWORK)
         self._meter.content += len(content)
+        if packed is not None:
+            self._meter.saved += len(content) - len(packed)
+            content = memoryview(packed)
+        started = time.perf_counter()
+        self._socket.sendall(lane.encode_header(header, len(content)))
+        self._send_paced(content)
+        self._compression.sent(len(content), time.perf_counter() - started)
+
+    def _send_paced(self, content: memoryview) -> None:
+        self._pace.moved(len(content))
         while len(content) and self._pace.limited:
             piece = content[: self._pace.piece]
             self._now(Doing.LIMITED)
@@ -205,7 +218,8 @@ class LaneSender:
             self._now(Doing.NETWORK)
             self._socket.sendall(piece)
             content = content[len(piece) :]
-        self._socket.sendall(content)
+        if len(content):
+            self._socket.sendall(content)
 
     # --- files -----------------------------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ from agent.meter.lane import LaneMeter
 from agent.storage import attributes
 from agent.storage.base import Directory, Node, Reach, Root, version_of
 from agent.storage.faults import fault
+from agent.transfer import compression
 from agent.transfer.attributes import read_attributes
 from agent.transfer.checksum import block_digests, file_digest
 from agent.transfer.holes import data_extents
@@ -108,6 +109,7 @@ class Control:
         self._reader = session.MessageReader()
         self._lanes: dict[int, queue.SimpleQueue[LaneRequest | None]] = {}
         self._abandoned: set[int] = set()
+        self._compression: compression.Mode = "off"
         self._meters: dict[int, LaneMeter] = {}
         self._listings: dict[int, tuple[trio.CancelScope, trio.Semaphore]] = {}
         self._send_out, self._receive_out = trio.open_memory_channel[bytes](1024)
@@ -142,6 +144,7 @@ class Control:
                 raise
             self._side.confine()
             self.instance = first.instance
+            self._compression = compression.wanted(first.abilities)
             await self._stream.send_all(session.encode(session.HelloAnswer(abilities=_abilities())))
         if scope.cancelled_caught:
             raise RetryLater("The destination did not introduce itself in time.")
@@ -363,7 +366,7 @@ class Control:
             if isinstance(request, session.ReadRange):
                 session.check_range_untrusted(request)
                 path = self._allowed(request.path)
-                work = LaneRequest(request, path, (), abandoned=self._abandoned)
+                work = LaneRequest(request, path, (), abandoned=self._abandoned, compression=self._compression)
             else:
                 work = self._pack(request)
             lane = self._lanes.get(request.lane)
@@ -406,7 +409,7 @@ class Control:
                 self._side.policy.check(path, now)
             paths.append(path)
         self._side.policy.check(folder if covered else paths[-1], now)
-        return LaneRequest(request, (), tuple(paths), abandoned=self._abandoned)
+        return LaneRequest(request, (), tuple(paths), abandoned=self._abandoned, compression=self._compression)
 
 
 def _abilities() -> list[str]:

@@ -7,7 +7,7 @@ the stream dies everybody waiting gets `SessionLost`, and the whole session is b
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 
 import trio
 
@@ -48,9 +48,10 @@ class SourceSession:
         self._next += 1
         return self._next
 
-    async def hello(self, ticket: str, version: str) -> session.HelloAnswer:
+    async def hello(self, ticket: str, version: str, abilities: Sequence[str] = ()) -> session.HelloAnswer:
         """Introduce ourselves and wait to be accepted. Call before `run`. Raises what the source says."""
-        await self._stream.send_all(session.encode(session.Hello(ticket, self.instance, version)))
+        hello = session.Hello(ticket, self.instance, version, list(abilities))
+        await self._stream.send_all(session.encode(hello))
         reader = session.MessageReader()
         with trio.move_on_after(HELLO_TIMEOUT):
             while True:

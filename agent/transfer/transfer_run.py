@@ -206,8 +206,9 @@ class TransferRun:
         for number, meter in self._lanes.meters.items():
             facts = meter.facts()
             lanes[number] = (meter.content, meter.times.totals(), None if facts is None else facts.rtt)
+        saved = {number: meter.saved for number, meter in self._lanes.meters.items()}
         files = self.counters().files_transferred
-        return Reading(time.monotonic(), time.process_time(), self.budget.blocked, files, lanes, source)
+        return Reading(time.monotonic(), time.process_time(), self.budget.blocked, files, lanes, source, saved)
 
     async def _run_session(self) -> None:
         try:

@@ -172,6 +172,7 @@ def _transfer_options(fields: Fields) -> TaskOptions:
     # Ours, beside theirs: how the data may go.
     relay_path: Any = fields.choice("towpath_relay", ("allow", "until-direct", "never"), "allow")
     transport: Any = fields.choice("towpath_transport", ("tcp", "quic", "auto"), "auto")
+    compression: Any = fields.choice("towpath_compression", ("auto", "on", "off"), "auto")
     return TaskOptions(
         sync_level=fields.integer("sync_level", 0, 3),
         verify_checksum=fields.boolean("verify_checksum", False),
@@ -189,6 +190,7 @@ def _transfer_options(fields: Fields) -> TaskOptions:
         filter_rules=rules,
         relay_path=relay_path,
         transport=transport,
+        compression=compression,
         bandwidth_limit=read_bandwidth_limit(fields),
     )
 

@@ -219,6 +219,7 @@ def _condition(task: Task, around: Surroundings) -> dict[str, Any]:
         "path": "" if observed is None else observed.path,
         "relay": task.task_options.relay_path,
         "transport": task.task_options.transport,
+        "compression": task.task_options.compression,
         "bandwidth_limit": task.task_options.bandwidth_limit,
         "flow": None
         if observed is None or task.finished or observed.flow is None

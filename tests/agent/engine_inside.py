@@ -28,6 +28,7 @@ from agent.storage.faulty import Call, FaultyRoot, Plan, no_faults
 from agent.storage.posix import open_root
 from agent.transfer import patience, task_runner
 from agent.transfer.channel import Common, Event, RunTask
+from agent.transfer.compression import offered
 from agent.transfer.journal import Journal
 from agent.transfer.manifest import ManifestWriter
 from agent.transfer.serve import SourceSide, serve_lane
@@ -110,7 +111,7 @@ class Line:
             self.nursery.start_soon(self._serve, side, theirs, scope)
             session = SourceSession(ours, b"i" * 16)
             try:
-                await session.hello("", "")
+                await session.hello("", "", offered(self.engine.options.compression))
                 yield session
             finally:
                 self.side = None

@@ -69,14 +69,14 @@ def _reading(now: float, content: int, files: int, *, source: bool = True) -> Re
     times = [0.0, 0.0, 0.0, 0.0, now]
     at_source = LaneReadings(1, 1000 + now, now * 0.1, [LaneReading(1, content, times, 0.1, 3, now, 0.0)])
     lanes = {1: (content, times, 0.102)}
-    return Reading(now, now * 0.05, 0.0, files, lanes, at_source if source else None)
+    return Reading(now, now * 0.05, 0.0, files, lanes, at_source if source else None, {1: content // 2})
 
 
 def test_readings_of_both_ends_become_rates_and_a_verdict() -> None:
     flow = flow_between(_reading(1.0, 1_000_000, 10), _reading(3.0, 5_000_000, 50))
     assert flow.goodput == 2_000_000
     assert flow.files_per_second == 20
-    assert flow.lanes == [LaneFlow(lane=1, goodput=2_000_000, rtt=0.1, retransmissions=3)]
+    assert flow.lanes == [LaneFlow(lane=1, goodput=2_000_000, saved=1_000_000, rtt=0.1, retransmissions=3)]
     assert flow.limited_by == "network"
 
 

@@ -49,6 +49,7 @@ def test_every_field_arrives() -> None:
         recursive_symlinks="keep",
         towpath_relay="until-direct",
         towpath_transport="tcp",
+        towpath_compression="off",
         towpath_preserve_xattrs=True,
         towpath_preserve_hard_links=True,
         filter_rules=[
@@ -66,7 +67,7 @@ def test_every_field_arrives() -> None:
     options = read.options
     assert (read.label, read.deadline) == ("nightly", 1_811_851_200.0)
     assert (options.sync_level, options.recursive_symlinks) == (3, "keep")
-    assert (options.relay_path, options.transport) == ("until-direct", "tcp")
+    assert (options.relay_path, options.transport, options.compression) == ("until-direct", "tcp", "off")
     assert all(
         [
             options.verify_checksum,
@@ -128,6 +129,7 @@ WRONG_TRANSFERS: list[tuple[str, dict[str, Any]]] = [
     ("recursive_symlinks", {"recursive_symlinks": "follow"}),
     ("towpath_relay", {"towpath_relay": "sometimes"}),
     ("towpath_transport", {"towpath_transport": "pigeon"}),
+    ("towpath_compression", {"towpath_compression": "tightly"}),
     ("towpath_preserve_xattrs", {"towpath_preserve_xattrs": "user"}),
     ("towpath_bandwidth_limit", {"towpath_bandwidth_limit": 999}),
     ("towpath_bandwidth_limit", {"towpath_bandwidth_limit": "20 MB/s"}),
