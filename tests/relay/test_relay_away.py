@@ -63,7 +63,7 @@ class Teller:
 
         monkeypatch.setattr(registry, "stream", stream)
         # In virtual time nothing may wait for a thread.
-        threadless = SimpleNamespace(Event=trio.Event, sleep=trio.sleep, to_thread=SimpleNamespace(run_sync=_at_once))
+        threadless = SimpleNamespace(**vars(trio) | {"to_thread": SimpleNamespace(run_sync=_at_once)})
         monkeypatch.setattr(outbox, "trio", threadless)
 
     def link(self, *, up: bool) -> None:
