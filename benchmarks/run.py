@@ -24,6 +24,7 @@ import argparse
 import json
 import os
 import queue
+import random
 import resource
 import shutil
 import statistics
@@ -295,9 +296,10 @@ def _reference(source: Path, destination: Path) -> dict[str, float]:
     return dict(json.loads(done.stdout))
 
 
-async def memory(place: Place, files: int) -> list[Measure]:
-    """G6: the memory of all processes, the destination's state on disk, and the manifest, as files go by."""
-    name = make_small_empty(place, files)
+async def memory(place: Place, files: int, *, flat: bool) -> list[Measure]:
+    """G6: the memory of all processes, the destination's state on disk, and the manifest, as files go by. ``flat``: all
+    of them are in one directory."""
+    name = make_empty(place, files, 1000 if not flat else files)
     found = []
     async with engine(place.directory / "agents", place.source, place.destination) as made:
         task = await made.transfer(f"/{name}", "/copy", recursive=True)
@@ -321,12 +323,21 @@ async def memory(place: Place, files: int) -> list[Measure]:
             await trio.sleep(0.1)
 
 
-def make_small_empty(place: Place, files: int) -> str:
-    for number in range(files):
-        folder = place.source / "empty" / f"{number // 1000:06d}"
-        if not number % 1000:
-            folder.mkdir(parents=True)
-        (folder / f"{number:08d}").touch()
+def make_empty(place: Place, files: int, in_one: int) -> str:
+    """Empty files, so many in a directory, made in no order of their names, as where a directory has grown for years.
+    A thousand of them are one inode with many names, so that ten million need no room."""
+    order = list(range(in_one))
+    random.Random(in_one).shuffle(order)
+    first = place.source / "first"
+    for start in range(0, files, in_one):
+        folder = place.source / "empty" / f"{start // in_one:06d}"
+        folder.mkdir(parents=True)
+        for number, place_in_folder in enumerate(order[: files - start]):
+            if not (start + number) % 1000:
+                first.unlink(missing_ok=True)
+                first.touch()
+            (folder / f"{place_in_folder:08d}").hardlink_to(first)
+    first.unlink()
     return "empty"
 
 
@@ -419,7 +430,7 @@ async def measure(key: str, place: Place, options: argparse.Namespace) -> Result
         files = sum(path.is_file() for path in (place.source / mixed).rglob("*"))
         return Result(key, await compare(Work(key, mixed, files, "files", ENCRYPTED), place, runs))
     if key == "G6":
-        return Result(key, [], await memory(place, options.files))
+        return Result(key, [], await memory(place, options.files, flat=options.flat))
     if key == "G7":
         return Result(key, [], await latency(place, max(runs, 5)))
     return Result(key, [], await trio.to_thread.run_sync(listing_under_load, place.directory, options))
@@ -431,6 +442,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--large-mib", type=int, default=4096)
     parser.add_argument("--files", type=int, default=20_000)
+    parser.add_argument("--flat", action="store_true", help="G6: all files in one directory")
     parser.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()), help="on the disk to measure")
     parser.add_argument("--json", type=Path, help="add the results to this file")
     options = parser.parse_args()
