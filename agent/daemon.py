@@ -147,6 +147,7 @@ class Daemon:
             self._hello,
             dial=self._dialer.dial,
             way=self._way,
+            is_proxied=lambda: self._network.relay is None,
             on_hello=self._take_hello,
             on_silence=self._network.announce_change,
         )

@@ -58,7 +58,8 @@ class Link:
     sees none before the relay has proven itself. ``hello`` is asked at every link for what to tell; ``on_hello`` hears
     what the relay told, once it has proven itself; ``on_silence`` is called when the relay, or the way to it, has
     vanished without a word, as after a change of network. ``clock`` gives Unix seconds. ``dial`` opens the way to the
-    relay (a proxy's place), ``way`` chooses how it is wrapped (None: raw). Raises ValueError for an address that is
+    relay (a proxy's place), ``way`` chooses how it is wrapped (None: raw), ``is_proxied``
+    says whether something on it answers in the relay's place. Raises ValueError for an address that is
     none.
     """
 
@@ -77,6 +78,7 @@ class Link:
         *,
         dial: Dial = dial_tcp,
         way: RelayWay | None = None,
+        is_proxied: Callable[[], bool] = lambda: False,
         on_hello: Callable[[RelayHello], None] = lambda _hello: None,
         on_silence: Callable[[], None] = lambda: None,
         limits: Limits = LINK_LIMITS,
@@ -86,6 +88,7 @@ class Link:
         self._host, self._port = _address(relay_url)
         self._connector = LinkConnector(self._host, self._port, ca_pem, dial, way or RelayWay("raw"))
         self._wrapping = ""
+        self._is_proxied = is_proxied
         self._identity = identity
         self._node_id = node_id
         self._endpoint_id = endpoint_id
@@ -168,6 +171,7 @@ class Link:
             channel=channel_of(connection.certificate),
             fields=self._hello,
             clock=self._clock,
+            blind=connection.way == "websocket" or self._is_proxied(),
         )
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._watch, gate)
@@ -190,6 +194,8 @@ class Link:
         if gate.proven:
             if gate.hello is not None:
                 self._on_hello(gate.hello)
+            if gate.watch and self._carrier is not None:
+                self._carrier.watch(gate.watch)
             self._up()
             return
         if gate.refusal is None:

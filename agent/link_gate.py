@@ -9,7 +9,14 @@ import trio
 from protocol.control import RelayHello, encode
 from protocol.errors import AccessDenied, ProtocolError, TowpathError
 from protocol.identity import NodeKey
-from protocol.link import HELLO_PATH, MAX_HELLO, HelloFields, make_agent_hello, verify_relay_hello_untrusted
+from protocol.link import (
+    HELLO_PATH,
+    MAX_HELLO,
+    HelloFields,
+    make_agent_hello,
+    verify_relay_hello_untrusted,
+    watch_untrusted,
+)
 from protocol.reverse_http.server import ASGIApplication, Receive, Scope, Send
 from protocol.ticket import TicketVerifier
 
@@ -32,6 +39,7 @@ class HelloGate:
         channel: str,
         fields: Callable[[], HelloFields],
         clock: Callable[[], float],
+        blind: bool = False,
     ) -> None:
         self._app = app
         self._identity = identity
@@ -41,6 +49,9 @@ class HelloGate:
         self._channel = channel
         self._fields = fields
         self._clock = clock
+        # The kernels cannot see whether the other side is still there.
+        self._blind = blind
+        self.watch = 0.0
         self.decided = trio.Event()
         self.proven = False
         self.hello: RelayHello | None = None
@@ -80,6 +91,8 @@ class HelloGate:
             await _answer_error(send, error)
             self.refuse(error)
             return
+        if self._blind:
+            self.watch = watch_untrusted(hello.watch)
         answer = make_agent_hello(
             hello,
             self._identity,
@@ -87,6 +100,7 @@ class HelloGate:
             endpoint_id=self._endpoint_id,
             channel=self._channel,
             fields=self._fields(),
+            watch=self.watch,
         )
         self.hello = hello
         # Before the answer goes out: the relay may use the link as soon as it has it.

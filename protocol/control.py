@@ -36,7 +36,8 @@ FINAL_STATES: frozenset[str] = frozenset({"SUCCEEDED", "FAILED", "CANCELED"})
 
 class RelayHello(Record, frozen=True, kw_only=True):
     """First request on every link, relay to agent. ``proof`` is a signed JWT, see `protocol.link`. ``stun_ports`` are
-    the relay's UDP ports for STUN; over TCP its one port serves."""
+    the relay's UDP ports for STUN; over TCP its one port serves. ``watch``: see `AgentHello`; the shortest the relay
+    bears now."""
 
     relay_id: str
     nonce: str
@@ -45,6 +46,7 @@ class RelayHello(Record, frozen=True, kw_only=True):
     version: str = ""
     abilities: list[str] = []
     stun_ports: list[int] = []
+    watch: float = 0.0
 
 
 class CollectionReport(Record, frozen=True, kw_only=True):
@@ -62,7 +64,11 @@ class CollectionReport(Record, frozen=True, kw_only=True):
 
 
 class AgentHello(Record, frozen=True, kw_only=True):
-    """The agent's answer: who it is (signed over nonce and channel), what it has, which events it holds."""
+    """The agent's answer: who it is (signed over nonce and channel), what it has, which events it holds.
+
+    ``watch``: the link goes through something (a proxy) that answers for a peer that has vanished, so the agent asks
+    for a sign of life after so many seconds of silence; 0 where the kernels at both ends watch.
+    """
 
     node_id: str
     endpoint_id: str
@@ -74,6 +80,7 @@ class AgentHello(Record, frozen=True, kw_only=True):
     boot_id: str = ""
     paused: bool = False
     last_event: int = 0
+    watch: float = 0.0
 
 
 # --- listings --------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import math
 import re
 import secrets
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ HELLO_PATH = "/link/hello"
 # How long the relay's proof is good for, in seconds, and the longest life an agent accepts.
 PROOF_LIFE = 60
 MAX_PROOF_LIFE = 600
+# Seconds of silence after which a link through a proxy is asked for a sign of life; it is dead after twice as long.
+WATCH, WATCH_MOST = 6.5, 32.0
 MAX_HELLO = 1024 * 1024
 MAX_ABILITIES = 256
 MAX_COLLECTIONS = 10_000
@@ -47,6 +50,11 @@ class HelloFields:
     last_event: int = 0
 
 
+def watch_untrusted(wanted: float) -> float:
+    """What the other side says of a link's watch, within bounds that neither flood nor forget."""
+    return max(WATCH, min(wanted, WATCH_MOST)) if math.isfinite(wanted) else WATCH
+
+
 def channel_of(certificate_der: bytes) -> str:
     """The channel: lower-case hex SHA-256 of the TLS server certificate."""
     return hashlib.sha256(certificate_der).hexdigest()
@@ -66,6 +74,7 @@ def make_relay_hello(
     node_id: str = "",
     version: str = "",
     abilities: tuple[str, ...] = (),
+    watch: float = 0.0,
 ) -> RelayHello:
     """The first request on a link. ``now`` is Unix seconds; ``node_id`` is empty while the caller is unknown."""
     proof = signer.sign_claims(
@@ -85,6 +94,7 @@ def make_relay_hello(
         key_certificate=signer.key_certificate,
         version=version,
         abilities=list(abilities),
+        watch=watch,
     )
 
 
@@ -121,7 +131,14 @@ def _signed_bytes(nonce: str, channel: str, relay_id: str, node_id: str) -> byte
 
 
 def make_agent_hello(
-    hello: RelayHello, identity: NodeKey, *, node_id: str, endpoint_id: str, channel: str, fields: HelloFields
+    hello: RelayHello,
+    identity: NodeKey,
+    *,
+    node_id: str,
+    endpoint_id: str,
+    channel: str,
+    fields: HelloFields,
+    watch: float = 0.0,
 ) -> AgentHello:
     """The agent's answer to a hello that was verified."""
     signature = identity.sign(_signed_bytes(hello.nonce, channel, hello.relay_id, node_id))
@@ -136,6 +153,7 @@ def make_agent_hello(
         boot_id=fields.boot_id,
         paused=fields.paused,
         last_event=fields.last_event,
+        watch=watch,
     )
 
 

@@ -277,6 +277,11 @@ class Carrier:
         seconds = self.core.pings.silence(now)
         self.end(Ending(f"The other side was silent for {seconds:.0f} seconds.", silent=True))
 
+    def watch(self, interval: float) -> None:
+        """Send a PING after so many seconds of silence from now on; after twice as many the peer is dead."""
+        self.core.pings.watch(interval)
+        self._retime()
+
     def _retime(self) -> None:
         """Look at the clock earlier than was thought, if that is so."""
         if self.core.pings.deadline() < self._next_look:

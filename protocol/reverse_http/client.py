@@ -100,6 +100,10 @@ class Client:
         """End the connection and tell the agent why and, if wanted, when to come back (seconds)."""
         self._carrier.close(sentence, retry_after=retry_after)
 
+    def watch(self, interval: float) -> None:
+        """Have the agent asked for a sign of life after so many seconds of silence; after twice as many it is gone."""
+        self._carrier.watch(interval)
+
     def statistics(self) -> ClientStatistics:
         """Counts since the connection began."""
         held = self._carrier.core.pings.held

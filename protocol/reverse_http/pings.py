@@ -42,6 +42,11 @@ class Pings:
         self._waiting = 0
         self._covered = 0
 
+    def watch(self, interval: float) -> None:
+        """Ask after this much silence from now on."""
+        self._interval = interval
+        self._quick_interval = min(interval, self._quick_interval)
+
     @property
     def held(self) -> int:
         """Places of reset streams that the peer has not confirmed."""

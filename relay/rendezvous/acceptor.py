@@ -21,6 +21,7 @@ from protocol.link import (
     new_nonce,
     read_agent_hello_untrusted,
     verify_agent_hello_untrusted,
+    watch_untrusted,
 )
 from protocol.reverse_http import Client, Limits, connect
 from protocol.round_trip import round_trip
@@ -73,11 +74,15 @@ async def accept_link(
         give_up_unacknowledged(sock)
     async with connect(stream, limits=limits) as client:
         try:
-            hello = await _greet(client, nodes, signer, channel, relay_id, version, clock, stun_ports)
+            watch = registry.watch_least()
+            hello = await _greet(client, nodes, signer, channel, relay_id, version, clock, stun_ports, watch)
         except TowpathError as error:
             _logger.warning("A link was refused: %s", error.sentence)
             client.close(error.sentence, retry_after=REFUSED_RETRY)
             return
+        if hello.watch > 0:
+            # A little later than the agent, who asks for both.
+            client.watch(watch_untrusted(hello.watch) + 0.5)
         address, measure = _peer_of(stream)
         with registry.registered(hello.node_id, hello, client, address=address, measure=measure):
             _logger.info("Agent %s is linked.", hello.node_id)
@@ -117,9 +122,10 @@ async def _greet(
     version: str,
     clock: Callable[[], float],
     stun_ports: Sequence[int],
+    watch: float,
 ) -> AgentHello:
     nonce = new_nonce()
-    greeting = make_relay_hello(signer, channel=channel, nonce=nonce, now=clock(), version=version)
+    greeting = make_relay_hello(signer, channel=channel, nonce=nonce, now=clock(), version=version, watch=watch)
     greeting = msgspec.structs.replace(greeting, stun_ports=list(stun_ports))
     answer = await client.request(
         "POST",

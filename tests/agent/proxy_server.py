@@ -21,6 +21,8 @@ class ProxyServer:
     allowed: set[str] | None = None
     asked: list[str] = field(default_factory=list)
     connected: int = 0
+    # From now on nothing goes through, and nobody is told.
+    swallows: bool = False
 
     async def serve(self, stream: trio.SocketStream) -> None:
         async with stream:
@@ -57,8 +59,8 @@ class ProxyServer:
         async with onward, trio.open_nursery() as nursery:
             await stream.send_all(b"HTTP/1.1 200 Connection established\r\nVia: test\r\n\r\n")
             if await self.begin(stream, onward):
-                nursery.start_soon(copy, stream, onward)
-                nursery.start_soon(copy, onward, stream)
+                nursery.start_soon(copy, stream, onward, self)
+                nursery.start_soon(copy, onward, stream, self)
 
     async def begin(self, stream: trio.SocketStream, onward: trio.SocketStream) -> bool:
         """Whether the connection may go on, once the client knows that it is made."""
@@ -66,10 +68,12 @@ class ProxyServer:
         return True
 
 
-async def copy(source: trio.SocketStream, target: trio.SocketStream) -> None:
+async def copy(source: trio.SocketStream, target: trio.SocketStream, through: ProxyServer | None = None) -> None:
+    """One direction, to its end."""
     try:
         while data := await source.receive_some(256 * 1024):
-            await target.send_all(data)
+            if through is None or not through.swallows:
+                await target.send_all(data)
         await target.send_eof()
     except (trio.BrokenResourceError, trio.ClosedResourceError):
         await target.aclose()

@@ -138,6 +138,31 @@ async def test_the_link_goes_through_the_proxy_with_its_password() -> None:
         assert server.connected == 1
 
 
+async def test_a_proxy_that_swallows_everything_is_noticed_from_both_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The kernels' acknowledgements come from the proxy; only the other side's own word tells that it is there."""
+    for module in ("protocol.link", "agent.link_gate", "relay.rendezvous.acceptor"):
+        monkeypatch.setattr(f"{module}.watch_untrusted", lambda wanted: 0.2)
+    registry = Registry()
+    async with relay(registry) as port, proxy_server() as server, trio.open_nursery() as nursery:
+        links = [make_link(port, dial=dialer(server).dial, is_proxied=lambda: True)]
+        nursery.start_soon(links[0].run)
+        with trio.fail_after(10):
+            await links[0].wait_connected()
+            while not registry.connected():
+                await trio.sleep(0.01)
+            assert registry.statistics().watched == 1
+            await trio.sleep(1.0)
+            assert registry.connected()
+            server.swallows = True
+            # The relay's own interval is half a second longer.
+            while registry.connected() or links[0].statistics().connected:
+                await trio.sleep(0.01)
+        assert registry.statistics().watched == 0
+        nursery.cancel_scope.cancel()
+
+
 async def test_a_proxy_that_opens_connections_is_noticed() -> None:
     # It shows a certificate of its own authority for the relay's name.
     other = trustme.CA()

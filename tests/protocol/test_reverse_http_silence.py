@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import math
 from typing import Any
 
 import pytest
 import trio
 import trio.testing
 
+from protocol.link import WATCH, WATCH_MOST, watch_untrusted
 from protocol.reverse_http import Client, Limits, LinkLost, connect, serve
 from protocol.reverse_http.carrier import Carrier
 from protocol.reverse_http.pings import Pings
@@ -127,6 +129,35 @@ async def test_an_agent_with_something_to_tell_misses_its_relay_soon(autojump_cl
             await line.carriers[0].closed.wait()
             assert trio.current_time() - begun <= 120 + NOTICED
         nursery.cancel_scope.cancel()
+
+
+async def test_an_idle_link_through_something_that_answers_for_others_is_watched(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    line = Line()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(line.carry)
+        nursery.start_soon(line.agent)
+        async with connect(line.relays_end, limits=LIMITS) as client:
+            await client.request("GET", "/")
+            line.carriers[0].watch(WATCH)
+            client.watch(WATCH + 0.5)
+            # It lives for as long as the other side does.
+            await trio.sleep(600)
+            assert client.ending is None
+            line.cut, begun = True, trio.current_time()
+            await client.closed.wait()
+            await line.carriers[0].closed.wait()
+            assert trio.current_time() - begun < 15
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize(
+    ("said", "taken"),
+    [(0, WATCH), (8, 8), (1e-9, WATCH), (-1, WATCH), (1e9, WATCH_MOST), (math.nan, WATCH), (math.inf, WATCH)],
+)
+def test_no_peer_has_this_side_flood_or_forget(said: float, taken: float) -> None:
+    assert watch_untrusted(said) == taken
 
 
 async def test_an_idle_link_is_pinged_as_seldom_as_before(autojump_clock: trio.testing.MockClock) -> None:
