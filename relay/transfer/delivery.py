@@ -1,4 +1,4 @@
-"""Bringing one task to its agents: which step is due (a plain function), and the calls that take it.
+"""Bringing one task to its agents: the calls that take the step which is due (`next_step`).
 
 Every step may be repeated: orders carry a revision, sessions an id, and what agents must be told is written down before
 they are told. So a relay that dies between any two lines here goes on where it was.
@@ -7,16 +7,13 @@ they are told. So a relay that dies between any two lines here goes on where it 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from enum import Enum
 from typing import Any, cast
 
 import msgspec
 import trio
-from sqlalchemy import Connection
 
 from protocol.candidates import check_candidates_untrusted
 from protocol.control import (
-    FINAL_STATES,
     SessionAnswer,
     SessionOrder,
     TaskObserved,
@@ -26,12 +23,13 @@ from protocol.control import (
 from protocol.errors import ItemFailed, ProtocolError, RetryLater, TowpathError
 from protocol.ticket import TicketSigner
 from relay.store.database import Store
-from relay.transfer import closed_owners, event_log, task_reports, task_rows, task_turns
+from relay.transfer import closed_owners, delivery_notes, task_rows
 from relay.transfer.agents import AgentLinks
-from relay.transfer.entitlement import NOTHING, Entitlement, entitled, entitlement
-from relay.transfer.event_log import TaskEvent
-from relay.transfer.parties import Side, Sides, load_sides, sign_ticket
-from relay.transfer.task_documents import CANCELED, OFFLINE
+from relay.transfer.delivery_notes import Loaded
+from relay.transfer.entitlement import NOTHING
+from relay.transfer.next_step import Situation, Step, next_step
+from relay.transfer.parties import Side, Sides, sign_ticket
+from relay.transfer.task_documents import OFFLINE
 from relay.transfer.task_rows import Scope, Task
 from relay.transfer.times import iso
 
@@ -49,73 +47,12 @@ OFFER_INTERVAL = 1.0
 BACK_SOON = 15.0
 
 
-class Step(Enum):
-    """What a task needs next."""
-
-    NOTHING = "nothing"
-    WAIT_FOR_WORKER = "wait for the agent that drives the task"
-    SEND_ORDER = "send the order"
-    OFFER_SESSION = "ask the source for a session and pass its answer on"
-    WITHDRAW_SESSION = "withdraw the ticket at the source"
-    CLOSE = "let the agent forget the task"
-
-
-@dataclass(frozen=True)
-class Situation:
-    """What decides the next step. ``session_wanted``: the agent needs a (newer) way to the source."""
-
-    worker_connected: bool
-    source_connected: bool
-    session_wanted: bool
-    keep_until: float
-
-
-def next_step(task: Task, situation: Situation, now: float) -> Step:
-    """The one thing to do for a task now. Stopping comes before everything else, and closing the source first of all:
-    it is where data would still flow out."""
-    observed = task.last_observed
-    agent_done = observed is not None and observed.state in FINAL_STATES
-    order_due = task.delivered < task.revision
-    if task.finished:
-        if task.session_open and situation.source_connected:
-            return Step.WITHDRAW_SESSION
-        if task.attempted and order_due and task.desired == "cancel" and not agent_done and situation.worker_connected:
-            return Step.SEND_ORDER
-        told = agent_done or not order_due
-        if not task.closed and told and now >= situation.keep_until and situation.worker_connected:
-            return Step.CLOSE
-        return Step.NOTHING
-    if task.desired == "pause":
-        if task.session_open and situation.source_connected:
-            return Step.WITHDRAW_SESSION
-        if not task.attempted:
-            return Step.NOTHING
-    if not situation.worker_connected:
-        return Step.WAIT_FOR_WORKER
-    if order_due:
-        return Step.SEND_ORDER
-    if situation.session_wanted and situation.source_connected and task.desired == "run":
-        return Step.OFFER_SESSION
-    return Step.NOTHING
-
-
 @dataclass(frozen=True)
 class Visit:
     """How a visit to a task ended: tasks may have finished, and it may want another try after an error."""
 
     finished: bool = False
     failed: TowpathError | None = None
-
-
-@dataclass(frozen=True)
-class _Loaded:
-    """``entitlement``: what the owner of the task may do now of what it does."""
-
-    task: Task
-    sides: Sides
-    scope: Scope
-    entitlement: Entitlement
-    owner_closed: bool
 
 
 class Courier:
@@ -155,7 +92,7 @@ class Courier:
         """Take all steps that can be taken now. Agents' refusals end the task, passing faults are returned."""
         source_failed: TowpathError | None = None
         for _ in range(MAX_STEPS):
-            loaded = await self._store.read(lambda connection: _load(connection, task_id, now))
+            loaded = await self._store.read(lambda connection: delivery_notes.load(connection, task_id, now))
             if loaded is None:
                 self._wanted.pop(task_id, None)
                 return Visit()
@@ -165,7 +102,7 @@ class Courier:
                 continue
             if not task.finished and not loaded.entitlement.runs:
                 # No ticket is signed any more, whoever forgot to end the task when the permission went.
-                await self._store.write(lambda connection: _end_unentitled(connection, task_id, now))
+                await self._store.write(lambda connection: delivery_notes.end_unentitled(connection, task_id, now))
                 continue
             situation = self._situation(task, sides)
             if source_failed is not None:
@@ -200,7 +137,7 @@ class Courier:
 
     async def source_of(self, task_id: str, node_id: str, now: float) -> tuple[str, Task] | None:
         """The node that is the source of a running task which ``node_id`` drives."""
-        loaded = await self._store.read(lambda connection: _load(connection, task_id, now))
+        loaded = await self._store.read(lambda connection: delivery_notes.load(connection, task_id, now))
         if loaded is None or loaded.task.finished or not loaded.entitlement.runs or loaded.owner_closed:
             return None
         if loaded.sides.source is None or loaded.sides.worker is None:
@@ -214,7 +151,7 @@ class Courier:
 
         Raises the link's passing errors.
         """
-        loaded = await self._store.read(lambda connection: _load(connection, task_id, now))
+        loaded = await self._store.read(lambda connection: delivery_notes.load(connection, task_id, now))
         if loaded is None or loaded.task.finished or not loaded.task.delivered:
             return
         if loaded.sides.worker is None or loaded.sides.worker.node_id != node_id:
@@ -225,16 +162,16 @@ class Courier:
         except ItemFailed as error:
             if error.code != "NOT_FOUND":
                 raise
-            await self._store.write(lambda connection: _give_again(connection, task_id))
+            await self._store.write(lambda connection: delivery_notes.give_again(connection, task_id))
             return
-        await self._store.write(lambda connection: _compared(connection, task_id, observed, now))
+        await self._store.write(lambda connection: delivery_notes.compared(connection, task_id, observed, now))
 
     async def cut(self, task_id: str, now: float) -> None:
         """Withdraw the session of a task at its source at once, beside any visit that is under way.
 
         A visit repeats it, so that nothing is lost when this fails. Raises the link's errors.
         """
-        loaded = await self._store.read(lambda connection: _load(connection, task_id, now))
+        loaded = await self._store.read(lambda connection: delivery_notes.load(connection, task_id, now))
         if loaded is None or not loaded.task.session_open or loaded.sides.source is None:
             return
         if not loaded.task.finished and loaded.task.desired != "pause":
@@ -252,7 +189,7 @@ class Courier:
             keep_until=(task.completed or 0.0) + self._keep,
         )
 
-    async def _take(self, step: Step, loaded: _Loaded, now: float) -> None:
+    async def _take(self, step: Step, loaded: Loaded, now: float) -> None:
         task, sides = loaded.task, loaded.sides
         if step is Step.SEND_ORDER:
             assert sides.worker is not None
@@ -273,17 +210,17 @@ class Courier:
             await self._links.call(sides.worker.node_id, "DELETE", f"/link/tasks/{task.id}", timeout=self._timeout)
             await self._change(task.id, closed=True)
 
-    def _sign(self, loaded: _Loaded, worker: Side, source: Side | None, now: float) -> str:
+    def _sign(self, loaded: Loaded, worker: Side, source: Side | None, now: float) -> str:
         # An order to stop needs no permission to read or write anything.
         allowed = loaded.entitlement.runs and not loaded.task.finished and loaded.task.desired == "run"
         scope, may = (loaded.scope, loaded.entitlement) if allowed else (Scope([], []), NOTHING)
         return sign_ticket(self._signer, loaded.task, worker, source, scope, may, now=now, life=self._ticket_life)
 
-    async def _send_order(self, loaded: _Loaded, worker: Side, now: float) -> None:
+    async def _send_order(self, loaded: Loaded, worker: Side, now: float) -> None:
         task, source = loaded.task, loaded.sides.source
         running = task.desired == "run"
         first = task.delivered == 0
-        if not await self._store.write(lambda connection: _mark_attempted(connection, task)):
+        if not await self._store.write(lambda connection: delivery_notes.mark_attempted(connection, task)):
             return
         items = None
         if first:
@@ -326,7 +263,7 @@ class Courier:
         self.orders += 1
         observed = decode_untrusted(answer, TaskObserved)
         held = "source" if running and source is not None and session is None else None
-        await self._store.write(lambda connection: _delivered(connection, task, observed, held, now))
+        await self._store.write(lambda connection: delivery_notes.delivered(connection, task, observed, held, now))
         if session is not None:
             self._wanted.pop(task.id, None)
         elif source is not None:
@@ -368,7 +305,7 @@ class Courier:
 
     async def _hold(self, task: Task, side: str, now: float) -> None:
         if task.held_by != side:
-            await self._store.write(lambda connection: _hold(connection, task.id, side, now))
+            await self._store.write(lambda connection: delivery_notes.hold(connection, task.id, side, now))
 
     async def _refused(self, task: Task, step: Step, error: TowpathError, now: float) -> bool:
         """Deal with an error of a step; True when the task should be looked at again at once."""
@@ -381,13 +318,13 @@ class Courier:
             return True
         if step is Step.SEND_ORDER and task.desired == "cancel" and error.disposition in ("permanent", "fatal"):
             # The agent has no such task (any more): there is nothing left to stop.
-            await self._store.write(lambda connection: _nothing_to_stop(connection, task.id, now))
+            await self._store.write(lambda connection: delivery_notes.nothing_to_stop(connection, task.id, now))
             return True
         if error.disposition in ("permanent", "fatal") and not task.finished:
-            await self._store.write(lambda connection: _fail(connection, task.id, error, now))
+            await self._store.write(lambda connection: delivery_notes.fail(connection, task.id, error, now))
             return True
         if error.code != OFFLINE and not task.finished:
-            await self._store.write(lambda connection: _note_trouble(connection, task.id, error, now))
+            await self._store.write(lambda connection: delivery_notes.note_trouble(connection, task.id, error, now))
         return False
 
 
@@ -401,118 +338,3 @@ def check_session_answer_untrusted(data: bytes, session_id: str, certificate: st
         raise ProtocolError("The source answered for another session or with another certificate.")
     check_candidates_untrusted(answer.candidates)
     return answer
-
-
-def _load(connection: Connection, task_id: str, now: float) -> _Loaded | None:
-    task = task_rows.load(connection, task_id)
-    if task is None:
-        return None
-    scope = task_rows.load_scope(connection, task_id)
-    return _Loaded(
-        task=task,
-        sides=load_sides(connection, task),
-        scope=scope,
-        entitlement=entitlement(connection, task, scope, now),
-        owner_closed=not task.finished and closed_owners.is_closed(connection, task.owner_id),
-    )
-
-
-def _end_unentitled(connection: Connection, task_id: str, now: float) -> None:
-    task = task_rows.load(connection, task_id)
-    if task is not None and not entitled(connection, task, now):
-        sentence = "The owner of this task is no longer allowed what it does."
-        task_turns.end_now(connection, task, code=CANCELED, sentence=sentence, now=now)
-
-
-def _mark_attempted(connection: Connection, task: Task) -> bool:
-    """From now on the agent may have the task. False when it was changed since it was looked at."""
-    current = task_rows.load(connection, task.id)
-    if current is None or current.revision != task.revision or current.status != task.status:
-        return False
-    if not current.attempted:
-        task_rows.change(connection, task.id, attempted=True)
-    return True
-
-
-def _delivered(connection: Connection, task: Task, observed: TaskObserved, held: str | None, now: float) -> None:
-    current = task_rows.load(connection, task.id)
-    assert current is not None
-    values: dict[str, Any] = {"delivered": max(current.delivered, task.revision), "ticket_issued": now}
-    if observed.revision > current.revision:
-        # This database was restored from a backup: overtake what the agent has already seen, and say it again.
-        values["revision"] = observed.revision + 1
-    if not current.finished:
-        values["held_by"] = held
-    task_rows.change(connection, task.id, **values)
-    if not current.finished:
-        task_reports.store_observed(connection, current, observed)
-        if observed.state in FINAL_STATES:
-            _conclude(connection, task.id, observed, now)
-    if held is not None and current.held_by != held:
-        event_log.add(connection, task.id, _offline_event(held, now))
-
-
-def _give_again(connection: Connection, task_id: str) -> None:
-    """The agent lost the task: its numbers begin anew, so what was stored under the old ones no longer counts."""
-    task_rows.change(connection, task_id, delivered=0, last_seq=0)
-    event_log.forget_numbers(connection, task_id)
-
-
-def _compared(connection: Connection, task_id: str, observed: TaskObserved, now: float) -> None:
-    task = task_rows.load(connection, task_id)
-    if task is None or task.finished:
-        return
-    task_reports.store_observed(connection, task, observed)
-    if observed.state in FINAL_STATES:
-        _conclude(connection, task_id, observed, now)
-
-
-def _conclude(connection: Connection, task_id: str, observed: TaskObserved, now: float) -> None:
-    current = task_rows.load(connection, task_id)
-    if current is not None:
-        task_reports.conclude(connection, current, observed, now)
-
-
-def _offline_event(side: str, now: float) -> TaskEvent:
-    sentence = f"The agent of the {side} endpoint is not connected; the task goes on when it is back."
-    return TaskEvent(code=OFFLINE, description=sentence, time=now, is_error=True)
-
-
-def _hold(connection: Connection, task_id: str, side: str, now: float) -> None:
-    task_rows.change(connection, task_id, held_by=side)
-    event_log.add(connection, task_id, _offline_event(side, now))
-
-
-def _fail(connection: Connection, task_id: str, error: TowpathError, now: float) -> None:
-    task = task_rows.load(connection, task_id)
-    if task is not None:
-        task_turns.end_now(connection, task, code=error.code, sentence=error.sentence, now=now)
-
-
-def _nothing_to_stop(connection: Connection, task_id: str, now: float) -> None:
-    task = task_rows.load(connection, task_id)
-    if task is None:
-        return
-    task_rows.change(connection, task_id, delivered=task.revision)
-    task_turns.finish(connection, task, code=CANCELED, sentence="The task was cancelled.", when=now)
-
-
-def _note_trouble(connection: Connection, task_id: str, error: TowpathError, now: float) -> None:
-    """Show people what holds the task up; the same trouble is noted once."""
-    task = task_rows.load(connection, task_id)
-    if task is None or task.finished:
-        return
-    last = task.last_observed
-    if last is not None and last.status_code == error.code:
-        return
-    observed = TaskObserved(
-        task_id=task_id,
-        revision=task.delivered,
-        state="WAITING",
-        status_code=error.code,
-        status_sentence=error.sentence,
-        who=error.who,
-    )
-    task_reports.store_observed(connection, task, observed)
-    event = TaskEvent(code=error.code, description=error.sentence, time=now, is_error=True)
-    event_log.add(connection, task_id, event)

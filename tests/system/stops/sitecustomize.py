@@ -73,7 +73,7 @@ STEPS: dict[str, list[tuple[str, str, str]]] = {
     "relay": [
         ("submission written, not committed", "relay.transfer.task_turns", "accept"),
         ("submission stored", "relay.transfer.steward", "Steward.wake"),
-        ("sending noted", "relay.transfer.delivery", "_mark_attempted"),
+        ("sending noted", "relay.transfer.delivery_notes", "mark_attempted"),
         ("source asked", "relay.transfer.delivery", "Courier._ask_source"),
         ("order sent", "relay.transfer.delivery", "Courier._send_order"),
         ("lines written, not committed", "relay.transfer.task_reports", "apply_lines"),
