@@ -1,4 +1,6 @@
-"""The collections as open folder trees: opened once, looked at before every use, opened again when they come back.
+"""The collections as open folder trees: shared while they are used, and looked at before every use.
+
+Nothing stays open between uses: an open folder would keep its owner from taking the disk out (EBUSY).
 
 A root that has gone (an unmounted disk, a removed folder) makes its collection unavailable; it is never taken for an
 empty folder. `Marks` remember across restarts which file system each root was on, because the empty mount point is
@@ -93,16 +95,15 @@ def _load_marks(path: Path | None) -> dict[str, tuple[str, Mark]]:
 
 
 class _Open:
-    """A root and how many use it; closed by the last user once it is retired."""
+    """A root and how many use it; closed by the last user."""
 
     def __init__(self, root: Root) -> None:
         self.root = root
-        self.users = 0
-        self.retired = False
+        self.users = 1
 
 
 class Collections:
-    """The open roots of all collections."""
+    """The roots of all collections, open while somebody uses them."""
 
     def __init__(self, marks: Marks) -> None:
         self._marks = marks
@@ -137,25 +138,10 @@ class Collections:
     def accept(self, config: CollectionConfig) -> None:
         """The owner says that the root is right as it is now. Raises OSError or `NeedsPerson`."""
         self._marks.forget(config.id)
-        self.close_one(config)
+        with self._lock:
+            self._open.pop((config.id, config.root, config.hidden), None)
         with self.using(config):
             pass
-
-    def close_one(self, config: CollectionConfig) -> None:
-        """Give one root back, so that the next use opens it anew."""
-        key = (config.id, config.root, config.hidden)
-        with self._lock:
-            entry = self._open.pop(key, None)
-            if entry is not None:
-                self._retire(entry)
-
-    def close(self) -> None:
-        """Give all roots back; those in use are closed by their last user."""
-        with self._lock:
-            entries = list(self._open.values())
-            self._open.clear()
-            for entry in entries:
-                self._retire(entry)
 
     def _take(self, config: CollectionConfig) -> _Open:
         key = (config.id, config.root, config.hidden)
@@ -176,12 +162,8 @@ class Collections:
                 return entry
         # Opened outside the lock: one dead file server must not hold up the other collections.
         fresh = _Open(self._open_root(config))
-        fresh.users = 1
         with self._lock:
-            older = self._open.get(key)
             self._open[key] = fresh
-            if older is not None:
-                self._retire(older)
         return fresh
 
     def _open_root(self, config: CollectionConfig) -> Root:
@@ -220,20 +202,16 @@ class Collections:
     def _give_back(self, entry: _Open) -> None:
         with self._lock:
             entry.users -= 1
-            if entry.retired and entry.users == 0:
+            if entry.users == 0:
+                for key in [key for key, other in self._open.items() if other is entry]:
+                    del self._open[key]
                 entry.root.close()
 
     def _drop(self, key: tuple[str, str, bool], entry: _Open) -> None:
+        """Let nobody else use it; those who do close it."""
         with self._lock:
             if self._open.get(key) is entry:
                 del self._open[key]
-                self._retire(entry)
-
-    def _retire(self, entry: _Open) -> None:
-        if not entry.retired:
-            entry.retired = True
-            if entry.users == 0:
-                entry.root.close()
 
 
 def report_of(config: CollectionConfig, reason: str = "") -> CollectionReport:

@@ -230,7 +230,6 @@ class Daemon:
                 nursery.cancel_scope.cancel()
         finally:
             local_socket.forget(self._config.state_dir, path)
-            self._collections.close()
 
     def _moves_data(self) -> bool:
         """Whether a task runs here, or somebody reads from here."""

@@ -214,7 +214,6 @@ def world(tmp_path: Path) -> Iterator[World]:
     made.now = datetime.now().timestamp()
     yield made
     made.ledger.close()
-    made.collections.close()
 
 
 async def test_a_new_file_goes_once_and_a_changed_one_again(world: World) -> None:
