@@ -40,7 +40,8 @@ from protocol.candidates import PathGo
 from protocol.control import FINAL_STATES, AgentEvent, Counters, SessionAnswer, TaskObserved, TaskOrder
 from protocol.errors import RetryLater, TaskFailed, TowpathError
 
-CRASH_PAUSE, LONGEST_CRASH_PAUSE = 0.5, 30.0
+CRASH_PAUSE, LONGEST_CRASH_PAUSE = 0.1, 30.0
+LIVED_LONG = 60.0
 # How often to try again to write down what a task has told.
 STATE_PAUSE = 2.0
 
@@ -51,6 +52,22 @@ def merged(before: Counters, after: Counters) -> Counters:
     """Counters only grow: a worker that lists a directory again begins a little below."""
     names = [name for name in Counters.__struct_fields__ if name not in ("scan_complete", "retrying")]
     return msgspec.structs.replace(after, **{name: max(getattr(before, name), getattr(after, name)) for name in names})
+
+
+class CrashPauses:
+    """How long, in seconds, before a worker that died is followed by another: longer each time, until one gets
+    somewhere or has lived for a while."""
+
+    def __init__(self) -> None:
+        self._next = CRASH_PAUSE
+
+    def after(self, lived: float, before: Counters, now: Counters) -> float:
+        """``lived`` in seconds; the task's counters when the worker began, and when it died."""
+        further = now.bytes_transferred > before.bytes_transferred or now.files > before.files
+        if further or lived > LIVED_LONG:
+            self._next = CRASH_PAUSE
+        pause, self._next = self._next, min(self._next * 2, LONGEST_CRASH_PAUSE)
+        return pause
 
 
 async def allow(channel: Channel, allowance: Allowance) -> None:
@@ -222,11 +239,11 @@ class RunningTask:
 
     async def run(self) -> None:
         """Run workers until the task is finished or held; one that dies is followed by another."""
-        pause = CRASH_PAUSE
+        pauses = CrashPauses()
         while self.desired != "pause" and self.observed.state not in FINAL_STATES:
             if self.order.desired == "cancel" and await self._cancel_without_collection():
                 return
-            started = trio.current_time()
+            started, before = trio.current_time(), self.observed.counters
             try:
                 await self._run_worker()
             except StateTrouble as error:
@@ -234,8 +251,7 @@ class RunningTask:
                 await trio.sleep(STATE_PAUSE)
             except (ChannelClosed, OSError):
                 self._channel = None
-                if trio.current_time() - started > 60:
-                    pause = CRASH_PAUSE
+                pause = pauses.after(trio.current_time() - started, before, self.observed.counters)
                 await self._record(
                     AgentEvent(
                         n=0,
@@ -249,7 +265,6 @@ class RunningTask:
                     )
                 )
                 await trio.sleep(pause)
-                pause = min(pause * 2, LONGEST_CRASH_PAUSE)
 
         if not self._stopping:
             await self.tell_why_not()

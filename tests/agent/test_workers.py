@@ -7,7 +7,9 @@ import trio
 
 from agent.transfer import worker_process
 from agent.transfer.channel import ChannelClosed, EventStored
+from agent.transfer.running_task import CrashPauses
 from agent.transfer.worker_process import Workers
+from protocol.control import Counters
 
 
 @pytest.fixture(autouse=True)
@@ -74,3 +76,14 @@ async def test_without_a_spare_nothing_waits() -> None:
     workers = Workers(spare=False)
     await workers.run()
     assert workers._spare is None
+
+
+def test_only_workers_that_get_nowhere_are_followed_ever_later() -> None:
+    pauses, nothing = CrashPauses(), Counters()
+    futile = [pauses.after(1.0, nothing, nothing) for _ in range(12)]
+    assert futile[0] < 0.5
+    assert futile == sorted(futile)
+    assert futile[-1] == 30.0
+    assert pauses.after(1.0, nothing, Counters(bytes_transferred=1)) == futile[0]
+    assert pauses.after(1.0, nothing, nothing) == futile[1]
+    assert pauses.after(61.0, nothing, nothing) == futile[0]

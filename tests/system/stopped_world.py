@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import time
 import uuid
@@ -88,6 +89,11 @@ class StoppedWorld:
         self.stops = stops
         self.source = world.sites["alpha"].root
         self.destination = world.sites["beta"].root
+
+    def clear(self) -> None:
+        """Make room: remove what was transferred."""
+        for path in self.destination.iterdir():
+            shutil.rmtree(path)
 
     # --- processes -------------------------------------------------------------------------------------
 

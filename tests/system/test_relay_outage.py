@@ -102,12 +102,14 @@ async def test_a_transfer_neither_stops_nor_slows_without_its_relay(
         codes = await world.codes(task_id)
         steady = sorted(without)[len(without) // 2]
         print(f"relay away for {outage:.0f} s: {with_relay / MIB:.2f} MiB/s with it, {steady / MIB:.2f} MiB/s without")
+        print(f"every 10 s: {[round(row / MIB, 2) for row in without]}, the slowest of them after a kill")
         print(f"workers killed meanwhile: {deaths}, events: {codes}")
         # What the relay itself notes when it is back, and agents are not yet, is not the agent's.
         told = [code for code in codes if code != "GC_NOT_CONNECTED"]
         assert told == ["STARTED", *["WORKER_DIED"] * deaths, "SUCCEEDED"]
-        # Paced by sleeping, it cannot be faster with a relay than without; half is far outside every accident.
-        assert steady > with_relay / 2
+        # Paced by sleeping, it cannot be faster with a relay than without. Every other figure follows a worker's death.
+        assert steady > with_relay * 0.8
+        assert min(without) > 0
 
 
 async def rate(world: StoppedWorld, task_id: str, seconds: float) -> float:
