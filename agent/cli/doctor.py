@@ -42,7 +42,7 @@ def doctor(out: Output, checks: tuple[str, ...], config_file: Path) -> int:
             continue
         findings = run_check(entry, examination)
         report.append((entry, findings))
-        if not out.is_json:
+        if findings and not out.is_json:
             _print(out, entry, findings)
     if out.is_json:
         out.document({"checks": [document_of(entry, findings) for entry, findings in report]})

@@ -8,6 +8,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+from agent.config.keys import CollectionConfig
 from agent.doctor.registry import Examination, Finding
 
 LOW_DISK = 256 * 1024 * 1024
@@ -113,13 +114,33 @@ def check_state(examination: Examination) -> Iterator[Finding]:
     yield Finding(level="ok", sentence=f"{place}: {free // 2**20} MiB free.")
 
 
+def _another_disk(examination: Examination, collection: CollectionConfig) -> str:
+    """A sentence if the root is there, but not on the disk it was set up on: an empty mount point."""
+    from agent.collections import MARKS_FILE, Marks
+    from agent.storage import mounts, posix
+
+    assert examination.config is not None
+    expected = Marks(examination.config.state_dir / MARKS_FILE).expected(collection)
+    if expected is None or not os.path.isdir(collection.root) or not os.access(collection.root, os.R_OK | os.X_OK):
+        return ""
+    root = posix.open_root(collection.root)
+    try:
+        difference = mounts.difference(expected, root.mark(), strict=False)
+    finally:
+        root.close()
+    return f"The folder {collection.root} of {collection.name} {difference}." if difference else ""
+
+
 def check_collections(examination: Examination) -> Iterator[Finding]:
     """Whether every root is there, and none gives away the agent's own files."""
     if examination.config is None:
         return
     for collection in examination.config.collections:
         root = Path(collection.root)
-        if not root.is_dir():
+        other = _another_disk(examination, collection)
+        if other:
+            yield Finding(level="failure", sentence=other, advice="Mount its disk.")
+        elif not root.is_dir():
             yield Finding(
                 level="failure",
                 sentence=f"The folder {root} of {collection.name} is not there.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import threading
 import time
@@ -12,6 +13,8 @@ from click.testing import CliRunner
 
 from agent.cli import doctor as command
 from agent.cli.main import cli
+from agent.collections import MARKS_FILE, Collections, Marks
+from agent.config.layers import load_config
 from agent.doctor.registry import CHECKS, Entry, Examination, Finding
 
 ID = "6c54cade-bde5-45c1-bdea-f4bd71dba2cc"
@@ -62,6 +65,25 @@ def test_a_machine_that_was_never_set_up(tmp_path: Path) -> None:
     code, found = run(tmp_path / "agent.yaml", *MINE)
     assert code == 1
     assert "towpath setup" in found["configuration"][0]["sentence"]
+
+
+def test_a_mount_point_without_its_disk_is_not_called_well(tmp_path: Path) -> None:
+    root, state = tmp_path / "root", tmp_path / "agent.state"
+    root.mkdir()
+    state.mkdir(mode=0o700)
+    config_file = tmp_path / "agent.yaml"
+    config_file.write_text(f"collections:\n- {{id: {ID}, name: Data, root: {root}}}\n")
+    (config,) = load_config(config_file).collections
+    marks = Marks(state / MARKS_FILE)
+    assert Collections(marks).report(config).available
+    (finding,) = run(config_file, "collections")[1]["collections"]
+    assert finding["level"] == "ok"
+    seen = marks.expected(config)
+    assert seen is not None
+    marks.keep(config, dataclasses.replace(seen, mount_point="/mnt/disk"))
+    code, found = run(config_file, "collections")
+    assert code == 1
+    assert "is not on the disk mounted at /mnt/disk" in found["collections"][0]["sentence"]
 
 
 def test_what_is_wrong_is_named_with_what_to_do(tmp_path: Path) -> None:
