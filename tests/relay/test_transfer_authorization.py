@@ -224,6 +224,32 @@ async def test_an_expired_token_is_no_token(estate: Estate) -> None:
     assert (answer.status_code, answer.json()["code"]) == (401, "ClientError.AuthenticationFailed")
 
 
+async def test_a_decision_that_cannot_be_made_is_no(estate: Estate, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even to the owner: what fails on the way to a decision allows nothing and changes nothing."""
+
+    class Unmade(Exception):
+        pass
+
+    asked: list[object] = []
+
+    def unmade(*_: object) -> str:
+        asked.append(_)
+        raise Unmade
+
+    before = await estate.state()
+    monkeypatch.setattr(collections, "decide", unmade)
+    for method, template in ROUTES:
+        if "{endpoint_id}" not in template:
+            continue
+        asked.clear()
+        try:
+            answer = await estate.ask(method, template, estate.alice.headers)
+        except Unmade:  # the relay answers with 500, and the test's transport passes it on
+            continue
+        assert asked == [] or answer.status_code >= 400, f"{method} {template} was answered without a decision"
+    assert await estate.state() == before
+
+
 async def test_the_walk_notices_when_the_decision_about_collections_is_gone(
     estate: Estate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
