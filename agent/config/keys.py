@@ -113,6 +113,12 @@ class CollectionConfig:
         True,
         doc="Names that begin with a dot: offered like all others, or denied (not listed, read, changed or made).",
     )
+    read_twice: bool = setting(
+        Choice({"once": False, "twice": True}),
+        False,
+        key="reading",
+        doc="How often what is sent is read; twice finds disks and memory that err, and costs about twice the reading.",
+    )
     limits: CollectionLimits = setting(Section(CollectionLimits), doc="How much may happen on it at a time.")
     home: str = setting(InCollection(), "/", doc="Where /~/ and relative paths begin, a path inside the collection.")
     default_directory: str = setting(InCollection(), "/~/", doc="Where clients start, a path inside the collection.")

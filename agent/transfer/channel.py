@@ -38,6 +38,7 @@ class WorkerCollection(msgspec.Struct, frozen=True, kw_only=True):
     read_only: bool
     home: str = "/"
     hidden: bool = True
+    read_twice: bool = False
     # What the root was at set-up; None when it was never looked at.
     mark: Mark | None = None
 

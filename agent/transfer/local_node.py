@@ -107,6 +107,7 @@ class LocalNode:
                     read_only=row.read_only,
                     home=row.home,
                     hidden=row.hidden,
+                    read_twice=row.read_twice,
                     mark=self._expected_mark(row),
                 )
                 for row in self.policy.collections

@@ -19,6 +19,7 @@ from agent.meter.time_shares import Doing
 from agent.storage.base import Directory, Root, version_of
 from agent.storage.faults import fault
 from agent.transfer.compression import Compression, Mode
+from agent.transfer.second_read import SecondRead
 from protocol import lane
 from protocol.errors import ProtocolError, RetryLater, TowpathError
 from protocol.names import CollectionPath, format_path
@@ -55,9 +56,10 @@ Join = Callable[[bytes, int, LaneMeter], "queue.SimpleQueue[LaneRequest | None]"
 
 
 class LaneSender:
-    """One lane at the source. `run` blocks until it ends; shutting the socket down ends it."""
+    """One lane at the source. `run` blocks until it ends; shutting the socket down ends it. With ``read_twice`` nothing
+    is sent that does not read the same a second time."""
 
-    def __init__(self, sock: socket.socket, root: Root, join: Join, pace: Pace) -> None:
+    def __init__(self, sock: socket.socket, root: Root, join: Join, pace: Pace, *, read_twice: bool = False) -> None:
         self._socket = sock
         self._root = root
         self._join = join
@@ -65,6 +67,7 @@ class LaneSender:
         self._meter = LaneMeter(sock)
         self._now = self._meter.times.now
         self._compression = Compression()
+        self._second = SecondRead(root) if read_twice else None
         self._buffer = memoryview(bytearray(2 * 1024 * 1024))
         self._files: OrderedDict[tuple[CollectionPath, bool], int] = OrderedDict()
         self._parent: tuple[CollectionPath, Directory] | None = None
@@ -164,7 +167,12 @@ class LaneSender:
         descriptor = self._open(path, request.version, follow=request.follow)
         if self._read_file(descriptor, block, offset) != len(block):
             raise _changed(path)
-        self._check(descriptor, request.version, path)
+        try:
+            if self._second is not None:
+                self._second.check(descriptor, block, offset, path)
+        finally:
+            # What changed between two reads was not misread.
+            self._check(descriptor, request.version, path)
 
     def _pack(self, request: ReadPack, paths: tuple[CollectionPath, ...], mode: Mode) -> None:
         self._now(Doing.STORAGE)
@@ -230,6 +238,20 @@ class LaneSender:
         read, status = self._root.read_whole(self._directory(path[:-1]), path[-1], content, follow=follow)
         if read != len(content) or version_of(status) != version:
             raise _changed(path)
+        if self._second is not None:
+            self._again(self._second, path, version, content, follow=follow)
+
+    def _again(
+        self, second: SecondRead, path: CollectionPath, version: Version, content: memoryview, *, follow: bool
+    ) -> None:
+        descriptor = self._directory(path[:-1]).open_read(path[-1], follow=follow)
+        try:
+            second.check(descriptor, content, 0, path)
+        finally:
+            try:
+                self._check(descriptor, version, path)
+            finally:
+                self._root.close_file(descriptor)
 
     def _directory(self, path: CollectionPath) -> Directory:
         if self._parent is None or self._parent[0] != path:

@@ -60,7 +60,16 @@ def row_of(node: Node, target: bytes | None = None) -> session.Row:
 class SourceSide:
     """All connections of one session at its source."""
 
-    def __init__(self, root: Root, policy: SourcePolicy, verifier: TicketVerifier, pace: Pace | None = None) -> None:
+    def __init__(
+        self,
+        root: Root,
+        policy: SourcePolicy,
+        verifier: TicketVerifier,
+        pace: Pace | None = None,
+        *,
+        read_twice: bool = False,
+    ) -> None:
+        self.read_twice = read_twice
         self._whole = root
         self.root = root
         self._reach: tuple[CollectionPath, ...] | None = None
@@ -485,6 +494,6 @@ def serve_lane(
     """
     secured, _ = handshake(sock)
     try:
-        LaneSender(secured, side.root, side.join, side.pace).run()
+        LaneSender(secured, side.root, side.join, side.pace, read_twice=side.read_twice).run()
     finally:
         secured.close()

@@ -191,7 +191,10 @@ class _SourceWorker:
                 self._side = None
             else:
                 return self._side
-        return SourceSide(_root_of(self._collection), self._policy, self._verifier, self._moving.pace)
+        collection = self._collection
+        return SourceSide(
+            _root_of(collection), self._policy, self._verifier, self._moving.pace, read_twice=collection.read_twice
+        )
 
     async def _lane(self, sock: socket.socket) -> None:
         duplicate = socket.socket(fileno=os.dup(sock.fileno()))

@@ -105,7 +105,7 @@ class Line:
             self.engine.on_session(self.engine.sessions)
         ours, theirs = trio.testing.memory_stream_pair()
         with self.engine.source_root() as root:
-            side = SourceSide(root, OpenPolicy(), None)  # type: ignore[arg-type]
+            side = SourceSide(root, OpenPolicy(), None, read_twice=self.engine.read_twice)  # type: ignore[arg-type]
             self.side = side
             scope = trio.CancelScope()
             self.nursery.start_soon(self._serve, side, theirs, scope)
@@ -165,6 +165,7 @@ class Engine:
     plan: Plan = no_faults
     source_plan: Plan = no_faults
     short: int = 0
+    read_twice: bool = False
     lanes_wanted: int = 1
     wrap: Callable[[Root], Root] = lambda root: root
     on_session: Callable[[int], None] | None = None

@@ -17,6 +17,8 @@ import pytest
 import trio
 
 from agent.storage.base import Root
+from agent.storage.faulty import FaultyRoot
+from agent.storage.posix import open_root
 from agent.transfer import send
 from protocol import lane, session
 from protocol.control import TaskItem, TaskOptions
@@ -134,6 +136,51 @@ async def test_a_bit_flipped_behind_tls_costs_one_block_or_file(
     told = [event.details for event in engine.events if event.code == "VERIFY_CHECKSUM"]
     assert all("from the source" in details and "(source owner)" in details and names in details for details in told)
     print(f"bits flipped behind TLS: {times}, found: {times}, bytes sent again: {observed.counters.bytes_sent_again}")
+
+
+class Misreading(FaultyRoot):
+    """Storage that gives one flipped bit now and then: each n-th read with content comes wrong."""
+
+    def __init__(self, inner: Root, every: int) -> None:
+        super().__init__(inner)
+        self.every, self.reads, self.wrong = every, 0, 0
+
+    def preadv(self, descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
+        count = super().preadv(descriptor, buffers, offset)
+        if count:
+            self.reads += 1
+            if self.reads % self.every == 0:
+                self.wrong += 1
+                buffers[0][count // 3] ^= 4
+        return count
+
+
+@pytest.mark.parametrize("read_twice", [True, False])
+async def test_a_misread_at_the_source_is_found_by_reading_twice(quick_path: Path, read_twice: bool) -> None:
+    """Everything that comes after agrees with what was read, so that without a second read it is not found: the test
+    shows that as well."""
+    engine = Engine(quick_path, read_twice=read_twice)
+    fill(engine.source)
+    roots: list[Misreading] = []
+
+    def misreading() -> FaultyRoot:
+        roots.append(Misreading(open_root(str(engine.source)), 17))
+        return roots[-1]
+
+    engine.source_root = misreading  # type: ignore[method-assign]
+    observed = await engine.run()
+    assert observed.state == "SUCCEEDED", observed
+    wrong, told = sum(root.wrong for root in roots), Counter(engine.codes())["SOURCE_MISREAD"]
+    print(f"misreads at the source: {wrong}, found: {told}, reads: {sum(root.reads for root in roots)}")
+    assert wrong
+    if read_twice:
+        assert contents(engine.destination) == contents(engine.source)
+        # Two reads are compared: either of them may be the wrong one.
+        assert told == wrong
+        assert any("(source owner)" in event.details for event in engine.events if event.code == "SOURCE_MISREAD")
+    else:
+        assert contents(engine.destination) != contents(engine.source)
+        assert not told
 
 
 WEAKER = {
