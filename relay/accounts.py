@@ -16,7 +16,6 @@ from sqlalchemy import Connection, delete, select, update
 
 from protocol.errors import ItemFailed
 from relay.access.decisions import ROLES
-from relay.api.errors import ApiError
 from relay.auth import browser_sessions, clients, one_time_links, passwords, service_tokens
 from relay.auth.administrators import has_administrator
 from relay.auth.identities import (
@@ -27,6 +26,7 @@ from relay.auth.identities import (
     select_by_ids,
     select_by_usernames,
 )
+from relay.refusal import ApiError
 from relay.settings import Settings
 from relay.store import auth_tables as tables
 from relay.store.database import Store

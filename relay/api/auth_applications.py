@@ -14,11 +14,11 @@ from relay.access.decisions import Subject
 from relay.api.auth_login import delete_copy, make_copy
 from relay.api.client_authentication import authenticated_client
 from relay.api.developer import Developer, body_of, developer, reading, writing
-from relay.api.errors import ApiError
 from relay.applications import policies, projects, registration
 from relay.applications.documents import required
 from relay.auth.clients import Client
 from relay.auth.providers import sign_in_provider_ids
+from relay.refusal import ApiError
 from relay.services import services_of
 
 router = APIRouter(prefix="/v2/api", tags=["Auth"])

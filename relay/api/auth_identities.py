@@ -11,7 +11,6 @@ from sqlalchemy import Connection
 
 from relay.api.auth_tokens import identity_in_set, seen_at
 from relay.api.client_authentication import authenticated_client
-from relay.api.errors import ApiError
 from relay.auth.bearer import Caller, auth_caller
 from relay.auth.browser_sessions import Authentication
 from relay.auth.codes import authentications_of
@@ -28,6 +27,7 @@ from relay.auth.linked import set_of
 from relay.auth.providers import IdentityProvider, identity_providers, named_after
 from relay.auth.scopes import MANAGE_PROJECTS, VIEW_CONSENTS, VIEW_IDENTITY_SET
 from relay.auth.upstream import provider_identity_id
+from relay.refusal import ApiError
 from relay.services import services_of
 from relay.settings import Settings
 

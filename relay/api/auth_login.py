@@ -12,13 +12,13 @@ from fastapi.responses import JSONResponse
 from sqlalchemy import Connection
 
 from relay.api.client_authentication import address_of, authenticated_client
-from relay.api.errors import ApiError
 from relay.api.token_grants import DEVICE_CODE, GRANT_TYPES
 from relay.auth import public_clients
 from relay.auth.clients import Client
 from relay.auth.public_clients import WELL_KNOWN, client_for, remove_client
 from relay.auth.scopes import OPENID_SCOPES, VIEW_IDENTITY_SET
 from relay.keys import ID_TOKEN_ALGORITHM
+from relay.refusal import ApiError
 from relay.services import services_of
 
 router = APIRouter(tags=["Auth"])

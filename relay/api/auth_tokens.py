@@ -18,7 +18,6 @@ from relay.api.client_authentication import (
     form_untrusted,
     identified_client,
 )
-from relay.api.errors import ApiError
 from relay.api.token_grants import Giving, refusal
 from relay.audit.notes import note, quiet
 from relay.auth import device
@@ -33,6 +32,7 @@ from relay.auth.linked import set_of
 from relay.auth.public_clients import ensure_row
 from relay.auth.scopes import InvalidScope, parse_untrusted
 from relay.auth.tokens import TokenRecord, find, revoke
+from relay.refusal import ApiError
 from relay.services import Services, services_of
 
 router = APIRouter(prefix="/v2/oauth2", tags=["Auth"])

@@ -12,10 +12,10 @@ from urllib.parse import parse_qsl, unquote_plus
 
 from fastapi import Request
 
-from relay.api.errors import ApiError
 from relay.audit.notes import acting
 from relay.auth.clients import Client
 from relay.auth.public_clients import client_for
+from relay.refusal import ApiError
 from relay.services import services_of
 
 MAX_FORM = 64 * 1024

@@ -11,10 +11,10 @@ from sqlalchemy import Connection
 
 from relay.access.decisions import Subject
 from relay.access.principals import subject_of
-from relay.api.errors import ApiError
 from relay.applications.documents import invalid, wrapped
 from relay.auth.bearer import Caller, auth_caller
 from relay.auth.scopes import MANAGE_PROJECTS, VIEW_CLIENTS_AND_SCOPES
+from relay.refusal import ApiError
 from relay.services import services_of
 
 MAX_BODY = 256 * 1024

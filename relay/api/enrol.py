@@ -8,8 +8,8 @@ from fastapi import APIRouter, Request, Response
 
 from protocol.control import EnrolAnswer, EnrolRequest, decode_untrusted, encode
 from protocol.errors import ProtocolError
-from relay.api.errors import ApiError
 from relay.audit.notes import note
+from relay.refusal import ApiError
 from relay.services import services_of
 from relay.transfer.enrolment import RelayName, redeem
 from relay.transfer.fields import BAD_REQUEST

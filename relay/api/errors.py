@@ -18,6 +18,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from relay.refusal import ApiError
 from relay.store.database import StoreBroken, StoreBusy
 
 Service = Literal["auth", "transfer", "groups", "search", "timers", "flows", "compute", "towpath"]
@@ -57,30 +58,6 @@ _SPACES: tuple[tuple[str, Service], ...] = (
 _BAD_REQUEST: Mapping[Service, str] = {"auth": "INVALID_REQUEST", "search": "BadRequest.ValidationError"}
 _REQUEST_ID_LETTERS = string.ascii_letters + string.digits
 _NEVER_SHOWN = re.compile(r"[\x00-\x1f\x7f]")
-
-
-class ApiError(Exception):
-    """An answer other than success.
-
-    ``status`` is the HTTP status, ``code`` the service's own word (``EndpointNotFound``, ``invalid_grant``) and
-    ``message`` one sentence for people. ``extra`` is added to the document's top level, ``headers`` to the answer.
-    """
-
-    def __init__(
-        self,
-        status: int,
-        code: str,
-        message: str,
-        *,
-        extra: Mapping[str, Any] | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.code = code
-        self.message = message
-        self.extra: dict[str, Any] = dict(extra or {})
-        self.headers: dict[str, str] = dict(headers or {})
 
 
 def service_of(path: str) -> Service:

@@ -10,8 +10,9 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from relay.api.errors import ApiError, new_request_id, render
+from relay.api.errors import new_request_id, render
 from relay.quota.requests import add_headers
+from relay.refusal import ApiError
 
 logger = logging.getLogger("relay.api")
 

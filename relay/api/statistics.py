@@ -11,9 +11,9 @@ from typing import Any, cast
 
 from fastapi import APIRouter, Depends, Request, Response
 
-from relay.api.errors import ApiError
 from relay.auth.administrators import is_administrator
 from relay.auth.bearer import Caller, transfer_caller
+from relay.refusal import ApiError
 from relay.services import services_of
 
 router = APIRouter(tags=["Towpath"])

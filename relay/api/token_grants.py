@@ -8,7 +8,6 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from relay.api.errors import ApiError
 from relay.auth import device, grants
 from relay.auth.clients import Client
 from relay.auth.codes import NotRedeemed, Redeemed, authentications_of, redeem_code
@@ -17,6 +16,7 @@ from relay.auth.id_tokens import claims_of
 from relay.auth.identities import select_by_ids
 from relay.auth.scopes import AUTH_SERVER
 from relay.auth.tokens import IssuedToken
+from relay.refusal import ApiError
 from relay.services import Services
 
 DEVICE_CODE = "urn:ietf:params:oauth:grant-type:device_code"

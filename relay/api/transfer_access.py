@@ -8,9 +8,9 @@ from fastapi import APIRouter, Request, Response
 from sqlalchemy import Connection
 
 from relay.access.decisions import Ability
-from relay.api.errors import ApiError
 from relay.api.transfer_frame import PREFIX, CallerHere, ServicesHere, answer, read_document, result
 from relay.audit.notes import note
+from relay.refusal import ApiError
 from relay.transfer import collections, roles, rules, task_turns
 from relay.transfer.collections import Collection
 

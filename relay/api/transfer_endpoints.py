@@ -10,7 +10,6 @@ from sqlalchemy import Connection
 
 from relay.access.decisions import Ability
 from relay.access.principals import subject_of
-from relay.api.errors import ApiError
 from relay.api.transfer_frame import (
     PREFIX,
     CallerHere,
@@ -21,6 +20,7 @@ from relay.api.transfer_frame import (
     views,
     wanted_fields,
 )
+from relay.refusal import ApiError
 from relay.transfer import collections, enrolment, search, task_turns
 from relay.transfer.collection_documents import endpoint_document, only_fields, server_list
 from relay.transfer.collections import Collection

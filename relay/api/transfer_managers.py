@@ -13,8 +13,8 @@ from sqlalchemy import ColumnElement, Connection
 
 from relay.access.decisions import Subject
 from relay.access.principals import subject_of
-from relay.api.errors import ApiError
 from relay.api.transfer_frame import PREFIX, CallerHere, ServicesHere, answer, surroundings
+from relay.refusal import ApiError
 from relay.store import transfer_tables as tables
 from relay.transfer import event_log, task_filters, task_lists, task_rows
 from relay.transfer.collections import Collection

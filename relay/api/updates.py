@@ -9,7 +9,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse
 
-from relay.api.errors import ApiError
+from relay.refusal import ApiError
 from relay.services import services_of
 
 router = APIRouter(tags=["Towpath"])

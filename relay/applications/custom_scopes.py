@@ -16,10 +16,10 @@ from typing import Any
 from sqlalchemy import Connection, delete, func, insert, literal, select, update
 
 from relay.access.decisions import Subject
-from relay.api.errors import ApiError
 from relay.applications import documents, projects, registration
 from relay.auth.known_scopes import built_in, facts_of, names_with_ids
 from relay.auth.scopes import resource_server_of
+from relay.refusal import ApiError
 from relay.store.auth_tables import tokens
 from relay.store.sign_in_tables import consents, scope_dependencies, scopes
 

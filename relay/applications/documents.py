@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
-from relay.api.errors import ApiError
+from relay.refusal import ApiError
 
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 MAX_TEXT = 1000

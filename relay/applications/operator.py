@@ -13,9 +13,9 @@ from protocol.errors import ItemFailed
 from relay.access.decisions import Subject
 from relay.access.principals import subject_of
 from relay.accounts import find_identity
-from relay.api.errors import ApiError
 from relay.applications import projects, registration
 from relay.auth.clients import new_digest
+from relay.refusal import ApiError
 from relay.settings import Settings
 from relay.store.database import Store
 

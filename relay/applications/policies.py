@@ -10,8 +10,8 @@ from typing import Any
 from sqlalchemy import Connection, Row, delete, insert, select, update
 
 from relay.access.decisions import Subject
-from relay.api.errors import ApiError
 from relay.applications import documents, projects
+from relay.refusal import ApiError
 from relay.store.application_tables import policies
 
 LONGEST_TIMEOUT = 30 * 86400

@@ -13,9 +13,9 @@ from typing import Any
 from sqlalchemy import Connection, delete, func, insert, select, update
 
 from relay.access.decisions import Subject
-from relay.api.errors import ApiError
 from relay.applications import documents
 from relay.auth.identities import Identity, select_by_ids
+from relay.refusal import ApiError
 from relay.store.application_tables import policies, project_admins, projects, registrations
 
 MAX_PROJECTS = 100

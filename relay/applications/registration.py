@@ -17,12 +17,12 @@ from sqlalchemy import Connection, func, insert, select, update
 
 from protocol.errors import ItemFailed
 from relay.access.decisions import Subject
-from relay.api.errors import ApiError
 from relay.applications import documents, projects
 from relay.auth import clients
 from relay.auth.clients import Client, client_of, find_client, insert_client
 from relay.auth.identities import CLIENT_PROVIDER_ID, add_identity
 from relay.auth.public_clients import remove_client
+from relay.refusal import ApiError
 from relay.store import auth_tables
 from relay.store.application_tables import registrations
 from relay.store.sign_in_tables import scopes

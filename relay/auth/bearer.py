@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 from fastapi import Request
 
-from relay.api.errors import ApiError
 from relay.audit.notes import acting
 from relay.auth.scopes import AUTH_SERVER, TRANSFER_ALL, TRANSFER_SERVER
 from relay.auth.tokens import TokenRecord, find
 from relay.quota.requests import count
+from relay.refusal import ApiError
 from relay.services import services_of
 
 TRANSFER_UNAUTHENTICATED = "ClientError.AuthenticationFailed"

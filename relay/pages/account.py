@@ -12,7 +12,6 @@ from fastapi.responses import HTMLResponse, Response
 from sqlalchemy import Connection
 
 from protocol.errors import ItemFailed
-from relay.api.errors import ApiError
 from relay.audit.notes import note
 from relay.auth import browser_sessions, consents, linked, passkeys, passwords, service_tokens
 from relay.auth.administrators import is_administrator
@@ -25,6 +24,7 @@ from relay.pages.render import Look, NotSignedIn, PageProblem, page
 from relay.pages.sign_in import Invitation, check_password, elsewhere, sign_in_page
 from relay.pages.typed import NOTHING_TYPED, Typed
 from relay.quota.requests import count
+from relay.refusal import ApiError
 from relay.services import services_of
 
 router = APIRouter(include_in_schema=False)

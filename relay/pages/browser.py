@@ -18,11 +18,11 @@ from fastapi import Request
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
 
 from relay.api.client_authentication import address_of, form_untrusted
-from relay.api.errors import ApiError
 from relay.audit.notes import acting
 from relay.auth.browser_sessions import BrowserSession, find_browser_session, is_stale, touch
 from relay.pages.render import PageProblem
 from relay.pages.typed import Typed
+from relay.refusal import ApiError
 from relay.services import services_of
 
 # The prefix makes browsers refuse the cookie without TLS, for another path or from a sibling host.

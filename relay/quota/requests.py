@@ -9,8 +9,8 @@ from starlette.datastructures import MutableHeaders
 from starlette.requests import HTTPConnection
 from starlette.types import Scope
 
-from relay.api.errors import ApiError
 from relay.quota.allowance import Allowance, Balance
+from relay.refusal import ApiError
 
 _KEY: Final = "balance"
 

@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy import Connection, delete, func, insert, select, update
 
 from relay.access.decisions import Ability
-from relay.api.errors import ApiError
+from relay.refusal import ApiError
 from relay.store import transfer_tables as tables
 from relay.transfer import collections
 from relay.transfer.fields import Fields, bad_request

@@ -17,7 +17,7 @@ from sqlalchemy import Connection, func, or_, select, update
 from protocol.names import CollectionPath, parse_path_untrusted
 from relay.access.decisions import ROOT, Ability, CollectionFacts, RoleGrant, Rule, Spot, decide, live_rules, reach
 from relay.access.principals import subject_of
-from relay.api.errors import ApiError
+from relay.refusal import ApiError
 from relay.store import transfer_tables as tables
 from relay.transfer import rules
 from relay.transfer.fields import Fields, bad_request, is_uuid

@@ -20,8 +20,8 @@ from sqlalchemy import Connection, insert, select, update
 from protocol.control import EnrolAnswer, EnrolRequest
 from protocol.errors import ProtocolError
 from protocol.identity import fingerprint_of_certificate_untrusted, public_key_of_certificate_untrusted
-from relay.api.errors import ApiError
 from relay.auth.identities import select_by_ids
+from relay.refusal import ApiError
 from relay.settings import Settings
 from relay.store import transfer_tables as tables
 from relay.store.database import Store

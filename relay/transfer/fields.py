@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from relay.api.errors import ApiError
+from relay.refusal import ApiError
 from relay.transfer import times
 
 BAD_REQUEST = "ClientError.BadRequest"

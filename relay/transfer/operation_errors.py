@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from protocol.errors import TowpathError
-from relay.api.errors import ApiError
+from relay.refusal import ApiError
 from relay.transfer.fields import BAD_REQUEST
 
 

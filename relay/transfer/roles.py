@@ -9,8 +9,8 @@ from typing import Any
 from sqlalchemy import Connection, delete, insert, select
 
 from relay.access.decisions import ROLES
-from relay.api.errors import ApiError
 from relay.auth.identities import select_by_ids
+from relay.refusal import ApiError
 from relay.store import transfer_tables as tables
 from relay.transfer.collections import Collection
 from relay.transfer.fields import Fields

@@ -16,8 +16,8 @@ from sqlalchemy import Connection, delete, func, insert, select, update
 from protocol.errors import ProtocolError
 from protocol.names import CollectionPath, format_path, parse_path_untrusted
 from relay.access.decisions import Rule
-from relay.api.errors import ApiError
 from relay.auth.identities import select_by_ids
+from relay.refusal import ApiError
 from relay.store import transfer_tables as tables
 from relay.transfer.fields import Fields, bad_request
 from relay.transfer.times import iso

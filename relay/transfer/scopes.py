@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from protocol.errors import ProtocolError
 from protocol.names import CollectionPath, format_path, is_within, parse_path_untrusted
 from protocol.ticket import MAX_PATHS
-from relay.api.errors import ApiError
+from relay.refusal import ApiError
 from relay.transfer.fields import bad_request
 
 # Prefixes of one side together, so that the signed ticket stays well under its own limit.

@@ -8,7 +8,7 @@ import msgspec
 
 from protocol.control import Page, SkippedError, SuccessfulTransfer, decode_untrusted
 from protocol.errors import TowpathError
-from relay.api.errors import ApiError
+from relay.refusal import ApiError
 from relay.transfer.agents import AgentLinks
 from relay.transfer.collections import Collection
 from relay.transfer.fields import bad_request

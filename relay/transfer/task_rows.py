@@ -13,7 +13,7 @@ import msgspec
 from sqlalchemy import Connection, insert, select, update
 
 from protocol.control import Counters, TaskItem, TaskObserved, TaskOptions
-from relay.api.errors import ApiError
+from relay.refusal import ApiError
 from relay.store import transfer_tables as tables
 from relay.transfer.fields import is_uuid
 

@@ -15,8 +15,8 @@ import msgspec
 from sqlalchemy import ColumnElement, Connection, func, or_, select
 
 from relay.access.decisions import Ability
-from relay.api.errors import ApiError
 from relay.quota.requests import too_many
+from relay.refusal import ApiError
 from relay.store import transfer_tables as tables
 from relay.transfer import collections, event_log, rules, task_rows
 from relay.transfer.entitlement import entitled, spots

@@ -11,9 +11,10 @@ import pytest
 from fastapi import APIRouter, Depends
 
 from relay.api.app import create_app
-from relay.api.errors import ApiError, service_of
+from relay.api.errors import service_of
 from relay.auth.bearer import Caller, transfer_caller
 from relay.auth.scopes import AUTH_SERVER, TRANSFER_ALL, TRANSFER_SERVER
+from relay.refusal import ApiError
 
 if TYPE_CHECKING:
     from tests.relay.relay_world import RelayWorld

@@ -10,7 +10,6 @@ import trio
 from sqlalchemy import Connection, func, select
 
 from protocol.identity import NodeKey
-from relay.api.errors import ApiError
 from relay.auth.scopes import (
     AUTH_SERVER,
     GROUPS_SERVER,
@@ -20,6 +19,7 @@ from relay.auth.scopes import (
     TRANSFER_ALL,
     TRANSFER_SERVER,
 )
+from relay.refusal import ApiError
 from relay.store import transfer_tables as tables
 from relay.transfer.enrolment import create_mapped_collection
 from tests.relay.test_transfer_authorization import ROUTES

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -77,3 +79,12 @@ def test_a_closed_account_is_opened_again_without_what_it_had(operator: Operator
     operator.run("user", "open", "ada")
     assert not alive(relay_store, secret)
     assert [row["status"] for row in operator.document("user", "list")] == ["used"]
+
+
+def test_commands_load_no_web_server() -> None:
+    program = (
+        "import sys, relay.accounts, relay.applications.operator;"
+        "sys.exit(' '.join({'fastapi', 'starlette', 'hypercorn'} & set(sys.modules)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -11,7 +11,7 @@ import pytest
 import trio
 
 from protocol.identity import NodeKey
-from relay.api.errors import ApiError
+from relay.refusal import ApiError
 from relay.transfer.collection_documents import legacy_username
 from relay.transfer.enrolment import create_mapped_collection
 from tests.relay.transfer_world import TransferWorld, delete_document, enrol_request, open_world, transfer_document

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from protocol.names import CollectionPath, is_within, parse_path_untrusted
 from protocol.ticket import MAX_PATHS
-from relay.api.errors import ApiError
+from relay.refusal import ApiError
 from relay.transfer.scopes import place, prefixes
 from relay.transfer.submission import Submission, read_delete, read_transfer
 from relay.transfer.task_rows import pack_items, unpack_items

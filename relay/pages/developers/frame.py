@@ -11,7 +11,6 @@ from sqlalchemy import Connection
 
 from relay.access.decisions import Subject
 from relay.access.principals import subject_of
-from relay.api.errors import ApiError
 from relay.audit.notes import note
 from relay.auth.browser_sessions import BrowserSession
 from relay.auth.providers import IdentityProvider, identity_providers, sign_in_provider_ids
@@ -19,6 +18,7 @@ from relay.pages.account import signed_in
 from relay.pages.browser import Browser, again, is_old
 from relay.pages.render import PageProblem, page
 from relay.pages.typed import NOTHING_TYPED, Typed
+from relay.refusal import ApiError
 from relay.services import services_of
 
 T = TypeVar("T")
