@@ -17,6 +17,7 @@ from fastapi.responses import HTMLResponse, Response
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from relay.pages.typed import NOTHING_TYPED
+from relay.pages.user_agents import in_words
 from relay.services import services_of
 
 _HERE = Path(__file__).parent
@@ -127,6 +128,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters["moment"] = _moment
+    environment.filters["program"] = in_words
     return environment
 
 

@@ -12,6 +12,7 @@ from relay.auth import one_time_links, passwords
 from relay.auth.administrators import is_administrator
 from relay.auth.identities import select_by_usernames
 from relay.pages.browser import FRESH, SESSION_COOKIE
+from relay.pages.user_agents import in_words
 from relay.store import sign_in_tables as tables
 from relay.store.auth_tables import identities
 from tests.relay.sign_in_world import PASSWORD, Application, Person, add_person, forms_of
@@ -304,3 +305,23 @@ async def test_nonsense_for_a_passkey_is_refused_in_words(world: RelayWorld, cre
     offer = (await ada.request("POST", "/account/passkeys/offer", form.fields)).json()
     answer = await ada.post(form, credential=credential, mark=offer["mark"])
     assert (answer.status_code, "cannot be read" in answer.text) == (409, True)
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ("Mozilla/5.0 (X11; Linux x86_64; rv:140.0) Gecko/20100101 Firefox/140.0", "Firefox on Linux"),
+        (
+            "Mozilla/5.0 (Windows NT 10.0) AppleWebKit/537.36 (KHTML) Chrome/140 Safari/537.36 Edg/140",
+            "Edge on Windows",
+        ),
+        ("Mozilla/5.0 (Linux; Android 15) AppleWebKit/537.36 Chrome/140 Mobile Safari/537.36", "Chrome on Android"),
+        ("Mozilla/5.0 (iPhone; CPU iPhone OS 18_0) AppleWebKit/605 Version/18 Safari/604", "Safari on iPhone"),
+        ("Mozilla/5.0 Firefox/1", "Firefox"),
+        ("Mozilla/9 (something else)", "Mozilla/9 (something else)"),
+        ("towpath on beamline", "towpath on beamline"),
+        ("", "an unknown program"),
+    ],
+)
+def test_browsers_are_told_apart_in_words(said: str, words: str) -> None:
+    assert in_words(said) == words
