@@ -202,6 +202,7 @@ def _link_handler(
     nodes = DatabaseNodeDirectory(services.store)
     # Once: finding it out reads files.
     version = metadata.version("towpath")
+    proxies = frozenset(services.settings.listen.proxies)
 
     async def accept(stream: trio.abc.Stream) -> None:
         await accept_link(
@@ -214,6 +215,7 @@ def _link_handler(
             relay_id=services.keys.relay_id,
             version=version,
             stun_ports=observer.ports,
+            proxies=proxies,
         )
 
     return accept

@@ -51,6 +51,7 @@ class Listen(_Section, frozen=True, kw_only=True):
     host: Text = "0.0.0.0"  # noqa: S104 - a relay is there to be reached; the file says how to narrow it
     port: Port = 8443
     url: Text | None = None
+    proxies: Annotated[list[Text], Meta(max_length=100, description="a list of IP addresses")] = []
 
 
 class Stun(_Section, frozen=True, kw_only=True):
@@ -354,6 +355,11 @@ def _check_together(settings: Settings, where: str) -> None:
         raise refuse(f"sign_in.domain: {settings.sign_in.domain!r} is no domain name.")
     for name in settings.tls.names:
         _check_host(name, refuse)
+    for address in settings.listen.proxies:
+        try:
+            ipaddress.ip_address(address)
+        except ValueError:
+            raise refuse(f"listen.proxies: {address!r} is no IP address.") from None
     _check_providers(settings.sign_in.providers, refuse)
     if settings.listen.url is not None:
         try:

@@ -59,6 +59,8 @@ class Core:
         self.ended = False
         # What the client asked for.
         self.path = ""
+        # Where the last proxy in front of a server says that the client is; nobody else's word is to be trusted.
+        self.forwarded = ""
         self.heard = now
 
     @classmethod
@@ -129,6 +131,8 @@ class Core:
     def _request(self, request: Request) -> None:
         assert isinstance(self._protocol, ServerProtocol)
         self.path = request.path.partition("?")[0]
+        told = request.headers.get_all("X-Forwarded-For")
+        self.forwarded = told[-1].rpartition(",")[2].strip()[:64] if told else ""
         response: Response
         if self.path not in self._paths:
             response = self._protocol.reject(HTTPStatus.NOT_FOUND, "There is nothing here.\n")

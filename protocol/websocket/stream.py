@@ -20,6 +20,11 @@ class WebSocketStream(trio.abc.HalfCloseableStream):
         self._core = core
         self._sending = trio.Lock()
 
+    @property
+    def forwarded(self) -> str:
+        """Where a reverse proxy says that the client is; worth something only if the connection comes from one."""
+        return self._core.forwarded
+
     async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
         """The next part of the stream, empty at its end."""
         core = self._core

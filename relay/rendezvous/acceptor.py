@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -63,11 +64,13 @@ async def accept_link(
     stun_ports: Sequence[int] = (),
     limits: Limits = RELAY_LIMITS,
     clock: Callable[[], float] = time.time,
+    proxies: Collection[str] = (),
 ) -> None:
     """Greet, verify, and hold the link in ``registry`` until it ends, then close ``stream``.
 
-    ``channel`` is the hex SHA-256 of the relay's TLS certificate (DER), ``clock`` gives Unix seconds. Raises
-    nothing for what the caller does: a refusal is logged and told to it.
+    ``channel`` is the hex SHA-256 of the relay's TLS certificate (DER), ``clock`` gives Unix seconds, ``proxies`` are
+    addresses of reverse proxies, whose word counts for where a link comes from. Raises nothing for what the caller
+    does: a refusal is logged and told to it.
     """
     if (sock := _socket_of(stream)) is not None:
         keep_alive(sock)
@@ -83,7 +86,7 @@ async def accept_link(
         if hello.watch > 0:
             # A little later than the agent, who asks for both.
             client.watch(watch_untrusted(hello.watch) + 0.5)
-        address, measure = _peer_of(stream)
+        address, measure = _peer_of(stream, proxies)
         with registry.registered(hello.node_id, hello, client, address=address, measure=measure):
             _logger.info("Agent %s is linked.", hello.node_id)
             await client.closed.wait()
@@ -98,7 +101,7 @@ def _socket_of(stream: trio.abc.Stream) -> trio.socket.SocketType | None:
     return transport.socket if isinstance(transport, trio.SocketStream) else None
 
 
-def _peer_of(stream: trio.abc.Stream) -> tuple[str, Callable[[], float | None]]:
+def _peer_of(stream: trio.abc.Stream, proxies: Collection[str]) -> tuple[str, Callable[[], float | None]]:
     """Where a link comes from, and how to learn its round-trip time; nothing of both on streams without a socket."""
     sock = _socket_of(stream)
     if sock is None:
@@ -110,7 +113,19 @@ def _peer_of(stream: trio.abc.Stream) -> tuple[str, Callable[[], float | None]]:
     if not isinstance(name, tuple):
         return "", lambda: None
     address = str(name[0]).removeprefix("::ffff:").partition("%")[0]
+    if address in proxies:
+        # The kernel's round trip is the one to the proxy, which says nothing.
+        return _forwarded_untrusted(stream), lambda: None
     return address, partial(round_trip, sock)
+
+
+def _forwarded_untrusted(stream: trio.abc.Stream) -> str:
+    """An address, or nothing."""
+    told = stream.forwarded if isinstance(stream, WebSocketStream) else ""
+    try:
+        return str(ipaddress.ip_address(told))
+    except ValueError:
+        return ""
 
 
 async def _greet(

@@ -32,6 +32,7 @@ def test_the_documented_file_has_every_key_with_its_default() -> None:
         ("listen:\n  prot: 9\n", "line 2: there is no key listen.prot"),
         ("\n\nname: x\nnmae: y\n", "line 4: there is no key nmae"),
         ("listen:\n  port: eighty\n", "line 2: listen.port must be a whole number from 0 to 65535"),
+        ("listen:\n  proxies: [proxy.example]\n", "is no IP address"),
         ("listen:\n  port: 70000\n", "line 2: listen.port"),
         ("listen:\n  port: true\n", "line 2: listen.port"),
         ("listen:\n  port: 1\n  port: 2\n", "line 3: listen.port stands here for the second time"),
