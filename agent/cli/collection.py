@@ -88,23 +88,31 @@ def add(
     You have to be signed in (`towpath login`), unless a setup key is given by file or in TOWPATH_SETUP_KEY.
     """
     from agent.enrol import SETUP_KEY_VARIABLE, Wish, find_setup_key, set_up
+    from agent.enrol_http import SetupRefused
 
     path = os.path.abspath(folder)
     title = name or os.path.basename(path) or path
     wish = Wish(root=path, name=title, read_only=read_only, shareable=sharing, hidden=not no_hidden)
+    created = None
     with failing_plainly():
         if setup_key_file is None and not os.environ.get(SETUP_KEY_VARIABLE):
-            key = _created(wish, config_file)
+            created, key = _created(wish, config_file)
         else:
             key = find_setup_key(None, setup_key_file)
-        outcome = set_up(key, wish, config_file)
+        try:
+            outcome = set_up(key, wish, config_file)
+        except SetupRefused:
+            # A collection that no agent will ever serve is not left behind.
+            if created is not None:
+                _deleted_at_relay(created)
+            raise
         said = tell_running_agent(outcome.state_dir)
     document = {"id": outcome.collection_id, "name": outcome.name, "root": outcome.root}
     out.result(document, f"Collection {outcome.name} ({outcome.collection_id}) offers {outcome.root}. {said}".strip())
 
 
-def _created(wish: Wish, config_file: Path) -> SetupKey:
-    """Make the collection at the relay this machine belongs to, and take the setup key it gives."""
+def _created(wish: Wish, config_file: Path) -> tuple[str, SetupKey]:
+    """Make the collection at the relay this machine belongs to; its id and the setup key that the relay gives."""
     from agent.cli.failures import explained
     from agent.cli.relay_client import current_profile, open_relay
     from agent.enrol import parse_setup_key_untrusted
@@ -118,7 +126,15 @@ def _created(wish: Wish, config_file: Path) -> SetupKey:
             )
         document = {"DATA_TYPE": "endpoint", "display_name": wish.name, "is_globus_connect": True}
         answer = relay.transfer.post("/v0.10/endpoint", data=document)
-    return parse_setup_key_untrusted(str(answer["globus_connect_setup_key"]))
+    return str(answer["id"]), parse_setup_key_untrusted(str(answer["globus_connect_setup_key"]))
+
+
+def _deleted_at_relay(collection_id: str) -> None:
+    from agent.cli.failures import explained
+    from agent.cli.relay_client import current_profile, open_relay
+
+    with explained(current_profile(os.environ)), open_relay(os.environ) as relay:
+        relay.transfer.delete_endpoint(collection_id)
 
 
 @collection.command()
@@ -162,8 +178,6 @@ def update(out: Output, /, name_or_id: str, config_file: Path, **options: Any) -
 @with_output
 def remove(out: Output, name_or_id: str, delete_at_relay: bool, yes: bool, config_file: Path) -> None:
     """Offer a collection no longer. The files stay where they are; transfers on it end."""
-    from agent.cli.failures import explained
-    from agent.cli.relay_client import current_profile, open_relay
     from agent.config.document import read_layer
     from agent.config.keys import AgentConfig, document
     from agent.config.layers import editing, remove_entry
@@ -177,8 +191,7 @@ def remove(out: Output, name_or_id: str, delete_at_relay: bool, yes: bool, confi
             remove_entry(content, "collections", found.id, owners=found.id in owners.get("collections", {}))
         said = tell_running_agent(load_config(config_file).state_dir)
     if delete_at_relay:
-        with explained(current_profile(os.environ)), open_relay(os.environ) as relay:
-            relay.transfer.delete_endpoint(found.id)
+        _deleted_at_relay(found.id)
     rest = "" if delete_at_relay else " The relay still knows it; `towpath endpoint delete` removes it there."
     out.result({"id": found.id}, f"Collection {found.name} is no longer offered.{rest} {said}".strip())
 

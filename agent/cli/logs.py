@@ -45,7 +45,7 @@ def logs(lines: int, follow: bool, journal: bool, config_file: Path) -> None:
 
 
 def _journal(lines: int, follow: bool) -> None:
-    command = ["journalctl", "--user", "--unit", "towpath-agent", "--lines", str(lines), "--no-pager"]
+    command = ["journalctl", "--user-unit", "towpath-agent", "--lines", str(lines), "--no-pager"]
     try:
         result = subprocess.run([*command, *(["--follow"] if follow else [])], check=False)
     except FileNotFoundError as error:

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from agent.cli.main import cli
 from agent.config.keys import CollectionConfig
 from agent.config.layers import load_config
+from agent.enrol_http import RelayUnreachable, SetupRefused
 from agent.policy import Policy
 
 ONE = "6c54cade-bde5-45c1-bdea-f4bd71dba2cc"
@@ -54,6 +55,24 @@ def test_remove_withdraws_it_and_keeps_the_files(file: Path, tmp_path: Path) -> 
     assert file.read_text() == before
     assert (tmp_path / "one").is_dir()
     assert invoke(file, "remove", "One", "--yes").exit_code == 1
+
+
+@pytest.mark.parametrize("refused", [True, False])
+def test_a_collection_that_the_relay_refuses_this_agent_is_not_left_behind(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: bool
+) -> None:
+    """One that it may have taken, which nobody knows when the relay is away, is."""
+
+    def set_up(*_: object) -> None:
+        raise SetupRefused("No.", who="you") if refused else RelayUnreachable("Away.")
+
+    deleted: list[str] = []
+    monkeypatch.setattr("agent.cli.collection._created", lambda *_: (ONE, None))
+    monkeypatch.setattr("agent.cli.collection._deleted_at_relay", deleted.append)
+    monkeypatch.setattr("agent.enrol.set_up", set_up)
+    monkeypatch.delenv("TOWPATH_SETUP_KEY", raising=False)
+    assert invoke(file, "add", str(tmp_path)).exit_code == 1
+    assert deleted == ([ONE] if refused else [])
 
 
 def test_watch_rules_name_collections_as_people_do(file: Path) -> None:
