@@ -61,8 +61,8 @@ class LocalNode:
         self.store, begun_anew = open_or_begin(self.directory / "tasks.sqlite")
         if begun_anew:
             logger.error(
-                "The list of tasks was damaged; it is kept as tasks.sqlite.damaged and begun anew. The relay gives the "
-                "tasks again, and they go on from their journals."
+                "The list of tasks was damaged or gone; it is begun anew, and what was there is kept as "
+                "tasks.sqlite.damaged. The relay gives the tasks again, and they go on from their journals."
             )
         self.outbox = Outbox(self.store)
         self.places = Places()

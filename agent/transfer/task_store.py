@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 
 from agent.state_files import pragmas
-from agent.transfer.state_trouble import StateDamaged, of_sqlite, put_aside
+from agent.transfer.state_trouble import StateDamaged, StateTrouble, of_sqlite, put_aside
 from protocol.control import AgentEvent, SessionAnswer, SessionOrder, TaskObserved, TaskOrder
 
 _SCHEMA = """
@@ -30,6 +30,8 @@ CREATE UNIQUE INDEX IF NOT EXISTS events_of_worker ON events (task, worker_seq) 
 CREATE TABLE IF NOT EXISTS sessions (id TEXT PRIMARY KEY, body BLOB NOT NULL, expires REAL NOT NULL) STRICT;
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
 """
+# Of the tables above; what a later version makes of them is not for this one to guess.
+VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -49,17 +51,50 @@ class TaskStore:
         self._lock = threading.Lock()
         self._path = path
         self._closed = False
-        self._connection = sqlite3.connect(path, timeout=10, check_same_thread=False, isolation_level=None)
+        try:
+            self._connection = sqlite3.connect(path, timeout=10, check_same_thread=False, isolation_level=None)
+        except sqlite3.OperationalError as error:
+            raise of_sqlite(error, path) from error
         try:
             with self._using():
                 for pragma in pragmas(path.parent):
                     self._connection.execute(pragma)
+                self._check_version()
                 self._connection.executescript(_SCHEMA)
+                self._connection.execute(f"PRAGMA user_version = {VERSION}")
                 if self._connection.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
-                    raise StateDamaged(f"The agent's state file {path} is damaged.", who="destination owner")
+                    raise self._damaged()
+            self._check_rows()
         except BaseException:
             self._connection.close()
             raise
+
+    def _damaged(self) -> StateDamaged:
+        return StateDamaged(f"The agent's state file {self._path} is damaged.", who="destination owner")
+
+    def _check_version(self) -> None:
+        version = self._connection.execute("PRAGMA user_version").fetchone()[0]
+        if version > VERSION:
+            raise StateTrouble(
+                f"The agent's state file {self._path} was written by a newer version of the agent. Install that one "
+                "again; this one leaves the file as it is.",
+                code="STATE_NEWER",
+                who="destination owner",
+            )
+
+    def _check_rows(self) -> None:
+        """SQLite looks after its pages, not after what is in them."""
+        try:
+            self.load()
+            with self._using():
+                sessions = self._connection.execute("SELECT body FROM sessions").fetchall()
+                events = self._connection.execute("SELECT body FROM events")
+                for (body,) in sessions:
+                    msgspec.msgpack.decode(body, type=SessionOrder)
+                for (body,) in events:
+                    msgspec.msgpack.decode(body, type=AgentEvent)
+        except msgspec.MsgspecError as error:
+            raise self._damaged() from error
 
     @contextmanager
     def _using(self) -> Iterator[None]:
@@ -206,10 +241,15 @@ class TaskStore:
 
 
 def open_or_begin(path: Path) -> tuple[TaskStore, bool]:
-    """Open the store; one that is damaged is put aside and begun anew (True): the relay gives the tasks again, and
-    their own journals know how far each one is. Raises `StateTrouble` for everything that is no damage."""
+    """Open the store. One that is damaged is put aside and begun anew (True), and so is one that is gone or empty
+    beside the tasks' folders: the relay gives the tasks again, and their journals know how far each one is.
+
+    Raises `StateTrouble` for everything that is no damage.
+    """
+    empty = not path.exists() or not path.stat().st_size
+    lost = empty and any(entry.is_dir() for entry in path.parent.iterdir())
     try:
-        return TaskStore(path), False
+        return TaskStore(path), lost
     except StateDamaged:
         put_aside(path)
         return TaskStore(path), True
