@@ -355,3 +355,17 @@ def contents(root: Path) -> dict[str, bytes | str]:
         else:
             found[name] = "folder" if path.is_dir() else path.read_bytes()
     return found
+
+
+def when(code: str, action: Callable[[], None]) -> Callable[[Line, TaskObserved], None]:
+    """Do something once, when the task says for the first time that this holds it up."""
+    done: list[str] = []
+
+    def look(_line: Line, observed: TaskObserved) -> None:
+        if observed.status_code == code and not done:
+            done.append(observed.status_sentence)
+            assert observed.state == "WAITING"
+            assert observed.who in ("destination owner", "source owner"), observed
+            action()
+
+    return look

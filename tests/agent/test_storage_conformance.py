@@ -1,10 +1,9 @@
-"""What every storage must do. A new implementation starts by passing this."""
+"""What every storage must do. A new implementation starts by passing this and `test_storage_symlinks`."""
 
 from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,71 +11,16 @@ import pytest
 from agent.storage.base import (
     Directory,
     IllegalName,
-    LeavesCollection,
-    LeavesReach,
     NotRegularFile,
-    Reach,
     Root,
     node_from_stat,
     version_of,
 )
-from agent.storage.faulty import FaultyRoot
-from agent.storage.hiding import HidingRoot, offered
-from agent.storage.memory import MemoryRoot
+from agent.storage.hiding import HidingRoot
 from agent.storage.posix import open_root
+from tests.agent.storage_cases import OLD, code, content, names, read, root, top, write
 
-DAY = 86_400_000_000_000
-OLD = 1_000_000_000 * 1_000_000_000 + 123_456_789
-
-
-@pytest.fixture(params=["posix", "memory", "wrapped", "hiding"])
-def root(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Root]:
-    if request.param in ("posix", "hiding"):
-        (tmp_path / "root").mkdir()
-        made: Root = offered(open_root(str(tmp_path / "root")), hidden=request.param == "posix")
-    else:
-        if not hasattr(os, "memfd_create"):
-            pytest.skip("memory storage needs memfd_create")
-        # The place that absolute symlinks name is the same for all.
-        made = MemoryRoot(os.fsencode(tmp_path / "root"))
-        if request.param == "wrapped":
-            made = FaultyRoot(made)
-    with made:
-        yield made
-
-
-@pytest.fixture()
-def top(root: Root) -> Iterator[Directory]:
-    with root.open_directory(()) as directory:
-        yield directory
-
-
-def write(root: Root, directory: Directory, name: bytes, content: bytes = b"") -> None:
-    fd = directory.create_temporary(name)
-    if content:
-        assert root.pwrite(fd, content, 0) == len(content)
-    root.close_file(fd)
-
-
-def read(root: Root, fd: int) -> bytes:
-    buffer = bytearray(4096)
-    size = root.preadv(fd, [buffer], 0)
-    root.close_file(fd)
-    return bytes(buffer[:size])
-
-
-def content(root: Root, directory: Directory, name: bytes, *, follow: bool = False) -> bytes:
-    return read(root, directory.open_read(name, follow=follow))
-
-
-def names(directory: Directory) -> list[bytes]:
-    return sorted(node.name for node in directory.scan())
-
-
-def code(call: Callable[[], object]) -> int | None:
-    with pytest.raises(OSError) as caught:
-        call()
-    return caught.value.errno
+__all__ = ["root", "top"]
 
 
 # --- nodes -----------------------------------------------------------------------------------------------
@@ -417,150 +361,6 @@ def test_an_open_file_survives_its_removal(root: Root, top: Directory) -> None:
     assert read(root, fd) == b"still"
 
 
-# --- symlinks --------------------------------------------------------------------------------------------
-
-
-@pytest.fixture()
-def tree(root: Root, top: Directory, tmp_path: Path) -> Root:
-    """a/b/f and links of every kind."""
-    with root.make_directories((b"a", b"b")) as directory:
-        write(root, directory, b"f", b"inside")
-        directory.symlink(b"up", b"..")
-        directory.symlink(b"up2", b"../..")
-        directory.symlink(b"out", b"../../../x")
-        directory.symlink(b"f_by_up", b"../b/./f")
-        directory.symlink(b"chain", b"chain2")
-        directory.symlink(b"chain2", b"/" + os.fsencode(tmp_path / "root").lstrip(b"/") + b"/a/b")
-    top.symlink(b"abs", os.fsencode(tmp_path / "root" / "a"))
-    top.symlink(b"abs_root", os.fsencode(tmp_path / "root"))
-    top.symlink(b"abs_sly", os.fsencode(tmp_path / "root") + b"/../root/a")
-    top.symlink(b"abs_like", os.fsencode(tmp_path / "root") + b"er/a")
-    top.symlink(b"etc", b"/etc")
-    top.symlink(b"slash", b"/")
-    top.symlink(b"above", b"..")
-    top.symlink(b"loop", b"loop")
-    top.symlink(b"ping", b"pong/x")
-    top.symlink(b"pong", b"ping/x")
-    top.symlink(b"dangling", b"nothing")
-    top.symlink(b"under_file", b"a/b/f/x")
-    top.symlink(b"trailing", b"a/b/")
-    return root
-
-
-@pytest.mark.parametrize(
-    ("path", "where"),
-    [
-        ((b"abs",), (b"a",)),
-        ((b"abs", b"b"), (b"a", b"b")),
-        ((b"abs_root",), ()),
-        ((b"abs_root", b"abs", b"b"), (b"a", b"b")),
-        ((b"a", b"b", b"up"), (b"a",)),
-        ((b"a", b"b", b"up2"), ()),
-        ((b"abs", b"b", b"up", b"b"), (b"a", b"b")),
-        ((b"a", b"b", b"chain"), (b"a", b"b")),
-        ((b"trailing",), (b"a", b"b")),
-    ],
-)
-def test_links_inside_are_followed(tree: Root, path: tuple[bytes, ...], where: tuple[bytes, ...]) -> None:
-    with tree.open_directory(path) as directory:
-        assert directory.path == where
-        assert directory.status().inode == tree.stat(where).inode
-    with tree.make_directories((*path, b"new")) as directory:
-        assert directory.path == (*where, b"new")
-    assert tree.stat(path).kind == "dir"
-    parent, name = tree.open_parent(path)
-    with parent:
-        assert parent.lstat(name).kind == "symlink" or name == b"b"
-        if parent.lstat(name).kind == "symlink":
-            assert code(lambda: parent.open_directory(name)) == errno.ENOTDIR
-        with parent.open_directory(name, follow=True) as directory:
-            assert directory.path == where
-
-
-@pytest.mark.parametrize(
-    ("path", "expected"),
-    [
-        ((b"etc",), errno.EXDEV),
-        ((b"etc", b"passwd"), errno.EXDEV),
-        ((b"slash",), errno.EXDEV),
-        ((b"above",), errno.EXDEV),
-        ((b"above", b"root"), errno.EXDEV),
-        ((b"a", b"b", b"out"), errno.EXDEV),
-        ((b"a", b"b", b"up2", b"above"), errno.EXDEV),
-        ((b"abs_sly",), errno.EXDEV),
-        ((b"abs_like",), errno.EXDEV),
-        ((b"loop",), errno.ELOOP),
-        ((b"loop", b"x"), errno.ELOOP),
-        ((b"ping",), errno.ELOOP),
-        ((b"dangling",), errno.ENOENT),
-        ((b"nothing",), errno.ENOENT),
-        ((b"nothing", b"x"), errno.ENOENT),
-        ((b"under_file",), errno.ENOTDIR),
-        ((b"a", b"b", b"f", b"x"), errno.ENOTDIR),
-    ],
-)
-def test_links_that_lead_nowhere_or_out(tree: Root, path: tuple[bytes, ...], expected: int) -> None:
-    assert code(lambda: tree.open_directory(path)) == expected
-    assert code(lambda: tree.stat(path)) == expected
-    if expected == errno.EXDEV:
-        with pytest.raises(LeavesCollection):
-            tree.make_directories((*path, b"new"))
-        with pytest.raises(LeavesCollection):
-            tree.open_parent((*path, b"new"))
-
-
-def test_following_the_last_component(tree: Root) -> None:
-    with tree.open_directory((b"a", b"b")) as directory:
-        assert content(tree, directory, b"f_by_up", follow=True) == b"inside"
-        assert directory.stat(b"f_by_up").size == 6
-        assert directory.readlink(b"out") == b"../../../x"
-        assert code(lambda: directory.readlink(b"f")) == errno.EINVAL
-        for name in (b"out",):
-            with pytest.raises(LeavesCollection):
-                directory.open_read(name, follow=True)
-            with pytest.raises(LeavesCollection):
-                directory.stat(name)
-            with pytest.raises(LeavesCollection):
-                directory.set_times(name, OLD, follow=True)
-            with pytest.raises(LeavesCollection):
-                directory.open_directory(name, follow=True)
-        directory.set_times(b"f_by_up", OLD, follow=True)
-        assert directory.lstat(b"f").mtime_ns == OLD
-        directory.set_times(b"up", OLD, follow=True)
-    assert tree.stat((b"a",)).mtime_ns == OLD
-
-
-def test_making_folders_below_a_dangling_link_stays_inside(tree: Root) -> None:
-    with tree.make_directories((b"dangling", b"x")) as directory:
-        assert directory.path == (b"nothing", b"x")
-
-
-def test_times_and_modes_of_a_link_itself(root: Root, top: Directory) -> None:
-    write(root, top, b"f")
-    top.symlink(b"l", b"f")
-    before = top.lstat(b"f")
-    top.set_times(b"l", OLD)
-    assert top.lstat(b"l").mtime_ns == OLD
-    with pytest.raises(NotRegularFile):
-        top.set_mode(b"l", 0o777)
-    assert top.lstat(b"f") == before
-    top.mkdir(b"d")
-    top.set_times(b"d", OLD - DAY)
-    assert top.lstat(b"d").mtime_ns == OLD - DAY
-    top.set_times(b"d", -DAY)
-    assert top.lstat(b"d").mtime_ns == -DAY
-    assert code(lambda: top.set_times(b"d", 1 << 70)) == errno.EINVAL
-
-
-def test_link_texts_are_bytes_and_kept(root: Root, top: Directory) -> None:
-    for number, text in enumerate([b"\xff", b"../../../../etc/passwd", b"/", b"a//b/./", b"x" * 4000, b"a\nb"]):
-        top.symlink(b"%d" % number, text)
-        assert top.readlink(b"%d" % number) == text
-    assert code(lambda: top.symlink(b"0", b"x")) == errno.EEXIST
-    with pytest.raises(IllegalName):
-        top.symlink(b"n", b"a\0b")
-
-
 # --- the root --------------------------------------------------------------------------------------------
 
 
@@ -594,89 +394,52 @@ def test_a_node_of_a_plain_stat(tmp_path: Path) -> None:
     assert node.mode == os.lstat(tmp_path).st_mode & 0o7777
 
 
-# --- reach -----------------------------------------------------------------------------------------------
-
-OPEN = (b"open",)
+# --- names and attributes of one file ----------------------------------------------------------------------
 
 
-@pytest.fixture()
-def narrow(root: Root) -> Iterator[Root]:
-    """A root of which one folder is open; another holds a secret, and links lead to it in every way there is."""
-    for path in ((b"open", b"sub"), (b"secret", b"sub")):
-        root.make_directories(path).close()
-    with root.open_directory((b"secret",)) as secret, root.open_directory(OPEN) as folder:
-        write(root, secret, b"f", b"not for you")
-        write(root, folder, b"f", b"for you")
-        for name, target in {
-            b"file": b"../secret/f",
-            b"folder": b"../secret",
-            b"missing": b"../secret/none",
-            b"top": b"..",
-            b"chain": b"folder/sub",
-            b"back": b"../secret/../open/f",
-            b"fine": b"../open/f",
-            b"fine-folder": b"sub",
-        }.items():
-            folder.symlink(name, target)
-    with root.narrowed(Reach((OPEN,))) as narrowed:
-        yield narrowed
+def test_one_file_with_several_names(root: Root, top: Directory) -> None:
+    write(root, top, b"one", b"content")
+    top.mkdir(b"folder")
+    with top.open_directory(b"folder") as folder:
+        top.link(b"one", b"two", folder)
+        assert content(root, folder, b"two") == b"content"
+        assert folder.lstat(b"two").inode == top.lstat(b"one").inode
+        assert (top.lstat(b"one").nlink, folder.lstat(b"two").nlink) == (2, 2)
+        with pytest.raises(NotRegularFile):
+            folder.open_temporary(b"two")
+        assert code(lambda: top.link(b"one", b"two", folder)) == errno.EEXIST
+        # Two names of one file: nothing is replaced, and both stay.
+        folder.rename(b"two", b"one", top)
+        assert content(root, top, b"one") == b"content"
+        top.unlink(b"one")
+        assert content(root, folder, b"two") == b"content"
+        assert folder.lstat(b"two").nlink == 1
 
 
-@pytest.mark.parametrize("name", [b"file", b"folder", b"top", b"chain"])
-def test_a_link_out_of_reach_leads_nowhere(root: Root, narrow: Root, name: bytes) -> None:
-    link = (*OPEN, name)
-    with narrow.open_directory(OPEN) as folder:
-        calls: list[Callable[[], object]] = [
-            lambda: narrow.stat(link),
-            lambda: narrow.open_directory(link),
-            lambda: folder.stat(name),
-            lambda: folder.open_read(name, follow=True),
-            lambda: folder.open_directory(name, follow=True),
-            lambda: folder.set_times(name, OLD, follow=True),
-        ]
-        if name != b"file":
-            calls += [
-                lambda: narrow.open_directory((*link, b"sub")),
-                lambda: narrow.open_parent((*link, b"f")),
-                lambda: narrow.make_directories((*link, b"made")),
-            ]
-        # Memory resolves a way to its end before it looks how far it may go; it holds no secrets of users.
-        in_memory = isinstance(root, MemoryRoot | FaultyRoot)
-        for call in calls:
-            assert code(call) in ((errno.EACCES, errno.ENOTDIR, errno.ENOENT) if in_memory else (errno.EACCES,))
-        # Without following, a link is an entry like any other.
-        assert folder.lstat(name).kind == "symlink"
-    for place in ((), (b"secret",), (b"secret", b"sub")):
-        with root.open_directory(place) as looked:
-            assert b"made" not in names(looked)
+def test_what_gets_no_second_name(root: Root, top: Directory) -> None:
+    top.mkdir(b"folder")
+    assert code(lambda: top.link(b"folder", b"again")) == errno.EPERM
+    assert code(lambda: top.link(b"nothing", b"again")) == errno.ENOENT
+    for name in (b"..", b"a/b", b"", b"a\0"):
+        write(root, top, b"file-" + name.hex().encode())
+        with pytest.raises(IllegalName):
+            top.link(b"file-" + name.hex().encode(), name)
+    top.symlink(b"link", b"/etc/passwd")
+    top.link(b"link", b"same link")
+    # The link itself has two names; what it leads to has not.
+    assert top.lstat(b"same link").kind == "symlink"
 
 
-def test_whether_something_out_of_reach_exists_is_not_told(root: Root, narrow: Root) -> None:
-    if isinstance(root, MemoryRoot | FaultyRoot):
-        pytest.skip("memory resolves such a way to its end first; it holds no secrets of users")
-    with narrow.open_directory(OPEN) as folder:
-        for name in (b"file", b"missing", b"back"):
-            with pytest.raises(LeavesReach):
-                folder.stat(name)
-
-
-def test_a_link_within_reach_leads_where_it_says(narrow: Root) -> None:
-    with narrow.open_directory(OPEN) as folder:
-        assert content(narrow, folder, b"fine", follow=True) == b"for you"
-        assert narrow.stat((*OPEN, b"fine-folder")).kind == "dir"
-        with narrow.make_directories((*OPEN, b"fine-folder", b"new")) as made:
-            assert made.path == (b"open", b"sub", b"new")
-
-
-def test_a_folder_reached_by_name_is_not_looked_at_again(narrow: Root) -> None:
-    # Whoever asks by name has checked the name; only links are in doubt.
-    parent, name = narrow.open_parent(OPEN)
-    with parent:
-        assert parent.stat(name).kind == "dir"
-
-
-def test_a_narrowed_root_stands_beside_the_whole(root: Root, narrow: Root) -> None:
-    with root.narrowed(Reach(())) as nothing, pytest.raises(LeavesReach):
-        nothing.stat((*OPEN, b"fine"))
-    assert narrow.stat((*OPEN, b"fine")).kind == "file"
-    assert root.stat((*OPEN, b"file")).kind == "file"
+def test_attributes_of_an_open_file(root: Root, top: Directory) -> None:
+    fd = top.create_temporary(b"file")
+    try:
+        try:
+            root.set_attribute(fd, b"colour", b"green\0")
+        except OSError as error:
+            pytest.skip(f"no extended attributes here: {error}")
+        root.set_attribute(fd, b"colour", b"blue")
+        root.set_attribute(fd, b"\xff", b"")
+        assert root.get_attributes(fd) == ([(b"colour", b"blue"), (b"\xff", b"")], 0)
+        assert code(lambda: root.set_attribute(fd, b"towpath.root", b"")) == errno.EINVAL
+    finally:
+        root.close_file(fd)

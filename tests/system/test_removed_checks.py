@@ -22,7 +22,7 @@ pytestmark = pytest.mark.soak
 
 TREE = Path(__file__).parents[2]
 STRANGERS = ("tests/agent/test_session_strangers.py",)
-LINK = ("tests/agent/test_link_app.py", "tests/agent/test_agent_policy.py")
+LINK = ("tests/agent/test_link_app.py", "tests/agent/test_hostile_relay.py", "tests/agent/test_agent_policy.py")
 ROUTES = ("tests/relay/test_transfer_authorization.py",)
 OPERATIONS = (*ROUTES, "tests/relay/test_transfer_operations.py", "tests/relay/test_transfer_access.py")
 SUBMISSIONS = (*ROUTES, "tests/relay/test_transfer_endpoints.py", "tests/relay/test_transfer_submission.py")

@@ -1,0 +1,137 @@
+"""A task whose own state is damaged, newer, held or unwritable: it says so and goes on, and what has arrived stays."""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from agent.transfer.journal_format import VERSION
+from protocol.control import TaskObserved, TaskOptions
+from tests.agent.engine_inside import Engine, Line, contents, quick_path, when
+
+__all__ = ["quick_path"]
+
+MIB = 1024 * 1024
+
+
+async def interrupted(base: Path) -> tuple[Engine, int]:
+    """A task that was paused in the middle, and how many files were there by then."""
+
+    def pause(line: Line, observed: TaskObserved) -> None:
+        if observed.counters.files_transferred > 50:
+            line.want("pause")
+
+    engine = Engine(base, TaskOptions(verify_checksum=True), on_report=pause)
+    for folder in range(30):
+        (engine.source / str(folder)).mkdir()
+        for number in range(40):
+            (engine.source / str(folder) / str(number)).write_bytes(b"%d of %d" % (number, folder) * 1000)
+    before = await engine.run()
+    return engine, before.counters.files_transferred
+
+
+@pytest.mark.parametrize(
+    "damage", ["zeros", *(pytest.param(one, marks=pytest.mark.soak) for one in ("half", "garbage"))]
+)
+async def test_a_damaged_journal_is_rebuilt_by_comparing(quick_path: Path, damage: str) -> None:
+    engine, _ = await interrupted(quick_path)
+    there = sum(1 for path in engine.destination.rglob("*") if path.is_file())
+    journal = engine.state / "journal.sqlite"
+    content = journal.read_bytes()
+    journal.write_bytes(
+        {"zeros": bytes(len(content)), "half": content[: len(content) // 2], "garbage": b"\xa5" * len(content)}[damage]
+    )
+    for suffix in ("-wal", "-shm"):
+        journal.with_name(journal.name + suffix).unlink(missing_ok=True)
+    after = engine.revived()
+    observed = await after.run()
+    assert observed.state == "SUCCEEDED", observed
+    assert "JOURNAL_REBUILT" in after.codes()
+    # The daemon must not take it for an event it knows.
+    numbers = [event.seq for event in after.events]
+    assert len(set(numbers)) == len(numbers)
+    # What was there was compared, not sent again.
+    assert observed.counters.files_skipped >= there
+    assert observed.counters.files_transferred == 1200 - observed.counters.files_skipped
+    assert contents(engine.destination) == contents(engine.source)
+    print(f"files there: {there}, compared: {observed.counters.files_skipped}")
+
+
+async def test_a_journal_of_a_newer_agent_is_said_and_waited_for(quick_path: Path) -> None:
+    import sqlite3
+
+    engine, _ = await interrupted(quick_path)
+    journal = engine.state / "journal.sqlite"
+
+    def version(number: int) -> None:
+        connection = sqlite3.connect(journal)
+        connection.create_function("crc_of", 3, lambda *values: zlib.crc32(msgspec.msgpack.encode(values)))
+        connection.execute(
+            "UPDATE meta SET value = ?1, crc = crc_of('meta', key, ?1) WHERE key = 'format'", (b"%d" % number,)
+        ).fetchall()
+        connection.execute(f"PRAGMA user_version = {number}")
+        connection.commit()
+        connection.close()
+
+    version(99)
+    after = engine.revived()
+    after.on_report = when("JOURNAL_NEWER", lambda: version(VERSION))
+    observed = await after.run()
+    assert observed.state == "SUCCEEDED", observed
+    assert "JOURNAL_REBUILT" not in after.codes()
+    assert contents(engine.destination) == contents(engine.source)
+
+
+async def test_a_journal_of_the_first_format_is_upgraded_and_gone_on_with(quick_path: Path) -> None:
+    import sqlite3
+
+    engine, _ = await interrupted(quick_path)
+    connection = sqlite3.connect(engine.state / "journal.sqlite")
+    for table in ("meta", "items", "directories", "finished", "partial", "events"):
+        connection.execute(f"ALTER TABLE {table} DROP COLUMN crc")
+    connection.executescript(
+        "DELETE FROM meta WHERE key = 'format'; DROP TABLE extras; DROP TABLE hard_links; PRAGMA user_version = 1;"
+    )
+    connection.close()
+    after = engine.revived()
+    observed = await after.run()
+    assert observed.state == "SUCCEEDED", observed
+    assert "JOURNAL_REBUILT" not in after.codes()
+    assert contents(engine.destination) == contents(engine.source)
+
+
+async def test_a_journal_of_the_format_before_hard_links_is_upgraded_and_gone_on_with(quick_path: Path) -> None:
+    import sqlite3
+
+    engine, _ = await interrupted(quick_path)
+    connection = sqlite3.connect(engine.state / "journal.sqlite")
+    connection.create_function("crc_of", 3, lambda *values: zlib.crc32(msgspec.msgpack.encode(values)))
+    connection.execute("UPDATE meta SET value = ?1, crc = crc_of('meta', key, ?1) WHERE key = 'format'", (b"3",))
+    connection.commit()
+    connection.executescript("DROP TABLE hard_links; PRAGMA user_version = 3;")
+    connection.close()
+    after = engine.revived()
+    observed = await after.run()
+    assert observed.state == "SUCCEEDED", observed
+    assert "JOURNAL_REBUILT" not in after.codes()
+    assert contents(engine.destination) == contents(engine.source)
+
+
+async def test_a_journal_that_another_program_holds_is_said_and_waited_for(
+    quick_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sqlite3
+
+    monkeypatch.setattr("agent.transfer.journal.BUSY_TIMEOUT", 0.01)
+    engine, _ = await interrupted(quick_path)
+    holder = sqlite3.connect(engine.state / "journal.sqlite", isolation_level=None)
+    holder.execute("PRAGMA locking_mode = EXCLUSIVE")
+    holder.execute("BEGIN EXCLUSIVE")
+    after = engine.revived()
+    after.on_report = when("STATE_UNAVAILABLE", holder.close)
+    observed = await after.run()
+    assert observed.state == "SUCCEEDED", observed
+    assert contents(engine.destination) == contents(engine.source)
