@@ -82,7 +82,7 @@ class Unknown(Exception):
 
 # --- reading -----------------------------------------------------------------------------------------------
 
-_LINE = re.compile(rb"^(\d+) +(.*)$")
+_LINE = re.compile(rb"^(\d+) +(?:(\d+\.\d+) )?(.*)$")
 _RESUMED = re.compile(rb"^<\.\.\. (\w+) resumed>(.*)$")
 _CALL = re.compile(rb"^(\w+)\((.*)\) += (-?\d+)(?:<([^>]*)>)?.*$", re.DOTALL)
 _ESCAPED = re.compile(rb"\\x([0-9a-f]{2})")
@@ -97,8 +97,11 @@ def _plain(text: bytes) -> bytes:
 class _Reader:
     """Builds the model as it was at the beginning, follows it through the trace, and notes the operations."""
 
-    def __init__(self, trees: Iterable[Path]) -> None:
+    def __init__(self, trees: Iterable[Path], only: bytes) -> None:
         self.trees = [os.fsencode(tree) for tree in trees]
+        self.only = only
+        # When the call of each operation began, where the trace tells.
+        self.times: list[float] = []
         self.live: dict[bytes, Inode] = {}
         self.operations: list[Operation] = []
         for tree in self.trees:
@@ -112,6 +115,8 @@ class _Reader:
         elif os.path.isdir(path):
             inode = Inode("folder")
             for name in os.listdir(path):
+                if path in self.trees and not name.startswith(self.only):
+                    continue
                 inode.entries[name] = self._begin(os.path.join(path, name))
         else:
             with open(path, "rb") as file:
@@ -119,22 +124,24 @@ class _Reader:
         self.live[path] = inode
         return inode
 
-    def lines(self, trace: Path) -> Iterator[tuple[bytes, int]]:
-        """Whole calls in the order in which they ended, with the number of operations when they began."""
-        begun: dict[bytes, tuple[bytes, int]] = {}
+    def lines(self, trace: Path) -> Iterator[tuple[bytes, int, float]]:
+        """Whole calls in the order in which they ended, with the number of operations and the time when they began."""
+        begun: dict[bytes, tuple[bytes, int, float]] = {}
         with trace.open("rb") as file:
             for line in file:
                 matched = _LINE.match(line.rstrip(b"\n"))
                 if matched is None:
                     continue
-                thread, text = matched.groups()
+                thread, stamp, text = matched.groups()
+                began = float(stamp or 0)
                 if text.endswith(b"<unfinished ...>"):
-                    begun[thread] = (text.removesuffix(b"<unfinished ...>"), len(self.operations))
+                    begun[thread] = (text.removesuffix(b"<unfinished ...>"), len(self.operations), began)
                 elif (resumed := _RESUMED.match(text)) is not None:
-                    start, count = begun.pop(thread)
-                    yield start + resumed.group(2), count
+                    # One that was under way when the tracing began is not known to its end.
+                    start, count, began = begun.pop(thread, (b"", 0, began))
+                    yield start + resumed.group(2), count, began
                 else:
-                    yield text, len(self.operations)
+                    yield text, len(self.operations), began
 
     def call(self, text: bytes, covers: int) -> None:
         matched = _CALL.match(text)
@@ -156,7 +163,7 @@ class _Reader:
     # --- names ---------------------------------------------------------------------------------------------
 
     def _ours(self, path: bytes) -> bool:
-        return any(path == tree or path.startswith(tree + b"/") for tree in self.trees)
+        return any(path == tree or path.startswith(tree + b"/" + self.only) for tree in self.trees)
 
     def _paths(self, arguments: bytes) -> list[bytes]:
         """The paths in the arguments: a name belongs to the folder before it, if there is one."""
@@ -267,10 +274,11 @@ class _Reader:
 
 @dataclass
 class Trace:
-    """The trees as they were, by name, and what was done to them."""
+    """The trees as they were, by name, and what was done to them; when, where the trace was recorded with ``-ttt``."""
 
     roots: dict[str, Inode]
     operations: list[Operation]
+    times: list[float] = field(default_factory=list)
 
     def without(self, forgotten: Iterable[Sync]) -> Trace:
         """The same calls, had some syncs been forgotten by whoever wrote the program."""
@@ -280,7 +288,7 @@ class Trace:
             Sync(one.call, one.inode, 0) if isinstance(one, Sync) and id(one) in gone else one
             for one in self.operations
         ]
-        return Trace(self.roots, kept)
+        return Trace(self.roots, kept, self.times)
 
     def is_below(self, inode: Inode, name: str) -> bool:
         """Whether a file or folder is, or was at some time, in this tree."""
@@ -295,14 +303,16 @@ class Trace:
 
 def read_trace(trace: Path, reader: _Reader, names: dict[str, Path]) -> Trace:
     """The operations in a file that strace wrote (``-f -y -xx``). Raises `Unknown`."""
-    for text, covers in reader.lines(trace):
+    for text, covers, began in reader.lines(trace):
         reader.call(text, covers)
-    return Trace({name: reader.roots[os.fsencode(path)] for name, path in names.items()}, reader.operations)
+        reader.times += [began] * (len(reader.operations) - len(reader.times))
+    roots = {name: reader.roots[os.fsencode(path)] for name, path in names.items()}
+    return Trace(roots, reader.operations, reader.times)
 
 
-def before(trees: Iterable[Path]) -> _Reader:
-    """Look at the trees before the traced program runs."""
-    return _Reader(trees)
+def before(trees: Iterable[Path], only: bytes = b"") -> _Reader:
+    """Look at the trees before the traced program runs. ``only``: at what in them has a name that begins so."""
+    return _Reader(trees, only)
 
 
 # --- states ------------------------------------------------------------------------------------------------
@@ -347,6 +357,8 @@ class CrashState:
 
     how: str
     trees: dict[str, Tree]
+    # Operations that were done.
+    count: int = 0
 
     def digest(self) -> bytes:
         """The same for equal trees."""
@@ -404,7 +416,9 @@ def crash_states(trace: Trace, random: Random, *, at_random: int, every: int = 1
 
         def state(how: str, extra: dict[int, Operation], count: int = count, kept: set[int] = kept) -> CrashState:
             chosen = {**{number: trace.operations[number] for number in kept}, **extra}
-            return CrashState(f"after {count}: {how}", built(trace, [chosen[number] for number in sorted(chosen)]))
+            return CrashState(
+                f"after {count}: {how}", built(trace, [chosen[number] for number in sorted(chosen)]), count
+            )
 
         yield state("all that was not synced is lost", {})
         if not loose:
