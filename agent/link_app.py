@@ -29,7 +29,7 @@ from agent.storage.base import Reach, Root
 from agent.storage.faults import fault
 from agent.storage.listing import Accounts, list_directory, stat_entry
 from agent.storage.query import parse_query_untrusted
-from protocol.candidates import PathGo, PathOffer
+from protocol.candidates import PathAnswer, PathGo, PathOffer
 from protocol.control import (
     MAX_DOCUMENT,
     AgentEvent,
@@ -160,6 +160,7 @@ class LinkApp:
             ("PUT", "/link/sessions/{session}/offer", "sessions", self._put_offer),
             ("PUT", "/link/sessions/{session}/go", "sessions", self._put_source_go),
             ("PUT", "/link/tasks/{task}/go", "tasks", self._put_go),
+            ("PUT", "/link/tasks/{task}/candidates", "tasks", self._put_candidates),
             ("DELETE", "/link/sessions/{session}", "withdrawals", self._withdraw),
         ]
 
@@ -368,6 +369,11 @@ class LinkApp:
     async def _put_go(self, request: Request) -> Response:
         go = await _body(request, PathGo, MAX_PATH_BODY)
         self._tasks.take_go(request.path_params["task"], go)
+        return Response(status_code=204)
+
+    async def _put_candidates(self, request: Request) -> Response:
+        answer = await _body(request, PathAnswer, MAX_PATH_BODY)
+        self._tasks.take_candidates(request.path_params["task"], answer)
         return Response(status_code=204)
 
     async def _withdraw(self, request: Request) -> Response:

@@ -57,6 +57,9 @@ class TaskService(Protocol):
     def take_go(self, task_id: str, go: PathGo) -> None:
         """The relay's go for an offer of a task that runs here."""
 
+    def take_candidates(self, task_id: str, answer: PathAnswer) -> None:
+        """More addresses of the source of a task that runs here."""
+
     async def withdraw_session(self, session_id: str) -> None:
         """Cut a session and refuse its ticket."""
 

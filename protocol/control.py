@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 import msgspec
 
 from protocol.candidates import Candidate as Candidate
-from protocol.candidates import PathOffer
+from protocol.candidates import PathAnswer, PathOffer
 from protocol.errors import ProtocolError
 from protocol.record import Record as Record
 
@@ -322,7 +322,8 @@ class AgentEvent(Record, frozen=True, kw_only=True):
     kinds: ``event`` (a task event for people), ``state`` (``observed`` is set, durable when the state changed),
     ``progress`` (``observed`` is set, n = 0), ``session_wanted`` (the destination needs a SessionAnswer newer
     than ``generation``, n = 0), ``collections`` (the owner changed the configuration: ``collections`` is set, n = 0),
-    ``path_offer`` (the destination wants a path arranged: ``offer`` is set, n = 0).
+    ``path_offer`` (the destination wants a path arranged: ``offer`` is set, n = 0), ``path_candidates`` (the source of
+    a task can be reached at more addresses than its answer to the newest offer said: ``candidates`` is set, n = 0).
     """
 
     n: int
@@ -338,6 +339,7 @@ class AgentEvent(Record, frozen=True, kw_only=True):
     observed: TaskObserved | None = None
     collections: list[CollectionReport] | None = None
     offer: PathOffer | None = None
+    candidates: PathAnswer | None = None
 
 
 class SuccessfulTransfer(Record, frozen=True, kw_only=True):

@@ -19,6 +19,7 @@ from agent.connect.transport import Connection, Path
 from protocol.candidates import (
     DIALLED,
     Candidate,
+    PathAnswer,
     PathGo,
     PathOffer,
     Rules,
@@ -90,6 +91,11 @@ class PathFinder:
         """The relay's go for an offer; one for another offer than the newest is ignored."""
         if self._running is not None:
             self._running.take_go(go)
+
+    def take_candidates(self, answer: PathAnswer) -> None:
+        """The source can be reached at more addresses than it has said; those for an older offer are ignored."""
+        if self._running is not None:
+            self._running.take_candidates(answer)
 
     def begin(self) -> None:
         """Start a race ahead of the first wish, if there is something to race for."""
@@ -212,10 +218,13 @@ class PathFinder:
         """While data goes through the relay, look for a better path, also whenever the network has changed."""
         pause = IMPROVE_FIRST
         while True:
-            with trio.move_on_after(pause) as scope:
-                await self._network.changed.wait()
-            if not scope.cancelled_caught:
-                self._good, pause = None, IMPROVE_FIRST
+            changed, mapped = self._network.changed, self._network.mapped
+            with trio.move_on_after(pause):
+                await _either(changed, mapped)
+            if changed.is_set():
+                self._good = None
+            if changed.is_set() or mapped.is_set():
+                pause = IMPROVE_FIRST
             if self.path is not None and self.path.kind == "tunnel" and self._running is None:
                 self._start_race(improving=True)
                 pause = min(pause * 2, IMPROVE_MOST)
@@ -241,6 +250,16 @@ class PathFinder:
     def path_of(self, kind: str, sock: socket.socket) -> Path:
         """How a new connection goes."""
         return self._path(kind, sock)
+
+
+async def _either(one: trio.Event, other: trio.Event) -> None:
+    async def wait(event: trio.Event) -> None:
+        await event.wait()
+        nursery.cancel_scope.cancel()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(wait, one)
+        nursery.start_soon(wait, other)
 
 
 def _remote(sock: socket.socket) -> str:

@@ -68,10 +68,12 @@ class _Introduction:
 
 
 class Introductions:
-    """See the module. `run` must be running."""
+    """See the module. `run` must be running. ``tell`` gives the destination of a task more candidates, through the
+    relay, without waiting."""
 
-    def __init__(self, network: Network) -> None:
+    def __init__(self, network: Network, tell: Callable[[str, PathAnswer], None] = lambda _task, _answer: None) -> None:
         self._network = network
+        self._tell = tell
         self._current: dict[str, _Introduction] = {}
         self._awaited = 0
         self._nursery: trio.Nursery | None = None
@@ -195,6 +197,8 @@ class Introductions:
                 introduction.scope.deadline = trio.current_time() + LIFE
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._dial_back, introduction, list(introduction.usable))
+                    # Goes on to the end of the introduction's life: some routers take seconds.
+                    nursery.start_soon(self._tell_mappings, introduction.offer)
                     await introduction.given.wait()
                     go = introduction.go
                     assert go is not None
@@ -209,6 +213,14 @@ class Introductions:
             introduction.close()
             if self._current.get(session_id) is introduction:
                 del self._current[session_id]
+
+    async def _tell_mappings(self, offer: PathOffer) -> None:
+        """Tell the destination what the router maps to the data port, as soon as it does: no answer waits for it."""
+        while True:
+            await self._network.mapped.wait()
+            mappings = list(self._network.mappings)
+            answer = PathAnswer(session_id=offer.session_id, generation=offer.generation, candidates=mappings)
+            self._tell(offer.task_id, answer)
 
     # --- dialling back -------------------------------------------------------------------------------------
 

@@ -70,6 +70,8 @@ class Network:
     interfaces: Interfaces = field(default_factory=look)
     allowance: DialAllowance = field(default_factory=lambda: DialAllowance(time.monotonic()))
     changed: trio.Event = field(default_factory=trio.Event)
+    # Set, and replaced, when a router has granted a mapping.
+    mapped: trio.Event = field(default_factory=trio.Event)
     relay_up: Callable[[], bool] = lambda: True
     _observation: Observation | None = None
     _observing: trio.Lock = field(default_factory=trio.Lock)
@@ -138,6 +140,14 @@ class Network:
             observation.held.close()
             if self._observation is observation:
                 self._observation = None
+
+    def take_mappings(self, mappings: list[Candidate]) -> None:
+        """What the router maps to the data port now. Races under way hear of what is new."""
+        fresh = any(row not in self.mappings for row in mappings)
+        self.mappings = mappings
+        if fresh:
+            self.mapped.set()
+            self.mapped = trio.Event()
 
     def take_hello(self, hello: RelayHello) -> None:
         """What the relay tells about itself at each link."""

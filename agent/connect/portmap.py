@@ -59,11 +59,11 @@ class PortMapping:
                 changed = self._network.changed
                 gateway = await trio.to_thread.run_sync(self._gateway)
                 granted = await self._ask(gateway, port_control.LIFE)
-                self._network.mappings = self._candidates(granted)
+                self._network.take_mappings(self._candidates(granted))
                 with trio.move_on_after(AGAIN if granted is None else granted.life / 2):
                     await changed.wait()
         finally:
-            self._network.mappings = []
+            self._network.take_mappings([])
             if granted is not None:
                 with trio.move_on_after(GOODBYE, shield=True):
                     await self._ask(gateway, 0)

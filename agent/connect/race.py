@@ -154,6 +154,10 @@ class Race:
             for leg in range(transports.count("tunnel")):
                 self._schedule(now, Arrange(self._new("tunnel", now), "tunnel", leg))
 
+    def add(self, now: float, direct: Sequence[Candidate]) -> None:
+        """More addresses of the source have become known."""
+        self._add_dials(direct, now)
+
     def offered(self, now: float, count: int = 1) -> None:
         """The offer, for ``count`` connections, has left; from now on a go is waited for."""
         self._wanted, self._arrived = count, 0

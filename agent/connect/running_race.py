@@ -21,8 +21,10 @@ from protocol.candidates import (
     DIALLED,
     HOST,
     MAPPED_TCP,
+    MAX_CANDIDATES,
     MAX_SLOTS,
     Candidate,
+    PathAnswer,
     PathGo,
     PathOffer,
     Rules,
@@ -103,6 +105,7 @@ class RunningRace:
         self._generation = -1
         self._go: PathGo | None = None
         self._wake = trio.Event()
+        self._offered: PathOffer | None = None
         self._expectations = contextlib.ExitStack()
         self._notes: list[str] = []
         if not relay_up:
@@ -144,10 +147,34 @@ class RunningRace:
         self._race.go(trio.current_time(), go.start_in, direct, targets, len(self._slots), transports)
         self._wake.set()
 
+    def take_candidates(self, answer: PathAnswer) -> None:
+        """More of the source's addresses; ignored unless they belong to the newest offer. What needs no arrangement is
+        dialled, such as a mapping that the source's router has granted meanwhile."""
+        if answer.generation != self._generation or answer.session_id != self._finder.subject.session_id:
+            return
+        if self._udp_only:
+            return
+        seen = ("", "") if self._go is None else (self._go.observed, self._go.peer_observed)
+        usable = usable_untrusted(answer.candidates, self._finder.rules(*seen))
+        self._race.add(trio.current_time(), [row for row in usable if row.kind in DIALLED])
+        self._wake.set()
+
+    async def _tell_mappings(self) -> None:
+        """Tell the source what the router maps to the data port, as soon as it does: the offer did not wait for it."""
+        while True:
+            await self._network.mapped.wait()
+            if self._offered is not None and self._offered.generation == self._generation:
+                # All of it once more: the first one may still wait for the link, and this takes its place.
+                known = self._offered.candidates
+                fresh = [row for row in self._network.mappings if row not in known]
+                self._offered = msgspec.structs.replace(self._offered, candidates=[*fresh, *known][:MAX_CANDIDATES])
+                self._finder.offer(self._offered)
+
     async def run(self) -> None:
         """Race to the end. Connections given out live on; all else is closed."""
         try:
             async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._tell_mappings)
                 while not self._race.over(trio.current_time()):
                     self._wake = trio.Event()
                     for action in self._race.poll(trio.current_time()):
@@ -262,17 +289,16 @@ class RunningRace:
         candidates += arranged
         if generation != self._generation:
             return
-        self._finder.offer(
-            PathOffer(
-                session_id=subject.session_id,
-                task_id=subject.task_id,
-                generation=generation,
-                token=token,
-                count=count,
-                candidates=candidates,
-                transports=["tcp", *transports],
-            )
+        self._offered = PathOffer(
+            session_id=subject.session_id,
+            task_id=subject.task_id,
+            generation=generation,
+            token=token,
+            count=count,
+            candidates=candidates,
+            transports=["tcp", *transports],
         )
+        self._finder.offer(self._offered)
         # Gathering took its time; the relay has as much as ever to answer.
         self._race.offered(trio.current_time(), count)
 

@@ -36,7 +36,7 @@ from agent.transfer.state_trouble import StateTrouble
 from agent.transfer.task_paths import TaskPaths
 from agent.transfer.task_store import StoredTask
 from agent.transfer.turns import Candidate, claim_of
-from protocol.candidates import PathGo
+from protocol.candidates import PathAnswer, PathGo
 from protocol.control import FINAL_STATES, AgentEvent, Counters, SessionAnswer, TaskObserved, TaskOrder
 from protocol.errors import RetryLater, TaskFailed, TowpathError
 
@@ -234,6 +234,11 @@ class RunningTask:
         """The relay's go for an offer of the running worker's."""
         if self._paths is not None:
             self._paths.take_go(go)
+
+    def take_candidates(self, answer: PathAnswer) -> None:
+        """More addresses of the source's, for an offer of the running worker's."""
+        if self._paths is not None:
+            self._paths.take_candidates(answer)
 
     # --- the worker ------------------------------------------------------------------------------------
 

@@ -69,7 +69,7 @@ class TransferService:
 
     def __init__(self, node: LocalNode) -> None:
         self._node = node
-        self._introductions = Introductions(node.network)
+        self._introductions = Introductions(node.network, self._tell_candidates)
         self.sessions = ServedSessions(node)
         self._tasks = {stored.order.task_id: RunningTask(node, stored) for stored in node.store.load()}
         self._paused = False
@@ -369,6 +369,14 @@ class TransferService:
     def take_go(self, task_id: str, go: PathGo) -> None:
         """The relay's go for an offer of a task that runs here."""
         self._task(task_id).take_go(go)
+
+    def take_candidates(self, task_id: str, answer: PathAnswer) -> None:
+        """More addresses of the source of a task that runs here."""
+        self._task(task_id).take_candidates(answer)
+
+    def _tell_candidates(self, task_id: str, answer: PathAnswer) -> None:
+        line = AgentEvent(n=0, kind="path_candidates", time=now_iso(), task_id=task_id, candidates=answer)
+        self._node.outbox.passing(line)
 
 
 def _shown(path: bytes) -> str:

@@ -12,7 +12,7 @@ from agent.connect.running_race import Subject
 from agent.connect.transport import Connection, Path
 from agent.transfer.local_node import LocalNode
 from agent.transfer.plan import now_iso
-from protocol.candidates import PathGo, PathOffer
+from protocol.candidates import PathAnswer, PathGo, PathOffer
 from protocol.control import AgentEvent, SessionAnswer, TaskOrder
 from protocol.errors import RetryLater
 
@@ -87,6 +87,10 @@ class TaskPaths:
     def take_go(self, go: PathGo) -> None:
         """The relay's go for an offer of this task."""
         self._finder.take_go(go)
+
+    def take_candidates(self, answer: PathAnswer) -> None:
+        """More addresses of the source's, for an offer of this task."""
+        self._finder.take_candidates(answer)
 
     async def connect(self) -> tuple[Connection, str]:
         """A connection to the source, and the certificate to expect there. Raises `RetryLater`.

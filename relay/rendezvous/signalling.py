@@ -85,6 +85,9 @@ class Signalling:
         # Task → generation of the newest offer and when it came.
         self._newest: dict[str, tuple[int, float]] = {}
         self._pending = 0
+        # Tasks whose offer is with its source now, and those whose source's later candidates are on their way.
+        self._asking: dict[str, trio.Event] = {}
+        self._adding: set[str] = set()
         self._introduced = self._added = self._refused = self._failed = 0
 
     def statistics(self) -> SignallingStatistics:
@@ -117,12 +120,57 @@ class Signalling:
             old = trio.current_time() - 60
             self._newest = {task: row for task, row in self._newest.items() if row[1] > old}
 
+    def admit_candidates(self, task_id: str, answer: PathAnswer) -> bool:
+        """Whether more candidates of a source are worth passing on: form, and that they belong to the newest offer.
+        `done_candidates` must follow when they are."""
+        try:
+            check_candidates_untrusted(answer.candidates)
+        except ProtocolError:
+            self._refused += 1
+            return False
+        generation, _ = self._newest.get(task_id, (-1, 0.0))
+        if answer.generation != generation or task_id in self._adding or self._pending >= MAX_PENDING:
+            self._refused += 1
+            return False
+        self._pending += 1
+        self._adding.add(task_id)
+        return True
+
+    def done_candidates(self, task_id: str) -> None:
+        """Admitted candidates were dealt with."""
+        self._pending -= 1
+        self._adding.discard(task_id)
+
+    async def add_candidates(self, task_id: str, answer: PathAnswer, destination: str) -> None:
+        """Pass a source's later candidates on. Raises the link's errors."""
+        await self._links.call(
+            destination, "PUT", f"/link/tasks/{task_id}/candidates", document=answer, timeout=GO_TIMEOUT
+        )
+        self._added += 1
+
     async def introduce(self, offer: PathOffer, destination: str, source: str, *, owner_id: str = "") -> None:
         """Pass an offer on, and give both nodes their go. Raises the link's errors."""
         generation, _ = self._newest.get(offer.task_id, (-1, 0.0))
         repeated = offer.generation == generation
         if not repeated:
             self._newest[offer.task_id] = (offer.generation, trio.current_time())
+        elif (asking := self._asking.get(offer.task_id)) is not None:
+            # What is added must not be there before what it is added to.
+            await asking.wait()
+        asked = self._asking.setdefault(offer.task_id, trio.Event())
+        try:
+            answer = await self._ask(offer, destination, source)
+        finally:
+            asked.set()
+            if self._asking.get(offer.task_id) is asked:
+                del self._asking[offer.task_id]
+        if repeated:
+            self._added += 1
+            return
+        await self._give_go(offer, answer, destination, source, owner_id)
+        self._introduced += 1
+
+    async def _ask(self, offer: PathOffer, destination: str, source: str) -> PathAnswer:
         seen = self._links.address(source), self._links.address(destination)
         try:
             body = await self._links.call(
@@ -140,11 +188,7 @@ class Signalling:
         if answer.session_id != offer.session_id or answer.generation != offer.generation:
             self._failed += 1
             raise ProtocolError("The source answered another offer than it was given.")
-        if repeated:
-            self._added += 1
-            return
-        await self._give_go(offer, answer, destination, source, owner_id)
-        self._introduced += 1
+        return answer
 
     async def _give_go(
         self, offer: PathOffer, answer: PathAnswer, destination: str, source: str, owner_id: str

@@ -137,14 +137,26 @@ class Courier:
 
     async def source_of(self, task_id: str, node_id: str, now: float) -> tuple[str, Task] | None:
         """The node that is the source of a running task which ``node_id`` drives."""
+        running = await self._running(task_id, now)
+        if running is None or running[1] != node_id:
+            return None
+        return running[0], running[2]
+
+    async def worker_of(self, task_id: str, node_id: str, session_id: str, now: float) -> str | None:
+        """The node that drives a running task whose source is ``node_id``, in this session."""
+        running = await self._running(task_id, now)
+        if running is None or running[0] != node_id or running[2].session_id != session_id:
+            return None
+        return running[1]
+
+    async def _running(self, task_id: str, now: float) -> tuple[str, str, Task] | None:
+        """The nodes of source and worker of a task that may run now."""
         loaded = await self._store.read(lambda connection: delivery_notes.load(connection, task_id, now))
         if loaded is None or loaded.task.finished or not loaded.entitlement.runs or loaded.owner_closed:
             return None
         if loaded.sides.source is None or loaded.sides.worker is None:
             return None
-        if loaded.sides.worker.node_id != node_id:
-            return None
-        return loaded.sides.source.node_id, loaded.task
+        return loaded.sides.source.node_id, loaded.sides.worker.node_id, loaded.task
 
     async def compare(self, task_id: str, node_id: str, now: float) -> None:
         """Ask an agent how a task that it was given stands, and give it again if the agent does not know it.

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import trio
 from sqlalchemy import Connection
 
-from protocol.candidates import PathOffer
+from protocol.candidates import PathAnswer, PathOffer
 from protocol.control import AgentEvent, AgentHello, TaskObserved
 from protocol.errors import TowpathError
 from protocol.ticket import TicketSigner, TicketVerifier
@@ -335,6 +335,8 @@ class Steward:
                 if len(waiting) < MAX_PROGRESS or line.task_id in waiting:
                     waiting[line.task_id] = line.observed
                     self._progress_event.set()
+            elif line.kind == "path_candidates" and line.n == 0:
+                self._add_candidates_soon(node_id, line)
             else:
                 kept.append(line)
                 if line.kind == "state":
@@ -376,6 +378,26 @@ class Steward:
             logger.exception("Acknowledging lines of node %s failed.", node_id)
         finally:
             del self._acknowledging[node_id]
+
+    def _add_candidates_soon(self, node_id: str, line: AgentEvent) -> None:
+        answer = line.candidates
+        if answer is not None and self._nursery is not None and self._signalling.admit_candidates(line.task_id, answer):
+            self._nursery.start_soon(self._add_candidates, node_id, line.task_id, answer)
+
+    async def _add_candidates(self, node_id: str, task_id: str, answer: PathAnswer) -> None:
+        """Pass on where else the source of a task can be reached, if ``node_id`` is its source."""
+        try:
+            worker = await self._courier.worker_of(task_id, node_id, answer.session_id, self._clock())
+            if worker is None:
+                self._dropped += 1
+            else:
+                await self._signalling.add_candidates(task_id, answer, worker)
+        except TowpathError as error:
+            logger.info("More addresses for task %s came to nothing: %s (%s)", task_id, error.sentence, error.code)
+        except Exception:
+            logger.exception("Passing on more addresses for task %s failed.", task_id)
+        finally:
+            self._signalling.done_candidates(task_id)
 
     async def _introduce(self, node_id: str, offer: PathOffer) -> None:
         """Let the two nodes of a running task arrange a path. What fails is asked for again by the destination."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +19,7 @@ from agent.connect.listener import DataPort, bind
 from agent.connect.network import DialAllowance, Network
 from agent.connect.running_race import Subject
 from agent.connect.transport import Path, Wish
-from protocol.candidates import Candidate, PathGo, PathOffer
+from protocol.candidates import PORTMAP, Candidate, PathAnswer, PathGo, PathOffer
 from protocol.control import SessionAnswer, encode
 from protocol.errors import ProtocolError, RetryLater, TowpathError
 from relay.rendezvous.observe import Observer
@@ -50,9 +50,11 @@ class World:
 
 
 @asynccontextmanager
-async def node(stun_port: int, **options: Any) -> AsyncIterator[Node]:
+async def node(
+    stun_port: int, tell: Callable[[str, PathAnswer], None] = lambda _task, _answer: None, **options: Any
+) -> AsyncIterator[Node]:
     network = Network(relay=("127.0.0.1", stun_port), allow_loopback=True, **options)
-    made = Node(network, Introductions(network))
+    made = Node(network, Introductions(network, tell))
 
     async def deliver(session_id: str, kind: str, _sock: trio.socket.SocketType) -> None:
         await trio.lowlevel.checkpoint()
@@ -78,8 +80,13 @@ async def world(*, relay: str = "allow", relay_up: bool = True, lanes: int = 1) 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(trio.serve_listeners, observe, listeners)
         port = listeners[0].socket.getsockname()[1]
-        async with node(port) as source, node(port) as destination:
-            made: World
+        made: World
+
+        def tell(task_id: str, answer: PathAnswer) -> None:
+            assert task_id == TASK
+            made.finder.take_candidates(answer)
+
+        async with node(port, tell) as source, node(port) as destination:
 
             class Links:
                 def address(self, _node_id: str) -> str:
@@ -233,6 +240,66 @@ async def test_why_the_relay_gives_no_place_at_its_tunnel_is_told(monkeypatch: p
         made.finder._send_offer = refuse
         with pytest.raises(RetryLater, match=r"moved 5 bytes through the relay's tunnel \[31m today"):
             await made.finder.connect()
+
+
+async def hidden(made: World) -> None:
+    """Neither side is found by itself: no addresses, and no relay that says how its ports are seen."""
+
+    async def none(**_options: Any) -> list[Candidate]:
+        await trio.lowlevel.checkpoint()
+        return []
+
+    for side in (made.source, made.destination):
+        side.network.host_candidates = none  # type: ignore[method-assign]
+        side.network.relay = None
+    made.finder.take_answer(answer())
+
+
+async def connect(made: World, found: list[str]) -> None:
+    connection = await made.finder.connect()
+    connection.sock.close()
+    found.append(connection.path.kind)
+
+
+@pytest.mark.parametrize(("side", "kind"), [("source", "direct"), ("destination", "reversed")])
+async def test_a_mapping_that_a_router_grants_late_is_told_and_used(side: str, kind: str) -> None:
+    async with world() as made:
+        await hidden(made)
+        network: Network = getattr(made, side).network
+        assert network.data_port is not None
+        found: list[str] = []
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(connect, made, found)
+            with trio.fail_after(5):
+                while not (made.offers and made.source.introductions._current):
+                    await trio.sleep(0.01)
+                await trio.sleep(0.1)
+                assert found == []
+                network.take_mappings([Candidate(kind=PORTMAP, host="127.0.0.1", port=network.data_port.port)])
+        assert found == [kind]
+        assert {offer.generation for offer in made.offers} == {1}
+        assert made.failures == []
+
+
+async def test_late_addresses_for_an_older_offer_are_ignored() -> None:
+    async with world() as made:
+        await hidden(made)
+        assert made.source.network.data_port is not None
+        place = at(made.source.network.data_port.port)
+        found: list[str] = []
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(connect, made, found)
+            with trio.fail_after(5):
+                while not made.offers:
+                    await trio.sleep(0.01)
+                for session, generation in ((SESSION, 0), (TASK, 1)):
+                    made.finder.take_candidates(
+                        PathAnswer(session_id=session, generation=generation, candidates=[place])
+                    )
+                await trio.sleep(0.2)
+                assert found == []
+                made.finder.take_candidates(PathAnswer(session_id=SESSION, generation=1, candidates=[place]))
+        assert found == ["direct"]
 
 
 async def test_an_old_generation_is_refused_and_an_old_go_ignored() -> None:

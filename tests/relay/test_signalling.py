@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import pytest
 import trio
@@ -130,6 +132,47 @@ async def test_the_same_generation_again_adds_candidates_and_starts_nothing() ->
     before = len(links.told)
     await subject.introduce(OFFER, "destination", "source")
     assert [row[1] for row in links.told[before:]] == [f"PUT /link/sessions/{SESSION}/offer"]
+
+
+async def test_what_is_added_comes_after_what_it_is_added_to() -> None:
+    links = Links()
+    subject = Signalling(links)
+    answered = trio.Event()
+    ask = links.call
+
+    async def slowly(node_id: str, method: str, path: str, **options: Any) -> bytes:
+        answer = await ask(node_id, method, path, **options)
+        if path.endswith("/offer") and len(links.told) == 1:
+            await answered.wait()
+        return answer
+
+    links.call = slowly  # type: ignore[method-assign]
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(subject.introduce, OFFER, "destination", "source")
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.start_soon(subject.introduce, OFFER, "destination", "source")
+        await trio.testing.wait_all_tasks_blocked()
+        assert len(links.told) == 1
+        answered.set()
+    assert sum(path.endswith("/offer") for _, path, _ in links.told) == 2
+    assert sum(path.endswith("/go") for _, path, _ in links.told) == 2
+
+
+async def test_later_addresses_of_the_source_are_passed_on_for_the_newest_offer_alone() -> None:
+    links = Links()
+    subject = Signalling(links)
+    more = msgspec.structs.replace(ANSWER, candidates=[Candidate(kind="portmap", host="192.0.2.7", port=7)])
+    assert not subject.admit_candidates(TASK, more)
+    await subject.introduce(OFFER, "destination", "source")
+    assert not subject.admit_candidates(TASK, msgspec.structs.replace(more, generation=6))
+    assert not subject.admit_candidates(TASK, msgspec.structs.replace(more, candidates=more.candidates * 100))
+    assert subject.admit_candidates(TASK, more)
+    # One at a time for each task.
+    assert not subject.admit_candidates(TASK, more)
+    await subject.add_candidates(TASK, more, "destination")
+    subject.done_candidates(TASK)
+    assert links.told[-1] == ("destination", f"PUT /link/tasks/{TASK}/candidates", more)
+    assert subject.admit_candidates(TASK, more)
 
 
 @pytest.mark.parametrize(
