@@ -91,6 +91,10 @@ class LocalApplication:
         self._owner.reconnect()
         return {"message": "Connecting to the relay."}
 
+    async def peers(self, _: Request) -> object:
+        """Look for a path to each agent that data came from lately."""
+        return {"peers": await self._tasks.probe_peers()}
+
     async def reload(self, _: Request) -> object:
         """Read the configuration again."""
         return {"message": await self._owner.reload()}
@@ -126,6 +130,7 @@ class LocalApplication:
             ("POST", "/pause", self.pause),
             ("POST", "/resume", self.resume),
             ("POST", "/relay/reconnect", self.reconnect),
+            ("POST", "/peers", self.peers),
             ("POST", "/reload", self.reload),
             ("GET", "/watch", self.watch),
             ("POST", "/watch/{name}/run", self.watch_run),

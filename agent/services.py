@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Protocol
 
+from agent.connect.peers import PeerPath
 from protocol.candidates import PathAnswer, PathGo, PathOffer
 from protocol.control import (
     AgentEvent,
@@ -74,6 +75,9 @@ class TaskService(Protocol):
 
     async def resume_task(self, task_id: str) -> None:
         """The owner lets it go on."""
+
+    async def probe_peers(self) -> list[PeerPath]:
+        """How the agents are reached that data came from lately."""
 
     def tasks(self) -> list[TaskObserved]:
         """All tasks that are not closed."""

@@ -62,7 +62,8 @@ class PathOffer(Record, frozen=True, kw_only=True):
     ``token`` (hex) is what the source says first on connections that it dials to slot 0 (`protocol.reversal`);
     ``count`` is how many connections are wanted. An offer repeated with the same ``generation`` adds candidates.
     ``observed`` and ``peer_observed`` are added by the relay: the addresses from which it sees the reader's and the
-    other side's link.
+    other side's link. With ``probe`` the destination only wants to know whether there is a way, also after the task has
+    ended: connections are closed as soon as they are there, and nothing is said on them.
     """
 
     session_id: str
@@ -74,6 +75,7 @@ class PathOffer(Record, frozen=True, kw_only=True):
     transports: list[str] = []
     observed: str = ""
     peer_observed: str = ""
+    probe: bool = False
 
 
 class PathAnswer(Record, frozen=True, kw_only=True):

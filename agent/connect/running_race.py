@@ -45,7 +45,8 @@ MAX_REASON = 400
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """Whose connections a finder finds. ``own``: the source is this very node."""
+    """Whose connections a finder finds. ``own``: the source is this very node. ``probe``: only to see what there is,
+    so neither the relay's tunnel nor QUIC, which needs a session, are brought up."""
 
     session_id: str
     task_id: str
@@ -53,6 +54,7 @@ class Subject:
     relay: str
     transport: str
     lanes: int
+    probe: bool = False
 
 
 class Finder(Protocol):
@@ -86,7 +88,7 @@ class RunningRace:
     def __init__(self, finder: Finder, direct: list[Candidate], relay_up: bool, *, tunnel: bool) -> None:
         self._finder = finder
         self._network = finder.network
-        available = self._network.transports.tunnel is not None
+        available = self._network.transports.tunnel is not None and not finder.subject.probe
         # Where a task wants QUIC only, TCP is not even tried; the tunnel stays as last resort.
         self._udp_only = finder.subject.transport == "quic" and self._network.transports.quic is not None
         direct = [] if self._udp_only else direct
@@ -297,6 +299,7 @@ class RunningRace:
             count=count,
             candidates=candidates,
             transports=["tcp", *transports],
+            probe=subject.probe,
         )
         self._finder.offer(self._offered)
         # Gathering took its time; the relay has as much as ever to answer.
@@ -318,6 +321,8 @@ class RunningRace:
             self._notes.append(next(why for why in whys if why))
 
     def _wanted(self, name: str) -> bool:
+        if self._finder.subject.probe:
+            return False
         if name == "tunnel":
             return self._race.tunnel and not self._race.has_tunnel
         return self._finder.subject.transport != "tcp"

@@ -72,4 +72,5 @@ CHECKS: tuple[Entry, ...] = (
     Entry("relay", "Way to the relay", "agent.doctor.network:check_relay", 30.0),
     Entry("nat", "NAT, UDP and IPv6", "agent.doctor.network:check_nat", 20.0),
     Entry("paths", "Paths of tasks", "agent.doctor.network:check_paths"),
+    Entry("peers", "Ways to other agents", "agent.doctor.peers:check_peers", 30.0),
 )

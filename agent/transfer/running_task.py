@@ -157,6 +157,16 @@ class RunningTask:
             return error
         return None
 
+    @property
+    def answer(self) -> SessionAnswer | None:
+        """Where the source was last."""
+        return self._answer
+
+    @property
+    def path(self) -> Path | None:
+        """The path in use, as far as one is."""
+        return None if self._paths is None else self._paths.path
+
     # --- orders ----------------------------------------------------------------------------------------
 
     async def take_order(self, order: TaskOrder, observed: TaskObserved) -> None:

@@ -22,6 +22,7 @@ import trio
 
 from agent.connect import listener
 from agent.connect.introductions import Introductions
+from agent.connect.peers import Peer, PeerPath, PeerProbes
 from agent.transfer.local_node import LocalNode
 from agent.transfer.manifest import ManifestDamaged, ManifestPage, RowType, SkippedRow, TransferredRow, read_page
 from agent.transfer.plan import now_iso
@@ -70,6 +71,7 @@ class TransferService:
     def __init__(self, node: LocalNode) -> None:
         self._node = node
         self._introductions = Introductions(node.network, self._tell_candidates)
+        self._probes = PeerProbes(node.network, self._offer_probe, lambda: int(time.time() * 1000))
         self.sessions = ServedSessions(node)
         self._tasks = {stored.order.task_id: RunningTask(node, stored) for stored in node.store.load()}
         self._paused = False
@@ -357,6 +359,9 @@ class TransferService:
         """A destination wants a path to this source arranged. Raises `TowpathError` when there is no such session."""
         self._node.policy.check_operation("sessions")
         order = await trio.to_thread.run_sync(self._node.store.session, offer.session_id)
+        if offer.probe:
+            # The relay vouches for it; whatever comes in for it says nothing, so nothing is served.
+            return await self._introductions.offer(offer, own=False)
         if order is None:
             raise ItemFailed("This agent serves no such session.", code="NOT_FOUND", subject=offer.session_id)
         self._node.check_session(order, time.time())
@@ -368,11 +373,51 @@ class TransferService:
 
     def take_go(self, task_id: str, go: PathGo) -> None:
         """The relay's go for an offer of a task that runs here."""
-        self._task(task_id).take_go(go)
+        if not self._probes.take_go(task_id, go):
+            self._task(task_id).take_go(go)
 
     def take_candidates(self, task_id: str, answer: PathAnswer) -> None:
         """More addresses of the source of a task that runs here."""
-        self._task(task_id).take_candidates(answer)
+        if not self._probes.take_candidates(task_id, answer):
+            self._task(task_id).take_candidates(answer)
+
+    async def probe_peers(self) -> list[PeerPath]:
+        """How the agents are reached that data came from lately: the paths of running tasks, and a race for one to each
+        other agent, on which nothing is said. Raises `RetryLater` when asked too often."""
+        peers: dict[str, Peer] = {}
+        known: dict[str, PeerPath] = {}
+        for task in reversed(self._tasks.values()):
+            source = task.order.source
+            if source is None or source.node_id == self._node.node_id:
+                continue
+            peer = Peer(
+                node_id=source.node_id,
+                task_id=task.order.task_id,
+                session_id=task.order.session_id,
+                collection_id=source.collection_id,
+                name=source.display_name,
+                answer=task.answer,
+            )
+            if task.running and (path := task.path) is not None:
+                trip = None if path.rtt is None else round(path.rtt * 1000, 1)
+                kind = "" if path.kind == "tunnel" else path.kind
+                known[source.node_id] = PeerPath(
+                    collection_id=peer.collection_id,
+                    name=peer.name,
+                    task_id=peer.task_id,
+                    kind=kind,
+                    remote=path.remote,
+                    rtt_ms=trip,
+                    why=path.why,
+                )
+            elif not task.running:
+                peers.setdefault(source.node_id, peer)
+        wanted = [peer for node_id, peer in peers.items() if node_id not in known]
+        return [*known.values(), *(await self._probes.probe(wanted) if wanted else [])]
+
+    def _offer_probe(self, offer: PathOffer) -> None:
+        line = AgentEvent(n=0, kind="path_offer", time=now_iso(), task_id=offer.task_id, offer=offer)
+        self._node.outbox.passing(line)
 
     def _tell_candidates(self, task_id: str, answer: PathAnswer) -> None:
         line = AgentEvent(n=0, kind="path_candidates", time=now_iso(), task_id=task_id, candidates=answer)

@@ -25,6 +25,8 @@ GUESSED_ROUND_TRIP = 0.1
 LONGEST_ROUND_TRIP = 2.0
 # A task gets a new introduction at most this often, in seconds.
 INTERVAL = 0.3
+# The same for an offer that only wants to know whether there is a way.
+PROBE_INTERVAL = 10.0
 MAX_PENDING = 4000
 
 
@@ -106,7 +108,8 @@ class Signalling:
         generation, when = self._newest.get(offer.task_id, (-1, float("-inf")))
         now = trio.current_time()
         stale = offer.generation < generation
-        hasty = offer.generation > generation and now - when < INTERVAL
+        interval = PROBE_INTERVAL if offer.probe else INTERVAL
+        hasty = offer.generation > generation and now - when < interval
         if stale or hasty or self._pending >= MAX_PENDING:
             self._refused += 1
             return False

@@ -135,9 +135,12 @@ class Courier:
                 return Visit(failed=error)
         return Visit(failed=RetryLater("Relay and agent do not agree on this task yet."))
 
-    async def source_of(self, task_id: str, node_id: str, now: float) -> tuple[str, Task] | None:
-        """The node that is the source of a running task which ``node_id`` drives."""
-        running = await self._running(task_id, now)
+    async def source_of(
+        self, task_id: str, node_id: str, now: float, *, ended: bool = False
+    ) -> tuple[str, Task] | None:
+        """The node that is the source of a running task which ``node_id`` drives; with ``ended`` also of one that has
+        ended, if its owner still may what it did."""
+        running = await self._running(task_id, now, ended=ended)
         if running is None or running[1] != node_id:
             return None
         return running[0], running[2]
@@ -149,10 +152,12 @@ class Courier:
             return None
         return running[1]
 
-    async def _running(self, task_id: str, now: float) -> tuple[str, str, Task] | None:
+    async def _running(self, task_id: str, now: float, *, ended: bool = False) -> tuple[str, str, Task] | None:
         """The nodes of source and worker of a task that may run now."""
         loaded = await self._store.read(lambda connection: delivery_notes.load(connection, task_id, now))
-        if loaded is None or loaded.task.finished or not loaded.entitlement.runs or loaded.owner_closed:
+        if loaded is None or (loaded.task.finished and not ended):
+            return None
+        if loaded.owner_closed or not loaded.entitlement.runs:
             return None
         if loaded.sides.source is None or loaded.sides.worker is None:
             return None

@@ -402,12 +402,12 @@ class Steward:
     async def _introduce(self, node_id: str, offer: PathOffer) -> None:
         """Let the two nodes of a running task arrange a path. What fails is asked for again by the destination."""
         try:
-            found = await self._courier.source_of(offer.task_id, node_id, self._clock())
+            found = await self._courier.source_of(offer.task_id, node_id, self._clock(), ended=offer.probe)
             if found is not None:
                 source, task = found
                 await self._signalling.introduce(offer, node_id, source, owner_id=task.owner_id)
         except TowpathError as error:
-            if error.code == "NOT_FOUND":
+            if error.code == "NOT_FOUND" and not offer.probe:
                 # The source has lost the session: it is ordered anew.
                 self._courier.want_session(offer.task_id)
                 self.wake(offer.task_id)

@@ -54,7 +54,8 @@ def apply_lines(connection: Connection, node_id: str, lines: Iterable[AgentEvent
             if not task.finished:
                 applied.wants_session[task.id] = line.generation
         elif line.kind == "path_offer":
-            if line.offer is not None and not task.finished and line.offer.session_id == task.session_id:
+            wanted = line.offer is not None and (line.offer.probe or not task.finished)
+            if wanted and line.offer is not None and line.offer.session_id == task.session_id:
                 applied.offers.append(msgspec.structs.replace(line.offer, task_id=task.id))
         elif line.kind == "event":
             event_log.add(connection, task.id, _event(line, task, now))

@@ -17,7 +17,7 @@ from agent.collections import Collections, Marks
 from agent.config.keys import CollectionConfig
 from agent.link_app import LinkApp
 from agent.policy import Policy
-from protocol.candidates import PathGo, PathOffer
+from protocol.candidates import PathAnswer, PathGo, PathOffer
 from protocol.control import Candidate, Party, SessionAnswer, SessionOrder, TaskItem, TaskOrder, encode
 from tests.agent.recorded_tasks import RecordedTasks
 
@@ -125,6 +125,7 @@ GOOD: dict[tuple[str, str], tuple[dict[str, object], object]] = {
     ),
     ("PUT", "/link/sessions/{session}/go"): ({}, PathGo(session_id=SESSION, generation=1, start_in=0.0)),
     ("PUT", "/link/tasks/{task}/go"): ({}, PathGo(session_id=SESSION, generation=1, start_in=0.0)),
+    ("PUT", "/link/tasks/{task}/candidates"): ({}, PathAnswer(session_id=SESSION, generation=1)),
     ("DELETE", "/link/sessions/{session}"): ({}, None),
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 
+from agent.connect.peers import PeerPath
 from protocol.candidates import PathAnswer, PathGo, PathOffer
 from protocol.control import (
     AgentEvent,
@@ -70,6 +71,13 @@ class RecordedTasks:
 
     def take_source_go(self, go: PathGo) -> None:
         self.calls.append(("take_source_go", go))
+
+    def take_candidates(self, task_id: str, answer: PathAnswer) -> None:
+        self.calls.append(("take_candidates", task_id))
+
+    async def probe_peers(self) -> list[PeerPath]:
+        self.calls.append(("probe_peers", None))
+        return []
 
     def take_go(self, task_id: str, go: PathGo) -> None:
         self.calls.append(("take_go", task_id))

@@ -81,6 +81,7 @@ WITHOUT_PATH = {
     ("PUT", "/link/sessions/{session}/offer"),
     ("PUT", "/link/sessions/{session}/go"),
     ("PUT", "/link/tasks/{task}/go"),
+    ("PUT", "/link/tasks/{task}/candidates"),
     ("DELETE", "/link/sessions/{session}"),
 }
 

@@ -261,10 +261,11 @@ class Lab:
         status = {name: site.status().get("tasks") for name, site in self.sites.items()}
         raise AssertionError(f"the task did not end: {task}\n{status}\n{logs}\n{self.relay.log_tail()}")
 
-    async def doctor(self, name: str) -> list[dict[str, Any]]:
+    async def doctor(self, name: str, *checks: str) -> list[dict[str, Any]]:
         """What `towpath doctor` says of a site's network."""
         site = self.sites[name]
-        command = [program("towpath"), "doctor", "relay", "nat", "--config", str(site.config_file), "--format", "json"]
+        wanted = checks or ("relay", "nat")
+        command = [program("towpath"), "doctor", *wanted, "--config", str(site.config_file), "--format", "json"]
         printed = await run_tool(_in(site.host.namespace, command), clean_environment(os.environ))
         found: list[dict[str, Any]] = json.loads(printed)["checks"]
         return found

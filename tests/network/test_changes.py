@@ -126,6 +126,22 @@ async def test_the_doctor_tells_what_stands_in_between(tmp_path: Path, kind: str
         assert trip >= 2 * laboratory.DELAY * 1000 * 0.8
 
 
+@pytest.mark.parametrize(("kind", "way"), [("port", "punched"), ("none", "direct"), ("symmetric", "")])
+async def test_the_doctor_looks_for_a_way_to_who_sent_something_lately(tmp_path: Path, kind: str, way: str) -> None:
+    async with laboratory.open_lab(tmp_path) as lab:
+        arrange(lab, {"a": kind, "b": kind})
+        await lab.start()
+        (lab.sites["a"].root / "file").write_bytes(content(300_000))
+        task_id = await lab.submit("a", "b", "file")
+        await succeed(lab, task_id, "file", content(300_000))
+        ((finding,),) = [row["findings"] for row in await lab.doctor("b", "peers")]
+        print(finding["sentence"])
+        assert finding["details"]["kind"] == way
+        assert finding["level"] == ("ok" if way else "warning")
+        # Nothing was said, and nothing is left of it.
+        assert lab.sites["a"].status()["tasks"] == []
+
+
 async def test_a_link_into_a_black_hole_is_missed_at_both_ends(tmp_path: Path) -> None:
     """Nothing is said and nothing refused: packets simply go nowhere."""
     async with laboratory.open_lab(tmp_path) as lab:

@@ -1,0 +1,96 @@
+"""Looking for ways to other agents over real sockets on loopback, and what the doctor makes of what is found."""
+
+from __future__ import annotations
+
+import pytest
+import trio
+
+from agent.connect.peers import Peer, PeerPath, PeerProbes
+from agent.doctor.peers import finding_of
+from protocol.candidates import PathAnswer, PathGo, PathOffer
+from protocol.control import SessionAnswer
+from protocol.errors import RetryLater
+from tests.agent.test_paths import SESSION, TASK, World, answer, at, hidden, world
+
+
+def peer(known: SessionAnswer | None) -> Peer:
+    return Peer(node_id="n", task_id=TASK, session_id=SESSION, collection_id="c", name="Lab", answer=known)
+
+
+class Gos:
+    """Takes the relay's word in the place of a task's finder."""
+
+    def __init__(self, probes: PeerProbes) -> None:
+        self.probes = probes
+
+    def take_go(self, go: PathGo) -> None:
+        assert self.probes.take_go(TASK, go)
+
+    def take_candidates(self, more: PathAnswer) -> None:
+        self.probes.take_candidates(TASK, more)
+
+
+def probes_of(made: World) -> PeerProbes:
+    send = made.finder._send_offer
+    probes = PeerProbes(made.destination.network, send, lambda: 7)
+    made.finder = Gos(probes)  # type: ignore[assignment]
+    return probes
+
+
+async def test_a_peer_that_can_be_dialled_is_and_hears_nothing() -> None:
+    async with world() as made:
+        probes = probes_of(made)
+        assert made.source.network.data_port is not None
+        (found,) = await probes.probe([peer(answer(at(made.source.network.data_port.port)))])
+        assert found.kind == "direct"
+        assert found.remote == f"127.0.0.1:{made.source.network.data_port.port}"
+        assert made.offers == []
+        with pytest.raises(RetryLater, match="every 15 seconds"):
+            await probes.probe([peer(None)])
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        assert made.source.delivered == []
+
+
+async def test_without_a_known_address_a_way_is_arranged_through_the_relay() -> None:
+    async with world() as made:
+        (found,) = await probes_of(made).probe([peer(None)])
+        assert found.kind in ("direct", "reversed", "punched")
+        (offer,) = made.offers
+        assert (offer.probe, offer.transports, offer.count) == (True, ["tcp"], 1)
+        assert made.source.delivered == []
+        assert made.failures == []
+
+
+async def test_where_there_is_no_way_it_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agent.connect.peers.PATIENCE", 1.0)
+    async with world() as made:
+        await hidden(made)
+        (found,) = await probes_of(made).probe([peer(None)])
+    assert (found.kind, found.rtt_ms) == ("", None)
+    assert "address from outside is not known" in found.why
+
+
+def test_the_doctor_says_it_in_words() -> None:
+    reached = finding_of({"name": "Lab", "kind": "reversed", "rtt_ms": 12.4})
+    assert (reached.level, reached.sentence) == (
+        "ok",
+        "Lab is reached directly: it can dial this machine, 12 ms there and back.",
+    )
+    row = PeerPath(collection_id="c", name="", task_id=TASK, kind="", why="nothing came through")
+    missed = finding_of({"collection_id": row.collection_id, "name": row.name, "kind": row.kind, "why": row.why})
+    assert (missed.level, missed.sentence) == ("warning", "No direct way to c was found: nothing came through.")
+    assert missed.advice
+
+
+async def test_the_relay_passes_on_few_probes(autojump_clock: trio.testing.MockClock) -> None:
+    from relay.rendezvous.signalling import PROBE_INTERVAL, Signalling
+    from tests.relay.test_signalling import ANSWER, OFFER, Links
+
+    subject = Signalling(Links())
+    await subject.introduce(OFFER, "destination", "source")
+    later = PathOffer(session_id=SESSION, task_id=OFFER.task_id, generation=8, token="0" * 32, count=1, probe=True)
+    assert ANSWER.generation < later.generation
+    await trio.sleep(PROBE_INTERVAL - 0.1)
+    assert not subject.admit(later)
+    await trio.sleep(0.1)
+    assert subject.admit(later)
