@@ -15,7 +15,7 @@ import trio
 from agent.connect.dialer import dial
 from agent.connect.network import Network
 from agent.connect.running_race import RunningRace, Subject
-from agent.connect.transport import Connection, Path
+from agent.connect.transport import Connection, Path, Wish
 from protocol.candidates import (
     DIALLED,
     Candidate,
@@ -131,13 +131,21 @@ class PathFinder:
                 return connection
             connection.sock.close()
         if self._good is None:
-            return None
+            return await self._another()
         try:
             sock = await dial(self._good, GOOD_PATIENCE)
         except OSError:
             self._good = None
             return None
         return Connection(sock, self._path("direct", sock))
+
+    async def _another(self) -> Connection | None:
+        """Over QUIC a connection more is a stream more."""
+        quic = self._network.transports.quic
+        if quic is None or self.path is None or self.path.kind != "quic":
+            return None
+        subject = self._subject
+        return await quic.another(Wish(session_id=subject.session_id, task_id=subject.task_id, kind="lane"))
 
     def _path(self, kind: str, sock: socket.socket, transport: str = "tcp") -> Path:
         return Path(kind=kind, transport=transport, remote=_remote(sock), rtt=round_trip(sock), why="")

@@ -101,13 +101,15 @@ class _Attempt:
 @dataclass
 class Race:
     """See the module. ``direct`` are the usable candidates of the source, ``can_offer`` whether the relay can be asked,
-    ``tunnel`` whether the policy allows it. ``offer_delay`` is above 0 where a direct path is likely."""
+    ``tunnel`` whether the policy allows it. ``offer_delay`` is above 0 where a direct path is likely, ``quic_delay``
+    where TCP may do."""
 
     now: float
     direct: Sequence[Candidate]
     can_offer: bool = True
     tunnel: bool = True
     offer_delay: float = 0.0
+    quic_delay: float = QUIC_DELAY
     rounds: int = field(default=0, init=False)
     _start: float = field(default=0.0, init=False)
     _scheduled: list[tuple[float, int, Action]] = field(default_factory=list, init=False)
@@ -149,7 +151,7 @@ class Race:
             for slot in range(1, slots + 1):
                 self._schedule(instant, Punch(self._new("punched", instant), slot, tuple(targets[:MAX_TARGETS])))
         if "quic" in transports and not self._has("quic"):
-            self._schedule(instant + QUIC_DELAY, Arrange(self._new("quic", instant), "quic"))
+            self._schedule(instant + self.quic_delay, Arrange(self._new("quic", instant), "quic"))
         if self.tunnel and not self.has_tunnel:
             for leg in range(transports.count("tunnel")):
                 self._schedule(now, Arrange(self._new("tunnel", now), "tunnel", leg))

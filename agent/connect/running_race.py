@@ -15,7 +15,7 @@ import trio
 from agent.connect.dialer import dial
 from agent.connect.network import Network
 from agent.connect.punch import Slot, gather_slot, open_slot, punch
-from agent.connect.race import Arrange, Cancel, Dial, Give, Punch, Race, SendOffer
+from agent.connect.race import QUIC_DELAY, Arrange, Cancel, Dial, Give, Punch, Race, SendOffer
 from agent.connect.transport import Connection, Path, Transport, Wish
 from protocol.candidates import (
     DIALLED,
@@ -99,6 +99,7 @@ class RunningRace:
             tunnel=tunnel and available,
             # Where an address can be dialled it mostly answers; then nobody need be troubled.
             offer_delay=OFFER_DELAY if direct else 0.0,
+            quic_delay=0.0 if self._udp_only else QUIC_DELAY,
         )
         self._scopes: dict[int, trio.CancelScope] = {}
         self._ready: dict[int, tuple[Connection, Candidate | None]] = {}

@@ -76,6 +76,9 @@ class Transport(Protocol):
     async def connect(self, wish: Wish, go: PathGo) -> Connection:
         """Destination: a connection, once the relay gave its go. Raises `RetryLater` with the reason."""
 
+    async def another(self, wish: Wish) -> Connection | None:
+        """Destination: one connection more without any arrangement, where what is there already can bring it."""
+
     async def answer(self, offer: PathOffer) -> list[Candidate]:
         """Source: what the answer should carry."""
 

@@ -85,6 +85,9 @@ class TunnelTransport:
         """The source's end, which is greeted like a connection that came in at the data port."""
         await greet(await self._enter(go))
 
+    async def another(self, wish: Wish) -> Connection | None:
+        """None: each leg has a place of its own at the relay."""
+
     async def _enter(self, go: PathGo) -> Connection:
         if go.tunnel is None or not go.tunnel.token:
             raise TunnelFailed("The relay offers no tunnel for this session now.")

@@ -18,7 +18,7 @@ from agent.connect.introductions import Introductions
 from agent.connect.listener import DataPort, bind
 from agent.connect.network import DialAllowance, Network
 from agent.connect.running_race import Subject
-from agent.connect.transport import Path, Wish
+from agent.connect.transport import Connection, Path, Wish
 from protocol.candidates import PORTMAP, Candidate, PathAnswer, PathGo, PathOffer
 from protocol.control import SessionAnswer, encode
 from protocol.errors import ProtocolError, RetryLater, TowpathError
@@ -240,6 +240,28 @@ async def test_why_the_relay_gives_no_place_at_its_tunnel_is_told(monkeypatch: p
         made.finder._send_offer = refuse
         with pytest.raises(RetryLater, match=r"moved 5 bytes through the relay's tunnel \[31m today"):
             await made.finder.connect()
+
+
+async def test_over_quic_one_connection_more_is_a_stream_more() -> None:
+    class Quic:
+        asked: list[str] = []
+
+        async def another(self, wish: Wish) -> Connection | None:
+            await trio.lowlevel.checkpoint()
+            self.asked.append(wish.session_id)
+            near, far = socket.socketpair()
+            far.close()
+            return Connection(near, Path(kind="quic", transport="quic"))
+
+    async with world() as made:
+        made.destination.network.transports.quic = Quic()  # type: ignore[assignment]
+        made.finder.take_answer(answer())
+        made.finder.path = Path(kind="quic", transport="quic")
+        connection = await made.finder.connect()
+        connection.sock.close()
+        assert connection.path.kind == "quic"
+        assert Quic.asked == [SESSION]
+        assert made.offers == []
 
 
 async def hidden(made: World) -> None:

@@ -215,6 +215,23 @@ def test_a_source_that_dials_back_is_taken_at_once() -> None:
     assert course.kinds_given() == ["reversed"]
 
 
+def test_quic_gives_tcp_its_chance_unless_it_is_what_is_wanted() -> None:
+    begun = []
+    for options in ({}, {"quic_delay": 0.0}):
+        race = Race(now=100.0, direct=[], tunnel=False, **options)
+        course = Course(race)
+
+        def world(course: Course, action: object, race: Race = race) -> None:
+            if isinstance(action, SendOffer) and race.rounds == 1:
+                course.later(0.1, lambda: race.go(course.now, 0.02, [], [], 0, ["quic"]))
+            elif isinstance(action, Arrange):
+                begun.append(round(course.now - 100.0, 3))
+                course.later(0.1, lambda: race.connected(course.now, action.id))
+
+        course.run(world)
+    assert begun == [pytest.approx(0.12 + module.QUIC_DELAY), pytest.approx(0.12)]
+
+
 def test_all_connections_that_a_source_dials_are_waited_for() -> None:
     race = Race(now=100.0, direct=[])
     course = Course(race)

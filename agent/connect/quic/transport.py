@@ -121,6 +121,9 @@ class QuicTransport:
             if go.answer is None:
                 raise QuicFailed("The relay gave no candidates of the source.")
             live = await self._bring_up(wish.session_id, "client", go, go.answer.candidates)
+        return await self._stream(live)
+
+    async def _stream(self, live: _Live) -> Connection:
         with trio.move_on_after(OPEN_TIMEOUT):
             async with live.opening:
                 await self._tell(live, encode(Open()))
@@ -129,6 +132,16 @@ class QuicTransport:
                 if live.opened:
                     return self._connection(live, live.opened.pop(0))
         raise QuicFailed(live.sentence or "The QUIC connection opens no more streams.")
+
+    async def another(self, wish: Wish) -> Connection | None:
+        """A stream more of the connection that this session has; None when it has none, or when it opens no more."""
+        live = self._find(wish.session_id, "client")
+        if live is None or not live.ready.is_set():
+            return None
+        try:
+            return await self._stream(live)
+        except QuicFailed:
+            return None
 
     # --- the source ------------------------------------------------------------------------------------------
 
