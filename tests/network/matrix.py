@@ -1,8 +1,8 @@
 """What every pair of networks can have, as measured with plain sockets; the lab holds the agents to it.
 
 ``D`` direct TCP: somebody can be reached or has a port mapping. ``P`` punched, TCP and UDP both could. ``T`` punched,
-TCP alone. ``R`` through the relay only. ``Q``: UDP alone could, over QUIC. ``E``: either; an open port of a cone can be
-connected to, unless its own SYN comes in the way first. The relay listens on 443.
+TCP alone. ``R`` through the relay only. ``Q``: UDP alone could, over QUIC. ``E``: either; what lets in any port of an
+address, or everybody, can simply be connected to, unless its own SYN comes in the way first. The relay listens on 443.
 Kinds outside of the table: ``https``, which lets out only TLS that names HTTP, and ``proxy``, only an HTTP proxy.
 """
 
@@ -15,7 +15,7 @@ TABLE = """
 none          D     D         D     D        D     D          D       D       D       R    D
 firewall      .     P         P     P        P     R          D       P       T       R    Q
 cone          .     .         P     P        P     P          D       P       T       R    E
-address       .     .         .     P        P     P          D       P       T       R    Q
+address       .     .         .     P        P     P          D       P       T       R    E
 port          .     .         .     .        P     R          D       P       T       R    Q
 symmetric     .     .         .     .        .     R          D       R       R       R    R
 mapped        .     .         .     .        .     .          D       D       D       R    D
