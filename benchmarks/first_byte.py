@@ -50,7 +50,7 @@ class Row:
 
 def kinds(pair: str) -> tuple[str, str]:
     """Both halves of a pair's name; the kinds' names may have hyphens themselves."""
-    known = {kind for cell in matrix.cells() for kind in cell}
+    known = {kind for cell in matrix.cells() for kind in cell} | {"https"}
     for kind in known:
         if pair.startswith(f"{kind}-") and pair.removeprefix(f"{kind}-") in known:
             return kind, pair.removeprefix(f"{kind}-")

@@ -151,7 +151,7 @@ class Dispatcher:
                 return partial(self._stun_handler, stream)
             await _answer_plain(stream)
             raise
-        if set(WEBSOCKET_ALPN) <= set(hello.alpn) and (take := self._websocket()) is not None:
+        if tuple(hello.alpn) == WEBSOCKET_ALPN and (take := self._websocket()) is not None:
             self._websockets += 1
             return partial(self._run, take, stream)
         secured, handler = await self._secure(stream, hello)

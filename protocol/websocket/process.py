@@ -15,7 +15,7 @@ import sys
 import time
 from collections import deque
 
-from protocol.websocket.core import Core
+from protocol.websocket.core import FEED, Core
 from protocol.websocket.orders import ALPN, MAX_PACKET, Carry, Report, Serve, decode_order, encode
 from protocol.websocket.shuttle import Over, Shuttle
 
@@ -35,6 +35,7 @@ class _Process:
         self._shuttles: dict[Shuttle, list[int]] = {}
         self._busy: deque[Shuttle] = deque()
         self._gone = False
+        self._buffer = memoryview(bytearray(FEED))
 
     def run(self) -> None:
         next_look = time.monotonic() + _LOOK_EVERY
@@ -134,7 +135,7 @@ class _Process:
             local.close()
             return
         try:
-            shuttle = Shuttle(outside, context, local, core, now, server_hostname=order.host)
+            shuttle = Shuttle(outside, context, local, core, now, server_hostname=order.host, buffer=self._buffer)
         except OSError:
             # The connection has gone already.
             outside.close()

@@ -35,8 +35,9 @@ class Over(Exception):
 class Shuttle:
     """One connection. Call `step` whenever a socket is ready for what `wishes` says, and now and then.
 
-    It owns both sockets. ``tells``: the local side first gets one line (`protocol.tunnel.greeting.Verdict`) that says
-    whether the way is open, or why not.
+    It owns both sockets. ``buffer``, of `FEED` bytes, is used during `step` alone and may be shared. With a
+    ``server_hostname`` this is the client's end, and the local side first gets one line
+    (`protocol.tunnel.greeting.Verdict`) that says whether the way is open, or why not.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Shuttle:
         now: float,
         *,
         server_hostname: str | None,
+        buffer: memoryview,
     ) -> None:
         outside.setblocking(False)
         outside.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -76,7 +78,7 @@ class Shuttle:
         self._tls_wants = 0
         # Reading in vain costs more than a read: each side is read again only when it is said to have something.
         self._tls_quiet = self._local_quiet = False
-        self._buffer = memoryview(bytearray(FEED))
+        self._buffer = buffer
         self.again = False
 
     # --- for the loop ----------------------------------------------------------------------------------------

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import random
+import ssl
 
 import psutil
 import pytest
 import trio
 
 from protocol.errors import TowpathError
+from protocol.websocket.orders import ALPN
 from tests.relay.test_tunnel import no_pairs, read_all
-from tests.relay.tunnel_world import SESSION, USER, tunnel_world
+from tests.relay.tunnel_world import CA, SESSION, USER, TunnelWorld, tunnel_world
+
+UPGRADE = (
+    b"GET /towpath/v1/websocket/tunnel HTTP/1.1\r\nHost: relay\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n"
+    b"Sec-WebSocket-Protocol: towpath-stream.1\r\n"
+)
 
 
 @pytest.mark.parametrize(("inside", "handed_over"), [(2, True), (1, True), (2, False)])
@@ -70,9 +78,8 @@ async def test_when_one_side_goes_the_other_is_told() -> None:
             await no_pairs(world)
 
 
-@pytest.mark.parametrize("handed_over", [True, False])
-async def test_a_token_counts_once_and_only_here(handed_over: bool) -> None:
-    async with tunnel_world(websocket=2, handed_over=handed_over) as world:
+async def test_a_token_counts_once_and_only_here() -> None:
+    async with tunnel_world(websocket=2) as world:
         tokens = world.service.issue(SESSION, USER)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_enter, world, tokens[0])
@@ -82,10 +89,45 @@ async def test_a_token_counts_once_and_only_here(handed_over: bool) -> None:
                 await world.enter(token, websocket=True)
 
 
-async def _enter(world, token: str) -> None:  # type: ignore[no-untyped-def]
+async def _enter(world: TunnelWorld, token: str) -> None:
     await (await world.enter(token, websocket=True)).aclose()
 
 
+STRANGERS = [
+    (b"GET / HTTP/1.1\r\nHost: relay\r\n\r\n", b"HTTP/1.1 404"),
+    (b"GET /towpath/v1/websocket/link HTTP/1.1\r\nHost: relay\r\n\r\n", b"HTTP/1.1 404"),
+    (b"GET /towpath/v1/websocket/tunnel HTTP/1.1\r\nHost: relay\r\n\r\n", b"HTTP/1.1 426"),
+    (UPGRADE + b"Origin: https://page.example\r\n\r\n", b"HTTP/1.1 403"),
+    (UPGRADE + b"\r\n" + b"\x82\x05hello", b"HTTP/1.1 101"),
+    (b"\x00" * 100_000, b""),
+]
+
+
+async def test_callers_that_are_no_agents_are_turned_away_and_closed() -> None:
+    async with tunnel_world(websocket=2) as world:
+        context = ssl.create_default_context(cadata=CA.cert_pem.bytes().decode())
+        context.set_alpn_protocols(list(ALPN))
+        for said, answer in STRANGERS:
+            raw = await trio.open_tcp_stream("127.0.0.1", world.port)
+            stream = trio.SSLStream(raw, context, server_hostname="localhost", https_compatible=True)
+            heard = b""
+            with trio.fail_after(10):
+                try:
+                    await stream.send_all(said)
+                    while data := await stream.receive_some():
+                        heard += bytes(data)
+                except trio.BrokenResourceError:
+                    pass
+            await trio.aclose_forcefully(stream)
+            assert heard.startswith(answer), said
+        # Nobody else is concerned.
+        async with world.pair() as (a, b):
+            await a.send_all(b"mine")
+            assert await b.receive_some() == b"mine"
+        assert world.relay.statistics().restarts == 0
+
+
+@pytest.mark.soak
 async def test_a_carrying_process_that_is_killed_is_replaced() -> None:
     async with tunnel_world(websocket=2) as world:
         async with world.pair() as (source, destination):
