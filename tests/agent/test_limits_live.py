@@ -63,7 +63,13 @@ def _workers() -> set[int]:
     return found
 
 
-@pytest.mark.parametrize("limit", [_of_destination, _of_source, _of_each_task, _of_task])
+@pytest.mark.parametrize(
+    "limit",
+    [
+        _of_destination,
+        *(pytest.param(other, marks=pytest.mark.soak) for other in (_of_source, _of_each_task, _of_task)),
+    ],
+)
 async def test_a_limit_holds_and_is_lifted_while_the_task_runs(tmp_path: Path, limit: LimitOf) -> None:
     async with engine_world.world(tmp_path) as world:
         (world.alpha.root / "large").write_bytes(os.urandom(SIZE))
