@@ -33,6 +33,7 @@ from agent.transfer.channel import (
     Progress,
     RunTask,
 )
+from agent.transfer.lane_ahead import LaneAhead
 from agent.transfer.source_session import SourceSession
 from protocol.control import TaskObserved
 from protocol.errors import RetryLater, TowpathError, error_from_document_untrusted
@@ -93,6 +94,9 @@ class DaemonLine:
         self._latest: TaskObserved | None = None
         self._wake = trio.Event()
         self._session: SourceSession | None = None
+        # A lane that is opened while the session is begun.
+        self._ahead: LaneAhead | None = None
+        self._ahead_in, self._ahead_out = trio.open_memory_channel[LaneAhead](10)
         self._said = trio.Event()
 
     async def run(self) -> None:
@@ -101,6 +105,7 @@ class DaemonLine:
             nursery.start_soon(self._write)
             nursery.start_soon(self._write_progress)
             nursery.start_soon(self._write_moved)
+            nursery.start_soon(self._open_ahead, nursery)
             while True:
                 message, descriptors = await self._channel.receive()
                 self._handle(message, descriptors)
@@ -136,6 +141,10 @@ class DaemonLine:
         if (message.lanes, message.memory) != (self.lanes, self.memory):
             self.lanes, self.memory = message.lanes, message.memory
             self.on_limits(message.lanes, message.memory)
+
+    async def _open_ahead(self, nursery: trio.Nursery) -> None:
+        async for ahead in self._ahead_out:
+            nursery.start_soon(ahead.run)
 
     async def _write_moved(self) -> None:
         await self._moving.tell(self._channel)
@@ -206,6 +215,8 @@ class DaemonLine:
     async def session(self, session_id: str) -> AsyncIterator[SourceSession]:
         """A control stream to the source, introduced. Raises `TowpathError` when there is no way now."""
         sock, certificate = await self._dial("control")
+        ahead = self._ahead = LaneAhead(self._open_lane)
+        self._ahead_in.send_nowait(ahead)
         sock.setblocking(False)
         stream = trio.SSLStream(
             trio.SocketStream(trio.socket.from_stdlib_socket(sock)),
@@ -226,12 +237,19 @@ class DaemonLine:
         except (trio.BrokenResourceError, OSError) as error:
             raise RetryLater("The connection to the source could not be secured.", code="CONNECT_FAILED") from error
         finally:
-            self._session = None
+            self._session = self._ahead = None
+            ahead.close()
             await trio.aclose_forcefully(stream)
 
     async def lane(self) -> ssl.SSLSocket:
         """A secured socket for one lane. Raises `TowpathError`."""
+        ahead, self._ahead = self._ahead, None
+        secured = await ahead.take() if ahead is not None else None
+        return secured or await self._open_lane()
+
+    async def _open_lane(self, dialled: Callable[[socket.socket], None] = lambda _sock: None) -> ssl.SSLSocket:
         sock, certificate = await self._dial("lane")
+        dialled(sock)
         try:
             return await trio.to_thread.run_sync(self._secure_lane, sock, certificate)
         except OSError as error:

@@ -85,7 +85,9 @@ class SourceSide:
             await control.introduce(peer_fingerprint)
             if self.control is not None:
                 self.control.end()
+            # Before the answer is under way: a lane may follow it at once.
             self.control = control
+            await control.welcome()
             await control.run()
         finally:
             if self.control is control:
@@ -154,9 +156,13 @@ class Control:
             self._side.confine()
             self.instance = first.instance
             self._compression = compression.wanted(first.abilities)
-            await self._stream.send_all(session.encode(session.HelloAnswer(abilities=_abilities())))
         if scope.cancelled_caught:
             raise RetryLater("The destination did not introduce itself in time.")
+
+    async def welcome(self) -> None:
+        """Tell the destination that it is accepted."""
+        with trio.fail_after(HELLO_TIMEOUT):
+            await self._stream.send_all(session.encode(session.HelloAnswer(abilities=_abilities())))
 
     async def _first_message(self) -> session.Request:
         while True:

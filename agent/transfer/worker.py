@@ -117,6 +117,9 @@ class _SourceWorker:
         self._collection = collection
         self._policy, self._verifier = policy, verifier
         self._side: SourceSide | None = None
+        # Not set while a control stream is being secured: a lane that comes so early waits for it.
+        self._introduced = trio.Event()
+        self._introduced.set()
         self._moving = Moving(start.rate, start.cpu)
         self._connections = 0
         self._last = trio.current_time()
@@ -161,6 +164,17 @@ class _SourceWorker:
         return session_context(self._identity, self._start.peer_certificate, server_side=True, alpn=alpn)
 
     async def _control(self, sock: socket.socket) -> None:
+        introduced = trio.Event()
+        if self._side is None:
+            self._introduced = introduced
+        try:
+            stream = await self._secure_control(sock)
+            side = self._side = await self._side_for(stream)
+        finally:
+            introduced.set()
+        await side.serve_control(stream, self._peer)
+
+    async def _secure_control(self, sock: socket.socket) -> trio.SSLStream[trio.SocketStream]:
         sock.setblocking(False)
         stream = trio.SSLStream(
             trio.SocketStream(trio.socket.from_stdlib_socket(sock)),
@@ -171,15 +185,17 @@ class _SourceWorker:
         with trio.fail_after(HANDSHAKE_TIMEOUT):
             await stream.do_handshake()
         check_peer(stream.getpeercert(binary_form=True), self._peer)
+        return stream
+
+    async def _side_for(self, stream: trio.SSLStream[trio.SocketStream]) -> SourceSide:
         try:
-            self._side = await trio.to_thread.run_sync(self._present_side)
+            return await trio.to_thread.run_sync(self._present_side)
         except NeedsPerson as error:
             # A disk that is not mounted is not an empty folder: the destination waits, and says why.
             error.who = "source owner"
             await stream.send_all(encode(Failed(0, error.to_document())))
             await trio.aclose_forcefully(stream)
             raise
-        await self._side.serve_control(stream, self._peer)
 
     def _present_side(self) -> SourceSide:
         """The side with a root that is known to be there now; one that went away and came back is opened again."""
@@ -201,6 +217,7 @@ class _SourceWorker:
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_shut_down_when_cancelled, duplicate)
+                await self._introduced.wait()
                 if self._side is None:
                     raise ProtocolError("A lane came before its control stream.")
                 await trio.to_thread.run_sync(serve_lane, self._side, sock, self._secure)
