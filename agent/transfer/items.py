@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from agent.transfer.source_session import SourceSession
 
 ITEMS_AT_ONCE = 250
+# Folders that are listed before it is known what they are.
+LISTED_AHEAD = 4
 _UNKNOWN = Row(b"", -1, 0, 0, 0, 0, 0, 0)
 
 
@@ -100,6 +102,8 @@ class ItemPlanner:
                 await self._fail([(index, b"", illegal)])
                 continue
             legal.append(index)
+        if follow:
+            self._list_ahead(session, legal, paths)
         results = await session.stat(paths, follow=follow)
         files: dict[CollectionPath, list[tuple[int, bytes, Row]]] = {}
         failures: list[tuple[int, bytes, TowpathError]] = []
@@ -108,6 +112,14 @@ class ItemPlanner:
         await self._fail(failures)
         for parent, rows in files.items():
             await self._files(parent, rows)
+
+    def _list_ahead(self, session: SourceSession, indices: list[int], paths: list[bytes]) -> None:
+        """Ask for the rows of the first folders together with the question whether they are folders: on a long path
+        that saves a round trip."""
+        links = self._run.options.recursive_symlinks == "copy"
+        folders = [path for index, path in zip(indices, paths, strict=True) if self._items[index].recursive]
+        for path in folders[:LISTED_AHEAD]:
+            session.list_ahead(path, follow=links)
 
     def _sort(
         self,

@@ -39,6 +39,8 @@ class SourceSession:
         self._stream = stream
         self._next = 1
         self._waiting: dict[int, trio.MemorySendChannel[session.Answer]] = {}
+        # Listings that were asked for before anybody wanted them.
+        self._ahead: dict[tuple[bytes, bool], tuple[int, trio.MemoryReceiveChannel[session.Answer]]] = {}
         self._send_out, self._receive_out = trio.open_memory_channel[bytes](_OUTGOING)
         self._heard = 0.0
         self._lost: TowpathError | None = None
@@ -237,13 +239,32 @@ class SourceSession:
             raise ProtocolError("The source answered a question that was not asked.")
         return answer.digests
 
-    async def list_directory(self, path: bytes, *, follow: bool) -> AsyncGenerator[list[session.Row], None]:
-        """The rows of a directory, some at a time; the source sends no faster than they are taken."""
+    def list_ahead(self, path: bytes, *, follow: bool) -> None:
+        """Ask for the rows of what will probably be listed; `list_directory` then has them without a round trip, and
+        `forget_ahead` ends what was not. Raises `SessionLost`."""
+        if (path, follow) not in self._ahead:
+            self._ahead[path, follow] = self._begin_listing(path, follow=follow)
+
+    def forget_ahead(self) -> None:
+        """What was asked for ahead and is not being listed is not wanted."""
+        for r, _ in self._ahead.values():
+            self._waiting.pop(r, None)
+            if self._lost is None:
+                self.post(session.Abandon(r))
+        self._ahead.clear()
+
+    def _begin_listing(self, path: bytes, *, follow: bool) -> tuple[int, trio.MemoryReceiveChannel[session.Answer]]:
         r = self.number()
         receive = self._open(r, session.LISTING_WINDOW + 1)
+        self.post(session.ListDirectory(r, path, follow))
+        return r, receive
+
+    async def list_directory(self, path: bytes, *, follow: bool) -> AsyncGenerator[list[session.Row], None]:
+        """The rows of a directory, some at a time; the source sends no faster than they are taken."""
+        wanted = (path, follow)
+        r, receive = self._ahead.pop(wanted) if wanted in self._ahead else self._begin_listing(path, follow=follow)
         ended = False
         try:
-            self.post(session.ListDirectory(r, path, follow))
             while not ended:
                 answer = await self._next_answer(receive, ANSWER_TIMEOUT)
                 if not isinstance(answer, session.Rows):

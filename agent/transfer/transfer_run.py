@@ -137,6 +137,7 @@ class TransferRun:
                 self._comparisons.start(nursery)
                 await ItemPlanner(self).run(self.session)
                 await DirectoryWalk(self).run()
+                self.session.forget_ahead()
                 self._planning = False
                 self._look_whether_done()
                 await self._idle.wait()
