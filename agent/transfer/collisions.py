@@ -36,31 +36,45 @@ def losers(root: Root, handle: Directory, names: Iterable[bytes], prefix: bytes)
 
 def _same(root: Root, handle: Directory, names: list[bytes], prefix: bytes) -> list[list[bytes]]:
     """Names that are one name to this folder, together, in the order given."""
-    classes: dict[int, list[bytes]] = {}
-    made: list[bytes] = []
+    groups: list[list[bytes]] = []
     too_long: list[bytes] = []
-    try:
-        for name in names:
-            probe = prefix + name
-            if len(probe) > MAX_COMPONENT:
-                too_long.append(name)
-                continue
-            try:
-                root.close_file(handle.create_temporary(probe))
-                made.append(probe)
-            except FileExistsError:
-                # That is the answer: somebody before it has this name.
-                pass
-            classes.setdefault(handle.lstat(probe).inode, []).append(name)
-    finally:
-        for probe in made:
-            with contextlib.suppress(FileNotFoundError):
-                handle.unlink(probe)
-    groups = list(classes.values())
+    for serial, name in enumerate(names):
+        if len(prefix) + len(b"%x.%x." % (serial, len(groups))) + len(name) > MAX_COMPONENT:
+            too_long.append(name)
+            continue
+        for number, group in enumerate(groups):
+            if _are_one(root, handle, group[0], name, prefix + b"%x.%x." % (serial, number)):
+                group.append(name)
+                break
+        else:
+            groups.append([name])
     if too_long:
         # They cannot be asked about and may be anybody's twin.
         groups = [sorted([name for group in groups for name in group] + too_long)]
     return groups
+
+
+def _are_one(root: Root, handle: Directory, one: bytes, other: bytes, prefix: bytes) -> bool:
+    """Whether the folder takes two names for one: then the second cannot be made beside the first.
+
+    The ``prefix`` is used for nothing else: file systems that are programs (FUSE) remember for a while what they said
+    of a name, and give one file another inode under each of its spellings.
+    """
+    made: list[bytes] = []
+    try:
+        for name in (one, other):
+            root.close_file(handle.create_temporary(prefix + name))
+            made.append(prefix + name)
+    except FileExistsError:
+        if not made:
+            # Left by a run that was killed here; nothing can be told with it.
+            raise
+        return True
+    finally:
+        for probe in made:
+            with contextlib.suppress(FileNotFoundError):
+                handle.unlink(probe)
+    return False
 
 
 def collision(name: bytes, winner: bytes) -> ItemFailed:

@@ -4,7 +4,6 @@ told; and nothing is overwritten or deleted for their sake."""
 from __future__ import annotations
 
 import os
-import subprocess
 from pathlib import Path
 
 import msgspec
@@ -168,42 +167,3 @@ def test_folders_on_this_machine_answer_for_themselves(tmp_path: Path) -> None:
         assert by_attribute("ext3", descriptor) is False
         assert by_attribute("vfat", descriptor) is None
     assert list(tmp_path.iterdir()) == []
-
-
-# Real file systems, tried in this order: options of mkfs and mount.
-REAL = {
-    "ext4": (["mkfs.ext4", "-q", "-F", "-O", "casefold"], ["-o", "loop"]),
-    "vfat": (["mkfs.vfat"], ["-o", "loop,iocharset=utf8"]),
-}
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root for mounts")
-@pytest.mark.parametrize("kind", REAL)
-async def test_collisions_on_a_real_file_system_that_folds(tmp_path: Path, kind: str) -> None:
-    make, mount = REAL[kind]
-    image, place = tmp_path / "image", tmp_path / "destination"
-    with image.open("wb") as file:
-        file.truncate(32 * 1024 * 1024)
-    place.mkdir()
-    try:
-        made = subprocess.run([*make, image], capture_output=True)
-        mounted = subprocess.run(["mount", *mount, image, place], capture_output=True)
-    except FileNotFoundError as error:
-        pytest.skip(f"{error.filename} is not installed")
-    if made.returncode or mounted.returncode:
-        pytest.skip(f"this kernel mounts no {kind} that folds names: {(made.stderr + mounted.stderr).decode().strip()}")
-    try:
-        target = place
-        if kind == "ext4":
-            target = place / "folding"
-            target.mkdir()
-            subprocess.run(["chattr", "+F", target], check=True)
-        engine = Engine(tmp_path, TaskOptions(verify_checksum=True))
-        engine.destination = target
-        tree(engine.source, ["README", "readme", "other"])
-        observed = await engine.run()
-        assert (observed.state, observed.counters.failed) == ("FAILED", 1)
-        assert skipped(engine) == {"readme": "NAME_COLLISION"}
-        assert (target / "README").read_text() == "content of README"
-    finally:
-        subprocess.run(["umount", "--lazy", place], check=True)
