@@ -193,6 +193,7 @@ class Daemon:
             boot_id=self._boot,
             paused=self._policy.paused,
             last_event=self._tasks.last_event(),
+            tasks=len(self._tasks.tasks()),
         )
 
     # --- running ---------------------------------------------------------------------------------------

@@ -173,7 +173,7 @@ class LightAgent:
             node_id=self.node_id,
             endpoint_id=self.endpoint_id,
             channel=self._channel,
-            fields=HelloFields(version="load", boot_id="load"),
+            fields=HelloFields(version="load", boot_id="load", tasks=0),
         )
         self.linked, self.due = True, now + LINK_LIMITS.ping_interval
         return frame(HEADERS, END_HEADERS, stream, STATUS_200) + frame(DATA, END_STREAM, stream, encode(hello))

@@ -100,7 +100,7 @@ async def hold_links(
                 relay_id,
                 root,
                 application,
-                lambda: HelloFields(version="load"),
+                lambda: HelloFields(version="load", tasks=0),
             )
             links.append(link)
             nursery.start_soon(link.run)

@@ -66,6 +66,7 @@ class CollectionReport(Record, frozen=True, kw_only=True):
 class AgentHello(Record, frozen=True, kw_only=True):
     """The agent's answer: who it is (signed over nonce and channel), what it has, which events it holds.
 
+    ``tasks`` is how many it holds that are not closed, so that a relay need not ask those that have none.
     ``watch``: the link goes through something (a proxy) that answers for a peer that has vanished, so the agent asks
     for a sign of life after so many seconds of silence; 0 where the kernels at both ends watch.
     """
@@ -80,6 +81,7 @@ class AgentHello(Record, frozen=True, kw_only=True):
     boot_id: str = ""
     paused: bool = False
     last_event: int = 0
+    tasks: int | None = None
     watch: float = 0.0
 
 

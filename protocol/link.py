@@ -48,6 +48,7 @@ class HelloFields:
     boot_id: str = ""
     paused: bool = False
     last_event: int = 0
+    tasks: int | None = None
 
 
 def watch_untrusted(wanted: float) -> float:
@@ -153,6 +154,7 @@ def make_agent_hello(
         boot_id=fields.boot_id,
         paused=fields.paused,
         last_event=fields.last_event,
+        tasks=fields.tasks,
         watch=watch,
     )
 

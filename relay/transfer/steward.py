@@ -258,7 +258,7 @@ class Steward:
                         logger.warning("Node %s is linked and was removed meanwhile.", node_id)
                         return
                     rebooted = rebooted or arrival.rebooted
-                    arrival = await self._welcome(node_id, arrival, rebooted=rebooted)
+                    arrival = await self._welcome(hello, arrival, rebooted=rebooted)
                     rebooted = False
                     await self._read_events(node_id, arrival.last_event)
                 except TowpathError as error:
@@ -280,7 +280,7 @@ class Steward:
         found = await self._store.read(lambda connection: arrivals.look_up(connection, [node_id], forgettable))
         return found.get(node_id)
 
-    async def _welcome(self, node_id: str, arrival: Arrival, *, rebooted: bool) -> Arrival:
+    async def _welcome(self, hello: AgentHello, arrival: Arrival, *, rebooted: bool) -> Arrival:
         """Stops first, before anything else is asked of the agent; then all that concerns it is looked at.
 
         What it runs and this relay does not know is taken over before its events are read.
@@ -288,8 +288,10 @@ class Steward:
         A new process is asked for each of its tasks: one that lost its state gets them again. Returns
         what holds for the agent after that.
         """
+        node_id = hello.node_id
         await self._stop(arrival)
-        if self._take_over is not None and await self._take_over.look(node_id, self._clock()):
+        take_over = self._take_over if hello.tasks != 0 else None
+        if take_over is not None and await take_over.look(node_id, self._clock()):
             arrival = await self._look_up(node_id) or arrival
             await self._stop(arrival)
         for task_id, is_source in arrival.others:

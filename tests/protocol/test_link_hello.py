@@ -63,13 +63,18 @@ def test_both_sides_prove_themselves() -> None:
     hello = check(relay_hello(version="1.2", abilities=("a", "b")))
     assert (hello.version, hello.abilities) == ("1.2", ["a", "b"])
     fields = HelloFields(
-        version="3", abilities=("x",), collections=(CollectionReport(id="c", name="n"),), boot_id="b", last_event=7
+        version="3",
+        abilities=("x",),
+        collections=(CollectionReport(id="c", name="n"),),
+        boot_id="b",
+        last_event=7,
+        tasks=4,
     )
     answer = read_agent_hello_untrusted(encode(agent_hello(hello, fields=fields)))
     verify_agent_hello_untrusted(
         answer, certificate=IDENTITY.certificate_pem, nonce=hello.nonce, channel=CHANNEL, relay_id=RELAY
     )
-    assert (answer.version, answer.boot_id, answer.last_event) == ("3", "b", 7)
+    assert (answer.version, answer.boot_id, answer.last_event, answer.tasks) == ("3", "b", 7, 4)
     assert answer.collections[0].name == "n"
 
 

@@ -59,6 +59,8 @@ class FakeAgent:
     forget: Callable[[str, str], None] | None = None
     generation: int = 0
     seq: int = 0
+    # An older agent does not say how many tasks it has.
+    is_older: bool = False
     _readers: list[trio.MemorySendChannel[bytes]] = field(default_factory=list)
 
     def hello(self) -> AgentHello:
@@ -71,6 +73,7 @@ class FakeAgent:
             boot_id=self.boot_id,
             collections=self.collections,
             last_event=last,
+            tasks=None if self.is_older else len(self.list_tasks().tasks),
         )
 
     # --- what it says ---------------------------------------------------------------------------------

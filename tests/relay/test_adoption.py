@@ -186,6 +186,22 @@ async def test_an_agent_cannot_bring_back_the_task_of_another_node(clock: MockCl
     assert scene.source.orders[task_id][-1].desired == "cancel"
 
 
+@pytest.mark.parametrize("older", [False, True])
+async def test_an_agent_that_says_it_has_no_tasks_is_not_asked_for_them(
+    clock: MockClock, scene: Scene, older: bool
+) -> None:
+    scene.destination.is_older = older
+    scene.up()
+    await trio.sleep(MOMENT)
+    asked = ("GET", "/link/task-list")
+    assert scene.destination.calls.count(asked) == int(older)
+    await scene.task()
+    scene.relay.registry.down(scene.destination)
+    scene.relay.registry.up(scene.destination)
+    await trio.sleep(MOMENT)
+    assert scene.destination.calls.count(asked) == 1 + int(older)
+
+
 async def test_an_older_agent_has_no_list_and_is_served_as_before(clock: MockClock, scene: Scene) -> None:
     def no_such_route(method: str, path: str) -> None:
         if (method, path) == ("GET", "/link/task-list"):
