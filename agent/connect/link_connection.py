@@ -19,6 +19,8 @@ Dial = Callable[[str, int], Awaitable[trio.abc.HalfCloseableStream]]
 Secured = trio.SSLStream[trio.abc.HalfCloseableStream]
 
 DIAL_TIMEOUT = 30.0
+# What cuts a connection for its TLS greeting does so within this many seconds.
+INSPECTION = 5.0
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ class LinkConnector:
             keep_alive(raw.socket)
             give_up_unacknowledged(raw.socket)
         stream = trio.SSLStream(raw, context, server_hostname=self._host, https_compatible=True)
+        began = trio.current_time()
         try:
             await stream.do_handshake()
         except trio.BrokenResourceError as error:
@@ -94,7 +97,10 @@ class LinkConnector:
             cause = error.__cause__
             if isinstance(cause, ssl.SSLCertVerificationError):
                 raise CannotConnect(certificate_sentence(self._host, cause), code=CODE, who="you") from error
-            raise Blocked(f"The relay {self._host} broke the TLS handshake off.") from error
+            # Who inspects cuts at once. A relay that has too many agents to greet lets them wait, and then sends them
+            # away; they must not all come back inside WebSocket.
+            kind = Blocked if trio.current_time() - began < INSPECTION else CannotConnect
+            raise kind(f"The relay {self._host} broke the TLS handshake off.") from error
         except BaseException:
             await trio.aclose_forcefully(stream)
             raise

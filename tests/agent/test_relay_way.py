@@ -11,6 +11,7 @@ import trio
 import trio.testing
 import trustme
 
+from agent.connect.link_connection import LinkConnector
 from agent.connect.relay_way import DOUBTS, HEAD_START, REMEMBERED, Blocked, CannotConnect, RelayWay
 from agent.connect.tunnel import TunnelTransport
 from protocol.candidates import RELAY_TUNNEL, Candidate, PathGo
@@ -114,6 +115,27 @@ async def test_another_network_is_another_matter(autojump_clock: trio.testing.Mo
     await ways.first(way)
     network[0] = "office"
     assert way.known is None
+
+
+@pytest.mark.parametrize(("after", "kind"), [(1.0, Blocked), (20.0, CannotConnect)])
+async def test_a_relay_that_is_too_busy_is_no_firewall(
+    after: float, kind: type[CannotConnect], autojump_clock: trio.testing.MockClock
+) -> None:
+    async def dial_and_wait(host: str, port: int) -> trio.abc.HalfCloseableStream:
+        ours, theirs = trio.testing.memory_stream_pair()
+
+        async def cut() -> None:
+            await trio.sleep(after)
+            await theirs.aclose()
+
+        nursery.start_soon(cut)
+        return ours
+
+    async with trio.open_nursery() as nursery:
+        connector = LinkConnector("relay.example", 443, None, dial_and_wait, a_way("raw"))
+        with pytest.raises(CannotConnect) as caught:
+            await connector.open()
+        assert type(caught.value) is kind
 
 
 @pytest.mark.parametrize("transport", [RAW, WEBSOCKET])
