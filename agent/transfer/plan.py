@@ -87,8 +87,9 @@ class DirectoryPlanner:
         # The directory itself, so that its count and its parts are folded together.
         self.group.counts.directories = 1
         try:
-            self._finished = self._journal.finished(self._row.id)
             if self._sweep:
+                # In the first run of a task nothing is settled before its folder is planned.
+                self._finished = self._journal.finished(self._row.id)
                 sweep_temporaries(handle, self._prefix, self._journal.partial_temporaries(self._row.id))
             collect_orphans(handle, time.time_ns())
             self.folds = handle.folds(self._prefix)
