@@ -37,7 +37,8 @@ class _LogFile(logging.handlers.RotatingFileHandler):
 class Lines:
     """``2026-11-24T02:29:42.272Z INFO towpath.link: Linked. peer=x`` in UTC.
 
-    Text of peers cannot fake another event: what follows a line break is indented. In the journal, which knows the
+    Text of peers cannot fake another event: what follows a line break is indented, and characters that cannot be seen
+    are written as their escapes. In the journal, which knows the
     time, the line begins with its priority instead.
     """
 
@@ -52,7 +53,12 @@ class Lines:
         facts = "".join(f" {key}={_word(value)}" for key, value in sorted(event.items()))
         head = f"<{_PRIORITIES.get(level, 6)}>" if self._for_journal else f"{moment} "
         text = f"{level.upper()} {place}: {sentence}{facts}" + (f"\n{exception}" if exception else "")
-        return head + text.replace("\r", "\\r").replace("\n", "\n    ")
+        return head + "".join(map(_visible, text)).replace("\n", "\n    ")
+
+
+def _visible(letter: str) -> str:
+    """A character as it may be written: what could play with a terminal, or turn a line around, as its escape."""
+    return letter if letter.isprintable() or letter == "\n" else repr(letter)[1:-1]
 
 
 def _word(value: object) -> str:

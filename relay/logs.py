@@ -20,17 +20,23 @@ class _JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             document["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(document, ensure_ascii=False)
+        # ASCII alone: JSON escapes neither what turns a line around nor escape sequences of one character.
+        return json.dumps(document)
 
 
 class _TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         # Line ends and escape sequences in a message could forge other lines or play with a terminal.
-        message = "".join(
-            letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in record.getMessage()
-        )
-        line = f"{_utc(record.created)} {record.levelname.lower()} {record.name}: {message}"
-        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+        line = f"{_utc(record.created)} {record.levelname.lower()} {record.name}: {_printable(record.getMessage())}"
+        if not record.exc_info:
+            return line
+        # The text of an error may be a peer's, with line ends of its own: no line of it begins like one of ours.
+        trace = self.formatException(record.exc_info).split("\n")
+        return "\n    ".join([line, *map(_printable, trace)])
+
+
+def _printable(text: str) -> str:
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
 
 
 def set_up(log: Log) -> None:

@@ -49,7 +49,7 @@ def shared_name(job: FileJob, decision: Decision, existing: Node | None, options
     place = None
     if existing is not None and existing.kind == "file" and _is_trusted(job.row, existing, decision, options):
         place = (existing.device, existing.inode)
-    return SharedName(job, decision, place)
+    return SharedName(job, decision, place, existing is not None and existing.nlink > 1)
 
 
 def _is_trusted(row: Row, existing: Node, decision: Decision, options: TaskOptions) -> bool:
@@ -144,7 +144,7 @@ class HardLinks:
         """The file is here: it gets the names that wait. One that was listed with another version leads then."""
         while waiting.names and waiting.names[0].job.row.version == row.version:
             name = self._release(waiting)
-            if name.existing == row.place:
+            if name.several and name.existing == row.place:
                 name.job.linked = True
                 self._run.settle.put(Outcome(name.job, None))
             elif name.decision == "skip" and name.existing is None:

@@ -130,6 +130,8 @@ class SharedName:
     job: FileJob
     decision: Decision
     existing: tuple[int, int] | None
+    # Whether that has other names already.
+    several: bool = False
 
     @property
     def source(self) -> tuple[int, int]:
