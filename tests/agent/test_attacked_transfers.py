@@ -3,6 +3,7 @@ either end and at every step of it: nothing outside the root is changed, and not
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -27,6 +28,10 @@ OPTIONS = TaskOptions(
     delete_destination_extra=True,
     delete_destination_extra_limit=1000,
 )
+# Hard links and extended attributes as well.
+KEEPING = TaskOptions(
+    verify_checksum=True, preserve_hard_links=True, preserve_xattrs=True, delete_destination_extra=True
+)
 FOLLOWING = TaskOptions(verify_checksum=True, recursive_symlinks="copy")
 # Swaps while a transfer between real workers runs, and seconds after each.
 SWAPS, PAUSE = 400, 0.002
@@ -39,6 +44,10 @@ def tempting(folder: Path, content: bytes, large: int) -> None:
         (folder / name).write_bytes(content)
     (folder / "large").write_bytes(content * (large // len(content)))
     (folder / "inner" / "link").symlink_to("f")
+    os.link(folder / "f", folder / "inner" / "twin")
+    with contextlib.suppress(OSError):
+        os.setxattr(folder / "f", "user.origin", content)
+        os.setxattr(folder / "inner", "user.origin", content)
 
 
 class Attacked:
@@ -65,9 +74,20 @@ class Attacked:
 
     def check(self, what: str) -> None:
         assert self.grounds.snapshot() == self.grounds.before, what
+        assert _origins(self.grounds.outside) <= {SECRET}, what
+        assert SECRET not in _origins(self.destination), f"{what}: an attribute was read from outside"
         for path in self.destination.rglob("*"):
             if path.is_file() and not path.is_symlink():
                 assert SECRET not in path.read_bytes(), f"{what}: {path} was read from outside"
+
+
+def _origins(root: Path) -> set[bytes]:
+    """What the attributes of files and folders say."""
+    found = set()
+    for path in root.rglob("*"):
+        with contextlib.suppress(OSError):
+            found.add(os.getxattr(path, "user.origin", follow_symlinks=False))
+    return found
 
 
 def attacked_engine(
@@ -104,9 +124,9 @@ async def calls_of(base: Path, options: TaskOptions, side: str) -> list[Call]:
     return calls
 
 
-@pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("side", ["destination", "source"])
-@pytest.mark.parametrize("options", [OPTIONS, FOLLOWING], ids=["mirror", "following"])
+@pytest.mark.parametrize("options", [OPTIONS, FOLLOWING, KEEPING], ids=["mirror", "following", "keeping"])
 async def test_a_folder_is_swapped_for_a_link_before_a_call(
     quick_path: Path, side: str, options: TaskOptions, every: int
 ) -> None:
