@@ -34,8 +34,8 @@ _SET_STATE = (
     "UPDATE directories SET state = ?1, crc = crc_of('directories', item, source, destination, mtime_ns, ancestry, ?1)"
 )
 # How a name in `finished` ended; UNCHANGED was found equal by comparing digests, LINKED became one
-# more name of a file, KEPT was one already.
-TRANSFERRED, FAILED, SKIPPED, UNCHANGED, LINKED, KEPT = 1, 2, 3, 4, 5, 6
+# more name of a file, KEPT was one already, BARE was transferred without all of its extended attributes.
+TRANSFERRED, FAILED, SKIPPED, UNCHANGED, LINKED, KEPT, BARE = 1, 2, 3, 4, 5, 6, 7
 
 
 class DirectoryRow(msgspec.Struct, frozen=True):

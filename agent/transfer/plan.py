@@ -22,7 +22,7 @@ from agent.transfer.collisions import collision, losers
 from agent.transfer.compare import Decision, decide
 from agent.transfer.hard_links import is_shared, shared_name
 from agent.transfer.jobs import FileJob, Group, SharedName
-from agent.transfer.journal import FAILED, KEPT, LINKED, SKIPPED, UNCHANGED, DirectoryRow, Journal
+from agent.transfer.journal import BARE, FAILED, KEPT, LINKED, SKIPPED, UNCHANGED, DirectoryRow, Journal
 from agent.transfer.patience import Patience
 from protocol.control import TaskItem, TaskOptions
 from protocol.errors import ItemFailed, ProtocolError, TowpathError
@@ -241,6 +241,7 @@ def count_finished(group: Group, row: Row, outcome: int, *, verified: bool, shar
         counts.symlinks_transferred += 1
     else:
         counts.files_transferred += 1
+        counts.xattrs_left_out += outcome == BARE
         counts.bytes_transferred += row.size
         if verified:
             counts.bytes_checksummed += row.size

@@ -8,6 +8,7 @@ import msgspec
 
 from agent.transfer.jobs import FileJob, Group, LargeFile, Outcome
 from agent.transfer.journal import (
+    BARE,
     FAILED,
     KEPT,
     LINKED,
@@ -154,9 +155,7 @@ class Record:
             groups[id(outcome.job.group)] = outcome.job.group
         done = [group for group in groups.values() if group.complete]
         done_ids = {group.id for group in done if group.id > 0}
-        finished = [
-            (*job.key, LINKED if job.linked else TRANSFERRED) for job in settled if job.group.id not in done_ids
-        ]
+        finished = [(*job.key, _settled_code(job)) for job in settled if job.group.id not in done_ids]
         finished += [
             (*outcome.job.key, _outcome_code(outcome)) for outcome in outcomes if outcome.job.group.id not in done_ids
         ]
@@ -216,6 +215,12 @@ def add_counts(counters: Counters, group: Group) -> Counters:
     changes = {name: getattr(counters, name) + getattr(counts, name) for name in names if name != "bytes_shared"}
     changes["bytes_total"] += counts.bytes_shared
     return msgspec.structs.replace(counters, **changes)
+
+
+def _settled_code(job: FileJob) -> int:
+    if job.linked:
+        return LINKED
+    return BARE if job.attributes_left_out else TRANSFERRED
 
 
 def _outcome_code(outcome: Outcome) -> int:

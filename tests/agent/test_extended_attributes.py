@@ -153,6 +153,28 @@ async def test_a_file_system_without_attributes_takes_the_files_and_says_so(quic
     print(f"files and folders counted: {observed.counters.xattrs_left_out}, events: {len(told)}")
 
 
+async def test_what_was_left_out_before_a_crash_is_counted_once(quick_path: Path) -> None:
+    crashes = 0
+    for number in range(10, 130, 5):
+
+        def plan(call: Call, number: int = number) -> int | None:
+            if call.number == number:
+                raise Crashed
+            return errno.ENOTSUP if call.operation == "set_attribute" else None
+
+        engine = Engine(quick_path / str(number), WANTED, plan=plan)
+        scene(engine)
+        try:
+            observed = await engine.run()
+        except Crashed:
+            crashes += 1
+            engine = engine.revived(plan=lambda call: errno.ENOTSUP if call.operation == "set_attribute" else None)
+            observed = await engine.run()
+        assert (observed.state, observed.counters.xattrs_left_out) == ("SUCCEEDED", 6), number
+    assert crashes
+    print(f"crashes survived: {crashes}")
+
+
 async def test_a_source_that_cannot_read_them_is_named(quick_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An older agent, or another operating system: its abilities do not name it, and it is never asked."""
     monkeypatch.setattr(attributes, "usable", lambda: False)
