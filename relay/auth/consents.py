@@ -112,6 +112,18 @@ def _record(
         _record(connection, identity_id, client_id, node, dependency, offline=offline, now=now)
 
 
+def forget_refused(
+    connection: Connection, identity_id: str, client_id: str, refused: Iterable[tuple[str, str]]
+) -> None:
+    """Forget what somebody allowed before and has refused now: scopes, each with the one that it stands below."""
+    mine = (consents.c.identity_id == identity_id) & (consents.c.client_id == client_id)
+    for above, below_it in refused:
+        root = _node(connection, identity_id, client_id, None, above)
+        if root is not None:
+            this = mine & (consents.c.parent_id == root.id) & (consents.c.scope == below_it)
+            connection.execute(delete(consents).where(this))
+
+
 def consents_of(connection: Connection, identity_id: str, client_id: str | None = None) -> list[Consent]:
     """All consents of an identity, or those for one application; parents before their children."""
     query = (

@@ -33,6 +33,8 @@ from relay.store import sign_in_tables as tables
 from relay.store.transfer_tables import collections, endpoints
 
 MAX_TREE = 500
+# So many optional scopes can be refused one by one.
+MAX_CHOICES = 40
 _UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _CUSTOM = re.compile(r"https://auth\.globus\.org/scopes/([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})/([A-Za-z0-9_]+)")
 
@@ -218,23 +220,61 @@ def _grow(connection: Connection, scope: Scope, above: tuple[str, ...], budget: 
 
 
 @dataclass(frozen=True)
-class Wish:
-    """One requested scope as people are asked for it.
+class Below:
+    """What the service behind a scope may use in turn; ``lasting``: also while people are away.
 
-    ``below`` is what the service behind it may use in turn, and whether also while they are away.
+    ``field`` names the box that may be left empty where the scope is optional.
     """
+
+    scope: str
+    lasting: bool
+    field: str | None
+
+
+@dataclass(frozen=True)
+class Wish:
+    """One requested scope as people are asked for it."""
 
     words: str
     scope: str
-    below: tuple[tuple[str, bool], ...]
+    below: tuple[Below, ...]
+
+    @property
+    def has_choice(self) -> bool:
+        """Whether part of it can be refused alone."""
+        return any(one.field is not None for one in self.below)
 
 
 def wishes_of(expanded: Mapping[str, tuple[Scope, ScopeFacts]]) -> list[Wish]:
     """The requested scopes in words."""
+    boxes = {(above, below): box for box, above, below in _choices(expanded)}
     return [
-        Wish(facts.words, scope.name, tuple((str(one), one.any_lasting()) for one in scope.dependencies.values()))
-        for scope, facts in expanded.values()
+        Wish(
+            facts.words,
+            name,
+            tuple(
+                Below(str(one).removeprefix("*"), one.any_lasting(), boxes.get((name, one.name)))
+                for one in scope.dependencies.values()
+            ),
+        )
+        for name, (scope, facts) in expanded.items()
     ]
+
+
+def leave_out(expanded: Mapping[str, tuple[Scope, ScopeFacts]], ticked: Collection[str]) -> list[tuple[str, str]]:
+    """Take what somebody refused out of the requested scopes; returns each with the scope that it stood below."""
+    refused = [(above, below) for box, above, below in _choices(expanded) if box not in ticked]
+    for above, below in refused:
+        del expanded[above][0].dependencies[below]
+    return refused
+
+
+def _choices(expanded: Mapping[str, tuple[Scope, ScopeFacts]]) -> list[tuple[str, str, str]]:
+    pairs = [
+        (name, one.name) for name, (scope, _) in expanded.items() for one in scope.dependencies.values() if one.optional
+    ]
+    # More would not fit into a form; they are asked for like what is not optional.
+    return [(f"below-{number}", *pair) for number, pair in enumerate(pairs[:MAX_CHOICES])]
 
 
 def check_domains(scopes: Iterable[ScopeFacts], person: Iterable[Identity]) -> None:

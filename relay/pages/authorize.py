@@ -31,7 +31,7 @@ from relay.auth.authorization import (
 from relay.auth.browser_sessions import BrowserSession
 from relay.auth.codes import issue_code
 from relay.auth.identities import Identity
-from relay.auth.known_scopes import NotForPerson, ScopeFacts, check_domains, expand, wishes_of
+from relay.auth.known_scopes import NotForPerson, ScopeFacts, check_domains, expand, leave_out, wishes_of
 from relay.auth.linked import set_of
 from relay.auth.providers import check_provider
 from relay.auth.public_clients import client_for, ensure_row, is_nameless, title_of
@@ -94,7 +94,7 @@ async def decide(request: Request) -> Response:
         missing = await _missing(browser, browser.session, asked, asking.person, form.get("since", ""))
         if missing is not None:
             return await _sign_in(browser, asked, missing, form.get("since", ""))
-        return await _allow(browser, asking, browser.session)
+        return await _allow(browser, asking, browser.session, leave_out(asking.expanded, form.keys()))
     except Refused as error:
         return _tell(request, asked.redirect_uri, error, asked.state)
 
@@ -238,7 +238,9 @@ def _consent_page(browser: Browser, session: BrowserSession, asking: Asking, mar
     return answer
 
 
-async def _allow(browser: Browser, asking: Asking, session: BrowserSession) -> Response:
+async def _allow(
+    browser: Browser, asking: Asking, session: BrowserSession, refused: Sequence[tuple[str, str]] = ()
+) -> Response:
     services = services_of(browser.request)
     asked, now = asking.request, services.clock()
 
@@ -255,6 +257,7 @@ async def _allow(browser: Browser, asking: Asking, session: BrowserSession) -> R
         )
         allowed = [scope for scope, _ in asking.expanded.values()]
         consents.record(connection, session.identity.id, asked.client.id, allowed, offline=asked.offline, now=now)
+        consents.forget_refused(connection, session.identity.id, asked.client.id, refused)
         return issue_code(
             connection,
             asked,

@@ -13,7 +13,7 @@ from relay.audit.notes import note
 from relay.auth import consents, device
 from relay.auth.browser_sessions import BrowserSession
 from relay.auth.clients import Client, find_client
-from relay.auth.known_scopes import NotForPerson, Wish, check_domains, expand, wishes_of
+from relay.auth.known_scopes import NotForPerson, ScopeFacts, check_domains, expand, leave_out, wishes_of
 from relay.auth.linked import set_of
 from relay.auth.providers import check_provider
 from relay.auth.public_clients import is_nameless, title_of
@@ -34,8 +34,11 @@ router = APIRouter(include_in_schema=False)
 class _Waiting:
     request: device.DeviceRequest
     client: Client
-    scopes: list[Scope]
-    wishes: list[Wish]
+    expanded: dict[str, tuple[Scope, ScopeFacts]]
+
+    @property
+    def scopes(self) -> list[Scope]:
+        return [scope for scope, _ in self.expanded.values()]
 
 
 @router.get("/device")
@@ -86,7 +89,9 @@ async def check_or_decide(request: Request) -> Response:
         if not allowed:
             return device.refuse(connection, waiting.request)
         mine, client_id = session.identity.id, waiting.client.id
+        refused = leave_out(waiting.expanded, form.keys())
         consents.record(connection, mine, client_id, waiting.scopes, offline=waiting.request.offline, now=now)
+        consents.forget_refused(connection, mine, client_id, refused)
         return device.allow(connection, waiting.request, mine, session.authentications.values(), now)
 
     if not await services.store.write(work):
@@ -117,8 +122,7 @@ async def _find(request: Request, session: BrowserSession, code: str) -> _Waitin
             check_provider(services.settings, client, provider_wishes(connection, client), person)
         except (NotForPerson, Unsatisfiable) as error:
             raise PageProblem(403, "Not for you", str(error)) from error
-        scopes = [scope for scope, _ in expanded.values()]
-        return _Waiting(found, client, scopes, wishes_of(expanded))
+        return _Waiting(found, client, expanded)
 
     waiting = await services.store.read(look)
     if waiting is None:
@@ -137,7 +141,7 @@ def _show(browser: Browser, session: BrowserSession, waiting: _Waiting, code: st
         nameless=is_nameless(waiting.client),
         client_id=waiting.client.id,
         username=session.identity.username,
-        wishes=waiting.wishes,
+        wishes=wishes_of(waiting.expanded),
         asked=waiting.request,
     )
     browser.keep(answer)

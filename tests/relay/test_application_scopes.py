@@ -12,7 +12,7 @@ from relay.auth.known_scopes import id_of
 from relay.auth.providers import sign_in_provider_ids
 from relay.auth.scopes import AUTH_SERVER, MANAGE_PROJECTS, TRANSFER_ALL, VIEW_CLIENTS_AND_SCOPES
 from relay.store.auth_tables import identities
-from tests.relay.sign_in_world import Application, Person, add_person, forms_of
+from tests.relay.sign_in_world import Application, Form, Person, add_person, forms_of
 from tests.relay.test_applications import Developer, developer
 
 DEPENDENT = "urn:globus:auth:grant_type:dependent_token"
@@ -95,6 +95,52 @@ async def test_a_service_gets_refresh_tokens_where_the_person_was_told_of_it(
     if "refresh_token" in kept:
         again = {"grant_type": "refresh_token", "refresh_token": kept["refresh_token"]}
         assert (await world.http.post("/v2/oauth2/token", data=again, auth=auth)).json()["scope"] == TRANSFER_ALL
+
+
+@pytest.mark.parametrize("way", ["browser", "device"])
+async def test_what_is_optional_can_be_refused_alone(world: Any, way: str) -> None:
+    dev = await developer(world, "dev")
+    auth = await service(dev)
+    scope = await scope_of(dev, auth[0], **needing(TRANSFER_ALL, optional=True))
+    ada = Person(world)
+    await ada.arrive(await add_person(world, "ada"))
+    application = Application(scope=scope["scope_string"])
+
+    async def given(*refused: str) -> list[str]:
+        if way == "browser":
+            (form,) = forms_of((await ada.get(application.url())).text)
+        else:
+            begin = {"client_id": application.client_id, "scope": application.scope}
+            made = (await world.http.post("/v2/oauth2/device_authorization", data=begin)).json()
+            (form,) = forms_of((await ada.get("/device")).text)
+            (form,) = forms_of((await ada.post(form, user_code=made["user_code"])).text)
+        assert "below-0" in form.fields, "the box is ticked at first"
+        kept = {name: value for name, value in form.fields.items() if name not in refused}
+        page = await ada.post(Form(form.action, kept), decision="allow")
+        if way == "browser":
+            document = (await application.redeem(world, application.answer(page)["code"])).json()
+        else:
+            poll = {"grant_type": "urn:ietf:params:oauth:grant-type:device_code", "device_code": made["device_code"]}
+            poll["client_id"] = application.client_id
+            document = (await world.http.post("/v2/oauth2/token", data=poll)).json()
+        form_ = {"grant_type": DEPENDENT, "token": document["access_token"]}
+        answer = await world.http.post("/v2/oauth2/token", data=form_, auth=auth)
+        return [token["scope"] for token in answer.json()]
+
+    assert await given("below-0") == []
+    assert await given() == [TRANSFER_ALL]
+    # Refused the next time, it does not count any more.
+    assert await given("below-0") == []
+
+
+async def test_what_is_not_optional_cannot_be_left_out_of_the_form(world: Any) -> None:
+    dev = await developer(world, "dev")
+    auth = await service(dev)
+    scope = await scope_of(dev, auth[0], **needing(TRANSFER_ALL))
+    ada = Person(world)
+    await ada.arrive(await add_person(world, "ada"))
+    (form,) = forms_of((await ada.get(Application(scope=scope["scope_string"]).url())).text)
+    assert not [name for name in form.fields if name.startswith("below")]
 
 
 async def test_a_scope_that_begins_to_need_a_refresh_token_is_asked_for_again(world: Any) -> None:
