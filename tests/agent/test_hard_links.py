@@ -17,7 +17,8 @@ from agent.storage.faulty import Call
 from agent.transfer import hard_links
 from agent.transfer.journal import Journal
 from protocol.control import TaskItem
-from tests.agent.engine_inside import CHECKED, Crashed, Engine, contents, quick_path
+from tests.agent.engine_inside import CHECKED, WHOLE, Crashed, Engine, contents, quick_path
+from tests.agent.engine_world import world
 
 __all__ = ["quick_path"]
 
@@ -307,3 +308,21 @@ def test_a_source_with_inodes_beyond_what_sqlite_counts(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal.sqlite")
     assert journal.hard_links([(2**64 - 1, 2**64 - 1)]) == {}
     journal.close()
+
+
+async def test_links_and_attributes_between_real_workers(tmp_path: Path) -> None:
+    options = msgspec.structs.replace(KEPT, preserve_xattrs=True)
+    async with world(tmp_path) as made:
+        (made.alpha.root / "a").mkdir()
+        (made.alpha.root / "a" / "one").write_bytes(os.urandom(MIB + 7))
+        (made.alpha.root / "two").hardlink_to(made.alpha.root / "a" / "one")
+        try:
+            os.setxattr(made.alpha.root / "two", "user.colour", b"green")
+        except OSError as error:
+            pytest.skip(f"this file system keeps no extended attributes: {error}")
+        observed = await made.wait(await made.submit(WHOLE, options))
+        assert observed.state == "SUCCEEDED", observed
+        assert contents(made.beta.root) == contents(made.alpha.root)
+        assert together(made.beta.root) == {frozenset({"a/one", "two"})}
+        assert os.getxattr(made.beta.root / "a" / "one", "user.colour") == b"green"
+        assert (observed.counters.hard_links_kept, observed.counters.bytes_transferred) == (1, MIB + 7)
