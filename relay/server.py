@@ -146,8 +146,10 @@ def build(settings: Settings, store: Store, clock: Callable[[], float] = time.ti
     carrier = Carrier()
     tunnels = WebSocketTunnels(tunnel.acceptor, carrier)
     accept = _link_handler(services, certificate, observer)
+    most = settings.limits.connections
+    upgrade = Upgrade(web.serve, accept, tunnels.carry if tunnel.enabled else None, most=most)
     dispatcher = Dispatcher(
-        web=Upgrade(web.serve, accept, tunnels.carry if tunnel.enabled else None).serve,
+        web=upgrade.serve,
         link=accept,
         tunnel=tunnel.acceptor.accept if tunnel.enabled else None,
         stun=observer.serve_stream,

@@ -62,32 +62,36 @@ class Replayed(trio.abc.Stream):
 
 
 class Upgrade:
-    """``web`` serves everybody else; ``link`` and ``tunnel`` agents. Without ``tunnel`` that path is not found."""
+    """``web`` serves everybody else; ``link`` and ``tunnel`` agents. Without ``tunnel`` that path is not found.
+    ``most`` callers may be waited for who have not said yet what they want."""
 
     def __init__(
         self,
         web: Callable[[Secured | Replayed], Awaitable[None]],
         link: WebSocketHandler,
         tunnel: WebSocketHandler | None,
+        *,
+        most: int = 20_000,
     ) -> None:
         self._web = web
         self._link = link
         self._tunnel = tunnel
-        self.links = self.tunnels = 0
+        self._most = most
+        self._waiting = 0
 
     async def serve(self, stream: Secured) -> None:
         """Serve one connection; closes it."""
         if stream.selected_alpn_protocol() == "h2":
             await self._web(stream)
             return
-        first = b""
-        with trio.move_on_after(_PATIENCE):
-            # Until it is complete or another one.
-            while len(first) < len(_START) and _START.startswith(first):
-                data = await stream.receive_some(_READ)
-                first += bytes(data)
-                if not data:
-                    break
+        if self._waiting >= self._most:
+            await trio.aclose_forcefully(stream)
+            return
+        self._waiting += 1
+        try:
+            first = await _begin(stream)
+        finally:
+            self._waiting -= 1
         if first.startswith(_START):
             await self._open(stream, first)
         elif first:
@@ -105,8 +109,18 @@ class Upgrade:
                 _logger.debug("No WebSocket was opened: %s", error)
                 return
             if core.path == LINK_PATH:
-                self.links += 1
                 await self._link(opened)
             elif self._tunnel is not None:
-                self.tunnels += 1
                 await self._tunnel(opened)
+
+
+async def _begin(stream: Secured) -> bytes:
+    """The first bytes, as many as tell what is wanted; what has come when the caller ends or dawdles."""
+    first = b""
+    with trio.move_on_after(_PATIENCE):
+        while len(first) < len(_START) and _START.startswith(first):
+            data = await stream.receive_some(_READ)
+            first += bytes(data)
+            if not data:
+                break
+    return first
