@@ -225,10 +225,10 @@ class Box:
             inside = None if found is None else found[0]
             if found is not None and len(found[1]) == 3 and found[1][2] != packet.source:
                 inside = None
+        if inside is not None and not self.crossing and self._crosses(packet, inside):
+            self._count("crossing")
+            return None, None
         if inside is not None and self._lets_in(packet, inside):
-            if not self.crossing and self._crosses(packet, inside):
-                self._count("crossing")
-                return None, None
             return rewritten(packet, destination=inside), None
         self._count("unsolicited")
         back = reset_for(packet) if self.resets and packet.is_syn and len(packet.source[0]) == 4 else None

@@ -114,6 +114,10 @@ def test_crossing_syns_may_be_dropped_while_udp_passes() -> None:
     assert box.inbound(packet(PEER, out.source)) == (None, None)
     # It has lost its way with this flow, but not with others.
     assert box.inbound(packet(PEER, out.source, flags=SYN | ACK)) == (None, None)
+    early = (PEER[0], PEER[1] + 2)
+    assert box.inbound(packet(early, out.source)) == (None, None)
+    assert box.outbound(packet(HOST, early)) is not None
+    assert box.inbound(packet(early, out.source, flags=SYN | ACK)) == (None, None)
     other = (PEER[0], PEER[1] + 1)
     assert box.outbound(packet(HOST, other)) is not None
     assert box.inbound(packet(other, out.source, flags=SYN | ACK))[0] is not None
