@@ -219,7 +219,7 @@ class Comparisons:
             digest = file_digest(root, descriptor, "BLAKE3")
             if job.shared:
                 status = root.fstat(descriptor)
-                job.place = (status.st_dev, status.st_ino)
+                job.place = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
             return digest
         finally:
             root.close_file(descriptor)

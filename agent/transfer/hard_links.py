@@ -48,7 +48,7 @@ def shared_name(job: FileJob, decision: Decision, existing: Node | None, options
         return None
     place = None
     if existing is not None and existing.kind == "file" and _is_trusted(job.row, existing, decision, options):
-        place = (existing.device, existing.inode)
+        place = (existing.device, existing.inode, existing.size, existing.mtime_ns)
     return SharedName(job, decision, place, existing is not None and existing.nlink > 1)
 
 

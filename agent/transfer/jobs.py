@@ -13,6 +13,7 @@ from typing import Any
 
 from agent.storage.base import Directory
 from agent.transfer.compare import SMALL_FILE, Decision, block_count, block_size
+from agent.transfer.journal import Place
 from protocol.errors import TowpathError
 from protocol.session import Row
 
@@ -98,10 +99,10 @@ class FileJob:
     # Extended attributes to be set, None until the source was asked; how many it has besides, or were refused here.
     attributes: list[tuple[bytes, bytes]] | None = None
     attributes_left_out: int = 0
-    # One of several names of a file, to be kept as such; what (device, inode) it became here, and that it became so by
+    # One of several names of a file, to be kept as such; what it became here, and that it became so by
     # a link to another name.
     shared: bool = False
-    place: tuple[int, int] | None = None
+    place: Place | None = None
     linked: bool = False
 
     @property
@@ -124,12 +125,12 @@ class FileJob:
 
 @dataclass(slots=True, eq=False)
 class SharedName:
-    """One of several names of a file, and what would be done about it alone. ``existing`` is what (device, inode) it is
+    """One of several names of a file, and what would be done about it alone. ``existing`` is what it is
     at the destination already, as far as that may be taken for the source's file."""
 
     job: FileJob
     decision: Decision
-    existing: tuple[int, int] | None
+    existing: Place | None
     # Whether that has other names already.
     several: bool = False
 
@@ -313,12 +314,12 @@ class LinkWanted:
 
 @dataclass(slots=True)
 class HardLinkWanted:
-    """To the settler: a file is here already as ``place`` (device, inode) under the path ``target``, and gets the name
+    """To the settler: a file is here already as ``place`` under the path ``target``, and gets the name
     of the job besides."""
 
     job: FileJob
     target: bytes
-    place: tuple[int, int]
+    place: Place
 
 
 @dataclass(slots=True)

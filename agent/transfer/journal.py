@@ -67,13 +67,17 @@ def bytes_done(row: PartialRow) -> int:
     return count * row.block - short
 
 
+# Device, inode, size and mtime_ns of a file at the destination: making another name of it changes none of them.
+Place = tuple[int, int, int, int]
+
+
 class HardLinkRow(msgspec.Struct, frozen=True, array_like=True):
     """Where a file with several names at the source is here: with which version it came, under which path it was put,
-    and what (device, inode) it is, since the path may lead to something else by now."""
+    and what it is, since the path may lead to something else by now."""
 
     version: Version
     destination: bytes
-    place: tuple[int, int]
+    place: Place
 
 
 class Journal:

@@ -165,7 +165,7 @@ async def test_what_somebody_puts_in_the_place_of_the_first_name_is_never_linked
     """A secret of another folder, a link to it, another file: whatever the first name leads to by then."""
     outside = quick_path / "outside"
     outside.write_bytes(b"secret")
-    for number, swap in enumerate(("other", "link", "hard link", "gone", "folder")):
+    for number, swap in enumerate(("other", "link", "hard link", "gone", "folder", "written")):
         base = quick_path / f"try-{number}"
 
         def plan(call: Call, swap: str = swap, base: Path = base) -> int | None:
@@ -173,6 +173,9 @@ async def test_what_somebody_puts_in_the_place_of_the_first_name_is_never_linked
                 for name in ("1", "2"):
                     path = base / "destination" / name
                     if not path.exists():
+                        continue
+                    if swap == "written":
+                        path.write_bytes(b"written")
                         continue
                     path.unlink()
                     if swap == "other":
