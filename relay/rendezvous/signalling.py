@@ -25,7 +25,7 @@ GUESSED_ROUND_TRIP = 0.1
 LONGEST_ROUND_TRIP = 2.0
 # A task gets a new introduction at most this often, in seconds.
 INTERVAL = 0.3
-# The same for an offer that only wants to know whether there is a way.
+# An offer that only wants to know whether there is a way, after another of that kind.
 PROBE_INTERVAL = 10.0
 MAX_PENDING = 4000
 
@@ -86,6 +86,8 @@ class Signalling:
         self._tunnel = tunnel
         # Task → generation of the newest offer and when it came.
         self._newest: dict[str, tuple[int, float]] = {}
+        # Task → when it was last asked only whether there is a way.
+        self._probed: dict[str, float] = {}
         self._pending = 0
         # Tasks whose offer is with its source now, and those whose source's later candidates are on their way.
         self._asking: dict[str, trio.Event] = {}
@@ -108,12 +110,15 @@ class Signalling:
         generation, when = self._newest.get(offer.task_id, (-1, float("-inf")))
         now = trio.current_time()
         stale = offer.generation < generation
-        interval = PROBE_INTERVAL if offer.probe else INTERVAL
-        hasty = offer.generation > generation and now - when < interval
+        hasty = offer.generation > generation and now - when < INTERVAL
+        if offer.probe:
+            hasty = hasty or now - self._probed.get(offer.task_id, float("-inf")) < PROBE_INTERVAL
         if stale or hasty or self._pending >= MAX_PENDING:
             self._refused += 1
             return False
         self._pending += 1
+        if offer.probe:
+            self._probed[offer.task_id] = now
         return True
 
     def done(self, offer: PathOffer) -> None:
@@ -122,6 +127,7 @@ class Signalling:
         if len(self._newest) > 2 * MAX_PENDING:
             old = trio.current_time() - 60
             self._newest = {task: row for task, row in self._newest.items() if row[1] > old}
+            self._probed = {task: when for task, when in self._probed.items() if when > old}
 
     def admit_candidates(self, task_id: str, answer: PathAnswer) -> bool:
         """Whether more candidates of a source are worth passing on: form, and that they belong to the newest offer.
