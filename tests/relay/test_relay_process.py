@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import sqlite3
@@ -82,18 +83,27 @@ class RelayProcess:
         return httpx.AsyncClient(base_url=self.url, verify=context, timeout=PATIENCE)
 
 
-@pytest.fixture
-def relay(tmp_path: Path) -> Iterator[RelayProcess]:
-    """A relay that is set up and not yet running."""
-    port = free_port()
-    made = RelayProcess(tmp_path / "relay", port)
+@pytest.fixture(scope="session")
+def first_relay(tmp_path_factory: pytest.TempPathFactory) -> RelayProcess:
+    """A relay as the command leaves it; it is copied, and never runs."""
+    made = RelayProcess(tmp_path_factory.mktemp("first") / "relay", free_port())
     done = subprocess.run(
-        [*RELAY, "init", "--directory", str(made.directory), "--host", "127.0.0.1", "--port", str(port),
+        [*RELAY, "init", "--directory", str(made.directory), "--host", "127.0.0.1", "--port", str(made.port),
          "--url", made.url],
         capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "serve" in done.stdout
+    return made
+
+
+@pytest.fixture
+def relay(first_relay: RelayProcess, tmp_path: Path) -> Iterator[RelayProcess]:
+    """A relay that is set up and not yet running."""
+    made = RelayProcess(tmp_path / "relay", free_port())
+    shutil.copytree(first_relay.directory, made.directory)
+    configuration = made.directory / "relay.yaml"
+    configuration.write_text(configuration.read_text().replace(str(first_relay.port), str(made.port)))
     yield made
     if made.process is not None:
         made.stop(signal.SIGKILL)
