@@ -154,9 +154,7 @@ class QuicTransport:
         """Punch and answer; streams are greeted as they come, as long as the connection lives."""
         if (offer.session_id, "server") not in self._sockets:
             return
-        live = await self._bring_up(offer.session_id, "server", go, offer.candidates)
-        assert self._nursery is not None
-        self._nursery.start_soon(self._greet_streams, live, greet)
+        await self._bring_up(offer.session_id, "server", go, offer.candidates, greet)
 
     async def _greet_streams(self, live: _Live, greet: Greet) -> None:
         async with trio.open_nursery() as nursery:
@@ -205,7 +203,9 @@ class QuicTransport:
         remote = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         return Connection(sock, Path(kind="quic", transport="quic", remote=remote))
 
-    async def _bring_up(self, session_id: str, role: str, go: PathGo, candidates: list[Candidate]) -> _Live:
+    async def _bring_up(
+        self, session_id: str, role: str, go: PathGo, candidates: list[Candidate], greet: Greet | None = None
+    ) -> _Live:
         known = self._sockets.pop((session_id, role), None)
         if known is None:
             raise QuicFailed("The UDP port of this offer is closed already.")
@@ -230,8 +230,18 @@ class QuicTransport:
             )
             assert self._nursery is not None
             live: _Live = await self._nursery.start(self._keep, (session_id, role), begin, sock.dup(), remote)
-        with trio.move_on_after(READY_TIMEOUT):
-            await live.ready.wait()
+        if greet is not None:
+            # From the beginning, and whatever becomes of the offer that led here: the client may be up already, and
+            # streams that nobody greets would look to it like a source that does not answer.
+            self._nursery.start_soon(self._greet_streams, live, greet)
+        try:
+            with trio.move_on_after(READY_TIMEOUT):
+                await live.ready.wait()
+        except trio.Cancelled:
+            if greet is None:
+                # Nobody wants it any more.
+                live.line.close()
+            raise
         if live.over.is_set() or not live.ready.is_set():
             live.line.close()
             raise QuicFailed(live.sentence or "The peer did not answer over QUIC in time.")
