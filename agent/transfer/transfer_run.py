@@ -329,7 +329,15 @@ class TransferRun:
     # --- reports from threads --------------------------------------------------------------------------
 
     def _soon(self, function: Callable[..., object], *arguments: object) -> None:
-        self._token.run_sync_soon(partial(function, *arguments))
+        self._token.run_sync_soon(self._call, function, arguments)
+
+    def _call(self, function: Callable[..., object], arguments: tuple[object, ...]) -> None:
+        """What such a call raises would end the process. The session may be lost just now, while its lanes still bring
+        what is on its way."""
+        try:
+            function(*arguments)
+        except TowpathError as error:
+            self.stop(error)
 
     def request_done(self, lane_number: int, r: int) -> None:
         self._soon(self.fetcher.done, lane_number, r)

@@ -105,6 +105,7 @@ class Line:
             self.engine.on_session(self.engine.sessions)
         ours, theirs = trio.testing.memory_stream_pair()
         with self.engine.source_root() as root:
+            self.engine.controls.append(theirs)
             side = SourceSide(root, OpenPolicy(), None, read_twice=self.engine.read_twice)  # type: ignore[arg-type]
             self.side = side
             scope = trio.CancelScope()
@@ -178,6 +179,8 @@ class Engine:
         self.events: list[Event] = []
         self.reports: list[TaskObserved] = []
         self.lanes: list[socket.socket] = []
+        # The sources' ends of the control streams so far.
+        self.controls: list[trio.StapledStream[trio.testing.MemorySendStream, trio.testing.MemoryReceiveStream]] = []
         self.threads: list[threading.Thread] = []
         self.lane_errors: list[BaseException] = []
         self.calls: list[Call] = []

@@ -7,11 +7,13 @@ import errno
 import os
 import shutil
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 from random import Random
 
 import pytest
+import trio
 
 from agent.storage.faulty import Call, fail_nth
 from agent.transfer import patience, receive
@@ -193,6 +195,29 @@ async def test_a_large_file_that_begins_anew_counts_once(
     assert contents(engine.destination) == contents(engine.source)
     assert observed.counters.bytes_transferred == observed.counters.bytes_total == NEW
     assert last == "dies" or observed.counters.bytes_sent_again == NEW
+
+
+async def test_a_source_that_goes_while_its_lanes_still_bring_something(quick_path: Path) -> None:
+    """Its control stream ends first: asking for the next range fails while a lane's thread tells of the last one."""
+    gone = 0
+
+    def plan(call: Call) -> int | None:
+        nonlocal gone
+        # The last blocks of ranges.
+        if call.operation == "pwrite" and call.nth in (8, 32):
+            gone += 1
+            trio.from_thread.run_sync(engine.controls[-1].send_stream.close)
+            # Until the loss is noticed.
+            time.sleep(0.05)
+        return None
+
+    engine = Engine(quick_path, plan=plan)
+    (engine.source / "large").write_bytes(os.urandom(64 * MIB))
+    observed = await engine.run()
+    assert observed.state == "SUCCEEDED", observed
+    assert gone == 2
+    assert contents(engine.destination) == contents(engine.source)
+    assert engine.sessions == 3
 
 
 async def chaos(base: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
