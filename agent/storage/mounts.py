@@ -95,12 +95,29 @@ def place_marker(fd: int) -> str:
     return known
 
 
+# Roots of file systems have the same low numbers everywhere.
+_LAST_ROOT_INODE = 256
+
+
+def _same_folder(expected: Mark, found: Mark) -> bool:
+    """Whether it is the very folder, reached by another mount: a service's sandbox shows folders through bind mounts.
+
+    The empty folder below a missing disk has neither the disk's marker nor, but for the roots of file systems, an
+    inode of the same number.
+    """
+    if (expected.file_system, expected.inode) != (found.file_system, found.inode) or not expected.inode:
+        return False
+    if expected.marker:
+        return expected.marker == found.marker
+    return expected.inode > _LAST_ROOT_INODE
+
+
 def difference(expected: Mark, found: Mark, *, strict: bool = True) -> str:
     """Why the folder found is not the one expected, as the end of a sentence; empty if it is.
 
     Without ``strict`` only the disk counts: a folder that was made anew in the same place is its owner's doing.
     """
-    if expected.mount_point != found.mount_point:
+    if expected.mount_point != found.mount_point and not _same_folder(expected, found):
         return f"is not on the disk mounted at {expected.mount_point} as when it was set up"
     if expected.file_system != found.file_system:
         return f"is on a file system of type {found.file_system}, not {expected.file_system} as when it was set up"

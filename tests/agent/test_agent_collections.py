@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import threading
 from pathlib import Path
@@ -82,12 +83,22 @@ def write_mark(tmp_path: Path, config: CollectionConfig, **changes: Any) -> Path
 
 def test_an_empty_mount_point_is_not_taken_for_the_disk(tmp_path: Path, root: Path) -> None:
     """The agent starts before the disk is mounted: there is a folder, but not the one of the last time."""
-    path = write_mark(tmp_path, config_for(root), mount_point="/mnt/disk")
+    path = write_mark(tmp_path, config_for(root), mount_point="/mnt/disk", inode=2)
     collections = Collections(Marks(path))
     with pytest.raises(CollectionUnavailable, match=r"/mnt/disk.*accept-root"), collections.using(config_for(root)):
         pass
     report = collections.report(config_for(root))
     assert (report.available, report.id) == (False, ID)
+
+
+@pytest.mark.parametrize("writable_then", [True, False])
+def test_the_same_folder_through_a_bind_mount_is_the_same_folder(
+    tmp_path: Path, root: Path, writable_then: bool
+) -> None:
+    """A service's sandbox (ReadWritePaths) gives folders mount points that they have not elsewhere."""
+    config = dataclasses.replace(config_for(root), read_only=not writable_then)
+    path = write_mark(tmp_path, config, mount_point=str(root))
+    assert Collections(Marks(path)).report(config_for(root)).available
 
 
 def test_the_owner_can_accept_a_root_that_moved(tmp_path: Path, root: Path) -> None:
@@ -105,7 +116,7 @@ def test_a_folder_made_anew_on_the_same_disk_is_the_owners_doing(tmp_path: Path,
 
 
 def test_a_mark_counts_only_for_the_root_it_was_taken_of(tmp_path: Path, root: Path) -> None:
-    path = write_mark(tmp_path, config_for(root), mount_point="/mnt/disk")
+    path = write_mark(tmp_path, config_for(root), mount_point="/mnt/disk", inode=2)
     (tmp_path / "other").mkdir()
     assert Collections(Marks(path)).report(config_for(tmp_path / "other")).available
 

@@ -80,7 +80,7 @@ def test_a_mount_point_without_its_disk_is_not_called_well(tmp_path: Path) -> No
     assert finding["level"] == "ok"
     seen = marks.expected(config)
     assert seen is not None
-    marks.keep(config, dataclasses.replace(seen, mount_point="/mnt/disk"))
+    marks.keep(config, dataclasses.replace(seen, mount_point="/mnt/disk", inode=2))
     code, found = run(config_file, "collections")
     assert code == 1
     assert "is not on the disk mounted at /mnt/disk" in found["collections"][0]["sentence"]
