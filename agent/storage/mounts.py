@@ -103,9 +103,9 @@ def _same_folder(expected: Mark, found: Mark) -> bool:
     """Whether it is the very folder, reached by another mount: a service's sandbox shows folders through bind mounts.
 
     The empty folder below a missing disk has neither the disk's marker nor, but for the roots of file systems, an
-    inode of the same number.
+    inode of the same number. Where numbers do not last, the marker alone has to show it.
     """
-    if (expected.file_system, expected.inode) != (found.file_system, found.inode) or not expected.inode:
+    if (expected.file_system, expected.inode) != (found.file_system, found.inode):
         return False
     if expected.marker:
         return expected.marker == found.marker

@@ -16,7 +16,7 @@ from agent.availability import Availability
 from agent.collections import MARKS_FILE, Collections, CollectionUnavailable, Marks, report_of
 from agent.config.keys import CollectionConfig
 from agent.policy import Policy
-from agent.storage.mounts import Mark
+from agent.storage.mounts import Mark, Mount, difference, mark_of
 from protocol.control import CollectionReport
 from protocol.errors import NeedsPerson, TowpathError
 
@@ -99,6 +99,15 @@ def test_the_same_folder_through_a_bind_mount_is_the_same_folder(
     config = dataclasses.replace(config_for(root), read_only=not writable_then)
     path = write_mark(tmp_path, config, mount_point=str(root))
     assert Collections(Marks(path)).report(config_for(root)).available
+
+
+@pytest.mark.parametrize(("marker", "same"), [("a" * 32, True), ("b" * 32, False), ("", False)])
+def test_where_inodes_do_not_last_the_marker_alone_shows_the_same_folder(marker: str, same: bool) -> None:
+    """A container's overlay, once more in the sandbox of a service."""
+    before = mark_of(Mount("overlay", "/"), 4711, "a" * 32)
+    now = mark_of(Mount("overlay", "/data"), 4812, marker)
+    assert (difference(before, now) == "") is same
+    assert difference(mark_of(Mount("overlay", "/"), 4711), mark_of(Mount("overlay", "/data"), 4812))
 
 
 def test_the_owner_can_accept_a_root_that_moved(tmp_path: Path, root: Path) -> None:
