@@ -25,7 +25,7 @@ from agent import local_socket, logs, process
 from agent.availability import Availability
 from agent.collections import MARKS_FILE, Collections, Marks
 from agent.config.keys import AgentConfig, ConfigError
-from agent.config.layers import load_config, overlay_file
+from agent.config.layers import load_config, overlay_file, waiting_for_start
 from agent.config.watch import changes
 from agent.connect.network import Network
 from agent.connect.portmap import PortMapping
@@ -377,7 +377,7 @@ class Daemon:
             self._config_problem = error.sentence
             raise
         self._config_problem = ""
-        later = _waiting_for_start(self._config, config)
+        later = waiting_for_start(self._config, config)
         rest = f" {', '.join(later)} will count from the next start on." if later else ""
         if config == self._read:
             # Whoever asks may have been overtaken by the watch of the files.
@@ -442,18 +442,6 @@ class Daemon:
     def stop(self) -> None:
         """End the agent."""
         self._stop.set()
-
-
-def _waiting_for_start(running: AgentConfig, read: AgentConfig) -> list[str]:
-    """The keys whose new values the running agent cannot take up."""
-    pairs = (
-        ("relay", running.relay, read.relay),
-        ("state_dir", running.state_dir, read.state_dir),
-        ("profile", running.profile, read.profile),
-        *((f"data.{name}", getattr(running.data, name), value) for name, value in vars(read.data).items()),
-        ("limits.spare_worker", running.limits.spare_worker, read.limits.spare_worker),
-    )
-    return [key for key, old, new in pairs if old != new]
 
 
 def _place_of(url: str, dialer: Dialer) -> tuple[str, int] | None:

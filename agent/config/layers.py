@@ -354,3 +354,15 @@ def state_dir_of(file: Path) -> Path:
     if not isinstance(text, str) or not text:
         return default_state_dir(file)
     return file.parent / Path(text).expanduser()
+
+
+def waiting_for_start(running: AgentConfig, read: AgentConfig) -> list[str]:
+    """The keys whose new values an agent that runs cannot take up."""
+    pairs = (
+        ("relay", running.relay, read.relay),
+        ("state_dir", running.state_dir, read.state_dir),
+        ("profile", running.profile, read.profile),
+        *((f"data.{name}", getattr(running.data, name), value) for name, value in vars(read.data).items()),
+        ("limits.spare_worker", running.limits.spare_worker, read.limits.spare_worker),
+    )
+    return [key for key, old, new in pairs if old != new]

@@ -10,8 +10,7 @@ import hmac
 import queue
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
-from itertools import islice
+from collections.abc import Callable, Mapping
 
 import msgspec
 import trio
@@ -19,7 +18,7 @@ import trio
 from agent.limits.pace import Pace
 from agent.meter.lane import LaneMeter
 from agent.storage import attributes
-from agent.storage.base import Directory, Node, Reach, Root, version_of
+from agent.storage.base import Reach, Root, version_of
 from agent.storage.faults import fault
 from agent.transfer import compression
 from agent.transfer.attributes import read_attributes
@@ -27,6 +26,7 @@ from agent.transfer.checksum import block_digests, file_digest
 from agent.transfer.holes import data_extents
 from agent.transfer.send import LaneRequest, LaneSender
 from agent.transfer.source_policy import SourcePolicy
+from agent.transfer.source_rows import Listing, row_of
 from protocol import session
 from protocol.errors import ProtocolError, RetryLater, TowpathError
 from protocol.names import CollectionPath
@@ -38,23 +38,6 @@ LISTINGS_AT_ONCE = 32
 MAX_LANES = 64
 # Requests of one destination that may wait for lanes; an honest one is held back by its own window long before.
 MAX_WAITING = 100_000
-_KINDS = {"file": session.FILE, "dir": session.DIRECTORY, "symlink": session.SYMLINK}
-
-
-def row_of(node: Node, target: bytes | None = None) -> session.Row:
-    """A directory entry as it travels."""
-    return session.Row(
-        node.name,
-        _KINDS.get(node.kind, session.OTHER),
-        node.size,
-        node.mtime_ns,
-        node.ctime_ns,
-        node.device,
-        node.inode,
-        node.mode,
-        target,
-        node.nlink,
-    )
 
 
 class SourceSide:
@@ -267,7 +250,7 @@ class Control:
 
     async def _send_rows(self, request: session.ListDirectory, path: CollectionPath, credit: trio.Semaphore) -> None:
         # A hop to another thread for each message and none besides: opening, reading, encoding, closing.
-        listing = _Listing(self._side.root, path, request)
+        listing = Listing(self._side.root, path, request)
         try:
             while not listing.ended:
                 await credit.acquire()
@@ -449,46 +432,6 @@ def readings_of(r: int, meters: Mapping[int, LaneMeter]) -> session.LaneReadings
             )
         lanes.append(reading)
     return session.LaneReadings(r, time.monotonic(), time.process_time(), lanes)
-
-
-class _Listing:
-    """One directory on its way to a destination, a message at a time."""
-
-    def __init__(self, root: Root, path: CollectionPath, request: session.ListDirectory) -> None:
-        self._root = root
-        self._path = path
-        self._request = request
-        self._handle: Directory | None = None
-        self._rows: Iterator[session.Row] = iter(())
-        self.ended = False
-
-    def message(self) -> bytes:
-        """The next rows, encoded. Blocks; raises OSError."""
-        if self._handle is None:
-            self._handle = self._root.open_directory(self._path)
-            self._rows = _rows(self._handle, follow=self._request.follow)
-        batch = list(islice(self._rows, session.ROWS_IN_MESSAGE))
-        self.ended = len(batch) < session.ROWS_IN_MESSAGE
-        if self.ended:
-            self.close()
-        return session.encode(session.Rows(self._request.r, batch, self.ended))
-
-    def close(self) -> None:
-        """Safe to call twice."""
-        if self._handle is not None:
-            self._handle.close()
-
-
-def _rows(handle: Directory, *, follow: bool) -> Iterator[session.Row]:
-    for node in handle.scan():
-        if node.kind != "symlink":
-            yield row_of(node)
-            continue
-        try:
-            yield row_of(handle.stat(node.name)) if follow else row_of(node, handle.readlink(node.name))
-        except OSError:
-            # A link that leads nowhere, out of the collection, or vanished: reported as what it is.
-            yield row_of(node, b"")
 
 
 def serve_lane(

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from agent.config.keys import AgentConfig, DataConfig, LimitsConfig
-from agent.daemon import _waiting_for_start
+from agent.config.layers import waiting_for_start
 
 
 def test_settings_that_are_read_once_are_named() -> None:
@@ -15,5 +15,5 @@ def test_settings_that_are_read_once_are_named() -> None:
     limits = LimitsConfig(lanes=2, spare_worker=False)
     after = replace(before, profile="login-node", data=data, limits=limits)
     wanted = {"profile", "data.port", "data.allow_loopback", "data.advertise", "limits.spare_worker"}
-    assert set(_waiting_for_start(before, after)) == wanted
-    assert _waiting_for_start(before, replace(before, limits=LimitsConfig(lanes=2))) == []
+    assert set(waiting_for_start(before, after)) == wanted
+    assert waiting_for_start(before, replace(before, limits=LimitsConfig(lanes=2))) == []

@@ -1,0 +1,68 @@
+"""A source's directories as they travel: their entries as rows, a message of them at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+
+from agent.storage.base import Directory, Node, Root
+from protocol import session
+from protocol.names import CollectionPath
+
+_KINDS = {"file": session.FILE, "dir": session.DIRECTORY, "symlink": session.SYMLINK}
+
+
+def row_of(node: Node, target: bytes | None = None) -> session.Row:
+    """A directory entry as it travels."""
+    return session.Row(
+        node.name,
+        _KINDS.get(node.kind, session.OTHER),
+        node.size,
+        node.mtime_ns,
+        node.ctime_ns,
+        node.device,
+        node.inode,
+        node.mode,
+        target,
+        node.nlink,
+    )
+
+
+class Listing:
+    """One directory on its way to a destination, a message at a time."""
+
+    def __init__(self, root: Root, path: CollectionPath, request: session.ListDirectory) -> None:
+        self._root = root
+        self._path = path
+        self._request = request
+        self._handle: Directory | None = None
+        self._rows: Iterator[session.Row] = iter(())
+        self.ended = False
+
+    def message(self) -> bytes:
+        """The next rows, encoded. Blocks; raises OSError."""
+        if self._handle is None:
+            self._handle = self._root.open_directory(self._path)
+            self._rows = _rows(self._handle, follow=self._request.follow)
+        batch = list(islice(self._rows, session.ROWS_IN_MESSAGE))
+        self.ended = len(batch) < session.ROWS_IN_MESSAGE
+        if self.ended:
+            self.close()
+        return session.encode(session.Rows(self._request.r, batch, self.ended))
+
+    def close(self) -> None:
+        """Safe to call twice."""
+        if self._handle is not None:
+            self._handle.close()
+
+
+def _rows(handle: Directory, *, follow: bool) -> Iterator[session.Row]:
+    for node in handle.scan():
+        if node.kind != "symlink":
+            yield row_of(node)
+            continue
+        try:
+            yield row_of(handle.stat(node.name)) if follow else row_of(node, handle.readlink(node.name))
+        except OSError:
+            # A link that leads nowhere, out of the collection, or vanished: reported as what it is.
+            yield row_of(node, b"")
