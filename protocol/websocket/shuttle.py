@@ -24,8 +24,8 @@ OPEN_TIMEOUT = 15.0
 PING, DEAD = 5.0, 13.0
 # Bytes one connection may move in one go before others have their turn.
 QUANTUM = 512 * 1024
-# How long the last bytes may take (seconds).
-FAREWELL = 5.0
+# How long (seconds) the last bytes may take where the other side lives but takes nothing.
+FAREWELL = 120.0
 
 
 class Over(Exception):
@@ -71,6 +71,8 @@ class Shuttle:
         self._deadline = now + OPEN_TIMEOUT
         self._pinged = now
         self._leaving = False
+        # Why nothing more goes to or comes from outside, while the local side still has to take what came before.
+        self._broken: TowpathError | None = None
         # What waits to be sent either way.
         self._out: deque[memoryview] = deque()
         self._in: deque[memoryview] = deque()
@@ -91,6 +93,8 @@ class Shuttle:
     def wishes(self) -> tuple[int, int]:
         """What to wait for, as masks of `selectors`: on the outside, and on the local side."""
         outside = self._tls_wants
+        if self._broken is not None:
+            return 0, selectors.EVENT_WRITE if self._in else 0
         if self._shaken:
             outside |= (selectors.EVENT_WRITE if self._out else 0) | (selectors.EVENT_READ if not self._in else 0)
         local = selectors.EVENT_WRITE if self._in else 0
@@ -110,16 +114,18 @@ class Shuttle:
         self.again = False
         self._tls_wants = 0
         try:
-            if not self._shaken:
+            if self._broken is not None:
+                self._deliver_rest()
+            elif not self._shaken:
                 self._shake_hands()
-            if self._shaken:
+            if self._shaken and self._broken is None:
                 self._move(now)
         except TowpathError as error:
-            self._fail(error)
+            self._break(error, now)
         except ssl.SSLError as error:
-            self._fail(_tls_trouble(self._host, error))
+            self._break(_tls_trouble(self._host, error), now)
         except OSError as error:
-            self._fail(WebSocketRefused(f"The connection broke: {(error.strerror or str(error)).lower()}."))
+            self._break(WebSocketRefused(f"The connection broke: {(error.strerror or str(error)).lower()}."), now)
         self._keep_time(now)
 
     def close(self) -> None:
@@ -140,6 +146,19 @@ class Shuttle:
             self._shaken = True
             self._queue()
 
+    def _break(self, error: TowpathError, now: float) -> None:
+        """The connection is over. What had come before is the local side's all the same, however slowly it takes it."""
+        if self._broken is not None or not self._opened or not self._in:
+            self._fail(error)
+        self._broken = error
+        self._deadline = now + FAREWELL
+
+    def _deliver_rest(self) -> None:
+        assert self._broken is not None
+        self._deliver()
+        if not self._in:
+            self._fail(self._broken)
+
     def _fail(self, error: TowpathError) -> None:
         """The end before its time; the local side learns why while it does not know yet whether the way is open."""
         if self._tells and not self._opened:
@@ -155,21 +174,32 @@ class Shuttle:
         raise Over(error.sentence)
 
     def _keep_time(self, now: float) -> None:
-        if not self._opened or self._leaving:
+        if not self._opened:
             if now > self._deadline:
                 self._fail(WebSocketRefused("WebSocket to the relay did not open in time."))
             return
-        if self._in:
-            # Nothing is read, so nothing can be heard.
-            self._core.heard = now
+        if (self._leaving or self._broken is not None) and now > self._deadline:
+            raise Over("The last bytes were not taken in time.")
+        if self._broken is not None:
             return
-        if now - self._core.heard > DEAD:
+        if self._in:
+            # Nothing is read, so nothing can be heard; but the other side hears that this one is there.
+            self._core.heard = now
+        elif now - self._core.heard > DEAD:
             raise Over(f"The other side was silent for {DEAD:.0f} seconds.")
-        if now - max(self._core.heard, self._pinged) > PING and not self._out:
+        quiet_since = self._pinged if self._in else max(self._core.heard, self._pinged)
+        if now - quiet_since > PING and not self._out:
             self._pinged = now
             self._core.ping()
             self._queue()
+            self._send_ping()
+
+    def _send_ping(self) -> None:
+        try:
             self._send()
+        except (ssl.SSLError, OSError):
+            # The next step meets it again, and knows what to do.
+            self.again = True
 
     # --- bytes -----------------------------------------------------------------------------------------------
 

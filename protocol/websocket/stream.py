@@ -69,6 +69,20 @@ class WebSocketStream(trio.abc.HalfCloseableStream):
         self._core.end()
         await self.flush()
 
+    async def ping(self) -> None:
+        """Show the peer that this side is there, whatever else is held up."""
+        self._core.ping()
+        await self.flush()
+
+    async def wait_closed(self) -> None:
+        """Behind the end of the peer's stream: answer pings and the goodbye until the connection is closed."""
+        try:
+            while self._core.is_open:
+                await self._feed()
+        except trio.BrokenResourceError:
+            # Gone without a goodbye; its stream was complete.
+            return
+
     async def aclose(self) -> None:
         """Say goodbye if that is possible at once, and close."""
         try:

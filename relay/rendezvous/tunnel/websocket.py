@@ -13,6 +13,7 @@ import trio
 
 from protocol.websocket.carrier import Carrier, CarrierUnavailable, local_pair
 from protocol.websocket.orders import Carry
+from protocol.websocket.shuttle import FAREWELL, PING
 from protocol.websocket.stream import WebSocketStream
 from relay.rendezvous.tunnel.acceptor import LocalBearer, TunnelAcceptor
 
@@ -53,10 +54,16 @@ class WebSocketTunnels:
                 return
             near, far = local_pair()
             try:
-                async with _stream_of(far) as outside, trio.open_nursery() as nursery:
-                    nursery.start_soon(self._admit_and_close, near)
-                    nursery.start_soon(_pump, stream, outside)
-                    nursery.start_soon(_pump, outside, stream)
+                async with _stream_of(far) as outside, trio.open_nursery() as pinging:
+                    pinging.start_soon(_ping, stream)
+                    async with trio.open_nursery() as nursery:
+                        nursery.start_soon(self._admit_and_close, near)
+                        nursery.start_soon(_pump, stream, outside)
+                        nursery.start_soon(_pump, outside, stream)
+                    # What nobody reads would turn our close into a reset, and take away what the agent has not read.
+                    with trio.move_on_after(FAREWELL):
+                        await stream.wait_closed()
+                    pinging.cancel_scope.cancel()
             except* (trio.BrokenResourceError, trio.ClosedResourceError):
                 _logger.debug("A tunnel connection broke.")
 
@@ -75,6 +82,13 @@ class WebSocketTunnels:
 def _stream_of(sock: socket.socket) -> trio.SocketStream:
     sock.setblocking(False)
     return trio.SocketStream(trio.socket.from_stdlib_socket(sock))
+
+
+async def _ping(stream: WebSocketStream) -> None:
+    """Tell the agent that the relay is there while the other agent takes nothing, so that nothing is read here."""
+    while True:
+        await trio.sleep(PING)
+        await stream.ping()
 
 
 async def _pump(source: trio.abc.ReceiveStream, target: trio.abc.HalfCloseableStream) -> None:

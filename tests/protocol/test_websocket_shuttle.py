@@ -1,0 +1,100 @@
+"""One WebSocket connection carried to a local socket, step by step, against a server that is not polite."""
+
+from __future__ import annotations
+
+import random
+import socket
+import ssl
+import threading
+import time
+
+import pytest
+import trustme
+
+from protocol.websocket.core import FEED, Core
+from protocol.websocket.shuttle import Over, Shuttle
+
+CA = trustme.CA()
+CONTENT = random.Random(1).randbytes(1_500_000)
+
+
+def client_context() -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    CA.configure_trust(context)
+    return context
+
+
+def serve_and_leave(sock: socket.socket, content: bytes, said: threading.Event) -> None:
+    """Hear the caller out, say everything and the goodbye, and close at once without reading the answer."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    CA.issue_cert("relay").configure_cert(context)
+    core = Core.server(("/tunnel",), 0.0)
+    with context.wrap_socket(sock, server_side=True) as tls:
+        while not core.peer_ended:
+            core.receive_untrusted(tls.recv(FEED), 0.0)
+            tls.sendall(core.take())
+        core.send(content)
+        core.end()
+        core.close()
+        tls.sendall(core.take())
+    said.set()
+
+
+def connected() -> tuple[socket.socket, socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        near = socket.create_connection(listener.getsockname())
+        far, _ = listener.accept()
+    return near, far
+
+
+@pytest.fixture
+def local() -> tuple[socket.socket, socket.socket]:
+    near, far = socket.socketpair()
+    far.setblocking(False)
+    return near, far
+
+
+def take(sock: socket.socket, most: int) -> bytes | None:
+    try:
+        return sock.recv(most)
+    except BlockingIOError:
+        return None
+
+
+def test_what_came_before_a_break_is_delivered_however_slowly_it_is_taken(
+    local: tuple[socket.socket, socket.socket],
+) -> None:
+    outside, server = connected()
+    near, far = local
+    said = threading.Event()
+    thread = threading.Thread(target=serve_and_leave, args=(server, CONTENT, said))
+    thread.start()
+    now = time.monotonic()
+    core = Core.client("relay", 443, "/tunnel", now)
+    buffer = memoryview(bytearray(FEED))
+    shuttle = Shuttle(outside, client_context(), near, core, now, server_hostname="relay", buffer=buffer)
+    # The own side is complete from the beginning, so that both are when the server's goodbye comes.
+    far.shutdown(socket.SHUT_WR)
+    received = bytearray()
+    over = False
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        for _ in range(3):
+            if not over:
+                for sock in shuttle.sockets:
+                    shuttle.ready(sock)
+                try:
+                    shuttle.step(now)
+                except Over:
+                    over = True
+                    shuttle.close()
+        part = take(far, 5_000)
+        if part == b"":
+            break
+        received += part or b""
+    thread.join()
+    far.close()
+    assert said.is_set()
+    line, _, stream = bytes(received).partition(b"\n")
+    assert b"joined" in line
+    assert stream == CONTENT
