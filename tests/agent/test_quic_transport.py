@@ -59,7 +59,7 @@ async def test_streams_are_greeted_although_the_offer_was_replaced_while_quic_ca
 
         async def replace() -> None:
             while not server._live:
-                await trio.sleep(0)
+                await trio.sleep(0.002)
             replaced.cancel()
 
         nursery.start_soon(serve)

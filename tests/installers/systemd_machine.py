@@ -85,6 +85,10 @@ class Machine:
             path.mkdir()
         options = f"lowerdir={image()},upperdir={layers['upper']},workdir={layers['work']}"
         subprocess.run(["mount", "-t", "overlay", "overlay", "-o", options, self.root], check=True)
+        # Data is on a file system of its own, as on any such machine; inodes of an overlay do not last.
+        for path in (folder / "data", self.root / "data"):
+            path.mkdir()
+        subprocess.run(["mount", "--bind", folder / "data", self.root / "data"], check=True)
         self.container: subprocess.Popen[bytes] | None = None
         self.console = folder / "console.log"
 
@@ -155,7 +159,7 @@ class Machine:
             else:
                 self.container.kill()
             self.container.wait(30)
-        subprocess.run(["umount", self.root], check=True)
+        subprocess.run(["umount", "--recursive", self.root], check=True)
 
     def properties(self, unit: str, *names: str, user: User | None = None) -> dict[str, str]:
         """What the service manager knows of a unit; the user's own one if a user is given."""
