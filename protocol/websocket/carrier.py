@@ -10,16 +10,13 @@ from __future__ import annotations
 import array
 import logging
 import socket
-import subprocess
-import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
 import trio
 
 from protocol.errors import RetryLater
+from protocol.line_process import line_process
 from protocol.websocket.orders import MAX_PACKET, Carry, Report, Serve, decode_report, encode
 
 _logger = logging.getLogger("towpath.websocket")
@@ -112,7 +109,7 @@ class Carrier:
         """Keep the process running once it is wanted, until cancelled."""
         await self._wanted.wait()
         while True:
-            async with _process() as line:
+            async with line_process("protocol.websocket.process") as line:
                 if self._serve is not None:
                     await line.send(encode(self._serve))
                 self._line = line
@@ -139,29 +136,6 @@ class Carrier:
             if not packet:
                 return
             self._report = decode_report(packet)
-
-
-@asynccontextmanager
-async def _process() -> AsyncIterator[trio.socket.SocketType]:
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with theirs:
-        process = await trio.lowlevel.open_process(
-            [sys.executable, "-m", "protocol.websocket.process", str(theirs.fileno())],
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-        )
-    ours.setblocking(False)
-    line = trio.socket.from_stdlib_socket(ours)
-    try:
-        with line:
-            yield line
-    finally:
-        with trio.CancelScope(shield=True):
-            with trio.move_on_after(2.0):
-                await process.wait()
-            if process.returncode is None:
-                process.kill()
-                await process.wait()
 
 
 def local_pair() -> tuple[socket.socket, socket.socket]:

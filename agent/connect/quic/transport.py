@@ -9,10 +9,8 @@ from __future__ import annotations
 import contextlib
 import secrets
 import socket
-import subprocess
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 import msgspec
@@ -36,6 +34,7 @@ from agent.connect.udp import get_hops, has_ipv6, incoming, open_udp, outgoing, 
 from protocol.candidates import MAPPED_UDP, Candidate, PathGo, PathOffer
 from protocol.errors import RetryLater
 from protocol.identity import NodeKey
+from protocol.line_process import line_process
 
 MAX_CONNECTIONS = 64
 OPEN_TIMEOUT = 10.0
@@ -258,7 +257,8 @@ class QuicTransport:
     ) -> None:
         """One connection, from its process's start to its end."""
         with udp:
-            async with _carrier_process(begin, udp) as line:
+            async with line_process("agent.connect.quic.process") as line:
+                await _send(line, encode(begin), udp.fileno())
                 udp.close()
                 live = _Live(line, remote)
                 old = self._live.get(key)
@@ -352,30 +352,6 @@ async def _send_probe(sock: trio.socket.SocketType, send: Send) -> None:
     except OSError:
         # One target cannot be reached from here; the others may.
         return
-
-
-@asynccontextmanager
-async def _carrier_process(begin: Begin, udp: trio.socket.SocketType) -> AsyncIterator[trio.socket.SocketType]:
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with theirs:
-        process = await trio.lowlevel.open_process(
-            [sys.executable, "-m", "agent.connect.quic.process", str(theirs.fileno())],
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-        )
-    ours.setblocking(False)
-    line = trio.socket.from_stdlib_socket(ours)
-    try:
-        with line:
-            await _send(line, encode(begin), udp.fileno())
-            yield line
-    finally:
-        with trio.CancelScope(shield=True):
-            with trio.move_on_after(2.0):
-                await process.wait()
-            if process.returncode is None:
-                process.kill()
-                await process.wait()
 
 
 async def _send(line: trio.socket.SocketType, packet: bytes, descriptor: int) -> None:

@@ -10,8 +10,6 @@ import array
 import hashlib
 import logging
 import socket
-import subprocess
-import sys
 import time
 import uuid
 from collections import Counter, OrderedDict
@@ -23,6 +21,7 @@ import trio
 
 from protocol.candidates import RELAY_TUNNEL, Candidate, PathOffer
 from protocol.errors import NeedsPerson, RetryLater, TowpathError
+from protocol.line_process import line_process
 from protocol.ticket import TicketSigner, TicketVerifier
 from protocol.tunnel.token import LIFE, Half, Side, sign_half
 from relay.rendezvous.tunnel.acceptor import TunnelAcceptor
@@ -257,28 +256,16 @@ class TunnelService:
     ) -> None:
         started = False
         while True:
-            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            with theirs:
-                for end in (ours, theirs):
-                    end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * MAX_PACKET)
-                process = await trio.lowlevel.open_process(
-                    [sys.executable, "-m", "relay.rendezvous.tunnel.process", str(theirs.fileno())],
-                    pass_fds=[theirs.fileno()],
-                    stdin=subprocess.DEVNULL,
-                )
-            ours.setblocking(False)
-            line = trio.socket.from_stdlib_socket(ours)
-            try:
-                with line:
+            async with line_process("relay.rendezvous.tunnel.process", room=2 * MAX_PACKET) as line:
+                try:
                     await line.send(encode(Begin(self._limits)))
                     mover.line = line
                     if not started:
                         started = True
                         task_status.started()
                     await self._hear(mover, line)
-            finally:
-                mover.line = None
-                await _end(process)
+                finally:
+                    mover.line = None
             self._restarts += 1
             self._pairs = {pair: other for pair, other in self._pairs.items() if other is not mover}
             _logger.error("A tunnel process ended unexpectedly; another one is started.")
@@ -321,13 +308,3 @@ async def _send(line: trio.socket.SocketType, packet: bytes, sockets: tuple[sock
     """One packet with two descriptors."""
     numbers = array.array("i", [sock.fileno() for sock in sockets]).tobytes()
     await line.sendmsg([packet], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, numbers)])
-
-
-async def _end(process: trio.Process) -> None:
-    """The process ends by itself when its line is closed; one that does not is killed."""
-    with trio.CancelScope(shield=True):
-        with trio.move_on_after(2.0):
-            await process.wait()
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
