@@ -30,7 +30,7 @@ from agent.transfer import patience, task_runner
 from agent.transfer.channel import Common, Event, RunTask
 from agent.transfer.compression import offered
 from agent.transfer.journal import Journal
-from agent.transfer.manifest import ManifestWriter
+from agent.transfer.manifest import ManifestWriter, SkippedRow, read_page
 from agent.transfer.serve import SourceSide, serve_lane
 from agent.transfer.source_session import SourceSession
 from agent.transfer.state_trouble import of_system
@@ -372,3 +372,17 @@ def when(code: str, action: Callable[[], None]) -> Callable[[Line, TaskObserved]
             action()
 
     return look
+
+
+def skipped(engine: Engine) -> dict[str, str]:
+    """What the task of an engine left out, and the code that says why."""
+    page = read_page(engine.state / "skipped.manifest", SkippedRow, None, 1000, complete=True)
+    return {os.fsdecode(row.source): row.code for row in page.rows}
+
+
+def tree(folder: Path, names: list[str]) -> None:
+    """Files of these names, each with a content of its own."""
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"content of {name}")

@@ -13,26 +13,13 @@ from hypothesis import strategies as st
 
 from agent.storage.folding import ask, by_attribute, fold_key
 from agent.storage.posix import open_root
-from agent.transfer.manifest import SkippedRow, read_page
 from protocol.control import TaskItem, TaskOptions
-from tests.agent.engine_inside import CHECKED, Crashed, Engine, contents, quick_path
+from tests.agent.engine_inside import CHECKED, Crashed, Engine, contents, quick_path, skipped, tree
 from tests.agent.folding_root import FoldingRoot, folded
 
 __all__ = ["quick_path"]
 
 COMPOSED, DECOMPOSED = "caf\u00e9", "cafe\u0301"
-
-
-def skipped(engine: Engine) -> dict[str, str]:
-    page = read_page(engine.state / "skipped.manifest", SkippedRow, None, 1000, complete=True)
-    return {os.fsdecode(row.source): row.code for row in page.rows}
-
-
-def tree(folder: Path, names: list[str]) -> None:
-    for name in names:
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"content of {name}")
 
 
 NAMES = ["README", "readme", "ReadMe", "other", COMPOSED, DECOMPOSED, "Docs/a", "docs/b", "stra\u00dfe", "STRASSE"]

@@ -14,9 +14,8 @@ import msgspec
 import pytest
 
 from agent.transfer.hard_links import CODE as NOT_LINKED
-from agent.transfer.manifest import SkippedRow, read_page
 from protocol.control import TaskOptions
-from tests.agent.engine_inside import CHECKED, Engine, contents
+from tests.agent.engine_inside import CHECKED, Engine, contents, skipped, tree
 
 COMPOSED, DECOMPOSED = "caf\u00e9", "cafe\u0301"
 # How each is made, and how it is mounted.
@@ -53,18 +52,6 @@ def mounted(base: Path, kind: str) -> Iterator[Path]:
         yield target
     finally:
         subprocess.run(["umount", "--lazy", place], check=True)
-
-
-def skipped(engine: Engine) -> dict[str, str]:
-    page = read_page(engine.state / "skipped.manifest", SkippedRow, None, 1000, complete=True)
-    return {os.fsdecode(row.source): row.code for row in page.rows}
-
-
-def tree(folder: Path, names: list[str]) -> None:
-    for name in names:
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"content of {name}")
 
 
 @pytest.mark.parametrize("kind", REAL)

@@ -85,6 +85,15 @@ async def test_a_journal_of_a_newer_agent_is_said_and_waited_for(quick_path: Pat
     assert contents(engine.destination) == contents(engine.source)
 
 
+async def goes_on_with_its_journal(engine: Engine) -> None:
+    """A new run ends well, by the journal there is."""
+    after = engine.revived()
+    observed = await after.run()
+    assert observed.state == "SUCCEEDED", observed
+    assert "JOURNAL_REBUILT" not in after.codes()
+    assert contents(engine.destination) == contents(engine.source)
+
+
 async def test_a_journal_of_the_first_format_is_upgraded_and_gone_on_with(quick_path: Path) -> None:
     import sqlite3
 
@@ -96,11 +105,7 @@ async def test_a_journal_of_the_first_format_is_upgraded_and_gone_on_with(quick_
         "DELETE FROM meta WHERE key = 'format'; DROP TABLE extras; DROP TABLE hard_links; PRAGMA user_version = 1;"
     )
     connection.close()
-    after = engine.revived()
-    observed = await after.run()
-    assert observed.state == "SUCCEEDED", observed
-    assert "JOURNAL_REBUILT" not in after.codes()
-    assert contents(engine.destination) == contents(engine.source)
+    await goes_on_with_its_journal(engine)
 
 
 async def test_a_journal_of_the_format_before_hard_links_is_upgraded_and_gone_on_with(quick_path: Path) -> None:
@@ -113,11 +118,7 @@ async def test_a_journal_of_the_format_before_hard_links_is_upgraded_and_gone_on
     connection.commit()
     connection.executescript("DROP TABLE hard_links; PRAGMA user_version = 3;")
     connection.close()
-    after = engine.revived()
-    observed = await after.run()
-    assert observed.state == "SUCCEEDED", observed
-    assert "JOURNAL_REBUILT" not in after.codes()
-    assert contents(engine.destination) == contents(engine.source)
+    await goes_on_with_its_journal(engine)
 
 
 async def test_a_journal_that_another_program_holds_is_said_and_waited_for(

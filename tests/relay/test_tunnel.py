@@ -59,27 +59,31 @@ async def no_pairs(world: TunnelWorld) -> None:
             await trio.sleep(0.01)
 
 
+async def pass_both_ways(source: trio.SocketStream, destination: trio.SocketStream, content: bytes) -> None:
+    """Content arrives whole, and its opposite the other way, which is still open when the first one has ended."""
+    received: dict[str, bytes] = {}
+
+    async def read(name: str, stream: trio.SocketStream) -> None:
+        received[name] = await read_all(stream)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(read, "forward", destination)
+        await source.send_all(content)
+        await source.send_eof()
+    assert received["forward"] == content
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(read, "back", source)
+        await destination.send_all(content[::-1])
+        await destination.send_eof()
+    assert received["back"] == content[::-1]
+
+
 async def test_bytes_pass_both_ways_and_each_way_ends_by_itself() -> None:
     content = random.Random(1).randbytes(8_000_000)
     async with tunnel_world() as world:
         with trio.fail_after(30):
             async with world.pair() as (source, destination):
-                received: dict[str, bytes] = {}
-
-                async def read(name: str, stream: trio.SocketStream) -> None:
-                    received[name] = await read_all(stream)
-
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(read, "forward", destination)
-                    await source.send_all(content)
-                    await source.send_eof()
-                assert received["forward"] == content
-                # The other way is still open.
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(read, "back", source)
-                    await destination.send_all(content[::-1])
-                    await destination.send_eof()
-                assert received["back"] == content[::-1]
+                await pass_both_ways(source, destination, content)
                 await no_pairs(world)
         statistics = world.service.statistics()
         assert statistics.outcomes == {"closed": 1}

@@ -11,7 +11,7 @@ import trio
 
 from protocol.errors import TowpathError
 from protocol.websocket.orders import ALPN
-from tests.relay.test_tunnel import no_pairs, read_all
+from tests.relay.test_tunnel import no_pairs, pass_both_ways, read_all
 from tests.relay.tunnel_world import CA, SESSION, USER, TunnelWorld, tunnel_world
 
 UPGRADE = (
@@ -27,22 +27,7 @@ async def test_bytes_pass_both_ways_and_each_way_ends_by_itself(inside: int, han
     async with tunnel_world(websocket=inside, handed_over=handed_over) as world:
         with trio.fail_after(30):
             async with world.pair() as (source, destination):
-                received: dict[str, bytes] = {}
-
-                async def read(name: str, stream: trio.SocketStream) -> None:
-                    received[name] = await read_all(stream)
-
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(read, "forward", destination)
-                    await source.send_all(content)
-                    await source.send_eof()
-                assert received["forward"] == content
-                # The other way is still open.
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(read, "back", source)
-                    await destination.send_all(content[::-1])
-                    await destination.send_eof()
-                assert received["back"] == content[::-1]
+                await pass_both_ways(source, destination, content)
                 await no_pairs(world)
         assert world.service.statistics().outcomes == {"closed": 1}
         assert world.relay.statistics().carried == (inside if handed_over else 0)
