@@ -7,13 +7,16 @@ the stream dies everybody waiting gets `SessionLost`, and the whole session is b
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
+from typing import TypeVar
 
 import trio
 
 from agent.transfer.holes import check_extents_untrusted
 from protocol import session
 from protocol.errors import ProtocolError, RetryLater, TowpathError, error_from_document_untrusted
+
+A = TypeVar("A")
 
 _CHUNK = 256 * 1024
 HELLO_TIMEOUT = 30.0
@@ -156,86 +159,61 @@ class SourceSession:
             return answer
         raise SessionLost("The source did not answer a request in time.")
 
-    async def stat(self, paths: list[bytes], *, follow: bool) -> list[session.StatResult]:
-        """What each path is at the source. Raises `SessionLost`, or the source's error."""
+    async def _ask(
+        self, kind: type[A], question: Callable[[int], session.Message], patience: float = ANSWER_TIMEOUT
+    ) -> A:
+        """Ask something, with the number that it is given, and wait for the one answer, which must be of this kind."""
         r = self.number()
         receive = self._open(r, 1)
         try:
-            self.post(session.StatPaths(r, paths, follow))
-            answer = await self._next_answer(receive, ANSWER_TIMEOUT)
+            self.post(question(r))
+            answer = await self._next_answer(receive, patience)
         finally:
             self._waiting.pop(r, None)
-        if not isinstance(answer, session.Stats) or len(answer.results) != len(paths):
+        if not isinstance(answer, kind):
+            raise ProtocolError("The source answered a question that was not asked.")
+        return answer
+
+    async def stat(self, paths: list[bytes], *, follow: bool) -> list[session.StatResult]:
+        """What each path is at the source. Raises `SessionLost`, or the source's error."""
+        answer = await self._ask(session.Stats, lambda r: session.StatPaths(r, paths, follow))
+        if len(answer.results) != len(paths):
             raise ProtocolError("The source answered a question that was not asked.")
         return answer.results
 
     async def digest(self, path: bytes, algorithm: str, version: session.Version | None, *, follow: bool) -> str:
         """Hex digest of a file at the source."""
-        r = self.number()
-        receive = self._open(r, 1)
-        try:
-            self.post(session.DigestFile(r, path, algorithm, version, follow))
-            answer = await self._next_answer(receive, DIGEST_TIMEOUT)
-        finally:
-            self._waiting.pop(r, None)
-        if not isinstance(answer, session.Digest):
-            raise ProtocolError("The source answered a question that was not asked.")
+        answer = await self._ask(
+            session.Digest, lambda r: session.DigestFile(r, path, algorithm, version, follow), DIGEST_TIMEOUT
+        )
         return answer.value
 
     async def extents(self, path: bytes, version: session.Version, *, follow: bool) -> list[session.Extent] | None:
         """Which parts of a file hold data; None when the source cannot tell. Only with the ability `EXTENTS`."""
-        r = self.number()
-        receive = self._open(r, 1)
-        try:
-            self.post(session.FindExtents(r, path, version, follow))
-            answer = await self._next_answer(receive, ANSWER_TIMEOUT)
-        finally:
-            self._waiting.pop(r, None)
-        if not isinstance(answer, session.Extents):
-            raise ProtocolError("The source answered a question that was not asked.")
+        answer = await self._ask(session.Extents, lambda r: session.FindExtents(r, path, version, follow))
         if answer.extents is not None:
             check_extents_untrusted(answer.extents, version[2])
         return answer.extents
 
     async def read_lanes(self) -> session.LaneReadings:
         """What the source measures of its lanes. Only with the ability `LANE_READINGS`."""
-        r = self.number()
-        receive = self._open(r, 1)
-        try:
-            self.post(session.ReadLanes(r))
-            answer = await self._next_answer(receive, ANSWER_TIMEOUT)
-        finally:
-            self._waiting.pop(r, None)
-        if not isinstance(answer, session.LaneReadings):
-            raise ProtocolError("The source answered a question that was not asked.")
+        answer = await self._ask(session.LaneReadings, session.ReadLanes)
         session.check_readings_untrusted(answer)
         return answer
 
     async def attributes(self, files: list[session.AttributesOf], *, follow: bool) -> list[session.FileAttributes]:
         """Extended attributes of some files, or of the first few of them. Only with the ability `ATTRIBUTES`."""
-        r = self.number()
-        receive = self._open(r, 1)
-        try:
-            self.post(session.ReadAttributes(r, files, follow))
-            answer = await self._next_answer(receive, ANSWER_TIMEOUT)
-        finally:
-            self._waiting.pop(r, None)
-        if not isinstance(answer, session.Attributes):
-            raise ProtocolError("The source answered a question that was not asked.")
+        answer = await self._ask(session.Attributes, lambda r: session.ReadAttributes(r, files, follow))
         return answer.files
 
     async def block_digests(
         self, path: bytes, version: session.Version, block: int, first: int, count: int, *, follow: bool
     ) -> list[bytes]:
         """Digests of some blocks of a file. Only with the ability `BLOCK_DIGESTS`."""
-        r = self.number()
-        receive = self._open(r, 1)
-        try:
-            self.post(session.DigestBlocks(r, path, version, block, first, count, follow))
-            answer = await self._next_answer(receive, ANSWER_TIMEOUT)
-        finally:
-            self._waiting.pop(r, None)
-        if not isinstance(answer, session.BlockDigests) or len(answer.digests) != count:
+        answer = await self._ask(
+            session.BlockDigests, lambda r: session.DigestBlocks(r, path, version, block, first, count, follow)
+        )
+        if len(answer.digests) != count:
             raise ProtocolError("The source answered a question that was not asked.")
         return answer.digests
 

@@ -12,7 +12,7 @@ import pytest
 import trustme
 
 from protocol.websocket.core import FEED, Core
-from protocol.websocket.shuttle import Over, Shuttle
+from protocol.websocket.shuttle import PING, Over, Shuttle
 
 CA = trustme.CA()
 CONTENT = random.Random(1).randbytes(1_500_000)
@@ -98,3 +98,43 @@ def test_what_came_before_a_break_is_delivered_however_slowly_it_is_taken(
     line, _, stream = bytes(received).partition(b"\n")
     assert b"joined" in line
     assert stream == CONTENT
+
+
+def test_a_side_that_takes_nothing_is_heard_all_the_same(local: tuple[socket.socket, socket.socket]) -> None:
+    """Nothing is read while the local side takes nothing; pings say that somebody is there."""
+    outside, server = connected()
+    near, far = local
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    CA.issue_cert("relay").configure_cert(context)
+    heard: list[int] = []
+
+    def serve() -> None:
+        core = Core.server(("/tunnel",), 0.0)
+        with context.wrap_socket(server, server_side=True) as tls:
+            tls.settimeout(20)
+            while not core.is_open:
+                core.receive_untrusted(tls.recv(FEED), 0.0)
+                tls.sendall(core.take())
+            # More than the local side's buffers hold, and not so much that it waits for being read.
+            core.send(CONTENT[:600_000])
+            tls.sendall(core.take())
+            while len(heard) < 3 and (data := tls.recv(FEED)):
+                heard.append(len(data))
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    now = time.monotonic()
+    core = Core.client("relay", 443, "/tunnel", now)
+    buffer = memoryview(bytearray(FEED))
+    shuttle = Shuttle(outside, client_context(), near, core, now, server_hostname="relay", buffer=buffer)
+    while thread.is_alive():
+        for sock in shuttle.sockets:
+            shuttle.ready(sock)
+        shuttle.step(now)
+        # The shuttle's own time, which goes on as soon as it has been opened.
+        now += PING / 50 if core.is_open else 0.0
+        time.sleep(0.001)
+    shuttle.close()
+    thread.join()
+    far.close()
+    assert len(heard) == 3
