@@ -22,7 +22,8 @@ from typing import Any
 from hpack import Decoder
 
 from agent.back_off import BackOff
-from agent.link import DIAL_TIMEOUT, LINK_LIMITS
+from agent.connect.link_connection import DIAL_TIMEOUT
+from agent.link import LINK_LIMITS
 from protocol.control import RelayHello, decode_untrusted, encode
 from protocol.identity import NodeKey
 from protocol.link import ALPN, HelloFields, make_agent_hello

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import functools
 import hashlib
 import math
 import multiprocessing
@@ -40,9 +41,11 @@ from sqlalchemy import insert
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from agent.connect import link_connection
+from agent.connect.relay_way import tls_context
 from agent.connect.tunnel import dial_plain, open_tunnel, tunnel_context
 from agent.demo.free_port import free_port
-from agent.link import Link, _tls_context
+from agent.link import Link
 from benchmarks.light_agents import NO_TASKS, hold
 from protocol.identity import NodeKey
 from protocol.link import HelloFields
@@ -82,11 +85,8 @@ async def hold_links(
     rows: list[tuple[str, str, bytes]], port: int, ca: str, relay_id: str, root: str, up: Synchronized[int]
 ) -> None:
     """Be these agents until the process ends; ``up`` counts those that are linked."""
-    from agent import link as link_module
-
-    # One context for all: real agents have one each, in processes of their own.
-    context = _tls_context(ca)
-    link_module._tls_context = lambda _ca: context  # type: ignore[assignment]
+    # The same contexts for all: real agents have their own, in processes of their own.
+    link_connection.tls_context = functools.cache(tls_context)  # type: ignore[assignment]
     links: list[Link] = []
     async with trio.open_nursery() as nursery:
         for number, (node_id, endpoint_id, key) in enumerate(rows):
