@@ -289,11 +289,13 @@ class BlockDigests(Message, tag="digests", frozen=True):
 
 
 class FileAttributes(msgspec.Struct, array_like=True, frozen=True):
-    """The extended attributes of one file or folder, and how many more it has that cannot be given. Names are those of
-    the user's namespace, without it: no other can be said."""
+    """The extended attributes of one file or folder, how many more it has that cannot be given, and how many grant
+    rights (access lists, capabilities) and never are. Names are those of the user's namespace, without it: no other can
+    be said."""
 
     attributes: list[tuple[bytes, bytes]]
     left_out: int = 0
+    rights: int = 0
 
 
 class Attributes(Message, tag="attributed", frozen=True):

@@ -209,6 +209,13 @@ class Directory(ABC):
     def stat(self, name: bytes) -> Node:
         """What the entry leads to, through symlinks inside the root (`LeavesCollection` otherwise)."""
 
+    def mode_without_list(self, node: Node, *, follow: bool = False) -> int:
+        """The mode a file of this folder has without its access list, which is never taken over: where there is one,
+        `Node.mode` shows the list's mask instead of what the group may do. ``follow``: the node is what a link leads
+        to. Never raises: what cannot be looked at has no rights that not everybody has."""
+        del follow
+        return node.mode
+
     @abstractmethod
     def open_read(self, name: bytes, *, follow: bool = False) -> int:
         """Open a regular file for reading; never waits for a pipe or device. ``follow``: through links in the root.
@@ -409,7 +416,7 @@ class Root(ABC):
         scratch file systems purge by it."""
         os.utime(fd, ns=(time.time_ns(), checked_time(mtime_ns)))
 
-    def get_attributes(self, fd: int) -> tuple[attributes.Attributes, int]:
+    def get_attributes(self, fd: int) -> attributes.Found:
         """Extended attributes of an open file or folder, and how many are left out (see `agent.storage.attributes`)."""
         return attributes.read(fd)
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
-from agent.storage.attributes import Attributes
+from agent.storage.attributes import Found
 from agent.storage.base import Bytes, Directory, Node, Reach, Root
 from protocol.names import CollectionPath
 
@@ -163,7 +163,7 @@ class FaultyRoot(Root):
         self.script.before("futimes")
         self.inner.futimes(fd, mtime_ns)
 
-    def get_attributes(self, fd: int) -> tuple[Attributes, int]:
+    def get_attributes(self, fd: int) -> Found:
         self.script.before("get_attributes")
         return self.inner.get_attributes(fd)
 
@@ -224,6 +224,9 @@ class FaultyDirectory(Directory):
     def stat(self, name: bytes) -> Node:
         self.script.before("stat", name)
         return self.inner.stat(name)
+
+    def mode_without_list(self, node: Node, *, follow: bool = False) -> int:
+        return self.inner.mode_without_list(node, follow=follow)
 
     def open_read(self, name: bytes, *, follow: bool = False) -> int:
         self.script.before("open_read", name)

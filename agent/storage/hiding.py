@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 
-from agent.storage.attributes import Attributes
+from agent.storage.attributes import Found
 from agent.storage.base import Bytes, Directory, Node, Reach, Root
 from protocol.names import CollectionPath, is_reserved
 
@@ -63,6 +63,9 @@ class HidingDirectory(Directory):
         node = self.inner.stat(name)
         self._check_link(name)
         return node
+
+    def mode_without_list(self, node: Node, *, follow: bool = False) -> int:
+        return self.inner.mode_without_list(node, follow=follow)
 
     def open_read(self, name: bytes, *, follow: bool = False) -> int:
         return self.open_read_status(name, follow=follow)[0]
@@ -248,7 +251,7 @@ class HidingRoot(Root):
     def futimes(self, fd: int, mtime_ns: int) -> None:
         self.inner.futimes(fd, mtime_ns)
 
-    def get_attributes(self, fd: int) -> tuple[Attributes, int]:
+    def get_attributes(self, fd: int) -> Found:
         return self.inner.get_attributes(fd)
 
     def set_attribute(self, fd: int, name: bytes, value: bytes) -> None:

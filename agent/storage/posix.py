@@ -11,7 +11,7 @@ import stat as stat_bits
 import time
 from collections.abc import Iterator
 
-from agent.storage import folding, handles, libc, mounts
+from agent.storage import attributes, folding, handles, libc, mounts
 from agent.storage.base import (
     PERMISSION_BITS,
     Directory,
@@ -258,6 +258,21 @@ class PosixDirectory(Directory):
             if not last:
                 return node_from_stat(name, os.fstat(folder))
             return node_from_stat(name, os.stat(last, dir_fd=folder, follow_symlinks=False))
+
+    def mode_without_list(self, node: Node, *, follow: bool = False) -> int:
+        # Rights of the group that everybody has anyway cannot be too many, which spares most files the look.
+        if node.kind != "file" or not node.mode >> 3 & 7 & ~node.mode:
+            return node.mode
+        if not follow:
+            return attributes.mode_without_list((self._fd, component(node.name)), node.mode)
+        try:
+            fd = self.open_read(node.name, follow=True)
+        except OSError:
+            return attributes.mode_of_everybody(node.mode)
+        try:
+            return attributes.mode_without_list(fd, node.mode)
+        finally:
+            os.close(fd)
 
     def open_read(self, name: bytes, *, follow: bool = False) -> int:
         return self.open_read_status(name, follow=follow)[0]

@@ -82,10 +82,10 @@ def _attributes_of(
             with parent:
                 handle = parent.open_read(name, follow=follow)
             stack.callback(root.close_file, handle)
-        attributes, left_out = root.get_attributes(handle)
+        found = root.get_attributes(handle)
         if asked.version is not None and version_of(root.fstat(handle)) != tuple(asked.version):
             return session.FileAttributes([], 1)
-    return session.FileAttributes(attributes, left_out)
+    return session.FileAttributes(found.attributes, found.left_out, found.rights)
 
 
 # --- at the destination --------------------------------------------------------------------------------------
@@ -102,7 +102,7 @@ def check_attributes_untrusted(files: Sequence[session.FileAttributes], asked: i
             raise ProtocolError("The source sends more extended attributes than a file may have.")
         if not all(0 < len(name) <= LONGEST_NAME and b"\0" not in name for name in names):
             raise ProtocolError("The source sends an extended attribute with an impossible name.")
-        if not 0 <= file.left_out < 2**31:
+        if not (0 <= file.left_out < 2**31 and 0 <= file.rights < 2**31):
             raise ProtocolError("The source left out an impossible number of extended attributes.")
 
 
@@ -167,9 +167,7 @@ class Attributes:
         files = await self._run.session.attributes(asked, follow=jobs[0].follow)
         check_attributes_untrusted(files, len(asked))
         for job, file in zip(jobs, files, strict=False):
-            job.attributes, job.attributes_left_out = file.attributes, file.left_out
-            if file.left_out:
-                self._tell_source(job.source_path)
+            job.attributes, job.attributes_left_out = file.attributes, self._left_out(job.source_path, file)
         return len(files)
 
     async def folder(self, group: Group) -> None:
@@ -179,9 +177,7 @@ class Attributes:
         files = await self._run.session.attributes([session.AttributesOf(group.source)], follow=False)
         check_attributes_untrusted(files, 1)
         handle = group.handle.fileno()
-        left_out = files[0].left_out
-        if left_out:
-            self._tell_source(group.source)
+        left_out = self._left_out(group.source, files[0])
         if handle is not None and files[0].attributes:
             # Synced with the folder's entries.
             group.made_folders = True
@@ -202,14 +198,24 @@ class Attributes:
             reason += "destination's file system allows."
         self._tell(f"{reason} They are left out and counted.", who="destination owner", kind=str(error.errno))
 
-    def _tell_source(self, path: bytes) -> None:
+    def _left_out(self, path: bytes, file: session.FileAttributes) -> int:
+        """How many the source keeps back, which is said."""
         subject = fault(OSError(errno.EIO, ""), "source", path).subject
-        self._tell(
-            f"Not all extended attributes of {subject} could be read at the source, or they are too many or too large. "
-            "They are left out and counted.",
-            who="source owner",
-            kind="source",
-        )
+        if file.left_out:
+            self._tell(
+                f"Not all extended attributes of {subject} could be read at the source, or they are too many or too "
+                "large. They are left out and counted.",
+                who="source owner",
+                kind="source",
+            )
+        if file.rights:
+            self._tell(
+                f"The access list or the capabilities of {subject} are not taken over: they name accounts of the "
+                "source's machine, who are others elsewhere. Such files and folders are counted.",
+                who="",
+                kind="rights",
+            )
+        return file.left_out + file.rights
 
     def _tell(self, sentence: str, *, who: Who, kind: str = "") -> None:
         if kind not in self._told:

@@ -277,12 +277,13 @@ class Control:
         return results
 
     def _stat_one(self, path: CollectionPath, *, follow: bool) -> session.Row:
-        if not path or follow:
+        if not path:
             return row_of(self._side.root.stat(path))
         parent, name = self._side.root.open_parent(path)
         with parent:
-            node = parent.lstat(name)
-            return row_of(node, parent.readlink(name) if node.kind == "symlink" else None)
+            node = parent.stat(name) if follow else parent.lstat(name)
+            target = parent.readlink(name) if node.kind == "symlink" else None
+            return row_of(node, target, parent.mode_without_list(node, follow=follow))
 
     async def _digest(self, request: session.DigestFile) -> None:
         try:

@@ -12,8 +12,8 @@ from protocol.names import CollectionPath
 _KINDS = {"file": session.FILE, "dir": session.DIRECTORY, "symlink": session.SYMLINK}
 
 
-def row_of(node: Node, target: bytes | None = None) -> session.Row:
-    """A directory entry as it travels."""
+def row_of(node: Node, target: bytes | None = None, mode: int | None = None) -> session.Row:
+    """A directory entry as it travels, with a mode of its own or this one."""
     return session.Row(
         node.name,
         _KINDS.get(node.kind, session.OTHER),
@@ -22,7 +22,7 @@ def row_of(node: Node, target: bytes | None = None) -> session.Row:
         node.ctime_ns,
         node.device,
         node.inode,
-        node.mode,
+        node.mode if mode is None else mode,
         target,
         node.nlink,
     )
@@ -58,11 +58,14 @@ class Listing:
 
 def _rows(handle: Directory, *, follow: bool) -> Iterator[session.Row]:
     for node in handle.scan():
-        if node.kind != "symlink":
-            yield row_of(node)
-            continue
         try:
-            yield row_of(handle.stat(node.name)) if follow else row_of(node, handle.readlink(node.name))
+            if node.kind != "symlink":
+                yield row_of(node, mode=handle.mode_without_list(node))
+            elif follow:
+                found = handle.stat(node.name)
+                yield row_of(found, mode=handle.mode_without_list(found, follow=True))
+            else:
+                yield row_of(node, handle.readlink(node.name))
         except OSError:
             # A link that leads nowhere, out of the collection, or vanished: reported as what it is.
             yield row_of(node, b"")

@@ -7,8 +7,7 @@ import errno
 import os
 import subprocess
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,35 +22,12 @@ from protocol.errors import NeedsPerson, RetryLater, TowpathError
 from protocol.ticket import TICKET_EXPIRED
 from tests.agent import engine_inside
 from tests.agent.engine_inside import Engine, Line, contents, quick_path
+from tests.agent.seen_trouble import Seen
+from tests.agent.small_disks import Disk, needs_root, unmounting
 
 __all__ = ["quick_path"]
 
 MIB = 1024 * 1024
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root for mounts")
-
-
-class Seen:
-    """What a task says while something is wrong; mends it once the task has said so."""
-
-    def __init__(self, code: str, mend: Callable[[], None]) -> None:
-        self.code = code
-        self.mend = mend
-        self.told: list[TaskObserved] = []
-
-    def __call__(self, _line: Line, observed: TaskObserved) -> None:
-        if observed.status_code == self.code and not self.told:
-            self.told.append(observed)
-            self.mend()
-
-    def check(self, engine: Engine, who: str, words: str) -> None:
-        """Held up in words that name a person and a place, told in an event."""
-        (observed,) = self.told
-        assert (observed.state, observed.who) == ("WAITING", who), observed
-        assert words in observed.status_sentence, observed.status_sentence
-        assert observed.status_sentence.endswith(".")
-        (event, *_) = (event for event in engine.events if event.code == self.code)
-        assert event.is_error
-        assert who in event.details
 
 
 def failing(operation: str, code: int, broken: list[bool]) -> Callable[[Call], int | None]:
@@ -208,35 +184,6 @@ async def test_a_source_that_is_gone_is_waited_for(quick_path: Path, error: Towp
 # --- real disks ------------------------------------------------------------------------------------------
 
 
-class Disk:
-    """A small disk in a file."""
-
-    def __init__(self, image: Path, kind: str = "ext4", megabytes: int = 64) -> None:
-        self.image = image
-        with image.open("wb") as file:
-            file.truncate(megabytes * MIB)
-        try:
-            made = subprocess.run([f"mkfs.{kind}", "-q", image], capture_output=True)
-        except FileNotFoundError:
-            pytest.skip(f"mkfs.{kind} is not installed")
-        assert made.returncode == 0, made.stderr
-
-    def mount(self, place: Path) -> None:
-        done = subprocess.run(["mount", "-o", "loop", self.image, place], capture_output=True)
-        if done.returncode:
-            pytest.skip(f"loop devices cannot be mounted here: {done.stderr.decode().strip()}")
-
-
-@contextmanager
-def unmounting(place: Path) -> Iterator[None]:
-    place.mkdir(exist_ok=True)
-    try:
-        yield
-    finally:
-        while os.path.ismount(place):
-            subprocess.run(["umount", "--lazy", place], check=True)
-
-
 class Marked(Engine):
     """An engine that knows its destination by a mark, as the worker does."""
 
@@ -342,31 +289,3 @@ async def test_a_root_that_its_owner_replaced_gets_everything(tmp_path: Path) ->
     seen.check(engine, "destination owner", "accept-root")
     assert "ROOT_REPLACED" in engine.codes()
     assert observed.counters.files_transferred == 120
-
-
-@needs_root
-async def test_a_real_quota_is_waited_for(tmp_path: Path) -> None:
-    """A limit on a Btrfs subvolume: this kernel's own EDQUOT."""
-    place = tmp_path / "disk"
-    disk = Disk(tmp_path / "image", "btrfs", 300)
-    with unmounting(place):
-        disk.mount(place)
-        folder = place / "folder"
-
-        def btrfs(*arguments: object) -> None:
-            done = subprocess.run(["btrfs", *map(str, arguments)], capture_output=True)
-            if done.returncode:
-                pytest.skip(f"quotas do not work here: {done.stderr.decode().strip()}")
-
-        btrfs("quota", "enable", place)
-        btrfs("subvolume", "create", folder)
-        btrfs("qgroup", "limit", 6 * MIB, folder)
-        seen = Seen("QUOTA_EXCEEDED", lambda: btrfs("qgroup", "limit", "none", folder))
-        engine = Engine(tmp_path, TaskOptions(verify_checksum=True), on_report=seen)
-        engine.destination = folder
-        for number in range(4):
-            (engine.source / f"large-{number}").write_bytes(os.urandom(4 * MIB))
-        observed = await engine.run(60)
-        assert observed.state == "SUCCEEDED", observed
-        assert contents(folder) == contents(engine.source)
-        seen.check(engine, "destination owner", "quota is used up")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from agent.storage.attributes import Found
 from agent.storage.base import (
     Directory,
     IllegalName,
@@ -439,7 +440,7 @@ def test_attributes_of_an_open_file(root: Root, top: Directory) -> None:
             pytest.skip(f"no extended attributes here: {error}")
         root.set_attribute(fd, b"colour", b"blue")
         root.set_attribute(fd, b"\xff", b"")
-        assert root.get_attributes(fd) == ([(b"colour", b"blue"), (b"\xff", b"")], 0)
+        assert root.get_attributes(fd) == Found([(b"colour", b"blue"), (b"\xff", b"")])
         assert code(lambda: root.set_attribute(fd, b"towpath.root", b"")) == errno.EINVAL
     finally:
         root.close_file(fd)

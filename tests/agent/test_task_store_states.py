@@ -20,6 +20,7 @@ from agent.transfer.task_store import TaskStore
 from tests.agent.database_states import TREE, Fact, broken_pages, strace_trouble, wrong_states
 from tests.agent.disk_trace import CALLS, Trace, before, crash_states, read_trace
 from tests.agent.engine_inside import quick_path
+from tests.slices import part
 
 __all__ = ["quick_path"]
 
@@ -123,7 +124,7 @@ def test_what_the_daemon_has_answered_for_outlives_a_power_failure(tmp_path: Pat
 @pytest.mark.soak
 def test_every_state_of_the_daemons_tasks(tmp_path: Path, quick_path: Path) -> None:
     trace, facts = record(tmp_path)
-    states = crash_states(trace, Random(SEED), at_random=8)
+    states = part(crash_states(trace, Random(SEED), at_random=8))
     count, wrong = wrong_states(trace, facts, states, quick_path, look, stop_at_first=False)
     assert not wrong, "\n".join(wrong)
     print(f"calls: {len(trace.operations)}, syncs: {len(trace.syncs)}, different states: {count}")

@@ -1,0 +1,46 @@
+"""Real file systems of this kernel on small disks in files (loop devices), for tests that run as root."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+MIB = 1024 * 1024
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root for mounts")
+# The smallest that each makes, in MiB.
+LEAST = {"ext4": 64, "xfs": 300, "btrfs": 120}
+
+
+class Disk:
+    """A small disk in a file."""
+
+    def __init__(self, image: Path, kind: str = "ext4") -> None:
+        self.image = image
+        with image.open("wb") as file:
+            file.truncate(LEAST[kind] * MIB)
+        try:
+            made = subprocess.run([f"mkfs.{kind}", "-q", image], capture_output=True)
+        except FileNotFoundError:
+            pytest.skip(f"mkfs.{kind} is not installed")
+        assert made.returncode == 0, made.stderr
+
+    def mount(self, place: Path, options: str = "loop") -> None:
+        """Skips the test, with the system's reason, where it cannot be mounted like this."""
+        done = subprocess.run(["mount", "-o", options, self.image, place], capture_output=True)
+        if done.returncode:
+            pytest.skip(f"cannot be mounted here ({options}): {done.stderr.decode().strip()}")
+
+
+@contextmanager
+def unmounting(place: Path) -> Iterator[None]:
+    place.mkdir(exist_ok=True)
+    try:
+        yield
+    finally:
+        while os.path.ismount(place):
+            subprocess.run(["umount", "--lazy", place], check=True)
