@@ -204,7 +204,7 @@ def _link_handler(
     nodes = DatabaseNodeDirectory(services.store)
     # Once: finding it out reads files.
     version = metadata.version("towpath")
-    proxies = frozenset(services.settings.listen.proxies)
+    proxies = services.settings.listen.front
 
     async def accept(stream: trio.abc.Stream) -> None:
         await accept_link(

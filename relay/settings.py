@@ -18,6 +18,7 @@ import yaml
 from msgspec import Meta
 
 from protocol.errors import NeedsPerson
+from relay.proxies import Header, Proxies, network_of
 
 _EVERYWHERE = ("0.0.0.0", "::")  # noqa: S104 - compared, not bound
 _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -51,7 +52,13 @@ class Listen(_Section, frozen=True, kw_only=True):
     host: Text = "0.0.0.0"  # noqa: S104 - a relay is there to be reached; the file says how to narrow it
     port: Port = 8443
     url: Text | None = None
-    proxies: Annotated[list[Text], Meta(max_length=100, description="a list of IP addresses")] = []
+    proxies: Annotated[list[Text], Meta(max_length=100, description="a list of IP addresses and networks")] = []
+    proxy_header: Header = "x-forwarded-for"
+
+    @property
+    def front(self) -> Proxies:
+        """The reverse proxies in front of this relay."""
+        return Proxies(self.proxies, self.proxy_header)
 
 
 class Stun(_Section, frozen=True, kw_only=True):
@@ -357,9 +364,9 @@ def _check_together(settings: Settings, where: str) -> None:
         _check_host(name, refuse)
     for address in settings.listen.proxies:
         try:
-            ipaddress.ip_address(address)
+            network_of(address)
         except ValueError:
-            raise refuse(f"listen.proxies: {address!r} is no IP address.") from None
+            raise refuse(f"listen.proxies: {address!r} is no IP address, nor a network such as 10.0.0.0/8.") from None
     _check_providers(settings.sign_in.providers, refuse)
     if settings.listen.url is not None:
         try:

@@ -59,8 +59,7 @@ class Core:
         self.ended = False
         # What the client asked for.
         self.path = ""
-        # Where the last proxy in front of a server says that the client is; nobody else's word is to be trusted.
-        self.forwarded = ""
+        self._asked: Request | None = None
         self.heard = now
 
     @classmethod
@@ -98,6 +97,11 @@ class Core:
         """Whether the opening handshake is under way."""
         return self._protocol.state is State.CONNECTING
 
+    def header(self, name: str) -> tuple[str, ...]:
+        """At a server: the values of a header of the client's request, in their order. Their length is bounded by that
+        of the request, nothing else is known of them."""
+        return () if self._asked is None else tuple(self._asked.headers.get_all(name))
+
     # --- from the peer ---------------------------------------------------------------------------------------
 
     def receive_untrusted(self, data: bytes | bytearray, now: float) -> None:
@@ -131,8 +135,7 @@ class Core:
     def _request(self, request: Request) -> None:
         assert isinstance(self._protocol, ServerProtocol)
         self.path = request.path.partition("?")[0]
-        told = request.headers.get_all("X-Forwarded-For")
-        self.forwarded = told[-1].rpartition(",")[2].strip()[:64] if told else ""
+        self._asked = request
         response: Response
         if self.path not in self._paths:
             response = self._protocol.reject(HTTPStatus.NOT_FOUND, "There is nothing here.\n")

@@ -20,10 +20,9 @@ class WebSocketStream(trio.abc.HalfCloseableStream):
         self._core = core
         self._sending = trio.Lock()
 
-    @property
-    def forwarded(self) -> str:
-        """Where a reverse proxy says that the client is; worth something only if the connection comes from one."""
-        return self._core.forwarded
+    def header(self, name: str) -> tuple[str, ...]:
+        """The values of a header of the client's request, in their order; whoever is on the way can have added some."""
+        return self._core.header(name)
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
         """The next part of the stream, empty at its end."""

@@ -26,6 +26,7 @@ from relay.api.frame import Frame
 from relay.audit.recorder import AuditMiddleware
 from relay.pages import account, authorize, device, one_time, passkeys, render, sign_in, upstream
 from relay.pages.developers import application, index, policy, project, scope
+from relay.proxies import OriginMiddleware
 from relay.services import Services
 
 OWN = (
@@ -84,4 +85,6 @@ def create_app(services: Services, routers: Iterable[APIRouter] = ()) -> FastAPI
         allow_methods=["GET", "POST", "PUT", "PATCH", "DELETE"],
         allow_headers=["Authorization", "Content-Type", "X-Globus-Client-Info"],
     )
+    if proxies := services.settings.listen.front:
+        app.add_middleware(OriginMiddleware, proxies=proxies)
     return app

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -28,6 +27,7 @@ from protocol.reverse_http import Client, Limits, connect
 from protocol.round_trip import round_trip
 from protocol.ticket import TicketSigner
 from protocol.websocket.stream import WebSocketStream
+from relay.proxies import Proxies
 from relay.rendezvous.registry import Registry
 
 _logger = logging.getLogger("towpath.rendezvous")
@@ -35,6 +35,7 @@ _logger = logging.getLogger("towpath.rendezvous")
 HELLO_TIMEOUT = 20.0
 # An agent that was refused comes back no sooner than this, in seconds.
 REFUSED_RETRY = 60.0
+_NO_PROXIES = Proxies()
 # Agents ping too, and every sign of life counts: a relay that waits a little longer hardly ever has to ping itself.
 RELAY_LIMITS = Limits(ping_interval=32.0)
 
@@ -64,12 +65,12 @@ async def accept_link(
     stun_ports: Sequence[int] = (),
     limits: Limits = RELAY_LIMITS,
     clock: Callable[[], float] = time.time,
-    proxies: Collection[str] = (),
+    proxies: Proxies = _NO_PROXIES,
 ) -> None:
     """Greet, verify, and hold the link in ``registry`` until it ends, then close ``stream``.
 
     ``channel`` is the hex SHA-256 of the relay's TLS certificate (DER), ``clock`` gives Unix seconds, ``proxies`` are
-    addresses of reverse proxies, whose word counts for where a link comes from. Raises nothing for what the caller
+    the operator's reverse proxies, whose word counts for where a link comes from. Raises nothing for what the caller
     does: a refusal is logged and told to it.
     """
     if (sock := _socket_of(stream)) is not None:
@@ -101,7 +102,7 @@ def _socket_of(stream: trio.abc.Stream) -> trio.socket.SocketType | None:
     return transport.socket if isinstance(transport, trio.SocketStream) else None
 
 
-def _peer_of(stream: trio.abc.Stream, proxies: Collection[str]) -> tuple[str, Callable[[], float | None]]:
+def _peer_of(stream: trio.abc.Stream, proxies: Proxies) -> tuple[str, Callable[[], float | None]]:
     """Where a link comes from, and how to learn its round-trip time; nothing of both on streams without a socket."""
     sock = _socket_of(stream)
     if sock is None:
@@ -113,19 +114,11 @@ def _peer_of(stream: trio.abc.Stream, proxies: Collection[str]) -> tuple[str, Ca
     if not isinstance(name, tuple):
         return "", lambda: None
     address = str(name[0]).removeprefix("::ffff:").partition("%")[0]
-    if address in proxies:
+    if proxies.trusts(address):
         # The kernel's round trip is the one to the proxy, which says nothing.
-        return _forwarded_untrusted(stream), lambda: None
+        told = stream.header(proxies.header) if isinstance(stream, WebSocketStream) else ()
+        return proxies.origin_untrusted(address, told) or "", lambda: None
     return address, partial(round_trip, sock)
-
-
-def _forwarded_untrusted(stream: trio.abc.Stream) -> str:
-    """An address, or nothing."""
-    told = stream.forwarded if isinstance(stream, WebSocketStream) else ""
-    try:
-        return str(ipaddress.ip_address(told))
-    except ValueError:
-        return ""
 
 
 async def _greet(

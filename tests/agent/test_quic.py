@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import select
 import socket
 from contextlib import closing, suppress
 
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.connect.quic import carrier as carrier_module
+from agent.connect.quic.carrier import ConnectionOver
 from agent.connect.quic.credit import (
     CONTENT,
     CREDIT,
@@ -74,6 +76,25 @@ def test_streams_go_both_ways_and_each_way_ends_by_itself(library: str, other: s
             assert move_bytes(pair, far, near, back) == back
             pair.run(lambda: not pair.client.open_streams() and not pair.server.open_streams())
         assert not pair.over
+
+
+@both
+def test_what_is_said_over_a_connection_that_has_just_ended_is_told_as_its_end(library: str) -> None:
+    with closing(quic_pair(library)) as pair:
+        pair.up()
+        near, far = pair.open()
+        with near, far:
+            near.send(b"said too late")
+            pair.server._engine.close("bye")
+            pair.server._flush()
+            # The goodbye was read, and the local end is looked at before what it means is.
+            select.select([pair.client._datagrams.sock], [], [], 5)
+            pair.client._read_network()
+            for stream in list(pair.client._streams.values()):
+                pair.client._read_local(stream)
+            with pytest.raises(ConnectionOver):
+                for _ in range(100):
+                    pair.client.turn(0.01)
 
 
 @both
@@ -407,6 +428,25 @@ def _pass_on(sides, seen_as, number, send, chance) -> None:  # type: ignore[no-u
         return
     for answer in sides[1 - number].receive_untrusted(send.data, seen_as[number]):
         _pass_on(sides, seen_as, 1 - number, answer, chance)
+
+
+def test_a_client_that_has_gone_on_to_quic_is_found_although_it_never_answered() -> None:
+    """The source is late: its first answer is all that the destination waits for, and its own probes meet nobody."""
+    client = Punch(client=True, secret="s", targets=[("b", 1)], now=0.0)
+    server = Punch(client=False, secret="s", targets=[("a", 1)], now=0.0)
+    start = b"\xc0" + bytes(1199)
+    list(client.due(0.0))
+    (probe,) = client.due(0.2)
+    # Nothing counts before a probe was answered, nor from elsewhere.
+    assert not server.is_start_untrusted(start, ("a", 1))
+    (answer,) = server.receive_untrusted(probe.data, ("a", 1))
+    assert not server.is_start_untrusted(start, ("x", 1))
+    assert not server.is_start_untrusted(probe.data, ("a", 1))
+    assert server.found is None
+    list(client.receive_untrusted(answer.data, ("b", 1)))
+    assert client.found == ("b", 1)
+    assert server.is_start_untrusted(start, ("a", 1))
+    assert server.found == ("a", 1)
 
 
 @given(st.binary(max_size=60))

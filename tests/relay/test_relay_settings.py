@@ -33,6 +33,11 @@ def test_the_documented_file_has_every_key_with_its_default() -> None:
         ("\n\nname: x\nnmae: y\n", "line 4: there is no key nmae"),
         ("listen:\n  port: eighty\n", "line 2: listen.port must be a whole number from 0 to 65535"),
         ("listen:\n  proxies: [proxy.example]\n", "is no IP address"),
+        ("listen:\n  proxies: [10.0.0.1/8]\n", "is no IP address, nor a network such as 10.0.0.0/8"),
+        (
+            "listen:\n  proxy_header: x-real-ip\n",
+            "line 2: listen.proxy_header must be one of x-forwarded-for, forwarded",
+        ),
         ("listen:\n  port: 70000\n", "line 2: listen.port"),
         ("listen:\n  port: true\n", "line 2: listen.port"),
         ("listen:\n  port: 1\n  port: 2\n", "line 3: listen.port stands here for the second time"),

@@ -18,6 +18,7 @@ from agent.connect.tunnel import enter_websocket
 from protocol.link import channel_of
 from protocol.websocket.carrier import Carrier
 from relay.dispatch import Dispatcher
+from relay.proxies import Proxies
 from relay.rendezvous.acceptor import accept_link
 from relay.rendezvous.registry import Registry
 from relay.upgrade import Upgrade
@@ -96,7 +97,7 @@ async def test_a_link(tmp_path: Path) -> None:
             signer=SIGNER,
             channel=channel,
             relay_id=RELAY,
-            proxies={"127.0.0.1"},
+            proxies=Proxies(["127.0.0.0/8"]),
         )
 
     dispatcher = Dispatcher(web=Upgrade(web, handler, None).serve, link=handler, tls_context=server_context())

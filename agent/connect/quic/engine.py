@@ -30,6 +30,7 @@ MAX_DATA = 64 * 1024 * 1024
 _DATAGRAM = 1200
 _ED25519 = 0x0807
 _PREFERENCE = ("qh3", "aioquic")
+_ENDED = "The QUIC connection ended."
 
 Address = tuple[str, int]
 
@@ -93,6 +94,8 @@ class Engine:
         self._private_key_pem = private_key_pem
         self._connection: Any = None
         self._is_up = False
+        # Why the library takes nothing more.
+        self._over = ""
 
     # --- the connection --------------------------------------------------------------------------------------
 
@@ -186,7 +189,10 @@ class Engine:
             elif kind in ("StreamReset", "StopSendingReceived"):
                 yield StreamReset(event.stream_id)
             elif kind == "ConnectionTerminated":
-                yield Closed(str(event.reason_phrase or "The QUIC connection ended."))
+                self._over = ""
+                yield Closed(str(event.reason_phrase or _ENDED))
+        if self._over:
+            yield Closed(self._over)
 
     # --- streams ---------------------------------------------------------------------------------------------
 
@@ -196,28 +202,42 @@ class Engine:
         return number
 
     def send(self, stream: int, data: bytes | memoryview, *, end: bool = False) -> None:
-        """Queue bytes of a stream."""
-        self._connection.send_stream_data(stream, bytes(data), end)
+        """Queue bytes of a stream. Over a connection that has ended nothing goes; `events` tells of the end, behind
+        what came before it."""
+        with self._noting_the_end():
+            self._connection.send_stream_data(stream, bytes(data), end)
 
     def reset(self, stream: int) -> None:
         """Give a stream up in both directions."""
-        self._connection.reset_stream(stream, 1)
-        self._connection.stop_stream(stream, 1)
+        with self._noting_the_end():
+            self._connection.reset_stream(stream, 1)
+            self._connection.stop_stream(stream, 1)
 
     def ping(self) -> None:
         """Say something, so that silence means death."""
         if self._is_up:
-            self._connection.send_ping(0)
+            with self._noting_the_end():
+                self._connection.send_ping(0)
 
     def move(self) -> None:
         """Our address has changed: use another connection id, so that the path cannot be linked to the old one."""
         if self._is_up:
-            self._connection.change_connection_id()
+            with self._noting_the_end():
+                self._connection.change_connection_id()
 
     def close(self, reason: str) -> None:
         """End the connection; `datagrams` has the goodbye."""
         if self._connection is not None:
             self._connection.close(error_code=0, reason_phrase=reason[:200])
+
+    @contextmanager
+    def _noting_the_end(self) -> Iterator[None]:
+        """The peer's goodbye may have come in the very moment in which something is sent; qh3 refuses it then."""
+        ended = importlib.import_module(f"{self.library}.quic.connection").QuicConnectionError
+        try:
+            yield
+        except ended as error:
+            self._over = f"{_ENDED} ({error.reason_phrase})"
 
     # --- the libraries ---------------------------------------------------------------------------------------
 

@@ -2,7 +2,8 @@
 
 Both sides know the other's candidates and a secret of the offer. First each sends one datagram that dies on the way, so
 that its own NAT has a mapping before anything of the peer arrives there (an early datagram makes some NATs move the
-mapping). Then both probe, and answer probes; what answers a probe is reached in both directions.
+mapping). Then both probe, and answer probes; what answers a probe is reached in both directions. The client goes on to
+QUIC with the first answer, and its QUIC says to a server whose own probes were not answered that its answer has come.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ class Punch:
         self._begin = now + OPEN_AHEAD
         self._next = now
         self._opened = False
+        # Where authentic probes came from.
+        self._answered: set[Address] = set()
         self.found: Address | None = None
 
     @property
@@ -82,9 +85,19 @@ class Punch:
             # Its NAT may show it from an address that it does not know itself.
             if source not in self._targets and len(self._targets) < 2 * MAX_TARGETS:
                 self._targets.append(source)
+            if source in self._targets:
+                self._answered.add(source)
             yield Send(_MAGIC + _ANSWER + self._ours, source)
         elif kind == _ANSWER and self.found is None:
             self.found = source
+
+    def is_start_untrusted(self, data: bytes, source: Address) -> bool:
+        """At the server: whether this is the peer's QUIC, which begins only where our answer to its probe has come."""
+        if not is_quic_start(data):
+            return False
+        if self.found is None and source in self._answered:
+            self.found = source
+        return self.found is not None
 
 
 def _tag(secret: str, client: bool) -> bytes:

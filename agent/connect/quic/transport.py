@@ -28,7 +28,7 @@ from agent.connect.quic.process import (
     decode_report,
     encode,
 )
-from agent.connect.quic.punch import OPENING_TTL, Address, Punch, Send, is_quic_start
+from agent.connect.quic.punch import OPENING_TTL, Address, Punch, Send
 from agent.connect.transport import Connection, Greet, Path, Wish
 from agent.connect.udp import get_hops, has_ipv6, incoming, open_udp, outgoing, set_hops
 from protocol.candidates import MAPPED_UDP, Candidate, PathGo, PathOffer
@@ -326,7 +326,7 @@ async def punch(sock: trio.socket.SocketType, *, client: bool, secret: str, targ
             except OSError:
                 # An ICMP error for one of the targets.
                 continue
-            if is_quic_start(data) and not client and machine.found is not None:
+            if not client and machine.is_start_untrusted(data, incoming(source)) and machine.found is not None:
                 # It stays in the socket for the process.
                 return machine.found
             await sock.recvfrom(2048)
