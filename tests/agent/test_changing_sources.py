@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -60,19 +61,25 @@ def overwrite_keeping_time(path: Path) -> None:
 CHANGES = {"grown": grow, "shrunk": shrink, "replaced": replace, "same-mtime": overwrite_keeping_time}
 
 
+def digest(path: Path) -> bytes:
+    return hashlib.blake2b(path.read_bytes()).digest()
+
+
 @contextmanager
-def changing(path: Path, change: Callable[[Path], None], until: Callable[[], bool]) -> Iterator[None]:
-    """Change a file again and again, from a thread, until somebody noticed."""
+def changing(path: Path, change: Callable[[Path], None], until: Callable[[], bool]) -> Iterator[set[bytes]]:
+    """Change a file again and again, from a thread, until somebody noticed. Digests of what it was meanwhile."""
     stop = threading.Event()
+    versions = {digest(path)}
 
     def work() -> None:
         while not stop.wait(0.005) and not until():
             change(path)
+            versions.add(digest(path))
 
     thread = threading.Thread(target=work)
     thread.start()
     try:
-        yield
+        yield versions
     finally:
         stop.set()
         thread.join()
@@ -97,7 +104,7 @@ async def test_a_source_that_changes_is_read_again_and_told(tmp_path: Path, name
             (made.alpha.root / f"bystander-{number}").write_bytes(os.urandom(50_000))
         path.write_bytes(os.urandom(size))
         # Until the task has seen it: it may be listed and read between two changes only once.
-        with changing(path, CHANGES[name], lambda: bool(told_of(made, name))):
+        with changing(path, CHANGES[name], lambda: bool(told_of(made, name))) as versions:
             task = await made.submit(WHOLE)
             with trio.fail_after(60):
                 while not told_of(made, name):
@@ -112,6 +119,11 @@ async def test_a_source_that_changes_is_read_again_and_told(tmp_path: Path, name
             assert len(told_of(made, name)) == 5
             observed = await made.wait(await made.submit(WHOLE))
         assert observed.state == "SUCCEEDED", observed
+        # One of its versions, never a mixed one. The last change may have begun before anything was told, and have
+        # ended after the file was read again.
+        assert digest(made.beta.root / name) in versions
+        last = await made.wait(await made.submit(WHOLE))
+        assert last.state == "SUCCEEDED", last
         assert contents(made.beta.root) == contents(made.alpha.root)
         assert observed.counters.failed == 0
         assert all("(source owner)" in details for details in told_of(made, name))
