@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import click
 
 from agent.cli.output import CommandFailed
-from agent.cli.terminal import typed_path
+from protocol.terminal import typed_path
 
 if TYPE_CHECKING:
     _StringParam = click.ParamType[Any]

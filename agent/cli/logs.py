@@ -15,7 +15,7 @@ import click
 from agent.cli.background import LOG_FILE
 from agent.cli.output import CommandFailed
 from agent.cli.service import config_option
-from agent.cli.terminal import terminal_safe
+from protocol.terminal import terminal_safe
 
 FOLLOW_EVERY = 0.5
 

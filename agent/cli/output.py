@@ -1,6 +1,6 @@
 """How results are written: for people or as JSON. Commands say what they found, this module how it looks.
 
-Text that may come from a peer is made safe in here (`agent.cli.terminal`), so that no command can forget it.
+Text that may come from a peer is made safe in here (`protocol.terminal`), so that no command can forget it.
 On a terminal tables are drawn by rich; into a pipe they are plain columns, never cut or wrapped.
 """
 
@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal, NoReturn
 import click
 
 from agent.cli.exit_codes import ExitCode
-from agent.cli.terminal import terminal_safe, terminal_safe_lines
+from protocol.terminal import terminal_safe, terminal_safe_lines
 
 if TYPE_CHECKING:
     from rich.console import Console

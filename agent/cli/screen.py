@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from agent.cli.output import Output, console, human_bytes, human_seconds
 from agent.cli.progress import Display, Progress, Silent, seconds_left
-from agent.cli.terminal import terminal_safe
+from protocol.terminal import terminal_safe
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars

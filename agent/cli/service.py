@@ -13,10 +13,10 @@ import click
 
 from agent.cli.exit_codes import ExitCode
 from agent.cli.output import CommandFailed
-from agent.cli.terminal import terminal_safe, terminal_safe_lines
 from agent.config.keys import default_config_file
 from agent.config.layers import load_config
 from protocol.errors import TowpathError
+from protocol.terminal import terminal_safe, terminal_safe_lines
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 

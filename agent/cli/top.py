@@ -11,7 +11,7 @@ import click
 
 from agent.cli.output import CommandFailed, console, human_bytes, human_seconds
 from agent.cli.service import config_option, failing_plainly
-from agent.cli.terminal import terminal_safe
+from protocol.terminal import terminal_safe
 
 FINAL = ("SUCCEEDED", "FAILED", "CANCELLED")
 

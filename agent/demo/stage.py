@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from agent.cli.output import console
-from agent.cli.terminal import terminal_safe, terminal_safe_lines
+from protocol.terminal import terminal_safe, terminal_safe_lines
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID

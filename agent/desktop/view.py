@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from agent.cli.output import human_bytes
-from agent.cli.terminal import terminal_safe
+from protocol.terminal import terminal_safe
 
 Look = Literal["off", "idle", "busy", "paused", "trouble"]
 MAX_ROWS = 8

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from protocol.terminal import terminal_safe
 from relay.cli.audited import remember
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def show(document: dict[str, Any], as_json: bool) -> None:
         return
     width = max(map(len, document))
     for name, value in document.items():
-        click.echo(f"{name.replace('_', ' '):<{width}}  {'' if value is None else value}")
+        click.echo(f"{name.replace('_', ' '):<{width}}  {'' if value is None else terminal_safe(value)}")
 
 
 def show_rows(rows: list[dict[str, Any]], columns: tuple[str, ...], as_json: bool) -> None:
@@ -69,4 +70,5 @@ def show_rows(rows: list[dict[str, Any]], columns: tuple[str, ...], as_json: boo
         return
     for row in rows:
         cells = (row[column] for column in columns)
-        click.echo("  ".join(",".join(cell) if isinstance(cell, list) else str(cell or "-") for cell in cells))
+        texts = (",".join(cell) if isinstance(cell, list) else str(cell or "-") for cell in cells)
+        click.echo("  ".join(map(terminal_safe, texts)))

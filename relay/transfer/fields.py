@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 import uuid
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -132,7 +133,7 @@ class Fields:
 
 def check_text(key: str, value: str) -> None:
     """Refuse what cannot be stored or printed: control characters and halves of surrogate pairs."""
-    if not value.isprintable() and any(c != "\n" and c != "\t" and (ord(c) < 32 or ord(c) == 127) for c in value):
+    if not value.isprintable() and any(c not in "\n\t" and unicodedata.category(c) == "Cc" for c in value):
         raise bad_request(f"{key} must not contain control characters.")
     try:
         value.encode()
