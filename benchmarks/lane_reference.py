@@ -1,13 +1,15 @@
 """The least a checked, encrypted transfer can cost in Python: one TLS 1.3 connection between two processes, file to
 file, each MiB digested (BLAKE3) at both ends. No requests, no resume, no metadata, no sync: a ceiling, not a system.
 
-    python benchmarks/lane_reference.py SOURCE DESTINATION
+    python benchmarks/lane_reference.py SOURCE DESTINATION [--ssl]
 
-Prints seconds and CPU-seconds of both ends as JSON. The engine is held against it.
+Prints seconds and CPU-seconds of both ends as JSON. The engine is held against it. Its TLS is that of the lanes;
+with ``--ssl`` it is that of Python's `ssl`, to see what the one is worth against the other.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import resource
@@ -19,13 +21,24 @@ from pathlib import Path
 
 from blake3 import blake3
 
+from agent.connect.lane_tls import SecuredLane, secure_lane
 from agent.connect.tls import session_context
 from protocol.identity import NodeKey
 
 BLOCK = 1024 * 1024
 
 
-def send(sock: ssl.SSLSocket, source: Path) -> None:
+def secured(
+    sock: socket.socket, own: NodeKey, peer: NodeKey, *, server: bool, plain_ssl: bool
+) -> SecuredLane | ssl.SSLSocket:
+    if plain_ssl:
+        context = session_context(own, peer.certificate_pem, server_side=server, alpn="reference")
+        return context.wrap_socket(sock, server_side=server)
+    name = None if server else "reference"
+    return secure_lane(sock, own, peer.certificate_pem, server_name=name, alpn="reference")
+
+
+def send(sock: SecuredLane | ssl.SSLSocket, source: Path) -> None:
     buffer = memoryview(bytearray(BLOCK))
     with source.open("rb", buffering=0) as file:
         offset = 0
@@ -35,7 +48,7 @@ def send(sock: ssl.SSLSocket, source: Path) -> None:
             offset += count
 
 
-def receive(sock: ssl.SSLSocket, destination: Path, size: int) -> None:
+def receive(sock: SecuredLane | ssl.SSLSocket, destination: Path, size: int) -> None:
     buffer = memoryview(bytearray(32 + BLOCK))
     descriptor = os.open(destination, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     offset = 0
@@ -51,7 +64,7 @@ def receive(sock: ssl.SSLSocket, destination: Path, size: int) -> None:
     os.close(descriptor)
 
 
-def run(source: Path, destination: Path) -> dict[str, float]:
+def run(source: Path, destination: Path, *, plain_ssl: bool = False) -> dict[str, float]:
     """One run; the sender is a child of this process."""
     ours, theirs = NodeKey.generate(), NodeKey.generate()
     size = source.stat().st_size
@@ -59,18 +72,18 @@ def run(source: Path, destination: Path) -> dict[str, float]:
         child = os.fork()
         if child == 0:
             accepted, _ = server.accept()
-            context = session_context(theirs, ours.certificate_pem, server_side=True, alpn="reference")
-            with context.wrap_socket(accepted, server_side=True) as secured:
-                send(secured, source)
-                secured.recv(1)
+            lane = secured(accepted, theirs, ours, server=True, plain_ssl=plain_ssl)
+            send(lane, source)
+            lane.recv(1)
             os._exit(0)
         before = resource.getrusage(resource.RUSAGE_SELF)
-        context = session_context(ours, theirs.certificate_pem, server_side=False, alpn="reference")
-        with context.wrap_socket(socket.create_connection(server.getsockname())) as secured:
-            started = time.monotonic()
-            receive(secured, destination, size)
-            seconds = time.monotonic() - started
-            secured.sendall(b".")
+        dialled = socket.create_connection(server.getsockname())
+        lane = secured(dialled, ours, theirs, server=False, plain_ssl=plain_ssl)
+        started = time.monotonic()
+        receive(lane, destination, size)
+        seconds = time.monotonic() - started
+        lane.sendall(b".")
+        lane.close()
     _, status, child_usage = os.wait4(child, 0)
     if status:
         sys.exit("the sender failed")
@@ -80,4 +93,9 @@ def run(source: Path, destination: Path) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(run(Path(sys.argv[1]), Path(sys.argv[2]))))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path)
+    parser.add_argument("destination", type=Path)
+    parser.add_argument("--ssl", action="store_true")
+    options = parser.parse_args()
+    print(json.dumps(run(options.source, options.destination, plain_ssl=options.ssl)))

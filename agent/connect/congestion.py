@@ -12,6 +12,7 @@ import contextlib
 import socket
 import struct
 from dataclasses import dataclass
+from typing import Protocol
 
 # Round-trip times from here on (seconds) are a path and not a local network.
 LONG_PATH = 0.003
@@ -20,6 +21,13 @@ _RTT = struct.Struct("=68xI")
 # Offsets of `tcpi_total_retrans` and of `tcpi_busy_time` with `tcpi_rwnd_limited` behind it.
 _RETRANSMISSIONS, _BUSY, _FULL = 100, 168, 184
 _LENGTH = 256
+
+
+class Connection(Protocol):
+    """What can be asked of a socket here, whatever is around it."""
+
+    def getsockopt(self, level: int, option: int, length: int, /) -> bytes: ...
+    def setsockopt(self, level: int, option: int, value: bytes, /) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -33,7 +41,7 @@ class TcpFacts:
     window: float = 0.0
 
 
-def tcp_facts(sock: socket.socket) -> TcpFacts | None:
+def tcp_facts(sock: Connection) -> TcpFacts | None:
     """None where the system does not tell, for what is no TCP socket, and for one that is closed."""
     option = getattr(socket, "TCP_INFO", None)
     if option is None:
@@ -53,13 +61,13 @@ def tcp_facts(sock: socket.socket) -> TcpFacts | None:
     return TcpFacts(rtt / 1e6 or None, retransmissions, busy / 1e6, window / 1e6)
 
 
-def round_trip_time(sock: socket.socket) -> float | None:
+def round_trip_time(sock: Connection) -> float | None:
     """The smoothed round-trip time in seconds, or None where the system does not tell (or it is no TCP socket)."""
     facts = tcp_facts(sock)
     return None if facts is None else facts.rtt
 
 
-def tune_sender(sock: socket.socket) -> None:
+def tune_sender(sock: Connection) -> None:
     """Choose the congestion control of a connection that is established. Where it may not be chosen it stays."""
     time = round_trip_time(sock)
     option = getattr(socket, "TCP_CONGESTION", None)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import socket
-
-from agent.connect.congestion import TcpFacts, tcp_facts
+from agent.connect.congestion import Connection, TcpFacts, tcp_facts
 from agent.meter.time_shares import TimeShares
 
 
@@ -13,7 +11,7 @@ class LaneMeter:
 
     __slots__ = ("content", "saved", "sock", "times")
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: Connection) -> None:
         self.sock = sock
         self.times = TimeShares()
         # Content bytes that have passed.

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 
 import trio
 
+from agent.connect.lane_tls import SecuredLane, secure_lane
 from agent.connect.tls import HANDSHAKE_TIMEOUT, check_peer, session_context
 from agent.connect.transport import send_at_once
 from agent.limits.pace import Pace
@@ -208,9 +208,6 @@ class DaemonLine:
         send_at_once(sock)
         return sock, answer.certificate
 
-    def _context(self, certificate: str, alpn: str) -> ssl.SSLContext:
-        return session_context(self._identity, certificate, server_side=False, alpn=alpn)
-
     @contextlib.asynccontextmanager
     async def session(self, session_id: str) -> AsyncIterator[SourceSession]:
         """A control stream to the source, introduced. Raises `TowpathError` when there is no way now."""
@@ -220,7 +217,7 @@ class DaemonLine:
         sock.setblocking(False)
         stream = trio.SSLStream(
             trio.SocketStream(trio.socket.from_stdlib_socket(sock)),
-            self._context(certificate, ALPN_CONTROL),
+            session_context(self._identity, certificate, server_side=False, alpn=ALPN_CONTROL),
             server_hostname=session_id + SNI_SUFFIX,
             https_compatible=True,
         )
@@ -241,26 +238,20 @@ class DaemonLine:
             ahead.close()
             await trio.aclose_forcefully(stream)
 
-    async def lane(self) -> ssl.SSLSocket:
+    async def lane(self) -> SecuredLane:
         """A secured socket for one lane. Raises `TowpathError`."""
         ahead, self._ahead = self._ahead, None
         secured = await ahead.take() if ahead is not None else None
         return secured or await self._open_lane()
 
-    async def _open_lane(self, dialled: Callable[[socket.socket], None] = lambda _sock: None) -> ssl.SSLSocket:
+    async def _open_lane(self, dialled: Callable[[socket.socket], None] = lambda _sock: None) -> SecuredLane:
         sock, certificate = await self._dial("lane")
         dialled(sock)
         try:
             return await trio.to_thread.run_sync(self._secure_lane, sock, certificate)
         except OSError as error:
-            sock.close()
             raise RetryLater("A lane to the source could not be secured.", code="CONNECT_FAILED") from error
 
-    def _secure_lane(self, sock: socket.socket, certificate: str) -> ssl.SSLSocket:
-        sock.settimeout(HANDSHAKE_TIMEOUT)
-        secured = self._context(certificate, ALPN_LANE).wrap_socket(
-            sock, server_hostname=self._order.session_id + SNI_SUFFIX
-        )
-        check_peer(secured.getpeercert(binary_form=True), fingerprint_of_certificate_untrusted(certificate))
-        secured.settimeout(None)
-        return secured
+    def _secure_lane(self, sock: socket.socket, certificate: str) -> SecuredLane:
+        name = self._order.session_id + SNI_SUFFIX
+        return secure_lane(sock, self._identity, certificate, server_name=name, alpn=ALPN_LANE)

@@ -6,15 +6,15 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import ssl
 from collections.abc import Awaitable, Callable
 
 import trio
 
+from agent.connect.lane_tls import SecuredLane
 from protocol.errors import TowpathError
 
 # Opens a lane; the function it is given is to be called with the dialled socket before it is secured.
-Open = Callable[[Callable[[socket.socket], None]], Awaitable[ssl.SSLSocket]]
+Open = Callable[[Callable[[socket.socket], None]], Awaitable[SecuredLane]]
 
 
 class LaneAhead:
@@ -24,7 +24,7 @@ class LaneAhead:
         self._open = open_lane
         self._ready = trio.Event()
         self._scope = trio.CancelScope()
-        self._secured: ssl.SSLSocket | None = None
+        self._secured: SecuredLane | None = None
         # To end a handshake that a thread is waiting in.
         self._dialled: socket.socket | None = None
 
@@ -41,7 +41,7 @@ class LaneAhead:
     def _note(self, sock: socket.socket) -> None:
         self._dialled = socket.socket(fileno=os.dup(sock.fileno()))
 
-    async def take(self) -> ssl.SSLSocket | None:
+    async def take(self) -> SecuredLane | None:
         """The lane, which is the caller's then, or None when it could not be opened."""
         await self._ready.wait()
         secured, self._secured = self._secured, None

@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 import os
 import socket
-import ssl
 from collections.abc import Awaitable, Callable
 
 import trio
 
+from agent.connect.lane_tls import SecuredLane
 from agent.meter.lane import LaneMeter
 from agent.transfer.lane_count import LaneCount
 from agent.transfer.receive import LaneReceiver
@@ -18,7 +18,7 @@ from agent.transfer.source_session import SessionLost
 from agent.transfer.stopping import call_on_cancel, first_error
 from protocol.errors import ProtocolError, RetryLater
 
-OpenLane = Callable[[], Awaitable[ssl.SSLSocket]]
+OpenLane = Callable[[], Awaitable[SecuredLane]]
 
 # How often goodput is looked at (seconds).
 MEASURE_EVERY = 0.5
@@ -117,7 +117,7 @@ class Lanes:
         await self._run.fetcher.retire_lane(number)
         _shut_down(sock)
 
-    async def _use(self, number: int, sock: ssl.SSLSocket) -> bool:
+    async def _use(self, number: int, sock: SecuredLane) -> bool:
         """One life of a lane; returns when it broke, or True when it was told to leave."""
         run = self._run
         receiver = LaneReceiver(number, sock, run.context.root, run.fetcher.requests, run.settle, run, run.context.pace)

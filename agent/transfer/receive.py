@@ -7,9 +7,9 @@ settler, whole packs at a time. To the fetcher the thread says which requests ar
 from __future__ import annotations
 
 import queue
-import ssl
 from typing import Any, Protocol
 
+from agent.connect.lane_tls import SecuredLane
 from agent.limits.pace import Pace
 from agent.meter.lane import LaneMeter
 from agent.meter.time_shares import Doing
@@ -56,7 +56,7 @@ class LaneReceiver:
     def __init__(
         self,
         number: int,
-        sock: ssl.SSLSocket,
+        sock: SecuredLane,
         root: Root,
         requests: dict[int, Request],
         settle: queue.SimpleQueue[Any],

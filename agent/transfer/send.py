@@ -7,12 +7,12 @@ since it was listed is noticed and never sent as if it were what was listed.
 from __future__ import annotations
 
 import queue
-import socket
 import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from agent.connect.lane_tls import SecuredLane
 from agent.limits.pace import Pace
 from agent.meter.lane import LaneMeter
 from agent.meter.time_shares import Doing
@@ -59,7 +59,7 @@ class LaneSender:
     """One lane at the source. `run` blocks until it ends; shutting the socket down ends it. With ``read_twice`` nothing
     is sent that does not read the same a second time."""
 
-    def __init__(self, sock: socket.socket, root: Root, join: Join, pace: Pace, *, read_twice: bool = False) -> None:
+    def __init__(self, sock: SecuredLane, root: Root, join: Join, pace: Pace, *, read_twice: bool = False) -> None:
         self._socket = sock
         self._root = root
         self._join = join

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 import msgspec
 import trio
 
+from agent.connect.lane_tls import SecuredLane
 from agent.limits.pace import Pace
 from agent.meter.lane import LaneMeter
 from agent.storage import attributes
@@ -436,7 +437,7 @@ def readings_of(r: int, meters: Mapping[int, LaneMeter]) -> session.LaneReadings
 
 
 def serve_lane(
-    side: SourceSide, sock: socket.socket, handshake: Callable[[socket.socket], tuple[socket.socket, str]]
+    side: SourceSide, sock: socket.socket, handshake: Callable[[socket.socket], tuple[SecuredLane, str]]
 ) -> None:
     """Serve one lane to its end, in a thread. ``handshake`` secures the socket and checks the peer.
 

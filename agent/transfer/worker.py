@@ -11,7 +11,6 @@ import gc
 import os
 import signal
 import socket
-import ssl
 import sys
 import time
 
@@ -19,6 +18,7 @@ import trio
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from agent.connect.congestion import tune_sender
+from agent.connect.lane_tls import SecuredLane, secure_lane
 from agent.connect.tls import HANDSHAKE_TIMEOUT, check_peer, session_context
 from agent.connect.transport import send_at_once
 from agent.storage.base import Reach, Root
@@ -160,9 +160,6 @@ class _SourceWorker:
             self._last = trio.current_time()
             sock.close()
 
-    def _context(self, alpn: str) -> ssl.SSLContext:
-        return session_context(self._identity, self._start.peer_certificate, server_side=True, alpn=alpn)
-
     async def _control(self, sock: socket.socket) -> None:
         introduced = trio.Event()
         if self._side is None:
@@ -178,7 +175,7 @@ class _SourceWorker:
         sock.setblocking(False)
         stream = trio.SSLStream(
             trio.SocketStream(trio.socket.from_stdlib_socket(sock)),
-            self._context(ALPN_CONTROL),
+            session_context(self._identity, self._start.peer_certificate, server_side=True, alpn=ALPN_CONTROL),
             server_side=True,
             https_compatible=True,
         )
@@ -227,10 +224,8 @@ class _SourceWorker:
         finally:
             duplicate.close()
 
-    def _secure(self, sock: socket.socket) -> tuple[socket.socket, str]:
-        sock.settimeout(HANDSHAKE_TIMEOUT)
-        secured = self._context(ALPN_LANE).wrap_socket(sock, server_side=True)
-        check_peer(secured.getpeercert(binary_form=True), self._peer)
+    def _secure(self, sock: socket.socket) -> tuple[SecuredLane, str]:
+        secured = secure_lane(sock, self._identity, self._start.peer_certificate, server_name=None, alpn=ALPN_LANE)
         # After the handshake, when the round-trip time is known.
         tune_sender(secured)
         return secured, self._peer

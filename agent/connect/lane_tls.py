@@ -1,0 +1,177 @@
+"""TLS of a lane: pyOpenSSL, which brings the OpenSSL of the `cryptography` package.
+
+Control streams are secured by Python's `ssl` (`agent.connect.tls`), and on the wire nothing differs. What this one has
+for a lane, where TLS is most of the cost: an OpenSSL years newer than the system's, with faster AES-GCM, a choice of
+the cipher suite, and one call for a whole block. `docs/performance.md` has the numbers.
+
+No callbacks are used: where a process may have no memory that is writable and executable (systemd's
+MemoryDenyWriteExecute) libffi cannot make them. So the serving side does not answer which ALPN name it chose; whoever
+dials has offered one, by which the listener has told lanes from control streams (`agent.connect.listener`).
+"""
+
+from __future__ import annotations
+
+import selectors
+import socket
+from collections.abc import Callable
+from typing import TypeVar
+
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
+from OpenSSL import SSL, crypto
+
+from agent.connect.tls import HANDSHAKE_TIMEOUT, check_peer
+from protocol.identity import NodeKey, fingerprint_of_certificate_untrusted
+
+# The first is the cheapest where AES is in the processor; the others are for peers that want them.
+SUITES = b"TLS_AES_128_GCM_SHA256:TLS_AES_256_GCM_SHA384:TLS_CHACHA20_POLY1305_SHA256"
+# SSL_MODE_ENABLE_PARTIAL_WRITE (openssl/ssl.h), which pyOpenSSL sets: a call would end with each record of 16 KiB.
+_PARTIAL_WRITE = 0x1
+# What one record holds at most (RFC 8446 section 5.1). A call reads one, into a buffer that pyOpenSSL makes for it.
+_RECORD = 16 * 1024
+
+Done = TypeVar("Done")
+
+
+def secure_lane(
+    sock: socket.socket, identity: NodeKey, peer_certificate: str, *, server_name: str | None, alpn: str
+) -> SecuredLane:
+    """Do the handshake of a lane: TLS 1.3, our node certificate, one pinned peer. Takes the socket over, and closes it
+    when it fails. Blocks, at most `HANDSHAKE_TIMEOUT` for each answer.
+
+    ``server_name`` is what the dialling side asks for, None at the side that serves. Raises OSError when it fails or
+    takes too long, `AccessDenied` for another peer, `ProtocolError` when ``peer_certificate`` cannot be read.
+    """
+    try:
+        return _secured(sock, identity, peer_certificate, server_name, alpn)
+    except BaseException:
+        sock.close()
+        raise
+
+
+def _secured(
+    sock: socket.socket, identity: NodeKey, peer_certificate: str, server_name: str | None, alpn: str
+) -> SecuredLane:
+    fingerprint = fingerprint_of_certificate_untrusted(peer_certificate)
+    connection = SSL.Connection(_context(identity, peer_certificate, alpn), sock)
+    if server_name is None:
+        connection.set_accept_state()
+    else:
+        connection.set_tlsext_host_name(server_name.encode("ascii"))
+        connection.set_connect_state()
+    sock.settimeout(HANDSHAKE_TIMEOUT)
+    secured = SecuredLane(connection, sock)
+    secured.handshake()
+    sock.settimeout(None)
+    presented = connection.get_peer_certificate(as_cryptography=True)
+    check_peer(None if presented is None else presented.public_bytes(Encoding.DER), fingerprint)
+    return secured
+
+
+def _context(identity: NodeKey, peer_certificate: str, alpn: str) -> SSL.Context:
+    context = SSL.Context(SSL.TLS_METHOD)
+    context.set_min_proto_version(SSL.TLS1_3_VERSION)
+    context.set_tls13_ciphersuites(SUITES)
+    context.set_verify(SSL.VERIFY_PEER | SSL.VERIFY_FAIL_IF_NO_PEER_CERT)
+    store = context.get_cert_store()
+    if store is None:
+        raise OSError("The TLS library has no place for a peer's certificate.")
+    # Nothing else is trusted: pyOpenSSL loads no roots unless asked to.
+    store.add_cert(crypto.X509.from_cryptography(x509.load_pem_x509_certificate(peer_certificate.encode())))
+    store.set_flags(crypto.X509StoreFlags.PARTIAL_CHAIN)
+    context.use_certificate(x509.load_pem_x509_certificate(identity.certificate_pem.encode()))
+    context.use_privatekey(load_pem_private_key(identity.private_key_pem, None))  # type: ignore[arg-type]
+    context.set_alpn_protos([alpn.encode("ascii")])
+    # As in `session_context`: no later connection may skip the certificate.
+    context.set_options(SSL.OP_NO_TICKET | SSL.OP_NO_COMPRESSION)
+    context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
+    context.clear_mode(_PARTIAL_WRITE)
+    return context
+
+
+class SecuredLane:
+    """A lane's connection after its handshake, for blocking use by one thread, with the methods of a socket that lanes
+    need. What goes wrong is an OSError; a peer that is gone without a word ends what is read like one that said so, as
+    each frame says how long it is."""
+
+    def __init__(self, connection: SSL.Connection, sock: socket.socket) -> None:
+        self._connection = connection
+        self._socket = sock
+
+    def handshake(self) -> None:
+        """Raises OSError, TimeoutError among them."""
+        self._patiently(self._connection.do_handshake)
+
+    def recv_into(self, view: memoryview, count: int = 0) -> int:
+        """Read up to ``count`` bytes (0: as many as fit), at most a record; 0 at the end."""
+        wanted = min(count or len(view), _RECORD)
+        try:
+            return self._patiently(lambda: self._connection.recv_into(view, wanted))
+        except _Ended:
+            return 0
+
+    def recv(self, count: int) -> bytes:
+        """Read up to ``count`` bytes, at most a record; nothing at the end."""
+        data = bytearray(min(count, _RECORD))
+        return bytes(data[: self.recv_into(memoryview(data))])
+
+    def sendall(self, data: bytes | memoryview) -> None:
+        """Send all of it."""
+        if data:
+            self._patiently(lambda: self._connection.send(data))
+
+    def _patiently(self, step: Callable[[], Done]) -> Done:
+        """Do one step of TLS, which a socket with a time-out wants tried again when it is ready."""
+        while True:
+            try:
+                return step()
+            except SSL.WantReadError:
+                self._wait(selectors.EVENT_READ)
+            except SSL.WantWriteError:
+                self._wait(selectors.EVENT_WRITE)
+            except SSL.Error as error:
+                raise _as_os_error(error) from error
+
+    def _wait(self, event: int) -> None:
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._socket, event)
+            if not selector.select(self._socket.gettimeout()):
+                raise TimeoutError("The peer of a lane did not answer in time.")
+
+    def settimeout(self, seconds: float | None) -> None:
+        """As of a socket: for each wait, not for a whole call."""
+        self._socket.settimeout(seconds)
+
+    def fileno(self) -> int:
+        """The descriptor of the connection, -1 when it is closed."""
+        return self._socket.fileno()
+
+    def getsockopt(self, level: int, option: int, length: int) -> bytes:
+        """As of a socket."""
+        return self._socket.getsockopt(level, option, length)
+
+    def setsockopt(self, level: int, option: int, value: bytes) -> None:
+        """As of a socket."""
+        self._socket.setsockopt(level, option, value)
+
+    def close(self) -> None:
+        """Close the connection without a word, as every lane ends."""
+        self._socket.close()
+
+
+class _Ended(ConnectionError):
+    """There is nothing more to read."""
+
+
+def _is_end(error: SSL.Error) -> bool:
+    return isinstance(error, SSL.ZeroReturnError) or (isinstance(error, SSL.SysCallError) and error.args[0] == -1)
+
+
+def _as_os_error(error: SSL.Error) -> OSError:
+    if _is_end(error):
+        return _Ended("The peer of a lane ended the connection.")
+    if isinstance(error, SSL.SysCallError):
+        return OSError(*error.args)
+    # A list of what went wrong in OpenSSL, each with library, function and reason.
+    reasons = [reason[-1] for reason in error.args[0]] if error.args else []
+    return ConnectionAbortedError(f"TLS of a lane failed: {', '.join(reasons) or 'no reason'}.")
