@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import selectors
 import socket
+import time
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -37,7 +38,7 @@ def secure_lane(
     sock: socket.socket, identity: NodeKey, peer_certificate: str, *, server_name: str | None, alpn: str
 ) -> SecuredLane:
     """Do the handshake of a lane: TLS 1.3, our node certificate, one pinned peer. Takes the socket over, and closes it
-    when it fails. Blocks, at most `HANDSHAKE_TIMEOUT` for each answer.
+    when it fails. Blocks, at most `HANDSHAKE_TIMEOUT` in all.
 
     ``server_name`` is what the dialling side asks for, None at the side that serves. Raises OSError when it fails or
     takes too long, `AccessDenied` for another peer, `ProtocolError` when ``peer_certificate`` cannot be read.
@@ -99,8 +100,11 @@ class SecuredLane:
         self._socket = sock
 
     def handshake(self) -> None:
-        """Raises OSError, TimeoutError among them."""
-        self._patiently(self._connection.do_handshake)
+        """Raises OSError, TimeoutError among them. The socket's time-out is for all of it: a peer that drips
+        holds no thread longer."""
+        patience = self._socket.gettimeout()
+        deadline = None if patience is None else time.monotonic() + patience
+        self._patiently(self._connection.do_handshake, deadline)
 
     def recv_into(self, view: memoryview, count: int = 0) -> int:
         """Read up to ``count`` bytes (0: as many as fit), at most a record; 0 at the end."""
@@ -120,22 +124,23 @@ class SecuredLane:
         if data:
             self._patiently(lambda: self._connection.send(data))
 
-    def _patiently(self, step: Callable[[], Done]) -> Done:
+    def _patiently(self, step: Callable[[], Done], deadline: float | None = None) -> Done:
         """Do one step of TLS, which a socket with a time-out wants tried again when it is ready."""
         while True:
             try:
                 return step()
             except SSL.WantReadError:
-                self._wait(selectors.EVENT_READ)
+                self._wait(selectors.EVENT_READ, deadline)
             except SSL.WantWriteError:
-                self._wait(selectors.EVENT_WRITE)
+                self._wait(selectors.EVENT_WRITE, deadline)
             except SSL.Error as error:
                 raise _as_os_error(error) from error
 
-    def _wait(self, event: int) -> None:
+    def _wait(self, event: int, deadline: float | None) -> None:
+        patience = self._socket.gettimeout() if deadline is None else max(0.0, deadline - time.monotonic())
         with selectors.DefaultSelector() as selector:
             selector.register(self._socket, event)
-            if not selector.select(self._socket.gettimeout()):
+            if not selector.select(patience):
                 raise TimeoutError("The peer of a lane did not answer in time.")
 
     def settimeout(self, seconds: float | None) -> None:

@@ -123,6 +123,28 @@ def test_who_says_nothing_is_not_waited_for(
     assert pair[1].fileno() == -1
 
 
+def test_who_drips_is_not_waited_for_longer(
+    pair: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lane_tls, "HANDSHAKE_TIMEOUT", 0.05)
+    over = threading.Event()
+
+    def drip() -> int:
+        pair[0].sendall(b"\x16\x03\x01\x40\x00")
+        for dripped in range(2000):
+            if over.wait(0.005):
+                return dripped
+            pair[0].sendall(b"\0")
+        return 2000
+
+    with ThreadPoolExecutor(1) as other:
+        dripped = other.submit(drip)
+        with pytest.raises(TimeoutError):
+            new(THEIRS, MINE, server=True)(pair[1])
+        over.set()
+        assert dripped.result() < 1000
+
+
 def test_a_lane_ends_by_silence_by_a_word_and_from_another_thread() -> None:
     def lanes() -> tuple[SecuredLane, SecuredLane]:
         pair = socket.socketpair()
