@@ -34,6 +34,20 @@ Bytes: TypeAlias = bytes | bytearray | memoryview
 # Links that one path may lead through; the kernel's own limit.
 MAX_LINKS = 40
 
+# Of a link that leads nowhere, out of the collection, in circles, or where this account may not look.
+NOWHERE = frozenset(
+    {
+        errno.ENOENT,
+        errno.ENOTDIR,
+        errno.ELOOP,
+        errno.EXDEV,
+        errno.EACCES,
+        errno.EPERM,
+        errno.ENAMETOOLONG,
+        errno.EINVAL,
+    }
+)
+
 # setuid, setgid and sticky bits are never taken over from a peer.
 PERMISSION_BITS = 0o777
 

@@ -9,7 +9,7 @@ import errno
 import threading
 from collections.abc import Callable, Iterator
 
-from agent.storage.base import Directory, Node, Root
+from agent.storage.base import NOWHERE, Directory, Node, Root
 from agent.storage.faults import fault
 from agent.storage.query import Query, Row, select
 from agent.system import accounts
@@ -20,20 +20,6 @@ from protocol.names import CollectionPath, escape, format_path
 # Rows held in memory for sorting and counting; about 400 bytes each.
 MAX_ROWS = 1_000_000
 MAX_ACCOUNTS = 4096
-
-# A link that leads nowhere, out of the collection, in circles, or where this account may not look.
-_INVALID = frozenset(
-    {
-        errno.ENOENT,
-        errno.ENOTDIR,
-        errno.ELOOP,
-        errno.EXDEV,
-        errno.EACCES,
-        errno.EPERM,
-        errno.ENAMETOOLONG,
-        errno.EINVAL,
-    }
-)
 
 
 class Accounts:
@@ -137,7 +123,7 @@ def _row(directory: Directory, node: Node) -> Row | None:
     try:
         target = directory.stat(node.name)
     except OSError as error:
-        if error.errno not in _INVALID:
+        if error.errno not in NOWHERE:
             raise
         return Row(node.name, "invalid_symlink", node, node, text)
     if target.kind == "symlink":

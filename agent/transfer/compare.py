@@ -23,7 +23,8 @@ def decide(row: Row, existing: Node | None, options: TaskOptions) -> Decision:
     if row.kind == DIRECTORY:
         return "directory" if existing is None or existing.kind in ("dir", "symlink") else "conflict"
     if row.kind == SYMLINK:
-        if options.recursive_symlinks != "keep":
+        # Without a target it is one that could not be looked at: what it is, and leads to, is not known yet.
+        if options.recursive_symlinks != "keep" and (options.recursive_symlinks != "copy" or row.target is not None):
             return "ignore"
         return "conflict" if existing is not None and existing.kind == "dir" else "link"
     if row.kind != FILE:

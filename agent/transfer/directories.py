@@ -79,7 +79,8 @@ class DirectoryWalk:
             await self._not_opened(row, fault(problem.error, "destination", row.destination))
             return
         except TowpathError as error:
-            if isinstance(error, RetryLater | NeedsPerson | TaskFailed):
+            may_pass = isinstance(error, RetryLater | NeedsPerson | TaskFailed)
+            if may_pass and not context.patience.lasts_at_source(row.source, error):
                 raise
             await self._not_listed(planner, row, error)
             return
@@ -152,7 +153,10 @@ class DirectoryWalk:
         for job, error in planned.failures:
             run.give_up(job, error)
         for job in planned.links:
-            run.settle.put(LinkWanted(job, job.row.target or b""))
+            if job.row.target is None:
+                run.retries.unknown_link(job)
+            else:
+                run.settle.put(LinkWanted(job, job.row.target))
         for job in planned.comparisons:
             await run.compare(job)
         copies = planned.copies

@@ -132,7 +132,8 @@ class ItemPlanner:
         item, row = self._items[index], result.row
         if row is None:
             error = self.source_error(result)
-            if isinstance(error, RetryLater | NeedsPerson):
+            lasts = self._run.context.patience.lasts_at_source(path, error)
+            if isinstance(error, RetryLater | NeedsPerson) and not lasts:
                 raise error
             failures.append((index, path, error))
         elif row.kind == DIRECTORY:

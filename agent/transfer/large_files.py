@@ -10,12 +10,13 @@ from agent.transfer.fetch import RANGE_BYTES
 from agent.transfer.holes import WORTH_ASKING, mark_holes
 from agent.transfer.jobs import Abandoned, FileJob, LargeFile, PartDropped, count_done, empty_bitmap
 from agent.transfer.journal import bytes_done
-from agent.transfer.patience import attempts
+from agent.transfer.patience import attempts, counted
 from agent.transfer.receive import damaged
 from agent.transfer.reuse import Reuse
 from agent.transfer.run import Run
 from agent.transfer.source_session import SessionLost
 from protocol.errors import ItemFailed, NeedsPerson, RetryLater, TaskFailed, TowpathError
+from protocol.names import escape
 from protocol.session import EXTENTS
 
 LARGE_AT_ONCE = 4
@@ -131,9 +132,11 @@ class LargeFiles:
     def refetch(self, file: LargeFile, index: int) -> None:
         """A block reads back other than it was written: fetch it again, alone."""
         error = RetryLater(
-            f"Block {index} reads back from the destination's storage other than it was written; it is fetched again.",
+            f"Block {index} of {escape(file.job.destination_path)} reads back from the destination's storage other "
+            "than it was written; it is fetched again.",
             code="VERIFY_CHECKSUM",
             who="destination owner",
+            subject=escape(file.job.destination_path),
         )
         # Not waited for: the block's share of the budget was given back a moment ago.
         self._run.budget.used += file.length_of(index)
@@ -146,7 +149,7 @@ class LargeFiles:
     def _fetch_again(self, file: LargeFile, index: int, error: TowpathError) -> None:
         run, length = self._run, file.length_of(index)
         file.job.attempts += 1
-        run.context.on_fault(error)
+        run.context.on_fault(counted(error, file.job.attempts))
         if file.job.attempts >= attempts(error):
             run.budget.release(length)
             file.failed = True

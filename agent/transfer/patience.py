@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Mapping
 from typing import Final
@@ -23,6 +24,8 @@ ATTEMPTS: Final[Mapping[str, int]] = {
     "VERIFY_CHECKSUM": 5,
 }
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 15.0
+# Passing faults that storage has; all others are the connection's, or the relay's, and cost no file.
+OF_STORAGE: Final = frozenset({"BUSY", "TIMEOUT", "STALE_HANDLE", "IO_ERROR", "UNKNOWN"})
 
 
 def attempts(error: TowpathError) -> int:
@@ -30,6 +33,17 @@ def attempts(error: TowpathError) -> int:
     if isinstance(error, RetryLater | ProtocolError):
         return ATTEMPTS.get(error.code, DEFAULT_ATTEMPTS)
     return 1
+
+
+def counted(error: TowpathError, attempt: int) -> TowpathError:
+    """The error of the n-th attempt (from 1), as it is told: with how many there are. Others than passing ones as they
+    are."""
+    most = attempts(error)
+    if most == 1 or attempt < 1:
+        return error
+    told = copy.copy(error)
+    told.sentence = f"{error.sentence} Attempt {min(attempt, most)} of {most}."
+    return told
 
 
 def pause(attempt: int) -> float:
@@ -47,5 +61,13 @@ class Patience:
         """Whether the run should end and begin anew for the sake of this place."""
         if isinstance(error, NeedsPerson | TaskFailed):
             return True
+        return self._again(place, error)
+
+    def lasts_at_source(self, path: bytes, error: TowpathError) -> bool:
+        """Whether a fault of the source's storage was met at one of its paths as often as it is tried."""
+        # No path of the destination is called so.
+        return error.code in OF_STORAGE and isinstance(error, RetryLater) and not self._again(b"\0" + path, error)
+
+    def _again(self, place: bytes, error: TowpathError) -> bool:
         self._failures[place] += 1
         return self._failures[place] < attempts(error)

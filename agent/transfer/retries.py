@@ -7,10 +7,10 @@ import trio
 
 from agent.transfer.items import ItemPlanner
 from agent.transfer.jobs import FileJob, LinkWanted
-from agent.transfer.patience import attempts, pause
+from agent.transfer.patience import attempts, counted, pause
 from agent.transfer.run import Run
 from protocol.errors import NeedsPerson, TaskFailed, TowpathError
-from protocol.session import SYMLINK
+from protocol.session import FILE, SYMLINK
 from protocol.ticket import TICKET_EXPIRED
 
 
@@ -40,19 +40,36 @@ class Retries:
         """Try a file again after a passing fault, with what the source holds then."""
         self._run.nursery.start_soon(self._retry, job, error)
 
+    def unknown_link(self, job: FileJob) -> None:
+        """The source could not look at a link when it listed its folder: ask about it alone."""
+        self._run.nursery.start_soon(self._look, job)
+
     async def _retry(self, job: FileJob, error: TowpathError) -> None:
         run = self._run
-        run.context.on_fault(error)
+        run.context.on_fault(counted(error, job.attempts))
         await trio.sleep(pause(job.attempts))
         if job.charged:
             run.budget.release(job.charged)
             job.charged = 0
+        await self._look(job)
+
+    async def _look(self, job: FileJob) -> None:
+        run = self._run
         (result,) = await run.session.stat([job.source_path], follow=job.follow)
-        if result.row is None or result.row.kind != job.row.kind:
+        row, counts = result.row, job.group.counts
+        if row is None:
+            self.job_failed(job, ItemPlanner.source_error(result))
+            return
+        if row.kind == job.row.kind:
+            counts.bytes_total += row.size - job.row.size
+        elif row.kind == FILE and job.row.kind == SYMLINK and job.follow:
+            # Now it is known where this link leads.
+            counts.symlinks -= 1
+            counts.add_file(row, shared=False)
+        else:
             run.give_up(job, ItemPlanner.source_error(result))
             return
-        job.group.counts.bytes_total += result.row.size - job.row.size
-        job.row = msgspec.structs.replace(result.row, name=job.row.name)
+        job.row = msgspec.structs.replace(row, name=job.row.name)
         job.attributes, job.attributes_left_out = None, 0
         if job.row.kind == SYMLINK:
             run.settle.put(LinkWanted(job, job.row.target or b""))

@@ -53,6 +53,9 @@ class Failures(Protocol):
     def job_failed(self, job: FileJob, error: TowpathError) -> None:
         """A file could not be brought over this time."""
 
+    def unknown_link(self, job: FileJob) -> None:
+        """The source could not look at a link when it listed its folder."""
+
 
 class SharedNames(Protocol):
     """Keeps several names of one file as such. Methods are called in the trio thread."""

@@ -19,6 +19,7 @@ from agent.transfer.jobs import FileJob, Group, PackArrived
 from agent.transfer.journal import Journal
 from protocol.errors import RetryLater, TowpathError
 from protocol.lane import digest as content_digest
+from protocol.names import escape
 from protocol.session import MAX_BLOCK
 
 # A temporary must be readable for its check; a mode without these bits is set just before the rename.
@@ -159,7 +160,7 @@ class SmallFiles:
             return False
         if read == size and content_digest(self._buffer[:size]) == item.digest:
             return True
-        self.drop(item, _differs())
+        self.drop(item, _differs(item.job))
         return False
 
     def close(self, item: Temporary) -> None:
@@ -177,9 +178,11 @@ class SmallFiles:
         self._failed(item.job, error)
 
 
-def _differs() -> RetryLater:
+def _differs(job: FileJob) -> RetryLater:
+    name = escape(job.destination_path)
     return RetryLater(
-        "A file read back from the destination's storage differs from what was written; it is transferred again.",
+        f"{name} reads back from the destination's storage other than it was written; it is transferred again.",
         code="VERIFY_CHECKSUM",
         who="destination owner",
+        subject=name,
     )

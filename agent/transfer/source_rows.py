@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import islice
 
-from agent.storage.base import Directory, Node, Root
+from agent.storage.base import NOWHERE, Directory, Node, Root
 from protocol import session
 from protocol.names import CollectionPath
 
@@ -66,6 +66,7 @@ def _rows(handle: Directory, *, follow: bool) -> Iterator[session.Row]:
                 yield row_of(found, mode=handle.mode_without_list(found, follow=True))
             else:
                 yield row_of(node, handle.readlink(node.name))
-        except OSError:
-            # A link that leads nowhere, out of the collection, or vanished: reported as what it is.
-            yield row_of(node, b"")
+        except OSError as error:
+            # A link that leads nowhere, out of the collection, or vanished: reported as what it is. Any other trouble
+            # may pass, and is asked about again.
+            yield row_of(node, b"" if error.errno in NOWHERE else None)

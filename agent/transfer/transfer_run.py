@@ -31,6 +31,7 @@ from agent.transfer.jobs import FileJob, Group, LargeFile, Outcome
 from agent.transfer.lanes import Lanes, OpenLane
 from agent.transfer.large_files import LargeFiles
 from agent.transfer.mirror import Mirror
+from agent.transfer.patience import counted
 from agent.transfer.plan import count_finished, now_iso, remove_left_behind, set_directory_times
 from agent.transfer.record import add_counts
 from agent.transfer.retries import Retries
@@ -323,6 +324,7 @@ class TransferRun:
         """End a job with an error: it is listed, counted, and the rest goes on."""
         at_source = error.code in SKIPPABLE and error.who != "destination owner"
         may_skip = self.options.skip_source_errors and at_source
+        error = counted(error, job.attempts)
         self.context.on_fault(error)
         self.settle.put(Outcome(job, error.to_document(), skipped=may_skip, discard=discard))
 

@@ -9,6 +9,7 @@ import shutil
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
@@ -17,6 +18,7 @@ import trio
 
 from agent.storage.faulty import Call, fail_nth
 from agent.transfer import patience, receive
+from protocol.control import TaskOptions
 from tests.agent.engine_inside import Crashed, Engine, contents, quick_path
 from tests.slices import chosen_seeds
 
@@ -100,6 +102,40 @@ async def test_every_call_fails_once(quick_path: Path, code: int) -> None:
     print(f"{errno.errorcode[code]}: {len(calls)} calls failed, one a run; {dict(ends)}")
 
 
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.EACCES], ids=errno.errorcode.get)
+async def test_every_call_at_the_source_fails_once(quick_path: Path, code: int) -> None:
+    """As at the destination: what passes is got over, what lasts costs its file or folder, in words."""
+
+    def counting(calls: list[Call], number: int) -> Callable[[Call], int | None]:
+        # A session opens the root anew; the numbers go on.
+        def plan(call: Call) -> int | None:
+            calls.append(call)
+            return code if len(calls) == number else None
+
+        return plan
+
+    calls: list[Call] = []
+    plain = Engine(quick_path / "plain", source_plan=counting(calls, 0))
+    fill(plain)
+    await plain.run()
+    ends: Counter[str] = Counter()
+    for number in range(1, len(calls) + 1):
+        engine = Engine(quick_path / str(number), source_plan=counting([], number))
+        wanted = fill(engine)
+        observed = await engine.run()
+        what = f"call {number} ({calls[number - 1].operation}), {observed}"
+        nothing_half(engine, wanted)
+        assert engine.temporaries() == [], what
+        ends[observed.state] += 1
+        if observed.state == "SUCCEEDED":
+            assert contents(engine.destination) == wanted, what
+        else:
+            assert (code, observed.error_code) == (errno.EACCES, "ITEMS_FAILED"), what
+            # A link that may not be read is said to lead nowhere.
+            assert {"PERMISSION_DENIED", "FILE_NOT_FOUND"} & set(engine.codes()), what
+    print(f"source, {errno.errorcode[code]}: {len(calls)} calls failed, one a run; {dict(ends)}")
+
+
 async def test_every_call_moves_only_three_bytes(quick_path: Path) -> None:
     engine = Engine(quick_path, short=4093)
     wanted = fill(engine)
@@ -156,6 +192,63 @@ async def test_a_fault_that_stays_ends_the_task_in_words(quick_path: Path, name:
     assert observed.error_code == "ITEMS_FAILED"
     nothing_half(engine, wanted)
     assert engine.temporaries() == []
+
+
+@pytest.mark.parametrize(
+    "operation", ["scan", "scan_entry", "open_directory", "stat", "readlink", "open_read", "preadv"]
+)
+@pytest.mark.parametrize("name", ["EIO", "ESTALE", "EACCES"])
+async def test_a_fault_that_stays_at_the_source_ends_the_task_in_words(
+    quick_path: Path, name: str, operation: str
+) -> None:
+    """The same for its folders, links and files: one of them that cannot be read never holds up the task for ever."""
+    broken = {"scan_entry": b"two", "readlink": b"far"}.get(operation)
+
+    def plan(call: Call) -> int | None:
+        return LASTING[name] if call.operation == operation and broken in (None, call.name) else None
+
+    engine = Engine(quick_path, source_plan=plan)
+    wanted = fill(engine)
+    (engine.source / "folder" / "inner" / "far").symlink_to("two")
+    wanted["folder/inner/far"] = "link to two"
+    observed = await engine.run()
+    assert (observed.state, observed.error_code) == ("FAILED", "ITEMS_FAILED"), observed
+    nothing_half(engine, wanted)
+    assert engine.temporaries() == []
+    assert observed.counters.failed >= 1
+    if broken is not None:
+        # What is elsewhere has come.
+        assert observed.counters.failed == 1
+        missing = wanted.keys() - contents(engine.destination).keys()
+        assert missing <= {"folder/inner/two", "folder/inner/far"}, missing
+
+
+@pytest.mark.parametrize("times", [1, 3, 30])
+async def test_a_link_that_cannot_be_followed_for_a_moment_is_not_left_out(quick_path: Path, times: int) -> None:
+    """A task that follows links leaves out those that lead nowhere, and no others."""
+    left = [times]
+
+    def plan(call: Call) -> int | None:
+        if call.operation == "stat" and call.name == b"link" and left[0]:
+            left[0] -= 1
+            return errno.ESTALE
+        return None
+
+    engine = Engine(quick_path, TaskOptions(verify_checksum=True, recursive_symlinks="copy"), source_plan=plan)
+    wanted = fill(engine)
+    (engine.source / "dangling").symlink_to("nothing")
+    wanted["link"] = wanted["large"]
+    observed = await engine.run()
+    if times < patience.ATTEMPTS["STALE_HANDLE"]:
+        assert observed.state == "SUCCEEDED", observed
+        assert contents(engine.destination) == wanted
+        assert (observed.counters.files, observed.counters.symlinks) == (5, 0)
+        assert observed.counters.bytes_total == observed.counters.bytes_transferred
+    else:
+        assert (observed.state, observed.counters.failed) == ("FAILED", 1)
+        assert "STALE_HANDLE" in engine.codes()
+        del wanted["link"]
+        nothing_half(engine, wanted)
 
 
 @pytest.mark.parametrize("last", ["fails", "dies"])

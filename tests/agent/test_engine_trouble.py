@@ -8,7 +8,6 @@ import subprocess
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -20,24 +19,11 @@ from agent.storage.posix import open_root
 from agent.transfer.remove import remove_entry
 from protocol.control import TaskItem, TaskOptions
 from tests.agent.engine_inside import Engine, contents, quick_path, when
+from tests.agent.small_disks import memory_disk, needs_root
 
 __all__ = ["quick_path"]
 
 MIB = 1024 * 1024
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root for mounts")
-
-
-@contextmanager
-def mounted(place: Path, megabytes: int) -> Iterator[None]:
-    """A small disk of its own; skips where this process may not mount."""
-    place.mkdir(exist_ok=True)
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "none", place], capture_output=True)
-    if done.returncode:
-        pytest.skip(f"mounting is not allowed here: {done.stderr.decode().strip()}")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "--lazy", place], check=True)
 
 
 # --- full disks ------------------------------------------------------------------------------------------
@@ -45,7 +31,7 @@ def mounted(place: Path, megabytes: int) -> Iterator[None]:
 
 @needs_root
 async def test_a_full_disk_is_said_and_got_over(tmp_path: Path) -> None:
-    with mounted(tmp_path / "destination", 16):
+    with memory_disk(tmp_path / "destination", 16):
         ballast = tmp_path / "destination" / "ballast"
         engine = Engine(tmp_path, on_report=when("NO_SPACE", lambda: ballast.unlink()))
         (engine.source / "large").write_bytes(os.urandom(6 * MIB))
@@ -60,7 +46,7 @@ async def test_a_full_disk_is_said_and_got_over(tmp_path: Path) -> None:
 
 @needs_root
 async def test_a_full_state_directory_is_said_and_got_over(tmp_path: Path) -> None:
-    with mounted(tmp_path / "state", 1):
+    with memory_disk(tmp_path / "state", 1):
         ballast = tmp_path / "state" / "ballast"
         engine = Engine(tmp_path, on_report=when("NO_SPACE", lambda: ballast.unlink(missing_ok=True)))
         for number in range(300):
@@ -96,7 +82,7 @@ def mark_of(folder: Path) -> Mark:
 @needs_root
 async def test_an_unmounted_destination_is_waited_for_and_not_filled(tmp_path: Path) -> None:
     place = tmp_path / "destination"
-    with mounted(place, 16):
+    with memory_disk(place, 16):
         mark = mark_of(place)
     mounts: list[Iterator[None]] = []
 
@@ -250,7 +236,9 @@ async def test_what_the_destination_stores_wrongly_is_found_and_fetched_again(qu
     observed = await engine.run()
     assert observed.state == "SUCCEEDED", observed
     assert rotten.left == 0
-    assert Counter(engine.codes())["VERIFY_CHECKSUM"] == times
+    told = [event.details for event in engine.events if event.code == "VERIFY_CHECKSUM"]
+    assert len(told) == times
+    assert all(any(name in details for name in contents(engine.source)) for details in told), told
     assert contents(engine.destination) == contents(engine.source)
     # One block or one small file again for each bad one, and nothing else.
     assert observed.counters.bytes_sent_again <= times * MIB
@@ -293,10 +281,11 @@ async def test_read_back_finds_what_changed_on_the_device_behind_the_page_cache(
         observed = await engine.run()
         assert altered
         assert observed.state == "SUCCEEDED", observed
-        assert "VERIFY_CHECKSUM" in engine.codes()
-        assert observed.counters.bytes_sent_again <= MIB
+        (event,) = (event for event in engine.events if event.code == "VERIFY_CHECKSUM")
+        assert event.details.startswith("Block 2 of large reads back")
+        assert observed.counters.bytes_sent_again == MIB
         assert (engine.destination / "large").read_bytes() == bytes(body)
-        print(f"altered at {altered[0]}, bytes sent again: {observed.counters.bytes_sent_again}")
+        print(f"altered at {altered[0]}, bytes sent again: {observed.counters.bytes_sent_again}; {event.details}")
     finally:
         subprocess.run(["umount", "--lazy", place], check=True)
 
@@ -386,3 +375,21 @@ async def test_temporaries_of_dead_tasks_are_collected_and_young_ones_are_not(
     assert not any(orphan.exists() for orphan in orphans)
     assert contents(engine.destination) == contents(engine.source)
     print(f"orphans collected: {len(orphans)}")
+
+
+async def test_orphans_are_nobodys_extras(quick_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mirror counts no temporary of a dead task among what it deletes, and nothing lists one."""
+    monkeypatch.setattr("agent.transfer.plan.ORPHAN_AGE", -1)
+    options = TaskOptions(delete_destination_extra=True, delete_destination_extra_limit=1)
+    engine = Engine(quick_path, options)
+    (engine.source / "file").write_bytes(b"content")
+    orphans = [engine.destination / f".towpath.dead.{number}" for number in range(20)]
+    for path in (*orphans, engine.source / ".towpath.dead.1", engine.destination / "extra"):
+        path.write_bytes(b"left by a task that nobody remembers")
+    with open_root(str(engine.destination)) as root, root.open_directory(()) as folder:
+        assert [node.name for node in folder.scan()] == [b"extra"]
+    observed = await engine.run()
+    assert observed.state == "SUCCEEDED", observed
+    assert (observed.counters.deleted, observed.counters.files) == (1, 1)
+    assert contents(engine.destination) == {"file": b"content"}
+    print(f"orphans collected: {len(orphans)}, counted as deleted: {observed.counters.deleted}, the extra alone")

@@ -16,6 +16,7 @@ from agent.storage.base import Root
 from agent.storage.faulty import Call, FaultyRoot
 from agent.storage.mounts import Mark
 from agent.storage.posix import open_root
+from agent.transfer import patience
 from agent.transfer.manifest import SkippedRow, read_page
 from protocol.control import TaskObserved, TaskOptions
 from protocol.errors import NeedsPerson, RetryLater, TowpathError
@@ -93,6 +94,9 @@ async def test_what_passes_is_told_and_tried_again(
     told = [event for event in engine.events if event.code == name]
     assert len(told) == 3
     assert all(event.is_error and words in event.details and side in event.details for event in told)
+    # What is left of its budget is visible.
+    for attempt, event in enumerate(told, 1):
+        assert f"Attempt {attempt} of {patience.ATTEMPTS[name]}." in event.details
 
 
 @pytest.mark.parametrize(

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import subprocess
+import threading
 import zlib
 from pathlib import Path
 
 import msgspec
 import pytest
 
+from agent.storage.faulty import Call
 from agent.transfer.journal_format import VERSION
 from protocol.control import TaskObserved, TaskOptions
 from tests.agent.engine_inside import Engine, Line, contents, quick_path, when
+from tests.agent.small_disks import memory_disk, needs_root
 
 __all__ = ["quick_path"]
 
@@ -20,16 +24,25 @@ MIB = 1024 * 1024
 async def interrupted(base: Path) -> tuple[Engine, int]:
     """A task that was paused in the middle, and how many files were there by then."""
 
+    paused = threading.Event()
+
     def pause(line: Line, observed: TaskObserved) -> None:
         if observed.counters.files_transferred > 50:
             line.want("pause")
+            paused.set()
 
-    engine = Engine(base, TaskOptions(verify_checksum=True), on_report=pause)
+    def hold_back(call: Call) -> int | None:
+        if call.operation == "open_read" and call.nth > 700:
+            paused.wait(20)
+        return None
+
+    engine = Engine(base, TaskOptions(verify_checksum=True), on_report=pause, source_plan=hold_back)
     for folder in range(30):
         (engine.source / str(folder)).mkdir()
         for number in range(40):
             (engine.source / str(folder) / str(number)).write_bytes(b"%d of %d" % (number, folder) * 1000)
     before = await engine.run()
+    assert 50 < before.counters.files_transferred < 1200
     return engine, before.counters.files_transferred
 
 
@@ -136,3 +149,24 @@ async def test_a_journal_that_another_program_holds_is_said_and_waited_for(
     observed = await after.run()
     assert observed.state == "SUCCEEDED", observed
     assert contents(engine.destination) == contents(engine.source)
+
+
+@needs_root
+async def test_a_state_directory_that_can_only_be_read_is_said_and_waited_for(tmp_path: Path) -> None:
+    """As after a fault of its disk, in the middle of a task; it goes on where it was when its owner has mended that."""
+    with memory_disk(tmp_path / "state", 16):
+
+        def remount(how: str) -> None:
+            subprocess.run(["mount", "-o", f"remount,{how}", tmp_path / "state"], check=True)
+
+        engine, there = await interrupted(tmp_path)
+        remount("ro")
+        after = engine.revived()
+        after.on_report = when("STATE_UNAVAILABLE", lambda: remount("rw"))
+        observed = await after.run()
+        assert observed.state == "SUCCEEDED", observed
+        assert "STATE_UNAVAILABLE" in {report.status_code for report in after.reports}
+        assert "JOURNAL_REBUILT" not in after.codes()
+        assert (observed.counters.files_transferred, observed.counters.files_skipped) == (1200, 0)
+        assert contents(after.destination) == contents(after.source)
+        print(f"files before: {there}, bytes sent again: {observed.counters.bytes_sent_again}")
