@@ -1,4 +1,5 @@
-"""The agent's daemon: puts the parts together and runs them until told to end. Composition only."""
+"""The agent's daemon: puts what relay and owner speak to beside the part that moves data, and runs it until told to
+end. Composition only."""
 
 from __future__ import annotations
 
@@ -16,55 +17,38 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
-from urllib.parse import urlsplit
 
 import msgspec
 import trio
 
 from agent import local_socket, logs, process
 from agent.availability import Availability
-from agent.collections import MARKS_FILE, Collections, Marks
-from agent.config.keys import AgentConfig, ConfigError
+from agent.config.keys import ConfigError
 from agent.config.layers import load_config, overlay_file, waiting_for_start
 from agent.config.watch import changes
-from agent.connect.network import Network
 from agent.connect.portmap import PortMapping
-from agent.connect.proxy import Dialer
-from agent.connect.quic.engine import EngineMissing
-from agent.connect.quic.observe import udp_candidates, udp_targets
-from agent.connect.quic.transport import QuicTransport
-from agent.connect.relay_way import RelayWay
-from agent.connect.transport import Transports
-from agent.connect.tunnel import TunnelTransport
-from agent.identity_file import Identity, NotSetUp, make_state_dir, require
+from agent.data_side import PAUSED_FILE, DataSide
+from agent.identity_file import Identity
 from agent.link import Link
 from agent.link_app import LinkApp
 from agent.local_app import LocalApplication, local_app
 from agent.local_gate import LOOPBACK_FILE, Loopback, listen_on_loopback
 from agent.local_server import serve_local
-from agent.lock import RENEW_EVERY, InstanceLock, held
+from agent.lock import RENEW_EVERY, InstanceLock
 from agent.manners import Manners
 from agent.meter.exposition import AgentNumbers, exposition
 from agent.meter.publish import Publisher
-from agent.policy import Policy
 from agent.sdnotify import Notifier
 from agent.system.processes import ENDING, RELOADING
-from agent.transfer.local_node import LocalNode
-from agent.transfer.service import TransferService
 from agent.update.service import UpdateService
 from agent.watch.service import WatchService
 from agent.watch.submitter import CommandSubmitter
 from protocol.control import RelayHello
-from protocol.errors import RetryLater, TowpathError
-from protocol.identity import NodeKey
+from protocol.errors import RetryLater
 from protocol.link import HelloFields
-from protocol.ticket import TicketVerifier
-from protocol.websocket.carrier import Carrier
 
 logger = logging.getLogger("towpath.agent")
 
-# The owner has paused this machine; an empty file in the state directory, so that it outlives restarts.
-PAUSED_FILE = "paused"
 # Seconds after the wish to stop: tasks have had their time; the process ends whatever still hangs. All that was
 # promised to anybody is on disk at any moment.
 SETTLE_TIME = 3.5
@@ -81,9 +65,8 @@ class Daemon:
     def __init__(
         self,
         config_file: Path,
-        config: AgentConfig,
+        data: DataSide,
         identity: Identity,
-        key: NodeKey,
         lock: InstanceLock,
         flags: Mapping[str, str],
         log_file: Path | None,
@@ -92,99 +75,48 @@ class Daemon:
         self._flags = flags
         self._log_file = log_file
         # What runs now, and what was read last; they differ in what waits for the next start.
-        self._config = config
-        self._read = config
+        self._config = data.config
+        self._read = data.config
         self._config_problem = ""
         self._identity = identity
         self._lock = lock
         self._boot = str(uuid.uuid4())
         self._started = time.time()
         self._stop = trio.Event()
-        self._policy = Policy(config.collections)
-        self._policy.paused = (config.state_dir / PAUSED_FILE).exists()
-        marks = Marks(config.state_dir / MARKS_FILE)
-        self._collections = Collections(marks)
-        verifier = TicketVerifier(identity.relay_id, identity.relay_root)
-        relay_url, authority = config.relay.url or identity.relay_url, _authority(config)
-        self._dialer = Dialer(config.relay.proxy, os.environ)
-        self._way = RelayWay(config.relay.transport, lambda: self._network.interfaces.addresses)
-        self._carrier = Carrier()
-        self._network = self._make_network(relay_url, authority)
-        self._port_mapping = PortMapping(self._network)
-        self._node = LocalNode(
-            config.state_dir,
-            config,
-            key,
-            identity.node_id,
-            verifier,
-            self._policy,
-            identity.relay_root,
-            self._network,
-            marks.expected,
-        )
-        self._tasks = TransferService(self._node)
-        self._quic = self._make_quic(key)
-        self._availability = Availability(self._policy, self._collections, self._tasks.announce_collections)
-        self._watch = WatchService(config.state_dir, config.watch, self._policy, self._collections, CommandSubmitter())
-        self._update = UpdateService(
-            config,
-            config_file,
-            identity.node_id,
-            relay_url,
-            self._moves_data,
-        )
+        self._data = data
+        self._policy = data.policy
+        self._tasks = data.tasks
+        self._network = data.network
+        self._port_mapping = PortMapping(data.network)
+        self._availability = Availability(data.policy, data.collections, data.tasks.announce_collections)
+        config = data.config
+        self._watch = WatchService(config.state_dir, config.watch, data.policy, data.collections, CommandSubmitter())
+        self._update = UpdateService(config, config_file, identity.node_id, data.relay_url, data.moves_data)
         self._publisher = Publisher(lambda: self._read.metrics, self._metrics)
         self._manners = Manners(lambda: self._read.manners, self._hold_back)
         self._link = Link(
-            relay_url,
-            authority,
-            key,
+            data.relay_url,
+            data.authority,
+            data.key,
             identity.node_id,
             identity.endpoint_id,
             identity.relay_id,
             identity.relay_root,
-            LinkApp(self._policy, self._collections, self._tasks, self._availability.look).application(),
+            LinkApp(data.policy, data.collections, data.tasks, self._availability.look).application(),
             self._hello,
-            dial=self._dialer.dial,
-            way=self._way,
-            is_proxied=lambda: self._network.relay is None,
+            dial=data.dialer.dial,
+            way=data.way,
+            is_proxied=lambda: data.network.relay is None,
             on_hello=self._take_hello,
-            on_silence=self._network.announce_change,
+            on_silence=data.network.announce_change,
         )
-
-    def _make_network(self, relay_url: str, authority: str | None) -> Network:
-        data = self._config.data
-        return Network(
-            relay=_place_of(relay_url, self._dialer),
-            transports=Transports(
-                tunnel=TunnelTransport(relay_url, authority, self._dialer.dial, self._way, self._carrier)
-            ),
-            advertise=data.advertise,
-            allow_loopback=data.allow_loopback,
-            relay_policy=data.relay,
-            relay_up=lambda: self._link.statistics().connected,
-        )
-
-    def _make_quic(self, key: NodeKey) -> QuicTransport | None:
-        network = self._network
-        try:
-            transport = QuicTransport(
-                key,
-                self._tasks.peer_certificate,
-                functools.partial(udp_candidates, network),
-                functools.partial(udp_targets, network),
-            )
-        except EngineMissing as error:
-            network.transports.absent["quic"] = error.sentence
-            return None
-        network.transports.quic = transport
-        return transport
+        data.network.relay_up = lambda: self._link.statistics().connected
 
     def _take_hello(self, hello: RelayHello) -> None:
         self._network.take_hello(hello)
-        if self._way.known == "websocket":
+        if self._data.way.known == "websocket":
             # A tunnel will want it, and then without waiting for a process to start.
-            self._carrier.want()
+            self._data.carrier.want()
 
     def _hello(self) -> HelloFields:
         return HelloFields(
@@ -199,20 +131,18 @@ class Daemon:
     # --- running ---------------------------------------------------------------------------------------
 
     async def run(self, notifier: Notifier) -> None:
-        """Serve until `stop`, SIGTERM or SIGINT; running tasks are settled before this returns."""
+        """Serve until `stop`, SIGTERM or SIGINT; running tasks are settled before this returns.
+
+        Data moves already: `tasks.run` of the data side is running.
+        """
         listener, path, loopback = await trio.to_thread.run_sync(self._listen_locally)
         try:
             async with trio.open_nursery() as nursery:
                 await nursery.start(self._watch_signals)
                 nursery.start_soon(self._serve_local, listener, loopback)
-                await nursery.start(self._tasks.run)
                 await self._availability.look()
                 nursery.start_soon(self._availability.run)
                 nursery.start_soon(self._link.run)
-                nursery.start_soon(self._carrier.run)
-                if self._quic is not None:
-                    nursery.start_soon(self._quic.run)
-                    nursery.start_soon(self._move_quic, self._quic)
                 if self._config.data.port_mapping and not self._is_local_only():
                     nursery.start_soon(self._port_mapping.run)
                 nursery.start_soon(self._upkeep)
@@ -231,15 +161,6 @@ class Daemon:
                 nursery.cancel_scope.cancel()
         finally:
             local_socket.forget(self._config.state_dir, path)
-
-    def _moves_data(self) -> bool:
-        """Whether a task runs here, or somebody reads from here."""
-        return self._tasks.sessions.count > 0 or any(task.state == "ACTIVE" for task in self._tasks.tasks())
-
-    async def _move_quic(self, quic: QuicTransport) -> None:
-        while True:
-            await self._network.changed.wait()
-            await quic.moved()
 
     def _is_local_only(self) -> bool:
         """Whether the data port is meant for this machine alone."""
@@ -349,7 +270,7 @@ class Daemon:
         return cast("dict[str, Any]", msgspec.to_builtins(document))
 
     def _metrics(self) -> str:
-        transfer, allotment = self._tasks.statistics(), self._node.allotment
+        transfer, allotment = self._tasks.statistics(), self._data.node.allotment
         limits = allotment.in_force()
         numbers = AgentNumbers(
             version=version("towpath"),
@@ -385,8 +306,8 @@ class Daemon:
         before, after = set(self._policy.collections), set(config.collections)
         if config.log != self._read.log:
             await trio.to_thread.run_sync(logs.configure, config.log, self._log_file)
-        self._node.config = self._read = config
-        self._node.allotment.changed()
+        self._data.node.config = self._read = config
+        self._data.node.allotment.changed()
         self._policy.replace(config.collections)
         self._watch.replace(config.watch)
         self._update.config = config
@@ -422,7 +343,7 @@ class Daemon:
         """Take a collection's root as it is now."""
         config = self._policy.collection(collection_id)
         try:
-            await trio.to_thread.run_sync(self._collections.accept, config, abandon_on_cancel=True)
+            await trio.to_thread.run_sync(self._data.collections.accept, config, abandon_on_cancel=True)
         except OSError as error:
             raise RetryLater(f"The new root could not be remembered: {error}.") from error
         self._tasks.announce_collections(await self._availability.look())
@@ -444,48 +365,6 @@ class Daemon:
         self._stop.set()
 
 
-def _place_of(url: str, dialer: Dialer) -> tuple[str, int] | None:
-    """Where the relay can be asked how we are seen; nowhere when it is only reached through a proxy."""
-    parts = urlsplit(url)
-    if parts.hostname is None:
-        return None
-    place = parts.hostname, parts.port or 443
-    try:
-        return None if dialer.proxy_for(*place) is not None else place
-    except TowpathError:
-        # The link says what is wrong with the proxy.
-        return None
-
-
-def _authority(config: AgentConfig) -> str | None:
-    file = config.relay.ca_file
-    if file is None:
-        return None
-    try:
-        return file.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise NotSetUp(f"The relay's CA certificate {file} cannot be read; run `towpath setup` again.") from error
-
-
 def _end_now() -> None:
     logger.error("Something did not end in time; ending anyway. Nothing is lost, tasks go on at the next start.")
     os._exit(0)
-
-
-def run(config_file: Path, flags: Mapping[str, str] | None = None, log_file: Path | None = None) -> None:
-    """Run the agent of a configuration in the foreground; ``flags`` are settings for this run only.
-
-    Raises `TowpathError` when it cannot start.
-    """
-    config_file = config_file.absolute()
-    flags = flags or {}
-    config = load_config(config_file, flags=flags)
-    logs.configure(config.log, log_file)
-    make_state_dir(config.state_dir)
-    process.raise_file_limit()
-    if config.profile == "login-node":
-        process.step_back()
-    notifier = Notifier.from_environment()
-    with held(config.state_dir) as lock:
-        identity, key = require(config.state_dir)
-        trio.run(Daemon(config_file, config, identity, key, lock, flags, log_file).run, notifier)

@@ -8,8 +8,6 @@ import os
 import sys
 from collections.abc import Mapping
 
-import psutil
-
 from agent.system.limits import raise_open_files
 
 logger = logging.getLogger("towpath.agent")
@@ -36,6 +34,8 @@ def raise_file_limit() -> int:
 
 def step_back() -> None:
     """Let everybody else's work go first: processor and, where the system can, disk. Worker processes inherit it."""
+    import psutil
+
     process = psutil.Process()
     with contextlib.suppress(OSError, psutil.Error):
         if sys.platform == "win32":

@@ -129,7 +129,7 @@ def tell_running_agent(state_dir: Path) -> str:
 @config_option
 def run(log_file: Path | None, assignments: tuple[str, ...], login_node: bool, config_file: Path) -> None:
     """Run the agent in the foreground, until Ctrl-C or SIGTERM. SIGHUP reads the configuration again."""
-    from agent import daemon
+    from agent import start
 
     flags = {"profile": "login-node"} if login_node else {}
     for assignment in assignments:
@@ -138,7 +138,7 @@ def run(log_file: Path | None, assignments: tuple[str, ...], login_node: bool, c
             raise click.UsageError(f"--set takes KEY=VALUE, not {assignment!r}.")
         flags[key] = value
     with failing_plainly():
-        daemon.run(config_file, flags, log_file)
+        start.run(config_file, flags, log_file)
 
 
 @click.command()

@@ -88,7 +88,7 @@ class Transport(Protocol):
 
 @dataclass
 class Transports:
-    """The transports of this agent, put together in `agent.daemon`: ``tunnel``, ``quic``; absent ones are not used."""
+    """The transports of this agent, made in `agent.data_side`: ``tunnel``, ``quic``; absent ones are not used."""
 
     tunnel: Transport | None = None
     quic: Transport | None = None

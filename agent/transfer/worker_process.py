@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
-import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -12,6 +10,7 @@ from dataclasses import dataclass
 import trio
 
 from agent.transfer.channel import Channel, Message, ToDaemon
+from agent.transfer.spawn import Spawned, spawn
 
 # How long a worker may take to settle what arrived when it is told to stop.
 GRACE = 4.0
@@ -24,7 +23,7 @@ NEEDED_WITHIN = 900.0
 
 @dataclass(frozen=True)
 class _Process:
-    process: trio.Process
+    process: subprocess.Popen[bytes]
     channel: Channel
 
 
@@ -35,6 +34,10 @@ class Workers:
         self._want_spare = spare
         self._spare: _Process | None = None
         self._taken = trio.Event()
+
+    def adopt(self, spawned: Spawned) -> None:
+        """Take over a worker that was started before there was this; it is the first to be used."""
+        self._spare = _Process(spawned.process, Channel(spawned.sock, ToDaemon))
 
     async def run(self) -> None:
         """Keep a spare worker, if one is wanted, until cancelled."""
@@ -76,21 +79,20 @@ class Workers:
 
 
 async def _start() -> _Process:
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    with theirs:
-        process = await trio.lowlevel.open_process(
-            [sys.executable, "-m", "agent.transfer.worker", str(theirs.fileno())],
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-        )
-    return _Process(process, Channel(ours, ToDaemon))
+    spawned = await trio.to_thread.run_sync(spawn)
+    return _Process(spawned.process, Channel(spawned.sock, ToDaemon))
 
 
 async def _end(one: _Process) -> None:
     one.channel.close()
     with trio.CancelScope(shield=True):
-        with trio.move_on_after(GRACE):
-            await one.process.wait()
-        if one.process.returncode is None:
-            one.process.kill()
-            await one.process.wait()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_kill_later, one.process)
+            # With a limiter of its own: whoever waits here takes no thread from others.
+            await trio.to_thread.run_sync(one.process.wait, limiter=trio.CapacityLimiter(1))
+            nursery.cancel_scope.cancel()
+
+
+async def _kill_later(process: subprocess.Popen[bytes]) -> None:
+    await trio.sleep(GRACE)
+    process.kill()

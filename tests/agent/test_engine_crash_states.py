@@ -25,7 +25,7 @@ import pytest
 import trio
 
 from agent.storage.posix import PosixRoot, open_root
-from agent.transfer import worker_process
+from agent.transfer import spawn
 from agent.transfer.manifest import TransferredRow, read_page
 from protocol.control import TaskOrder
 from tests.agent.disk_trace import CALLS, CrashState, Sync, Trace, before, crash_states, put, read_trace
@@ -87,7 +87,7 @@ async def record(place: Path, monkeypatch: pytest.MonkeyPatch, fill: Callable[[P
     options = f"-f -qq -y -xx -s {64 * MIB} -e signal=none -e trace={CALLS} -o {place}/traces/$$"
     traced.write_text(f'#!/bin/sh\nexec strace {options} {sys.executable} "$@"\n')
     traced.chmod(0o755)
-    monkeypatch.setattr(worker_process, "sys", SimpleNamespace(executable=str(traced)))
+    monkeypatch.setattr(spawn, "sys", SimpleNamespace(executable=str(traced)))
     async with world(place / "world") as made:
         fill(made.alpha.root)
         (made.beta.root / "replaced").write_bytes(OLD)

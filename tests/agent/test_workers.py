@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+
 import pytest
 import trio
 
 from agent.transfer import worker_process
 from agent.transfer.channel import ChannelClosed, EventStored
 from agent.transfer.running_task import CrashPauses
+from agent.transfer.spawn import spawn
 from agent.transfer.worker_process import Workers
 from protocol.control import Counters
 
@@ -17,7 +20,7 @@ def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_process, "REST", 0.0)
 
 
-async def _spare(workers: Workers) -> trio.Process:
+async def _spare(workers: Workers) -> subprocess.Popen[bytes]:
     with trio.fail_after(20):
         while workers._spare is None:
             await trio.sleep(0.01)
@@ -46,7 +49,7 @@ async def test_a_spare_worker_that_died_is_not_used() -> None:
         nursery.start_soon(workers.run)
         first = await _spare(workers)
         first.kill()
-        await first.wait()
+        first.wait()
         async with workers.worker(EventStored(seq=1)) as channel:
             # Not the dead one: what was sent reached a worker, which then ended by itself.
             with pytest.raises(ChannelClosed):
@@ -61,7 +64,7 @@ async def test_a_spare_worker_that_nobody_needs_ends_until_work_comes(monkeypatc
         nursery.start_soon(workers.run)
         first = await _spare(workers)
         with trio.fail_after(20):
-            await first.wait()
+            await trio.to_thread.run_sync(first.wait)
         assert workers._spare is None
         monkeypatch.setattr(worker_process, "NEEDED_WITHIN", 900.0)
         async with workers.worker(EventStored(seq=1)) as channel:
@@ -70,6 +73,21 @@ async def test_a_spare_worker_that_nobody_needs_ends_until_work_comes(monkeypatc
         second = await _spare(workers)
         assert second.pid != first.pid
         nursery.cancel_scope.cancel()
+
+
+async def test_a_worker_that_was_started_before_is_used_first_and_ends_with_the_rest() -> None:
+    for needed in (True, False):
+        workers, first = Workers(spare=True), spawn()
+        workers.adopt(first)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(workers.run)
+            assert await _spare(workers) is first.process
+            if needed:
+                async with workers.worker(EventStored(seq=1)) as channel:
+                    with pytest.raises(ChannelClosed):
+                        await channel.receive()
+            nursery.cancel_scope.cancel()
+        assert first.process.returncode is not None
 
 
 async def test_without_a_spare_nothing_waits() -> None:

@@ -1,0 +1,69 @@
+"""Starts the agent: what moves data first, and everything else while it moves already.
+
+Loading Python modules is most of a start. So a first worker process is started before them, in which they load at the
+same time; then comes the data side, with which tasks go on; and the rest of the daemon, for the relay and the owner, is
+loaded beside that.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from agent import logs, process
+from agent.config.layers import load_config
+from agent.identity_file import make_state_dir, require
+from agent.lock import held
+from agent.sdnotify import Notifier
+from agent.transfer.spawn import spawn
+
+if TYPE_CHECKING:
+    from agent.daemon import Daemon
+
+
+def run(config_file: Path, flags: Mapping[str, str] | None = None, log_file: Path | None = None) -> None:
+    """Run the agent of a configuration in the foreground; ``flags`` are settings for this run only.
+
+    Raises `TowpathError` when it cannot start.
+    """
+    # Nothing of what is loaded now is ever garbage; looking for some in it takes a tenth of the time.
+    gc.disable()
+    config_file = config_file.absolute()
+    flags = flags or {}
+    config = load_config(config_file, flags=flags)
+    logs.configure(config.log, log_file)
+    make_state_dir(config.state_dir)
+    process.raise_file_limit()
+    if config.profile == "login-node":
+        process.step_back()
+    # Out of the environment before any other process is started, which might speak for this one.
+    notifier = Notifier.from_environment()
+    with held(config.state_dir) as lock:
+        identity, key = require(config.state_dir)
+        first = spawn() if config.limits.spare_worker else None
+
+        import trio
+
+        from agent.data_side import DataSide
+
+        data = DataSide(config, identity, key, first)
+
+        async def main() -> None:
+            async with trio.open_nursery() as nursery:
+                await nursery.start(data.run)
+                daemon = await trio.to_thread.run_sync(_daemon)
+                await daemon(config_file, data, identity, lock, flags, log_file).run(notifier)
+                nursery.cancel_scope.cancel()
+
+        trio.run(main)
+
+
+def _daemon() -> type[Daemon]:
+    """Load the rest."""
+    from agent.daemon import Daemon
+
+    gc.freeze()
+    gc.enable()
+    return Daemon
