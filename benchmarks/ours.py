@@ -37,12 +37,14 @@ RELAY = "benchmark"
 class Agent:
     """One end."""
 
-    def __init__(self, directory: Path, root: Path, relay_root: RelayRoot, lanes: int, address: str) -> None:
+    def __init__(
+        self, directory: Path, root: Path, relay_root: RelayRoot, lanes: int, address: str, *, read_twice: bool = False
+    ) -> None:
         self.root, self.directory = root, directory
         self.key = NodeKey.generate()
         self.id, self.collection = str(uuid.uuid4()), str(uuid.uuid4())
         directory.mkdir(parents=True)
-        collection = CollectionConfig(id=self.collection, name="benchmark", root=str(root))
+        collection = CollectionConfig(id=self.collection, name="benchmark", root=str(root), read_twice=read_twice)
         config = AgentConfig(
             state_dir=directory,
             collections=(collection,),
@@ -72,11 +74,13 @@ class Agent:
 class Engine:
     """A source, a destination, and what a relay would do for them."""
 
-    def __init__(self, directory: Path, source: Path, destination: Path, lanes: int, address: str) -> None:
+    def __init__(
+        self, directory: Path, source: Path, destination: Path, lanes: int, address: str, *, read_twice: bool = False
+    ) -> None:
         root = RelayRoot.generate()
         key, now = Ed25519PrivateKey.generate(), time.time()
         self._signer = TicketSigner(RELAY, key, root.certify(key.public_key(), "k", now - 100, now + 86400), "k")
-        self.source = Agent(directory / "source", source, root, lanes, address)
+        self.source = Agent(directory / "source", source, root, lanes, address, read_twice=read_twice)
         self.destination = Agent(directory / "destination", destination, root, lanes, "127.0.0.1")
         self._sessions: dict[str, SessionOrder] = {}
 
@@ -97,6 +101,8 @@ class Engine:
         sync_level: int | None = None,
         verify_checksum: bool = True,
         compression: Compression = "auto",
+        preserve_hard_links: bool = False,
+        preserve_xattrs: bool = False,
     ) -> str:
         """Submit; the task's id."""
         task, session, now = str(uuid.uuid4()), str(uuid.uuid4()), time.time()
@@ -133,6 +139,8 @@ class Engine:
                     preserve_timestamp=True,
                     sync_level=sync_level,
                     compression=compression,
+                    preserve_hard_links=preserve_hard_links,
+                    preserve_xattrs=preserve_xattrs,
                 ),
                 items=[TaskItem(source_path=source, destination_path=destination, recursive=recursive)],
             )
@@ -161,10 +169,11 @@ async def engine(
     *,
     address: str = "127.0.0.1",
     prepare: Callable[[Engine], None] = lambda _made: None,
+    read_twice: bool = False,
 ) -> AsyncIterator[Engine]:
     """Both agents, up and linked, each with its spare worker. ``address`` is where the source listens; ``prepare`` is
-    called before they start."""
-    made = Engine(directory, source, destination, lanes, address)
+    called before they start; ``read_twice`` is the source's owner's choice."""
+    made = Engine(directory, source, destination, lanes, address, read_twice=read_twice)
     prepare(made)
     async with trio.open_nursery() as nursery:
         await nursery.start(made.source.service.run)

@@ -17,6 +17,9 @@ from protocol.session import Extent
 # Smaller files are not worth a question.
 WORTH_ASKING = 64 * 1024 * 1024
 MAX_EXTENTS = 50_000
+# Of a file whose blocks are cut smaller for the sake of its holes: 128 KiB of journal.
+MOST_BLOCKS = 1024 * 1024
+_LEAST_BLOCK = 1024 * 1024
 
 
 def data_extents(descriptor: int, size: int) -> list[Extent] | None:
@@ -52,6 +55,17 @@ def check_extents_untrusted(extents: Sequence[Extent], size: int) -> None:
         if offset < end or length <= 0 or offset + length > size:
             raise ProtocolError("The source describes parts that its file cannot have.")
         end = offset + length
+
+
+def sparse_block(extents: Sequence[Extent], size: int, usual: int) -> int:
+    """How a file of mostly holes is cut: a piece of data takes along at most the rest of its blocks, which are smaller
+    than those usual for a file of this size."""
+    if sum(length for _, length in extents) > size // 8:
+        return usual
+    block = _LEAST_BLOCK
+    while size // block > MOST_BLOCKS:
+        block *= 2
+    return min(block, usual)
 
 
 def mark_holes(done: bytearray, extents: Sequence[Extent], size: int, block: int) -> int:

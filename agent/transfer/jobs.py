@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from agent.storage.base import Directory
-from agent.transfer.compare import SMALL_FILE, Decision, block_count, block_size
+from agent.transfer.compare import SMALL_FILE, Decision, block_count
 from agent.transfer.journal import Place
 from protocol.errors import TowpathError
 from protocol.session import Row
@@ -191,9 +191,9 @@ class LargeFile:
         return min(self.block, self.job.row.size - index * self.block)
 
 
-def empty_bitmap(size: int) -> bytearray:
+def empty_bitmap(size: int, block: int) -> bytearray:
     """A bitmap with no block of a file of this size done."""
-    return bytearray((block_count(size, block_size(size)) + 7) // 8)
+    return bytearray((block_count(size, block) + 7) // 8)
 
 
 def count_done(done: bytearray) -> int:

@@ -7,7 +7,7 @@ import trio
 from agent.storage.faults import fault
 from agent.transfer.compare import block_size, missing_ranges
 from agent.transfer.fetch import RANGE_BYTES
-from agent.transfer.holes import WORTH_ASKING, mark_holes
+from agent.transfer.holes import WORTH_ASKING, mark_holes, sparse_block
 from agent.transfer.jobs import Abandoned, FileJob, LargeFile, PartDropped, count_done, empty_bitmap
 from agent.transfer.journal import bytes_done
 from agent.transfer.patience import attempts, counted
@@ -79,6 +79,9 @@ class LargeFiles:
             # Whatever is wrong with the file, reading it says so, and whether it passes.
             return
         if extents is not None:
+            # Nothing of it was asked for yet.
+            file.block = sparse_block(extents, job.row.size, file.block)
+            file.done = empty_bitmap(job.row.size, file.block)
             mark_holes(file.done, extents, job.row.size, file.block)
             file.done_count = count_done(file.done)
 
@@ -108,7 +111,7 @@ class LargeFiles:
         name = self._run.temporary_name()
         descriptor = handle.create_temporary(name)
         block = block_size(job.row.size)
-        return LargeFile(job, name, descriptor, block, empty_bitmap(job.row.size), 0)
+        return LargeFile(job, name, descriptor, block, empty_bitmap(job.row.size, block), 0)
 
     def idle(self, file: LargeFile) -> None:
         """No range of this file is under way. When it failed, now it can be tried again or given up."""
