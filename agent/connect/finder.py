@@ -68,6 +68,7 @@ class PathFinder:
         self._had_direct = False
         self.path: Path | None = None
         self._last_why = ""
+        self._others: dict[str, str] = {}
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until cancelled; connections that nobody took are closed then."""
@@ -96,6 +97,13 @@ class PathFinder:
         """The source can be reached at more addresses than it has said; those for an older offer are ignored."""
         if self._running is not None:
             self._running.take_candidates(answer)
+
+    async def others(self) -> dict[str, str]:
+        """For a probe, once its race is over: what it saw of UDP (``quic``) and the ``tunnel``; an empty text where a
+        way is open, else the reason why not."""
+        while self._running is not None:
+            await self._news.wait()
+        return self._others
 
     def begin(self) -> None:
         """Start a race ahead of the first wish, if there is something to race for."""
@@ -196,6 +204,7 @@ class PathFinder:
             await running.run()
         finally:
             self._last_why = running.why() or self._last_why
+            self._others = running.others
             if self._running is running:
                 self._running = None
             self._tell()

@@ -1,4 +1,4 @@
-"""Whether other agents can be reached from here: a race for a path to each, and nothing is said on what it brings."""
+"""Whether other agents can be reached from here, over TCP, UDP and the relay; nothing is said on what comes up."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from protocol.record import Record
 
 MAX_PEERS = 8
 # How long one race may take, and how often all may be asked for (seconds).
-PATIENCE = 10.0
+PATIENCE = 14.0
 INTERVAL = 15.0
 
 
@@ -35,7 +35,9 @@ class Peer:
 
 
 class PeerPath(Record, frozen=True, kw_only=True):
-    """What was found. ``kind`` is empty where only the relay is left; ``rtt_ms`` is None where it is not known."""
+    """What was found. ``kind`` is that of the direct way over TCP, empty where there is none; ``rtt_ms`` is None where
+    it is not known. ``udp``: whether UDP gets through, as QUIC needs it; ``tunnel``: whether the relay joins the two;
+    None where that was not looked at."""
 
     collection_id: str
     name: str
@@ -44,6 +46,10 @@ class PeerPath(Record, frozen=True, kw_only=True):
     remote: str = ""
     rtt_ms: float | None = None
     why: str = ""
+    udp: bool | None = None
+    udp_why: str = ""
+    tunnel: bool | None = None
+    tunnel_why: str = ""
 
 
 class PeerProbes:
@@ -117,6 +123,7 @@ class PeerProbes:
                 await nursery.start(finder.run)
                 with trio.move_on_after(PATIENCE):
                     made = await self._reached(finder, made)
+                    made = _with_others(made, await finder.others())
                 if not made.kind and not made.why:
                     made = msgspec.structs.replace(made, why=finder.why or "nothing was found in time")
                 nursery.cancel_scope.cancel()
@@ -133,3 +140,14 @@ class PeerProbes:
             path = connection.path
         trip = None if path.rtt is None else round(path.rtt * 1000, 1)
         return msgspec.structs.replace(made, kind=path.kind, remote=path.remote, rtt_ms=trip)
+
+
+def _with_others(made: PeerPath, others: dict[str, str]) -> PeerPath:
+    udp, tunnel = others.get("quic"), others.get("tunnel")
+    return msgspec.structs.replace(
+        made,
+        udp=None if udp is None else not udp,
+        udp_why=udp or "",
+        tunnel=None if tunnel is None else not tunnel,
+        tunnel_why=tunnel or "",
+    )

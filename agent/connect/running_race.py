@@ -39,14 +39,16 @@ OFFER_DELAY = 0.15
 # How long an offer waits for what the relay sees of the punching ports.
 GATHER_TIME, PATIENT_GATHER_TIME = 0.8, 3.0
 MAX_READY = 32
+# How long the looks of a probe at UDP and the tunnel may take, the relay's go included (seconds).
+LOOK_TIME = 8.0
 # Characters of the relay's reason that are shown.
 MAX_REASON = 400
 
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """Whose connections a finder finds. ``own``: the source is this very node. ``probe``: only to see what there is,
-    so neither the relay's tunnel nor QUIC, which needs a session, are brought up."""
+    """Whose connections a finder finds. ``own``: the source is this very node. ``probe``: only to see what there is;
+    the relay's tunnel and UDP are looked at beside the race then (`RunningRace.others`), whatever it brings."""
 
     session_id: str
     task_id: str
@@ -88,8 +90,12 @@ class RunningRace:
     def __init__(self, finder: Finder, direct: list[Candidate], relay_up: bool, *, tunnel: bool) -> None:
         self._finder = finder
         self._network = finder.network
+        # For a probe: what became of the looks at other ways, by transport; an empty text where one is open.
+        self.others: dict[str, str] = {}
+        self._looked = trio.Event()
         available = self._network.transports.tunnel is not None and not finder.subject.probe
         # Where a task wants QUIC only, TCP is not even tried; the tunnel stays as last resort.
+        self._looks = self._other_transports() if finder.subject.probe and relay_up else {}
         self._udp_only = finder.subject.transport == "quic" and self._network.transports.quic is not None
         direct = [] if self._udp_only else direct
         self._race = Race(
@@ -98,7 +104,7 @@ class RunningRace:
             can_offer=relay_up,
             tunnel=tunnel and available,
             # Where an address can be dialled it mostly answers; then nobody need be troubled.
-            offer_delay=OFFER_DELAY if direct else 0.0,
+            offer_delay=OFFER_DELAY if direct and not self._looks else 0.0,
             quic_delay=0.0 if self._udp_only else QUIC_DELAY,
         )
         self._scopes: dict[int, trio.CancelScope] = {}
@@ -108,6 +114,7 @@ class RunningRace:
         self._generation = -1
         self._go: PathGo | None = None
         self._wake = trio.Event()
+        self._went = trio.Event()
         self._offered: PathOffer | None = None
         self._expectations = contextlib.ExitStack()
         self._notes: list[str] = []
@@ -147,8 +154,11 @@ class RunningRace:
             direct, targets = [], []
         elif not targets:
             self._notes.append("the source's address from outside is not known")
+        if self._finder.subject.probe:
+            transports = []
         self._race.go(trio.current_time(), go.start_in, direct, targets, len(self._slots), transports)
         self._wake.set()
+        self._went.set()
 
     def take_candidates(self, answer: PathAnswer) -> None:
         """More of the source's addresses; ignored unless they belong to the newest offer. What needs no arrangement is
@@ -178,6 +188,8 @@ class RunningRace:
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._tell_mappings)
+                if self._looks:
+                    nursery.start_soon(self._look)
                 while not self._race.over(trio.current_time()):
                     self._wake = trio.Event()
                     for action in self._race.poll(trio.current_time()):
@@ -187,6 +199,8 @@ class RunningRace:
                         break
                     with trio.move_on_at(deadline):
                         await self._wake.wait()
+                if self._looks:
+                    await self._looked.wait()
                 nursery.cancel_scope.cancel()
         finally:
             self._expectations.close()
@@ -257,6 +271,53 @@ class RunningRace:
             go = msgspec.structs.replace(go, tunnel=go.tunnels[action.leg])
         return await transport.connect(wish, go)
 
+    # --- looks ---------------------------------------------------------------------------------------------
+
+    def _other_transports(self) -> dict[str, Transport]:
+        """What a probe looks at beside TCP."""
+        found: dict[str, Transport] = {}
+        for name in ("quic", "tunnel"):
+            transport: Transport | None = getattr(self._network.transports, name)
+            if transport is None:
+                self.others[name] = self._network.transports.absent.get(name, "this agent has none")
+            elif name == "tunnel" and self._network.relay_policy == "never":
+                self.others[name] = "this agent's owner lets no data pass the relay"
+            else:
+                found[name] = transport
+        return found
+
+    async def _look(self) -> None:
+        """See, once the relay has given its go, whether UDP and the tunnel are open between the two."""
+        with trio.move_on_after(LOOK_TIME):
+            await self._went.wait()
+            async with trio.open_nursery() as nursery:
+                for name, transport in self._looks.items():
+                    nursery.start_soon(self._look_at, name, transport)
+        for name in self._looks:
+            self.others.setdefault(name, "nothing came of it in time" if self._go else "the source did not answer")
+        self._looked.set()
+
+    async def _look_at(self, name: str, transport: Transport) -> None:
+        go, subject = self._go, self._finder.subject
+        assert go is not None
+        if go.answer is None or name not in go.answer.transports:
+            self.others[name] = "the source's agent has none"
+            return
+        if name == "tunnel":
+            if not go.tunnels:
+                self.others[name] = go.tunnel_refused.rstrip(". ") or "the relay offers none"
+                return
+            go = msgspec.structs.replace(go, tunnel=go.tunnels[0])
+        wish = Wish(session_id=subject.session_id, task_id=subject.task_id, kind="control")
+        try:
+            if name == "quic":
+                await trio.sleep(max(0.0, go.start_in))
+            await transport.look(wish, go)
+        except (TowpathError, OSError) as error:
+            self.others[name] = error.sentence.rstrip(". ") if isinstance(error, TowpathError) else str(error)
+        else:
+            self.others[name] = ""
+
     # --- offers --------------------------------------------------------------------------------------------
 
     async def _send_offer(self) -> None:
@@ -323,7 +384,7 @@ class RunningRace:
 
     def _wanted(self, name: str) -> bool:
         if self._finder.subject.probe:
-            return False
+            return name in self._looks
         if name == "tunnel":
             return self._race.tunnel and not self._race.has_tunnel
         return self._finder.subject.transport != "tcp"

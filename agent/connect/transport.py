@@ -79,11 +79,16 @@ class Transport(Protocol):
     async def another(self, wish: Wish) -> Connection | None:
         """Destination: one connection more without any arrangement, where what is there already can bring it."""
 
+    async def look(self, wish: Wish, go: PathGo) -> None:
+        """Destination: whether this way is open, nothing more: what comes up is closed without a word. Raises
+        `RetryLater` with the reason why not."""
+
     async def answer(self, offer: PathOffer) -> list[Candidate]:
         """Source: what the answer should carry."""
 
     async def serve(self, offer: PathOffer, go: PathGo, greet: Greet) -> None:
-        """Source: do this side's part of one offer; returns when it is done with it. Raises `RetryLater`."""
+        """Source: do this side's part of one offer, or of a look; returns when it is done with it. Raises
+        `RetryLater`."""
 
 
 @dataclass

@@ -81,6 +81,10 @@ class TunnelTransport:
         """The destination's end."""
         return await self._enter(go)
 
+    async def look(self, wish: Wish, go: PathGo) -> None:
+        """Whether the relay joins the two sides."""
+        (await self._enter(go)).sock.close()
+
     async def serve(self, offer: PathOffer, go: PathGo, greet: Greet) -> None:
         """The source's end, which is greeted like a connection that came in at the data port."""
         await greet(await self._enter(go))

@@ -1,4 +1,4 @@
-"""The doctor's look at the agents that data came from lately: whether a direct way to them is found now."""
+"""The doctor's look at the agents that data came from lately: which ways to them are open now."""
 
 from __future__ import annotations
 
@@ -31,7 +31,11 @@ def check_peers(examination: Examination) -> Iterator[Finding]:
         return
     peers = [row for row in answer.get("peers", []) if isinstance(row, dict)]
     if not peers:
-        yield Finding(level="note", sentence="No data came from another agent lately, so there is none to look for.")
+        yield Finding(
+            level="note",
+            sentence="No data came from another agent lately, so there is none to look for. Ways are arranged by who "
+            "receives: for agents that data goes to from here, run `towpath doctor peers` there.",
+        )
     for row in peers:
         yield finding_of(row)
 
@@ -40,14 +44,32 @@ def finding_of(row: dict[str, Any]) -> Finding:
     """What was found of one peer, in words."""
     name = row.get("name") or row.get("collection_id", "")
     kind, trip = str(row.get("kind", "")), row.get("rtt_ms")
-    if not kind:
-        why = f": {row['why']}" if row.get("why") else ""
+    others = _others(row)
+    if kind:
+        after = f", {trip:.0f} ms there and back" if isinstance(trip, int | float) else ""
+        sentence = f"{name} is reached directly: {_WAYS.get(kind, kind)}{after}.{others}"
+        return Finding(level="ok", sentence=sentence, details=row)
+    why = f": {row['why']}" if row.get("why") else ""
+    sentence = f"No direct way to {name} was found over TCP{why}.{others}"
+    if row.get("udp"):
+        # A direct way all the same.
+        return Finding(level="ok", sentence=sentence, details=row)
+    reach = "One side in reach is enough: a port mapping, IPv6, or an open data port named in `data.advertise`."
+    if row.get("tunnel") is False:
         return Finding(
-            level="warning",
-            sentence=f"No direct way to {name} was found{why}.",
-            advice="Data goes through the relay, or over UDP where that passes. One side in reach is enough: a port "
-            "mapping, IPv6, or an open data port named in `data.advertise`.",
-            details=row,
+            level="failure", sentence=sentence, advice=f"Nothing can be transferred now. {reach}", details=row
         )
-    after = f", {trip:.0f} ms there and back" if isinstance(trip, int | float) else ""
-    return Finding(level="ok", sentence=f"{name} is reached directly: {_WAYS.get(kind, kind)}{after}.", details=row)
+    return Finding(level="warning", sentence=sentence, advice=f"Data goes through the relay. {reach}", details=row)
+
+
+def _others(row: dict[str, Any]) -> str:
+    """What became of the looks at UDP and the tunnel."""
+    said = ""
+    for key, subject, works in (
+        ("udp", "UDP, which QUIC needs,", "gets through"),
+        ("tunnel", "The relay's tunnel", "connects the two"),
+    ):
+        if row.get(key) is not None:
+            why = f" ({row[key + '_why']})" if row.get(key + "_why") else ""
+            said += f" {subject} {works}." if row[key] else f" {subject} does not{why}."
+    return said

@@ -16,8 +16,10 @@ import time
 from collections import deque
 
 from protocol.websocket.core import FEED, Core
+from protocol.websocket.line import Line, Over
 from protocol.websocket.orders import ALPN, MAX_PACKET, Carry, Report, Serve, decode_order, encode
-from protocol.websocket.shuttle import Over, Shuttle
+from protocol.websocket.secured import READ
+from protocol.websocket.shuttle import Shuttle
 
 # The least TLS: what a reverse proxy or an inspecting firewall may still speak. The inside is encrypted by itself.
 LEAST_TLS = ssl.TLSVersion.TLSv1_2
@@ -36,6 +38,7 @@ class _Process:
         self._busy: deque[Shuttle] = deque()
         self._gone = False
         self._buffer = memoryview(bytearray(FEED))
+        self._raw = memoryview(bytearray(READ))
 
     def run(self) -> None:
         next_look = time.monotonic() + _LOOK_EVERY
@@ -43,11 +46,11 @@ class _Process:
             wait = 0.0 if self._busy else max(0.0, next_look - time.monotonic())
             turns = dict.fromkeys(self._busy)
             self._busy.clear()
-            for key, _ in self._selector.select(wait):
+            for key, mask in self._selector.select(wait):
                 if key.data is None:
                     self._take_orders()
                 else:
-                    key.data.ready(key.fileobj)
+                    key.data.ready(key.fileobj, mask)
                     turns[key.data] = None
             for shuttle in turns:
                 self._step(shuttle)
@@ -135,12 +138,13 @@ class _Process:
             local.close()
             return
         try:
-            shuttle = Shuttle(outside, context, local, core, now, server_hostname=order.host, buffer=self._buffer)
+            line = Line(outside, context, core, now, server_hostname=order.host, buffer=self._buffer, raw=self._raw)
         except OSError:
             # The connection has gone already.
             outside.close()
             local.close()
             return
+        shuttle = Shuttle(line, local, tells=order.host is not None, buffer=self._buffer)
         self._shuttles[shuttle] = [0, 0]
         self._step(shuttle)
 

@@ -7,11 +7,13 @@ import pytest
 import trio
 
 from agent.connect.peers import Peer, PeerPath, PeerProbes
+from agent.connect.quic.transport import QuicTransport
 from agent.doctor.peers import finding_of
-from protocol.candidates import PathAnswer, PathGo, PathOffer
+from protocol.candidates import MAPPED_UDP, Candidate, PathAnswer, PathGo, PathOffer
 from protocol.control import SessionAnswer
 from protocol.errors import RetryLater
-from tests.agent.test_paths import SESSION, TASK, World, answer, at, hidden, world
+from tests.agent.quic_pair import CLIENT
+from tests.agent.test_paths import SESSION, TASK, Node, World, answer, at, hidden, world
 
 
 def peer(known: SessionAnswer | None) -> Peer:
@@ -45,7 +47,8 @@ async def test_a_peer_that_can_be_dialled_is_and_hears_nothing() -> None:
         (found,) = await probes.probe([peer(answer(at(made.source.network.data_port.port)))])
         assert found.kind == "direct"
         assert found.remote == f"127.0.0.1:{made.source.network.data_port.port}"
-        assert made.offers == []
+        # The other ways are none of this agent's.
+        assert (found.udp, found.tunnel) == (False, False)
         with pytest.raises(RetryLater, match="every 15 seconds"):
             await probes.probe([peer(None)])
         await trio.testing.wait_all_tasks_blocked(0.05)
@@ -60,6 +63,37 @@ async def test_without_a_known_address_a_way_is_arranged_through_the_relay() -> 
         assert (offer.probe, offer.transports, offer.count) == (True, ["tcp"], 1)
         assert made.source.delivered == []
         assert made.failures == []
+
+
+def quic_of(node: Node) -> QuicTransport:
+    async def nobody(_session_id: str) -> None:
+        await trio.lowlevel.checkpoint()
+
+    async def observe(sock: trio.socket.SocketType) -> list[Candidate]:
+        await trio.lowlevel.checkpoint()
+        return [Candidate(kind=MAPPED_UDP, host="127.0.0.1", port=sock.getsockname()[1])]
+
+    made = QuicTransport(CLIENT, nobody, observe, lambda rows, _go: rows)
+    node.network.transports.quic = made
+    return made
+
+
+async def test_udp_is_looked_at_too_without_speaking_quic() -> None:
+    async with world() as made, trio.open_nursery() as nursery:
+        assert made.source.network.data_port is not None
+        for node in (made.source, made.destination):
+            nursery.start_soon(quic_of(node).run)
+        await trio.testing.wait_all_tasks_blocked()
+        known = answer(at(made.source.network.data_port.port))
+        (found,) = await probes_of(made).probe([peer(known)])
+        # However soon the address answered, the other ways were looked at.
+        assert found.kind == "direct"
+        assert (found.udp, found.udp_why) == (True, "")
+        assert (found.tunnel, found.tunnel_why) == (False, "this agent has none")
+        (offer,) = made.offers
+        assert (offer.probe, offer.transports) == (True, ["tcp", "quic"])
+        assert made.source.delivered == []
+        nursery.cancel_scope.cancel()
 
 
 async def test_where_there_is_no_way_it_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,10 +111,23 @@ def test_the_doctor_says_it_in_words() -> None:
         "ok",
         "Lab is reached directly: it can dial this machine, 12 ms there and back.",
     )
+    both = finding_of(
+        {"name": "Lab", "kind": "direct", "udp": True, "tunnel": False, "tunnel_why": "the relay has none"}
+    )
+    assert (both.level, both.sentence) == (
+        "ok",
+        "Lab is reached directly: it can be dialled. UDP, which QUIC needs, gets through. The relay's tunnel does not"
+        " (the relay has none).",
+    )
     row = PeerPath(collection_id="c", name="", task_id=TASK, kind="", why="nothing came through")
     missed = finding_of({"collection_id": row.collection_id, "name": row.name, "kind": row.kind, "why": row.why})
-    assert (missed.level, missed.sentence) == ("warning", "No direct way to c was found: nothing came through.")
+    assert (missed.level, missed.sentence) == (
+        "warning",
+        "No direct way to c was found over TCP: nothing came through.",
+    )
     assert missed.advice
+    assert finding_of({"name": "Lab", "kind": "", "udp": True}).level == "ok"
+    assert finding_of({"name": "Lab", "kind": "", "udp": False, "tunnel": False}).level == "failure"
 
 
 async def test_the_relay_passes_on_few_probes(autojump_clock: trio.testing.MockClock) -> None:

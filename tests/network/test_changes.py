@@ -138,6 +138,9 @@ async def test_the_doctor_looks_for_a_way_to_who_sent_something_lately(tmp_path:
         print(finding["sentence"])
         assert finding["details"]["kind"] == way
         assert finding["level"] == ("ok" if way else "warning")
+        # Whatever TCP does, UDP and the tunnel were looked at.
+        assert finding["details"]["udp"] is (kind != "symmetric"), finding
+        assert finding["details"]["tunnel"] is True, finding
         # Nothing was said, and nothing is left of it.
         assert lab.sites["a"].status()["tasks"] == []
 

@@ -116,7 +116,12 @@ def test_the_request_of_the_test_itself_is_good() -> None:
     [
         frame(2, b"", length=MAX_MESSAGE + 1),
         frame(2, b"", length=2**62),
-        frame(2, bytes(1000), fin=False) + frame(0, b"", fin=False, length=MAX_MESSAGE - 999),
+        frame(2, bytes(1000), fin=False) + frame(0, b"", fin=False, length=MAX_MESSAGE + 1),
+        frame(2, b"a", fin=False) + frame(2, b"b"),
+        frame(2, b"a", fin=False) + frame(1, b"end"),
+        frame(2, b"a") + frame(0, b"b"),
+        frame(1, b"en", fin=False) + frame(0, b"d"),
+        frame(9, b"a", fin=False),
         frame(0, b"out of nowhere"),
         frame(1, b"other words"),
         frame(1, b"end") + frame(2, b"behind the end"),
@@ -131,6 +136,18 @@ def test_hostile_frames_end_the_connection(data: bytes) -> None:
     with pytest.raises(ProtocolError):
         feed(server, data)
         raise AssertionError("it was taken")
+
+
+@given(st.lists(st.binary(max_size=9), min_size=1, max_size=6), st.integers(1, 40))
+def test_fragments_with_something_in_between_are_one_stream(parts: list[bytes], piece: int) -> None:
+    """As something on the way may cut them."""
+    _, server = opened()
+    data = b""
+    for number, part in enumerate(parts):
+        data += frame(0 if number else 2, part, fin=number == len(parts) - 1) + frame(9, b"there?")
+    feed(server, data, piece)
+    assert b"".join(server.incoming) == b"".join(parts)
+    assert server.take() == (b"\x8a\x06there?") * len(parts)
 
 
 @pytest.mark.parametrize("one", [frame(9, b""), frame(2, b""), frame(10, b"x"), frame(2, b"x")])

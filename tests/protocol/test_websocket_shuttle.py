@@ -7,12 +7,15 @@ import socket
 import ssl
 import threading
 import time
+from selectors import EVENT_READ, EVENT_WRITE
 
 import pytest
 import trustme
 
 from protocol.websocket.core import FEED, Core
-from protocol.websocket.shuttle import PING, Over, Shuttle
+from protocol.websocket.line import PING, Line, Over
+from protocol.websocket.secured import READ
+from protocol.websocket.shuttle import Shuttle
 
 CA = trustme.CA()
 CONTENT = random.Random(1).randbytes(1_500_000)
@@ -22,6 +25,12 @@ def client_context() -> ssl.SSLContext:
     context = ssl.create_default_context()
     CA.configure_trust(context)
     return context
+
+
+def shuttle_of(outside: socket.socket, local: socket.socket, core: Core, now: float) -> Shuttle:
+    buffer, raw = memoryview(bytearray(FEED)), memoryview(bytearray(READ))
+    line = Line(outside, client_context(), core, now, server_hostname="relay", buffer=buffer, raw=raw)
+    return Shuttle(line, local, tells=True, buffer=buffer)
 
 
 def serve_and_leave(sock: socket.socket, content: bytes, said: threading.Event) -> None:
@@ -71,8 +80,7 @@ def test_what_came_before_a_break_is_delivered_however_slowly_it_is_taken(
     thread.start()
     now = time.monotonic()
     core = Core.client("relay", 443, "/tunnel", now)
-    buffer = memoryview(bytearray(FEED))
-    shuttle = Shuttle(outside, client_context(), near, core, now, server_hostname="relay", buffer=buffer)
+    shuttle = shuttle_of(outside, near, core, now)
     # The own side is complete from the beginning, so that both are when the server's goodbye comes.
     far.shutdown(socket.SHUT_WR)
     received = bytearray()
@@ -82,7 +90,7 @@ def test_what_came_before_a_break_is_delivered_however_slowly_it_is_taken(
         for _ in range(3):
             if not over:
                 for sock in shuttle.sockets:
-                    shuttle.ready(sock)
+                    shuttle.ready(sock, EVENT_READ | EVENT_WRITE)
                 try:
                     shuttle.step(now)
                 except Over:
@@ -125,11 +133,10 @@ def test_a_side_that_takes_nothing_is_heard_all_the_same(local: tuple[socket.soc
     thread.start()
     now = time.monotonic()
     core = Core.client("relay", 443, "/tunnel", now)
-    buffer = memoryview(bytearray(FEED))
-    shuttle = Shuttle(outside, client_context(), near, core, now, server_hostname="relay", buffer=buffer)
+    shuttle = shuttle_of(outside, near, core, now)
     while thread.is_alive():
         for sock in shuttle.sockets:
-            shuttle.ready(sock)
+            shuttle.ready(sock, EVENT_READ | EVENT_WRITE)
         shuttle.step(now)
         # The shuttle's own time, which goes on as soon as it has been opened.
         now += PING / 50 if core.is_open else 0.0

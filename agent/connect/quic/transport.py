@@ -10,7 +10,7 @@ import contextlib
 import secrets
 import socket
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 
 import msgspec
@@ -122,6 +122,13 @@ class QuicTransport:
             live = await self._bring_up(wish.session_id, "client", go, go.answer.candidates)
         return await self._stream(live)
 
+    async def look(self, wish: Wish, go: PathGo) -> None:
+        """Whether UDP gets through; no QUIC is spoken, since nobody's session is served by it."""
+        if go.answer is None:
+            raise QuicFailed("The relay gave no candidates of the source.")
+        with self._take(wish.session_id, "client") as (sock, secret):
+            await punch(sock, client=True, secret=secret, targets=self._targets(sock, go, go.answer.candidates))
+
     async def _stream(self, live: _Live) -> Connection:
         with trio.move_on_after(OPEN_TIMEOUT):
             async with live.opening:
@@ -152,6 +159,10 @@ class QuicTransport:
     async def serve(self, offer: PathOffer, go: PathGo, greet: Greet) -> None:
         """Punch and answer; streams are greeted as they come, as long as the connection lives."""
         if (offer.session_id, "server") not in self._sockets:
+            return
+        if offer.probe:
+            with self._take(offer.session_id, "server") as (sock, secret):
+                await punch(sock, client=False, secret=secret, targets=self._targets(sock, go, offer.candidates))
             return
         await self._bring_up(offer.session_id, "server", go, offer.candidates, greet)
 
@@ -191,6 +202,22 @@ class QuicTransport:
         if known is not None:
             known[0].close()
 
+    @contextlib.contextmanager
+    def _take(self, session_id: str, role: str) -> Iterator[tuple[trio.socket.SocketType, str]]:
+        """The socket of an offer and its secret, to be used once; closed at the end. Raises `QuicFailed`."""
+        known = self._sockets.pop((session_id, role), None)
+        if known is None:
+            raise QuicFailed("The UDP port of this offer is closed already.")
+        with known[0]:
+            yield known
+
+    def _targets(self, sock: trio.socket.SocketType, go: PathGo, candidates: list[Candidate]) -> list[Address]:
+        return [
+            (row.host, row.port)
+            for row in self._usable(candidates, go)
+            if row.kind == MAPPED_UDP and (":" not in row.host or has_ipv6(sock.family))
+        ]
+
     # --- connections -----------------------------------------------------------------------------------------
 
     def _find(self, session_id: str, role: str) -> _Live | None:
@@ -205,20 +232,12 @@ class QuicTransport:
     async def _bring_up(
         self, session_id: str, role: str, go: PathGo, candidates: list[Candidate], greet: Greet | None = None
     ) -> _Live:
-        known = self._sockets.pop((session_id, role), None)
-        if known is None:
-            raise QuicFailed("The UDP port of this offer is closed already.")
-        sock, secret = known
-        with sock:
+        with self._take(session_id, role) as (sock, secret):
             certificate = await self._peer_of(session_id)
             if certificate is None:
                 raise QuicFailed("This session is not known here.")
-            targets = [
-                (row.host, row.port)
-                for row in self._usable(candidates, go)
-                if row.kind == MAPPED_UDP and (":" not in row.host or has_ipv6(sock.family))
-            ]
             client = role == "client"
+            targets = self._targets(sock, go, candidates)
             remote = await punch(sock, client=client, secret=secret, targets=targets)
             begin = Begin(
                 session_id=session_id,

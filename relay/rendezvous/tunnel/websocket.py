@@ -12,8 +12,9 @@ import socket
 import trio
 
 from protocol.websocket.carrier import Carrier, CarrierUnavailable, local_pair
+from protocol.websocket.line import PING
 from protocol.websocket.orders import Carry
-from protocol.websocket.shuttle import FAREWELL, PING
+from protocol.websocket.shuttle import FAREWELL
 from protocol.websocket.stream import WebSocketStream
 from relay.rendezvous.tunnel.acceptor import LocalBearer, TunnelAcceptor
 

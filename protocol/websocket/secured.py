@@ -1,0 +1,146 @@
+"""TLS over a non-blocking socket, in as few system calls as there can be: many records with one, and no call in vain.
+
+The library's own TLS sockets read each record (16 KiB) with two calls and write each with one.
+"""
+
+from __future__ import annotations
+
+import selectors
+import socket
+import ssl
+from collections import deque
+from collections.abc import Iterable
+
+Buffer = bytes | bytearray | memoryview
+
+# Bytes read off a socket at once.
+READ = 256 * 1024
+# Pieces handed to one system call.
+_MOST_PIECES = 16
+
+
+class Secured:
+    """One connection. It owns the socket. ``buffer``, of `READ` bytes, is used during calls alone and may be shared.
+
+    Methods raise `ssl.SSLError` and OSError when the connection is broken.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        context: ssl.SSLContext,
+        *,
+        server_hostname: str | None,
+        buffer: memoryview,
+    ) -> None:
+        sock.setblocking(False)
+        self.sock = sock
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = context.wrap_bio(
+            self._incoming, self._outgoing, server_side=server_hostname is None, server_hostname=server_hostname
+        )
+        self._buffer = buffer
+        self._unsent: deque[memoryview] = deque()
+        # What the kernel last said: reading or writing in vain costs more than a read.
+        self.readable = self.writable = True
+        self._ended = False
+
+    @property
+    def unsent(self) -> bool:
+        """Whether something waits for the socket to take it."""
+        return bool(self._unsent)
+
+    def wishes(self, reading: bool) -> int:
+        """What to wait for, as a mask of `selectors`."""
+        return (selectors.EVENT_READ if reading else 0) | (selectors.EVENT_WRITE if self._unsent else 0)
+
+    def ready(self, mask: int) -> None:
+        """The kernel says so."""
+        self.readable |= bool(mask & selectors.EVENT_READ)
+        self.writable |= bool(mask & selectors.EVENT_WRITE)
+
+    def shake_hands(self) -> bool:
+        """A step of the handshake; whether it is done."""
+        while True:
+            try:
+                self._tls.do_handshake()
+            except ssl.SSLWantReadError:
+                self._flush_tls()
+                if not self._fill():
+                    return False
+            except ssl.SSLError:
+                # The alert tells the other side why.
+                self._flush_tls()
+                raise
+            else:
+                self._flush_tls()
+                return True
+
+    def send(self, parts: Iterable[Buffer]) -> None:
+        """Encrypt and send as much as the socket takes now; the rest waits. What is handed over is copied."""
+        for part in parts:
+            self._tls.write(part)
+        self._flush_tls()
+
+    def receive_into(self, view: memoryview) -> int | None:
+        """Content, as much as has come and fits; 0 at the end of the connection, None when there is nothing now."""
+        size = 0
+        while size < len(view):
+            try:
+                more: int = self._tls.read(len(view) - size, view[size:])  # type: ignore[assignment] # with a buffer
+            except ssl.SSLWantReadError:
+                if not self._fill():
+                    break
+                continue
+            except ssl.SSLEOFError:
+                # No goodbye of TLS; what is inside has one of its own.
+                more = 0
+            if not more:
+                return size
+            size += more
+        # TLS itself may have something to say, as after a change of keys.
+        if self._outgoing.pending:
+            self._flush_tls()
+        return size or None
+
+    def flush(self) -> None:
+        """Send what waits, as far as the socket takes it."""
+        while self._unsent and self.writable:
+            pieces = [self._unsent[number] for number in range(min(len(self._unsent), _MOST_PIECES))]
+            try:
+                sent = self.sock.send(pieces[0]) if len(pieces) == 1 else self.sock.sendmsg(pieces)
+            except BlockingIOError:
+                self.writable = False
+                return
+            while sent:
+                first = self._unsent[0]
+                if sent < len(first):
+                    self._unsent[0] = first[sent:]
+                    break
+                sent -= len(first)
+                self._unsent.popleft()
+
+    def close(self) -> None:
+        """Close the socket at once."""
+        self.sock.close()
+
+    def _fill(self) -> bool:
+        """Read off the socket once; whether anything came, be it the end."""
+        if self._ended or not self.readable:
+            return False
+        try:
+            size = self.sock.recv_into(self._buffer)
+        except BlockingIOError:
+            self.readable = False
+            return False
+        if size:
+            self._incoming.write(self._buffer[:size])
+        else:
+            self._ended = True
+            self._incoming.write_eof()
+        return True
+
+    def _flush_tls(self) -> None:
+        if self._outgoing.pending:
+            self._unsent.append(memoryview(self._outgoing.read()))
+        self.flush()
