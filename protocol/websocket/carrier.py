@@ -13,6 +13,7 @@ import socket
 from dataclasses import dataclass
 from typing import Protocol
 
+import msgspec
 import trio
 
 from protocol.errors import RetryLater
@@ -51,7 +52,8 @@ class CarrierStatistics:
 class Carrier:
     """Run `run`; the process starts when it is first wanted, or at `serve`, and is started again when it dies."""
 
-    def __init__(self) -> None:
+    def __init__(self, module: str = "protocol.websocket.process") -> None:
+        self._module = module
         self._line: trio.socket.SocketType | None = None
         self._serve: Serve | None = None
         self._wanted = trio.Event()
@@ -79,10 +81,10 @@ class Carrier:
         self._serve = Serve(certificate, key)
         self.want()
         if self._line is not None:
-            await self._send(encode(self._serve), ())
+            await self.send(encode(self._serve), ())
 
-    async def carry(self, order: Carry, outside: HasDescriptor, local: HasDescriptor) -> None:
-        """Hand two sockets over; the caller's own descriptors of them may be closed then.
+    async def carry(self, order: Carry, outside: HasDescriptor, local: HasDescriptor) -> int:
+        """Hand two sockets over; the caller's own descriptors of them may be closed then. The number of the connection.
 
         Raises `CarrierUnavailable`.
         """
@@ -90,10 +92,13 @@ class Carrier:
         with trio.move_on_after(_START_TIMEOUT):
             while self._line is None:
                 await self._changed.wait()
-        await self._send(encode(order), (outside, local))
         self._carried += 1
+        number = self._carried
+        await self.send(encode(msgspec.structs.replace(order, number=number)), (outside, local))
+        return number
 
-    async def _send(self, packet: bytes, sockets: tuple[HasDescriptor, ...]) -> None:
+    async def send(self, packet: bytes, sockets: tuple[HasDescriptor, ...]) -> None:
+        """Say something to the process. Raises `CarrierUnavailable`."""
         numbers = array.array("i", [sock.fileno() for sock in sockets]).tobytes()
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, numbers)] if numbers else []
         try:
@@ -109,9 +114,9 @@ class Carrier:
         """Keep the process running once it is wanted, until cancelled."""
         await self._wanted.wait()
         while True:
-            async with line_process("protocol.websocket.process") as line:
-                if self._serve is not None:
-                    await line.send(encode(self._serve))
+            async with line_process(self._module, room=2 * MAX_PACKET) as line:
+                for packet in self.beginning():
+                    await line.send(packet)
                 self._line = line
                 self._tell()
                 try:
@@ -119,6 +124,7 @@ class Carrier:
                 finally:
                     self._line = None
                     self._tell()
+                    self.ended()
             self._restarts += 1
             _logger.error("The process for WebSocket ended unexpectedly; another one is started.")
             await trio.sleep(RESTART_PAUSE)
@@ -135,7 +141,24 @@ class Carrier:
                 return
             if not packet:
                 return
-            self._report = decode_report(packet)
+            self.take_report(packet)
+
+    # --- for those that build on it --------------------------------------------------------------------------
+
+    def beginning(self) -> list[bytes]:
+        """What a new process is told first."""
+        return [] if self._serve is None else [encode(self._serve)]
+
+    def take_report(self, packet: bytes) -> None:
+        """What the process says."""
+        self.take_count(decode_report(packet))
+
+    def take_count(self, report: Report) -> None:
+        """How many connections it carries."""
+        self._report = report
+
+    def ended(self) -> None:
+        """The process has ended."""
 
 
 def local_pair() -> tuple[socket.socket, socket.socket]:

@@ -75,13 +75,13 @@ class Line:
             self.receive(now)
         return self.opened
 
-    def receive(self, now: float) -> int:
+    def receive(self, now: float, most: int | None = None) -> int:
         """Take in once what has come: content is in ``core.incoming`` then. How much there was, 0 for nothing now.
 
         Raises `Over` at the end of a connection on which both streams are complete.
         """
         with _Translated(self._host):
-            size = self.secured.receive_into(self._buffer)
+            size = self.secured.receive_into(self._buffer[:most])
         if size is None:
             return 0
         core = self.core

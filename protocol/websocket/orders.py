@@ -6,7 +6,7 @@ import msgspec
 
 from protocol.websocket.paths import TUNNEL_PATH
 
-MAX_PACKET = 64 * 1024
+MAX_PACKET = 160 * 1024
 # A caller that offers both of HTTP's older names is an agent with a tunnel (see `protocol.websocket.carrier`).
 ALPN = ("http/1.1", "http/1.0")
 
@@ -28,9 +28,11 @@ class Carry(msgspec.Struct, frozen=True, tag="carry", kw_only=True):
     ca_pem: str | None = None
     # Whether the relay is to know at once what this is (`ALPN`); where that does not pass, the first name alone may.
     hint: bool = True
+    # By which the starter names this connection afterwards; 0 for one that it will not name.
+    number: int = 0
 
 
-class Report(msgspec.Struct, frozen=True):
+class Report(msgspec.Struct, frozen=True, tag="carried"):
     """Connections now, and CPU seconds since the start."""
 
     connections: int

@@ -26,41 +26,58 @@ LEAST_TLS = ssl.TLSVersion.TLSv1_2
 _LOOK_EVERY = 1.0
 
 
-class _Process:
+class Process:
+    """The loop. Others build on it by overriding `take_order`, `wait` and `turn`."""
+
+    # The longest packet of the starter's.
+    longest = MAX_PACKET
+
     def __init__(self, line: socket.socket) -> None:
         self._line = line
         line.setblocking(False)
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(line, selectors.EVENT_READ, None)
+        self.selector = selectors.DefaultSelector()
+        self.selector.register(line, selectors.EVENT_READ, None)
         self._server: ssl.SSLContext | None = None
         self._clients: dict[tuple[str | None, bool], ssl.SSLContext] = {}
         self._shuttles: dict[Shuttle, list[int]] = {}
+        self._numbers: dict[int, Shuttle] = {}
+        self._number_of: dict[Shuttle, int] = {}
         self._busy: deque[Shuttle] = deque()
         self._gone = False
-        self._buffer = memoryview(bytearray(FEED))
+        self.buffer = memoryview(bytearray(FEED))
         self._raw = memoryview(bytearray(READ))
 
     def run(self) -> None:
+        """Until the starter closes its end."""
         next_look = time.monotonic() + _LOOK_EVERY
         while not self._gone:
-            wait = 0.0 if self._busy else max(0.0, next_look - time.monotonic())
+            now = time.monotonic()
+            wait = 0.0 if self._busy else max(0.0, min(next_look - now, self.wait(now)))
             turns = dict.fromkeys(self._busy)
             self._busy.clear()
-            for key, mask in self._selector.select(wait):
+            for key, mask in self.selector.select(wait):
                 if key.data is None:
                     self._take_orders()
-                else:
+                elif isinstance(key.data, Shuttle):
                     key.data.ready(key.fileobj, mask)
                     turns[key.data] = None
             for shuttle in turns:
                 self._step(shuttle)
+            self.turn()
             if time.monotonic() >= next_look:
                 next_look = time.monotonic() + _LOOK_EVERY
                 for shuttle in list(self._shuttles):
                     self._step(shuttle)
-                self._tell()
+                self._report()
         for shuttle in list(self._shuttles):
             shuttle.close()
+
+    def wait(self, now: float) -> float:
+        """How long there is nothing else to do, if nothing happens (seconds)."""
+        return _LOOK_EVERY
+
+    def turn(self) -> None:
+        """Something else, after each look at the sockets."""
 
     def _step(self, shuttle: Shuttle) -> None:
         if shuttle not in self._shuttles:
@@ -68,14 +85,32 @@ class _Process:
         try:
             shuttle.step(time.monotonic())
         except Over:
-            for sock, mask in zip(shuttle.sockets, self._shuttles.pop(shuttle), strict=True):
-                if mask:
-                    self._selector.unregister(sock)
+            self._forget(shuttle)
             shuttle.close()
             return
         if shuttle.again:
             self._busy.append(shuttle)
         self._wait_for(shuttle)
+
+    def _forget(self, shuttle: Shuttle) -> None:
+        for sock, mask in zip(shuttle.sockets, self._shuttles.pop(shuttle), strict=True):
+            if mask:
+                self.selector.unregister(sock)
+        self._numbers.pop(self._number_of.pop(shuttle, 0), None)
+
+    def lend(self, number: int) -> Shuttle | None:
+        """The open connection with this number, which this loop leaves alone from now on; None when it is over."""
+        shuttle = self._numbers.get(number)
+        if shuttle is None or not shuttle.line.opened:
+            return None
+        self._forget(shuttle)
+        return shuttle
+
+    def take_back(self, shuttle: Shuttle) -> None:
+        """Both its streams are complete: say goodbye for it."""
+        shuttle.take_back()
+        self._shuttles[shuttle] = [0, 0]
+        self._step(shuttle)
 
     def _wait_for(self, shuttle: Shuttle) -> None:
         masks = self._shuttles[shuttle]
@@ -83,11 +118,11 @@ class _Process:
             if wish == masks[number]:
                 continue
             if not masks[number]:
-                self._selector.register(sock, wish, shuttle)
+                self.selector.register(sock, wish, shuttle)
             elif not wish:
-                self._selector.unregister(sock)
+                self.selector.unregister(sock)
             else:
-                self._selector.modify(sock, wish, shuttle)
+                self.selector.modify(sock, wish, shuttle)
             masks[number] = wish
 
     # --- orders ----------------------------------------------------------------------------------------------
@@ -95,7 +130,7 @@ class _Process:
     def _take_orders(self) -> None:
         for _ in range(16):
             try:
-                packet, descriptors, _, _ = socket.recv_fds(self._line, MAX_PACKET, 2)
+                packet, descriptors, _, _ = socket.recv_fds(self._line, self.longest, 2)
             except BlockingIOError:
                 return
             except OSError:
@@ -103,12 +138,15 @@ class _Process:
             if not packet:
                 self._gone = True
                 return
-            order = decode_order(packet)
-            sockets = [socket.socket(fileno=descriptor) for descriptor in descriptors]
-            if isinstance(order, Serve):
-                self._serve(order)
-            elif len(sockets) == 2:
-                self._carry(order, *sockets)
+            self.take_order(packet, [socket.socket(fileno=descriptor) for descriptor in descriptors])
+
+    def take_order(self, packet: bytes, sockets: list[socket.socket]) -> None:
+        """One packet of the starter, with what came along."""
+        order = decode_order(packet)
+        if isinstance(order, Serve):
+            self._serve(order)
+        elif len(sockets) == 2:
+            self._carry(order, *sockets)
 
     def _serve(self, order: Serve) -> None:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -138,19 +176,30 @@ class _Process:
             local.close()
             return
         try:
-            line = Line(outside, context, core, now, server_hostname=order.host, buffer=self._buffer, raw=self._raw)
+            line = Line(outside, context, core, now, server_hostname=order.host, buffer=self.buffer, raw=self._raw)
         except OSError:
             # The connection has gone already.
             outside.close()
             local.close()
             return
-        shuttle = Shuttle(line, local, tells=order.host is not None, buffer=self._buffer)
+        shuttle = Shuttle(line, local, tells=order.host is not None, buffer=self.buffer)
         self._shuttles[shuttle] = [0, 0]
+        if order.number:
+            self._numbers[order.number] = shuttle
+            self._number_of[shuttle] = order.number
         self._step(shuttle)
 
-    def _tell(self) -> None:
+    def carried(self) -> int:
+        """Connections now."""
+        return len(self._shuttles)
+
+    def _report(self) -> None:
+        self.tell(encode(Report(self.carried(), time.process_time())))
+
+    def tell(self, packet: bytes) -> None:
+        """Say something to the starter."""
         try:
-            self._line.send(encode(Report(len(self._shuttles), time.process_time())))
+            self._line.send(packet)
         except BlockingIOError:
             # A starter that does not read is told later or never; the moving goes on.
             return
@@ -163,7 +212,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     gc.freeze()
-    _Process(socket.socket(fileno=int(sys.argv[1]))).run()
+    Process(socket.socket(fileno=int(sys.argv[1]))).run()
 
 
 if __name__ == "__main__":

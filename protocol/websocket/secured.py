@@ -50,6 +50,11 @@ class Secured:
         """Whether something waits for the socket to take it."""
         return bool(self._unsent)
 
+    @property
+    def unsent_bytes(self) -> int:
+        """How much that is, encrypted."""
+        return sum(map(len, self._unsent))
+
     def wishes(self, reading: bool) -> int:
         """What to wait for, as a mask of `selectors`."""
         return (selectors.EVENT_READ if reading else 0) | (selectors.EVENT_WRITE if self._unsent else 0)

@@ -91,6 +91,27 @@ class Shuttle:
         self.line.close()
         self._local.close()
 
+    # --- for somebody else -----------------------------------------------------------------------------------
+
+    def lend(self) -> tuple[list[bytes], list[bytes]]:
+        """Let somebody else use the line. What the local side has said and was not sent yet, and what has come and the
+        local side has not got yet. The local socket is not used after that."""
+        said: list[bytes] = []
+        try:
+            while data := self._local.recv(MESSAGE):
+                said.append(data)
+        except OSError:
+            # All of it, or what there was before its other end went.
+            pass
+        self._take_in()
+        waiting = [bytes(view) for view in self._in]
+        self._in.clear()
+        return said, waiting
+
+    def take_back(self) -> None:
+        """Both streams are complete: what is left is the goodbye."""
+        self._local_ended = self._told_end = True
+
     # --- opening and ending ----------------------------------------------------------------------------------
 
     def _open(self, now: float) -> bool:

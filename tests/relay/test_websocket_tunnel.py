@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import random
 import ssl
+import uuid
 
 import psutil
 import pytest
 import trio
 
 from protocol.errors import TowpathError
+from protocol.websocket.line import DEAD
 from protocol.websocket.orders import ALPN
-from tests.relay.test_tunnel import no_pairs, pass_both_ways, read_all
+from relay.rendezvous.tunnel.limits import TunnelLimits
+from tests.relay.test_tunnel import count_until_broken, no_pairs, pass_both_ways, read_all, send_for_ever
 from tests.relay.tunnel_world import CA, SESSION, USER, TunnelWorld, tunnel_world
+
+SILENCE = DEAD + 3
+# The agents' and the relay's.
+CARRIERS = {"protocol.websocket.process", "relay.rendezvous.tunnel.websocket_process"}
 
 UPGRADE = (
     b"GET /towpath/v1/websocket/tunnel HTTP/1.1\r\nHost: relay\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
@@ -43,7 +50,7 @@ async def test_a_receiver_that_takes_nothing_holds_the_sender_back() -> None:
         # Buffers of five sockets, nothing that grows.
         assert sent < 64 * 1024 * 1024
         for child in psutil.Process().children():
-            if child.status() != psutil.STATUS_ZOMBIE and "protocol.websocket.process" in child.cmdline():
+            if child.status() != psutil.STATUS_ZOMBIE and CARRIERS & set(child.cmdline()):
                 assert child.memory_info().rss < 100 * 1024 * 1024
         # The receiver wakes up and gets everything, in order.
         with trio.fail_after(20):
@@ -52,6 +59,81 @@ async def test_a_receiver_that_takes_nothing_holds_the_sender_back() -> None:
                 received = await read_all(destination)
         assert len(received) >= sent
         assert not any(received)
+
+
+@pytest.mark.parametrize("inside", [1, 2])
+async def test_an_amount_is_enforced_in_mid_stream(inside: int) -> None:
+    amount = 3_000_000
+    async with tunnel_world(TunnelLimits(session_bytes=amount), websocket=inside) as world:
+        async with world.pair() as (source, destination), trio.open_nursery() as nursery:
+            nursery.start_soon(send_for_ever, source)
+            with trio.fail_after(10):
+                received = await count_until_broken(destination)
+            assert 0 < received <= amount
+            await no_pairs(world)
+        assert world.service.statistics().outcomes == {"session quota": 1}
+        assert world.service.statistics().moved <= amount
+
+
+async def test_a_rate_is_kept_by_all_lanes_of_a_session_together() -> None:
+    rate, seconds, received = 2_000_000, 1.0, 0
+
+    async def receive(stream: trio.SocketStream) -> None:
+        nonlocal received
+        while data := await stream.receive_some():
+            received += len(data)
+
+    async with (
+        tunnel_world(TunnelLimits(session_rate=rate), websocket=2) as world,
+        world.pair() as (a, b),
+        world.pair() as (c, d),
+    ):
+        began = trio.current_time()
+        with trio.move_on_after(seconds):
+            async with trio.open_nursery() as nursery:
+                for source, destination in ((a, b), (c, d)):
+                    nursery.start_soon(send_for_ever, source)
+                    nursery.start_soon(receive, destination)
+        # And what a bucket holds at the beginning.
+        assert 0 < received <= rate * (trio.current_time() - began + 0.5)
+
+
+async def test_a_session_is_cut_and_others_go_on() -> None:
+    other = str(uuid.uuid4())
+    async with tunnel_world(websocket=2) as world, world.pair() as (source, _), world.pair(other) as (a, b):
+        await world.service.cut_session(SESSION)
+        with trio.fail_after(10):
+            assert await count_until_broken(source) == 0
+        await a.send_all(b"still here")
+        assert await b.receive_some() == b"still here"
+
+
+@pytest.mark.parametrize("raw_first", [True, False])
+async def test_all_that_a_user_moves_is_moved_by_one_process(raw_first: bool) -> None:
+    """Or its limits would hold twice."""
+    async with tunnel_world(websocket=2) as world:
+        world.inside = 0 if raw_first else 2
+        async with world.pair() as (source, destination):
+            world.inside = 2 - world.inside
+            async with world.pair() as (second, there):
+                homes = list(world.service._pairs.values())
+                assert len(homes) == 2
+                assert len(set(map(id, homes))) == 1
+                assert (homes[0] is world.service.carrier) is not raw_first
+                for one, other in ((source, destination), (second, there), (there, second)):
+                    await one.send_all(b"here")
+                    assert await other.receive_some() == b"here"
+        await no_pairs(world)
+        assert not world.service._homes
+
+
+@pytest.mark.soak
+async def test_a_side_that_says_nothing_is_asked_and_stays() -> None:
+    async with tunnel_world(websocket=2) as world, world.pair() as (source, destination):
+        # Longer than a silence is taken for life; the pings between agent and relay are what is heard.
+        await trio.sleep(SILENCE)
+        await source.send_all(b"still")
+        assert await destination.receive_some() == b"still"
 
 
 async def test_when_one_side_goes_the_other_is_told() -> None:
@@ -117,7 +199,7 @@ async def test_a_carrying_process_that_is_killed_is_replaced() -> None:
     async with tunnel_world(websocket=2) as world:
         async with world.pair() as (source, destination):
             for child in psutil.Process().children():
-                if child.status() != psutil.STATUS_ZOMBIE and "protocol.websocket.process" in child.cmdline():
+                if child.status() != psutil.STATUS_ZOMBIE and CARRIERS & set(child.cmdline()):
                     child.kill()
             with trio.fail_after(10):
                 assert await destination.receive_some() == b""

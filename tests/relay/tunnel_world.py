@@ -94,7 +94,7 @@ async def tunnel_world(
     service = TunnelService(signer, ROOT.public_pem, limits, processes=processes, max_pairs=max_pairs)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     LEAF.configure_cert(context)
-    relay, agents = Carrier(), Carrier()
+    relay, agents = service.carrier, Carrier()
     tunnels = WebSocketTunnels(service.acceptor, relay)
     dispatcher = Dispatcher(
         web=Upgrade(_nobody, _nobody, tunnels.carry).serve,

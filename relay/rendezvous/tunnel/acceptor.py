@@ -9,6 +9,7 @@ import logging
 import socket
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import trio
@@ -29,12 +30,20 @@ CLOSE_TIMEOUT = 15.0
 MAX_HEAD = 72 * 1024
 
 
+@dataclass(frozen=True)
+class Leg:
+    """One side of a pair: its plain socket, what was read off it already, and under which number WebSocket is spoken
+    behind it (`protocol.websocket.carrier.Carrier.carry`), 0 where none is."""
+
+    sock: socket.socket
+    head: bytes = b""
+    number: int = 0
+
+
 class Joined(Protocol):
     """Who takes over two sockets; it owns them from then on. Raises `TowpathError` when it cannot."""
 
-    async def __call__(
-        self, half: Half, sockets: tuple[socket.socket, socket.socket], heads: tuple[bytes, bytes]
-    ) -> None: ...
+    async def __call__(self, half: Half, legs: tuple[Leg, Leg]) -> None: ...
 
 
 class Bearer(Protocol):
@@ -44,8 +53,8 @@ class Bearer(Protocol):
     def stream(self) -> trio.abc.Stream:
         """On which the greeting is spoken."""
 
-    async def release(self) -> tuple[socket.socket, bytes]:
-        """A plain socket on which the inner connection goes on, and bytes of it that were read already."""
+    async def release(self) -> Leg:
+        """On which the inner connection goes on."""
 
 
 class RawBearer:
@@ -54,24 +63,25 @@ class RawBearer:
     def __init__(self, stream: trio.SSLStream[trio.SocketStream]) -> None:
         self.stream = stream
 
-    async def release(self) -> tuple[socket.socket, bytes]:
+    async def release(self) -> Leg:
         """Sends our close and waits for the agent's, which comes only after it has seen ours."""
         transport = self.stream.transport_stream
         _, rest = await self.stream.unwrap()
         # The caller closes its stream; the connection lives on in the duplicate.
-        return socket.socket(fileno=socket.dup(transport.socket.fileno())), bytes(rest)
+        return Leg(socket.socket(fileno=socket.dup(transport.socket.fileno())), bytes(rest))
 
 
 class LocalBearer:
-    """A local socket behind which WebSocket is spoken for us."""
+    """A local socket behind which WebSocket is spoken for us, under ``number`` if that is not 0."""
 
-    def __init__(self, stream: trio.SocketStream) -> None:
+    def __init__(self, stream: trio.SocketStream, number: int = 0) -> None:
         self.stream = stream
+        self._number = number
 
-    async def release(self) -> tuple[socket.socket, bytes]:
+    async def release(self) -> Leg:
         """The same socket: nothing of the inner connection is read here."""
         await trio.lowlevel.checkpoint()
-        return socket.socket(fileno=socket.dup(self.stream.socket.fileno())), b""
+        return Leg(socket.socket(fileno=socket.dup(self.stream.socket.fileno())), number=self._number)
 
 
 class _Guest:
@@ -88,13 +98,13 @@ class _Meeting:
 
     def __init__(self, half: Half) -> None:
         self.half = half
-        self.left: tuple[socket.socket, bytes] | None = None
+        self.left: Leg | None = None
         self.failed = False
 
     def give_up(self) -> None:
         self.failed = True
         if self.left is not None:
-            self.left[0].close()
+            self.left.sock.close()
             self.left = None
 
 
@@ -176,31 +186,27 @@ class TunnelAcceptor:
         return guest.meeting
 
     async def _hand_over(self, bearer: Bearer, half: Half, meeting: _Meeting) -> None:
-        released: tuple[socket.socket, bytes] | None = None
+        released: Leg | None = None
         with trio.move_on_after(CLOSE_TIMEOUT):
             await bearer.stream.send_all(encode_line(Verdict(joined=True)))
             released = await bearer.release()
-        if released is None or len(released[1]) > MAX_HEAD or meeting.failed:
+        if released is None or len(released.head) > MAX_HEAD or meeting.failed:
             if released is not None:
-                released[0].close()
+                released.sock.close()
             meeting.give_up()
             return
-        plain, head = released
-        plain.setblocking(False)
+        released.sock.setblocking(False)
         if meeting.left is None:
-            meeting.left = (plain, head)
+            meeting.left = released
             return
-        other, other_head = meeting.left
+        other = meeting.left
         meeting.left = None
         try:
-            if half.side == "source":
-                await self._joined(half, (plain, other), (head, other_head))
-            else:
-                await self._joined(half, (other, plain), (other_head, head))
+            await self._joined(half, (released, other) if half.side == "source" else (other, released))
         except TowpathError as error:
             _logger.warning("A tunnel could not be handed over: %s", error.sentence)
-            plain.close()
-            other.close()
+            released.sock.close()
+            other.sock.close()
 
 
 async def _watch(stream: trio.abc.Stream, scope: trio.CancelScope) -> None:

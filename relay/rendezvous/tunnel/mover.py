@@ -6,6 +6,7 @@ than somebody with one. All buffering is in the kernel and bounded: a pipe for e
 
 from __future__ import annotations
 
+import math
 import select
 import socket
 import struct
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from relay.rendezvous.tunnel.ends import End, JoinedDirection, LineEnd, RawEnd
 from relay.rendezvous.tunnel.limits import Account, Allowance, Bucket, TunnelLimits
 from relay.rendezvous.tunnel.splice import Direction, Pipes
 from relay.rendezvous.tunnel.turns import Turns
@@ -28,6 +30,8 @@ TURNS = 16
 # A pair whose receiver takes nothing for so long (seconds), though bytes wait for it, is given up.
 STALL = 300.0
 _SWEEP = 5.0
+# Between two looks at the clocks of legs inside WebSocket.
+_TEND = 1.0
 _KEEP_IDLE, _KEEP_INTERVAL, _KEEP_COUNT = 30, 10, 3
 _EVENTS = select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLET if hasattr(select, "EPOLLET") else 0
 _BROKEN = select.EPOLLERR | select.EPOLLHUP if hasattr(select, "EPOLLERR") else 0
@@ -59,19 +63,22 @@ class _Pair:
     session_id: str
     user: str
     sockets: tuple[socket.socket, socket.socket]
-    directions: tuple[Direction, Direction]
+    directions: tuple[Direction, Direction] | tuple[JoinedDirection, JoinedDirection]
     progress: float
     ready: list[bool]
+    # Of a pair with a leg inside WebSocket.
+    ends: tuple[End, End] | None = None
 
 
 @dataclass(frozen=True)
 class MoverStatistics:
-    """Pairs, users and pipes now; bytes since the start."""
+    """Pairs, users, pipes and legs inside WebSocket now; bytes since the start."""
 
     pairs: int
     users: int
     pipes: int
     moved: int
+    lines: int
 
 
 class Mover:
@@ -82,9 +89,12 @@ class Mover:
         limits: TunnelLimits,
         on_ended: Callable[[PairEnded], None],
         clock: Callable[[], float] = time.monotonic,
+        on_closed: Callable[[End], None] = lambda end: end.close(),
     ) -> None:
         self._limits = limits
         self._on_ended = on_ended
+        # Gets the ends inside WebSocket of pairs that ended in order.
+        self._on_closed = on_closed
         self._clock = clock
         self._epoll = select.epoll()
         self._pipes = Pipes()
@@ -97,6 +107,7 @@ class Mover:
         self._turns: Turns[tuple[_Pair, int]] = Turns()
         self._dry_until = 0.0
         self._next_sweep = clock() + _SWEEP
+        self._next_tending = math.inf
         self._moved = 0
 
     # --- pairs -----------------------------------------------------------------------------------------------
@@ -121,7 +132,6 @@ class Mover:
         ``user_left`` and ``session_left`` are what is left of their amounts when this is their first pair here; zero
         is no limit.
         """
-        now = self._clock()
         for sock in sockets:
             _prepare(sock)
         first, second = sockets
@@ -129,8 +139,35 @@ class Mover:
             Direction(first, second, self._pipes, heads[0]),
             Direction(second, first, self._pipes, heads[1]),
         )
-        pair = _Pair(pair_id, session_id, user, sockets, directions, now, [False, False])
-        self._pairs[pair_id] = pair
+        pair = _Pair(pair_id, session_id, user, sockets, directions, self._clock(), [False, False])
+        self._enter(pair, user_left, session_left)
+
+    def add_joined(
+        self,
+        pair_id: str,
+        session_id: str,
+        user: str,
+        ends: tuple[End, End],
+        *,
+        user_left: int = 0,
+        session_left: int = 0,
+    ) -> None:
+        """The same for two legs at least one of which is inside WebSocket."""
+        now = self._clock()
+        first, second = ends
+        for end in ends:
+            if isinstance(end, RawEnd):
+                _prepare(end.sock)
+        directions = JoinedDirection(first, second), JoinedDirection(second, first)
+        sockets = first.sock, second.sock
+        pair = _Pair(pair_id, session_id, user, sockets, directions, now, [False, False], ends)
+        self._next_tending = min(self._next_tending, now + _TEND)
+        self._enter(pair, user_left, session_left)
+
+    def _enter(self, pair: _Pair, user_left: int, session_left: int) -> None:
+        now = pair.progress
+        session_id, user = pair.session_id, pair.user
+        self._pairs[pair.pair_id] = pair
         limits = self._limits
         session = self._sessions.setdefault(
             session_id, Account(Bucket(limits.session_rate, now), Allowance(session_left))
@@ -138,7 +175,7 @@ class Mover:
         account = self._users.setdefault(user, Account(Bucket(limits.user_rate, now), Allowance(user_left)))
         session.pairs += 1
         account.pairs += 1
-        for side, sock in enumerate(sockets):
+        for side, sock in enumerate(pair.sockets):
             self._sides[sock.fileno()] = (pair, side)
             self._epoll.register(sock.fileno(), _EVENTS)
             self._make_ready(pair, side)
@@ -159,7 +196,8 @@ class Mover:
 
     def statistics(self) -> MoverStatistics:
         """Counts."""
-        return MoverStatistics(len(self._pairs), len(self._users), self._pipes.lent, self._moved)
+        lines = sum(isinstance(end, LineEnd) for pair in self._pairs.values() for end in pair.ends or ())
+        return MoverStatistics(len(self._pairs), len(self._users), self._pipes.lent, self._moved, lines)
 
     def close(self) -> None:
         """End everything."""
@@ -189,13 +227,23 @@ class Mover:
             if granted:
                 self._serve(*self._turns.next(), granted, now)
             now = self._clock()
+        if now >= self._next_tending:
+            self._tend(now)
         if now >= self._next_sweep:
             self._next_sweep = now + _SWEEP
             self._sweep(now)
         return watched
 
+    def wait(self, now: float) -> float:
+        """How long there is nothing to do, if nothing happens (seconds)."""
+        return max(0.0, self._wake_at(now) - now)
+
+    def fileno(self) -> int:
+        """Readable when something happens to one of the sockets."""
+        return self._epoll.fileno()
+
     def _wake_at(self, now: float) -> float:
-        wakes = [self._next_sweep]
+        wakes = [self._next_sweep, self._next_tending]
         if self._turns:
             wakes.append(max(now, self._dry_until))
         held = self._turns.next_wake()
@@ -248,7 +296,7 @@ class Mover:
         direction = pair.directions[side]
         before = direction.held
         try:
-            taken = direction.step(min(granted, left))
+            taken = direction.step(min(granted, left), now)
         except OSError:
             self._end(pair, BROKEN)
             return
@@ -262,6 +310,18 @@ class Mover:
             self._end(pair, CLOSED)
         else:
             self._make_ready(pair, side)
+
+    def _tend(self, now: float) -> None:
+        """Ask those inside WebSocket that are silent, give up those that stay so."""
+        joined = [pair for pair in self._pairs.values() if pair.ends is not None]
+        self._next_tending = now + _TEND if joined else math.inf
+        for pair in joined:
+            try:
+                for direction in pair.directions:
+                    if isinstance(direction, JoinedDirection):
+                        direction.keep_time(now)
+            except OSError:
+                self._end(pair, BROKEN)
 
     def _sweep(self, now: float) -> None:
         for pair in list(self._pairs.values()):
@@ -279,7 +339,13 @@ class Mover:
             self._epoll.unregister(sock.fileno())
             if outcome != CLOSED:
                 _reset_on_close(sock)
-            sock.close()
+            if pair.ends is None:
+                sock.close()
+        for end in pair.ends or ():
+            if outcome == CLOSED:
+                self._on_closed(end)
+            else:
+                end.close()
         for direction in pair.directions:
             direction.close()
         session, user = self._sessions[pair.session_id], self._users[pair.user]

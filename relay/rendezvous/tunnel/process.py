@@ -40,6 +40,14 @@ class Join(msgspec.Struct, frozen=True, tag="join"):
     session_left: int = 0
 
 
+class JoinLines(msgspec.Struct, frozen=True, tag="join_lines"):
+    """Join two connections of which those with a number (see `protocol.websocket.orders.Carry`) are carried by this
+    very process: the sockets that come with this are the local ones through which they were seen so far."""
+
+    join: Join
+    numbers: tuple[int, int]
+
+
 class Cut(msgspec.Struct, frozen=True, tag="cut"):
     """End all pairs of a session."""
 
@@ -54,7 +62,7 @@ class Usage(msgspec.Struct, frozen=True, tag="usage"):
     cpu: float
 
 
-ToProcess = Begin | Join | Cut
+ToProcess = Begin | Join | JoinLines | Cut
 ToRelay = PairEnded | Usage
 
 _encoder = msgspec.msgpack.Encoder()

@@ -7,6 +7,7 @@ it (the agents go on from their journals through new ones) and is started again.
 from __future__ import annotations
 
 import array
+import contextlib
 import hashlib
 import logging
 import socket
@@ -24,10 +25,12 @@ from protocol.errors import NeedsPerson, RetryLater, TowpathError
 from protocol.line_process import line_process
 from protocol.ticket import TicketSigner, TicketVerifier
 from protocol.tunnel.token import LIFE, Half, Side, sign_half
-from relay.rendezvous.tunnel.acceptor import TunnelAcceptor
+from protocol.websocket.carrier import CarrierUnavailable
+from relay.rendezvous.tunnel.acceptor import Leg, TunnelAcceptor
+from relay.rendezvous.tunnel.carrier import TunnelCarrier
 from relay.rendezvous.tunnel.limits import TunnelLimits
 from relay.rendezvous.tunnel.mover import PairEnded
-from relay.rendezvous.tunnel.process import MAX_PACKET, Begin, Cut, Join, Usage, decode_report, encode
+from relay.rendezvous.tunnel.process import MAX_PACKET, Begin, Cut, Join, JoinLines, Usage, decode_report, encode
 
 _logger = logging.getLogger("towpath.tunnel")
 
@@ -100,9 +103,13 @@ class TunnelService:
         self._max_pairs = max_pairs
         self._clock = clock
         self._movers = [_Mover() for _ in range(processes)]
+        # What speaks WebSocket moves what passes between its connections itself.
+        self.carrier = TunnelCarrier(limits, self._take_report, self._carrier_ended)
         verifier = TicketVerifier(signer.relay_id, root_public_pem)
         self.acceptor = TunnelAcceptor(verifier, self.relay_node, self._join, clock)
-        self._pairs: dict[str, _Mover] = {}
+        # Who moves a pair, and how many pairs of a user are moved by whom: all of them in one place, for its limits.
+        self._pairs: dict[str, _Mover | TunnelCarrier] = {}
+        self._homes: dict[str, tuple[_Mover | TunnelCarrier, int]] = {}
         self._sessions: OrderedDict[str, int] = OrderedDict()
         self._users: Counter[str] = Counter()
         self._day = int(clock() // DAY)
@@ -207,27 +214,66 @@ class TunnelService:
 
     # --- pairs -----------------------------------------------------------------------------------------------
 
-    def _mover_of(self, user: str) -> _Mover:
+    def _home_of(self, user: str, legs: tuple[Leg, Leg]) -> _Mover | TunnelCarrier:
+        """Who is to move a new pair."""
+        home, pairs = self._homes.get(user, (None, 0))
+        if home is not None and pairs:
+            return home
+        # A rate for all together is kept by one process alone.
+        if any(leg.number for leg in legs) and self.carrier.is_up and not self._limits.total_rate:
+            return self.carrier
         digest = hashlib.sha256(user.encode()).digest()
         return self._movers[int.from_bytes(digest[:4], "big") % len(self._movers)]
 
-    async def _join(self, half: Half, sockets: tuple[socket.socket, socket.socket], heads: tuple[bytes, bytes]) -> None:
-        """Hand two sockets to the moving process. Raises `TunnelUnavailable`, `TunnelQuota`; then they stay open."""
+    async def _join(self, half: Half, legs: tuple[Leg, Leg]) -> None:
+        """Hand two sockets to who moves them. Raises `TunnelUnavailable`, `TunnelQuota`; then they stay open."""
         session_left, user_left = self._left(half.session_id, half.user)
-        mover = self._mover_of(half.user)
-        if mover.line is None:
-            raise TunnelUnavailable("The relay's tunnel is starting; it is tried again.")
-        order = Join(half.pair_id, half.session_id, half.user, heads, user_left, session_left)
-        async with mover.lock:
-            self._pairs[half.pair_id] = mover
-            try:
-                with trio.fail_after(_SEND_TIMEOUT):
-                    await _send(mover.line, encode(order), sockets)
-            except (OSError, trio.TooSlowError) as error:
-                self._pairs.pop(half.pair_id, None)
-                raise TunnelUnavailable("The relay's tunnel does not answer; it is tried again.") from error
+        home = self._home_of(half.user, legs)
+        heads = legs[0].head, legs[1].head
+        sockets = legs[0].sock, legs[1].sock
+        join = Join(half.pair_id, half.session_id, half.user, heads, user_left, session_left)
+        self._enter(half.pair_id, half.user, home)
+        try:
+            if isinstance(home, TunnelCarrier):
+                await home.send(encode(JoinLines(join, (legs[0].number, legs[1].number))), sockets)
+            else:
+                await self._order(home, join, sockets)
+        except TowpathError:
+            self._leave(half.pair_id, half.user)
+            raise
         for sock in sockets:
             sock.close()
+
+    async def _order(self, mover: _Mover, join: Join, sockets: tuple[socket.socket, socket.socket]) -> None:
+        if mover.line is None:
+            raise TunnelUnavailable("The relay's tunnel is starting; it is tried again.")
+        try:
+            with trio.fail_after(_SEND_TIMEOUT):
+                async with mover.lock:
+                    await _send(mover.line, encode(join), sockets)
+        except (OSError, trio.TooSlowError) as error:
+            raise TunnelUnavailable("The relay's tunnel does not answer; it is tried again.") from error
+
+    def _enter(self, pair_id: str, user: str, home: _Mover | TunnelCarrier) -> None:
+        self._pairs[pair_id] = home
+        self._homes[user] = (home, self._homes.get(user, (home, 0))[1] + 1)
+
+    def _leave(self, pair_id: str, user: str) -> None:
+        if self._pairs.pop(pair_id, None) is None:
+            return
+        home, pairs = self._homes[user]
+        if pairs > 1:
+            self._homes[user] = (home, pairs - 1)
+        else:
+            del self._homes[user]
+
+    def _lost(self, home: _Mover | TunnelCarrier) -> None:
+        """A process has died, and its pairs with it."""
+        self._pairs = {pair: other for pair, other in self._pairs.items() if other is not home}
+        self._homes = {user: row for user, row in self._homes.items() if row[0] is not home}
+
+    def _carrier_ended(self) -> None:
+        self._lost(self.carrier)
 
     async def cut_session(self, session_id: str) -> None:
         """End all tunnels of a session, whose task is over or not permitted any more."""
@@ -239,6 +285,9 @@ class TunnelService:
                 except OSError:
                     # The process has died, and its pairs with it.
                     continue
+        if self.carrier in self._pairs.values():
+            with contextlib.suppress(CarrierUnavailable):
+                await self.carrier.send(encode(Cut(session_id)), ())
 
     # --- processes -------------------------------------------------------------------------------------------
 
@@ -267,7 +316,7 @@ class TunnelService:
                 finally:
                     mover.line = None
             self._restarts += 1
-            self._pairs = {pair: other for pair, other in self._pairs.items() if other is not mover}
+            self._lost(mover)
             _logger.error("A tunnel process ended unexpectedly; another one is started.")
             await trio.sleep(RESTART_PAUSE)
 
@@ -282,14 +331,18 @@ class TunnelService:
             report = decode_report(packet)
             if isinstance(report, Usage):
                 mover.pairs, mover.cpu = report.pairs, report.cpu
-                for user, size in report.users.items():
-                    self._users[user] += size
-                    self._moved += size
-            elif isinstance(report, PairEnded):
-                self._ended(report)
+            self._take_report(report)
+
+    def _take_report(self, report: Usage | PairEnded) -> None:
+        if isinstance(report, PairEnded):
+            self._ended(report)
+            return
+        for user, size in report.users.items():
+            self._users[user] += size
+            self._moved += size
 
     def _ended(self, report: PairEnded) -> None:
-        self._pairs.pop(report.pair_id, None)
+        self._leave(report.pair_id, report.user)
         self._outcomes[report.outcome] += 1
         total = self._sessions.pop(report.session_id, 0) + report.forward + report.backward
         self._sessions[report.session_id] = total

@@ -87,7 +87,7 @@ class Direction:
         """Bytes taken from the source that the target has not got yet."""
         return self.filled + len(self.head)
 
-    def step(self, budget: int) -> int:
+    def step(self, budget: int, now: float = 0.0) -> int:
         """Move up to ``budget`` bytes (at least something where something can be); returns the bytes taken in.
 
         Raises OSError when either side is broken. At the source's end, and once all is delivered, the target's

@@ -41,12 +41,12 @@ class WebSocketTunnels:
         async with _stream_of(near) as inside:
             with far:
                 try:
-                    await self._carrier.carry(Carry(), stream.socket, far)
+                    number = await self._carrier.carry(Carry(), stream.socket, far)
                 except CarrierUnavailable as error:
                     _logger.warning("A tunnel connection was dropped: %s", error.sentence)
                     return
             await stream.aclose()
-            await self._admit(inside)
+            await self._admit(inside, number)
 
     async def carry(self, stream: WebSocketStream) -> None:
         """Serve a connection on which WebSocket is open already, until its end; closes it."""
@@ -72,10 +72,10 @@ class WebSocketTunnels:
         async with _stream_of(near) as inside:
             await self._admit(inside)
 
-    async def _admit(self, inside: trio.SocketStream) -> None:
+    async def _admit(self, inside: trio.SocketStream, number: int = 0) -> None:
         self._pending += 1
         try:
-            await self._acceptor.admit(LocalBearer(inside))
+            await self._acceptor.admit(LocalBearer(inside, number))
         finally:
             self._pending -= 1
 
