@@ -32,7 +32,7 @@ def secured(
     sock: socket.socket, own: NodeKey, peer: NodeKey, *, server: bool, plain_ssl: bool
 ) -> SecuredLane | ssl.SSLSocket:
     if plain_ssl:
-        context = session_context(own, peer.certificate_pem, server_side=server, alpn="reference")
+        context = session_context(own, peer.certificate_pem, server_side=server, alpn=("reference",))
         return context.wrap_socket(sock, server_side=server)
     name = None if server else "reference"
     return secure_lane(sock, own, peer.certificate_pem, server_name=name, alpn="reference")

@@ -19,6 +19,11 @@ from protocol.errors import ProtocolError
 from protocol.names import CollectionPath, check_component_untrusted, is_reserved
 
 ALPN_CONTROL = "towpath-session/1"
+# The same, of a source that takes requests before it has answered the greeting, and requests for a lane before that
+# lane has greeted. A destination learns it in the handshake, in time for its first flight.
+ALPN_CONTROL_AHEAD = "towpath-session/1.1"
+# What both sides name for a control stream, in the order in which they want it.
+ALPNS_CONTROL = (ALPN_CONTROL_AHEAD, ALPN_CONTROL)
 ALPN_LANE = "towpath-lane/1"
 SNI_SUFFIX = ".session.towpath"
 

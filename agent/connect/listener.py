@@ -17,7 +17,7 @@ from protocol.client_hello import MAX_CLIENT_HELLO, NotTLS, parse_client_hello_u
 from protocol.errors import ProtocolError
 from protocol.keep_alive import keep_alive
 from protocol.reversal import LENGTH, parse_preamble_untrusted
-from protocol.session import ALPN_CONTROL, ALPN_LANE, SNI_SUFFIX
+from protocol.session import ALPN_LANE, ALPNS_CONTROL, SNI_SUFFIX
 
 GREETING_TIMEOUT = 10.0
 # Connections that have not said what they want; more are closed at once.
@@ -187,6 +187,6 @@ async def _greeting(sock: trio.socket.SocketType) -> tuple[str, str] | str | Non
         pause = min(pause * 2, 0.25)
     if hello.server_name is None or not hello.server_name.endswith(SNI_SUFFIX):
         return None
-    kinds = {ALPN_CONTROL: "control", ALPN_LANE: "lane"}
+    kinds = {**dict.fromkeys(ALPNS_CONTROL, "control"), ALPN_LANE: "lane"}
     kind = next((kinds[name] for name in hello.alpn if name in kinds), None)
     return None if kind is None else (hello.server_name.removesuffix(SNI_SUFFIX), kind)

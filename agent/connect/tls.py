@@ -18,7 +18,9 @@ from protocol.identity import NodeKey, fingerprint_of_certificate_untrusted, fin
 HANDSHAKE_TIMEOUT = 20.0
 
 
-def session_context(identity: NodeKey, peer_certificate: str, *, server_side: bool, alpn: str) -> ssl.SSLContext:
+def session_context(
+    identity: NodeKey, peer_certificate: str, *, server_side: bool, alpn: tuple[str, ...]
+) -> ssl.SSLContext:
     """A context for connections of one session: TLS 1.3, our node certificate, one pinned peer.
 
     Raises `ProtocolError` when the peer's certificate cannot be read.
@@ -30,7 +32,7 @@ def session_context(identity: NodeKey, peer_certificate: str, *, server_side: bo
     context.verify_mode = ssl.CERT_REQUIRED
     context.verify_flags = ssl.VERIFY_X509_PARTIAL_CHAIN | ssl.VERIFY_X509_TRUSTED_FIRST
     context.load_verify_locations(cadata=peer_certificate)
-    context.set_alpn_protocols([alpn])
+    context.set_alpn_protocols(list(alpn))
     # Tickets of TLS would let a later connection skip the certificate; sessions are few, handshakes are cheap.
     context.options |= ssl.OP_NO_TICKET | ssl.OP_NO_COMPRESSION
     if server_side:

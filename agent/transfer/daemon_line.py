@@ -38,7 +38,7 @@ from agent.transfer.source_session import SourceSession
 from protocol.control import TaskObserved
 from protocol.errors import RetryLater, TowpathError, error_from_document_untrusted
 from protocol.identity import NodeKey, fingerprint_of_certificate_untrusted
-from protocol.session import ALPN_CONTROL, ALPN_LANE, SNI_SUFFIX, RenewTicket
+from protocol.session import ALPN_CONTROL_AHEAD, ALPN_LANE, ALPNS_CONTROL, SNI_SUFFIX, RenewTicket
 
 # How often (seconds) a worker says what it has moved.
 MOVED_EVERY = 0.5
@@ -210,14 +210,15 @@ class DaemonLine:
 
     @contextlib.asynccontextmanager
     async def session(self, session_id: str) -> AsyncIterator[SourceSession]:
-        """A control stream to the source, introduced. Raises `TowpathError` when there is no way now."""
+        """A control stream to the source, on which we have introduced ourselves. Raises `TowpathError` when there is no
+        way now."""
         sock, certificate = await self._dial("control")
         ahead = self._ahead = LaneAhead(self._open_lane)
         self._ahead_in.send_nowait(ahead)
         sock.setblocking(False)
         stream = trio.SSLStream(
             trio.SocketStream(trio.socket.from_stdlib_socket(sock)),
-            session_context(self._identity, certificate, server_side=False, alpn=ALPN_CONTROL),
+            session_context(self._identity, certificate, server_side=False, alpn=ALPNS_CONTROL),
             server_hostname=session_id + SNI_SUFFIX,
             https_compatible=True,
         )
@@ -228,7 +229,10 @@ class DaemonLine:
                 raise RetryLater("The source did not finish the handshake in time.", code="CONNECT_FAILED")
             check_peer(stream.getpeercert(binary_form=True), fingerprint_of_certificate_untrusted(certificate))
             session = SourceSession(stream, os.urandom(16))
-            await session.hello(self.ticket, self._version, self._offers)
+            if stream.selected_alpn_protocol() == ALPN_CONTROL_AHEAD:
+                await session.greet(self.ticket, self._version, self._offers)
+            else:
+                await session.hello(self.ticket, self._version, self._offers)
             self._session = session
             yield session
         except (trio.BrokenResourceError, OSError) as error:

@@ -6,6 +6,7 @@ import itertools
 import os
 import socket
 from collections.abc import Awaitable, Callable
+from functools import partial
 
 import trio
 
@@ -39,6 +40,8 @@ class Lanes:
         self._sockets: dict[int, socket.socket] = {}
         # Every lane by its number, with what tells it to finish what was asked of it and go.
         self._leave: dict[int, trio.Event] = {}
+        # Numbers that the source may know: requests for another lane of that number would wait at the old one.
+        self._known: set[int] = set()
         self._nursery: trio.Nursery | None = None
 
     def use_better(self) -> None:
@@ -127,7 +130,9 @@ class Lanes:
             async with trio.open_nursery() as nursery:
                 await nursery.start(call_on_cancel, lambda: _stop(receiver, duplicate))
                 nursery.start_soon(self._end, number, duplicate)
-                await trio.to_thread.run_sync(receiver.introduce, run.session.instance)
+                wait = not run.session.ahead or number in self._known
+                self._known.add(number)
+                await trio.to_thread.run_sync(partial(receiver.introduce, run.session.instance, wait=wait))
                 self.meters[number] = receiver.meter
                 run.fetcher.add_lane(number, receiver.meter)
                 await trio.to_thread.run_sync(receiver.run)

@@ -77,10 +77,18 @@ class LaneReceiver:
         self._header = memoryview(bytearray(64 * 1024))
         self._buffer = memoryview(bytearray(1024 * 1024))
         self._over = False
+        # Whether the source's answer to our greeting is still to come.
+        self._waits = False
 
-    def introduce(self, instance: bytes) -> None:
-        """Join the control stream ``instance``. Raises OSError, `ProtocolError`."""
+    def introduce(self, instance: bytes, *, wait: bool = True) -> None:
+        """Join the control stream ``instance``. Raises OSError, `ProtocolError`. Without ``wait`` the answer is the
+        first thing that `run` reads."""
         self._socket.sendall(lane.encode_header(lane.LaneHello(instance, self.number)))
+        if wait:
+            self._accepted()
+        self._waits = not wait
+
+    def _accepted(self) -> None:
         header, _ = self._frame()
         if not isinstance(header, lane.LaneReady):
             raise ProtocolError("The source did not accept the lane.")
@@ -92,6 +100,9 @@ class LaneReceiver:
 
     def run(self) -> None:
         """Take frames until the lane ends. Raises OSError or `ProtocolError`, never returns otherwise."""
+        if self._waits:
+            self._now(Doing.NETWORK)
+            self._accepted()
         while True:
             self._now(Doing.NETWORK)
             header, payload = self._frame()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hmac
 import queue
 import socket
+import threading
 import time
 from collections.abc import Callable, Mapping
 
@@ -39,6 +40,10 @@ LISTINGS_AT_ONCE = 32
 MAX_LANES = 64
 # Requests of one destination that may wait for lanes; an honest one is held back by its own window long before.
 MAX_WAITING = 100_000
+# How long a lane waits for the greeting of its control stream (seconds), which comes on another connection; and lanes
+# that may have work before they have come.
+JOIN_PATIENCE = 2.0
+MAX_EXPECTED = 4
 
 
 class SourceSide:
@@ -61,16 +66,20 @@ class SourceSide:
         self.verifier = verifier
         self.pace = pace or Pace()
         self.control: Control | None = None
+        self._greeted = threading.Condition()
 
-    async def serve_control(self, stream: trio.abc.Stream, peer_fingerprint: str) -> None:
-        """Serve one control stream to its end; a newer one of the session takes its place."""
-        control = Control(self, stream)
+    async def serve_control(self, stream: trio.abc.Stream, peer_fingerprint: str, *, ahead: bool = False) -> None:
+        """Serve one control stream to its end; a newer one of the session takes its place. With ``ahead`` the
+        destination knows that it need not wait for the answer to its greeting."""
+        control = Control(self, stream, ahead=ahead)
         try:
             await control.introduce(peer_fingerprint)
             if self.control is not None:
                 self.control.end()
             # Before the answer is under way: a lane may follow it at once.
-            self.control = control
+            with self._greeted:
+                self.control = control
+                self._greeted.notify_all()
             await control.welcome()
             await control.run()
         finally:
@@ -87,22 +96,35 @@ class SourceSide:
         self.root = self._whole if self._reach is None else self._whole.narrowed(Reach(self._reach))
 
     def join(self, instance: bytes, number: int, meter: LaneMeter) -> queue.SimpleQueue[LaneRequest | None]:
-        """The queue of a lane that names the live control stream. Raises `ProtocolError`; any thread may call."""
-        control = self.control
-        if control is None or not hmac.compare_digest(control.instance, instance):
+        """The queue of a lane that names the live control stream, or one that comes within moments. Raises
+        `ProtocolError`; any thread may call, and waits."""
+        with self._greeted:
+            self._greeted.wait_for(lambda: self._names(instance), JOIN_PATIENCE)
+            control = self._names(instance)
+        if control is None:
             raise ProtocolError("The lane names no live session.")
         return control.add_lane(number, meter)
+
+    def _names(self, instance: bytes) -> Control | None:
+        control = self.control
+        return control if control is not None and hmac.compare_digest(control.instance, instance) else None
 
 
 class Control:
     """One control stream at the source."""
 
-    def __init__(self, side: SourceSide, stream: trio.abc.Stream) -> None:
+    def __init__(self, side: SourceSide, stream: trio.abc.Stream, *, ahead: bool) -> None:
         self.instance = b""
+        self._ahead = ahead
+        # What came with the greeting.
+        self._early: list[bytes] = []
         self._side = side
         self._stream = stream
         self._reader = session.MessageReader()
         self._lanes: dict[int, queue.SimpleQueue[LaneRequest | None]] = {}
+        # Those of them that have work and are not there yet. Threads of lanes take them out.
+        self._expected: set[int] = set()
+        self._joining = threading.Lock()
         self._abandoned: set[int] = set()
         self._compression: compression.Mode = "off"
         self._meters: dict[int, LaneMeter] = {}
@@ -116,15 +138,28 @@ class Control:
         self._scope.cancel()
 
     def add_lane(self, number: int, meter: LaneMeter) -> queue.SimpleQueue[LaneRequest | None]:
-        if number not in self._lanes and len(self._lanes) >= MAX_LANES:
-            raise ProtocolError("The session has too many lanes.")
-        old = self._lanes.get(number)
-        if old is not None:
-            old.put(None)
-        lane: queue.SimpleQueue[LaneRequest | None] = queue.SimpleQueue()
-        self._lanes[number] = lane
-        self._meters[number] = meter
-        return lane
+        with self._joining:
+            if number not in self._lanes and len(self._lanes) >= MAX_LANES:
+                raise ProtocolError("The session has too many lanes.")
+            self._meters[number] = meter
+            old = self._lanes.get(number)
+            if old is not None and number in self._expected:
+                self._expected.discard(number)
+                return old
+            if old is not None:
+                old.put(None)
+            lane: queue.SimpleQueue[LaneRequest | None] = queue.SimpleQueue()
+            self._lanes[number] = lane
+            return lane
+
+    def _lane(self, number: int) -> queue.SimpleQueue[LaneRequest | None] | None:
+        """Where a lane finds its work; of one that has not come yet only if the destination may ask ahead."""
+        with self._joining:
+            lane = self._lanes.get(number)
+            if lane is None and self._ahead and len(self._expected) < MAX_EXPECTED and len(self._lanes) < MAX_LANES:
+                self._expected.add(number)
+                lane = self._lanes[number] = queue.SimpleQueue()
+            return lane
 
     async def introduce(self, peer_fingerprint: str) -> None:
         """Check the greeting: ticket, session, both nodes. Raises `TowpathError` after telling the peer."""
@@ -154,9 +189,10 @@ class Control:
             if not data:
                 raise RetryLater("The destination closed the connection before it said anything.")
             bodies = self._reader.feed_untrusted(data)
-            if len(bodies) > 1:
+            if len(bodies) > 1 and not self._ahead:
                 raise ProtocolError("The destination asked before it was accepted.")
             if bodies:
+                self._early = bodies[1:]
                 return session.request_untrusted(bodies[0])
 
     async def run(self) -> None:
@@ -182,6 +218,9 @@ class Control:
         await self._send_out.send(session.encode(message))
 
     async def _read(self, nursery: trio.Nursery) -> None:
+        early, self._early = self._early, []
+        for body in early:
+            await self._handle(session.request_untrusted(body), nursery)
         while True:
             with trio.move_on_after(2 * session.KEEPALIVE + 5) as scope:
                 data = await self._stream.receive_some(_CHUNK)
@@ -369,7 +408,7 @@ class Control:
                 work = LaneRequest(request, path, (), abandoned=self._abandoned, compression=self._compression)
             else:
                 work = self._pack(request)
-            lane = self._lanes.get(request.lane)
+            lane = self._lane(request.lane)
             if lane is None:
                 raise RetryLater("The lane is gone.", code="CONNECTION_LOST")
             if lane.qsize() > MAX_WAITING:

@@ -47,11 +47,27 @@ class SourceSession:
         self._send_out, self._receive_out = trio.open_memory_channel[bytes](_OUTGOING)
         self._heard = 0.0
         self._lost: TowpathError | None = None
+        self._accepted = trio.Event()
+        self._on_accepted: Callable[[], None] = lambda: None
+        # Whether the source takes requests for a lane that has not greeted it yet.
+        self.ahead = False
+
+    def when_accepted(self, tell: Callable[[], None]) -> None:
+        """Have this called once, when the source has accepted the greeting, or at once if it has."""
+        self._on_accepted = tell
+        if self._accepted.is_set():
+            tell()
 
     def number(self) -> int:
         """A number for a request whose answer comes on a lane."""
         self._next += 1
         return self._next
+
+    async def greet(self, ticket: str, version: str, abilities: Sequence[str] = ()) -> None:
+        """Introduce ourselves to a source that is known to take requests at once (`session.ALPN_CONTROL_AHEAD`), which
+        saves a round trip; `run` learns what it answers."""
+        self.ahead = True
+        await self._stream.send_all(session.encode(session.Hello(ticket, self.instance, version, list(abilities))))
 
     async def hello(self, ticket: str, version: str, abilities: Sequence[str] = ()) -> session.HelloAnswer:
         """Introduce ourselves and wait to be accepted. Call before `run`. Raises what the source says."""
@@ -75,6 +91,8 @@ class SourceSession:
         if not isinstance(answer, session.HelloAnswer):
             raise ProtocolError("The source began with something other than its greeting.")
         self.abilities = frozenset(answer.abilities)
+        self._accepted.set()
+        self._on_accepted()
         return answer
 
     async def run(self) -> None:
@@ -105,6 +123,9 @@ class SourceSession:
                 raise SessionLost("The source closed the connection.")
             self._heard = trio.current_time()
             for body in reader.feed_untrusted(data):
+                if not self._accepted.is_set():
+                    self._welcome(body)
+                    continue
                 self._deliver(session.answer_untrusted(body))
 
     def _deliver(self, answer: session.Answer) -> None:

@@ -258,7 +258,7 @@ class TaskRunner:
                 run = TransferRun(context, session, self._line.lane, self._line.lanes, resumed=resumed)
                 run.limit(self._line.lanes, self._line.memory)
                 self._run = run
-                self._status = None
+                session.when_accepted(self._no_trouble)
                 self._line.on_better_path = run.use_better_path
                 self._line.on_limits = run.limit
                 try:
@@ -325,6 +325,9 @@ class TaskRunner:
     def _fault(self, error: TowpathError) -> None:
         if self._events is not None:
             self._events.fault(error)
+
+    def _no_trouble(self) -> None:
+        self._status = None
 
     # --- states ----------------------------------------------------------------------------------------
 

@@ -38,14 +38,14 @@ from agent.transfer.channel import (
     WorkerCollection,
 )
 from agent.transfer.daemon_line import DaemonLine, Moving
-from agent.transfer.serve import SourceSide, serve_lane
+from agent.transfer.serve import JOIN_PATIENCE, SourceSide, serve_lane
 from agent.transfer.small_files import raise_descriptor_limit
 from agent.transfer.source_policy import SourcePolicy
 from agent.transfer.task_runner import TaskRunner
 from protocol.control import FINAL_STATES
 from protocol.errors import NeedsPerson, ProtocolError, TowpathError
 from protocol.identity import NodeKey, fingerprint_of_certificate_untrusted
-from protocol.session import ALPN_CONTROL, ALPN_LANE, Failed, encode
+from protocol.session import ALPN_CONTROL_AHEAD, ALPN_LANE, ALPNS_CONTROL, Failed, encode
 from protocol.ticket import Grant, TicketVerifier
 
 # A source's worker without connections ends after this many seconds.
@@ -117,9 +117,8 @@ class _SourceWorker:
         self._collection = collection
         self._policy, self._verifier = policy, verifier
         self._side: SourceSide | None = None
-        # Not set while a control stream is being secured: a lane that comes so early waits for it.
+        # Not set before a control stream was secured: a lane that comes so early waits for it.
         self._introduced = trio.Event()
-        self._introduced.set()
         self._moving = Moving(start.rate, start.cpu)
         self._connections = 0
         self._last = trio.current_time()
@@ -169,13 +168,14 @@ class _SourceWorker:
             side = self._side = await self._side_for(stream)
         finally:
             introduced.set()
-        await side.serve_control(stream, self._peer)
+        ahead = stream.selected_alpn_protocol() == ALPN_CONTROL_AHEAD
+        await side.serve_control(stream, self._peer, ahead=ahead)
 
     async def _secure_control(self, sock: socket.socket) -> trio.SSLStream[trio.SocketStream]:
         sock.setblocking(False)
         stream = trio.SSLStream(
             trio.SocketStream(trio.socket.from_stdlib_socket(sock)),
-            session_context(self._identity, self._start.peer_certificate, server_side=True, alpn=ALPN_CONTROL),
+            session_context(self._identity, self._start.peer_certificate, server_side=True, alpn=ALPNS_CONTROL),
             server_side=True,
             https_compatible=True,
         )
@@ -214,10 +214,13 @@ class _SourceWorker:
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_shut_down_when_cancelled, duplicate)
-                await self._introduced.wait()
-                if self._side is None:
-                    raise ProtocolError("A lane came before its control stream.")
-                await trio.to_thread.run_sync(serve_lane, self._side, sock, self._secure)
+                secured = await trio.to_thread.run_sync(self._secure, sock)
+                with contextlib.closing(secured[0]):
+                    with trio.move_on_after(JOIN_PATIENCE):
+                        await self._introduced.wait()
+                    if self._side is None:
+                        raise ProtocolError("A lane came before its control stream.")
+                    await trio.to_thread.run_sync(serve_lane, self._side, sock, lambda _sock: secured)
                 nursery.cancel_scope.cancel()
         except* (TowpathError, OSError) as group:
             print(f"lane of session {self._start.session_id} ended: {group.exceptions[0]}", file=sys.stderr, flush=True)

@@ -112,7 +112,9 @@ class Line:
             self.nursery.start_soon(self._serve, side, theirs, scope)
             session = SourceSession(ours, b"i" * 16)
             try:
-                await session.hello("", "", offered(self.engine.options.compression))
+                # Sources of before want to be greeted first, and answer, before they are asked.
+                begin = session.greet if self.engine.ahead else session.hello
+                await begin("", "", offered(self.engine.options.compression))
                 yield session
             finally:
                 self.side = None
@@ -126,7 +128,7 @@ class Line:
         self.ended = trio.Event()
         try:
             with scope:
-                await side.serve_control(stream, "")
+                await side.serve_control(stream, "", ahead=self.engine.ahead)
         except TowpathError as error:
             self.engine.lane_errors.append(error)
         finally:
@@ -167,6 +169,7 @@ class Engine:
     source_plan: Plan = no_faults
     short: int = 0
     read_twice: bool = False
+    ahead: bool = True
     lanes_wanted: int = 1
     wrap: Callable[[Root], Root] = lambda root: root
     on_session: Callable[[int], None] | None = None

@@ -35,7 +35,7 @@ def new(identity: NodeKey, peer: NodeKey, *, server: bool) -> Side:
 
 def old(identity: NodeKey, peer: NodeKey, *, server: bool) -> Side:
     """The lane of an agent from before."""
-    context = session_context(identity, peer.certificate_pem, server_side=server, alpn=ALPN)
+    context = session_context(identity, peer.certificate_pem, server_side=server, alpn=(ALPN,))
     return lambda sock: context.wrap_socket(sock, server_side=server, server_hostname=None if server else NAME)
 
 
@@ -99,7 +99,7 @@ def test_a_stranger_is_refused_by_either_side(dials: Any) -> None:
 
 def test_no_session_is_resumed() -> None:
     """It would skip the certificate."""
-    context = session_context(MINE, THEIRS.certificate_pem, server_side=False, alpn=ALPN)
+    context = session_context(MINE, THEIRS.certificate_pem, server_side=False, alpn=(ALPN,))
     session = None
     for _ in range(2):
         pair = socket.socketpair()

@@ -60,7 +60,7 @@ class Scene:
 
     def context(self, identity: NodeKey | None, alpn: str = session.ALPN_CONTROL) -> ssl.SSLContext:
         if identity is not None:
-            return session_context(identity, self.made.alpha.key.certificate_pem, server_side=False, alpn=alpn)
+            return session_context(identity, self.made.alpha.key.certificate_pem, server_side=False, alpn=(alpn,))
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         context.set_alpn_protocols([alpn])
@@ -165,7 +165,7 @@ async def test_roles_are_not_swapped(scene: Scene) -> None:
     answer = await scene.made.beta.service.put_session(order)
     other = Scene(scene.made, scene.task, scene.session, scene.ticket, answer)
     context = session_context(
-        scene.made.alpha.key, scene.made.beta.key.certificate_pem, server_side=False, alpn=session.ALPN_CONTROL
+        scene.made.alpha.key, scene.made.beta.key.certificate_pem, server_side=False, alpn=(session.ALPN_CONTROL,)
     )
     assert await trio.to_thread.run_sync(visit, other, context, asking(scene.ticket)) == b""
     refused = await trio.to_thread.run_sync(converse, other, context, back, scene.ticket)
