@@ -43,7 +43,7 @@ from agent.system.processes import ENDING, RELOADING
 from agent.update.service import UpdateService
 from agent.watch.service import WatchService
 from agent.watch.submitter import CommandSubmitter
-from protocol.control import RelayHello
+from protocol.control import ARRANGED, TUNNELLED, RelayHello
 from protocol.errors import RetryLater
 from protocol.link import HelloFields
 
@@ -126,6 +126,8 @@ class Daemon:
             paused=self._policy.paused,
             last_event=self._tasks.last_event(),
             tasks=len(self._tasks.tasks()),
+            abilities=(ARRANGED,) if self._network.relay_policy == "never" else (ARRANGED, TUNNELLED),
+            candidates=tuple(self._network.standing_candidates()),
         )
 
     # --- running ---------------------------------------------------------------------------------------

@@ -106,6 +106,22 @@ class PathGo(Record, frozen=True, kw_only=True):
     peer_observed: str = ""
 
 
+class Arrangement(Record, frozen=True, kw_only=True):
+    """Relay to both sides, with the order and the session of a task: a path, before either has asked for one.
+
+    The source dials the destination's ``candidates`` (the destination finds the source's in its session) for ``count``
+    connections, and says ``token`` first on them, as for an offer. ``tunnels`` are this side's places at the relay's
+    tunnel, one for each connection. ``observed`` and ``peer_observed`` as in `PathOffer`.
+    """
+
+    token: str
+    count: int
+    candidates: list[Candidate] = []
+    tunnels: list[Candidate] = []
+    observed: str = ""
+    peer_observed: str = ""
+
+
 Verdict = Literal["ok", "not an address", "never dialled", "loopback", "own address", "inside address"]
 
 

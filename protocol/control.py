@@ -11,8 +11,8 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
+from protocol.candidates import Arrangement, PathAnswer, PathOffer
 from protocol.candidates import Candidate as Candidate
-from protocol.candidates import PathAnswer, PathOffer
 from protocol.errors import ProtocolError
 from protocol.record import Record as Record
 
@@ -27,6 +27,10 @@ RelayPath = Literal["allow", "until-direct", "never"]
 Transport = Literal["tcp", "quic", "auto"]
 Compression = Literal["auto", "on", "off"]
 EntryType = Literal["file", "dir", "invalid_symlink", "chr", "blk", "pipe", "other"]
+
+# Abilities an agent may announce in its hello: it takes a session and what the relay arranges for it while the other
+# side is still being told; its data may go through the relay's tunnel.
+ARRANGED, TUNNELLED = "arranged", "tunnel"
 
 FINAL_STATES: frozenset[str] = frozenset({"SUCCEEDED", "FAILED", "CANCELED"})
 
@@ -69,6 +73,7 @@ class AgentHello(Record, frozen=True, kw_only=True):
     ``tasks`` is how many it holds that are not closed, so that a relay need not ask those that have none.
     ``watch``: the link goes through something (a proxy) that answers for a peer that has vanished, so the agent asks
     for a sign of life after so many seconds of silence; 0 where the kernels at both ends watch.
+    ``candidates``: where its data port is dialled without any arrangement, as known at this moment.
     """
 
     node_id: str
@@ -83,6 +88,7 @@ class AgentHello(Record, frozen=True, kw_only=True):
     last_event: int = 0
     tasks: int | None = None
     watch: float = 0.0
+    candidates: list[Candidate] = []
 
 
 # --- listings --------------------------------------------------------------------------------------------
@@ -192,13 +198,15 @@ class SessionOrder(Record, frozen=True, kw_only=True):
     observed: str = ""
     peer_observed: str = ""
     relay_path: RelayPath = "allow"
+    arranged: Arrangement | None = None
 
 
 class SessionAnswer(Record, frozen=True, kw_only=True):
     """Source to relay, and on to the destination: where to dial, which certificate to expect.
 
     ``observed`` and ``peer_observed`` are added by the relay: the addresses from which it sees the reader's link and
-    the other side's (see `protocol.candidates`)."""
+    the other side's (see `protocol.candidates`). With ``generation`` 0 the relay says what the source told at its link,
+    and asks it at the same time."""
 
     session_id: str
     generation: int
@@ -213,7 +221,8 @@ class TaskOrder(Record, frozen=True, kw_only=True):
 
     The first order of a task carries everything; later ones may leave ``items`` null (unchanged).
     For a DELETE task ``destination`` is the endpoint to delete on and ``source`` is null.
-    ``lease_epoch`` fences an agent that comes back after the task was given elsewhere.
+    ``lease_epoch`` fences an agent that comes back after the task was given elsewhere. ``arranged`` is of use for a
+    moment and not kept.
     """
 
     task_id: str
@@ -232,6 +241,7 @@ class TaskOrder(Record, frozen=True, kw_only=True):
     options: TaskOptions = TaskOptions()
     items: list[TaskItem] | None = None
     session: SessionAnswer | None = None
+    arranged: Arrangement | None = None
 
 
 class Counters(Record, frozen=True, kw_only=True):

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from cryptography.exceptions import InvalidSignature
 
+from protocol.candidates import Candidate, check_candidates_untrusted
 from protocol.control import AgentHello, CollectionReport, RelayHello, decode_untrusted
 from protocol.errors import ProtocolError
 from protocol.identity import NodeKey, certificates_agree_untrusted, public_key_of_certificate_untrusted
@@ -49,6 +50,7 @@ class HelloFields:
     paused: bool = False
     last_event: int = 0
     tasks: int | None = None
+    candidates: tuple[Candidate, ...] = ()
 
 
 def watch_untrusted(wanted: float) -> float:
@@ -156,6 +158,7 @@ def make_agent_hello(
         last_event=fields.last_event,
         tasks=fields.tasks,
         watch=watch,
+        candidates=list(fields.candidates),
     )
 
 
@@ -171,6 +174,7 @@ def read_agent_hello_untrusted(document: bytes) -> AgentHello:
         raise ProtocolError("The agent's hello names no proper node.")
     if len(hello.collections) > MAX_COLLECTIONS or len(hello.abilities) > MAX_ABILITIES:
         raise ProtocolError("The agent's hello lists more than any honest agent has.")
+    check_candidates_untrusted(hello.candidates)
     return hello
 
 

@@ -18,6 +18,7 @@ from agent.connect.running_race import RunningRace, Subject
 from agent.connect.transport import Connection, Path, Wish
 from protocol.candidates import (
     DIALLED,
+    Arrangement,
     Candidate,
     PathAnswer,
     PathGo,
@@ -59,7 +60,7 @@ class PathFinder:
         self._on_better = on_better
         self._new_generation = generation
         self._answer: SessionAnswer | None = None
-        self._answer_used = False
+        self._arranged: Arrangement | None = None
         self._pool: deque[tuple[float, Connection]] = deque()
         self._news = trio.Event()
         self._good: Candidate | None = None
@@ -87,6 +88,12 @@ class PathFinder:
     def take_answer(self, answer: SessionAnswer) -> None:
         """Where the source is now, as far as no arrangement is needed."""
         self._answer = answer
+        if self._running is not None:
+            self._running.take_direct(self._direct(answer))
+
+    def take_arrangement(self, arranged: Arrangement) -> None:
+        """What the relay has arranged with the order; the next race begins with it."""
+        self._arranged = arranged
 
     def take_go(self, go: PathGo) -> None:
         """The relay's go for an offer; one for another offer than the newest is ignored."""
@@ -191,13 +198,15 @@ class PathFinder:
 
     def _start_race(self, *, improving: bool = False) -> None:
         assert self._nursery is not None
-        direct: list[Candidate] = []
-        if self._answer is not None:
-            rules = self.rules(self._answer.observed, self._answer.peer_observed)
-            direct = [row for row in usable_untrusted(self._answer.candidates, rules) if row.kind in DIALLED]
+        direct = [] if self._answer is None else self._direct(self._answer)
         tunnel = self._relay_allowed() and not improving
-        running = self._running = RunningRace(self, direct, self._relay_up(), tunnel=tunnel)
+        arranged, self._arranged = self._arranged, None
+        running = self._running = RunningRace(self, direct, self._relay_up(), tunnel=tunnel, arranged=arranged)
         self._nursery.start_soon(self._race, running)
+
+    def _direct(self, answer: SessionAnswer) -> list[Candidate]:
+        rules = self.rules(answer.observed, answer.peer_observed)
+        return [row for row in usable_untrusted(answer.candidates, rules) if row.kind in DIALLED]
 
     async def _race(self, running: RunningRace) -> None:
         try:

@@ -21,6 +21,7 @@ from agent.connect.transport import Connection, Transport
 from protocol.candidates import (
     DIALLED,
     MAPPED_TCP,
+    MAX_CANDIDATES,
     MAX_SLOTS,
     Candidate,
     PathAnswer,
@@ -28,6 +29,7 @@ from protocol.candidates import (
     PathOffer,
     usable_untrusted,
 )
+from protocol.control import SessionOrder
 from protocol.errors import ProtocolError, RetryLater, TowpathError
 from protocol.reversal import is_token, preamble
 
@@ -36,6 +38,7 @@ MAX_SESSIONS = 256
 LIFE = 20.0
 GATHER_TIME, PATIENT_GATHER_TIME = 0.8, 3.0
 MAX_BACK = 8
+MAX_TWICE = 2
 # An offer for a new session mostly comes within so many seconds; who cannot dial the source makes one at once.
 AWAITED = 8.0
 MAX_AWAITED = 16
@@ -75,6 +78,8 @@ class Introductions:
         self._network = network
         self._tell = tell
         self._current: dict[str, _Introduction] = {}
+        # What the relay has arranged with a session. A destination's own offer does not end it.
+        self._arranged: dict[str, _Introduction] = {}
         self._awaited = 0
         self._nursery: trio.Nursery | None = None
 
@@ -87,9 +92,10 @@ class Introductions:
                 await trio.sleep_forever()
         finally:
             self._nursery = None
-            for introduction in self._current.values():
+            for introduction in [*self._current.values(), *self._arranged.values()]:
                 introduction.close()
             self._current.clear()
+            self._arranged.clear()
 
     def prepare(self) -> None:
         """A session was ordered: find out already how the data port is seen, so that its first offer need not wait."""
@@ -152,6 +158,45 @@ class Introductions:
             transports=["tcp", *(name for name, _ in transports)],
         )
 
+    def arrange(self, order: SessionOrder) -> None:
+        """Do this side's part of what the relay has arranged with a session, which the caller has checked."""
+        wish = order.arranged
+        if wish is None or not is_token(wish.token) or not 0 < wish.count <= MAX_SLOTS:
+            return
+        known = self._arranged.get(order.session_id)
+        if known is not None:
+            known.close()
+        elif len(self._arranged) >= MAX_SESSIONS:
+            return
+        rules = self._network.rules(loopback=False, observed=wish.observed, peer_observed=wish.peer_observed)
+        offer = PathOffer(
+            session_id=order.session_id,
+            task_id=order.task_id,
+            generation=0,
+            token=wish.token,
+            count=wish.count,
+            transports=["tunnel"],
+        )
+        introduction = _Introduction(offer, usable_untrusted(wish.candidates[:MAX_CANDIDATES], rules))
+        self._arranged[order.session_id] = introduction
+        self._start(self._live_arranged, introduction, wish.tunnels[:MAX_SLOTS])
+
+    async def _live_arranged(self, introduction: _Introduction, places: list[Candidate]) -> None:
+        offer = introduction.offer
+        go = PathGo(session_id=offer.session_id, generation=offer.generation, start_in=0.0)
+        try:
+            with introduction.scope:
+                introduction.scope.deadline = trio.current_time() + LIFE
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._dial_back, introduction, list(introduction.usable))
+                    for _, transport in self._transports(offer):
+                        for place in places:
+                            nursery.start_soon(self._serve, transport, offer, msgspec.structs.replace(go, tunnel=place))
+        finally:
+            introduction.close()
+            if self._arranged.get(offer.session_id) is introduction:
+                del self._arranged[offer.session_id]
+
     async def _observe(self, introduction: _Introduction, mapped: list[Candidate]) -> None:
         # Nobody waits where the relay carries the data already, and a busy line answers late.
         relayed = "tunnel" in introduction.offer.transports
@@ -170,9 +215,10 @@ class Introductions:
 
     def cut(self, session_id: str) -> None:
         """The session was withdrawn."""
-        introduction = self._current.pop(session_id, None)
-        if introduction is not None:
-            introduction.close()
+        for kept in (self._current, self._arranged):
+            introduction = kept.pop(session_id, None)
+            if introduction is not None:
+                introduction.close()
 
     def _transports(self, offer: PathOffer) -> list[tuple[str, Transport]]:
         found: list[tuple[str, Transport]] = []
@@ -225,8 +271,14 @@ class Introductions:
     # --- dialling back -------------------------------------------------------------------------------------
 
     async def _dial_back(self, introduction: _Introduction, candidates: list[Candidate]) -> None:
-        """Dial the destination's data port: the first address that answers gets all connections that are wanted."""
+        """Dial the destination's data port: the first address that answers gets all connections that are wanted.
+
+        Of a few addresses each is dialled twice at once, for the control stream and the first lane.
+        """
         addresses = [row for row in candidates if row.slot == 0 and row.kind in DIALLED][:MAX_BACK]
+        count = introduction.offer.count
+        twice = count > 1 and len(addresses) <= MAX_TWICE
+        # The address that answered first, once for each connection to it.
         winner: list[Candidate] = []
         with trio.CancelScope() as scope:
             scope.deadline = trio.current_time() + LIFE
@@ -238,14 +290,14 @@ class Introductions:
                     sock = await dial(candidate)
                 except OSError:
                     return
-                if winner:
+                if winner and (winner[0] != candidate or len(winner) >= count):
                     sock.close()
                     return
                 winner.append(candidate)
                 self._start(self._introduce, sock, introduction.offer.token)
 
             async with trio.open_nursery() as nursery:
-                for candidate in addresses:
+                for candidate in addresses * 2 if twice else addresses:
                     nursery.start_soon(one, candidate)
         if not winner:
             return
@@ -258,7 +310,7 @@ class Introductions:
             self._start(self._introduce, sock, introduction.offer.token)
 
         async with trio.open_nursery() as nursery:
-            for _ in range(introduction.offer.count - 1):
+            for _ in range(count - len(winner)):
                 nursery.start_soon(another)
 
     async def _introduce(self, sock: socket.socket, token: str) -> None:

@@ -73,6 +73,8 @@ class Network:
     # Set, and replaced, when a router has granted a mapping.
     mapped: trio.Event = field(default_factory=trio.Event)
     relay_up: Callable[[], bool] = lambda: True
+    # Addresses of the names that the owner advertises, as last looked up.
+    _looked_up: dict[str, list[str]] = field(default_factory=dict)
     _observation: Observation | None = None
     _observing: trio.Lock = field(default_factory=trio.Lock)
 
@@ -94,14 +96,20 @@ class Network:
         advertise: list[str] = []
         for name in self.advertise:
             rows = [] if _is_ip(name) else await _addresses(name)
-            advertise += rows or [name]
-        found = own_candidates(
-            self.data_port.port,
-            self.interfaces,
-            advertise,
-            families=self.data_port.families,
-            loopback=loopback or self.allow_loopback,
-        )
+            self._looked_up[name] = list(rows) or [name]
+            advertise += self._looked_up[name]
+        return self._candidates(self.data_port, advertise, loopback=loopback or self.allow_loopback)
+
+    def standing_candidates(self) -> list[Candidate]:
+        """The same as far as it is known without looking anything up."""
+        names = [name for name in self.advertise if not _is_ip(name)]
+        if self.data_port is None or not all(name in self._looked_up for name in names):
+            return []
+        advertise = [host for name in self.advertise for host in self._looked_up.get(name, [name])]
+        return self._candidates(self.data_port, advertise, loopback=self.allow_loopback)
+
+    def _candidates(self, port: DataPort, advertise: list[str], *, loopback: bool) -> list[Candidate]:
+        found = own_candidates(port.port, self.interfaces, advertise, families=port.families, loopback=loopback)
         return [*found, *self.mappings]
 
     async def stun_server(self) -> tuple[str, int] | None:

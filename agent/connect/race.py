@@ -69,6 +69,8 @@ class Arrange:
     id: int
     name: str
     leg: int = 0
+    # Of what the relay arranged with the order, without an offer.
+    ahead: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,13 +98,15 @@ class _Attempt:
     candidate: Candidate | None = None
     # How often it was dialled before. A repetition never makes a race longer.
     repeats: int = 0
+    # A second connection to an address, for the first lane.
+    spare: bool = False
 
 
 @dataclass
 class Race:
     """See the module. ``direct`` are the usable candidates of the source, ``can_offer`` whether the relay can be asked,
     ``tunnel`` whether the policy allows it. ``offer_delay`` is above 0 where a direct path is likely, ``quic_delay``
-    where TCP may do."""
+    where TCP may do. The first ``spares`` addresses are dialled twice at once, for a control stream and a lane."""
 
     now: float
     direct: Sequence[Candidate]
@@ -110,6 +114,7 @@ class Race:
     tunnel: bool = True
     offer_delay: float = 0.0
     quic_delay: float = QUIC_DELAY
+    spares: int = 0
     rounds: int = field(default=0, init=False)
     _start: float = field(default=0.0, init=False)
     _scheduled: list[tuple[float, int, Action]] = field(default_factory=list, init=False)
@@ -156,6 +161,13 @@ class Race:
             for leg in range(transports.count("tunnel")):
                 self._schedule(now, Arrange(self._new("tunnel", now), "tunnel", leg))
 
+    def arranged(self, now: float, count: int, legs: int) -> None:
+        """The relay has sent the source to dial us, ``count`` times, and has given so many places at its tunnel."""
+        self._wanted = count
+        if self.tunnel and not self.is_direct and not self.has_tunnel:
+            for leg in range(legs):
+                self._schedule(now, Arrange(self._new("tunnel", now), "tunnel", leg, ahead=True))
+
     def add(self, now: float, direct: Sequence[Candidate]) -> None:
         """More addresses of the source have become known."""
         self._add_dials(direct, now)
@@ -199,13 +211,13 @@ class Race:
             if not self._pending_of_round():
                 self._round_ends = min(self._round_ends, now)
             return
-        if all(row.kind != "direct" or row.state != "running" for row in self._attempts.values()):
+        if all(row.kind != "direct" or row.state != "running" or row.repeats for row in self._attempts.values()):
             # No known address takes a connection: there is no reason to spare the source an offer any longer.
             self._scheduled = [
                 (now if isinstance(action, SendOffer) else when, number, action)
                 for when, number, action in self._scheduled
             ]
-        if not self._best:
+        if not self._best and not attempt.spare:
             pause = min(AGAIN_FIRST * 2.0**attempt.repeats, AGAIN_MOST)
             self._dial(now + pause, attempt.candidate, attempt.repeats + 1)
 
@@ -309,11 +321,14 @@ class Race:
         for index, candidate in enumerate(fresh):
             late = (0.0 if ":" in candidate.host else bias) + STAGGER * max(0, index - 1)
             self._dial(now + late, candidate)
+            if self.spares:
+                self.spares -= 1
+                self._dial(now + late, candidate, spare=True)
 
-    def _dial(self, when: float, candidate: Candidate, repeats: int = 0) -> None:
+    def _dial(self, when: float, candidate: Candidate, repeats: int = 0, *, spare: bool = False) -> None:
         attempt_id = self._new("direct", when)
         attempt = self._attempts[attempt_id]
-        attempt.candidate, attempt.repeats = candidate, repeats
+        attempt.candidate, attempt.repeats, attempt.spare = candidate, repeats, spare
         self._schedule(when, Dial(attempt_id, candidate))
 
     def _still_wanted(self, action: Action) -> bool:
@@ -352,7 +367,7 @@ class Race:
             # Other slots go on: each brings one connection more. A dialled address can be dialled again.
             superseded = (
                 other.kind == "quic"
-                or (other.kind == "direct" and attempt.kind != "punched")
+                or (other.kind == "direct" and attempt.kind != "punched" and other.candidate != attempt.candidate)
                 or (other.kind == "punched" and attempt.kind == "direct")
             )
             if other.state == "standby" or (other.state == "running" and superseded):

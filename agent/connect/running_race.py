@@ -23,6 +23,7 @@ from protocol.candidates import (
     MAPPED_TCP,
     MAX_CANDIDATES,
     MAX_SLOTS,
+    Arrangement,
     Candidate,
     PathAnswer,
     PathGo,
@@ -33,9 +34,11 @@ from protocol.candidates import (
     usable_untrusted,
 )
 from protocol.errors import TowpathError
-from protocol.reversal import new_token
+from protocol.reversal import is_token, new_token
 
 OFFER_DELAY = 0.15
+# Addresses that are dialled twice at once.
+SPARES = 2
 # How long an offer waits for what the relay sees of the punching ports.
 GATHER_TIME, PATIENT_GATHER_TIME = 0.8, 3.0
 MAX_READY = 32
@@ -87,7 +90,15 @@ class Finder(Protocol):
 class RunningRace:
     """One race and its attempts under way: `run` until it is over, `take_go` when the relay's go has come."""
 
-    def __init__(self, finder: Finder, direct: list[Candidate], relay_up: bool, *, tunnel: bool) -> None:
+    def __init__(
+        self,
+        finder: Finder,
+        direct: list[Candidate],
+        relay_up: bool,
+        *,
+        tunnel: bool,
+        arranged: Arrangement | None = None,
+    ) -> None:
         self._finder = finder
         self._network = finder.network
         # For a probe: what became of the looks at other ways, by transport; an empty text where one is open.
@@ -106,7 +117,10 @@ class RunningRace:
             # Where an address can be dialled it mostly answers; then nobody need be troubled.
             offer_delay=OFFER_DELAY if direct and not self._looks else 0.0,
             quic_delay=0.0 if self._udp_only else QUIC_DELAY,
+            spares=0 if finder.subject.probe else SPARES,
         )
+        # What the relay has arranged with the order of the task.
+        self._arranged = arranged
         self._scopes: dict[int, trio.CancelScope] = {}
         self._ready: dict[int, tuple[Connection, Candidate | None]] = {}
         self._slots: list[Slot] = []
@@ -160,6 +174,21 @@ class RunningRace:
         self._wake.set()
         self._went.set()
 
+    def take_direct(self, candidates: list[Candidate]) -> None:
+        """The source has said where it can be dialled, after the relay did so for it."""
+        if not self._udp_only:
+            self._race.add(trio.current_time(), candidates)
+            self._wake.set()
+
+    def _begin_arranged(self) -> None:
+        wish, port = self._arranged, self._network.data_port
+        if wish is None or self._udp_only or not is_token(wish.token) or not 0 < wish.count <= MAX_SLOTS:
+            return
+        if port is not None:
+            self._expectations.enter_context(port.expecting(wish.token, self._arrived))
+        tunnel = self._network.transports.tunnel is not None
+        self._race.arranged(trio.current_time(), wish.count, min(len(wish.tunnels), MAX_SLOTS) if tunnel else 0)
+
     def take_candidates(self, answer: PathAnswer) -> None:
         """More of the source's addresses; ignored unless they belong to the newest offer. What needs no arrangement is
         dialled, such as a mapping that the source's router has granted meanwhile."""
@@ -190,6 +219,7 @@ class RunningRace:
                 nursery.start_soon(self._tell_mappings)
                 if self._looks:
                     nursery.start_soon(self._look)
+                self._begin_arranged()
                 while not self._race.over(trio.current_time()):
                     self._wake = trio.Event()
                     for action in self._race.poll(trio.current_time()):
@@ -263,9 +293,14 @@ class RunningRace:
         transports = self._network.transports
         transport: Transport | None = getattr(transports, action.name)
         assert transport is not None
-        assert self._go is not None
         subject = self._finder.subject
         wish = Wish(session_id=subject.session_id, task_id=subject.task_id, kind="control")
+        if action.ahead:
+            assert self._arranged is not None
+            place = self._arranged.tunnels[action.leg]
+            go = PathGo(session_id=subject.session_id, generation=0, start_in=0.0, tunnel=place)
+            return await transport.connect(wish, go)
+        assert self._go is not None
         go = self._go
         if action.name == "tunnel":
             go = msgspec.structs.replace(go, tunnel=go.tunnels[action.leg])

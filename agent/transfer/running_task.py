@@ -36,7 +36,7 @@ from agent.transfer.state_trouble import StateTrouble
 from agent.transfer.task_paths import TaskPaths
 from agent.transfer.task_store import StoredTask
 from agent.transfer.turns import Candidate, claim_of
-from protocol.candidates import PathAnswer, PathGo
+from protocol.candidates import Arrangement, PathAnswer, PathGo
 from protocol.control import FINAL_STATES, AgentEvent, Counters, SessionAnswer, TaskObserved, TaskOrder
 from protocol.errors import RetryLater, TaskFailed, TowpathError
 
@@ -44,6 +44,8 @@ CRASH_PAUSE, LONGEST_CRASH_PAUSE = 0.1, 30.0
 LIVED_LONG = 60.0
 # How often to try again to write down what a task has told.
 STATE_PAUSE = 2.0
+# A path that the relay has arranged with an order is of no use later than this: the source does not wait for longer.
+ARRANGED_LIFE = 15.0
 
 logger = logging.getLogger("towpath.tasks")
 
@@ -98,6 +100,8 @@ class RunningTask:
         self._paths: TaskPaths | None = None
         self._channel: Channel | None = None
         self._stopping = False
+        # What the relay has arranged with the order, and when it came.
+        self._arranged: tuple[float, Arrangement] | None = None
 
     @classmethod
     def fresh(cls, node: LocalNode, order: TaskOrder, observed: TaskObserved) -> RunningTask:
@@ -171,6 +175,9 @@ class RunningTask:
 
     async def take_order(self, order: TaskOrder, observed: TaskObserved) -> None:
         """A newer order; a running worker hears of it."""
+        if order.arranged is not None:
+            self._arranged = (trio.current_time(), order.arranged)
+            order = msgspec.structs.replace(order, arranged=None)
         changed = order.items is not self.order.items
         self.order = order
         if changed:
@@ -318,7 +325,7 @@ class RunningTask:
                 await self._tell_worker()
             if order.source is not None and order.type == "TRANSFER":
                 better = self._better(channel, nursery)
-                self._paths = TaskPaths(node, self.order, self._answer, better)
+                self._paths = TaskPaths(node, self.order, self._answer, better, self._take_arranged())
                 await nursery.start(self._paths.run)
             try:
                 with share as worker:
@@ -337,6 +344,11 @@ class RunningTask:
             finally:
                 self._channel = self._paths = None
         raise ChannelClosed
+
+    def _take_arranged(self) -> Arrangement | None:
+        """What the relay has arranged, once, and if it can still be of use."""
+        arranged, self._arranged = self._arranged, None
+        return arranged[1] if arranged is not None and trio.current_time() - arranged[0] < ARRANGED_LIFE else None
 
     def _own_limit(self) -> int | None:
         """What the task itself is limited to, as the relay last said."""

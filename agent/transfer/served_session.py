@@ -17,6 +17,9 @@ from protocol.errors import RetryLater, TowpathError
 MAX_SESSIONS = 256
 # Seconds for which a session that was announced has its place kept, while its destination has not come yet.
 PLACE_KEPT = 60.0
+# The relay tells both sides of a task at once. A connection that comes before its session waits so long (seconds), and
+# so many of them may.
+EARLY_PATIENCE, MAX_EARLY = 2.0, 32
 
 
 class _Served:
@@ -42,6 +45,9 @@ class ServedSessions:
         self._served: dict[str, _Served] = {}
         # Sessions whose destination may come at any moment: their collection, and until when (trio's clock).
         self._expected: dict[str, tuple[str, float]] = {}
+        # Connections that have come for a session before the relay has ordered it.
+        self._early = 0
+        self._announced = trio.Event()
         self.nursery: trio.Nursery
         self.refused = 0
 
@@ -53,7 +59,7 @@ class ServedSessions:
     async def deliver(self, session_id: str, kind: str, sock: trio.socket.SocketType) -> None:
         """Hand a connection to its session's worker; unknown and forbidden sessions are simply closed."""
         node = self._node
-        order = await trio.to_thread.run_sync(node.store.session, session_id)
+        order = await self._ordered(session_id)
         if order is None:
             self.refused += 1
             return
@@ -78,6 +84,28 @@ class ServedSessions:
                 self._served.pop(session_id, None)
                 continue
             return
+
+    async def _ordered(self, session_id: str) -> SessionOrder | None:
+        """The order of a session, which may be about to come."""
+        waits = False
+        try:
+            with trio.move_on_after(EARLY_PATIENCE):
+                while True:
+                    announced = self._announced
+                    order = await trio.to_thread.run_sync(self._node.store.session, session_id)
+                    if order is not None or (not waits and self._early >= MAX_EARLY):
+                        return order
+                    if not waits:
+                        waits, self._early = True, self._early + 1
+                    await announced.wait()
+        finally:
+            self._early -= waits
+        return None
+
+    def announce(self) -> None:
+        """The relay has ordered a session: who came early for it is served now."""
+        self._announced.set()
+        self._announced = trio.Event()
 
     def _worker_of(self, order: SessionOrder, collection_id: str) -> _Served | None:
         served = self._served.get(order.session_id)

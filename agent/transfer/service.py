@@ -172,10 +172,11 @@ class TransferService:
             self._node.check_task(order, time.time())
         if known is None:
             observed = TaskObserved(task_id=order.task_id, revision=order.revision, state="QUEUED")
-            known = RunningTask.fresh(self._node, order, observed)
+            known = RunningTask.fresh(self._node, msgspec.structs.replace(order, arranged=None), observed)
         else:
             observed = msgspec.structs.replace(known.observed, revision=order.revision)
-        await trio.to_thread.run_sync(self._node.store.put_order, order, observed, order.session)
+        kept = msgspec.structs.replace(order, arranged=None)
+        await trio.to_thread.run_sync(self._node.store.put_order, kept, observed, order.session)
         self._tasks[order.task_id] = known
         await known.take_order(order, observed)
         self._node.turn_changed()
@@ -327,10 +328,13 @@ class TransferService:
         """Serve as source of a session. Raises `TowpathError` when ticket or policy forbid it."""
         now = time.time()
         ticket = self._node.check_session(order, now)
+        kept = msgspec.structs.replace(order, arranged=None)
         self.sessions.check_room(order.session_id, ticket.source.collection_id if ticket.source else "")
-        await trio.to_thread.run_sync(self._node.store.put_session, order, ticket.expires, now)
+        await trio.to_thread.run_sync(self._node.store.put_session, kept, ticket.expires, now)
         own = order.peer.node_id == self._node.node_id
+        self.sessions.announce()
         if not own:
+            self._introductions.arrange(order)
             self._introductions.prepare()
         return SessionAnswer(
             session_id=order.session_id,

@@ -12,7 +12,7 @@ from agent.connect.running_race import Subject
 from agent.connect.transport import Connection, Path
 from agent.transfer.local_node import LocalNode
 from agent.transfer.plan import now_iso
-from protocol.candidates import PathAnswer, PathGo, PathOffer
+from protocol.candidates import Arrangement, PathAnswer, PathGo, PathOffer
 from protocol.control import AgentEvent, SessionAnswer, TaskOrder
 from protocol.errors import RetryLater
 
@@ -40,6 +40,7 @@ class TaskPaths:
         order: TaskOrder,
         answer: SessionAnswer | None,
         on_better: Callable[[Path], None],
+        arranged: Arrangement | None = None,
     ) -> None:
         source = order.source
         assert source is not None  # deletes need no paths
@@ -69,6 +70,8 @@ class TaskPaths:
         )
         if answer is not None:
             self._finder.take_answer(answer)
+        if arranged is not None:
+            self._finder.take_arrangement(arranged)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until cancelled. A race begins at once, while the worker is still starting."""

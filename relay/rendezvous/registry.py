@@ -128,6 +128,11 @@ class Registry:
         """All linked agents with what they said when they came."""
         return {node_id: link.hello for node_id, link in self._links.items()}
 
+    def hello(self, node_id: str) -> AgentHello | None:
+        """What a linked agent said when it came."""
+        link = self._links.get(node_id)
+        return None if link is None else link.hello
+
     def statistics(self) -> RegistryStatistics:
         """Counts since the start, and the state of this moment."""
         links = self._links.values()

@@ -6,15 +6,26 @@ any clock in common. The caller sees to it that the nodes belong to one running 
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Protocol
 
 import msgspec
 import trio
 
-from protocol.candidates import MAX_SLOTS, Candidate, PathAnswer, PathGo, PathOffer, check_candidates_untrusted
+from protocol.candidates import (
+    DIALLED,
+    MAX_SLOTS,
+    Arrangement,
+    Candidate,
+    PathAnswer,
+    PathGo,
+    PathOffer,
+    check_candidates_untrusted,
+)
 from protocol.control import decode_untrusted
 from protocol.errors import ProtocolError, TowpathError
+from protocol.reversal import new_token
 
 # How long a source may take to gather its candidates, in seconds.
 ANSWER_TIMEOUT = 5.0
@@ -28,6 +39,10 @@ INTERVAL = 0.3
 # An offer that only wants to know whether there is a way, after another of that kind.
 PROBE_INTERVAL = 10.0
 MAX_PENDING = 4000
+# Connections of a path that is arranged with a task's order: its control stream, and a lane.
+ARRANGED_CONNECTIONS = 2
+# Pairs of nodes that are remembered to have found a path without an offer.
+MAX_PAIRS = 20_000
 
 
 class Links(Protocol):
@@ -92,6 +107,9 @@ class Signalling:
         # Tasks whose offer is with its source now, and those whose source's later candidates are on their way.
         self._asking: dict[str, trio.Event] = {}
         self._adding: set[str] = set()
+        # Pairs of destination and source that were given places at the tunnel with an order, and did not ask for a path
+        # since: they reach one another, and the next order need not trouble the tunnel.
+        self._content: OrderedDict[tuple[str, str], None] = OrderedDict()
         self._introduced = self._added = self._refused = self._failed = 0
 
     def statistics(self) -> SignallingStatistics:
@@ -157,8 +175,50 @@ class Signalling:
         )
         self._added += 1
 
+    def arrange(
+        self,
+        session_id: str,
+        destination: str,
+        source: str,
+        owner_id: str,
+        candidates: list[Candidate],
+        *,
+        tunnel: bool,
+    ) -> tuple[Arrangement, Arrangement]:
+        """A path for a task that is about to be ordered, before anybody has asked for one: for the destination, whose
+        ``candidates`` the source is to dial, and for the source. With ``tunnel`` both may get places there."""
+        token, pair = new_token(), (destination, source)
+        places: list[tuple[Candidate, Candidate]] = []
+        if tunnel and pair not in self._content:
+            offer = PathOffer(session_id=session_id, task_id="", generation=0, token=token, count=ARRANGED_CONNECTIONS)
+            # Why there are none is said to who asks in so many words.
+            places, _ = self._fill(offer, destination, source, owner_id)
+            self._content[pair] = None
+            if len(self._content) > MAX_PAIRS:
+                self._content.popitem(last=False)
+        seen = self._links.address(destination), self._links.address(source)
+        return (
+            Arrangement(
+                token=token,
+                count=ARRANGED_CONNECTIONS,
+                tunnels=[row[0] for row in places],
+                observed=seen[0],
+                peer_observed=seen[1],
+            ),
+            Arrangement(
+                token=token,
+                count=ARRANGED_CONNECTIONS,
+                candidates=[row for row in candidates if row.kind in DIALLED and row.slot == 0],
+                tunnels=[row[1] for row in places],
+                observed=seen[1],
+                peer_observed=seen[0],
+            ),
+        )
+
     async def introduce(self, offer: PathOffer, destination: str, source: str, *, owner_id: str = "") -> None:
         """Pass an offer on, and give both nodes their go. Raises the link's errors."""
+        if not offer.probe:
+            self._content.pop((destination, source), None)
         generation, _ = self._newest.get(offer.task_id, (-1, 0.0))
         repeated = offer.generation == generation
         if not repeated:
@@ -232,6 +292,13 @@ class Signalling:
         """Places at the tunnel for as many connections as are wanted, where both sides want them, and why there are no
         more."""
         if self._tunnel is None or "tunnel" not in offer.transports or "tunnel" not in answer.transports:
+            return [], ""
+        return self._fill(offer, destination, source, owner_id)
+
+    def _fill(
+        self, offer: PathOffer, destination: str, source: str, owner_id: str
+    ) -> tuple[list[tuple[Candidate, Candidate]], str]:
+        if self._tunnel is None:
             return [], ""
         found: list[tuple[Candidate, Candidate]] = []
         for _ in range(min(offer.count, MAX_SLOTS)):

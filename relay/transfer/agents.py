@@ -8,6 +8,7 @@ from typing import Protocol
 
 import trio
 
+from protocol.control import AgentHello
 from relay.rendezvous.registry import LinkDown, LinkUp
 
 
@@ -15,6 +16,8 @@ class AgentLinks(Protocol):
     """Calls to agents by node id. Errors are `protocol.errors.TowpathError`; an offline agent is a `RetryLater`."""
 
     def is_connected(self, node_id: str) -> bool: ...
+
+    def hello(self, node_id: str) -> AgentHello | None: ...
 
     def address(self, node_id: str) -> str: ...
 

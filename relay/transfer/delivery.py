@@ -7,15 +7,17 @@ they are told. So a relay that dies between any two lines here goes on where it 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import msgspec
 import trio
 
-from protocol.candidates import check_candidates_untrusted
+from protocol.candidates import Arrangement, check_candidates_untrusted
 from protocol.control import (
     SessionAnswer,
     SessionOrder,
+    TaskItem,
     TaskObserved,
     TaskOrder,
     decode_untrusted,
@@ -25,6 +27,7 @@ from protocol.ticket import TicketSigner
 from relay.store.database import Store
 from relay.transfer import closed_owners, delivery_notes, task_rows
 from relay.transfer.agents import AgentLinks
+from relay.transfer.ahead import Ahead, Arranges, told_ahead
 from relay.transfer.delivery_notes import Loaded
 from relay.transfer.entitlement import NOTHING
 from relay.transfer.next_step import Situation, Step, next_step
@@ -63,6 +66,7 @@ class Courier:
         store: Store,
         links: AgentLinks,
         signer: TicketSigner,
+        paths: Arranges,
         *,
         ticket_life: float,
         keep: float,
@@ -72,6 +76,7 @@ class Courier:
         self._store = store
         self._links = links
         self._signer = signer
+        self._paths = paths
         self._ticket_life = ticket_life
         self._keep = keep
         self._timeout = timeout
@@ -237,25 +242,98 @@ class Courier:
         task, source = loaded.task, loaded.sides.source
         running = task.desired == "run"
         first = task.delivered == 0
-        if not await self._store.write(lambda connection: delivery_notes.mark_attempted(connection, task)):
+        asks = running and source is not None and self._links.is_connected(source.node_id)
+        ahead = told_ahead(self._links, self._paths, task, worker, source) if asks and source is not None else None
+        # Written down first: whatever happens next, the ticket will be withdrawn when the task is over.
+        mark = partial(delivery_notes.mark_attempted, task=task, session=asks)
+        if not await self._store.write(mark):
             return
-        items = None
-        if first:
-            packed = await self._store.read(lambda connection: task_rows.load_items(connection, task.id))
-            if len(packed) < _SMALL:
-                items = task_rows.unpack_items(packed)
-            else:
-                items = await trio.to_thread.run_sync(task_rows.unpack_items, packed)
+        items = await self._items(task) if first else None
         ticket = self._sign(loaded, worker, source, now)
-        session = None
-        source_connected = source is not None and self._links.is_connected(source.node_id)
-        if running and source is not None and source_connected:
+        if source is None or not asks:
+            await self._give_order(loaded, worker, ticket, items, None, now)
+            if source is not None:
+                self.want_session(task.id)
+            return
+        if ahead is not None:
+            await self._tell_both(loaded, worker, source, ticket, items, ahead, now)
+            return
+        session: SessionAnswer | None = None
+        try:
+            session = await self._ask_source(task, worker, source, ticket, now)
+        except TowpathError as error:
+            # Without a session the agent can begin, and a later visit offers it one; a refusal ends the task.
+            if error.disposition in ("permanent", "fatal"):
+                raise
+        await self._give_order(loaded, worker, ticket, items, session, now)
+        self._note_session(task, given=session is not None)
+
+    def _note_session(self, task: Task, *, given: bool) -> None:
+        if given:
+            self._wanted.pop(task.id, None)
+        else:
+            self.want_session(task.id)
+
+    async def _items(self, task: Task) -> list[TaskItem]:
+        packed = await self._store.read(lambda connection: task_rows.load_items(connection, task.id))
+        if len(packed) < _SMALL:
+            return task_rows.unpack_items(packed)
+        return await trio.to_thread.run_sync(task_rows.unpack_items, packed)
+
+    async def _tell_both(
+        self,
+        loaded: Loaded,
+        worker: Side,
+        source: Side,
+        ticket: str,
+        items: list[TaskItem] | None,
+        ahead: Ahead,
+        now: float,
+    ) -> None:
+        """Order the task and the session at the same time. What the source answers follows, where it says more."""
+        task = loaded.task
+        answers: list[SessionAnswer] = []
+        not_given: list[TowpathError] = []
+        refused: list[TowpathError] = []
+
+        async def ask() -> None:
             try:
-                session = await self._ask_source(task, worker, source, ticket, now)
+                answers.append(await self._ask_source(task, worker, source, ticket, now, ahead.source))
             except TowpathError as error:
-                # Without a session the agent can begin, and a later visit offers it one; a refusal ends the task.
-                if error.disposition in ("permanent", "fatal"):
-                    raise
+                refused.append(error)
+
+        async def give() -> None:
+            try:
+                await self._give_order(loaded, worker, ticket, items, ahead.answer, now, ahead.destination)
+            except TowpathError as error:
+                not_given.append(error)
+                nursery.cancel_scope.cancel()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask)
+            nursery.start_soon(give)
+        if not_given:
+            raise not_given[0]
+        if refused and refused[0].disposition in ("permanent", "fatal"):
+            raise refused[0]
+        # What else a source says is no reason not to begin; a later visit asks it again.
+        self._note_session(task, given=bool(answers))
+        if answers and answers[0].candidates != ahead.answer.candidates:
+            self.want_session(task.id)
+            await self._pass_on(task, worker, answers[0])
+            self._note_session(task, given=True)
+
+    async def _give_order(
+        self,
+        loaded: Loaded,
+        worker: Side,
+        ticket: str,
+        items: list[TaskItem] | None,
+        session: SessionAnswer | None,
+        now: float,
+        arranged: Arrangement | None = None,
+    ) -> None:
+        task, source = loaded.task, loaded.sides.source
         order = TaskOrder(
             task_id=task.id,
             revision=task.revision,
@@ -272,6 +350,7 @@ class Courier:
             options=task.task_options,
             items=items,
             session=session,
+            arranged=arranged,
         )
         patience = self._timeout + (len(items) * _SECONDS_PER_ITEM if items is not None else 0.0)
         answer = await self._links.call(
@@ -279,17 +358,20 @@ class Courier:
         )
         self.orders += 1
         observed = decode_untrusted(answer, TaskObserved)
+        running = task.desired == "run"
         held = "source" if running and source is not None and session is None else None
         await self._store.write(lambda connection: delivery_notes.delivered(connection, task, observed, held, now))
-        if session is not None:
-            self._wanted.pop(task.id, None)
-        elif source is not None:
-            self.want_session(task.id)
 
-    async def _ask_source(self, task: Task, worker: Side, source: Side, ticket: str, now: float) -> SessionAnswer:
+    async def _ask_source(
+        self,
+        task: Task,
+        worker: Side,
+        source: Side,
+        ticket: str,
+        now: float,
+        arranged: Arrangement | None = None,
+    ) -> SessionAnswer:
         self._asked[task.id] = now
-        # Written down first: whatever happens next, the ticket will be withdrawn when the task is over.
-        await self._change(task.id, session_open=True)
         seen = self._links.address(source.node_id), self._links.address(worker.node_id)
         order = SessionOrder(
             session_id=task.session_id,
@@ -299,6 +381,7 @@ class Courier:
             observed=seen[0],
             peer_observed=seen[1],
             relay_path=task.task_options.relay_path,
+            arranged=arranged,
         )
         answer = await self._links.call(
             source.node_id, "PUT", f"/link/sessions/{task.session_id}", document=order, timeout=self._timeout
@@ -309,13 +392,17 @@ class Courier:
 
     async def _offer_session(self, task: Task, worker: Side, source: Side, ticket: str, now: float) -> None:
         wanted = self._wanted.get(task.id)
+        # Written down first, as with the order.
+        await self._change(task.id, session_open=True)
         answer = await self._ask_source(task, worker, source, ticket, now)
-        await self._links.call(
-            worker.node_id, "PUT", f"/link/tasks/{task.id}/session", document=answer, timeout=self._timeout
-        )
+        await self._pass_on(task, worker, answer)
         await self._change(task.id, held_by=None)
         if self._wanted.get(task.id) == wanted:
             self._wanted.pop(task.id, None)
+
+    async def _pass_on(self, task: Task, worker: Side, answer: SessionAnswer) -> None:
+        path = f"/link/tasks/{task.id}/session"
+        await self._links.call(worker.node_id, "PUT", path, document=answer, timeout=self._timeout)
 
     async def _change(self, task_id: str, **values: Any) -> None:
         await self._store.write(lambda connection: task_rows.change(connection, task_id, **values))

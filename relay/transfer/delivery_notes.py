@@ -51,13 +51,14 @@ def end_unentitled(connection: Connection, task_id: str, now: float) -> None:
         task_turns.end_now(connection, task, code=CANCELED, sentence=sentence, now=now)
 
 
-def mark_attempted(connection: Connection, task: Task) -> bool:
-    """From now on the agent may have the task. False when it was changed since it was looked at."""
+def mark_attempted(connection: Connection, task: Task, *, session: bool = False) -> bool:
+    """From now on the agent may have the task, and with ``session`` the source its ticket, which will be withdrawn when
+    the task is over. False when it was changed since it was looked at."""
     current = task_rows.load(connection, task.id)
     if current is None or current.revision != task.revision or current.status != task.status:
         return False
-    if not current.attempted:
-        task_rows.change(connection, task.id, attempted=True)
+    if not current.attempted or (session and not current.session_open):
+        task_rows.change(connection, task.id, attempted=True, session_open=session or current.session_open)
     return True
 
 

@@ -89,6 +89,7 @@ class Steward:
             store,
             registry,
             signer,
+            self._signalling,
             ticket_life=self._ticket_life,
             keep=self._keep,
             timeout=float(settings.limits.call_timeout),

@@ -8,8 +8,10 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import pytest
 import trio
+import trio.testing
 
 from agent.connect import finder as finder_module
 from agent.connect import race as race_module
@@ -19,8 +21,8 @@ from agent.connect.listener import DataPort, bind
 from agent.connect.network import DialAllowance, Network
 from agent.connect.running_race import Subject
 from agent.connect.transport import Connection, Path, Wish
-from protocol.candidates import PORTMAP, Candidate, PathAnswer, PathGo, PathOffer
-from protocol.control import SessionAnswer, encode
+from protocol.candidates import PORTMAP, Arrangement, Candidate, PathAnswer, PathGo, PathOffer
+from protocol.control import Party, SessionAnswer, SessionOrder, encode
 from protocol.errors import ProtocolError, RetryLater, TowpathError
 from relay.rendezvous.observe import Observer
 from relay.rendezvous.signalling import Signalling
@@ -380,3 +382,78 @@ def test_unused_connections_of_a_race_expire_before_the_source_gives_them_up() -
     from agent.connect.listener import GREETING_TIMEOUT
 
     assert finder_module.KEEP_UNUSED < GREETING_TIMEOUT
+
+
+@asynccontextmanager
+async def arranged(token: str = "ab" * 16) -> AsyncIterator[tuple[World, SessionOrder]]:
+    """The source cannot be dialled; the relay has told it with its session to dial the destination."""
+    async with world() as made:
+        port = made.destination.network.data_port
+        assert port is not None
+        made.finder.take_answer(answer())
+        made.finder.take_arrangement(Arrangement(token=token, count=2))
+        party = Party(endpoint_id="", node_id="", collection_id="", certificate="")
+        there = Arrangement(token=token, count=2, candidates=[at(port.port)])
+        order = SessionOrder(session_id=SESSION, task_id=TASK, ticket="", peer=party, arranged=there)
+        yield made, order
+
+
+async def test_a_source_that_was_told_so_with_its_session_dials_for_both_connections() -> None:
+    async with arranged() as (made, order):
+        made.finder.begin()
+        await trio.testing.wait_all_tasks_blocked()
+        made.source.introductions.arrange(order)
+        connections = [await made.finder.connect() for _ in range(2)]
+        assert [row.path.kind for row in connections] == ["reversed"] * 2
+        for row in connections:
+            row.sock.close()
+
+
+async def test_what_is_arranged_outlives_the_destinations_own_offer_and_ends_with_the_session() -> None:
+    async with arranged() as (made, order):
+        made.source.introductions.arrange(order)
+        await made.source.introductions.offer(
+            PathOffer(session_id=SESSION, task_id=TASK, generation=1, token="cd" * 16, count=1), own=False
+        )
+        assert SESSION in made.source.introductions._arranged
+        made.source.introductions.cut(SESSION)
+        assert not made.source.introductions._arranged
+        assert not made.source.introductions._current
+
+
+@pytest.mark.parametrize("wrong", [{"token": "short"}, {"count": 0}, {"count": 1000}])
+async def test_a_malformed_arrangement_is_left_alone(wrong: dict[str, Any]) -> None:
+    async with arranged() as (made, order):
+        assert order.arranged is not None
+        there = msgspec.structs.replace(order.arranged, **wrong)
+        made.source.introductions.arrange(msgspec.structs.replace(order, arranged=there))
+        assert not made.source.introductions._arranged
+        made.finder.take_arrangement(there)
+        made.finder.begin()
+        await trio.testing.wait_all_tasks_blocked()
+
+
+async def test_an_arrangement_makes_nobody_dial_what_may_not_be_dialled() -> None:
+    async with arranged() as (made, order):
+        made.source.network.allow_loopback = False
+        made.source.introductions.arrange(order)
+        assert made.source.introductions._arranged[SESSION].usable == []
+
+
+async def test_addresses_that_the_source_says_later_are_dialled_in_the_race_under_way() -> None:
+    async with world() as made:
+        made.finder.take_answer(answer())
+        # The offer that is hoped for never arrives.
+        made.finder._send_offer = lambda _offer: None
+        port = made.source.network.data_port
+        assert port is not None
+        async with trio.open_nursery() as nursery:
+
+            async def connect() -> None:
+                connection = await made.finder.connect()
+                assert connection.path.kind == "direct"
+                connection.sock.close()
+
+            nursery.start_soon(connect)
+            await trio.testing.wait_all_tasks_blocked()
+            made.finder.take_answer(answer(at(port.port)))

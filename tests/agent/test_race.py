@@ -318,3 +318,82 @@ def test_whatever_happens_the_race_ends_and_gives_nothing_twice(data: st.DataObj
     # Once something direct was given, the relay is not used any more.
     direct = [index for index, kind in enumerate(kinds) if kind != "tunnel"]
     assert all(kind != "tunnel" for kind in kinds[direct[0] :]) if direct else True
+
+
+def _answering(after: float) -> Callable[[Course, object], None]:
+    def world(course: Course, action: object) -> None:
+        if isinstance(action, Dial | Arrange):
+            attempt = action.id
+            course.later(after, lambda: course.race.connected(course.now, attempt))
+
+    return world
+
+
+def test_the_first_addresses_are_dialled_twice_at_once_and_both_connections_are_given() -> None:
+    course = Course(Race(now=100.0, direct=[V4, V6], can_offer=False, spares=2))
+    course.run(_answering(0.01))
+    dials = [action.candidate for _, action in course.started if isinstance(action, Dial)]
+    # The other address was not needed any more.
+    assert dials == [V6, V6]
+    assert [when for when, _ in course.given] == [pytest.approx(0.01)] * 2
+    course = Course(Race(now=100.0, direct=[V4], can_offer=False, spares=2))
+    course.run(silent)
+    assert len([action for _, action in course.started if isinstance(action, Dial)]) == 2
+
+
+def test_a_spare_is_not_dialled_again() -> None:
+    def refused(course: Course, action: object) -> None:
+        if isinstance(action, Dial):
+            attempt = action.id
+            course.later(0.01, lambda: course.race.failed(course.now, attempt, "refused"))
+
+    with_spare, without = (Course(Race(now=100.0, direct=[V4], can_offer=False, spares=many)) for many in (1, 0))
+    for course in (with_spare, without):
+        course.run(refused)
+    # The offer does not wait when no address takes a connection, not even twice.
+    hurried = Course(Race(now=100.0, direct=[V4], offer_delay=0.15, spares=1))
+    hurried.run(refused)
+    assert next(when for when, action in hurried.started if isinstance(action, SendOffer)) == pytest.approx(0.01)
+    assert len(with_spare.started) == len(without.started) + 1
+
+
+def test_places_at_the_tunnel_that_came_with_the_order_are_used_at_once_and_not_asked_for_again() -> None:
+    race = Race(now=100.0, direct=[], spares=2)
+    race.arranged(100.0, 2, 2)
+    course = Course(race)
+    asked: list[bool] = []
+
+    def world(course: Course, action: object) -> None:
+        if isinstance(action, SendOffer):
+            asked.append(race.has_tunnel)
+        _answering(0.05)(course, action)
+
+    course.run(world)
+    legs = [(when, action.leg, action.ahead) for when, action in course.started if isinstance(action, Arrange)]
+    assert legs == [(0.0, 0, True), (0.0, 1, True)]
+    # They stand by first.
+    assert [when for when, _ in course.given] == [pytest.approx(module.TUNNEL_HOLD)] * 2
+    assert asked[0]
+
+
+def test_nothing_is_arranged_at_the_tunnel_where_the_policy_forbids_it() -> None:
+    race = Race(now=100.0, direct=[], can_offer=False, tunnel=False)
+    race.arranged(100.0, 2, 2)
+    course = Course(race)
+    course.run(silent)
+    assert course.started == []
+
+
+def test_a_leg_that_stands_by_is_let_go_when_the_source_dials() -> None:
+    race = Race(now=100.0, direct=[])
+    race.arranged(100.0, 1, 1)
+    course = Course(race)
+
+    def world(course: Course, action: object) -> None:
+        _answering(0.05)(course, action)
+        if isinstance(action, Arrange):
+            course.later(0.1, lambda: course.race.arrived(course.now))
+
+    course.run(world)
+    assert course.kinds_given() == ["reversed"]
+    assert course.cancelled

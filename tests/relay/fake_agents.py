@@ -61,6 +61,9 @@ class FakeAgent:
     seq: int = 0
     # An older agent does not say how many tasks it has.
     is_older: bool = False
+    abilities: list[str] = field(default_factory=list)
+    # What it says at its link, and of what it answers when it is asked for a session.
+    standing: list[Candidate] = field(default_factory=list)
     _readers: list[trio.MemorySendChannel[bytes]] = field(default_factory=list)
 
     def hello(self) -> AgentHello:
@@ -74,6 +77,8 @@ class FakeAgent:
             collections=self.collections,
             last_event=last,
             tasks=None if self.is_older else len(self.list_tasks().tasks),
+            abilities=self.abilities,
+            candidates=self.standing,
         )
 
     # --- what it says ---------------------------------------------------------------------------------
@@ -264,6 +269,9 @@ class FakeRegistry:
 
     def is_connected(self, node_id: str) -> bool:
         return node_id in self.agents
+
+    def hello(self, node_id: str) -> AgentHello | None:
+        return self.agents[node_id].hello() if node_id in self.agents else None
 
     def connected(self) -> dict[str, AgentHello]:
         return {node_id: agent.hello() for node_id, agent in self.agents.items()}

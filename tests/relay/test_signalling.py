@@ -43,7 +43,7 @@ class Links:
         self.told: list[tuple[str, str, object]] = []
 
     def address(self, node_id: str) -> str:
-        return {"destination": "192.0.2.1", "source": "192.0.2.2"}[node_id]
+        return {"destination": "192.0.2.1", "source": "192.0.2.2"}.get(node_id, "")
 
     def round_trip(self, node_id: str) -> float | None:
         return {"destination": 0.2, "source": 0.03}[node_id]
@@ -234,3 +234,39 @@ def test_any_bytes_for_an_offer_raise_only_the_protocol_error(data: bytes) -> No
             decode_untrusted(data, kind)
         except ProtocolError:
             continue
+
+
+async def test_a_path_is_arranged_before_anybody_asks_until_a_pair_is_seen_to_need_none() -> None:
+    links, places = Links(), Places()
+    subject = Signalling(links, places)
+    known = [
+        Candidate(kind="host", host="192.0.2.1", port=4000),
+        Candidate(kind="mapped-tcp", host="192.0.2.1", port=4001),
+        Candidate(kind="host", host="192.0.2.1", port=4002, slot=1),
+    ]
+    destination, source = subject.arrange(SESSION, "destination", "source", "owner", known, tunnel=True)
+    assert destination.token == source.token
+    assert (destination.observed, destination.peer_observed) == ("192.0.2.1", "192.0.2.2")
+    assert (source.observed, source.peer_observed) == ("192.0.2.2", "192.0.2.1")
+    # What needs no arrangement, and the data port's only.
+    assert source.candidates == known[:1]
+    assert destination.candidates == []
+    assert [row.token for row in destination.tunnels] == ["d1", "d2"]
+    assert [row.token for row in source.tunnels] == ["s1", "s2"]
+    # They did not ask for a path: they reach one another.
+    again = subject.arrange(SESSION, "destination", "source", "owner", known, tunnel=True)
+    assert [row.tunnels for row in again] == [[], []]
+    assert again[0].token != destination.token
+    other = subject.arrange(SESSION, "destination", "another", "owner", known, tunnel=False)
+    assert [row.tunnels for row in other] == [[], []]
+    # They ask, so they need one.
+    await subject.introduce(OFFER, "destination", "source")
+    assert len(subject.arrange(SESSION, "destination", "source", "owner", known, tunnel=True)[0].tunnels) == 2
+
+
+async def test_the_pairs_that_need_no_arrangement_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signalling, "MAX_PAIRS", 3)
+    subject = Signalling(Links(), Places())
+    for number in range(5):
+        subject.arrange(SESSION, "destination", f"source {number}", "owner", [], tunnel=True)
+    assert list(subject._content) == [("destination", f"source {number}") for number in (2, 3, 4)]
