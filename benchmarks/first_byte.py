@@ -1,11 +1,12 @@
 """From a task that the relay has accepted to its first content byte, by the kind of path. Needs root and /dev/net/tun.
 
-    python benchmarks/first_byte.py [--delay 15 50] [--runs 5] [--pairs none-none port-port …] [--json FILE]
+    python benchmarks/first_byte.py [--delay 15 50] [--triangle] [--runs 5] [--pairs none-none …] [--json FILE]
 
 The network lab of `tests/network`: two agents behind the boxes of a pair (SOURCE-DESTINATION), --delay milliseconds one
-way between each of them and the relay. The clock runs from the answer to the submission, which is asked beside the
-relay, to the first byte that the destination has received. The goal on a direct path is three round trips to the relay
-and 0.3 s, and one second where only the tunnel works.
+way between each of them and the relay. The agents are as far from one another as their ways to the relay together, or
+with --triangle as each of them is from the relay. The clock runs from the answer to the submission, which is asked
+beside the relay, to the first byte that the destination has received. The goal on a direct path is three round trips to
+the relay and 0.3 s, and one second where only the tunnel works.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ class Row:
 
     pair: str
     delay: float
+    triangle: bool
     path: str
     times: list[float]
 
@@ -73,10 +75,11 @@ async def one(lab: laboratory.Lab, name: str) -> tuple[float, str]:
     return took, lab.path_of("b", task_id).split()[0]
 
 
-async def measure(lab: laboratory.Lab, pair: str, delay: float, runs: int) -> Row:
+async def measure(lab: laboratory.Lab, pair: str, delay: float, runs: int, *, triangle: bool) -> Row:
     """One pair; its first transfer is left out."""
     source, destination = kinds(pair)
-    laboratory.DELAY = delay / 1000
+    laboratory.DELAY = (delay / 2 if triangle else delay) / 1000
+    laboratory.RELAY_DELAY = delay / 2 / 1000 if triangle else 0.0
     arrange(lab, {"a": source, "b": destination})
     await lab.start()
     try:
@@ -87,7 +90,7 @@ async def measure(lab: laboratory.Lab, pair: str, delay: float, runs: int) -> Ro
     finally:
         await lab.stop()
     paths = dict.fromkeys(path for _, path in found[1:])
-    return Row(pair, delay, ", ".join(paths), [took for took, _ in found[1:]])
+    return Row(pair, delay, triangle, ", ".join(paths), [took for took, _ in found[1:]])
 
 
 async def run(options: argparse.Namespace) -> list[Row]:
@@ -97,7 +100,7 @@ async def run(options: argparse.Namespace) -> list[Row]:
         async with laboratory.open_lab(Path(directory)) as lab:
             for pair in options.pairs:
                 for delay in options.delay:
-                    row = await measure(lab, pair, delay, options.runs)
+                    row = await measure(lab, pair, delay, options.runs, triangle=options.triangle)
                     print(
                         f"| {row.pair} | {2 * delay:.0f} ms | {row.path} | {statistics.median(row.times):.0f} ms "
                         f"| {min(row.times):.0f} to {max(row.times):.0f} ms | {row.goal:.0f} ms |",
@@ -113,6 +116,7 @@ def main() -> None:
     parser.add_argument("--delay", type=float, nargs="+", default=[15, 50], help="one way to the relay, milliseconds")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--pairs", nargs="+", default=PAIRS)
+    parser.add_argument("--triangle", action="store_true", help="agents as near to one another as to the relay")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if why_not := laboratory.why_not():

@@ -34,6 +34,8 @@ MAX_PATH = 16 * 1024
 ROWS_IN_MESSAGE = 1000
 LISTING_WINDOW = 4
 MAX_PACK_FILES = 1024
+# Bytes of content that may be asked for before it is known what there is.
+MAX_TAKEN = 4 * 1024 * 1024
 # Blocks between these sizes are accepted by either side.
 MIN_BLOCK = 64 * 1024
 MAX_BLOCK = 16 * 1024 * 1024
@@ -128,6 +130,21 @@ class StatPaths(Message, tag="stat", frozen=True):
 
     r: int
     paths: list[bytes]
+    follow: bool = True
+
+
+class TakePaths(Message, tag="take", frozen=True):
+    """Ask what each path is, as `StatPaths` does, and for the content of those of the first ``count`` that are small
+    files (see `fitting`), which comes on a lane as an answer to a `ReadPack` of the number ``pack``. Only of a source
+    that may be asked ahead (`ALPN_CONTROL_AHEAD`)."""
+
+    r: int
+    paths: list[bytes]
+    lane: int
+    pack: int
+    count: int
+    largest: int
+    most: int
     follow: bool = True
 
 
@@ -227,6 +244,7 @@ Request = (
     | ListDirectory
     | MoreRows
     | StatPaths
+    | TakePaths
     | ReadRange
     | ReadPack
     | DigestFile
@@ -427,6 +445,19 @@ def name_untrusted(raw: bytes) -> bytes:
     if is_reserved(check_component_untrusted(raw)):
         raise ProtocolError("A temporary was asked for.", code="ILLEGAL_NAME")
     return raw
+
+
+def fitting(rows: Sequence[Row | None], largest: int, most: int) -> list[int]:
+    """Which of these are files of at most ``largest`` bytes, in their order, as many as have ``most`` bytes together.
+
+    Both sides choose by this, so that it need not be said.
+    """
+    chosen, total = [], 0
+    for index, row in enumerate(rows):
+        if row is not None and row.kind == FILE and row.size <= largest and total + row.size <= most:
+            chosen.append(index)
+            total += row.size
+    return chosen[:MAX_PACK_FILES]
 
 
 def check_readings_untrusted(readings: LaneReadings) -> None:

@@ -289,6 +289,11 @@ class Race:
         return bool(self._best) and self._best != "tunnel"
 
     @property
+    def dials_itself(self) -> bool:
+        """Whether the source can be dialled, so that it need not dial us."""
+        return self._best == "direct"
+
+    @property
     def why(self) -> str:
         """What stood in the way of the attempts that failed; a sentence or an empty text."""
         return "; ".join(self._errors[:6])

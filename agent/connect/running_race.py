@@ -427,7 +427,8 @@ class RunningRace:
     def _arrived(self, sock: socket.socket) -> None:
         """The source dialled our data port."""
         now = trio.current_time()
-        if len(self._ready) >= MAX_READY:
+        if len(self._ready) >= MAX_READY or self._race.dials_itself:
+            # Closed at once: the source holds few connections on which nothing was said yet.
             sock.close()
             return
         attempt_id = self._race.arrived(now)

@@ -17,6 +17,7 @@ from agent.meter.lane import LaneMeter
 from agent.transfer.end_game import STALLED, LaneSpeed, slowest, twin_of
 from agent.transfer.jobs import FileJob, LargeFile, PackRequest, RangeRequest, Request
 from agent.transfer.source_session import SourceSession
+from agent.transfer.take_ahead import LANE, Awaited
 from protocol.errors import TowpathError
 from protocol.session import Abandon, PackFile, ReadPack, ReadRange
 
@@ -54,7 +55,11 @@ class Fetcher:
         on_hungry: Callable[[], None],
     ) -> None:
         # Shared with lane threads, which only look requests up.
-        self.requests: dict[int, Request] = {}
+        self.requests: dict[int, Request | Awaited] = {}
+        # What was asked for ahead, and is not decided about; and what was then, for a lane that is still to come.
+        self._awaited: Awaited | None = None
+        self._adopted: dict[int, PackRequest] = {}
+        self._dropped: set[int] = set()
         self._session = session
         self._ready: deque[Request] = deque()
         self._lanes: dict[int, LaneWork] = {}
@@ -70,9 +75,48 @@ class Fetcher:
     # --- work ------------------------------------------------------------------------------------------
 
     def submit_pack(self, jobs: list[FileJob]) -> None:
-        """Ask for small files, which are all followed through symlinks or none of them."""
+        """Ask for small files, which are all followed through symlinks or none of them, unless they are what was asked
+        for ahead."""
+        if self._take_awaited(jobs):
+            return
         self._ready.append(PackRequest(self._session.number(), jobs, sum(job.row.size for job in jobs)))
         self._dispatch()
+
+    def expect(self, awaited: Awaited) -> None:
+        """Something is asked for before it is known what it is."""
+        self._awaited = awaited
+        self.requests[awaited.r] = awaited
+
+    def discard_awaited(self) -> None:
+        """It is not wanted: what comes of it is left lying."""
+        awaited, self._awaited = self._awaited, None
+        if awaited is not None:
+            self.requests.pop(awaited.r, None)
+            awaited.decide(None)
+
+    def _take_awaited(self, jobs: list[FileJob]) -> bool:
+        awaited = self._awaited
+        if awaited is None:
+            return False
+        ordered = awaited.order(jobs)
+        if ordered is None or LANE in self._dropped:
+            self.discard_awaited()
+            return False
+        self._awaited = None
+        request = PackRequest(awaited.r, ordered, sum(job.row.size for job in ordered))
+        self.requests[request.r] = request
+        self._adopted[LANE] = request
+        if (lane := self._lanes.get(LANE)) is not None:
+            self._adopt(lane)
+        awaited.decide(request)
+        return True
+
+    def _adopt(self, lane: LaneWork) -> None:
+        request = self._adopted.pop(lane.number, None)
+        if request is not None:
+            lane.outstanding[request.r] = request
+            lane.size += request.size
+            lane.idle = False
 
     def submit_range(self, file: LargeFile, offset: int, length: int, *, first: bool = False) -> None:
         """Ask for blocks of a large file."""
@@ -106,7 +150,8 @@ class Fetcher:
         return len(self._lanes)
 
     def add_lane(self, number: int, meter: LaneMeter | None = None) -> None:
-        self._lanes[number] = LaneWork(number, speed=LaneSpeed(meter))
+        lane = self._lanes[number] = LaneWork(number, speed=LaneSpeed(meter))
+        self._adopt(lane)
         self._dispatch()
 
     def measure(self, now: float) -> list[int]:
@@ -183,6 +228,7 @@ class Fetcher:
         lane = self._lanes.pop(number, None)
         if lane is None:
             return False
+        self._dropped.add(number)
         for r in [r for r, (on, _) in self._leaving.items() if on == number]:
             self._left(r)
         for request in reversed(lane.outstanding.values()):
@@ -296,6 +342,8 @@ class Fetcher:
 
     def _take(self, lane_number: int, r: int) -> Request | None:
         self.requests.pop(r, None)
+        if self._awaited is not None and self._awaited.r == r:
+            self.discard_awaited()
         lane = self._lanes.get(lane_number)
         request = lane.outstanding.pop(r, None) if lane else None
         if lane and request:

@@ -13,11 +13,12 @@ from agent.storage.faults import fault
 from agent.storage.folding import fold_key
 from agent.transfer.checksum import check_given, normalised_algorithm
 from agent.transfer.collisions import collision, losers, twice
-from agent.transfer.compare import Decision, decide
+from agent.transfer.compare import SMALL_FILE, Decision, decide
 from agent.transfer.hard_links import is_shared, shared_name
 from agent.transfer.jobs import FileJob, Group, GroupListed, LinkWanted, SharedName
 from agent.transfer.plan import refusal, sweep_temporaries
 from agent.transfer.run import Run
+from agent.transfer.take_ahead import LANE, MOST_BYTES, Awaited, takeable
 from protocol.control import TaskItem
 from protocol.errors import (
     ItemFailed,
@@ -46,6 +47,7 @@ class ItemPlanner:
         self._run = run
         self._items = run.context.order.items or []
         self._settled: dict[int, int] = {}
+        self._first = True
         # For every parent and key of a name, the items that want it, in their order.
         self._wanted: dict[tuple[CollectionPath, bytes], list[int]] = {}
 
@@ -104,7 +106,7 @@ class ItemPlanner:
             legal.append(index)
         if follow:
             self._list_ahead(session, legal, paths)
-        results = await session.stat(paths, follow=follow)
+        results = await self._ask(session, legal, paths, follow=follow)
         files: dict[CollectionPath, list[tuple[int, bytes, Row]]] = {}
         failures: list[tuple[int, bytes, TowpathError]] = []
         for index, path, result in zip(legal, paths, results, strict=True):
@@ -112,6 +114,26 @@ class ItemPlanner:
         await self._fail(failures)
         for parent, rows in files.items():
             await self._files(parent, rows)
+
+    async def _ask(
+        self, session: SourceSession, indices: list[int], paths: list[bytes], *, follow: bool
+    ) -> list[StatResult]:
+        """What the paths are; in the first flight of a task, small files are asked for at the same time."""
+        first, self._first = self._first, False
+        items = [self._items[index] for index in indices]
+        may = first and follow and session.ahead and not self._run.resumed
+        count = takeable(items, self._run.options) if may else 0
+        if not count:
+            return await session.stat(paths, follow=follow)
+        awaited = Awaited(session.number(), paths[:count])
+        self._run.fetcher.expect(awaited)
+        try:
+            results = await session.take(paths, awaited.r, LANE, count, SMALL_FILE, MOST_BYTES, follow=follow)
+        except BaseException:
+            self._run.fetcher.discard_awaited()
+            raise
+        awaited.answered(results)
+        return results
 
     def _list_ahead(self, session: SourceSession, indices: list[int], paths: list[bytes]) -> None:
         """Ask for the rows of the first folders together with the question whether they are folders: on a long path

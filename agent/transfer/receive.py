@@ -17,6 +17,7 @@ from agent.storage.base import Root
 from agent.storage.faults import fault
 from agent.transfer import compression
 from agent.transfer.jobs import BlocksWritten, FileJob, LargeFile, PackArrived, PackRequest, RangeRequest, Request
+from agent.transfer.take_ahead import Awaited
 from protocol import lane
 from protocol.errors import ProtocolError, RetryLater, TowpathError, error_from_document_untrusted
 from protocol.names import escape
@@ -58,7 +59,7 @@ class LaneReceiver:
         number: int,
         sock: SecuredLane,
         root: Root,
-        requests: dict[int, Request],
+        requests: dict[int, Request | Awaited],
         settle: queue.SimpleQueue[Any],
         reports: Reports,
         pace: Pace,
@@ -237,6 +238,8 @@ class LaneReceiver:
 
     def _pack(self, header: lane.Pack, payload: memoryview) -> None:
         request = self._requests.get(header.r)
+        if isinstance(request, Awaited):
+            request = request.wait(lambda: self._over)
         self._reports.received(len(payload))
         if not isinstance(request, PackRequest):
             self._reports.request_done(self.number, header.r)

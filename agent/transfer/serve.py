@@ -248,6 +248,8 @@ class Control:
                 listing[0].cancel()
             elif len(self._abandoned) < MAX_WAITING:
                 self._abandoned.add(request.r)
+        elif isinstance(request, session.TakePaths):
+            nursery.start_soon(self._take, request)
         elif isinstance(request, session.StatPaths):
             nursery.start_soon(self._stat, request)
         elif isinstance(request, session.DigestFile):
@@ -304,7 +306,21 @@ class Control:
         results = await trio.to_thread.run_sync(self._stat_all, request)
         await self._answer(session.Stats(request.r, results))
 
-    def _stat_all(self, request: session.StatPaths) -> list[session.StatResult]:
+    async def _take(self, request: session.TakePaths) -> None:
+        if len(request.paths) > 1000 or request.most > session.MAX_TAKEN:
+            raise ProtocolError("The destination asks for too much at once.")
+        results = await trio.to_thread.run_sync(self._stat_all, request)
+        await self._answer(session.Stats(request.r, results))
+        rows = [result.row for result in results[: max(0, request.count)]]
+        files = [
+            session.PackFile(request.paths[index], row.version)
+            for index in session.fitting(rows, request.largest, request.most)
+            if (row := rows[index]) is not None
+        ]
+        if files:
+            await self._queue_for_lane(session.ReadPack(request.pack, request.lane, b"", files, request.follow))
+
+    def _stat_all(self, request: session.StatPaths | session.TakePaths) -> list[session.StatResult]:
         results = []
         for raw in request.paths:
             try:

@@ -202,6 +202,18 @@ class SourceSession:
             raise ProtocolError("The source answered a question that was not asked.")
         return answer.results
 
+    async def take(
+        self, paths: list[bytes], pack: int, lane: int, count: int, largest: int, most: int, *, follow: bool
+    ) -> list[session.StatResult]:
+        """As `stat`, with the content of small files among the first ``count`` (`session.TakePaths`). Only where the
+        source may be asked ahead."""
+        answer = await self._ask(
+            session.Stats, lambda r: session.TakePaths(r, paths, lane, pack, count, largest, most, follow)
+        )
+        if len(answer.results) != len(paths):
+            raise ProtocolError("The source answered a question that was not asked.")
+        return answer.results
+
     async def digest(self, path: bytes, algorithm: str, version: session.Version | None, *, follow: bool) -> str:
         """Hex digest of a file at the source."""
         answer = await self._ask(

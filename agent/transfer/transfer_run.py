@@ -280,7 +280,10 @@ class TransferRun:
 
     async def offer(self) -> None:
         """Nothing more comes for the moment: hand out what has been collected if a lane waits for it."""
-        if self._pack and self.fetcher.hungry:
+        if not self._pack:
+            # What was asked for ahead has been taken, or nobody wants it.
+            self.fetcher.discard_awaited()
+        elif self.fetcher.hungry:
             await self._send_pack()
 
     async def _send_pack(self) -> None:

@@ -3,30 +3,55 @@ to take that; other sources are asked one after the other, as ever."""
 
 from __future__ import annotations
 
+import itertools
 import queue
 import socket
 import threading
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
 import trio.testing
+from hypothesis import given
+from hypothesis import strategies as st
 
 from agent.limits.pace import Pace
 from agent.meter.lane import LaneMeter
 from agent.storage.posix import open_root
 from agent.transfer import serve
+from agent.transfer.compare import SMALL_FILE
+from agent.transfer.fetch import Fetcher
+from agent.transfer.jobs import FileJob, Group, PackRequest
 from agent.transfer.receive import LaneReceiver
-from agent.transfer.serve import SourceSide
+from agent.transfer.serve import Control, SourceSide
 from agent.transfer.source_session import SourceSession
+from agent.transfer.take_ahead import LANE, MOST_FILES, Awaited, takeable
 from protocol import session
+from protocol.control import TaskItem, TaskOptions
 from protocol.errors import ProtocolError, RetryLater, TaskFailed, TowpathError
 from tests.agent.engine_inside import Engine, OpenPolicy, contents, quick_path
 
 __all__ = ["quick_path"]
 
 INSTANCE = b"i" * 16
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[session.Request]:
+    """Everything the source is asked, in order."""
+    requests: list[session.Request] = []
+    handle = Control._handle
+
+    async def noting(self: Control, request: session.Request, nursery: trio.Nursery) -> None:
+        requests.append(request)
+        await handle(self, request, nursery)
+
+    monkeypatch.setattr(Control, "_handle", noting)
+    return requests
+
+
 ROW = session.Row(b"file", session.FILE, 7, 1, 2, 3, 4, 0o644)
 
 
@@ -196,3 +221,166 @@ async def test_either_way_everything_arrives(quick_path: Path, ahead: bool) -> N
     (engine.source / "large").write_bytes(b"x" * 3_000_000)
     assert (await engine.run()).state == "SUCCEEDED"
     assert contents(engine.destination) == contents(engine.source)
+
+
+# --- content in the first flight --------------------------------------------------------------------------------------
+
+
+def _single(*names: str, **more: Any) -> list[TaskItem]:
+    return [TaskItem(source_path=f"/{name}", destination_path=f"/{name}", **more) for name in names]
+
+
+async def test_small_files_are_asked_for_with_the_question_what_they_are(
+    quick_path: Path, asked: list[session.Request]
+) -> None:
+    engine = Engine(quick_path, options=TaskOptions(verify_checksum=True), items=_single("b", "large", "a", "empty"))
+    for name, size in (("b", 10), ("large", SMALL_FILE + 1), ("a", 20), ("empty", 0)):
+        (engine.source / name).write_bytes(name[:1].encode() * size)
+    observed = await engine.run()
+    assert (observed.state, observed.counters.bytes_sent_again) == ("SUCCEEDED", 0)
+    assert contents(engine.destination) == contents(engine.source)
+    assert isinstance(asked[0], session.TakePaths)
+    # Nothing of them was asked for again.
+    assert not any(isinstance(request, session.StatPaths | session.ReadPack) for request in asked)
+
+
+@pytest.mark.parametrize(
+    "options", [TaskOptions(sync_level=0), TaskOptions(preserve_xattrs=True), TaskOptions(preserve_hard_links=True)]
+)
+async def test_they_are_not_where_they_may_not_be_wanted(
+    quick_path: Path, asked: list[session.Request], options: TaskOptions
+) -> None:
+    engine = Engine(quick_path, options=options, items=_single("file"))
+    (engine.source / "file").write_bytes(b"content")
+    assert (await engine.run()).state == "SUCCEEDED"
+    assert not any(isinstance(request, session.TakePaths) for request in asked)
+
+
+async def test_what_cannot_be_placed_is_discarded_and_the_lane_goes_on(
+    quick_path: Path, asked: list[session.Request]
+) -> None:
+    engine = Engine(quick_path, options=TaskOptions(), items=_single("file", "folder", "other", "gone"))
+    for name in ("file", "folder", "other"):
+        (engine.source / name).write_bytes(name.encode())
+    # A folder is there where a file should go.
+    (engine.destination / "folder").mkdir()
+    observed = await engine.run()
+    assert (observed.state, observed.counters.failed) == ("FAILED", 2)
+    assert contents(engine.destination) == {"file": b"file", "folder": "folder", "other": b"other"}
+    # The two that remain were not the very ones that came.
+    assert [len(request.files) for request in asked if isinstance(request, session.ReadPack)] == [2]
+
+
+async def test_the_same_names_in_several_folders_are_only_taken_from_the_first(
+    quick_path: Path, asked: list[session.Request]
+) -> None:
+    items = [*_single("x/1", "x/2"), *_single("y/1"), *_single("x/3")]
+    engine = Engine(quick_path, options=TaskOptions(), items=items)
+    for name in ("x/1", "x/2", "y/1", "x/3"):
+        (engine.source / name).parent.mkdir(exist_ok=True)
+        (engine.source / name).write_bytes(name.encode())
+    assert (await engine.run()).state == "SUCCEEDED"
+    assert contents(engine.destination) == contents(engine.source)
+    taken = [request for request in asked if isinstance(request, session.TakePaths)]
+    assert [(request.count, len(request.paths)) for request in taken] == [(2, 4)]
+
+
+def test_which_items_are_worth_it() -> None:
+    options = TaskOptions()
+    assert takeable(_single("a", "b"), options) == 2
+    assert takeable(_single(*map(str, range(100))), options) == MOST_FILES
+    assert takeable(_single("a", recursive=True), options) == 0
+    assert takeable(_single("a", symlink=True), options) == 0
+    assert takeable([*_single("a"), *_single("b", external_checksum="00")], options) == 1
+
+
+@given(st.lists(st.one_of(st.none(), st.integers(0, 100)), max_size=20), st.integers(0, 100), st.integers(0, 300))
+def test_what_fits_is_small_and_not_too_much(sizes: list[int | None], largest: int, most: int) -> None:
+    rows = [None if size is None else session.Row(b"", session.FILE, size, 0, 0, 0, 0, 0) for size in sizes]
+    chosen = session.fitting(rows, largest, most)
+    taken = [row.size for index in chosen if (row := rows[index]) is not None]
+    assert chosen == sorted(set(chosen))
+    assert len(taken) == len(chosen)
+    assert sum(taken) <= most
+    assert all(size <= largest for size in taken)
+
+
+def _job(name: bytes, size: int = 1) -> FileJob:
+    group = Group(-1, b"", b"", None, [])  # type: ignore[arg-type]
+    return FileJob(group, 0, session.Row(name, session.FILE, size, 0, 0, 0, 0, 0), name, name, True)
+
+
+def test_content_waits_until_it_is_decided_about() -> None:
+    awaited = Awaited(7, [b"a", b"b", b"c"])
+    rows = [session.Row(name, session.FILE, 1, 0, 0, 0, 0, 0) for name in (b"a", b"b")]
+    awaited.answered([*map(session.StatResult, rows), session.StatResult(None)])
+    assert awaited.order([_job(b"b")]) is None
+    assert awaited.order([_job(b"b"), _job(b"a"), _job(b"c")]) is None
+    jobs = awaited.order([_job(b"b"), _job(b"a")])
+    assert jobs is not None
+    assert [job.name for job in jobs] == [b"a", b"b"]
+    # Nobody has decided, and the lane is at its end.
+    assert awaited.wait(lambda: True) is None
+    request = PackRequest(7, jobs, 2)
+    threading.Timer(0.05, awaited.decide, [request]).start()
+    assert awaited.wait(lambda: False) is request
+
+
+class _Session:
+    """What a fetcher needs of one."""
+
+    def __init__(self) -> None:
+        self.numbers = itertools.count(100)
+        self.posted: list[session.Message] = []
+
+    def number(self) -> int:
+        return next(self.numbers)
+
+    def post(self, message: session.Message) -> None:
+        self.posted.append(message)
+
+
+def _fetcher() -> tuple[Fetcher, _Session]:
+    line = _Session()
+    never: Any = lambda *_: None  # noqa: E731
+    fetcher = Fetcher(line, on_range_lost=never, on_file_idle=never, on_job_failed=never, on_hungry=never)  # type: ignore[arg-type]
+    awaited = Awaited(7, [b"a"])
+    awaited.answered([session.StatResult(session.Row(b"a", session.FILE, 1, 0, 0, 0, 0, 0))])
+    fetcher.expect(awaited)
+    return fetcher, line
+
+
+def test_what_was_asked_for_ahead_becomes_work_of_the_first_lane_before_or_after_it_is_there() -> None:
+    for early in (False, True):
+        fetcher, line = _fetcher()
+        if early:
+            fetcher.add_lane(LANE)
+        fetcher.submit_pack([_job(b"a")])
+        if not early:
+            fetcher.add_lane(LANE)
+        assert line.posted == []
+        assert isinstance(fetcher.requests[7], PackRequest)
+        assert not fetcher.idle
+        # Lost with its lane, it is asked for like anything else.
+        fetcher.drop_lane(LANE)
+        fetcher.add_lane(2)
+        assert [type(message) for message in line.posted] == [session.ReadPack]
+
+
+@pytest.mark.parametrize("how", ["refused", "lane lost", "others", "discarded"])
+def test_what_does_not_come_ahead_is_asked_for_as_ever(how: str) -> None:
+    fetcher, line = _fetcher()
+    fetcher.add_lane(LANE)
+    awaited = fetcher.requests[7]
+    assert isinstance(awaited, Awaited)
+    if how == "refused":
+        fetcher.failed(LANE, 7, RetryLater("No."))
+    elif how == "lane lost":
+        fetcher.drop_lane(LANE)
+        fetcher.add_lane(2)
+    elif how == "discarded":
+        fetcher.discard_awaited()
+    fetcher.submit_pack([_job(b"b" if how == "others" else b"a")])
+    assert [type(message) for message in line.posted] == [session.ReadPack]
+    assert 7 not in fetcher.requests
+    assert awaited.wait(lambda: False) is None

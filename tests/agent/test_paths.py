@@ -457,3 +457,18 @@ async def test_addresses_that_the_source_says_later_are_dialled_in_the_race_unde
             nursery.start_soon(connect)
             await trio.testing.wait_all_tasks_blocked()
             made.finder.take_answer(answer(at(port.port)))
+
+
+async def test_a_source_that_is_dialled_dials_in_vain_and_learns_it_at_once() -> None:
+    async with arranged() as (made, order):
+        port = made.source.network.data_port
+        assert port is not None
+        made.finder.take_answer(answer(at(port.port)))
+        connection = await made.finder.connect()
+        assert connection.path.kind == "direct"
+        made.source.introductions.arrange(order)
+        with trio.fail_after(5):
+            # They have dialled, and are not waited on: only what was dialled from here is.
+            while made.source.introductions._arranged or port._strangers > 2:
+                await trio.sleep(0.01)
+        connection.sock.close()

@@ -315,6 +315,17 @@ async def test_contents_outside_of_the_ticket_are_refused_on_a_lane(scene: Scene
     assert b"".join(payload for header, payload in frames if getattr(header, "r", 0) == 6) == OPEN
 
 
+async def test_what_is_taken_before_it_is_known_is_inside_of_the_ticket(scene: Scene) -> None:
+    paths = [b"secret/hidden-name", b"open/shown-name", b"open/../secret/hidden-name"]
+    take = session.TakePaths(7, paths, 0, 7, len(paths), session.MAX_TAKEN, session.MAX_TAKEN)
+    wire, frames = await trio.to_thread.run_sync(read_on_lane, scene, [take])
+    assert SECRET[:24] not in wire
+    assert b"".join(payload for _, payload in frames) == OPEN
+    context = scene.context(scene.made.beta.key)
+    _, answer = await trio.to_thread.run_sync(converse, scene, context, scene.session, scene.ticket, take)
+    assert [result.row is not None for result in answer.results] == [False, True, False]
+
+
 async def test_links_lead_no_farther_than_the_ticket_says(scene: Scene) -> None:
     root = scene.made.alpha.root
     (root / "open/folder").symlink_to("../secret")
@@ -366,7 +377,6 @@ def read_on_lane(
         control = opened.enter_context(scene.dial(scene.context(scene.made.beta.key)))
         control.sendall(session.encode(session.Hello(ticket or scene.ticket, INSTANCE)))
         assert isinstance(messages_in(control.recv(65536))[0], session.HelloAnswer)
-        # A lane that comes before its control stream was welcomed is turned away.
         bulk = opened.enter_context(scene.dial(scene.context(scene.made.beta.key, session.ALPN_LANE)))
         bulk.sendall(lane.encode_header(lane.LaneHello(INSTANCE, 0)))
         wire = bytearray()

@@ -29,6 +29,8 @@ RELAY_ADDRESS_6 = "2001:db8::100"
 HERE = Path(__file__).parent
 # One leg's delay, one way: 30 ms from an agent to the relay and back, 60 ms between two agents.
 DELAY = 0.015
+# The relay's own leg. As long as the agents' legs, it puts all three equally far from one another.
+RELAY_DELAY = 0.0
 READY = 40.0
 TRANSFER = 60.0
 _CLONE_NEWNET = 0x40000000
@@ -188,7 +190,8 @@ class Lab:
     def describe(self, boxes: Mapping[str, list[dict[str, Any]]], **options: Any) -> dict[str, Any]:
         """The network in which each site is behind its boxes (innermost first)."""
         rows: dict[str, dict[str, Any]] = {}
-        hosts = [{"device": self.relay_host.device, "addresses": self.relay_host.addresses, "parent": None, "delay": 0}]
+        relay = self.relay_host
+        hosts = [{"device": relay.device, "addresses": relay.addresses, "parent": None, "delay": RELAY_DELAY}]
         for name, site in self.sites.items():
             chain = [box["name"] for box in boxes[name]]
             for box, parent in zip(boxes[name], [*chain[1:], None][: len(chain)], strict=True):

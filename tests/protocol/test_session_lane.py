@@ -21,6 +21,7 @@ REQUESTS: list[session.Request] = [
     session.ListDirectory(1, b"a/b"),
     session.MoreRows(1),
     session.StatPaths(2, [b"", b"x"]),
+    session.TakePaths(2, [b"", b"x"], 1, 3, 2, 10, 20),
     session.ReadRange(3, 0, b"f", VERSION, 0, 10, session.MIN_BLOCK),
     session.ReadPack(4, 0, b"d", [session.PackFile(b"f", VERSION)]),
     session.DigestFile(5, b"f", "SHA256", VERSION),
