@@ -276,6 +276,7 @@ class Introductions:
         Of a few addresses each is dialled twice at once, for the control stream and the first lane.
         """
         addresses = [row for row in candidates if row.slot == 0 and row.kind in DIALLED][:MAX_BACK]
+        addresses = [row for row in addresses if self._network.may_dial()]
         count = introduction.offer.count
         twice = count > 1 and len(addresses) <= MAX_TWICE
         # The address that answered first, once for each connection to it.
@@ -284,8 +285,6 @@ class Introductions:
             scope.deadline = trio.current_time() + LIFE
 
             async def one(candidate: Candidate) -> None:
-                if not self._network.may_dial():
-                    return
                 try:
                     sock = await dial(candidate)
                 except OSError:

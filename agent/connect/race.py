@@ -42,10 +42,11 @@ BETTER_WAIT = 1.0
 
 @dataclass(frozen=True)
 class Dial:
-    """Connect to an address of the source."""
+    """Connect to an address of the source; ``spare``: a second time, beside the first."""
 
     id: int
     candidate: Candidate
+    spare: bool = False
 
 
 @dataclass(frozen=True)
@@ -334,7 +335,7 @@ class Race:
         attempt_id = self._new("direct", when)
         attempt = self._attempts[attempt_id]
         attempt.candidate, attempt.repeats, attempt.spare = candidate, repeats, spare
-        self._schedule(when, Dial(attempt_id, candidate))
+        self._schedule(when, Dial(attempt_id, candidate, spare))
 
     def _still_wanted(self, action: Action) -> bool:
         if isinstance(action, SendOffer | Cancel):

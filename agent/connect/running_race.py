@@ -252,7 +252,7 @@ class RunningRace:
             if (unused := self._ready.pop(action.id, None)) is not None:
                 unused[0].sock.close()
         elif isinstance(action, Dial):
-            nursery.start_soon(self._attempt, action.id, partial(self._dial, action.candidate), action.candidate)
+            nursery.start_soon(self._attempt, action.id, partial(self._dial, action), action.candidate)
         elif isinstance(action, Punch):
             nursery.start_soon(self._attempt, action.id, partial(self._punch, action))
         else:
@@ -276,10 +276,11 @@ class RunningRace:
         self._race.failed(trio.current_time(), attempt_id, why)
         self._wake.set()
 
-    async def _dial(self, candidate: Candidate) -> Connection:
-        if not self._network.may_dial():
+    async def _dial(self, action: Dial) -> Connection:
+        # A spare goes where another connection goes at this moment: what is counted are addresses.
+        if not action.spare and not self._network.may_dial():
             raise OSError("too many addresses were dialled in a short time")
-        sock = await dial(candidate)
+        sock = await dial(action.candidate)
         return Connection(sock, self._finder.path_of("direct", sock))
 
     async def _punch(self, action: Punch) -> Connection:
