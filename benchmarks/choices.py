@@ -121,7 +121,7 @@ async def of_links(base: Path, options: argparse.Namespace) -> None:
     source = base / "links"
     source.mkdir()
     many_names(source, options.names)
-    for kept in (False, True):
+    for kept in (True,) if options.kept else (False, True):
         found = await cost(base, source, links=kept)
         print(
             f"links, {options.names} names of {-(-options.names // 3)} files, {'kept' if kept else 'copied'}: {found}, "
@@ -173,6 +173,7 @@ def main() -> None:
     parser.add_argument("--directory", type=Path, default=FAST, help="where files are written (default: in memory)")
     parser.add_argument("--files", type=int, default=10_000)
     parser.add_argument("--names", type=int, default=300_000)
+    parser.add_argument("--kept", action="store_true", help="links: measure only keeping them")
     parser.add_argument("--mib", type=int, default=1024)
     parser.add_argument("--runs", type=int, default=2)
     options = parser.parse_args()

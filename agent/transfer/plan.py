@@ -154,6 +154,9 @@ class DirectoryPlanner:
         elif decision == "link":
             counts.symlinks += 1
             planned.links.append(job)
+        elif decision == "ignore" and row.kind == SYMLINK:
+            # Found and left out: by the task's policy, or because it leads nowhere or out of the collection.
+            counts.symlinks += 1
         elif decision == "directory":
             self._plan_directory(row, job, planned)
         elif decision in ("conflict", "unsupported"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -47,6 +48,45 @@ async def test_what_is_not_taken_over_is_counted(quick_path: Path, *, by_items: 
         assert status.st_mtime_ns == (engine.source / path.name).stat().st_mtime_ns
     assert (observed.counters.hard_links, observed.counters.special_modes) == (3, 4)
     print(f"hard links: {observed.counters.hard_links}, special modes left out: {observed.counters.special_modes}")
+
+
+@pytest.mark.parametrize("policy", ["ignore", "keep", "copy"])
+async def test_symlinks_by_policy_are_all_counted(quick_path: Path, policy: Any) -> None:
+    """Left out, kept as they are whatever they say, or followed inside the root, and never out of it."""
+    engine = Engine(quick_path, msgspec.structs.replace(CHECKED, recursive_symlinks=policy))
+    (quick_path / "outside").mkdir()
+    (quick_path / "outside" / "secret").write_bytes(b"secret")
+    (engine.source / "folder").mkdir()
+    (engine.source / "folder" / "file").write_bytes(b"content")
+    links = {
+        "to-file": "folder/file",
+        "to-folder": "folder",
+        "chain": "to-file",
+        "absolute-inside": str(engine.source / "folder" / "file"),
+        "nowhere": "missing",
+        "out": "../outside/secret",
+        "out-folder": "../outside",
+        "absolute-out": "/etc/passwd",
+        "circle": "circle",
+    }
+    for name, target in links.items():
+        (engine.source / name).symlink_to(target)
+    observed = await engine.run()
+    there = contents(engine.destination)
+    counters = observed.counters
+    plain: dict[str, bytes | str] = {"folder": "folder", "folder/file": b"content"}
+    if policy == "copy":
+        followed = dict.fromkeys(("to-file", "chain", "absolute-inside"), b"content")
+        assert there == {**plain, **followed, "to-folder": "folder", "to-folder/file": b"content"}
+        left_out = 5
+        assert (counters.symlinks, counters.files, counters.directories) == (left_out, 5, 3)
+    else:
+        kept = {name: f"link to {target}" for name, target in links.items()} if policy == "keep" else {}
+        assert there == {**plain, **kept}
+        assert (counters.symlinks, counters.symlinks_transferred) == (len(links), len(kept))
+    assert observed.state == "SUCCEEDED", observed
+    assert not any(b"secret" in content for content in there.values() if isinstance(content, bytes))
+    print(f"{policy}: {len(links)} links, counted {counters.symlinks}, kept {counters.symlinks_transferred}")
 
 
 async def test_times_of_folders_are_set_last(quick_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from agent.storage.faulty import Call, fail_nth
+from agent.transfer.reuse import SAMPLES, Reuse
 from tests.agent.engine_inside import Crashed, Engine, contents, quick_path
 
 __all__ = ["quick_path"]
@@ -44,7 +45,17 @@ CASES = [(flip, 3 * MIB), (append, 3 * MIB), (cut, 0), (touch, 0), (all_else, SI
 
 
 @pytest.mark.parametrize(("change", "most"), CASES)
-async def test_only_what_differs_is_sent(quick_path: Path, change: Callable[[bytearray], None], most: int) -> None:
+async def test_only_what_differs_is_sent(
+    quick_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[bytearray], None], most: int
+) -> None:
+    asked: list[int] = []
+    digests = Reuse._digests
+
+    async def counting(self: Reuse, first: int, count: int) -> list[bytes]:
+        asked.append(count)
+        return await digests(self, first, count)
+
+    monkeypatch.setattr(Reuse, "_digests", counting)
     engine = Engine(quick_path)
     body = bytearray(OLD)
     change(body)
@@ -57,7 +68,10 @@ async def test_only_what_differs_is_sent(quick_path: Path, change: Callable[[byt
     assert received <= most
     assert observed.counters.bytes_transferred == len(body)
     assert engine.temporaries() == []
-    print(f"{change.__name__}: {len(body)} bytes, {received} sent")
+    if change is all_else:
+        # Digests of all blocks would cost the source as much as sending them, for nothing.
+        assert sum(asked) <= SAMPLES + 1
+    print(f"{change.__name__}: {len(body)} bytes, {received} sent, digests asked for: {sum(asked)}")
 
 
 async def changed(base: Path, **fields: object) -> Engine:

@@ -131,6 +131,7 @@ def test_hostile_names_one_by_one(grounds: Grounds) -> None:
         assert list(top.scan(reserved=True)) == []
     assert refused >= 8
     assert accepted >= 260
+    print(f"names: {len(hostile)}, refused {refused}, accepted and below the root {accepted}")
     grounds.check()
 
 
@@ -158,6 +159,7 @@ def contend(
             except OSError as error:
                 outcomes[type(error).__name__] += 1
     assert attacker.swaps > 0
+    print(f"attempts {number}, swaps {attacker.swaps}: {dict(outcomes)}")
     return outcomes
 
 
