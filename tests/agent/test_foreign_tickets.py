@@ -113,6 +113,9 @@ def test_a_ticket_for_somebody_or_something_else_is_refused(
         accept(one, ticket(**token), peer)
     with pytest.raises(TowpathError):
         one.check(parse_path_untrusted("/shared/x"), time.time())
+    print(
+        f"shown by {peer}, where {sorted(where) or 'all is right'}, with {sorted(token) or 'nothing'} changed: refused"
+    )
 
 
 def test_tickets_of_another_relay_or_root_are_refused() -> None:

@@ -147,6 +147,7 @@ def test_a_damaged_journal_is_put_aside_and_begun_anew(tmp_path: Path, damage: o
     assert (rebuilt, again.counters().files) == (False, 1)
     again.close()
     gc.collect()
+    print(f"{getattr(damage, '__name__', damage)}: {len(spoilt)} bytes put aside, begun anew")
 
 
 def test_an_empty_file_is_a_new_journal(tmp_path: Path) -> None:
@@ -257,6 +258,7 @@ def test_every_flipped_bit_of_a_frame_is_found(tmp_path: Path) -> None:
         # While somebody writes, a longer length looks like a frame still being written: no rows, never wrong ones.
         assert place < 32
         assert page == ManifestPage([], None)
+    print(f"bits flipped in a manifest: {len(content) * 8}, all found")
 
 
 def test_what_comes_before_the_damage_is_given_out(tmp_path: Path) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections import Counter
 from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -329,6 +331,26 @@ async def test_accepted_and_duplicate(relay: TransferWorld) -> None:
     theirs = await bob.post("/transfer", transfer_document(c, d, submission_id=value), status=202)
     assert theirs["code"] == "Accepted"
     assert theirs["task_id"] != first["task_id"]
+
+
+async def test_one_submission_id_used_many_times_at_once_is_one_task(relay: TransferWorld) -> None:
+    alice = await relay.person("alice")
+    a, _ = await relay.collection(alice, "A")
+    b, _ = await relay.collection(alice, "B")
+    document = transfer_document(a, b, submission_id=(await alice.get("/submission_id"))["value"])
+    answers: list[dict[str, Any]] = []
+
+    async def submit() -> None:
+        answers.append(await alice.post("/transfer", document, status=202))
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(50):
+            nursery.start_soon(submit)
+    codes = Counter(answer["code"] for answer in answers)
+    assert codes == {"Accepted": 1, "Duplicate": 49}
+    assert len({answer["task_id"] for answer in answers}) == 1
+    assert (await alice.get("/task_list"))["total"] == 1
+    print(f"submissions: {len(answers)}, {dict(codes)}")
 
 
 async def test_a_read_only_destination_is_refused_at_submission(relay: TransferWorld) -> None:
