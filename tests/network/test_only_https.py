@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+import trio
 import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -17,7 +18,9 @@ import lab as laboratory
 import matrix
 from test_matrix import arrange
 
-from agent.demo.children import Child, warden
+from agent.demo.children import Child, ChildFailed, warden
+from agent.identity_file import CA_FILE
+from protocol.errors import TowpathError
 
 WHY_NOT = laboratory.why_not()
 # In the default run, tests/agent/test_relay_way.py stands for these.
@@ -90,6 +93,42 @@ async def test_only_a_proxy_with_a_password_gets_out(tmp_path: Path, options: tu
         for source, destination in (("a", "b"), ("b", "a")):
             path = await moved(lab, source, destination)
             assert path.startswith(wanted if destination == "a" else "tunnel")
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+async def test_a_proxy_that_opens_encrypted_connections_is_named_and_learns_nothing(
+    tmp_path: Path, trusted: bool
+) -> None:
+    """Where its authority is trusted, as on machines of companies, the relay's proof names another certificate."""
+    authority = tmp_path / "authority.pem"
+    async with laboratory.open_lab(tmp_path) as lab, proxy(lab, f"resign={authority}"):
+        arrange(lab, {"a": "proxy", "b": "none"})
+        site = lab.sites["a"]
+        with trio.fail_after(20):
+            while not authority.exists():
+                await trio.sleep(0.05)
+        if trusted:
+            (site.state_dir / CA_FILE).write_bytes(authority.read_bytes())
+        await site.child.start()
+        with trio.fail_after(30):
+            while True:
+                try:
+                    link = site.status()["link"]
+                except TowpathError:
+                    # It is starting.
+                    link = {"last_error": ""}
+                assert not link.get("connected")
+                if "intercepts" in link["last_error"] or "opens encrypted connections" in link["last_error"]:
+                    break
+                await trio.sleep(0.1)
+        print(link["last_error"])
+        assert ("intercepts" in link["last_error"]) is trusted
+        if not trusted:
+            # The doctor fails, and says why.
+            with pytest.raises(ChildFailed, match="opens encrypted connections"):
+                await lab.doctor("a", "relay")
+        document = await lab.call(lambda relay: relay.transfer.get_endpoint(site.collection_id).data)
+        assert not document["gcp_connected"]
 
 
 @pytest.mark.parametrize("kind", ["none", "firewall"])
