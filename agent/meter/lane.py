@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from agent.connect.congestion import Connection, TcpFacts, tcp_facts
 from agent.meter.time_shares import TimeShares
+from protocol.congestion import Connection, TcpFacts, tcp_facts
 
 
 class LaneMeter:

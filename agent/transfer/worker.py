@@ -17,7 +17,6 @@ import time
 import trio
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-from agent.connect.congestion import tune_sender
 from agent.connect.lane_tls import SecuredLane, secure_lane
 from agent.connect.tls import HANDSHAKE_TIMEOUT, check_peer, session_context
 from agent.connect.transport import send_at_once
@@ -42,6 +41,7 @@ from agent.transfer.serve import JOIN_PATIENCE, SourceSide, serve_lane
 from agent.transfer.small_files import raise_descriptor_limit
 from agent.transfer.source_policy import SourcePolicy
 from agent.transfer.task_runner import TaskRunner
+from protocol.congestion import tune_sender
 from protocol.control import FINAL_STATES
 from protocol.errors import NeedsPerson, ProtocolError, TowpathError
 from protocol.identity import NodeKey, fingerprint_of_certificate_untrusted

@@ -8,6 +8,7 @@ from __future__ import annotations
 import socket
 import ssl
 
+from protocol.congestion import tune_sender
 from protocol.errors import ProtocolError, RetryLater, TowpathError
 from protocol.interception import certificate_sentence
 from protocol.keep_alive import keep_alive
@@ -93,7 +94,9 @@ class Line:
             self.say()
         if not size:
             raise WebSocketRefused("The connection ended before its time.")
-        self.opened = self.opened or core.is_open
+        if not self.opened and core.is_open:
+            self.opened = True
+            tune_sender(self.sock)
         return size
 
     def send(self, data: Buffer) -> None:

@@ -8,8 +8,8 @@ import socket
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.connect.congestion import round_trip_time, tune_sender
 from agent.transfer.lane_count import SPAN, LaneCount
+from protocol.congestion import round_trip_time, tune_sender
 
 
 class Path:

@@ -472,3 +472,28 @@ async def test_a_source_that_is_dialled_dials_in_vain_and_learns_it_at_once() ->
             while made.source.introductions._arranged or port._strangers > 2:
                 await trio.sleep(0.01)
         connection.sock.close()
+
+
+@pytest.mark.parametrize(
+    ("task", "agent", "had_direct", "allowed"),
+    [
+        ("allow", "allow", True, True),
+        ("until-direct", "allow", False, True),
+        ("until-direct", "allow", True, False),
+        ("allow", "until-direct", True, False),
+        ("never", "allow", False, False),
+        ("allow", "never", False, False),
+        ("until-direct", "never", False, False),
+    ],
+)
+async def test_both_task_and_agent_must_let_data_pass_the_relay(
+    task: str, agent: str, had_direct: bool, allowed: bool
+) -> None:
+    async with world(relay=task) as made:
+        made.destination.network.relay_policy = agent
+        made.finder._had_direct = had_direct
+        made.finder._start_race()
+        assert made.finder._running is not None
+        assert made.finder._relay_allowed() is allowed
+        # Without a tunnel transport there is none to race for; what the race would be told is the same word.
+        assert ("may not go through the relay" in made.finder._sentence()) is not allowed

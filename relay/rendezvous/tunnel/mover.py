@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from protocol.congestion import tune_sender
 from relay.rendezvous.tunnel.ends import End, JoinedDirection, LineEnd, RawEnd
 from relay.rendezvous.tunnel.limits import Account, Allowance, Bucket, TunnelLimits
 from relay.rendezvous.tunnel.splice import Direction, Pipes
@@ -359,6 +360,8 @@ def _prepare(sock: socket.socket) -> None:
     sock.setblocking(False)
     if sock.family == socket.AF_UNIX:
         return
+    # To its agent the relay is the sender, on a path of its own.
+    tune_sender(sock)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEP_IDLE)
