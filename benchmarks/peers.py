@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from agent.demo.free_port import free_port
 
@@ -35,7 +36,7 @@ def program(name: str) -> str | None:
 
 
 @contextmanager
-def running(command: list[str], port: int, **options: object) -> Iterator[None]:
+def running(command: list[str], port: int, **options: Any) -> Iterator[None]:
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **options)
     try:
         for _ in range(100):

@@ -29,7 +29,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import Any
@@ -41,12 +41,13 @@ from sqlalchemy import insert
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from light_agents import NO_TASKS, hold
+
 from agent.connect import link_connection
 from agent.connect.relay_way import tls_context
 from agent.connect.tunnel import dial_plain, open_tunnel, tunnel_context
 from agent.demo.free_port import free_port
 from agent.link import Link
-from benchmarks.light_agents import NO_TASKS, hold
 from protocol.identity import NodeKey
 from protocol.link import HelloFields
 from relay.auth.clients import add_client, new_digest
@@ -68,7 +69,7 @@ LISTING = b'{"path":"/","absolute_path":"/","entries":[],"total":0}'
 # --- the agents' ends ----------------------------------------------------------------------------------------
 
 
-async def application(scope: dict[str, Any], receive: Any, send: Any) -> None:
+async def application(scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
     """What a linked agent answers: an endless event stream, an empty directory, nothing else."""
     path = scope["path"]
     if path == "/link/events":
@@ -86,7 +87,7 @@ async def hold_links(
 ) -> None:
     """Be these agents until the process ends; ``up`` counts those that are linked."""
     # The same contexts for all: real agents have their own, in processes of their own.
-    link_connection.tls_context = functools.cache(tls_context)  # type: ignore[assignment]
+    vars(link_connection)["tls_context"] = functools.cache(tls_context)
     links: list[Link] = []
     async with trio.open_nursery() as nursery:
         for number, (node_id, endpoint_id, key) in enumerate(rows):

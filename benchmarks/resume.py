@@ -19,8 +19,10 @@ import statistics
 import struct
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import trio
@@ -125,7 +127,7 @@ async def _submit(world: World, to: str) -> str:
     return str(document["task_id"])
 
 
-async def _document(world: World, task_id: str) -> dict[str, object]:
+async def _document(world: World, task_id: str) -> Mapping[str, Any]:
     while True:
         try:
             return await world.call(lambda relay: document_of(relay.transfer.get_task(task_id)))

@@ -387,7 +387,7 @@ def listing_under_load(directory: Path, options: argparse.Namespace) -> list[Mea
             data.add_item("/large", "/large-copy", recursive=True)
             data.add_item("/small", "/small-copy", recursive=True)
             task = relay.transfer.submit_transfer(data)["task_id"]
-            times = []
+            times: list[float] = []
             while relay.transfer.get_task(task)["status"] == "ACTIVE" and len(times) < 500:
                 for collection in (source, destination):
                     started = time.monotonic()

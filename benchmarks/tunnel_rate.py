@@ -69,7 +69,7 @@ def run_pairs(pairs: list[tuple[int, int]], size: int) -> float:
     for process in processes:
         process.join()
         assert process.exitcode == 0
-    return max(answers.get() for _ in pairs)
+    return max(float(answers.get()) for _ in pairs)
 
 
 def direct(size: int, lanes: int) -> float:

@@ -22,6 +22,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 _TUNSETIFF = 0x400454CA
@@ -155,7 +156,7 @@ def long_path(shape: Shape, congestion_control: str) -> Iterator[None]:
                 ("tcp_rmem", "4096 131072 67108864"),
                 ("tcp_wmem", "4096 131072 67108864"),
             ):
-                within(side, lambda key=key, value=value: Path(f"/proc/sys/net/ipv4/{key}").write_text(value))
+                within(side, partial(Path(f"/proc/sys/net/ipv4/{key}").write_text, value))
         yield
     finally:
         for side in (0, 1):
