@@ -5,7 +5,7 @@ behind the checks that were asked for before."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 from agent.storage import page_cache
 from agent.storage.base import Root
@@ -47,6 +47,8 @@ class BlockChecker:
             return answer
         try:
             self._root.fsync(file.descriptor)
+            if self._verify:
+                self._ask_device(file, blocks)
             for index, expected in blocks.items():
                 same = not self._verify or self._reads_back(file, index, expected)
                 (answer.good if same else answer.bad).append(index)
@@ -54,12 +56,20 @@ class BlockChecker:
             answer.error = error
         return answer
 
+    def _ask_device(self, file: LargeFile, blocks: dict[int, bytes]) -> None:
+        """Have the device read all these blocks, so that it sees a queue and not one request at a time, and meanwhile
+        write what has come since they were synced."""
+        for offset, length in _runs(file, blocks):
+            page_cache.forget(file.descriptor, offset, length)
+            page_cache.want(file.descriptor, offset, length)
+        for offset, length in _runs(file, file.waiting()):
+            page_cache.write_soon(file.descriptor, offset, length)
+
     def _reads_back(self, file: LargeFile, index: int, expected: bytes) -> bool:
         length, offset = file.length_of(index), index * file.block
         if len(self._buffer) < length:
             self._buffer = memoryview(bytearray(file.block))
         view = self._buffer[:length]
-        page_cache.forget(file.descriptor, offset, length)
         read = 0
         while read < length:
             count = self._root.preadv(file.descriptor, [view[read:]], offset + read)
@@ -112,3 +122,17 @@ class BlockChecker:
             with contextlib.suppress(OSError):
                 # A late write error says nothing new about a file that failed: only blocks that were synced count.
                 self._root.close_file(descriptor)
+
+
+def _runs(file: LargeFile, blocks: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """Where these blocks lie: offset and length of each run of neighbours."""
+    start = end = -1
+    for index in sorted(blocks):
+        offset = index * file.block
+        if offset != end:
+            if end > start:
+                yield start, end - start
+            start = offset
+        end = offset + file.length_of(index)
+    if end > start:
+        yield start, end - start

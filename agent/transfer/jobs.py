@@ -176,6 +176,11 @@ class LargeFile:
             taken, self.unchecked = self.unchecked, {}
         return taken
 
+    def waiting(self) -> list[int]:
+        """The blocks waiting for a check; they go on waiting."""
+        with self.lock:
+            return list(self.unchecked)
+
     def add_unchecked(self, index: int, digest: bytes) -> int:
         """Note a written block; how many wait now."""
         with self.lock:

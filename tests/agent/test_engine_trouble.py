@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from agent.storage import page_cache
 from agent.storage.base import Root
 from agent.storage.faulty import Call
 from agent.storage.mounts import Mark
@@ -246,7 +247,9 @@ async def test_what_the_destination_stores_wrongly_is_found_and_fetched_again(qu
 
 
 @needs_root
-async def test_read_back_finds_what_changed_on_the_device_behind_the_page_cache(tmp_path: Path) -> None:
+async def test_read_back_finds_what_changed_on_the_device_behind_the_page_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A loop device whose backing file is altered after the sync: the page cache still has the right bytes."""
     image, place = tmp_path / "image", tmp_path / "destination"
     with image.open("wb") as file:
@@ -258,10 +261,11 @@ async def test_read_back_finds_what_changed_on_the_device_behind_the_page_cache(
         pytest.skip("loop devices cannot be mounted here")
     signature = os.urandom(64)
     altered: list[int] = []
+    forget = page_cache.forget
 
-    def plan(call: Call) -> int | None:
-        # The first read of the check, after the first sync.
-        if call.operation == "preadv" and not altered:
+    def alter_first(descriptor: int, offset: int = 0, length: int = 0) -> None:
+        # Behind the first sync, and before anything is asked of the device.
+        if not altered:
             with image.open("r+b") as device:
                 content = device.read()
                 where = content.find(signature)
@@ -271,10 +275,11 @@ async def test_read_back_finds_what_changed_on_the_device_behind_the_page_cache(
                 device.flush()
                 os.fsync(device.fileno())
             altered.append(where)
-        return None
+        forget(descriptor, offset, length)
 
+    monkeypatch.setattr(page_cache, "forget", alter_first)
     try:
-        engine = Engine(tmp_path, plan=plan)
+        engine = Engine(tmp_path)
         body = bytearray(os.urandom(4 * MIB))
         body[2 * MIB + 1000 : 2 * MIB + 1064] = signature
         (engine.source / "large").write_bytes(body)
