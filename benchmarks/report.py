@@ -88,6 +88,7 @@ GOALS = {
     "G3": Goal("100 files of 10 MiB, durable on disk", _ENCRYPTED),
     "G3m": Goal("a real tree, durable on disk", _ENCRYPTED),
     "G4": Goal("a tree of small files again, nothing changed", {"rsync over ssh": 1.0}),
+    "G5z": Goal("program text over a long path, compressed"),
     "G6": Goal("memory and state by number of files"),
     "G7": Goal("starting"),
     "G8": Goal("listing a folder while a transfer runs"),

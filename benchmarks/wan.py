@@ -1,13 +1,15 @@
 """G5: long, lossy paths. Ours beside iperf3 with the same congestion control, on an emulated path, in one run.
 
     python benchmarks/wan.py [--mib 256] [--rtt 100] [--rate 200] [--loss 0 0.1 1] [--files 20000] [--text 128]
-        [--json FILE]
+        [--json FILE] [--results FILE]
+    python benchmarks/wan.py --mib 0 --files 0 --text 256 --results FILE
 
 Root, network namespaces and /dev/net/tun are needed; iperf3 is left out where it is not installed. Each cell moves
 one file of --mib MiB from memory to memory, encrypted, digested and read back; its rate counts from the first content
 byte to the end of the task. iperf3 sends as many bytes over one connection; GridFTP, in the clear and whole commands,
 has its best number of streams. Then --files files of 4 KiB go over the path, and over one without a round-trip time,
-and --text MiB of program text without compression and with it.
+and --text MiB of program text without compression and with it, which the second command does alone; --results
+adds that to the results of `run.py`, for the tables of `report.py`.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from typing import Any
 
 import trio
 from ours import Engine, engine
+from report import Measure, Result, store
 from wan_path import ADDRESSES, Shape, long_path, namespace, why_not, within
 
 from protocol.control import Compression
@@ -264,14 +267,17 @@ def main() -> None:
     parser.add_argument("--files", type=int, default=20_000)
     parser.add_argument("--text", type=int, default=128, help="MiB of text, to be compressed")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--results", type=Path, help="add what compression gave to this file of run.py")
     options = parser.parse_args()
     reason = why_not()
     if reason:
         sys.exit(f"This measurement cannot be made here: {reason}.")
     cells = []
-    print("| round trip, rate | loss | ours | iperf3 | ratio | GridFTP | first byte | lanes | again | limited by |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
-    for loss in options.loss:
+    losses = options.loss if options.mib else []
+    if losses:
+        print("| round trip, rate | loss | ours | iperf3 | ratio | GridFTP | first byte | lanes | again | limited by |")
+        print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    for loss in losses:
         cell = run_cell(Shape(options.rtt / 1000, options.rate * 1e6, loss / 100), options.mib, 0)
         cells.append(cell)
         iperf3 = "-" if cell.iperf3 is None else f"{cell.iperf3:.0f} Mbit/s"
@@ -296,6 +302,13 @@ def main() -> None:
         cell = run_cell(Shape(options.rtt / 1000, options.rate * 1e6, 0.0), 0, 0, options.text)
         cells.append(cell)
         print(f"{options.text} MiB of text: {cell.plain:.0f} Mbit/s as it is, {cell.compressed:.0f} Mbit/s compressed.")
+        if options.results:
+            path = f"{options.text} MiB at {options.rate:.0f} Mbit/s and {options.rtt:.0f} ms"
+            found = [
+                Measure(f"{path}, as it is", cell.plain, "Mbit/s"),
+                Measure(f"{path}, compressed where that pays", cell.compressed, "Mbit/s"),
+            ]
+            store(options.results, Result("G5z", [], found))
     if options.json:
         options.json.write_text(json.dumps([asdict(cell) for cell in cells], indent=2))
 
