@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import socket
@@ -10,7 +11,9 @@ from random import Random
 from typing import Any
 
 import msgspec
+import psutil
 import pytest
+import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,9 +22,11 @@ from agent.transfer import compression
 from agent.transfer.compression import Compression, Mode, compress, inflate_untrusted, offered, wanted
 from agent.transfer.receive import LaneReceiver
 from protocol import lane
+from protocol.control import SessionAnswer, TaskItem, TaskOptions
 from protocol.errors import ProtocolError
 from protocol.session import MAX_BLOCK
 from tests.agent.engine_inside import CHECKED, Engine, contents, quick_path
+from tests.agent.engine_world import world
 
 __all__ = ["quick_path"]
 
@@ -196,3 +201,82 @@ def test_older_peers_understand_each_other() -> None:
     assert lane.header_untrusted(msgspec.msgpack.encode(BlockOfBefore(1, 2, b"d", True))) == lane.Block(
         1, 2, b"d", True
     )
+
+
+class Counter:
+    """Stands between the agents and counts what comes from the source."""
+
+    def __init__(self) -> None:
+        self.passed = self._port = 0
+        self._target = ("", 0)
+
+    async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
+        listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        self._port = listeners[0].socket.getsockname()[1]
+        task_status.started()
+        await trio.serve_listeners(self._forward, listeners)
+
+    def detour(self, answer: SessionAnswer) -> SessionAnswer:
+        candidate = answer.candidates[0]
+        self._target = (candidate.host, candidate.port)
+        instead = msgspec.structs.replace(candidate, host="127.0.0.1", port=self._port)
+        return msgspec.structs.replace(answer, candidates=[instead])
+
+    async def _forward(self, near: trio.SocketStream) -> None:
+        try:
+            far = await trio.open_tcp_stream(*self._target)
+        except OSError:
+            # The session that is asked for is over.
+            await near.aclose()
+            return
+        async with near, far, trio.open_nursery() as nursery:
+            nursery.start_soon(self._pass, near, far, False)
+            await self._pass(far, near, True)
+            nursery.cancel_scope.cancel()
+
+    async def _pass(self, taken: trio.SocketStream, given: trio.SocketStream, count: bool) -> None:
+        # A worker that is killed breaks its connections.
+        with contextlib.suppress(trio.BrokenResourceError):
+            async for data in taken:
+                self.passed += len(data) if count else 0
+                await given.send_all(data)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("mode", ["on", "auto", "off"])
+async def test_real_workers_compress_and_go_on_when_killed(tmp_path: Path, mode: Mode) -> None:
+    """All worker processes are killed in the middle; the wire carries what the mode says, and everything arrives."""
+    random = Random(11)
+    async with world(tmp_path) as made, trio.open_nursery() as nursery:
+        counter = Counter()
+        await nursery.start(counter.run)
+        made.detour = counter.detour
+        source = made.alpha.root
+        (source / "folder").mkdir()
+        for number in range(500):
+            (source / "folder" / f"{number}").write_bytes(words(random, random.randrange(9000)))
+        (source / "text").write_bytes(words(random, 4 * MIB) * 24)
+        (source / "noise").write_bytes(os.urandom(24 * MIB + 5))
+        options = TaskOptions(verify_checksum=True, preserve_timestamp=True, compression=mode)
+        task = await made.submit([TaskItem(source_path="/", destination_path="/", recursive=True)], options)
+        before = 0
+        assert made.beta.service is not None
+        with trio.fail_after(60):
+            while before < 20 * MIB:
+                await trio.sleep(0.01)
+                before = made.beta.service.get_task(task).counters.bytes_transferred
+        workers = psutil.Process().children(recursive=True)
+        assert workers
+        for process in workers:
+            process.kill()
+        observed = await made.wait(task, seconds=120)
+        assert observed.state == "SUCCEEDED", observed
+        assert contents(made.beta.root) == contents(source)
+        again = observed.counters.bytes_sent_again
+        nursery.cancel_scope.cancel()
+    print(f"{mode}: {counter.passed / MIB:.1f} MiB on the wire, {again / MIB:.1f} MiB of content again, seed 11")
+    assert again < 64 * MIB
+    if mode == "on":
+        assert counter.passed < 24 * MIB + again + 20 * MIB
+    elif mode == "off":
+        assert counter.passed > 120 * MIB
