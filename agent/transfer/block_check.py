@@ -46,6 +46,7 @@ class BlockChecker:
         if file.failed or not blocks:
             return answer
         try:
+            file.sealed = self._seal_ahead(file, len(blocks))
             self._root.fsync(file.descriptor)
             if self._verify:
                 self._ask_device(file, blocks)
@@ -55,6 +56,25 @@ class BlockChecker:
         except OSError as error:
             answer.error = error
         return answer
+
+    def _seal_ahead(self, file: LargeFile, blocks: int) -> bool:
+        """With the last blocks: give the file its mode and time before the sync that it needs anyway, and say whether
+        that is done. A block that reads back wrong is written again, and then this is done again."""
+        mode = file.job.row.mode & self._mode_mask
+        # What a crash leaves must open again, and attributes that are refused are reported once.
+        if file.done_count + blocks < file.count or file.job.attributes or mode & OWNER_ACCESS != OWNER_ACCESS:
+            return False
+        try:
+            self._give_mode_and_time(file)
+        except OSError:
+            # Sealing tries again, and reports it.
+            return False
+        return True
+
+    def _give_mode_and_time(self, file: LargeFile) -> None:
+        self._root.fchmod(file.descriptor, file.job.row.mode & self._mode_mask)
+        if self._preserve_timestamp:
+            self._root.futimes(file.descriptor, file.job.row.mtime_ns)
 
     def _ask_device(self, file: LargeFile, blocks: dict[int, bytes]) -> None:
         """Have the device read all these blocks, so that it sees a queue and not one request at a time, and meanwhile
@@ -88,10 +108,9 @@ class BlockChecker:
                     # Before the final mode, which may forbid it, and may be there already from an earlier run.
                     self._root.fchmod(file.descriptor, OWNER_ACCESS)
                     give_attributes(self._root, job, file.descriptor, self._refused)
-                self._root.fchmod(file.descriptor, job.row.mode & self._mode_mask)
-                if self._preserve_timestamp:
-                    self._root.futimes(file.descriptor, job.row.mtime_ns)
-                self._root.fsync(file.descriptor)
+                if not file.sealed:
+                    self._give_mode_and_time(file)
+                    self._root.fsync(file.descriptor)
             finally:
                 descriptor, file.descriptor = file.descriptor, -1
                 self._root.close_file(descriptor)

@@ -157,6 +157,8 @@ class LargeFile:
     # Blocks written and not yet checked, with their digests. The lock guards this and nothing else.
     unchecked: dict[int, bytes] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
+    # Mode and time are final and were synced with the last blocks; whatever is written after that takes it back.
+    sealed: bool = False
     failed: bool = False
     # Ranges asked for or to be asked for, counted by the fetcher.
     open_ranges: int = 0

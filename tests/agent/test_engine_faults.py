@@ -283,6 +283,8 @@ async def test_a_large_file_that_begins_anew_counts_once(
 
     engine = Engine(quick_path, plan=plan, source_plan=hold_back)
     (engine.source / "large").write_bytes(os.urandom(NEW))
+    # A mode that its owner may not write is given when everything is checked; others come with the last blocks.
+    (engine.source / "large").chmod(0o400)
     try:
         observed = await engine.run()
     except Crashed:
