@@ -19,7 +19,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -132,10 +132,11 @@ async def of_links(base: Path, options: argparse.Namespace) -> None:
 
 
 async def of_reading(base: Path, options: argparse.Namespace) -> None:
-    for name, make in (
+    made: list[tuple[str, Callable[[Path], None]]] = [
         (f"{options.mib} MiB in one file", lambda folder: pieces(folder / "file", options.mib * MIB, options.mib, MIB)),
         (f"{options.files} files of 4 KiB", lambda folder: small_files(folder, options.files)),
-    ):
+    ]
+    for name, make in made:
         source = base / f"twice-{name[:3].strip()}"
         source.mkdir()
         make(source)
@@ -159,7 +160,7 @@ async def of_holes(base: Path, options: argparse.Namespace) -> None:
         shutil.rmtree(source)
 
 
-CHOICES: dict[str, Callable[..., object]] = {
+CHOICES: dict[str, Callable[[Path, argparse.Namespace], Awaitable[None]]] = {
     "attributes": of_attributes,
     "links": of_links,
     "twice": of_reading,
