@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import aclosing
+from functools import partial
 
 import trio
 
@@ -14,6 +15,7 @@ from agent.transfer.journal import DirectoryRow
 from agent.transfer.plan import DirectoryPlanner, Listing, Planned
 from agent.transfer.run import Run
 from agent.transfer.source_session import SessionLost
+from agent.transfer.storage_threads import StorageThreads
 from protocol.errors import NeedsPerson, RetryLater, TaskFailed, TowpathError
 from protocol.session import Row
 
@@ -35,6 +37,7 @@ class DirectoryWalk:
 
     def __init__(self, run: Run) -> None:
         self._run = run
+        self._threads = StorageThreads(run.context.root.features.file_system)
 
     async def run(self) -> None:
         """Returns when everything is handed out."""
@@ -74,7 +77,7 @@ class DirectoryWalk:
                     else:
                         await self._planned(planned, listing)
                 if gathered:
-                    await self._planned(await trio.to_thread.run_sync(planner.plan, gathered), listing)
+                    await self._planned(await self._threads.run(partial(planner.plan, gathered)), listing)
         except _NotOpened as problem:
             await self._not_opened(row, fault(problem.error, "destination", row.destination))
             return
@@ -94,7 +97,7 @@ class DirectoryWalk:
         that plans the first of them, since each hop to a thread costs as much as planning some dozens of files."""
         opened = planner.opened
         try:
-            return await trio.to_thread.run_sync(planner.take, rows)
+            return await self._threads.run(partial(planner.take, rows))
         except OSError as error:
             if planner.opened:
                 raise
@@ -123,7 +126,7 @@ class DirectoryWalk:
     async def _note_extra(self, group: Group, row: DirectoryRow, planner: DirectoryPlanner) -> None:
         """What cannot be looked through for a mirror's sake is an error of its own; nothing in it is deleted."""
         try:
-            await trio.to_thread.run_sync(planner.note_extra)
+            await self._threads.run(planner.note_extra)
         except OSError as error:
             problem = fault(error, "destination", row.destination)
             if self._run.context.patience.is_passing(row.destination, problem):

@@ -26,9 +26,11 @@ from agent.transfer import compression
 from agent.transfer.attributes import read_attributes
 from agent.transfer.checksum import block_digests, file_digest
 from agent.transfer.holes import data_extents
+from agent.transfer.outgoing import send_queued
 from agent.transfer.send import LaneRequest, LaneSender
 from agent.transfer.source_policy import SourcePolicy
 from agent.transfer.source_rows import Listing, row_of
+from agent.transfer.storage_threads import StorageThreads
 from protocol import session
 from protocol.errors import ProtocolError, RetryLater, TowpathError
 from protocol.names import CollectionPath
@@ -131,6 +133,7 @@ class Control:
         self._listings: dict[int, tuple[trio.CancelScope, trio.Semaphore]] = {}
         self._send_out, self._receive_out = trio.open_memory_channel[bytes](1024)
         self._digests = trio.CapacityLimiter(2)
+        self._listing_threads = StorageThreads(side.root.features.file_system)
         self._scope = trio.CancelScope()
 
     def end(self) -> None:
@@ -211,8 +214,7 @@ class Control:
                 lane.put(None)
 
     async def _write(self) -> None:
-        async for data in self._receive_out:
-            await self._stream.send_all(data)
+        await send_queued(self._stream, self._receive_out)
 
     async def _answer(self, message: session.Message) -> None:
         await self._send_out.send(session.encode(message))
@@ -296,7 +298,7 @@ class Control:
         try:
             while not listing.ended:
                 await credit.acquire()
-                await self._send_out.send(await trio.to_thread.run_sync(listing.message))
+                await self._send_out.send(await self._listing_threads.run(listing.message))
         finally:
             listing.close()
 

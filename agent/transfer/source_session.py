@@ -13,6 +13,7 @@ from typing import TypeVar
 import trio
 
 from agent.transfer.holes import check_extents_untrusted
+from agent.transfer.outgoing import send_queued
 from protocol import session
 from protocol.errors import ProtocolError, RetryLater, TowpathError, error_from_document_untrusted
 
@@ -143,8 +144,7 @@ class SourceSession:
                 self._waiting.pop(answer.r, None)
 
     async def _write(self) -> None:
-        async for data in self._receive_out:
-            await self._stream.send_all(data)
+        await send_queued(self._stream, self._receive_out)
 
     async def _keep_alive(self) -> None:
         while True:
