@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import select
 import signal
 import socket
 import sys
@@ -37,6 +38,7 @@ from agent.transfer.channel import (
     WorkerCollection,
 )
 from agent.transfer.daemon_line import DaemonLine, Moving
+from agent.transfer.rehearsal import rehearse
 from agent.transfer.serve import JOIN_PATIENCE, SourceSide, serve_lane
 from agent.transfer.small_files import raise_descriptor_limit
 from agent.transfer.source_policy import SourcePolicy
@@ -265,6 +267,9 @@ def main() -> None:
     # Ctrl-C at a terminal reaches the whole group; the daemon decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     raise_descriptor_limit()
+    if not select.select([int(sys.argv[1])], [], [], 0)[0]:
+        # Nothing is wanted yet.
+        rehearse()
     # What is loaded by now stays, and what comes are many small objects in few cycles: seldom is often enough.
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
