@@ -25,7 +25,7 @@ from typing import Literal, Self, TypeAlias
 import msgspec
 
 from agent.storage import attributes
-from protocol.names import RESERVED_PREFIX, CollectionPath, is_within
+from protocol.names import RESERVED_PREFIX, SLASH, CollectionPath, is_within
 
 Kind: TypeAlias = Literal["file", "dir", "symlink", "chr", "blk", "pipe", "other"]
 Version: TypeAlias = tuple[int, int, int, int, int]
@@ -159,8 +159,8 @@ def component(name: bytes) -> bytes:
 
     The last line of defence behind `protocol.names.check_component_untrusted`.
     """
-    # Called for every operation on every file.
-    if b"/" in name or b"\0" in name or not name or name == b"." or name == b"..":
+    # Called for every operation on every file: numbers are found in bytes ten times as fast as bytes are.
+    if SLASH in name or 0 in name or not name or name == b"." or name == b"..":
         raise IllegalName
     return name
 

@@ -155,7 +155,7 @@ class PosixRoot(Root):
         try:
             done, size = 0, len(into)
             while done < size:
-                count = os.preadv(fd, (into[done:],), done)
+                count = os.preadv(fd, (into[done:] if done else into,), done)
                 if not count:
                     break
                 done += count

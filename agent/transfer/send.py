@@ -178,6 +178,7 @@ class LaneSender:
         self._now(Doing.STORAGE)
         files: list[lane.Packed] = []
         used = 0
+        at_rest = time.time_ns() - CLOCK_TICK
         for index, (file, path) in enumerate(zip(request.files, paths, strict=True)):
             size = file.version[2]
             if not 0 <= size <= PACK_PAYLOAD:
@@ -186,6 +187,10 @@ class LaneSender:
                 self._send_pack(request.r, files, used, mode, last=False)
                 files, used = [], 0
             content = self._buffer[used : used + size]
+            # The version holds the time of the last change, which is at rest then: one look after the last byte covers
+            # everything since it was listed.
+            if file.version[4] > at_rest:
+                _let_rest(file.version)
             try:
                 self._whole_file(path, file.version, content, follow=request.follow)
             except OSError as error:
@@ -232,9 +237,6 @@ class LaneSender:
     # --- files -----------------------------------------------------------------------------------------
 
     def _whole_file(self, path: CollectionPath, version: Version, content: memoryview, *, follow: bool) -> None:
-        # The version holds the time of the last change, which is at rest: one look after the last byte covers
-        # everything since it was listed.
-        _let_rest(version)
         read, status = self._root.read_whole(self._directory(path[:-1]), path[-1], content, follow=follow)
         if read != len(content) or version_of(status) != version:
             raise _changed(path)
