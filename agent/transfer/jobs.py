@@ -336,8 +336,14 @@ class GroupListed:
     group: Group
 
 
+@dataclass(slots=True)
+class AllArrived:
+    """To the settler: nothing is under way any more, so that nothing need wait for company."""
+
+
 ToSettle = (
     PackArrived
+    | AllArrived
     | BlocksWritten
     | Abandoned
     | PartDropped

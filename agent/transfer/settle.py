@@ -25,6 +25,7 @@ from agent.transfer.block_check import BlockChecker
 from agent.transfer.checksum import file_digest, unexpected_digest
 from agent.transfer.jobs import (
     Abandoned,
+    AllArrived,
     BlocksChecked,
     BlocksWritten,
     FileJob,
@@ -43,7 +44,7 @@ from agent.transfer.journal import Journal
 from agent.transfer.links import add_name, place_of
 from agent.transfer.manifest import ManifestWriter
 from agent.transfer.record import Record
-from agent.transfer.side_thread import Broken, SideThread
+from agent.transfer.side_thread import AnswersFirst, Broken, LookAgain, SideThread
 from agent.transfer.small_files import OWNER_ACCESS, Remover, SmallFiles, Temporary
 from protocol.errors import TowpathError
 
@@ -115,7 +116,7 @@ class _Discarded:
 
 
 _Answer: TypeAlias = ToSettle | _Batch | _Discarded | _Closed
-_Item: TypeAlias = _Answer | Broken
+_Item: TypeAlias = _Answer | LookAgain | Broken
 
 
 class Settler:
@@ -135,6 +136,8 @@ class Settler:
         now: Callable[[], str],
     ) -> None:
         self.queue: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
+        # The disk must not wait until everything that has arrived is written.
+        self._first = AnswersFirst[_Item](self.queue)
         self.record = Record(journal, manifests, verify=verify, now=now)
         self._root = root
         self._verify = verify
@@ -165,6 +168,8 @@ class Settler:
         self._written_bytes = 0
         self._names = _Settled()
         self._syncing = False
+        # How long what is here waits for more (seconds).
+        self._linger = LINGER
         # Being synced or read back.
         self._batches: list[list[Temporary]] = []
         # Asked of the checker and not answered.
@@ -178,7 +183,7 @@ class Settler:
         """Settle until stopped. Raises `TowpathError` when nothing can be settled any more (a full disk)."""
         try:
             with (
-                SideThread[_Answer]("sync", self.queue) as syncs,
+                SideThread[_Answer]("sync", self._first) as syncs,
                 SideThread[_Answer]("check", self.queue) as checks,
             ):
                 self._syncs, self._check_thread = syncs, checks
@@ -195,11 +200,13 @@ class Settler:
         stopping = False
         while not stopping or self._busy:
             try:
-                linger = 0 if stopping else LINGER
+                linger = 0 if stopping else self._linger
                 item = self.queue.get(timeout=linger if self._lingering else None)
             except queue.Empty:
                 self._settle_now()
                 continue
+            while self._first.waiting:
+                self._take(self._first.waiting.popleft())
             if item is None:
                 stopping = True
             else:
@@ -268,6 +275,11 @@ class Settler:
             self._names.listed.append(item.group)
             if item.group.made_folders:
                 self._names.touch(item.group)
+        elif isinstance(item, LookAgain):
+            return
+        elif isinstance(item, AllArrived):
+            # What is fetched again from now on are single files.
+            self._linger = 0.0
         elif isinstance(item, Broken):
             raise item.__cause__ or item
 

@@ -4,10 +4,35 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable
-from typing import Generic, Self, TypeVar
+from typing import Generic, Protocol, Self, TypeVar
 
 Answer = TypeVar("Answer")
+Item = TypeVar("Item", contravariant=True)
+
+
+class Answers(Protocol[Item]):
+    """Where answers go, from any thread; a queue, for one."""
+
+    def put(self, item: Item, /) -> object: ...
+
+
+class LookAgain:
+    """In a queue: something has come that goes before what is in it."""
+
+
+class AnswersFirst(Generic[Answer]):
+    """Answers that are to be taken before everything else in a queue: whoever takes from that looks at ``waiting``
+    each time, and there is a `LookAgain` in it for each answer."""
+
+    def __init__(self, queue: Answers[LookAgain]) -> None:
+        self.waiting: deque[Answer] = deque()
+        self._queue = queue
+
+    def put(self, answer: Answer, /) -> None:
+        self.waiting.append(answer)
+        self._queue.put(LookAgain())
 
 
 class Broken(Exception):
@@ -20,7 +45,7 @@ class SideThread(Generic[Answer]):
     Each answer (or `Broken`) goes to ``answers``.
     """
 
-    def __init__(self, name: str, answers: queue.SimpleQueue[Answer | Broken | None]) -> None:
+    def __init__(self, name: str, answers: Answers[Answer | Broken]) -> None:
         self._answers = answers
         self._work: queue.SimpleQueue[Callable[[], Answer] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=name)

@@ -27,7 +27,7 @@ from agent.transfer.directories import Comparisons, DirectoryWalk
 from agent.transfer.fetch import Fetcher
 from agent.transfer.hard_links import HardLinks
 from agent.transfer.items import ItemPlanner
-from agent.transfer.jobs import FileJob, Group, LargeFile, Outcome
+from agent.transfer.jobs import AllArrived, FileJob, Group, LargeFile, Outcome
 from agent.transfer.lanes import Lanes, OpenLane
 from agent.transfer.large_files import LargeFiles
 from agent.transfer.mirror import Mirror
@@ -140,6 +140,7 @@ class TransferRun:
                 await DirectoryWalk(self).run()
                 self.session.forget_ahead()
                 self._planning = False
+                self._look_whether_all_arrived()
                 self._look_whether_done()
                 await self._idle.wait()
                 await trio.to_thread.run_sync(self.context.root.check_present)
@@ -345,7 +346,15 @@ class TransferRun:
             self.stop(error)
 
     def request_done(self, lane_number: int, r: int) -> None:
-        self._soon(self.fetcher.done, lane_number, r)
+        self._soon(self._on_request_done, lane_number, r)
+
+    def _on_request_done(self, lane_number: int, r: int) -> None:
+        self.fetcher.done(lane_number, r)
+        self._look_whether_all_arrived()
+
+    def _look_whether_all_arrived(self) -> None:
+        if not self._planning and not self._pack and self.fetcher.idle:
+            self.settle.put(AllArrived())
 
     def request_failed(self, lane_number: int, r: int, error: TowpathError) -> None:
         self._soon(self.fetcher.failed, lane_number, r, error)
