@@ -100,7 +100,7 @@ def _sync_level(_context: click.Context, _parameter: click.Parameter, value: str
     "--xattrs/--no-xattrs",
     "preserve_xattrs",
     default=False,
-    help="Keep extended attributes (user.* only).",
+    help="Keep extended attributes (user.* only; access lists and capabilities are counted and never kept).",
 )
 @click.option(
     "--verify-checksum/--no-verify-checksum", default=True, show_default=True, help="Read back and compare every file."
@@ -118,7 +118,9 @@ def _sync_level(_context: click.Context, _parameter: click.Parameter, value: str
     help="With --delete: how many may be deleted at most. Default: no more than stay, or 1000.",
 )
 @click.option(
-    "--symlinks", type=click.Choice(["ignore", "keep", "copy"]), help="What to do with symlinks in directories."
+    "--symlinks",
+    type=click.Choice(["ignore", "keep", "copy"]),
+    help="What to do with symlinks in directories; copy follows those that stay in the collection, and counts others.",
 )
 @click.option("--skip-source-errors", is_flag=True, help="Leave out what cannot be read and go on.")
 @click.option("--fail-on-quota-errors", is_flag=True, help="Fail instead of waiting when the destination is full.")
