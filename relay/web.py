@@ -9,9 +9,11 @@ from typing import cast
 import trio
 from hypercorn.app_wrappers import ASGIWrapper
 from hypercorn.config import Config
+from hypercorn.protocol import h2
 from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import ASGIFramework
+from priority.priority import PriorityError
 from starlette.types import ASGIApp
 
 from relay.upgrade import Replayed
@@ -21,6 +23,23 @@ logger = logging.getLogger("relay.web")
 # A connection that says nothing for so long is closed, even in the middle of a request.
 _READ_TIMEOUT = 300
 _KEEP_ALIVE = 75
+
+
+class HeldBack(h2.StreamBuffer):
+    """What an HTTP/2 stream has still to send. Hypercorn's own lets the application go on whenever little was taken at
+    once, so that a caller with windows of one byte has whole answers, release files among them, kept in memory."""
+
+    async def pop(self, max_length: int) -> bytes:
+        data = bytes(self.buffer[:max_length])
+        del self.buffer[: len(data)]
+        if len(self.buffer) < h2.BUFFER_LOW_WATER:
+            await self._paused.set()
+        if not self.buffer:
+            await self._is_empty.set()
+        return data
+
+
+h2.StreamBuffer = HeldBack  # type: ignore[misc]
 
 
 @dataclass(frozen=True)
@@ -63,6 +82,9 @@ class WebServer:
         try:
             secured = cast("trio.SSLStream[trio.SocketStream]", stream)
             await TCPServer(self._app, self._config, self._context, {}, secured).run()
+        except* PriorityError:
+            # Hypercorn lets a flood of priorities end the connection so; that is the caller's doing.
+            logger.debug("A connection to the web server was ended: it sets too many priorities.")
         finally:
             self._open -= 1
             if self._stopping.is_set() and not self._open:

@@ -52,6 +52,18 @@ async def test_a_line_that_loses_two_packets_of_a_hundred_is_punched(tmp_path: P
     assert path.startswith(("punched", "quic"))
 
 
+@pytest.mark.parametrize(
+    ("name", "delay", "loss"), [("satellite", 0.14, 0.005), ("far and lossy", 0.05, 0.03), ("ten percent", 0.015, 0.1)]
+)
+async def test_bad_lines_are_slow_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, delay: float, loss: float
+) -> None:
+    """One way to the relay, and lost at each crossing."""
+    monkeypatch.setattr(laboratory, "DELAY", delay)
+    print(f"{name}: ", end="")
+    await transfer(tmp_path, ordinary("port"), size=1_000_000, loss=loss)
+
+
 async def test_two_agents_in_one_home_use_its_inside(tmp_path: Path) -> None:
     home = matrix.boxes("a", "port")
     path = await transfer(tmp_path, {"a": ("192.168.1.10", home), "b": ("192.168.1.11", home)})

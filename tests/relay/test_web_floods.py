@@ -1,0 +1,211 @@
+"""Hostile HTTP/2 at the relay's web server: the one connection ends or is held up, memory stays, others are served."""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import h2.config
+import h2.connection
+import h2.events
+import hyperframe.frame as frames
+import psutil
+import pytest
+import trio
+import trustme
+
+from relay.web import WebServer
+
+CA = trustme.CA()
+LEAF = CA.issue_cert("localhost")
+REQUEST = [(":method", "GET"), (":path", "/"), (":scheme", "https"), (":authority", "localhost")]
+COUNT = 2000
+PIECE, MIB = 65536, 2**20
+
+
+class Application:
+    """Answers at once with ``size`` bytes; counts how many requests it has at a time."""
+
+    def __init__(self, size: int = 2) -> None:
+        self.size = size
+        self.now = self.most = self.calls = 0
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        self.calls += 1
+        self.now += 1
+        self.most = max(self.most, self.now)
+        try:
+            await receive()
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            for _ in range(max(1, self.size // PIECE)):
+                await send({"type": "http.response.body", "body": bytes(min(self.size, PIECE)), "more_body": True})
+            await send({"type": "http.response.body", "body": b""})
+        finally:
+            self.now -= 1
+
+
+def _context(*, server: bool) -> ssl.SSLContext:
+    if server:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        LEAF.configure_cert(context)
+    else:
+        context = ssl.create_default_context()
+        CA.configure_trust(context)
+    context.set_alpn_protocols(["h2"])
+    return context
+
+
+@asynccontextmanager
+async def serving(app: Application) -> AsyncIterator[int]:
+    web = WebServer(app, max_connections=10)
+    context = _context(server=True)
+    (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+
+    async def serve(stream: trio.SocketStream) -> None:
+        secured = trio.SSLStream(stream, context, server_side=True, https_compatible=True)
+        try:
+            await secured.do_handshake()
+            await web.serve(secured)
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            # A hostile caller may leave as it likes.
+            return
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(trio.serve_listeners, serve, [listener])
+        yield listener.socket.getsockname()[1]
+        nursery.cancel_scope.cancel()
+
+
+async def connected(port: int) -> tuple[trio.SSLStream[trio.SocketStream], h2.connection.H2Connection]:
+    raw = await trio.open_tcp_stream("127.0.0.1", port)
+    stream = trio.SSLStream(raw, _context(server=False), server_hostname="localhost", https_compatible=True)
+    machine = h2.connection.H2Connection(h2.config.H2Configuration(client_side=True))
+    machine.initiate_connection()
+    await stream.send_all(machine.data_to_send())
+    return stream, machine
+
+
+async def ask(port: int) -> bytes:
+    """One honest request on a connection of its own."""
+    stream, machine = await connected(port)
+    content = bytearray()
+    async with stream:
+        machine.send_headers(1, REQUEST, end_stream=True)
+        await stream.send_all(machine.data_to_send())
+        while True:
+            for event in machine.receive_data(bytes(await stream.receive_some())):
+                if isinstance(event, h2.events.DataReceived):
+                    content += event.data
+                    machine.acknowledge_received_data(event.flow_controlled_length, 1)
+                elif isinstance(event, h2.events.StreamEnded):
+                    return bytes(content)
+            await stream.send_all(machine.data_to_send())
+
+
+def headers(number: int, *, ends: bool = True) -> bytes:
+    frame = frames.HeadersFrame(number, b"\x82\x84\x87\x01\x09localhost")
+    frame.flags.add("END_STREAM")
+    if ends:
+        frame.flags.add("END_HEADERS")
+    return frame.serialize()
+
+
+def rapid_reset() -> Iterator[bytes]:
+    for number in range(1, 2 * COUNT, 2):
+        yield headers(number) + frames.RstStreamFrame(number, error_code=8).serialize()
+
+
+def pings() -> Iterator[bytes]:
+    for _ in range(COUNT):
+        yield frames.PingFrame(0, opaque_data=b"12345678").serialize()
+
+
+def settings() -> Iterator[bytes]:
+    for number in range(COUNT):
+        yield frames.SettingsFrame(0, {4: 65535 + number % 2}).serialize()
+
+
+def priorities() -> Iterator[bytes]:
+    for number in range(COUNT):
+        yield frames.PriorityFrame(2 * number + 1, depends_on=0, stream_weight=1).serialize()
+
+
+def continuation() -> Iterator[bytes]:
+    yield headers(1, ends=False)
+    for _ in range(COUNT):
+        yield frames.ContinuationFrame(1, b"\x00\x01a" + b"\x7f\x81\x78" + b"b" * 247).serialize()
+
+
+def header_bomb() -> Iterator[bytes]:
+    """One long value in the table, named again and again."""
+    first = b"\x40\x01x\x7f\x81\x1e" + b"v" * 4000
+    for number in range(1, 200, 2):
+        frame = frames.HeadersFrame(
+            number, b"\x82\x84\x87\x01\x09localhost" + (first if number == 1 else b"") + b"\xbe" * 9000
+        )
+        frame.flags.add("END_HEADERS")
+        frame.flags.add("END_STREAM")
+        yield frame.serialize()
+
+
+def windows() -> Iterator[bytes]:
+    """Asks for much and gives credit of one byte at a time."""
+    yield frames.SettingsFrame(0, {4: 1}).serialize()
+    for number in range(1, 101, 2):
+        yield headers(number)
+    for index in range(COUNT):
+        yield frames.WindowUpdateFrame(2 * (index % 50) + 1, window_increment=1).serialize()
+
+
+FLOODS: list[tuple[Callable[[], Iterator[bytes]], int]] = [
+    (rapid_reset, 2),
+    (pings, 2),
+    (settings, 2),
+    (priorities, 2),
+    (continuation, 2),
+    (header_bomb, 2),
+    (windows, 4 * MIB),
+]
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(("flood", "size"), FLOODS, ids=[flood.__name__ for flood, _ in FLOODS])
+async def test_a_flood_costs_the_others_nothing_and_no_memory_stays(
+    flood: Callable[[], Iterator[bytes]], size: int
+) -> None:
+    app = Application(size)
+    async with serving(app) as port:
+        await ask(port)
+        before = psutil.Process().memory_info().rss
+        sent = 0
+        async with trio.open_nursery() as nursery:
+
+            async def attack() -> None:
+                nonlocal sent
+                stream, _ = await connected(port)
+                try:
+                    for data in flood():
+                        await stream.send_all(data)
+                        sent += 1
+                except (trio.BrokenResourceError, trio.ClosedResourceError):
+                    # It was ended, as it should be.
+                    return
+                finally:
+                    await trio.aclose_forcefully(stream)
+
+            nursery.start_soon(attack)
+            with trio.fail_after(30):
+                for _ in range(5):
+                    assert len(await ask(port)) == size
+            with trio.move_on_after(10):
+                while nursery.child_tasks:
+                    await trio.sleep(0.01)
+            nursery.cancel_scope.cancel()
+        grown = (psutil.Process().memory_info().rss - before) / MIB
+        served = f"{app.calls} requests, at most {app.most} at a time"
+        print(f"{flood.__name__}: {sent} frames taken, {served}, {grown:.0f} MiB more")
+        # What the web server allows one connection, and the honest one.
+        assert app.most <= 102
+        assert grown < 150
