@@ -17,7 +17,7 @@ from agent.config.layers import load_config
 from agent.identity_file import make_state_dir, require
 from agent.lock import held
 from agent.sdnotify import Notifier
-from agent.transfer.spawn import spawn
+from agent.transfer.spawn import session_processes, spawn
 
 if TYPE_CHECKING:
     from agent.daemon import Daemon
@@ -42,7 +42,8 @@ def run(config_file: Path, flags: Mapping[str, str] | None = None, log_file: Pat
     notifier = Notifier.from_environment()
     with held(config.state_dir) as lock:
         identity, key = require(config.state_dir)
-        first = spawn() if config.limits.spare_worker else None
+        processes = session_processes(config.limits.workers_per_session)
+        first = spawn(processes) if config.limits.spare_worker else None
 
         import trio
 

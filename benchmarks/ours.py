@@ -5,6 +5,7 @@ What is left out is the relay: this process orders the task and answers for it. 
 
 from __future__ import annotations
 
+import os
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
@@ -49,7 +50,8 @@ class Agent:
             state_dir=directory,
             collections=(collection,),
             data=DataConfig(listen=address, advertise=(address,), allow_loopback=True),
-            limits=LimitsConfig(lanes=lanes),
+            # As `limits.workers_per_session`, to compare runs with one and with several.
+            limits=LimitsConfig(lanes=lanes, workers_per_session=int(os.environ.get("WORKERS_PER_SESSION", "1"))),
         )
         verifier = TicketVerifier(RELAY, relay_root.public_pem)
         policy, root_pem = Policy([collection]), relay_root.public_pem

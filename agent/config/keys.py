@@ -37,6 +37,7 @@ from agent.config.kinds import (
     InCollection,
     ListOf,
     Number,
+    OrAuto,
     Origin,
     OrNull,
     Text,
@@ -193,6 +194,11 @@ class LimitsConfig:
     workers: int = setting(Number(1, 64), 4, doc="Worker processes at a time. Each running session takes one.")
     lanes: int = setting(
         Number(1, 32), 4, doc="Most parallel connections of one session; how many there are is found by measuring."
+    )
+    workers_per_session: int | None = setting(
+        OrAuto(Number(1, 16)),
+        1,
+        doc="Processes that receive one session's files (Linux): a number, or auto, by the processors of the machine.",
     )
     spare_worker: bool = setting(
         Flag(), True, doc="Keep one idle worker process, so that a transfer begins at once (about 45 MB of memory)."

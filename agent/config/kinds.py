@@ -171,6 +171,26 @@ class OrNull:
 
 
 @dataclass(frozen=True)
+class OrAuto:
+    """A kind, or the word "auto" for what the program finds best (None)."""
+
+    kind: Kind
+
+    def read(self, node: yaml.Node, base: Path) -> Any:
+        """The value or None."""
+        automatic = isinstance(node, yaml.ScalarNode) and tag(node) == "str" and node.value == "auto"
+        return None if automatic else self.kind.read(node, base)
+
+    def schema(self) -> Schema:
+        """Either."""
+        return {"anyOf": [self.kind.schema(), {"const": "auto"}]}
+
+    def written(self, value: Any) -> Any:
+        """The value as it would stand in the file."""
+        return "auto" if value is None else value
+
+
+@dataclass(frozen=True)
 class ListOf:
     """A short list of one kind; read as a tuple."""
 

@@ -11,7 +11,7 @@ import yaml
 
 from agent.config.document import Entries, Section, Setting, schema_of, settings
 from agent.config.keys import AgentConfig
-from agent.config.kinds import OrNull, Schema, Written
+from agent.config.kinds import OrAuto, OrNull, Schema, Written
 from agent.config.layers import Loaded
 
 
@@ -57,6 +57,8 @@ def as_written(row: Setting, value: Any) -> Any:
         return next((word for word, meaning in words.items() if meaning == value), value)
     if isinstance(row.kind, OrNull) and isinstance(row.kind.kind, Written):
         return row.kind.kind.written(value)
+    if isinstance(row.kind, OrAuto):
+        return row.kind.written(value)
     if isinstance(value, Path):
         return str(value)
     return list(value) if isinstance(value, tuple) else value

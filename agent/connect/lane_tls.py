@@ -15,7 +15,7 @@ import selectors
 import socket
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
@@ -50,6 +50,18 @@ def secure_lane(
         raise
 
 
+def begin_lane(
+    sock: socket.socket, identity: NodeKey, peer_certificate: str, *, server_name: str, alpn: str
+) -> SecuringLane:
+    """As `secure_lane`, the dialling side, for a socket that never blocks; `SecuringLane.shake_hands` does the
+    handshake. Raises `ProtocolError` when ``peer_certificate`` cannot be read."""
+    fingerprint = fingerprint_of_certificate_untrusted(peer_certificate)
+    connection = SSL.Connection(_context(identity, peer_certificate, alpn), sock)
+    connection.set_tlsext_host_name(server_name.encode("ascii"))
+    connection.set_connect_state()
+    return SecuringLane(connection, sock, fingerprint)
+
+
 def _secured(
     sock: socket.socket, identity: NodeKey, peer_certificate: str, server_name: str | None, alpn: str
 ) -> SecuredLane:
@@ -64,9 +76,13 @@ def _secured(
     secured = SecuredLane(connection, sock)
     secured.handshake()
     sock.settimeout(None)
+    _check_peer(connection, fingerprint)
+    return secured
+
+
+def _check_peer(connection: SSL.Connection, fingerprint: str) -> None:
     presented = connection.get_peer_certificate(as_cryptography=True)
     check_peer(None if presented is None else presented.public_bytes(Encoding.DER), fingerprint)
-    return secured
 
 
 def _context(identity: NodeKey, peer_certificate: str, alpn: str) -> SSL.Context:
@@ -162,6 +178,39 @@ class SecuredLane:
     def close(self) -> None:
         """Close the connection without a word, as every lane ends."""
         self._socket.close()
+
+
+class SecuringLane(SecuredLane):
+    """The same on a socket that never blocks, for one thread that serves several."""
+
+    def __init__(self, connection: SSL.Connection, sock: socket.socket, fingerprint: str) -> None:
+        super().__init__(connection, sock)
+        self._fingerprint = fingerprint
+
+    def shake_hands(self) -> Literal["read", "write"] | None:
+        """Go on with the handshake: what the socket must be ready for next, None when it is done. Raises OSError,
+        `AccessDenied` for another peer."""
+        try:
+            self._connection.do_handshake()
+        except SSL.WantReadError:
+            return "read"
+        except SSL.WantWriteError:
+            return "write"
+        except SSL.Error as error:
+            raise _as_os_error(error) from error
+        _check_peer(self._connection, self._fingerprint)
+        return None
+
+    def recv_now(self, view: memoryview, count: int) -> int:
+        """Read up to ``count`` bytes, at most a record; 0 at the end. Raises BlockingIOError when there are none."""
+        try:
+            return self._connection.recv_into(view, min(count, _RECORD))
+        except (SSL.WantReadError, SSL.WantWriteError):
+            raise BlockingIOError from None
+        except SSL.Error as error:
+            if _is_end(error):
+                return 0
+            raise _as_os_error(error) from error
 
 
 class _Ended(ConnectionError):

@@ -25,6 +25,8 @@ class Pace:
         self._moved = 0
         self._counting = threading.Lock()
         self._waiting: dict[int, float] = {}
+        # The same of lanes that are held to this pace in other processes.
+        self.waited_elsewhere = 0.0
 
     @property
     def limited(self) -> bool:
@@ -57,7 +59,8 @@ class Pace:
         """Seconds that threads have waited so far, added up; those who still wait count up to now."""
         with self._changed:
             now = time.monotonic()
-            return self._waited + sum(now - since for since in self._waiting.values())
+            waiting = sum(now - since for since in self._waiting.values())
+            return self._waited + self.waited_elsewhere + waiting
 
     def set_rate(self, rate: int | None) -> None:
         """From now on this rate holds, also for those who wait."""

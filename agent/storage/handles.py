@@ -8,7 +8,7 @@ import stat as stat_bits
 import sys
 import time
 
-from agent.storage.base import NotRegularFile, checked_time
+from agent.storage.base import NotRegularFile, checked_time, component
 
 # O_PATH needs no read permission on folders that are only passed through (0711 home directories).
 PATH_ONLY: int | None = getattr(os, "O_PATH", None)
@@ -51,6 +51,23 @@ def regular(fd: int) -> os.stat_result:
         os.close(fd)
         raise
     return status
+
+
+def open_temporary(fd: int, name: bytes) -> int:
+    """Open a temporary in a folder: regular, ours, no second hard link, else `NotRegularFile`. One that may not be
+    written any more is opened for reading and syncing only."""
+    try:
+        handle = os.open(component(name), REOPEN, dir_fd=fd)
+    except PermissionError:
+        handle = os.open(name, READ, dir_fd=fd)
+    except OSError as error:
+        raise opening(error) from error
+    status = regular(handle)
+    # Whoever owns it, or holds another name of it, could change it after it was verified.
+    if status.st_nlink != 1 or status.st_uid != os.geteuid():
+        os.close(handle)
+        raise NotRegularFile("is not a temporary of this agent alone")
+    return handle
 
 
 def check_regular(status: os.stat_result) -> None:

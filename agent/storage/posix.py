@@ -18,7 +18,6 @@ from agent.storage.base import (
     Features,
     IllegalName,
     Node,
-    NotRegularFile,
     Reach,
     Root,
     checked_time,
@@ -315,18 +314,7 @@ class PosixDirectory(Directory):
         return os.open(component(name), handles.CREATE, mode & PERMISSION_BITS, dir_fd=self._fd)
 
     def open_temporary(self, name: bytes) -> int:
-        try:
-            fd = os.open(component(name), handles.REOPEN, dir_fd=self._fd)
-        except PermissionError:
-            fd = os.open(name, handles.READ, dir_fd=self._fd)
-        except OSError as error:
-            raise handles.opening(error) from error
-        status = handles.regular(fd)
-        # Whoever owns it, or holds another name of it, could change it after it was verified.
-        if status.st_nlink != 1 or status.st_uid != os.geteuid():
-            os.close(fd)
-            raise NotRegularFile("is not a temporary of this agent alone")
-        return fd
+        return handles.open_temporary(self._fd, name)
 
     def rename(self, old: bytes, new: bytes, target: Directory | None = None, *, replace_symlink: bool = True) -> None:
         fd = self._fd_of(target)

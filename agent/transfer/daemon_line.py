@@ -6,7 +6,8 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from functools import partial
 
 import trio
 
@@ -34,6 +35,7 @@ from agent.transfer.channel import (
     RunTask,
 )
 from agent.transfer.lane_ahead import LaneAhead
+from agent.transfer.lane_processes import Child, LaneProcesses, RemoteLane
 from agent.transfer.source_session import SourceSession
 from protocol.control import TaskObserved
 from protocol.errors import RetryLater, TowpathError, error_from_document_untrusted
@@ -50,6 +52,8 @@ class Moving:
     def __init__(self, rate: int | None, cpu: int | None) -> None:
         self.pace = Pace(rate)
         self.cpu = cpu
+        # Seconds of processor time of the processes that work for this one.
+        self.elsewhere: Callable[[], float] = lambda: 0.0
 
     async def tell(self, channel: Channel) -> None:
         """Keep to the limit of processor time, and tell the daemon now and then what was moved and waited for, so that
@@ -59,7 +63,8 @@ class Moving:
         while True:
             await trio.sleep(MOVED_EVERY)
             now = (self.pace.content, self.pace.waited)
-            self.pace.govern(governor.look(self.cpu, time.monotonic(), time.process_time(), now[0]))
+            processor = time.process_time() + self.elsewhere()
+            self.pace.govern(governor.look(self.cpu, time.monotonic(), processor, now[0]))
             if now != said:
                 said = now
                 await channel.send(Moved(content=now[0], waited=now[1]))
@@ -68,7 +73,7 @@ class Moving:
 class DaemonLine:
     """The worker's end of the channel. `run` reads it; when the daemon dies, the worker is cancelled."""
 
-    def __init__(self, channel: Channel, start: RunTask, identity: NodeKey) -> None:
+    def __init__(self, channel: Channel, start: RunTask, identity: NodeKey, forked: Sequence[Child] = ()) -> None:
         self._channel = channel
         self._identity = identity
         self._order = start.order
@@ -85,6 +90,12 @@ class DaemonLine:
         self.lanes = start.lanes
         self._moving = Moving(start.rate, start.cpu)
         self.pace = self._moving.pace
+        # None where everything is received in this process.
+        self.processes = LaneProcesses(forked, self.pace) if forked else None
+        if self.processes is not None:
+            self._moving.elsewhere = partial(getattr, self.processes, "processor")
+        # Of the file that says that no other worker is at work on the task.
+        self.lock: int | None = None
         self.memory = start.memory
         self.limited_by = start.limited_by
         self._next = 0
@@ -106,6 +117,8 @@ class DaemonLine:
             nursery.start_soon(self._write_progress)
             nursery.start_soon(self._write_moved)
             nursery.start_soon(self._open_ahead, nursery)
+            if self.processes is not None:
+                nursery.start_soon(self.processes.run)
             while True:
                 message, descriptors = await self._channel.receive()
                 self._handle(message, descriptors)
@@ -213,6 +226,8 @@ class DaemonLine:
         """A control stream to the source, on which we have introduced ourselves. Raises `TowpathError` when there is no
         way now."""
         sock, certificate = await self._dial("control")
+        if self.processes is not None:
+            self.processes.begin_run(self._identity.private_key_pem, session_id, self.lock)
         ahead = self._ahead = LaneAhead(self._open_lane)
         self._ahead_in.send_nowait(ahead)
         sock.setblocking(False)
@@ -242,15 +257,19 @@ class DaemonLine:
             ahead.close()
             await trio.aclose_forcefully(stream)
 
-    async def lane(self) -> SecuredLane:
-        """A secured socket for one lane. Raises `TowpathError`."""
+    async def lane(self) -> SecuredLane | RemoteLane:
+        """A secured socket for one lane, or a lane that another process has secured. Raises `TowpathError`."""
         ahead, self._ahead = self._ahead, None
         secured = await ahead.take() if ahead is not None else None
         return secured or await self._open_lane()
 
-    async def _open_lane(self, dialled: Callable[[socket.socket], None] = lambda _sock: None) -> SecuredLane:
+    async def _open_lane(
+        self, dialled: Callable[[socket.socket], None] = lambda _sock: None
+    ) -> SecuredLane | RemoteLane:
         sock, certificate = await self._dial("lane")
         dialled(sock)
+        if self.processes is not None and self.processes.alive:
+            return await self.processes.open(sock, certificate)
         try:
             return await trio.to_thread.run_sync(self._secure_lane, sock, certificate)
         except OSError as error:

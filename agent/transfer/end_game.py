@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Protocol
 
-from agent.meter.lane import LaneMeter
 from agent.transfer.jobs import PackRequest, RangeRequest, Request
 
 # Asked for again is what is expected to take so many seconds and so many times as long as on the idle lane.
@@ -19,11 +19,17 @@ NEWEST = 0.4
 STALLED = 20.0
 
 
+class Meter(Protocol):
+    """What is looked at of a lane."""
+
+    content: int
+
+
 @dataclass(eq=False)
 class LaneSpeed:
     """How fast one lane delivers."""
 
-    meter: LaneMeter | None = None
+    meter: Meter | None = None
     # Bytes a second; None until it was measured.
     rate: float | None = None
     _content: int = 0

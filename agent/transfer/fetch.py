@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import trio
 
-from agent.meter.lane import LaneMeter
-from agent.transfer.end_game import STALLED, LaneSpeed, slowest, twin_of
+from agent.transfer.end_game import STALLED, LaneSpeed, Meter, slowest, twin_of
 from agent.transfer.jobs import FileJob, LargeFile, PackRequest, RangeRequest, Request
 from agent.transfer.source_session import SourceSession
 from agent.transfer.take_ahead import LANE, Awaited
@@ -26,6 +26,19 @@ LANE_WINDOW = 24 * 1024 * 1024
 RANGE_BYTES = 4 * 1024 * 1024
 # A lane with fewer bytes than this under way is about to have nothing to do.
 HUNGRY = 512 * 1024
+
+
+class Elsewhere(Protocol):
+    """A lane that another process receives on: what it writes is known when it says so."""
+
+    def expect(self, request: Request) -> None:
+        """Have it take what is about to be asked for."""
+
+    def discard(self, r: int) -> None:
+        """Have it leave lying what comes of a request."""
+
+    def withdraw(self, r: int) -> None:
+        """Have nothing more of a request written; `Fetcher.relinquished` follows."""
 
 
 @dataclass(eq=False)
@@ -40,6 +53,7 @@ class LaneWork:
     idle: bool = False
     # Set for a lane that gets no more work; the event says that it has nothing left.
     drained: trio.Event | None = None
+    elsewhere: Elsewhere | None = None
 
 
 class Fetcher:
@@ -60,11 +74,14 @@ class Fetcher:
         self._awaited: Awaited | None = None
         self._adopted: dict[int, PackRequest] = {}
         self._dropped: set[int] = set()
+        self._refused: int | None = None
         self._session = session
         self._ready: deque[Request] = deque()
         self._lanes: dict[int, LaneWork] = {}
         # Requests that were delivered on another lane, while the thread of this one may still be at work on them.
         self._leaving: dict[int, tuple[int, Request]] = {}
+        # Requests that another process is asked to leave, and the lane that is to have them instead.
+        self._withdrawing: dict[int, int] = {}
         # Requests that were asked for a second time, so far.
         self.rescued = 0
         self._on_range_lost = on_range_lost
@@ -93,6 +110,15 @@ class Fetcher:
         if awaited is not None:
             self.requests.pop(awaited.r, None)
             awaited.decide(None)
+            self._refused = awaited.r
+            if (lane := self._lanes.get(LANE)) is not None:
+                self._refuse(lane)
+
+    def _refuse(self, lane: LaneWork) -> None:
+        """What was asked for ahead and is not wanted comes on this lane."""
+        if lane.elsewhere is not None and lane.number == LANE and self._refused is not None:
+            lane.elsewhere.discard(self._refused)
+            self._refused = None
 
     def _take_awaited(self, jobs: list[FileJob]) -> bool:
         awaited = self._awaited
@@ -117,6 +143,8 @@ class Fetcher:
             lane.outstanding[request.r] = request
             lane.size += request.size
             lane.idle = False
+            if lane.elsewhere is not None:
+                lane.elsewhere.expect(request)
 
     def submit_range(self, file: LargeFile, offset: int, length: int, *, first: bool = False) -> None:
         """Ask for blocks of a large file."""
@@ -149,9 +177,15 @@ class Fetcher:
     def lanes(self) -> int:
         return len(self._lanes)
 
-    def add_lane(self, number: int, meter: LaneMeter | None = None) -> None:
-        lane = self._lanes[number] = LaneWork(number, speed=LaneSpeed(meter))
+    def outstanding(self, number: int) -> list[Request]:
+        """What a lane was asked for and has not delivered to its end."""
+        lane = self._lanes.get(number)
+        return [] if lane is None else list(lane.outstanding.values())
+
+    def add_lane(self, number: int, meter: Meter | None = None, elsewhere: Elsewhere | None = None) -> None:
+        lane = self._lanes[number] = LaneWork(number, speed=LaneSpeed(meter), elsewhere=elsewhere)
         self._adopt(lane)
+        self._refuse(lane)
         self._dispatch()
 
     def measure(self, now: float) -> list[int]:
@@ -178,17 +212,50 @@ class Fetcher:
         request = slowest(others, lane.speed.rate or max(rates, default=None))
         if request is None:
             return
+        slow = next(each for each in self._lanes.values() if request.r in each.outstanding)
+        if slow.elsewhere is not None:
+            self._take_over(slow.elsewhere, request, lane)
+            return
+        if lane.elsewhere is not None:
+            # Two may not write in one file unless one of them can be stopped.
+            return
         twin = twin_of(request, self._session.number())
         if isinstance(twin, RangeRequest):
             twin.file.open_ranges += 1
         self.rescued += 1
         self._give(lane, twin)
 
+    def _take_over(self, elsewhere: Elsewhere, request: Request, lane: LaneWork) -> None:
+        """Have a lane do what is left of a request of another process, once that is sure to write nothing more of it:
+        a file must not change any more when it has its name."""
+        if request.r in self._withdrawing:
+            return
+        self._withdrawing[request.r] = lane.number
+        elsewhere.withdraw(request.r)
+        self._session.post(Abandon(request.r))
+
+    def relinquished(self, lane_number: int, r: int) -> None:
+        """Another process has left a request; what it had written of it was told before."""
+        to = self._withdrawing.pop(r, None)
+        request = self._take(lane_number, r)
+        rest = None if request is None else self._rest(request)
+        if rest is None:
+            return
+        self.rescued += 1
+        lane = self._lanes.get(to) if to is not None else None
+        if lane is not None and lane.drained is None:
+            self._give(lane, rest)
+        else:
+            self._ready.appendleft(rest)
+            self._dispatch()
+
     def _give(self, lane: LaneWork, request: Request) -> None:
         lane.outstanding[request.r] = request
         lane.size += request.size
         lane.idle = False
         self.requests[request.r] = request
+        if lane.elsewhere is not None:
+            lane.elsewhere.expect(request)
         self._send(lane.number, request)
 
     def _has_living_twin(self, request: Request) -> bool:
@@ -233,6 +300,7 @@ class Fetcher:
             self._left(r)
         for request in reversed(lane.outstanding.values()):
             self.requests.pop(request.r, None)
+            self._withdrawing.pop(request.r, None)
             rest = self._rest(request)
             if rest is not None:
                 self._ready.appendleft(rest)

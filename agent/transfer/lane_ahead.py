@@ -11,10 +11,11 @@ from collections.abc import Awaitable, Callable
 import trio
 
 from agent.connect.lane_tls import SecuredLane
+from agent.transfer.lane_processes import RemoteLane
 from protocol.errors import TowpathError
 
 # Opens a lane; the function it is given is to be called with the dialled socket before it is secured.
-Open = Callable[[Callable[[socket.socket], None]], Awaitable[SecuredLane]]
+Open = Callable[[Callable[[socket.socket], None]], Awaitable[SecuredLane | RemoteLane]]
 
 
 class LaneAhead:
@@ -24,7 +25,7 @@ class LaneAhead:
         self._open = open_lane
         self._ready = trio.Event()
         self._scope = trio.CancelScope()
-        self._secured: SecuredLane | None = None
+        self._secured: SecuredLane | RemoteLane | None = None
         # To end a handshake that a thread is waiting in.
         self._dialled: socket.socket | None = None
 
@@ -41,7 +42,7 @@ class LaneAhead:
     def _note(self, sock: socket.socket) -> None:
         self._dialled = socket.socket(fileno=os.dup(sock.fileno()))
 
-    async def take(self) -> SecuredLane | None:
+    async def take(self) -> SecuredLane | RemoteLane | None:
         """The lane, which is the caller's then, or None when it could not be opened."""
         await self._ready.wait()
         secured, self._secured = self._secured, None

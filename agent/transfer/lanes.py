@@ -13,31 +13,34 @@ import trio
 from agent.connect.lane_tls import SecuredLane
 from agent.meter.lane import LaneMeter
 from agent.transfer.lane_count import LaneCount
+from agent.transfer.lane_processes import RemoteLane, RemoteMeter
 from agent.transfer.receive import LaneReceiver
 from agent.transfer.run import Run
 from agent.transfer.source_session import SessionLost
 from agent.transfer.stopping import call_on_cancel, first_error
 from protocol.errors import ProtocolError, RetryLater
 
-OpenLane = Callable[[], Awaitable[SecuredLane]]
+# A secured socket, whose thread will be here, or a lane that another process has secured.
+OpenLane = Callable[[], Awaitable[SecuredLane | RemoteLane]]
 
 # How often goodput is looked at (seconds).
 MEASURE_EVERY = 0.5
 
 
 class Lanes:
-    """All lanes of one run; each lives in a thread of its own. There are as many as pay, up to ``limit``."""
+    """All lanes of one run; each lives in a thread of its own or in a lane process. There are as many as pay, up to
+    ``limit``."""
 
     def __init__(self, run: Run, open_lane: OpenLane, limit: int) -> None:
         self._run = run
         self._open_lane = open_lane
         self.limit = limit
         # What is measured of the lanes that are up.
-        self.meters: dict[int, LaneMeter] = {}
+        self.meters: dict[int, LaneMeter | RemoteMeter] = {}
         # Content bytes of those that are gone.
         self._ended = 0
-        # Duplicates of their sockets, to shut them down without touching the TLS objects, which belong to the threads.
-        self._sockets: dict[int, socket.socket] = {}
+        # What shuts them down, without touching the TLS objects, which belong to others.
+        self._shut_down: dict[int, Callable[[], None]] = {}
         # Every lane by its number, with what tells it to finish what was asked of it and go.
         self._leave: dict[int, trio.Event] = {}
         # Numbers that the source may know: requests for another lane of that number would wait at the old one.
@@ -88,9 +91,9 @@ class Lanes:
 
     def _break(self, number: int) -> None:
         """Nothing comes on this lane any more: another connection takes its place."""
-        sock = self._sockets.get(number)
-        if sock is not None:
-            _shut_down(sock)
+        shut_down = self._shut_down.get(number)
+        if shut_down is not None:
+            shut_down()
 
     async def _keep(self, number: int) -> None:
         try:
@@ -102,7 +105,7 @@ class Lanes:
         delay = 0.2
         while True:
             try:
-                sock = await self._open_lane()
+                lane = await self._open_lane()
             except RetryLater as error:
                 if not self._run.fetcher.lanes:
                     self._run.stop(error)
@@ -110,45 +113,79 @@ class Lanes:
                 await trio.sleep(delay)
                 delay = min(delay * 2, 30)
                 continue
-            if await self._use(number, sock):
+            use = self._use_elsewhere if isinstance(lane, RemoteLane) else self._use
+            if await use(number, lane):  # type: ignore[arg-type]
                 return
             self._run.context.on_fault(SessionLost("A lane to the source broke; its work goes on elsewhere."))
 
-    async def _end(self, number: int, sock: socket.socket) -> None:
+    async def _end(self, number: int) -> None:
         """When the lane is to go: drain it, and end it."""
         await self._leave[number].wait()
         await self._run.fetcher.retire_lane(number)
-        _shut_down(sock)
+        self._break(number)
+
+    def _waits(self, number: int) -> bool:
+        """Whether a lane has to hear from the source before it is asked for anything."""
+        wait = not self._run.session.ahead or number in self._known
+        self._known.add(number)
+        return wait
 
     async def _use(self, number: int, sock: SecuredLane) -> bool:
-        """One life of a lane; returns when it broke, or True when it was told to leave."""
+        """One life of a lane with a thread here; returns when it broke, or True when it was told to leave."""
         run = self._run
         receiver = LaneReceiver(number, sock, run.context.root, run.fetcher.requests, run.settle, run, run.context.pace)
         # Shutting a duplicate down ends the blocking read.
-        duplicate = self._sockets[number] = socket.socket(fileno=os.dup(sock.fileno()))
+        duplicate = socket.socket(fileno=os.dup(sock.fileno()))
+        self._shut_down[number] = partial(_shut_down, duplicate)
         try:
             async with trio.open_nursery() as nursery:
                 await nursery.start(call_on_cancel, lambda: _stop(receiver, duplicate))
-                nursery.start_soon(self._end, number, duplicate)
-                wait = not run.session.ahead or number in self._known
-                self._known.add(number)
-                await trio.to_thread.run_sync(partial(receiver.introduce, run.session.instance, wait=wait))
+                nursery.start_soon(self._end, number)
+                introduce = partial(receiver.introduce, run.session.instance, wait=self._waits(number))
+                await trio.to_thread.run_sync(introduce)
                 self.meters[number] = receiver.meter
                 run.fetcher.add_lane(number, receiver.meter)
                 await trio.to_thread.run_sync(receiver.run)
         except* (OSError, RetryLater) as group:
-            # A broken lane is not a broken session: what it had goes to the others. Broken rules are another matter.
-            broken = group.subgroup(ProtocolError)
-            if broken is not None:
-                raise first_error(broken) from None
+            _raise_broken_rules(group)
         finally:
-            if self.meters.pop(number, None) is not None:
-                self._ended += receiver.meter.content
-            self._sockets.pop(number, None)
-            left = run.fetcher.drop_lane(number)
+            left = self._drop(number)
             duplicate.close()
             sock.close()
         return left
+
+    async def _use_elsewhere(self, number: int, lane: RemoteLane) -> bool:
+        """The same for one that another process receives on."""
+        run = self._run
+        self._shut_down[number] = lane.shut_down
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._end, number)
+                await lane.introduce(run.session.instance, number, wait=self._waits(number))
+                self.meters[number] = lane.meter
+                run.fetcher.add_lane(number, lane.meter, lane)
+                await lane.ended()
+        except* (OSError, RetryLater) as group:
+            _raise_broken_rules(group)
+        finally:
+            left = self._drop(number)
+            lane.close()
+        return left
+
+    def _drop(self, number: int) -> bool:
+        """A lane is gone; whether it was told to."""
+        meter = self.meters.pop(number, None)
+        if meter is not None:
+            self._ended += meter.content
+        self._shut_down.pop(number, None)
+        return self._run.fetcher.drop_lane(number)
+
+
+def _raise_broken_rules(group: BaseExceptionGroup[BaseException]) -> None:
+    """A broken lane is not a broken session: what it had goes to the others. Broken rules are another matter."""
+    broken = group.subgroup(ProtocolError)
+    if broken is not None:
+        raise first_error(broken) from None
 
 
 def _stop(receiver: LaneReceiver, sock: socket.socket) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import trio
 
 from agent.storage.faults import fault
+from agent.transfer.arrivals import damaged
 from agent.transfer.compare import block_size, missing_ranges
 from agent.transfer.fetch import RANGE_BYTES
 from agent.transfer.holes import WORTH_ASKING, mark_holes, sparse_block
 from agent.transfer.jobs import Abandoned, FileJob, LargeFile, PartDropped, count_done, empty_bitmap
 from agent.transfer.journal import bytes_done
 from agent.transfer.patience import attempts, counted
-from agent.transfer.receive import damaged
 from agent.transfer.reuse import Reuse
 from agent.transfer.run import Run
 from agent.transfer.source_session import SessionLost

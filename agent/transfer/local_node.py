@@ -18,6 +18,7 @@ from agent.transfer.channel import Common, WorkerCollection
 from agent.transfer.order_check import check_order, check_session_order
 from agent.transfer.outbox import Outbox
 from agent.transfer.places import Places
+from agent.transfer.spawn import session_processes
 from agent.transfer.task_store import open_or_begin
 from agent.transfer.worker_process import Workers
 from protocol.control import SessionOrder, TaskOrder
@@ -67,7 +68,9 @@ class LocalNode:
         self.outbox = Outbox(self.store)
         self.places = Places()
         self.allotment = Allotment(lambda: self.config.limits)
-        self.workers = Workers(spare=config.limits.spare_worker)
+        self.workers = Workers(
+            spare=config.limits.spare_worker, processes=session_processes(config.limits.workers_per_session)
+        )
         # All tasks wait for the moment (on battery, for example); nothing of this is remembered.
         self.suspended = False
         # Set, and replaced by a new one, at every change of what decides whose turn it is.

@@ -7,7 +7,7 @@ settler, whole packs at a time. To the fetcher the thread says which requests ar
 from __future__ import annotations
 
 import queue
-from typing import Any, Protocol
+from typing import Any
 
 from agent.connect.lane_tls import SecuredLane
 from agent.limits.pace import Pace
@@ -16,39 +16,12 @@ from agent.meter.time_shares import Doing
 from agent.storage.base import Root
 from agent.storage.faults import fault
 from agent.transfer import compression
-from agent.transfer.jobs import BlocksWritten, FileJob, LargeFile, PackArrived, PackRequest, RangeRequest, Request
+from agent.transfer.arrivals import BlockBooks, Reports, damaged
+from agent.transfer.jobs import LargeFile, PackArrived, PackRequest, RangeRequest, Request
 from agent.transfer.take_ahead import Awaited
 from protocol import lane
-from protocol.errors import ProtocolError, RetryLater, TowpathError, error_from_document_untrusted
-from protocol.names import escape
+from protocol.errors import ProtocolError, RetryLater, error_from_document_untrusted
 from protocol.session import MAX_BLOCK
-
-# Blocks of one large file that wait before the settler is asked to check them, in bytes.
-CHECK_AFTER = 16 * 1024 * 1024
-
-
-class Reports(Protocol):
-    """What a lane thread tells the trio thread; every method returns at once and may be called from any thread."""
-
-    def request_done(self, lane_number: int, r: int) -> None: ...
-    def request_failed(self, lane_number: int, r: int, error: TowpathError) -> None: ...
-    def job_failed(self, job: FileJob, error: TowpathError) -> None: ...
-    def received(self, size: int) -> None: ...
-    def blocks_settled(self, size: int) -> None: ...
-    def file_failed(self, file: LargeFile, error: TowpathError) -> None: ...
-    def block_damaged(self, file: LargeFile, index: int) -> None: ...
-
-
-def damaged(source_path: bytes, what: str = "content") -> RetryLater:
-    """What came from the source is not what the source says it sent: TLS had nothing to object to, so that one of the
-    two machines, or the program at the source, is at fault."""
-    return RetryLater(
-        f"Some {what} of {escape(source_path)} arrived from the source with a digest that does not match; "
-        "it is fetched again.",
-        code="VERIFY_CHECKSUM",
-        who="source owner",
-        subject=escape(source_path),
-    )
 
 
 class LaneReceiver:
@@ -71,6 +44,7 @@ class LaneReceiver:
         self._settle = settle
         self._reports = reports
         self._pace = pace
+        self._books = BlockBooks(settle, reports)
         self.meter = LaneMeter(sock)
         self._now = self.meter.times.now
         self._prefix = memoryview(bytearray(lane.FRAME.size))
@@ -200,34 +174,19 @@ class LaneReceiver:
         if request.owners.setdefault(header.offset, request.r) != request.r:
             # Another lane was faster.
             request.arrived += len(payload)
-            self._ended(header, request)
-            return
-        self._now(Doing.STORAGE)
-        if good and not file.failed:
-            try:
-                self._write(file.descriptor, payload, header.offset)
-            except OSError as error:
-                file.failed = True
-                self._reports.file_failed(file, fault(error, "destination", file.job.destination_path))
-        request.arrived += len(payload)
-        waiting = 0
-        if not good:
-            # Its share of the budget is kept for the next attempt.
-            self._reports.block_damaged(file, index)
-        elif file.failed:
-            self._reports.blocks_settled(len(payload))
         else:
-            waiting = file.add_unchecked(index, header.digest)
-        # With a twin another lane may have said already that everything is here.
-        if waiting * file.block >= CHECK_AFTER or header.last or request.twin is not None:
-            self._settle.put(BlocksWritten(file))
-        self._ended(header, request)
+            if good and not file.failed:
+                self._now(Doing.STORAGE)
+                self._write_block(file, payload, header.offset)
+            self._books.arrived(request, index, len(payload), header.digest, good=good, last=header.last)
+        self._books.ended(self.number, request, last=header.last)
 
-    def _ended(self, header: lane.Block, request: RangeRequest) -> None:
-        if header.last:
-            if request.arrived != request.length:
-                raise ProtocolError("The source ended a range early.")
-            self._reports.request_done(self.number, header.r)
+    def _write_block(self, file: LargeFile, payload: memoryview, offset: int) -> None:
+        try:
+            self._write(file.descriptor, payload, offset)
+        except OSError as error:
+            file.failed = True
+            self._reports.file_failed(file, fault(error, "destination", file.job.destination_path))
 
     def _write(self, descriptor: int, data: memoryview, offset: int) -> None:
         written = 0

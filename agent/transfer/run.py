@@ -14,13 +14,14 @@ import trio
 
 from agent.limits.pace import Pace
 from agent.storage.base import Root
+from agent.transfer.arrivals import Reports
 from agent.transfer.budget import Budget
 from agent.transfer.fetch import Fetcher
 from agent.transfer.jobs import FileJob, Group, LargeFile, SharedName
 from agent.transfer.journal import Journal
+from agent.transfer.lane_processes import LaneProcesses
 from agent.transfer.manifest import ManifestWriter
 from agent.transfer.patience import Patience
-from agent.transfer.receive import Reports
 from agent.transfer.received import ReceivedCounter
 from agent.transfer.source_session import SourceSession
 from protocol.control import TaskOptions, TaskOrder
@@ -42,6 +43,8 @@ class RunContext:
     on_fault: Callable[[TowpathError], None]
     patience: Patience
     pace: Pace
+    # What receives beside the lanes' threads of this process, if anything does.
+    processes: LaneProcesses | None = None
 
 
 class Failures(Protocol):

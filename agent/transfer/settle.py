@@ -23,6 +23,8 @@ from agent.storage.base import Directory, Root
 from agent.storage.faults import fault
 from agent.transfer.block_check import BlockChecker
 from agent.transfer.checksum import file_digest, unexpected_digest
+from agent.transfer.held import HeldChecked, HolderLost, PackHeld
+from agent.transfer.held_batches import HeldBatches
 from agent.transfer.jobs import (
     Abandoned,
     AllArrived,
@@ -115,7 +117,7 @@ class _Discarded:
     file: LargeFile
 
 
-_Answer: TypeAlias = ToSettle | _Batch | _Discarded | _Closed
+_Answer: TypeAlias = ToSettle | _Batch | _Discarded | _Closed | PackHeld | HeldChecked | HolderLost
 _Item: TypeAlias = _Answer | LookAgain | Broken
 
 
@@ -172,6 +174,8 @@ class Settler:
         self._linger = LINGER
         # Being synced or read back.
         self._batches: list[list[Temporary]] = []
+        # Being read back by the processes that hold them.
+        self._held = HeldBatches()
         # Asked of the checker and not answered.
         self._checks = 0
 
@@ -220,7 +224,8 @@ class Settler:
 
     @property
     def _busy(self) -> bool:
-        return bool(self._written or self._names or self._syncing or self._checks or not self.queue.empty())
+        waits = self._written or self._names or self._syncing or self._held or self._checks
+        return bool(waits or not self.queue.empty())
 
     def _look(self) -> None:
         """Settle when enough has come together."""
@@ -246,6 +251,12 @@ class Settler:
     def _take(self, item: _Item) -> None:
         if isinstance(item, PackArrived):
             self._written_bytes += self._small.write(item, self._written)
+        elif isinstance(item, PackHeld):
+            self._pack_held(item)
+        elif isinstance(item, HeldChecked):
+            self._held_checked(item)
+        elif isinstance(item, HolderLost):
+            self._holder_lost(item)
         elif isinstance(item, _Batch):
             self._synced(item)
         elif isinstance(item, BlocksWritten):
@@ -309,13 +320,52 @@ class Settler:
         if batch.failed:
             for item, error in batch.failed:
                 self._small.drop(item, fault(error, "destination", item.job.destination_path))
+            self._held.release([item for item, _ in batch.failed])
             lost = {id(item) for item, _ in batch.failed}
             files = [item for item in files if id(item) not in lost]
-        if self._verify:
-            files = self._small.read_back(files)
-        for item in files:
-            self._finish_small(item)
         del self._batches[0]
+        if not self._verify:
+            self._held.release(files)
+        else:
+            self._held.check(files)
+            files = [item for item in files if item.holder is None]
+        self._finish(files)
+
+    def _finish(self, files: list[Temporary]) -> None:
+        """Read back what lies here, and give all a name."""
+        self._batches.append(files)
+        for item in self._small.read_back(files) if self._verify else files:
+            self._finish_small(item)
+        self._batches.remove(files)
+
+    # --- small files that other processes hold ----------------------------------------------------------
+
+    def _pack_held(self, pack: PackHeld) -> None:
+        for job, index, name, digest in zip(pack.jobs, pack.indices, pack.names, pack.digests, strict=True):
+            self._written.append(Temporary(job, name, digest, -1, pack.holder, pack.r, index))
+            self._written_bytes += job.row.size
+        for job, name, error in pack.failed:
+            self.remover.remove(job.group, name)
+            self._reports.job_failed(job, error)
+
+    def _held_checked(self, answer: HeldChecked) -> None:
+        for item, number in self._held.answered(answer):
+            if number is None:
+                self._finish_small(item)
+            else:
+                self._small.not_read_back(item, number)
+
+    def _holder_lost(self, lost: HolderLost) -> None:
+        """What a process held is looked at from here, now that it is gone."""
+        asked = self._held.lost(lost.holder)
+        for item in itertools.chain(self._written, *self._batches, asked):
+            if item.holder is lost.holder:
+                item.holder = None
+        self._finish(asked)
+        for group, name in lost.orphans:
+            self.remover.remove(group, name)
+
+    # --- small files that have their names ---------------------------------------------------------------
 
     def _finish_small(self, item: Temporary) -> None:
         job, handle = item.job, item.job.group.handle

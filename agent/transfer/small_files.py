@@ -7,6 +7,7 @@ allows, so that nothing is opened twice. The settler's thread calls everything h
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from agent.storage.base import Root
 from agent.storage.faults import fault
 from agent.system.limits import open_files, raise_open_files
 from agent.transfer.attributes import give_attributes
+from agent.transfer.held import Holder
 from agent.transfer.jobs import FileJob, Group, PackArrived
 from agent.transfer.journal import Journal
 from protocol.errors import RetryLater, TowpathError
@@ -30,12 +32,16 @@ _OTHER_DESCRIPTORS = 512
 
 @dataclass(slots=True, eq=False)
 class Temporary:
-    """A small file that lies whole in a temporary. ``descriptor`` is -1 when it could not be kept open."""
+    """A small file that lies whole in a temporary. ``descriptor`` is -1 when it could not be kept open, or another
+    process (``holder``) holds it, as the file of this index in request ``r``."""
 
     job: FileJob
     name: bytes
     digest: bytes
     descriptor: int
+    holder: Holder | None = None
+    r: int = 0
+    index: int = 0
 
 
 def raise_descriptor_limit() -> None:
@@ -162,6 +168,11 @@ class SmallFiles:
             return True
         self.drop(item, _differs(item.job))
         return False
+
+    def not_read_back(self, item: Temporary, number: int) -> None:
+        """Fail what another process could not read back: for the system's number, or 0 for another content."""
+        error = OSError(number, os.strerror(number))
+        self.drop(item, fault(error, "destination", item.job.destination_path) if number else _differs(item.job))
 
     def close(self, item: Temporary) -> None:
         """Give the descriptor of a temporary back. Raises OSError for a delayed write error."""

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
 from dataclasses import dataclass
+
+# Where a process may fork once libraries are loaded; on macOS some of them do not outlive it.
+FORKS: bool = sys.platform == "linux"
 
 
 @dataclass(frozen=True)
@@ -16,13 +20,24 @@ class Spawned:
     sock: socket.socket
 
 
-def spawn() -> Spawned:
-    """Start a worker; blocks for some milliseconds. It ends when the socket is closed. Raises OSError."""
+def session_processes(wanted: int | None) -> int:
+    """How many processes one session may use here; None: as many as pay. Up to four, since the one that settles is busy
+    with three, and each may take some 45 MB."""
+    if not FORKS:
+        return 1
+    usable = getattr(os, "sched_getaffinity", None)
+    processors = os.cpu_count() or 1 if usable is None else len(usable(0))
+    return wanted if wanted is not None else min(4, processors)
+
+
+def spawn(processes: int = 1) -> Spawned:
+    """Start a worker that may use so many processes for its session; blocks for some milliseconds. It ends when the
+    socket is closed. Raises OSError."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     with theirs:
         try:
             process = subprocess.Popen(
-                [sys.executable, "-m", "agent.transfer.worker", str(theirs.fileno())],
+                [sys.executable, "-m", "agent.transfer.worker", str(theirs.fileno()), str(processes)],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
             )

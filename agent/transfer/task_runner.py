@@ -86,9 +86,11 @@ class TaskRunner:
             lock = await self._alone()
         except OSError as error:
             raise of_system(error, self._directory) from error
+        self._line.lock = lock
         try:
             return await self._run_alone()
         finally:
+            self._line.lock = None
             os.close(lock)
 
     async def _alone(self) -> int:
@@ -254,6 +256,7 @@ class TaskRunner:
                     on_fault=self._fault,
                     patience=self._patience,
                     pace=self._line.pace,
+                    processes=self._line.processes,
                 )
                 run = TransferRun(context, session, self._line.lane, self._line.lanes, resumed=resumed)
                 run.limit(self._line.lanes, self._line.memory)

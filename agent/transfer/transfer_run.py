@@ -28,6 +28,7 @@ from agent.transfer.fetch import Fetcher
 from agent.transfer.hard_links import HardLinks
 from agent.transfer.items import ItemPlanner
 from agent.transfer.jobs import AllArrived, FileJob, Group, LargeFile, Outcome
+from agent.transfer.lane_arrivals import RemoteArrivals
 from agent.transfer.lanes import Lanes, OpenLane
 from agent.transfer.large_files import LargeFiles
 from agent.transfer.mirror import Mirror
@@ -107,10 +108,21 @@ class TransferRun:
         self.fetcher = Fetcher(
             session,
             on_range_lost=lambda _file, size: self.budget.release(size),
-            on_file_idle=self.large.idle,
+            on_file_idle=self._on_file_idle,
             on_job_failed=self.retries.job_failed,
             on_hungry=self._on_hungry,
         )
+        self._arrivals: RemoteArrivals | None = None
+        if context.processes is not None:
+            self._arrivals = RemoteArrivals(
+                context.processes,
+                self.fetcher,
+                self.settle,
+                self,
+                names=context.temporary_prefix + self._run_tag,
+                mode_mask=context.mode_mask,
+                preserve_timestamp=self.options.preserve_timestamp,
+            )
         self.nursery: trio.Nursery
 
     def use_better_path(self) -> None:
@@ -126,6 +138,8 @@ class TransferRun:
 
     async def run(self) -> None:
         """Bring everything over. Raises `TowpathError`; cancelling settles what arrived, then stops."""
+        if self.context.processes is not None:
+            self.context.processes.attach(self._arrivals)
         try:
             async with trio.open_nursery() as nursery:
                 self.nursery = nursery
@@ -151,6 +165,7 @@ class TransferRun:
             # What no single file or folder answers for concerns the task as a whole.
             self._error = self._error or fault(first_system_error(system), "destination", b"")
         finally:
+            await self._end_elsewhere()
             self._close_groups()
         if self._error is not None:
             raise self._error
@@ -168,6 +183,14 @@ class TransferRun:
             context.order.items or [],
             context.patience,
         )
+
+    async def _end_elsewhere(self) -> None:
+        """Afterwards no other process writes anything of this run."""
+        processes = self.context.processes
+        if processes is not None:
+            with trio.CancelScope(shield=True):
+                await processes.end_run()
+            processes.attach(None)
 
     async def _watch_root(self) -> None:
         """End the run when the root's disk is taken away: what is opened would go on to be written where nobody sees
@@ -211,7 +234,9 @@ class TransferRun:
             lanes[number] = (meter.content, meter.times.totals(), None if facts is None else facts.rtt)
         saved = {number: meter.saved for number, meter in self._lanes.meters.items()}
         files = self.counters().files_transferred
-        return Reading(time.monotonic(), time.process_time(), self.budget.blocked, files, lanes, source, saved)
+        processes = self.context.processes
+        processor = time.process_time() + (0.0 if processes is None else processes.processor)
+        return Reading(time.monotonic(), processor, self.budget.blocked, files, lanes, source, saved)
 
     async def _run_session(self) -> None:
         try:
@@ -396,8 +421,15 @@ class TransferRun:
     def group_done(self, group: Group) -> None:
         self._soon(self._on_group_done, group)
 
+    def _on_file_idle(self, file: LargeFile) -> None:
+        if self._arrivals is not None:
+            self._arrivals.forget_file(file)
+        self.large.idle(file)
+
     def _on_group_done(self, group: Group) -> None:
         self._groups.discard(group)
+        if self._arrivals is not None:
+            self._arrivals.forget_group(group)
         group.handle.close()
         self._slots.release()
         self._look_whether_done()

@@ -1,7 +1,8 @@
 """The worker process: one task at its destination, or one session at its source. Composition only.
 
-Started by the daemon as ``python -m agent.transfer.worker FD`` with one end of a socket pair; the first message says
-what to be. It ends when its work ends or the daemon goes away; what it had settled is in the journal.
+Started by the daemon as ``python -m agent.transfer.worker FD N`` with one end of a socket pair and the number of
+processes that its session may use, itself included; the first message says what to be. It ends when its work ends or
+the daemon goes away; what it had settled is in the journal.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Sequence
 
 import trio
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
@@ -38,6 +40,7 @@ from agent.transfer.channel import (
     WorkerCollection,
 )
 from agent.transfer.daemon_line import DaemonLine, Moving
+from agent.transfer.lane_processes import Child, dismiss, fork_lane_processes
 from agent.transfer.rehearsal import rehearse
 from agent.transfer.serve import JOIN_PATIENCE, SourceSide, serve_lane
 from agent.transfer.small_files import raise_descriptor_limit
@@ -78,10 +81,14 @@ def _narrowed(root: Root, grant: Grant) -> Root:
         return root.narrowed(Reach(folders))
 
 
-async def _run_task(channel: Channel, start: RunTask) -> None:
+async def _run_task(channel: Channel, start: RunTask, forked: Sequence[Child]) -> None:
+    if start.order.type != "TRANSFER" or start.order.options.preserve_xattrs:
+        # Nothing is received, or not by handles alone.
+        await trio.to_thread.run_sync(dismiss, forked)
+        forked = ()
     mask = os.umask(0)
     os.umask(mask)
-    line = DaemonLine(channel, start, identity_of(start.common))
+    line = DaemonLine(channel, start, identity_of(start.common), forked)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(line.run)
         collection = _collection(start.common, start.order.destination.collection_id)
@@ -244,7 +251,7 @@ async def _shut_down_when_cancelled(sock: socket.socket) -> None:
             sock.shutdown(socket.SHUT_RDWR)
 
 
-async def _main(descriptor: int) -> None:
+async def _main(descriptor: int, forked: Sequence[Child]) -> None:
     channel = Channel(socket.socket(fileno=descriptor), ToWorker)
     try:
         try:
@@ -253,8 +260,9 @@ async def _main(descriptor: int) -> None:
             # It waited as a spare and was never needed.
             return
         if isinstance(start, RunTask):
-            await _run_task(channel, start)
+            await _run_task(channel, start, forked)
         elif isinstance(start, ServeSession):
+            await trio.to_thread.run_sync(dismiss, forked)
             await _SourceWorker(channel, start).run()
     except* ChannelClosed:
         print("the daemon is gone; its successor starts a worker of its own", file=sys.stderr, flush=True)
@@ -273,7 +281,10 @@ def main() -> None:
     # What is loaded by now stays, and what comes are many small objects in few cycles: seldom is often enough.
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
-    trio.run(_main, int(sys.argv[1]))
+    channel, processes = int(sys.argv[1]), int(sys.argv[2])
+    # Now, while there is one thread: those that wait cost little memory of their own.
+    forked = fork_lane_processes(processes - 1, close=channel)
+    trio.run(_main, channel, forked)
 
 
 if __name__ == "__main__":

@@ -28,10 +28,12 @@ class _Process:
 
 
 class Workers:
-    """All worker processes of an agent. With ``spare`` one waits, started and idle, for the next piece of work."""
+    """All worker processes of an agent. With ``spare`` one waits, started and idle, for the next piece of work. Each
+    may use ``processes`` processes, itself included, for its session (see `agent.transfer.lane_processes`)."""
 
-    def __init__(self, *, spare: bool) -> None:
+    def __init__(self, *, spare: bool, processes: int = 1) -> None:
         self._want_spare = spare
+        self._processes = processes
         self._spare: _Process | None = None
         self._taken = trio.Event()
 
@@ -45,7 +47,7 @@ class Workers:
             while self._want_spare:
                 await trio.sleep(REST)
                 if self._spare is None:
-                    self._spare = await _start()
+                    self._spare = await _start(self._processes)
                 self._taken = trio.Event()
                 with trio.move_on_after(NEEDED_WITHIN):
                     await self._taken.wait()
@@ -70,7 +72,7 @@ class Workers:
             # It died while it waited.
             await _end(spare)
             spare = None
-        one = spare or await _start()
+        one = spare or await _start(self._processes)
         try:
             await one.channel.send(start)
             yield one.channel
@@ -78,8 +80,8 @@ class Workers:
             await _end(one)
 
 
-async def _start() -> _Process:
-    spawned = await trio.to_thread.run_sync(spawn)
+async def _start(processes: int) -> _Process:
+    spawned = await trio.to_thread.run_sync(spawn, processes)
     return _Process(spawned.process, Channel(spawned.sock, ToDaemon))
 
 

@@ -22,14 +22,18 @@ import pytest
 import trio
 import trio.testing
 
+from agent.connect.lane_tls import SecuringLane
 from agent.limits.pace import Pace
-from agent.storage.base import Root
+from agent.storage.base import Bytes, Root
 from agent.storage.faulty import Call, FaultyRoot, Plan, no_faults
+from agent.storage.handed import Handed
 from agent.storage.posix import open_root
 from agent.transfer import patience, task_runner
 from agent.transfer.channel import Common, Event, RunTask
 from agent.transfer.compression import offered
 from agent.transfer.journal import Journal
+from agent.transfer.lane_process import LaneProcess
+from agent.transfer.lane_processes import Child, LaneProcesses, RemoteLane
 from agent.transfer.manifest import ManifestWriter, SkippedRow, read_page
 from agent.transfer.serve import SourceSide, serve_lane
 from agent.transfer.source_session import SourceSession
@@ -40,11 +44,17 @@ from protocol.errors import TowpathError
 
 TASK = "11111111-2222-4333-8444-555555555555"
 WHOLE = [TaskItem(source_path="/", destination_path="/", recursive=True)]
+# The name of threads that play lane processes.
+LANE_PROCESS = "lane process"
 CHECKED = TaskOptions(verify_checksum=True, preserve_timestamp=True, recursive_symlinks="keep")
 
 
 class Crashed(BaseException):
     """The process is dead. Nothing of the engine may catch this and go on."""
+
+
+class LaneProcessDied(BaseException):
+    """A lane process is dead, and nothing else."""
 
 
 class OpenPolicy:
@@ -65,6 +75,87 @@ class OpenPolicy:
         return True
 
 
+class FaultyHanded(Handed):
+    """What a lane process calls, with faults by the engine's plan, under the names that the calls have elsewhere."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def _before(self, operation: str, name: bytes = b"") -> None:
+        code = self._engine._planned(Call(0, operation, 0, name))
+        if code is not None:
+            raise OSError(code, os.strerror(code))
+
+    def write_whole(self, folder: int, name: bytes, mode: int, content: memoryview, mtime_ns: int | None) -> int:
+        self._before("create_temporary", name)
+        return super().write_whole(folder, name, mode, content, mtime_ns)
+
+    def open_temporary(self, folder: int, name: bytes) -> int:
+        self._before("open_temporary", name)
+        return super().open_temporary(folder, name)
+
+    def pwrite(self, fd: int, data: Bytes, offset: int) -> int:
+        self._before("pwrite")
+        short = self._engine.short
+        return super().pwrite(fd, memoryview(data)[:short] if short else data, offset)
+
+    def preadv(self, fd: int, buffer: memoryview, offset: int) -> int:
+        self._before("preadv")
+        short = self._engine.short
+        return super().preadv(fd, buffer[:short] if short else buffer, offset)
+
+    def close_file(self, fd: int) -> None:
+        super().close_file(fd)
+        self._before("close_file")
+
+
+class PlainLane(SecuringLane):
+    """A lane without TLS."""
+
+    def __init__(self, sock: socket.socket, *_: object) -> None:
+        self._socket = sock
+
+    def shake_hands(self) -> None:
+        return None
+
+    def sendall(self, data: bytes | memoryview) -> None:
+        self._socket.sendall(data)
+
+    def recv_now(self, view: memoryview, count: int) -> int:
+        return self._socket.recv_into(view, count)
+
+
+class LanePlayer(Child):
+    """A lane process that is a thread."""
+
+    def __init__(self, engine: Engine) -> None:
+        ours, theirs = socket.socketpair()
+        super().__init__(0, ours)
+        object.__setattr__(self, "_theirs", theirs)
+        process = LaneProcess(theirs, FaultyHanded(engine), PlainLane)
+        thread = threading.Thread(target=self._play, args=(process,), name=LANE_PROCESS, daemon=True)
+        object.__setattr__(self, "_thread", thread)
+        thread.start()
+
+    def _play(self, process: LaneProcess) -> None:
+        # A crash of the engine is one of this, too.
+        try:
+            with contextlib.suppress(Crashed, LaneProcessDied):
+                process.run()
+        finally:
+            # As the system does when a process dies.
+            if process._lock >= 0:
+                os.close(process._lock)
+
+    def kill(self) -> None:
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)
+
+    def wait(self) -> None:
+        self._thread.join(10)  # type: ignore[attr-defined]
+        assert not self._thread.is_alive()  # type: ignore[attr-defined]
+
+
 class Line:
     """The daemon of a task, as its runner sees it."""
 
@@ -81,6 +172,11 @@ class Line:
         self._scopes: set[trio.CancelScope] = set()
         self.side: SourceSide | None = None
         self.ended = trio.Event()
+        self.lock: int | None = None
+        self.players = [LanePlayer(engine) for _ in range(engine.processes)]
+        self.processes = LaneProcesses(self.players, engine.pace) if self.players else None
+        if self.processes is not None:
+            nursery.start_soon(self.processes.run)
 
     def want(self, desired: str) -> None:
         self.desired = desired
@@ -111,6 +207,8 @@ class Line:
             scope = trio.CancelScope()
             self.nursery.start_soon(self._serve, side, theirs, scope)
             session = SourceSession(ours, b"i" * 16)
+            if self.processes is not None:
+                self.processes.begin_run(b"", "", self.lock)
             try:
                 # Sources of before want to be greeted first, and answer, before they are asked.
                 begin = session.greet if self.engine.ahead else session.hello
@@ -134,7 +232,7 @@ class Line:
         finally:
             self.ended.set()
 
-    async def lane(self) -> socket.socket:
+    async def lane(self) -> socket.socket | RemoteLane:
         ours, theirs = socket.socketpair()
         side = self.side
         assert side is not None
@@ -142,6 +240,8 @@ class Line:
         thread = threading.Thread(target=self.engine.serve, args=(side, theirs), daemon=True)
         thread.start()
         self.engine.threads.append(thread)
+        if self.processes is not None and self.processes.alive:
+            return await self.processes.open(ours, "")
         return ours
 
     def post(self, event: Event) -> None:
@@ -171,6 +271,8 @@ class Engine:
     read_twice: bool = False
     ahead: bool = True
     lanes_wanted: int = 1
+    # Lane processes, each played by a thread of this one.
+    processes: int = int(os.environ.get("LANE_PROCESSES", "0"))
     wrap: Callable[[Root], Root] = lambda root: root
     on_session: Callable[[int], None] | None = None
     on_report: Callable[[Line, TaskObserved], None] | None = None
@@ -329,7 +431,7 @@ class Engine:
 
     def revived(self, plan: Plan = no_faults) -> Engine:
         """What comes after a crash: new processes on the same disks."""
-        after = Engine(self.base, self.options, self.items, self.type, plan, short=self.short)
+        after = Engine(self.base, self.options, self.items, self.type, plan, short=self.short, processes=self.processes)
         after.events = list(self.events)
         return after
 

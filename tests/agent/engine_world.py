@@ -68,8 +68,9 @@ class Node:
 class World:
     """Two nodes and what a relay would do for them."""
 
-    def __init__(self, directory: Path, nursery: trio.Nursery) -> None:
+    def __init__(self, directory: Path, nursery: trio.Nursery, workers_per_session: int | None = None) -> None:
         self.nursery = nursery
+        self.workers_per_session = workers_per_session
         self.relay_root = RelayRoot.generate()
         key = Ed25519PrivateKey.generate()
         now = time.time()
@@ -96,7 +97,7 @@ class World:
             state_dir=node.state,
             collections=(collection,),
             data=DataConfig(listen="127.0.0.1", advertise=("127.0.0.1",), allow_loopback=True),
-            limits=LimitsConfig(workers=2, lanes=2, spare_worker=False),
+            limits=LimitsConfig(workers=2, lanes=2, spare_worker=False, workers_per_session=self.workers_per_session),
         )
         node.policy = Policy([collection])
         service = TransferService(
@@ -181,10 +182,10 @@ class World:
 
 
 @asynccontextmanager
-async def world(directory: Path) -> AsyncIterator[World]:
+async def world(directory: Path, workers_per_session: int | None = None) -> AsyncIterator[World]:
     """Two nodes that are up; everything ends with the block."""
     async with trio.open_nursery() as nursery:
-        made = World(directory, nursery)
+        made = World(directory, nursery, workers_per_session)
         await made.start(made.alpha)
         await made.start(made.beta)
         yield made

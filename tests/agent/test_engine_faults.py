@@ -17,7 +17,7 @@ import pytest
 import trio
 
 from agent.storage.faulty import Call, fail_nth
-from agent.transfer import patience, receive
+from agent.transfer import arrivals, patience
 from protocol.control import TaskOptions
 from tests.agent.engine_inside import Crashed, Engine, contents, quick_path
 from tests.slices import chosen_seeds
@@ -257,7 +257,7 @@ async def test_a_large_file_that_begins_anew_counts_once(
     quick_path: Path, monkeypatch: pytest.MonkeyPatch, last: str
 ) -> None:
     """Its first blocks are in the journal, all are checked, and then its name cannot be given, or the process dies."""
-    monkeypatch.setattr(receive, "CHECK_AFTER", MIB)
+    monkeypatch.setattr(arrivals, "CHECK_AFTER", MIB)
     checked, booked, complete, at_rest = (threading.Event() for _ in range(4))
     failed: list[Call] = []
 
@@ -337,7 +337,7 @@ async def chaos(base: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> Count
         return code
 
     # Every other seed checks each block alone, so that parts of the large file count before it is whole.
-    monkeypatch.setattr(receive, "CHECK_AFTER", MIB if seed % 2 else 16 * MIB)
+    monkeypatch.setattr(arrivals, "CHECK_AFTER", MIB if seed % 2 else 16 * MIB)
     engine = Engine(base, plan=plan)
     wanted = fill(engine)
     observed = None

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent.storage.faulty import Call
-from agent.transfer import receive
+from agent.transfer import arrivals
 from agent.transfer.compare import block_count, block_size, missing_ranges
 from agent.transfer.holes import check_extents_untrusted, data_extents, mark_holes, sparse_block
 from agent.transfer.jobs import empty_bitmap
@@ -130,7 +130,7 @@ async def test_a_terabyte_with_little_data_costs_little(quick_path: Path) -> Non
 
 async def test_a_crash_on_the_way_keeps_holes_and_data(quick_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each fifth call is the last one once; what was durable by then is not sent again as other blocks."""
-    monkeypatch.setattr(receive, "CHECK_AFTER", MIB)
+    monkeypatch.setattr(arrivals, "CHECK_AFTER", MIB)
     size, count = 10**12, 8
     if not supports(quick_path, size):
         pytest.skip("this file system holds no such file")

@@ -1,0 +1,125 @@
+"""Small files that a lane process has written to temporaries: held open until they are read back or released.
+
+As `agent.transfer.small_files`, but through handles from the worker and without a word on tasks: what fails is told
+to the worker by number.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from agent.storage.handed import Handed
+from agent.transfer.lane_messages import ExpectedFile, temporary_name
+from protocol.lane import digest as content_digest
+from protocol.session import MAX_BLOCK
+
+
+@dataclass(slots=True)
+class _Held:
+    """One temporary. ``descriptor`` is -1 when it could not be kept open."""
+
+    folder: int
+    name: bytes
+    size: int
+    digest: bytes
+    descriptor: int
+
+
+class HeldFiles:
+    """``keep``: how many descriptors may stay open. Folders are descriptors of this process. One thread calls."""
+
+    def __init__(self, handed: Handed, keep: int) -> None:
+        self._handed = handed
+        self._keep = keep
+        self._open = 0
+        self._held: dict[tuple[int, int], _Held] = {}
+        self._buffer = memoryview(bytearray(MAX_BLOCK // 8))
+
+    def write(
+        self, r: int, index: int, expected: ExpectedFile, folder: int, names: bytes, content: memoryview, digest: bytes
+    ) -> int:
+        """Write one file of request ``r`` to its temporary; the system's number of what went wrong, or 0."""
+        name = temporary_name(names, r, index)
+        try:
+            descriptor = self._handed.write_whole(folder, name, expected.mode, content, expected.mtime_ns)
+            if self._open >= self._keep:
+                held, descriptor = descriptor, -1
+                self._handed.close_file(held)
+        except OSError as error:
+            return error.errno or errno.EIO
+        self._open += descriptor >= 0
+        self._held[r, index] = _Held(folder, name, len(content), digest, descriptor)
+        return 0
+
+    def check(self, files: Iterable[tuple[int, list[int]]]) -> list[tuple[int, int, int]]:
+        """Read temporaries back, past the page cache where the system allows, and close them: those that are no good,
+        with the system's number or 0 for another content."""
+        wanted = [(r, index, self._held.pop((r, index), None)) for r, indices in files for index in indices]
+        # All are dropped from the cache and asked for before the first is waited for, so that the disk sees a queue.
+        for step in (self._handed.forget, self._handed.want):
+            for _, _, held in wanted:
+                if held is not None and held.descriptor >= 0 and held.size:
+                    with contextlib.suppress(OSError):
+                        # Whatever it is, reading says it.
+                        step(held.descriptor)
+        bad = []
+        for r, index, held in wanted:
+            number = errno.ENOENT if held is None else self._look(held)
+            if number is not None:
+                bad.append((r, index, number))
+        return bad
+
+    def _look(self, held: _Held) -> int | None:
+        """None for one that reads back as it was sent."""
+        try:
+            if held.descriptor < 0:
+                held.descriptor = self._handed.open_temporary(held.folder, held.name)
+                self._open += 1
+                self._handed.forget(held.descriptor)
+            try:
+                same = self._reads_back(held)
+            finally:
+                self._close(held)
+        except OSError as error:
+            return error.errno or errno.EIO
+        return None if same else 0
+
+    def _reads_back(self, held: _Held) -> bool:
+        size = held.size
+        if len(self._buffer) <= size:
+            self._buffer = memoryview(bytearray(size + 1))
+        # One byte more than there should be, so that a file that grew is noticed.
+        view = self._buffer[: size + 1]
+        read = self._handed.preadv(held.descriptor, view, 0)
+        while 0 < read < size:
+            more = self._handed.preadv(held.descriptor, view[read:], read)
+            if not more:
+                break
+            read += more
+        return read == size and content_digest(view[:size]) == held.digest
+
+    def release(self, files: Iterable[tuple[int, list[int]]]) -> None:
+        """Close temporaries without a look."""
+        for r, indices in files:
+            for index in indices:
+                held = self._held.pop((r, index), None)
+                if held is not None:
+                    with contextlib.suppress(OSError):
+                        # What the disk could not take was said by the sync.
+                        self._close(held)
+
+    def _close(self, held: _Held) -> None:
+        if held.descriptor >= 0:
+            descriptor, held.descriptor = held.descriptor, -1
+            self._open -= 1
+            self._handed.close_file(descriptor)
+
+    def close(self) -> None:
+        """Close everything; the files stay, and are the worker's."""
+        for held in self._held.values():
+            with contextlib.suppress(OSError):
+                self._close(held)
+        self._held.clear()

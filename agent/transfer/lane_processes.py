@@ -1,0 +1,442 @@
+"""The lane processes of a worker, as the worker knows them: what it says to each, and what becomes of what they say.
+
+They are forked from a worker before it has threads, so that they cost little time and share its memory, and wait until
+a session needs them. One that dies takes its lanes along, whose work goes to others; nothing takes its place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import os
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import msgspec
+import trio
+
+from agent.connect.tls import HANDSHAKE_TIMEOUT
+from agent.limits.pace import Pace
+from agent.transfer import lane_messages as say
+from agent.transfer.channel import Channel, ChannelClosed, Message
+from agent.transfer.jobs import Group, LargeFile, Request
+from agent.transfer.lane_process import LaneProcess
+from agent.transfer.spawn import FORKS
+from protocol.congestion import TcpFacts, tcp_facts
+from protocol.errors import ProtocolError, RetryLater, TowpathError, error_from_document_untrusted
+
+# How often (seconds) the shares of a limit are looked at.
+SHARE_EVERY = 0.1
+# How long a lane process may take to close what a session had open, before it is killed.
+END_WITHIN = 10.0
+# How long the source may take to greet a new lane.
+GREETED_WITHIN = 40.0
+_QUEUED = 100_000
+
+
+class Arrivals(Protocol):
+    """What a run does about what its lane processes say. Called in the trio thread."""
+
+    def expectation(self, process: OneProcess, lane: int, request: Request) -> Message:
+        """How a request is told to a process."""
+
+    def pack_written(self, lane: RemoteLane, message: say.PackWritten) -> None: ...
+    def block_written(self, lane: RemoteLane, message: say.BlockWritten) -> None: ...
+    def request_failed(self, lane: RemoteLane, message: say.RequestFailed) -> None: ...
+    def withdrawn(self, lane: RemoteLane, message: say.Withdrawn) -> None: ...
+    def checked(self, process: OneProcess, message: say.Checked) -> None: ...
+    def process_lost(self, process: OneProcess) -> None: ...
+
+
+class RemoteMeter:
+    """Stands for the `LaneMeter` of a lane in another process, as far as that has told."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.content = 0
+        self.saved = 0
+        self.times = self
+        self._totals = [0.0] * 5
+        self._socket = sock
+
+    def totals(self) -> list[float]:
+        """As `TimeShares.totals`."""
+        return list(self._totals)
+
+    def facts(self) -> TcpFacts | None:
+        """As `LaneMeter.facts`: the connection is known here, too."""
+        return tcp_facts(self._socket)
+
+    def note(self, reading: say.Reading) -> int:
+        """What the other process has measured; how many bytes have crossed the network since the last time."""
+        before = self.content - self.saved
+        self.content, self.saved, self._totals = reading.content, reading.saved, reading.times
+        return max(0, self.content - self.saved - before)
+
+
+class RemoteLane:
+    """One lane that lives in a lane process."""
+
+    def __init__(self, process: OneProcess, key: int, sock: socket.socket) -> None:
+        self.process = process
+        self.key = key
+        self.number = 0
+        # The connection before TLS, which belongs to the other process: to be shut down and asked about.
+        self._socket = sock
+        self.meter = RemoteMeter(sock)
+        self.secured, self.ready, self.over = trio.Event(), trio.Event(), trio.Event()
+        self.error: TowpathError | None = None
+
+    async def introduce(self, instance: bytes, number: int, *, wait: bool) -> None:
+        """Join a control stream, and perhaps wait for the source to accept it. Raises what ends the lane."""
+        self.number = number
+        self.process.post(say.Introduce(lane=self.key, number=number, instance=instance))
+        if wait:
+            await self.wait_for(self.ready, GREETED_WITHIN)
+
+    async def wait_for(self, event: trio.Event, seconds: float) -> None:
+        """Wait for a step of the lane. Raises what ends it first, or `RetryLater`."""
+        with trio.move_on_after(seconds):
+            await event.wait()
+            if self.error is not None:
+                raise self.error
+            return
+        raise RetryLater("A lane to the source did not come up in time.", code="CONNECT_FAILED")
+
+    async def ended(self) -> None:
+        """Wait for the end of the lane, and raise why."""
+        await self.over.wait()
+        raise self.error or RetryLater("The source closed a lane.", code="CONNECTION_LOST")
+
+    def end(self, error: TowpathError) -> None:
+        """It is over."""
+        self.error = self.error or error
+        for event in (self.over, self.secured, self.ready):
+            event.set()
+
+    def expect(self, request: Request) -> None:
+        """Have the process take what is about to be asked for."""
+        arrivals = self.process.arrivals
+        if arrivals is not None:
+            self.process.post(arrivals.expectation(self.process, self.key, request))
+
+    def discard(self, r: int) -> None:
+        """Have what comes of a request left lying."""
+        self.process.post(say.Discard(r=r, lane=self.key))
+
+    def withdraw(self, r: int) -> None:
+        """Have nothing more of a request written; the run hears when that is sure."""
+        self.process.post(say.Withdraw(r=r, lane=self.key))
+
+    def shut_down(self) -> None:
+        """End the connection; the process then says that the lane is over."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Give it up. Returns at once, safe to call twice."""
+        if self.process.lanes.pop(self.key, None) is not None:
+            self.process.post(say.CloseLane(lane=self.key))
+        self._socket.close()
+
+
+@dataclass(frozen=True, eq=False)
+class Child:
+    """A process that was forked, and our end of the pair with it."""
+
+    pid: int
+    sock: socket.socket
+
+    def kill(self) -> None:
+        """End it now. Not after `wait`."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+
+    def wait(self) -> None:
+        """Wait for its end; blocks."""
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(self.pid, 0)
+
+
+class OneProcess:
+    """The worker's end of the pair with one lane process. Methods are called in the trio thread."""
+
+    def __init__(self, child: Child, pace: Pace) -> None:
+        self.child = child
+        self._pace = pace
+        self.alive = True
+        self.lanes: dict[int, RemoteLane] = {}
+        self.arrivals: Arrivals | None = None
+        self.processor = 0.0
+        self.waited = 0.0
+        self.run_ended = trio.Event()
+        self.share: int | None = None
+        # Handles that it has, by what they are of.
+        self._folders: dict[Group, int] = {}
+        self._files: dict[LargeFile, int] = {}
+        self._numbers = itertools.count(1)
+        self._channel = Channel(child.sock, say.FromLanes)
+        self._out, self._queue = trio.open_memory_channel[tuple[Message, tuple[int, ...]]](_QUEUED)
+
+    def post(self, message: Message, descriptor: int | None = None) -> None:
+        """Say something, with a descriptor that is duplicated at once. Nothing happens when the process is gone."""
+        if not self.alive:
+            return
+        descriptors: tuple[int, ...] = ()
+        if descriptor is not None:
+            descriptors = (os.dup(descriptor),)
+            message = msgspec.structs.replace(message, descriptors=1)
+        try:
+            self._out.send_nowait((message, descriptors))
+        except trio.WouldBlock:
+            for each in descriptors:
+                os.close(each)
+            self.kill()
+
+    def kill(self) -> None:
+        """End it now; like any death it costs nothing but the work it had not told of."""
+        self.child.kill()
+
+    async def run(self) -> None:
+        """Talk with it until it is gone, or cancelled."""
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._write)
+                while True:
+                    message, _ = await self._channel.receive()
+                    self._handle(message)
+        except* (ChannelClosed, OSError):
+            print(f"lane process {self.child.pid} is gone", file=sys.stderr, flush=True)
+        finally:
+            self.alive = False
+            self.kill()
+            with trio.CancelScope(shield=True):
+                # Before anybody takes over its work: what it was about to write must not come later.
+                await trio.to_thread.run_sync(self.child.wait)
+            self._gone()
+
+    async def _write(self) -> None:
+        async for message, descriptors in self._queue:
+            try:
+                await self._channel.send(message, descriptors)
+            finally:
+                for each in descriptors:
+                    os.close(each)
+
+    def _gone(self) -> None:
+        self._channel.close()
+        with contextlib.suppress(trio.WouldBlock):
+            while True:
+                for each in self._queue.receive_nowait()[1]:
+                    os.close(each)
+        # What it had written stands or falls with the run; that first, so that nothing is asked for again before.
+        if self.arrivals is not None:
+            self.arrivals.process_lost(self)
+        for lane in list(self.lanes.values()):
+            lane.end(RetryLater("A process that received for this task ended.", code="CONNECTION_LOST"))
+        self.run_ended.set()
+
+    def _handle(self, message: Any) -> None:
+        if isinstance(message, say.Readings):
+            self.processor, self.waited = message.processor, message.waited
+            for reading in message.lanes:
+                known = self.lanes.get(reading.lane)
+                if known is not None:
+                    self._pace.moved(known.meter.note(reading))
+        elif isinstance(message, say.Checked):
+            if self.arrivals is not None:
+                self.arrivals.checked(self, message)
+        elif isinstance(message, say.RunEnded):
+            self.run_ended.set()
+        else:
+            lane = self.lanes.get(message.lane)
+            if lane is not None:
+                self._of_lane(lane, message)
+
+    def _of_lane(self, lane: RemoteLane, message: Any) -> None:
+        if isinstance(message, say.LaneSecured):
+            lane.secured.set()
+        elif isinstance(message, say.LaneReady):
+            lane.ready.set()
+        elif isinstance(message, say.LaneEnded):
+            error = error_from_document_untrusted(message.error)
+            lane.end(ProtocolError(error.sentence) if message.broke_rules else error)
+        elif self.arrivals is None:
+            return
+        elif isinstance(message, say.PackWritten):
+            self.arrivals.pack_written(lane, message)
+        elif isinstance(message, say.BlockWritten):
+            self.arrivals.block_written(lane, message)
+        elif isinstance(message, say.RequestFailed):
+            self.arrivals.request_failed(lane, message)
+        elif isinstance(message, say.Withdrawn):
+            self.arrivals.withdrawn(lane, message)
+
+    # --- handles ---------------------------------------------------------------------------------------
+
+    def folder(self, group: Group) -> int:
+        """The number of a group's folder there; it is handed over when it was not. Raises OSError."""
+        number = self._folders.get(group)
+        if number is None:
+            descriptor = group.handle.fileno()
+            if descriptor is None:
+                raise OSError(errno.EBADF, "The folder has no handle that could be handed over.")
+            number = self._folders[group] = next(self._numbers)
+            self.post(say.GivenFolder(folder=number), descriptor)
+        return number
+
+    def file(self, file: LargeFile) -> int:
+        """The same for the temporary of a large file."""
+        number = self._files.get(file)
+        if number is None:
+            number = next(self._numbers)
+            self.post(say.GivenFile(file=number, size=file.job.row.size, block=file.block), file.descriptor)
+            self._files[file] = number
+        return number
+
+    def forget_group(self, group: Group) -> None:
+        """The group is done."""
+        number = self._folders.pop(group, None)
+        if number is not None:
+            self.post(say.Forget(folders=[number]))
+
+    def forget_file(self, file: LargeFile) -> None:
+        """Nothing of the file is under way."""
+        number = self._files.pop(file, None)
+        if number is not None:
+            self.post(say.Forget(files=[number]))
+
+    def begin_run(self, node_key: bytes, session_id: str, lock: int | None) -> None:
+        """A session begins."""
+        self._folders.clear()
+        self._files.clear()
+        self.run_ended = trio.Event()
+        self.post(say.BeginRun(node_key=node_key, session_id=session_id), lock)
+
+    async def end_run(self) -> None:
+        """Have everything of the session closed: afterwards it writes nothing of it any more."""
+        if not self.alive:
+            return
+        self.post(say.EndRun())
+        with trio.move_on_after(END_WITHIN):
+            await self.run_ended.wait()
+        if not self.run_ended.is_set():
+            self.kill()
+            await self.run_ended.wait()
+
+
+class LaneProcesses:
+    """All lane processes of one worker; `run` while a task runs."""
+
+    def __init__(self, forked: Sequence[Child], pace: Pace) -> None:
+        self.processes = [OneProcess(child, pace) for child in forked]
+        self._pace = pace
+        self._keys = itertools.count(1)
+
+    @property
+    def alive(self) -> list[OneProcess]:
+        return [each for each in self.processes if each.alive]
+
+    @property
+    def processor(self) -> float:
+        """Seconds of processor time of all of them."""
+        return sum(each.processor for each in self.processes)
+
+    async def run(self) -> None:
+        """Talk with all of them and keep them to the pace, until cancelled; then they end."""
+        async with trio.open_nursery() as nursery:
+            for process in self.processes:
+                nursery.start_soon(process.run)
+            nursery.start_soon(self._keep_pace)
+
+    async def _keep_pace(self) -> None:
+        while True:
+            self._divide()
+            await trio.sleep(SHARE_EVERY)
+
+    def _divide(self) -> None:
+        """What all may receive is shared evenly by the processes that have lanes."""
+        receiving = [each for each in self.alive if each.lanes]
+        rate = self._pace.rate
+        for process in receiving:
+            share = None if rate is None else max(1, int(rate / len(receiving)))
+            if share != process.share:
+                process.share = share
+                process.post(say.Share(rate=share))
+        self._pace.waited_elsewhere = sum(each.waited for each in self.processes)
+
+    def begin_run(self, node_key: bytes, session_id: str, lock: int | None) -> None:
+        """A session begins: descriptors and lanes of the one before are closed. ``lock`` holds the task's lock."""
+        for process in self.alive:
+            process.begin_run(node_key, session_id, lock)
+
+    async def end_run(self) -> None:
+        """The session is over; when this returns none of them writes anything of it any more."""
+        async with trio.open_nursery() as nursery:
+            for process in self.alive:
+                nursery.start_soon(process.end_run)
+
+    def attach(self, arrivals: Arrivals | None) -> None:
+        """Who hears what comes from now on."""
+        for process in self.processes:
+            process.arrivals = arrivals
+
+    async def open(self, sock: socket.socket, certificate: str) -> RemoteLane:
+        """Hand a connection, on which nothing was sent yet, to the process with the fewest lanes, and have it secured.
+        Raises `TowpathError`. The socket is this function's."""
+        alive = self.alive
+        if not alive:
+            sock.close()
+            raise RetryLater("No process is left that receives for this task.", code="CONNECT_FAILED")
+        process = min(alive, key=lambda each: len(each.lanes))
+        key = next(self._keys)
+        lane = process.lanes[key] = RemoteLane(process, key, sock)
+        try:
+            process.post(say.Secure(lane=key, certificate=certificate), sock.fileno())
+            self._divide()
+            await lane.wait_for(lane.secured, HANDSHAKE_TIMEOUT)
+        except BaseException:
+            lane.close()
+            raise
+        return lane
+
+
+def fork_lane_processes(count: int, *, close: int) -> list[Child]:
+    """Start so many, with our ends of their pairs; ``close`` is a descriptor that is not for them. To be called before
+    there is any other thread. None where the system has no fork, or none that is safe once libraries are loaded
+    (macOS)."""
+    forked: list[Child] = []
+    for _ in range(count if FORKS else 0):
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        pid = os.fork()
+        if pid == 0:
+            _be_lane_process(theirs, [close, ours.fileno(), *(child.sock.fileno() for child in forked)])
+        theirs.close()
+        forked.append(Child(pid, ours))
+    return forked
+
+
+def dismiss(forked: Sequence[Child]) -> None:
+    """End lane processes that are not needed. Blocks for a moment."""
+    for child in forked:
+        child.sock.close()
+        child.wait()
+
+
+def _be_lane_process(sock: socket.socket, others: list[int]) -> None:
+    """In the child; never returns."""
+    code = 1
+    try:
+        for other in others:
+            os.close(other)
+        LaneProcess(sock).run()
+        code = 0
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        sys.stderr.flush()
+        os._exit(code)

@@ -1,0 +1,274 @@
+"""A session in which other processes receive: the same outcomes as in one process, whatever fails and whoever dies."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import trio
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agent.storage.faulty import Call, Plan, fail_nth
+from agent.transfer import end_game, lane_count, lanes
+from agent.transfer import lane_messages as say
+from agent.transfer.lane_processes import LaneProcesses, RemoteLane
+from protocol.control import TaskItem, TaskOptions
+from tests.agent import engine_world
+from tests.agent.engine_inside import (
+    LANE_PROCESS,
+    Crashed,
+    Engine,
+    LaneProcessDied,
+    contents,
+    quick_path,
+    tree,
+)
+from tests.agent.test_bit_flips_transfer import Spoiler
+from tests.agent.test_end_game import _throttled
+from tests.agent.test_engine_faults import fill, nothing_half
+
+__all__ = ["quick_path"]
+
+MIB = 1024 * 1024
+
+
+def _fill(engine: Engine) -> None:
+    tree(engine.source, [f"{folder}/{name}" for folder in "ab" for name in range(40)])
+    (engine.source / "large").write_bytes(os.urandom(20 * MIB + 5))
+
+
+def _same(engine: Engine) -> None:
+    assert contents(engine.destination) == contents(engine.source)
+    assert not engine.temporaries()
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("processes", [1, 2])
+async def test_what_other_processes_receive_is_what_there_is(quick_path: Path, processes: int, verify: bool) -> None:
+    engine = Engine(quick_path, TaskOptions(verify_checksum=verify), processes=processes, lanes_wanted=2)
+    _fill(engine)
+    observed = await engine.run()
+    assert observed.state == "SUCCEEDED", observed
+    _same(engine)
+    assert observed.counters.files_transferred == 81
+    written = [call.name for call in engine.calls if call.operation == "create_temporary"]
+    # All small files were written where they were received.
+    assert sum(b"r" in name.rpartition(b".towpath.")[2] for name in written) == 80
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EACCES], ids=errno.errorcode.get)
+async def test_calls_fail_once_in_either_process(quick_path: Path, code: int) -> None:
+    plain = Engine(quick_path / "plain", processes=1)
+    fill(plain)
+    await plain.run()
+    for number in range(1, len(plain.calls) + 1, 9):
+        engine = Engine(quick_path / str(number), plan=fail_nth(number, code), processes=1)
+        wanted = fill(engine)
+        observed = await engine.run()
+        what = f"call {number}, {observed}"
+        nothing_half(engine, wanted)
+        assert engine.temporaries() == [], what
+        if observed.state == "SUCCEEDED":
+            assert contents(engine.destination) == wanted, what
+        else:
+            assert (code, observed.error_code) == (errno.EACCES, "ITEMS_FAILED"), what
+
+
+async def test_all_processes_die_at_once(quick_path: Path) -> None:
+    plain = Engine(quick_path / "plain", processes=1)
+    fill(plain)
+    await plain.run()
+    for number in range(1, len(plain.calls), 6):
+
+        def die(call: Call, number: int = number) -> int | None:
+            if call.number == number:
+                raise Crashed
+            return None
+
+        engine = Engine(quick_path / str(number), plan=die, processes=1)
+        wanted = fill(engine)
+        try:
+            await engine.run()
+        except Crashed:
+            nothing_half(engine, wanted)
+            after = engine.revived()
+            assert (await after.run()).state == "SUCCEEDED"
+            assert contents(after.destination) == wanted
+            assert after.temporaries() == []
+
+
+def _dies(operation: str, nth: int) -> Plan:
+    """A lane process dies before its n-th call of this kind."""
+    seen = 0
+
+    def plan(call: Call) -> int | None:
+        nonlocal seen
+        if threading.current_thread().name == LANE_PROCESS and call.operation == operation:
+            seen += 1
+            if seen == nth:
+                raise LaneProcessDied
+        return None
+
+    return plan
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize(
+    ("operation", "nth"),
+    [("create_temporary", 1), ("create_temporary", 50), ("pwrite", 10), ("pwrite", 90), ("preadv", 3)],
+)
+async def test_the_death_of_a_process_costs_what_it_had_not_told(
+    quick_path: Path, processes: int, operation: str, nth: int
+) -> None:
+    engine = Engine(quick_path, plan=_dies(operation, nth), processes=processes, lanes_wanted=2)
+    _fill(engine)
+    observed = await engine.run()
+    assert observed.state == "SUCCEEDED", observed
+    _same(engine)
+    assert engine.sessions == 1
+    assert observed.counters.files_transferred == 81
+    assert observed.counters.bytes_transferred == sum(path.stat().st_size for path in _files(engine.source))
+
+
+def _files(root: Path) -> list[Path]:
+    return [path for path in root.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("names", ["large", "a"])
+async def test_what_is_damaged_on_its_way_is_fetched_again(
+    quick_path: Path, monkeypatch: pytest.MonkeyPatch, names: str
+) -> None:
+    spoiler = Spoiler(monkeypatch, 2)
+    engine = Engine(quick_path, processes=1)
+    if names == "large":
+        (engine.source / "large").write_bytes(os.urandom(5 * MIB))
+    else:
+        tree(engine.source, [f"a/{name}" for name in range(10)])
+    assert (await engine.run()).state == "SUCCEEDED"
+    assert spoiler.left == 0
+    assert engine.codes().count("VERIFY_CHECKSUM") == 2
+    _same(engine)
+
+
+async def test_what_a_slow_process_has_is_taken_over(quick_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lanes, "MEASURE_EVERY", 0.02)
+    monkeypatch.setattr(lane_count, "SPAN", 0.02)
+    monkeypatch.setattr(lane_count, "GAIN", 0.0)
+    monkeypatch.setattr(end_game, "LEAST_WAIT", 0.1)
+    monkeypatch.setattr("agent.transfer.lane_process.TELL_EVERY", 0.02)
+    cut, threads, opened = threading.Event(), [], 0
+    plain = LaneProcesses.open
+
+    async def slow_first(processes: LaneProcesses, sock: socket.socket, certificate: str) -> RemoteLane:
+        nonlocal opened
+        opened += 1
+        # At this rate one range takes more than a minute.
+        return await plain(processes, _throttled(sock, 60_000, cut, threads) if opened == 1 else sock, certificate)
+
+    monkeypatch.setattr(LaneProcesses, "open", slow_first)
+    engine = Engine(quick_path, processes=2, lanes_wanted=2)
+    (engine.source / "large").write_bytes(os.urandom(96 * MIB))
+    began = time.monotonic()
+    try:
+        observed = await engine.run(50)
+    finally:
+        cut.set()
+        for thread in threads:
+            thread.join(10)
+    assert observed.state == "SUCCEEDED", observed
+    _same(engine)
+    assert observed.counters.bytes_transferred == 96 * MIB
+    assert time.monotonic() - began < 40
+
+
+async def test_a_limit_holds_in_another_process(quick_path: Path) -> None:
+    engine = Engine(quick_path, processes=1)
+    (engine.source / "large").write_bytes(os.urandom(3 * MIB))
+    engine.pace.set_rate(4 * MIB)
+    began = time.monotonic()
+    assert (await engine.run()).state == "SUCCEEDED"
+    # What may pass at once, and time in which the first share was not told yet, are part of it.
+    assert time.monotonic() - began > 0.5
+    _same(engine)
+
+
+# --- the pair ------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(0, 2**31)), st.integers(1, 50))
+def test_messages_come_whole_however_they_are_cut(numbers: list[int], piece: int) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        end = say.PairEnd(ours)
+        for number in numbers:
+            end.send(say.Withdrawn(r=number, lane=number % 7))
+        ours.shutdown(socket.SHUT_WR)
+        data = b""
+        while more := theirs.recv(1 << 16):
+            data += more
+    incoming = say.MessageBuffer(say.FromLanes)
+    found = []
+    for begin in range(0, len(data), piece):
+        found += [message for message, _ in incoming.feed(data[begin : begin + piece], [])]
+    assert found == [say.Withdrawn(r=number, lane=number % 7) for number in numbers]
+
+
+@given(st.binary(max_size=200))
+def test_nonsense_in_the_pair_is_refused(data: bytes) -> None:
+    incoming = say.MessageBuffer(say.ToLanes)
+    try:
+        for message, descriptors in incoming.feed(data, []):
+            assert isinstance(message, say.ToLanes)
+            assert descriptors == []
+    except say.PairClosed:
+        return
+
+
+# --- real processes ------------------------------------------------------------------------------------------
+
+
+def _lane_processes() -> list[psutil.Process]:
+    """Those below workers, which carry their command line."""
+    return [below for child in psutil.Process().children() for below in child.children()]
+
+
+async def _until(found: Callable[[], Any]) -> Any:
+    with trio.fail_after(30):
+        while not (answer := found()):
+            await trio.sleep(0.002)
+    return answer
+
+
+@pytest.mark.soak
+async def test_kill_9_of_a_lane_process_in_the_middle(tmp_path: Path) -> None:
+    async with engine_world.world(tmp_path, workers_per_session=2) as world:
+        folder = world.alpha.root / "data"
+        folder.mkdir()
+        for number in range(600):
+            (folder / str(number)).write_bytes(os.urandom(5000))
+        (folder / "large").write_bytes(os.urandom(24 * MIB))
+        task = await world.submit([TaskItem(source_path="/data", destination_path="/data", recursive=True)])
+        assert world.beta.service is not None
+        # Once something of a file is there, and not all.
+        await _until(lambda: world.beta.service.get_task(task).counters.bytes_transferred)
+        killed = 0
+        for process in _lane_processes():
+            os.kill(process.pid, signal.SIGKILL)
+            killed += 1
+        observed = await world.wait(task, seconds=60)
+        assert observed.state == "SUCCEEDED", observed
+        assert contents(world.beta.root / "data") == contents(folder)
+        assert not list(world.beta.root.rglob(".towpath.*"))
+        assert killed
+    # None outlives its worker.
+    await _until(lambda: not _lane_processes())
