@@ -107,14 +107,18 @@ class RelayKeys:
         return self._directory / "root.pem"
 
     def renew(self, now: float, *, key_life: float, ticket_life: float) -> bool:
-        """Replace the ticket key when it nears its end; also take up one that another process has put in place.
+        """Replace the ticket key when it nears its end, or has not begun; also take up one that another process has put
+        in place.
 
         Returns whether the key changed. Raises `KeysUnusable` when a new one is due but the root is not here.
         """
         stored = _load_ticket_key(self._directory)
         changed = stored.kid != self._ticket.kid
+        left = stored.expires - now
+        # Made in what is the future now: the clock has gone back, and agents would refuse what this key signs.
+        too_new = left > key_life + _BACKDATE and self.root_path.exists()
         # A ticket outlives its renewal by at most its own life; the key's certificate must outlive the ticket.
-        if stored.expires - now < max(key_life / 3, ticket_life + LEEWAY):
+        if too_new or left < max(key_life / 3, ticket_life + LEEWAY):
             if not self.root_path.exists():
                 if changed:
                     self._adopt(stored)

@@ -64,6 +64,8 @@ GRACE = 5.0
 _GOODBYE = 2.0
 _UPKEEP_INTERVAL = 60.0
 _CLEANING_INTERVAL = 3600.0
+# How often to look whether the wall clock has jumped, and by how much (seconds) it counts as such.
+_CLOCK_LOOK, _CLOCK_JUMP = 5.0, 60.0
 _BACKLOG = 4096
 # How many more tries an address has than one client at that address.
 _CROWD = 10
@@ -255,6 +257,7 @@ async def _run(relay: Relay, settings: Settings) -> None:
             await relay.guess_memory.load(relay.services.clock())
             nursery.start_soon(_remember_guesses, relay)
             nursery.start_soon(_upkeep, relay, settings)
+            nursery.start_soon(_watch_clock, relay, settings)
             nursery.start_soon(_watchdog)
             accepting = await nursery.start(_accept, relay, listeners)
             port = listeners[0].socket.getsockname()[1]
@@ -317,6 +320,21 @@ async def _upkeep(relay: Relay, settings: Settings) -> None:
             await _attempt("forget old sessions and clients", partial(services.store.write, forget))
         logger.debug("%s", relay.statistics())
         await trio.sleep(_UPKEEP_INTERVAL)
+
+
+async def _watch_clock(relay: Relay, settings: Settings) -> None:
+    """Notice that the wall clock was set, or that the machine has slept: then keys and tickets may have run out, or not
+    have begun, hours before anybody would have looked at them."""
+    services = relay.services
+    renew_keys = partial(services.keys.renew, key_life=settings.tickets.key_life, ticket_life=settings.tickets.life)
+    off = services.clock() - trio.current_time()
+    while True:
+        await trio.sleep(_CLOCK_LOOK)
+        before, off = off, services.clock() - trio.current_time()
+        if abs(off - before) > _CLOCK_JUMP:
+            logger.warning("The clock has jumped by %+.0f s; running tasks get new tickets.", off - before)
+            await _attempt("renew the ticket key", partial(_in_thread, renew_keys, services.clock()))
+            relay.steward.clock_was_set()
 
 
 async def _remember_guesses(relay: Relay) -> None:

@@ -45,6 +45,12 @@ def init(directory: Path, host: str, port: int | None, url: str | None, name: st
 @click.pass_context
 def serve(context: click.Context) -> None:
     """Run the relay until SIGTERM or Ctrl-C."""
+    import gc
+
+    # Until it is ready (`relay.process.collect_seldom`): nothing of what is loaded for that is garbage, and looking for
+    # some takes a tenth of the time.
+    gc.disable()
+
     import trio
 
     from relay import logs, server

@@ -107,6 +107,7 @@ class Steward:
         self._pauses: dict[str, float] = {}
         self._retries: dict[str, float] = {}
         self._clock_event = trio.Event()
+        self._clock_set = False
         self._attended: dict[str, trio.CancelScope] = {}
         self._progress: dict[str, dict[str, TaskObserved]] = {}
         self._progress_event = trio.Event()
@@ -439,6 +440,12 @@ class Steward:
 
     # --- the clock -------------------------------------------------------------------------------------------
 
+    def clock_was_set(self) -> None:
+        """The wall clock has jumped: running tasks get new tickets, and what was put off until a time is due now."""
+        self._clock_set = True
+        self._retries = dict.fromkeys(self._retries, -math.inf)
+        self._clock_event.set()
+
     async def _keep_clock(self) -> None:
         while True:
             self._clock_event = trio.Event()
@@ -460,8 +467,10 @@ class Steward:
             self._due[task_id] = None
             self._due_event.set()
         due, upcoming = await self._store.read(lambda connection: self._look_ahead(connection, now))
-        if due:
-            cut, changed = await self._store.write(lambda connection: self._turn(connection, now))
+        all_tickets, self._clock_set = self._clock_set, False
+        if due or all_tickets:
+            half_life = -math.inf if all_tickets else self._ticket_life / 2
+            cut, changed = await self._store.write(lambda connection: self._turn(connection, now, half_life))
             for task_id in cut:
                 self.cut(task_id)
             for task_id in cut + changed:
@@ -472,20 +481,20 @@ class Steward:
 
     def _look_ahead(self, connection: Connection, now: float) -> tuple[bool, float]:
         expiry = task_turns.next_expiry(connection, CANCEL_GRACE)
-        renewal = task_turns.next_renewal(connection, self._ticket_life / 2)
+        renewal = task_turns.next_renewal(connection, now, self._ticket_life / 2)
         rule = rules.next_expiry(connection)
         # Accounts are closed and opened by a process of their own, so that nobody says when.
         account = now if closed_owners.changed(connection) else None
         upcoming = min(moment for moment in (expiry, renewal, rule, account, math.inf) if moment is not None)
         return upcoming <= now, upcoming
 
-    def _turn(self, connection: Connection, now: float) -> tuple[list[str], list[str]]:
+    def _turn(self, connection: Connection, now: float, half_life: float) -> tuple[list[str], list[str]]:
         """Ids of the tasks that have lost their permission by now, or whose owner's account was closed or opened, and
         of others that have changed."""
         cut = task_turns.end_where_rules_ran_out(connection, now)
         cut += closed_owners.follow(connection, now)
         expired = task_turns.expire(connection, now, CANCEL_GRACE)
-        return cut, [*expired, *task_turns.renew(connection, now, self._ticket_life / 2)]
+        return cut, [*expired, *task_turns.renew(connection, now, half_life)]
 
 
 def _storing(node_id: str, reports: dict[str, TaskObserved]) -> Callable[[Connection], None]:

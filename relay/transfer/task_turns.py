@@ -25,6 +25,8 @@ from relay.transfer.submission import Submission
 from relay.transfer.task_documents import CANCELED, DEADLINE_EXPIRED
 from relay.transfer.task_rows import Scope, Task
 
+# A ticket that was issued so many seconds from now was not issued by this clock as it goes now.
+CLOCK_TROUBLE = 60.0
 ACCEPTED, DUPLICATE = "Accepted", "Duplicate"
 CANCEL_DONE, CANCEL_ACCEPTED, TASK_COMPLETE = "Canceled", "CancelAccepted", "TaskComplete"
 
@@ -262,21 +264,25 @@ def next_expiry(connection: Connection, cancel_grace: float) -> float | None:
 
 
 def renew(connection: Connection, now: float, half_life: float) -> list[str]:
-    """Give a new revision, and so a new ticket, to running tasks whose ticket is half over; returns their ids."""
+    """Give a new revision, and so a new ticket, to running tasks whose ticket is half over, or has not begun (the clock
+    has gone back since); returns their ids."""
     column = tables.tasks.c
-    statement = select(column.id, column.revision).where(*_renewable(), column.ticket_issued <= now - half_life)
+    due = or_(column.ticket_issued <= now - half_life, column.ticket_issued > now + CLOCK_TROUBLE)
+    statement = select(column.id, column.revision).where(*_renewable(), due)
     renewed = connection.execute(statement).all()
     for row in renewed:
         task_rows.change(connection, row.id, revision=row.revision + 1)
     return [row.id for row in renewed]
 
 
-def next_renewal(connection: Connection, half_life: float) -> float | None:
+def next_renewal(connection: Connection, now: float, half_life: float) -> float | None:
     """The next moment at which `renew` will have something to do, or None."""
     column = tables.tasks.c
-    statement = select(column.ticket_issued).where(*_renewable(), column.ticket_issued.is_not(None))
-    first = connection.execute(statement.order_by(column.ticket_issued).limit(1)).scalar_one_or_none()
-    return None if first is None else first + half_life
+    statement = select(func.min(column.ticket_issued), func.max(column.ticket_issued)).where(*_renewable())
+    first, last = connection.execute(statement).one()
+    if last is not None and last > now + CLOCK_TROUBLE:
+        return now
+    return None if first is None else float(first) + half_life
 
 
 def _renewable() -> tuple[ColumnElement[bool], ...]:

@@ -73,6 +73,17 @@ def test_a_key_that_another_process_certified_is_taken_up(directory: Path) -> No
     assert not relay.renew(NOW, key_life=LIFE, ticket_life=TICKET)
 
 
+def test_a_key_of_a_clock_that_went_too_fast_is_replaced(directory: Path) -> None:
+    relay = RelayKeys(directory)
+    verifier = TicketVerifier(relay.relay_id, relay.root_public_pem)
+    assert not relay.renew(NOW, key_life=LIFE, ticket_life=TICKET)
+    with pytest.raises(ProtocolError):
+        verifier.claims_untrusted(signed(relay, NOW - DAY), NOW - DAY)
+    assert relay.renew(NOW - DAY, key_life=LIFE, ticket_life=TICKET)
+    verifier.claims_untrusted(signed(relay, NOW - DAY), NOW - DAY)
+    assert not relay.renew(NOW - DAY, key_life=LIFE, ticket_life=TICKET)
+
+
 def test_without_the_root_nothing_renews_and_the_operator_is_told(directory: Path, tmp_path: Path) -> None:
     kept = tmp_path / "safe"
     keys.move_root(directory, kept)

@@ -10,7 +10,7 @@ from sqlalchemy import delete, update
 from trio.testing import MockClock
 
 from protocol.control import Counters
-from protocol.errors import AccessDenied, NeedsPerson
+from protocol.errors import AccessDenied, NeedsPerson, ProtocolError
 from protocol.ticket import TicketVerifier
 from relay.store import transfer_tables as tables
 from relay.store.auth_tables import identities, tokens
@@ -39,6 +39,35 @@ async def test_a_session_that_is_wanted_is_asked_for_again(clock: MockClock, sce
     scene.relay.registry.up(scene.source)
     await trio.sleep(MOMENT)
     assert scene.destination.session_answers[task_id][-1].generation == 3
+
+
+@pytest.mark.parametrize("noticed", [True, False])
+@pytest.mark.parametrize("seconds", [86400.0, -86400.0])
+async def test_a_clock_that_jumped_gives_running_tasks_new_tickets(
+    clock: MockClock, scene: Scene, monkeypatch: pytest.MonkeyPatch, seconds: float, noticed: bool
+) -> None:
+    scene.up()
+    task_id = await scene.task()
+    services, steward = scene.relay.services, scene.relay.services.steward
+    # The key was certified long ago.
+    services.keys.renew(START - 10 * 86400.0, key_life=30 * 86400.0, ticket_life=43200.0)
+    usual = steward._clock
+    monkeypatch.setattr(steward, "_clock", lambda: usual() + seconds)
+    orders = scene.destination.orders[task_id]
+    (before,) = orders
+    if noticed:
+        steward.clock_was_set()
+    # Without a word the steward finds out when it looks at what is due.
+    await trio.sleep(MOMENT if noticed else CLOCK_INTERVAL + MOMENT)
+    verifier = TicketVerifier(services.keys.relay_id, services.keys.root_public_pem)
+    with pytest.raises(ProtocolError):
+        verifier.claims_untrusted(before.ticket, usual() + seconds)
+    assert len(orders) == 2
+    verifier.claims_untrusted(orders[-1].ticket, usual() + seconds)
+    assert scene.source.sessions[before.session_id][-1].ticket == orders[-1].ticket
+    # Once is enough.
+    await trio.sleep(2 * CLOCK_INTERVAL)
+    assert len(orders) == 2
 
 
 async def test_a_destination_that_asks_on_and_on_does_not_flood_the_source(clock: MockClock, scene: Scene) -> None:

@@ -36,6 +36,8 @@ MIB = 1024 * 1024
 MOST_AGAIN = 64 * MIB
 # Nobody waits longer than this for anything (seconds); a machine under load is slow.
 PATIENCE = 60.0
+# How long after the end of its task an event may arrive (seconds).
+EVENTS_LATE = 10.0
 
 
 def fill(root: Path, large: int) -> dict[str, bytes | str]:
@@ -180,7 +182,10 @@ class StoppedWorld:
             outcome.resumed = min(moves) - restarted if moves else None
         outcome.again = self._sent_again(task_id, document)
         assert outcome.again <= MOST_AGAIN, str(outcome)
-        outcome.codes = await self.codes(task_id)
+        with trio.move_on_after(EVENTS_LATE):
+            # A relay that was away may hear of the end from the agent before it has read the lines about the rest.
+            while not {"STARTED", "SUCCEEDED"} <= set(outcome.codes):
+                outcome.codes = await self.codes(task_id)
         for once in ("STARTED", "SUCCEEDED"):
             assert outcome.codes.count(once) == 1, str(outcome)
         return outcome
