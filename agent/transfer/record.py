@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
 
 import msgspec
@@ -25,7 +26,7 @@ from protocol.control import Counters
 
 
 class Record:
-    """The books of one task. One thread at a time calls everything here; ``counters`` may be read from any."""
+    """The books of one task. Any thread may call; a commit waits for the disk, and others for it."""
 
     def __init__(
         self,
@@ -35,6 +36,7 @@ class Record:
         verify: bool,
         now: Callable[[], str],
     ) -> None:
+        self._lock = threading.RLock()
         self.journal = journal
         self.counters = journal.counters()
         self.settled_bytes = int(journal.get("settled") or b"0")
@@ -49,7 +51,7 @@ class Record:
 
     def part_settled(self, file: LargeFile, size: int) -> None:
         """So many bytes more of a large file are durable, as its bitmap has them."""
-        with self.journal.together():
+        with self._lock, self.journal.together():
             file.settled += size
             self.settle(size)
             self._put_settled()
@@ -58,7 +60,7 @@ class Record:
 
     def part_dropped(self, file: LargeFile) -> None:
         """A large file begins anew, or is given up: nothing of it counts any more."""
-        with self.journal.together():
+        with self._lock, self.journal.together():
             self.settle(-file.settled)
             file.settled = 0
             self._put_settled()
@@ -66,7 +68,7 @@ class Record:
 
     def known_part_dropped(self, job: FileJob, temporary: bytes) -> None:
         """The same for what an earlier run left of a file, if it is still the journal's."""
-        with self.journal.together():
+        with self._lock, self.journal.together():
             known = self.journal.partial(*job.key)
             if known is not None and known.temporary == temporary:
                 self.settle(-bytes_done(known))
@@ -76,7 +78,7 @@ class Record:
     def _put_settled(self) -> None:
         self.journal.put("settled", str(self.settled_bytes).encode())
 
-    def transferred(self, done: list[tuple[FileJob, str | None]], linked: list[FileJob]) -> None:
+    def _note_transferred(self, done: list[tuple[FileJob, str | None]], linked: list[FileJob]) -> None:
         """Files (with a published checksum, where one was asked for) and links that have their final names."""
         rows = []
         settled = 0
@@ -102,7 +104,7 @@ class Record:
         self.settle(settled)
         self._append(self._transferred, rows)
 
-    def outcomes(self, outcomes: list[Outcome]) -> None:
+    def _note_outcomes(self, outcomes: list[Outcome]) -> None:
         """Jobs that ended without content: errors, or nothing to do."""
         rows = []
         for outcome in outcomes:
@@ -130,7 +132,22 @@ class Record:
             manifest.append(rows)
             self._unsynced.add(manifest)
 
-    def commit(
+    def settled(
+        self,
+        transferred: list[tuple[FileJob, str | None]],
+        linked: list[FileJob],
+        outcomes: list[Outcome],
+        complete: list[LargeFile],
+        listed: list[Group],
+    ) -> list[Group]:
+        """Files (with a published checksum, where one was asked for) and links that have their final names, and jobs
+        that ended without: counted, listed, and durable when this returns. The groups that are done now."""
+        with self._lock:
+            self._note_transferred(transferred, linked)
+            self._note_outcomes(outcomes)
+            return self._commit_all([job for job, _ in transferred] + linked, outcomes, complete, listed)
+
+    def _commit_all(
         self, settled: list[FileJob], outcomes: list[Outcome], complete: list[LargeFile], listed: list[Group]
     ) -> list[Group]:
         """Count jobs in their groups, fold groups that are done, and make all of it durable: manifest first, then the
@@ -174,11 +191,12 @@ class Record:
 
     def removed(self, count: int, failures: list[SkippedRow]) -> None:
         """Extras of a mirror that are gone or could not be removed; durable when this returns."""
-        self.counters = msgspec.structs.replace(
-            self.counters, deleted=self.counters.deleted + count, failed=self.counters.failed + len(failures)
-        )
-        self._append(self._skipped, failures)
-        self.commit([], [], [], [])
+        with self._lock:
+            self.counters = msgspec.structs.replace(
+                self.counters, deleted=self.counters.deleted + count, failed=self.counters.failed + len(failures)
+            )
+            self._append(self._skipped, failures)
+            self._commit_all([], [], [], [])
 
     def _fold(self, group: Group) -> None:
         """Add a finished group's counts to the task's and forget its details."""

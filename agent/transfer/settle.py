@@ -100,6 +100,12 @@ class _Batch:
     files: list[Temporary]
     names: _Settled
     failed: list[tuple[Temporary, OSError]] = field(default_factory=list)
+    names_durable: bool = False
+
+
+@dataclass(slots=True)
+class _Recorded:
+    """To the settler, from the sync thread: the names of a batch are in the books."""
 
 
 @dataclass(slots=True)
@@ -117,7 +123,7 @@ class _Discarded:
     file: LargeFile
 
 
-_Answer: TypeAlias = ToSettle | _Batch | _Discarded | _Closed | PackHeld | HeldChecked | HolderLost
+_Answer: TypeAlias = ToSettle | _Batch | _Recorded | _Discarded | _Closed | PackHeld | HeldChecked | HolderLost
 _Item: TypeAlias = _Answer | LookAgain | Broken
 
 
@@ -170,6 +176,8 @@ class Settler:
         self._written_bytes = 0
         self._names = _Settled()
         self._syncing = False
+        # Batches whose names are not in the books yet.
+        self._records = 0
         # How long what is here waits for more (seconds).
         self._linger = LINGER
         # Being synced or read back.
@@ -224,8 +232,8 @@ class Settler:
 
     @property
     def _busy(self) -> bool:
-        waits = self._written or self._names or self._syncing or self._held or self._checks
-        return bool(waits or not self.queue.empty())
+        asked = self._syncing or self._records or self._held or self._checks
+        return bool(asked or self._written or self._names or not self.queue.empty())
 
     def _look(self) -> None:
         """Settle when enough has come together."""
@@ -244,6 +252,8 @@ class Settler:
             self._syncing = True
             self._batches.append(batch.files)
             self._syncs.ask(partial(self._sync, batch))
+            self._records += 1
+            self._syncs.ask(partial(self._record_synced, batch))
         elif self._names:
             names, self._names = self._names, _Settled()
             self._record(names)
@@ -286,6 +296,8 @@ class Settler:
             self._names.listed.append(item.group)
             if item.group.made_folders:
                 self._names.touch(item.group)
+        elif isinstance(item, _Recorded):
+            self._records -= 1
         elif isinstance(item, LookAgain):
             return
         elif isinstance(item, AllArrived):
@@ -301,6 +313,7 @@ class Settler:
         folders = batch.names.folders.values()
         if len(batch.files) + len(folders) >= SYNCFS_FROM and self._root.features.syncfs:
             self._root.syncfs()
+            batch.names_durable = True
             return batch
         for item in batch.files:
             try:
@@ -309,11 +322,11 @@ class Settler:
                 batch.failed.append((item, error))
         for handle in folders:
             handle.sync()
+        batch.names_durable = True
         return batch
 
     def _synced(self, batch: _Batch) -> None:
         self._syncing = False
-        self._record(batch.names)
         # The next batch goes to the disk while this one is read from it.
         self._look()
         files = batch.files
@@ -500,15 +513,19 @@ class Settler:
     # --- bookkeeping -----------------------------------------------------------------------------------
 
     def _record(self, names: _Settled) -> None:
+        """In the side thread, or here for what needs no sync."""
         if not names:
             return
-        self.record.transferred(names.transferred, names.linked)
-        self.record.outcomes(names.outcomes)
-        settled = [job for job, _ in names.transferred] + names.linked
-        done = self.record.commit(settled, names.outcomes, names.complete, names.listed)
-        jobs = settled + [outcome.job for outcome in names.outcomes]
+        done = self.record.settled(names.transferred, names.linked, names.outcomes, names.complete, names.listed)
+        jobs = [job for job, _ in names.transferred] + names.linked + [outcome.job for outcome in names.outcomes]
         self._reports.settled(jobs, sum(job.charged for job in jobs))
         if names.checked_bytes:
             self._reports.blocks_settled(names.checked_bytes)
         for group in done:
             self._reports.group_done(group)
+
+    def _record_synced(self, batch: _Batch) -> _Recorded:
+        """In the side thread, after the sync: temporaries are read back meanwhile."""
+        if batch.names_durable:
+            self._record(batch.names)
+        return _Recorded()
