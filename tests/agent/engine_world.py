@@ -68,7 +68,7 @@ class Node:
 class World:
     """Two nodes and what a relay would do for them."""
 
-    def __init__(self, directory: Path, nursery: trio.Nursery, workers_per_session: int | None = None) -> None:
+    def __init__(self, directory: Path, nursery: trio.Nursery, workers_per_session: int | None = 1) -> None:
         self.nursery = nursery
         self.workers_per_session = workers_per_session
         self.relay_root = RelayRoot.generate()
@@ -182,7 +182,7 @@ class World:
 
 
 @asynccontextmanager
-async def world(directory: Path, workers_per_session: int | None = None) -> AsyncIterator[World]:
+async def world(directory: Path, workers_per_session: int | None = 1) -> AsyncIterator[World]:
     """Two nodes that are up; everything ends with the block."""
     async with trio.open_nursery() as nursery:
         made = World(directory, nursery, workers_per_session)

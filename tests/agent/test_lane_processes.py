@@ -19,8 +19,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.storage.faulty import Call, Plan, fail_nth
-from agent.transfer import end_game, lane_count, lanes
+from agent.system.file_lock import try_lock
+from agent.transfer import end_game, lane_count, lane_process, lanes
 from agent.transfer import lane_messages as say
+from agent.transfer.channel import Channel
+from agent.transfer.lane_process import LaneProcess
 from agent.transfer.lane_processes import LaneProcesses, RemoteLane
 from protocol.control import TaskItem, TaskOptions
 from tests.agent import engine_world
@@ -28,6 +31,7 @@ from tests.agent.engine_inside import (
     LANE_PROCESS,
     Crashed,
     Engine,
+    FaultyHanded,
     LaneProcessDied,
     contents,
     quick_path,
@@ -158,6 +162,53 @@ async def test_what_is_damaged_on_its_way_is_fetched_again(
     assert spoiler.left == 0
     assert engine.codes().count("VERIFY_CHECKSUM") == 2
     _same(engine)
+
+
+@pytest.mark.parametrize("descriptors", [1000, 0])
+async def test_what_the_storage_keeps_wrongly_is_found_where_it_was_written(
+    quick_path: Path, monkeypatch: pytest.MonkeyPatch, descriptors: int
+) -> None:
+    """Also where a process may keep no temporary open."""
+    left = 3
+    plain = FaultyHanded.write_whole
+
+    def spoilt(handed: FaultyHanded, folder: int, name: bytes, mode: int, content: memoryview, at: int | None) -> int:
+        nonlocal left
+        descriptor = plain(handed, folder, name, mode, content, at)
+        if left:
+            left -= 1
+            os.pwrite(descriptor, b"?", len(content) - 1)
+        return descriptor
+
+    monkeypatch.setattr(FaultyHanded, "write_whole", spoilt)
+    monkeypatch.setattr(lane_process, "open_files", lambda: lane_process._OTHER_DESCRIPTORS + descriptors)
+    engine = Engine(quick_path, processes=1)
+    tree(engine.source, [f"a/{name}" for name in range(50)])
+    assert (await engine.run()).state == "SUCCEEDED"
+    assert engine.codes().count("VERIFY_CHECKSUM") == 3
+    _same(engine)
+
+
+async def test_no_other_worker_begins_while_a_lane_process_could_write(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    ours, theirs = socket.socketpair()
+    process = LaneProcess(theirs)
+    thread = threading.Thread(target=process.run)
+    thread.start()
+    channel = Channel(ours, say.FromLanes)
+    held = os.open(path, os.O_RDWR | os.O_CREAT)
+    assert try_lock(held)
+    await channel.send(say.BeginRun(descriptors=1, node_key=b"", session_id=""), (held,))
+    await channel.send(say.Withdraw(r=1, lane=1))
+    await channel.receive()
+    # The worker is dead; its lane process lives.
+    os.close(held)
+    successor = os.open(path, os.O_RDWR)
+    assert not try_lock(successor)
+    channel.close()
+    await trio.to_thread.run_sync(thread.join)
+    assert try_lock(successor)
+    os.close(successor)
 
 
 async def test_what_a_slow_process_has_is_taken_over(quick_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
