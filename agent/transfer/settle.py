@@ -15,11 +15,11 @@ import contextlib
 import itertools
 import queue
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Protocol, TypeAlias
 
-from agent.storage.base import Directory, Root
+from agent.storage.base import Root
 from agent.storage.faults import fault
 from agent.transfer.block_check import BlockChecker
 from agent.transfer.checksum import file_digest, unexpected_digest
@@ -46,6 +46,7 @@ from agent.transfer.journal import Journal
 from agent.transfer.links import add_name, place_of
 from agent.transfer.manifest import ManifestWriter
 from agent.transfer.record import Record
+from agent.transfer.settling import Batch, Closed, Discarded, Recorded, Settled
 from agent.transfer.side_thread import AnswersFirst, Broken, LookAgain, SideThread
 from agent.transfer.small_files import OWNER_ACCESS, Remover, SmallFiles, Temporary
 from protocol.errors import TowpathError
@@ -74,56 +75,7 @@ class SettleReports(Protocol):
     def group_done(self, group: Group) -> None: ...
 
 
-@dataclass(slots=True)
-class _Settled:
-    """What is settled but for the sync of its directories, and then its place in the books."""
-
-    transferred: list[tuple[FileJob, str | None]] = field(default_factory=list)
-    linked: list[FileJob] = field(default_factory=list)
-    complete: list[LargeFile] = field(default_factory=list)
-    outcomes: list[Outcome] = field(default_factory=list)
-    listed: list[Group] = field(default_factory=list)
-    folders: dict[int, Directory] = field(default_factory=dict)
-    checked_bytes: int = 0
-
-    def __bool__(self) -> bool:
-        return bool(self.transferred or self.linked or self.outcomes or self.listed or self.checked_bytes)
-
-    def touch(self, group: Group) -> None:
-        self.folders[id(group)] = group.handle
-
-
-@dataclass(slots=True)
-class _Batch:
-    """To the settler, from the sync thread: these are durable now but for those that failed."""
-
-    files: list[Temporary]
-    names: _Settled
-    failed: list[tuple[Temporary, OSError]] = field(default_factory=list)
-    names_durable: bool = False
-
-
-@dataclass(slots=True)
-class _Recorded:
-    """To the settler, from the sync thread: the names of a batch are in the books."""
-
-
-@dataclass(slots=True)
-class _Closed:
-    """To the settler, from the checker: the temporary of a file that is tried again is closed."""
-
-    item: Abandoned
-
-
-@dataclass(slots=True)
-class _Discarded:
-    """To the settler, from the checker: the temporary of a file that is given up is gone."""
-
-    outcome: Outcome
-    file: LargeFile
-
-
-_Answer: TypeAlias = ToSettle | _Batch | _Recorded | _Discarded | _Closed | PackHeld | HeldChecked | HolderLost
+_Answer: TypeAlias = ToSettle | Batch | Recorded | Discarded | Closed | PackHeld | HeldChecked | HolderLost
 _Item: TypeAlias = _Answer | LookAgain | Broken
 
 
@@ -174,7 +126,7 @@ class Settler:
         )
         self._written: list[Temporary] = []
         self._written_bytes = 0
-        self._names = _Settled()
+        self._names = Settled()
         self._syncing = False
         # Batches whose names are not in the books yet.
         self._records = 0
@@ -247,15 +199,15 @@ class Settler:
         if self._written or self._names.folders:
             if self._syncing:
                 return
-            batch = _Batch(self._written, self._names)
-            self._written, self._written_bytes, self._names = [], 0, _Settled()
+            batch = Batch(self._written, self._names)
+            self._written, self._written_bytes, self._names = [], 0, Settled()
             self._syncing = True
             self._batches.append(batch.files)
             self._syncs.ask(partial(self._sync, batch))
             self._records += 1
             self._syncs.ask(partial(self._record_synced, batch))
         elif self._names:
-            names, self._names = self._names, _Settled()
+            names, self._names = self._names, Settled()
             self._record(names)
 
     def _take(self, item: _Item) -> None:
@@ -267,7 +219,7 @@ class Settler:
             self._held_checked(item)
         elif isinstance(item, HolderLost):
             self._holder_lost(item)
-        elif isinstance(item, _Batch):
+        elif isinstance(item, Batch):
             self._synced(item)
         elif isinstance(item, BlocksWritten):
             self._ask_checker(partial(self._checker.check, item.file))
@@ -283,12 +235,12 @@ class Settler:
             self._ask_checker(partial(self._abandon, item))
         elif isinstance(item, PartDropped):
             self.record.known_part_dropped(item.job, item.temporary)
-        elif isinstance(item, _Closed):
+        elif isinstance(item, Closed):
             self._checks -= 1
             self._reports.abandoned(item.item.file, item.item.error)
         elif isinstance(item, Outcome):
             self._outcome(item)
-        elif isinstance(item, _Discarded):
+        elif isinstance(item, Discarded):
             self._checks -= 1
             self.record.part_dropped(item.file)
             self._names.outcomes.append(item.outcome)
@@ -296,7 +248,7 @@ class Settler:
             self._names.listed.append(item.group)
             if item.group.made_folders:
                 self._names.touch(item.group)
-        elif isinstance(item, _Recorded):
+        elif isinstance(item, Recorded):
             self._records -= 1
         elif isinstance(item, LookAgain):
             return
@@ -308,7 +260,7 @@ class Settler:
 
     # --- small files -----------------------------------------------------------------------------------
 
-    def _sync(self, batch: _Batch) -> _Batch:
+    def _sync(self, batch: Batch) -> Batch:
         """In the side thread: make temporaries and names durable."""
         folders = batch.names.folders.values()
         if len(batch.files) + len(folders) >= SYNCFS_FROM and self._root.features.syncfs:
@@ -325,7 +277,7 @@ class Settler:
         batch.names_durable = True
         return batch
 
-    def _synced(self, batch: _Batch) -> None:
+    def _synced(self, batch: Batch) -> None:
         self._syncing = False
         # The next batch goes to the disk while this one is read from it.
         self._look()
@@ -489,14 +441,14 @@ class Settler:
             # Its blocks may be being checked now: the descriptor is closed behind that.
             self._ask_checker(partial(self._discard, replace(outcome, discard=None), file))
 
-    def _discard(self, outcome: Outcome, file: LargeFile) -> _Discarded:
+    def _discard(self, outcome: Outcome, file: LargeFile) -> Discarded:
         """In the side thread."""
         self._checker.discard(file)
-        return _Discarded(outcome, file)
+        return Discarded(outcome, file)
 
-    def _abandon(self, item: Abandoned) -> _Closed:
+    def _abandon(self, item: Abandoned) -> Closed:
         """In the side thread."""
-        return _Closed(self._checker.abandon(item))
+        return Closed(self._checker.abandon(item))
 
     def _published_digest(self, job: FileJob, temporary: bytes) -> str:
         descriptor = job.group.handle.open_temporary(temporary)
@@ -512,7 +464,7 @@ class Settler:
 
     # --- bookkeeping -----------------------------------------------------------------------------------
 
-    def _record(self, names: _Settled) -> None:
+    def _record(self, names: Settled) -> None:
         """In the side thread, or here for what needs no sync."""
         if not names:
             return
@@ -524,8 +476,8 @@ class Settler:
         for group in done:
             self._reports.group_done(group)
 
-    def _record_synced(self, batch: _Batch) -> _Recorded:
+    def _record_synced(self, batch: Batch) -> Recorded:
         """In the side thread, after the sync: temporaries are read back meanwhile."""
         if batch.names_durable:
             self._record(batch.names)
-        return _Recorded()
+        return Recorded()
