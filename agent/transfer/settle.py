@@ -5,8 +5,9 @@ sync the temporaries → read them back (when asked to verify) → rename → sy
 One thread does it, and only that one: several would hand the interpreter's lock to one another at every system call.
 
 Small files go through it in batches. While a batch is being synced in a side thread the next one is written, and one
-sync serves two batches: it makes the temporaries of one durable and the names of the one before. Large files are
-synced and read back in a second side thread (`agent.transfer.block_check`).
+sync serves two batches: it makes the temporaries of one durable and the names of the one before, which the same thread
+then enters in the books while the settler reads the temporaries back. Large files are synced and read back in a second
+side thread (`agent.transfer.block_check`).
 """
 
 from __future__ import annotations
