@@ -84,7 +84,7 @@ class _Lane:
         self.withdrawn: set[int] = set()
         self.orders: dict[int, PackOrder | RangeOrder] = {}
         self._bucket = bucket
-        self._credit = 0
+        self._credit = self._piece = 0
         self.reservation: int | None = None
         self.waiting_since = 0.0
 

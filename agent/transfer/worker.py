@@ -284,7 +284,11 @@ def main() -> None:
     channel, processes = int(sys.argv[1]), int(sys.argv[2])
     # Now, while there is one thread: those that wait cost little memory of their own.
     forked = fork_lane_processes(processes - 1, close=channel)
-    trio.run(_main, channel, forked)
+    try:
+        trio.run(_main, channel, forked)
+    finally:
+        # Not left to whoever inherits them.
+        dismiss(forked)
 
 
 if __name__ == "__main__":
