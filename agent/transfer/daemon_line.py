@@ -40,6 +40,7 @@ from agent.transfer.source_session import SourceSession
 from protocol.control import TaskObserved
 from protocol.errors import RetryLater, TowpathError, error_from_document_untrusted
 from protocol.identity import NodeKey, fingerprint_of_certificate_untrusted
+from protocol.keep_alive import give_up_unacknowledged
 from protocol.session import ALPN_CONTROL_AHEAD, ALPN_LANE, ALPNS_CONTROL, SNI_SUFFIX, RenewTicket
 
 # How often (seconds) a worker says what it has moved.
@@ -228,6 +229,9 @@ class DaemonLine:
         sock, certificate = await self._dial("control")
         if self.processes is not None:
             self.processes.begin_run(self._identity.private_key_pem, session_id, self.lock)
+        # Requests that nobody acknowledges went to nobody: while some are on their way the kernel asks for no sign of
+        # life. The source's answers may well be held up, when the plan is far behind.
+        give_up_unacknowledged(sock)
         ahead = self._ahead = LaneAhead(self._open_lane)
         self._ahead_in.send_nowait(ahead)
         sock.setblocking(False)
