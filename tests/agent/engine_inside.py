@@ -271,7 +271,8 @@ class Engine:
     read_twice: bool = False
     ahead: bool = True
     lanes_wanted: int = 1
-    # Lane processes, each played by a thread of this one.
+    # Lane processes, each played by a thread of this one; with LANE_PROCESSES=1 in the environment all tests that play
+    # an engine have one.
     processes: int = int(os.environ.get("LANE_PROCESSES", "0"))
     wrap: Callable[[Root], Root] = lambda root: root
     on_session: Callable[[int], None] | None = None
