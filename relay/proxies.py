@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from starlette.types import ASGIApp, Receive, Scope, Send
+if TYPE_CHECKING:
+    # The operator's commands read settings and need no web framework.
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
 Header = Literal["x-forwarded-for", "forwarded"]
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network

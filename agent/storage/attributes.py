@@ -75,10 +75,10 @@ def mode_without_list(file: int | tuple[int, bytes], mode: int) -> int:
         if len(found) < _LIST_HEADER.size or _LIST_HEADER.unpack_from(found)[0] != _LIST_VERSION:
             return mode_of_everybody(mode)
         entries = found[_LIST_HEADER.size : len(found) - (len(found) - _LIST_HEADER.size) % _LIST_ENTRY.size]
-        tag: int
+        whose: int
         permission: int
-        for tag, permission, _ in _LIST_ENTRY.iter_unpack(entries):
-            if tag == _OWNING_GROUP:
+        for whose, permission, _ in _LIST_ENTRY.iter_unpack(entries):
+            if whose == _OWNING_GROUP:
                 return mode & ~0o070 | mode & permission << 3 & 0o070
         return mode_of_everybody(mode)
     else:  # noqa: RET505 - as above

@@ -7,19 +7,23 @@ import functools
 import msgspec
 import trio
 
+from protocol.client_hello import parse_client_hello_untrusted
 from protocol.control import SessionAnswer
+from protocol.session import ALPN_LANE
 
 _CHUNK = 65536
 
 
 class FlippingProxy:
-    """Carries connections to one place. In the n-th connection (from 0) one bit of what comes from there is flipped
-    after so many bytes, as ``flips`` says; each is done once."""
+    """Carries connections to one place. In the n-th lane (from 1), or in a control stream (0), one bit of what comes
+    from there is flipped after so many bytes, as ``flips`` says; each is done once. Which comes first is not said:
+    control stream and first lane are dialled together."""
 
     def __init__(self, nursery: trio.Nursery, flips: dict[int, int]) -> None:
         self.flips = dict(flips)
         self.done: list[int] = []
         self.connections = 0
+        self._lanes = 0
         self._nursery = nursery
         self._ports: dict[tuple[str, int], int] = {}
 
@@ -43,10 +47,28 @@ class FlippingProxy:
         return msgspec.structs.replace(answer, candidates=candidates)
 
     async def _carry(self, host: str, port: int, stream: trio.SocketStream) -> None:
-        number, self.connections = self.connections, self.connections + 1
+        self.connections += 1
         async with stream, await trio.open_tcp_stream(host, port) as behind, trio.open_nursery() as nursery:
+            try:
+                number = await self._greeting(stream, behind)
+            except (trio.BrokenResourceError, trio.ClosedResourceError):
+                return
             nursery.start_soon(self._pump, stream, behind, None, nursery.cancel_scope)
             nursery.start_soon(self._pump, behind, stream, number, nursery.cancel_scope)
+
+    async def _greeting(self, stream: trio.SocketStream, behind: trio.SocketStream) -> int:
+        """Carry the TLS greeting, and tell from it which connection this is."""
+        greeting = b""
+        while data := await stream.receive_some(_CHUNK):
+            await behind.send_all(data)
+            greeting += data
+            hello = parse_client_hello_untrusted(greeting)
+            if hello is not None and ALPN_LANE in hello.alpn:
+                self._lanes += 1
+                return self._lanes
+            if hello is not None:
+                break
+        return 0
 
     async def _pump(
         self, source: trio.SocketStream, sink: trio.SocketStream, number: int | None, scope: trio.CancelScope

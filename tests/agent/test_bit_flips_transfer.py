@@ -44,7 +44,7 @@ async def test_a_bit_flipped_below_tls_costs_a_lane_and_nothing_else(tmp_path: P
     size = 96 * MIB
     async with world(tmp_path) as made, trio.open_nursery() as nursery:
         fill(made.alpha.root, size)
-        # The first connection is the control stream; the next two are lanes, and so are those that replace them.
+        # The first lanes, and those that replace them.
         proxy = FlippingProxy(nursery, {1: 3 * MIB, 2: 2 * MIB, 3: MIB})
         assert made.alpha.service is not None
         for candidate in await made.alpha.service._node.network.host_candidates(loopback=True):
