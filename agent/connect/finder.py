@@ -40,8 +40,8 @@ MAX_POOL = 32
 
 
 class PathFinder:
-    """See the module. `run` must be running; ``send_offer`` tells the relay and answers at once, ``relay_up`` says
-    whether it can be told, ``on_better`` is called when a better path than the one in use was found."""
+    """See the module. `run` must be running; ``send_offer`` tells the relay and answers at once, ``on_better`` is
+    called when a better path than the one in use was found."""
 
     def __init__(
         self,
@@ -49,14 +49,12 @@ class PathFinder:
         subject: Subject,
         *,
         send_offer: Callable[[PathOffer], None],
-        relay_up: Callable[[], bool],
         on_better: Callable[[Path], None],
         generation: Callable[[], int],
     ) -> None:
         self._network = network
         self._subject = subject
         self._send_offer = send_offer
-        self._relay_up = relay_up
         self._on_better = on_better
         self._new_generation = generation
         self._answer: SessionAnswer | None = None
@@ -77,6 +75,7 @@ class PathFinder:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
                 task_status.started()
+                nursery.start_soon(self._follow_link)
                 await self._improve()
         finally:
             self._nursery = None
@@ -201,7 +200,7 @@ class PathFinder:
         direct = [] if self._answer is None else self._direct(self._answer)
         tunnel = self._relay_allowed() and not improving
         arranged, self._arranged = self._arranged, None
-        running = self._running = RunningRace(self, direct, self._relay_up(), tunnel=tunnel, arranged=arranged)
+        running = self._running = RunningRace(self, direct, self._network.relay_up(), tunnel=tunnel, arranged=arranged)
         self._nursery.start_soon(self._race, running)
 
     def _direct(self, answer: SessionAnswer) -> list[Candidate]:
@@ -240,13 +239,20 @@ class PathFinder:
             self.path = connection.path
             self._on_better(connection.path)
 
+    async def _follow_link(self) -> None:
+        """A race that began without the relay has it help as soon as it can."""
+        while True:
+            await self._network.linked.wait()
+            if self._running is not None:
+                self._running.take_link()
+
     async def _improve(self) -> None:
         """While data goes through the relay, look for a better path, also whenever the network has changed."""
         pause = IMPROVE_FIRST
         while True:
             changed, mapped = self._network.changed, self._network.mapped
             with trio.move_on_after(pause):
-                await _either(changed, mapped)
+                await either(changed, mapped)
             if changed.is_set():
                 self._good = None
             if changed.is_set() or mapped.is_set():
@@ -278,7 +284,9 @@ class PathFinder:
         return self._path(kind, sock)
 
 
-async def _either(one: trio.Event, other: trio.Event) -> None:
+async def either(one: trio.Event, other: trio.Event) -> None:
+    """Return when one of two things has happened."""
+
     async def wait(event: trio.Event) -> None:
         await event.wait()
         nursery.cancel_scope.cancel()

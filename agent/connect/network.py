@@ -72,7 +72,10 @@ class Network:
     changed: trio.Event = field(default_factory=trio.Event)
     # Set, and replaced, when a router has granted a mapping.
     mapped: trio.Event = field(default_factory=trio.Event)
+    # Whether there is a link to the relay. The daemon sets it later than the first tasks begin: never keep what it is.
     relay_up: Callable[[], bool] = lambda: True
+    # Set, and replaced, when there is a link again.
+    linked: trio.Event = field(default_factory=trio.Event)
     # Addresses of the names that the owner advertises, as last looked up.
     _looked_up: dict[str, list[str]] = field(default_factory=dict)
     _observation: Observation | None = None
@@ -158,8 +161,10 @@ class Network:
             self.mapped = trio.Event()
 
     def take_hello(self, hello: RelayHello) -> None:
-        """What the relay tells about itself at each link."""
+        """What the relay tells about itself at each link. Whoever waits for `linked` goes on."""
         self.stun_ports = [port for port in hello.stun_ports[:4] if 0 < port < 65536]
+        self.linked.set()
+        self.linked = trio.Event()
 
     def may_dial(self) -> bool:
         """Whether one more address of a peer may be dialled now."""

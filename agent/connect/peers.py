@@ -110,7 +110,6 @@ class PeerProbes:
             self._network,
             subject,
             send_offer=self._send_offer,
-            relay_up=self._network.relay_up,
             on_better=lambda _path: None,
             generation=self._generation,
         )

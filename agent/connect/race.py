@@ -169,6 +169,12 @@ class Race:
             for leg in range(legs):
                 self._schedule(now, Arrange(self._new("tunnel", now), "tunnel", leg, ahead=True))
 
+    def relay_came(self, now: float) -> None:
+        """The relay can be asked from now on, which it could not when the race began."""
+        if not self.can_offer:
+            self.can_offer = True
+            self._schedule(max(now, self._start + self.offer_delay), SendOffer())
+
     def add(self, now: float, direct: Sequence[Candidate]) -> None:
         """More addresses of the source have become known."""
         self._add_dials(direct, now)

@@ -44,6 +44,7 @@ GATHER_TIME, PATIENT_GATHER_TIME = 0.8, 3.0
 MAX_READY = 32
 # How long the looks of a probe at UDP and the tunnel may take, the relay's go included (seconds).
 LOOK_TIME = 8.0
+NO_RELAY = "the relay cannot be reached to arrange a path"
 # Characters of the relay's reason that are shown.
 MAX_REASON = 400
 
@@ -133,7 +134,7 @@ class RunningRace:
         self._expectations = contextlib.ExitStack()
         self._notes: list[str] = []
         if not relay_up:
-            self._notes.append("the relay cannot be reached to arrange a path")
+            self._notes.append(NO_RELAY)
 
     def why(self) -> str:
         """Why there is no better path."""
@@ -179,6 +180,12 @@ class RunningRace:
         if not self._udp_only:
             self._race.add(trio.current_time(), candidates)
             self._wake.set()
+
+    def take_link(self) -> None:
+        """The relay can be reached, which it perhaps could not when the race began."""
+        self._notes = [note for note in self._notes if note != NO_RELAY]
+        self._race.relay_came(trio.current_time())
+        self._wake.set()
 
     def _begin_arranged(self) -> None:
         wish, port = self._arranged, self._network.data_port

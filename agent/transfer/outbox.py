@@ -12,6 +12,11 @@ from protocol.control import AgentEvent
 
 # A reader gets the progress of a task at most this often, in seconds.
 PROGRESS_EVERY = 0.2
+# What is asked of the relay waits for a reader for so many seconds: tasks begin before there is a link. All else that
+# passes the relay is told with the link.
+ASKING = frozenset({"session_wanted", "path_offer"})
+UNREAD_LIFE = 10.0
+MAX_UNREAD = 1000
 
 
 class Outbox:
@@ -20,6 +25,8 @@ class Outbox:
     def __init__(self, store: TaskStore) -> None:
         self._store = store
         self._readers: set[_Reader] = set()
+        # What nobody was there to read, and since when.
+        self._unread: dict[tuple[str, str], tuple[float, AgentEvent]] = {}
 
     def durable(self) -> None:
         """A line was stored."""
@@ -31,11 +38,23 @@ class Outbox:
         for reader in self._readers:
             reader.passing[event.task_id, event.kind] = event
             reader.call(urgent=event.kind != "progress")
+        if not self._readers and event.kind in ASKING:
+            self._keep(event)
+
+    def _keep(self, event: AgentEvent) -> None:
+        key = event.task_id, event.kind
+        self._unread.pop(key, None)
+        self._unread[key] = trio.current_time(), event
+        if len(self._unread) > MAX_UNREAD:
+            del self._unread[next(iter(self._unread))]
 
     @asynccontextmanager
     async def read(self, after: int) -> AsyncIterator[AsyncIterator[AgentEvent]]:
         """All kept lines after a number, then those to come, without end."""
         reader = _Reader()
+        oldest = trio.current_time() - UNREAD_LIFE
+        reader.passing.update({key: event for key, (since, event) in self._unread.items() if since >= oldest})
+        self._unread.clear()
         self._readers.add(reader)
         lines = self._lines(reader, after)
         try:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import trio
 
-from agent.connect.finder import PathFinder
+from agent.connect.finder import PathFinder, either
 from agent.connect.running_race import Subject
 from agent.connect.transport import Connection, Path
 from agent.transfer.local_node import LocalNode
@@ -64,7 +64,6 @@ class TaskPaths:
                 lanes=node.config.limits.lanes,
             ),
             send_offer=self._send_offer,
-            relay_up=node.network.relay_up,
             on_better=on_better,
             generation=self._next_generation,
         )
@@ -99,13 +98,14 @@ class TaskPaths:
         """A connection to the source, and the certificate to expect there. Raises `RetryLater`.
 
         A source that does not answer may have moved: the relay knows where to, and is asked. Or it is being started
-        again where it was, and perhaps the relay with it: so what is known is tried again now and then meanwhile.
+        again where it was, and perhaps the relay with it: so what is known is tried again now and then meanwhile, and
+        at once when there is a link to the relay again, which this agent may have begun without.
         """
         first = self._answer
         deadline = trio.current_time() + ANSWER_TIMEOUT
         turns = 0
         while True:
-            tried = self._answer
+            tried, linked = self._answer, self._node.network.linked
             if tried is not None:
                 try:
                     # The certificate that came with the order and matches the ticket, whatever the answer says.
@@ -119,8 +119,11 @@ class TaskPaths:
                 self._ask_for_answer(tried)
             turns += 1
             with trio.move_on_after(DIAL_AGAIN):
-                while self._answer is None or self._answer is tried:
-                    await self._answered.wait()
+                if self._answer is tried:
+                    await either(self._answered, linked)
+            if linked.is_set() and self._answer is tried:
+                # What it was asked before may never have reached it.
+                self._ask_for_answer(tried)
         reason = f" So far: {self._finder.why}." if self._finder.why else ""
         raise RetryLater(
             "The source endpoint is not connected to its relay, or the relay cannot be reached; the task goes on "

@@ -47,7 +47,7 @@ def paths(monkeypatch: pytest.MonkeyPatch, there_at: float, asked: list[AgentEve
     limits = SimpleNamespace(lanes=2)
     node = SimpleNamespace(
         node_id="n",
-        network=SimpleNamespace(relay_up=lambda: False),
+        network=SimpleNamespace(linked=trio.Event()),
         config=SimpleNamespace(limits=limits),
         outbox=SimpleNamespace(passing=asked.append),
     )
@@ -105,3 +105,24 @@ async def test_one_that_stays_away_is_reported(autojump_clock: MockClock, monkey
     assert caught.value.code == "GC_NOT_CONNECTED"
     assert "connection refused" in caught.value.sentence
     assert trio.current_time() - began == pytest.approx(ANSWER_TIMEOUT, abs=2 * DIAL_AGAIN)
+
+
+async def test_a_link_is_made_use_of_at_once(autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task begins before its agent is linked; what it can only have with the relay's help it tries again then."""
+    asked: list[AgentEvent] = []
+    made, finder = paths(monkeypatch, 1.25, asked)
+    network = made._node.network
+    began = trio.current_time()
+    async with trio.open_nursery() as nursery:
+
+        async def link() -> None:
+            await trio.sleep(1.25)
+            network.linked.set()
+            network.linked = trio.Event()
+
+        nursery.start_soon(link)
+        await made.connect()
+    assert trio.current_time() - began == pytest.approx(1.25)
+    assert finder.tries == 3
+    # The relay is asked anew: before that it could not hear.
+    assert len(asked) == 2

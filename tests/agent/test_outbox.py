@@ -9,7 +9,7 @@ import pytest
 import trio
 import trio.testing
 
-from agent.transfer.outbox import PROGRESS_EVERY, Outbox
+from agent.transfer.outbox import MAX_UNREAD, PROGRESS_EVERY, UNREAD_LIFE, Outbox
 from protocol.control import AgentEvent
 
 
@@ -66,3 +66,35 @@ async def test_an_offer_does_not_wait_behind_progress(autojump_clock: trio.testi
         (0.01 + PROGRESS_EVERY, "progress"),
         (0.01 + PROGRESS_EVERY, "progress"),
     ]
+
+
+async def first_lines(outbox: Outbox) -> list[tuple[str, str]]:
+    """What a reader that comes now has at once."""
+    seen: list[tuple[str, str]] = []
+    with trio.move_on_after(1):
+        async with outbox.read(0) as lines:
+            async for line in lines:
+                seen.append((line.task_id, line.kind))
+    return seen
+
+
+@pytest.mark.usefixtures("at_once")
+async def test_what_is_asked_before_there_is_a_link_waits_for_it(autojump_clock: trio.testing.MockClock) -> None:
+    outbox = Outbox(Store())  # type: ignore[arg-type]
+    outbox.passing(passing("session_wanted", "long ago"))
+    await trio.sleep(UNREAD_LIFE + 1)
+    for kind in ("session_wanted", "path_offer", "session_wanted", "progress", "collections"):
+        outbox.passing(passing(kind))
+    # The newest comes last; of what the link tells anyway nothing is kept.
+    assert await first_lines(outbox) == [("one", "path_offer"), ("one", "session_wanted")]
+    assert await first_lines(outbox) == []
+
+
+@pytest.mark.usefixtures("at_once")
+async def test_of_much_that_nobody_reads_the_newest_is_kept(autojump_clock: trio.testing.MockClock) -> None:
+    outbox = Outbox(Store())  # type: ignore[arg-type]
+    for number in range(MAX_UNREAD + 5):
+        outbox.passing(passing("session_wanted", str(number)))
+    lines = await first_lines(outbox)
+    assert len(lines) == MAX_UNREAD
+    assert lines[0][0] == "5"

@@ -15,6 +15,7 @@ import trio.testing
 
 from agent.connect import finder as finder_module
 from agent.connect import race as race_module
+from agent.connect import running_race
 from agent.connect.finder import PathFinder
 from agent.connect.introductions import Introductions
 from agent.connect.listener import DataPort, bind
@@ -22,7 +23,7 @@ from agent.connect.network import DialAllowance, Network
 from agent.connect.running_race import Subject
 from agent.connect.transport import Connection, Path, Wish
 from protocol.candidates import PORTMAP, Arrangement, Candidate, PathAnswer, PathGo, PathOffer
-from protocol.control import Party, SessionAnswer, SessionOrder, encode
+from protocol.control import Party, RelayHello, SessionAnswer, SessionOrder, encode
 from protocol.errors import ProtocolError, RetryLater, TowpathError
 from relay.rendezvous.observe import Observer
 from relay.rendezvous.signalling import Signalling
@@ -123,11 +124,11 @@ async def world(*, relay: str = "allow", relay_up: bool = True, lanes: int = 1) 
                 made.generation += 1
                 return made.generation
 
+            destination.network.relay_up = lambda: relay_up
             found = PathFinder(
                 destination.network,
                 Subject(session_id=SESSION, task_id=TASK, own=False, relay=relay, transport="tcp", lanes=lanes),
                 send_offer=send,
-                relay_up=lambda: relay_up,
                 on_better=lambda path: made.better.append(path),
                 generation=next_generation,
             )
@@ -172,15 +173,20 @@ async def test_when_the_source_cannot_be_dialled_it_dials_back() -> None:
         assert len(made.offers) == 1
 
 
+def keep_addresses_back(made: World) -> None:
+    """As behind firewalls: neither side can be dialled."""
+
+    async def none(**_options: Any) -> list[Candidate]:
+        await trio.lowlevel.checkpoint()
+        return []
+
+    for side in (made.source, made.destination):
+        side.network.host_candidates = none  # type: ignore[method-assign]
+
+
 async def test_both_punch_when_neither_can_be_dialled() -> None:
     async with world(lanes=2) as made:
-
-        async def none(**_options: Any) -> list[Candidate]:
-            await trio.lowlevel.checkpoint()
-            return []
-
-        for side in (made.source, made.destination):
-            side.network.host_candidates = none  # type: ignore[method-assign]
+        keep_addresses_back(made)
         made.finder.take_answer(answer())
         connections = [await made.finder.connect() for _ in range(3)]
         assert [row.path.kind for row in connections] == ["punched"] * 3
@@ -188,6 +194,46 @@ async def test_both_punch_when_neither_can_be_dialled() -> None:
             row.sock.close()
         assert len(made.offers) == 1
         assert {row.slot for row in made.offers[0].candidates} == {1, 2, 3}
+
+
+async def test_a_finder_made_before_the_link_has_the_relays_help_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in an agent that was started again: its tasks begin before the daemon has a link."""
+
+    # The address swallows everything, so that the race is under way when the link comes.
+    async def hang(_candidate: Candidate) -> None:
+        await trio.sleep_forever()
+
+    monkeypatch.setattr(running_race, "dial", hang)
+    async with world(relay_up=False) as made:
+        keep_addresses_back(made)
+        made.finder.take_answer(answer(at(9)))
+        async with trio.open_nursery() as nursery:
+
+            async def link() -> None:
+                await trio.testing.wait_all_tasks_blocked(0.05)
+                assert made.offers == []
+                network = made.destination.network
+                network.relay_up = lambda: True
+                network.take_hello(RelayHello(relay_id="", nonce="", proof="", key_certificate=""))
+
+            nursery.start_soon(link)
+            with trio.fail_after(5):
+                connection = await made.finder.connect()
+        assert connection.path.kind == "punched"
+        connection.sock.close()
+        assert "relay cannot be reached" not in made.finder.why
+
+
+async def test_a_race_after_the_link_has_the_relays_help() -> None:
+    async with world(relay_up=False) as made:
+        keep_addresses_back(made)
+        made.finder.take_answer(answer())
+        with pytest.raises(RetryLater, match="the relay cannot be reached"):
+            await made.finder.connect()
+        made.destination.network.relay_up = lambda: True
+        connection = await made.finder.connect()
+        assert connection.path.kind == "punched"
+        connection.sock.close()
 
 
 async def test_known_addresses_are_dialled_again_while_the_relay_is_away() -> None:

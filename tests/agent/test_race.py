@@ -397,3 +397,22 @@ def test_a_leg_that_stands_by_is_let_go_when_the_source_dials() -> None:
     course.run(world)
     assert course.kinds_given() == ["reversed"]
     assert course.cancelled
+
+
+def test_a_relay_that_comes_during_the_race_is_asked_then() -> None:
+    course = Course(Race(now=100.0, direct=[V4], can_offer=False, offer_delay=0.15))
+    course.later(0.05, lambda: course.race.relay_came(course.now))
+    course.later(2.0, lambda: course.race.relay_came(course.now))
+    course.run(lambda _course, _action: None)
+    offers = [when for when, action in course.started if isinstance(action, SendOffer)]
+    # Not before it would have been asked otherwise; the next one is the next round's.
+    assert offers[0] == pytest.approx(0.15)
+    assert offers[1:2] == [pytest.approx(0.15 + module.OFFER_PATIENCE)]
+
+
+def test_a_relay_that_was_there_is_not_asked_twice() -> None:
+    course = Course(Race(now=100.0, direct=[V4]))
+    course.later(1.0, lambda: course.race.relay_came(course.now))
+    course.run(lambda _course, _action: None)
+    offers = [when for when, action in course.started if isinstance(action, SendOffer)]
+    assert offers[:2] == [0.0, pytest.approx(module.OFFER_PATIENCE)]
