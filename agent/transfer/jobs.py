@@ -311,6 +311,15 @@ class PartDropped:
     temporary: bytes
 
 
+@dataclass(slots=True, eq=False)
+class NameFound:
+    """To the settler: a complete large file had its name when an earlier run was killed, and only the books lack it.
+    ``checksum`` is the published one, where one was asked for."""
+
+    file: LargeFile
+    checksum: str | None
+
+
 @dataclass(slots=True)
 class LinkWanted:
     """To the settler: a symlink to be made as it is at the source."""
@@ -349,6 +358,7 @@ ToSettle = (
     | PartDropped
     | BlocksChecked
     | FileSealed
+    | NameFound
     | LinkWanted
     | HardLinkWanted
     | Outcome

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import trio
 
 from agent.storage.faults import fault
@@ -10,7 +12,8 @@ from agent.transfer.compare import block_size, missing_ranges
 from agent.transfer.fetch import RANGE_BYTES
 from agent.transfer.holes import WORTH_ASKING, mark_holes, sparse_block
 from agent.transfer.jobs import Abandoned, FileJob, LargeFile, PartDropped, count_done, empty_bitmap
-from agent.transfer.journal import bytes_done
+from agent.transfer.journal import PartialRow, bytes_done
+from agent.transfer.named_files import named_file
 from agent.transfer.patience import attempts, counted
 from agent.transfer.reuse import Reuse
 from agent.transfer.run import Run
@@ -47,9 +50,12 @@ class LargeFiles:
     async def _fetch(self, job: FileJob) -> None:
         run = self._run
         try:
-            file = await trio.to_thread.run_sync(self._open, job)
+            opened = await trio.to_thread.run_sync(self._open, job)
+            file = await self._gone(job, opened) if isinstance(opened, PartialRow) else opened
         except OSError as error:
             run.retries.job_failed(job, fault(error, "destination", job.destination_path))
+            return
+        if file is None:
             return
         await self._leave_holes(file)
         reuse = Reuse(run, file)
@@ -85,31 +91,55 @@ class LargeFiles:
             mark_holes(file.done, extents, job.row.size, file.block)
             file.done_count = count_done(file.done)
 
-    def _open(self, job: FileJob) -> LargeFile:
-        """The temporary of a large file: the one an earlier run left, when it holds the same version, or a new one.
+    def _open(self, job: FileJob) -> LargeFile | PartialRow:
+        """The temporary of a large file: the one an earlier run left, when it holds the same version, or a new one. Of
+        one that is gone, what the journal has.
 
-        Runs in a worker thread of trio.
+        Runs in a worker thread of trio, as `_begin_again` does.
         """
-        journal, handle = self._run.context.journal, job.group.handle
-        known = journal.partial(*job.key)
-        if known is not None:
-            if known.version == job.row.version:
-                try:
-                    descriptor = handle.open_temporary(known.temporary)
-                    count, settled = count_done(known.done), bytes_done(known)
-                    return LargeFile(job, known.temporary, descriptor, known.block, known.done, count, settled)
-                except OSError as error:
-                    passing = not isinstance(fault(error, "destination", b""), ItemFailed)
-                    if passing and job.attempts < PART_ATTEMPTS:
-                        # What has arrived is worth another try: to begin again may cost hours.
-                        raise
-                    # It is gone or no longer ours: begin this file again.
-                    lost = "Part of a file that had arrived is gone; it is transferred again."
-                    trio.from_thread.run_sync(self._run.context.on_fault, RetryLater(lost, code="PART_LOST"))
-            _unlink_quietly(job, known.temporary)
-            self._run.settle.put(PartDropped(job, known.temporary))
+        known = self._run.context.journal.partial(*job.key)
+        if known is None:
+            return self._begin(job)
+        if known.version != job.row.version:
+            return self._begin_again(job, known)
+        try:
+            descriptor = job.group.handle.open_temporary(known.temporary)
+        except FileNotFoundError:
+            return known
+        except OSError as error:
+            if _worth_another_try(job, error):
+                raise
+            return self._begin_again(job, known, lost=True)
+        return LargeFile(
+            job, known.temporary, descriptor, known.block, known.done, count_done(known.done), bytes_done(known)
+        )
+
+    async def _gone(self, job: FileJob, known: PartialRow) -> LargeFile | None:
+        """There is no temporary any more: it has the file's name, so that there is nothing to do but to write that
+        down (None), or the file begins anew. Raises OSError, `SessionLost`."""
+        try:
+            named = await named_file(self._run, job, known)
+        except OSError as error:
+            if _worth_another_try(job, error):
+                raise
+            named = None
+        if named is None:
+            return await trio.to_thread.run_sync(partial(self._begin_again, job, known, lost=True))
+        self._run.settle.put(named)
+        return None
+
+    def _begin_again(self, job: FileJob, known: PartialRow, *, lost: bool = False) -> LargeFile:
+        """A new temporary instead of one that is of no use, or ``lost``: gone, or no longer ours. Raises OSError."""
+        if lost:
+            sentence = "Part of a file that had arrived is gone; it is transferred again."
+            trio.from_thread.run_sync(self._run.context.on_fault, RetryLater(sentence, code="PART_LOST"))
+        _unlink_quietly(job, known.temporary)
+        self._run.settle.put(PartDropped(job, known.temporary))
+        return self._begin(job)
+
+    def _begin(self, job: FileJob) -> LargeFile:
         name = self._run.temporary_name()
-        descriptor = handle.create_temporary(name)
+        descriptor = job.group.handle.create_temporary(name)
         block = block_size(job.row.size)
         return LargeFile(job, name, descriptor, block, empty_bitmap(job.row.size, block), 0)
 
@@ -159,6 +189,12 @@ class LargeFiles:
             self.failed(file, error)
             return
         run.fetcher.submit_range(file, index * file.block, length, first=True)
+
+
+def _worth_another_try(job: FileJob, error: OSError) -> bool:
+    """Whether what has arrived may still be there: to begin again may cost hours."""
+    passing = not isinstance(fault(error, "destination", b""), ItemFailed)
+    return passing and job.attempts < PART_ATTEMPTS
 
 
 def _unlink_quietly(job: FileJob, temporary: bytes) -> None:

@@ -38,6 +38,7 @@ from agent.transfer.jobs import (
     HardLinkWanted,
     LargeFile,
     LinkWanted,
+    NameFound,
     Outcome,
     PackArrived,
     PartDropped,
@@ -228,6 +229,8 @@ class Settler:
             self._blocks_checked(item)
         elif isinstance(item, FileSealed):
             self._file_sealed(item)
+        elif isinstance(item, NameFound):
+            self._has_name(item.file, item.checksum)
         elif isinstance(item, LinkWanted):
             self._link(item)
         elif isinstance(item, HardLinkWanted):
@@ -400,9 +403,13 @@ class Settler:
             self._reports.job_failed(job, problem)
             return
         job.place = place
-        self._names.transferred.append((job, checksum))
+        self._has_name(file, checksum)
+
+    def _has_name(self, file: LargeFile, checksum: str | None) -> None:
+        """All that is missing is the sync of its folder, and its place in the books."""
+        self._names.transferred.append((file.job, checksum))
         self._names.complete.append(file)
-        self._names.touch(job.group)
+        self._names.touch(file.job.group)
 
     # --- links, errors, published digests --------------------------------------------------------------
 
