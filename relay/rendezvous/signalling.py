@@ -39,6 +39,9 @@ INTERVAL = 0.3
 # An offer that only wants to know whether there is a way, after another of that kind.
 PROBE_INTERVAL = 10.0
 MAX_PENDING = 4000
+# An offer whose source was away is passed on when that comes back within this time; no destination waits for longer.
+MISSED_LIFE = 5.0
+OFFLINE = "GC_NOT_CONNECTED"
 # Connections of a path that is arranged with a task's order: its control stream, and a lane.
 ARRANGED_CONNECTIONS = 2
 # Pairs of nodes that are remembered to have found a path without an offer.
@@ -104,6 +107,8 @@ class Signalling:
         # Task → when it was last asked only whether there is a way.
         self._probed: dict[str, float] = {}
         self._pending = 0
+        # Task → its newest offer if the source was away, with source, destination and when it came; the oldest first.
+        self._missed: OrderedDict[str, tuple[str, str, float, PathOffer]] = OrderedDict()
         # Tasks whose offer is with its source now, and those whose source's later candidates are on their way.
         self._asking: dict[str, trio.Event] = {}
         self._adding: set[str] = set()
@@ -146,6 +151,30 @@ class Signalling:
             old = trio.current_time() - 60
             self._newest = {task: row for task, row in self._newest.items() if row[1] > old}
             self._probed = {task: when for task, when in self._probed.items() if when > old}
+
+    def missed(self, source: str) -> list[tuple[str, PathOffer]]:
+        """Destinations and offers that had to wait for this source, which is there now. They are admitted: pass them on
+        with `introduce`, then `done`."""
+        self._forget_missed(trio.current_time() - MISSED_LIFE)
+        tasks = [task for task, row in self._missed.items() if row[0] == source]
+        rows = [self._missed.pop(task) for task in tasks]
+        self._pending += len(rows)
+        return [(destination, offer) for _, destination, _, offer in rows]
+
+    def _miss(self, offer: PathOffer, destination: str, source: str) -> None:
+        now = trio.current_time()
+        # Nobody was given it: it is as if it had not come yet.
+        self._newest[offer.task_id] = offer.generation - 1, now - INTERVAL
+        self._missed.pop(offer.task_id, None)
+        self._missed[offer.task_id] = source, destination, now, offer
+        self._forget_missed(now - MISSED_LIFE)
+
+    def _forget_missed(self, before: float) -> None:
+        while self._missed:
+            task, row = next(iter(self._missed.items()))
+            if row[2] >= before and len(self._missed) <= MAX_PENDING:
+                return
+            del self._missed[task]
 
     def admit_candidates(self, task_id: str, answer: PathAnswer) -> bool:
         """Whether more candidates of a source are worth passing on: form, and that they belong to the newest offer.
@@ -216,9 +245,11 @@ class Signalling:
         )
 
     async def introduce(self, offer: PathOffer, destination: str, source: str, *, owner_id: str = "") -> None:
-        """Pass an offer on, and give both nodes their go. Raises the link's errors."""
+        """Pass an offer on, and give both nodes their go. Raises the link's errors; one whose source is away is kept
+        for a moment, see `missed`."""
         if not offer.probe:
             self._content.pop((destination, source), None)
+        self._missed.pop(offer.task_id, None)
         generation, _ = self._newest.get(offer.task_id, (-1, 0.0))
         repeated = offer.generation == generation
         if not repeated:
@@ -229,6 +260,11 @@ class Signalling:
         asked = self._asking.setdefault(offer.task_id, trio.Event())
         try:
             answer = await self._ask(offer, destination, source)
+        except TowpathError as error:
+            newest, _ = self._newest.get(offer.task_id, (-1, 0.0))
+            if error.code == OFFLINE and newest == offer.generation and not repeated and not offer.probe:
+                self._miss(offer, destination, source)
+            raise
         finally:
             asked.set()
             if self._asking.get(offer.task_id) is asked:

@@ -296,6 +296,9 @@ class Steward:
         if take_over is not None and await take_over.look(node_id, self._clock()):
             arrival = await self._look_up(node_id) or arrival
             await self._stop(arrival)
+        for destination, offer in self._signalling.missed(node_id):
+            if self._nursery is not None:
+                self._nursery.start_soon(self._introduce, destination, offer)
         for task_id, is_source in arrival.others:
             if is_source:
                 self._courier.want_session(task_id)

@@ -218,6 +218,65 @@ async def test_stale_and_hasty_offers_are_not_passed_on(autojump_clock: trio.tes
     assert subject.statistics().refused == 2
 
 
+class AwayAtFirst(Links):
+    away = True
+
+    async def call(self, node_id: str, *arguments: Any, **options: Any) -> bytes:
+        if self.away:
+            await trio.lowlevel.checkpoint()
+            raise RetryLater("It is away.", code=signalling.OFFLINE)
+        return await super().call(node_id, *arguments, **options)
+
+
+async def offered(subject: Signalling, offer: PathOffer = OFFER) -> None:
+    assert subject.admit(offer)
+    try:
+        await subject.introduce(offer, "destination", "source")
+    finally:
+        subject.done(offer)
+
+
+async def test_an_offer_waits_a_moment_for_a_source_that_is_being_started_again(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    links = AwayAtFirst()
+    subject = Signalling(links)
+    newer = msgspec.structs.replace(OFFER, generation=8)
+    for offer in (OFFER, newer):
+        with pytest.raises(RetryLater):
+            await offered(subject, offer)
+        await trio.sleep(signalling.MISSED_LIFE - 1)
+    links.away = False
+    assert subject.missed("another") == []
+    assert subject.missed("source") == [("destination", newer)]
+    links.answer = msgspec.structs.replace(ANSWER, generation=8)
+    await subject.introduce(newer, "destination", "source")
+    subject.done(newer)
+    assert links.go_of("destination").generation == 8
+    assert subject.missed("source") == []
+
+
+async def test_nobody_waits_any_more_for_an_old_offer_or_a_probe(autojump_clock: trio.testing.MockClock) -> None:
+    subject = Signalling(AwayAtFirst())
+    with pytest.raises(RetryLater):
+        await offered(subject, msgspec.structs.replace(OFFER, probe=True))
+    assert subject.missed("source") == []
+    await trio.sleep(1)
+    with pytest.raises(RetryLater):
+        await offered(subject, msgspec.structs.replace(OFFER, generation=8))
+    await trio.sleep(signalling.MISSED_LIFE + 1)
+    assert subject.missed("source") == []
+
+
+async def test_missed_offers_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signalling, "MAX_PENDING", 3)
+    subject = Signalling(AwayAtFirst())
+    for number in range(5):
+        with pytest.raises(RetryLater):
+            await offered(subject, msgspec.structs.replace(OFFER, task_id=str(number)))
+    assert [offer.task_id for _, offer in subject.missed("source")] == ["2", "3", "4"]
+
+
 async def test_an_agent_that_is_away_is_told_to_the_caller() -> None:
     class Away(Links):
         async def call(self, *_arguments: object, **_options: object) -> bytes:

@@ -87,3 +87,18 @@ async def test_an_offer_does_not_wait_for_an_agent_that_takes_no_acknowledgement
     await trio.sleep(60)
     # The newest number stands for those before it.
     assert scene.destination.acknowledged == [1, 2]
+
+
+async def test_an_offer_reaches_a_source_that_is_being_started_again(
+    clock: MockClock, scene: Scene, told: list[tuple[str, str, object]]
+) -> None:
+    scene.up()
+    task_id = await scene.task()
+    scene.relay.registry.down(scene.source)
+    await trio.sleep(MOMENT)
+    scene.destination.say("path_offer", task_id, durable=False, offer=offer(scene, task_id))
+    await trio.sleep(1)
+    assert told == []
+    scene.relay.registry.up(scene.source)
+    await trio.sleep(MOMENT)
+    assert [what for _, what, _ in told] == ["offer", "go", "go"]
