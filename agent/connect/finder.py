@@ -63,6 +63,8 @@ class PathFinder:
         self._news = trio.Event()
         self._good: Candidate | None = None
         self._running: RunningRace | None = None
+        # Whether that only looks for a better path, beside the one in use.
+        self._improving = False
         self._nursery: trio.Nursery | None = None
         self._had_direct = False
         self.path: Path | None = None
@@ -118,19 +120,26 @@ class PathFinder:
 
     # --- connections ---------------------------------------------------------------------------------------
 
-    async def connect(self) -> Connection:
-        """One connection more, the best there is now. Raises `RetryLater` when there is no path."""
-        found = await self._connect()
+    async def connect(self, *, begins: bool = False) -> Connection:
+        """One connection more, the best there is now; ``begins``: a session begins with it, so that what an earlier one
+        used is gone. Raises `RetryLater` when there is no path."""
+        found = await self._connect(begins)
         keep_alive(found.sock)
         return found
 
-    async def _connect(self) -> Connection:
+    async def _connect(self, begins: bool) -> Connection:
         raced = False
         while True:
             found = await self._available()
             if found is not None:
                 self._use(found.path)
                 return found
+            if begins and self._running is not None and (self._running.has_given or self._improving):
+                # It goes on for something better than what it has given, or than what there was: of that, which is lost
+                # now, it would not ask for another.
+                self._running.end()
+                self._running = None
+            begins = False
             if self._running is None:
                 if raced:
                     raise RetryLater(self._sentence(), code="CONNECT_FAILED", who="source owner")
@@ -200,6 +209,7 @@ class PathFinder:
         direct = [] if self._answer is None else self._direct(self._answer)
         tunnel = self._relay_allowed() and not improving
         arranged, self._arranged = self._arranged, None
+        self._improving = improving
         running = self._running = RunningRace(self, direct, self._network.relay_up(), tunnel=tunnel, arranged=arranged)
         self._nursery.start_soon(self._race, running)
 

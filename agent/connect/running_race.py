@@ -133,12 +133,19 @@ class RunningRace:
         self._offered: PathOffer | None = None
         self._expectations = contextlib.ExitStack()
         self._notes: list[str] = []
+        self._scope = trio.CancelScope()
+        # Whether its finder was given a connection.
+        self.has_given = False
         if not relay_up:
             self._notes.append(NO_RELAY)
 
     def why(self) -> str:
         """Why there is no better path."""
         return "; ".join(dict.fromkeys([*self._notes, self._race.why])).strip("; ")
+
+    def end(self) -> None:
+        """Give it up: what it has not given out is closed, and `run` returns."""
+        self._scope.cancel()
 
     def take_go(self, go: PathGo) -> None:
         """The relay's go; ignored unless it is for the newest offer."""
@@ -222,23 +229,8 @@ class RunningRace:
     async def run(self) -> None:
         """Race to the end. Connections given out live on; all else is closed."""
         try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._tell_mappings)
-                if self._looks:
-                    nursery.start_soon(self._look)
-                self._begin_arranged()
-                while not self._race.over(trio.current_time()):
-                    self._wake = trio.Event()
-                    for action in self._race.poll(trio.current_time()):
-                        self._act(nursery, action)
-                    deadline = self._race.deadline(trio.current_time())
-                    if math.isinf(deadline):
-                        break
-                    with trio.move_on_at(deadline):
-                        await self._wake.wait()
-                if self._looks:
-                    await self._looked.wait()
-                nursery.cancel_scope.cancel()
+            with self._scope:
+                await self._run()
         finally:
             self._expectations.close()
             for slot in self._slots:
@@ -246,12 +238,32 @@ class RunningRace:
             for connection, _ in self._ready.values():
                 connection.sock.close()
 
+    async def _run(self) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._tell_mappings)
+            if self._looks:
+                nursery.start_soon(self._look)
+            self._begin_arranged()
+            while not self._race.over(trio.current_time()):
+                self._wake = trio.Event()
+                for action in self._race.poll(trio.current_time()):
+                    self._act(nursery, action)
+                deadline = self._race.deadline(trio.current_time())
+                if math.isinf(deadline):
+                    break
+                with trio.move_on_at(deadline):
+                    await self._wake.wait()
+            if self._looks:
+                await self._looked.wait()
+            nursery.cancel_scope.cancel()
+
     def _act(self, nursery: trio.Nursery, action: Any) -> None:
         if isinstance(action, SendOffer):
             nursery.start_soon(self._send_offer)
         elif isinstance(action, Give):
             found = self._ready.pop(action.id, None)
             if found is not None:
+                self.has_given = True
                 self._finder.found(*found)
         elif isinstance(action, Cancel):
             if (scope := self._scopes.get(action.id)) is not None:

@@ -414,11 +414,11 @@ class RunningTask:
 
     # --- connections -----------------------------------------------------------------------------------
 
-    async def _found(self, paths: TaskPaths) -> tuple[Connection, str]:
+    async def _found(self, paths: TaskPaths, kind: str) -> tuple[Connection, str]:
         """A connection to the source and its certificate. Raises `TowpathError`: what is wrong with one connection must
         end neither the other tasks nor the daemon."""
         try:
-            return await paths.connect()
+            return await paths.connect(begins=kind == "control")
         except OSError as error:
             raise RetryLater(f"No connection to the source could be made: {error}.", code="CONNECT_FAILED") from error
 
@@ -434,7 +434,7 @@ class RunningTask:
             await channel.send(ConnectFailed(request=message.request, error=error.to_document()))
             return
         try:
-            connection, certificate = await self._found(paths)
+            connection, certificate = await self._found(paths, message.kind)
         except TowpathError as error:
             await channel.send(ConnectFailed(request=message.request, error=error.to_document()))
             return

@@ -94,8 +94,9 @@ class TaskPaths:
         """More addresses of the source's, for an offer of this task."""
         self._finder.take_candidates(answer)
 
-    async def connect(self) -> tuple[Connection, str]:
-        """A connection to the source, and the certificate to expect there. Raises `RetryLater`.
+    async def connect(self, *, begins: bool = False) -> tuple[Connection, str]:
+        """A connection to the source, and the certificate to expect there; ``begins``: for a session that begins.
+        Raises `RetryLater`.
 
         A source that does not answer may have moved: the relay knows where to, and is asked. Or it is being started
         again where it was, and perhaps the relay with it: so what is known is tried again now and then meanwhile, and
@@ -109,7 +110,7 @@ class TaskPaths:
             if tried is not None:
                 try:
                     # The certificate that came with the order and matches the ticket, whatever the answer says.
-                    return await self._finder.connect(), self._certificate
+                    return await self._finder.connect(begins=begins), self._certificate
                 except RetryLater:
                     if tried is not first and tried is self._answer:
                         raise

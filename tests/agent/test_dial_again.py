@@ -26,7 +26,7 @@ class Finder:
         self.there_at = trio.current_time() + there_at
         self.tries = 0
 
-    async def connect(self) -> str:
+    async def connect(self, *, begins: bool) -> str:
         self.tries += 1
         await trio.lowlevel.checkpoint()
         if trio.current_time() < self.there_at:

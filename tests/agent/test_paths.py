@@ -71,6 +71,14 @@ async def node(
         nursery.cancel_scope.cancel()
 
 
+class Places:
+    """Two places at the tunnel for whoever asks."""
+
+    def places(self, offer: PathOffer, destination: str, source: str, owner_id: str) -> tuple[Candidate, Candidate]:
+        place = Candidate(kind="relay-tunnel", host="relay", port=443, token="0")
+        return place, place
+
+
 @asynccontextmanager
 async def world(*, relay: str = "allow", relay_up: bool = True, lanes: int = 1) -> AsyncIterator[World]:
     observer = Observer()
@@ -108,7 +116,7 @@ async def world(*, relay: str = "allow", relay_up: bool = True, lanes: int = 1) 
                         return b""
                     return encode(await source.introductions.offer(document, own=False))
 
-            signalling = Signalling(Links())
+            signalling = Signalling(Links(), Places())
 
             async def introduce(offer: PathOffer) -> None:
                 try:
@@ -310,6 +318,65 @@ async def test_over_quic_one_connection_more_is_a_stream_more() -> None:
         assert connection.path.kind == "quic"
         assert Quic.asked == [SESSION]
         assert made.offers == []
+
+
+class Tunnel:
+    """Comes up at once. ``legs`` are the source's ends."""
+
+    def __init__(self) -> None:
+        self.legs: list[socket.socket] = []
+
+    async def offer(self, _wish: Wish) -> list[Candidate]:
+        await trio.lowlevel.checkpoint()
+        return []
+
+    async def answer(self, _offer: PathOffer) -> list[Candidate]:
+        await trio.lowlevel.checkpoint()
+        return []
+
+    async def connect(self, _wish: Wish, _go: PathGo) -> Connection:
+        await trio.lowlevel.checkpoint()
+        near, far = socket.socketpair()
+        self.legs.append(far)
+        return Connection(near, Path(kind="tunnel"))
+
+    async def serve(self, _offer: PathOffer, _go: PathGo, _greet: object) -> None:
+        await trio.lowlevel.checkpoint()
+
+    def close(self) -> None:
+        """The source is gone."""
+        while self.legs:
+            self.legs.pop().close()
+
+
+@pytest.mark.parametrize("improving", [False, True])
+async def test_a_session_that_was_lost_in_the_tunnel_has_another_place_there_at_once(
+    monkeypatch: pytest.MonkeyPatch, improving: bool
+) -> None:
+    if improving:
+        monkeypatch.setattr(finder_module, "IMPROVE_FIRST", 0.1)
+    async with world() as made:
+        await hidden(made)
+        tunnel = Tunnel()
+        for side in (made.source, made.destination):
+            side.network.transports.tunnel = tunnel  # type: ignore[assignment]
+        lost = await made.finder.connect(begins=True)
+        if improving:
+            # The first race is over; another looks for something better.
+            made.finder._running.end()  # type: ignore[union-attr]
+            await made.finder.others()
+            while made.finder._running is None:
+                await trio.sleep(0.01)
+        assert made.finder._running is not None
+        with lost.sock:
+            tunnel.close()
+        await trio.sleep(0.35)
+        # Long before what is under way would be over.
+        with trio.fail_after(1.5):
+            found = await made.finder.connect(begins=True)
+        with found.sock:
+            assert found.path.kind == "tunnel"
+        tunnel.close()
 
 
 async def hidden(made: World) -> None:
