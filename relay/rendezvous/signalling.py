@@ -109,6 +109,8 @@ class Signalling:
         self._pending = 0
         # Task → its newest offer if the source was away, with source, destination and when it came; the oldest first.
         self._missed: OrderedDict[str, tuple[str, str, float, PathOffer]] = OrderedDict()
+        # Task → its newest offer that came too soon after the one before, and waits for its time.
+        self._early: dict[str, PathOffer] = {}
         # Tasks whose offer is with its source now, and those whose source's later candidates are on their way.
         self._asking: dict[str, trio.Event] = {}
         self._adding: set[str] = set()
@@ -122,7 +124,8 @@ class Signalling:
         return SignallingStatistics(self._introduced, self._added, self._refused, self._failed)
 
     def admit(self, offer: PathOffer) -> bool:
-        """Whether an offer is worth passing on: form, age and rate. `done` must follow when it is."""
+        """Whether an offer is worth passing on: form and age, and for one that only asks the rate. `done` must follow
+        when it is."""
         try:
             check_candidates_untrusted(offer.candidates)
             if not 0 < offer.count <= 64 or len(offer.token) > 64 or len(offer.transports) > 16:
@@ -133,9 +136,10 @@ class Signalling:
         generation, when = self._newest.get(offer.task_id, (-1, float("-inf")))
         now = trio.current_time()
         stale = offer.generation < generation
-        hasty = offer.generation > generation and now - when < INTERVAL
-        if offer.probe:
-            hasty = hasty or now - self._probed.get(offer.task_id, float("-inf")) < PROBE_INTERVAL
+        hasty = offer.probe and (
+            (offer.generation > generation and now - when < INTERVAL)
+            or now - self._probed.get(offer.task_id, float("-inf")) < PROBE_INTERVAL
+        )
         if stale or hasty or self._pending >= MAX_PENDING:
             self._refused += 1
             return False
@@ -245,10 +249,15 @@ class Signalling:
         )
 
     async def introduce(self, offer: PathOffer, destination: str, source: str, *, owner_id: str = "") -> None:
-        """Pass an offer on, and give both nodes their go. Raises the link's errors; one whose source is away is kept
-        for a moment, see `missed`."""
+        """Pass an offer on, and give both nodes their go; one that comes soon after another has to wait, and only the
+        newest of those that wait is passed on. Raises the link's errors; an offer whose source is away is kept for a
+        moment, see `missed`."""
         if not offer.probe:
             self._content.pop((destination, source), None)
+            timely = await self._in_time(offer)
+            if timely is None:
+                return
+            offer = timely
         self._missed.pop(offer.task_id, None)
         generation, _ = self._newest.get(offer.task_id, (-1, 0.0))
         repeated = offer.generation == generation
@@ -274,6 +283,29 @@ class Signalling:
             return
         await self._give_go(offer, answer, destination, source, owner_id)
         self._introduced += 1
+
+    async def _in_time(self, offer: PathOffer) -> PathOffer | None:
+        """What is to be passed on, once a task may have another introduction; None where nothing is."""
+        task_id, now = offer.task_id, trio.current_time()
+        generation, when = self._newest.get(task_id, (-1, float("-inf")))
+        early = offer.generation > generation and now - when < INTERVAL
+        waiting = self._early.get(task_id)
+        if waiting is not None and offer.generation > generation:
+            # Who waits already passes on the newer of the two.
+            if offer.generation >= waiting.generation:
+                self._early[task_id] = offer
+            self._refused += 1
+            return None
+        if not early:
+            return offer
+        self._early[task_id] = offer
+        try:
+            await trio.sleep_until(when + INTERVAL)
+            offer = self._early[task_id]
+        finally:
+            del self._early[task_id]
+        generation, _ = self._newest.get(task_id, (-1, 0.0))
+        return offer if offer.generation > generation else None
 
     async def _ask(self, offer: PathOffer, destination: str, source: str) -> PathAnswer:
         seen = self._links.address(source), self._links.address(destination)

@@ -207,15 +207,48 @@ async def test_malformed_offers_are_not_passed_on(changes: dict[str, object]) ->
     assert not Signalling(Links()).admit(msgspec.structs.replace(OFFER, **changes))
 
 
-async def test_stale_and_hasty_offers_are_not_passed_on(autojump_clock: trio.testing.MockClock) -> None:
+async def test_stale_offers_and_hasty_probes_are_not_passed_on(autojump_clock: trio.testing.MockClock) -> None:
     subject = Signalling(Links())
     await subject.introduce(OFFER, "destination", "source")
-    newer = msgspec.structs.replace(OFFER, generation=8)
+    newer = msgspec.structs.replace(OFFER, generation=8, probe=True)
     assert not subject.admit(msgspec.structs.replace(OFFER, generation=6))
     assert not subject.admit(newer)
     await trio.sleep(signalling.INTERVAL)
     assert subject.admit(newer)
     assert subject.statistics().refused == 2
+
+
+class Echoing(Links):
+    """The source answers whatever offer it is given."""
+
+    async def call(self, node_id: str, method: str, path: str, *, document: Any = None, timeout: float = 30.0) -> bytes:
+        if isinstance(document, PathOffer):
+            self.answer = msgspec.structs.replace(ANSWER, generation=document.generation)
+        return await super().call(node_id, method, path, document=document, timeout=timeout)
+
+    def passed_on(self) -> list[int]:
+        return [row[2].generation for row in self.told if isinstance(row[2], PathOffer)]
+
+
+async def test_of_offers_that_come_too_soon_the_newest_is_passed_on_in_time(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    links = Echoing()
+    subject = Signalling(links)
+    began = trio.current_time()
+    async with trio.open_nursery() as nursery:
+        for generation in (7, 8, 10, 9):
+            nursery.start_soon(offered, subject, msgspec.structs.replace(OFFER, generation=generation))
+            await trio.sleep(0.05)
+    assert links.passed_on() == [7, 10]
+    assert trio.current_time() - began == pytest.approx(signalling.INTERVAL)
+    assert subject.statistics().refused == 2
+    # Nothing is left of it, and the next one waits from then on.
+    await offered(subject, msgspec.structs.replace(OFFER, generation=11))
+    assert links.passed_on() == [7, 10, 11]
+    assert trio.current_time() - began == pytest.approx(2 * signalling.INTERVAL)
+    assert subject._early == {}
+    assert subject._pending == 0
 
 
 class AwayAtFirst(Links):
