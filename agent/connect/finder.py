@@ -87,8 +87,11 @@ class PathFinder:
     # --- what is told to it --------------------------------------------------------------------------------
 
     def take_answer(self, answer: SessionAnswer) -> None:
-        """Where the source is now, as far as no arrangement is needed."""
+        """Where the source is now, as far as no arrangement is needed. A source that has been started again says it
+        unasked: over UDP nothing else need tell."""
         self._answer = answer
+        if (quic := self._network.transports.quic) is not None:
+            quic.doubt(self._subject.session_id)
         if self._running is not None:
             self._running.take_direct(self._direct(answer))
 

@@ -89,6 +89,9 @@ class TunnelTransport:
         """The source's end, which is greeted like a connection that came in at the data port."""
         await greet(await self._enter(go))
 
+    def doubt(self, session_id: str) -> None:
+        """Nothing: the relay ends the legs of a source that is gone."""
+
     async def another(self, wish: Wish) -> Connection | None:
         """None: each leg has a place of its own at the relay."""
 

@@ -301,6 +301,10 @@ async def test_why_the_relay_gives_no_place_at_its_tunnel_is_told(monkeypatch: p
 async def test_over_quic_one_connection_more_is_a_stream_more() -> None:
     class Quic:
         asked: list[str] = []
+        doubted: list[str] = []
+
+        def doubt(self, session_id: str) -> None:
+            self.doubted.append(session_id)
 
         async def another(self, wish: Wish) -> Connection | None:
             await trio.lowlevel.checkpoint()
@@ -317,6 +321,9 @@ async def test_over_quic_one_connection_more_is_a_stream_more() -> None:
         connection.sock.close()
         assert connection.path.kind == "quic"
         assert Quic.asked == [SESSION]
+        # The source says where it is once more: it may have been started again.
+        made.finder.take_answer(answer())
+        assert Quic.doubted == [SESSION] * 2
         assert made.offers == []
 
 

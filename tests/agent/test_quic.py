@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 import select
 import socket
+import sys
+import time
 from contextlib import closing, suppress
 
 import pytest
@@ -12,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.connect.quic import carrier as carrier_module
-from agent.connect.quic.carrier import ConnectionOver
+from agent.connect.quic.carrier import Carrier, ConnectionOver
 from agent.connect.quic.credit import (
     CONTENT,
     CREDIT,
@@ -28,6 +30,7 @@ from agent.connect.quic.datagrams import _runs
 from agent.connect.quic.engine import Engine, EngineMissing, available
 from agent.connect.quic.introduction import ClientIntroduction, ServerIntroduction
 from agent.connect.quic.punch import Punch
+from agent.connect.udp import open_udp
 from protocol.errors import ProtocolError, TowpathError
 from protocol.identity import NodeKey
 from tests.agent.quic_pair import CLIENT, SERVER, SESSION, QuicPair, engine, quic_pair, udp
@@ -190,6 +193,67 @@ def test_the_clients_address_changes_in_mid_transfer(library: str) -> None:
             pair.run(done)
         assert bytes(received) == content
         assert pair.client.moves == 3
+
+
+def turn_until(carrier: Carrier, deadline: float) -> str:
+    """Why it was over, or an empty text when it was not by then (monotonic seconds)."""
+    try:
+        while time.monotonic() < deadline:
+            carrier.turn(0.05)
+    except ConnectionOver as error:
+        return error.sentence
+    return ""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell a socket that it was refused")
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
+@both
+def test_a_server_that_was_killed_is_missed_soon(library: str, family: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("QUIET", 0.1), ("ASK_AGAIN", 0.02), ("REFUSED_PATIENCE", 0.1)):
+        monkeypatch.setattr(carrier_module, name, value)
+    with closing(quic_pair(library, make=udp if family == socket.AF_INET else open_udp)) as pair:
+        pair.up()
+        near, far = pair.open()
+        with near, far:
+            began = time.monotonic()
+            # Nobody has its port any more, and nothing was said.
+            pair.server._datagrams.sock.close()
+            assert "nobody has the port" in turn_until(pair.client, began + 3)
+            assert time.monotonic() - began < 1.5
+
+
+@both
+def test_a_server_that_may_have_been_started_again_must_say_something(
+    library: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(carrier_module, "ASK_AGAIN", 0.02)
+    monkeypatch.setattr(carrier_module, "DOUBT_PATIENCE", 0.3)
+    with closing(quic_pair(library)) as pair:
+        pair.up()
+        near, far = pair.open()
+        with near, far:
+            pair.client.doubt()
+            pair.run(lambda: pair.client._doubted is None)
+            pair.client.doubt()
+            # The server gets no turn any more, and its port refuses nothing.
+            assert "started again" in turn_until(pair.client, time.monotonic() + 2)
+
+
+@both
+def test_a_refusal_that_somebody_made_up_ends_no_connection(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("QUIET", 0.1), ("ASK_AGAIN", 0.02), ("REFUSED_PATIENCE", 0.3)):
+        monkeypatch.setattr(carrier_module, name, value)
+    with closing(quic_pair(library)) as pair:
+        pair.up()
+        near, far = pair.open()
+        with near, far:
+            deadline = time.monotonic() + 0.8
+            while time.monotonic() < deadline:
+                # As a stranger's ICMP messages would have it; the server is there and answers.
+                pair.client._datagrams.refused = True
+                for carrier in (pair.client, pair.server):
+                    carrier.turn(0.002)
+            assert move_bytes(pair, near, far, b"still there") == b"still there"
 
 
 @both

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import trio
+import trio.testing
 
 from agent.connect.quic.transport import QuicTransport
 from agent.connect.transport import Connection, Wish
@@ -68,9 +69,14 @@ async def test_streams_are_greeted_although_the_offer_was_replaced_while_quic_ca
             first = await client.connect(WISH, go)
             second = await client.another(WISH)
             assert second is not None
-            while len(greeted) < 2:
+            # Who is there has nothing to fear of a doubt.
+            client.doubt(WISH.session_id)
+            await trio.testing.wait_all_tasks_blocked()
+            third = await client.another(WISH)
+            assert third is not None
+            while len(greeted) < 3:
                 await trio.sleep(0.01)
         assert replaced.cancelled_caught
-        for connection in (first, second, *greeted):
+        for connection in (first, second, third, *greeted):
             connection.sock.close()
         nursery.cancel_scope.cancel()

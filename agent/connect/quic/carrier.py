@@ -41,6 +41,12 @@ from protocol.errors import ProtocolError, TowpathError
 MAX_STREAMS = 64
 # The handshake and the introduction take no longer than this.
 INTRODUCTION_TIMEOUT = 15.0
+# A client that waits for something says something itself after so long a silence; where the server's machine then says
+# that nobody has its port any more, it asks again every so often, and takes it for gone if that is all it hears for so
+# long (seconds). A server that was killed is so found missing well before its silence tells.
+QUIET, ASK_AGAIN, REFUSED_PATIENCE = 1.0, 0.25, 0.75
+# A server that somebody else says may have been started again has so long for any word (seconds).
+DOUBT_PATIENCE = 2.0
 _CHUNK = 64 * 1024
 # Local reads in a row before the network has its turn.
 _READS = 8
@@ -90,6 +96,10 @@ class Carrier:
         self._selector.register(datagrams.sock, selectors.EVENT_READ)
         self._deadline = now() + INTRODUCTION_TIMEOUT
         self._next_ping = now() + PING_EVERY
+        # Since when nothing but refusals has come.
+        self._refused: float | None = None
+        # Since when the server is doubted to be there, and nothing has come.
+        self._doubted: float | None = None
         self._newest = 0
         self.is_up = False
         self.moves = 0
@@ -119,11 +129,17 @@ class Carrier:
         self._selector.unregister(self._datagrams.sock)
         self._datagrams.sock.close()
         self._datagrams = Datagrams(sock)
+        self._refused = self._doubted = None
         self._selector.register(sock, selectors.EVENT_READ)
         self._engine.move()
         self._engine.ping()
         self.moves += 1
         self._flush()
+
+    def doubt(self) -> None:
+        """Client: the server may have been started again. If it does not say anything soon, the connection is over."""
+        if self.is_up and self._engine.is_client and self._doubted is None:
+            self._doubted = self._next_ping = now()
 
     def close(self, reason: str) -> None:
         """Say goodbye and close everything."""
@@ -167,13 +183,27 @@ class Carrier:
         if timer is not None and timer <= moment:
             self._engine.handle_timer(moment)
         if moment >= self._next_ping:
-            self._next_ping = moment + PING_EVERY
+            self._next_ping = moment + (ASK_AGAIN if self._refused or self._doubted else PING_EVERY)
             self._engine.ping()
         if not self.is_up and moment >= self._deadline:
             raise ConnectionOver("The peer did not introduce itself over QUIC in time.")
         self._take_events()
         self._flush()
+        self._weigh(moment)
         return watched
+
+    def _weigh(self, moment: float) -> None:
+        """What speaks for it that the server is gone."""
+        if self._doubted is not None and moment - self._doubted >= DOUBT_PATIENCE:
+            raise ConnectionOver("The peer's agent has been started again, and knows nothing of this connection.")
+        if not (self._datagrams.refused and self.is_up and self._engine.is_client):
+            return
+        self._datagrams.refused = False
+        if self._refused is None:
+            self._refused = moment
+            self._next_ping = moment + ASK_AGAIN
+        elif moment - self._refused >= REFUSED_PATIENCE:
+            raise ConnectionOver("The peer's agent is gone: its machine says that nobody has the port any more.")
 
     def _patience(self, longest: float) -> float:
         moment = now()
@@ -186,6 +216,10 @@ class Carrier:
     def _read_network(self) -> None:
         for data, segment, address in self._datagrams.receive():
             self._engine.receive(data, segment, address, now())
+            self._refused = self._doubted = None
+            self._datagrams.refused = False
+            if self._engine.is_client and self._streams:
+                self._next_ping = now() + QUIET
 
     def _flush(self) -> None:
         self._datagrams.send(self._engine.datagrams(now()))

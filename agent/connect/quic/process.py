@@ -43,6 +43,10 @@ class Move(msgspec.Struct, frozen=True, tag="move"):
     """Go on from the UDP socket that comes with this: the network has changed."""
 
 
+class Doubt(msgspec.Struct, frozen=True, tag="doubt"):
+    """Client: find out soon whether the peer is still there."""
+
+
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
     """The two ends know each other."""
 
@@ -57,7 +61,7 @@ class Over(msgspec.Struct, frozen=True, tag="over"):
     sentence: str
 
 
-ToProcess = Begin | Open | Move
+ToProcess = Begin | Open | Move | Doubt
 ToDaemon = Ready | Stream | Over
 
 _orders = msgspec.msgpack.Decoder(ToProcess)
@@ -132,6 +136,8 @@ class _Process:
             self._stream(self._carrier.open_stream())
         elif isinstance(order, Move) and descriptors:
             self._carrier.move(socket.socket(fileno=descriptors[0]))
+        elif isinstance(order, Doubt):
+            self._carrier.doubt()
 
     def _up(self) -> None:
         self._tell(Ready())

@@ -20,6 +20,7 @@ from agent.connect.quic import engine
 from agent.connect.quic.process import (
     MAX_PACKET,
     Begin,
+    Doubt,
     Move,
     Open,
     Over,
@@ -148,6 +149,16 @@ class QuicTransport:
             return await self._stream(live)
         except QuicFailed:
             return None
+
+    def doubt(self, session_id: str) -> None:
+        """Have the connection that this session has, if any, end soon unless the source is heard."""
+        live = self._find(session_id, "client")
+        if live is not None and live.ready.is_set() and self._nursery is not None:
+            self._nursery.start_soon(self._doubt, live)
+
+    async def _doubt(self, live: _Live) -> None:
+        with contextlib.suppress(QuicFailed):
+            await self._tell(live, encode(Doubt()))
 
     # --- the source ------------------------------------------------------------------------------------------
 
