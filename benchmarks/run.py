@@ -53,16 +53,24 @@ ELSEWHERE = ("G5z",)
 
 def cpu_used() -> float:
     """CPU-seconds of this process, its living descendants and those it has waited for."""
-    own = resource.getrusage(resource.RUSAGE_SELF)
+    while True:
+        waited = _waited_for()
+        living = 0.0
+        for child in psutil.Process().children(recursive=True):
+            try:
+                times = child.cpu_times()
+            except psutil.NoSuchProcess:
+                continue
+            living += times.user + times.system + times.children_user + times.children_system
+        # One that ended meanwhile, as workers do when a task is over, would be in neither.
+        if _waited_for() == waited:
+            own = resource.getrusage(resource.RUSAGE_SELF)
+            return own.ru_utime + own.ru_stime + waited + living
+
+
+def _waited_for() -> float:
     waited = resource.getrusage(resource.RUSAGE_CHILDREN)
-    total = own.ru_utime + own.ru_stime + waited.ru_utime + waited.ru_stime
-    for child in psutil.Process().children(recursive=True):
-        try:
-            times = child.cpu_times()
-        except psutil.NoSuchProcess:
-            continue
-        total += times.user + times.system + times.children_user + times.children_system
-    return total
+    return waited.ru_utime + waited.ru_stime
 
 
 class Place:
