@@ -12,8 +12,9 @@ from agent.doctor.peers import finding_of
 from protocol.candidates import MAPPED_UDP, Candidate, PathAnswer, PathGo, PathOffer
 from protocol.control import SessionAnswer
 from protocol.errors import RetryLater
+from tests.agent.paths_world import SESSION, TASK, Node, World, answer, at, world
 from tests.agent.quic_pair import CLIENT
-from tests.agent.test_paths import SESSION, TASK, Node, World, answer, at, hidden, world
+from tests.agent.test_paths import hidden
 
 
 def peer(known: SessionAnswer | None) -> Peer:
