@@ -39,8 +39,7 @@ class _Lines(logging.Formatter):
     """``2026-11-24T02:29:42.272Z INFO towpath.link: Linked. peer=x`` in UTC.
 
     Text of peers cannot fake another event: what follows a line break is indented, and characters that cannot be seen
-    are written as their escapes. In the journal, which knows the
-    time, the line begins with its priority instead.
+    are written as their escapes. In the journal, which knows the time, the line begins with its priority instead.
     """
 
     def __init__(self, *, for_journal: bool = False) -> None:

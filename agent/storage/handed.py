@@ -4,10 +4,9 @@ temporaries and reading them back, and nothing by which one could come anywhere 
 from __future__ import annotations
 
 import os
-import time
 
 from agent.storage import handles, page_cache
-from agent.storage.base import PERMISSION_BITS, Bytes, checked_time, component
+from agent.storage.base import Bytes
 
 
 class Handed:
@@ -16,17 +15,7 @@ class Handed:
     def write_whole(self, folder: int, name: bytes, mode: int, content: memoryview, mtime_ns: int | None) -> int:
         """Make a temporary with a mode, a content and a modification time (None: now). Its descriptor, which is the
         caller's; after an error there is none, but the temporary may be there."""
-        fd = os.open(component(name), handles.CREATE, mode & PERMISSION_BITS, dir_fd=folder)
-        try:
-            written, size = 0, len(content)
-            while written < size:
-                written += self.pwrite(fd, content[written:] if written else content, written)
-            if mtime_ns is not None:
-                os.utime(fd, ns=(time.time_ns(), checked_time(mtime_ns)))
-        except BaseException:
-            os.close(fd)
-            raise
-        return fd
+        return handles.fill_temporary(handles.create_temporary(folder, name, mode), content, mtime_ns, self.pwrite)
 
     def open_temporary(self, folder: int, name: bytes) -> int:
         """Open an existing temporary of ours to be read."""

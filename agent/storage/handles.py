@@ -7,8 +7,9 @@ import os
 import stat as stat_bits
 import sys
 import time
+from collections.abc import Callable
 
-from agent.storage.base import NotRegularFile, checked_time, component
+from agent.storage.base import PERMISSION_BITS, NotRegularFile, checked_time, component
 
 # O_PATH needs no read permission on folders that are only passed through (0711 home directories).
 PATH_ONLY: int | None = getattr(os, "O_PATH", None)
@@ -67,6 +68,26 @@ def open_temporary(fd: int, name: bytes) -> int:
     if status.st_nlink != 1 or status.st_uid != os.geteuid():
         os.close(handle)
         raise NotRegularFile("is not a temporary of this agent alone")
+    return handle
+
+
+def create_temporary(fd: int, name: bytes, mode: int) -> int:
+    """Create a file that must not exist (EEXIST) in a folder, for reading and writing."""
+    return os.open(component(name), CREATE, mode & PERMISSION_BITS, dir_fd=fd)
+
+
+def fill_temporary(handle: int, content: memoryview, mtime_ns: int | None, pwrite: Callable[..., int]) -> int:
+    """Write all of a new temporary, date it (None: leave it at now), and give its descriptor back, which is closed
+    after an error."""
+    try:
+        written, size = 0, len(content)
+        while written < size:
+            written += pwrite(handle, content[written:] if written else content, written)
+        if mtime_ns is not None:
+            os.utime(handle, ns=(time.time_ns(), checked_time(mtime_ns)))
+    except BaseException:
+        os.close(handle)
+        raise
     return handle
 
 

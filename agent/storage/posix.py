@@ -8,7 +8,6 @@ import copy
 import errno
 import os
 import stat as stat_bits
-import time
 from collections.abc import Iterator
 
 from agent.storage import attributes, folding, handles, libc, mounts
@@ -20,7 +19,6 @@ from agent.storage.base import (
     Node,
     Reach,
     Root,
-    checked_time,
     component,
     node_from_stat,
 )
@@ -173,17 +171,7 @@ class PosixRoot(Root):
     ) -> int:
         if not isinstance(directory, PosixDirectory):
             return super().write_whole(directory, name, mode, content, mtime_ns)
-        fd = directory.create_temporary(name, mode)
-        try:
-            written, size = 0, len(content)
-            while written < size:
-                written += os.pwrite(fd, content[written:] if written else content, written)
-            if mtime_ns is not None:
-                os.utime(fd, ns=(time.time_ns(), checked_time(mtime_ns)))
-        except BaseException:
-            os.close(fd)
-            raise
-        return fd
+        return handles.fill_temporary(directory.create_temporary(name, mode), content, mtime_ns, os.pwrite)
 
     def close(self) -> None:
         fd, self._fd = self._fd, -1
@@ -311,7 +299,7 @@ class PosixDirectory(Directory):
             return self._root.readable(*walker.walk(way, followed=True))
 
     def create_temporary(self, name: bytes, mode: int = 0o600) -> int:
-        return os.open(component(name), handles.CREATE, mode & PERMISSION_BITS, dir_fd=self._fd)
+        return handles.create_temporary(self._fd, name, mode)
 
     def open_temporary(self, name: bytes) -> int:
         return handles.open_temporary(self._fd, name)

@@ -1,33 +1,22 @@
 """What the daemon and a transfer worker say to each other, over a private socket pair that also carries sockets.
 
 The daemon dials and listens; a worker gets raw connected sockets, before any handshake, as file descriptors attached
-to a message. Messages are msgpack maps behind a four-byte length. Both ends are our own processes of one version, so
-nothing here is hostile, but lengths are bounded all the same.
+to a message (`agent.transfer.message_buffer`).
 """
 
 from __future__ import annotations
 
-import array
-import contextlib
 import socket
-from collections import deque
 from typing import Any
 
 import msgspec
 import trio
 
 from agent.storage.mounts import Mark
+from agent.transfer.message_buffer import ANCILLARY, CHUNK, Garbled, Message, MessageBuffer, framed, rights
 from protocol.control import TaskObserved, TaskOrder
 
 MAX_CHANNEL_MESSAGE = 128 * 1024 * 1024
-_CHUNK = 256 * 1024
-_MAX_DESCRIPTORS = 16
-
-
-class Message(msgspec.Struct, tag_field="t", frozen=True, kw_only=True):
-    """Base of all channel messages. ``descriptors`` says how many sockets come with it."""
-
-    descriptors: int = 0
 
 
 class WorkerCollection(msgspec.Struct, frozen=True, kw_only=True):
@@ -187,8 +176,6 @@ class Checkpointed(Message, tag="checkpointed", frozen=True, kw_only=True):
 ToWorker = RunTask | ServeSession | Incoming | Connected | ConnectFailed | BetterPath | Desire | EventStored | Allowed
 ToDaemon = Connect | Event | Progress | Moved | Finished | Checkpointed
 
-_encoder = msgspec.msgpack.Encoder()
-
 
 class ChannelClosed(Exception):
     """The other process is gone."""
@@ -200,9 +187,7 @@ class Channel:
     def __init__(self, sock: socket.socket, receives: Any) -> None:
         sock.setblocking(False)
         self._socket = trio.socket.from_stdlib_socket(sock)
-        self._decoder = msgspec.msgpack.Decoder(receives)
-        self._buffer = bytearray()
-        self._descriptors: deque[int] = deque()
+        self._incoming = MessageBuffer(receives, MAX_CHANNEL_MESSAGE)
         self._sending = trio.Lock()
 
     async def send(self, message: Message, descriptors: tuple[int, ...] = ()) -> None:
@@ -210,15 +195,13 @@ class Channel:
 
         Raises `ChannelClosed`. A cancelled send closes the channel: half a message is no message.
         """
-        body = _encoder.encode(message)
-        data = memoryview(len(body).to_bytes(4, "big") + body)
+        data = memoryview(framed(message))
         async with self._sending:
             try:
                 with trio.CancelScope(shield=True) as scope:
                     scope.deadline = trio.current_time() + 60
                     if descriptors:
-                        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors).tobytes())]
-                        data = data[await self._socket.sendmsg([data], ancillary) :]
+                        data = data[await self._socket.sendmsg([data], rights(descriptors)) :]
                     while data:
                         data = data[await self._socket.send(data) :]
             except OSError as error:
@@ -228,36 +211,17 @@ class Channel:
 
     async def receive(self) -> tuple[Any, list[int]]:
         """The next message and its descriptors, which the caller now owns. Raises `ChannelClosed` at the end."""
-        while True:
-            if len(self._buffer) >= 4:
-                length = int.from_bytes(self._buffer[:4], "big")
-                if length > MAX_CHANNEL_MESSAGE:
-                    raise ChannelClosed
-                if len(self._buffer) >= 4 + length:
-                    message = self._decoder.decode(self._buffer[4 : 4 + length])
-                    del self._buffer[: 4 + length]
-                    return message, [self._descriptors.popleft() for _ in range(message.descriptors)]
-            await self._fill()
-
-    async def _fill(self) -> None:
-        space = socket.CMSG_SPACE(_MAX_DESCRIPTORS * array.array("i").itemsize)
         try:
-            data, ancillary, _, _ = await self._socket.recvmsg(_CHUNK, space)
-        except OSError as error:
+            while (message := self._incoming.next()) is None:
+                data, ancillary, _, _ = await self._socket.recvmsg(CHUNK, ANCILLARY)
+                self._incoming.feed(data, ancillary)
+                if not data:
+                    raise ChannelClosed
+            return message
+        except (OSError, Garbled) as error:
             raise ChannelClosed from error
-        for level, kind, payload in ancillary:
-            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                numbers = array.array("i")
-                numbers.frombytes(payload[: len(payload) - len(payload) % numbers.itemsize])
-                self._descriptors.extend(numbers)
-        if not data:
-            raise ChannelClosed
-        self._buffer += data
 
     def close(self) -> None:
         """Close this end and every descriptor that nobody took. Safe to call twice."""
         self._socket.close()
-        while self._descriptors:
-            descriptor = self._descriptors.popleft()
-            with contextlib.suppress(OSError):
-                socket.close(descriptor)
+        self._incoming.close()

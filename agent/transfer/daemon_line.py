@@ -29,13 +29,13 @@ from agent.transfer.channel import (
     Event,
     EventStored,
     Finished,
-    Message,
     Moved,
     Progress,
     RunTask,
 )
 from agent.transfer.lane_ahead import LaneAhead
 from agent.transfer.lane_processes import Child, LaneProcesses, RemoteLane
+from agent.transfer.message_buffer import Message
 from agent.transfer.source_session import SourceSession
 from protocol.control import TaskObserved
 from protocol.errors import RetryLater, TowpathError, error_from_document_untrusted

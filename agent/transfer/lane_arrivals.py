@@ -12,11 +12,11 @@ import trio
 from agent.storage.faults import fault
 from agent.transfer import lane_messages as say
 from agent.transfer.arrivals import BlockBooks, Reports, damaged
-from agent.transfer.channel import Message
 from agent.transfer.fetch import Fetcher
 from agent.transfer.held import HeldChecked, Holder, HolderLost, PackHeld, Places
 from agent.transfer.jobs import FileJob, Group, LargeFile, PackRequest, RangeRequest, Request
 from agent.transfer.lane_processes import LaneProcesses, OneProcess, RemoteLane
+from agent.transfer.message_buffer import Message
 from agent.transfer.small_files import OWNER_ACCESS
 from protocol.errors import TowpathError, error_from_document_untrusted
 

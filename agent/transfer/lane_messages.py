@@ -1,27 +1,21 @@
 """What a worker and its lane processes say to each other, over a private socket pair that also carries descriptors.
 
 The worker plans, settles and keeps the books; a lane process receives, checks digests and writes, through handles that
-the worker opened. No content crosses the pair. Framing as in `agent.transfer.channel`. Both ends are one program, so
-nothing here is hostile, but lengths are bounded all the same.
+the worker opened. No content crosses the pair.
 """
 
 from __future__ import annotations
 
-import array
-import os
 import socket
-from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
 import msgspec
 
-from agent.transfer.channel import Message
+from agent.transfer.message_buffer import ANCILLARY, CHUNK, Garbled, Message, MessageBuffer, framed
 
 # Far more than the largest message, which tells of one pack.
 MAX_MESSAGE = 4 * 1024 * 1024
-_CHUNK = 256 * 1024
-_MAX_DESCRIPTORS = 16
 
 # --- worker to lane process --------------------------------------------------------------------------------
 
@@ -275,48 +269,8 @@ def temporary_name(names: bytes, r: int, index: int) -> bytes:
     return b"%sr%x.%x" % (names, r, index)
 
 
-_encoder = msgspec.msgpack.Encoder()
-
-
 class PairClosed(Exception):
     """The other end of the pair is gone, or says what no end of it says."""
-
-
-class MessageBuffer:
-    """Bytes and descriptors of the pair, in; messages with their descriptors, out."""
-
-    def __init__(self, receives: Any) -> None:
-        self._decoder = msgspec.msgpack.Decoder(receives)
-        self._buffer = bytearray()
-        self._descriptors: deque[int] = deque()
-
-    def feed(self, data: bytes, descriptors: list[int]) -> Iterator[tuple[Any, list[int]]]:
-        """The messages that are whole now. Raises `PairClosed` for what is none."""
-        self._buffer += data
-        self._descriptors.extend(descriptors)
-        begin = 0
-        try:
-            while len(self._buffer) - begin >= 4:
-                length = int.from_bytes(self._buffer[begin : begin + 4], "big")
-                if length > MAX_MESSAGE:
-                    raise PairClosed
-                if len(self._buffer) - begin < 4 + length:
-                    break
-                try:
-                    message = self._decoder.decode(self._buffer[begin + 4 : begin + 4 + length])
-                except (msgspec.DecodeError, RecursionError) as error:
-                    raise PairClosed from error
-                begin += 4 + length
-                if message.descriptors > len(self._descriptors):
-                    raise PairClosed
-                yield message, [self._descriptors.popleft() for _ in range(message.descriptors)]
-        finally:
-            del self._buffer[:begin]
-
-    def close(self) -> None:
-        """Close every descriptor that belongs to no message yet."""
-        while self._descriptors:
-            os.close(self._descriptors.popleft())
 
 
 class PairEnd:
@@ -324,35 +278,29 @@ class PairEnd:
 
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
-        self._incoming = MessageBuffer(ToLanes)
+        self._incoming = MessageBuffer(ToLanes, MAX_MESSAGE)
 
     def fileno(self) -> int:
         return self._socket.fileno()
 
     def send(self, message: Message) -> None:
         """Send one message. Raises `PairClosed`."""
-        body = _encoder.encode(message)
         try:
-            self._socket.sendall(len(body).to_bytes(4, "big") + body)
+            self._socket.sendall(framed(message))
         except OSError as error:
             raise PairClosed from error
 
     def receive(self) -> Iterator[tuple[Any, list[int]]]:
         """Read once (blocks if there is nothing) and give the messages that are whole. Raises `PairClosed`."""
-        space = socket.CMSG_SPACE(_MAX_DESCRIPTORS * array.array("i").itemsize)
         try:
-            data, ancillary, _, _ = self._socket.recvmsg(_CHUNK, space)
-        except OSError as error:
+            data, ancillary, _, _ = self._socket.recvmsg(CHUNK, ANCILLARY)
+            self._incoming.feed(data, ancillary)
+            if not data:
+                raise PairClosed
+            while (message := self._incoming.next()) is not None:
+                yield message
+        except (OSError, Garbled) as error:
             raise PairClosed from error
-        if not data:
-            raise PairClosed
-        descriptors: list[int] = []
-        for level, kind, payload in ancillary:
-            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                numbers = array.array("i")
-                numbers.frombytes(payload[: len(payload) - len(payload) % numbers.itemsize])
-                descriptors.extend(numbers)
-        return self._incoming.feed(data, descriptors)
 
     def close(self) -> None:
         """Close this end, with all descriptors that nobody took."""

@@ -23,9 +23,10 @@ import trio
 from agent.connect.tls import HANDSHAKE_TIMEOUT
 from agent.limits.pace import Pace
 from agent.transfer import lane_messages as say
-from agent.transfer.channel import Channel, ChannelClosed, Message
+from agent.transfer.channel import Channel, ChannelClosed
 from agent.transfer.jobs import Group, LargeFile, Request
 from agent.transfer.lane_process import LaneProcess
+from agent.transfer.message_buffer import Message
 from agent.transfer.spawn import FORKS
 from protocol.congestion import TcpFacts, tcp_facts
 from protocol.errors import ProtocolError, RetryLater, TowpathError, error_from_document_untrusted

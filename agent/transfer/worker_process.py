@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import trio
 
-from agent.transfer.channel import Channel, Message, ToDaemon
+from agent.transfer.channel import Channel, ToDaemon
+from agent.transfer.message_buffer import Message
 from agent.transfer.spawn import Spawned, spawn
 
 # How long a worker may take to settle what arrived when it is told to stop.

@@ -25,31 +25,18 @@ from agent.transfer.compare import SMALL_FILE
 from agent.transfer.fetch import Fetcher
 from agent.transfer.jobs import FileJob, Group, PackRequest
 from agent.transfer.receive import LaneReceiver
-from agent.transfer.serve import Control, SourceSide
+from agent.transfer.serve import SourceSide
 from agent.transfer.source_session import SourceSession
 from agent.transfer.take_ahead import LANE, MOST_FILES, Awaited, takeable
 from protocol import session
 from protocol.control import TaskItem, TaskOptions
 from protocol.errors import ProtocolError, RetryLater, TaskFailed, TowpathError
+from tests.agent.asked_of_source import asked
 from tests.agent.engine_inside import Engine, OpenPolicy, contents, quick_path
 
-__all__ = ["quick_path"]
+__all__ = ["asked", "quick_path"]
 
 INSTANCE = b"i" * 16
-
-
-@pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[session.Request]:
-    """Everything the source is asked, in order."""
-    requests: list[session.Request] = []
-    handle = Control._handle
-
-    async def noting(self: Control, request: session.Request, nursery: trio.Nursery) -> None:
-        requests.append(request)
-        await handle(self, request, nursery)
-
-    monkeypatch.setattr(Control, "_handle", noting)
-    return requests
 
 
 ROW = session.Row(b"file", session.FILE, 7, 1, 2, 3, 4, 0o644)

@@ -25,6 +25,7 @@ from agent.transfer import lane_messages as say
 from agent.transfer.channel import Channel
 from agent.transfer.lane_process import LaneProcess
 from agent.transfer.lane_processes import LaneProcesses, RemoteLane
+from agent.transfer.message_buffer import Garbled, MessageBuffer
 from protocol.control import TaskItem, TaskOptions
 from tests.agent import engine_world
 from tests.agent.engine_inside import (
@@ -267,21 +268,25 @@ def test_messages_come_whole_however_they_are_cut(numbers: list[int], piece: int
         data = b""
         while more := theirs.recv(1 << 16):
             data += more
-    incoming = say.MessageBuffer(say.FromLanes)
+    incoming = MessageBuffer(say.FromLanes, say.MAX_MESSAGE)
     found = []
     for begin in range(0, len(data), piece):
-        found += [message for message, _ in incoming.feed(data[begin : begin + piece], [])]
+        incoming.feed(data[begin : begin + piece], [])
+        while (message := incoming.next()) is not None:
+            found.append(message[0])
     assert found == [say.Withdrawn(r=number, lane=number % 7) for number in numbers]
 
 
 @given(st.binary(max_size=200))
 def test_nonsense_in_the_pair_is_refused(data: bytes) -> None:
-    incoming = say.MessageBuffer(say.ToLanes)
+    incoming = MessageBuffer(say.ToLanes, say.MAX_MESSAGE)
+    incoming.feed(data, [])
     try:
-        for message, descriptors in incoming.feed(data, []):
+        while (found := incoming.next()) is not None:
+            message, descriptors = found
             assert isinstance(message, say.ToLanes)
             assert descriptors == []
-    except say.PairClosed:
+    except Garbled:
         return
 
 

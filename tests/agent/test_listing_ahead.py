@@ -4,29 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-import trio
-
-from agent.transfer.serve import Control
 from protocol import session
 from protocol.control import TaskItem
+from tests.agent.asked_of_source import asked
 from tests.agent.engine_inside import Engine, contents, quick_path
 
-__all__ = ["quick_path"]
-
-
-@pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[session.Request]:
-    """Everything the source is asked, in order."""
-    requests: list[session.Request] = []
-    handle = Control._handle
-
-    async def noting(self: Control, request: session.Request, nursery: trio.Nursery) -> None:
-        requests.append(request)
-        await handle(self, request, nursery)
-
-    monkeypatch.setattr(Control, "_handle", noting)
-    return requests
+__all__ = ["asked", "quick_path"]
 
 
 def _listed(requests: list[session.Request]) -> list[bytes]:

@@ -1,0 +1,86 @@
+"""Messages of private socket pairs that also carry descriptors: msgpack behind a four-byte length. Sans I/O.
+
+Both ends are our own processes of one version, so nothing here is hostile, but lengths are bounded all the same.
+"""
+
+from __future__ import annotations
+
+import array
+import os
+import socket
+from collections import deque
+from collections.abc import Iterable
+from typing import Any
+
+import msgspec
+
+# What one read asks for: bytes, and room for descriptors.
+CHUNK = 256 * 1024
+_MAX_DESCRIPTORS = 16
+ANCILLARY = socket.CMSG_SPACE(_MAX_DESCRIPTORS * array.array("i").itemsize)
+
+_encoder = msgspec.msgpack.Encoder()
+
+
+class Message(msgspec.Struct, tag_field="t", frozen=True, kw_only=True):
+    """Base of all messages. ``descriptors`` says how many descriptors come with it."""
+
+    descriptors: int = 0
+
+
+class Garbled(Exception):
+    """The other end says what no end of the pair says."""
+
+
+def framed(message: Message) -> bytes:
+    """A message as it travels."""
+    body = _encoder.encode(message)
+    return len(body).to_bytes(4, "big") + body
+
+
+def rights(descriptors: Iterable[int]) -> list[tuple[int, int, bytes]]:
+    """Descriptors as ``sendmsg`` takes them."""
+    return [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors).tobytes())]
+
+
+class MessageBuffer:
+    """What ``recvmsg`` gave, in; messages of the type ``receives``, of at most ``longest`` bytes, with their
+    descriptors, out."""
+
+    def __init__(self, receives: Any, longest: int) -> None:
+        self._decoder = msgspec.msgpack.Decoder(receives)
+        self._longest = longest
+        self._buffer = bytearray()
+        self._descriptors: deque[int] = deque()
+
+    def feed(self, data: bytes, ancillary: Iterable[tuple[int, int, bytes]]) -> None:
+        """Take in what has come."""
+        self._buffer += data
+        for level, kind, payload in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                numbers = array.array("i")
+                numbers.frombytes(payload[: len(payload) - len(payload) % numbers.itemsize])
+                self._descriptors.extend(numbers)
+
+    def next(self) -> tuple[Any, list[int]] | None:
+        """The next message and its descriptors, the caller's from now on; None until it is whole. Raises `Garbled`."""
+        if len(self._buffer) < 4:
+            return None
+        end = 4 + int.from_bytes(self._buffer[:4], "big")
+        if end - 4 > self._longest:
+            raise Garbled
+        if len(self._buffer) < end:
+            return None
+        try:
+            message = self._decoder.decode(self._buffer[4:end])
+        except (msgspec.DecodeError, RecursionError) as error:
+            raise Garbled from error
+        del self._buffer[:end]
+        if message.descriptors > len(self._descriptors):
+            raise Garbled
+        return message, [self._descriptors.popleft() for _ in range(message.descriptors)]
+
+    def close(self) -> None:
+        """Close every descriptor that belongs to no message yet. Safe to call twice."""
+        while self._descriptors:
+            os.close(self._descriptors.popleft())
