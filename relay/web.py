@@ -39,9 +39,6 @@ class HeldBack(h2.StreamBuffer):
         return data
 
 
-h2.StreamBuffer = HeldBack  # type: ignore[misc]
-
-
 @dataclass(frozen=True)
 class WebStatistics:
     """Connections open now, taken in all, and turned away because there were too many."""
@@ -55,6 +52,8 @@ class WebServer:
     """Serves an ASGI application on streams. ``max_connections`` bounds how many at a time."""
 
     def __init__(self, app: ASGIApp, *, max_connections: int) -> None:
+        # Hypercorn has no setting for it.
+        h2.StreamBuffer = HeldBack  # type: ignore[misc]
         # Two spellings of the same interface (ASGI 3).
         self._app = ASGIWrapper(cast("ASGIFramework", app))
         self._max = max_connections

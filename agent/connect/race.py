@@ -228,12 +228,6 @@ class Race:
             pause = min(AGAIN_FIRST * 2.0**attempt.repeats, AGAIN_MOST)
             self._dial(now + pause, attempt.candidate, attempt.repeats + 1)
 
-    def offer_failed(self, now: float, why: str) -> None:
-        """No offer could be sent."""
-        if why and why not in self._errors:
-            self._errors.append(why)
-        self._round_ends = min(self._round_ends, now + GO_PATIENCE)
-
     # --- what to do ----------------------------------------------------------------------------------------
 
     def poll(self, now: float) -> list[Action]:

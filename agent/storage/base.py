@@ -184,7 +184,6 @@ class Features:
     symlinks: bool = True
     modes: bool = True
     sparse: bool = True
-    mtime_resolution_ns: int = 1
 
 
 class Directory(ABC):

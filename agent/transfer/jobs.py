@@ -17,7 +17,6 @@ from agent.transfer.journal import Place
 from protocol.errors import TowpathError
 from protocol.session import Row
 
-TEMPORARY_DIGITS = 8
 # setuid, setgid and sticky.
 SPECIAL_BITS = 0o7000
 

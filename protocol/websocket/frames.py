@@ -52,7 +52,6 @@ class Parser:
         self._longest = longest
         self._head = bytearray()
         self._opcode: int | None = None
-        self._fin = False
         self._left = 0
         self._mask = b""
         self._short = bytearray()
@@ -131,7 +130,7 @@ class Parser:
         elif size > _SHORT or not fin or (opcode == TEXT and self._within):
             raise ProtocolError("The other side broke the rules of WebSocket: a frame that is too long or cut.")
         self._mask = bytes(head[-4:]) if self._masked else b""
-        self._opcode, self._fin, self._left = opcode, fin, size
+        self._opcode, self._left = opcode, size
 
 
 def _head_size(head: bytearray) -> int:
