@@ -13,7 +13,7 @@ import msgspec
 import trio
 
 from agent.storage.mounts import Mark
-from agent.transfer.message_buffer import ANCILLARY, CHUNK, Garbled, Message, MessageBuffer, framed, rights
+from agent.transfer.message_buffer import CHUNK, Garbled, Message, MessageBuffer, framed, rights, room
 from protocol.control import TaskObserved, TaskOrder
 
 MAX_CHANNEL_MESSAGE = 128 * 1024 * 1024
@@ -213,7 +213,7 @@ class Channel:
         """The next message and its descriptors, which the caller now owns. Raises `ChannelClosed` at the end."""
         try:
             while (message := self._incoming.next()) is None:
-                data, ancillary, _, _ = await self._socket.recvmsg(CHUNK, ANCILLARY)
+                data, ancillary, _, _ = await self._socket.recvmsg(CHUNK, room())
                 self._incoming.feed(data, ancillary)
                 if not data:
                     raise ChannelClosed

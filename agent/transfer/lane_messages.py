@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from agent.transfer.message_buffer import ANCILLARY, CHUNK, Garbled, Message, MessageBuffer, framed
+from agent.transfer.message_buffer import CHUNK, Garbled, Message, MessageBuffer, framed, room
 
 # Far more than the largest message, which tells of one pack.
 MAX_MESSAGE = 4 * 1024 * 1024
@@ -293,7 +293,7 @@ class PairEnd:
     def receive(self) -> Iterator[tuple[Any, list[int]]]:
         """Read once (blocks if there is nothing) and give the messages that are whole. Raises `PairClosed`."""
         try:
-            data, ancillary, _, _ = self._socket.recvmsg(CHUNK, ANCILLARY)
+            data, ancillary, _, _ = self._socket.recvmsg(CHUNK, room())
             self._incoming.feed(data, ancillary)
             if not data:
                 raise PairClosed

@@ -14,10 +14,9 @@ from typing import Any
 
 import msgspec
 
-# What one read asks for: bytes, and room for descriptors.
+# What one read asks for, in bytes; descriptors come beside them.
 CHUNK = 256 * 1024
 _MAX_DESCRIPTORS = 16
-ANCILLARY = socket.CMSG_SPACE(_MAX_DESCRIPTORS * array.array("i").itemsize)
 
 _encoder = msgspec.msgpack.Encoder()
 
@@ -30,6 +29,11 @@ class Message(msgspec.Struct, tag_field="t", frozen=True, kw_only=True):
 
 class Garbled(Exception):
     """The other end says what no end of the pair says."""
+
+
+def room() -> int:
+    """How much ``recvmsg`` is to keep free for descriptors. Windows knows none of this, and imports the module."""
+    return socket.CMSG_SPACE(_MAX_DESCRIPTORS * array.array("i").itemsize)
 
 
 def framed(message: Message) -> bytes:
