@@ -14,6 +14,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import lab as laboratory
 import matrix
 
+from tests.slices import part
+
 WHY_NOT = laboratory.why_not()
 pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
 
@@ -100,4 +102,4 @@ async def test_the_whole_table_in_both_directions(tmp_path: Path) -> None:
         pairs.append((first, second))
         if first != second:
             pairs.append((second, first))
-    await run_cells(tmp_path, pairs)
+    await run_cells(tmp_path, list(part(pairs)))
