@@ -1,4 +1,4 @@
-"""How many files this process may have open at a time."""
+"""How many files this process may have open at a time, and how much memory it may take."""
 
 from __future__ import annotations
 
@@ -18,6 +18,10 @@ if sys.platform == "win32":
         del wanted
         return _FILES
 
+    def bound_memory(most: int) -> None:
+        """Nothing can be bounded so."""
+        del most
+
 else:
     import resource
 
@@ -34,3 +38,13 @@ else:
             with contextlib.suppress(OSError, ValueError):
                 resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
         return open_files()
+
+    def bound_memory(most: int) -> None:
+        """Have this process fail when its own memory (what is not shared with files) exceeds ``most`` bytes.
+
+        Linux counts all private memory for that, other systems none of it, or little.
+        """
+        with contextlib.suppress(OSError, ValueError):
+            _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+            soft = most if hard == resource.RLIM_INFINITY else min(hard, most)
+            resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))

@@ -9,14 +9,15 @@ import importlib
 import importlib.util
 import ssl
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
+from agent.connect.quic.door import Answer, Begin, Door
 from protocol.errors import ProtocolError, RetryLater
 
 ALPN = "towpath-quic/1"
@@ -27,10 +28,11 @@ PING_EVERY = 4.0
 # what really holds a sender back, because libraries widen these windows whether or not the data was taken.
 MAX_STREAM_DATA = 16 * 1024 * 1024
 MAX_DATA = 64 * 1024 * 1024
-_DATAGRAM = 1200
 _ED25519 = 0x0807
 _PREFERENCE = ("qh3", "aioquic")
 _ENDED = "The QUIC connection ended."
+# Datagrams that wait to be sent for no connection; more are as good as lost.
+_MOST_STRAYS = 1024
 
 Address = tuple[str, int]
 
@@ -80,10 +82,17 @@ def available() -> list[str]:
 
 
 class Engine:
-    """One connection. ``library`` chooses for tests; else the best there is. Raises `EngineMissing`."""
+    """One connection. ``library`` chooses for tests; else the best there is. ``known``: where the peer of a server
+    calls from (all addresses count when it is empty). Raises `EngineMissing`."""
 
     def __init__(
-        self, *, is_client: bool, certificate_pem: str, private_key_pem: bytes, library: str | None = None
+        self,
+        *,
+        is_client: bool,
+        certificate_pem: str,
+        private_key_pem: bytes,
+        library: str | None = None,
+        known: Collection[Address] = (),
     ) -> None:
         found = available()
         if library is None and not found:
@@ -94,6 +103,9 @@ class Engine:
         self._private_key_pem = private_key_pem
         self._connection: Any = None
         self._is_up = False
+        self.door = Door(self.library, known)
+        # A server's datagrams that belong to no connection that there still is.
+        self._strays: list[tuple[bytes, Address]] = []
         # Why the library takes nothing more.
         self._over = ""
 
@@ -108,9 +120,16 @@ class Engine:
     def receive(self, data: bytes, segment: int, address: Address, now: float) -> None:
         """Datagrams that came from an address: one, or several of ``segment`` bytes one behind the other.
 
-        Garbage is ignored, as QUIC wants it. Raises only `ProtocolError`.
+        Garbage is ignored, as QUIC wants it. Raises only `ProtocolError`, and a server only over what came from who has
+        done the handshake.
         """
-        if not data or (self._connection is None and not self._begin(data[: segment or len(data)])):
+        if not data:
+            return
+        if not self.is_client and not self._is_up:
+            for start in range(0, len(data), segment or len(data)):
+                self._knock(data[start : start + (segment or len(data))], address, now)
+            return
+        if self._connection is None:
             return
         with _only_protocol_errors():
             if segment and len(data) > segment and hasattr(self._connection, "receive_gro_buffer"):
@@ -119,28 +138,46 @@ class Engine:
             for start in range(0, len(data), segment or len(data)):
                 self._connection.receive_datagram(data[start : start + (segment or len(data))], address, now=now)
 
-    def _begin(self, first: bytes) -> bool:
-        """Server: whether a datagram begins a connection (a long header with room for a handshake; RFC 9000, 17.2)."""
-        if self.is_client or len(first) < _DATAGRAM or not first[0] & 0x80:
-            return False
-        length = first[5]
-        if not 8 <= length <= 20:
-            return False
-        module = importlib.import_module(f"{self.library}.quic.connection")
-        self._connection = module.QuicConnection(
-            configuration=self._configuration(), original_destination_connection_id=first[6 : 6 + length]
-        )
-        return True
+    def _knock(self, data: bytes, address: Address, now: float) -> None:
+        """Server: one datagram before the handshake is done."""
+        verdict = self.door.judge_untrusted(data, address, now)
+        if isinstance(verdict, Answer):
+            if len(self._strays) < _MOST_STRAYS:
+                self._strays.append((verdict.data, address))
+            return
+        if isinstance(verdict, Begin):
+            module = importlib.import_module(f"{self.library}.quic.connection")
+            self._connection = module.QuicConnection(
+                configuration=self._configuration(),
+                original_destination_connection_id=verdict.original,
+                retry_source_connection_id=verdict.retry_source,
+            )
+            self.door.began(self._connection.host_cid)
+        if verdict is None or self._connection is None:
+            return
+        try:
+            with _only_protocol_errors():
+                self._connection.receive_datagram(data, address, now=now)
+        except ProtocolError:
+            self._give_up(now)
+
+    def _give_up(self, now: float) -> None:
+        """Server: what was half open has come to nothing; who has not proven anything ends nothing."""
+        with suppress(ProtocolError):
+            self._strays += self.datagrams(now)[: _MOST_STRAYS - len(self._strays)]
+        self._connection = None
+        self.door.gave_up()
 
     def datagrams(self, now: float) -> list[tuple[bytes, Address]]:
         """What is to be sent now, and where to. Raises only `ProtocolError`."""
+        strays, self._strays = self._strays, []
         if self._connection is None:
-            return []
+            return strays
         with _only_protocol_errors():
             if self.library == "qh3" and not self.is_client and not self._is_up:
-                return self._within_allowance(now)
+                return strays + self._within_allowance(now)
             sent: list[tuple[bytes, Address]] = self._connection.datagrams_to_send(now=now)
-            return sent
+            return strays + sent
 
     def _within_allowance(self, now: float) -> list[tuple[bytes, Address]]:
         """The datagrams of a qh3 server during the handshake.
@@ -169,9 +206,15 @@ class Engine:
 
     def handle_timer(self, now: float) -> None:
         """Time has passed. Raises only `ProtocolError`."""
-        if self._connection is not None:
+        if self._connection is None:
+            return
+        try:
             with _only_protocol_errors():
                 self._connection.handle_timer(now=now)
+        except ProtocolError:
+            if self.is_client or self._is_up:
+                raise
+            self._give_up(now)
 
     def events(self) -> Iterator[Event]:
         """What has happened since the last call."""
@@ -188,6 +231,8 @@ class Engine:
                 yield StreamData(event.stream_id, bytes(event.data), bool(event.end_stream))
             elif kind in ("StreamReset", "StopSendingReceived"):
                 yield StreamReset(event.stream_id)
+            elif kind == "ConnectionTerminated" and not self.is_client and not self._is_up:
+                self._give_up(now())
             elif kind == "ConnectionTerminated":
                 self._over = ""
                 yield Closed(str(event.reason_phrase or _ENDED))
@@ -286,5 +331,7 @@ def _only_protocol_errors() -> Iterator[None]:
     """Libraries raise many things over a peer's bytes; to us they are all the one error that a peer may cause."""
     try:
         yield
+    except MemoryError as error:
+        raise ProtocolError("The peer makes QUIC keep more than this process may have of memory.") from error
     except Exception as error:
         raise ProtocolError(f"The peer's QUIC is not understood: {error}.") from error

@@ -17,22 +17,29 @@ from agent.connect.quic.carrier import Carrier, ConnectionOver
 from agent.connect.quic.datagrams import Datagrams
 from agent.connect.quic.engine import Engine, now
 from agent.connect.quic.introduction import ClientIntroduction, ServerIntroduction
+from agent.system.limits import bound_memory
 from protocol.errors import TowpathError
 from protocol.identity import NodeKey
 
 MAX_PACKET = 64 * 1024
 # A connection without streams is kept so long (seconds), in case another lane is wanted.
 IDLE = 60.0
+# A peer that has shown who it is can still make a library keep a lot (qh3 2.1 keeps an answer to every PATH_CHALLENGE
+# that was not acknowledged). A process that takes more than this (bytes; windows and credits need a third of it) ends.
+MEMORY = 768 * 1024 * 1024
 
 
 class Begin(msgspec.Struct, frozen=True, tag="begin", kw_only=True):
-    """First message, with the UDP socket. ``peer`` is set for the client, who begins."""
+    """First message, with the UDP socket. ``peer`` is set for the client, who begins; ``known`` for the server: where
+    the client was found, and begins from."""
 
     session_id: str
     node_key: bytes
     peer_certificate: str
     peer: tuple[str, int] | None = None
+    known: tuple[tuple[str, int], ...] = ()
     library: str | None = None
+    memory: int = MEMORY
 
 
 class Open(msgspec.Struct, frozen=True, tag="open"):
@@ -85,6 +92,7 @@ class _Process:
         packet, descriptors, _, _ = socket.recv_fds(line, MAX_PACKET, 1)
         begin = _orders.decode(packet)
         assert isinstance(begin, Begin)
+        bound_memory(begin.memory)
         key = load_pem_private_key(begin.node_key, password=None)
         identity = NodeKey(key)  # type: ignore[arg-type]
         is_client = begin.peer is not None
@@ -93,6 +101,7 @@ class _Process:
             certificate_pem=identity.certificate_pem,
             private_key_pem=identity.private_key_pem,
             library=begin.library,
+            known=begin.known,
         )
         introduce = ClientIntroduction if is_client else ServerIntroduction
         introduction = introduce(begin.session_id, identity, begin.peer_certificate)

@@ -92,12 +92,12 @@ class Punch:
             self.found = source
 
     def is_start_untrusted(self, data: bytes, source: Address) -> bool:
-        """At the server: whether this is the peer's QUIC, which begins only where our answer to its probe has come."""
-        if not is_quic_start(data):
+        """At the server: whether this is the peer's QUIC, which begins only where our answer to its probe has come.
+        Where it comes from is where the peer is found then: it goes on from there."""
+        if not is_quic_start(data) or source not in self._answered:
             return False
-        if self.found is None and source in self._answered:
-            self.found = source
-        return self.found is not None
+        self.found = source
+        return True
 
 
 def _tag(secret: str, client: bool) -> bytes:

@@ -255,6 +255,7 @@ class QuicTransport:
                 node_key=self._identity.private_key_pem,
                 peer_certificate=certificate,
                 peer=remote if client else None,
+                known=() if client else (remote,),
                 library=self._library,
             )
             assert self._nursery is not None
