@@ -37,8 +37,9 @@ class Row:
         return self.amount / statistics.median(self.seconds)
 
     @property
-    def cpu_seconds(self) -> float:
-        return statistics.median(self.cpu)
+    def cpu_seconds(self) -> float | None:
+        """The median of both ends together; None where nobody counted."""
+        return statistics.median(self.cpu) if self.cpu else None
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,13 @@ GOALS = {
     "G3": Goal("100 files of 10 MiB, durable on disk", _ENCRYPTED),
     "G3m": Goal("a real tree, durable on disk", _ENCRYPTED),
     "G4": Goal("a tree of small files again, nothing changed", {"rsync over ssh": 1.0}),
+    **{
+        f"G5-{loss:g}": Goal(
+            f"one large file over 100 ms at 200 Mbit/s, {loss:g} % lost", {"iperf3": 0.95, "GridFTP": 1.2}
+        )
+        for loss in (0, 0.1, 1)
+    },
+    "G5f": Goal("small files over a long path"),
     "G5z": Goal("program text over a long path, compressed"),
     "G6": Goal("memory and state by number of files"),
     "G7": Goal("starting"),
@@ -102,7 +110,7 @@ def table(result: Result) -> str:
     if result.measures:
         lines += ["| what | value | goal |", "| --- | --- | --- |"]
         lines += [
-            f"| {found.what} | {found.value:,.0f} {found.unit} | {_at_most(found)} |" for found in result.measures
+            f"| {found.what} | {_number(found.value)} {found.unit} | {_at_most(found)} |" for found in result.measures
         ]
         return "\n".join(lines)
     ours = result.rows[0]
@@ -114,14 +122,20 @@ def table(result: Result) -> str:
     for row in result.rows:
         spread = f"{statistics.median(row.seconds):.2f} ({min(row.seconds):.2f}-{max(row.seconds):.2f})"
         shown = "" if row is ours else f"{ours.rate / row.rate:.2f}"
+        used = "" if row.cpu_seconds is None else f"{row.cpu_seconds:.2f}"
         lines.append(
-            f"| {row.name} | {row.wire} | {spread} | {row.rate:,.0f} | {row.cpu_seconds:.2f} | {shown} "
+            f"| {row.name} | {row.wire} | {spread} | {_number(row.rate)} | {used} | {shown} "
             f"| {_verdict(goal, result.rows, row)} |"
         )
     missing = [name for name in goal.rates if name not in {row.name for row in result.rows}]
     if missing:
         lines.append(f"\nNot compared, because not installed or not able to: {', '.join(missing)}.")
     return "\n".join(lines)
+
+
+def _number(value: float) -> str:
+    """Whole where it is large, else as exact as two decimals."""
+    return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:,.2f}"
 
 
 def _at_most(found: Measure) -> str:
@@ -138,7 +152,7 @@ def _verdict(goal: Goal, rows: list[Row], row: Row) -> str:
         if goal.lower and row.name in (LANE, DISK) and row.rate > min(either):
             return "(the lower of both counts)"
         said.append(f"{least:g} x {'reached' if ours.rate >= least * row.rate else '**missed**'}")
-    if goal.cpu is not None and row.name == LANE:
+    if goal.cpu is not None and row.name == LANE and ours.cpu_seconds and row.cpu_seconds:
         used = ours.cpu_seconds / row.cpu_seconds
         said.append(f"CPU {used:.2f}, at most {goal.cpu:g} x {'reached' if used <= goal.cpu else '**missed**'}")
     return "; ".join(said)

@@ -9,7 +9,7 @@ one file of --mib MiB from memory to memory, encrypted, digested and read back; 
 byte to the end of the task. iperf3 sends as many bytes over one connection; GridFTP, in the clear and whole commands,
 has its best number of streams. Then --files files of 4 KiB go over the path, and over one without a round-trip time,
 and --text MiB of program text without compression and with it, which the second command does alone; --results
-adds that to the results of `run.py`, for the tables of `report.py`.
+adds what was measured to the results of `run.py`, for the tables of `report.py`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from typing import Any
 
 import trio
 from ours import Engine, engine
-from report import Measure, Result, store
+from report import Measure, Result, Row, store
 from wan_path import ADDRESSES, Shape, long_path, namespace, why_not, within
 
 from protocol.control import Compression
@@ -258,6 +258,39 @@ def run_cell(shape: Shape, mib: int, files: int, text: int = 0) -> Cell:
     return cell
 
 
+def keep(path: Path, cells: list[Cell], mib: int, text: int) -> None:
+    """Add all cells to the results of run.py."""
+    for cell in cells:
+        if cell.ours:
+            rates = {"Towpath": cell.ours, "iperf3": cell.iperf3, "GridFTP": cell.gridftp}
+            streams = f"clear, best: {cell.gridftp_streams}"
+            wires = {"Towpath": "TLS 1.3", "iperf3": "clear, one stream", "GridFTP": streams}
+            key = f"G5-{cell.loss_percent:g}"
+            rows = [
+                Row(key, name, wires[name], mib, "MiB", [mib * MIB * 8 / rate / 1e6])
+                for name, rate in rates.items()
+                if rate is not None
+            ]
+            store(path, Result(key, rows))
+        if cell.plain:
+            over = f"{text} MiB at {cell.rate_mbit:.0f} Mbit/s and {cell.rtt_ms:.0f} ms"
+            found = [
+                Measure(f"{over}, as it is", cell.plain, "Mbit/s"),
+                Measure(f"{over}, compressed where that pays", cell.compressed, "Mbit/s"),
+            ]
+            store(path, Result("G5z", [], found))
+    small = [cell for cell in cells if cell.files]
+    if small:
+        near, far = small
+        times = far.files_seconds / near.files_seconds
+        found = [
+            Measure(f"{near.files:,} files of 4 KiB without a round-trip time", near.files_seconds, "s"),
+            Measure(f"the same over {far.rtt_ms:.0f} ms", far.files_seconds, "s"),
+            Measure("in times of the former", times, "x", limit=1.3),
+        ]
+        store(path, Result("G5f", [], found))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mib", type=int, default=256)
@@ -302,13 +335,8 @@ def main() -> None:
         cell = run_cell(Shape(options.rtt / 1000, options.rate * 1e6, 0.0), 0, 0, options.text)
         cells.append(cell)
         print(f"{options.text} MiB of text: {cell.plain:.0f} Mbit/s as it is, {cell.compressed:.0f} Mbit/s compressed.")
-        if options.results:
-            path = f"{options.text} MiB at {options.rate:.0f} Mbit/s and {options.rtt:.0f} ms"
-            found = [
-                Measure(f"{path}, as it is", cell.plain, "Mbit/s"),
-                Measure(f"{path}, compressed where that pays", cell.compressed, "Mbit/s"),
-            ]
-            store(options.results, Result("G5z", [], found))
+    if options.results:
+        keep(options.results, cells, options.mib, options.text)
     if options.json:
         options.json.write_text(json.dumps([asdict(cell) for cell in cells], indent=2))
 
