@@ -1,7 +1,8 @@
 """A small internet in one process: hosts on TUN devices, middleboxes, and a delay on every way. Needs root.
 
-``python emulator.py DEVICE…`` opens the devices (the caller moves them into network namespaces: an open device stays
-connected), says ``ready``, and takes one JSON line after another on standard input: a whole new network each time.
+``python emulator.py [--large] DEVICE…`` opens the devices (the caller moves them into network namespaces: an open one
+stays connected), says ``ready``, and takes one JSON line after another on standard input: a whole new network each
+time. With ``--large`` packets may have many segments, see `large`.
 
     {"boxes": [{"name": "n", "outside": "203.0.113.1", "parent": null, …fields of `nat.Box`…}],
      "hosts": [{"device": "tun0", "addresses": ["192.168.1.10"], "parent": "n", "delay": 0.015}], "loss": 0.0}
@@ -27,17 +28,23 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from large import HEAD, Losses, offload, read, surviving
 from nat import Box, Packet, parse
 from port_mapper import PortMapper
 
 _TUNSETIFF = 0x400454CA
-_IFF_TUN, _IFF_NO_PI = 1, 0x1000
+_IFF_TUN, _IFF_NO_PI, _IFF_VNET_HDR = 1, 0x1000, 0x4000
+# The virtio header of a packet that is whole.
+_PLAIN = bytes(HEAD)
 
 
-def open_tun(name: str) -> int:
-    """A TUN device without offloads: every packet is a whole one of at most the device's MTU."""
+def open_tun(name: str, *, many: bool) -> int:
+    """A TUN device. Unless it gives ``many`` segments in one (`large`), every packet is one of at most its MTU."""
     descriptor = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
-    fcntl.ioctl(descriptor, _TUNSETIFF, struct.pack("16sH", name.encode(), _IFF_TUN | _IFF_NO_PI))
+    flags = _IFF_TUN | _IFF_NO_PI | (_IFF_VNET_HDR if many else 0)
+    fcntl.ioctl(descriptor, _TUNSETIFF, struct.pack("16sH", name.encode(), flags))
+    if many:
+        offload(descriptor)
     return descriptor
 
 
@@ -52,7 +59,7 @@ class Network:
         self.hosts: dict[bytes, str] = {}
         self.devices = devices
         self.loss = float(description.get("loss", 0.0))
-        self.rng = random.Random(description.get("seed", 1))
+        self.losses = Losses(self.loss, random.Random(description.get("seed", 1)))
         for row in description["boxes"]:
             self._add_box(dict(row))
         for row in description["hosts"]:
@@ -115,9 +122,8 @@ class Network:
             if out.destination[0] == box.outside:
                 return self._enter(node, out, self.delays[device]) if box.hairpin else []
             node, here = self.parents[node], out
-        if self.loss and self.rng.random() < self.loss:
-            return []
-        return self.descend(None, here, self.delays[device], far=True)
+        left = surviving(here, self.losses)
+        return [row for each in left for row in self.descend(None, each, self.delays[device], far=True)]
 
     def descend(
         self, node: str | None, packet: Packet, delay: float, *, far: bool = False
@@ -154,8 +160,8 @@ class Network:
         return {name: box.counters for name, box in self.boxes.items()}
 
 
-def main(names: list[str]) -> None:
-    devices = {name: open_tun(name) for name in names}
+def main(names: list[str], *, many: bool) -> None:
+    devices = {name: open_tun(name, many=many) for name in names}
     by_descriptor = {descriptor: name for name, descriptor in devices.items()}
     network: Network | None = None
     queue: list[tuple[float, int, str | None, Packet, str | None]] = []
@@ -184,10 +190,10 @@ def main(names: list[str]) -> None:
                 continue
             for _ in range(64):
                 try:
-                    data = os.read(descriptor, 65536)
+                    data, head = read(descriptor) if many else (os.read(descriptor, 65536), b"")
                 except (BlockingIOError, OSError):
                     break
-                packet = parse(data)
+                packet = parse(data, head)
                 if packet is None or network is None:
                     continue
                 now = time.monotonic()
@@ -199,7 +205,7 @@ def main(names: list[str]) -> None:
             _, _, device, packet, node = heapq.heappop(queue)
             if device is not None:
                 try:
-                    os.write(devices[device], packet.data)
+                    os.write(devices[device], (packet.head or _PLAIN) + packet.data if many else packet.data)
                 except OSError:
                     continue
             elif node is not None and network is not None:
@@ -209,4 +215,4 @@ def main(names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main([name for name in sys.argv[1:] if name != "--large"], many="--large" in sys.argv)

@@ -22,7 +22,8 @@ Endpoint = tuple[bytes, int]
 
 @dataclass(frozen=True)
 class Packet:
-    """A TCP or UDP packet; ``offset`` is where its transport header begins."""
+    """A TCP or UDP packet; ``offset`` is where its transport header begins, ``head`` what a device that leaves
+    checksums and segmentation to others says of it (`large`)."""
 
     data: bytes
     protocol: int
@@ -30,13 +31,14 @@ class Packet:
     destination: Endpoint
     offset: int
     flags: int = 0
+    head: bytes = b""
 
     @property
     def is_syn(self) -> bool:
         return self.protocol == TCP and self.flags & (SYN | ACK | RST) == SYN
 
 
-def parse(data: bytes) -> Packet | None:
+def parse(data: bytes, head: bytes = b"") -> Packet | None:
     """None for everything that is no whole TCP or UDP packet (fragments, ICMP, noise)."""
     if len(data) >= 28 and data[0] >> 4 == 4:
         offset, protocol = (data[0] & 15) * 4, data[9]
@@ -52,10 +54,11 @@ def parse(data: bytes) -> Packet | None:
         return None
     sport, dport = struct.unpack_from(">HH", data, offset)
     flags = data[offset + 13] if protocol == TCP else 0
-    return Packet(data, protocol, (source, sport), (destination, dport), offset, flags)
+    return Packet(data, protocol, (source, sport), (destination, dport), offset, flags, head)
 
 
-def _fold(total: int) -> int:
+def fold(total: int) -> int:
+    """The ones' complement sum of 16 bits."""
     while total >> 16:
         total = (total & 0xFFFF) + (total >> 16)
     return total
@@ -70,34 +73,40 @@ def _sum(data: bytes) -> int:
 def rewritten(packet: Packet, *, source: Endpoint | None = None, destination: Endpoint | None = None) -> Packet:
     """The packet with other endpoints, checksums adjusted (RFC 1624)."""
     source, destination = source or packet.source, destination or packet.destination
-    old = packet.source[0] + packet.destination[0] + struct.pack(">HH", packet.source[1], packet.destination[1])
-    new = source[0] + destination[0] + struct.pack(">HH", source[1], destination[1])
+    old, new = packet.source[0] + packet.destination[0], source[0] + destination[0]
+    # A checksum that covers only the pseudo-header so far is its plain sum, without ports.
+    partial = bool(packet.head) and bool(packet.head[0] & 1)
+    if not partial:
+        old += struct.pack(">HH", packet.source[1], packet.destination[1])
+        new += struct.pack(">HH", source[1], destination[1])
     data, at = bytearray(packet.data), packet.offset
     struct.pack_into(">HH", data, at, source[1], destination[1])
     if data[0] >> 4 == 4:
         data[12:16], data[16:20] = source[0], destination[0]
         data[10:12] = bytes(2)
-        data[10:12] = (0xFFFF - _fold(_sum(bytes(data[:at])))).to_bytes(2, "big")
+        data[10:12] = (0xFFFF - fold(_sum(bytes(data[:at])))).to_bytes(2, "big")
     else:
         data[8:24], data[24:40] = source[0], destination[0]
     where = at + (16 if packet.protocol == TCP else 6)
     (before,) = struct.unpack_from(">H", data, where)
-    if before or packet.protocol == TCP:
+    if partial:
+        struct.pack_into(">H", data, where, fold(before + (0xFFFF * (len(old) // 2) - _sum(old)) + _sum(new)))
+    elif before or packet.protocol == TCP:
         total = (0xFFFF - before) + (0xFFFF * (len(old) // 2) - _sum(old)) + _sum(new)
-        struct.pack_into(">H", data, where, (0xFFFF - _fold(total)) or (0xFFFF if packet.protocol == UDP else 0))
-    return Packet(bytes(data), packet.protocol, source, destination, packet.offset, packet.flags)
+        struct.pack_into(">H", data, where, (0xFFFF - fold(total)) or (0xFFFF if packet.protocol == UDP else 0))
+    return Packet(bytes(data), packet.protocol, source, destination, packet.offset, packet.flags, packet.head)
 
 
 def reset_for(packet: Packet) -> Packet:
     """The RST that answers a SYN, from whom the SYN was meant for (IPv4)."""
     (sequence,) = struct.unpack_from(">I", packet.data, packet.offset + 4)
     head = struct.pack(">BBHHHBBH4s4s", 0x45, 0, 40, 0, 0x4000, 64, TCP, 0, packet.destination[0], packet.source[0])
-    head = head[:10] + (0xFFFF - _fold(_sum(head))).to_bytes(2, "big") + head[12:]
+    head = head[:10] + (0xFFFF - fold(_sum(head))).to_bytes(2, "big") + head[12:]
     body = struct.pack(
         ">HHIIBBHHH", packet.destination[1], packet.source[1], 0, sequence + 1 & 0xFFFFFFFF, 0x50, RST | ACK, 0, 0, 0
     )
     pseudo = packet.destination[0] + packet.source[0] + struct.pack(">HH", TCP, len(body))
-    body = body[:16] + (0xFFFF - _fold(_sum(pseudo + body))).to_bytes(2, "big") + body[18:]
+    body = body[:16] + (0xFFFF - fold(_sum(pseudo + body))).to_bytes(2, "big") + body[18:]
     found = parse(head + body)
     assert found is not None
     return found
