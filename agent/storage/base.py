@@ -174,12 +174,10 @@ def checked_time(mtime_ns: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """What a root can do. ``local``: on a disk of this machine. ``syncfs``: `Root.syncfs` makes everything written
-    before it durable. ``rename_no_replace``: atomic also for folders."""
+    """What a root can do. ``local``: on a disk of this machine. ``rename_no_replace``: atomic also for folders."""
 
     file_system: str = ""
     local: bool = False
-    syncfs: bool = False
     rename_no_replace: bool = False
     symlinks: bool = True
     modes: bool = True
@@ -306,6 +304,16 @@ class Directory(ABC):
     def sync(self) -> None:
         """Make the entries of this folder durable."""
 
+    def disk(self) -> int | None:
+        """A number for the file system that this folder is on, which may be another one than the root's, mounted below
+        it, if `sync_disk` can make all of it durable at once. None where everything is to be synced alone."""
+        return None
+
+    def sync_disk(self) -> None:
+        """Make everything written before to this folder's file system durable, where it has a `disk`; ENOTSUP
+        elsewhere."""
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
     @abstractmethod
     def fileno(self) -> int | None:
         """The handle of the system, where there is one. It may be open for lookups only (no read permission)."""
@@ -381,10 +389,6 @@ class Root(ABC):
     @abstractmethod
     def free_bytes(self) -> int:
         """Bytes this user can still write."""
-
-    @abstractmethod
-    def syncfs(self) -> None:
-        """Make everything written before this call durable, where ``features.syncfs``; ENOTSUP elsewhere."""
 
     @abstractmethod
     def close(self) -> None:

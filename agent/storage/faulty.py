@@ -126,10 +126,6 @@ class FaultyRoot(Root):
         self.script.before("free_bytes")
         return self.inner.free_bytes()
 
-    def syncfs(self) -> None:
-        self.script.before("syncfs")
-        self.inner.syncfs()
-
     def close(self) -> None:
         self.inner.close()
 
@@ -279,6 +275,13 @@ class FaultyDirectory(Directory):
     def sync(self) -> None:
         self.script.before("sync")
         self.inner.sync()
+
+    def disk(self) -> int | None:
+        return self.inner.disk()
+
+    def sync_disk(self) -> None:
+        self.script.before("sync_disk")
+        self.inner.sync_disk()
 
     def fileno(self) -> int | None:
         return self.inner.fileno()

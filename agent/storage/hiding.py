@@ -158,6 +158,12 @@ class HidingDirectory(Directory):
     def sync(self) -> None:
         self.inner.sync()
 
+    def disk(self) -> int | None:
+        return self.inner.disk()
+
+    def sync_disk(self) -> None:
+        self.inner.sync_disk()
+
     def fileno(self) -> int | None:
         return self.inner.fileno()
 
@@ -223,9 +229,6 @@ class HidingRoot(Root):
 
     def free_bytes(self) -> int:
         return self.inner.free_bytes()
-
-    def syncfs(self) -> None:
-        self.inner.syncfs()
 
     def close(self) -> None:
         self.inner.close()

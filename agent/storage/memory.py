@@ -103,7 +103,7 @@ class MemoryRoot(Root):
     if its disk were not mounted."""
 
     def __init__(self, path: bytes = b"/memory", *, capacity: int = 1 << 40) -> None:
-        self.features = Features(file_system="memory", local=True, syncfs=True, rename_no_replace=True)
+        self.features = Features(file_system="memory", local=True, rename_no_replace=True)
         self.present = True
         self._path = _split(path)
         self._capacity = capacity
@@ -153,9 +153,6 @@ class MemoryRoot(Root):
     def free_bytes(self) -> int:
         with self._lock:
             return max(0, self._capacity - _size(self.top))
-
-    def syncfs(self) -> None:
-        pass
 
     def close(self) -> None:
         pass

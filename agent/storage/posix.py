@@ -62,10 +62,11 @@ class PosixRoot(Root):
         self._mount = mounts.mount_of(fd, path)
         self._folds: dict[int, bool] = {}
         local = mounts.is_local(self._mount.file_system)
+        # Whether a file system, by its device, is made durable as a whole.
+        self._syncfs = {status.st_dev: local and libc.has_syncfs()}
         self.features = Features(
             file_system=self._mount.file_system,
             local=local,
-            syncfs=local and libc.has_syncfs(),
             rename_no_replace=libc.has_rename_no_replace(),
         )
 
@@ -128,10 +129,13 @@ class PosixRoot(Root):
         status = os.fstatvfs(self._fd)
         return status.f_bavail * status.f_frsize
 
-    def syncfs(self) -> None:
-        if not self.features.syncfs:
-            raise os_error(errno.ENOTSUP)
-        libc.syncfs(self._fd)
+    def disk_of(self, fd: int) -> int | None:
+        """`Directory.disk` of an open folder."""
+        device = os.fstat(fd).st_dev
+        if device not in self._syncfs:
+            mount = mounts.mount_of(fd, self._configured)
+            self._syncfs[device] = mounts.is_local(mount.file_system) and libc.has_syncfs()
+        return device if self._syncfs[device] else None
 
     def folds(self, fd: int, prefix: bytes) -> bool:
         """`Directory.folds` of an open folder."""
@@ -356,6 +360,14 @@ class PosixDirectory(Directory):
 
     def sync(self) -> None:
         handles.sync_folder(self._fd)
+
+    def disk(self) -> int | None:
+        return self._root.disk_of(self._fd)
+
+    def sync_disk(self) -> None:
+        if self.disk() is None:
+            raise os_error(errno.ENOTSUP)
+        handles.sync_folder(self._fd, libc.syncfs)
 
     def fileno(self) -> int | None:
         return self._fd

@@ -48,13 +48,11 @@ from agent.transfer.journal import Journal
 from agent.transfer.links import add_name, place_of
 from agent.transfer.manifest import ManifestWriter
 from agent.transfer.record import Record
-from agent.transfer.settling import Batch, Closed, Discarded, Recorded, Settled
+from agent.transfer.settling import Batch, Closed, Discarded, Recorded, Settled, sync_disks
 from agent.transfer.side_thread import AnswersFirst, Broken, LookAgain, SideThread
 from agent.transfer.small_files import OWNER_ACCESS, Remover, SmallFiles, Temporary
 from protocol.errors import TowpathError
 
-# From this many files and folders on, one syncfs is cheaper than an fsync each.
-SYNCFS_FROM = 32
 # A batch is synced when it holds this much, or when nothing more has come for a moment (seconds).
 BATCH_BYTES = 12 * 1024 * 1024
 BATCH_FILES = 4096
@@ -266,18 +264,16 @@ class Settler:
 
     def _sync(self, batch: Batch) -> Batch:
         """In the side thread: make temporaries and names durable."""
-        folders = batch.names.folders.values()
-        if len(batch.files) + len(folders) >= SYNCFS_FROM and self._root.features.syncfs:
-            self._root.syncfs()
-            batch.names_durable = True
-            return batch
+        alone = sync_disks(batch)
         for item in batch.files:
-            try:
-                self._small.sync(item)
-            except OSError as error:
-                batch.failed.append((item, error))
-        for handle in folders:
-            handle.sync()
+            if id(item.job.group) in alone:
+                try:
+                    self._small.sync(item)
+                except OSError as error:
+                    batch.failed.append((item, error))
+        for group, handle in batch.names.folders.items():
+            if group in alone:
+                handle.sync()
         batch.names_durable = True
         return batch
 

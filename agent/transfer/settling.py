@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 from agent.storage.base import Directory
 from agent.transfer.jobs import Abandoned, FileJob, Group, LargeFile, Outcome
 from agent.transfer.small_files import Temporary
+
+# From this many files and folders of one file system on, one syncfs is cheaper than an fsync each.
+SYNCFS_FROM = 32
 
 
 @dataclass(slots=True)
@@ -37,6 +41,32 @@ class Batch:
     names: Settled
     failed: list[tuple[Temporary, OSError]] = field(default_factory=list)
     names_durable: bool = False
+
+
+def sync_disks(batch: Batch) -> set[int]:
+    """Sync file systems as a whole where a batch has much on them; the groups (by `id`) for which that is not done.
+    There may be several: others can be mounted below the root. Raises OSError."""
+    groups: dict[int, Directory] = {}
+    counts: Counter[int] = Counter()
+    for item in batch.files:
+        group = item.job.group
+        groups[id(group)] = group.handle
+        counts[id(group)] += 1
+    groups.update(batch.names.folders)
+    counts.update(batch.names.folders.keys())
+    alone = set(groups)
+    if counts.total() < SYNCFS_FROM:
+        return alone
+    disks: dict[int, list[int]] = {}
+    for key, handle in groups.items():
+        disk = handle.disk()
+        if disk is not None:
+            disks.setdefault(disk, []).append(key)
+    for keys in disks.values():
+        if sum(counts[key] for key in keys) >= SYNCFS_FROM:
+            groups[keys[0]].sync_disk()
+            alone.difference_update(keys)
+    return alone
 
 
 @dataclass(slots=True)

@@ -39,7 +39,7 @@ STEPS: dict[str, list[tuple[str, str, str]]] = {
         ("written", "agent.storage.base", "Root.pwrite"),
         ("pack written", "agent.transfer.small_files", "SmallFiles.write"),
         ("synced", "agent.storage.posix", "PosixRoot.fsync"),
-        ("all synced", "agent.storage.posix", "PosixRoot.syncfs"),
+        ("all synced", "agent.storage.posix", "PosixDirectory.sync_disk"),
         ("block read back", "agent.transfer.block_check", "BlockChecker._reads_back"),
         ("files read back", "agent.transfer.small_files", "SmallFiles.read_back"),
         ("sealed", "agent.transfer.block_check", "BlockChecker.seal"),
