@@ -128,13 +128,16 @@ class Fetcher:
         if ordered is None or LANE in self._dropped:
             self.discard_awaited()
             return False
-        self._awaited = None
         request = PackRequest(awaited.r, ordered, sum(job.row.size for job in ordered))
+        if not awaited.decide(request):
+            # The lane did not wait for that.
+            self.discard_awaited()
+            return False
+        self._awaited = None
         self.requests[request.r] = request
         self._adopted[LANE] = request
         if (lane := self._lanes.get(LANE)) is not None:
             self._adopt(lane)
-        awaited.decide(request)
         return True
 
     def _adopt(self, lane: LaneWork) -> None:

@@ -49,6 +49,7 @@ class Awaited:
         self._paths = paths
         # Of the files that come, in their order.
         self._coming: list[bytes] = []
+        self._lock = threading.Lock()
         self._decided = threading.Event()
         self._request: PackRequest | None = None
 
@@ -64,14 +65,20 @@ class Awaited:
             return None
         return [by_path[path] for path in self._coming]
 
-    def decide(self, request: PackRequest | None) -> None:
-        """What the content that comes is for; None: it is discarded."""
-        self._request = request
-        self._decided.set()
+    def decide(self, request: PackRequest | None) -> bool:
+        """What the content that comes is for; None: it is discarded. False when that comes too late: a lane has
+        discarded some of it already, and nothing can become of the request."""
+        with self._lock:
+            if not self._decided.is_set():
+                self._request = request
+                self._decided.set()
+            return self._request is request
 
     def wait(self, over: Callable[[], bool]) -> PackRequest | None:
-        """What was decided. Blocks for `PATIENCE` seconds at most, and no longer than until ``over`` says so."""
+        """What was decided. Blocks for `PATIENCE` seconds at most, and no longer than until ``over`` says so; then it
+        is decided that the content is discarded."""
         for _ in range(int(PATIENCE / _LOOK)):
             if self._decided.wait(_LOOK) or over():
                 break
+        self.decide(None)
         return self._request

@@ -306,11 +306,25 @@ def test_content_waits_until_it_is_decided_about() -> None:
     jobs = awaited.order([_job(b"b"), _job(b"a")])
     assert jobs is not None
     assert [job.name for job in jobs] == [b"a", b"b"]
-    # Nobody has decided, and the lane is at its end.
-    assert awaited.wait(lambda: True) is None
     request = PackRequest(7, jobs, 2)
     threading.Timer(0.05, awaited.decide, [request]).start()
     assert awaited.wait(lambda: False) is request
+    assert not awaited.decide(None)
+
+
+def test_what_a_lane_has_discarded_becomes_no_work_of_it_however_close_the_decision_was() -> None:
+    fetcher, line = _fetcher()
+    fetcher.add_lane(LANE)
+    awaited = fetcher.requests[7]
+    assert isinstance(awaited, Awaited)
+    # Nobody has decided, and the lane waits no longer; it is about to say that it is through with the request.
+    assert awaited.wait(lambda: True) is None
+    fetcher.submit_pack([_job(b"a")])
+    fetcher.done(LANE, 7)
+    assert [type(message) for message in line.posted] == [session.ReadPack]
+    assert not fetcher.idle
+    # What comes of it later is discarded like the rest.
+    assert awaited.wait(lambda: False) is None
 
 
 class _Session:
