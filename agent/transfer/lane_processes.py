@@ -184,12 +184,18 @@ class OneProcess:
         self._out, self._queue = trio.open_memory_channel[tuple[Message, tuple[int, ...]]](_QUEUED)
 
     def post(self, message: Message, descriptor: int | None = None) -> None:
-        """Say something, with a descriptor that is duplicated at once. Nothing happens when the process is gone."""
+        """Say something, with a descriptor that is duplicated at once. Nothing happens when the process is gone; one
+        that cannot be told is ended."""
         if not self.alive:
             return
         descriptors: tuple[int, ...] = ()
         if descriptor is not None:
-            descriptors = (os.dup(descriptor),)
+            try:
+                descriptors = (os.dup(descriptor),)
+            except OSError:
+                # There may be no more for this process. What it was to have, others get or ask for again.
+                self.kill()
+                return
             message = msgspec.structs.replace(message, descriptors=1)
         try:
             self._out.send_nowait((message, descriptors))

@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from agent.transfer import end_game, lane_count, lane_process, lanes
 from agent.transfer import lane_messages as say
 from agent.transfer.channel import Channel
 from agent.transfer.lane_process import LaneProcess
-from agent.transfer.lane_processes import LaneProcesses, RemoteLane
+from agent.transfer.lane_processes import LaneProcesses, OneProcess, RemoteLane
 from agent.transfer.message_buffer import Garbled, MessageBuffer
 from protocol.control import TaskItem, TaskOptions
 from tests.agent import engine_world
@@ -110,6 +111,33 @@ async def test_all_processes_die_at_once(quick_path: Path) -> None:
             assert (await after.run()).state == "SUCCEEDED"
             assert contents(after.destination) == wanted
             assert after.temporaries() == []
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+async def test_a_handle_that_cannot_be_handed_over_ends_nothing_but_a_process(
+    quick_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int
+) -> None:
+    """The worker has no descriptor left at that moment."""
+    dup = os.dup
+    handed = lost = 0
+
+    def scarce(descriptor: int) -> int:
+        nonlocal handed
+        if sys._getframe(1).f_code is OneProcess.post.__code__:
+            handed += 1
+            if handed == lost:
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return dup(descriptor)
+
+    monkeypatch.setattr(os, "dup", scarce)
+    for lost in (1, 2, 4, 7):
+        handed = 0
+        engine = Engine(quick_path / str(lost), TaskOptions(), processes=processes)
+        tree(engine.source, [f"{folder}/{name}" for folder in "abcdefgh" for name in range(60)])
+        (engine.source / "large").write_bytes(os.urandom(MIB))
+        assert (await engine.run()).state == "SUCCEEDED", lost
+        _same(engine)
+        assert handed >= lost
 
 
 def _dies(operation: str, nth: int) -> Plan:
