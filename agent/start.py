@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 def run(config_file: Path, flags: Mapping[str, str] | None = None, log_file: Path | None = None) -> None:
     """Run the agent of a configuration in the foreground; ``flags`` are settings for this run only.
 
-    Raises `TowpathError` when it cannot start.
+    Raises `TowpathError` or OSError when it cannot start.
     """
     # Nothing of what is loaded now is ever garbage; looking for some in it takes a tenth of the time.
     gc.disable()
@@ -58,7 +58,19 @@ def run(config_file: Path, flags: Mapping[str, str] | None = None, log_file: Pat
                 await daemon(config_file, data, identity, lock, flags, log_file).run(notifier)
                 nursery.cancel_scope.cancel()
 
-        trio.run(main)
+        try:
+            trio.run(main)
+        except BaseExceptionGroup as group:
+            # What keeps an agent from starting is for its user to read.
+            raise _sole(group) from None
+
+
+def _sole(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The one error of a group that holds no other, else the group."""
+    found: BaseException = group
+    while isinstance(found, BaseExceptionGroup) and len(found.exceptions) == 1:
+        found = found.exceptions[0]
+    return group if isinstance(found, BaseExceptionGroup) else found
 
 
 def _daemon() -> type[Daemon]:

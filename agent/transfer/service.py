@@ -42,7 +42,7 @@ from protocol.control import (
     TaskObserved,
     TaskOrder,
 )
-from protocol.errors import ItemFailed
+from protocol.errors import ItemFailed, NeedsPerson
 from protocol.names import format_path
 
 if TYPE_CHECKING:
@@ -106,15 +106,24 @@ class TransferService:
                 await self._schedule(nursery)
 
     def _bind(self) -> list[socket.socket]:
-        """The data port: the configured one, else the one of last time, so that peers find us without the relay."""
+        """The data port: the configured one, else the one of last time, so that peers find us without the relay.
+        Raises `NeedsPerson` when there is none to be had."""
         remembered = int(self._node.store.get("port") or 0)
-        wanted = self._node.config.data.port or remembered
+        data = self._node.config.data
         try:
-            sockets = listener.bind(self._node.config.data.listen, wanted)
-        except OSError:
-            if self._node.config.data.port or not wanted:
-                raise
-            sockets = listener.bind(self._node.config.data.listen, 0)
+            try:
+                sockets = listener.bind(data.listen, data.port or remembered)
+            except OSError:
+                if data.port or not remembered:
+                    raise
+                sockets = listener.bind(data.listen, 0)
+        except OSError as error:
+            place = f"{data.listen} port {data.port}" if data.port else data.listen
+            raise NeedsPerson(
+                f"The agent cannot listen on {place} for other agents ({error.strerror}): see `data.listen` and "
+                "`data.port` in its configuration.",
+                code="CANNOT_LISTEN",
+            ) from error
         self.port = sockets[0].getsockname()[1]
         self._node.store.put("port", str(self.port))
         return sockets

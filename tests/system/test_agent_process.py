@@ -192,6 +192,15 @@ def test_start_says_what_went_wrong(site: Site) -> None:
     failed = site.call("start")
     assert failed.returncode == 1
     assert "roots.json cannot be read" in failed.stderr
+    (site.state_dir / "roots.json").unlink()
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as other:
+        text = site.config_file.read_text()
+        port = other.getsockname()[1]
+        site.config_file.write_text(set_value(text, "data", "port", port, site.config_file))
+        taken = site.call("start")
+        assert taken.returncode == 1
+        assert f"cannot listen on 127.0.0.1 port {port}" in taken.stderr
+        assert "Traceback" not in taken.stderr
     (site.state_dir / "identity.json").unlink()
     unknown = site.call("start")
     assert unknown.returncode == 1
