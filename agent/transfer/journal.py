@@ -405,9 +405,10 @@ class Journal:
             rows = self._connection.execute("SELECT body FROM events ORDER BY seq").fetchall()
         return [msgspec.msgpack.decode(row[0], type=Event) for row in rows]
 
-    def drop_events(self, up_to: int) -> None:
+    def drop_event(self, seq: int) -> None:
+        """The daemon has this one; an earlier one may not have come to it."""
         with self._using():
-            self._connection.execute("DELETE FROM events WHERE seq <= ?", (up_to,))
+            self._connection.execute("DELETE FROM events WHERE seq = ?", (seq,))
 
 
 def open_or_rebuild(path: Path) -> tuple[Journal, bool]:

@@ -153,10 +153,10 @@ class TaskRunner:
         except OSError as error:
             raise of_system(error, self._directory) from error
 
-    def _drop_events(self, up_to: int) -> None:
+    def _drop_event(self, seq: int) -> None:
         # What stays in the journal is told again at the next start, and known by its number.
         with contextlib.suppress(StateTrouble):
-            self._journal.drop_events(up_to)
+            self._journal.drop_event(seq)
 
     async def _run_journaled(
         self,
@@ -168,7 +168,7 @@ class TaskRunner:
     ) -> TaskObserved:
         self._counters = self._journal.counters()
         events.tell_again()
-        self._line.on_event_stored = self._drop_events
+        self._line.on_event_stored = self._drop_event
         if rebuilt:
             self._journal.put("rebuilt", b"1")
             events.add(

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from agent.transfer.channel import Event
 from agent.transfer.compare import block_count, block_size, missing_ranges
+from agent.transfer.events import EventLog
 from agent.transfer.journal import TRANSFERRED, Journal, PartialRow, open_or_rebuild
 from agent.transfer.journal_format import VERSION
 from agent.transfer.manifest import (
@@ -86,9 +87,23 @@ def test_a_journal_is_found_again_as_it_was_committed(tmp_path: Path) -> None:
     assert journal.partial(taken.id, b"large") is None
     assert journal.unfinished_destinations() == [b"d"]
     assert [row[0] for row in journal.directories_deepest_first()] == [b"d/x", b"d"]
-    journal.drop_events(5)
+    journal.drop_event(5)
     assert journal.events() == []
     assert journal.last_event() == 5
+    journal.close()
+
+
+def test_an_event_that_the_daemon_has_says_nothing_of_earlier_ones(tmp_path: Path) -> None:
+    """The line to it may have been full for one of them, which is told again at the next start."""
+    journal = Journal(tmp_path / "journal")
+    log = EventLog(journal, lambda _: None)
+    for code in ("STARTED", "LOST_ON_THE_WAY", "LATER"):
+        log.add(code, code.lower())
+    for seq in (1, 3):
+        journal.drop_event(seq)
+    again: list[Event] = []
+    EventLog(journal, again.append).tell_again()
+    assert [event.code for event in again] == ["LOST_ON_THE_WAY"]
     journal.close()
 
 
