@@ -69,6 +69,15 @@ def count(connection: Connection, task_id: str, is_error: bool | None) -> int:
     return int(connection.execute(statement).scalar_one())
 
 
+def last_told(connection: Connection, task_id: str) -> float | None:
+    """When the last of those events happened that the task's agent told of."""
+    column = tables.task_events.c
+    told = column.seq.is_not(None) | (column.code == "STARTED")
+    statement = select(column.time).where(column.task_id == task_id, told).order_by(column.time.desc()).limit(1)
+    latest: float | None = connection.execute(statement).scalar()
+    return latest
+
+
 def forget_numbers(connection: Connection, task_id: str) -> None:
     """Keep the events of a task, and let their agent's numbers be used again."""
     connection.execute(update(tables.task_events).where(tables.task_events.c.task_id == task_id).values(seq=None))

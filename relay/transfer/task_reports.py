@@ -58,7 +58,7 @@ def apply_lines(connection: Connection, node_id: str, lines: Iterable[AgentEvent
             if wanted and line.offer is not None and line.offer.session_id == task.session_id:
                 applied.offers.append(msgspec.structs.replace(line.offer, task_id=task.id))
         elif line.kind == "event":
-            event_log.add(connection, task.id, _event(line, task, now))
+            event_log.add(connection, task.id, _event(connection, line, task, now))
         elif line.observed is not None and line.kind in ("state", "progress"):
             tasks[task.id] = _observe(connection, task, line, now)
             if tasks[task.id].finished and not task.finished:
@@ -91,22 +91,24 @@ def _driven_by(connection: Connection, node_id: str, ids: Iterable[str]) -> dict
     return {task.id: task for task in tasks.values() if task.worker_id in mine}
 
 
-def _event(line: AgentEvent, task: Task, now: float) -> TaskEvent:
+def _event(connection: Connection, line: AgentEvent, task: Task, now: float) -> TaskEvent:
     return TaskEvent(
         code=line.code,
         description=line.description,
         details=line.details,
         is_error=line.is_error,
-        time=_moment(line.time, task, now),
+        time=_moment(connection, line.time, task, now),
         seq=line.seq or None,
     )
 
 
-def _moment(text: str | None, task: Task, now: float) -> float:
-    """A time from an agent, held between the submission and now: its clock may be wrong, or it may lie."""
+def _moment(connection: Connection, text: str | None, task: Task, now: float) -> float:
+    """A time from an agent, held between what it told of before and now: its clock may be wrong, or it may lie. What
+    it tells in order is shown in order, also when a clock was set back meanwhile."""
+    told = now
     with contextlib.suppress(ValueError, TypeError):
-        return min(max(times.parse(text or ""), task.requested), now)
-    return now
+        told = min(times.parse(text or ""), now)
+    return max(told, event_log.last_told(connection, task.id) or task.requested)
 
 
 def _observe(connection: Connection, task: Task, line: AgentEvent, now: float) -> Task:
@@ -130,7 +132,9 @@ def _observe(connection: Connection, task: Task, line: AgentEvent, now: float) -
         event_log.add(
             connection,
             task.id,
-            TaskEvent(code="STARTED", description="The task has started.", time=_moment(line.time, task, now)),
+            TaskEvent(
+                code="STARTED", description="The task has started.", time=_moment(connection, line.time, task, now)
+            ),
         )
     current = task_rows.load(connection, task.id)
     assert current is not None
@@ -140,7 +144,7 @@ def _observe(connection: Connection, task: Task, line: AgentEvent, now: float) -
 def conclude(connection: Connection, task: Task, observed: TaskObserved, now: float) -> None:
     """End a task as its agent says it ended."""
     code = observed.state if observed.state != "FAILED" else observed.error_code[: event_log.MAX_CODE] or "UNKNOWN"
-    when = _moment(observed.completion_time, task, now)
+    when = _moment(connection, observed.completion_time, task, now)
     task_turns.finish(connection, task, code=code, sentence=_sentence(observed), when=when)
 
 

@@ -185,6 +185,22 @@ async def test_repeated_events_change_nothing(clock: MockClock, scene: Scene) ->
     assert await scene.codes(task_id) == ["STARTED", "CONNECT_FAILED", "SUCCEEDED"]
 
 
+async def test_events_stay_in_order_when_the_clock_of_their_agent_is_set_back(clock: MockClock, scene: Scene) -> None:
+    scene.up()
+    task_id = await scene.task()
+    await trio.sleep(3600)
+    agent = scene.destination
+    agent.observe(task_id, "ACTIVE")
+    agent.say("event", task_id, code="CONNECT_FAILED", description="x", time="2027-01-15T08:40:00+00:00")
+    agent.say("event", task_id, code="PROGRESS", description="x", time="2027-01-14T08:41:00+00:00")
+    agent.observe(
+        task_id, "SUCCEEDED", counters=Counters(scan_complete=True), completion_time="2027-01-14T08:42:00+00:00"
+    )
+    await trio.sleep(MOMENT)
+    assert await scene.codes(task_id) == ["STARTED", "CONNECT_FAILED", "PROGRESS", "SUCCEEDED"]
+    assert (await scene.show(task_id))["completion_time"].startswith("2027-01-15T08:40:00")
+
+
 async def test_a_lost_event_stream_is_opened_again_where_it_ended(clock: MockClock, scene: Scene) -> None:
     scene.up()
     task_id = await scene.task()

@@ -109,6 +109,7 @@ async def _ended(world: StoppedWorld, task_id: str, place: str, expected: dict[s
     codes = await world.codes(task_id)
     for once in ("STARTED", "SUCCEEDED"):
         assert codes.count(once) == 1, codes
+    assert (codes[0], codes[-1]) == ("STARTED", "SUCCEEDED"), codes
     return f"{document['faults']} faults, {codes}"
 
 
