@@ -137,12 +137,20 @@ class SmallFiles:
     def read_back(self, items: list[Temporary]) -> list[Temporary]:
         """Those that read back as they were sent, past the page cache where the system allows; the others fail."""
         # All are dropped from the cache and asked for before the first is waited for, so that the disk sees a queue.
-        # What lives in memory alone has no other copy to read.
-        for step in () if self._in_memory else (page_cache.forget, page_cache.want):
-            for item in items:
-                if item.descriptor >= 0 and item.job.row.size:
-                    step(item.descriptor)
+        on_disk = [item.descriptor for item in self._on_disk(items) if item.descriptor >= 0 and item.job.row.size]
+        for step in (page_cache.forget, page_cache.want):
+            for descriptor in on_disk:
+                step(descriptor)
         return [item for item in items if self._reads_back(item)]
+
+    def _on_disk(self, items: list[Temporary]) -> list[Temporary]:
+        """What lives in memory alone has no other copy to read; a disk may be mounted below a root in memory."""
+        if not self._in_memory:
+            return items
+        groups = {id(item.job.group): item.job.group.handle for item in items}
+        device = self._root.identity()[0]
+        elsewhere = {key for key, handle in groups.items() if handle.disk() != device}
+        return [item for item in items if id(item.job.group) in elsewhere] if elsewhere else []
 
     def _reads_back(self, item: Temporary) -> bool:
         try:

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from agent.storage import handles, libc, mounts, posix
+from agent.storage import handles, libc, mounts, page_cache, posix
 from agent.storage.posix import open_root
 from agent.transfer.settling import SYNCFS_FROM
-from tests.agent.engine_inside import CHECKED, Engine, contents
+from tests.agent.engine_inside import CHECKED, Engine, contents, quick_path
 from tests.agent.small_disks import memory_disk, needs_root
 
+__all__ = ["quick_path"]
 pytestmark = needs_root
 
 
@@ -82,3 +83,18 @@ def test_a_folder_says_on_which_disk_it_is(tmp_path: Path, monkeypatch: pytest.M
             assert folder.disk() is None
             with pytest.raises(OSError, match="not supported"):
                 folder.sync_disk()
+
+
+async def test_files_on_a_disk_below_a_root_in_memory_are_read_back_past_the_cache(
+    quick_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forgotten: set[int] = set()
+    monkeypatch.setattr(page_cache, "forget", lambda fd, *_: forgotten.add(os.fstat(fd).st_dev))
+    engine = Engine(quick_path, options=CHECKED)
+    for name in ("here", "below/there"):
+        (engine.source / name).parent.mkdir(exist_ok=True)
+        (engine.source / name).write_bytes(b"content")
+    # Any other device; that this one is in memory, too, nobody asks.
+    with memory_disk(engine.destination / "below", 1):
+        assert (await engine.run()).state == "SUCCEEDED"
+        assert forgotten == {(engine.destination / "below").stat().st_dev}
