@@ -38,6 +38,8 @@ __all__ = ["quick_path"]
 MIB = 1024 * 1024
 OLD = b"an older version"
 SEED = 20260
+# One process does all, or another one receives and writes (`agent.transfer.lane_process`).
+PROCESSES = [1, 2]
 
 
 def _strace_works() -> str:
@@ -79,8 +81,10 @@ def many_files(root: Path) -> None:
         (root / "folder" / f"file-{number}").write_bytes(os.urandom(50))
 
 
-async def record(place: Path, monkeypatch: pytest.MonkeyPatch, fill: Callable[[Path], None]) -> Recording:
-    """One transfer by real workers under strace."""
+async def record(
+    place: Path, monkeypatch: pytest.MonkeyPatch, fill: Callable[[Path], None], processes: int
+) -> Recording:
+    """One transfer by real workers under strace, with so many processes for the session."""
     (place / "traces").mkdir()
     traced = place / "traced"
     # No limit to what is shown of a call's data.
@@ -88,7 +92,7 @@ async def record(place: Path, monkeypatch: pytest.MonkeyPatch, fill: Callable[[P
     traced.write_text(f'#!/bin/sh\nexec strace {options} {sys.executable} "$@"\n')
     traced.chmod(0o755)
     monkeypatch.setattr(spawn, "sys", SimpleNamespace(executable=str(traced)))
-    async with world(place / "world") as made:
+    async with world(place / "world", processes) as made:
         fill(made.alpha.root)
         (made.beta.root / "replaced").write_bytes(OLD)
         assert made.beta.service is not None
@@ -186,8 +190,11 @@ async def look_at_all(
 
 @needs_strace
 @pytest.mark.timeout(170)
-async def test_states_after_a_power_failure(tmp_path: Path, quick_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recording = await record(tmp_path, monkeypatch, small_tree)
+@pytest.mark.parametrize("processes", PROCESSES)
+async def test_states_after_a_power_failure(
+    tmp_path: Path, quick_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int
+) -> None:
+    recording = await record(tmp_path, monkeypatch, small_tree, processes)
     states = crash_states(recording.trace, Random(SEED), at_random=0, every=7)
     count, seen, wrong = await look_at_all(recording, states, quick_path)
     calls = len(recording.trace.operations)
@@ -198,11 +205,12 @@ async def test_states_after_a_power_failure(tmp_path: Path, quick_path: Path, mo
 @needs_strace
 @pytest.mark.soak
 @pytest.mark.timeout(3000)
+@pytest.mark.parametrize("processes", PROCESSES)
 @pytest.mark.parametrize("fill", [small_tree, many_files])
 async def test_all_states_after_a_power_failure(
-    tmp_path: Path, quick_path: Path, monkeypatch: pytest.MonkeyPatch, fill: Callable[[Path], None]
+    tmp_path: Path, quick_path: Path, monkeypatch: pytest.MonkeyPatch, fill: Callable[[Path], None], processes: int
 ) -> None:
-    recording = await record(tmp_path, monkeypatch, fill)
+    recording = await record(tmp_path, monkeypatch, fill, processes)
     states = part(crash_states(recording.trace, Random(SEED), at_random=8))
     count, seen, wrong = await look_at_all(recording, states, quick_path)
     calls = len(recording.trace.operations)
@@ -233,14 +241,16 @@ def _of_root(recording: Recording) -> list[Sync]:
 @needs_strace
 @pytest.mark.soak
 @pytest.mark.timeout(600)
+@pytest.mark.parametrize("processes", PROCESSES)
 @pytest.mark.parametrize("forgotten", [of_files, of_folders, of_the_state])
 async def test_a_forgotten_sync_is_noticed(
     tmp_path: Path,
     quick_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     forgotten: Callable[[Recording], list[Sync]],
+    processes: int,
 ) -> None:
-    recording = await record(tmp_path, monkeypatch, small_tree)
+    recording = await record(tmp_path, monkeypatch, small_tree, processes)
     syncs = forgotten(recording)
     assert syncs
     mutant = Recording(recording.trace.without(syncs), recording.source, recording.task_id, recording.wanted)
