@@ -291,7 +291,8 @@ class LaneFlow(Record, frozen=True, kw_only=True):
 class Flow(Record, frozen=True, kw_only=True):
     """How the content of a running task flows at the moment. ``limited_by`` is what holds it up: ``source disk``,
     ``source CPU``, ``network``, ``destination CPU``, ``destination disk``, ``a limit``, ``planning``, or empty when
-    that is not known; ``rate_limit`` is the limit in force (bytes a second) and ``limit_of`` whose it is."""
+    that is not known; ``rate_limit`` is the limit in force (bytes a second) and ``limit_of`` whose it is. ``renewed``
+    counts lanes that were followed by others because their keys had protected enough."""
 
     limited_by: str = ""
     goodput: float = 0.0
@@ -299,6 +300,7 @@ class Flow(Record, frozen=True, kw_only=True):
     rate_limit: int | None = None
     limit_of: str = ""
     lanes: list[LaneFlow] = []
+    renewed: int = 0
 
 
 class TaskObserved(Record, frozen=True, kw_only=True):

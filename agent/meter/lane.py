@@ -9,7 +9,7 @@ from protocol.congestion import Connection, TcpFacts, tcp_facts
 class LaneMeter:
     """Belongs to one lane; its thread counts, others read."""
 
-    __slots__ = ("content", "saved", "sock", "times")
+    __slots__ = ("content", "records", "saved", "sock", "times")
 
     def __init__(self, sock: Connection) -> None:
         self.sock = sock
@@ -18,6 +18,8 @@ class LaneMeter:
         self.content = 0
         # Of these, bytes that compression kept off the network.
         self.saved = 0
+        # TLS records that have passed, at most: none holds more than one call reads.
+        self.records = 0
 
     def facts(self) -> TcpFacts | None:
         """What the system knows of its connection; None where it is none of TCP, or gone."""

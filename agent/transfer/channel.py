@@ -13,6 +13,7 @@ import msgspec
 import trio
 
 from agent.storage.mounts import Mark
+from agent.transfer.lane_keys import KEY_RECORDS
 from agent.transfer.message_buffer import CHUNK, Garbled, Message, MessageBuffer, framed, rights, room
 from protocol.control import TaskObserved, TaskOrder
 
@@ -41,6 +42,8 @@ class Common(msgspec.Struct, frozen=True, kw_only=True):
     relay_root: str
     collections: list[WorkerCollection]
     version: str = ""
+    # After how many TLS records a lane is followed by another (`agent.transfer.lane_keys`).
+    key_records: int = KEY_RECORDS
 
 
 # --- daemon to worker --------------------------------------------------------------------------------------

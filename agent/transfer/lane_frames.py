@@ -96,6 +96,7 @@ class FrameReader:
                 if not count:
                     raise RetryLater("The source closed a lane.", code="CONNECTION_LOST")
                 got += count
+                self._meter.records += 1
                 if allowance is not None:
                     self._meter.content += count
                     allowance.took(count)

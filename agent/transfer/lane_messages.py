@@ -140,12 +140,14 @@ class EndRun(Message, tag="end", frozen=True, kw_only=True):
 
 
 class Reading(msgspec.Struct, array_like=True, frozen=True):
-    """What is measured of one lane: content bytes, of these saved by compression, seconds for each `Doing`."""
+    """What is measured of one lane: content bytes, of these saved by compression, seconds for each `Doing`, and TLS
+    records."""
 
     lane: int
     content: int
     saved: int
     times: list[float]
+    records: int = 0
 
 
 class LaneSecured(Message, tag="secured", frozen=True, kw_only=True):

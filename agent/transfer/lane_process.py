@@ -184,7 +184,7 @@ class LaneProcess:
 
     def _tell(self) -> None:
         lanes = [
-            say.Reading(each.key, each.meter.content, each.meter.saved, each.meter.times.totals())
+            say.Reading(each.key, each.meter.content, each.meter.saved, each.meter.times.totals(), each.meter.records)
             for each in self._lanes.values()
         ]
         now = time.monotonic()

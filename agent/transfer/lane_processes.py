@@ -60,6 +60,7 @@ class RemoteMeter:
     def __init__(self, sock: socket.socket) -> None:
         self.content = 0
         self.saved = 0
+        self.records = 0
         self.times = self
         self._totals = [0.0] * 5
         self._socket = sock
@@ -76,6 +77,7 @@ class RemoteMeter:
         """What the other process has measured; how many bytes have crossed the network since the last time."""
         before = self.content - self.saved
         self.content, self.saved, self._totals = reading.content, reading.saved, reading.times
+        self.records = reading.records
         return max(0, self.content - self.saved - before)
 
 

@@ -13,6 +13,7 @@ import trio
 from agent.connect.lane_tls import SecuredLane
 from agent.meter.lane import LaneMeter
 from agent.transfer.lane_count import LaneCount
+from agent.transfer.lane_keys import Succession
 from agent.transfer.lane_processes import RemoteLane, RemoteMeter
 from agent.transfer.receive import LaneReceiver
 from agent.transfer.run import Run
@@ -45,14 +46,20 @@ class Lanes:
         self._leave: dict[int, trio.Event] = {}
         # Numbers that the source may know: requests for another lane of that number would wait at the old one.
         self._known: set[int] = set()
+        self._succession = Succession(run.context.key_records)
+        # How many lanes were followed by another one because of their keys.
+        self.renewed = 0
         self._nursery: trio.Nursery | None = None
 
     def use_better(self) -> None:
         """New connections go a better way than those there are: open lanes anew, one for each, and let the old ones
         finish what was asked of them."""
-        for leave in list(self._leave.values()):
-            if not leave.is_set():
-                leave.set()
+        for number, leave in list(self._leave.items()):
+            if leave.is_set():
+                continue
+            leave.set()
+            # One whose keys are spent is followed by another already.
+            if not self._succession.is_followed(number):
                 self._open()
 
     def start(self, nursery: trio.Nursery) -> None:
@@ -61,12 +68,29 @@ class Lanes:
         self._open()
         nursery.start_soon(self._measure)
 
-    def _open(self) -> None:
+    def _open(self) -> int:
+        """Begin to open a lane; its number."""
+        # The source tells lanes apart by number; one that leaves keeps its own until it is gone.
+        number = next(number for number in itertools.count(1) if number not in self._leave)
         if self._nursery is not None:
-            # The source tells lanes apart by number; one that leaves keeps its own until it is gone.
-            number = next(number for number in itertools.count(1) if number not in self._leave)
             self._leave[number] = trio.Event()
             self._nursery.start_soon(self._keep, number)
+        return number
+
+    def _renew(self) -> None:
+        """Have lanes whose keys have protected enough followed by others; nothing is asked for twice for that."""
+        records = {number: meter.records for number, meter in self.meters.items() if not self._leave[number].is_set()}
+        for number in self._succession.due(records):
+            self._succession.opening(number, self._open())
+        for number in self._succession.spent(records):
+            self._leave[number].set()
+
+    def _is_up(self, number: int) -> None:
+        """A lane takes work now; one that it follows may go."""
+        for old in self._succession.up(number):
+            if not self._leave[old].is_set():
+                self.renewed += 1
+                self._leave[old].set()
 
     async def _measure(self) -> None:
         run = self._run
@@ -81,7 +105,12 @@ class Lanes:
             busy = run.fetcher.busy and waited - before < MEASURE_EVERY / 10
             for number in run.fetcher.measure(trio.current_time()):
                 self._break(number)
-            staying = [leave for leave in self._leave.values() if not leave.is_set()]
+            self._renew()
+            staying = [
+                leave
+                for number, leave in self._leave.items()
+                if not leave.is_set() and not self._succession.is_followed(number)
+            ]
             received = self._ended + sum(meter.content for meter in self.meters.values())
             wanted = count.decide(trio.current_time(), received, len(staying), busy=busy)
             if wanted > len(staying):
@@ -100,6 +129,7 @@ class Lanes:
             await self._keep_open(number)
         finally:
             del self._leave[number]
+            self._succession.gone(number)
 
     async def _keep_open(self, number: int) -> None:
         delay = 0.2
@@ -145,6 +175,7 @@ class Lanes:
                 await trio.to_thread.run_sync(introduce)
                 self.meters[number] = receiver.meter
                 run.fetcher.add_lane(number, receiver.meter)
+                self._is_up(number)
                 await trio.to_thread.run_sync(receiver.run)
         except* (OSError, RetryLater) as group:
             _raise_broken_rules(group)
@@ -164,6 +195,7 @@ class Lanes:
                 await lane.introduce(run.session.instance, number, wait=self._waits(number))
                 self.meters[number] = lane.meter
                 run.fetcher.add_lane(number, lane.meter, lane)
+                self._is_up(number)
                 await lane.ended()
         except* (OSError, RetryLater) as group:
             _raise_broken_rules(group)

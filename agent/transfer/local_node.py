@@ -15,6 +15,7 @@ from agent.policy import Policy, UnknownCollection
 from agent.state_files import make_folder
 from agent.storage.mounts import Mark
 from agent.transfer.channel import Common, WorkerCollection
+from agent.transfer.lane_keys import KEY_RECORDS
 from agent.transfer.order_check import check_order, check_session_order
 from agent.transfer.outbox import Outbox
 from agent.transfer.places import Places
@@ -32,7 +33,8 @@ logger = logging.getLogger("towpath.tasks")
 class LocalNode:
     """Shared by the service, its tasks and its sessions; none of them needs to know the others for it.
 
-    Opens the list of tasks below ``state_dir``; whoever makes this closes ``store``.
+    Opens the list of tasks below ``state_dir``; whoever makes this closes ``store``. ``key_records`` is after how many
+    TLS records a lane is followed by another one, with new keys.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class LocalNode:
         relay_root: str,
         network: Network | None = None,
         expected_mark: Callable[[CollectionConfig], Mark | None] = lambda _collection: None,
+        key_records: int = KEY_RECORDS,
     ) -> None:
         self.directory = state_dir / "tasks"
         make_folder(self.directory)
@@ -59,6 +62,7 @@ class LocalNode:
         )
         self._relay_root = relay_root
         self._expected_mark = expected_mark
+        self._key_records = key_records
         self.store, begun_anew = open_or_begin(self.directory / "tasks.sqlite")
         if begun_anew:
             logger.error(
@@ -115,4 +119,5 @@ class LocalNode:
                 )
                 for row in self.policy.collections
             ],
+            key_records=self._key_records,
         )

@@ -19,6 +19,7 @@ from agent.transfer.budget import Budget
 from agent.transfer.fetch import Fetcher
 from agent.transfer.jobs import FileJob, Group, LargeFile, SharedName
 from agent.transfer.journal import Journal
+from agent.transfer.lane_keys import KEY_RECORDS
 from agent.transfer.lane_processes import LaneProcesses
 from agent.transfer.manifest import ManifestWriter
 from agent.transfer.patience import Patience
@@ -45,6 +46,8 @@ class RunContext:
     pace: Pace
     # What receives beside the lanes' threads of this process, if anything does.
     processes: LaneProcesses | None = None
+    # After how many TLS records a lane is followed by another.
+    key_records: int = KEY_RECORDS
 
 
 class Failures(Protocol):

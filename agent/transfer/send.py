@@ -19,6 +19,7 @@ from agent.meter.time_shares import Doing
 from agent.storage.base import Directory, Root, version_of
 from agent.storage.faults import fault
 from agent.transfer.compression import Compression, Mode
+from agent.transfer.lane_keys import LAST_RECORD, records_of
 from agent.transfer.second_read import SecondRead
 from protocol import lane
 from protocol.errors import ProtocolError, RetryLater, TowpathError
@@ -57,13 +58,24 @@ Join = Callable[[bytes, int, LaneMeter], "queue.SimpleQueue[LaneRequest | None]"
 
 class LaneSender:
     """One lane at the source. `run` blocks until it ends; shutting the socket down ends it. With ``read_twice`` nothing
-    is sent that does not read the same a second time."""
+    is sent that does not read the same a second time. It ends by itself after ``last_record`` TLS records, between two
+    requests: destinations open another one before that."""
 
-    def __init__(self, sock: SecuredLane, root: Root, join: Join, pace: Pace, *, read_twice: bool = False) -> None:
+    def __init__(
+        self,
+        sock: SecuredLane,
+        root: Root,
+        join: Join,
+        pace: Pace,
+        *,
+        read_twice: bool = False,
+        last_record: int = LAST_RECORD,
+    ) -> None:
         self._socket = sock
         self._root = root
         self._join = join
         self._pace = pace
+        self._last_record = last_record
         self._meter = LaneMeter(sock)
         self._now = self._meter.times.now
         self._compression = Compression()
@@ -78,6 +90,8 @@ class LaneSender:
             work = self._introduction()
             while (request := work.get()) is not None:
                 self._serve(request)
+                if self._meter.records >= self._last_record:
+                    raise RetryLater("The keys of a lane have protected as much as they may.", code="CONNECTION_LOST")
                 self._now(Doing.IDLE)
         finally:
             self._close()
@@ -127,7 +141,7 @@ class LaneSender:
             self._pack(request, work.paths, work.compression)
 
     def _fail(self, r: int, error: TowpathError) -> None:
-        self._socket.sendall(lane.encode_header(lane.ReadFailed(r, error.to_document())))
+        self._send(lane.encode_header(lane.ReadFailed(r, error.to_document())))
 
     def _leave_out(self, r: int, abandoned: set[int]) -> None:
         """The destination has got it on another lane."""
@@ -218,7 +232,7 @@ class LaneSender:
             self._meter.saved += len(content) - len(packed)
             content = memoryview(packed)
         started = time.perf_counter()
-        self._socket.sendall(lane.encode_header(header, len(content)))
+        self._send(lane.encode_header(header, len(content)))
         self._send_paced(content)
         self._compression.sent(len(content), time.perf_counter() - started)
 
@@ -229,10 +243,14 @@ class LaneSender:
             self._now(Doing.LIMITED)
             self._pace.take(len(piece))
             self._now(Doing.NETWORK)
-            self._socket.sendall(piece)
+            self._send(piece)
             content = content[len(piece) :]
         if len(content):
-            self._socket.sendall(content)
+            self._send(content)
+
+    def _send(self, data: bytes | memoryview) -> None:
+        self._meter.records += records_of(len(data))
+        self._socket.sendall(data)
 
     # --- files -----------------------------------------------------------------------------------------
 

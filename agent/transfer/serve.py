@@ -26,6 +26,7 @@ from agent.transfer import compression
 from agent.transfer.attributes import read_attributes
 from agent.transfer.checksum import block_digests, file_digest
 from agent.transfer.holes import data_extents
+from agent.transfer.lane_keys import LAST_RECORD
 from agent.transfer.outgoing import send_queued
 from agent.transfer.send import LaneRequest, LaneSender
 from agent.transfer.source_policy import SourcePolicy
@@ -59,8 +60,10 @@ class SourceSide:
         pace: Pace | None = None,
         *,
         read_twice: bool = False,
+        last_record: int = LAST_RECORD,
     ) -> None:
         self.read_twice = read_twice
+        self.last_record = last_record
         self._whole = root
         self.root = root
         self._reach: tuple[CollectionPath, ...] | None = None
@@ -502,6 +505,8 @@ def serve_lane(
     """
     secured, _ = handshake(sock)
     try:
-        LaneSender(secured, side.root, side.join, side.pace, read_twice=side.read_twice).run()
+        LaneSender(
+            secured, side.root, side.join, side.pace, read_twice=side.read_twice, last_record=side.last_record
+        ).run()
     finally:
         secured.close()

@@ -257,6 +257,7 @@ class TaskRunner:
                     patience=self._patience,
                     pace=self._line.pace,
                     processes=self._line.processes,
+                    key_records=self._start.common.key_records,
                 )
                 run = TransferRun(context, session, self._line.lane, self._line.lanes, resumed=resumed)
                 run.limit(self._line.lanes, self._line.memory)

@@ -219,7 +219,7 @@ class TransferRun:
         while True:
             await trio.sleep(FLOW_EVERY)
             after = await self._reading()
-            self.flow = flow_between(before, after)
+            self.flow = msgspec.structs.replace(flow_between(before, after), renewed=self._lanes.renewed)
             before = after
 
     async def _reading(self) -> Reading:

@@ -32,6 +32,7 @@ from agent.transfer import patience, task_runner
 from agent.transfer.channel import Common, Event, RunTask
 from agent.transfer.compression import offered
 from agent.transfer.journal import Journal
+from agent.transfer.lane_keys import KEY_RECORDS, LAST_RECORD, RECORD
 from agent.transfer.lane_process import LaneProcess
 from agent.transfer.lane_processes import Child, LaneProcesses, RemoteLane
 from agent.transfer.manifest import ManifestWriter, SkippedRow, read_page
@@ -122,7 +123,17 @@ class PlainLane(SecuringLane):
         self._socket.sendall(data)
 
     def recv_now(self, view: memoryview, count: int) -> int:
-        return self._socket.recv_into(view, count)
+        return self._socket.recv_into(view, min(count, RECORD))
+
+
+class _InRecords(socket.socket):
+    """No read brings more than a TLS record holds."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        super().__init__(fileno=sock.detach())
+
+    def recv_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
+        return super().recv_into(buffer, min(nbytes or len(buffer), RECORD), flags)
 
 
 class LanePlayer(Child):
@@ -202,7 +213,7 @@ class Line:
         ours, theirs = trio.testing.memory_stream_pair()
         with self.engine.source_root() as root:
             self.engine.controls.append(theirs)
-            side = SourceSide(root, OpenPolicy(), None, read_twice=self.engine.read_twice)  # type: ignore[arg-type]
+            side = SourceSide(root, OpenPolicy(), None, **self.engine.at_source())  # type: ignore[arg-type]
             self.side = side
             scope = trio.CancelScope()
             self.nursery.start_soon(self._serve, side, theirs, scope)
@@ -237,12 +248,13 @@ class Line:
         side = self.side
         assert side is not None
         self.engine.lanes.append(theirs)
+        self.engine.opened += 1
         thread = threading.Thread(target=self.engine.serve, args=(side, theirs), daemon=True)
         thread.start()
         self.engine.threads.append(thread)
         if self.processes is not None and self.processes.alive:
             return await self.processes.open(ours, "")
-        return ours
+        return _InRecords(ours)
 
     def post(self, event: Event) -> None:
         # As the real one: raises in any other thread than trio's.
@@ -274,6 +286,10 @@ class Engine:
     # Lane processes, each played by a thread of this one; with LANE_PROCESSES=1 in the environment all tests that play
     # an engine have one.
     processes: int = int(os.environ.get("LANE_PROCESSES", "0"))
+    # After how many TLS records the destination has a lane followed by another; here a read, of at most 16 KiB, counts
+    # as one. And after how many the source ends it.
+    key_records: int = KEY_RECORDS
+    last_record: int = LAST_RECORD
     wrap: Callable[[Root], Root] = lambda root: root
     on_session: Callable[[int], None] | None = None
     on_report: Callable[[Line, TaskObserved], None] | None = None
@@ -291,6 +307,8 @@ class Engine:
         self.lane_errors: list[BaseException] = []
         self.calls: list[Call] = []
         self.sessions = 0
+        # Lanes that were opened so far.
+        self.opened = 0
         self.dead = False
         self.pace = Pace()
         self._counted = 0
@@ -321,6 +339,10 @@ class Engine:
 
     def source_root(self) -> Root:
         return FaultyRoot(open_root(str(self.source)), self.source_plan, short=self.short)
+
+    def at_source(self) -> dict[str, Any]:
+        """What the source's owner chose, and what is made smaller for tests."""
+        return {"read_twice": self.read_twice, "last_record": self.last_record}
 
     def serve(self, side: SourceSide, sock: socket.socket) -> None:
         try:
@@ -357,7 +379,9 @@ class Engine:
 
     async def run(self, seconds: float = 30) -> TaskObserved:
         """To the end of the task, or until it crashes (`Crashed`)."""
-        common = Common(node_id="n", node_key=b"", relay_id="r", relay_root="", collections=[])
+        common = Common(
+            node_id="n", node_key=b"", relay_id="r", relay_root="", collections=[], key_records=self.key_records
+        )
         last = self.events[-1].seq if self.events else 0
         start = RunTask(
             common=common, order=self.order(), state_dir=str(self.state), lanes=self.lanes_wanted, last_event=last

@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from agent.config.keys import AgentConfig, CollectionConfig, DataConfig, LimitsConfig
 from agent.policy import Policy
+from agent.transfer.lane_keys import KEY_RECORDS
 from agent.transfer.local_node import LocalNode
 from agent.transfer.service import TransferService
 from protocol.control import (
@@ -68,8 +69,15 @@ class Node:
 class World:
     """Two nodes and what a relay would do for them."""
 
-    def __init__(self, directory: Path, nursery: trio.Nursery, workers_per_session: int | None = 1) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        nursery: trio.Nursery,
+        workers_per_session: int | None = 1,
+        key_records: int = KEY_RECORDS,
+    ) -> None:
         self.nursery = nursery
+        self.key_records = key_records
         self.workers_per_session = workers_per_session
         self.relay_root = RelayRoot.generate()
         key = Ed25519PrivateKey.generate()
@@ -109,6 +117,7 @@ class World:
                 TicketVerifier(RELAY, self.relay_root.public_pem),
                 node.policy,
                 self.relay_root.public_pem,
+                key_records=self.key_records,
             )
         )
         node.service = service
@@ -182,10 +191,12 @@ class World:
 
 
 @asynccontextmanager
-async def world(directory: Path, workers_per_session: int | None = 1) -> AsyncIterator[World]:
+async def world(
+    directory: Path, workers_per_session: int | None = 1, key_records: int = KEY_RECORDS
+) -> AsyncIterator[World]:
     """Two nodes that are up; everything ends with the block."""
     async with trio.open_nursery() as nursery:
-        made = World(directory, nursery, workers_per_session)
+        made = World(directory, nursery, workers_per_session, key_records)
         await made.start(made.alpha)
         await made.start(made.beta)
         yield made
