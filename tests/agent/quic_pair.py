@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from agent.connect.quic.carrier import Carrier, ConnectionOver
 from agent.connect.quic.datagrams import Datagrams
-from agent.connect.quic.engine import Engine
+from agent.connect.quic.engine import KEY_PACKETS, Engine
 from agent.connect.quic.introduction import ClientIntroduction, ServerIntroduction
 from protocol.identity import NodeKey
 
@@ -23,12 +23,13 @@ def udp() -> socket.socket:
     return sock
 
 
-def engine(identity: NodeKey, library: str, *, is_client: bool) -> Engine:
+def engine(identity: NodeKey, library: str, *, is_client: bool, key_packets: int = KEY_PACKETS) -> Engine:
     return Engine(
         is_client=is_client,
         certificate_pem=identity.certificate_pem,
         private_key_pem=identity.private_key_pem,
         library=library,
+        key_packets=key_packets,
     )
 
 
@@ -105,6 +106,7 @@ def quic_pair(
     seed: int = 0,
     make: Callable[[], socket.socket] = udp,
     host: str = "127.0.0.1",
+    key_packets: int = KEY_PACKETS,
 ) -> QuicPair:
     """A pair that has begun its handshake. The client expects `SERVER` and the server `CLIENT`, in `SESSION`."""
     a, b = make(), make()
@@ -114,14 +116,14 @@ def quic_pair(
 
     made = QuicPair(
         Carrier(
-            engine(client_identity, library, is_client=True),
+            engine(client_identity, library, is_client=True, key_packets=key_packets),
             first,
             ClientIntroduction(session, client_identity, SERVER.certificate_pem),
             lambda: made.ups.append("client"),
             lambda _sock: None,
         ),
         Carrier(
-            engine(server_identity, server_library or library, is_client=False),
+            engine(server_identity, server_library or library, is_client=False, key_packets=key_packets),
             second,
             ServerIntroduction(SESSION, server_identity, CLIENT.certificate_pem),
             lambda: made.ups.append("server"),

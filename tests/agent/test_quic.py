@@ -81,6 +81,23 @@ def test_streams_go_both_ways_and_each_way_ends_by_itself(library: str, other: s
         assert not pair.over
 
 
+@pytest.mark.parametrize("loss", [0.0, 0.03])
+@pytest.mark.parametrize(("library", "other"), [(a, b) for a in LIBRARIES for b in LIBRARIES])
+def test_keys_are_updated_before_they_have_protected_too_much(library: str, other: str, loss: float) -> None:
+    seed = 11
+    print(f"seed {seed}")
+    content = random.Random(seed).randbytes(600_000 if loss else 4_000_000)
+    with closing(quic_pair(library, server_library=other, loss=loss, seed=seed, key_packets=200)) as pair:
+        pair.up()
+        near, far = pair.open()
+        with near, far:
+            assert move_bytes(pair, near, far, content) == content
+            assert move_bytes(pair, far, near, content) == content
+        assert not pair.over
+        assert pair.client._engine.key_updates > 1
+        assert pair.server._engine.key_updates > 1
+
+
 @both
 def test_what_is_said_over_a_connection_that_has_just_ended_is_told_as_its_end(library: str) -> None:
     with closing(quic_pair(library)) as pair:
