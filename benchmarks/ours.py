@@ -11,6 +11,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Literal
 
 import trio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -39,7 +40,14 @@ class Agent:
     """One end."""
 
     def __init__(
-        self, directory: Path, root: Path, relay_root: RelayRoot, lanes: int, address: str, *, read_twice: bool = False
+        self,
+        directory: Path,
+        root: Path,
+        relay_root: RelayRoot,
+        limits: LimitsConfig,
+        address: str,
+        *,
+        read_twice: bool = False,
     ) -> None:
         self.root, self.directory = root, directory
         self.key = NodeKey.generate()
@@ -50,8 +58,7 @@ class Agent:
             state_dir=directory,
             collections=(collection,),
             data=DataConfig(listen=address, advertise=(address,), allow_loopback=True),
-            # As `limits.workers_per_session`, to compare runs with one and with several.
-            limits=LimitsConfig(lanes=lanes, workers_per_session=int(os.environ.get("WORKERS_PER_SESSION", "1"))),
+            limits=limits,
         )
         verifier = TicketVerifier(RELAY, relay_root.public_pem)
         policy, root_pem = Policy([collection]), relay_root.public_pem
@@ -77,13 +84,20 @@ class Engine:
     """A source, a destination, and what a relay would do for them."""
 
     def __init__(
-        self, directory: Path, source: Path, destination: Path, lanes: int, address: str, *, read_twice: bool = False
+        self,
+        directory: Path,
+        source: Path,
+        destination: Path,
+        limits: LimitsConfig,
+        address: str,
+        *,
+        read_twice: bool = False,
     ) -> None:
         root = RelayRoot.generate()
         key, now = Ed25519PrivateKey.generate(), time.time()
         self._signer = TicketSigner(RELAY, key, root.certify(key.public_key(), "k", now - 100, now + 86400), "k")
-        self.source = Agent(directory / "source", source, root, lanes, address, read_twice=read_twice)
-        self.destination = Agent(directory / "destination", destination, root, lanes, "127.0.0.1")
+        self.source = Agent(directory / "source", source, root, limits, address, read_twice=read_twice)
+        self.destination = Agent(directory / "destination", destination, root, limits, "127.0.0.1")
         self._sessions: dict[str, SessionOrder] = {}
 
     async def answer(self) -> None:
@@ -172,10 +186,15 @@ async def engine(
     address: str = "127.0.0.1",
     prepare: Callable[[Engine], None] = lambda _made: None,
     read_twice: bool = False,
+    workers_per_session: int | Literal["as the environment says"] | None = "as the environment says",
 ) -> AsyncIterator[Engine]:
     """Both agents, up and linked, each with its spare worker. ``address`` is where the source listens; ``prepare`` is
-    called before they start; ``read_twice`` is the source's owner's choice."""
-    made = Engine(directory, source, destination, lanes, address, read_twice=read_twice)
+    called before they start; ``read_twice`` is the source's owner's choice. ``workers_per_session`` as in the
+    configuration, None for auto; else the environment's WORKERS_PER_SESSION, or 1."""
+    if workers_per_session == "as the environment says":
+        workers_per_session = int(os.environ.get("WORKERS_PER_SESSION", "1"))
+    limits = LimitsConfig(lanes=lanes, workers_per_session=workers_per_session)
+    made = Engine(directory, source, destination, limits, address, read_twice=read_twice)
     prepare(made)
     async with trio.open_nursery() as nursery:
         await nursery.start(made.source.service.run)
