@@ -56,7 +56,7 @@ def begin_lane(
     """As `secure_lane`, the dialling side, for a socket that never blocks; `SecuringLane.shake_hands` does the
     handshake. Raises `ProtocolError` when ``peer_certificate`` cannot be read."""
     fingerprint = fingerprint_of_certificate_untrusted(peer_certificate)
-    connection = SSL.Connection(_context(identity, peer_certificate, alpn), sock)
+    connection = SSL.Connection(lane_context(identity, peer_certificate, (alpn,), SUITES), sock)
     connection.set_tlsext_host_name(server_name.encode("ascii"))
     connection.set_connect_state()
     return SecuringLane(connection, sock, fingerprint)
@@ -66,7 +66,7 @@ def _secured(
     sock: socket.socket, identity: NodeKey, peer_certificate: str, server_name: str | None, alpn: str
 ) -> SecuredLane:
     fingerprint = fingerprint_of_certificate_untrusted(peer_certificate)
-    connection = SSL.Connection(_context(identity, peer_certificate, alpn), sock)
+    connection = SSL.Connection(lane_context(identity, peer_certificate, (alpn,), SUITES), sock)
     if server_name is None:
         connection.set_accept_state()
     else:
@@ -76,19 +76,21 @@ def _secured(
     secured = SecuredLane(connection, sock)
     secured.handshake()
     sock.settimeout(None)
-    _check_peer(connection, fingerprint)
+    check_presented(connection, fingerprint)
     return secured
 
 
-def _check_peer(connection: SSL.Connection, fingerprint: str) -> None:
+def check_presented(connection: SSL.Connection, fingerprint: str) -> None:
+    """Compare who answered in a finished handshake with the pin. Raises `AccessDenied`."""
     presented = connection.get_peer_certificate(as_cryptography=True)
     check_peer(None if presented is None else presented.public_bytes(Encoding.DER), fingerprint)
 
 
-def _context(identity: NodeKey, peer_certificate: str, alpn: str) -> SSL.Context:
+def lane_context(identity: NodeKey, peer_certificate: str, alpn: tuple[str, ...], suites: bytes) -> SSL.Context:
+    """TLS 1.3 with these suites, our node certificate, one pinned peer. Raises `ProtocolError` or OSError."""
     context = SSL.Context(SSL.TLS_METHOD)
     context.set_min_proto_version(SSL.TLS1_3_VERSION)
-    context.set_tls13_ciphersuites(SUITES)
+    context.set_tls13_ciphersuites(suites)
     context.set_verify(SSL.VERIFY_PEER | SSL.VERIFY_FAIL_IF_NO_PEER_CERT)
     store = context.get_cert_store()
     if store is None:
@@ -98,7 +100,7 @@ def _context(identity: NodeKey, peer_certificate: str, alpn: str) -> SSL.Context
     store.set_flags(crypto.X509StoreFlags.PARTIAL_CHAIN)
     context.use_certificate(x509.load_pem_x509_certificate(identity.certificate_pem.encode()))
     context.use_privatekey(load_pem_private_key(identity.private_key_pem, None))  # type: ignore[arg-type]
-    context.set_alpn_protos([alpn.encode("ascii")])
+    context.set_alpn_protos([name.encode("ascii") for name in alpn])
     # As in `session_context`: no later connection may skip the certificate.
     context.set_options(SSL.OP_NO_TICKET | SSL.OP_NO_COMPRESSION)
     context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
@@ -198,7 +200,7 @@ class SecuringLane(SecuredLane):
             return "write"
         except SSL.Error as error:
             raise _as_os_error(error) from error
-        _check_peer(self._connection, self._fingerprint)
+        check_presented(self._connection, self._fingerprint)
         return None
 
     def recv_now(self, view: memoryview, count: int) -> int:

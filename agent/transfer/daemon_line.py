@@ -11,8 +11,9 @@ from functools import partial
 
 import trio
 
+from agent.connect.control_tls import ControlStream
 from agent.connect.lane_tls import SecuredLane, secure_lane
-from agent.connect.tls import HANDSHAKE_TIMEOUT, check_peer, session_context
+from agent.connect.tls import HANDSHAKE_TIMEOUT
 from agent.connect.transport import send_at_once
 from agent.limits.pace import Pace
 from agent.limits.processor import Governor
@@ -39,7 +40,7 @@ from agent.transfer.message_buffer import Message
 from agent.transfer.source_session import SourceSession
 from protocol.control import TaskObserved
 from protocol.errors import RetryLater, TowpathError, error_from_document_untrusted
-from protocol.identity import NodeKey, fingerprint_of_certificate_untrusted
+from protocol.identity import NodeKey
 from protocol.keep_alive import give_up_unacknowledged
 from protocol.session import ALPN_CONTROL_AHEAD, ALPN_LANE, ALPNS_CONTROL, SNI_SUFFIX, RenewTicket
 
@@ -235,18 +236,18 @@ class DaemonLine:
         ahead = self._ahead = LaneAhead(self._open_lane)
         self._ahead_in.send_nowait(ahead)
         sock.setblocking(False)
-        stream = trio.SSLStream(
+        stream = ControlStream(
             trio.SocketStream(trio.socket.from_stdlib_socket(sock)),
-            session_context(self._identity, certificate, server_side=False, alpn=ALPNS_CONTROL),
-            server_hostname=session_id + SNI_SUFFIX,
-            https_compatible=True,
+            self._identity,
+            certificate,
+            server_name=session_id + SNI_SUFFIX,
+            alpn=ALPNS_CONTROL,
         )
         try:
             with trio.move_on_after(HANDSHAKE_TIMEOUT) as scope:
                 await stream.do_handshake()
             if scope.cancelled_caught:
                 raise RetryLater("The source did not finish the handshake in time.", code="CONNECT_FAILED")
-            check_peer(stream.getpeercert(binary_form=True), fingerprint_of_certificate_untrusted(certificate))
             session = SourceSession(stream, os.urandom(16))
             if stream.selected_alpn_protocol() == ALPN_CONTROL_AHEAD:
                 await session.greet(self.ticket, self._version, self._offers)

@@ -6,8 +6,8 @@ worker has done both before begins that much sooner.
 
 from __future__ import annotations
 
+import contextlib
 import socket
-import ssl
 from concurrent.futures import ThreadPoolExecutor
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -19,8 +19,6 @@ from protocol.identity import NodeKey
 from protocol.session import ALPN_CONTROL, ALPN_LANE, SNI_SUFFIX
 from protocol.ticket import Grant, RelayRoot, Ticket, TicketSigner, TicketVerifier
 
-# Messages of a handshake of TLS 1.3 that go to and fro, and some.
-_FLIGHTS = 8
 _NAME = f"rehearsal{SNI_SUFFIX}"
 
 
@@ -42,24 +40,13 @@ def _secure_lane(ours: NodeKey, theirs: NodeKey) -> None:
 
 
 def _secure_control(ours: NodeKey, theirs: NodeKey) -> None:
-    client = session_context(ours, theirs.certificate_pem, server_side=False, alpn=(ALPN_CONTROL,))
-    server = session_context(theirs, ours.certificate_pem, server_side=True, alpn=(ALPN_CONTROL,))
-    there, back = ssl.MemoryBIO(), ssl.MemoryBIO()
-    near = client.wrap_bio(back, there, server_hostname=_NAME)
-    far = server.wrap_bio(there, back, server_side=True)
-    for _ in range(_FLIGHTS):
-        if all([_step(near), _step(far)]):
-            break
-    check_peer(near.getpeercert(binary_form=True), theirs.fingerprint)
-
-
-def _step(end: ssl.SSLObject) -> bool:
-    """Whether the handshake of this end is done."""
-    try:
-        end.do_handshake()
-    except ssl.SSLWantReadError:
-        return False
-    return True
+    context = session_context(theirs, ours.certificate_pem, server_side=True, alpn=(ALPN_CONTROL,))
+    near, far = socket.socketpair()
+    with ThreadPoolExecutor(1) as pool:
+        served = pool.submit(context.wrap_socket, far, server_side=True)
+        secure_lane(near, ours, theirs.certificate_pem, server_name=_NAME, alpn=ALPN_CONTROL).close()
+        with contextlib.closing(served.result()) as server:
+            check_peer(server.getpeercert(binary_form=True), ours.fingerprint)
 
 
 def _verify_a_ticket() -> None:

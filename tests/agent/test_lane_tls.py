@@ -197,6 +197,16 @@ dial, serve = lanes.new(lanes.MINE, lanes.THEIRS, server=False), lanes.new(lanes
 one, two = lanes.both(socket.socketpair(), dial, serve)
 one.sendall(b"through")
 assert two.recv(100) == b"through"
+
+import trio
+from tests.agent import test_control_tls as control
+
+async def talk():
+    async with control.ends() as (ours, theirs):
+        await ours.send_all(b"through")
+        assert await theirs.receive_some() == b"through"
+
+trio.run(talk)
 """
 
 
