@@ -26,11 +26,13 @@ from protocol.round_trip import has_left
 from protocol.stun import looks_like_stun
 from protocol.tunnel.token import ALPN as TUNNEL_ALPN
 from protocol.websocket.orders import ALPN as WEBSOCKET_ALPN
+from relay.link_stream import LinkStream
 from relay.turnstile import Turnstile, WaitedTooLong
 
 _logger = logging.getLogger("towpath.dispatch")
 
 Handler = Callable[["trio.SSLStream[trio.SocketStream]"], Awaitable[None]]
+LinkHandler = Callable[[LinkStream], Awaitable[None]]
 PlainHandler = Callable[[trio.SocketStream], Awaitable[None]]
 S = TypeVar("S")
 
@@ -78,7 +80,8 @@ class DispatchStatistics:
 
 
 class Dispatcher:
-    """Chooses who gets a connection. ``tls_context`` is prepared here; its certificate may be renewed at any time.
+    """Chooses who gets a connection. ``tls_context``, and ``link_context`` for agents' links, are prepared here; their
+    certificate may be renewed at any time.
 
     Without ``tunnel`` agents that bring one are told so in the handshake. ``websocket`` gives who takes
     connections of agents with a tunnel inside WebSocket before their handshake, None when nobody can now.
@@ -88,17 +91,21 @@ class Dispatcher:
         self,
         *,
         web: Handler,
-        link: Handler,
+        link: LinkHandler,
         tls_context: ssl.SSLContext,
+        link_context: ssl.SSLContext | None = None,
         tunnel: Handler | None = None,
         stun: PlainHandler | None = None,
         websocket: Callable[[], PlainHandler | None] = lambda: None,
         max_pending: int = MAX_PENDING,
     ) -> None:
-        self._handlers = {LINK_ALPN: link} if tunnel is None else {LINK_ALPN: link, TUNNEL_ALPN: tunnel}
+        self._own = (LINK_ALPN,) if tunnel is None else (LINK_ALPN, TUNNEL_ALPN)
         offered = [name for name in ALPN_PROTOCOLS if name != TUNNEL_ALPN or tunnel is not None]
-        tls_context.set_alpn_protocols(offered)
-        self._context = tls_context
+        self._context, self._link_context = tls_context, link_context or tls_context
+        for context in (self._context, self._link_context):
+            context.set_alpn_protocols(offered)
+        self._link_handler = link
+        self._tunnel_handler = tunnel
         self._web_handler = web
         self._stun_handler = stun
         self._websocket = websocket
@@ -154,38 +161,33 @@ class Dispatcher:
         if tuple(hello.alpn) == WEBSOCKET_ALPN and (take := self._websocket()) is not None:
             self._websockets += 1
             return partial(self._run, take, stream)
-        secured, handler = await self._secure(stream, hello)
-        return partial(self._run, handler, secured)
-
-    async def _secure(
-        self, stream: trio.SocketStream, hello: ClientHello
-    ) -> tuple[trio.SSLStream[trio.SocketStream], Handler]:
         # In the server's order, as the handshake chooses.
-        own = next((name for name in self._handlers if name in hello.alpn), None)
+        own = next((name for name in self._own if name in hello.alpn), None)
         if own == LINK_ALPN:
-            async with self._links.turn(lambda: not _has_something(stream.socket)):
-                if has_left(stream.socket):
-                    raise GreetingTimeout("The caller left before its turn came.")
-                secured = await self._shake_hands(stream)
-        else:
-            secured = await self._shake_hands(stream)
-        chosen = secured.selected_alpn_protocol()
-        if own != (chosen if chosen in self._handlers else None):
-            raise ProtocolError("The handshake chose another protocol than the greeting announced.")
-        if own is not None:
-            self._taken[own] += 1
-            return secured, self._handlers[own]
-        self._web += 1
-        return secured, self._web_handler
-
-    async def _shake_hands(self, stream: trio.SocketStream) -> trio.SSLStream[trio.SocketStream]:
+            return partial(self._run, self._link_handler, await self._secure_link(stream))
         # Browsers and other HTTP clients often end without TLS's goodbye.
         secured = trio.SSLStream(stream, self._context, server_side=True, https_compatible=True)
-        with trio.move_on_after(HANDSHAKE_TIMEOUT) as scope:
-            await secured.do_handshake()
-        if scope.cancelled_caught:
-            raise GreetingTimeout("The TLS handshake took too long.")
+        await _shake_hands(secured)
+        self._check_chosen(own, secured.selected_alpn_protocol())
+        if own is not None and self._tunnel_handler is not None:
+            self._taken[own] += 1
+            return partial(self._run, self._tunnel_handler, secured)
+        self._web += 1
+        return partial(self._run, self._web_handler, secured)
+
+    async def _secure_link(self, stream: trio.SocketStream) -> LinkStream:
+        async with self._links.turn(lambda: not _has_something(stream.socket)):
+            if has_left(stream.socket):
+                raise GreetingTimeout("The caller left before its turn came.")
+            secured = LinkStream(stream, self._link_context)
+            await _shake_hands(secured)
+        self._check_chosen(LINK_ALPN, secured.selected_alpn_protocol())
+        self._taken[LINK_ALPN] += 1
         return secured
+
+    def _check_chosen(self, own: str | None, chosen: str | None) -> None:
+        if own != (chosen if chosen in self._own else None):
+            raise ProtocolError("The handshake chose another protocol than the greeting announced.")
 
     async def _run(self, handler: Callable[[S], Awaitable[None]], stream: S) -> None:
         try:
@@ -195,6 +197,13 @@ class Dispatcher:
         except Exception:
             # One connection's fault must not end the port that all others use.
             _logger.exception("A connection ended with an error of the relay.")
+
+
+async def _shake_hands(secured: trio.SSLStream[trio.SocketStream] | LinkStream) -> None:
+    with trio.move_on_after(HANDSHAKE_TIMEOUT) as scope:
+        await secured.do_handshake()
+    if scope.cancelled_caught:
+        raise GreetingTimeout("The TLS handshake took too long.")
 
 
 def _has_something(sock: trio.socket.SocketType) -> bool:

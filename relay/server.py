@@ -157,6 +157,7 @@ def build(settings: Settings, store: Store, clock: Callable[[], float] = time.ti
         stun=observer.serve_stream,
         websocket=lambda: tunnels.take if tunnel.enabled and carrier.is_up else None,
         tls_context=certificate.context,
+        link_context=certificate.link_context,
         # Half of what may be open at all: the other half is for those who have come through.
         max_pending=max(MAX_PENDING, raise_file_limit() // 2),
     )

@@ -47,13 +47,18 @@ class CertificateStatistics:
 
 
 class ServerCertificate:
-    """The certificate in use. ``context`` always offers the newest; ``channel`` is the hex SHA-256 of its DER form."""
+    """The certificate in use. ``context`` and, for agents' links, ``link_context`` always offer the newest; ``channel``
+    is the hex SHA-256 of its DER form."""
 
     def __init__(self, settings: Settings) -> None:
         """Load (and renew if due) the certificate. Raises `CertificateUnusable`."""
         self._settings = settings
         self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self.context.minimum_version = ssl.TLSVersion.TLSv1_2
+        self.link_context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self.link_context.minimum_version = ssl.TLSVersion.TLSv1_3
+        # A link lasts, and after a restart nobody could read the tickets.
+        self.link_context.num_tickets = 0
         self.channel = ""
         self._leaf: x509.Certificate | None = None
         self.renew(datetime.datetime.now(datetime.UTC))
@@ -74,6 +79,7 @@ class ServerCertificate:
             # First into a context that serves nobody: a pair that does not match must not spoil the one in use.
             ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(chain, key)
             self.context.load_cert_chain(chain, key)
+            self.link_context.load_cert_chain(chain, key)
         except (OSError, ssl.SSLError) as error:
             raise CertificateUnusable(f"{chain} and its key cannot be used: {error}", who="relay operator") from error
         self._leaf = leaf

@@ -27,6 +27,7 @@ from protocol.reverse_http import Client, Limits, connect
 from protocol.round_trip import round_trip
 from protocol.ticket import TicketSigner
 from protocol.websocket.stream import WebSocketStream
+from relay.link_stream import LinkStream
 from relay.proxies import Proxies
 from relay.rendezvous.registry import Registry
 
@@ -97,7 +98,7 @@ async def accept_link(
 
 def _socket_of(stream: trio.abc.Stream) -> trio.socket.SocketType | None:
     transport = stream
-    while isinstance(transport, trio.SSLStream | WebSocketStream):
+    while isinstance(transport, trio.SSLStream | LinkStream | WebSocketStream):
         transport = transport.transport_stream
     return transport.socket if isinstance(transport, trio.SocketStream) else None
 

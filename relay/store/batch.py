@@ -6,6 +6,7 @@ with its thread and its sync of the disk, would cost more than all the rest of a
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Generic, TypeVar
@@ -20,6 +21,8 @@ A = TypeVar("A")
 Transact = Callable[[Callable[[Connection], Any]], Awaitable[Any]]
 
 MOST = 256
+# Seconds from the begin of one transaction to that of the next, while questions come so fast.
+SPACING = 0.05
 
 
 class _Question(Generic[Q, A]):
@@ -35,17 +38,25 @@ class _Question(Generic[Q, A]):
 class Batch(Generic[Q, A]):
     """Puts questions to ``work`` in the order they came, as many in one transaction as came during the one before.
 
-    ``transact`` is `Store.read` or `Store.write`; ``work`` answers each question, in order. Nobody waits for company: a
-    question that comes alone is a transaction of its own.
+    ``transact`` is `Store.read` or `Store.write`; ``work`` answers each question, in order. A question that comes alone
+    is a transaction of its own, at once; one that comes less than ``spacing`` seconds after the last transaction began
+    waits until they are over, and has company by then.
     """
 
     def __init__(
-        self, transact: Transact, work: Callable[[Connection, Sequence[Q]], Sequence[A]], *, most: int = MOST
+        self,
+        transact: Transact,
+        work: Callable[[Connection, Sequence[Q]], Sequence[A]],
+        *,
+        most: int = MOST,
+        spacing: float = SPACING,
     ) -> None:
         self._transact = transact
         self._work = work
         self._most = most
         self._waiting: deque[_Question[Q, A]] = deque()
+        self._spacing = spacing
+        self._begun = -math.inf
         self._busy = False
         self._turn = trio.lowlevel.ParkingLot()
 
@@ -73,8 +84,12 @@ class Batch(Generic[Q, A]):
 
     async def _serve(self) -> None:
         self._busy = True
-        taken = [self._waiting.popleft() for _ in range(min(len(self._waiting), self._most))]
+        taken: list[_Question[Q, A]] = []
         try:
+            if (moment := self._begun + self._spacing) > trio.current_time():
+                await trio.sleep_until(moment)
+            self._begun = trio.current_time()
+            taken = [self._waiting.popleft() for _ in range(min(len(self._waiting), self._most))]
             try:
                 await self._answer(taken)
             except Exception as error:

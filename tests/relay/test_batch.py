@@ -60,6 +60,33 @@ async def test_what_comes_during_a_transaction_shares_the_next_one(
     assert list(chain(*database.rounds)) == [1, 0, *range(2, 13)]
 
 
+async def test_a_lone_question_is_asked_at_once_and_a_crowd_in_company(
+    database: Database, autojump_clock: trio.testing.MockClock
+) -> None:
+    async def at_once(work: Callable[[Connection], Any]) -> Any:
+        return work(NO_CONNECTION)
+
+    batch = Batch(at_once, database.work, spacing=0.05)
+    start = trio.current_time()
+    await batch.ask(1)
+    assert trio.current_time() == start
+    async with trio.open_nursery() as nursery:
+        for question in range(2, 12):
+            nursery.start_soon(batch.ask, question)
+            await trio.sleep(0.01)
+    # Ten questions in a tenth of a second: three transactions, and nobody waited for longer than half of that.
+    assert [len(together) for together in database.rounds] == [1, 5, 5]
+    assert trio.current_time() - start <= 0.15
+    # Whoever leaves while it waits for all takes nobody along.
+    with trio.move_on_after(0.01):
+        await batch.ask(12)
+    assert await batch.ask(13) == 130
+    await trio.sleep(1)
+    start = trio.current_time()
+    await batch.ask(14)
+    assert trio.current_time() == start
+
+
 async def test_a_question_that_fails_fails_alone(database: Database, autojump_clock: trio.testing.MockClock) -> None:
     batch = Batch(database.transact, database.work)
     database.poison = {3}
