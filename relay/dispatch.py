@@ -44,10 +44,11 @@ HANDSHAKE_TIMEOUT = 15.0
 MAX_PENDING = 2000
 # Agents have their handshakes this many at a time, the others wait: when all come back at once, each is served soon
 # after its turn begins, and people's requests do not wait behind them. An agent that has kept us waiting for ``TURN``
-# seconds holds up nobody; one that has waited for ``PATIENCE`` seconds is about to give up and comes again.
+# seconds holds up nobody; one that has waited for ``PATIENCE`` seconds is about to give up and comes again (who had no
+# place after half of that came again into the middle of the crowd, and some of them only after a pause of 30 s).
 HANDSHAKES_AT_ONCE = 128
 TURN = 1.0
-PATIENCE = 20.0
+PATIENCE = 40.0
 _PAUSE_FIRST, _PAUSE_MOST = 0.005, 0.25
 _QUICK_LOOKS = 16
 

@@ -18,7 +18,9 @@ from protocol.link import ALPN
 Dial = Callable[[str, int], Awaitable[trio.abc.HalfCloseableStream]]
 Secured = trio.SSLStream[trio.abc.HalfCloseableStream]
 
-DIAL_TIMEOUT = 30.0
+# For TCP, or a proxy's answer; and for the handshakes as well, which a relay that all agents come back to lets wait
+# (`relay.dispatch.PATIENCE`, which is shorter): whoever waits is served sooner than whoever leaves and comes again.
+CONNECT_TIMEOUT, DIAL_TIMEOUT = 30.0, 45.0
 # What cuts a connection for its TLS greeting does so within this many seconds.
 INSPECTION = 5.0
 
@@ -49,7 +51,10 @@ class LinkConnector:
                 partial(self._open_raw), self._open_websocket, lambda late: _drop(late[0])
             )
             return LinkConnection(stream, certificate, way)
-        raise CannotConnect(f"The relay {self._host}:{self._port} did not answer within {DIAL_TIMEOUT:g} seconds.")
+        raise self._silent(DIAL_TIMEOUT)
+
+    def _silent(self, seconds: float) -> CannotConnect:
+        return CannotConnect(f"The relay {self._host}:{self._port} did not answer within {seconds:g} seconds.")
 
     async def _open_raw(self) -> tuple[trio.abc.Stream, bytes]:
         stream = await self._secure(self._raw_context)
@@ -82,7 +87,10 @@ class LinkConnector:
 
     async def _secure(self, context: ssl.SSLContext) -> Secured:
         try:
-            raw = await self._dial(self._host, self._port)
+            with trio.fail_after(CONNECT_TIMEOUT):
+                raw = await self._dial(self._host, self._port)
+        except trio.TooSlowError as error:
+            raise self._silent(CONNECT_TIMEOUT) from error
         except OSError as error:
             raise CannotConnect(f"The relay {self._host}:{self._port} cannot be reached: {error}.") from error
         if isinstance(raw, trio.SocketStream):

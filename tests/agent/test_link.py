@@ -15,6 +15,7 @@ import trustme
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from agent import back_off
+from agent.connect.link_connection import DIAL_TIMEOUT
 from agent.link import LINK_LIMITS, Link
 from agent.link_gate import HelloGate
 from protocol.control import AgentHello, CollectionReport, RelayHello, decode_untrusted, encode
@@ -31,6 +32,7 @@ from protocol.link import (
 )
 from protocol.reverse_http import Client, LinkLost, Response, connect
 from protocol.ticket import RelayRoot, TicketSigner, TicketVerifier
+from relay.dispatch import PATIENCE
 
 NOW = 1_800_000_000.0
 RELAY = "00000000-0000-4000-8000-00000000000a"
@@ -351,6 +353,21 @@ async def test_a_dial_that_hangs_is_given_up(autojump_clock: trio.testing.MockCl
     async with running(FakeRelay(greet_and_stay), dial=hang) as link:
         await trio.sleep(31)
         assert "did not answer within 30 seconds" in link.statistics().last_error
+
+
+async def test_a_relay_that_lets_callers_wait_is_waited_for(autojump_clock: trio.testing.MockClock) -> None:
+    async def mute(host: str, port: int) -> trio.abc.HalfCloseableStream:
+        near, far = trio.testing.memory_stream_pair()
+        kept.append(far)
+        return near
+
+    kept: list[object] = []
+    async with running(FakeRelay(greet_and_stay), dial=mute) as link:
+        # Longer than the relay lets anybody wait.
+        await trio.sleep(PATIENCE + 1)
+        assert link.statistics().last_error == ""
+        await trio.sleep(DIAL_TIMEOUT - PATIENCE)
+        assert "did not answer within 45 seconds" in link.statistics().last_error
 
 
 async def test_the_back_off_grows_to_its_cap_with_full_jitter(autojump_clock: trio.testing.MockClock) -> None:
