@@ -104,6 +104,8 @@ class Signalling:
         self._tunnel = tunnel
         # Task → generation of the newest offer and when it came.
         self._newest: dict[str, tuple[int, float]] = {}
+        # Task → the source that its newest offer went to.
+        self._sources: dict[str, str] = {}
         # Task → when it was last asked only whether there is a way.
         self._probed: dict[str, float] = {}
         self._pending = 0
@@ -125,7 +127,8 @@ class Signalling:
 
     def admit(self, offer: PathOffer) -> bool:
         """Whether an offer is worth passing on: form and age, and for one that only asks the rate. `done` must follow
-        when it is."""
+        when it is. The caller has seen to it that it comes from the node that drives the task: nobody else may use up
+        the task's rate."""
         try:
             check_candidates_untrusted(offer.candidates)
             if not 0 < offer.count <= 64 or len(offer.token) > 64 or len(offer.transports) > 16:
@@ -154,6 +157,7 @@ class Signalling:
         if len(self._newest) > 2 * MAX_PENDING:
             old = trio.current_time() - 60
             self._newest = {task: row for task, row in self._newest.items() if row[1] > old}
+            self._sources = {task: source for task, source in self._sources.items() if task in self._newest}
             self._probed = {task: when for task, when in self._probed.items() if when > old}
 
     def missed(self, source: str) -> list[tuple[str, PathOffer]]:
@@ -180,16 +184,18 @@ class Signalling:
                 return
             del self._missed[task]
 
-    def admit_candidates(self, task_id: str, answer: PathAnswer) -> bool:
-        """Whether more candidates of a source are worth passing on: form, and that they belong to the newest offer.
-        `done_candidates` must follow when they are."""
+    def admit_candidates(self, node_id: str, task_id: str, answer: PathAnswer) -> bool:
+        """Whether more candidates are worth passing on: form, and that they come from the source that has the newest
+        offer and belong to it. `done_candidates` must follow when they are."""
         try:
             check_candidates_untrusted(answer.candidates)
         except ProtocolError:
             self._refused += 1
             return False
         generation, _ = self._newest.get(task_id, (-1, 0.0))
-        if answer.generation != generation or task_id in self._adding or self._pending >= MAX_PENDING:
+        # First of all who says it: strangers must not stand in the source's way.
+        own = self._sources.get(task_id) == node_id and answer.generation == generation
+        if not own or task_id in self._adding or self._pending >= MAX_PENDING:
             self._refused += 1
             return False
         self._pending += 1
@@ -263,6 +269,7 @@ class Signalling:
         repeated = offer.generation == generation
         if not repeated:
             self._newest[offer.task_id] = (offer.generation, trio.current_time())
+            self._sources[offer.task_id] = source
         elif (asking := self._asking.get(offer.task_id)) is not None:
             # What is added must not be there before what it is added to.
             await asking.wait()

@@ -388,7 +388,9 @@ class Steward:
 
     def _add_candidates_soon(self, node_id: str, line: AgentEvent) -> None:
         answer = line.candidates
-        if answer is not None and self._nursery is not None and self._signalling.admit_candidates(line.task_id, answer):
+        if answer is None or self._nursery is None:
+            return
+        if self._signalling.admit_candidates(node_id, line.task_id, answer):
             self._nursery.start_soon(self._add_candidates, node_id, line.task_id, answer)
 
     async def _add_candidates(self, node_id: str, task_id: str, answer: PathAnswer) -> None:

@@ -162,17 +162,20 @@ async def test_later_addresses_of_the_source_are_passed_on_for_the_newest_offer_
     links = Links()
     subject = Signalling(links)
     more = msgspec.structs.replace(ANSWER, candidates=[Candidate(kind="portmap", host="192.0.2.7", port=7)])
-    assert not subject.admit_candidates(TASK, more)
+    assert not subject.admit_candidates("source", TASK, more)
+    assert not subject.admit_candidates("source", TASK, msgspec.structs.replace(more, generation=-1))
     await subject.introduce(OFFER, "destination", "source")
-    assert not subject.admit_candidates(TASK, msgspec.structs.replace(more, generation=6))
-    assert not subject.admit_candidates(TASK, msgspec.structs.replace(more, candidates=more.candidates * 100))
-    assert subject.admit_candidates(TASK, more)
+    for stranger in ("destination", "another", ""):
+        assert not subject.admit_candidates(stranger, TASK, more)
+    assert not subject.admit_candidates("source", TASK, msgspec.structs.replace(more, generation=6))
+    assert not subject.admit_candidates("source", TASK, msgspec.structs.replace(more, candidates=more.candidates * 100))
+    assert subject.admit_candidates("source", TASK, more)
     # One at a time for each task.
-    assert not subject.admit_candidates(TASK, more)
+    assert not subject.admit_candidates("source", TASK, more)
     await subject.add_candidates(TASK, more, "destination")
     subject.done_candidates(TASK)
     assert links.told[-1] == ("destination", f"PUT /link/tasks/{TASK}/candidates", more)
-    assert subject.admit_candidates(TASK, more)
+    assert subject.admit_candidates("source", TASK, more)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 import trio
 from trio.testing import MockClock
@@ -59,6 +60,31 @@ async def test_addresses_that_a_source_learns_of_later_reach_the_destination(
     scene.source.say("path_candidates", task_id, durable=False, candidates=other)
     await trio.sleep(MOMENT)
     assert told == []
+    scene.source.say("path_candidates", task_id, durable=False, candidates=more)
+    await trio.sleep(MOMENT)
+    assert told == [(scene.destination.node_id, "candidates", more)]
+
+
+async def test_who_guesses_a_task_cannot_use_up_what_it_may_ask(
+    clock: MockClock, scene: Scene, told: list[tuple[str, str, object]]
+) -> None:
+    scene.up()
+    task_id = await scene.task()
+    probe = msgspec.structs.replace(offer(scene, task_id), probe=True)
+    # Nobody but the task's destination asks for it.
+    for _ in range(3):
+        scene.source.say("path_offer", task_id, durable=False, offer=probe)
+    await trio.sleep(MOMENT)
+    assert told == []
+    scene.destination.say("path_offer", task_id, durable=False, offer=probe)
+    await trio.sleep(MOMENT)
+    assert [what for _, what, _ in told] == ["offer", "go", "go"]
+    told.clear()
+    # Nor does anybody keep its source's addresses from being passed on, at the very same moment.
+    more = PathAnswer(session_id=probe.session_id, generation=1, candidates=[LATE])
+    scene.destination.say("path_candidates", task_id, durable=False, candidates=more)
+    for _ in range(3):
+        await trio.lowlevel.checkpoint()
     scene.source.say("path_candidates", task_id, durable=False, candidates=more)
     await trio.sleep(MOMENT)
     assert told == [(scene.destination.node_id, "candidates", more)]
