@@ -284,16 +284,16 @@ def _in(namespace: str, command: list[str]) -> list[str]:
 
 
 @asynccontextmanager
-async def open_lab(directory: Path, version: int = 4, *, many: bool = False) -> AsyncIterator[Lab]:
+async def open_lab(directory: Path, version: int = 4, *, dual: bool = False, many: bool = False) -> AsyncIterator[Lab]:
     """Build everything below a directory; on leaving, processes and namespaces are gone. ``version`` is that of the
-    only Internet Protocol there is; ``many`` as in `Emulator`."""
+    only Internet Protocol there is; a ``dual`` relay can be reached over both; ``many`` as in `Emulator`."""
     tag = f"{os.getpid() % 100_000}"
     hosts = {name: Host(name, f"twp{tag}-{name}", f"t{tag}{name}") for name in ("relay", "a", "b")}
     emulator = Emulator([host.device for host in hosts.values()], many=many)
     try:
         for host in hosts.values():
             host.create()
-        async with warden() as guard, _running(directory, hosts, emulator, guard, version) as lab:
+        async with warden() as guard, _running(directory, hosts, emulator, guard, version, dual) as lab:
             yield lab
     finally:
         emulator.close()
@@ -303,16 +303,21 @@ async def open_lab(directory: Path, version: int = 4, *, many: bool = False) -> 
 
 @asynccontextmanager
 async def _running(
-    directory: Path, hosts: dict[str, Host], emulator: Emulator, guard: Warden, version: int
+    directory: Path, hosts: dict[str, Host], emulator: Emulator, guard: Warden, version: int, dual: bool
 ) -> AsyncIterator[Lab]:
     environment = clean_environment(os.environ)
     relay_host = hosts["relay"]
     address, everywhere = (RELAY_ADDRESS, "0.0.0.0") if version == 4 else (RELAY_ADDRESS_6, "::")
-    relay_host.use([address])
+    relay_host.use([RELAY_ADDRESS, RELAY_ADDRESS_6] if dual else [address])
+    if dual:
+        everywhere = "::"
     url = f"https://{address}" if version == 4 else f"https://[{address}]"
     command = [program("towpath-relay")]
     where = ("--directory", str(directory / "relay"), "--host", everywhere, "--port", "443", "--url", url)
     await run_tool([*command, "init", *where, "--name", "lab"], environment)
+    if dual:
+        with (directory / "relay" / "relay.yaml").open("a") as file:
+            file.write(f'tls:\n  names: ["{RELAY_ADDRESS}", "{RELAY_ADDRESS_6}"]\n')
     command += ["--config", str(directory / "relay" / "relay.yaml")]
     relay = Child("relay", _in(relay_host.namespace, [*command, "serve"]), environment, directory / "relay.log", guard)
     await relay.start()

@@ -1,4 +1,4 @@
-"""IPv6 between stateful firewalls: every pair is punched, over TCP and UDP, where IPv4 has only the relay."""
+"""IPv6: stateful firewalls are punched in every pair, and each pair gets what its two networks have in common."""
 
 from __future__ import annotations
 
@@ -54,5 +54,65 @@ async def test_every_pair_of_firewalls_is_punched(tmp_path: Path, transport: str
                 await lab.stop()
             print(f"{' ↔ '.join(pair):20} {path}")
             if not path.startswith(f"{PATHS[transport]} [2001:db8:1::10]"):
+                wrong.append(f"{name}: {path}")
+    assert not wrong, wrong
+
+
+# Which protocols two sites have, and which one their path takes; none where it goes through the relay.
+# Firewalls are stateful, and over IPv4 they are NATs that let in only whom they know.
+MIXED = {
+    ("v4", "v4"): "4",
+    ("v4", "v6"): "",
+    ("v4", "dual"): "4",
+    ("v6", "v6"): "6",
+    ("v6", "dual"): "6",
+    ("dual", "dual"): "6",
+}
+
+
+def connect_site(lab: laboratory.Lab, site: str, protocols: str, firewalled: bool) -> list[dict[str, Any]]:
+    """Give a site the addresses of its protocols, and a relay that it can reach; its boxes."""
+    number = {"a": 1, "b": 2}[site]
+    kind = "port" if firewalled else "none"
+    addresses = {"v4": matrix.address(site, kind), "v6": f"2001:db8:{number}::10"}
+    chain = matrix.boxes(site, kind)
+    wanted = [addresses[name] for name in ("v4", "v6") if protocols in (name, "dual")]
+    lab.sites[site].host.use(wanted, str(chain[0]["gateway"]) if chain else None)
+    relay = f"[{laboratory.RELAY_ADDRESS_6}]" if protocols == "v6" else laboratory.RELAY_ADDRESS
+    lab.sites[site].config_file.write_text(f"state_dir: state\nrelay:\n  url: https://{relay}\n")
+    return chain
+
+
+@pytest.mark.parametrize("firewalled", [False, True], ids=["open", "firewalled"])
+async def test_a_pair_gets_what_its_two_have_in_common(tmp_path: Path, firewalled: bool) -> None:
+    """Over the protocol that both have, IPv6 before IPv4; through the relay where they have none."""
+    wrong = []
+    async with laboratory.open_lab(tmp_path, dual=True) as lab:
+        configured = {name: site.config_file.read_text() for name, site in lab.sites.items()}
+        assert set(configured.values()) == {"state_dir: state\n"}
+        for pair, version in MIXED.items():
+            name = f"{'firewalled' if firewalled else 'open'}-{'-'.join(pair)}"
+            chains = {
+                site: connect_site(lab, site, protocols, firewalled)
+                for site, protocols in zip(("a", "b"), pair, strict=True)
+            }
+            lab.emulator.use(lab.describe(chains))
+            await lab.start()
+            try:
+                content = random.Random(name).randbytes(2_000_000)
+                (lab.sites["a"].root / name).write_bytes(content)
+                task_id = await lab.submit("a", "b", name, towpath_bandwidth_limit=300_000)
+                task = await lab.finished(task_id)
+                assert task["status"] == "SUCCEEDED", task
+                assert (lab.sites["b"].root / name).read_bytes() == content
+                path = lab.path_of("b", task_id)
+            finally:
+                await lab.stop()
+            print(f"{name:30} {path}")
+            letter = "R" if not version else "P" if firewalled else "D"
+            # Punched, both protocols are tried at once, and the first one is taken.
+            found = "" if not version else "6" if "2001:db8:" in path else "4"
+            either = firewalled and pair == ("dual", "dual")
+            if not path.startswith(matrix.PATHS[letter]) or (found != version and not either):
                 wrong.append(f"{name}: {path}")
     assert not wrong, wrong
