@@ -43,7 +43,7 @@ from agent.system.processes import ENDING, RELOADING
 from agent.update.service import UpdateService
 from agent.watch.service import WatchService
 from agent.watch.submitter import CommandSubmitter
-from protocol.control import ARRANGED, TUNNELLED, RelayHello
+from protocol.control import ARRANGED, MEETS, TUNNELLED, RelayHello
 from protocol.errors import RetryLater
 from protocol.link import HelloFields
 
@@ -126,9 +126,15 @@ class Daemon:
             paused=self._policy.paused,
             last_event=self._tasks.last_event(),
             tasks=len(self._tasks.tasks()),
-            abilities=(ARRANGED,) if self._network.relay_policy == "never" else (ARRANGED, TUNNELLED),
+            abilities=self._abilities(),
             candidates=tuple(self._network.standing_candidates()),
         )
+
+    def _abilities(self) -> tuple[str, ...]:
+        tunnelled = (TUNNELLED,) if self._network.relay_policy != "never" else ()
+        # Behind a proxy the relay cannot be shown a port.
+        meets = (MEETS,) if self._network.relay is not None else ()
+        return ARRANGED, *tunnelled, *meets
 
     # --- running ---------------------------------------------------------------------------------------
 

@@ -30,6 +30,8 @@ DIALLED = frozenset({HOST, PORTMAP})
 MAX_CANDIDATES = 64
 MAX_SLOTS = 9
 MAX_HOST = 255
+# The generation of what the relay arranges without an offer; those of offers are higher.
+MEETING = 0
 MAX_TOKEN = 4096
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -93,12 +95,16 @@ class PathGo(Record, frozen=True, kw_only=True):
     ``answer`` is set for the destination. ``tunnels`` are this side's places at the relay's tunnel, one for each
     connection, if it may use any; a transport is given one at a time, as ``tunnel``. ``tunnel_refused`` says to the
     destination, in a sentence for people, why it may not.
+
+    A go of `MEETING` answers no offer: it says to both sides of an `Arrangement` where the relay has seen the other
+    side's punching ports, in ``candidates``.
     """
 
     session_id: str
     generation: int
     start_in: float
     answer: PathAnswer | None = None
+    candidates: list[Candidate] = []
     tunnel: Candidate | None = None
     tunnels: list[Candidate] = []
     tunnel_refused: str = ""
@@ -112,12 +118,17 @@ class Arrangement(Record, frozen=True, kw_only=True):
     The source dials the destination's ``candidates`` (the destination finds the source's in its session) for ``count``
     connections, and says ``token`` first on them, as for an offer. ``tunnels`` are this side's places at the relay's
     tunnel, one for each connection. ``observed`` and ``peer_observed`` as in `PathOffer`.
+
+    ``show`` is what this side says to the relay's STUN service over TCP from its punching ports (`stun.PortNote`): the
+    source from its data port as slot 0, the destination from ``count`` fresh ports as slots 1 and up. When the relay
+    has seen all of them, both get a `PathGo` of the generation `MEETING`. Empty: nobody waits for that.
     """
 
     token: str
     count: int
     candidates: list[Candidate] = []
     tunnels: list[Candidate] = []
+    show: str = ""
     observed: str = ""
     peer_observed: str = ""
 

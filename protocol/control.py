@@ -29,8 +29,9 @@ Compression = Literal["auto", "on", "off"]
 EntryType = Literal["file", "dir", "invalid_symlink", "chr", "blk", "pipe", "other"]
 
 # Abilities an agent may announce in its hello: it takes a session and what the relay arranges for it while the other
-# side is still being told; its data may go through the relay's tunnel.
-ARRANGED, TUNNELLED = "arranged", "tunnel"
+# side is still being told; its data may go through the relay's tunnel; it shows its punching ports to the relay when a
+# task is ordered, and punches when the relay has seen both sides'.
+ARRANGED, TUNNELLED, MEETS = "arranged", "tunnel", "meets"
 
 FINAL_STATES: frozenset[str] = frozenset({"SUCCEEDED", "FAILED", "CANCELED"})
 

@@ -1,7 +1,8 @@
 """STUN binding requests and answers (RFC 8489), as far as finding one's own mapped address needs them. Sans I/O.
 
 The attributes of RFC 5780 used here: CHANGE-REQUEST with "change port" (does the NAT let answers from another port in?)
-and OTHER-ADDRESS (which other port there is). FINGERPRINT is checked where present and always sent.
+and OTHER-ADDRESS (which other port there is). FINGERPRINT is checked where present and always sent. One attribute is
+our own, and optional to understand: `PortNote`, by which the relay knows whose port it sees.
 """
 
 from __future__ import annotations
@@ -24,10 +25,23 @@ _MAPPED, _CHANGE, _XOR_MAPPED, _FINGERPRINT, _OTHER = 0x0001, 0x0003, 0x0020, 0x
 _UNKNOWN_ATTRIBUTES, _ERROR_CODE = 0x000A, 0x0009
 _CHANGE_PORT = 0x02
 _FINGERPRINT_XOR = 0x5354554E
+# Of our own, from the range that need not be understood.
+_NOTE = 0xC0F7
+NOTE_TOKEN = 16
 # Attributes below 0x8000 must be understood by whoever gets a request (RFC 8489 section 14).
 _UNDERSTOOD = frozenset({_CHANGE})
 
 Endpoint = tuple[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class PortNote:
+    """Whose port asks: the token (16 bytes) that the relay gave for it, its slot, and the same slot's port over IPv6 (0
+    for none)."""
+
+    token: bytes
+    slot: int
+    port_v6: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +51,7 @@ class BindingRequest:
     transaction: bytes
     change_port: bool = False
     unknown: tuple[int, ...] = ()
+    note: PortNote | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +91,11 @@ def stream_length_untrusted(data: bytes) -> int | None:
     return int(HEADER + length)
 
 
-def encode_request(transaction: bytes, *, change_port: bool = False) -> bytes:
+def encode_request(transaction: bytes, *, change_port: bool = False, note: PortNote | None = None) -> bytes:
     """A binding request."""
     attributes = struct.pack(">HHI", _CHANGE, 4, _CHANGE_PORT) if change_port else b""
+    if note is not None:
+        attributes += struct.pack(">HH16sBxH", _NOTE, NOTE_TOKEN + 4, note.token, note.slot, note.port_v6)
     return _message(_REQUEST, transaction, attributes)
 
 
@@ -122,14 +139,18 @@ def parse_request_untrusted(data: bytes) -> BindingRequest:
     kind, transaction, attributes = _parse(data)
     if kind != _REQUEST:
         raise ProtocolError("A STUN message is no binding request.")
-    change = False
+    change, note = False, None
     for number, value in attributes:
         if number == _CHANGE:
             if len(value) != 4:
                 raise ProtocolError("A STUN message is malformed.")
             change = bool(value[3] & _CHANGE_PORT)
+        elif number == _NOTE:
+            if len(value) != NOTE_TOKEN + 4:
+                raise ProtocolError("A STUN message is malformed.")
+            note = PortNote(*struct.unpack(">16sBxH", value))
     unknown = tuple(number for number, _ in attributes if number < 0x8000 and number not in _UNDERSTOOD)
-    return BindingRequest(transaction, change, unknown)
+    return BindingRequest(transaction, change, unknown, note)
 
 
 def parse_answer_untrusted(data: bytes) -> BindingAnswer:

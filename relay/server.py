@@ -144,7 +144,7 @@ def build(settings: Settings, store: Store, clock: Callable[[], float] = time.ti
     )
     app = create_app(services, [*transfer_routers.ROUTERS, enrol.router])
     web = WebServer(app, max_connections=settings.limits.connections)
-    observer = Observer()
+    observer = Observer(signalling.seen)
     carrier = tunnel.carrier
     tunnels = WebSocketTunnels(tunnel.acceptor, carrier)
     accept = _link_handler(services, certificate, observer)

@@ -23,6 +23,7 @@ from protocol.candidates import (
     MAPPED_TCP,
     MAX_CANDIDATES,
     MAX_SLOTS,
+    MEETING,
     Candidate,
     PathAnswer,
     PathGo,
@@ -32,6 +33,7 @@ from protocol.candidates import (
 from protocol.control import SessionOrder
 from protocol.errors import ProtocolError, RetryLater, TowpathError
 from protocol.reversal import is_token, preamble
+from protocol.stun import PortNote
 
 # Introductions under way at once, and how long one lasts at most (seconds).
 MAX_SESSIONS = 256
@@ -41,8 +43,12 @@ MAX_BACK = 8
 MAX_TWICE = 2
 # An offer for a new session mostly comes within so many seconds; who cannot dial the source makes one at once.
 AWAITED = 8.0
-MAX_AWAITED = 16
+MAX_AWAITED = 48
+# And the relay's word that it has seen both sides' ports.
+MEETING_PATIENCE = 6.0
 MAX_TARGETS_A_SLOT = 3
+# No relay puts a go off for longer (seconds).
+LONGEST_START = 5.0
 
 
 @dataclass
@@ -97,15 +103,22 @@ class Introductions:
             self._current.clear()
             self._arranged.clear()
 
-    def prepare(self) -> None:
-        """A session was ordered: find out already how the data port is seen, so that its first offer need not wait."""
-        if self._awaited < MAX_AWAITED:
-            self._start(self._observe_ahead)
+    def prepare(self, order: SessionOrder) -> None:
+        """A session was ordered: find out already how the data port is seen, so that its first offer need not wait, and
+        show the relay whose it is where that has arranged a meeting."""
+        if self._awaited >= MAX_AWAITED:
+            return
+        note = None
+        if order.session_id in self._arranged and order.arranged is not None and is_token(order.arranged.show):
+            note = PortNote(bytes.fromhex(order.arranged.show), 0)
+        self._start(self._observe_ahead, note)
+        if self._network.transports.quic is not None:
+            self._network.transports.quic.prepare(order.session_id)
 
-    async def _observe_ahead(self) -> None:
+    async def _observe_ahead(self, note: PortNote | None) -> None:
         self._awaited += 1
         try:
-            observation = await self._network.observe_data_port()
+            observation = await self._network.observe_data_port(note)
             if observation is not None:
                 try:
                     await trio.sleep(AWAITED)
@@ -172,16 +185,16 @@ class Introductions:
         offer = PathOffer(
             session_id=order.session_id,
             task_id=order.task_id,
-            generation=0,
+            generation=MEETING,
             token=wish.token,
             count=wish.count,
             transports=["tunnel"],
         )
         introduction = _Introduction(offer, usable_untrusted(wish.candidates[:MAX_CANDIDATES], rules))
         self._arranged[order.session_id] = introduction
-        self._start(self._live_arranged, introduction, wish.tunnels[:MAX_SLOTS])
+        self._start(self._live_arranged, introduction, wish.tunnels[:MAX_SLOTS], is_token(wish.show))
 
-    async def _live_arranged(self, introduction: _Introduction, places: list[Candidate]) -> None:
+    async def _live_arranged(self, introduction: _Introduction, places: list[Candidate], meets: bool) -> None:
         offer = introduction.offer
         go = PathGo(session_id=offer.session_id, generation=offer.generation, start_in=0.0)
         try:
@@ -189,6 +202,8 @@ class Introductions:
                 introduction.scope.deadline = trio.current_time() + LIFE
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._dial_back, introduction, list(introduction.usable))
+                    if meets:
+                        nursery.start_soon(self._meet, introduction)
                     for _, transport in self._transports(offer):
                         for place in places:
                             nursery.start_soon(self._serve, transport, offer, msgspec.structs.replace(go, tunnel=place))
@@ -196,6 +211,18 @@ class Introductions:
             introduction.close()
             if self._arranged.get(offer.session_id) is introduction:
                 del self._arranged[offer.session_id]
+
+    async def _meet(self, introduction: _Introduction) -> None:
+        """Punch when the relay has seen both sides' ports."""
+        with trio.move_on_after(MEETING_PATIENCE):
+            await introduction.given.wait()
+        go = introduction.go
+        if go is None:
+            return
+        rules = self._network.rules(loopback=False, observed=go.observed, peer_observed=go.peer_observed)
+        introduction.usable = usable_untrusted(go.candidates, rules)
+        await trio.sleep(max(0.0, min(go.start_in, LONGEST_START)))
+        await self._punch(introduction)
 
     async def _observe(self, introduction: _Introduction, mapped: list[Candidate]) -> None:
         # Nobody waits where the relay carries the data already, and a busy line answers late.
@@ -207,8 +234,9 @@ class Introductions:
                 introduction.hold(observation, self._network)
 
     def go(self, go: PathGo) -> None:
-        """The relay's go; ignored unless it is for the newest offer of its session."""
-        introduction = self._current.get(go.session_id)
+        """The relay's go; ignored unless it is for the newest offer of its session, or for what is arranged with it."""
+        kept = self._arranged if go.generation == MEETING else self._current
+        introduction = kept.get(go.session_id)
         if introduction is not None and introduction.offer.generation == go.generation:
             introduction.go = go
             introduction.given.set()
@@ -253,7 +281,7 @@ class Introductions:
                         for leg in legs:
                             one = msgspec.structs.replace(go, tunnel=leg)
                             nursery.start_soon(self._serve, transport, introduction.offer, one)
-                    await trio.sleep(max(0.0, min(go.start_in, 5.0)))
+                    await trio.sleep(max(0.0, min(go.start_in, LONGEST_START)))
                     await self._punch(introduction)
         finally:
             introduction.close()

@@ -12,16 +12,19 @@ import trio
 
 from agent.connect.addresses import Interfaces, look, own_candidates, rules_for
 from agent.connect.listener import DataPort
-from agent.connect.stun_client import NotObserved, observe_tcp, resolve
+from agent.connect.stun_client import NotObserved, note_again, observe_tcp, resolve
 from agent.connect.transport import Transports
 from protocol.candidates import MAPPED_TCP, Candidate, Rules
 from protocol.control import RelayHello
+from protocol.stun import PortNote
 
 # Addresses of peers dialled at once, and again in every second: no peer makes this agent scan or flood anything.
 DIAL_BURST, DIALS_A_SECOND = 200, 20.0
 LOOK_EVERY = 10.0
 # The relay closes a connection that asks nothing for 40 s, and with it goes what a NAT knew of it.
 OBSERVATION_LIFE = 25.0
+# The relay answers so many questions on one connection, and a few more.
+MAX_NOTES = 48
 
 
 class DialAllowance:
@@ -51,6 +54,7 @@ class Observation:
     held: socket.socket
     since: float
     users: int = 1
+    notes: int = 0
 
 
 @dataclass
@@ -122,12 +126,12 @@ class Network:
         found = await resolve(*self.relay, socket.AF_INET)
         return found[0] if found else None
 
-    async def observe_data_port(self) -> Observation | None:
+    async def observe_data_port(self, note: PortNote | None = None) -> Observation | None:
         """How the relay sees the data port over TCP, or None. Give it back with `release`: it is shared, because one
-        port can have one connection to one server."""
+        port can have one connection to one server. With a ``note`` the relay is told for what it is."""
         async with self._observing:
             if self._observation is not None:
-                if trio.current_time() - self._observation.since < OBSERVATION_LIFE:
+                if self._serves(self._observation, note):
                     self._observation.users += 1
                     return self._observation
                 # Its other users go on with what they know; the port can have but one connection to the relay.
@@ -137,12 +141,20 @@ class Network:
             if server is None or self.data_port is None or socket.AF_INET not in self.data_port.families:
                 return None
             try:
-                mapped, held = await observe_tcp(("0.0.0.0", self.data_port.port), server)  # noqa: S104
+                mapped, held = await observe_tcp(("0.0.0.0", self.data_port.port), server, note)  # noqa: S104
             except NotObserved:
                 return None
             candidate = Candidate(kind=MAPPED_TCP, host=mapped[0], port=mapped[1])
             self._observation = Observation(candidate, held, trio.current_time())
             return self._observation
+
+    def _serves(self, known: Observation, note: PortNote | None) -> bool:
+        if trio.current_time() - known.since >= OBSERVATION_LIFE:
+            return False
+        if note is None:
+            return True
+        known.notes += 1
+        return known.notes <= MAX_NOTES and note_again(known.held, note)
 
     def release(self, observation: Observation) -> None:
         """An observation is no longer needed by one of its users."""

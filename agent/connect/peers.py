@@ -36,8 +36,8 @@ class Peer:
 
 class PeerPath(Record, frozen=True, kw_only=True):
     """What was found. ``kind`` is that of the direct way over TCP, empty where there is none; ``rtt_ms`` is None where
-    it is not known. ``udp``: whether UDP gets through, as QUIC needs it; ``tunnel``: whether the relay joins the two;
-    None where that was not looked at."""
+    it is not known. ``udp``: whether UDP gets through and QUIC comes up on it; ``tunnel``: whether the relay joins the
+    two; None where that was not looked at."""
 
     collection_id: str
     name: str

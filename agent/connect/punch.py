@@ -18,6 +18,7 @@ import trio
 from agent.connect.listener import detached, reusable
 from agent.connect.stun_client import NotObserved, observe_tcp
 from protocol.candidates import HOST, MAPPED_TCP, Candidate
+from protocol.stun import PortNote
 
 # Seconds until another try after an error; and how many there may be of one pair of addresses.
 AGAIN_REFUSED, AGAIN = 0.01, 0.1
@@ -99,8 +100,11 @@ def open_slot(number: int, families: Sequence[socket.AddressFamily]) -> Slot:
     return slot
 
 
-async def gather_slot(slot: Slot, server: tuple[str, int] | None, own_v6: Sequence[str]) -> str:
-    """Find the slot's candidates: what the relay sees of its IPv4 port, and this machine's IPv6 addresses.
+async def gather_slot(
+    slot: Slot, server: tuple[str, int] | None, own_v6: Sequence[str], token: bytes | None = None
+) -> str:
+    """Find the slot's candidates: what the relay sees of its IPv4 port, and this machine's IPv6 addresses. With a
+    ``token`` the relay is told whose port it sees.
 
     Returns why the relay could not be asked, or an empty text.
     """
@@ -113,7 +117,8 @@ async def gather_slot(slot: Slot, server: tuple[str, int] | None, own_v6: Sequen
         port = slot.port(family)
         if port is not None:
             try:
-                mapped, held = await observe_tcp((_WILDCARD[family], port), server)
+                note = None if token is None else PortNote(token, slot.number, port6 or 0)
+                mapped, held = await observe_tcp((_WILDCARD[family], port), server, note)
             except NotObserved as error:
                 why = error.sentence
             else:

@@ -3,8 +3,10 @@
 One race belongs to one session at a time. Everything that has happened is told to it with ``now``; what is to be done
 comes back as actions from `poll`. The order: direct TCP (IPv6 a little before IPv4; again and again
 where it is refused) and, at the same time, an offer to the source, which dials back and punches with us at the instant
-of the go; QUIC after TCP had its chance; the tunnel is opened with the go and carries data when nothing direct is there
-within a moment. The race goes on after the tunnel was given out, so that a better path is found when there is one.
+of the go (where the relay arranges a meeting with the order, our ports are shown to it first, and the offer waits for
+what comes of that); QUIC after TCP had its chance; the tunnel is opened with the go and carries data when nothing
+direct is there within a moment. The race goes on after the tunnel was given out, so that a better path is found when
+there is one.
 """
 
 from __future__ import annotations
@@ -26,6 +28,9 @@ MAX_TARGETS = 6
 # How long the relay's leg stands by before it carries data.
 TUNNEL_HOLD = 0.3
 QUIC_DELAY = 0.4
+# So long a meeting that the relay arranges is waited for before an offer is made; and after its go, what it brings.
+MEETING_PATIENCE = 0.6
+MEETING_CHANCE = 0.4
 # Offers are gathered for within the first of these. One that brought no go is repeated, and a round of punching that
 # brought nothing is followed by another.
 OFFER_PATIENCE = 8.0
@@ -55,12 +60,19 @@ class SendOffer:
 
 
 @dataclass(frozen=True)
+class ShowPorts:
+    """Open punching ports, and show them to the relay."""
+
+
+@dataclass(frozen=True)
 class Punch:
     """Connect from one slot's port to all targets at once, and take what comes in there."""
 
     id: int
     slot: int
     targets: tuple[Candidate, ...]
+    # From the ports that were shown to the relay, without an offer.
+    ahead: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,7 +100,7 @@ class Give:
     id: int
 
 
-Action = Dial | SendOffer | Punch | Arrange | Cancel | Give
+Action = Dial | SendOffer | ShowPorts | Punch | Arrange | Cancel | Give
 
 
 @dataclass
@@ -101,6 +113,8 @@ class _Attempt:
     repeats: int = 0
     # A second connection to an address, for the first lane.
     spare: bool = False
+    # Not of an offer: its end says nothing about the offer's round.
+    ahead: bool = False
 
 
 @dataclass
@@ -129,6 +143,9 @@ class Race:
     _errors: list[str] = field(default_factory=list, init=False)
     _best: str = field(default="", init=False)
     _punched: float = field(default=math.inf, init=False)
+    # Whether a meeting may still come, so that an offer waits for it.
+    _meeting: bool = field(default=False, init=False)
+    _offer_held: float = field(default=-math.inf, init=False)
 
     def __post_init__(self) -> None:
         self._start = self.now
@@ -162,12 +179,37 @@ class Race:
             for leg in range(transports.count("tunnel")):
                 self._schedule(now, Arrange(self._new("tunnel", now), "tunnel", leg))
 
-    def arranged(self, now: float, count: int, legs: int) -> None:
-        """The relay has sent the source to dial us, ``count`` times, and has given so many places at its tunnel."""
+    def arranged(self, now: float, count: int, legs: int, *, meets: bool = False) -> None:
+        """The relay has sent the source to dial us, ``count`` times, and has given so many places at its tunnel. With
+        ``meets`` it has both meet when our ports are shown to it."""
         self._wanted = count
+        if meets and self.can_offer:
+            self._meeting = True
+            show = max(now, self._start + self.offer_delay)
+            self._schedule(show, ShowPorts())
+            self._offer_at(show + MEETING_PATIENCE)
         if self.tunnel and not self.is_direct and not self.has_tunnel:
             for leg in range(legs):
                 self._schedule(now, Arrange(self._new("tunnel", now), "tunnel", leg, ahead=True))
+
+    def met(self, now: float, start_in: float, targets: Sequence[Candidate], slots: Sequence[int]) -> None:
+        """The relay has seen both sides' ports: what to punch at from ours."""
+        if not self._meeting or self.is_direct:
+            return
+        self._meeting = False
+        instant = now + max(0.0, start_in)
+        for slot in slots:
+            attempt_id = self._new("punched", instant)
+            self._attempts[attempt_id].ahead = True
+            self._schedule(instant, Punch(attempt_id, slot, tuple(targets[:MAX_TARGETS]), ahead=True))
+        self._offer_held = instant + MEETING_CHANCE if targets and slots else now
+        self._offer_at(self._offer_held)
+
+    def not_shown(self, now: float) -> None:
+        """Our ports could not be shown: there will be no meeting, and the offer does not wait for it."""
+        if self._meeting:
+            self._meeting = False
+            self._offer_at(now)
 
     def relay_came(self, now: float) -> None:
         """The relay can be asked from now on, which it could not when the race began."""
@@ -215,15 +257,12 @@ class Race:
         if why and why not in self._errors and len(self._errors) < 16:
             self._errors.append(why)
         if attempt.candidate is None:
-            if not self._pending_of_round():
+            if not attempt.ahead and not self._pending_of_round():
                 self._round_ends = min(self._round_ends, now)
             return
         if all(row.kind != "direct" or row.state != "running" or row.repeats for row in self._attempts.values()):
-            # No known address takes a connection: there is no reason to spare the source an offer any longer.
-            self._scheduled = [
-                (now if isinstance(action, SendOffer) else when, number, action)
-                for when, number, action in self._scheduled
-            ]
+            # No known address takes a connection: there is no reason to spare the source the trouble any longer.
+            self._hasten(now)
         if not self._best and not attempt.spare:
             pause = min(AGAIN_FIRST * 2.0**attempt.repeats, AGAIN_MOST)
             self._dial(now + pause, attempt.candidate, attempt.repeats + 1)
@@ -313,6 +352,24 @@ class Race:
         self._next += 1
         self._scheduled.append((when, self._next, action))
 
+    def _offer_at(self, when: float) -> None:
+        """Move the first offer, if it was not made yet."""
+        self._scheduled = [
+            (when if isinstance(action, SendOffer) else due, number, action) for due, number, action in self._scheduled
+        ]
+
+    def _hasten(self, now: float) -> None:
+        shows = any(isinstance(action, ShowPorts) for _, _, action in self._scheduled)
+        if not shows and not self._meeting:
+            self._offer_at(max(now, self._offer_held))
+            return
+        self._scheduled = [
+            (min(now, due) if isinstance(action, ShowPorts) else due, number, action)
+            for due, number, action in self._scheduled
+        ]
+        if shows:
+            self._offer_at(now + MEETING_PATIENCE)
+
     def _add_dials(self, candidates: Sequence[Candidate], now: float) -> None:
         fresh = []
         for candidate in candidates:
@@ -338,7 +395,7 @@ class Race:
         self._schedule(when, Dial(attempt_id, candidate, spare))
 
     def _still_wanted(self, action: Action) -> bool:
-        if isinstance(action, SendOffer | Cancel):
+        if isinstance(action, SendOffer | ShowPorts | Cancel):
             return isinstance(action, Cancel) or not self.is_direct
         attempt = self._attempts[action.id]
         if isinstance(action, Give):
@@ -382,5 +439,6 @@ class Race:
 
     def _pending_of_round(self) -> bool:
         return any(
-            attempt.state == "running" and attempt.kind in ("punched", "quic") for attempt in self._attempts.values()
+            attempt.state == "running" and attempt.kind in ("punched", "quic") and not attempt.ahead
+            for attempt in self._attempts.values()
         )

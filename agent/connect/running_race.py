@@ -13,9 +13,10 @@ import msgspec
 import trio
 
 from agent.connect.dialer import dial
+from agent.connect.looks import Looks
 from agent.connect.network import Network
 from agent.connect.punch import Slot, gather_slot, open_slot, punch
-from agent.connect.race import QUIC_DELAY, Arrange, Cancel, Dial, Give, Punch, Race, SendOffer
+from agent.connect.race import QUIC_DELAY, Arrange, Cancel, Dial, Give, Punch, Race, SendOffer, ShowPorts
 from agent.connect.transport import Connection, Path, Transport, Wish
 from protocol.candidates import (
     DIALLED,
@@ -23,6 +24,7 @@ from protocol.candidates import (
     MAPPED_TCP,
     MAX_CANDIDATES,
     MAX_SLOTS,
+    MEETING,
     Arrangement,
     Candidate,
     PathAnswer,
@@ -42,8 +44,6 @@ SPARES = 2
 # How long an offer waits for what the relay sees of the punching ports.
 GATHER_TIME, PATIENT_GATHER_TIME = 0.8, 3.0
 MAX_READY = 32
-# How long the looks of a probe at UDP and the tunnel may take, the relay's go included (seconds).
-LOOK_TIME = 8.0
 NO_RELAY = "the relay cannot be reached to arrange a path"
 # Characters of the relay's reason that are shown.
 MAX_REASON = 400
@@ -102,12 +102,9 @@ class RunningRace:
     ) -> None:
         self._finder = finder
         self._network = finder.network
-        # For a probe: what became of the looks at other ways, by transport; an empty text where one is open.
-        self.others: dict[str, str] = {}
-        self._looked = trio.Event()
         available = self._network.transports.tunnel is not None and not finder.subject.probe
         # Where a task wants QUIC only, TCP is not even tried; the tunnel stays as last resort.
-        self._looks = self._other_transports() if finder.subject.probe and relay_up else {}
+        self._looks = Looks(self._network, self._wish()) if finder.subject.probe and relay_up else None
         self._udp_only = finder.subject.transport == "quic" and self._network.transports.quic is not None
         direct = [] if self._udp_only else direct
         self._race = Race(
@@ -125,11 +122,13 @@ class RunningRace:
         self._scopes: dict[int, trio.CancelScope] = {}
         self._ready: dict[int, tuple[Connection, Candidate | None]] = {}
         self._slots: list[Slot] = []
+        # Those that were shown to the relay before any offer.
+        self._shown: list[Slot] = []
+        # Addresses by which the source is known, from which connections to punching ports are taken.
         self._hosts: frozenset[str] = frozenset()
         self._generation = -1
         self._go: PathGo | None = None
         self._wake = trio.Event()
-        self._went = trio.Event()
         self._offered: PathOffer | None = None
         self._expectations = contextlib.ExitStack()
         self._notes: list[str] = []
@@ -138,6 +137,11 @@ class RunningRace:
         self.has_given = False
         if not relay_up:
             self._notes.append(NO_RELAY)
+
+    @property
+    def others(self) -> dict[str, str]:
+        """For a probe: what it saw of UDP and the tunnel (`Looks.found`)."""
+        return {} if self._looks is None else self._looks.found
 
     def why(self) -> str:
         """Why there is no better path."""
@@ -148,15 +152,31 @@ class RunningRace:
         self._scope.cancel()
 
     def take_go(self, go: PathGo) -> None:
-        """The relay's go; ignored unless it is for the newest offer."""
-        if go.generation != self._generation or go.session_id != self._finder.subject.session_id:
+        """The relay's go; ignored unless it is for the newest offer, or for the ports that were shown without one."""
+        if go.session_id != self._finder.subject.session_id:
             return
+        if go.generation == MEETING:
+            self._take_meeting(go)
+        elif go.generation == self._generation:
+            self._take_go(go)
+
+    def _take_meeting(self, go: PathGo) -> None:
+        if not self._shown:
+            return
+        rules = self._finder.rules(go.observed, go.peer_observed)
+        usable = usable_untrusted(go.candidates, rules)
+        targets = [row for row in usable if row.kind == MAPPED_TCP or _outside_v6(row)]
+        self._hosts |= frozenset(row.host for row in targets) | {go.peer_observed}
+        self._race.met(trio.current_time(), go.start_in, targets, [slot.number for slot in self._shown])
+        self._wake.set()
+
+    def _take_go(self, go: PathGo) -> None:
         self._go = go
         rules = self._finder.rules(go.observed, go.peer_observed)
         candidates = usable_untrusted(go.answer.candidates if go.answer else [], rules)
         direct = [row for row in candidates if row.kind in DIALLED]
         targets = [row for row in candidates if row.kind == MAPPED_TCP or _outside_v6(row)]
-        self._hosts = frozenset(row.host for row in candidates) | {go.peer_observed}
+        self._hosts |= frozenset(row.host for row in candidates) | {go.peer_observed}
         wanted = self._finder.subject.transport
         transports = []
         if self._network.transports.tunnel is not None:
@@ -180,7 +200,8 @@ class RunningRace:
             transports = []
         self._race.go(trio.current_time(), go.start_in, direct, targets, len(self._slots), transports)
         self._wake.set()
-        self._went.set()
+        if self._looks is not None:
+            self._looks.take_go(go)
 
     def take_direct(self, candidates: list[Candidate]) -> None:
         """The source has said where it can be dialled, after the relay did so for it."""
@@ -201,7 +222,12 @@ class RunningRace:
         if port is not None:
             self._expectations.enter_context(port.expecting(wish.token, self._arrived))
         tunnel = self._network.transports.tunnel is not None
-        self._race.arranged(trio.current_time(), wish.count, min(len(wish.tunnels), MAX_SLOTS) if tunnel else 0)
+        self._race.arranged(
+            trio.current_time(),
+            wish.count,
+            min(len(wish.tunnels), MAX_SLOTS) if tunnel else 0,
+            meets=is_token(wish.show),
+        )
 
     def take_candidates(self, answer: PathAnswer) -> None:
         """More of the source's addresses; ignored unless they belong to the newest offer. What needs no arrangement is
@@ -233,7 +259,7 @@ class RunningRace:
                 await self._run()
         finally:
             self._expectations.close()
-            for slot in self._slots:
+            for slot in [*self._slots, *self._shown]:
                 slot.close()
             for connection, _ in self._ready.values():
                 connection.sock.close()
@@ -242,7 +268,7 @@ class RunningRace:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._tell_mappings)
             if self._looks:
-                nursery.start_soon(self._look)
+                nursery.start_soon(self._looks.run)
             self._begin_arranged()
             while not self._race.over(trio.current_time()):
                 self._wake = trio.Event()
@@ -254,12 +280,14 @@ class RunningRace:
                 with trio.move_on_at(deadline):
                     await self._wake.wait()
             if self._looks:
-                await self._looked.wait()
+                await self._looks.over()
             nursery.cancel_scope.cancel()
 
     def _act(self, nursery: trio.Nursery, action: Any) -> None:
         if isinstance(action, SendOffer):
             nursery.start_soon(self._send_offer)
+        elif isinstance(action, ShowPorts):
+            nursery.start_soon(self._show_ports)
         elif isinstance(action, Give):
             found = self._ready.pop(action.id, None)
             if found is not None:
@@ -303,7 +331,8 @@ class RunningRace:
         return Connection(sock, self._finder.path_of("direct", sock))
 
     async def _punch(self, action: Punch) -> Connection:
-        slot = next((slot for slot in self._slots if slot.number == action.slot), None)
+        slots = self._shown if action.ahead else self._slots
+        slot = next((slot for slot in slots if slot.number == action.slot), None)
         if slot is None or not self._network.may_dial():
             raise OSError("no punching port")
         sock = await punch(slot, action.targets, self._hosts)
@@ -313,8 +342,7 @@ class RunningRace:
         transports = self._network.transports
         transport: Transport | None = getattr(transports, action.name)
         assert transport is not None
-        subject = self._finder.subject
-        wish = Wish(session_id=subject.session_id, task_id=subject.task_id, kind="control")
+        subject, wish = self._finder.subject, self._wish()
         if action.ahead:
             assert self._arranged is not None
             place = self._arranged.tunnels[action.leg]
@@ -325,53 +353,6 @@ class RunningRace:
         if action.name == "tunnel":
             go = msgspec.structs.replace(go, tunnel=go.tunnels[action.leg])
         return await transport.connect(wish, go)
-
-    # --- looks ---------------------------------------------------------------------------------------------
-
-    def _other_transports(self) -> dict[str, Transport]:
-        """What a probe looks at beside TCP."""
-        found: dict[str, Transport] = {}
-        for name in ("quic", "tunnel"):
-            transport: Transport | None = getattr(self._network.transports, name)
-            if transport is None:
-                self.others[name] = self._network.transports.absent.get(name, "this agent has none")
-            elif name == "tunnel" and self._network.relay_policy == "never":
-                self.others[name] = "this agent's owner lets no data pass the relay"
-            else:
-                found[name] = transport
-        return found
-
-    async def _look(self) -> None:
-        """See, once the relay has given its go, whether UDP and the tunnel are open between the two."""
-        with trio.move_on_after(LOOK_TIME):
-            await self._went.wait()
-            async with trio.open_nursery() as nursery:
-                for name, transport in self._looks.items():
-                    nursery.start_soon(self._look_at, name, transport)
-        for name in self._looks:
-            self.others.setdefault(name, "nothing came of it in time" if self._go else "the source did not answer")
-        self._looked.set()
-
-    async def _look_at(self, name: str, transport: Transport) -> None:
-        go, subject = self._go, self._finder.subject
-        assert go is not None
-        if go.answer is None or name not in go.answer.transports:
-            self.others[name] = "the source's agent has none"
-            return
-        if name == "tunnel":
-            if not go.tunnels:
-                self.others[name] = go.tunnel_refused.rstrip(". ") or "the relay offers none"
-                return
-            go = msgspec.structs.replace(go, tunnel=go.tunnels[0])
-        wish = Wish(session_id=subject.session_id, task_id=subject.task_id, kind="control")
-        try:
-            if name == "quic":
-                await trio.sleep(max(0.0, go.start_in))
-            await transport.look(wish, go)
-        except (TowpathError, OSError) as error:
-            self.others[name] = error.sentence.rstrip(". ") if isinstance(error, TowpathError) else str(error)
-        else:
-            self.others[name] = ""
 
     # --- offers --------------------------------------------------------------------------------------------
 
@@ -385,21 +366,20 @@ class RunningRace:
         token = new_token()
         if network.data_port is not None and not self._udp_only:
             self._expectations.enter_context(network.data_port.expecting(token, self._arrived))
-        slots = [open_slot(number, (socket.AF_INET, socket.AF_INET6)) for number in range(1, count + 1)]
-        self._slots = slots
+        slots = self._slots = _open_slots(count)
         transports: dict[str, Transport] = {}
         for name in ("tunnel", "quic"):
             transport: Transport | None = getattr(network.transports, name)
             if transport is not None and self._wanted(name):
                 transports[name] = transport
         arranged: list[Candidate] = []
-        wish = Wish(session_id=subject.session_id, task_id=subject.task_id, kind="control")
+        wish = self._wish()
 
         async def ask(transport: Transport) -> None:
             arranged.extend(await transport.offer(wish))
 
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._gather_slots, slots)
+            nursery.start_soon(self._gather_slots, slots, self._wanted("tunnel"))
             for transport in transports.values():
                 nursery.start_soon(ask, transport)
         candidates = await network.host_candidates(loopback=subject.own)
@@ -422,24 +402,38 @@ class RunningRace:
         # Gathering took its time; the relay has as much as ever to answer.
         self._race.offered(trio.current_time(), count)
 
-    async def _gather_slots(self, slots: list[Slot]) -> None:
+    async def _show_ports(self) -> None:
+        """Open punching ports and show them to the relay, which tells the source where they are, and us its own."""
+        wish = self._arranged
+        assert wish is not None
+        slots = self._shown = _open_slots(wish.count)
+        await self._gather_slots(slots, True, bytes.fromhex(wish.show))
+        if any(not slot.observing for slot in slots):
+            self._race.not_shown(trio.current_time())
+            self._wake.set()
+
+    async def _gather_slots(self, slots: list[Slot], brief: bool, token: bytes | None = None) -> None:
         server = await self._network.stun_server()
         own_v6 = [host for host in self._network.interfaces.addresses if ":" in host]
         whys: list[str] = []
 
         async def gather(slot: Slot) -> None:
-            whys.append(await gather_slot(slot, server, own_v6))
+            whys.append(await gather_slot(slot, server, own_v6, token))
 
-        with trio.move_on_after(GATHER_TIME if self._wanted("tunnel") else PATIENT_GATHER_TIME):
+        with trio.move_on_after(GATHER_TIME if brief else PATIENT_GATHER_TIME):
             async with trio.open_nursery() as nursery:
                 for slot in slots:
                     nursery.start_soon(gather, slot)
         if any(whys):
             self._notes.append(next(why for why in whys if why))
 
+    def _wish(self) -> Wish:
+        subject = self._finder.subject
+        return Wish(session_id=subject.session_id, task_id=subject.task_id, kind="control")
+
     def _wanted(self, name: str) -> bool:
         if self._finder.subject.probe:
-            return name in self._looks
+            return self._looks is not None and name in self._looks
         if name == "tunnel":
             return self._race.tunnel and not self._race.has_tunnel
         return self._finder.subject.transport != "tcp"
@@ -454,6 +448,10 @@ class RunningRace:
         attempt_id = self._race.arrived(now)
         self._ready[attempt_id] = (Connection(sock, self._finder.path_of("reversed", sock)), None)
         self._wake.set()
+
+
+def _open_slots(count: int) -> list[Slot]:
+    return [open_slot(number, (socket.AF_INET, socket.AF_INET6)) for number in range(1, count + 1)]
 
 
 def _name(work: Any, candidate: Candidate | None) -> str:

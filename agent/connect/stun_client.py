@@ -33,8 +33,11 @@ async def resolve(host: str, port: int, family: socket.AddressFamily) -> list[tu
     return [(str(row[4][0]), port) for row in rows]
 
 
-async def observe_tcp(local: tuple[str, int], server: tuple[str, int]) -> tuple[stun.Endpoint, socket.socket]:
-    """The address at which connections from a local TCP port are seen, and the connection that keeps it so.
+async def observe_tcp(
+    local: tuple[str, int], server: tuple[str, int], note: stun.PortNote | None = None
+) -> tuple[stun.Endpoint, socket.socket]:
+    """The address at which connections from a local TCP port are seen, and the connection that keeps it so. With a
+    ``note`` the relay knows whose port it sees.
 
     The caller closes the socket when the mapping is no longer needed. Raises `NotObserved`.
     """
@@ -46,7 +49,7 @@ async def observe_tcp(local: tuple[str, int], server: tuple[str, int]) -> tuple[
             await sock.bind(local)
             await sock.connect(server)
             transaction = stun.new_transaction()
-            await sock.send(stun.encode_request(transaction))
+            await sock.send(stun.encode_request(transaction, note=note))
             answer = stun.parse_answer_untrusted(await _message(sock))
         if answer.transaction != transaction:
             raise ProtocolError("An answer to another question.")
@@ -58,6 +61,16 @@ async def observe_tcp(local: tuple[str, int], server: tuple[str, int]) -> tuple[
         raise NotObserved(f"The relay's STUN service cannot be used over TCP: {error}.") from error
     finally:
         sock.close()
+
+
+def note_again(held: socket.socket, note: stun.PortNote) -> bool:
+    """Say on a connection of `observe_tcp` for what else its port is to be used; whether it took that. Nobody reads the
+    answer, which says what is known."""
+    request = stun.encode_request(stun.new_transaction(), note=note)
+    try:
+        return held.send(request) == len(request)
+    except OSError:
+        return False
 
 
 async def _message(sock: trio.socket.SocketType) -> bytes:

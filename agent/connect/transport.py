@@ -86,6 +86,9 @@ class Transport(Protocol):
         """Destination: whether this way is open, nothing more: what comes up is closed without a word. Raises
         `RetryLater` with the reason why not."""
 
+    def prepare(self, session_id: str) -> None:
+        """Source: an offer for this session will mostly come in a moment; begin what its answer would wait for."""
+
     async def answer(self, offer: PathOffer) -> list[Candidate]:
         """Source: what the answer should carry."""
 

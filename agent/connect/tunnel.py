@@ -73,6 +73,9 @@ class TunnelTransport:
         """Nothing: the relay adds both places by itself."""
         return []
 
+    def prepare(self, session_id: str) -> None:
+        """Nothing."""
+
     async def answer(self, offer: PathOffer) -> list[Candidate]:
         """Nothing either."""
         return []

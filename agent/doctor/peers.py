@@ -66,7 +66,7 @@ def _others(row: dict[str, Any]) -> str:
     """What became of the looks at UDP and the tunnel."""
     said = ""
     for key, subject, works in (
-        ("udp", "UDP, which QUIC needs,", "gets through"),
+        ("udp", "QUIC over UDP", "works"),
         ("tunnel", "The relay's tunnel", "connects the two"),
     ):
         if row.get(key) is not None:

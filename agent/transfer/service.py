@@ -344,7 +344,7 @@ class TransferService:
         self.sessions.announce()
         if not own:
             self._introductions.arrange(order)
-            self._introductions.prepare()
+            self._introductions.prepare(order)
         return SessionAnswer(
             session_id=order.session_id,
             generation=int(now * 1000),

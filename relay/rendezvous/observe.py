@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import socket
 from collections import Counter
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 import trio
@@ -24,7 +25,7 @@ STREAM_LIFE = 60.0
 STREAM_IDLE = 40.0
 MAX_STREAMS = 2000
 MAX_STREAMS_OF_ADDRESS = 64
-MAX_QUESTIONS = 16
+MAX_QUESTIONS = 64
 # Datagrams answered for one address in a window of seconds: enough for every client behind one NAT, too few to flood.
 MAX_ANSWERS, WINDOW = 200, 10.0
 _MAX_ADDRESSES = 20_000
@@ -42,9 +43,11 @@ class ObserverStatistics:
 
 
 class Observer:
-    """One for each relay. ``ports`` are the UDP ports it has, once `open` was called."""
+    """One for each relay. ``ports`` are the UDP ports it has, once `open` was called. ``noted`` is told where a TCP
+    port was seen whose question says whose it is."""
 
-    def __init__(self) -> None:
+    def __init__(self, noted: Callable[[stun.PortNote, stun.Endpoint], Awaitable[None]] | None = None) -> None:
+        self._noted = noted
         self.ports: list[int] = []
         self._sockets: list[trio.socket.SocketType] = []
         self._streams: Counter[str] = Counter()
@@ -101,6 +104,8 @@ class Observer:
             )
             with trio.fail_after(STREAM_IDLE):
                 await stream.send_all(answer)
+            if request.note is not None and not request.unknown and self._noted is not None:
+                await self._noted(request.note, peer)
 
     # --- UDP -----------------------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ import trio
 from protocol.candidates import (
     DIALLED,
     MAX_SLOTS,
+    MEETING,
     Arrangement,
     Candidate,
     PathAnswer,
@@ -26,6 +27,8 @@ from protocol.candidates import (
 from protocol.control import decode_untrusted
 from protocol.errors import ProtocolError, TowpathError
 from protocol.reversal import new_token
+from protocol.stun import Endpoint, PortNote
+from relay.rendezvous.meetings import Meeting, Meetings
 
 # How long a source may take to gather its candidates, in seconds.
 ANSWER_TIMEOUT = 5.0
@@ -75,12 +78,13 @@ class TunnelPlaces(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SignallingStatistics:
-    """Offers since the start by what became of them."""
+    """Offers since the start by what became of them, and pairs whose ports the relay has seen without an offer."""
 
     introduced: int
     added: int
     refused: int
     failed: int
+    met: int
 
 
 def start_times(destination: float | None, source: float | None) -> tuple[float, float]:
@@ -119,11 +123,12 @@ class Signalling:
         # Pairs of destination and source that were given places at the tunnel with an order, and did not ask for a path
         # since: they reach one another, and the next order need not trouble the tunnel.
         self._content: OrderedDict[tuple[str, str], None] = OrderedDict()
-        self._introduced = self._added = self._refused = self._failed = 0
+        self._meetings = Meetings()
+        self._introduced = self._added = self._refused = self._failed = self._met = 0
 
     def statistics(self) -> SignallingStatistics:
         """Counts since the start."""
-        return SignallingStatistics(self._introduced, self._added, self._refused, self._failed)
+        return SignallingStatistics(self._introduced, self._added, self._refused, self._failed, self._met)
 
     def admit(self, offer: PathOffer) -> bool:
         """Whether an offer is worth passing on: form and age, and for one that only asks the rate. `done` must follow
@@ -217,22 +222,33 @@ class Signalling:
     def arrange(
         self,
         session_id: str,
+        task_id: str,
         destination: str,
         source: str,
         owner_id: str,
-        candidates: list[Candidate],
+        hosts: tuple[list[Candidate], list[Candidate]],
         *,
         tunnel: bool,
+        meet: bool,
     ) -> tuple[Arrangement, Arrangement]:
-        """A path for a task that is about to be ordered, before anybody has asked for one: for the destination, whose
-        ``candidates`` the source is to dial, and for the source. With ``tunnel`` both may get places there."""
+        """A path for a task that is about to be ordered, before anybody has asked for one: for the destination and for
+        the source, which is to dial the first of the two ``hosts``, the destination's. With ``tunnel`` both may get
+        places there, with ``meet`` they may be told each other's punching ports as soon as these were `seen`."""
         token, pair = new_token(), (destination, source)
         places: list[tuple[Candidate, Candidate]] = []
-        if tunnel and pair not in self._content:
-            offer = PathOffer(session_id=session_id, task_id="", generation=0, token=token, count=ARRANGED_CONNECTIONS)
-            # Why there are none is said to who asks in so many words.
-            places, _ = self._fill(offer, destination, source, owner_id)
-            self._content[pair] = None
+        show = "", ""
+        if pair not in self._content:
+            if tunnel:
+                wish = PathOffer(
+                    session_id=session_id, task_id="", generation=0, token=token, count=ARRANGED_CONNECTIONS
+                )
+                # Why there are none is said to who asks in so many words.
+                places, _ = self._fill(wish, destination, source, owner_id)
+            if meet:
+                now, parties = trio.current_time(), (destination, source)
+                show = self._meetings.open(now, session_id, task_id, *parties, ARRANGED_CONNECTIONS, hosts).words
+            if tunnel or meet:
+                self._content[pair] = None
             if len(self._content) > MAX_PAIRS:
                 self._content.popitem(last=False)
         seen = self._links.address(destination), self._links.address(source)
@@ -241,18 +257,44 @@ class Signalling:
                 token=token,
                 count=ARRANGED_CONNECTIONS,
                 tunnels=[row[0] for row in places],
+                show=show[0],
                 observed=seen[0],
                 peer_observed=seen[1],
             ),
             Arrangement(
                 token=token,
                 count=ARRANGED_CONNECTIONS,
-                candidates=[row for row in candidates if row.kind in DIALLED and row.slot == 0],
+                candidates=[row for row in hosts[0] if row.kind in DIALLED and row.slot == 0],
                 tunnels=[row[1] for row in places],
+                show=show[1],
                 observed=seen[1],
                 peer_observed=seen[0],
             ),
         )
+
+    async def seen(self, note: PortNote, endpoint: Endpoint) -> None:
+        """The relay's STUN service sees a port whose owner says whose it is. With the last one of a meeting both sides
+        get their go."""
+        meeting = self._meetings.seen(trio.current_time(), note, endpoint)
+        if meeting is None:
+            return
+        # They look for more than what can be dialled, so they shall be helped the next time, too.
+        self._content.pop((meeting.destination, meeting.source), None)
+        self._met += 1
+        await self._have_them_meet(meeting)
+
+    async def _have_them_meet(self, meeting: Meeting) -> None:
+        destination, source = meeting.destination, meeting.source
+        seen = self._links.address(destination), self._links.address(source)
+        waits = start_times(self._links.round_trip(destination), self._links.round_trip(source))
+        go = PathGo(session_id=meeting.session_id, generation=MEETING, start_in=0.0)
+        told = {"start_in": waits[0], "observed": seen[0], "peer_observed": seen[1]}
+        for_destination = msgspec.structs.replace(go, candidates=meeting.for_destination(), **told)
+        told = {"start_in": waits[1], "observed": seen[1], "peer_observed": seen[0]}
+        for_source = msgspec.structs.replace(go, candidates=meeting.for_source(), **told)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._send, source, f"/link/sessions/{meeting.session_id}/go", for_source)
+            nursery.start_soon(self._send, destination, f"/link/tasks/{meeting.task_id}/go", for_destination)
 
     async def introduce(self, offer: PathOffer, destination: str, source: str, *, owner_id: str = "") -> None:
         """Pass an offer on, and give both nodes their go; one that comes soon after another has to wait, and only the

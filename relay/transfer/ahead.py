@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from protocol.candidates import Arrangement, Candidate
-from protocol.control import ARRANGED, TUNNELLED, SessionAnswer
+from protocol.control import ARRANGED, MEETS, TUNNELLED, SessionAnswer
 from relay.transfer.agents import AgentLinks
 from relay.transfer.parties import Side
 from relay.transfer.task_rows import Task
@@ -20,14 +20,16 @@ class Arranges(Protocol):
     def arrange(
         self,
         session_id: str,
+        task_id: str,
         destination: str,
         source: str,
         owner_id: str,
-        candidates: list[Candidate],
+        hosts: tuple[list[Candidate], list[Candidate]],
         *,
         tunnel: bool,
+        meet: bool,
     ) -> tuple[Arrangement, Arrangement]:
-        """For the destination and for the source; ``candidates`` are the destination's."""
+        """For the destination and for the source, whose standing candidates ``hosts`` are."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,14 @@ def told_ahead(links: AgentLinks, paths: Arranges, task: Task, worker: Side, sou
     other = links.hello(worker.node_id)
     if task.delivered or other is None or ARRANGED not in other.abilities or task.task_options.transport == "quic":
         return Ahead(answer)
-    tunnel = task.task_options.relay_path != "never" and all(TUNNELLED in each.abilities for each in (hello, other))
     arranged = paths.arrange(
-        task.session_id, worker.node_id, source.node_id, task.owner_id, other.candidates, tunnel=tunnel
+        task.session_id,
+        task.id,
+        worker.node_id,
+        source.node_id,
+        task.owner_id,
+        (other.candidates, hello.candidates),
+        tunnel=task.task_options.relay_path != "never" and all(TUNNELLED in each.abilities for each in (hello, other)),
+        meet=all(MEETS in each.abilities for each in (hello, other)),
     )
     return Ahead(answer, *arranged)

@@ -19,6 +19,7 @@ from agent.connect.transport import Path
 from protocol.candidates import Candidate, PathAnswer, PathGo, PathOffer
 from protocol.control import SessionAnswer, encode
 from protocol.errors import TowpathError
+from protocol.stun import Endpoint, PortNote
 from relay.rendezvous.observe import Observer
 from relay.rendezvous.signalling import Signalling
 
@@ -40,6 +41,7 @@ class World:
     source: Node
     destination: Node
     finder: PathFinder
+    signalling: Signalling
     offers: list[PathOffer] = field(default_factory=list)
     better: list[Path] = field(default_factory=list)
     generation: int = 0
@@ -75,7 +77,10 @@ class Places:
 
 @asynccontextmanager
 async def world(*, relay: str = "allow", relay_up: bool = True, lanes: int = 1) -> AsyncIterator[World]:
-    observer = Observer()
+    async def seen(note: PortNote, endpoint: Endpoint) -> None:
+        await made.signalling.seen(note, endpoint)
+
+    observer = Observer(seen)
     listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
 
     async def observe(stream: trio.SocketStream) -> None:
@@ -134,7 +139,7 @@ async def world(*, relay: str = "allow", relay_up: bool = True, lanes: int = 1) 
                 on_better=lambda path: made.better.append(path),
                 generation=next_generation,
             )
-            made = World(source, destination, found)
+            made = World(source, destination, found, signalling)
             await nursery.start(found.run)
             yield made
         nursery.cancel_scope.cancel()

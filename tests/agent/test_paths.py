@@ -18,7 +18,7 @@ from agent.connect import running_race
 from agent.connect.listener import bind
 from agent.connect.network import DialAllowance, Network
 from agent.connect.transport import Connection, Path, Wish
-from protocol.candidates import PORTMAP, Arrangement, Candidate, PathAnswer, PathGo, PathOffer
+from protocol.candidates import MEETING, PORTMAP, Arrangement, Candidate, PathAnswer, PathGo, PathOffer
 from protocol.control import Party, RelayHello, SessionOrder
 from protocol.errors import ProtocolError, RetryLater
 from tests.agent.paths_world import SESSION, TASK, World, answer, at, world
@@ -428,6 +428,82 @@ async def test_an_arrangement_makes_nobody_dial_what_may_not_be_dialled() -> Non
         made.source.network.allow_loopback = False
         made.source.introductions.arrange(order)
         assert made.source.introductions._arranged[SESSION].usable == []
+
+
+@asynccontextmanager
+async def meeting() -> AsyncIterator[tuple[World, SessionOrder]]:
+    """Nobody can be dialled, and the relay has both show it their ports."""
+    async with world() as made:
+        keep_addresses_back(made)
+        for_destination, for_source = made.signalling.arrange(
+            SESSION, TASK, "destination", "source", "owner", ([], []), tunnel=False, meet=True
+        )
+        made.finder.take_answer(answer())
+        made.finder.take_arrangement(for_destination)
+        party = Party(endpoint_id="", node_id="", collection_id="", certificate="")
+        yield made, SessionOrder(session_id=SESSION, task_id=TASK, ticket="", peer=party, arranged=for_source)
+
+
+def order_session(made: World, order: SessionOrder) -> None:
+    made.source.introductions.arrange(order)
+    made.source.introductions.prepare(order)
+
+
+async def test_both_punch_without_an_offer_when_the_relay_has_seen_their_ports() -> None:
+    async with meeting() as (made, order):
+        order_session(made, order)
+        connections = [await made.finder.connect() for _ in range(2)]
+        assert [row.path.kind for row in connections] == ["punched"] * 2
+        assert made.offers == []
+        assert made.signalling.statistics().met == 1
+        for row in connections:
+            row.sock.close()
+
+
+async def test_an_observation_that_is_there_already_serves_a_meeting_too() -> None:
+    async with meeting() as (made, order):
+        held = await made.source.network.observe_data_port()
+        assert held is not None
+        order_session(made, order)
+        connection = await made.finder.connect()
+        assert (connection.path.kind, made.offers) == ("punched", [])
+        connection.sock.close()
+        made.source.network.release(held)
+
+
+async def test_a_source_that_shows_no_port_is_made_an_offer() -> None:
+    async with meeting() as (made, _):
+        connection = await made.finder.connect()
+        assert connection.path.kind == "punched"
+        assert len(made.offers) == 1
+        connection.sock.close()
+
+
+async def test_a_meeting_makes_nobody_dial_what_may_not_be_dialled(monkeypatch: pytest.MonkeyPatch) -> None:
+    dialled: list[Any] = []
+    monkeypatch.setattr("agent.connect.introductions.connect_from", lambda *place: dialled.append(place))
+    async with meeting() as (made, order):
+        made.source.network.allow_loopback = made.destination.network.allow_loopback = False
+        order_session(made, order)
+        with trio.move_on_after(0.4):
+            await made.finder.connect()
+        # The ports were seen on loopback.
+        assert made.signalling.statistics().met == 1
+        assert dialled == []
+
+
+async def test_a_go_for_ports_that_were_not_shown_is_ignored() -> None:
+    async with world() as made:
+        keep_addresses_back(made)
+        made.finder.take_answer(answer())
+        made.finder.begin()
+        await trio.testing.wait_all_tasks_blocked()
+        go = PathGo(session_id=SESSION, generation=MEETING, start_in=0.0, candidates=[at(1)])
+        made.finder.take_go(go)
+        made.source.introductions.go(go)
+        connection = await made.finder.connect()
+        assert (connection.path.kind, len(made.offers)) == ("punched", 1)
+        connection.sock.close()
 
 
 async def test_addresses_that_the_source_says_later_are_dialled_in_the_race_under_way() -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import trio
 import trio.testing
 
-from agent.connect.quic.transport import QuicTransport
+from agent.connect.network import DialAllowance
+from agent.connect.quic.transport import AHEAD_LIFE, MAX_AHEAD, QuicFailed, QuicTransport
 from agent.connect.transport import Connection, Wish
 from protocol.candidates import MAPPED_UDP, Candidate, PathAnswer, PathGo, PathOffer
 from protocol.identity import NodeKey
@@ -16,16 +19,116 @@ TASK = "33333333-3333-4333-8333-333333333333"
 WISH = Wish(session_id=SESSION, task_id=TASK, kind="control")
 
 
-def transport(identity: NodeKey, peer: NodeKey) -> QuicTransport:
+def transport(identity: NodeKey, peer: NodeKey, looks: list[int] | None = None) -> QuicTransport:
     async def peer_of(_session_id: str) -> str:
         await trio.lowlevel.checkpoint()
         return peer.certificate_pem
 
     async def observe(sock: trio.socket.SocketType) -> list[Candidate]:
         await trio.lowlevel.checkpoint()
+        if looks is not None:
+            looks.append(sock.getsockname()[1])
         return [Candidate(kind=MAPPED_UDP, host="127.0.0.1", port=sock.getsockname()[1])]
 
     return QuicTransport(identity, peer_of, observe, lambda rows, _go: rows)
+
+
+async def arranged(client: QuicTransport, server: QuicTransport, *, probe: bool = False) -> tuple[PathOffer, PathGo]:
+    """An offer of the client's, and the go for it."""
+    offer = PathOffer(
+        session_id=SESSION,
+        task_id=TASK,
+        generation=1,
+        token="0" * 32,
+        count=1,
+        candidates=await client.offer(WISH),
+        transports=["quic"],
+        probe=probe,
+    )
+    answer = PathAnswer(session_id=SESSION, generation=1, candidates=await server.answer(offer))
+    return offer, PathGo(session_id=SESSION, generation=1, start_in=0.0, answer=answer)
+
+
+async def nobody(_connection: Connection) -> None:
+    raise AssertionError("a look brings no connection")
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("shown", "allowed", "sentence"),
+    [
+        (SERVER, 1, ""),
+        # Another node than the task's source answers.
+        (CLIENT, 1, "UDP gets through, but no QUIC came up on it: The peer over QUIC is not the node"),
+        (SERVER, 0, "UDP gets through, but no QUIC came up on it: The peer did not answer"),
+    ],
+)
+async def test_a_look_makes_the_handshake_with_the_source_and_no_more(
+    monkeypatch: pytest.MonkeyPatch, shown: NodeKey, allowed: int, sentence: str
+) -> None:
+    if not allowed:
+        monkeypatch.setattr("agent.connect.quic.transport.LOOK_TIMEOUT", 0.5)
+    client, server = transport(CLIENT, shown), transport(SERVER, CLIENT)
+    server._look_allowance = DialAllowance(0.0, allowed, 0.0)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(client.run)
+        nursery.start_soon(server.run)
+        await trio.testing.wait_all_tasks_blocked()
+        offer, go = await arranged(client, server, probe=True)
+
+        async def serve() -> None:
+            with contextlib.suppress(QuicFailed):
+                await server.serve(offer, go, nobody)
+
+        nursery.start_soon(serve)
+        said = ""
+        try:
+            await client.look(WISH, go)
+        except QuicFailed as error:
+            said = error.sentence
+        assert said.startswith(sentence)
+        assert bool(said) == bool(sentence)
+        assert not client._live
+        assert not server._live
+        nursery.cancel_scope.cancel()
+
+
+async def test_an_answer_has_the_socket_that_was_looked_at_when_the_session_was_ordered() -> None:
+    looks: list[int] = []
+    client, server = transport(CLIENT, SERVER), transport(SERVER, CLIENT, looks)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(client.run)
+        nursery.start_soon(server.run)
+        await trio.testing.wait_all_tasks_blocked()
+        server.prepare(SESSION)
+        server.prepare(SESSION)
+        _, go = await arranged(client, server)
+        assert go.answer is not None
+        assert [row.port for row in go.answer.candidates] == looks
+        assert len(looks) == 1
+        assert not server._ahead
+        # The next offer gets a port of its own.
+        _, go = await arranged(client, server)
+        assert go.answer is not None
+        assert [row.port for row in go.answer.candidates] == looks[1:]
+        nursery.cancel_scope.cancel()
+
+
+async def test_sockets_for_offers_that_do_not_come_are_closed_and_bounded(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    server = transport(SERVER, CLIENT)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(server.run)
+        await trio.testing.wait_all_tasks_blocked()
+        for number in range(MAX_AHEAD + 3):
+            server.prepare(f"session {number}")
+        kept = [ahead.sock for ahead in server._ahead.values()]
+        assert len(kept) == MAX_AHEAD
+        await trio.sleep(AHEAD_LIFE + 1)
+        assert not server._ahead
+        assert {sock.fileno() for sock in kept} == {-1}
+        nursery.cancel_scope.cancel()
 
 
 @pytest.mark.timeout(60)
@@ -41,17 +144,7 @@ async def test_streams_are_greeted_although_the_offer_was_replaced_while_quic_ca
         nursery.start_soon(client.run)
         nursery.start_soon(server.run)
         await trio.testing.wait_all_tasks_blocked()
-        offer = PathOffer(
-            session_id=SESSION,
-            task_id=TASK,
-            generation=1,
-            token="0" * 32,
-            count=1,
-            candidates=await client.offer(WISH),
-            transports=["quic"],
-        )
-        answer = PathAnswer(session_id=SESSION, generation=1, candidates=await server.answer(offer))
-        go = PathGo(session_id=SESSION, generation=1, start_in=0.0, answer=answer)
+        offer, go = await arranged(client, server)
         replaced = trio.CancelScope()
 
         async def serve() -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent.connect import race as module
-from agent.connect.race import Arrange, Cancel, Dial, Give, Punch, Race, SendOffer
+from agent.connect.race import Arrange, Cancel, Dial, Give, Punch, Race, SendOffer, ShowPorts
 from protocol.candidates import Candidate
 
 V4 = Candidate(kind="host", host="192.0.2.1", port=4000)
@@ -42,7 +42,7 @@ class Course:
                 elif isinstance(action, Cancel):
                     self.cancelled.append(action.id)
                 else:
-                    if not isinstance(action, SendOffer):
+                    if not isinstance(action, SendOffer | ShowPorts):
                         name = "direct" if isinstance(action, Dial) else "punched"
                         self.kinds[action.id] = action.name if isinstance(action, Arrange) else name
                     world(self, action)
@@ -274,6 +274,99 @@ def test_a_source_that_dials_soon_after_a_punch_is_taken_too() -> None:
     assert course.kinds_given() == ["punched", "punched", "reversed"]
 
 
+def meeting(met: float | None, punched: float | None) -> Callable[[Course, object], None]:
+    """The relay has seen all ports after ``met`` seconds, and a punched connection is up after ``punched`` more."""
+
+    def world(course: Course, action: object) -> None:
+        if isinstance(action, ShowPorts):
+            if met is not None:
+                course.later(met, lambda: course.race.met(course.now, 0.02, [OUTSIDE], [1, 2]))
+        elif isinstance(action, Punch) and action.ahead:
+            if punched is None:
+                course.later(4.0, lambda: course.race.failed(course.now, action.id, "nothing came through"))
+            else:
+                course.later(punched, lambda: course.race.connected(course.now, action.id))
+        else:
+            relayed(tunnel=0.05, punched=0.05)(course, action)
+
+    return world
+
+
+def when(course: Course, kind: type) -> list[float]:
+    return [round(moment, 3) for moment, action in course.started if isinstance(action, kind)]
+
+
+def met_race(**options: object) -> Course:
+    race = Race(now=100.0, direct=[], **options)  # type: ignore[arg-type]
+    race.arranged(100.0, 2, 0, meets=True)
+    return Course(race)
+
+
+def test_ports_are_shown_at_once_and_no_offer_is_made_where_that_helps() -> None:
+    course = met_race()
+    course.run(meeting(0.075, 0.06))
+    assert when(course, ShowPorts) == [0.0]
+    assert when(course, Punch) == [0.095, 0.095]
+    assert when(course, SendOffer) == []
+    assert course.kinds_given() == ["punched", "punched"]
+    assert course.given[0][0] == pytest.approx(0.155)
+
+
+def test_a_meeting_that_brings_nothing_is_followed_by_an_offer() -> None:
+    course = met_race()
+    course.run(meeting(0.075, None))
+    assert when(course, SendOffer) == [pytest.approx(0.095 + module.MEETING_CHANCE)]
+    assert course.kinds_given()[-1] == "punched"
+
+
+def test_a_meeting_that_never_comes_is_not_waited_for_for_long() -> None:
+    course = met_race()
+    course.run(meeting(None, None))
+    assert when(course, SendOffer) == [pytest.approx(module.MEETING_PATIENCE)]
+
+
+def test_where_ports_cannot_be_shown_the_offer_is_made_at_once() -> None:
+    course = met_race()
+    world = meeting(None, None)
+
+    def unshown(course: Course, action: object) -> None:
+        if isinstance(action, ShowPorts):
+            course.later(0.01, lambda: course.race.not_shown(course.now))
+        else:
+            world(course, action)
+
+    course.run(unshown)
+    assert when(course, SendOffer) == [0.01]
+
+
+def test_no_port_is_shown_where_the_source_is_dialled_or_the_relay_is_away() -> None:
+    def world(course: Course, action: object) -> None:
+        if isinstance(action, Dial):
+            course.later(0.05, lambda: course.race.connected(course.now, action.id))
+
+    race = Race(now=100.0, direct=[V4], offer_delay=0.15)
+    race.arranged(100.0, 2, 0, meets=True)
+    course = Course(race)
+    course.run(world)
+    assert when(course, ShowPorts) == []
+    away = met_race(can_offer=False)
+    away.run(silent)
+    assert when(away, ShowPorts) == []
+
+
+def test_an_address_that_refuses_has_the_ports_shown_at_once() -> None:
+    def world(course: Course, action: object) -> None:
+        if isinstance(action, Dial):
+            course.later(0.01, lambda: course.race.failed(course.now, action.id, "refused"))
+
+    race = Race(now=100.0, direct=[V4], offer_delay=0.15)
+    race.arranged(100.0, 2, 0, meets=True)
+    course = Course(race)
+    course.run(world)
+    assert when(course, ShowPorts) == [0.01]
+    assert when(course, SendOffer)[0] == pytest.approx(0.01 + module.MEETING_PATIENCE)
+
+
 FATES = st.sampled_from(["connected", "failed", "silent"])
 
 
@@ -286,10 +379,20 @@ def test_whatever_happens_the_race_ends_and_gives_nothing_twice(data: st.DataObj
         can_offer=data.draw(st.booleans()),
         tunnel=data.draw(st.booleans()),
     )
+    if data.draw(st.booleans()):
+        race.arranged(100.0, 2, data.draw(st.integers(0, 2)), meets=data.draw(st.booleans()))
     course = Course(race)
     ended: set[int] = set()
 
     def world(course: Course, action: object) -> None:
+        if isinstance(action, ShowPorts):
+            targets = data.draw(st.lists(st.just(OUTSIDE), max_size=1))
+            after = data.draw(st.floats(0, 3))
+            if data.draw(st.booleans()):
+                course.later(after, lambda: race.met(course.now, 0.1, targets, [1, 2]))
+            else:
+                course.later(after, lambda: race.not_shown(course.now))
+            return
         if isinstance(action, SendOffer):
             if data.draw(st.booleans()):
                 names = data.draw(st.lists(st.sampled_from(["tunnel", "quic"]), unique=True))

@@ -75,7 +75,19 @@ def attribute_types(message: bytes) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("message", [RESPONSE_V4, RESPONSE_V6, stun.encode_request(bytes(12), change_port=True)])
+@given(st.binary(min_size=16, max_size=16), st.integers(0, 255), st.integers(0, 65535))
+def test_a_request_that_says_whose_port_it_is_comes_as_it_was(token: bytes, slot: int, port: int) -> None:
+    note = stun.PortNote(token, slot, port)
+    data = stun.encode_request(bytes(12), note=note)
+    assert stun.parse_request_untrusted(data) == stun.BindingRequest(bytes(12), note=note)
+    # Nobody need understand it: it lies in the range of RFC 8489 that may be ignored.
+    assert int.from_bytes(data[stun.HEADER : stun.HEADER + 2], "big") >= 0x8000
+
+
+NOTED = stun.encode_request(bytes(12), note=stun.PortNote(b"n" * 16, 1, 4000))
+
+
+@pytest.mark.parametrize("message", [RESPONSE_V4, RESPONSE_V6, stun.encode_request(bytes(12), change_port=True), NOTED])
 def test_every_flipped_bit_is_noticed(message: bytes) -> None:
     parse = stun.parse_request_untrusted if message[0] == 0 else stun.parse_answer_untrusted
     length = message.find(INTEGRITY) + 2

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import pytest
 import trio
 
-from agent.connect.stun_client import NotObserved, observe_tcp, observe_udp, udp_behaviour
+from agent.connect.stun_client import NotObserved, note_again, observe_tcp, observe_udp, udp_behaviour
 from protocol import stun
 from relay.rendezvous import observe
 from relay.rendezvous.observe import Observer
 
 
 @asynccontextmanager
-async def serving() -> AsyncIterator[tuple[Observer, int]]:
+async def serving(
+    noted: Callable[[stun.PortNote, stun.Endpoint], Awaitable[None]] | None = None,
+) -> AsyncIterator[tuple[Observer, int]]:
     """An observer on loopback and its TCP port."""
-    observer = Observer()
+    observer = Observer(noted)
     observer.open("127.0.0.1", (0, 0))
     listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
     async with trio.open_nursery() as nursery:
@@ -46,6 +48,24 @@ async def test_a_tcp_port_is_told_how_it_is_seen_and_the_connection_stays() -> N
         await trio.testing.wait_all_tasks_blocked(0.05)
         assert observer.statistics().streams == 0
         assert observer.statistics().tcp == 1
+
+
+async def test_a_port_says_whose_it_is_also_later_on_the_same_connection() -> None:
+    seen: list[tuple[stun.PortNote, stun.Endpoint]] = []
+
+    async def noted(note: stun.PortNote, endpoint: stun.Endpoint) -> None:
+        await trio.lowlevel.checkpoint()
+        seen.append((note, endpoint))
+
+    notes = stun.PortNote(b"a" * 16, 1, 4000), stun.PortNote(b"b" * 16, 0)
+    async with serving(noted) as (_, port):
+        mapped, held = await observe_tcp(("127.0.0.1", 0), ("127.0.0.1", port), notes[0])
+        with held:
+            assert note_again(held, notes[1])
+            while len(seen) < 2:
+                await trio.sleep(0.01)
+    assert seen == [(notes[0], mapped), (notes[1], mapped)]
+    assert not note_again(held, notes[0])
 
 
 async def test_nobody_there_is_told() -> None:

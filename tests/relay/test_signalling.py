@@ -10,9 +10,10 @@ import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protocol.candidates import Candidate, PathAnswer, PathGo, PathOffer
+from protocol.candidates import MEETING, Arrangement, Candidate, PathAnswer, PathGo, PathOffer
 from protocol.control import decode_untrusted, encode
 from protocol.errors import ProtocolError, RetryLater
+from protocol.stun import PortNote
 from relay.rendezvous import signalling
 from relay.rendezvous.signalling import Signalling, start_times
 
@@ -331,6 +332,13 @@ def test_any_bytes_for_an_offer_raise_only_the_protocol_error(data: bytes) -> No
             continue
 
 
+def arrange(
+    subject: Signalling, source: str, known: list[Candidate], *, tunnel: bool = True, meet: bool = False
+) -> tuple[Arrangement, Arrangement]:
+    hosts = known, [Candidate(kind="host", host="2001:db8::5", port=4005), *known]
+    return subject.arrange(SESSION, TASK, "destination", source, "owner", hosts, tunnel=tunnel, meet=meet)
+
+
 async def test_a_path_is_arranged_before_anybody_asks_until_a_pair_is_seen_to_need_none() -> None:
     links, places = Links(), Places()
     subject = Signalling(links, places)
@@ -339,7 +347,7 @@ async def test_a_path_is_arranged_before_anybody_asks_until_a_pair_is_seen_to_ne
         Candidate(kind="mapped-tcp", host="192.0.2.1", port=4001),
         Candidate(kind="host", host="192.0.2.1", port=4002, slot=1),
     ]
-    destination, source = subject.arrange(SESSION, "destination", "source", "owner", known, tunnel=True)
+    destination, source = arrange(subject, "source", known)
     assert destination.token == source.token
     assert (destination.observed, destination.peer_observed) == ("192.0.2.1", "192.0.2.2")
     assert (source.observed, source.peer_observed) == ("192.0.2.2", "192.0.2.1")
@@ -349,19 +357,63 @@ async def test_a_path_is_arranged_before_anybody_asks_until_a_pair_is_seen_to_ne
     assert [row.token for row in destination.tunnels] == ["d1", "d2"]
     assert [row.token for row in source.tunnels] == ["s1", "s2"]
     # They did not ask for a path: they reach one another.
-    again = subject.arrange(SESSION, "destination", "source", "owner", known, tunnel=True)
+    again = arrange(subject, "source", known)
     assert [row.tunnels for row in again] == [[], []]
     assert again[0].token != destination.token
-    other = subject.arrange(SESSION, "destination", "another", "owner", known, tunnel=False)
+    other = arrange(subject, "another", known, tunnel=False)
     assert [row.tunnels for row in other] == [[], []]
     # They ask, so they need one.
     await subject.introduce(OFFER, "destination", "source")
-    assert len(subject.arrange(SESSION, "destination", "source", "owner", known, tunnel=True)[0].tunnels) == 2
+    assert len(arrange(subject, "source", known)[0].tunnels) == 2
 
 
 async def test_the_pairs_that_need_no_arrangement_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(signalling, "MAX_PAIRS", 3)
     subject = Signalling(Links(), Places())
     for number in range(5):
-        subject.arrange(SESSION, "destination", f"source {number}", "owner", [], tunnel=True)
+        arrange(subject, f"source {number}", [])
     assert list(subject._content) == [("destination", f"source {number}") for number in (2, 3, 4)]
+
+
+async def test_both_are_told_of_each_others_ports_when_the_relay_has_seen_all_of_them() -> None:
+    links = Links()
+    subject = Signalling(links)
+    own = [Candidate(kind="host", host="2001:db8::9", port=4000)]
+    destination, source = arrange(subject, "source", own, tunnel=False, meet=True)
+    assert destination.show != source.show
+    assert all(len(word) == 32 for word in (destination.show, source.show))
+    shown = bytes.fromhex(destination.show), bytes.fromhex(source.show)
+    await subject.seen(PortNote(shown[1], 0), ("192.0.2.2", 5000))
+    await subject.seen(PortNote(shown[0], 2, 4102), ("192.0.2.1", 6002))
+    assert links.told == []
+    # What they show need not be where their links come from.
+    await subject.seen(PortNote(shown[0], 1), ("192.0.2.111", 6001))
+    to_source, to_destination = links.go_of("source"), links.go_of("destination")
+    assert {(node, request) for node, request, _ in links.told} == {
+        ("source", f"PUT /link/sessions/{SESSION}/go"),
+        ("destination", f"PUT /link/tasks/{TASK}/go"),
+    }
+    assert {to_source.generation, to_destination.generation} == {MEETING}
+    assert [(row.host, row.port, row.slot) for row in to_source.candidates] == [
+        ("192.0.2.111", 6001, 1),
+        ("192.0.2.1", 6002, 2),
+        ("2001:db8::9", 4102, 2),
+    ]
+    assert [(row.host, row.port) for row in to_destination.candidates] == [
+        ("192.0.2.2", 5000),
+        ("2001:db8::5", 4005),
+        ("2001:db8::9", 4000),
+    ]
+    assert (to_destination.observed, to_destination.peer_observed) == ("192.0.2.1", "192.0.2.2")
+    assert to_source.start_in - to_destination.start_in == pytest.approx(0.085)
+    # Both look for a path, so the next task of theirs is helped again; shown again it brings nothing.
+    await subject.seen(PortNote(shown[0], 1), ("192.0.2.111", 6001))
+    assert len(links.told) == 2
+    assert subject.statistics().met == 1
+    assert arrange(subject, "source", own, tunnel=False, meet=True)[0].show
+
+
+async def test_a_pair_that_shows_no_ports_is_not_asked_to_again() -> None:
+    subject = Signalling(Links(), Places())
+    assert arrange(subject, "source", [], meet=True)[1].show
+    assert [row.show for row in arrange(subject, "source", [], meet=True)] == ["", ""]

@@ -10,7 +10,7 @@ import trio
 from trio.testing import MockClock
 
 from protocol.candidates import Candidate
-from protocol.control import ARRANGED, TUNNELLED
+from protocol.control import ARRANGED, MEETS, TUNNELLED
 from protocol.errors import AccessDenied, RetryLater
 from tests.relay.fake_agents import once
 from tests.relay.steward_scene import MOMENT, Scene
@@ -59,6 +59,23 @@ async def test_the_order_does_not_wait_for_the_sources_answer(clock: MockClock, 
     (answer,) = slow.destination.session_answers[task_id]
     assert answer.candidates == [ANSWERED]
     assert (await slow.row(task_id)).session_open
+
+
+@pytest.mark.parametrize("older", ["", "source", "destination"])
+async def test_both_show_their_ports_where_both_can(clock: MockClock, scene: Scene, older: str) -> None:
+    for name in ("source", "destination"):
+        agent = getattr(scene, name)
+        agent.abilities, agent.standing = [ARRANGED, *([] if name == older else [MEETS])], [ANSWERED]
+    scene.up()
+    task_id = await scene.task()
+    (order,) = scene.destination.orders[task_id]
+    (session,) = scene.source.sessions[order.session_id]
+    assert order.arranged is not None
+    assert session.arranged is not None
+    words = order.arranged.show, session.arranged.show
+    assert all(words) == (not older)
+    assert any(words) == (not older)
+    assert words[0] != words[1] or older
 
 
 async def test_an_answer_that_says_what_is_known_is_not_passed_on(clock: MockClock, scene: Scene) -> None:

@@ -34,7 +34,7 @@ from agent.connect.quic.engine import (
     Up,
     now,
 )
-from agent.connect.quic.introduction import ClientIntroduction, ServerIntroduction
+from agent.connect.quic.introduction import ClientIntroduction, ServerIntroduction, ServerLook
 from agent.connect.udp import Address
 from protocol.errors import ProtocolError, TowpathError
 
@@ -82,7 +82,7 @@ class Carrier:
         self,
         engine: Engine,
         datagrams: Datagrams,
-        introduction: ClientIntroduction | ServerIntroduction,
+        introduction: ClientIntroduction | ServerIntroduction | ServerLook,
         on_up: Callable[[], None],
         on_stream: Callable[[socket.socket], None],
     ) -> None:

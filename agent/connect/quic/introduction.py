@@ -73,13 +73,16 @@ class ClientIntroduction:
 
     def up_untrusted(self, certificate_der: bytes) -> bytes:
         """The handshake is done: check who answered, and the first line to send. Raises `AccessDenied`."""
+        self._check_untrusted(certificate_der)
+        return _encode(_Line(session=self._session, nonce=self._nonce))
+
+    def _check_untrusted(self, certificate_der: bytes) -> None:
         try:
             presented = fingerprint_of_der_untrusted(certificate_der)
         except ProtocolError as error:
             raise AccessDenied("The peer showed no certificate over QUIC.", code="PEER_REFUSED") from error
         if presented != self._server:
             raise AccessDenied("The peer over QUIC is not the node that the ticket names.", code="PEER_REFUSED")
-        return _encode(_Line(session=self._session, nonce=self._nonce))
 
     def feed_untrusted(self, data: bytes) -> bytes:
         """Bytes of stream 0; what to answer. Raises `ProtocolError`."""
@@ -135,3 +138,27 @@ class ServerIntroduction:
             raise AccessDenied(
                 "The peer over QUIC is not the node that the ticket names.", code="PEER_REFUSED"
             ) from error
+
+
+class ClientLook(ClientIntroduction):
+    """The destination's side where it only wants to know whether QUIC works: a handshake with the right node."""
+
+    def up_untrusted(self, certificate_der: bytes) -> bytes:
+        """The handshake is done: check who answered; nothing is to be sent. Raises `AccessDenied`."""
+        self._check_untrusted(certificate_der)
+        self.done = True
+        return b""
+
+    def feed_untrusted(self, data: bytes) -> bytes:
+        """Raises `ProtocolError`: nothing may be said."""
+        raise ProtocolError("The peer says something over QUIC where only the way was looked at.")
+
+
+class ServerLook:
+    """The source's side of it: whoever it is, nothing is served and nothing taken."""
+
+    done = False
+
+    def feed_untrusted(self, data: bytes) -> bytes:
+        """Raises `ProtocolError`: nothing may be said."""
+        raise ProtocolError("The peer says something over QUIC where only the way was looked at.")

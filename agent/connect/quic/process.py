@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from agent.connect.quic.carrier import Carrier, ConnectionOver
 from agent.connect.quic.datagrams import Datagrams
 from agent.connect.quic.engine import Engine, now
-from agent.connect.quic.introduction import ClientIntroduction, ServerIntroduction
+from agent.connect.quic.introduction import ClientIntroduction, ClientLook, ServerIntroduction, ServerLook
 from agent.system.limits import bound_memory
 from protocol.errors import TowpathError
 from protocol.identity import NodeKey
@@ -31,13 +31,15 @@ MEMORY = 768 * 1024 * 1024
 
 class Begin(msgspec.Struct, frozen=True, tag="begin", kw_only=True):
     """First message, with the UDP socket. ``peer`` is set for the client, who begins; ``known`` for the server: where
-    the client was found, and begins from."""
+    the client was found, and begins from. With ``look`` only the handshake is wanted, to see that QUIC works; a server
+    then needs no certificate of its peer."""
 
     session_id: str
     node_key: bytes
     peer_certificate: str
     peer: tuple[str, int] | None = None
     known: tuple[tuple[str, int], ...] = ()
+    look: bool = False
     library: str | None = None
     memory: int = MEMORY
 
@@ -86,6 +88,15 @@ class _Gone(Exception):
     """The daemon is gone."""
 
 
+def _introduction(begin: Begin, identity: NodeKey) -> ClientIntroduction | ServerIntroduction | ServerLook:
+    if begin.look and begin.peer is None:
+        return ServerLook()
+    if begin.peer is None:
+        return ServerIntroduction(begin.session_id, identity, begin.peer_certificate)
+    introduce = ClientLook if begin.look else ClientIntroduction
+    return introduce(begin.session_id, identity, begin.peer_certificate)
+
+
 class _Process:
     def __init__(self, line: socket.socket) -> None:
         self._line = line
@@ -103,8 +114,7 @@ class _Process:
             library=begin.library,
             known=begin.known,
         )
-        introduce = ClientIntroduction if is_client else ServerIntroduction
-        introduction = introduce(begin.session_id, identity, begin.peer_certificate)
+        introduction = _introduction(begin, identity)
         datagrams = Datagrams(socket.socket(fileno=descriptors[0]))
         self._carrier = Carrier(engine, datagrams, introduction, self._up, self._stream)
         self._carrier.watch(line)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import msgspec
 import trio
 
+from agent.connect.network import DialAllowance
 from agent.connect.quic import engine
 from agent.connect.quic.process import (
     MAX_PACKET,
@@ -40,8 +41,15 @@ from protocol.line_process import line_process
 MAX_CONNECTIONS = 64
 OPEN_TIMEOUT = 10.0
 READY_TIMEOUT = 20.0
+# A look's handshake may take so long, and so many looks of others are answered with one, at first and in each second.
+LOOK_TIMEOUT = 6.0
+LOOK_BURST, LOOKS_A_SECOND = 8.0, 0.5
+MAX_LOOKS = 2
 # An offered socket is kept so long for the go, in seconds.
 OFFER_LIFE = 30.0
+# One that was opened before an offer came is kept so long for it, and so many of them.
+AHEAD_LIFE = 8.0
+MAX_AHEAD = 16
 _STEP = 0.02
 
 # How the relay sees a UDP socket and where else it may be reached; answers within moments, also when nothing does.
@@ -73,6 +81,15 @@ class _Live:
     opening: trio.Lock = field(default_factory=trio.Lock)
 
 
+@dataclass(eq=False)
+class _Ahead:
+    """A socket that waits for the offer of its session; ``candidates`` are there once it is ``ready``."""
+
+    sock: trio.socket.SocketType
+    candidates: list[Candidate] = field(default_factory=list)
+    ready: trio.Event = field(default_factory=trio.Event)
+
+
 class QuicTransport:
     """See the module. Run `run`; the daemon puts it into `Transports`."""
 
@@ -89,8 +106,11 @@ class QuicTransport:
         self._usable = usable
         self._library = library
         self._sockets: dict[tuple[str, str], tuple[trio.socket.SocketType, str]] = {}
+        self._ahead: dict[str, _Ahead] = {}
         self._live: dict[tuple[str, str], _Live] = {}
         self._nursery: trio.Nursery | None = None
+        self._looks = trio.CapacityLimiter(MAX_LOOKS)
+        self._look_allowance = DialAllowance(0.0, LOOK_BURST, LOOKS_A_SECOND)
 
     async def run(self) -> None:
         """Keep connections until cancelled."""
@@ -124,11 +144,34 @@ class QuicTransport:
         return await self._stream(live)
 
     async def look(self, wish: Wish, go: PathGo) -> None:
-        """Whether UDP gets through; no QUIC is spoken, since nobody's session is served by it."""
+        """Whether UDP gets through, and QUIC on it: the handshake with the source is made, and nothing said."""
         if go.answer is None:
             raise QuicFailed("The relay gave no candidates of the source.")
         with self._take(wish.session_id, "client") as (sock, secret):
-            await punch(sock, client=True, secret=secret, targets=self._targets(sock, go, go.answer.candidates))
+            certificate = await self._peer_of(wish.session_id)
+            if certificate is None:
+                raise QuicFailed("This session is not known here.")
+            targets = self._targets(sock, go, go.answer.candidates)
+            remote = await punch(sock, client=True, secret=secret, targets=targets)
+            try:
+                await self._shake_hands(self._begin(wish.session_id, certificate, remote, client=True, look=True), sock)
+            except QuicFailed as error:
+                raise QuicFailed(f"UDP gets through, but no QUIC came up on it: {error.sentence}") from error
+
+    async def _shake_hands(self, begin: Begin, sock: trio.socket.SocketType) -> None:
+        """Have a process make the handshake, and nothing else. At the server's side until the client leaves."""
+        with trio.move_on_after(LOOK_TIMEOUT):
+            async with line_process("agent.connect.quic.process") as line:
+                await _send(line, encode(begin), sock.fileno())
+                sock.close()
+                while True:
+                    packet, _ = await _receive(line)
+                    report = decode_report(packet) if packet else Over("The process for it ended.")
+                    if isinstance(report, Ready):
+                        return
+                    if isinstance(report, Over):
+                        raise QuicFailed(report.sentence)
+        raise QuicFailed("The peer did not answer over QUIC in time.")
 
     async def _stream(self, live: _Live) -> Connection:
         with trio.move_on_after(OPEN_TIMEOUT):
@@ -162,6 +205,25 @@ class QuicTransport:
 
     # --- the source ------------------------------------------------------------------------------------------
 
+    def prepare(self, session_id: str) -> None:
+        """Look already how a socket is seen that an offer can be answered with."""
+        if self._nursery is None or session_id in self._ahead or len(self._ahead) >= MAX_AHEAD:
+            return
+        if len(self._sockets) < MAX_CONNECTIONS and self._find(session_id, "server") is None:
+            self._ahead[session_id] = ahead = _Ahead(_open())
+            self._nursery.start_soon(self._look_ahead, session_id, ahead)
+
+    async def _look_ahead(self, session_id: str, ahead: _Ahead) -> None:
+        try:
+            ahead.candidates = await self._observe(ahead.sock)
+            ahead.ready.set()
+            await trio.sleep(AHEAD_LIFE)
+        finally:
+            ahead.ready.set()
+            if self._ahead.get(session_id) is ahead:
+                del self._ahead[session_id]
+                ahead.sock.close()
+
     async def answer(self, offer: PathOffer) -> list[Candidate]:
         """The UDP candidates of this side, when the destination has some."""
         secret = next((row.token for row in offer.candidates if row.kind == MAPPED_UDP), "")
@@ -172,10 +234,18 @@ class QuicTransport:
         if (offer.session_id, "server") not in self._sockets:
             return
         if offer.probe:
-            with self._take(offer.session_id, "server") as (sock, secret):
-                await punch(sock, client=False, secret=secret, targets=self._targets(sock, go, offer.candidates))
+            await self._serve_look(offer, go)
             return
         await self._bring_up(offer.session_id, "server", go, offer.candidates, greet)
+
+    async def _serve_look(self, offer: PathOffer, go: PathGo) -> None:
+        with self._take(offer.session_id, "server") as (sock, secret):
+            targets = self._targets(sock, go, offer.candidates)
+            remote = await punch(sock, client=False, secret=secret, targets=targets)
+            # Who looks too often learns that UDP gets through.
+            if self._look_allowance.take(trio.current_time()):
+                async with self._looks:
+                    await self._shake_hands(self._begin(offer.session_id, "", remote, client=False, look=True), sock)
 
     async def _greet_streams(self, live: _Live, greet: Greet) -> None:
         async with trio.open_nursery() as nursery:
@@ -190,11 +260,12 @@ class QuicTransport:
         key = (session_id, role)
         if len(self._sockets) >= MAX_CONNECTIONS or self._nursery is None:
             return []
-        plain = open_udp()
-        plain.setblocking(False)
-        sock = trio.socket.from_stdlib_socket(plain)
+        ahead = self._ahead.pop(session_id, None) if role == "server" else None
+        sock = _open() if ahead is None else ahead.sock
         try:
-            candidates = await self._observe(sock)
+            if ahead is not None:
+                await ahead.ready.wait()
+            candidates = await self._observe(sock) if ahead is None else ahead.candidates
         except BaseException:
             sock.close()
             raise
@@ -250,14 +321,7 @@ class QuicTransport:
             client = role == "client"
             targets = self._targets(sock, go, candidates)
             remote = await punch(sock, client=client, secret=secret, targets=targets)
-            begin = Begin(
-                session_id=session_id,
-                node_key=self._identity.private_key_pem,
-                peer_certificate=certificate,
-                peer=remote if client else None,
-                known=() if client else (remote,),
-                library=self._library,
-            )
+            begin = self._begin(session_id, certificate, remote, client=client)
             assert self._nursery is not None
             live: _Live = await self._nursery.start(self._keep, (session_id, role), begin, sock.dup(), remote)
         if greet is not None:
@@ -276,6 +340,17 @@ class QuicTransport:
             live.line.close()
             raise QuicFailed(live.sentence or "The peer did not answer over QUIC in time.")
         return live
+
+    def _begin(self, session_id: str, certificate: str, remote: Address, *, client: bool, look: bool = False) -> Begin:
+        return Begin(
+            session_id=session_id,
+            node_key=self._identity.private_key_pem,
+            peer_certificate=certificate,
+            peer=remote if client else None,
+            known=() if client else (remote,),
+            look=look,
+            library=self._library,
+        )
 
     async def _keep(
         self,
@@ -341,6 +416,12 @@ class QuicTransport:
                 continue
             with open_udp() as sock, contextlib.suppress(OSError, trio.ClosedResourceError):
                 await _send(live.line, encode(Move()), sock.fileno())
+
+
+def _open() -> trio.socket.SocketType:
+    plain = open_udp()
+    plain.setblocking(False)
+    return trio.socket.from_stdlib_socket(plain)
 
 
 async def punch(sock: trio.socket.SocketType, *, client: bool, secret: str, targets: list[Address]) -> Address:
