@@ -29,8 +29,12 @@ MAX_TARGETS = 6
 TUNNEL_HOLD = 0.3
 QUIC_DELAY = 0.4
 # So long a meeting that the relay arranges is waited for before an offer is made; and after its go, what it brings.
-MEETING_PATIENCE = 0.6
+MEETING_PATIENCE = 0.8
 MEETING_CHANCE = 0.4
+# A tunnel that is up while a meeting's punching is under way stands by for so many round trips to the relay more, of
+# which the meeting has taken two, but no longer than this: over a path that is no longer than that the first byte comes
+# sooner, for the tunnel's own handshakes pass the relay.
+HOLD_TRIPS, HOLD_MOST = 1.2, 0.25
 # Offers are gathered for within the first of these. One that brought no go is repeated, and a round of punching that
 # brought nothing is followed by another.
 OFFER_PATIENCE = 8.0
@@ -146,6 +150,8 @@ class Race:
     # Whether a meeting may still come, so that an offer waits for it.
     _meeting: bool = field(default=False, init=False)
     _offer_held: float = field(default=-math.inf, init=False)
+    _tunnel_held: float = field(default=-math.inf, init=False)
+    _shown: float = field(default=math.inf, init=False)
 
     def __post_init__(self) -> None:
         self._start = self.now
@@ -204,6 +210,8 @@ class Race:
             self._schedule(instant, Punch(attempt_id, slot, tuple(targets[:MAX_TARGETS]), ahead=True))
         self._offer_held = instant + MEETING_CHANCE if targets and slots else now
         self._offer_at(self._offer_held)
+        if targets and slots:
+            self._hold_tunnel(instant + min(HOLD_TRIPS * max(0.0, now - self._shown) / 2, HOLD_MOST))
 
     def not_shown(self, now: float) -> None:
         """Our ports could not be shown: there will be no meeting, and the offer does not wait for it."""
@@ -237,7 +245,7 @@ class Race:
                 self._schedule(now, Cancel(attempt_id))
             else:
                 attempt.state = "standby"
-                self._schedule(max(now, self._start + TUNNEL_HOLD), Give(attempt_id))
+                self._schedule(max(now, self._start + TUNNEL_HOLD, self._tunnel_held), Give(attempt_id))
             return
         self._give(now, attempt_id, attempt)
 
@@ -358,6 +366,16 @@ class Race:
             (when if isinstance(action, SendOffer) else due, number, action) for due, number, action in self._scheduled
         ]
 
+    def _hold_tunnel(self, until: float) -> None:
+        self._tunnel_held = until
+        self._scheduled = [
+            (max(due, until) if isinstance(action, Give) and self._stands_by(action.id) else due, number, action)
+            for due, number, action in self._scheduled
+        ]
+
+    def _stands_by(self, attempt_id: int) -> bool:
+        return self._attempts[attempt_id].state == "standby"
+
     def _hasten(self, now: float) -> None:
         shows = any(isinstance(action, ShowPorts) for _, _, action in self._scheduled)
         if not shows and not self._meeting:
@@ -410,6 +428,8 @@ class Race:
         if isinstance(action, SendOffer):
             self.rounds += 1
             self._round_ends = now + OFFER_PATIENCE
+        elif isinstance(action, ShowPorts):
+            self._shown = now
         elif isinstance(action, Give):
             attempt = self._attempts[action.id]
             attempt.state = "given"

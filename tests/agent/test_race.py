@@ -325,6 +325,27 @@ def test_a_meeting_that_never_comes_is_not_waited_for_for_long() -> None:
     assert when(course, SendOffer) == [pytest.approx(module.MEETING_PATIENCE)]
 
 
+@pytest.mark.parametrize(("punched", "first"), [(0.09, "punched"), (0.25, "tunnel")])
+def test_the_tunnel_waits_for_the_punching_of_a_near_peer_and_not_for_long(punched: float, first: str) -> None:
+    race = Race(now=100.0, direct=[])
+    race.arranged(100.0, 2, 1, meets=True)
+    course = Course(race)
+    world = meeting(0.2, punched)
+
+    def tunnelled(course: Course, action: object) -> None:
+        if isinstance(action, Arrange):
+            course.later(0.25, lambda: race.connected(course.now, action.id))
+        else:
+            world(course, action)
+
+    course.run(tunnelled)
+    # The meeting took 0.2 s, two round trips to the relay; both begin 0.02 s later.
+    assert course.kinds_given()[0] == first
+    moment = 0.22 + (punched if first == "punched" else module.HOLD_TRIPS * 0.1)
+    assert course.given[0][0] == pytest.approx(moment)
+    assert "punched" in course.kinds_given()
+
+
 def test_where_ports_cannot_be_shown_the_offer_is_made_at_once() -> None:
     course = met_race()
     world = meeting(None, None)
