@@ -45,6 +45,9 @@ async def observe_tcp(
     plain.setblocking(False)
     sock = trio.socket.from_stdlib_socket(plain)
     try:
+        # Closed with a reset, also when nobody answers or waits any more: saying goodbye in order takes a minute or
+        # more, in which the port could not ask this server again.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         with trio.fail_after(TIMEOUT):
             await sock.bind(local)
             await sock.connect(server)
@@ -53,8 +56,6 @@ async def observe_tcp(
             answer = stun.parse_answer_untrusted(await _message(sock))
         if answer.transaction != transaction:
             raise ProtocolError("An answer to another question.")
-        # Closed with a reset: waiting out TIME_WAIT, the port could not ask this server again for a minute.
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         kept = sock.dup()
         return answer.mapped, socket.socket(fileno=kept.detach())
     except (OSError, ProtocolError, trio.TooSlowError) as error:

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 import pytest
 import trio
 
+from agent.connect.listener import reusable
 from agent.connect.stun_client import NotObserved, note_again, observe_tcp, observe_udp, udp_behaviour
 from protocol import stun
 from relay.rendezvous import observe
@@ -66,6 +67,19 @@ async def test_a_port_says_whose_it_is_also_later_on_the_same_connection() -> No
                 await trio.sleep(0.01)
     assert seen == [(notes[0], mapped), (notes[1], mapped)]
     assert not note_again(held, notes[0])
+
+
+async def test_a_port_whose_question_was_given_up_can_ask_again_at_once() -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        with reusable(socket.AF_INET) as holder:
+            holder.bind(("127.0.0.1", 0))
+            for _ in range(3):
+                with trio.move_on_after(0.05) as scope:
+                    await observe_tcp(holder.getsockname(), silent.getsockname())
+                # Not refused: it waited for an answer.
+                assert scope.cancelled_caught
 
 
 async def test_nobody_there_is_told() -> None:
