@@ -5,7 +5,8 @@ stays connected), says ``ready``, and takes one JSON line after another on stand
 time. With ``--large`` packets may have many segments, see `large`.
 
     {"boxes": [{"name": "n", "outside": "203.0.113.1", "parent": null, …fields of `nat.Box`…}],
-     "hosts": [{"device": "tun0", "addresses": ["192.168.1.10"], "parent": "n", "delay": 0.015}], "loss": 0.0}
+     "hosts": [{"device": "tun0", "addresses": ["192.168.1.10"], "parent": "n", "delay": 0.015}],
+     "loss": 0.0, "seed": 1, "number": 1}
 
 ``{"change": {"n": {"mapping": "endpoint"}}}`` changes boxes of the network there is, which keep their flows.
 It answers each with ``ok`` and a line of the counters so far. The kernel has no netem; this needs nothing but TUN.
@@ -58,6 +59,7 @@ class Network:
         self.delays: dict[str, float] = {}
         self.hosts: dict[bytes, str] = {}
         self.devices = devices
+        self.number = int(description.get("number", 0))
         self.loss = float(description.get("loss", 0.0))
         self.losses = Losses(self.loss, random.Random(description.get("seed", 1)))
         for row in description["boxes"]:
@@ -75,7 +77,8 @@ class Network:
         row["outside"] = ipaddress.ip_address(row["outside"]).packed
         if row.get("tcp_ports") is not None:
             row["tcp_ports"] = frozenset(row["tcp_ports"])
-        self.boxes[name] = Box(**row, rng=random.Random(name))
+        # Other ports in each network: no flow of the one before looks like one of this.
+        self.boxes[name] = Box(**row, rng=random.Random(f"{name} {self.number}"))
         self.parents[name] = parent
         if mapper is not None:
             self.mappers[name] = PortMapper(self.boxes[name], ipaddress.ip_address(gateway).packed, mapper)

@@ -182,6 +182,7 @@ class Lab:
     relay: Child
     sites: dict[str, Site]
     client: Relay
+    networks: int = 0
 
     async def call(self, question: Callable[[Relay], T]) -> T:
         """Ask the relay from its own namespace."""
@@ -204,7 +205,8 @@ class Lab:
                     "delay": DELAY,
                 }
             )
-        return {"boxes": list(rows.values()), "hosts": hosts, **options}
+        self.networks += 1
+        return {"boxes": list(rows.values()), "hosts": hosts, "number": self.networks, **options}
 
     async def until_connected(self, name: str) -> None:
         """Wait until the agent is linked to the relay."""
