@@ -6,6 +6,7 @@ to a message (`agent.transfer.message_buffer`).
 
 from __future__ import annotations
 
+import select
 import socket
 from typing import Any
 
@@ -189,6 +190,7 @@ class Channel:
 
     def __init__(self, sock: socket.socket, receives: Any) -> None:
         sock.setblocking(False)
+        self._plain = sock
         self._socket = trio.socket.from_stdlib_socket(sock)
         self._incoming = MessageBuffer(receives, MAX_CHANNEL_MESSAGE)
         self._sending = trio.Lock()
@@ -224,7 +226,24 @@ class Channel:
         except (OSError, Garbled) as error:
             raise ChannelClosed from error
 
+    def receive_first(self) -> tuple[Any, list[int]]:
+        """As `receive`, for a process that does nothing else and has no trio running yet: blocks."""
+        try:
+            while (message := self._incoming.next()) is None:
+                select.select([self._plain], [], [])
+                data, ancillary, _, _ = self._plain.recvmsg(CHUNK, room())
+                self._incoming.feed(data, ancillary)
+                if not data:
+                    raise ChannelClosed
+            return message
+        except (OSError, Garbled) as error:
+            raise ChannelClosed from error
+
     def close(self) -> None:
         """Close this end and every descriptor that nobody took. Safe to call twice."""
-        self._socket.close()
+        if trio.lowlevel.in_trio_run():
+            # Whoever waits for it hears of it.
+            self._socket.close()
+        else:
+            self._plain.close()
         self._incoming.close()

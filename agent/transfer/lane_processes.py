@@ -1,7 +1,8 @@
 """The lane processes of a worker, as the worker knows them: what it says to each, and what becomes of what they say.
 
-They are forked from a worker before it has threads, so that they cost little time and share its memory, and wait until
-a session needs them. One that dies takes its lanes along, whose work goes to others; nothing takes its place.
+They are forked from a worker when it has its task and no threads yet, so that they cost little time and share its
+memory, and wait until a session needs them. One that dies takes its lanes along, whose work goes to others; nothing
+takes its place.
 """
 
 from __future__ import annotations

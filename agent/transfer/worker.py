@@ -16,6 +16,7 @@ import socket
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import trio
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
@@ -81,11 +82,12 @@ def _narrowed(root: Root, grant: Grant) -> Root:
         return root.narrowed(Reach(folders))
 
 
+def _receives_by_handles(start: Any) -> bool:
+    """Whether lane processes can help: something is received, and handles are enough for it."""
+    return isinstance(start, RunTask) and start.order.type == "TRANSFER" and not start.order.options.preserve_xattrs
+
+
 async def _run_task(channel: Channel, start: RunTask, forked: Sequence[Child]) -> None:
-    if start.order.type != "TRANSFER" or start.order.options.preserve_xattrs:
-        # Nothing is received, or not by handles alone.
-        await trio.to_thread.run_sync(dismiss, forked)
-        forked = ()
     mask = os.umask(0)
     os.umask(mask)
     line = DaemonLine(channel, start, identity_of(start.common), forked)
@@ -251,23 +253,14 @@ async def _shut_down_when_cancelled(sock: socket.socket) -> None:
             sock.shutdown(socket.SHUT_RDWR)
 
 
-async def _main(descriptor: int, forked: Sequence[Child]) -> None:
-    channel = Channel(socket.socket(fileno=descriptor), ToWorker)
+async def _main(channel: Channel, start: Any, forked: Sequence[Child]) -> None:
     try:
-        try:
-            start, _ = await channel.receive()
-        except ChannelClosed:
-            # It waited as a spare and was never needed.
-            return
         if isinstance(start, RunTask):
             await _run_task(channel, start, forked)
         elif isinstance(start, ServeSession):
-            await trio.to_thread.run_sync(dismiss, forked)
             await _SourceWorker(channel, start).run()
     except* ChannelClosed:
         print("the daemon is gone; its successor starts a worker of its own", file=sys.stderr, flush=True)
-    finally:
-        channel.close()
 
 
 def main() -> None:
@@ -275,18 +268,26 @@ def main() -> None:
     # Ctrl-C at a terminal reaches the whole group; the daemon decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     raise_descriptor_limit()
-    if not select.select([int(sys.argv[1])], [], [], 0)[0]:
+    descriptor, processes = int(sys.argv[1]), int(sys.argv[2])
+    if not select.select([descriptor], [], [], 0)[0]:
         # Nothing is wanted yet.
         rehearse()
     # What is loaded by now stays, and what comes are many small objects in few cycles: seldom is often enough.
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
-    channel, processes = int(sys.argv[1]), int(sys.argv[2])
-    # Now, while there is one thread: those that wait cost little memory of their own.
-    forked = fork_lane_processes(processes - 1, close=channel)
+    channel = Channel(socket.socket(fileno=descriptor), ToWorker)
+    forked: Sequence[Child] = ()
     try:
-        trio.run(_main, channel, forked)
+        start, _ = channel.receive_first()
+        if _receives_by_handles(start):
+            # Now, while there is one thread; and not before, as one that waits would keep them for nothing.
+            forked = fork_lane_processes(processes - 1, close=descriptor)
+        trio.run(_main, channel, start, forked)
+    except ChannelClosed:
+        # It waited as a spare and was never needed.
+        return
     finally:
+        channel.close()
         # Not left to whoever inherits them.
         dismiss(forked)
 

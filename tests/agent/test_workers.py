@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 
+import psutil
 import pytest
 import trio
 
@@ -88,6 +89,26 @@ async def test_a_worker_that_was_started_before_is_used_first_and_ends_with_the_
                         await channel.receive()
             nursery.cancel_scope.cancel()
         assert first.process.returncode is not None
+
+
+async def test_a_spare_worker_keeps_no_lane_processes() -> None:
+    """They would wait for nothing at a source, and cost memory while nothing runs at all."""
+    workers = Workers(spare=True, processes=3)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(workers.run)
+        first = await _spare(workers)
+        waiting = psutil.Process(first.pid)
+        with trio.fail_after(20):
+            # Until it has loaded everything, rehearsed, and computes nothing any more.
+            while (before := sum(waiting.cpu_times()[:2])) < 0.2 or not await _rests(waiting, before):
+                await trio.sleep(0.02)
+        assert not waiting.children()
+        nursery.cancel_scope.cancel()
+
+
+async def _rests(process: psutil.Process, before: float) -> bool:
+    await trio.sleep(0.15)
+    return sum(process.cpu_times()[:2]) == before
 
 
 async def test_without_a_spare_nothing_waits() -> None:
