@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from agent.storage.handed import Handed
 from agent.transfer.lane_messages import ExpectedFile, temporary_name
@@ -28,6 +29,15 @@ class _Held:
     descriptor: int
 
 
+@dataclass(slots=True)
+class _Asked:
+    """A batch of temporaries (None: not held here) that is being read back, and those that are no good so far."""
+
+    number: int
+    files: deque[tuple[int, int, _Held | None]]
+    bad: list[tuple[int, int, int]] = field(default_factory=list)
+
+
 class HeldFiles:
     """``keep``: how many descriptors may stay open. Folders are descriptors of this process. One thread calls."""
 
@@ -36,6 +46,8 @@ class HeldFiles:
         self._keep = keep
         self._open = 0
         self._held: dict[tuple[int, int], _Held] = {}
+        # Batches that are to be read back, the oldest first.
+        self._asked: deque[_Asked] = deque()
         self._buffer = memoryview(bytearray(MAX_BLOCK // 8))
 
     def write(
@@ -54,23 +66,37 @@ class HeldFiles:
         self._held[r, index] = _Held(folder, name, len(content), digest, descriptor)
         return 0
 
-    def check(self, files: Iterable[tuple[int, list[int]]]) -> list[tuple[int, int, int]]:
-        """Read temporaries back, past the page cache where the system allows, and close them: those that are no good,
-        with the system's number or 0 for another content."""
-        wanted = [(r, index, self._held.pop((r, index), None)) for r, indices in files for index in indices]
-        # All are dropped from the cache and asked for before the first is waited for, so that the disk sees a queue.
+    @property
+    def checking(self) -> bool:
+        """Something is left to be read back."""
+        return bool(self._asked)
+
+    def ask(self, number: int, files: Iterable[tuple[int, list[int]]]) -> None:
+        """Have a batch of temporaries read back by `check`, past the page cache where the system allows."""
+        wanted = deque((r, index, self._held.pop((r, index), None)) for r, indices in files for index in indices)
+        # All are dropped from the cache and asked for before the first is waited for, so that the disk sees a queue,
+        # and works while more is received.
         for step in (self._handed.forget, self._handed.want):
             for _, _, held in wanted:
                 if held is not None and held.descriptor >= 0 and held.size:
                     with contextlib.suppress(OSError):
                         # Whatever it is, reading says it.
                         step(held.descriptor)
-        bad = []
-        for r, index, held in wanted:
+        self._asked.append(_Asked(number, wanted))
+
+    def check(self, most: int) -> tuple[int, list[tuple[int, int, int]]] | None:
+        """Read the next few temporaries back and close them. When a batch is through, its number, and those that are no
+        good, with the system's number or 0 for another content."""
+        asked = self._asked[0]
+        for _ in range(min(most, len(asked.files))):
+            r, index, held = asked.files.popleft()
             number = errno.ENOENT if held is None else self._look(held)
             if number is not None:
-                bad.append((r, index, number))
-        return bad
+                asked.bad.append((r, index, number))
+        if asked.files:
+            return None
+        self._asked.popleft()
+        return asked.number, asked.bad
 
     def _look(self, held: _Held) -> int | None:
         """None for one that reads back as it was sent."""
@@ -119,7 +145,9 @@ class HeldFiles:
 
     def close(self) -> None:
         """Close everything; the files stay, and are the worker's."""
-        for held in self._held.values():
+        asked = [held for batch in self._asked for _, _, held in batch.files if held is not None]
+        for held in (*self._held.values(), *asked):
             with contextlib.suppress(OSError):
                 self._close(held)
         self._held.clear()
+        self._asked.clear()

@@ -41,6 +41,8 @@ from protocol.session import ALPN_LANE, SNI_SUFFIX
 TELL_EVERY = 0.2
 # A frame may come before word of what was asked for, but not much (seconds).
 WORD_WITHIN = 30.0
+# Temporaries that are read back between one frame of a lane and the next: the time of a pack's writing, some.
+CHECK_AT_ONCE = 512
 # Descriptors left to folders, large files and sockets.
 _OTHER_DESCRIPTORS = 1024
 
@@ -144,13 +146,16 @@ class LaneProcess:
 
     def _round(self) -> None:
         self._register()
-        ready = {fd for fd, _ in self._poll.poll(self._timeout() * 1000 if self._lanes else None)}
+        checking = self._writing.held.checking
+        ready = {fd for fd, _ in self._poll.poll(self._timeout() * 1000 if self._lanes or checking else None)}
         if self._pair.fileno() in ready:
             for message, descriptors in self._pair.receive():
                 self._handle(message, descriptors)
         for each in list(self._lanes.values()):
             if self._lanes.get(each.key) is each:
                 self._serve(each, ready)
+        if self._writing.held.checking and (checked := self._writing.held.check(CHECK_AT_ONCE)) is not None:
+            self._pair.send(say.Checked(batch=checked[0], bad=checked[1]))
         now = time.monotonic()
         if self._lanes and now - self._told >= TELL_EVERY:
             self._told = now
@@ -173,6 +178,8 @@ class LaneProcess:
 
     def _timeout(self) -> float:
         """Seconds until something is to be done although nothing came."""
+        if self._writing.held.checking:
+            return 0.0
         now = time.monotonic()
         wait = max(0.0, self._told + TELL_EVERY - now)
         for each in self._lanes.values():
@@ -199,7 +206,7 @@ class LaneProcess:
         elif isinstance(message, say.ExpectRange):
             self._expect(message.lane, message.r, RangeOrder(message.file, message.offset, message.length))
         elif isinstance(message, say.Check):
-            self._pair.send(say.Checked(batch=message.batch, bad=self._writing.held.check(message.files)))
+            self._writing.held.ask(message.batch, message.files)
         elif isinstance(message, say.Release):
             self._writing.held.release(message.files)
         elif isinstance(message, say.GivenFolder):
