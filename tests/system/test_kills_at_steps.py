@@ -45,7 +45,7 @@ def all_steps() -> list[Step]:
     """Every named step of every process, as the table in `stops` has them."""
     found = []
     for kind, rows in _steps().STEPS.items():
-        for name, _module, _function in rows:
+        for name in dict.fromkeys(name for name, _module, _function in rows):
             if kind == "relay":
                 actor = "relay"
             elif kind == "daemon":

@@ -26,7 +26,7 @@ from typing import Any
 DIRECTORY = Path(os.environ.get("STOPS_DIRECTORY", "."))
 
 # What each kind of process does, step by step: (name of the step, module, function). A step is reached when the
-# function has returned.
+# function has returned; one that is there twice, when either has. A lane process counts as the worker it belongs to.
 STEPS: dict[str, list[tuple[str, str, str]]] = {
     "worker": [
         # The destination's.
@@ -35,6 +35,12 @@ STEPS: dict[str, list[tuple[str, str, str]]] = {
         ("folder made", "agent.storage.posix", "PosixDirectory.mkdir"),
         ("block received", "agent.transfer.receive", "LaneReceiver._block"),
         ("pack received", "agent.transfer.receive", "LaneReceiver._pack"),
+        # The same where a lane process receives.
+        ("block received", "agent.transfer.lane_writing", "Writing.block"),
+        ("pack received", "agent.transfer.lane_writing", "PackWriting.write"),
+        ("written", "agent.storage.handed", "Handed.pwrite"),
+        ("pack written", "agent.transfer.lane_writing", "PackWriting.answer"),
+        ("files read back", "agent.transfer.held_files", "HeldFiles.check"),
         ("temporary made", "agent.storage.posix", "PosixDirectory.create_temporary"),
         ("written", "agent.storage.base", "Root.pwrite"),
         ("pack written", "agent.transfer.small_files", "SmallFiles.write"),
