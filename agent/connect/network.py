@@ -12,6 +12,7 @@ import trio
 
 from agent.connect.addresses import Interfaces, look, own_candidates, rules_for
 from agent.connect.listener import DataPort
+from agent.connect.relayed_peers import RelayedPeers
 from agent.connect.stun_client import NotObserved, note_again, observe_tcp, resolve
 from agent.connect.transport import Transports
 from protocol.candidates import MAPPED_TCP, Candidate, Rules
@@ -73,6 +74,7 @@ class Network:
     observed: str = ""
     interfaces: Interfaces = field(default_factory=look)
     allowance: DialAllowance = field(default_factory=lambda: DialAllowance(time.monotonic()))
+    relayed: RelayedPeers = field(default_factory=RelayedPeers)
     changed: trio.Event = field(default_factory=trio.Event)
     # Set, and replaced, when a router has granted a mapping.
     mapped: trio.Event = field(default_factory=trio.Event)
@@ -199,6 +201,7 @@ class Network:
     def announce_change(self) -> None:
         """The network is not what it was: whoever waits for `changed` gathers anew."""
         self._observation = None
+        self.relayed.forget()
         self.changed.set()
         self.changed = trio.Event()
 

@@ -125,7 +125,8 @@ class _Attempt:
 class Race:
     """See the module. ``direct`` are the usable candidates of the source, ``can_offer`` whether the relay can be asked,
     ``tunnel`` whether the policy allows it. ``offer_delay`` is above 0 where a direct path is likely, ``quic_delay``
-    where TCP may do. The first ``spares`` addresses are dialled twice at once, for a control stream and a lane."""
+    where TCP may do. The first ``spares`` addresses are dialled twice at once, for a control stream and a lane. The
+    tunnel stands by for ``tunnel_hold``: not at all where nothing else is to be expected."""
 
     now: float
     direct: Sequence[Candidate]
@@ -134,6 +135,7 @@ class Race:
     offer_delay: float = 0.0
     quic_delay: float = QUIC_DELAY
     spares: int = 0
+    tunnel_hold: float = TUNNEL_HOLD
     rounds: int = field(default=0, init=False)
     _start: float = field(default=0.0, init=False)
     _scheduled: list[tuple[float, int, Action]] = field(default_factory=list, init=False)
@@ -210,7 +212,7 @@ class Race:
             self._schedule(instant, Punch(attempt_id, slot, tuple(targets[:MAX_TARGETS]), ahead=True))
         self._offer_held = instant + MEETING_CHANCE if targets and slots else now
         self._offer_at(self._offer_held)
-        if targets and slots:
+        if targets and slots and self.tunnel_hold:
             self._hold_tunnel(instant + min(HOLD_TRIPS * max(0.0, now - self._shown) / 2, HOLD_MOST))
 
     def not_shown(self, now: float) -> None:
@@ -245,7 +247,7 @@ class Race:
                 self._schedule(now, Cancel(attempt_id))
             else:
                 attempt.state = "standby"
-                self._schedule(max(now, self._start + TUNNEL_HOLD, self._tunnel_held), Give(attempt_id))
+                self._schedule(max(now, self._start + self.tunnel_hold, self._tunnel_held), Give(attempt_id))
             return
         self._give(now, attempt_id, attempt)
 
@@ -330,6 +332,11 @@ class Race:
     def _has(self, kind: str) -> bool:
         states = ("running", "standby", "given")
         return any(attempt.kind == kind and attempt.state in states for attempt in self._attempts.values())
+
+    @property
+    def is_relayed(self) -> bool:
+        """Whether the tunnel was given out, and nothing else."""
+        return self._best == "tunnel"
 
     @property
     def is_direct(self) -> bool:

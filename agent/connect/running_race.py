@@ -16,7 +16,7 @@ from agent.connect.dialer import dial
 from agent.connect.looks import Looks
 from agent.connect.network import Network
 from agent.connect.punch import Slot, gather_slot, open_slot, punch
-from agent.connect.race import QUIC_DELAY, Arrange, Cancel, Dial, Give, Punch, Race, SendOffer, ShowPorts
+from agent.connect.race import QUIC_DELAY, TUNNEL_HOLD, Arrange, Cancel, Dial, Give, Punch, Race, SendOffer, ShowPorts
 from agent.connect.transport import Connection, Path, Transport, Wish
 from protocol.candidates import (
     DIALLED,
@@ -116,6 +116,7 @@ class RunningRace:
             offer_delay=OFFER_DELAY if direct and not self._looks else 0.0,
             quic_delay=0.0 if self._udp_only else QUIC_DELAY,
             spares=0 if finder.subject.probe else SPARES,
+            tunnel_hold=0.0 if self._is_relayed(arranged) else TUNNEL_HOLD,
         )
         # What the relay has arranged with the order of the task.
         self._arranged = arranged
@@ -215,6 +216,16 @@ class RunningRace:
         self._race.relay_came(trio.current_time())
         self._wake.set()
 
+    def _is_relayed(self, arranged: Arrangement | None) -> bool:
+        return arranged is not None and self._network.relayed.has(trio.current_time(), arranged.peer_observed)
+
+    def _remember(self) -> None:
+        """Whether this peer is one to which only the tunnel leads. Where that was expected only more is news."""
+        if self._arranged is None or not (self._race.is_direct or (self._race.is_relayed and self._race.tunnel_hold)):
+            return
+        peer = self._arranged.peer_observed
+        self._network.relayed.note(trio.current_time(), peer, relayed=self._race.is_relayed)
+
     def _begin_arranged(self) -> None:
         wish, port = self._arranged, self._network.data_port
         if wish is None or self._udp_only or not is_token(wish.token) or not 0 < wish.count <= MAX_SLOTS:
@@ -258,6 +269,7 @@ class RunningRace:
             with self._scope:
                 await self._run()
         finally:
+            self._remember()
             self._expectations.close()
             for slot in [*self._slots, *self._shown]:
                 slot.close()

@@ -33,8 +33,8 @@ from relay.rendezvous.meetings import Meeting, Meetings
 # How long a source may take to gather its candidates, in seconds.
 ANSWER_TIMEOUT = 5.0
 GO_TIMEOUT = 5.0
-# Both messages must have been handled before the instant comes; a link's round trip is guessed where unknown.
-MARGIN = 0.02
+# What the further side has between reading its message and the instant; a link's round trip is guessed where unknown.
+MARGIN = 0.005
 GUESSED_ROUND_TRIP = 0.1
 LONGEST_ROUND_TRIP = 2.0
 # A task gets a new introduction at most this often, in seconds.

@@ -134,6 +134,24 @@ def test_the_tunnel_alone_is_given_within_a_second() -> None:
     assert course.race.rounds == module.MAX_ROUNDS
 
 
+def test_where_nothing_else_is_to_be_expected_the_tunnel_carries_at_once() -> None:
+    race = Race(now=100.0, direct=[], tunnel_hold=0.0)
+    race.arranged(100.0, 2, 1, meets=True)
+    course = Course(race)
+    world = meeting(0.03, None)
+
+    def tunnelled(course: Course, action: object) -> None:
+        if isinstance(action, Arrange):
+            course.later(0.04, lambda: race.connected(course.now, action.id))
+        elif not isinstance(action, SendOffer):
+            world(course, action)
+
+    course.run(tunnelled)
+    assert course.kinds_given() == ["tunnel"]
+    assert course.given[0][0] == pytest.approx(0.04)
+    assert race.is_relayed
+
+
 def test_a_tunnel_that_is_not_allowed_is_not_opened() -> None:
     course = Course(Race(now=100.0, direct=[], tunnel=False))
     course.run(relayed(tunnel=0.05, punched=None))
