@@ -15,6 +15,7 @@ from protocol.keep_alive import keep_alive
 from protocol.websocket.core import Core, WebSocketRefused
 from protocol.websocket.frames import Buffer
 from protocol.websocket.secured import Secured
+from protocol.websocket.tls import Tls
 
 # Seconds for TLS and the opening handshake together.
 OPEN_TIMEOUT = 15.0
@@ -30,25 +31,25 @@ class Line:
     """See the module. It owns the socket. ``buffer``, of `protocol.websocket.core.FEED` bytes, takes what comes in and
     ``raw``, of `protocol.websocket.secured.READ`, is TLS's; both are used during calls alone and may be shared.
 
-    With a ``server_hostname`` this is the client's end. Methods raise `TowpathError` when the connection is broken.
+    ``host`` is the relay's name, at a client's end. Methods raise `TowpathError` when the connection is broken.
     """
 
     def __init__(
         self,
         sock: socket.socket,
-        context: ssl.SSLContext,
+        tls: Tls,
         core: Core,
         now: float,
         *,
-        server_hostname: str | None,
+        host: str = "",
         buffer: memoryview,
         raw: memoryview,
     ) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         keep_alive(sock)
-        self.secured = Secured(sock, context, server_hostname=server_hostname, buffer=raw)
+        self.secured = Secured(sock, tls, buffer=raw)
         self.core = core
-        self._host = server_hostname or ""
+        self._host = host
         self._buffer = buffer
         self._shaken = False
         # Whether WebSocket was open once.

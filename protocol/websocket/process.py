@@ -14,12 +14,17 @@ import ssl
 import sys
 import time
 from collections import deque
+from typing import TYPE_CHECKING
 
 from protocol.websocket.core import FEED, Core
 from protocol.websocket.line import Line, Over
 from protocol.websocket.orders import ALPN, MAX_PACKET, Carry, Report, Serve, decode_order, encode
 from protocol.websocket.secured import READ
 from protocol.websocket.shuttle import Shuttle
+from protocol.websocket.tls import LibraryTls, Tls
+
+if TYPE_CHECKING:
+    from protocol.websocket.server_tls import ServerContext
 
 # The least TLS: what a reverse proxy or an inspecting firewall may still speak. The inside is encrypted by itself.
 LEAST_TLS = ssl.TLSVersion.TLSv1_2
@@ -37,7 +42,7 @@ class Process:
         line.setblocking(False)
         self.selector = selectors.DefaultSelector()
         self.selector.register(line, selectors.EVENT_READ, None)
-        self._server: ssl.SSLContext | None = None
+        self._server: ServerContext | None = None
         self._clients: dict[tuple[str | None, bool], ssl.SSLContext] = {}
         self._shuttles: dict[Shuttle, list[int]] = {}
         self._numbers: dict[int, Shuttle] = {}
@@ -149,11 +154,10 @@ class Process:
             self._carry(order, *sockets)
 
     def _serve(self, order: Serve) -> None:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.minimum_version = LEAST_TLS
-        context.set_alpn_protocols([ALPN[0]])
-        context.load_cert_chain(order.certificate, order.key)
-        self._server = context
+        # Here, not above: agents' processes are clients alone, and the library takes memory.
+        from protocol.websocket.server_tls import ServerContext
+
+        self._server = ServerContext(order.certificate, order.key)
 
     def _client(self, ca_pem: str | None, hint: bool) -> ssl.SSLContext:
         context = self._clients.get((ca_pem, hint))
@@ -167,16 +171,16 @@ class Process:
     def _carry(self, order: Carry, outside: socket.socket, local: socket.socket) -> None:
         now = time.monotonic()
         if order.host is not None:
-            context = self._client(order.ca_pem, order.hint)
+            tls: Tls = LibraryTls(self._client(order.ca_pem, order.hint), order.host)
             core = Core.client(order.host, order.port, order.path, now)
         elif self._server is not None:
-            context, core = self._server, Core.server((order.path,), now)
+            tls, core = self._server.connection(), Core.server((order.path,), now)
         else:
             outside.close()
             local.close()
             return
         try:
-            line = Line(outside, context, core, now, server_hostname=order.host, buffer=self.buffer, raw=self._raw)
+            line = Line(outside, tls, core, now, host=order.host or "", buffer=self.buffer, raw=self._raw)
         except OSError:
             # The connection has gone already.
             outside.close()

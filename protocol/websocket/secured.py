@@ -11,7 +11,7 @@ import ssl
 from collections import deque
 from collections.abc import Iterable
 
-Buffer = bytes | bytearray | memoryview
+from protocol.websocket.tls import Buffer, Tls
 
 # Bytes read off a socket at once.
 READ = 256 * 1024
@@ -25,20 +25,10 @@ class Secured:
     Methods raise `ssl.SSLError` and OSError when the connection is broken.
     """
 
-    def __init__(
-        self,
-        sock: socket.socket,
-        context: ssl.SSLContext,
-        *,
-        server_hostname: str | None,
-        buffer: memoryview,
-    ) -> None:
+    def __init__(self, sock: socket.socket, tls: Tls, *, buffer: memoryview) -> None:
         sock.setblocking(False)
         self.sock = sock
-        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self._tls = context.wrap_bio(
-            self._incoming, self._outgoing, server_side=server_hostname is None, server_hostname=server_hostname
-        )
+        self._tls = tls
         self._buffer = buffer
         self._unsent: deque[memoryview] = deque()
         # What the kernel last said: reading or writing in vain costs more than a read.
@@ -68,7 +58,7 @@ class Secured:
         """A step of the handshake; whether it is done."""
         while True:
             try:
-                self._tls.do_handshake()
+                self._tls.shake_hands()
             except ssl.SSLWantReadError:
                 self._flush_tls()
                 if not self._fill():
@@ -92,20 +82,16 @@ class Secured:
         size = 0
         while size < len(view):
             try:
-                more: int = self._tls.read(len(view) - size, view[size:])  # type: ignore[assignment] # with a buffer
+                more = self._tls.read_into(view[size:])
             except ssl.SSLWantReadError:
                 if not self._fill():
                     break
                 continue
-            except ssl.SSLEOFError:
-                # No goodbye of TLS; what is inside has one of its own.
-                more = 0
             if not more:
                 return size
             size += more
         # TLS itself may have something to say, as after a change of keys.
-        if self._outgoing.pending:
-            self._flush_tls()
+        self._flush_tls()
         return size or None
 
     def flush(self) -> None:
@@ -138,14 +124,11 @@ class Secured:
         except BlockingIOError:
             self.readable = False
             return False
-        if size:
-            self._incoming.write(self._buffer[:size])
-        else:
-            self._ended = True
-            self._incoming.write_eof()
+        self._ended = not size
+        self._tls.take_in(self._buffer[:size])
         return True
 
     def _flush_tls(self) -> None:
-        if self._outgoing.pending:
-            self._unsent.append(memoryview(self._outgoing.read()))
+        if out := self._tls.take_out():
+            self._unsent.append(memoryview(out))
         self.flush()

@@ -16,6 +16,7 @@ from protocol.websocket.core import FEED, Core
 from protocol.websocket.line import PING, Line, Over
 from protocol.websocket.secured import READ
 from protocol.websocket.shuttle import Shuttle
+from protocol.websocket.tls import LibraryTls
 
 CA = trustme.CA()
 CONTENT = random.Random(1).randbytes(1_500_000)
@@ -29,7 +30,7 @@ def client_context() -> ssl.SSLContext:
 
 def shuttle_of(outside: socket.socket, local: socket.socket, core: Core, now: float) -> Shuttle:
     buffer, raw = memoryview(bytearray(FEED)), memoryview(bytearray(READ))
-    line = Line(outside, client_context(), core, now, server_hostname="relay", buffer=buffer, raw=raw)
+    line = Line(outside, LibraryTls(client_context(), "relay"), core, now, host="relay", buffer=buffer, raw=raw)
     return Shuttle(line, local, tells=True, buffer=buffer)
 
 
