@@ -150,6 +150,8 @@ class TaskOptions(Record, frozen=True, kw_only=True):
     recursive_symlinks: Literal["ignore", "keep", "copy"] = "ignore"
     # Take over extended attributes of the user's namespace.
     preserve_xattrs: bool = False
+    # Take over access lists (POSIX), as far as the destination's owner lets them name accounts.
+    preserve_acls: bool = False
     # Keep several names of one file as such.
     preserve_hard_links: bool = False
     filter_rules: list[FilterRule] = []
@@ -251,7 +253,10 @@ class Counters(Record, frozen=True, kw_only=True):
     ``hard_links``: files with more names than one at the source, each of which becomes a file of its own but for
     ``hard_links_kept``, which became further names of another one;
     ``special_modes``: files with setuid, setgid or sticky, which are not taken over;
-    ``xattrs_left_out``: files and folders that lack extended attributes of their source although these were asked for.
+    ``xattrs_left_out``: files and folders that lack extended attributes of their source although these were asked for;
+    ``acls_kept``, ``acls_not_kept``, ``acls_refused``: files and folders with access lists at the source, where these
+    were asked for: that have them as they were; that do not, or not in full, by somebody's policy; whose destination's
+    file system did not take them.
     """
 
     files: int = 0
@@ -272,6 +277,9 @@ class Counters(Record, frozen=True, kw_only=True):
     hard_links_kept: int = 0
     special_modes: int = 0
     xattrs_left_out: int = 0
+    acls_kept: int = 0
+    acls_not_kept: int = 0
+    acls_refused: int = 0
     retrying: int = 0
     faults: int = 0
     scan_complete: bool = False

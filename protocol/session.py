@@ -59,7 +59,7 @@ LANE_READINGS = "lane readings"
 # Abilities a destination may announce in its `Hello`: it takes content compressed with zstd where that pays; it wants
 # all of it so.
 ZSTD, ZSTD_ALWAYS = "zstd", "zstd always"
-ATTRIBUTES = "attributes"
+ATTRIBUTES, ACCESS_LISTS = "attributes", "access lists"
 # Lanes in one answer to `ReadLanes`, and times of each.
 MAX_READINGS, LANE_TIMES = 256, 5
 # Files in one `ReadAttributes`, and the bytes of attributes from which on its answer holds no further file.
@@ -210,11 +210,14 @@ class AttributesOf(msgspec.Struct, array_like=True, frozen=True, gc=False):
 
 
 class ReadAttributes(Message, tag="attributes", frozen=True):
-    """Ask for extended attributes; only of a source with the ability `ATTRIBUTES`."""
+    """Ask for extended attributes; only of a source with the ability `ATTRIBUTES`. ``lists`` asks for access lists
+    besides, of a source with the ability `ACCESS_LISTS`, which also understands that no ``attributes`` are wanted."""
 
     r: int
     files: list[AttributesOf]
     follow: bool = False
+    attributes: bool = True
+    lists: bool = False
 
 
 class ReadLanes(Message, tag="lanes", frozen=True):
@@ -313,12 +316,16 @@ class BlockDigests(Message, tag="digests", frozen=True):
 
 class FileAttributes(msgspec.Struct, array_like=True, frozen=True):
     """The extended attributes of one file or folder, how many more it has that cannot be given, and how many grant
-    rights (access lists, capabilities) and never are. Names are those of the user's namespace, without it: no other can
-    be said."""
+    rights (access lists, capabilities) and are not given. Names are those of the user's namespace, without it: no other
+    can be said. Where access lists were asked for they do not count there: ``access`` and ``default`` are they (see
+    docs/protocol.md), empty for none, and ``lists_left_out`` is how many there are besides."""
 
     attributes: list[tuple[bytes, bytes]]
     left_out: int = 0
     rights: int = 0
+    access: bytes = b""
+    default: bytes = b""
+    lists_left_out: int = 0
 
 
 class Attributes(Message, tag="attributed", frozen=True):

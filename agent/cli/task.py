@@ -162,6 +162,8 @@ def _task_rows(document: Mapping[str, Any]) -> list[tuple[str, object]]:
     kept = beside(document).get("hard_links_kept")
     if kept:
         rows.append(("Names that are hard links", kept))
+    if beside(document).get("preserve_acls"):
+        rows.append(("Access lists kept", beside(document).get("acls_kept") or 0))
     for key, title in _LEFT_OUT:
         if beside(document).get(key):
             rows.append((title, beside(document)[key]))
@@ -176,6 +178,8 @@ _LEFT_OUT = (
     ("hard_links", "Files with several names"),
     ("special_modes", "Without setuid or the like"),
     ("xattrs_left_out", "Without some extended attributes"),
+    ("acls_not_kept", "Access lists not kept in full"),
+    ("acls_refused", "Access lists refused by the file system"),
 )
 
 

@@ -100,7 +100,15 @@ def _sync_level(_context: click.Context, _parameter: click.Parameter, value: str
     "--xattrs/--no-xattrs",
     "preserve_xattrs",
     default=False,
-    help="Keep extended attributes (user.* only; access lists and capabilities are counted and never kept).",
+    help="Keep extended attributes (user.* only; access lists and capabilities are counted and not kept).",
+)
+@click.option(
+    "--preserve-acls/--no-preserve-acls",
+    "--acls/--no-acls",
+    "preserve_acls",
+    default=False,
+    help="Keep POSIX access lists, and those of accounts, by number, where the destination's owner allows that; "
+    "others are counted.",
 )
 @click.option(
     "--verify-checksum/--no-verify-checksum", default=True, show_default=True, help="Read back and compare every file."
@@ -195,6 +203,8 @@ def transfer_data(
         extra["towpath_preserve_hard_links"] = True
     if options["preserve_xattrs"]:
         extra["towpath_preserve_xattrs"] = True
+    if options["preserve_acls"]:
+        extra["towpath_preserve_acls"] = True
     if options["relay_path"] is not None:
         extra["towpath_relay"] = options["relay_path"]
     if options["transport"] is not None:

@@ -120,6 +120,13 @@ class CollectionConfig:
         key="reading",
         doc="How often what is sent is read; twice finds disks and memory that err, and costs about twice the reading.",
     )
+    numbered_accounts: bool = setting(
+        Choice({"own": False, "numbers": True}),
+        False,
+        key="access_lists",
+        doc="Whom an access list may name that a transfer into it keeps: the owner, its group and all others only, or "
+        "accounts, too, by their numbers.",
+    )
     limits: CollectionLimits = setting(Section(CollectionLimits), doc="How much may happen on it at a time.")
     home: str = setting(InCollection(), "/", doc="Where /~/ and relative paths begin, a path inside the collection.")
     default_directory: str = setting(InCollection(), "/~/", doc="Where clients start, a path inside the collection.")

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import errno
 import os
-import struct
 import sys
 from dataclasses import dataclass, field
 from typing import TypeAlias
+
+from agent.storage import access_lists
 
 Attributes: TypeAlias = list[tuple[bytes, bytes]]
 
@@ -24,20 +25,20 @@ MOST_BYTES = 64 * 1024
 LONGEST_NAME = 250
 _NAMESPACE = b"user."
 _OURS = b"towpath."
-_LIST = b"system.posix_acl_access"
 # What grants rights to certain accounts.
-_RIGHTS = frozenset({_LIST, b"system.posix_acl_default", b"system.nfs4_acl", b"security.capability"})
-# Of an access list as the kernel gives it (linux/posix_acl_xattr.h): version, then tag, permission and account of each.
-_LIST_VERSION, _LIST_HEADER, _LIST_ENTRY, _OWNING_GROUP = 2, struct.Struct("<I"), struct.Struct("<HHI"), 0x04
+_LISTS = frozenset({access_lists.ACCESS, access_lists.DEFAULT, access_lists.NFS4})
+_RIGHTS = _LISTS | {b"security.capability"}
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What a file has. ``left_out``: too many, too large, or not to be read; ``rights``: access lists, capabilities."""
+    """What a file has. ``left_out``: too many, too large, or not to be read; ``rights``: access lists, capabilities;
+    ``lists``: the access lists among them."""
 
     attributes: Attributes = field(default_factory=list)
     left_out: int = 0
     rights: int = 0
+    lists: int = 0
 
 
 def usable() -> bool:
@@ -72,13 +73,14 @@ def mode_without_list(file: int | tuple[int, bytes], mode: int) -> int:
         except OSError as error:
             without = error.errno in (errno.ENODATA, errno.ENOTSUP, errno.ENOSYS)
             return mode if without else mode_of_everybody(mode)
-        if len(found) < _LIST_HEADER.size or _LIST_HEADER.unpack_from(found)[0] != _LIST_VERSION:
+        header, row = access_lists.HEADER, access_lists.ROW
+        if len(found) < header.size or header.unpack_from(found)[0] != access_lists.VERSION:
             return mode_of_everybody(mode)
-        entries = found[_LIST_HEADER.size : len(found) - (len(found) - _LIST_HEADER.size) % _LIST_ENTRY.size]
+        rows = found[header.size : len(found) - (len(found) - header.size) % row.size]
         whose: int
         permission: int
-        for whose, permission, _ in _LIST_ENTRY.iter_unpack(entries):
-            if whose == _OWNING_GROUP:
+        for whose, permission, _ in row.iter_unpack(rows):
+            if whose == access_lists.OWNING_GROUP:
                 return mode & ~0o070 | mode & permission << 3 & 0o070
         return mode_of_everybody(mode)
     else:  # noqa: RET505 - as above
@@ -99,9 +101,9 @@ if sys.platform == "linux":
 
     def _list_of(file: int | tuple[int, bytes]) -> bytes:
         if isinstance(file, int):
-            return os.getxattr(file, _LIST)
+            return os.getxattr(file, access_lists.ACCESS)
         # There is no call for an entry of an open folder before Linux 6.13.
-        return os.getxattr(b"/proc/self/fd/%d/%s" % file, _LIST, follow_symlinks=False)
+        return os.getxattr(b"/proc/self/fd/%d/%s" % file, access_lists.ACCESS, follow_symlinks=False)
 
     def _read(fd: int) -> Found:
         try:
@@ -111,9 +113,10 @@ if sys.platform == "linux":
                 return Found()
             raise
         found: Attributes = []
-        left_out = size = rights = 0
+        left_out = size = rights = lists = 0
         for full in sorted(os.fsencode(name) for name in names):
             rights += full in _RIGHTS
+            lists += full in _LISTS
             name = full.removeprefix(_NAMESPACE)
             if name == full or not is_attribute(name):
                 continue
@@ -130,4 +133,4 @@ if sys.platform == "linux":
                 continue
             size += len(name) + len(value)
             found.append((name, value))
-        return Found(found, left_out, rights)
+        return Found(found, left_out, rights, lists)

@@ -24,7 +24,7 @@ from typing import Literal, Self, TypeAlias
 
 import msgspec
 
-from agent.storage import attributes
+from agent.storage import access_lists, attributes
 from protocol.names import RESERVED_PREFIX, SLASH, CollectionPath, is_within
 
 Kind: TypeAlias = Literal["file", "dir", "symlink", "chr", "blk", "pipe", "other"]
@@ -440,6 +440,15 @@ class Root(ABC):
     def set_attribute(self, fd: int, name: bytes, value: bytes) -> None:
         """Set an extended attribute of an open file or folder; durable with its next sync."""
         attributes.write(fd, name, value)
+
+    def get_access_lists(self, fd: int) -> access_lists.FoundLists:
+        """The access lists of an open file or folder (see `agent.storage.access_lists`)."""
+        return access_lists.read(fd)
+
+    def set_access_list(self, fd: int, packed: bytes, *, default: bool = False) -> None:
+        """Give an open file or folder an access list, and with it a mode, or a folder a default list; empty takes a
+        default list away. Durable with its next sync."""
+        access_lists.write(fd, packed, default=default)
 
     def close_file(self, fd: int) -> None:
         """`os.close`; a delayed write error (NFS, quota) may surface here."""

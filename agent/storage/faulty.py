@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
+from agent.storage.access_lists import FoundLists
 from agent.storage.attributes import Found
 from agent.storage.base import Bytes, Directory, Node, Reach, Root
 from protocol.names import CollectionPath
@@ -166,6 +167,14 @@ class FaultyRoot(Root):
     def set_attribute(self, fd: int, name: bytes, value: bytes) -> None:
         self.script.before("set_attribute", name)
         self.inner.set_attribute(fd, name, value)
+
+    def get_access_lists(self, fd: int) -> FoundLists:
+        self.script.before("get_access_lists")
+        return self.inner.get_access_lists(fd)
+
+    def set_access_list(self, fd: int, packed: bytes, *, default: bool = False) -> None:
+        self.script.before("set_access_list")
+        self.inner.set_access_list(fd, packed, default=default)
 
     def close_file(self, fd: int) -> None:
         # As in the kernel, the descriptor is gone even if closing reports an error.

@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 
+from agent.storage.access_lists import FoundLists
 from agent.storage.attributes import Found
 from agent.storage.base import Bytes, Directory, Node, Reach, Root
 from protocol.names import CollectionPath, is_reserved
@@ -259,6 +260,12 @@ class HidingRoot(Root):
 
     def set_attribute(self, fd: int, name: bytes, value: bytes) -> None:
         self.inner.set_attribute(fd, name, value)
+
+    def get_access_lists(self, fd: int) -> FoundLists:
+        return self.inner.get_access_lists(fd)
+
+    def set_access_list(self, fd: int, packed: bytes, *, default: bool = False) -> None:
+        self.inner.set_access_list(fd, packed, default=default)
 
     def close_file(self, fd: int) -> None:
         self.inner.close_file(fd)

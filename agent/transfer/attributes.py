@@ -1,45 +1,37 @@
-"""Extended attributes on their way: read at the source with the version of their file, asked for by the destination in
-batches, and set on temporaries before anything of these is durable. Only when the task asks for it.
+"""Extended attributes and access lists on their way: read at the source with the version of their file, asked for by
+the destination in batches, and set on temporaries before anything of these is durable. Only when the task asks for it.
 
-What cannot be taken over is counted (`Counters.xattrs_left_out`), and told once for each reason; no file fails by it.
+What cannot be taken over is counted (`Counters.xattrs_left_out`, and three counts of access lists), and told once for
+each reason; no file fails by it. `agent.transfer.kept_lists` says which lists are taken over.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, suppress
+from functools import partial
 
 import trio
 
-from agent.storage.attributes import LONGEST_NAME, MOST_ATTRIBUTES, MOST_BYTES, is_attribute
+from agent.storage.access_lists import FoundLists
+from agent.storage.attributes import LONGEST_NAME, MOST_ATTRIBUTES, MOST_BYTES, Found, is_attribute
 from agent.storage.base import Root, version_of
 from agent.storage.faults import fault
-from agent.transfer.jobs import FileJob, Group
+from agent.transfer.jobs import FileJob, Group, ListFate
+from agent.transfer.kept_lists import check_lists_untrusted, give_folder_lists, give_list
+from agent.transfer.refusal import is_refusal
 from agent.transfer.run import Run
 from protocol import session
+from protocol.control import TaskItem
 from protocol.errors import ItemFailed, ProtocolError, TowpathError, Who
-from protocol.names import CollectionPath
+from protocol.names import CollectionPath, parse_path_untrusted
+from protocol.session import join_path
 
-CODE = "ATTRIBUTES_LEFT_OUT"
-# With less room than this (bytes) a refusal for want of space is the disk's, not that of one file's attributes.
-_ROOM = 1024 * 1024
-# What says that a file system does not take this attribute, or none; everything else is the file's own trouble.
-_REFUSED = frozenset(
-    {
-        errno.ENOTSUP,
-        errno.ENOSYS,
-        errno.EPERM,
-        errno.EACCES,
-        errno.E2BIG,
-        errno.ERANGE,
-        errno.EINVAL,
-        errno.ENAMETOOLONG,
-        errno.ENOSPC,
-    }
-)
-
+CODE, LISTS_CODE = "ATTRIBUTES_LEFT_OUT", "ACCESS_LISTS_NOT_KEPT"
+# Told of each attribute or list that the destination did not take, with the code of its event. Any thread may call.
+Refused = Callable[[FileJob, OSError, str], None]
 
 # --- at the source -------------------------------------------------------------------------------------------
 
@@ -57,20 +49,24 @@ def read_attributes(
     size = 0
     for asked in request.files:
         try:
-            file = _attributes_of(root, asked, allowed(asked.path), follow=request.follow)
+            file = _attributes_of(root, asked, allowed(asked.path), request)
         except ProtocolError:
             raise
         except (TowpathError, OSError):
-            file = session.FileAttributes([], 1)
+            file = _unread(request)
         found.append(file)
-        size += sum(len(name) + len(value) for name, value in file.attributes)
+        size += sum(len(name) + len(value) for name, value in file.attributes) + len(file.access) + len(file.default)
         if size >= session.ATTRIBUTE_BYTES:
             break
     return session.Attributes(request.r, found)
 
 
+def _unread(request: session.ReadAttributes) -> session.FileAttributes:
+    return session.FileAttributes([], int(request.attributes), lists_left_out=int(request.lists))
+
+
 def _attributes_of(
-    root: Root, asked: session.AttributesOf, path: CollectionPath, *, follow: bool
+    root: Root, asked: session.AttributesOf, path: CollectionPath, request: session.ReadAttributes
 ) -> session.FileAttributes:
     with ExitStack() as stack:
         if asked.version is None:
@@ -80,12 +76,14 @@ def _attributes_of(
         else:
             parent, name = root.open_parent(path)
             with parent:
-                handle = parent.open_read(name, follow=follow)
+                handle = parent.open_read(name, follow=request.follow)
             stack.callback(root.close_file, handle)
-        found = root.get_attributes(handle)
+        found = root.get_attributes(handle) if request.attributes else Found()
+        lists = root.get_access_lists(handle) if request.lists else FoundLists()
         if asked.version is not None and version_of(root.fstat(handle)) != tuple(asked.version):
-            return session.FileAttributes([], 1)
-    return session.FileAttributes(found.attributes, found.left_out, found.rights)
+            return _unread(request)
+    rights = found.rights - found.lists if request.lists else found.rights
+    return session.FileAttributes(found.attributes, found.left_out, rights, lists.access, lists.default, lists.left_out)
 
 
 # --- at the destination --------------------------------------------------------------------------------------
@@ -104,6 +102,7 @@ def check_attributes_untrusted(files: Sequence[session.FileAttributes], asked: i
             raise ProtocolError("The source sends an extended attribute with an impossible name.")
         if not (0 <= file.left_out < 2**31 and 0 <= file.rights < 2**31):
             raise ProtocolError("The source left out an impossible number of extended attributes.")
+        check_lists_untrusted(file)
 
 
 def write_attributes(root: Root, fd: int, attributes: Sequence[tuple[bytes, bytes]]) -> list[OSError]:
@@ -118,44 +117,75 @@ def write_attributes(root: Root, fd: int, attributes: Sequence[tuple[bytes, byte
         try:
             root.set_attribute(fd, name, value)
         except OSError as error:
-            if error.errno not in _REFUSED or (error.errno == errno.ENOSPC and root.free_bytes() < _ROOM):
+            if not is_refusal(root, error):
                 raise
             refusals.append(error)
     return refusals
 
 
 def attributes_size(job: FileJob) -> int:
-    """Bytes that a job's attributes hold until it is settled."""
-    return sum(len(name) + len(value) for name, value in job.attributes or ())
+    """Bytes that a job's attributes and access list hold until it is settled."""
+    lists = 0 if job.access is None else len(job.access.packed)
+    return sum(len(name) + len(value) for name, value in job.attributes or ()) + lists
 
 
-def give_attributes(root: Root, job: FileJob, fd: int, refused: Callable[[FileJob, OSError], None]) -> None:
+def give_attributes(root: Root, job: FileJob, fd: int, refused: Refused) -> None:
     """Set the attributes of a job's temporary, as far as they can be. Raises OSError as `write_attributes` does."""
     for error in write_attributes(root, fd, job.attributes or ()):
         job.attributes_left_out += 1
-        refused(job, error)
+        refused(job, error, CODE)
+
+
+def give_access_list(root: Root, job: FileJob, fd: int, permitted: int, refused: Refused, *, owner: int = 0) -> None:
+    """Give a job's temporary the access list that is wanted. Raises OSError as `kept_lists.give_list` does."""
+    error = give_list(root, job, fd, permitted, owner=owner)
+    if error is not None:
+        refused(job, error, LISTS_CODE)
 
 
 class Attributes:
     """Asks the source. Methods are called in the trio thread."""
 
-    def __init__(self, run: Run, *, wanted: bool) -> None:
+    def __init__(self, run: Run) -> None:
         self._run = run
-        self._wanted = wanted
-        self._told: set[str] = set()
+        self._policy = run.context.lists
+        self._attributes, self._lists = run.options.preserve_xattrs, run.options.preserve_acls
+        self._told: set[tuple[str, str]] = set()
+        # Folders that the task was sent to by name: whatever lists they have are no affair of the task's.
+        self._named = frozenset(_named(run.context.order.items or ()) if self._lists else ())
 
     @property
     def asked_for(self) -> bool:
-        """Whether the task wants attributes and the source can give them. Says so when it cannot."""
-        if not self._wanted:
+        """Whether the task wants attributes or access lists and the source can give them. Says what it cannot."""
+        if not self._attributes and not self._lists:
             return False
-        if session.ATTRIBUTES in self._run.session.abilities:
+        abilities = self._run.session.abilities
+        if self._lists and session.ACCESS_LISTS not in abilities:
+            self._tell(
+                "The agent of the source, or its operating system, cannot give access lists; none are kept.",
+                who="source owner",
+                code=LISTS_CODE,
+            )
+        if session.ATTRIBUTES in abilities:
             return True
-        self._tell(
-            "The agent of the source, or its operating system, cannot read extended attributes; none are taken over.",
-            who="source owner",
-        )
+        if self._attributes:
+            self._tell(
+                "The agent of the source, or its operating system, cannot read extended attributes; none are taken "
+                "over.",
+                who="source owner",
+            )
         return False
+
+    async def _ask(self, asked: list[session.AttributesOf], *, follow: bool) -> list[session.FileAttributes]:
+        lists = self._lists and session.ACCESS_LISTS in self._run.session.abilities
+        files = await self._run.session.attributes(
+            asked, follow=follow, attributes=self._attributes or not lists, lists=lists
+        )
+        check_attributes_untrusted(files, len(asked))
+        if self._lists and not lists:
+            # All that a source of before says is that there is something that grants rights.
+            files = [session.FileAttributes(file.attributes, file.left_out, 0, b"", b"", file.rights) for file in files]
+        return files
 
     async def read(self, jobs: Sequence[FileJob]) -> int:
         """Ask for the attributes of some jobs that are followed alike; the source answers for the first few of them,
@@ -164,33 +194,61 @@ class Attributes:
             return len(jobs)
         jobs = jobs[: session.MAX_ATTRIBUTE_FILES]
         asked = [session.AttributesOf(job.source_path, job.row.version) for job in jobs]
-        files = await self._run.session.attributes(asked, follow=jobs[0].follow)
-        check_attributes_untrusted(files, len(asked))
+        files = await self._ask(asked, follow=jobs[0].follow)
         for job, file in zip(jobs, files, strict=False):
-            job.attributes, job.attributes_left_out = file.attributes, self._left_out(job.source_path, file)
+            job.attributes = []
+            if self._attributes:
+                job.attributes, job.attributes_left_out = file.attributes, self._left_out(job.source_path, file)
+            if self._lists:
+                job.access, job.list_fate = self._policy.of_file(file, job.row.mode)
+                self._tell_fate(job.source_path, file, job.list_fate)
         return len(files)
 
     async def folder(self, group: Group) -> None:
         """Take over the attributes of a folder that is being worked on. Raises what is no folder's own trouble."""
         if not self.asked_for:
             return
-        files = await self._run.session.attributes([session.AttributesOf(group.source)], follow=False)
-        check_attributes_untrusted(files, 1)
+        (file,) = await self._ask([session.AttributesOf(group.source)], follow=False)
         handle = group.handle.fileno()
-        left_out = self._left_out(group.source, files[0])
-        if handle is not None and files[0].attributes:
+        if self._attributes:
+            await self._folder_attributes(group, handle, file)
+        if self._lists:
+            await self._folder_lists(group, handle, file)
+
+    async def _folder_attributes(self, group: Group, handle: int | None, file: session.FileAttributes) -> None:
+        left_out = self._left_out(group.source, file)
+        if handle is not None and file.attributes:
             # Synced with the folder's entries.
             group.made_folders = True
             root = self._run.context.root
-            refusals = await trio.to_thread.run_sync(write_attributes, root, handle, files[0].attributes)
+            refusals = await trio.to_thread.run_sync(write_attributes, root, handle, file.attributes)
             for error in refusals:
                 self.refused(group.destination, error)
             left_out += len(refusals)
         group.attributes_left_out = bool(left_out)
 
-    def refused(self, path: bytes, error: OSError) -> None:
-        """The destination did not take an attribute."""
+    async def _folder_lists(self, group: Group, handle: int | None, file: session.FileAttributes) -> None:
+        access, default, group.list_fate = self._policy.of_folder(file)
+        self._tell_fate(group.source, file, group.list_fate)
+        if handle is None:
+            return
+        group.made_folders = True
+        root = self._run.context.root
+        give = partial(give_folder_lists, root, handle, access, default, own=group.destination not in self._named)
+        error = await trio.to_thread.run_sync(give)
+        if error is not None and group.list_fate:
+            group.list_fate = ListFate.REFUSED
+            self.refused(group.destination, error, LISTS_CODE)
+
+    def refused(self, path: bytes, error: OSError, code: str = CODE) -> None:
+        """The destination did not take an attribute, or an access list."""
         reason = fault(error, "destination", path).sentence
+        if code == LISTS_CODE:
+            if error.errno in (errno.ENOTSUP, errno.ENOSYS):
+                reason = "The destination's file system keeps no access lists."
+            sentence = f"{reason} Its mode alone holds for such a file or folder, and it is counted."
+            self._tell(sentence, who="destination owner", kind=str(error.errno), code=code)
+            return
         if error.errno in (errno.ENOTSUP, errno.ENOSYS):
             reason = "The destination's file system keeps no extended attributes."
         elif error.errno in (errno.ENOSPC, errno.E2BIG, errno.ERANGE):
@@ -209,15 +267,43 @@ class Attributes:
                 kind="source",
             )
         if file.rights:
+            what = "capabilities" if self._lists else "access list or the capabilities"
             self._tell(
-                f"The access list or the capabilities of {subject} are not taken over: they name accounts of the "
+                f"The {what} of {subject} are not taken over: they name accounts of the "
                 "source's machine, who are others elsewhere. Such files and folders are counted.",
                 who="",
                 kind="rights",
             )
         return file.left_out + file.rights
 
-    def _tell(self, sentence: str, *, who: Who, kind: str = "") -> None:
-        if kind not in self._told:
-            self._told.add(kind)
-            self._run.context.on_fault(ItemFailed(sentence, code=CODE, who=who))
+    def _tell_fate(self, path: bytes, file: session.FileAttributes, fate: ListFate) -> None:
+        """Say why an access list is not kept, or not in full."""
+        if fate != ListFate.NOT_KEPT:
+            return
+        subject = fault(OSError(errno.EIO, ""), "source", path).subject
+        who: Who = "source owner"
+        if file.lists_left_out:
+            kind, reason = "source", "cannot be read at the source, or is of a kind that is not kept (NFSv4)"
+        elif not self._policy.numbers and self._policy.names_accounts(file):
+            kind, who = "accounts", "destination owner"
+            reason = (
+                "names accounts of the source's machine, who may be others elsewhere; it is kept where the owner of "
+                "the destination says that numbers mean the same people (`access_lists: numbers`)"
+            )
+        else:
+            kind, who = "umask", "destination owner"
+            reason = f"gives rights that the destination gives to no file (its umask is {self._policy.umask:03o})"
+        sentence = f"The access list of {subject} {reason}. Such files and folders are counted."
+        self._tell(sentence, who=who, kind=kind, code=LISTS_CODE)
+
+    def _tell(self, sentence: str, *, who: Who, kind: str = "", code: str = CODE) -> None:
+        if (code, kind) not in self._told:
+            self._told.add((code, kind))
+            self._run.context.on_fault(ItemFailed(sentence, code=code, who=who))
+
+
+def _named(items: Sequence[TaskItem]) -> Iterator[bytes]:
+    for item in items:
+        # One whose name cannot be fails by itself.
+        with suppress(ProtocolError):
+            yield join_path(parse_path_untrusted(item.destination_path))

@@ -5,12 +5,12 @@ behind the checks that were asked for before."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 from agent.storage import page_cache
 from agent.storage.base import Root
-from agent.transfer.attributes import give_attributes
-from agent.transfer.jobs import Abandoned, BlocksChecked, FileJob, FileSealed, LargeFile
+from agent.transfer.attributes import Refused, give_access_list, give_attributes
+from agent.transfer.jobs import Abandoned, BlocksChecked, FileSealed, LargeFile
 from agent.transfer.journal import Journal, PartialRow
 from agent.transfer.small_files import OWNER_ACCESS, Remover
 from protocol.lane import digest as block_digest
@@ -27,7 +27,7 @@ class BlockChecker:
         verify: bool,
         mode_mask: int,
         preserve_timestamp: bool,
-        refused: Callable[[FileJob, OSError], None],
+        refused: Refused,
         remover: Remover,
     ) -> None:
         self._root = root
@@ -60,9 +60,11 @@ class BlockChecker:
     def _seal_ahead(self, file: LargeFile, blocks: int) -> bool:
         """With the last blocks: give the file its mode and time before the sync that it needs anyway, and say whether
         that is done. A block that reads back wrong is written again, and then this is done again."""
-        mode = file.job.row.mode & self._mode_mask
-        # What a crash leaves must open again, and attributes that are refused are reported once.
-        if file.done_count + blocks < file.count or file.job.attributes or mode & OWNER_ACCESS != OWNER_ACCESS:
+        job = file.job
+        # What a crash leaves must open again, and what is refused is reported once.
+        if file.done_count + blocks < file.count or job.attributes or job.access is not None:
+            return False
+        if job.row.mode & self._mode_mask & OWNER_ACCESS != OWNER_ACCESS:
             return False
         try:
             self._give_mode_and_time(file)
@@ -72,7 +74,11 @@ class BlockChecker:
         return True
 
     def _give_mode_and_time(self, file: LargeFile) -> None:
-        self._root.fchmod(file.descriptor, file.job.row.mode & self._mode_mask)
+        if file.job.access is None:
+            self._root.fchmod(file.descriptor, file.job.row.mode & self._mode_mask)
+        else:
+            # Which is a mode, too: setting one afterwards would change the list's mask.
+            give_access_list(self._root, file.job, file.descriptor, self._mode_mask, self._refused)
         if self._preserve_timestamp:
             self._root.futimes(file.descriptor, file.job.row.mtime_ns)
 

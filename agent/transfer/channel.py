@@ -30,6 +30,7 @@ class WorkerCollection(msgspec.Struct, frozen=True, kw_only=True):
     home: str = "/"
     hidden: bool = True
     read_twice: bool = False
+    numbered_accounts: bool = False
     # What the root was at set-up; None when it was never looked at.
     mark: Mark | None = None
 

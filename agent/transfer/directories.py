@@ -67,6 +67,8 @@ class DirectoryWalk:
             patience=context.patience,
         )
         follow = run.options.recursive_symlinks == "copy"
+        if (run.options.preserve_xattrs or run.options.preserve_acls) and not await self._prepare(planner, row):
+            return
         try:
             async with aclosing(run.session.list_directory(row.source, follow=follow)) as batches:
                 gathered: list[Row] = []
@@ -87,10 +89,20 @@ class DirectoryWalk:
                 raise
             await self._not_listed(planner, row, error)
             return
-        await run.read_folder_attributes(planner.group)
         if run.options.delete_destination_extra:
             await self._note_extra(planner.group, row, planner)
         run.settle.put(GroupListed(planner.group))
+
+    async def _prepare(self, planner: DirectoryPlanner, row: DirectoryRow) -> bool:
+        """Give the folder here its attributes and access lists before anything is in it: a list that it has from the
+        folder above may let others look. False when it cannot be opened, which is settled then."""
+        try:
+            await self._take_rows(planner, [])
+        except _NotOpened as problem:
+            await self._not_opened(row, fault(problem.error, "destination", row.destination))
+            return False
+        await self._run.read_folder_attributes(planner.group)
+        return True
 
     async def _take_rows(self, planner: DirectoryPlanner, rows: list[Row]) -> Planned | None:
         """Plan some rows; None when they are to be planned with all others. The directory here is opened in the hop

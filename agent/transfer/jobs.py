@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import Any
 
 from agent.storage.base import Directory
@@ -19,6 +20,23 @@ from protocol.session import Row
 
 # setuid, setgid and sticky.
 SPECIAL_BITS = 0o7000
+
+
+class ListFate(IntEnum):
+    """What became of a file's access list: it has none, or the destination has it as it was, not (in full), or did not
+    take it. Kept in the journal with the file's outcome."""
+
+    NONE, KEPT, NOT_KEPT, REFUSED = range(4)
+
+
+@dataclass(frozen=True, slots=True)
+class ListWanted:
+    """The access list that a file is to have (`agent.storage.access_lists`), and the mode that comes with it.
+    ``extended``: it says more than the mode."""
+
+    packed: bytes
+    mode: int
+    extended: bool
 
 
 @dataclass(slots=True)
@@ -40,6 +58,9 @@ class Counts:
     hard_links: int = 0
     special_modes: int = 0
     xattrs_left_out: int = 0
+    acls_kept: int = 0
+    acls_not_kept: int = 0
+    acls_refused: int = 0
     hard_links_kept: int = 0
     # Of files with several names that are kept as such, each counted once; part of the total.
     bytes_shared: int = 0
@@ -51,6 +72,12 @@ class Counts:
         self.bytes_total += 0 if shared else row.size
         self.hard_links += row.links > 1
         self.special_modes += bool(row.mode & SPECIAL_BITS)
+
+    def add_list(self, fate: ListFate) -> None:
+        """Count a file or folder by what became of its access list."""
+        self.acls_kept += fate == ListFate.KEPT
+        self.acls_not_kept += fate == ListFate.NOT_KEPT
+        self.acls_refused += fate == ListFate.REFUSED
 
 
 @dataclass(slots=True, eq=False)
@@ -71,8 +98,9 @@ class Group:
     made_folders: bool = False
     # Set by the settler just before the counts are added to the task's, so that nothing is counted twice.
     folded: bool = False
-    # Whether the folder itself has extended attributes that it does not have here.
+    # Whether the folder itself has extended attributes that it does not have here; what became of its access lists.
     attributes_left_out: bool = False
+    list_fate: ListFate = ListFate.NONE
 
     @property
     def complete(self) -> bool:
@@ -98,6 +126,9 @@ class FileJob:
     # Extended attributes to be set, None until the source was asked; how many it has besides, or were refused here.
     attributes: list[tuple[bytes, bytes]] | None = None
     attributes_left_out: int = 0
+    # The access list that it gets (None: whatever its folder gives), and what became of the source's.
+    access: ListWanted | None = None
+    list_fate: ListFate = ListFate.NONE
     # One of several names of a file, to be kept as such; what it became here, and that it became so by
     # a link to another name.
     shared: bool = False
@@ -115,6 +146,10 @@ class FileJob:
     @property
     def destination_path(self) -> bytes:
         return self.group.destination + b"/" + self.name if self.group.destination else self.name
+
+    def mode(self, permitted: int) -> int:
+        """The permission bits that the file shows in the end, of those that are given at all."""
+        return self.row.mode & permitted if self.access is None else self.access.mode
 
     @property
     def key(self) -> tuple[int, bytes]:

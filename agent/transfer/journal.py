@@ -36,6 +36,8 @@ _SET_STATE = (
 # How a name in `finished` ended; UNCHANGED was found equal by comparing digests, LINKED became one
 # more name of a file, KEPT was one already, BARE was transferred without all of its extended attributes.
 TRANSFERRED, FAILED, SKIPPED, UNCHANGED, LINKED, KEPT, BARE = 1, 2, 3, 4, 5, 6, 7
+# Added to them, so many times what became of the file's access list (`agent.transfer.jobs.ListFate`).
+LIST_FATE = 16
 
 
 class DirectoryRow(msgspec.Struct, frozen=True):

@@ -115,6 +115,7 @@ class LocalNode:
                     home=row.home,
                     hidden=row.hidden,
                     read_twice=row.read_twice,
+                    numbered_accounts=row.numbered_accounts,
                     mark=self._expected_mark(row),
                 )
                 for row in self.policy.collections

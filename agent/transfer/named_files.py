@@ -75,14 +75,23 @@ class _Look:
         status = root.fstat(self._descriptor)
         # To the nanosecond, but for file systems that keep whole seconds.
         times = (row.mtime_ns, row.mtime_ns // 10**9 * 10**9)
-        if status.st_size != row.size or S_IMODE(status.st_mode) != row.mode & self._run.context.mode_mask:
+        if status.st_size != row.size or S_IMODE(status.st_mode) != self._job.mode(self._run.context.mode_mask):
             return False
         if options.preserve_timestamp and status.st_mtime_ns not in times:
+            return False
+        if not self._has_list():
             return False
         if self._job.attributes:
             found = root.get_attributes(self._descriptor).attributes
             return set(found) >= set(self._job.attributes)
         return True
+
+    def _has_list(self) -> bool:
+        wanted = self._job.access
+        if wanted is None:
+            return True
+        found = self._root.get_access_lists(self._descriptor).access
+        return found == (wanted.packed if wanted.extended else b"")
 
     async def _has_all_blocks(self) -> bool:
         """Whether every block is on the disk as the source has it."""

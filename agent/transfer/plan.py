@@ -21,8 +21,18 @@ from agent.storage.rules import included
 from agent.transfer.collisions import collision, losers
 from agent.transfer.compare import Decision, decide
 from agent.transfer.hard_links import is_shared, shared_name
-from agent.transfer.jobs import FileJob, Group, SharedName
-from agent.transfer.journal import BARE, FAILED, KEPT, LINKED, SKIPPED, UNCHANGED, DirectoryRow, Journal
+from agent.transfer.jobs import FileJob, Group, ListFate, SharedName
+from agent.transfer.journal import (
+    BARE,
+    FAILED,
+    KEPT,
+    LINKED,
+    LIST_FATE,
+    SKIPPED,
+    UNCHANGED,
+    DirectoryRow,
+    Journal,
+)
 from agent.transfer.patience import Patience
 from protocol.control import TaskItem, TaskOptions
 from protocol.errors import ItemFailed, ProtocolError, TowpathError
@@ -227,6 +237,8 @@ class DirectoryPlanner:
 def count_finished(group: Group, row: Row, outcome: int, *, verified: bool, shared: bool = False) -> None:
     """Settled in an earlier run: only the counts of this group must know."""
     counts = group.counts
+    fate, outcome = divmod(outcome, LIST_FATE)
+    counts.add_list(ListFate(fate))
     if shared and outcome not in (LINKED, KEPT):
         counts.bytes_total += row.size
     if outcome == FAILED:

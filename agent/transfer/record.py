@@ -13,6 +13,7 @@ from agent.transfer.journal import (
     FAILED,
     KEPT,
     LINKED,
+    LIST_FATE,
     SKIPPED,
     TRANSFERRED,
     UNCHANGED,
@@ -92,6 +93,7 @@ class Record:
             self._note_place(job)
             counts.bytes_transferred += size
             counts.xattrs_left_out += job.attributes_left_out > 0
+            counts.add_list(job.list_fate)
             if self._verify:
                 counts.bytes_checksummed += size
             if job.small:
@@ -202,6 +204,7 @@ class Record:
         """Add a finished group's counts to the task's and forget its details."""
         group.folded = True
         group.counts.xattrs_left_out += group.attributes_left_out
+        group.counts.add_list(group.list_fate)
         self.counters = add_counts(self.counters, group)
         if group.id > 0:
             self.journal.finish_directory(group.id)
@@ -238,7 +241,7 @@ def add_counts(counters: Counters, group: Group) -> Counters:
 def _settled_code(job: FileJob) -> int:
     if job.linked:
         return LINKED
-    return BARE if job.attributes_left_out else TRANSFERRED
+    return (BARE if job.attributes_left_out else TRANSFERRED) + LIST_FATE * job.list_fate
 
 
 def _outcome_code(outcome: Outcome) -> int:

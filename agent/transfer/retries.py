@@ -6,7 +6,7 @@ import msgspec
 import trio
 
 from agent.transfer.items import ItemPlanner
-from agent.transfer.jobs import FileJob, LinkWanted
+from agent.transfer.jobs import FileJob, LinkWanted, ListFate
 from agent.transfer.patience import attempts, counted, pause
 from agent.transfer.run import Run
 from protocol.errors import NeedsPerson, TaskFailed, TowpathError
@@ -71,6 +71,7 @@ class Retries:
             return
         job.row = msgspec.structs.replace(row, name=job.row.name)
         job.attributes, job.attributes_left_out = None, 0
+        job.access, job.list_fate = None, ListFate.NONE
         if job.row.kind == SYMLINK:
             run.settle.put(LinkWanted(job, job.row.target or b""))
             return

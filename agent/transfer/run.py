@@ -19,6 +19,7 @@ from agent.transfer.budget import Budget
 from agent.transfer.fetch import Fetcher
 from agent.transfer.jobs import FileJob, Group, LargeFile, SharedName
 from agent.transfer.journal import Journal
+from agent.transfer.kept_lists import ListPolicy
 from agent.transfer.lane_keys import KEY_RECORDS
 from agent.transfer.lane_processes import LaneProcesses
 from agent.transfer.manifest import ManifestWriter
@@ -40,6 +41,7 @@ class RunContext:
     received: ReceivedCounter
     temporary_prefix: bytes
     mode_mask: int
+    lists: ListPolicy
     # In the trio thread only: it posts to the daemon.
     on_fault: Callable[[TowpathError], None]
     patience: Patience
@@ -111,7 +113,7 @@ class Run(Reports, Protocol):
         """Ask for extended attributes if the task wants them: how many of the jobs, from the first, have them now."""
 
     async def read_folder_attributes(self, group: Group) -> None:
-        """Take over those of a folder itself."""
+        """Take over those of a folder itself, and its access lists."""
 
     async def offer(self) -> None:
         """Nothing more comes for the moment: hand out what has been collected if a lane waits for it."""

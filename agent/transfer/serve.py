@@ -19,7 +19,7 @@ import trio
 from agent.connect.lane_tls import SecuredLane
 from agent.limits.pace import Pace
 from agent.meter.lane import LaneMeter
-from agent.storage import attributes
+from agent.storage import access_lists, attributes
 from agent.storage.base import Reach, Root, version_of
 from agent.storage.faults import fault
 from agent.transfer import compression
@@ -475,7 +475,11 @@ class Control:
 def _abilities() -> list[str]:
     """What this source can do beyond the basics."""
     always = [session.EXTENTS, session.BLOCK_DIGESTS, session.LANE_READINGS]
-    return [*always, session.ATTRIBUTES] if attributes.usable() else always
+    if attributes.usable():
+        always.append(session.ATTRIBUTES)
+        if access_lists.usable():
+            always.append(session.ACCESS_LISTS)
+    return always
 
 
 def readings_of(r: int, meters: Mapping[int, LaneMeter]) -> session.LaneReadings:

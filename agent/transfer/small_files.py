@@ -15,7 +15,7 @@ from agent.storage import page_cache
 from agent.storage.base import Root
 from agent.storage.faults import fault
 from agent.system.limits import open_files, raise_open_files
-from agent.transfer.attributes import give_attributes
+from agent.transfer.attributes import Refused, give_access_list, give_attributes
 from agent.transfer.held import Holder
 from agent.transfer.jobs import FileJob, Group, PackArrived
 from agent.transfer.journal import Journal
@@ -78,7 +78,7 @@ class SmallFiles:
         preserve_timestamp: bool,
         temporary_name: Callable[[], bytes],
         failed: Callable[[FileJob, TowpathError], None],
-        refused: Callable[[FileJob, OSError], None],
+        refused: Refused,
         remover: Remover,
     ) -> None:
         self._root = root
@@ -101,8 +101,10 @@ class SmallFiles:
             name, row = temporary_name(), job.row
             mtime_ns = row.mtime_ns if self._preserve_timestamp else None
             try:
-                descriptor = write_whole(job.group.handle, name, row.mode & mask | OWNER_ACCESS, content, mtime_ns)
-                if job.attributes:
+                # With a list to come, nobody else reads it before by the list that its folder gives.
+                mode = OWNER_ACCESS if job.access is not None else row.mode & mask | OWNER_ACCESS
+                descriptor = write_whole(job.group.handle, name, mode, content, mtime_ns)
+                if job.attributes or job.access is not None:
                     self._give_attributes(job, descriptor)
                 if self._kept >= self._keep:
                     held, descriptor = descriptor, -1
@@ -119,6 +121,7 @@ class SmallFiles:
     def _give_attributes(self, job: FileJob, descriptor: int) -> None:
         try:
             give_attributes(self._root, job, descriptor, self._refused)
+            give_access_list(self._root, job, descriptor, self._mode_mask, self._refused, owner=OWNER_ACCESS >> 6)
         except BaseException:
             self._root.close_file(descriptor)
             raise

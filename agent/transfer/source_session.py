@@ -234,9 +234,14 @@ class SourceSession:
         session.check_readings_untrusted(answer)
         return answer
 
-    async def attributes(self, files: list[session.AttributesOf], *, follow: bool) -> list[session.FileAttributes]:
-        """Extended attributes of some files, or of the first few of them. Only with the ability `ATTRIBUTES`."""
-        answer = await self._ask(session.Attributes, lambda r: session.ReadAttributes(r, files, follow))
+    async def attributes(
+        self, files: list[session.AttributesOf], *, follow: bool, attributes: bool = True, lists: bool = False
+    ) -> list[session.FileAttributes]:
+        """Extended attributes and access lists of some files, or of the first few of them. Only with the ability
+        `ATTRIBUTES`, and lists with `ACCESS_LISTS`."""
+        answer = await self._ask(
+            session.Attributes, lambda r: session.ReadAttributes(r, files, follow, attributes, lists)
+        )
         return answer.files
 
     async def block_digests(

@@ -24,7 +24,8 @@ _LOOK = 0.05
 def takeable(items: Sequence[TaskItem], options: TaskOptions) -> int:
     """How many items, from the first, are worth asking for before it is known what they are: single files that will be
     brought over whatever the destination has, all into one folder."""
-    if options.sync_level is not None or options.preserve_xattrs or options.preserve_hard_links:
+    kept = options.preserve_xattrs or options.preserve_acls or options.preserve_hard_links
+    if options.sync_level is not None or kept:
         return 0
     count = 0
     for item in items[:MOST_FILES]:

@@ -21,6 +21,7 @@ from agent.transfer.daemon_line import DaemonLine
 from agent.transfer.delete import DeleteRun, Stopped
 from agent.transfer.events import EventLog
 from agent.transfer.journal import Journal, open_or_rebuild
+from agent.transfer.kept_lists import ListPolicy
 from agent.transfer.manifest import ManifestWriter
 from agent.transfer.patience import Patience
 from agent.transfer.plan import now_iso, split_path, sweep_temporaries
@@ -48,11 +49,20 @@ Connect = Callable[[str], Awaitable[SourceSession]]
 class TaskRunner:
     """Runs one task until it is finished, paused or cancelled; returns the message that tells the daemon."""
 
-    def __init__(self, start: RunTask, line: DaemonLine, mode_mask: int, open_root: Callable[[], Root]) -> None:
+    def __init__(
+        self,
+        start: RunTask,
+        line: DaemonLine,
+        mode_mask: int,
+        open_root: Callable[[], Root],
+        *,
+        numbers: bool = False,
+    ) -> None:
         self._start = start
         self._order = start.order
         self._line = line
         self._mode_mask = mode_mask
+        self._lists = ListPolicy(mode_mask, numbers=numbers)
         self._directory = Path(start.state_dir)
         self._run: TransferRun | DeleteRun | None = None
         self._counters = Counters()
@@ -253,6 +263,7 @@ class TaskRunner:
                     received=received,
                     temporary_prefix=self._prefix,
                     mode_mask=self._mode_mask,
+                    lists=self._lists,
                     on_fault=self._fault,
                     patience=self._patience,
                     pace=self._line.pace,

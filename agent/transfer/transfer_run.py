@@ -97,7 +97,7 @@ class TransferRun:
             context.patience,
             partial(self._soon, context.on_fault),
         )
-        self.attributes = Attributes(self, wanted=self.options.preserve_xattrs)
+        self.attributes = Attributes(self)
         self.hard_links = HardLinks(self)
         self.retries = Retries(self)
         self.large = LargeFiles(self)
@@ -301,7 +301,7 @@ class TransferRun:
         return await self.attributes.read(jobs)
 
     async def read_folder_attributes(self, group: Group) -> None:
-        """Take over those of a folder itself."""
+        """Take over those of a folder itself, and its access lists."""
         await self.attributes.folder(group)
 
     async def offer(self) -> None:
@@ -387,8 +387,8 @@ class TransferRun:
     def job_failed(self, job: FileJob, error: TowpathError) -> None:
         self._soon(self.retries.job_failed, job, error)
 
-    def attribute_refused(self, job: FileJob, error: OSError) -> None:
-        self._soon(self.attributes.refused, job.destination_path, error)
+    def attribute_refused(self, job: FileJob, error: OSError, code: str) -> None:
+        self._soon(self.attributes.refused, job.destination_path, error, code)
 
     def hard_link_failed(self, job: FileJob, error: OSError) -> None:
         self._soon(self.hard_links.failed, job, error)

@@ -84,7 +84,10 @@ def _narrowed(root: Root, grant: Grant) -> Root:
 
 def _receives_by_handles(start: Any) -> bool:
     """Whether lane processes can help: something is received, and handles are enough for it."""
-    return isinstance(start, RunTask) and start.order.type == "TRANSFER" and not start.order.options.preserve_xattrs
+    if not isinstance(start, RunTask) or start.order.type != "TRANSFER":
+        return False
+    options = start.order.options
+    return not (options.preserve_xattrs or options.preserve_acls)
 
 
 async def _run_task(channel: Channel, start: RunTask, forked: Sequence[Child]) -> None:
@@ -99,7 +102,7 @@ async def _run_task(channel: Channel, start: RunTask, forked: Sequence[Child]) -
         def reached_root() -> Root:
             return _narrowed(_root_of(collection), verifier.at_any_time_untrusted(line.ticket).destination)
 
-        runner = TaskRunner(start, line, 0o777 & ~mask, reached_root)
+        runner = TaskRunner(start, line, 0o777 & ~mask, reached_root, numbers=collection.numbered_accounts)
         observed = await runner.run()
         final = observed.state in FINAL_STATES
         await line.finish(Finished(observed=observed) if final else Checkpointed(observed=observed))

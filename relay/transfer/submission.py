@@ -187,6 +187,7 @@ def _transfer_options(fields: Fields) -> TaskOptions:
         # Ours, beside theirs: what else of a file's properties is taken over.
         preserve_hard_links=fields.boolean("towpath_preserve_hard_links", False),
         preserve_xattrs=fields.boolean("towpath_preserve_xattrs", False),
+        preserve_acls=fields.boolean("towpath_preserve_acls", False),
         filter_rules=rules,
         relay_path=relay_path,
         transport=transport,

@@ -283,6 +283,9 @@ class Engine:
     read_twice: bool = False
     ahead: bool = True
     lanes_wanted: int = 1
+    # The permission bits that new files are given, and whether access lists may name accounts by number.
+    permitted: int = 0o755
+    numbers: bool = False
     # Lane processes, each played by a thread of this one; with LANE_PROCESSES=1 in the environment all tests that play
     # an engine have one.
     processes: int = int(os.environ.get("LANE_PROCESSES", "0"))
@@ -391,7 +394,8 @@ class Engine:
             with trio.fail_after(seconds), self._mortal():
                 async with trio.open_nursery() as nursery:
                     line = Line(self, nursery)
-                    observed = await TaskRunner(start, line, 0o755, self.open_destination).run()  # type: ignore[arg-type]
+                    runner = TaskRunner(start, line, self.permitted, self.open_destination, numbers=self.numbers)  # type: ignore[arg-type]
+                    observed = await runner.run()
                     nursery.cancel_scope.cancel()
         except BaseException as error:
             if self.dead and _holds(error, Crashed):

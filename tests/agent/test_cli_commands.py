@@ -165,7 +165,7 @@ def test_transfer_options_reach_the_document(towpath: Run, relay: FakeRelay) -> 
         *("transfer", "alpha:/a/", "beta:/b/", "-r", "-F", "json", "--label", "my label", "--sync-level", "mtime"),
         *("--preserve-mtime", "--no-verify-checksum", "--delete", "--skip-source-errors", "--fail-on-quota-errors"),
         *("--exclude", "*.tmp", "--include", "*.txt", "--exclude=*", "--symlinks", "keep", "--notify", "failed"),
-        *("--xattrs", "--hard-links", "--deadline", "2999-01-01T00:00:00", "--submission-id", submission),
+        *("--xattrs", "--acls", "--hard-links", "--deadline", "2999-01-01T00:00:00", "--submission-id", submission),
     )
     assert code == 0
     assert json.loads(out)["task_id"] == TASK
@@ -186,6 +186,7 @@ def test_transfer_options_reach_the_document(towpath: Run, relay: FakeRelay) -> 
         "fail_on_quota_errors": True,
         "recursive_symlinks": "keep",
         "towpath_preserve_xattrs": True,
+        "towpath_preserve_acls": True,
         "towpath_preserve_hard_links": True,
         "notify_on_succeeded": False,
         "notify_on_failed": True,

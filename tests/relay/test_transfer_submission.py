@@ -53,6 +53,7 @@ def test_every_field_arrives() -> None:
         towpath_transport="tcp",
         towpath_compression="off",
         towpath_preserve_xattrs=True,
+        towpath_preserve_acls=True,
         towpath_preserve_hard_links=True,
         filter_rules=[
             {"DATA_TYPE": "filter_rule", "method": "include", "name": "*.txt", "type": "file"},
@@ -79,6 +80,7 @@ def test_every_field_arrives() -> None:
             options.fail_on_quota_errors,
             options.delete_destination_extra,
             options.preserve_xattrs,
+            options.preserve_acls,
             options.preserve_hard_links,
         ]
     )
@@ -101,7 +103,7 @@ def test_defaults_are_those_of_the_api() -> None:
     assert options.verify_checksum is False
     assert options.recursive_symlinks == "ignore"
     assert (options.relay_path, options.transport) == ("allow", "auto")
-    assert (options.preserve_xattrs, options.preserve_hard_links) == (False, False)
+    assert not (options.preserve_xattrs or options.preserve_acls or options.preserve_hard_links)
     assert transfer(DATA=[ITEM]).items[0].recursive is None
     assert delete(recursive=None).options.recursive is False
 
@@ -133,6 +135,7 @@ WRONG_TRANSFERS: list[tuple[str, dict[str, Any]]] = [
     ("towpath_transport", {"towpath_transport": "pigeon"}),
     ("towpath_compression", {"towpath_compression": "tightly"}),
     ("towpath_preserve_xattrs", {"towpath_preserve_xattrs": "user"}),
+    ("towpath_preserve_acls", {"towpath_preserve_acls": "numbers"}),
     ("towpath_bandwidth_limit", {"towpath_bandwidth_limit": 999}),
     ("towpath_bandwidth_limit", {"towpath_bandwidth_limit": "20 MB/s"}),
     ("filter_rules", {"filter_rules": {}}),
