@@ -24,7 +24,7 @@ from typing import Literal, Self, TypeAlias
 
 import msgspec
 
-from agent.storage import access_lists, attributes
+from agent.storage import access_lists, attributes, clone
 from protocol.names import RESERVED_PREFIX, SLASH, CollectionPath, is_within
 
 Kind: TypeAlias = Literal["file", "dir", "symlink", "chr", "blk", "pipe", "other"]
@@ -411,6 +411,14 @@ class Root(ABC):
     def pwrite(self, fd: int, data: Bytes, offset: int) -> int:
         """`os.pwrite`: may write less than asked for."""
         return os.pwrite(fd, data, offset)
+
+    def clone_range(self, source: int, target: int, offset: int, length: int) -> None:
+        """Have a part of one open file share its blocks with the same part of another (see `agent.storage.clone`)."""
+        clone.clone_range(source, target, offset, length)
+
+    def copy_range(self, source: int, target: int, offset: int, length: int) -> int:
+        """Copy a part of one open file to the same part of another inside the system; may copy less than asked for."""
+        return clone.copy_range(source, target, offset, length)
 
     def ftruncate(self, fd: int, size: int) -> None:
         """`os.ftruncate`."""

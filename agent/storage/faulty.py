@@ -140,6 +140,14 @@ class FaultyRoot(Root):
         self.script.before("pwrite")
         return self.inner.pwrite(fd, self.script.cut(data), offset)
 
+    def clone_range(self, source: int, target: int, offset: int, length: int) -> None:
+        self.script.before("clone_range")
+        self.inner.clone_range(source, target, offset, length)
+
+    def copy_range(self, source: int, target: int, offset: int, length: int) -> int:
+        self.script.before("copy_range")
+        return self.inner.copy_range(source, target, offset, min(length, self.script.short or length))
+
     def ftruncate(self, fd: int, size: int) -> None:
         self.script.before("ftruncate")
         self.inner.ftruncate(fd, size)

@@ -240,6 +240,12 @@ class HidingRoot(Root):
     def pwrite(self, fd: int, data: Bytes, offset: int) -> int:
         return self.inner.pwrite(fd, data, offset)
 
+    def clone_range(self, source: int, target: int, offset: int, length: int) -> None:
+        self.inner.clone_range(source, target, offset, length)
+
+    def copy_range(self, source: int, target: int, offset: int, length: int) -> int:
+        return self.inner.copy_range(source, target, offset, length)
+
     def ftruncate(self, fd: int, size: int) -> None:
         self.inner.ftruncate(fd, size)
 

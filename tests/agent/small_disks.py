@@ -19,10 +19,10 @@ LEAST = {"ext4": 64, "xfs": 300, "btrfs": 120}
 class Disk:
     """A small disk in a file."""
 
-    def __init__(self, image: Path, kind: str = "ext4") -> None:
+    def __init__(self, image: Path, kind: str = "ext4", megabytes: int = 0) -> None:
         self.image = image
         with image.open("wb") as file:
-            file.truncate(LEAST[kind] * MIB)
+            file.truncate(max(LEAST[kind], megabytes) * MIB)
         try:
             made = subprocess.run([f"mkfs.{kind}", "-q", image], capture_output=True)
         except FileNotFoundError:
