@@ -48,12 +48,19 @@ class Agent:
         address: str,
         *,
         read_twice: bool = False,
+        numbered_accounts: bool = False,
     ) -> None:
         self.root, self.directory = root, directory
         self.key = NodeKey.generate()
         self.id, self.collection = str(uuid.uuid4()), str(uuid.uuid4())
         directory.mkdir(parents=True)
-        collection = CollectionConfig(id=self.collection, name="benchmark", root=str(root), read_twice=read_twice)
+        collection = CollectionConfig(
+            id=self.collection,
+            name="benchmark",
+            root=str(root),
+            read_twice=read_twice,
+            numbered_accounts=numbered_accounts,
+        )
         config = AgentConfig(
             state_dir=directory,
             collections=(collection,),
@@ -92,12 +99,15 @@ class Engine:
         address: str,
         *,
         read_twice: bool = False,
+        numbered_accounts: bool = False,
     ) -> None:
         root = RelayRoot.generate()
         key, now = Ed25519PrivateKey.generate(), time.time()
         self._signer = TicketSigner(RELAY, key, root.certify(key.public_key(), "k", now - 100, now + 86400), "k")
         self.source = Agent(directory / "source", source, root, limits, address, read_twice=read_twice)
-        self.destination = Agent(directory / "destination", destination, root, limits, "127.0.0.1")
+        self.destination = Agent(
+            directory / "destination", destination, root, limits, "127.0.0.1", numbered_accounts=numbered_accounts
+        )
         self._sessions: dict[str, SessionOrder] = {}
 
     async def answer(self) -> None:
@@ -119,6 +129,7 @@ class Engine:
         compression: Compression = "auto",
         preserve_hard_links: bool = False,
         preserve_xattrs: bool = False,
+        preserve_acls: bool = False,
     ) -> str:
         """Submit; the task's id."""
         task, session, now = str(uuid.uuid4()), str(uuid.uuid4()), time.time()
@@ -157,6 +168,7 @@ class Engine:
                     compression=compression,
                     preserve_hard_links=preserve_hard_links,
                     preserve_xattrs=preserve_xattrs,
+                    preserve_acls=preserve_acls,
                 ),
                 items=[TaskItem(source_path=source, destination_path=destination, recursive=recursive)],
             )
@@ -186,15 +198,18 @@ async def engine(
     address: str = "127.0.0.1",
     prepare: Callable[[Engine], None] = lambda _made: None,
     read_twice: bool = False,
+    numbered_accounts: bool = False,
     workers_per_session: int | Literal["as the environment says"] | None = "as the environment says",
 ) -> AsyncIterator[Engine]:
     """Both agents, up and linked, each with its spare worker. ``address`` is where the source listens; ``prepare`` is
-    called before they start; ``read_twice`` is the source's owner's choice. ``workers_per_session`` as in the
-    configuration, None for auto; else the environment's WORKERS_PER_SESSION, or 1."""
+    called before they start; ``read_twice`` is the source's owner's choice, ``numbered_accounts`` the destination's.
+    ``workers_per_session`` as in the configuration, None for auto; else the environment's WORKERS_PER_SESSION, or 1."""
     if workers_per_session == "as the environment says":
         workers_per_session = int(os.environ.get("WORKERS_PER_SESSION", "1"))
     limits = LimitsConfig(lanes=lanes, workers_per_session=workers_per_session)
-    made = Engine(directory, source, destination, limits, address, read_twice=read_twice)
+    made = Engine(
+        directory, source, destination, limits, address, read_twice=read_twice, numbered_accounts=numbered_accounts
+    )
     prepare(made)
     async with trio.open_nursery() as nursery:
         await nursery.start(made.source.service.run)
