@@ -8,6 +8,7 @@ from functools import partial
 import trio
 
 from agent.storage.faults import fault
+from agent.transfer.budget import charge
 from agent.transfer.checksum import file_digest
 from agent.transfer.items import ItemPlanner
 from agent.transfer.jobs import FileJob, Group, GroupListed, LinkWanted, Outcome
@@ -171,6 +172,9 @@ class DirectoryWalk:
             if job.row.target is None:
                 run.retries.unknown_link(job)
             else:
+                # Listing is faster than making links.
+                job.charged = charge(0)
+                await run.budget.acquire(job.charged)
                 run.settle.put(LinkWanted(job, job.row.target))
         for job in planned.comparisons:
             await run.compare(job)

@@ -25,8 +25,8 @@ from protocol.errors import ItemFailed
 from protocol.session import FILE, Row
 
 CODE = "HARD_LINK_NOT_KEPT"
-# Names that wait for their leaders before planners wait, too.
-MOST_WAITING = 2000
+# Names that wait for their leaders, and names that the settler has and has not made, before planners wait, too.
+MOST_WAITING, MOST_HANDED = 2000, 8000
 _DECISIONS = frozenset({"copy", "skip", "compare digests"})
 
 
@@ -72,6 +72,8 @@ class HardLinks:
         # By the job, because a file that is tried again may have been replaced by another one.
         self._leaders: dict[FileJob, tuple[int, int]] = {}
         self._count = 0
+        # What the settler has of the names that do not lead: listing is faster than making names.
+        self._handed: set[FileJob] = set()
         self._fewer = trio.Event()
         self._told = False
 
@@ -95,12 +97,13 @@ class HardLinks:
         return leaders
 
     async def room(self) -> None:
-        """Wait while very many names wait. What `take` gave back must have been handed out."""
-        while self._count > MOST_WAITING:
+        """Wait while very many names wait, or are to be made. What `take` gave back must have been handed out."""
+        while self._count > MOST_WAITING or len(self._handed) > MOST_HANDED:
             await self._fewer.wait()
 
     def settled(self, jobs: Sequence[FileJob]) -> None:
         """Some jobs have ended; those that became a file have their ``place``."""
+        self._made(jobs)
         for job in jobs:
             source = self._leaders.pop(job, None)
             if source is None:
@@ -115,6 +118,7 @@ class HardLinks:
 
     def failed(self, job: FileJob, error: OSError) -> None:
         """A name could not be made: the file comes on its own, and leads the next ones."""
+        self._made([job])
         if not self._told:
             self._told = True
             reason = fault(error, "destination", job.destination_path).sentence
@@ -144,6 +148,7 @@ class HardLinks:
         """The file is here: it gets the names that wait. One that was listed with another version leads then."""
         while waiting.names and waiting.names[0].job.row.version == row.version:
             name = self._release(waiting)
+            self._handed.add(name.job)
             if name.several and name.existing == row.place:
                 name.job.linked = True
                 self._run.settle.put(Outcome(name.job, None))
@@ -156,9 +161,16 @@ class HardLinks:
 
     def _release(self, waiting: _Waiting) -> SharedName:
         self._count -= 1
+        self._tell_fewer()
+        return waiting.names.popleft()
+
+    def _made(self, jobs: Sequence[FileJob]) -> None:
+        self._handed.difference_update(jobs)
+        self._tell_fewer()
+
+    def _tell_fewer(self) -> None:
         self._fewer.set()
         self._fewer = trio.Event()
-        return waiting.names.popleft()
 
     async def _hand_out(self, name: SharedName) -> None:
         await self.hand_out(name)

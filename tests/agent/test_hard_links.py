@@ -7,6 +7,7 @@ import errno
 import os
 import random
 import sqlite3
+import time
 from collections import defaultdict
 from pathlib import Path
 
@@ -14,7 +15,9 @@ import msgspec
 import pytest
 
 from agent.storage.faulty import Call
-from agent.transfer import hard_links
+from agent.transfer import directories, hard_links
+from agent.transfer.budget import UNSETTLED_BYTES
+from agent.transfer.jobs import HardLinkWanted, LinkWanted
 from agent.transfer.journal import Journal
 from protocol.control import TaskItem
 from tests.agent.engine_inside import CHECKED, WHOLE, Crashed, Engine, contents, quick_path
@@ -305,6 +308,56 @@ async def test_only_what_is_on_its_way_is_remembered(quick_path: Path, monkeypat
     assert most[0] <= 20
     with contextlib.closing(sqlite3.connect(engine.state / "journal.sqlite")) as connection:
         assert connection.execute("SELECT count(*) FROM hard_links").fetchone() == (1,)
+
+
+@pytest.mark.parametrize("kind", ["hard links", "symlinks"])
+async def test_names_are_not_planned_far_ahead_of_their_making(
+    quick_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """However fast a source lists: what the settler has not made yet is bounded, over all folders and in each."""
+    monkeypatch.setattr(hard_links, "MOST_WAITING", 20)
+    monkeypatch.setattr(hard_links, "MOST_HANDED", 20)
+    monkeypatch.setattr(directories, "LISTERS", 2)
+    monkeypatch.setattr(directories, "charge", lambda _size: UNSETTLED_BYTES // 20)
+    puts, made = [0], [0]
+    most = [0]
+    wanted, once = (HardLinkWanted, "link") if kind == "hard links" else (LinkWanted, "symlink")
+
+    def counting(self: object, *arguments: object) -> None:
+        begin(self, *arguments)  # type: ignore[arg-type]
+        puts[0] += 1
+        most[0] = max(most[0], puts[0] - made[0])
+
+    def plan(call: Call) -> int | None:
+        if call.operation == once:
+            made[0] += 1
+            # The first one takes so long that everything could be planned meanwhile.
+            for _ in range(50 if made[0] == 1 else 0):
+                if puts[0] >= 590:
+                    break
+                time.sleep(0.01)
+        return None
+
+    begin = wanted.__init__
+    monkeypatch.setattr(wanted, "__init__", counting)
+    engine = Engine(quick_path, KEPT, plan=plan)
+    for folder in range(60):
+        (engine.source / f"{folder:02}").mkdir()
+        for number in range(10):
+            path = engine.source / f"{folder:02}" / f"{number}"
+            if kind == "symlinks":
+                path.symlink_to("nowhere")
+            elif folder:
+                path.hardlink_to(engine.source / "00" / f"{number}")
+            else:
+                path.write_bytes(b"content")
+    observed = await engine.run()
+    assert observed.state == "SUCCEEDED", observed
+    assert contents(engine.destination) == contents(engine.source)
+    assert puts[0] >= 590
+    # What each lister has just planned besides, and what is being made.
+    assert most[0] <= 20 + 20 + 4 * 10
+    print(f"{kind}: at most {most[0]} of {puts[0]} planned and not made")
 
 
 def test_a_source_with_inodes_beyond_what_sqlite_counts(tmp_path: Path) -> None:
