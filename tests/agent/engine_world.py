@@ -46,6 +46,7 @@ class Node:
     id: str = field(default_factory=lambda: str(uuid.uuid4()))
     collection: str = field(default_factory=lambda: str(uuid.uuid4()))
     read_only: bool = False
+    numbered_accounts: bool = False
     service: TransferService | None = None
     policy: Policy = field(default_factory=lambda: Policy([]))
 
@@ -100,7 +101,13 @@ class World:
 
     async def start(self, node: Node) -> trio.CancelScope:
         """Bring a node up; cancelling the scope is a clean end."""
-        collection = CollectionConfig(id=node.collection, name=node.name, root=str(node.root), read_only=node.read_only)
+        collection = CollectionConfig(
+            id=node.collection,
+            name=node.name,
+            root=str(node.root),
+            read_only=node.read_only,
+            numbered_accounts=node.numbered_accounts,
+        )
         config = AgentConfig(
             state_dir=node.state,
             collections=(collection,),

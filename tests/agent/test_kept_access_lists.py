@@ -13,6 +13,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import trio
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -33,7 +34,8 @@ from protocol import session
 from protocol.control import TaskItem
 from protocol.errors import ProtocolError
 from protocol.session import FileAttributes
-from tests.agent.engine_inside import CHECKED, Crashed, Engine, contents, quick_path
+from tests.agent.engine_inside import CHECKED, WHOLE, Crashed, Engine, contents, quick_path
+from tests.agent.engine_world import World
 from tests.agent.small_disks import Disk, needs_root, unmounting
 
 __all__ = ["quick_path"]
@@ -551,6 +553,23 @@ def reads(folder: Path, name: str) -> bool:
     finally:
         os.close(handle)
     return done.returncode == 0
+
+
+@pytest.mark.parametrize("numbers", [False, True])
+async def test_the_owners_word_reaches_real_workers(tmp_path: Path, numbers: bool) -> None:
+    async with trio.open_nursery() as nursery:
+        made = World(tmp_path, nursery)
+        made.beta.numbered_accounts = numbers
+        await made.start(made.alpha)
+        await made.start(made.beta)
+        path = made.alpha.root / "file"
+        path.write_bytes(b"content")
+        give(path, READS)
+        observed = await made.wait(await made.submit(WHOLE, WANTED))
+        assert observed.state == "SUCCEEDED", observed
+        assert list_of(made.beta.root / "file") == (READS if numbers else None)
+        assert (observed.counters.acls_kept, observed.counters.acls_not_kept) == (int(numbers), int(not numbers))
+        nursery.cancel_scope.cancel()
 
 
 async def test_the_rows_of_a_kernels_list_may_come_in_any_order(quick_path: Path) -> None:
