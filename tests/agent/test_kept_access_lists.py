@@ -555,10 +555,11 @@ def reads(folder: Path, name: str) -> bool:
     return done.returncode == 0
 
 
-@pytest.mark.parametrize("numbers", [False, True])
-async def test_the_owners_word_reaches_real_workers(tmp_path: Path, numbers: bool) -> None:
+@pytest.mark.parametrize(("numbers", "workers"), [(False, 1), (True, 2)])
+async def test_the_owners_word_reaches_real_workers(tmp_path: Path, numbers: bool, workers: int) -> None:
+    """With lane processes wanted, too, which know no lists and so have no part in this."""
     async with trio.open_nursery() as nursery:
-        made = World(tmp_path, nursery)
+        made = World(tmp_path, nursery, workers)
         made.beta.numbered_accounts = numbers
         await made.start(made.alpha)
         await made.start(made.beta)
