@@ -475,11 +475,8 @@ class Control:
 def _abilities() -> list[str]:
     """What this source can do beyond the basics."""
     always = [session.EXTENTS, session.BLOCK_DIGESTS, session.LANE_READINGS]
-    if attributes.usable():
-        always.append(session.ATTRIBUTES)
-        if access_lists.usable():
-            always.append(session.ACCESS_LISTS)
-    return always
+    extended = [session.ATTRIBUTES, *([session.ACCESS_LISTS] if access_lists.usable() else [])]
+    return [*always, *extended] if attributes.usable() else always
 
 
 def readings_of(r: int, meters: Mapping[int, LaneMeter]) -> session.LaneReadings:
