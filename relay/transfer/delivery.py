@@ -15,6 +15,7 @@ import trio
 
 from protocol.candidates import Arrangement, check_candidates_untrusted
 from protocol.control import (
+    FINAL_STATES,
     SessionAnswer,
     SessionOrder,
     TaskItem,
@@ -168,8 +169,9 @@ class Courier:
             return None
         return loaded.sides.source.node_id, loaded.sides.worker.node_id, loaded.task
 
-    async def compare(self, task_id: str, node_id: str, now: float) -> None:
-        """Ask an agent how a task that it was given stands, and give it again if the agent does not know it.
+    async def compare(self, task_id: str, node_id: str, now: float, *, ends: bool) -> None:
+        """Ask an agent how a task that it was given stands, and give it again if the agent does not know it. Whether it
+        ``ends`` with what the agent says, or with a line of the agent's that is still to come.
 
         Raises the link's passing errors.
         """
@@ -186,7 +188,8 @@ class Courier:
                 raise
             await self._store.write(lambda connection: delivery_notes.give_again(connection, task_id))
             return
-        await self._store.write(lambda connection: delivery_notes.compared(connection, task_id, observed, now))
+        if ends or observed.state not in FINAL_STATES:
+            await self._store.write(lambda connection: delivery_notes.compared(connection, task_id, observed, now))
 
     async def cut(self, task_id: str, now: float) -> None:
         """Withdraw the session of a task at its source at once, beside any visit that is under way.

@@ -240,6 +240,8 @@ class FakeRegistry:
 
     def __init__(self) -> None:
         self.agents: dict[str, FakeAgent] = {}
+        # Seconds before the first line of a stream comes.
+        self.hold_streams = 0.0
         self._subscribers: list[trio.MemorySendChannel[LinkUp | LinkDown]] = []
 
     def up(self, agent: FakeAgent) -> None:
@@ -310,6 +312,7 @@ class FakeRegistry:
         agent = self._agent(node_id)
         after = int(dict(query)["after"])
         agent.asked_after.append(after)
+        await trio.sleep(self.hold_streams)
         send, receive = trio.open_memory_channel[bytes](10_000)
         agent._readers.append(send)
         for line in agent.lines:

@@ -244,6 +244,29 @@ async def test_an_agent_that_lost_its_state_gets_its_running_tasks_again(clock: 
     assert await scene.codes(lost) == ["STARTED", "BEFORE", "AGAIN", "SUCCEEDED"]
 
 
+async def test_a_task_that_ended_while_its_agent_was_away_ends_after_all_that_was_told_before(
+    clock: MockClock, scene: Scene
+) -> None:
+    scene.up()
+    task_id = await scene.task()
+    agent = scene.destination
+    await trio.sleep(MOMENT)
+    scene.relay.registry.down(agent)
+    agent.boot_id = "boot-2"
+    agent.observe(task_id, "ACTIVE")
+    agent.say("event", task_id, code="WORKER_DIED", is_error=True)
+    agent.succeed(task_id, files=2)
+    # The lines take a while; how the task stands could be known at once.
+    scene.relay.registry.hold_streams = 5.0
+    scene.relay.registry.up(agent)
+    await trio.sleep(MOMENT)
+    assert (await scene.show(task_id))["status"] == "ACTIVE"
+    assert await scene.codes(task_id) == []
+    await trio.sleep(10)
+    assert (await scene.show(task_id))["status"] == "SUCCEEDED"
+    assert await scene.codes(task_id) == ["STARTED", "WORKER_DIED", "SUCCEEDED"]
+
+
 async def test_a_relay_that_died_between_storing_and_acknowledging(clock: MockClock, scene: Scene, world: Any) -> None:
     scene.up()
     task_id = await scene.task()
