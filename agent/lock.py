@@ -68,6 +68,11 @@ class InstanceLock:
             self.holder = Holder(self.holder.host, self.holder.pid, self.holder.began, now)
             _write_record(self._descriptor, self.holder)
 
+    def forget(self) -> None:
+        """In a process that was forked from the holder: let go of what was inherited. The holder keeps the lock."""
+        descriptor, self._descriptor = self._descriptor, -1
+        os.close(descriptor)
+
     def release(self) -> None:
         """Give the lock back and take our name off it. Doing it twice is harmless."""
         descriptor, self._descriptor = self._descriptor, -1

@@ -1,8 +1,9 @@
 """Starts the agent: what moves data first, and everything else while it moves already.
 
-Loading Python modules is most of a start. So a first worker process is started before them, in which they load at the
-same time; then comes the data side, with which tasks go on; and the rest of the daemon, for the relay and the owner, is
-loaded beside that.
+Loading Python modules is most of a start. So what moves data is loaded first, once for the data side, with which tasks
+go on, and for a first worker process, which is forked from this one. Where that cannot be, the worker is started before
+anything is loaded, so that both load at the same time. The rest of the daemon, for the relay and the owner, is loaded
+when data moves, or when there is nothing to go on with.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from typing import TYPE_CHECKING
 from agent import logs, process
 from agent.config.layers import load_config
 from agent.identity_file import make_state_dir, require
-from agent.lock import held
+from agent.lock import InstanceLock, held
 from agent.sdnotify import Notifier
-from agent.transfer.spawn import session_processes, spawn
+from agent.transfer.spawn import FORKS, Spawned, session_processes, spawn
 
 if TYPE_CHECKING:
     from agent.daemon import Daemon
@@ -40,20 +41,23 @@ def run(config_file: Path, flags: Mapping[str, str] | None = None, log_file: Pat
         process.step_back()
     # Out of the environment before any other process is started, which might speak for this one.
     notifier = Notifier.from_environment()
+    processes = session_processes(config.limits.workers_per_session)
     with held(config.state_dir) as lock:
         identity, key = require(config.state_dir)
-        processes = session_processes(config.limits.workers_per_session)
-        first = spawn(processes) if config.limits.spare_worker else None
+        first = spawn(processes) if config.limits.spare_worker and not FORKS else None
 
         import trio
 
         from agent.data_side import DataSide
 
+        if config.limits.spare_worker and first is None:
+            first = _forked(processes, lock)
         data = DataSide(config, identity, key, first)
 
         async def main() -> None:
             async with trio.open_nursery() as nursery:
                 await nursery.start(data.run)
+                await data.tasks.first_moves()
                 daemon = await trio.to_thread.run_sync(_daemon)
                 await daemon(config_file, data, identity, lock, flags, log_file).run(notifier)
                 nursery.cancel_scope.cancel()
@@ -71,6 +75,14 @@ def _sole(group: BaseExceptionGroup[BaseException]) -> BaseException:
     while isinstance(found, BaseExceptionGroup) and len(found.exceptions) == 1:
         found = found.exceptions[0]
     return group if isinstance(found, BaseExceptionGroup) else found
+
+
+def _forked(processes: int, lock: InstanceLock) -> Spawned:
+    """A worker that shares what is loaded by now."""
+    from agent.transfer.worker import fork_worker
+
+    gc.freeze()
+    return fork_worker(processes, lock.forget)
 
 
 def _daemon() -> type[Daemon]:

@@ -77,6 +77,8 @@ class LocalNode:
         )
         # All tasks wait for the moment (on battery, for example); nothing of this is remembered.
         self.suspended = False
+        # Set when the first lane has got its connection since the start.
+        self.lane_begun = trio.Event()
         # Set, and replaced by a new one, at every change of what decides whose turn it is.
         self.change = trio.Event()
 

@@ -167,6 +167,11 @@ class RunningTask:
         return self._answer
 
     @property
+    def went_directly(self) -> bool:
+        """Whether its source can be dialled where it is, as far as is known: then nobody's help is needed to go on."""
+        return not self.observed.path or self.observed.path.startswith("direct ")
+
+    @property
     def path(self) -> Path | None:
         """The path in use, as far as one is."""
         return None if self._paths is None else self._paths.path
@@ -381,14 +386,15 @@ class RunningTask:
         )
         await self._record(line, worker_seq=message.seq)
 
-    async def _record(self, line: AgentEvent, *, worker_seq: int | None = None) -> None:
-        """Keep a line. While the state directory cannot be written the worker's word waits, and with it the task."""
-        store = self._node.store
+    async def _record(
+        self, line: AgentEvent, *, worker_seq: int | None = None, observed: TaskObserved | None = None
+    ) -> None:
+        """Keep a line, and where the task is with it. While the state directory cannot be written the worker's word
+        waits, and with it the task."""
+        store, kept = self._node.store, line.observed or observed
         while True:
             try:
-                await trio.to_thread.run_sync(
-                    lambda: store.add_event(line, worker_seq=worker_seq, observed=line.observed)
-                )
+                await trio.to_thread.run_sync(lambda: store.add_event(line, worker_seq=worker_seq, observed=kept))
             except StateTrouble as error:
                 logger.error("Task %s: %s", self.order.task_id, error.sentence)  # noqa: TRY400
                 await trio.sleep(STATE_PAUSE)
@@ -440,8 +446,7 @@ class RunningTask:
             return
         with connection.sock:
             descriptor = os.dup(connection.sock.fileno())
-        if (line := paths.news()) is not None:
-            await self._record(line)
+        await self._tell_path(paths)
         try:
             await channel.send(
                 Connected(
@@ -452,15 +457,24 @@ class RunningTask:
                 ),
                 (descriptor,),
             )
+            if message.kind == "lane":
+                self._node.lane_begun.set()
         finally:
             os.close(descriptor)
+
+    async def _tell_path(self, paths: TaskPaths) -> None:
+        """Tell people when the kind of path has changed, and keep it: a start wants to know it."""
+        line = paths.news()
+        if line is not None:
+            self.observed = msgspec.structs.replace(self.observed, path=paths.text)
+            await self._record(line, observed=self.observed)
 
     def _better(self, channel: Channel, nursery: trio.Nursery) -> Callable[[Path], None]:
         """Tell the worker and the user that lanes may move to a better path."""
 
         async def tell() -> None:
-            if self._paths is not None and (line := self._paths.news()) is not None:
-                await self._record(line)
+            if self._paths is not None:
+                await self._tell_path(self._paths)
             with contextlib.suppress(ChannelClosed):
                 await channel.send(BetterPath())
 

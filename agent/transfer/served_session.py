@@ -83,6 +83,8 @@ class ServedSessions:
             except ChannelClosed:
                 self._served.pop(session_id, None)
                 continue
+            if kind == "lane":
+                node.lane_begun.set()
             return
 
     async def _ordered(self, session_id: str) -> SessionOrder | None:

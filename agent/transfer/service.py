@@ -28,6 +28,7 @@ from agent.transfer.manifest import ManifestDamaged, ManifestPage, RowType, Skip
 from agent.transfer.plan import now_iso
 from agent.transfer.running_task import RunningTask
 from agent.transfer.served_session import ServedSessions
+from agent.transfer.state_trouble import StateTrouble
 from agent.transfer.turns import Turns, next_turns
 from protocol.candidates import PathAnswer, PathGo, PathOffer
 from protocol.control import (
@@ -51,6 +52,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger("towpath.tasks")
 
 MAX_PAGE = 1000
+# Seconds that a start leaves the processor to tasks before all else is loaded; to sessions, whose destinations may need
+# the relay to find us; and those from the moment when a lane's connection is handed to a worker until its handshake is
+# done and the first content comes.
+FIRST_MOMENTS, FIRST_SESSION, LANE_BEGINS = 0.8, 0.3, 0.1
 
 
 @dataclass(frozen=True)
@@ -125,7 +130,8 @@ class TransferService:
                 code="CANNOT_LISTEN",
             ) from error
         self.port = sockets[0].getsockname()[1]
-        self._node.store.put("port", str(self.port))
+        if self.port != remembered:
+            self._node.store.put("port", str(self.port))
         return sockets
 
     async def _look_at_places(self) -> None:
@@ -164,6 +170,22 @@ class TransferService:
         finally:
             task.running = False
             self._node.turn_changed()
+
+    async def first_moves(self) -> None:
+        """After a start: wait until data moves again, but not for long, and not at all where there is nothing to go on
+        with, or where the link to the relay is needed for it."""
+        going = [task for task in self._tasks.values() if task.running or task.runnable]
+        if not all(task.went_directly for task in going):
+            return
+        try:
+            if not going and not await trio.to_thread.run_sync(self._node.store.serves_sessions, time.time()):
+                return
+        except StateTrouble:
+            # Whoever needs the store finds out and says so.
+            return
+        with trio.move_on_after(FIRST_MOMENTS if going else FIRST_SESSION):
+            await self._node.lane_begun.wait()
+            await trio.sleep(LANE_BEGINS)
 
     # --- orders ----------------------------------------------------------------------------------------
 

@@ -1,8 +1,10 @@
-"""Starts the process of a worker. Of little weight, because the first one is started before all else is loaded."""
+"""Starts the process of a worker. Of little weight, because the first one may be started before all else is loaded."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -12,11 +14,40 @@ from dataclasses import dataclass
 FORKS: bool = sys.platform == "linux"
 
 
+class Forked:
+    """A process that was forked: what `subprocess.Popen` offers for others. One caller waits at a time."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        """How it ended, None while it runs."""
+        return self._look(os.WNOHANG)
+
+    def wait(self) -> int | None:
+        """Wait for its end; blocks."""
+        return self._look(0)
+
+    def kill(self) -> None:
+        """End it now; nothing happens when it has ended."""
+        if self.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+
+    def _look(self, options: int) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, options)
+            if pid == self.pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+
 @dataclass(frozen=True)
 class Spawned:
     """A worker that waits for its first message, and the daemon's end of its channel."""
 
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | Forked
     sock: socket.socket
 
 

@@ -43,6 +43,11 @@ QUOTA_CODES = frozenset({"QUOTA_EXCEEDED", "NO_SPACE"})
 # How often to look whether a person has mended what holds a task up.
 LOOK_AGAIN = 5.0
 
+# What a task's folder holds.
+JOURNAL, RECEIVED = "journal.sqlite", "received"
+TRANSFERRED_LIST, SKIPPED_LIST = "transferred.manifest", "skipped.manifest"
+FILES = (RECEIVED, TRANSFERRED_LIST, SKIPPED_LIST)
+
 Connect = Callable[[str], Awaitable[SourceSession]]
 
 
@@ -92,7 +97,9 @@ class TaskRunner:
 
     async def _with_state(self) -> TaskObserved:
         try:
-            await trio.to_thread.run_sync(make_folder, self._directory)
+            if not (self._directory / JOURNAL).exists():
+                # An earlier worker has come that far only after it had made the folder's name durable.
+                await trio.to_thread.run_sync(make_folder, self._directory)
             lock = await self._alone()
         except OSError as error:
             raise of_system(error, self._directory) from error
@@ -118,7 +125,7 @@ class TaskRunner:
             await trio.sleep(0.05)
 
     async def _run_alone(self) -> TaskObserved:
-        self._journal, rebuilt = await trio.to_thread.run_sync(open_or_rebuild, self._directory / "journal.sqlite")
+        self._journal, rebuilt = await trio.to_thread.run_sync(open_or_rebuild, self._directory / JOURNAL)
         try:
             with contextlib.ExitStack() as stack:
                 observed = await self._with_journal(stack, rebuilt=rebuilt)
@@ -134,16 +141,19 @@ class TaskRunner:
 
     async def _with_journal(self, stack: contextlib.ExitStack, *, rebuilt: bool) -> TaskObserved:
         transferred, skipped = self._journal.lengths()
+        # That the task has begun is written down after the names of its files were made durable.
+        durable = self._journal.get("begun") is not None and all((self._directory / name).exists() for name in FILES)
         manifests = (
-            stack.enter_context(closing(ManifestWriter(self._directory / "transferred.manifest", transferred))),
-            stack.enter_context(closing(ManifestWriter(self._directory / "skipped.manifest", skipped))),
+            stack.enter_context(closing(ManifestWriter(self._directory / TRANSFERRED_LIST, transferred))),
+            stack.enter_context(closing(ManifestWriter(self._directory / SKIPPED_LIST, skipped))),
         )
         received = stack.enter_context(closing(self._received()))
         if rebuilt:
             received.reset()
         try:
             # What is synced in these files from now on must not go with their names.
-            await trio.to_thread.run_sync(sync_names, self._directory)
+            if not durable:
+                await trio.to_thread.run_sync(sync_names, self._directory)
         except OSError as error:
             raise of_system(error, self._directory) from error
         self._events = EventLog(self._journal, self._tell, after=self._start.last_event)
@@ -159,7 +169,7 @@ class TaskRunner:
 
     def _received(self) -> ReceivedCounter:
         try:
-            return ReceivedCounter(self._directory / "received")
+            return ReceivedCounter(self._directory / RECEIVED)
         except OSError as error:
             raise of_system(error, self._directory) from error
 
@@ -191,7 +201,9 @@ class TaskRunner:
         elif self._journal.get("begun") is None:
             events.add("STARTED", "started")
         resumed = self._journal.get("begun") is not None or rebuilt
-        self._journal.put("begun", b"1")
+        if self._journal.get("begun") is None:
+            self._journal.put("begun", b"1")
+        # Waits for the disk only where something is new: after a kill others may have much to write to it.
         self._journal.commit()
         trouble: StateTrouble | None = None
         async with trio.open_nursery() as nursery:

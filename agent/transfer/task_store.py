@@ -61,7 +61,9 @@ class TaskStore:
                     self._connection.execute(pragma)
                 self._check_version()
                 self._connection.executescript(_SCHEMA)
-                self._connection.execute(f"PRAGMA user_version = {VERSION}")
+                if self._version() != VERSION:
+                    # Said again it would be written, and synced, again.
+                    self._connection.execute(f"PRAGMA user_version = {VERSION}")
                 if self._connection.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
                     raise self._damaged()
             self._check_rows()
@@ -72,9 +74,11 @@ class TaskStore:
     def _damaged(self) -> StateDamaged:
         return StateDamaged(f"The agent's state file {self._path} is damaged.", who="destination owner")
 
+    def _version(self) -> int:
+        return int(self._connection.execute("PRAGMA user_version").fetchone()[0])
+
     def _check_version(self) -> None:
-        version = self._connection.execute("PRAGMA user_version").fetchone()[0]
-        if version > VERSION:
+        if self._version() > VERSION:
             raise StateTrouble(
                 f"The agent's state file {self._path} was written by a newer version of the agent. Install that one "
                 "again; this one leaves the file as it is.",
@@ -223,6 +227,12 @@ class TaskStore:
         with self._using():
             row = self._connection.execute("SELECT body FROM sessions WHERE id = ?", (session_id,)).fetchone()
         return None if row is None else msgspec.msgpack.decode(row[0], type=SessionOrder)
+
+    def serves_sessions(self, now: float) -> bool:
+        """Whether there is a session whose ticket has not run out (Unix seconds)."""
+        with self._using():
+            found = self._connection.execute("SELECT 1 FROM sessions WHERE expires > ? LIMIT 1", (now,)).fetchone()
+        return found is not None
 
     def remove_session(self, session_id: str) -> None:
         with self._using():

@@ -1,21 +1,22 @@
 """The worker process: one task at its destination, or one session at its source. Composition only.
 
 Started by the daemon as ``python -m agent.transfer.worker FD N`` with one end of a socket pair and the number of
-processes that its session may use, itself included; the first message says what to be. It ends when its work ends or
-the daemon goes away; what it had settled is in the journal.
+processes that its session may use, itself included, or forked from the daemon; the first message says what to be. It
+ends when its work ends or the daemon goes away; what it had settled is in the journal.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import os
 import select
 import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import trio
@@ -27,6 +28,7 @@ from agent.connect.transport import send_at_once
 from agent.storage.base import Reach, Root
 from agent.storage.hiding import offered
 from agent.storage.posix import open_root
+from agent.system.process_name import rename_process
 from agent.transfer.channel import (
     Allowed,
     Channel,
@@ -46,6 +48,7 @@ from agent.transfer.rehearsal import rehearse
 from agent.transfer.serve import JOIN_PATIENCE, SourceSide, serve_lane
 from agent.transfer.small_files import raise_descriptor_limit
 from agent.transfer.source_policy import SourcePolicy
+from agent.transfer.spawn import Forked, Spawned
 from agent.transfer.task_runner import TaskRunner
 from protocol.congestion import tune_sender
 from protocol.control import FINAL_STATES
@@ -268,16 +271,20 @@ async def _main(channel: Channel, start: Any, forked: Sequence[Child]) -> None:
 
 def main() -> None:
     """Entry point of the process."""
+    _work(int(sys.argv[1]), int(sys.argv[2]))
+
+
+def _work(descriptor: int, processes: int) -> None:
     # Ctrl-C at a terminal reaches the whole group; the daemon decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     raise_descriptor_limit()
-    descriptor, processes = int(sys.argv[1]), int(sys.argv[2])
     if not select.select([descriptor], [], [], 0)[0]:
         # Nothing is wanted yet.
         rehearse()
     # What is loaded by now stays, and what comes are many small objects in few cycles: seldom is often enough.
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
+    gc.enable()
     channel = Channel(socket.socket(fileno=descriptor), ToWorker)
     forked: Sequence[Child] = ()
     try:
@@ -293,6 +300,44 @@ def main() -> None:
         channel.close()
         # Not left to whoever inherits them.
         dismiss(forked)
+
+
+def fork_worker(processes: int, let_go: Callable[[], None]) -> Spawned:
+    """A worker made of this process, which has loaded what it needs already; to be called where `FORKS` says so, before
+    there is another thread or an event loop. ``let_go`` is called in the worker and closes what is this process's.
+    Raises OSError."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with theirs:
+        try:
+            pid = os.fork()
+        except BaseException:
+            ours.close()
+            raise
+        if pid == 0:
+            _be_worker(ours, theirs, processes, let_go)
+    return Spawned(Forked(pid), ours)
+
+
+def _be_worker(others: socket.socket, sock: socket.socket, processes: int, let_go: Callable[[], None]) -> None:
+    """In the child; never returns."""
+    code = 1
+    try:
+        let_go()
+        others.close()
+        for handler in logging.root.handlers[:]:
+            # Two processes would turn one log over. What is said on standard error comes there all the same.
+            logging.root.removeHandler(handler)
+            handler.close()
+        with open(os.devnull, "rb") as nothing:
+            os.dup2(nothing.fileno(), 0)
+        rename_process(["python", "-m", "agent.transfer.worker", str(sock.fileno()), str(processes)])
+        _work(sock.detach(), processes)
+        code = 0
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
 
 
 if __name__ == "__main__":

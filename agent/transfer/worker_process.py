@@ -11,7 +11,7 @@ import trio
 
 from agent.transfer.channel import Channel, ToDaemon
 from agent.transfer.message_buffer import Message
-from agent.transfer.spawn import Spawned, spawn
+from agent.transfer.spawn import Forked, Spawned, spawn
 
 # How long a worker may take to settle what arrived when it is told to stop.
 GRACE = 4.0
@@ -24,7 +24,7 @@ NEEDED_WITHIN = 900.0
 
 @dataclass(frozen=True)
 class _Process:
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | Forked
     channel: Channel
 
 
@@ -96,6 +96,6 @@ async def _end(one: _Process) -> None:
             nursery.cancel_scope.cancel()
 
 
-async def _kill_later(process: subprocess.Popen[bytes]) -> None:
+async def _kill_later(process: subprocess.Popen[bytes] | Forked) -> None:
     await trio.sleep(GRACE)
     process.kill()

@@ -244,7 +244,8 @@ def test_a_server_that_may_have_been_started_again_must_say_something(
     library: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(carrier_module, "ASK_AGAIN", 0.02)
-    monkeypatch.setattr(carrier_module, "DOUBT_PATIENCE", 0.3)
+    monkeypatch.setattr(carrier_module, "DOUBT_PATIENCE", 0.1)
+    monkeypatch.setattr(carrier_module, "DOUBTED_SILENCE", 0.4)
     with closing(quic_pair(library)) as pair:
         pair.up()
         near, far = pair.open()

@@ -1,4 +1,4 @@
-"""A long QUIC transfer whose address changes under way and whose receiving agent is killed goes on, losing nothing.
+"""A long QUIC transfer whose address changes under way and whose agents are killed goes on, losing nothing.
 
 ``TOWPATH_LAB_MIB`` makes the file smaller or larger than 1024 MiB.
 """
@@ -91,3 +91,34 @@ async def test_an_address_that_changes_and_a_kill_cost_time_and_nothing_else(tmp
         if SIZE >= 512 * MIB:
             # A smaller file may be there before QUIC has taken over from the tunnel again.
             assert lab.path_of("b", task_id).startswith("quic")
+
+
+def received(lab: laboratory.Lab, task_id: str) -> int:
+    """Content bytes that have come to the destination over the network."""
+    return int.from_bytes((lab.sites["b"].state_dir / "tasks" / task_id / "received").read_bytes(), "little")
+
+
+async def test_a_source_that_was_killed_is_found_again_where_its_machine_says_nothing(tmp_path: Path) -> None:
+    """The boxes pass on no ICMP message, so that only the relay can tell that the source has been started again."""
+    async with laboratory.open_lab(tmp_path) as lab:
+        arrange(lab, {"a": "port", "b": "port"})
+        await lab.start()
+        wanted = await trio.to_thread.run_sync(write, lab.sites["a"].root / "big")
+        task_id = await lab.submit("a", "b", "big", towpath_transport="quic", towpath_bandwidth_limit=4 * MIB)
+        await until_moving(lab, task_id)
+        await until_past(lab, task_id, 0.1)
+        for _ in range(3):
+            await trio.sleep(4)
+            assert lab.path_of("b", task_id).startswith("quic"), lab.path_of("b", task_id)
+            await lab.sites["a"].child.kill()
+            await trio.sleep(0.3)
+            before = received(lab, task_id)
+            began = trio.current_time()
+            await lab.sites["a"].child.start()
+            with trio.fail_after(12):
+                while received(lab, task_id) == before:
+                    await trio.sleep(0.02)
+            print(f"first new byte {trio.current_time() - began:.1f} s after the source's start")
+        task = await lab.finished(task_id, 1500)
+        assert task["status"] == "SUCCEEDED", task
+        assert await trio.to_thread.run_sync(digest_of, lab.sites["b"].root / "big") == wanted

@@ -45,8 +45,9 @@ INTRODUCTION_TIMEOUT = 15.0
 # that nobody has its port any more, it asks again every so often, and takes it for gone if that is all it hears for so
 # long (seconds). A server that was killed is so found missing well before its silence tells.
 QUIET, ASK_AGAIN, REFUSED_PATIENCE = 1.0, 0.25, 0.75
-# A server that somebody else says may have been started again has so long for any word (seconds).
-DOUBT_PATIENCE = 2.0
+# A server that somebody else says may have been started again has so long for any word (seconds): it is asked every
+# ASK_AGAIN, and one that has been silent for so long altogether is gone. One that is there is heard every second.
+DOUBT_PATIENCE, DOUBTED_SILENCE = 0.5, 2.0
 _CHUNK = 64 * 1024
 # Local reads in a row before the network has its turn.
 _READS = 8
@@ -96,6 +97,7 @@ class Carrier:
         self._selector.register(datagrams.sock, selectors.EVENT_READ)
         self._deadline = now() + INTRODUCTION_TIMEOUT
         self._next_ping = now() + PING_EVERY
+        self._heard = now()
         # Since when nothing but refusals has come.
         self._refused: float | None = None
         # Since when the server is doubted to be there, and nothing has come.
@@ -194,7 +196,8 @@ class Carrier:
 
     def _weigh(self, moment: float) -> None:
         """What speaks for it that the server is gone."""
-        if self._doubted is not None and moment - self._doubted >= DOUBT_PATIENCE:
+        doubted = self._doubted
+        if doubted is not None and moment >= max(doubted + DOUBT_PATIENCE, self._heard + DOUBTED_SILENCE):
             raise ConnectionOver("The peer's agent has been started again, and knows nothing of this connection.")
         if not (self._datagrams.refused and self.is_up and self._engine.is_client):
             return
@@ -215,7 +218,8 @@ class Carrier:
 
     def _read_network(self) -> None:
         for data, segment, address in self._datagrams.receive():
-            self._engine.receive(data, segment, address, now())
+            self._heard = now()
+            self._engine.receive(data, segment, address, self._heard)
             self._refused = self._doubted = None
             self._datagrams.refused = False
             if self._engine.is_client and self._streams:

@@ -187,6 +187,16 @@ def _role() -> tuple[str, str]:
 
 def _install() -> None:
     kind, actor = _role()
+    if kind == "daemon":
+        # Its first worker is forked from it; lane processes, which are forked from that one, have these steps then.
+        daemon = os.getpid()
+        os.register_at_fork(
+            after_in_child=lambda: _wrap("worker", f"{actor}'s worker") if os.getppid() == daemon else None
+        )
+    _wrap(kind, actor)
+
+
+def _wrap(kind: str, actor: str) -> None:
     stops = Stops(actor)
     for step, module, function in STEPS.get(kind, ()):
         stops.wrap(step, module, function)
