@@ -23,7 +23,7 @@ STAGGER = 0.05
 MAX_DIALS = 12
 # An address that did not take a connection is dialled again after the first of these, and ever later up to the second:
 # a source that is being started again is back at its address long before a race is over.
-AGAIN_FIRST, AGAIN_MOST = 0.2, 1.0
+AGAIN_FIRST, AGAIN_MOST = 0.1, 1.0
 MAX_TARGETS = 6
 # How long the relay's leg stands by before it carries data.
 TUNNEL_HOLD = 0.3

@@ -17,8 +17,9 @@ from protocol.control import AgentEvent, SessionAnswer, TaskOrder
 from protocol.errors import RetryLater
 
 ANSWER_TIMEOUT = 20.0
-# How often what is known of a source that does not answer is tried again meanwhile (seconds).
-DIAL_AGAIN = 1.0
+# How soon, and then how often, what is known of a source that does not answer is tried again meanwhile (seconds): one
+# that is being started again may be there at any moment.
+DIAL_AGAIN_FIRST, DIAL_AGAIN = 0.1, 1.0
 # The relay is asked for a newer answer once in so many of these tries; it may just have been away.
 ASK_EVERY = 5
 
@@ -118,8 +119,9 @@ class TaskPaths:
                 break
             if turns % ASK_EVERY == 0:
                 self._ask_for_answer(tried)
+            pause = min(DIAL_AGAIN_FIRST * 2.0 ** min(turns, 16), DIAL_AGAIN)
             turns += 1
-            with trio.move_on_after(DIAL_AGAIN):
+            with trio.move_on_after(pause):
                 if self._answer is tried:
                     await either(self._answered, linked)
             if linked.is_set() and self._answer is tried:

@@ -15,7 +15,6 @@ import trio
 
 from protocol.candidates import Arrangement, check_candidates_untrusted
 from protocol.control import (
-    FINAL_STATES,
     SessionAnswer,
     SessionOrder,
     TaskItem,
@@ -169,9 +168,8 @@ class Courier:
             return None
         return loaded.sides.source.node_id, loaded.sides.worker.node_id, loaded.task
 
-    async def compare(self, task_id: str, node_id: str, now: float, *, ends: bool) -> None:
-        """Ask an agent how a task that it was given stands, and give it again if the agent does not know it. Whether it
-        ``ends`` with what the agent says, or with a line of the agent's that is still to come.
+    async def compare(self, task_id: str, node_id: str, now: float) -> None:
+        """Ask an agent how a task that it was given stands, and give it again if the agent does not know it.
 
         Raises the link's passing errors.
         """
@@ -188,8 +186,8 @@ class Courier:
                 raise
             await self._store.write(lambda connection: delivery_notes.give_again(connection, task_id))
             return
-        if ends or observed.state not in FINAL_STATES:
-            await self._store.write(lambda connection: delivery_notes.compared(connection, task_id, observed, now))
+        hello = self._links.hello(node_id)
+        await self._store.write(lambda connection: delivery_notes.compared(connection, task_id, observed, hello, now))
 
     async def cut(self, task_id: str, now: float) -> None:
         """Withdraw the session of a task at its source at once, beside any visit that is under way.
@@ -363,7 +361,10 @@ class Courier:
         observed = decode_untrusted(answer, TaskObserved)
         running = task.desired == "run"
         held = "source" if running and source is not None and session is None else None
-        await self._store.write(lambda connection: delivery_notes.delivered(connection, task, observed, held, now))
+        hello = self._links.hello(worker.node_id)
+        await self._store.write(
+            lambda connection: delivery_notes.delivered(connection, task, observed, hello, held, now)
+        )
 
     async def _ask_source(
         self,

@@ -7,11 +7,12 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from protocol.control import FINAL_STATES, TaskObserved
+from protocol.control import FINAL_STATES, AgentHello, TaskObserved
 from protocol.errors import TowpathError
 from relay.transfer import closed_owners, event_log, task_reports, task_rows, task_turns
 from relay.transfer.entitlement import Entitlement, entitled, entitlement
 from relay.transfer.event_log import TaskEvent
+from relay.transfer.nodes import has_lines_to_come
 from relay.transfer.parties import Sides, load_sides
 from relay.transfer.task_documents import CANCELED, OFFLINE
 from relay.transfer.task_rows import Scope, Task
@@ -62,8 +63,10 @@ def mark_attempted(connection: Connection, task: Task, *, session: bool = False)
     return True
 
 
-def delivered(connection: Connection, task: Task, observed: TaskObserved, held: str | None, now: float) -> None:
-    """The agent has the newest order; ``held`` is the side that is waited for."""
+def delivered(
+    connection: Connection, task: Task, observed: TaskObserved, hello: AgentHello | None, held: str | None, now: float
+) -> None:
+    """The agent, which came with this ``hello``, has the newest order; ``held`` is the side that is waited for."""
     current = task_rows.load(connection, task.id)
     assert current is not None
     values: dict[str, Any] = {"delivered": max(current.delivered, task.revision), "ticket_issued": now}
@@ -74,9 +77,7 @@ def delivered(connection: Connection, task: Task, observed: TaskObserved, held: 
         values["held_by"] = held
     task_rows.change(connection, task.id, **values)
     if not current.finished:
-        task_reports.store_observed(connection, current, observed)
-        if observed.state in FINAL_STATES:
-            _conclude(connection, task.id, observed, now)
+        _take(connection, current, observed, hello, now)
     if held is not None and current.held_by != held:
         event_log.add(connection, task.id, _offline_event(held, now))
 
@@ -87,19 +88,24 @@ def give_again(connection: Connection, task_id: str) -> None:
     event_log.forget_numbers(connection, task_id)
 
 
-def compared(connection: Connection, task_id: str, observed: TaskObserved, now: float) -> None:
-    """The agent was asked how the task stands."""
+def compared(
+    connection: Connection, task_id: str, observed: TaskObserved, hello: AgentHello | None, now: float
+) -> None:
+    """The agent, which came with this ``hello``, was asked how the task stands."""
     task = task_rows.load(connection, task_id)
-    if task is None or task.finished:
+    if task is not None and not task.finished:
+        _take(connection, task, observed, hello, now)
+
+
+def _take(connection: Connection, task: Task, observed: TaskObserved, hello: AgentHello | None, now: float) -> None:
+    """What an agent answers of a running task. An end that is also in lines which were not read yet is left to them:
+    they tell first what came before."""
+    ends = observed.state in FINAL_STATES
+    if ends and hello is not None and has_lines_to_come(connection, hello):
         return
     task_reports.store_observed(connection, task, observed)
-    if observed.state in FINAL_STATES:
-        _conclude(connection, task_id, observed, now)
-
-
-def _conclude(connection: Connection, task_id: str, observed: TaskObserved, now: float) -> None:
-    current = task_rows.load(connection, task_id)
-    if current is not None:
+    current = task_rows.load(connection, task.id)
+    if ends and current is not None:
         task_reports.conclude(connection, current, observed, now)
 
 

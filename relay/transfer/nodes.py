@@ -76,6 +76,13 @@ def record_hellos(connection: Connection, hellos: Iterable[AgentHello], now: flo
     return greeted
 
 
+def has_lines_to_come(connection: Connection, hello: AgentHello) -> bool:
+    """Whether the agent that came with this hello kept lines then which are not stored yet."""
+    node = tables.nodes.c
+    stored = connection.execute(select(node.last_event).where(node.id == hello.node_id)).scalar_one_or_none()
+    return stored is not None and stored < hello.last_event
+
+
 def checked_home(text: str) -> str:
     """A home as an agent reports it, from the root of its collection. One that cannot be is the root: the agent knows
     no other either."""

@@ -303,9 +303,7 @@ class Steward:
             if is_source:
                 self._courier.want_session(task_id)
             if rebooted:
-                # An end that it tells in lines which were not read yet comes after all that they say before.
-                behind = hello.last_event > arrival.last_event
-                await self._courier.compare(task_id, node_id, self._clock(), ends=not behind)
+                await self._courier.compare(task_id, node_id, self._clock())
             self.wake(task_id)
         return arrival
 
