@@ -26,6 +26,7 @@ from protocol.round_trip import has_left
 from protocol.stun import looks_like_stun
 from protocol.tunnel.token import ALPN as TUNNEL_ALPN
 from protocol.websocket.orders import ALPN as WEBSOCKET_ALPN
+from protocol.websocket.orders import SERVER_NAME
 from relay.link_stream import LinkStream
 from relay.turnstile import Turnstile, WaitedTooLong
 
@@ -159,7 +160,7 @@ class Dispatcher:
                 return partial(self._stun_handler, stream)
             await _answer_plain(stream)
             raise
-        if tuple(hello.alpn) == WEBSOCKET_ALPN and (take := self._websocket()) is not None:
+        if _wants_websocket_tunnel(hello) and (take := self._websocket()) is not None:
             self._websockets += 1
             return partial(self._run, take, stream)
         # In the server's order, as the handshake chooses.
@@ -198,6 +199,13 @@ class Dispatcher:
         except Exception:
             # One connection's fault must not end the port that all others use.
             _logger.exception("A connection ended with an error of the relay.")
+
+
+def _wants_websocket_tunnel(hello: ClientHello) -> bool:
+    """Whether an agent, or an operator's proxy for one, says so before it has spoken a word of TLS."""
+    if tuple(hello.alpn) == WEBSOCKET_ALPN:
+        return True
+    return hello.server_name == SERVER_NAME and set(hello.alpn) <= set(WEBSOCKET_ALPN)
 
 
 async def _shake_hands(secured: trio.SSLStream[trio.SocketStream] | LinkStream) -> None:

@@ -2,7 +2,8 @@
 
 How the relay knows whom to hand over before it has spoken a word of TLS: an agent with a tunnel offers the application
 protocols ``http/1.1`` and ``http/1.0``, both registered and real HTTP to everything that inspects, and together
-offered by nobody else. Where something on the way rewrites that, the relay serves the connection more slowly itself.
+offered by nobody else; an operator's reverse proxy calls for tunnels by a name of their own (`orders.SERVER_NAME`).
+Where something on the way rewrites that, the relay serves the connection more slowly itself.
 """
 
 from __future__ import annotations

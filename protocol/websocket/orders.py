@@ -9,6 +9,10 @@ from protocol.websocket.paths import TUNNEL_PATH
 MAX_PACKET = 160 * 1024
 # A caller that offers both of HTTP's older names is an agent with a tunnel (see `protocol.websocket.carrier`).
 ALPN = ("http/1.1", "http/1.0")
+# The name (SNI) by which an operator's reverse proxy asks for the same: it speaks TLS of its own to the relay, knows by
+# a request's path that it is for a tunnel, and can be told to call by another name then. No relay is found by it in any
+# network: .internal is nobody's.
+SERVER_NAME = "tunnel.towpath.internal"
 
 
 class Serve(msgspec.Struct, frozen=True, tag="serve"):

@@ -13,10 +13,11 @@ import pytest
 import trio
 import trustme
 
-from protocol.client_hello import MAX_CLIENT_HELLO, NotTLS
+from protocol.client_hello import MAX_CLIENT_HELLO, ClientHello, NotTLS
 from protocol.errors import ProtocolError
 from protocol.link import ALPN
-from relay.dispatch import Dispatcher, GreetingTimeout, peek_client_hello
+from protocol.websocket.orders import SERVER_NAME
+from relay.dispatch import Dispatcher, GreetingTimeout, _wants_websocket_tunnel, peek_client_hello
 from relay.listen import accept_all
 
 
@@ -323,3 +324,24 @@ async def test_more_unfinished_handshakes_than_allowed_are_turned_away() -> None
             while made.dispatcher.statistics().pending:
                 await trio.sleep(0.01)
         assert await made.ask(ALPN) == b"link"
+
+
+@pytest.mark.parametrize(
+    ("name", "alpn", "taken"),
+    [
+        (None, ("http/1.1", "http/1.0"), True),
+        ("relay.example", ("http/1.1", "http/1.0"), True),
+        (SERVER_NAME, (), True),
+        (SERVER_NAME, ("http/1.1",), True),
+        (SERVER_NAME, ("h2", "http/1.1"), False),
+        (SERVER_NAME, (ALPN,), False),
+        ("relay.example", (), False),
+        ("relay.example", ("http/1.1",), False),
+        (f"a.{SERVER_NAME}", ("http/1.1",), False),
+        (None, (), False),
+    ],
+)
+def test_tunnels_inside_websocket_are_known_by_their_greeting(
+    name: str | None, alpn: tuple[str, ...], taken: bool
+) -> None:
+    assert _wants_websocket_tunnel(ClientHello(server_name=name, alpn=alpn)) is taken

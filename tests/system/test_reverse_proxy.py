@@ -54,19 +54,34 @@ http {{
             proxy_request_buffering off;
             proxy_buffering off;
         }}
+{more}
     }}
 }}
 """
 
 
+TUNNELS = """
+        location = /towpath/v1/websocket/tunnel {{
+            proxy_pass https://127.0.0.1:{relay};
+            proxy_http_version 1.1;
+            proxy_set_header Host $host;
+            proxy_set_header Upgrade $http_upgrade;
+            proxy_set_header Connection $http_connection;
+            proxy_ssl_server_name on;
+            proxy_ssl_name tunnel.towpath.internal;
+            proxy_buffering off;
+        }}
+"""
+
+
 @asynccontextmanager
-async def nginx(directory: Path, relay: int, certificate: bytes) -> AsyncIterator[int]:
-    """A running nginx; its port."""
+async def nginx(directory: Path, relay: int, certificate: bytes, more: str = "") -> AsyncIterator[int]:
+    """A running nginx; its port. ``more`` stands in its server block."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     (directory / "relay.pem").write_bytes(certificate)
     file = directory / "nginx.conf"
-    file.write_text(CONFIGURATION.format(directory=directory, port=port, relay=relay))
+    file.write_text(CONFIGURATION.format(directory=directory, port=port, relay=relay, more=more.format(relay=relay)))
     process = await trio.lowlevel.open_process(
         [NGINX, "-p", str(directory), "-e", "stderr", "-c", str(file)], stdin=subprocess.DEVNULL
     )
@@ -118,11 +133,12 @@ async def test_a_link(tmp_path: Path) -> None:
         nursery.cancel_scope.cancel()
 
 
-async def test_a_tunnel(tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", ["", TUNNELS])
+async def test_a_tunnel(tmp_path: Path, more: str) -> None:
     content = bytes(range(256)) * 20_000
     authority = TUNNEL_CA.cert_pem.bytes().decode()
     shown = TUNNEL_LEAF.private_key_and_cert_chain_pem.bytes()
-    async with tunnel_world(websocket=1) as world, nginx(tmp_path, world.port, shown) as port:
+    async with tunnel_world(websocket=1) as world, nginx(tmp_path, world.port, shown, more) as port:
         tokens = world.service.issue(SESSION, USER)
         carrier: Carrier = world.agents
 
@@ -144,3 +160,6 @@ async def test_a_tunnel(tmp_path: Path) -> None:
                     assert received == content
                     await peer.send_all(b"thanks")
                     await peer.send_eof()
+        # With a location of its own, the carrying process has it from the first byte on; else the relay itself.
+        assert world.dispatcher.statistics().websocket == (1 if more else 0)
+        assert world.dispatcher.statistics().web == (0 if more else 1)
