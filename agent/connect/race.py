@@ -267,7 +267,10 @@ class Race:
         if why and why not in self._errors and len(self._errors) < 16:
             self._errors.append(why)
         if attempt.candidate is None:
-            if not attempt.ahead and not self._pending_of_round():
+            if attempt.ahead:
+                if not self._punches_ahead():
+                    self._offer_at(now)
+            elif not self._pending_of_round():
                 self._round_ends = min(self._round_ends, now)
             return
         if all(row.kind != "direct" or row.state != "running" or row.repeats for row in self._attempts.values()):
@@ -463,6 +466,9 @@ class Race:
             if other.state == "standby" or (other.state == "running" and superseded):
                 other.state = "ended"
                 self._schedule(now, Cancel(other_id))
+
+    def _punches_ahead(self) -> bool:
+        return any(attempt.ahead and attempt.state == "running" for attempt in self._attempts.values())
 
     def _pending_of_round(self) -> bool:
         return any(

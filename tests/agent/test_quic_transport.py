@@ -9,6 +9,7 @@ import trio
 import trio.testing
 
 from agent.connect.network import DialAllowance
+from agent.connect.quic.process import Begin
 from agent.connect.quic.transport import AHEAD_LIFE, MAX_AHEAD, QuicFailed, QuicTransport
 from agent.connect.transport import Connection, Wish
 from protocol.candidates import MAPPED_UDP, Candidate, PathAnswer, PathGo, PathOffer
@@ -70,6 +71,14 @@ async def test_a_look_makes_the_handshake_with_the_source_and_no_more(
         monkeypatch.setattr("agent.connect.quic.transport.LOOK_TIMEOUT", 0.5)
     client, server = transport(CLIENT, shown), transport(SERVER, CLIENT)
     server._look_allowance = DialAllowance(0.0, allowed, 0.0)
+    shake_hands, shaken = server._shake_hands, 0
+
+    async def counted(begin: Begin, sock: trio.socket.SocketType) -> None:
+        nonlocal shaken
+        shaken += 1
+        await shake_hands(begin, sock)
+
+    monkeypatch.setattr(server, "_shake_hands", counted)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(client.run)
         nursery.start_soon(server.run)
@@ -88,6 +97,7 @@ async def test_a_look_makes_the_handshake_with_the_source_and_no_more(
             said = error.sentence
         assert said.startswith(sentence)
         assert bool(said) == bool(sentence)
+        assert shaken == allowed
         assert not client._live
         assert not server._live
         nursery.cancel_scope.cancel()

@@ -337,6 +337,21 @@ def test_a_meeting_that_brings_nothing_is_followed_by_an_offer() -> None:
     assert course.kinds_given()[-1] == "punched"
 
 
+def test_a_meeting_whose_punching_fails_at_once_is_followed_by_one_offer_at_once() -> None:
+    course = met_race()
+    world = meeting(0.075, None)
+
+    def failing(course: Course, action: object) -> None:
+        if isinstance(action, Punch) and action.ahead:
+            course.later(0.01, lambda: course.race.failed(course.now, action.id, "refused"))
+        else:
+            world(course, action)
+
+    course.run(failing)
+    assert when(course, SendOffer) == [0.105]
+    assert course.kinds_given() == ["punched", "punched"]
+
+
 def test_a_meeting_that_never_comes_is_not_waited_for_for_long() -> None:
     course = met_race()
     course.run(meeting(None, None))
