@@ -10,6 +10,7 @@ import struct
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 from agent.storage import access_lists
 from agent.storage.access_lists import (
     AccessList,
+    FoundLists,
     narrowed,
     of_mode,
     parse_untrusted,
@@ -131,6 +133,34 @@ def test_impossible_lists_are_refused(data: bytes, why: str) -> None:
 def test_an_impossible_count_is_refused() -> None:
     with pytest.raises(ProtocolError):
         check_attributes_untrusted([FileAttributes([], lists_left_out=-1)], 1)
+
+
+@pytest.mark.parametrize(
+    ("names", "value", "found"),
+    [
+        (["system.nfs4_acl"], b"", FoundLists(left_out=1)),
+        (["user.a"], b"", FoundLists()),
+        ([ACCESS], READS.packed(), FoundLists(access=READS.packed())),
+        ([DEFAULT], READS.packed(), FoundLists(default=READS.packed())),
+        # An account that has no number in this user namespace; a form of some later kernel.
+        ([ACCESS], AccessList(6, 4, 0, ((2**32 - 1, 4),), mask=4).packed(), FoundLists(left_out=1)),
+        ([ACCESS, DEFAULT], b"\x03" + READS.packed()[1:], FoundLists(left_out=2)),
+        ([ACCESS], OSError(errno.ENODATA, ""), FoundLists()),
+        ([ACCESS], OSError(errno.EACCES, ""), FoundLists(left_out=1)),
+        (OSError(errno.ENOTSUP, ""), b"", FoundLists()),
+    ],
+)
+def test_what_is_no_list_to_be_kept_is_counted(
+    monkeypatch: pytest.MonkeyPatch, names: list[str] | OSError, value: bytes | OSError, found: FoundLists
+) -> None:
+    def answer(given: list[str] | bytes | OSError) -> Any:
+        if isinstance(given, OSError):
+            raise given
+        return given
+
+    monkeypatch.setattr(os, "listxattr", lambda _fd: answer(names))
+    monkeypatch.setattr(os, "getxattr", lambda _fd, _name: answer(value))
+    assert access_lists.read(0) == found
 
 
 # --- how far it goes ---------------------------------------------------------------------------------------------
