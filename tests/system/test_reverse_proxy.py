@@ -70,6 +70,8 @@ TUNNELS = """
             proxy_ssl_server_name on;
             proxy_ssl_name tunnel.towpath.internal;
             proxy_buffering off;
+            proxy_buffer_size 64k;
+            proxy_buffers 8 64k;
         }}
 """
 
