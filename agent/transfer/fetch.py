@@ -53,6 +53,8 @@ class LaneWork:
     idle: bool = False
     # Set for a lane that gets no more work; the event says that it has nothing left.
     drained: trio.Event | None = None
+    # What was asked of it is its own to the end: it is not slow, it only leaves.
+    keeps: bool = False
     elsewhere: Elsewhere | None = None
 
 
@@ -210,7 +212,11 @@ class Fetcher:
         """Have a lane without work ask again for what another one is slow with."""
         if self._ready or lane.outstanding or lane.drained is not None:
             return
-        others = [(each.speed.rate, each.outstanding.values()) for each in self._lanes.values() if each is not lane]
+        others = [
+            (each.speed.rate, each.outstanding.values())
+            for each in self._lanes.values()
+            if each is not lane and not each.keeps
+        ]
         rates = [rate for rate, _ in others if rate is not None]
         request = slowest(others, lane.speed.rate or max(rates, default=None))
         if request is None:
@@ -280,11 +286,13 @@ class Fetcher:
         if isinstance(request, RangeRequest):
             self._range_ended(request.file)
 
-    async def retire_lane(self, number: int) -> None:
-        """Give a lane no more work, and wait until it has delivered what was asked of it."""
+    async def retire_lane(self, number: int, *, keeps: bool = False) -> None:
+        """Give a lane no more work, and wait until it has delivered what was asked of it; with ``keeps`` nothing of
+        that is asked of another one meanwhile, however long it takes."""
         lane = self._lanes.get(number)
         if lane is None:
             return
+        lane.keeps = keeps
         lane.drained = lane.drained or trio.Event()
         self._look_whether_drained(lane)
         await lane.drained.wait()

@@ -76,8 +76,10 @@ class World:
         nursery: trio.Nursery,
         workers_per_session: int | None = 1,
         key_records: int = KEY_RECORDS,
+        lanes: int = 2,
     ) -> None:
         self.nursery = nursery
+        self.lanes = lanes
         self.key_records = key_records
         self.workers_per_session = workers_per_session
         self.relay_root = RelayRoot.generate()
@@ -112,7 +114,9 @@ class World:
             state_dir=node.state,
             collections=(collection,),
             data=DataConfig(listen="127.0.0.1", advertise=("127.0.0.1",), allow_loopback=True),
-            limits=LimitsConfig(workers=2, lanes=2, spare_worker=False, workers_per_session=self.workers_per_session),
+            limits=LimitsConfig(
+                workers=2, lanes=self.lanes, spare_worker=False, workers_per_session=self.workers_per_session
+            ),
         )
         node.policy = Policy([collection])
         service = TransferService(
@@ -199,11 +203,11 @@ class World:
 
 @asynccontextmanager
 async def world(
-    directory: Path, workers_per_session: int | None = 1, key_records: int = KEY_RECORDS
+    directory: Path, workers_per_session: int | None = 1, key_records: int = KEY_RECORDS, lanes: int = 2
 ) -> AsyncIterator[World]:
     """Two nodes that are up; everything ends with the block."""
     async with trio.open_nursery() as nursery:
-        made = World(directory, nursery, workers_per_session, key_records)
+        made = World(directory, nursery, workers_per_session, key_records, lanes)
         await made.start(made.alpha)
         await made.start(made.beta)
         yield made
