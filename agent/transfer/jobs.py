@@ -188,6 +188,8 @@ class LargeFile:
     settled: int = 0
     # Bytes of the check that made it complete: they are settled when the file has its name.
     last_check: int = 0
+    # What that check has of the budget, as long as it does not count: else it would look as if it had come in vain.
+    last_charged: int = 0
     # Blocks written and not yet checked, with their digests. The lock guards this and nothing else.
     unchecked: dict[int, bytes] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)

@@ -376,7 +376,8 @@ class Settler:
         size = sum(map(file.length_of, item.good))
         if file.complete:
             # Counts together with the name: until then the journal has the file as it was before this check.
-            file.last_check = size
+            file.last_check, file.last_charged = size, item.size
+            self._names.checked_bytes -= item.size
             self._ask_checker(partial(self._checker.seal, file))
         else:
             self.record.part_settled(file, size)
@@ -384,6 +385,8 @@ class Settler:
     def _file_sealed(self, item: FileSealed) -> None:
         self._checks -= 1
         file, job = item.file, item.file.job
+        self._names.checked_bytes += file.last_charged
+        file.last_charged = 0
         checksum = None
         try:
             if item.error is not None:

@@ -85,6 +85,7 @@ async def test_lanes_follow_one_another_and_nothing_comes_twice(
     assert not engine.temporaries()
     assert engine.opened >= 4
     assert observed.counters.bytes_sent_again == 0
+    assert not any(report.counters.bytes_sent_again for report in engine.reports)
     assert set(engine.codes()) == {"STARTED", "SUCCEEDED"}
     assert engine.sessions == 1
 
