@@ -59,9 +59,10 @@ class ListPolicy:
     def of_folder(self, file: session.FileAttributes) -> tuple[AccessList | None, AccessList | None, ListFate]:
         """The access list and the default list of a folder, None for none, and what became of the source's. The mode of
         a folder is this machine's affair, and its owner always gets in."""
-        access, default = _parsed(file.access), _parsed(file.default)
-        if access is not None:
-            access = opened_for_owner(access)
+        # What is made in it begins with the default list, folders among it.
+        access, default = (
+            None if found is None else opened_for_owner(found) for found in map(_parsed, (file.access, file.default))
+        )
         given = [None if found is None else self._given(found, PERMISSION_BITS) for found in (access, default)]
         fates = [_fate(access, given[0], left_out=file.lists_left_out > 0), _fate(default, given[1], left_out=False)]
         return given[0], given[1], ListFate(max(fates))

@@ -210,6 +210,14 @@ def test_what_becomes_of_a_list_is_counted_rightly(found: AccessList, permitted:
     assert policy.of_file(FileAttributes([], lists_left_out=1), mode)[1] == ListFate.NOT_KEPT
 
 
+def test_a_folder_stays_open_to_its_owner_who_works_in_it() -> None:
+    closed = AccessList(5, 5, 0, mask=5)
+    file = FileAttributes([], access=closed.packed(), default=closed.packed())
+    opened = replace(closed, owner=7)
+    assert ListPolicy(0o755, numbers=False).of_folder(file) == (opened, opened, ListFate.KEPT)
+    assert ListPolicy(0o700, numbers=False).of_folder(file)[2] == ListFate.NOT_KEPT
+
+
 # --- transfers ---------------------------------------------------------------------------------------------------
 
 
