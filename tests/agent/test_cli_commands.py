@@ -343,6 +343,18 @@ def test_task_list_and_show(towpath: Run, relay: FakeRelay) -> None:
     assert request.query["filter"] == ["type:TRANSFER,DELETE/status:ACTIVE/label:~r*"]
     code, out, _ = towpath("task", "show", TASK)
     assert "Bytes transferred: 512 B of 1.00 KiB" in out
+    assert "ccess lists" not in out
+
+
+def test_what_became_of_access_lists_is_shown(towpath: Run, relay: FakeRelay) -> None:
+    """Also when none was kept, as by a destination's agent that knows no such choice."""
+    beside = {"preserve_acls": True, "acls_kept": 0, "acls_not_kept": 3, "acls_refused": 2}
+    relay.task_answers = [task_document(towpath=beside)]
+    _, out, _ = towpath("task", "show", TASK)
+    found = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in out.splitlines())}
+    assert found["Access lists kept"] == "0"
+    assert found["Access lists not kept in full"] == "3"
+    assert found["Access lists refused by the file system"] == "2"
 
 
 def test_task_rows(towpath: Run, relay: FakeRelay) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from agent.storage.access_lists import ACCESS, DEFAULT, AccessList
 from agent.transfer.hard_links import CODE as NOT_LINKED
 from protocol.control import TaskOptions
 from tests.agent.engine_inside import CHECKED, Engine, contents, skipped, tree
@@ -88,20 +89,24 @@ async def test_collisions_on_a_real_file_system_that_folds(tmp_path: Path, kind:
 @pytest.mark.parametrize("kind", ["vfat", "exfat", "exfat with FUSE"])
 async def test_what_such_a_file_system_cannot_keep_is_counted(tmp_path: Path, kind: str) -> None:
     with mounted(tmp_path, kind) as target:
-        options = msgspec.structs.replace(CHECKED, preserve_hard_links=True, preserve_xattrs=True)
+        options = msgspec.structs.replace(CHECKED, preserve_hard_links=True, preserve_xattrs=True, preserve_acls=True)
         engine = Engine(tmp_path, options)
         engine.destination = target
         tree(engine.source, ["one", "folder/inner"])
         os.link(engine.source / "one", engine.source / "two")
         try:
             os.setxattr(engine.source / "one", "user.colour", b"green")
+            os.setxattr(engine.source / "folder", DEFAULT, AccessList(7, 5, 0).packed())
+            os.setxattr(engine.source / "folder" / "inner", ACCESS, AccessList(6, 4, 0, mask=4).packed())
         except OSError as error:
             assert error.errno == errno.ENOTSUP
-            pytest.skip("the source keeps no extended attributes here")
+            pytest.skip("the source keeps no extended attributes or access lists here")
         observed = await engine.run()
         assert observed.state == "SUCCEEDED", observed
         assert contents(target) == contents(engine.source)
         counters = observed.counters
         assert (counters.hard_links, counters.hard_links_kept, counters.xattrs_left_out) == (2, 0, 2)
+        assert (counters.acls_kept, counters.acls_not_kept, counters.acls_refused) == (0, 0, 2)
         assert (engine.codes().count(NOT_LINKED), engine.codes().count("ATTRIBUTES_LEFT_OUT")) == (1, 1)
+        assert engine.codes().count("ACCESS_LISTS_NOT_KEPT") == 1
         assert engine.temporaries() == []
