@@ -30,7 +30,7 @@ DIRECTORY = Path(os.environ.get("STOPS_DIRECTORY", "."))
 STEPS: dict[str, list[tuple[str, str, str]]] = {
     "worker": [
         # The destination's.
-        ("session opened", "agent.transfer.source_session", "SourceSession.hello"),
+        ("session opened", "agent.transfer.source_session", "SourceSession._welcome"),
         ("folders planned", "agent.transfer.journal", "Journal.add_directories"),
         ("folder made", "agent.storage.posix", "PosixDirectory.mkdir"),
         ("block received", "agent.transfer.receive", "LaneReceiver._block"),
