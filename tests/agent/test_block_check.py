@@ -19,6 +19,7 @@ BLOCK = 1024
 
 class Job:
     attributes = None
+    access = None
 
     class row:  # noqa: N801
         size = 20 * BLOCK + 5
