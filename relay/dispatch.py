@@ -82,8 +82,8 @@ class DispatchStatistics:
 
 
 class Dispatcher:
-    """Chooses who gets a connection. ``tls_context``, and ``link_context`` for agents' links, are prepared here; their
-    certificate may be renewed at any time.
+    """Chooses who gets a connection. ``tls_context``, and ``link_context`` for agents' links, are prepared here; `use`
+    others when the certificate is renewed.
 
     Without ``tunnel`` agents that bring one are told so in the handshake. ``websocket`` gives who takes
     connections of agents with a tunnel inside WebSocket before their handshake, None when nobody can now.
@@ -103,9 +103,8 @@ class Dispatcher:
     ) -> None:
         self._own = (LINK_ALPN,) if tunnel is None else (LINK_ALPN, TUNNEL_ALPN)
         offered = [name for name in ALPN_PROTOCOLS if name != TUNNEL_ALPN or tunnel is not None]
-        self._context, self._link_context = tls_context, link_context or tls_context
-        for context in (self._context, self._link_context):
-            context.set_alpn_protocols(offered)
+        self._offered = offered
+        self.use(tls_context, link_context)
         self._link_handler = link
         self._tunnel_handler = tunnel
         self._web_handler = web
@@ -116,6 +115,12 @@ class Dispatcher:
         self._pending = 0
         self._taken: Counter[str] = Counter()
         self._web = self._websockets = self._stun = self._plain = self._refused = self._failed = 0
+
+    def use(self, tls_context: ssl.SSLContext, link_context: ssl.SSLContext | None = None) -> None:
+        """Serve whoever comes from now on with these: the certificate is another one."""
+        self._context, self._link_context = tls_context, link_context or tls_context
+        for context in (self._context, self._link_context):
+            context.set_alpn_protocols(self._offered)
 
     def statistics(self) -> DispatchStatistics:
         """Counts since the start."""

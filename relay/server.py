@@ -345,7 +345,10 @@ async def _remember_guesses(relay: Relay) -> None:
 
 
 async def _renew_certificate(relay: Relay, now: datetime.datetime) -> None:
-    if await _in_thread(relay.certificate.renew, now) and relay.tunnel.enabled:
+    if not await _in_thread(relay.certificate.renew, now):
+        return
+    relay.dispatcher.use(relay.certificate.context, relay.certificate.link_context)
+    if relay.tunnel.enabled:
         await relay.carrier.serve(*relay.certificate.files)
 
 

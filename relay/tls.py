@@ -47,18 +47,12 @@ class CertificateStatistics:
 
 
 class ServerCertificate:
-    """The certificate in use. ``context`` and, for agents' links, ``link_context`` always offer the newest; ``channel``
-    is the hex SHA-256 of its DER form."""
+    """The certificate in use. ``context`` and, for agents' links, ``link_context`` are made anew with each one;
+    ``channel`` is the hex SHA-256 of its DER form."""
 
     def __init__(self, settings: Settings) -> None:
         """Load (and renew if due) the certificate. Raises `CertificateUnusable`."""
         self._settings = settings
-        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        self.context.minimum_version = ssl.TLSVersion.TLSv1_2
-        self.link_context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        self.link_context.minimum_version = ssl.TLSVersion.TLSv1_3
-        # A link lasts, and after a restart nobody could read the tickets.
-        self.link_context.num_tickets = 0
         self.channel = ""
         self._leaf: x509.Certificate | None = None
         self.renew(datetime.datetime.now(datetime.UTC))
@@ -76,12 +70,15 @@ class ServerCertificate:
         if self._leaf is not None and leaf == self._leaf:
             return False
         try:
-            # First into a context that serves nobody: a pair that does not match must not spoil the one in use.
-            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(chain, key)
-            self.context.load_cert_chain(chain, key)
-            self.link_context.load_cert_chain(chain, key)
+            # New ones: one that has been given a certificate of another kind of key goes on to show the former.
+            contexts = _context(ssl.TLSVersion.TLSv1_2), _context(ssl.TLSVersion.TLSv1_3)
+            for context in contexts:
+                context.load_cert_chain(chain, key)
         except (OSError, ssl.SSLError) as error:
             raise CertificateUnusable(f"{chain} and its key cannot be used: {error}", who="relay operator") from error
+        self.context, self.link_context = contexts
+        # A link lasts, and after a restart nobody could read the tickets.
+        self.link_context.num_tickets = 0
         self._leaf = leaf
         self.channel = hashlib.sha256(leaf.public_bytes(serialization.Encoding.DER)).hexdigest()
         return True
@@ -100,6 +97,12 @@ class ServerCertificate:
             self._leaf.not_valid_after_utc.timestamp(),
             self._settings.tls.certificate is None,
         )
+
+
+def _context(least: ssl.TLSVersion) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = least
+    return context
 
 
 def tls_directory(settings: Settings) -> Path:

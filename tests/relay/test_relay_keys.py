@@ -175,7 +175,8 @@ def test_a_certificate_is_renewed_before_its_end_by_the_same_authority(settings:
     assert tls.ca_fingerprint(settings) == authority
     pem = tls.ca_certificate_pem(settings)
     assert pem is not None
-    handshake(aged.context, pem, "localhost")
+    for context in (aged.context, aged.link_context):
+        assert hashlib.sha256(handshake(context, pem, "localhost")).hexdigest() == aged.channel
 
 
 def test_a_new_name_gives_a_new_certificate(settings: Settings) -> None:
@@ -221,6 +222,29 @@ def test_an_operators_certificate_is_used_and_taken_up_when_it_changes(tmp_path:
     with pytest.raises(tls.CertificateUnusable):
         tls.ServerCertificate(settings)
     handshake(shown.context, authority.cert_pem.bytes().decode(), "relay.example.org")
+
+
+@pytest.mark.parametrize("kinds", [("ECDSA", "RSA"), ("RSA", "ECDSA")])
+def test_a_certificate_of_another_kind_of_key_takes_the_place_of_the_former(
+    kinds: tuple[str, str], tmp_path: Path
+) -> None:
+    authority = trustme.CA()
+
+    def issue(kind: str) -> None:
+        leaf = authority.issue_cert("relay.example.org", key_type=trustme.KeyType[kind])
+        leaf.private_key_pem.write_to_path(tmp_path / "own.key")
+        (tmp_path / "own.pem").write_bytes(leaf.cert_chain_pems[0].bytes())
+
+    issue(kinds[0])
+    settings = msgspec.structs.replace(
+        parse_settings("tls: {certificate: own.pem, key: own.key}\n"), directory=str(tmp_path)
+    )
+    shown = tls.ServerCertificate(settings)
+    issue(kinds[1])
+    assert shown.renew(datetime.datetime.now(datetime.UTC))
+    pem = authority.cert_pem.bytes().decode()
+    for context in (shown.context, shown.link_context):
+        assert hashlib.sha256(handshake(context, pem, "relay.example.org")).hexdigest() == shown.channel
 
 
 def test_the_key_of_id_tokens_is_replaced_and_the_former_one_stays_published(tmp_path: Path) -> None:
