@@ -79,8 +79,9 @@ class Record:
     def _put_settled(self) -> None:
         self.journal.put("settled", str(self.settled_bytes).encode())
 
-    def _note_transferred(self, done: list[tuple[FileJob, str | None]], linked: list[FileJob]) -> None:
-        """Files (with a published checksum, where one was asked for) and links that have their final names."""
+    def _note_transferred(self, done: list[tuple[FileJob, str | None]], linked: list[FileJob]) -> int:
+        """Files (with a published checksum, where one was asked for) and links that have their final names. The bytes
+        that are settled by that."""
         rows = []
         settled = 0
         for job, checksum in done:
@@ -103,8 +104,8 @@ class Record:
         for job in linked:
             job.group.counts.symlinks_transferred += 1
             rows.append(TransferredRow(job.source_path, job.destination_path, 0))
-        self.settle(settled)
         self._append(self._transferred, rows)
+        return settled
 
     def _note_outcomes(self, outcomes: list[Outcome]) -> None:
         """Jobs that ended without content: errors, or nothing to do."""
@@ -145,12 +146,12 @@ class Record:
         """Files (with a published checksum, where one was asked for) and links that have their final names, and jobs
         that ended without: counted, listed, and durable when this returns. The groups that are done now."""
         with self._lock:
-            self._note_transferred(transferred, linked)
+            size = self._note_transferred(transferred, linked)
             self._note_outcomes(outcomes)
-            return self._commit_all([job for job, _ in transferred] + linked, outcomes, complete, listed)
+            return self._commit_all([job for job, _ in transferred] + linked, outcomes, complete, listed, size)
 
     def _commit_all(
-        self, settled: list[FileJob], outcomes: list[Outcome], complete: list[LargeFile], listed: list[Group]
+        self, settled: list[FileJob], outcomes: list[Outcome], complete: list[LargeFile], listed: list[Group], size: int
     ) -> list[Group]:
         """Count jobs in their groups, fold groups that are done, and make all of it durable: manifest first, then the
         journal that says how long it is. The groups that are done now."""
@@ -158,7 +159,14 @@ class Record:
             manifest.sync()
         self._unsynced.clear()
         with self.journal.together():
-            return self._commit(settled, outcomes, complete, listed)
+            size += sum(file.last_check for file in complete)
+            # Not before: a manifest that cannot be synced ends the run, but not before others have kept their books.
+            self.settle(size)
+            try:
+                return self._commit(settled, outcomes, complete, listed)
+            except BaseException:
+                self.settle(-size)
+                raise
 
     def _commit(
         self, settled: list[FileJob], outcomes: list[Outcome], complete: list[LargeFile], listed: list[Group]
@@ -180,7 +188,6 @@ class Record:
         ]
         self.journal.put_finished(finished)
         for file in complete:
-            self.settle(file.last_check)
             if file.job.key[0] not in done_ids:
                 self.journal.drop_partial(*file.job.key)
         for group in done:
@@ -198,7 +205,7 @@ class Record:
                 self.counters, deleted=self.counters.deleted + count, failed=self.counters.failed + len(failures)
             )
             self._append(self._skipped, failures)
-            self._commit_all([], [], [], [])
+            self._commit_all([], [], [], [], 0)
 
     def _fold(self, group: Group) -> None:
         """Add a finished group's counts to the task's and forget its details."""

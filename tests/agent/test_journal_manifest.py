@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from agent.transfer.channel import Event
 from agent.transfer.compare import block_count, block_size, missing_ranges
 from agent.transfer.events import EventLog
+from agent.transfer.jobs import FileJob, Group, LargeFile
 from agent.transfer.journal import TRANSFERRED, Journal, PartialRow, open_or_rebuild
 from agent.transfer.journal_format import VERSION
 from agent.transfer.manifest import (
@@ -24,8 +25,10 @@ from agent.transfer.manifest import (
     TransferredRow,
     read_page,
 )
+from agent.transfer.record import Record
 from agent.transfer.state_trouble import StateTrouble
 from protocol.control import Counters
+from protocol.session import FILE, Row
 
 PARTIAL = PartialRow(b".temporary", (1, 2, 3, 4, 5), 1024, bytearray(b"\x05"))
 
@@ -105,6 +108,37 @@ def test_an_event_that_the_daemon_has_says_nothing_of_earlier_ones(tmp_path: Pat
     EventLog(journal, again.append).tell_again()
     assert [event.code for event in again] == ["LOST_ON_THE_WAY"]
     journal.close()
+
+
+def test_what_could_not_be_written_down_does_not_count_for_those_who_write_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The manifest cannot be synced, and before the run ends another thread notes a block of a large file."""
+    journal = Journal(tmp_path / "journal")
+    manifests = ManifestWriter(tmp_path / "transferred", 0), ManifestWriter(tmp_path / "skipped", 0)
+    record = Record(journal, manifests, verify=True, now=lambda: "now")
+    group = Group(1, b"", b"", None, [], planned=3)  # type: ignore[arg-type]
+    small, large, whole = (
+        FileJob(group, 0, Row(name, FILE, size, 0, 0, 0, 0, 0), name, name, True)
+        for name, size in ((b"small", 7), (b"large", 3000), (b"whole", 2000))
+    )
+
+    def refuse() -> None:
+        raise StateTrouble("It cannot be written.")
+
+    complete = LargeFile(whole, b".temporary", -1, 1000, bytearray(b"\x03"), 2, 1000, last_check=1000)
+    for owner, name in ((manifests[0], "sync"), (journal, "commit")):
+        with monkeypatch.context() as failing:
+            failing.setattr(owner, name, refuse)
+            with pytest.raises(StateTrouble):
+                record.settled([(small, None), (whole, None)], [], [], [complete], [])
+        record.part_settled(LargeFile(large, b".temporary", -1, 1000, bytearray(b"\x01"), 1), 1000)
+    assert record.settled_bytes == int(journal.get("settled") or b"0") == 2000
+    record.settled([(small, None)], [], [], [complete], [])
+    assert record.settled_bytes == 3007
+    journal.close()
+    for manifest in manifests:
+        manifest.close()
 
 
 def test_what_was_not_committed_is_gone_after_a_crash(tmp_path: Path) -> None:
