@@ -43,20 +43,24 @@ class Way:
 
 
 class Ends:
-    """CPU time of the processes below this one since now, by the end they work for: a destination's have its books
-    open."""
+    """CPU time of the workers that wait now, and of what they fork, by the end they work for: a destination's have its
+    books open. What is started meanwhile waits for the next transfer."""
 
     def __init__(self, books: Path) -> None:
         self._books = str(books)
         self._used: dict[tuple[int, float], float] = {}
         self._receives: set[tuple[int, float]] = set()
+        self._workers: set[int] | None = None
         self.look()
+        self._workers = {pid for pid, _ in self._used}
         # Spare workers, that do not know yet what they will be.
         self._before = dict(self._used)
 
     def look(self) -> None:
         for child in psutil.Process().children(recursive=True):
             with suppress(psutil.NoSuchProcess, OSError):
+                if self._workers is not None and not self._workers & {child.pid, child.ppid()}:
+                    continue
                 key = (child.pid, child.create_time())
                 times = child.cpu_times()
                 self._used[key] = times.user + times.system
