@@ -9,6 +9,7 @@ place.
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import struct
 import sys
@@ -24,6 +25,8 @@ MOST_ROWS = 1024
 VERSION, HEADER, ROW = 2, struct.Struct("<I"), struct.Struct("<HHI")
 MOST_BYTES = HEADER.size + MOST_ROWS * ROW.size
 OWNER, USER, OWNING_GROUP, GROUP, MASK, OTHER = 0x01, 0x02, 0x04, 0x08, 0x10, 0x20
+# Files of one tree have few lists between them. Of the largest that there may be, so many take 5 MiB.
+REMEMBERED = 32
 # What stands for an account in rows that name none, and what the kernel gives for one that it cannot tell.
 _NO_ACCOUNT = 2**32 - 1
 # Where the permission of the owner's row, which is the first, lies in a list.
@@ -104,6 +107,7 @@ def narrowed(found: AccessList, mode: int, permitted: int) -> AccessList:
     )
 
 
+@functools.lru_cache(REMEMBERED)
 def parse_untrusted(data: bytes) -> AccessList:
     """The list in a peer's bytes, which must be as `AccessList.packed` writes it. Raises only `ProtocolError`."""
     if not HEADER.size <= len(data) <= MOST_BYTES or (len(data) - HEADER.size) % ROW.size:
@@ -204,6 +208,7 @@ else:
         raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
 
 
+@functools.lru_cache(REMEMBERED)
 def _in_order(data: bytes) -> bytes:
     """A list of the kernel's, its rows sorted: it takes named accounts in any order. Raises `ProtocolError` for what is
     no such list."""

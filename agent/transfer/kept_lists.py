@@ -10,8 +10,10 @@ would within this machine's umask (`agent.storage.access_lists.narrowed`).
 from __future__ import annotations
 
 import errno
+import functools
 
 from agent.storage.access_lists import (
+    REMEMBERED,
     AccessList,
     FoundLists,
     narrowed,
@@ -36,6 +38,7 @@ class ListPolicy:
     def __init__(self, permitted: int, *, numbers: bool) -> None:
         self.permitted = permitted
         self.numbers = numbers
+        self._decided = functools.lru_cache(REMEMBERED)(self._decide)
 
     @property
     def umask(self) -> int:
@@ -49,9 +52,12 @@ class ListPolicy:
     def of_file(self, file: session.FileAttributes, mode: int) -> tuple[ListWanted, ListFate]:
         """The list of a file with this mode, and what became of the source's. Raises `ProtocolError` for bytes that are
         no list."""
-        found = _parsed(file.access)
+        return self._decided(file.access, mode, file.lists_left_out > 0)
+
+    def _decide(self, access: bytes, mode: int, left_out: bool) -> tuple[ListWanted, ListFate]:
+        found = _parsed(access)
         given = None if found is None else self._given(found, mode)
-        fate = _fate(found, given, left_out=file.lists_left_out > 0)
+        fate = _fate(found, given, left_out=left_out)
         if given is None:
             given = of_mode(mode & self.permitted)
         return ListWanted(given.packed(), given.mode, given.mask is not None), fate
