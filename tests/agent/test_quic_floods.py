@@ -249,6 +249,25 @@ def test_a_connection_that_is_up_is_not_disturbed_by_a_flood(library: str) -> No
         assert not pair.over
 
 
+@both
+def test_strangers_do_not_make_a_server_look_alive(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(carrier_module, "ASK_AGAIN", 0.02)
+    monkeypatch.setattr(carrier_module, "DOUBT_PATIENCE", 0.1)
+    monkeypatch.setattr(carrier_module, "DOUBTED_SILENCE", 0.4)
+    with closing(quic_pair(library)) as pair, udp() as stranger:
+        pair.up()
+        near, far = pair.open()
+        with near, far:
+            pair.client.doubt()
+            pair.run(lambda: pair.client._doubted is None)
+            pair.client.doubt()
+            until = time.monotonic() + 3
+            with pytest.raises(ConnectionOver, match="started again"):
+                while time.monotonic() < until:
+                    stranger.sendto(b"\x40" + bytes(40), pair.client._datagrams.sock.getsockname())
+                    pair.client.turn(0.02)
+
+
 # --- a peer that has shown who it is, and floods -------------------------------------------------------------
 
 

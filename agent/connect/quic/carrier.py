@@ -103,6 +103,8 @@ class Carrier:
         # Since when the server is doubted to be there, and nothing has come.
         self._doubted: float | None = None
         self._newest = 0
+        # Where the server of this client is: what comes from elsewhere is nothing (RFC 9000, section 9).
+        self._server: Address | None = None
         self.is_up = False
         self.moves = 0
 
@@ -110,6 +112,7 @@ class Carrier:
 
     def connect(self, address: Address) -> None:
         """Client: begin."""
+        self._server = address
         self._engine.connect(address, now())
         self._flush()
 
