@@ -221,6 +221,8 @@ class Carrier:
 
     def _read_network(self) -> None:
         for data, segment, address in self._datagrams.receive():
+            if self._server is not None and address != self._server:
+                continue
             self._heard = now()
             self._engine.receive(data, segment, address, self._heard)
             self._refused = self._doubted = None
