@@ -492,6 +492,33 @@ async def test_a_meeting_makes_nobody_dial_what_may_not_be_dialled(monkeypatch: 
         assert dialled == []
 
 
+async def test_a_relay_has_both_sides_punch_once_for_a_meeting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often it says where the other side is."""
+    punched: list[Any] = []
+
+    async def record(_port: int, target: tuple[str, int], **_options: Any) -> socket.socket:
+        punched.append(target)
+        await trio.sleep_forever()
+        raise AssertionError
+
+    monkeypatch.setattr("agent.connect.introductions.connect_from", record)
+    monkeypatch.setattr("agent.connect.punch.connect_from", record)
+    async with meeting() as (made, order):
+        order_session(made, order)
+        made.finder.begin()
+        while len(punched) < 4:
+            await trio.sleep(0.01)
+        # The source's data port to both slots, and both slots to the data port.
+        first = list(punched)
+        for number in range(20):
+            rows = [Candidate(kind="mapped-tcp", host="127.0.0.1", port=1000 + number, slot=slot) for slot in (0, 1, 2)]
+            go = PathGo(session_id=SESSION, generation=MEETING, start_in=0.0, candidates=rows)
+            made.finder.take_go(go)
+            made.source.introductions.go(go)
+        await trio.testing.wait_all_tasks_blocked()
+        assert sorted(punched) == sorted(first)
+
+
 async def test_a_go_for_ports_that_were_not_shown_is_ignored() -> None:
     async with world() as made:
         keep_addresses_back(made)
