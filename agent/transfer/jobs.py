@@ -192,6 +192,8 @@ class LargeFile:
     last_charged: int = 0
     # Blocks written and not yet checked, with their digests. The lock guards this and nothing else.
     unchecked: dict[int, bytes] = field(default_factory=dict)
+    # How many blocks are being checked; the same lock.
+    in_check: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
     # Mode and time are final and were synced with the last blocks; whatever is written after that takes it back.
     sealed: bool = False
@@ -212,12 +214,24 @@ class LargeFile:
         """All blocks waiting for a check; the caller is now responsible for them."""
         with self.lock:
             taken, self.unchecked = self.unchecked, {}
+            self.in_check += len(taken)
         return taken
 
     def waiting(self) -> list[int]:
         """The blocks waiting for a check; they go on waiting."""
         with self.lock:
             return list(self.unchecked)
+
+    def checked(self, blocks: int) -> None:
+        """So many blocks that were taken for a check are through it, and marked if they are good."""
+        with self.lock:
+            self.in_check -= blocks
+
+    @property
+    def all_here(self) -> bool:
+        """Whether every block is done or being checked: nothing will be written, unless one is found to be bad."""
+        with self.lock:
+            return not self.unchecked and self.done_count + self.in_check >= self.count
 
     def add_unchecked(self, index: int, digest: bytes) -> int:
         """Note a written block; how many wait now."""
@@ -301,11 +315,12 @@ class BlocksWritten:
 @dataclass(slots=True, eq=False)
 class BlocksChecked:
     """To the settler, from the checker: these blocks are durable (and read back as they were sent), or ``error``
-    says why none of them is. ``size`` is what they give back to the budget."""
+    says why none of them is. ``taken`` blocks were looked at, and give ``size`` back to the budget."""
 
     file: LargeFile
     good: list[int]
     bad: list[int]
+    taken: int
     size: int
     error: OSError | None = None
 

@@ -6,8 +6,8 @@ One thread does it, and only that one: several would hand the interpreter's lock
 
 Small files go through it in batches. While a batch is being synced in a side thread the next one is written, and one
 sync serves two batches: it makes the temporaries of one durable and the names of the one before, which the same thread
-then enters in the books while the settler reads the temporaries back. Large files are synced and read back in a second
-side thread (`agent.transfer.block_check`).
+then enters in the books while the settler reads the temporaries back. Large files are synced and read back in two
+further ones (`agent.transfer.block_check`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Protocol, TypeAlias
 
 from agent.storage.base import Root
 from agent.storage.faults import fault
-from agent.transfer.block_check import BlockChecker
+from agent.transfer.block_check import BlockChecker, CheckLine
 from agent.transfer.checksum import file_digest, unexpected_digest
 from agent.transfer.held import HeldChecked, HolderLost, PackHeld
 from agent.transfer.held_batches import HeldBatches
@@ -136,8 +136,6 @@ class Settler:
         self._batches: list[list[Temporary]] = []
         # Being read back by the processes that hold them.
         self._held = HeldBatches()
-        # Asked of the checker and not answered.
-        self._checks = 0
 
     def stop(self) -> None:
         """Let `run` settle what is queued and return."""
@@ -148,9 +146,9 @@ class Settler:
         try:
             with (
                 SideThread[_Answer]("sync", self._first) as syncs,
-                SideThread[_Answer]("check", self.queue) as checks,
+                CheckLine[_Answer](self._checker, self.queue) as checks,
             ):
-                self._syncs, self._check_thread = syncs, checks
+                self._syncs, self._checks = syncs, checks
                 self._loop()
         except OSError as error:
             raise fault(error, "destination", b"") from error
@@ -184,7 +182,7 @@ class Settler:
 
     @property
     def _busy(self) -> bool:
-        asked = self._syncing or self._records or self._held or self._checks
+        asked = self._syncing or self._records or self._held or self._checks.asked
         return bool(asked or self._written or self._names or not self.queue.empty())
 
     def _look(self) -> None:
@@ -222,7 +220,7 @@ class Settler:
         elif isinstance(item, Batch):
             self._synced(item)
         elif isinstance(item, BlocksWritten):
-            self._ask_checker(partial(self._checker.check, item.file))
+            self._checks.check(item.file)
         elif isinstance(item, BlocksChecked):
             self._blocks_checked(item)
         elif isinstance(item, FileSealed):
@@ -234,16 +232,16 @@ class Settler:
         elif isinstance(item, HardLinkWanted):
             self._hard_link(item)
         elif isinstance(item, Abandoned):
-            self._ask_checker(partial(self._abandon, item))
+            self._checks.ask(partial(self._abandon, item))
         elif isinstance(item, PartDropped):
             self.record.known_part_dropped(item.job, item.temporary)
         elif isinstance(item, Closed):
-            self._checks -= 1
+            self._checks.asked -= 1
             self._reports.abandoned(item.item.file, item.item.error)
         elif isinstance(item, Outcome):
             self._outcome(item)
         elif isinstance(item, Discarded):
-            self._checks -= 1
+            self._checks.asked -= 1
             self.record.part_dropped(item.file)
             self._names.outcomes.append(item.outcome)
         elif isinstance(item, GroupListed):
@@ -355,14 +353,14 @@ class Settler:
 
     # --- large files -----------------------------------------------------------------------------------
 
-    def _ask_checker(self, function: Callable[[], _Answer]) -> None:
-        self._checks += 1
-        self._check_thread.ask(function)
-
     def _blocks_checked(self, item: BlocksChecked) -> None:
-        self._checks -= 1
+        self._checks.asked -= 1
         file = item.file
         self._names.checked_bytes += item.size
+        if item.error is None:
+            for index in item.good:
+                file.mark_done(index)
+        file.checked(item.taken)
         if item.error is not None:
             file.failed = True
             self._reports.file_failed(file, fault(item.error, "destination", file.job.destination_path))
@@ -371,19 +369,17 @@ class Settler:
             self._reports.refetch(file, index)
         if not item.good:
             return
-        for index in item.good:
-            file.mark_done(index)
         size = sum(map(file.length_of, item.good))
         if file.complete:
             # Counts together with the name: until then the journal has the file as it was before this check.
             file.last_check, file.last_charged = size, item.size
             self._names.checked_bytes -= item.size
-            self._ask_checker(partial(self._checker.seal, file))
+            self._checks.finish(partial(self._checker.seal, file))
         else:
             self.record.part_settled(file, size)
 
     def _file_sealed(self, item: FileSealed) -> None:
-        self._checks -= 1
+        self._checks.asked -= 1
         file, job = item.file, item.file.job
         self._names.checked_bytes += file.last_charged
         file.last_charged = 0
@@ -446,7 +442,7 @@ class Settler:
             self._names.outcomes.append(outcome)
         else:
             # Its blocks may be being checked now: the descriptor is closed behind that.
-            self._ask_checker(partial(self._discard, replace(outcome, discard=None), file))
+            self._checks.ask(partial(self._discard, replace(outcome, discard=None), file))
 
     def _discard(self, outcome: Outcome, file: LargeFile) -> Discarded:
         """In the side thread."""

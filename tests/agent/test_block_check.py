@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import queue
+import threading
 from typing import Any
 
 import pytest
@@ -10,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.storage import page_cache
-from agent.transfer.block_check import BlockChecker, _runs
-from agent.transfer.jobs import LargeFile
+from agent.transfer.block_check import BlockChecker, CheckLine, _runs
+from agent.transfer.jobs import BlocksChecked, LargeFile
+from agent.transfer.side_thread import Broken
 from protocol.lane import digest
 
 BLOCK = 1024
@@ -30,6 +33,22 @@ class Job:
 def new_file() -> LargeFile:
     job: Any = Job
     return LargeFile(job, b"t", 7, BLOCK, bytearray(3), 0)
+
+
+def quiet_checker(disk: Any) -> BlockChecker:
+    unused: Any = None
+    return BlockChecker(
+        disk, unused, verify=True, mode_mask=0o777, preserve_timestamp=True, refused=unused, remover=unused
+    )
+
+
+def check(checker: BlockChecker, file: LargeFile) -> BlocksChecked:
+    """Both halves, and what the settler does with the answer."""
+    (finish,) = checker.begin([file])
+    answer = finish()
+    file.done_count += len(answer.good)
+    file.checked(answer.taken)
+    return answer
 
 
 class Disk:
@@ -76,23 +95,22 @@ def test_blocks_are_dropped_asked_for_and_read_behind_their_sync(monkeypatch: py
     checker = BlockChecker(
         root, unused, verify=verify, mode_mask=0, preserve_timestamp=False, refused=unused, remover=unused
     )
-    answer = checker.check(file)
+    answer = check(checker, file)
     assert sorted(answer.good) == [1, 2, 3, 20]
     assert not answer.bad
-    assert file.waiting() == [8, 9]
+    assert sorted(file.unchecked) == [8, 9]
     if not verify:
-        assert disk.calls == [("fsync",)]
+        assert [call[0] for call in disk.calls] == ["fsync"]
         return
     neighbours, tail = (BLOCK, 3 * BLOCK), (20 * BLOCK, 5)
-    assert disk.calls[:6] == [
+    assert disk.calls[:5] == [
         ("fsync",),
         ("forget", *neighbours),
         ("want", *neighbours),
         ("forget", *tail),
         ("want", *tail),
-        ("write_soon", 8 * BLOCK, 2 * BLOCK),
     ]
-    assert {call[0] for call in disk.calls[6:]} == {"preadv"}
+    assert {call[0] for call in disk.calls[5:]} == {"preadv"}
 
 
 @pytest.mark.parametrize("mode", [0o644, 0o200])
@@ -116,20 +134,130 @@ def test_mode_and_time_are_durable_before_a_file_may_have_its_name(
     )
     file.add_unchecked(3, digest(b"spoilt" if spoilt else content[0]))
     file.add_unchecked(20, digest(content[1]))
-    answer = checker.check(file)
+    answer = check(checker, file)
     set_both = [("fchmod", mode), ("futimes", 12345)]
     early = set_both if mode == 0o644 else []
     assert [call for call in disk.calls if call[0] != "preadv"] == [*early, ("fsync",)]
     if spoilt:
         assert answer.bad == [3]
-        file.done_count += 1
         disk.calls.clear()
         file.add_unchecked(3, digest(content[0]))
-        assert checker.check(file).good == [3]
+        assert check(checker, file).good == [3]
         assert [call for call in disk.calls if call[0] != "preadv"] == [*early, ("fsync",)]
     disk.calls.clear()
     assert checker.seal(file).error is None
     assert disk.calls == ([("close",)] if early else [*set_both, ("fsync",), ("close",)])
+
+
+def test_what_waits_is_synced_together_and_read_behind_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every file is synced before any is dropped from the cache."""
+    files = [new_file(), new_file()]
+    for file in files:
+        file.add_unchecked(0, digest(bytes(BLOCK)))
+    disk = Disk(files[0], [])
+    checker = quiet_checker(disk)
+    for name in ("forget", "want", "write_soon"):
+        monkeypatch.setattr(page_cache, name, disk.advice(name))
+    checks = checker.begin(files)
+    names = [call[0] for call in disk.calls]
+    assert names == ["fsync"] * 2 + ["forget", "want"] * 2
+    assert [check().file for check in checks] == files
+
+
+def test_what_waits_is_written_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = new_file()
+    disk = Disk(file, [])
+    monkeypatch.setattr(page_cache, "write_soon", disk.advice("write_soon"))
+    for index in (3, 1, 2, 20):
+        file.add_unchecked(index, b"")
+    checker = quiet_checker(disk)
+    checker.write_soon(file)
+    assert disk.calls == [("write_soon", BLOCK, 3 * BLOCK), ("write_soon", 20 * BLOCK, 5)]
+    assert len(file.unchecked) == 4
+    file.failed = True
+    checker.write_soon(file)
+    assert len(disk.calls) == 2
+
+
+def test_a_file_is_sealed_with_its_last_blocks_although_others_are_still_being_checked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    file = new_file()
+    disk = Disk(file, [])
+    checker = quiet_checker(disk)
+    for name in ("forget", "want", "write_soon"):
+        monkeypatch.setattr(page_cache, name, lambda *_: None)
+    first = dict.fromkeys(range(20), digest(bytes(BLOCK)))
+    for index, expected in first.items():
+        file.add_unchecked(index, expected)
+    (early,) = checker.begin([file])
+    before = file.sealed
+    file.add_unchecked(20, digest(bytes(5)))
+    (late,) = checker.begin([file])
+    assert (before, file.sealed) == (False, True)
+    assert [call[0] for call in disk.calls] == ["fsync", "fchmod", "futimes", "fsync"]
+    assert len(early().good) == 20
+    assert late().good == [20]
+
+
+def test_each_call_of_a_line_has_one_answer_and_everything_keeps_its_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [new_file() for _ in range(3)]
+    for file in files:
+        file.add_unchecked(0, digest(bytes(BLOCK)))
+    disk = Disk(files[0], [])
+    for name in ("forget", "want"):
+        monkeypatch.setattr(page_cache, name, lambda *_: None)
+    monkeypatch.setattr(page_cache, "write_soon", disk.advice("write_soon"))
+    answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    held, begun = threading.Event(), threading.Event()
+    sync = disk.fsync
+
+    def first_waits(descriptor: int) -> None:
+        begun.set()
+        assert held.wait(10)
+        sync(descriptor)
+
+    monkeypatch.setattr(disk, "fsync", first_waits)
+    checker = quiet_checker(disk)
+    together: list[int] = []
+    begin = checker.begin
+
+    def counted(taken: list[LargeFile]) -> Any:
+        together.append(len(taken))
+        return begin(taken)
+
+    monkeypatch.setattr(checker, "begin", counted)
+    with CheckLine[str](checker, answers) as line:
+        line.check(files[0])
+        assert disk.calls == [("write_soon", 0, BLOCK)]
+        assert begun.wait(10)
+        # These wait together, one of them twice.
+        for file in (*files[1:], files[1]):
+            line.check(file)
+        line.ask(lambda: "closed")
+        assert line.asked == 5
+        held.set()
+    got = [answers.get_nowait() for _ in range(5)]
+    assert answers.empty()
+    assert [answer if isinstance(answer, str) else answer.file for answer in got] == [*files, files[1], "closed"]
+    assert [answer if isinstance(answer, str) else answer.good for answer in got] == [[0], [0], [0], [], "closed"]
+    assert together == [1, 3, 0, 0]
+
+
+def test_what_goes_wrong_in_the_first_thread_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    file = new_file()
+    checker = quiet_checker(Disk(file, []))
+
+    def fails(_files: object) -> None:
+        raise RuntimeError("on purpose")
+
+    monkeypatch.setattr(checker, "begin", fails)
+    with CheckLine[str](checker, answers) as line:
+        line.check(file)
+    answer = answers.get_nowait()
+    assert isinstance(answer, Broken)
+    assert str(answer.__cause__) == "on purpose"
 
 
 @given(st.sets(st.integers(0, 20)))
