@@ -43,7 +43,6 @@ def run(config_file: Path, flags: Mapping[str, str] | None = None, log_file: Pat
     notifier = Notifier.from_environment()
     processes = session_processes(config.limits.workers_per_session)
     with held(config.state_dir) as lock:
-        identity, key = require(config.state_dir)
         first = spawn(processes) if config.limits.spare_worker and not FORKS else None
 
         import trio
@@ -52,6 +51,13 @@ def run(config_file: Path, flags: Mapping[str, str] | None = None, log_file: Pat
 
         if config.limits.spare_worker and first is None:
             first = _forked(processes, lock)
+        # Only now: a worker reads what strangers send, and has no need of this agent's key in its memory.
+        try:
+            identity, key = require(config.state_dir)
+        except BaseException:
+            if first is not None:
+                first.sock.close()
+            raise
         data = DataSide(config, identity, key, first)
 
         async def main() -> None:

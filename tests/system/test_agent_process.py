@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from agent.config.edit import append_collection, set_value
@@ -100,6 +101,33 @@ def wait_for(condition: Any, what: str) -> None:
     while not condition():
         assert time.monotonic() < deadline, f"waited in vain for {what}"
         time.sleep(0.1)
+
+
+def _has_in_memory(pid: int, wanted: bytes) -> bool:
+    """Whether a process holds these bytes anywhere that it may write to."""
+    with Path(f"/proc/{pid}/mem").open("rb", buffering=0) as memory:
+        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+            place, mode = line.split()[:2]
+            if mode.startswith("rw"):
+                begin, end = (int(number, 16) for number in place.split("-"))
+                memory.seek(begin)
+                # What a region does not have any more by now is read short, or not at all.
+                with contextlib.suppress(OSError):
+                    if wanted in memory.read(end - begin):
+                        return True
+    return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the memory of processes is read from /proc")
+def test_workers_do_not_have_the_agents_key(site: Site) -> None:
+    key = NodeKey.load(site.state_dir / KEY_FILE).private_key.private_bytes_raw()
+    with site.running() as process:
+        workers = [
+            child.pid for child in psutil.Process(process.pid).children() if "agent.transfer.worker" in child.cmdline()
+        ]
+        assert workers
+        assert _has_in_memory(process.pid, key)
+        assert not any(_has_in_memory(worker, key) for worker in workers)
 
 
 def test_an_agent_without_its_relay_runs_and_says_how_it_is(site: Site) -> None:
