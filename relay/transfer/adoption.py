@@ -135,7 +135,8 @@ def adopt(
     event_log.add(connection, order.task_id, TaskEvent(code=RESTORED, description=_SENTENCE, time=now))
     task = task_rows.load(connection, order.task_id)
     assert task is not None
-    task_reports.store_observed(connection, task, observed)
+    # Nobody knows here when it started: what its agent tells of it comes after.
+    task_reports.store_observed(connection, task, observed, task.requested)
     if observed.state in FINAL_STATES:
         current = task_rows.load(connection, order.task_id)
         assert current is not None

@@ -98,12 +98,12 @@ def compared(
 
 
 def _take(connection: Connection, task: Task, observed: TaskObserved, hello: AgentHello | None, now: float) -> None:
-    """What an agent answers of a running task. An end that is also in lines which were not read yet is left to them:
-    they tell first what came before."""
+    """What an agent answers of a running task. An end or a beginning that is also in lines which were not read yet is
+    left to them: they tell when it was, and first what came before."""
     ends = observed.state in FINAL_STATES
-    if ends and hello is not None and has_lines_to_come(connection, hello):
+    if (ends or task.state == "QUEUED") and hello is not None and has_lines_to_come(connection, hello):
         return
-    task_reports.store_observed(connection, task, observed)
+    task_reports.store_observed(connection, task, observed, now)
     current = task_rows.load(connection, task.id)
     if ends and current is not None:
         task_reports.conclude(connection, current, observed, now)
@@ -152,6 +152,6 @@ def note_trouble(connection: Connection, task_id: str, error: TowpathError, now:
         status_sentence=error.sentence,
         who=error.who,
     )
-    task_reports.store_observed(connection, task, observed)
+    task_reports.store_observed(connection, task, observed, now)
     event = TaskEvent(code=error.code, description=error.sentence, time=now, is_error=True)
     event_log.add(connection, task_id, event)

@@ -69,6 +69,13 @@ def count(connection: Connection, task_id: str, is_error: bool | None) -> int:
     return int(connection.execute(statement).scalar_one())
 
 
+def has_started(connection: Connection, task_id: str) -> bool:
+    """Whether the task is known to have started."""
+    column = tables.task_events.c
+    found = select(column.id).where(column.task_id == task_id, column.code == "STARTED").limit(1)
+    return connection.execute(found).first() is not None
+
+
 def last_told(connection: Connection, task_id: str) -> float | None:
     """When the last of those events happened that the task's agent told of."""
     column = tables.task_events.c

@@ -439,7 +439,7 @@ class Steward:
                 if not reports:
                     continue
                 try:
-                    await self._store.write(_storing(node_id, reports))
+                    await self._store.write(_storing(node_id, reports, self._clock()))
                 except TowpathError as error:
                     logger.warning("Progress could not be stored: %s", error.sentence)
 
@@ -502,5 +502,5 @@ class Steward:
         return cut, [*expired, *task_turns.renew(connection, now, half_life)]
 
 
-def _storing(node_id: str, reports: dict[str, TaskObserved]) -> Callable[[Connection], None]:
-    return lambda connection: task_reports.apply_progress(connection, node_id, reports)
+def _storing(node_id: str, reports: dict[str, TaskObserved], now: float) -> Callable[[Connection], None]:
+    return lambda connection: task_reports.apply_progress(connection, node_id, reports, now)

@@ -73,11 +73,11 @@ def apply_lines(connection: Connection, node_id: str, lines: Iterable[AgentEvent
     return applied
 
 
-def apply_progress(connection: Connection, node_id: str, reports: Mapping[str, TaskObserved]) -> None:
+def apply_progress(connection: Connection, node_id: str, reports: Mapping[str, TaskObserved], now: float) -> None:
     """Store the newest progress of running tasks of one node."""
     for task_id, task in _driven_by(connection, node_id, reports).items():
         if not task.finished:
-            store_observed(connection, task, reports[task_id])
+            store_observed(connection, task, reports[task_id], now)
 
 
 def _driven_by(connection: Connection, node_id: str, ids: Iterable[str]) -> dict[str, Task]:
@@ -121,21 +121,13 @@ def _observe(connection: Connection, task: Task, line: AgentEvent, now: float) -
         task_rows.change(connection, task.id, last_seq=line.seq)
     elif task.finished:
         return task
-    store_observed(connection, task, observed)
+    store_observed(connection, task, observed, _moment(connection, line.time, task, now))
     current = task_rows.load(connection, task.id)
     assert current is not None
     if current.finished:
         return current
     if observed.state in FINAL_STATES and line.kind == "state":
         conclude(connection, current, observed, now)
-    elif observed.state == "ACTIVE" and task.state == "QUEUED":
-        event_log.add(
-            connection,
-            task.id,
-            TaskEvent(
-                code="STARTED", description="The task has started.", time=_moment(connection, line.time, task, now)
-            ),
-        )
     current = task_rows.load(connection, task.id)
     assert current is not None
     return current
@@ -157,8 +149,9 @@ def _sentence(observed: TaskObserved) -> str:
     return observed.status_sentence or usual[observed.state]
 
 
-def store_observed(connection: Connection, task: Task, observed: TaskObserved) -> None:
-    """Keep the newest observation. Counters never go back, whatever order reports arrive in."""
+def store_observed(connection: Connection, task: Task, observed: TaskObserved, when: float) -> None:
+    """Keep the newest observation, made at ``when``. Counters never go back, whatever order reports arrive in. That the
+    task has started is an event of it, whether a line tells so first or the answer to an order."""
     cut = msgspec.structs.replace(
         observed,
         counters=merged(task.counters, observed.counters),
@@ -174,6 +167,10 @@ def store_observed(connection: Connection, task: Task, observed: TaskObserved) -
     values: dict[str, object] = {"observed": msgspec.json.encode(cut).decode(), "attempted": True}
     if not task.finished and observed.state not in FINAL_STATES:
         values["state"] = observed.state
+        begins = observed.state == "ACTIVE" and task.state != "ACTIVE"
+        if begins and not event_log.has_started(connection, task.id):
+            started = TaskEvent(code="STARTED", description="The task has started.", time=when)
+            event_log.add(connection, task.id, started)
     task_rows.change(connection, task.id, **values)
 
 

@@ -25,6 +25,7 @@ from protocol.control import (
     TaskList,
     TaskObserved,
     TaskOrder,
+    TaskState,
     encode,
 )
 from protocol.errors import ItemFailed, RetryLater, TowpathError
@@ -58,6 +59,8 @@ class FakeAgent:
     refuse: Callable[[str, str], None] | None = None
     forget: Callable[[str, str], None] | None = None
     generation: int = 0
+    # What a task is in the answer to its first order.
+    begins: TaskState = "QUEUED"
     seq: int = 0
     # An older agent does not say how many tasks it has.
     is_older: bool = False
@@ -146,7 +149,7 @@ class FakeAgent:
             return known
         if known is None and document.items is None and document.desired != "cancel":
             raise ItemFailed("This task is not known here.", code="NOT_FOUND")
-        state = "QUEUED" if known is None else known.state
+        state = self.begins if known is None else known.state
         status = "QUEUED" if known is None else known.status_code
         counters = Counters() if known is None else known.counters
         observed = TaskObserved(

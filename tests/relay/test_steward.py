@@ -185,6 +185,19 @@ async def test_repeated_events_change_nothing(clock: MockClock, scene: Scene) ->
     assert await scene.codes(task_id) == ["STARTED", "CONNECT_FAILED", "SUCCEEDED"]
 
 
+async def test_a_task_whose_order_is_answered_when_it_runs_already_has_started(clock: MockClock, scene: Scene) -> None:
+    agent = scene.destination
+    agent.begins = "ACTIVE"
+    scene.up()
+    task_id = await scene.task()
+    await trio.sleep(MOMENT)
+    assert await scene.codes(task_id) == ["STARTED"]
+    agent.observe(task_id, "ACTIVE")
+    agent.succeed(task_id)
+    await trio.sleep(MOMENT)
+    assert await scene.codes(task_id) == ["STARTED", "SUCCEEDED"]
+
+
 async def test_events_stay_in_order_when_the_clock_of_their_agent_is_set_back(clock: MockClock, scene: Scene) -> None:
     scene.up()
     task_id = await scene.task()
