@@ -141,8 +141,8 @@ def sync_handle(fd: int) -> None:
         os.fsync(fd)
 
 
-def sync_folder(fd: int, sync: Callable[[int], None] | None = None) -> None:
-    """Make the entries of a folder durable, given any handle of it, or what ``sync`` does instead."""
+def sync_folder(fd: int) -> None:
+    """Make the entries of a folder durable, given any handle of it."""
     try:
         handle = os.open(b".", FOLDER, dir_fd=fd)
     except PermissionError:
@@ -150,6 +150,6 @@ def sync_folder(fd: int, sync: Callable[[int], None] | None = None) -> None:
         os.sync()
         return
     try:
-        (sync or sync_handle)(handle)
+        sync_handle(handle)
     finally:
         os.close(handle)

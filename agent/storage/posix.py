@@ -62,8 +62,9 @@ class PosixRoot(Root):
         self._mount = mounts.mount_of(fd, path)
         self._folds: dict[int, bool] = {}
         local = mounts.is_local(self._mount.file_system)
-        # Whether a file system, by its device, is made durable as a whole.
-        self._syncfs = {status.st_dev: local and libc.has_syncfs()}
+        # By device, the handle by which a file system is made durable as a whole, None where it is not: syncfs tells a
+        # handle of write errors since it was opened, also of those that another one was told of meanwhile.
+        self._syncs: dict[int, int | None] = {status.st_dev: fd if local and libc.has_syncfs() else None}
         self.features = Features(
             file_system=self._mount.file_system,
             local=local,
@@ -92,6 +93,8 @@ class PosixRoot(Root):
         # What was found out about the folder holds for both; only the way of links differs.
         root = copy.copy(self)
         root._fd = os.dup(self._fd)
+        own = self._identity[0]
+        root._syncs = {own: None if self._syncs[own] is None else root._fd}
         root.walker = self.walker.narrowed(root._fd, reach)
         return root
 
@@ -132,10 +135,25 @@ class PosixRoot(Root):
     def disk_of(self, fd: int) -> int | None:
         """`Directory.disk` of an open folder."""
         device = os.fstat(fd).st_dev
-        if device not in self._syncfs:
-            mount = mounts.mount_of(fd, self._configured)
-            self._syncfs[device] = mounts.is_local(mount.file_system) and libc.has_syncfs()
-        return device if self._syncfs[device] else None
+        if device not in self._syncs:
+            local = mounts.is_local(mounts.mount_of(fd, self._configured).file_system) and libc.has_syncfs()
+            try:
+                handle = os.open(b".", handles.FOLDER, dir_fd=fd) if local else None
+            except PermissionError:
+                # Another folder of it may be readable.
+                return None
+            if self._syncs.setdefault(device, handle) != handle and handle is not None:
+                # Another thread was faster.
+                os.close(handle)
+        return device if self._syncs[device] is not None else None
+
+    def sync_disk_of(self, fd: int) -> None:
+        """`Directory.sync_disk` of an open folder."""
+        device = self.disk_of(fd)
+        handle = None if device is None else self._syncs[device]
+        if handle is None:
+            raise os_error(errno.ENOTSUP)
+        libc.syncfs(handle)
 
     def folds(self, fd: int, prefix: bytes) -> bool:
         """`Directory.folds` of an open folder."""
@@ -181,6 +199,10 @@ class PosixRoot(Root):
         fd, self._fd = self._fd, -1
         if fd >= 0:
             self.walker.retire()
+            for handle in self._syncs.values():
+                if handle is not None and handle != fd:
+                    os.close(handle)
+            self._syncs = {}
             os.close(fd)
 
     def readable(self, fd: int, where: CollectionPath) -> PosixDirectory:
@@ -365,9 +387,7 @@ class PosixDirectory(Directory):
         return self._root.disk_of(self._fd)
 
     def sync_disk(self) -> None:
-        if self.disk() is None:
-            raise os_error(errno.ENOTSUP)
-        handles.sync_folder(self._fd, libc.syncfs)
+        self._root.sync_disk_of(self._fd)
 
     def fileno(self) -> int | None:
         return self._fd

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from agent.storage import handles, libc, mounts, page_cache, posix
+from agent.storage.base import Reach
 from agent.storage.posix import open_root
 from agent.transfer.settling import SYNCFS_FROM
 from tests.agent.engine_inside import CHECKED, Engine, contents, quick_path
@@ -83,6 +84,35 @@ def test_a_folder_says_on_which_disk_it_is(tmp_path: Path, monkeypatch: pytest.M
             assert folder.disk() is None
             with pytest.raises(OSError, match="not supported"):
                 folder.sync_disk()
+
+
+def test_a_disk_is_synced_by_one_handle_for_as_long_as_its_root_is_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system tells a handle of write errors since it was opened: a new one would not hear of what somebody else's
+    sync, of another task on the same disk, was told of meanwhile."""
+    asked: list[int] = []
+    monkeypatch.setattr(libc, "syncfs", asked.append)
+    places = [tmp_path / "here", tmp_path / "below"]
+    places[0].mkdir()
+    with memory_disk(places[1], 1):
+        for place in places:
+            (place / "one").mkdir()
+            (place / "two").mkdir()
+        with open_root(str(tmp_path)) as whole:
+            root = whole.narrowed(Reach(((),)))
+        with root:
+            for place in places:
+                for name in ("one", "two"):
+                    with root.open_directory((os.fsencode(place.name), os.fsencode(name))) as folder:
+                        folder.sync_disk()
+                assert os.fstat(asked[-1]).st_dev == place.stat().st_dev
+            here, below = asked[0], asked[2]
+            assert asked == [here, here, below, below]
+            assert here == root._fd
+        for handle in (here, below):
+            with pytest.raises(OSError, match="Bad file"):
+                os.fstat(handle)
 
 
 async def test_files_on_a_disk_below_a_root_in_memory_are_read_back_past_the_cache(
