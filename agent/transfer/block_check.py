@@ -24,7 +24,7 @@ Answer = TypeVar("Answer")
 
 
 class BlockChecker:
-    """Its methods block. One thread calls `begin`; another one, behind it, everything else."""
+    """Its methods block. One thread calls `begin`; another one, behind it, everything else but what says otherwise."""
 
     def __init__(
         self,
@@ -70,6 +70,9 @@ class BlockChecker:
                         step(file, blocks)
                 except OSError as error:
                     answer.error = error
+                    # At once: the system tells a write error to one sync only, so that the next one may find nothing
+                    # wrong with blocks that were lost, too, and must not count them.
+                    file.failed = True
         return [partial(self._finish, blocks, answer) for _, blocks, answer in checks]
 
     def _sync(self, file: LargeFile, _blocks: dict[int, bytes]) -> None:
@@ -158,16 +161,19 @@ class BlockChecker:
         self._remover.remove(file.job.group, file.temporary)
 
     def abandon(self, item: Abandoned) -> Abandoned:
-        """Close the temporary of a file that is tried again; keep it when some of it counts already."""
-        file = item.file
-        self._close(file)
+        """Close the temporary of a file that is tried again; `keep` must follow."""
+        self._close(item.file)
+        return item
+
+    def keep(self, file: LargeFile) -> None:
+        """Keep the temporary of an abandoned file when some of it counts, or remove it. In the settler's thread, which
+        has seen by then what became of the last checks."""
         if file.done_count:
             row = PartialRow(file.temporary, file.job.row.version, file.block, file.done)
             self._journal.put_partial(*file.job.key, row)
         else:
             self._remover.remove(file.job.group, file.temporary)
             self._journal.drop_partial(*file.job.key)
-        return item
 
     def _close(self, file: LargeFile) -> None:
         if file.descriptor >= 0:
@@ -221,7 +227,12 @@ class CheckLine(Generic[Answer]):
 
     def __enter__(self) -> Self:
         self._second.__enter__()
-        self._first.__enter__()
+        try:
+            self._first.__enter__()
+        except BaseException:
+            # No more threads to be had: the other one must not outlive the process.
+            self._second.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:

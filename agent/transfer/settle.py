@@ -237,6 +237,7 @@ class Settler:
             self.record.known_part_dropped(item.job, item.temporary)
         elif isinstance(item, Closed):
             self._checks.asked -= 1
+            self._checker.keep(item.item.file)
             self._reports.abandoned(item.item.file, item.item.error)
         elif isinstance(item, Outcome):
             self._outcome(item)

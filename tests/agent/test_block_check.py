@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import queue
 import threading
@@ -13,8 +14,9 @@ from hypothesis import strategies as st
 
 from agent.storage import page_cache
 from agent.transfer.block_check import BlockChecker, CheckLine, _runs
-from agent.transfer.jobs import BlocksChecked, LargeFile
+from agent.transfer.jobs import Abandoned, BlocksChecked, LargeFile
 from agent.transfer.side_thread import Broken
+from protocol.errors import RetryLater
 from protocol.lane import digest
 
 BLOCK = 1024
@@ -242,6 +244,89 @@ def test_each_call_of_a_line_has_one_answer_and_everything_keeps_its_order(monke
     assert [answer if isinstance(answer, str) else answer.file for answer in got] == [*files, files[1], "closed"]
     assert [answer if isinstance(answer, str) else answer.good for answer in got] == [[0], [0], [0], [], "closed"]
     assert together == [1, 3, 0, 0]
+
+
+def test_blocks_behind_a_sync_that_failed_do_not_count_although_the_next_sync_does_not_fail(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The system tells a write error once; what it lost may be any block that was written by then."""
+    file = new_file()
+    disk = Disk(file, [1])
+    root: Any = disk
+    unused: Any = None
+    # Where blocks are read back that would notice, too.
+    checker = BlockChecker(
+        root, unused, verify=False, mode_mask=0, preserve_timestamp=False, refused=unused, remover=unused
+    )
+    file.add_unchecked(0, digest(bytes(BLOCK)))
+    sync = disk.fsync
+
+    def fails(descriptor: int) -> None:
+        sync(descriptor)
+        raise OSError(errno.EIO, "on purpose")
+
+    monkeypatch.setattr(disk, "fsync", fails)
+    (first,) = checker.begin([file])
+    monkeypatch.setattr(disk, "fsync", sync)
+    # Before the settler has heard of the first one.
+    (second,) = checker.begin([file])
+    assert isinstance(first().error, OSError)
+    answer = second()
+    assert (answer.good, answer.error, answer.size) == ([], None, BLOCK)
+
+
+def test_what_a_check_found_good_is_kept_of_a_file_that_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The settler may hear of the check only when the temporary is closed already."""
+    file = new_file()
+    disk: Any = Disk(file, [])
+    for name in ("forget", "want", "write_soon"):
+        monkeypatch.setattr(page_cache, name, lambda *_: None)
+    kept: list[Any] = []
+
+    class Books:
+        def put_partial(self, *row: Any) -> None:
+            kept.append(row)
+
+        def drop_partial(self, *_: object) -> None:
+            raise AssertionError
+
+        remove = drop_partial
+
+    books: Any = Books()
+    checker = BlockChecker(
+        disk, books, verify=True, mode_mask=0, preserve_timestamp=False, refused=books, remover=books
+    )
+    monkeypatch.setattr(Job, "key", (1, b"name"), raising=False)
+    monkeypatch.setattr(Job.row, "version", (0, 0, 0, 0, 0), raising=False)
+    file.add_unchecked(3, digest(bytes(BLOCK)))
+    answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    item = Abandoned(file, RetryLater("on purpose"))
+    with CheckLine[Abandoned](checker, answers) as line:
+        line.check(file)
+        line.ask(lambda: checker.abandon(item))
+    assert not kept
+    assert disk.calls[-1] == ("close",)
+    for index in answers.get_nowait().good:
+        file.mark_done(index)
+    assert answers.get_nowait() is item
+    checker.keep(file)
+    ((*key, row),) = kept
+    assert (key, row.temporary, row.done) == ([1, b"name"], b"t", bytearray([8, 0, 0]))
+
+
+def test_a_line_that_gets_no_second_thread_leaves_no_first_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = threading.Thread.start
+
+    def none_left(thread: threading.Thread) -> None:
+        if thread.name == "flush":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", none_left)
+    line = CheckLine[str](quiet_checker(None), queue.SimpleQueue())
+    with pytest.raises(RuntimeError, match="new thread"), line:
+        pass
+    assert not line._second._thread.is_alive()
 
 
 def test_what_goes_wrong_in_the_first_thread_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
