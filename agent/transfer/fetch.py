@@ -151,6 +151,18 @@ class Fetcher:
             if lane.elsewhere is not None:
                 lane.elsewhere.expect(request)
 
+    def _give_up_adopted(self, number: int) -> None:
+        """A lane went before it could be given work: what it was to bring is asked for like anything else."""
+        request = self._adopted.pop(number, None)
+        if request is not None:
+            self.requests.pop(request.r, None)
+            # For one of the same number that is still to come.
+            self._refused = request.r
+            rest = self._rest(request)
+            if rest is not None:
+                self._ready.appendleft(rest)
+                self._dispatch()
+
     def submit_range(self, file: LargeFile, offset: int, length: int, *, first: bool = False) -> None:
         """Ask for blocks of a large file."""
         request = RangeRequest(self._session.number(), file, offset, length)
@@ -304,9 +316,10 @@ class Fetcher:
     def drop_lane(self, number: int) -> bool:
         """A lane is gone: what it had not delivered is asked for again, first of all. Whether it was retired."""
         lane = self._lanes.pop(number, None)
-        if lane is None:
-            return False
         self._dropped.add(number)
+        if lane is None:
+            self._give_up_adopted(number)
+            return False
         for r in [r for r, (on, _) in self._leaving.items() if on == number]:
             self._left(r)
         for request in reversed(lane.outstanding.values()):
@@ -408,9 +421,10 @@ class Fetcher:
         alone = not self._has_living_twin(request)
         if isinstance(request, RangeRequest):
             file = request.file
-            file.failed = True
-            file.error = file.error or error
             if alone:
+                # Else the other lane brings it, and may have brought the last of it just now.
+                file.failed = True
+                file.error = file.error or error
                 self._on_range_lost(file, _undelivered(request))
             self._range_ended(file)
         elif alone:

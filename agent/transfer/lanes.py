@@ -131,7 +131,7 @@ class Lanes:
             self._succession.gone(number)
 
     async def _keep_open(self, number: int) -> None:
-        delay = 0.2
+        delay, leave = 0.2, self._leave[number]
         while True:
             try:
                 lane = await self._open_lane()
@@ -142,8 +142,13 @@ class Lanes:
                 await trio.sleep(delay)
                 delay = min(delay * 2, 30)
                 continue
+            if leave.is_set():
+                # Told to go before it was up: another one is opened, or none is wanted.
+                lane.close()
+                self._run.fetcher.drop_lane(number)
+                return
             use = self._use_elsewhere if isinstance(lane, RemoteLane) else self._use
-            if await use(number, lane):  # type: ignore[arg-type]
+            if await use(number, lane) or leave.is_set():  # type: ignore[arg-type]
                 return
             self._run.context.on_fault(SessionLost("A lane to the source broke; its work goes on elsewhere."))
 

@@ -368,6 +368,17 @@ def test_what_was_asked_for_ahead_becomes_work_of_the_first_lane_before_or_after
         assert [type(message) for message in line.posted] == [session.ReadPack]
 
 
+def test_what_was_asked_for_ahead_is_asked_for_again_when_its_lane_never_comes_up() -> None:
+    fetcher, line = _fetcher()
+    fetcher.submit_pack([_job(b"a")])
+    fetcher.drop_lane(LANE)
+    assert 7 not in fetcher.requests
+    fetcher.add_lane(2)
+    (asked,) = line.posted
+    assert isinstance(asked, session.ReadPack)
+    assert [file.name for file in asked.files] == [b"a"]
+
+
 @pytest.mark.parametrize("how", ["refused", "lane lost", "others", "discarded"])
 def test_what_does_not_come_ahead_is_asked_for_as_ever(how: str) -> None:
     fetcher, line = _fetcher()

@@ -325,6 +325,21 @@ def test_an_idle_lane_takes_over_what_a_slow_one_has() -> None:
     assert scene.disk.written.total() == 16
 
 
+def test_what_a_slow_lane_cannot_get_any_more_is_the_other_ones() -> None:
+    """The other one may have brought the last of the file, which has its name then: it must not be tried again, too."""
+    scene = _slow_and_idle()
+    while not scene.fetcher.rescued:
+        scene.tick()
+    scene.deliver(2)
+    scene.fail(1)
+    assert not scene.file.failed
+    while scene.deliver(2):
+        pass
+    assert len(scene.file.unchecked) == 16
+    assert (scene.file.failed, scene.file.error, scene.file.open_ranges) == (False, None, 0)
+    assert (scene.lost, scene.given_back) == (0, 0)
+
+
 def test_equal_lanes_do_not_ask_twice() -> None:
     scene = Scene(honours_abandon=True)
     scene.file.job = _Job  # type: ignore[assignment]

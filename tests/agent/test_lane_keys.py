@@ -14,7 +14,7 @@ from agent.transfer import lanes
 from agent.transfer.fetch import LANE_WINDOW
 from agent.transfer.lane_keys import AT_MOST, KEY_RECORDS, LAST_RECORD, RECORD, Succession, records_of
 from protocol.control import TaskItem
-from tests.agent import engine_world
+from tests.agent import engine_inside, engine_world
 from tests.agent.engine_inside import Engine, contents, quick_path, tree
 
 __all__ = ["quick_path"]
@@ -88,6 +88,35 @@ async def test_lanes_follow_one_another_and_nothing_comes_twice(
     assert not any(report.counters.bytes_sent_again for report in engine.reports)
     assert set(engine.codes()) == {"STARTED", "SUCCEEDED"}
     assert engine.sessions == 1
+
+
+@pytest.mark.parametrize("processes", [0, 1])
+@pytest.mark.parametrize("by_items", [False, True])
+async def test_a_lane_that_is_told_to_leave_before_it_is_up_is_not_opened_again(
+    quick_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int, by_items: bool
+) -> None:
+    """A better path may be found while the first lane is being opened. What it was to bring comes all the same."""
+    names = [f"file-{number}" for number in range(20)]
+    items = [TaskItem(source_path=f"/{name}", destination_path=f"/{name}") for name in names]
+    engine = Engine(quick_path, processes=processes, **({"items": items} if by_items else {}))
+    tree(engine.source, names)
+    (engine.source / names[0]).write_bytes(os.urandom(24 * MIB))
+    engine.pace.set_rate(100 * MIB)
+    open_lane = engine_inside.Line.lane
+
+    async def lane(line: engine_inside.Line) -> object:
+        opened = await open_lane(line)
+        if engine.opened == 1:
+            await trio.sleep(0.05)
+            line.on_better_path()
+        return opened
+
+    monkeypatch.setattr(engine_inside.Line, "lane", lane)
+    observed = await engine.run(seconds=10)
+    assert observed.state == "SUCCEEDED", observed
+    assert contents(engine.destination) == contents(engine.source)
+    assert engine.opened == 2
+    assert set(engine.codes()) == {"STARTED", "SUCCEEDED"}
 
 
 async def test_a_source_ends_a_lane_that_its_destination_does_not(quick_path: Path) -> None:
