@@ -102,7 +102,10 @@ def give_list(root: Root, job: FileJob, fd: int, permitted: int, *, owner: int =
             raise
         # First, so that the mode is never that of a list that is not there.
         job.access = None
-        root.fchmod(fd, job.row.mode & permitted | owner << 6)
+        mode = job.row.mode & permitted | owner << 6
+        if error.errno not in _NO_LISTS and wanted.extended:
+            _take_away(root, fd, of_mode(mode))
+        root.fchmod(fd, mode)
         if not wanted.extended and error.errno in _NO_LISTS:
             return None
         job.list_fate = ListFate.REFUSED
@@ -135,7 +138,34 @@ def give_folder_lists(
             if not is_refusal(root, error):
                 raise
             refused = error
+            if own and given is not None and error.errno not in _NO_LISTS:
+                _take_away_of_folder(root, fd, default=is_default)
     return refused
+
+
+def _take_away(root: Root, fd: int, mode: AccessList) -> None:
+    """What a file or folder has from the folder above it goes where its own list is refused: it names others. Raises
+    OSError for a fault that may pass."""
+    try:
+        root.set_access_list(fd, mode.packed())
+    except OSError as error:
+        if not is_refusal(root, error):
+            raise
+
+
+def _take_away_of_folder(root: Root, fd: int, *, default: bool) -> None:
+    """`_take_away` for one list of a folder. Raises OSError for a fault that may pass."""
+    try:
+        if default:
+            root.set_access_list(fd, b"", default=True)
+            return
+        found = root.get_access_lists(fd).access
+    except OSError as error:
+        if not is_refusal(root, error):
+            raise
+        return
+    if found:
+        _take_away(root, fd, of_mode(parse_untrusted(found).mode_of_groups_own))
 
 
 def _parsed(packed: bytes) -> AccessList | None:

@@ -375,6 +375,40 @@ async def test_a_folder_does_not_open_what_has_no_list(quick_path: Path, size: i
     assert observed.counters.acls_kept == 1
 
 
+@pytest.mark.parametrize("size", [100, 3 * MIB])
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.E2BIG])
+async def test_a_list_that_is_refused_does_not_leave_that_of_the_folder(
+    quick_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, code: int
+) -> None:
+    """An account that has no number here, or more accounts than there is room for: nobody else may look instead."""
+    engine = kept(Engine(quick_path, WANTED))
+    folder = engine.source / "folder"
+    (folder / "inner").mkdir(parents=True)
+    (folder / "secret").write_bytes(os.urandom(size))
+    (folder / "inner" / "hidden").write_bytes(b"content")
+    (folder / "inner" / "hidden").chmod(0o640)
+    give(folder, AccessList(7, 5, 0, ((BOB, 7),), mask=7), DEFAULT)
+    give(folder / "secret", AccessList(6, 4, 0, groups=((STAFF, 4),), mask=4))
+    give(folder / "inner", AccessList(7, 5, 0, groups=((STAFF, 5),), mask=5))
+    give(folder / "inner", AccessList(7, 5, 0, groups=((STAFF, 5),), mask=5), DEFAULT)
+    write = access_lists.write
+
+    def refuses(fd: int, packed: bytes, *, default: bool = False) -> None:
+        if packed and parse_untrusted(packed).groups:
+            raise OSError(code, "on purpose")
+        write(fd, packed, default=default)
+
+    monkeypatch.setattr(access_lists, "write", refuses)
+    observed = await engine.run()
+    assert observed.state == "SUCCEEDED", observed
+    found = lists(engine.destination)
+    assert found["folder"][1] is not None
+    assert found["folder/secret"] == (None, None, 0o640)
+    assert found["folder/inner"][:2] == (None, None)
+    assert found["folder/inner/hidden"] == (None, None, 0o640)
+    assert (observed.counters.acls_kept, observed.counters.acls_refused) == (1, 2)
+
+
 async def test_the_folder_that_a_task_is_sent_to_keeps_its_own(quick_path: Path) -> None:
     engine = kept(Engine(quick_path, WANTED))
     (engine.source / "file").write_bytes(b"content")
