@@ -6,7 +6,6 @@ to a message (`agent.transfer.message_buffer`).
 
 from __future__ import annotations
 
-import select
 import socket
 from typing import Any
 
@@ -229,9 +228,10 @@ class Channel:
 
     def receive_first(self) -> tuple[Any, list[int]]:
         """As `receive`, for a process that does nothing else and has no trio running yet: blocks."""
+        # Not by `select`, which knows descriptors below 1024 only: ours has the number that a busy daemon had for it.
+        self._plain.setblocking(True)
         try:
             while (message := self._incoming.next()) is None:
-                select.select([self._plain], [], [])
                 data, ancillary, _, _ = self._plain.recvmsg(CHUNK, room())
                 self._incoming.feed(data, ancillary)
                 if not data:
@@ -239,6 +239,19 @@ class Channel:
             return message
         except (OSError, Garbled) as error:
             raise ChannelClosed from error
+        finally:
+            self._plain.setblocking(False)
+
+    def is_waiting(self) -> bool:
+        """Whether nothing was said yet, before the first message."""
+        try:
+            self._plain.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return True
+        except OSError:
+            # `receive` says what this is.
+            return False
+        return False
 
     def close(self) -> None:
         """Close this end and every descriptor that nobody took. Safe to call twice."""

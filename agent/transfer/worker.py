@@ -11,7 +11,6 @@ import contextlib
 import gc
 import logging
 import os
-import select
 import signal
 import socket
 import sys
@@ -278,14 +277,14 @@ def _work(descriptor: int, processes: int) -> None:
     # Ctrl-C at a terminal reaches the whole group; the daemon decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     raise_descriptor_limit()
-    if not select.select([descriptor], [], [], 0)[0]:
+    channel = Channel(socket.socket(fileno=descriptor), ToWorker)
+    if channel.is_waiting():
         # Nothing is wanted yet.
         rehearse()
     # What is loaded by now stays, and what comes are many small objects in few cycles: seldom is often enough.
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
     gc.enable()
-    channel = Channel(socket.socket(fileno=descriptor), ToWorker)
     forked: Sequence[Child] = ()
     try:
         start, _ = channel.receive_first()

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
+import socket
 import subprocess
 
 import psutil
 import pytest
 import trio
 
+from agent.system.limits import raise_open_files
 from agent.transfer import worker_process
-from agent.transfer.channel import ChannelClosed, EventStored
+from agent.transfer.channel import Channel, ChannelClosed, EventStored, ToWorker
+from agent.transfer.message_buffer import framed
 from agent.transfer.running_task import CrashPauses
 from agent.transfer.spawn import spawn
 from agent.transfer.worker_process import Workers
@@ -42,6 +46,28 @@ async def test_the_spare_worker_is_taken_and_replaced() -> None:
         assert second.pid != first.pid
         nursery.cancel_scope.cancel()
     assert second.returncode is not None
+
+
+def test_a_worker_of_a_busy_daemon_hears_its_first_message() -> None:
+    """Its end of the channel keeps the number that it had in the daemon, which may be large."""
+    if raise_open_files(4096) < 4096:
+        pytest.skip("this process may not open so many files")
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        far = socket.socket(fileno=fcntl.fcntl(theirs, fcntl.F_DUPFD_CLOEXEC, 2000))
+        channel = Channel(far, ToWorker)
+        try:
+            assert channel.is_waiting()
+            ours.sendall(framed(EventStored(seq=7)))
+            assert not channel.is_waiting()
+            assert channel.receive_first() == (EventStored(seq=7), [])
+            ours.shutdown(socket.SHUT_WR)
+            assert not channel.is_waiting()
+            with pytest.raises(ChannelClosed):
+                channel.receive_first()
+            assert not far.getblocking()
+        finally:
+            channel.close()
 
 
 async def test_a_spare_worker_that_died_is_not_used() -> None:
