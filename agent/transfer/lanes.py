@@ -132,10 +132,12 @@ class Lanes:
 
     async def _keep_open(self, number: int) -> None:
         delay, leave = 0.2, self._leave[number]
-        while True:
+        while not leave.is_set():
             try:
                 lane = await self._open_lane()
             except RetryLater as error:
+                if leave.is_set():
+                    break
                 if not self._run.fetcher.lanes:
                     self._run.stop(error)
                     return
@@ -143,14 +145,15 @@ class Lanes:
                 delay = min(delay * 2, 30)
                 continue
             if leave.is_set():
-                # Told to go before it was up: another one is opened, or none is wanted.
                 lane.close()
-                self._run.fetcher.drop_lane(number)
-                return
+                break
             use = self._use_elsewhere if isinstance(lane, RemoteLane) else self._use
-            if await use(number, lane) or leave.is_set():  # type: ignore[arg-type]
+            if await use(number, lane):  # type: ignore[arg-type]
                 return
-            self._run.context.on_fault(SessionLost("A lane to the source broke; its work goes on elsewhere."))
+            if not leave.is_set():
+                self._run.context.on_fault(SessionLost("A lane to the source broke; its work goes on elsewhere."))
+        # Told to go before it was up: another one is opened, or none is wanted.
+        self._run.fetcher.drop_lane(number)
 
     async def _end(self, number: int) -> None:
         """When the lane is to go: drain it, and end it."""
