@@ -198,6 +198,8 @@ class LargeFile:
     # Mode and time are final and were synced with the last blocks; whatever is written after that takes it back.
     sealed: bool = False
     failed: bool = False
+    # It is given up or tried again: whatever else fails of it, that is decided.
+    decided: bool = False
     # Ranges asked for or to be asked for, counted by the fetcher.
     open_ranges: int = 0
     error: TowpathError | None = None

@@ -145,8 +145,11 @@ class LargeFiles:
 
     def idle(self, file: LargeFile) -> None:
         """No range of this file is under way. When it failed, now it can be tried again or given up."""
-        if not file.failed or file.error is None:
+        if not file.failed or file.error is None or file.decided:
             return
+        # Several of its checks may be under way and fail, one after the other: two attempts at once would write to one
+        # temporary, and to the file when one of them has given it its name.
+        file.decided = True
         error, file.error = file.error, None
         if self._run.retries.lasting(file.job, error):
             self._run.give_up(file.job, error, discard=file)

@@ -1,0 +1,53 @@
+"""What is decided about a large file that failed: once, however much of it fails."""
+
+from __future__ import annotations
+
+import queue
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from agent.transfer.jobs import Abandoned, LargeFile
+from agent.transfer.large_files import LargeFiles
+from protocol.errors import RetryLater, TowpathError
+
+
+@pytest.mark.parametrize("lasting", [False, True])
+def test_a_file_of_which_several_checks_fail_is_tried_again_or_given_up_once(lasting: bool) -> None:
+    """The checks of one file follow one another, and each may meet the same bad disk. Two attempts would write to one
+    temporary at once."""
+    settle: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    given_up: list[LargeFile] = []
+    attempts: list[TowpathError] = []
+
+    def decide(_job: object, error: TowpathError) -> bool:
+        attempts.append(error)
+        return lasting
+
+    run: Any = SimpleNamespace(
+        settle=settle,
+        retries=SimpleNamespace(lasting=decide),
+        give_up=lambda _job, _error, discard: given_up.append(discard),
+    )
+    job: Any = None
+    file = LargeFile(job, b"t", 3, 1024, bytearray(1), 0, failed=True)
+    file.open_ranges = 1
+    large = LargeFiles(run)
+    errors = [RetryLater(f"{number}") for number in range(3)]
+    large.failed(file, errors[0])
+    assert settle.empty()
+    file.open_ranges = 0
+    large.idle(file)
+    # What was being checked then.
+    for error in errors[1:]:
+        large.failed(file, error)
+    assert attempts == [errors[0]]
+    if lasting:
+        assert given_up == [file]
+    else:
+        assert not given_up
+        item = settle.get_nowait()
+        assert isinstance(item, Abandoned)
+        assert (item.file, item.error) == (file, errors[0])
+    assert settle.empty()
