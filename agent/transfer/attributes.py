@@ -20,7 +20,7 @@ from agent.storage.attributes import LONGEST_NAME, MOST_ATTRIBUTES, MOST_BYTES, 
 from agent.storage.base import Root, version_of
 from agent.storage.faults import fault
 from agent.transfer.jobs import FileJob, Group, ListFate
-from agent.transfer.kept_lists import check_lists_untrusted, give_folder_lists, give_list
+from agent.transfer.kept_lists import check_lists_untrusted, give_folder_lists, give_list, within_folder
 from agent.transfer.refusal import is_refusal
 from agent.transfer.run import Run
 from protocol import session
@@ -234,11 +234,26 @@ class Attributes:
             return
         group.made_folders = True
         root = self._run.context.root
+        if access is not None and not group.empty:
+            given = await trio.to_thread.run_sync(within_folder, root, handle, access)
+            if given != access:
+                access, group.list_fate = given, ListFate.NOT_KEPT
+                self._tell_not_widened(group.destination)
         give = partial(give_folder_lists, root, handle, access, default, own=group.destination not in self._named)
         error = await trio.to_thread.run_sync(give)
         if error is not None and group.list_fate:
             group.list_fate = ListFate.REFUSED
             self.refused(group.destination, error, LISTS_CODE)
+
+    def _tell_not_widened(self, path: bytes) -> None:
+        subject = fault(OSError(errno.EIO, ""), "destination", path).subject
+        self._tell(
+            f"The access list of {subject} gives its group or all others more than they may do in the folder that was "
+            "there before with something in it, and is not kept in full. Such folders are counted.",
+            who="destination owner",
+            kind="folder",
+            code=LISTS_CODE,
+        )
 
     def refused(self, path: bytes, error: OSError, code: str = CODE) -> None:
         """The destination did not take an attribute, or an access list."""

@@ -94,6 +94,8 @@ class Group:
     planned: int = 0
     settled: int = 0
     listed: bool = False
+    # Whether nothing was in it when it was opened.
+    empty: bool = False
     # Whether folders were made in it, so that it has to be synced although no file came into it.
     made_folders: bool = False
     # Set by the settler just before the counts are added to the task's, so that nothing is counted twice.

@@ -22,6 +22,7 @@ from agent.storage.access_lists import (
     parse_untrusted,
     with_owner,
 )
+from agent.storage.attributes import mode_of_everybody
 from agent.storage.base import PERMISSION_BITS, Root
 from agent.transfer.jobs import FileJob, ListFate, ListWanted
 from agent.transfer.refusal import is_refusal
@@ -111,6 +112,22 @@ def give_list(root: Root, job: FileJob, fd: int, permitted: int, *, owner: int =
         job.list_fate = ListFate.REFUSED
         return error
     return None
+
+
+def within_folder(root: Root, fd: int, access: AccessList) -> AccessList:
+    """A list for a folder in which there was something before, which may be somebody else's: as far as it gives the
+    owning group and all others no more than they may do there now. What this task gave it in an earlier run stays so.
+    Raises OSError for a fault that may pass. Blocks."""
+    mode = root.fstat(fd).st_mode
+    try:
+        found = root.get_access_lists(fd).access
+    except OSError as error:
+        if not is_refusal(root, error):
+            raise
+        mode = mode_of_everybody(mode)
+    else:
+        mode = parse_untrusted(found).mode_of_groups_own if found else mode
+    return narrowed(access, mode | 0o700, PERMISSION_BITS)
 
 
 def give_folder_lists(

@@ -103,7 +103,8 @@ class DirectoryPlanner:
                 sweep_temporaries(handle, self._prefix, self._journal.partial_temporaries(self._row.id))
             collect_orphans(handle, time.time_ns())
             self.folds = handle.folds(self._prefix)
-            self._fresh = not self._finished and next(handle.scan(reserved=True), None) is None
+            self.group.empty = next(handle.scan(reserved=True), None) is None
+            self._fresh = self.group.empty and not self._finished
         except BaseException:
             handle.close()
             raise

@@ -420,6 +420,32 @@ async def test_the_folder_that_a_task_is_sent_to_keeps_its_own(quick_path: Path)
     assert list_of(engine.destination / "file") is None
 
 
+@pytest.mark.parametrize("named", [False, True])
+async def test_a_folder_with_something_in_it_is_opened_no_wider(quick_path: Path, named: bool) -> None:
+    """Whoever may write to a folder of a collection must not open what others have in it to the whole machine."""
+    engine = kept(Engine(quick_path, WANTED))
+    theirs = engine.source if named else engine.source / "folder"
+    ours = engine.destination if named else engine.destination / "folder"
+    for folder in (theirs, ours, engine.source / "new"):
+        folder.mkdir(exist_ok=True)
+    (ours / "private").write_bytes(b"of somebody else")
+    ours.chmod(0o710)
+    for folder in (theirs, engine.source / "new"):
+        give(folder, AccessList(7, 7, 5, ((BOB, 5),), mask=7))
+        (folder / "file").write_bytes(b"content")
+    again = kept(Engine(quick_path / "again", WANTED))
+    again.source, again.destination = engine.source, engine.destination
+    for each in (engine, again):
+        observed = await each.run()
+        assert observed.state == "SUCCEEDED", observed
+        # Also what the first task gave stays as it is.
+        assert list_of(ours) == AccessList(7, 1, 0, ((BOB, 5),), mask=7)
+        assert list_of(engine.destination / "new") == AccessList(7, 7, 5, ((BOB, 5),), mask=7)
+        assert (observed.counters.acls_kept, observed.counters.acls_not_kept) == (1, 1)
+        (event,) = [event for event in each.events if event.code == "ACCESS_LISTS_NOT_KEPT"]
+        assert "there before" in event.details
+
+
 async def test_no_room_for_a_list_is_waited_for(quick_path: Path) -> None:
     """What may pass is not the list's fault."""
     full = [True] * 3
