@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import partial
 
 import trio
@@ -33,6 +34,18 @@ class LargeFiles:
     def __init__(self, run: Run) -> None:
         self._run = run
         self._waiting_in, self._waiting_out = trio.open_memory_channel[FileJob](64)
+        # Those whose temporaries may be open.
+        self._open_files: set[LargeFile] = set()
+
+    def close(self) -> None:
+        """Close what the end of the run has left open, when nobody is at work on it any more. Blocks."""
+        files, self._open_files = self._open_files, set()
+        for file in files:
+            if file.descriptor >= 0:
+                descriptor, file.descriptor = file.descriptor, -1
+                with suppress(OSError):
+                    # Only what was synced before counts.
+                    self._run.context.root.close_file(descriptor)
 
     def start(self, nursery: trio.Nursery) -> None:
         """Begin to take files; ends with the nursery."""
@@ -57,6 +70,7 @@ class LargeFiles:
             return
         if file is None:
             return
+        self._open_files = {file, *(each for each in self._open_files if each.descriptor >= 0)}
         await self._leave_holes(file)
         reuse = Reuse(run, file)
         # Held open while ranges are being handed out, so that the file is not taken for idle in between.

@@ -166,6 +166,8 @@ class TransferRun:
             self._error = self._error or fault(first_system_error(system), "destination", b"")
         finally:
             await self._end_elsewhere()
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(self.large.close)
             self._close_groups()
         if self._error is not None:
             raise self._error
