@@ -98,7 +98,7 @@ async def test_a_lane_that_is_told_to_leave_before_it_is_up_is_not_opened_again(
     """A better path may be found while the first lane is being opened. What it was to bring comes all the same."""
     names = [f"file-{number}" for number in range(20)]
     items = [TaskItem(source_path=f"/{name}", destination_path=f"/{name}") for name in names]
-    engine = Engine(quick_path, processes=processes, **({"items": items} if by_items else {}))
+    engine = Engine(quick_path, processes=processes, items=items if by_items else list(engine_inside.WHOLE))
     tree(engine.source, names)
     (engine.source / names[0]).write_bytes(os.urandom(24 * MIB))
     engine.pace.set_rate(100 * MIB)
