@@ -96,13 +96,22 @@ class DirectoryWalk:
 
     async def _prepare(self, planner: DirectoryPlanner, row: DirectoryRow) -> bool:
         """Give the folder here its attributes and access lists before anything is in it: a list that it has from the
-        folder above may let others look. False when it cannot be opened, which is settled then."""
+        folder above may let others look. False when that cannot be, which is settled then."""
         try:
             await self._take_rows(planner, [])
         except _NotOpened as problem:
             await self._not_opened(row, fault(problem.error, "destination", row.destination))
             return False
-        await self._run.read_folder_attributes(planner.group)
+        run = self._run
+        try:
+            await run.read_folder_attributes(planner.group)
+        except OSError as error:
+            problem = fault(error, "destination", row.destination)
+            if run.context.patience.is_passing(row.destination, problem):
+                raise problem from error
+            self._failed(planner.group, row, problem)
+            run.settle.put(GroupListed(planner.group))
+            return False
         return True
 
     async def _take_rows(self, planner: DirectoryPlanner, rows: list[Row]) -> Planned | None:

@@ -15,6 +15,7 @@ import trio
 from agent.storage import attributes
 from agent.storage.faulty import Call
 from agent.transfer.attributes import check_attributes_untrusted
+from agent.transfer.patience import ATTEMPTS
 from protocol import session
 from protocol.control import TaskItem
 from protocol.errors import ProtocolError
@@ -232,6 +233,27 @@ async def test_the_disks_own_want_of_space_holds_the_task_up(quick_path: Path) -
     assert observed.state == "SUCCEEDED", observed
     assert all_attributes(engine.destination) == all_attributes(engine.source)
     assert "QUOTA_EXCEEDED" in engine.codes()
+
+
+async def test_a_folder_that_never_takes_its_attributes_fails_alone(quick_path: Path) -> None:
+    """Where its disk has a fault that stays; the task does not begin anew for ever."""
+    calls = 0
+
+    def plan(call: Call) -> int | None:
+        nonlocal calls
+        calls += call.operation == "set_attribute"
+        return errno.EIO if call.operation == "set_attribute" else None
+
+    engine = Engine(quick_path, WANTED, plan=plan)
+    for name in ("bad", "good"):
+        (engine.source / name).mkdir()
+        (engine.source / name / "file").write_bytes(b"content")
+    give(engine.source / "bad", colour=b"green")
+    observed = await engine.run(seconds=10)
+    assert observed.state == "FAILED", observed
+    assert observed.counters.failed == 1
+    assert (engine.destination / "good" / "file").read_bytes() == b"content"
+    assert calls == ATTEMPTS["IO_ERROR"]
 
 
 async def test_attributes_set_again_while_a_file_is_transferred(quick_path: Path) -> None:
