@@ -106,10 +106,10 @@ class DirectoryWalk:
         try:
             await run.read_folder_attributes(planner.group)
         except OSError as error:
-            problem = fault(error, "destination", row.destination)
-            if run.context.patience.is_passing(row.destination, problem):
-                raise problem from error
-            self._failed(planner.group, row, problem)
+            reason = fault(error, "destination", row.destination)
+            if run.context.patience.is_passing(row.destination, reason):
+                raise reason from error
+            self._failed(planner.group, row, reason)
             run.settle.put(GroupListed(planner.group))
             return False
         return True
