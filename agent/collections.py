@@ -4,7 +4,8 @@ Nothing stays open between uses: an open folder would keep its owner from taking
 
 A root that has gone (an unmounted disk, a removed folder) makes its collection unavailable; it is never taken for an
 empty folder. `Marks` remember across restarts which file system each root was on, because the empty mount point is
-all there is to see when the agent starts before the disk is there.
+all there is to see when the agent starts before the disk is there; and which others were mounted below it, which
+workers look after (`agent.storage.disks`).
 
 Everything here blocks and belongs in threads; every method may be called from any thread.
 """
@@ -27,6 +28,7 @@ from protocol.identity import write_private_file
 
 if TYPE_CHECKING:
     from agent.storage.base import Root
+    from agent.storage.disks import Disk
     from agent.storage.mounts import Mark
     from agent.storage.posix import PosixRoot
 
@@ -41,6 +43,15 @@ class CollectionUnavailable(NeedsPerson):
     default_code = "COLLECTION_UNAVAILABLE"
 
 
+@dataclasses.dataclass(frozen=True)
+class _Known:
+    """A root as it was when it was last seen, and what was mounted below it then or before."""
+
+    root: str
+    mark: Mark
+    disks: tuple[Disk, ...] = ()
+
+
 class Marks:
     """Which file system each root was on when it was last seen, kept in the state directory."""
 
@@ -51,41 +62,90 @@ class Marks:
 
     def expected(self, config: CollectionConfig) -> Mark | None:
         """The mark of a root, or None if this collection was never opened with this root."""
-        with self._lock:
-            root, mark = self._marks.get(config.id, ("", None))
-            return mark if root == config.root else None
+        known = self._known(config)
+        return None if known is None else known.mark
+
+    def disks(self, config: CollectionConfig) -> tuple[Disk, ...]:
+        """What is, or was, mounted below a root, as far as others see it: nobody comes to hidden folders that are not
+        offered."""
+        from agent.storage.hiding import is_hidden
+
+        known = self._known(config)
+        disks = () if known is None else known.disks
+        return tuple(disk for disk in disks if config.hidden or not any(map(is_hidden, disk.path)))
 
     def keep(self, config: CollectionConfig, mark: Mark) -> None:
         """Remember a mark. Raises OSError when it cannot be written; it then counts until the agent ends."""
-        self._change(config.id, (config.root, mark))
+        known = self._known(config)
+        self._change(config.id, _Known(config.root, mark, () if known is None else known.disks))
+
+    def keep_disks(self, config: CollectionConfig, root: PosixRoot) -> None:
+        """Remember what is mounted below a root whose mark is known. One that is known stays as it was, mounted or not,
+        until the root is forgotten. Raises OSError."""
+        from agent.storage.disks import MOST
+
+        known = self._known(config)
+        if known is None:
+            return
+        found = root.look_below({disk.path for disk in known.disks}, place=not config.read_only)
+        room = MOST - len(known.disks)
+        if found and room:
+            if len(found) > room:
+                logger.warning("More than %d disks are mounted below %s; only these are remembered.", MOST, config.root)
+            self._change(config.id, dataclasses.replace(known, disks=(*known.disks, *found[:room])), known)
 
     def forget(self, collection_id: str) -> None:
-        """Take the root as it is next time. Raises OSError."""
+        """Take the root, and what is mounted below it, as they are next time. Raises OSError."""
         self._change(collection_id, None)
 
-    def _change(self, collection_id: str, entry: tuple[str, Mark] | None) -> None:
+    def _known(self, config: CollectionConfig) -> _Known | None:
         with self._lock:
-            if self._marks.get(collection_id) == entry:
+            known = self._marks.get(config.id)
+            return known if known is not None and known.root == config.root else None
+
+    def _change(self, collection_id: str, entry: _Known | None, basis: _Known | None = None) -> None:
+        """``basis`` is what the entry was made from: nothing that was forgotten meanwhile comes back."""
+        with self._lock:
+            before = self._marks.get(collection_id)
+            if before == entry or (basis is not None and before != basis):
                 return
             if entry is None:
                 del self._marks[collection_id]
             else:
                 self._marks[collection_id] = entry
             if self._path is not None:
-                document = {
-                    key: {"root": root, "mark": dataclasses.asdict(mark)} for key, (root, mark) in self._marks.items()
-                }
+                document = {key: _entry_of(known) for key, known in self._marks.items()}
                 write_private_file(self._path, json.dumps(document, indent=2).encode() + b"\n")
 
 
-def _load_marks(path: Path | None) -> dict[str, tuple[str, Mark]]:
+def _entry_of(known: _Known) -> dict[str, object]:
+    entry: dict[str, object] = {"root": known.root, "mark": dataclasses.asdict(known.mark)}
+    if known.disks:
+        entry["disks"] = [
+            {"path": b"/".join(disk.path).decode(), "mark": dataclasses.asdict(disk.mark)} for disk in known.disks
+        ]
+    return entry
+
+
+def _load_marks(path: Path | None) -> dict[str, _Known]:
+    from agent.storage.disks import Disk
     from agent.storage.mounts import Mark
 
     if path is None:
         return {}
     try:
         document = json.loads(path.read_bytes())
-        return {key: (str(entry["root"]), Mark(**entry["mark"])) for key, entry in document.items()}
+        return {
+            key: _Known(
+                str(entry["root"]),
+                Mark(**entry["mark"]),
+                tuple(
+                    Disk(tuple(disk["path"].encode().split(b"/")), Mark(**disk["mark"]))
+                    for disk in entry.get("disks", ())
+                ),
+            )
+            for key, entry in document.items()
+        }
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -173,6 +233,7 @@ class Collections:
         root = posix.open_root(config.root)
         try:
             self._recognise(config, root)
+            self._look_below(config, root)
         except BaseException:
             root.close()
             raise
@@ -198,6 +259,12 @@ class Collections:
                 f"run `towpath config accept-root {config.id}`.",
                 subject=config.id,
             )
+
+    def _look_below(self, config: CollectionConfig, root: PosixRoot) -> None:
+        try:
+            self._marks.keep_disks(config, root)
+        except OSError as error:
+            logger.warning("What is mounted below the root of %s could not be remembered: %s", config.name, error)
 
     def _give_back(self, entry: _Open) -> None:
         with self._lock:

@@ -348,12 +348,14 @@ class Daemon:
             await self._tasks.owner_changed({collection.id for collection in self._policy.collections})
 
     async def accept_root(self, collection_id: str) -> None:
-        """Take a collection's root as it is now."""
+        """Take a collection's root, and what is mounted below it, as they are now."""
         config = self._policy.collection(collection_id)
         try:
             await trio.to_thread.run_sync(self._data.collections.accept, config, abandon_on_cancel=True)
         except OSError as error:
             raise RetryLater(f"The new root could not be remembered: {error}.") from error
+        # What waits for the old one was told at its start what to wait for.
+        await self._tasks.owner_changed({collection_id})
         self._tasks.announce_collections(await self._availability.look())
 
     def watch_status(self) -> list[dict[str, Any]]:

@@ -63,6 +63,7 @@ class DataSide:
             identity.relay_root,
             self.network,
             marks.expected,
+            known_disks=marks.disks,
         )
         if first is not None:
             self.node.workers.adopt(first)

@@ -105,7 +105,7 @@ class Owner(Protocol):
         """Hold up all transfers of this machine, or let them go on."""
 
     async def accept_root(self, collection_id: str) -> None:
-        """The root of a collection has moved for good: take it as it is now."""
+        """The root of a collection, or a disk below it, has moved for good: take them as they are now."""
 
     def watch_status(self) -> list[dict[str, Any]]:
         """The watch rules and what they did."""

@@ -171,7 +171,8 @@ def schema() -> None:
 @click.argument("collection_id")
 @config_option
 def accept_root(collection_id: str, config_file: Path) -> None:
-    """Say that the root of a collection is right although its disk is not the one of its first use."""
+    """Say that the root of a collection is right as it is now, although its disk is not the one of its first use, or a
+    disk that was mounted below it is gone for good."""
     from agent import local_socket
     from agent.collections import MARKS_FILE, Marks
 
@@ -186,7 +187,7 @@ def accept_root(collection_id: str, config_file: Path) -> None:
             Marks(found.state_dir / MARKS_FILE).forget(collection_id)
         except TowpathError as error:
             raise CommandFailed(error.sentence) from error
-    click.echo(f"The root {collection.root} of {collection.name} is taken as it is now.")
+    click.echo(f"The root {collection.root} of {collection.name} is taken as it is now, with what is mounted below it.")
 
 
 def _taken_up(config_file: Path) -> str:

@@ -131,6 +131,30 @@ def _another_disk(examination: Examination, collection: CollectionConfig) -> str
     return f"The folder {collection.root} of {collection.name} {difference}." if difference else ""
 
 
+def _disks_away(examination: Examination, collection: CollectionConfig) -> list[str]:
+    """Folders below a root where disks were mounted that are away."""
+    from agent.collections import MARKS_FILE, Marks
+    from agent.storage import posix
+    from agent.storage.disks import DiskAway
+    from protocol.names import format_path
+
+    assert examination.config is not None
+    away = []
+    disks = Marks(examination.config.state_dir / MARKS_FILE).disks(collection)
+    if not disks:
+        return []
+    with posix.open_root(collection.root, disks=disks) as root:
+        for disk in disks:
+            try:
+                root.open_directory(disk.path).close()
+            except (DiskAway, FileNotFoundError):
+                away.append(format_path(disk.path, directory=True))
+            except OSError:
+                # Something else is the matter with it; whoever uses it is told.
+                continue
+    return away
+
+
 def check_collections(examination: Examination) -> Iterator[Finding]:
     """Whether every root is there, and none gives away the agent's own files."""
     if examination.config is None:
@@ -157,6 +181,12 @@ def check_collections(examination: Examination) -> Iterator[Finding]:
                 level="warning",
                 sentence=f"Nobody can write to {collection.name}, because this user may not write in {root}.",
                 advice="Mend its mode, or set `access: read-only`.",
+            )
+        elif away := _disks_away(examination, collection):
+            yield Finding(
+                level="warning",
+                sentence=f"In {collection.name}, the disks of these folders are not mounted: {', '.join(away)}.",
+                advice="Mount them, or have them forgotten with `towpath config accept-root`; until then, tasks wait.",
             )
         else:
             yield Finding(level="ok", sentence=f"{collection.name}: {root}")

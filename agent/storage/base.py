@@ -212,6 +212,11 @@ class Directory(ABC):
         del prefix
         return False
 
+    def check_disks(self) -> None:
+        """Raise `agent.storage.disks.DiskAway` where a folder is missing in this one that leads to a disk remembered
+        below the root: its listing is not the whole one then. Storage without disks below has nothing to look at."""
+        return
+
     @abstractmethod
     def lstat(self, name: bytes) -> Node:
         """The entry itself, a symlink as a symlink."""
@@ -377,6 +382,10 @@ class Root(ABC):
         """What tells this folder from another one in its place, the same after every start of the machine; empty where
         nothing does."""
         return ""
+
+    def disk_tokens(self) -> dict[CollectionPath, str]:
+        """As `token`, of each disk that is remembered below the root, by its folder."""
+        return {}
 
     @abstractmethod
     def narrowed(self, reach: Reach) -> Root:

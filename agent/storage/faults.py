@@ -7,6 +7,7 @@ import os
 from typing import Literal
 
 from agent.storage.base import IllegalName, LeavesCollection, LeavesReach, NotRegularFile
+from agent.storage.disks import DISK_REPLACED, DiskAway
 from protocol.errors import ItemFailed, NeedsPerson, RetryLater, TowpathError, Who
 from protocol.names import CollectionPath, escape, format_path
 
@@ -75,6 +76,8 @@ def fault(error: OSError, side: Side, path: CollectionPath | bytes | str) -> Tow
     what = f"{subject[:_SHOWN]}{f' at the {side}' if side else ''}"
     who = _owner(side)
     number = error.errno or 0
+    if isinstance(error, DiskAway):
+        return _disk_away(error, side)
     if isinstance(error, LeavesCollection):
         sentence = f"{what} {error.strerror}, which nothing is allowed to do."
         return ItemFailed(sentence, code="PERMISSION_DENIED", who=who, subject=subject)
@@ -106,6 +109,18 @@ def fault(error: OSError, side: Side, path: CollectionPath | bytes | str) -> Tow
     named = errno.errorcode.get(number, str(number))
     reason = os.strerror(number) if number else "no reason given"
     return RetryLater(f"{what} could not be handled: {reason} ({named}).", code="UNKNOWN", subject=subject)
+
+
+def _disk_away(error: DiskAway, side: Side) -> NeedsPerson:
+    shown = format_path(error.path, directory=True)
+    what = f"{shown[:_SHOWN]}{f' at the {side}' if side else ''}"
+    now = "another disk is" if error.code == DISK_REPLACED else "no disk is"
+    sentence = (
+        f"{what} was the place of a disk, and now {now} mounted there, so nothing in it is taken for the disk's. Mount "
+        "the disk again, and the work goes on by itself; if it is gone for good, its owner has it forgotten with "
+        "`towpath config accept-root`."
+    )
+    return NeedsPerson(sentence, code=error.code, who=_owner(side), subject=shown)
 
 
 def _subject(path: CollectionPath | bytes | str) -> str:

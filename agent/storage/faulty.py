@@ -119,6 +119,9 @@ class FaultyRoot(Root):
     def token(self) -> str:
         return self.inner.token()
 
+    def disk_tokens(self) -> dict[CollectionPath, str]:
+        return self.inner.disk_tokens()
+
     def check_original(self) -> None:
         self.script.before("check_original")
         self.inner.check_original()
@@ -229,6 +232,10 @@ class FaultyDirectory(Directory):
 
     def folds(self, prefix: bytes) -> bool:
         return self.inner.folds(prefix)
+
+    def check_disks(self) -> None:
+        self.script.before("check_disks")
+        self.inner.check_disks()
 
     def lstat(self, name: bytes) -> Node:
         self.script.before("lstat", name)

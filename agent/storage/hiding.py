@@ -55,6 +55,9 @@ class HidingDirectory(Directory):
     def folds(self, prefix: bytes) -> bool:
         return self.inner.folds(prefix)
 
+    def check_disks(self) -> None:
+        self.inner.check_disks()
+
     def lstat(self, name: bytes) -> Node:
         _check([name])
         return self.inner.lstat(name)
@@ -224,6 +227,9 @@ class HidingRoot(Root):
 
     def token(self) -> str:
         return self.inner.token()
+
+    def disk_tokens(self) -> dict[CollectionPath, str]:
+        return self.inner.disk_tokens()
 
     def check_original(self) -> None:
         self.inner.check_original()

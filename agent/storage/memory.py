@@ -36,6 +36,7 @@ from agent.storage.base import (
     component,
     node_from_stat,
 )
+from agent.storage.disks import DiskAway
 from protocol.errors import NeedsPerson
 from protocol.names import RESERVED_PREFIX, CollectionPath
 
@@ -100,11 +101,12 @@ class _Inode:
 
 class MemoryRoot(Root):
     """A folder tree in memory. ``path`` is the place absolute symlinks may name; ``present`` can be set to False, as
-    if its disk were not mounted."""
+    if its disk were not mounted, and folders be put into ``away``, as if disks mounted there before were not."""
 
     def __init__(self, path: bytes = b"/memory", *, capacity: int = 1 << 40) -> None:
         self.features = Features(file_system="memory", local=True, rename_no_replace=True)
         self.present = True
+        self.away: set[CollectionPath] = set()
         self._path = _split(path)
         self._capacity = capacity
         self._numbers = itertools.count(2)
@@ -185,6 +187,8 @@ class MemoryRoot(Root):
             inode = here[-1].entries.get(name)
             if inode is None:
                 raise _error(errno.ENOENT)
+            if (pending or folder) and (*done, name) in self.away:
+                raise DiskAway((*done, name))
             if inode.kind == "symlink" and (pending or follow):
                 links += 1
                 if links > MAX_LINKS:
@@ -248,6 +252,13 @@ class MemoryDirectory(Directory):
             if reserved or not name.startswith(RESERVED_PREFIX):
                 yield inode.node(name)
 
+    def check_disks(self) -> None:
+        with self._root.lock:
+            depth = len(self._path)
+            for path in self._root.away:
+                if len(path) > depth and path[:depth] == self._path and path[depth] not in self._entries():
+                    raise DiskAway(path)
+
     def lstat(self, name: bytes) -> Node:
         with self._root.lock:
             return self._get(name).node(name)
@@ -271,6 +282,8 @@ class MemoryDirectory(Directory):
                 return MemoryDirectory(self._root, *self._root.find([*self._path, name], folder=True))
             if inode.kind != "dir":
                 raise _error(errno.ENOTDIR)
+            if (*self._path, name) in self._root.away:
+                raise DiskAway((*self._path, name))
             return MemoryDirectory(self._root, inode, (*self._path, name))
 
     def create_temporary(self, name: bytes, mode: int = 0o600) -> int:

@@ -46,10 +46,9 @@ class Mark:
 def mount_of(fd: int, path: str) -> Mount:
     """The mount an open folder is on; by the kernel's mount table where there is one, else by walking up."""
     try:
-        with open(f"/proc/self/fdinfo/{fd}", "rb") as lines:
-            number = next(line.split()[1] for line in lines if line.startswith(b"mnt_id:"))
+        number = number_of(fd)
         with open("/proc/self/mountinfo", "rb") as lines:
-            return next(_mount(line) for line in lines if line.split(b" ", 1)[0] == number)
+            return next(parse_mount(line) for line in lines if line.split(b" ", 1)[0] == number)
     except (FileNotFoundError, StopIteration):
         point = os.path.realpath(path)
         while not os.path.ismount(point):
@@ -57,7 +56,15 @@ def mount_of(fd: int, path: str) -> Mount:
         return Mount("", point)
 
 
-def _mount(line: bytes) -> Mount:
+def number_of(fd: int) -> bytes:
+    """The number of the mount an open folder is on, as text. Raises FileNotFoundError or StopIteration where the system
+    does not say so."""
+    with open(f"/proc/self/fdinfo/{fd}", "rb") as lines:
+        return next(line.split()[1] for line in lines if line.startswith(b"mnt_id:"))
+
+
+def parse_mount(line: bytes) -> Mount:
+    """A line of /proc/self/mountinfo."""
     # proc(5): id, parent, device, root, mount point, options, optional fields, "-", type, source, options.
     before, _, after = line.partition(b" - ")
     point = _OCTAL.sub(lambda match: bytes((int(match[1], 8),)), before.split(b" ")[4])

@@ -8,7 +8,7 @@ import copy
 import errno
 import os
 import stat as stat_bits
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from agent.storage import attributes, folding, handles, libc, mounts
 from agent.storage.base import (
@@ -22,14 +22,16 @@ from agent.storage.base import (
     component,
     node_from_stat,
 )
+from agent.storage.disks import Disk, DiskAway, Disks, look
 from agent.storage.handles import os_error
 from agent.storage.walk import Walker, read_link
 from protocol.errors import NeedsPerson
 from protocol.names import RESERVED_PREFIX, CollectionPath, escape
 
 
-def open_root(path: str, expected: mounts.Mark | None = None) -> PosixRoot:
+def open_root(path: str, expected: mounts.Mark | None = None, disks: Iterable[Disk] = ()) -> PosixRoot:
     """Open the folder of a collection. Symlinks in ``path`` are followed: it comes from the owner's configuration.
+    Folders where ``disks`` were mounted are entered only while those are there (`DiskAway`).
 
     Raises `NeedsPerson` (COLLECTION_UNAVAILABLE) if it is no folder, cannot be opened, or is not on the disk that
     ``expected`` (kept from set-up, see `PosixRoot.mark`) describes. Whether it is also the very folder,
@@ -46,6 +48,7 @@ def open_root(path: str, expected: mounts.Mark | None = None) -> PosixRoot:
     if difference:
         root.close()
         raise _unavailable(path, difference)
+    root.walker.disks = Disks(disks)
     return root
 
 
@@ -110,9 +113,16 @@ class PosixRoot(Root):
         mounts.place_marker(self._fd)
         return self.mark()
 
+    def look_below(self, known: Collection[CollectionPath], *, place: bool) -> list[Disk]:
+        """The disks mounted below, but for the known ones (see `agent.storage.disks.look`)."""
+        return look(self._fd, os.path.realpath(self._configured), known, place=place)
+
     def token(self) -> str:
         mark = self.mark()
         return f"{mark.inode} {mark.marker}" if mark.inode or mark.marker else ""
+
+    def disk_tokens(self) -> dict[CollectionPath, str]:
+        return self.walker.disks.tokens()
 
     def check_original(self) -> None:
         self.check_present()
@@ -260,6 +270,13 @@ class PosixDirectory(Directory):
     def folds(self, prefix: bytes) -> bool:
         return self._root.folds(self._fd, prefix)
 
+    def check_disks(self) -> None:
+        for name, disk in self._root.walker.disks.ways(self._path):
+            try:
+                os.stat(name, dir_fd=self._fd, follow_symlinks=False)
+            except FileNotFoundError:
+                raise DiskAway(disk) from None
+
     def lstat(self, name: bytes) -> Node:
         return node_from_stat(name, os.stat(component(name), dir_fd=self._fd, follow_symlinks=False))
 
@@ -310,11 +327,9 @@ class PosixDirectory(Directory):
 
     def open_directory(self, name: bytes, *, follow: bool = False) -> PosixDirectory:
         try:
-            return PosixDirectory(
-                self._root, os.open(component(name), handles.FOLDER, dir_fd=self._fd), (*self._path, name)
-            )
+            return self._entered(os.open(component(name), handles.FOLDER, dir_fd=self._fd), name)
         except PermissionError:
-            return PosixDirectory(self._root, os.open(name, handles.LOOKUP, dir_fd=self._fd), (*self._path, name))
+            return self._entered(os.open(name, handles.LOOKUP, dir_fd=self._fd), name)
         except OSError as error:
             if error.errno not in handles.PERHAPS_LINK:
                 raise
@@ -323,6 +338,15 @@ class PosixDirectory(Directory):
             walker = self._root.walker
             way = walker.expand(self._path, read_link(self._fd, name, error))
             return self._root.readable(*walker.walk(way, followed=True))
+
+    def _entered(self, fd: int, name: bytes) -> PosixDirectory:
+        where = (*self._path, name)
+        try:
+            self._root.walker.disks.check(fd, where)
+        except BaseException:
+            os.close(fd)
+            raise
+        return PosixDirectory(self._root, fd, where)
 
     def create_temporary(self, name: bytes, mode: int = 0o600) -> int:
         return handles.create_temporary(self._fd, name, mode)

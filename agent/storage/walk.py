@@ -14,6 +14,7 @@ import os
 from collections.abc import Sequence
 
 from agent.storage.base import MAX_LINKS, LeavesCollection, Reach
+from agent.storage.disks import Disks
 from agent.storage.handles import LOOKUP, PERHAPS_LINK, os_error, sync_folder
 from protocol.names import CollectionPath
 
@@ -35,6 +36,8 @@ class Walker:
         self._fd = fd
         self._spellings = [components(os.fsencode(spelling)) for spelling in spellings]
         self._reach: Reach | None = None
+        # Entered only while they are what is remembered.
+        self.disks = Disks()
 
     def narrowed(self, fd: int, reach: Reach) -> Walker:
         """One with a handle of its own, for whom symlinks lead into some folders only."""
@@ -84,6 +87,8 @@ class Walker:
                         os.close(fd)
                         fd = below
                         done.append(step)
+                        if self.disks:
+                            self.disks.check(fd, tuple(done))
                         continue
                     if below is None:
                         # Made or not, the next round sees what is there now.

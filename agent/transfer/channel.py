@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 import trio
 
+from agent.storage.disks import Disk
 from agent.storage.mounts import Mark
 from agent.transfer.lane_keys import KEY_RECORDS
 from agent.transfer.message_buffer import CHUNK, Garbled, Message, MessageBuffer, framed, rights, room
@@ -32,6 +33,8 @@ class WorkerCollection(msgspec.Struct, frozen=True, kw_only=True):
     numbered_accounts: bool = False
     # What the root was at set-up; None when it was never looked at.
     mark: Mark | None = None
+    # What is, or was, mounted below it.
+    disks: tuple[Disk, ...] = ()
 
 
 class Common(msgspec.Struct, frozen=True, kw_only=True):

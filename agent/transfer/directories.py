@@ -7,6 +7,7 @@ from functools import partial
 
 import trio
 
+from agent.storage.disks import DISK_MISSING, DISK_REPLACED
 from agent.storage.faults import fault
 from agent.transfer.budget import charge
 from agent.transfer.checksum import file_digest
@@ -31,6 +32,11 @@ class _NotOpened(Exception):
     def __init__(self, error: OSError) -> None:
         super().__init__(error)
         self.error = error
+
+
+def _disk_is_away(error: TowpathError) -> bool:
+    """Whether a folder waits for its disk, at either side, while the others are transferred."""
+    return isinstance(error, NeedsPerson) and error.code in (DISK_MISSING, DISK_REPLACED)
 
 
 class DirectoryWalk:
@@ -85,6 +91,9 @@ class DirectoryWalk:
             await self._not_opened(row, fault(problem.error, "destination", row.destination))
             return
         except TowpathError as error:
+            if _disk_is_away(error) and not (planner.opened and planner.group.planned):
+                self._put_off(error, planner.group if planner.opened else None)
+                return
             may_pass = isinstance(error, RetryLater | NeedsPerson | TaskFailed)
             if may_pass and not context.patience.lasts_at_source(row.source, error):
                 raise
@@ -158,6 +167,9 @@ class DirectoryWalk:
     async def _not_opened(self, row: DirectoryRow, error: TowpathError) -> None:
         """The destination directory cannot be used: an error of its own, unless it concerns the whole task."""
         run = self._run
+        if _disk_is_away(error):
+            self._put_off(error)
+            return
         if run.context.patience.is_passing(row.destination, error):
             run.release_slot()
             raise error
@@ -166,6 +178,15 @@ class DirectoryWalk:
         run.opened(group)
         self._failed(group, row, error)
         run.settle.put(GroupListed(group))
+
+    def _put_off(self, error: TowpathError, opened: Group | None = None) -> None:
+        """A disk is away, at either side, and no file of this folder was begun: the journal gives it again in the next
+        run."""
+        self._run.put_off(error)
+        if opened is None:
+            self._run.release_slot()
+        else:
+            self._run.group_done(opened)
 
     def _failed(self, group: Group, row: DirectoryRow, error: TowpathError) -> None:
         """A directory of the source cannot be listed: an error of its own, the others go on."""

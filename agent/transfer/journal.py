@@ -258,6 +258,15 @@ class Journal:
         ancestry = msgspec.msgpack.decode(row[5], type=list[tuple[int, int]])
         return DirectoryRow(row[0], row[1], row[2], row[3], row[4], ancestry)
 
+    def has_directory(self, destination: bytes) -> bool:
+        """Whether a directory of the destination, or one below it, is among those to list."""
+        with self._using():
+            row = self._connection.execute(
+                "SELECT 1 FROM directories WHERE destination = ? OR destination > ? AND destination < ? LIMIT 1",
+                (destination, destination + b"/", destination + b"0"),
+            ).fetchone()
+            return row is not None
+
     def unfinished_destinations(self) -> list[bytes]:
         """Destination directories in which temporaries of this task may lie."""
         with self._using():

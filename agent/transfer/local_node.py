@@ -13,6 +13,7 @@ from agent.connect.network import Network
 from agent.limits.allotment import Allotment
 from agent.policy import Policy, UnknownCollection
 from agent.state_files import make_folder
+from agent.storage.disks import Disk
 from agent.storage.mounts import Mark
 from agent.transfer.channel import Common, WorkerCollection
 from agent.transfer.lane_keys import KEY_RECORDS
@@ -49,6 +50,7 @@ class LocalNode:
         network: Network | None = None,
         expected_mark: Callable[[CollectionConfig], Mark | None] = lambda _collection: None,
         key_records: int = KEY_RECORDS,
+        known_disks: Callable[[CollectionConfig], tuple[Disk, ...]] = lambda _collection: (),
     ) -> None:
         self.directory = state_dir / "tasks"
         make_folder(self.directory)
@@ -62,6 +64,7 @@ class LocalNode:
         )
         self._relay_root = relay_root
         self._expected_mark = expected_mark
+        self._known_disks = known_disks
         self._key_records = key_records
         self.store, begun_anew = open_or_begin(self.directory / "tasks.sqlite")
         if begun_anew:
@@ -119,6 +122,7 @@ class LocalNode:
                     read_twice=row.read_twice,
                     numbered_accounts=row.numbered_accounts,
                     mark=self._expected_mark(row),
+                    disks=self._known_disks(row),
                 )
                 for row in self.policy.collections
             ],

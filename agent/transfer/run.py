@@ -103,6 +103,9 @@ class Run(Reports, Protocol):
     def stop(self, error: TowpathError) -> None:
         """End the run with this error, or with the one it is ending with already."""
 
+    def put_off(self, error: TowpathError) -> None:
+        """Leave a folder to a later run: the others go on, and when they are done this run ends with the error."""
+
     def temporary_name(self) -> bytes:
         """A new reserved name."""
 
@@ -129,6 +132,9 @@ class Run(Reports, Protocol):
 
     def opened(self, group: Group) -> None:
         """A group is being worked on until the settler says it is done."""
+
+    def group_done(self, group: Group) -> None:
+        """Nothing of a group is worked on any more, and its handle may be closed."""
 
     def count_finished(self, job: FileJob, outcome: int) -> None:
         """A single item that an earlier run settled."""

@@ -45,8 +45,10 @@ class Listing:
             self._handle = self._root.open_directory(self._path)
             self._rows = _rows(self._handle, follow=self._request.follow)
         batch = list(islice(self._rows, session.ROWS_IN_MESSAGE))
-        self.ended = len(batch) < session.ROWS_IN_MESSAGE
-        if self.ended:
+        if len(batch) < session.ROWS_IN_MESSAGE:
+            # What lies beyond a folder that went with its disk must not pass for what the source does not have.
+            self._handle.check_disks()
+            self.ended = True
             self.close()
         return session.encode(session.Rows(self._request.r, batch, self.ended))
 

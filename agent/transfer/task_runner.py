@@ -29,10 +29,11 @@ from agent.transfer.received import ReceivedCounter
 from agent.transfer.run import RunContext
 from agent.transfer.source_session import SourceSession
 from agent.transfer.state_trouble import StateTrouble, of_system
+from agent.transfer.stopping import first_error
 from agent.transfer.transfer_run import TransferRun
 from protocol.control import Counters, Flow, TaskObserved, TaskOrder, TaskState
 from protocol.errors import NeedsPerson, ProtocolError, TaskFailed, TowpathError
-from protocol.names import RESERVED_PREFIX, parse_path_untrusted
+from protocol.names import RESERVED_PREFIX, format_path, parse_path_untrusted
 
 PROGRESS_EVERY = 0.25
 # An event on progress comes after so many seconds, the next ones ever later.
@@ -297,17 +298,23 @@ class TaskRunner:
                     self._run = None
 
     def _is_elsewhere(self, root: Root) -> bool:
-        """Whether the root is another folder than the one the task began in, and its owner has accepted that.
+        """Whether the root, or a disk below it, is another one than the task began in, and its owner has accepted that.
 
         Raises `NeedsPerson` (ROOT_CHANGED) for one that was not accepted: what has arrived is on the other one.
         """
         token, known = root.token().encode(), self._journal.get("root")
-        if not token or token == known:
-            return False
-        if known is not None:
+        moved = bool(token) and known is not None and token != known
+        if moved:
             root.check_original()
-        self._journal.put("root", token)
-        return known is not None
+        if token and token != known:
+            self._journal.put("root", token)
+        # Of a disk below, only what was accepted is remembered, which may be that there is none any more.
+        disks = {format_path(path): disk for path, disk in root.disk_tokens().items()}
+        began = self._journal.get("disks")
+        before = msgspec.json.decode(began, type=dict[str, str]) if began is not None else {}
+        if disks != before:
+            self._journal.put("disks", msgspec.json.encode(disks))
+        return moved or any(disks.get(path) != disk for path, disk in before.items())
 
     def _begin_elsewhere(self, received: ReceivedCounter) -> None:
         self._journal.start_over()
@@ -317,8 +324,9 @@ class TaskRunner:
             self._events.add(
                 "ROOT_REPLACED",
                 "root replaced",
-                "The destination's folder is another one than when the task began, and its owner has accepted it. "
-                "What is in it is compared with the source, and what is missing is transferred.",
+                "The destination's folder, or a disk mounted below it, is another one than when the task began, and "
+                "its owner has accepted that. What is there is compared with the source, and what is missing is "
+                "transferred.",
                 is_error=True,
             )
         self._journal.commit()
@@ -335,6 +343,7 @@ class TaskRunner:
             root, self._journal, skipped, self._order.items or [], self._order.options, self._fault_from_thread
         )
         self._run = run
+        error: TowpathError | None = None
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_stop_when_cancelled, run)
@@ -342,9 +351,13 @@ class TaskRunner:
                 nursery.cancel_scope.cancel()
         except* Stopped:
             await trio.lowlevel.checkpoint_if_cancelled()
+        except* TowpathError as group:
+            error = first_error(group)
         finally:
             self._counters = run.counters()
             self._run = None
+        if error is not None:
+            raise error
 
     def _fault_from_thread(self, error: TowpathError) -> None:
         self._token.run_sync_soon(self._fault, error)

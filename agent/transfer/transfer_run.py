@@ -20,6 +20,7 @@ import msgspec
 import trio
 
 from agent.meter.flow import Reading, flow_between
+from agent.storage.disks import DiskAway
 from agent.storage.faults import fault
 from agent.transfer.attributes import Attributes, attributes_size
 from agent.transfer.budget import Budget, charge
@@ -42,7 +43,7 @@ from agent.transfer.source_session import SessionLost, SourceSession
 from agent.transfer.stopping import call_on_cancel, first_error, first_system_error
 from protocol.control import Counters, Flow
 from protocol.errors import TowpathError
-from protocol.session import LANE_READINGS, MAX_PACK_FILES, LaneReadings
+from protocol.session import LANE_READINGS, MAX_PACK_FILES, LaneReadings, join_path
 
 # Directories (and their handles) being worked on at once.
 OPEN_GROUPS = 200
@@ -74,6 +75,7 @@ class TransferRun:
         self._idle = trio.Event()
         self._planning = True
         self._error: TowpathError | None = None
+        self._put_off: TowpathError | None = None
         self._token = trio.lowlevel.current_trio_token()
         self._settler = Settler(
             context.root,
@@ -157,7 +159,8 @@ class TransferRun:
                 self._look_whether_all_arrived()
                 self._look_whether_done()
                 await self._idle.wait()
-                await trio.to_thread.run_sync(self.context.root.check_present)
+                await trio.to_thread.run_sync(self._check_place)
+                self._error = self._error or self._put_off
                 nursery.cancel_scope.cancel()
         except* TowpathError as group:
             self._error = self._error or first_error(group)
@@ -210,6 +213,22 @@ class TransferRun:
         """End the run with this error, or with the one it is ending with already."""
         self._error = self._error or error
         self.nursery.cancel_scope.cancel()
+
+    def _check_place(self) -> None:
+        """Everything has arrived: the root, and the disks below it that the task writes to, must be there still, or it
+        is where nobody sees it. Blocks; raises `NeedsPerson`, OSError."""
+        root = self.context.root
+        root.check_present()
+        for path in root.disk_tokens():
+            if self._put_off is None and self.context.journal.has_directory(join_path(path)):
+                try:
+                    root.open_directory(path).close()
+                except FileNotFoundError:
+                    raise DiskAway(path) from None
+
+    def put_off(self, error: TowpathError) -> None:
+        """Leave a folder to a later run: the others go on, and when they are done this run ends with the error."""
+        self._put_off = self._put_off or error
 
     @property
     def stopping(self) -> bool:

@@ -72,7 +72,7 @@ def _collection(common: Common, collection_id: str) -> WorkerCollection:
 
 def _root_of(collection: WorkerCollection) -> Root:
     """The collection's root as others see it. Raises `NeedsPerson`."""
-    return offered(open_root(collection.root, collection.mark), hidden=collection.hidden)
+    return offered(open_root(collection.root, collection.mark, collection.disks), hidden=collection.hidden)
 
 
 def _narrowed(root: Root, grant: Grant) -> Root:

@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from agent.config.keys import AgentConfig, CollectionConfig, DataConfig, LimitsConfig
 from agent.policy import Policy
+from agent.storage.disks import Disk
 from agent.transfer.lane_keys import KEY_RECORDS
 from agent.transfer.local_node import LocalNode
 from agent.transfer.service import TransferService
@@ -47,6 +48,8 @@ class Node:
     collection: str = field(default_factory=lambda: str(uuid.uuid4()))
     read_only: bool = False
     numbered_accounts: bool = False
+    # What its workers are told to be mounted below the root, when they start.
+    disks: tuple[Disk, ...] = ()
     service: TransferService | None = None
     policy: Policy = field(default_factory=lambda: Policy([]))
 
@@ -129,6 +132,7 @@ class World:
                 node.policy,
                 self.relay_root.public_pem,
                 key_records=self.key_records,
+                known_disks=lambda _: node.disks,
             )
         )
         node.service = service

@@ -16,6 +16,8 @@ from agent.cli.main import cli
 from agent.collections import MARKS_FILE, Collections, Marks
 from agent.config.layers import load_config
 from agent.doctor.registry import CHECKS, Entry, Examination, Finding
+from agent.storage.disks import Disk
+from agent.storage.mounts import Mark
 
 ID = "6c54cade-bde5-45c1-bdea-f4bd71dba2cc"
 
@@ -84,6 +86,27 @@ def test_a_mount_point_without_its_disk_is_not_called_well(tmp_path: Path) -> No
     code, found = run(config_file, "collections")
     assert code == 1
     assert "is not on the disk mounted at /mnt/disk" in found["collections"][0]["sentence"]
+
+
+def test_a_disk_below_a_root_that_is_not_mounted_is_named(tmp_path: Path) -> None:
+    root, state = tmp_path / "root", tmp_path / "agent.state"
+    (root / "disk").mkdir(parents=True)
+    state.mkdir(mode=0o700)
+    config_file = tmp_path / "agent.yaml"
+    config_file.write_text(f"collections:\n- {{id: {ID}, name: Data, root: {root}}}\n")
+    (config,) = load_config(config_file).collections
+    marks = Marks(state / MARKS_FILE)
+    assert Collections(marks).report(config).available
+
+    class Mounted:
+        def look_below(self, _known: object, *, place: bool) -> list[Disk]:
+            return [Disk((name,), Mark(f"/mnt/{place}", "nfs4", 0)) for name in (b"disk", b"gone")]
+
+    marks.keep_disks(config, Mounted())  # type: ignore[arg-type]
+    (finding,) = run(config_file, "collections")[1]["collections"]
+    assert finding["level"] == "warning"
+    assert "/disk/, /gone/" in finding["sentence"]
+    assert "accept-root" in finding["advice"]
 
 
 def test_what_is_wrong_is_named_with_what_to_do(tmp_path: Path) -> None:

@@ -55,6 +55,14 @@ def set_format(path: Path, version: int) -> None:
 # --- journal ---------------------------------------------------------------------------------------------
 
 
+def test_a_journal_knows_whether_anything_goes_below_a_folder(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal")
+    journal.add_directories([(0, b"", b"one", 0, []), (0, b"", b"two/below/\xff", 0, []), (0, b"", b"two0", 0, [])])
+    there = [b"one", b"two", b"two/below", b"two/below/\xff", b"on", b"one/x", b"tw", b"two/b", b"", b"three"]
+    assert [path for path in there if journal.has_directory(path)] == there[:4]
+    journal.close()
+
+
 def test_a_journal_is_found_again_as_it_was_committed(tmp_path: Path) -> None:
     path = tmp_path / "journal"
     journal = Journal(path)

@@ -370,7 +370,7 @@ def test_an_unmounted_disk_is_not_an_empty_folder(tmp_path: Path) -> None:
 
 def test_mount_points_with_spaces() -> None:
     line = rb"36 35 98:0 /mnt1 /mnt/my\040disk\011x rw,noatime master:1 - ext3 /dev/root rw,errors=continue"
-    assert mounts._mount(line) == mounts.Mount("ext3", "/mnt/my disk\tx")
+    assert mounts.parse_mount(line) == mounts.Mount("ext3", "/mnt/my disk\tx")
 
 
 def test_differences_of_marks() -> None:

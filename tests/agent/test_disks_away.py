@@ -1,0 +1,546 @@
+"""Disks mounted below a root that are away: their folders are not taken for empty ones, tasks say so and wait."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import msgspec
+import pytest
+
+from agent.availability import Availability
+from agent.collections import MARKS_FILE, Collections, Marks
+from agent.config.keys import CollectionConfig
+from agent.daemon import Daemon
+from agent.policy import Policy
+from agent.storage import disks, mounts
+from agent.storage.base import Root
+from agent.storage.disks import DISK_MISSING, DISK_REPLACED, Disk, DiskAway, Mounted, mounted_below, verdict
+from agent.storage.faults import fault
+from agent.storage.faulty import Call, FaultyRoot
+from agent.storage.memory import MemoryRoot
+from agent.storage.mounts import Mark
+from agent.storage.posix import open_root
+from protocol.control import TaskItem, TaskOptions
+from protocol.errors import NeedsPerson
+from tests.agent.engine_inside import Engine, quick_path, when
+from tests.agent.engine_world import world
+from tests.agent.recorded_tasks import RecordedTasks
+from tests.agent.small_disks import memory_disk, needs_root
+
+__all__ = ["quick_path"]
+
+ID = "00000000-0000-4000-8000-0000000000a1"
+ELSEWHERE = Mark("/mnt/disk", "ext4", 2, "a" * 32)
+MIRROR = TaskOptions(delete_destination_extra=True, sync_level=1)
+
+# --- what is mounted ---------------------------------------------------------------------------------------
+
+ROOT = 30
+
+
+def below(*rows: tuple[int, int, str, str]) -> dict[str, str]:
+    table = [Mounted(1, 1, b"/", "ext4"), Mounted(ROOT, 1, b"/data", "ext4")]
+    table += [Mounted(number, parent, point.encode(), kind) for number, parent, point, kind in rows]
+    return {row.point.decode(): row.file_system for row in mounted_below(table, ROOT, b"/data")}
+
+
+def test_disks_below_a_root_are_found_whatever_stands_on_whatever() -> None:
+    rows = (
+        (31, ROOT, "/data/scratch", "xfs"),
+        (32, 31, "/data/scratch/inner", "nfs4"),
+        # Of the same device as the root: only the table shows a bind mount.
+        (33, ROOT, "/data/bound", "ext4"),
+        (34, 1, "/database", "ext4"),
+        (35, 1, "/other", "ext4"),
+    )
+    assert below(*rows) == {"/data/scratch": "xfs", "/data/scratch/inner": "nfs4", "/data/bound": "ext4"}
+    assert below(*reversed(rows)) == below(*rows)
+
+
+def test_of_mounts_over_each_other_only_the_last_counts() -> None:
+    rows = (31, ROOT, "/data/a", "ext4"), (32, 31, "/data/a/covered", "ext4"), (33, 31, "/data/a", "xfs")
+    assert below(*rows, (34, 33, "/data/a/seen", "btrfs")) == {"/data/a": "xfs", "/data/a/seen": "btrfs"}
+    # One in a place that the root's own mount covers.
+    assert below((31, 1, "/data/hidden", "ext4")) == {}
+
+
+@pytest.mark.parametrize("kind", ["overlay", "proc", "squashfs", "fuse.portal", "autofs"])
+def test_what_comes_and_goes_by_itself_is_not_remembered(kind: str) -> None:
+    assert below((31, ROOT, "/data/x", kind), (32, 31, "/data/x/y", "ext4")) == {}
+
+
+def test_what_is_mounted_when_somebody_looks_is_not_remembered() -> None:
+    assert below((31, ROOT, "/data/home", "autofs"), (32, 31, "/data/home", "nfs4")) == {}
+    assert below((31, ROOT, "/data/net", "autofs"), (32, 31, "/data/net/server", "nfs4")) == {}
+    assert below((31, ROOT, "/data/.zfs/snapshot/monday", "zfs")) == {}
+
+
+def test_mounts_on_a_file_system_in_memory_and_on_removed_folders_are_not_remembered() -> None:
+    assert below((31, ROOT, "/data/run", "tmpfs"), (32, 31, "/data/run/user", "tmpfs")) == {"/data/run": "tmpfs"}
+    assert below((31, ROOT, "/data/gone//deleted", "ext4")) == {}
+
+
+def test_a_table_in_circles_ends() -> None:
+    assert below((31, 32, "/data/a", "ext4"), (32, 31, "/data/a", "ext4"), (33, ROOT, "/data/a", "xfs"))
+
+
+def test_without_a_table_of_the_kernel_the_list_of_file_systems_has_to_do(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import psutil
+
+    def missing(_: int) -> bytes:
+        raise FileNotFoundError
+
+    class Row:
+        def __init__(self, mountpoint: Path, fstype: str) -> None:
+            self.mountpoint, self.fstype = str(mountpoint), fstype
+
+    rows = [Row(tmp_path / "server", "smbfs"), Row(tmp_path / "auto", "autofs"), Row(Path("/"), "apfs")]
+    monkeypatch.setattr(mounts, "number_of", missing)
+    monkeypatch.setattr(psutil, "disk_partitions", lambda **_: rows)
+    assert disks.look(-1, str(tmp_path), (), place=True) == [
+        Disk((b"server",), Mark(str(tmp_path / "server"), "smbfs", 0))
+    ]
+
+
+# --- whether it is the same ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({}, ""),
+        ({"mount_point": "/mnt"}, DISK_MISSING),
+        ({"mount_point": "/", "file_system": "xfs"}, DISK_MISSING),
+        # A sandbox shows the same folder through a mount of its own.
+        ({"mount_point": "/sandbox", "inode": 2, "marker": "a" * 32}, ""),
+        ({"file_system": "xfs"}, DISK_REPLACED),
+        ({"marker": "b" * 32}, DISK_REPLACED),
+        ({"marker": ""}, DISK_REPLACED),
+        ({"inode": 3}, DISK_REPLACED),
+    ],
+)
+def test_a_disk_is_the_same_missing_or_another_one(changes: dict[str, object], code: str) -> None:
+    found = dataclasses.replace(ELSEWHERE, **changes)  # type: ignore[arg-type]
+    if changes == {"mount_point": "/mnt"}:
+        found = dataclasses.replace(found, marker="")
+    assert verdict(ELSEWHERE, found) == code
+
+
+def test_a_folder_without_its_disk_is_not_entered_and_its_parent_not_whole_without_it() -> None:
+    root = MemoryRoot()
+    root.make_directories((b"a", b"disk", b"inner")).close()
+    root.make_directories((b"a", b"link")).close()
+    root.away.add((b"a", b"disk"))
+    check_guarded(root)
+
+
+def test_a_folder_of_this_machine_without_its_disk_is_not_entered(tmp_path: Path) -> None:
+    (tmp_path / "a" / "disk" / "inner").mkdir(parents=True)
+    with open_root(str(tmp_path), disks=[Disk((b"a", b"disk"), ELSEWHERE)]) as root:
+        check_guarded(root)
+
+
+def check_guarded(root: Root) -> None:
+    for path in ((b"a", b"disk"), (b"a", b"disk", b"inner")):
+        with pytest.raises(DiskAway):
+            root.open_directory(path)
+        with pytest.raises(DiskAway):
+            root.make_directories(path)
+    with root.open_directory(()) as top, root.open_directory((b"a",)) as above:
+        above.symlink(b"way", b"disk/inner")
+        for name, follow in ((b"disk", False), (b"way", True)):
+            with pytest.raises(DiskAway) as caught:
+                above.open_directory(name, follow=follow)
+        assert above.lstat(b"disk").kind == "dir"
+        top.check_disks()
+        above.check_disks()
+        above.rename(b"disk", b"renamed")
+        with pytest.raises(DiskAway):
+            above.check_disks()
+        top.check_disks()
+        top.rename(b"a", b"b")
+        with pytest.raises(DiskAway):
+            top.check_disks()
+    error = fault(caught.value, "source", (b"a",))
+    assert isinstance(error, NeedsPerson)
+    assert (error.code, error.who, error.subject) == (DISK_MISSING, "source owner", "/a/disk/")
+    assert "accept-root" in error.sentence
+
+
+def test_handles_are_given_back_when_a_disk_is_away(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    with open_root(str(tmp_path), disks=[Disk((b"disk",), ELSEWHERE)]) as root, root.open_directory(()) as top:
+        before = len(os.listdir("/proc/self/fd"))
+        with pytest.raises(DiskAway):
+            top.open_directory(b"disk")
+        with pytest.raises(DiskAway):
+            root.open_directory((b"disk",))
+        assert len(os.listdir("/proc/self/fd")) == before
+
+
+# --- tasks ---------------------------------------------------------------------------------------------------
+
+
+class Guarded(Engine):
+    """An engine whose sides remember disks, as workers do."""
+
+    at_the_source: tuple[Disk, ...] = ()
+    at_the_destination: tuple[Disk, ...] = ()
+
+    def open_destination(self) -> Root:
+        return FaultyRoot(open_root(str(self.destination), disks=self.at_the_destination), self._planned)
+
+    def source_root(self) -> Root:
+        return open_root(str(self.source), disks=self.at_the_source)
+
+    def forget(self) -> None:
+        self.at_the_source = self.at_the_destination = ()
+
+
+def files(place: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(place)): path.read_bytes() for path in place.rglob("*") if path.is_file()}
+
+
+def lay_out(engine: Engine) -> None:
+    """The disk at the source is not mounted: its folder is empty there, and its copy at the destination is not."""
+    for place, names in ((engine.source, ("a/new", "disk/")), (engine.destination, ("a/old", "disk/precious"))):
+        for name in names:
+            path = place / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if name.endswith("/"):
+                path.mkdir(exist_ok=True)
+            else:
+                path.write_bytes(name.encode())
+
+
+@pytest.mark.parametrize("xattrs", [False, True])
+async def test_a_mirror_of_a_folder_without_its_disk_deletes_nothing_and_waits(
+    quick_path: Path, *, xattrs: bool
+) -> None:
+    engine = Guarded(quick_path, msgspec.structs.replace(MIRROR, preserve_xattrs=xattrs))
+    lay_out(engine)
+    engine.at_the_source = (Disk((b"disk",), ELSEWHERE),)
+
+    def look() -> None:
+        # Everything else has arrived, and nothing is deleted before all is known.
+        assert files(engine.destination) == {"a/new": b"a/new", "a/old": b"a/old", "disk/precious": b"disk/precious"}
+        assert engine.reports[-1].who == "source owner"
+        engine.forget()
+
+    engine.on_report = when(DISK_MISSING, look)
+    observed = await engine.run()
+    assert observed.state == "SUCCEEDED", observed
+    assert DISK_MISSING in engine.codes()
+    assert files(engine.destination) == {"a/new": b"a/new"}
+
+
+async def test_a_mount_point_that_went_with_its_disk_is_no_reason_to_delete(quick_path: Path) -> None:
+    engine = Guarded(quick_path, MIRROR)
+    lay_out(engine)
+    (engine.source / "disk").rmdir()
+    engine.at_the_source = (Disk((b"disk",), ELSEWHERE),)
+
+    def look() -> None:
+        assert (engine.destination / "disk" / "precious").exists()
+        engine.forget()
+
+    engine.on_report = when(DISK_MISSING, look)
+    observed = await engine.run()
+    assert observed.state == "SUCCEEDED", observed
+    assert DISK_MISSING in engine.codes()
+    assert files(engine.destination) == {"a/new": b"a/new"}
+
+
+@pytest.mark.parametrize("options", [MIRROR, TaskOptions()], ids=["mirror", "plain"])
+async def test_nothing_is_written_in_a_folder_of_the_destination_without_its_disk(
+    quick_path: Path, options: TaskOptions
+) -> None:
+    engine = Guarded(quick_path, options)
+    (engine.destination / "disk").mkdir()
+    for name in ("disk/inner/file", "other/file"):
+        (engine.source / name).parent.mkdir(parents=True)
+        (engine.source / name).write_bytes(b"content")
+    engine.at_the_destination = (Disk((b"disk",), ELSEWHERE),)
+
+    def look() -> None:
+        assert files(engine.destination) == {"other/file": b"content"}
+        assert engine.reports[-1].who == "destination owner"
+        engine.forget()
+
+    engine.on_report = when(DISK_MISSING, look)
+    observed = await engine.run()
+    assert observed.state == "SUCCEEDED", observed
+    assert files(engine.destination) == files(engine.source)
+    # What it has brought to the disk before may be gone with it: everything is compared.
+    assert {DISK_MISSING, "ROOT_REPLACED"} <= set(engine.codes())
+
+
+async def test_an_extra_folder_without_its_disk_is_not_deleted(quick_path: Path) -> None:
+    engine = Guarded(quick_path, MIRROR)
+    (engine.destination / "extra" / "disk").mkdir(parents=True)
+    engine.at_the_destination = (Disk((b"extra", b"disk"), ELSEWHERE),)
+
+    def look() -> None:
+        assert (engine.destination / "extra" / "disk").is_dir()
+        engine.forget()
+
+    engine.on_report = when(DISK_MISSING, look)
+    observed = await engine.run()
+    assert observed.state == "SUCCEEDED", observed
+    assert list(engine.destination.iterdir()) == []
+
+
+async def test_a_delete_does_not_enter_a_folder_without_its_disk(quick_path: Path) -> None:
+    engine = Guarded(quick_path, TaskOptions(recursive=True), [TaskItem(source_path="/all", destination_path="/all")])
+    engine.type = "DELETE"
+    (engine.destination / "all" / "disk" / "inner").mkdir(parents=True)
+    engine.at_the_destination = (Disk((b"all", b"disk"), ELSEWHERE),)
+
+    def look() -> None:
+        assert (engine.destination / "all" / "disk" / "inner").is_dir()
+        engine.forget()
+
+    engine.on_report = when(DISK_MISSING, look)
+    observed = await engine.run()
+    assert observed.state == "SUCCEEDED", observed
+    assert list(engine.destination.iterdir()) == []
+
+
+# A source's worker is asked again after five seconds.
+@pytest.mark.parametrize("side", [pytest.param("source", marks=pytest.mark.soak), "destination"])
+async def test_workers_are_told_of_disks_and_begin_anew_when_one_is_forgotten(tmp_path: Path, side: str) -> None:
+    async with world(tmp_path) as made:
+        node = made.alpha if side == "source" else made.beta
+        for folder in (made.alpha.root, made.beta.root):
+            (folder / "disk").mkdir()
+        (made.alpha.root / "disk" / "file").write_bytes(b"content")
+        node.disks = (Disk((b"disk",), ELSEWHERE),)
+        task = await made.submit([TaskItem(source_path="/", destination_path="/", recursive=True)])
+        observed = await made.wait(task, states=frozenset({"WAITING", "SUCCEEDED"}))
+        assert (observed.state, observed.status_code, observed.who) == ("WAITING", DISK_MISSING, f"{side} owner")
+        assert list((made.beta.root / "disk").iterdir()) == []
+        node.disks = ()
+        assert node.service is not None
+        await node.service.owner_changed({node.collection})
+        assert (await made.wait(task)).state == "SUCCEEDED"
+        assert (made.beta.root / "disk" / "file").read_bytes() == b"content"
+
+
+# --- real mounts ---------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def bound(source: Path, place: Path) -> Iterator[None]:
+    done = subprocess.run(["mount", "--bind", source, place], capture_output=True)
+    if done.returncode:
+        pytest.skip(f"mounting is not allowed here: {done.stderr.decode().strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", place], check=True)
+
+
+def config_for(root: Path) -> CollectionConfig:
+    return CollectionConfig(id=ID, name="Data", root=str(root))
+
+
+def enter(marks: Marks, root: Path) -> str:
+    """What is said to a worker that enters the folder ``disk``."""
+    with open_root(str(root), disks=marks.disks(config_for(root))) as opened:
+        try:
+            opened.open_directory((b"disk",)).close()
+        except DiskAway as error:
+            return error.code
+    return ""
+
+
+@needs_root
+def test_a_disk_seen_below_a_root_is_remembered_until_its_owner_has_it_forgotten(tmp_path: Path) -> None:
+    root, config = tmp_path / "root", config_for(tmp_path / "root")
+    root.mkdir()
+    with memory_disk(root / "disk", 1):
+        assert Collections(Marks(tmp_path / MARKS_FILE)).report(config).available
+    # After a restart, and another look.
+    marks = Marks(tmp_path / MARKS_FILE)
+    collections = Collections(marks)
+    assert collections.report(config).available
+    assert [disk.path for disk in marks.disks(config)] == [(b"disk",)]
+    assert enter(marks, root) == DISK_MISSING
+    with memory_disk(root / "disk", 1):
+        assert enter(marks, root) == ""
+    collections.accept(config)
+    assert enter(marks, root) == ""
+    assert Marks(tmp_path / MARKS_FILE).disks(config) == ()
+
+
+@needs_root
+def test_what_is_mounted_over_a_file_is_no_disk(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "hosts").touch()
+    marks = Marks(None)
+    with bound(tmp_path / "root" / "hosts", root / "hosts"):
+        assert Collections(marks).report(config_for(root)).available
+    assert marks.disks(config_for(root)) == ()
+
+
+@needs_root
+def test_a_bind_mount_is_known_by_its_place_and_by_what_it_shows(tmp_path: Path) -> None:
+    root, one, other = (tmp_path / name for name in ("root", "one", "other"))
+    for folder in (root / "disk", one, other):
+        folder.mkdir(parents=True)
+    marks = Marks(None)
+    with bound(one, root / "disk"):
+        assert Collections(marks).report(config_for(root)).available
+        # It has the device of the root.
+        assert (root / "disk").stat().st_dev == root.stat().st_dev
+        assert enter(marks, root) == ""
+    assert enter(marks, root) == DISK_MISSING
+    with bound(other, root / "disk"):
+        assert enter(marks, root) == DISK_REPLACED
+
+
+@needs_root
+async def test_a_task_waits_until_a_disk_below_its_source_is_mounted_again(tmp_path: Path) -> None:
+    engine = Guarded(tmp_path, MIRROR)
+    disk = engine.source / "disk"
+    marks = Marks(None)
+    with memory_disk(disk, 4):
+        assert Collections(marks).report(config_for(engine.source)).available
+    engine.at_the_source = marks.disks(config_for(engine.source))
+    (engine.destination / "disk").mkdir()
+    (engine.destination / "disk" / "precious").write_bytes(b"precious")
+    mounted: list[bool] = []
+
+    def mount_again() -> None:
+        assert (engine.destination / "disk" / "precious").exists()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", disk], check=True)
+        mounted.append(True)
+        for name in ("precious", "new"):
+            (disk / name).write_bytes(b"precious")
+
+    engine.on_report = when(DISK_MISSING, mount_again)
+    try:
+        observed = await engine.run()
+        assert observed.state == "SUCCEEDED", observed
+        assert files(engine.destination) == {"disk/precious": b"precious", "disk/new": b"precious"}
+    finally:
+        if mounted:
+            subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+@needs_root
+async def test_a_disk_below_its_destination_that_is_taken_away_in_the_middle_is_waited_for(tmp_path: Path) -> None:
+    engine, ours = Guarded(tmp_path), tmp_path / "ours"
+    place = engine.destination / "disk"
+    place.mkdir()
+    ours.mkdir()
+    marks = Marks(None)
+    mounted = ExitStack()
+    mounted.enter_context(bound(ours, place))
+    assert Collections(marks).report(config_for(engine.destination)).available
+    engine.at_the_destination = marks.disks(config_for(engine.destination))
+
+    def plan(call: Call) -> int | None:
+        if call.operation == "rename" and call.nth == 5:
+            mounted.close()
+        return None
+
+    def mount_again() -> None:
+        assert list(place.iterdir()) == []
+        mounted.enter_context(bound(ours, place))
+
+    engine.plan = plan
+    engine.on_report = when(DISK_MISSING, mount_again)
+    (engine.source / "disk").mkdir()
+    for number in range(10):
+        (engine.source / "disk" / str(number)).write_bytes(b"content")
+    with mounted:
+        observed = await engine.run()
+        assert observed.state == "SUCCEEDED", observed
+        assert DISK_MISSING in engine.codes()
+        assert "ROOT_REPLACED" not in engine.codes()
+        assert files(engine.destination) == files(engine.source)
+    assert len(files(ours)) == 10
+
+
+# --- what is remembered ---------------------------------------------------------------------------------------
+
+
+class Looked:
+    """A root below which these are mounted."""
+
+    def __init__(self, count: int) -> None:
+        self.found = [Disk((b"%d" % number,), ELSEWHERE) for number in range(count)]
+
+    def look_below(self, known: set[tuple[bytes, ...]], *, place: bool) -> list[Disk]:
+        assert place
+        return [disk for disk in self.found if disk.path not in known]
+
+
+def test_so_many_are_remembered_and_no_more(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config, marks = config_for(tmp_path), Marks(tmp_path / MARKS_FILE)
+    marks.keep(config, ELSEWHERE)
+    for count in (3, disks.MOST - 1, disks.MOST + 5):
+        marks.keep_disks(config, Looked(count))  # type: ignore[arg-type]
+    assert len(marks.disks(config)) == disks.MOST
+    assert "More than 256 disks" in caplog.text
+    # A new mark of the same root says nothing of them.
+    marks.keep(config, dataclasses.replace(ELSEWHERE, marker="b" * 32))
+    assert Marks(tmp_path / MARKS_FILE).disks(config) == marks.disks(config)
+    assert marks.disks(config_for(tmp_path / "elsewhere")) == ()
+
+
+def test_what_is_forgotten_during_a_look_does_not_come_back(tmp_path: Path) -> None:
+    config, marks = config_for(tmp_path), Marks(None)
+    marks.keep(config, ELSEWHERE)
+    marks.keep_disks(config, Looked(1))  # type: ignore[arg-type]
+
+    class Slow(Looked):
+        def look_below(self, known: set[tuple[bytes, ...]], *, place: bool) -> list[Disk]:
+            marks.forget(ID)
+            marks.keep(config, ELSEWHERE)
+            return super().look_below(known, place=place)
+
+    marks.keep_disks(config, Slow(2))  # type: ignore[arg-type]
+    assert marks.disks(config) == ()
+
+
+async def test_tasks_and_sessions_that_run_hear_of_what_their_owner_has_accepted(tmp_path: Path) -> None:
+    config = config_for(tmp_path)
+    told: list[str] = []
+
+    class Tasks(RecordedTasks):
+        async def owner_changed(self, collection_ids: Collection[str]) -> None:
+            # Who begins anew now is told of the new root.
+            assert marks.disks(config) == ()
+            told.extend(collection_ids)
+
+    marks = Marks(None)
+    marks.keep(config, ELSEWHERE)
+    marks.keep_disks(config, Looked(1))  # type: ignore[arg-type]
+    policy, collections, tasks = Policy([config]), Collections(marks), Tasks()
+    daemon = Daemon.__new__(Daemon)
+    daemon._policy, daemon._tasks = policy, tasks  # type: ignore[assignment]
+    daemon._data = SimpleNamespace(collections=collections)  # type: ignore[assignment]
+    daemon._availability = Availability(policy, collections, tasks.announce_collections)
+    await daemon.accept_root(ID)
+    assert told == [ID]
+
+
+def test_disks_in_hidden_folders_that_are_not_offered_are_nobody_elses_business(tmp_path: Path) -> None:
+    config, marks = config_for(tmp_path), Marks(None)
+    marks.keep(config, ELSEWHERE)
+    looked = Looked(1)
+    looked.found.append(Disk((b"a", b".hidden", b"b"), ELSEWHERE))
+    marks.keep_disks(config, looked)  # type: ignore[arg-type]
+    assert len(marks.disks(config)) == 2
+    assert [disk.path for disk in marks.disks(dataclasses.replace(config, hidden=False))] == [(b"0",)]
