@@ -13,6 +13,9 @@ import trio
 
 # Bytes read off the socket at once; so much may be asked of a link's reader as well.
 READ = 64 * 1024
+# TLS's own messages cost a stranger 27 bytes each, and us new keys and an answer. So what comes has to be content, by
+# one byte in so many at least, but for so many bytes, which hold the longest record four times.
+LEAST_CONTENT, MOST_OTHER = 32, 64 * 1024
 
 
 class LinkStream(trio.abc.Stream):
@@ -32,6 +35,8 @@ class LinkStream(trio.abc.Stream):
         self._draining = trio.Lock()
         # TLS may have content that nobody has taken yet.
         self._more = False
+        # Bytes that came and were no content, as `LEAST_CONTENT` counts them.
+        self._other = 0
 
     def selected_alpn_protocol(self) -> str | None:
         """What the handshake chose."""
@@ -70,8 +75,11 @@ class LinkStream(trio.abc.Stream):
                 # TLS itself has something to say, as after a change of keys. Who asks and asks must take the answers.
                 await self._flush()
             if data is not None:
+                self._other = max(0, self._other - LEAST_CONTENT * len(data))
                 self._more = bool(self._tls.pending() or self._incoming.pending)
                 return data
+            if self._other > MOST_OTHER:
+                raise trio.BrokenResourceError("The other side has TLS work and says nothing.")
             await self._fill(wait=True)
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
@@ -120,6 +128,7 @@ class LinkStream(trio.abc.Stream):
             except OSError as error:
                 raise trio.BrokenResourceError(f"The connection broke: {error}") from error
             if data:
+                self._other += len(data)
                 self._incoming.write(data)
             else:
                 self._incoming.write_eof()

@@ -20,6 +20,9 @@ from protocol.identity import NodeKey, fingerprint_of_certificate_untrusted
 # The others are for sources whose library has no ChaCha20, as where only FIPS's choice is allowed.
 SUITES = b"TLS_CHACHA20_POLY1305_SHA256:TLS_AES_256_GCM_SHA384:TLS_AES_128_GCM_SHA256"
 _CHUNK = 256 * 1024
+# While nothing of ours is taken, answers of TLS itself wait here. So of what comes meanwhile one byte in so many has to
+# be content, but for so many bytes.
+_LEAST_CONTENT, _MOST_OTHER = 4, 1024 * 1024
 
 
 class ControlStream(trio.abc.Stream):
@@ -43,6 +46,8 @@ class ControlStream(trio.abc.Stream):
         self._connection.set_tlsext_host_name(server_name.encode("ascii"))
         self._connection.set_connect_state()
         self._sending = trio.Lock()
+        # Bytes that came while our own did not go, and were no content.
+        self._other = 0
 
     async def do_handshake(self) -> None:
         """Raises `trio.BrokenResourceError`, and `AccessDenied` for another peer."""
@@ -99,12 +104,16 @@ class ControlStream(trio.abc.Stream):
             except SSL.Error as error:
                 raise trio.BrokenResourceError("The control stream is broken.") from error
             else:
+                self._other = max(0, self._other - _LEAST_CONTENT * len(data))
                 await trio.lowlevel.cancel_shielded_checkpoint()
                 return data
             # What the peer said may want an answer of TLS itself, as new keys do. Who sends just now takes it along;
             # to wait for that would be to wait for a peer that may wait for us to read.
             if not self._sending.locked():
                 await self._flush()
+                self._other = 0
+            elif self._other > _MOST_OTHER:
+                raise trio.BrokenResourceError("The peer of a control stream asks and takes no answers.")
             if not await self._more():
                 return b""
 
@@ -115,6 +124,7 @@ class ControlStream(trio.abc.Stream):
         """Take what comes next; whether anything will."""
         data = await self.transport_stream.receive_some(_CHUNK)
         if data:
+            self._other += len(data)
             self._connection.bio_write(data)
         return bool(data)
 

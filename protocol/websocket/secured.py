@@ -17,6 +17,11 @@ from protocol.websocket.tls import Buffer, Tls
 READ = 256 * 1024
 # Pieces handed to one system call.
 _MOST_PIECES = 16
+# TLS's own messages cost a peer 27 bytes each, and us new keys and an answer. So what comes has to be content, by one
+# byte in so many at least, but for so many bytes, which hold the longest record four times.
+_LEAST_CONTENT, _MOST_OTHER = 32, 64 * 1024
+# What may wait for a peer that asks and takes no answers; content is held back long before.
+_MOST_UNSENT = 4 * 1024 * 1024
 
 
 class Secured:
@@ -31,6 +36,9 @@ class Secured:
         self._tls = tls
         self._buffer = buffer
         self._unsent: deque[memoryview] = deque()
+        self._unsent_size = 0
+        # Bytes that came and were no content, as `_LEAST_CONTENT` counts them.
+        self._other = 0
         # What the kernel last said: reading or writing in vain costs more than a read.
         self.readable = self.writable = True
         self._ended = False
@@ -43,7 +51,7 @@ class Secured:
     @property
     def unsent_bytes(self) -> int:
         """How much that is, encrypted."""
-        return sum(map(len, self._unsent))
+        return self._unsent_size
 
     def wishes(self, reading: bool) -> int:
         """What to wait for, as a mask of `selectors`."""
@@ -69,6 +77,8 @@ class Secured:
                 raise
             else:
                 self._flush_tls()
+                # Certificates may be long.
+                self._other = 0
                 return True
 
     def send(self, parts: Iterable[Buffer]) -> None:
@@ -84,12 +94,15 @@ class Secured:
             try:
                 more = self._tls.read_into(view[size:])
             except ssl.SSLWantReadError:
+                if self._other > _MOST_OTHER:
+                    raise ssl.SSLError("The other side has TLS work and says nothing.") from None
                 if not self._fill():
                     break
                 continue
             if not more:
                 return size
             size += more
+            self._other = max(0, self._other - _LEAST_CONTENT * more)
         # TLS itself may have something to say, as after a change of keys.
         self._flush_tls()
         return size or None
@@ -103,6 +116,7 @@ class Secured:
             except BlockingIOError:
                 self.writable = False
                 return
+            self._unsent_size -= sent
             while sent:
                 first = self._unsent[0]
                 if sent < len(first):
@@ -125,10 +139,14 @@ class Secured:
             self.readable = False
             return False
         self._ended = not size
+        self._other += size
         self._tls.take_in(self._buffer[:size])
         return True
 
     def _flush_tls(self) -> None:
         if out := self._tls.take_out():
             self._unsent.append(memoryview(out))
+            self._unsent_size += len(out)
         self.flush()
+        if self._unsent_size > _MOST_UNSENT:
+            raise ssl.SSLError("The other side asks and takes no answers.")

@@ -5,37 +5,43 @@ from __future__ import annotations
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
 import trio.testing
 
-from agent.connect import tls
+from agent.connect import control_tls, tls
 from agent.connect.control_tls import ControlStream
 from agent.connect.tls import check_peer, session_context
 from protocol.errors import AccessDenied
 from protocol.identity import NodeKey
 from protocol.session import ALPN_CONTROL, ALPN_CONTROL_AHEAD, ALPNS_CONTROL
+from tests.protocol.key_updates import KeyUpdates
 
 MINE, THEIRS, STRANGER = (NodeKey.generate() for _ in range(3))
 NAME = "session.example"
 CONTENT = bytes(range(256)) * 12_345
 
 
-def _served(stream: Any, identity: NodeKey, peer: NodeKey, alpn: tuple[str, ...] = ALPNS_CONTROL) -> Any:
+def _served(
+    stream: Any, identity: NodeKey, peer: NodeKey, alpn: tuple[str, ...] = ALPNS_CONTROL, log: Path | None = None
+) -> Any:
     context = session_context(identity, peer.certificate_pem, server_side=True, alpn=alpn)
+    if log is not None:
+        context.keylog_filename = str(log)
     return trio.SSLStream(stream, context, server_side=True, https_compatible=True)
 
 
 @asynccontextmanager
 async def ends(
-    pair: Any = trio.testing.memory_stream_pair, alpn: tuple[str, ...] = ALPNS_CONTROL
+    pair: Any = trio.testing.memory_stream_pair, alpn: tuple[str, ...] = ALPNS_CONTROL, log: Path | None = None
 ) -> AsyncIterator[tuple[ControlStream, Any]]:
     """Both ends, after their handshakes."""
     near, far = pair()
     ours = ControlStream(near, MINE, THEIRS.certificate_pem, server_name=NAME, alpn=ALPNS_CONTROL)
-    theirs = _served(far, THEIRS, MINE, alpn)
+    theirs = _served(far, THEIRS, MINE, alpn, log)
     with trio.fail_after(10):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(theirs.do_handshake)
@@ -84,6 +90,36 @@ async def test_both_ends_may_send_at_once_and_neither_waits_for_the_other() -> N
                 nursery.start_soon(stream.send_all, CONTENT)
                 nursery.start_soon(take, name, stream)
         assert taken == {"ours": CONTENT, "theirs": CONTENT}
+
+
+async def test_a_source_that_asks_and_takes_no_answers_has_little_kept_for_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(control_tls, "_MOST_OTHER", 20_000)
+    log = tmp_path / "keys"
+    async with ends(log=log) as (ours, theirs):
+        keys = KeyUpdates(log, "SERVER", theirs.cipher()[0])
+        raw = theirs.transport_stream
+        # While the source takes what we say, its changes of keys are answered, however many they are.
+        for _ in range(2000):
+            await raw.send_all(keys.update() + keys.content(b"."))
+            assert await ours.receive_some() == b"."
+
+        async def stuck(_data: bytes) -> None:
+            await trio.sleep_forever()
+
+        monkeypatch.setattr(ours.transport_stream, "send_all", stuck)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ours.send_all, b"nobody takes this")
+            await trio.testing.wait_all_tasks_blocked()
+            await raw.send_all(b"".join(keys.update() for _ in range(700)) + keys.content(b"."))
+            assert await ours.receive_some() == b"."
+            with pytest.raises(trio.BrokenResourceError):
+                for _ in range(10):
+                    await raw.send_all(b"".join(keys.update() for _ in range(100)))
+                    with trio.move_on_after(0.01):
+                        await ours.receive_some()
+            nursery.cancel_scope.cancel()
 
 
 @pytest.mark.parametrize("who", ["source", "destination"])

@@ -7,13 +7,15 @@ import socket
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 import trio
 import trio.testing
 import trustme
 
-from relay.link_stream import READ, LinkStream
+from relay.link_stream import MOST_OTHER, READ, LinkStream
+from tests.protocol.key_updates import KeyUpdates
 
 CA = trustme.CA()
 SERVER = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -35,9 +37,11 @@ def pair() -> tuple[LinkStream, trio.SocketStream]:
 
 
 @asynccontextmanager
-async def linked() -> AsyncIterator[tuple[LinkStream, trio.SSLStream[trio.SocketStream]]]:
+async def linked(
+    context: ssl.SSLContext = CLIENT,
+) -> AsyncIterator[tuple[LinkStream, trio.SSLStream[trio.SocketStream]]]:
     ours, raw = pair()
-    theirs = trio.SSLStream(raw, CLIENT, server_hostname="relay.example", https_compatible=True)
+    theirs = trio.SSLStream(raw, context, server_hostname="relay.example", https_compatible=True)
     async with ours, raw:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(ours.do_handshake)
@@ -132,6 +136,39 @@ async def test_damage_breaks_the_link() -> None:
         await theirs.transport_stream.send_all(b"\x17\x03\x03\x00\x20" + bytes(32))
         with pytest.raises(trio.BrokenResourceError):
             await ours.receive_some()
+
+
+async def test_who_changes_keys_and_says_nothing_is_cut_off(tmp_path: Path) -> None:
+    log = tmp_path / "keys"
+    context = ssl.create_default_context()
+    CA.configure_trust(context)
+    context.keylog_filename = str(log)
+    async with linked(context) as (ours, theirs), trio.open_nursery() as nursery:
+        keys = KeyUpdates(log, "CLIENT", theirs.cipher()[0])
+        raw = theirs.transport_stream
+        sent = 0
+
+        async def listen() -> None:
+            while await raw.receive_some():
+                pass
+
+        async def change() -> None:
+            nonlocal sent
+            while True:
+                records = b"".join(keys.update() for _ in range(100))
+                await raw.send_all(records)
+                sent += len(records)
+
+        nursery.start_soon(listen)
+        for _ in range(30):
+            # Now and then it may.
+            await raw.send_all(b"".join(keys.update() for _ in range(100)) + keys.content(bytes(100)))
+            assert await ours.receive_some() == bytes(100)
+        nursery.start_soon(change)
+        with pytest.raises(trio.BrokenResourceError):
+            await ours.receive_some()
+        assert sent < 2 * MOST_OTHER
+        nursery.cancel_scope.cancel()
 
 
 async def test_a_caller_that_leaves_in_the_handshake_breaks_it() -> None:
