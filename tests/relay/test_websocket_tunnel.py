@@ -5,15 +5,18 @@ from __future__ import annotations
 import random
 import ssl
 import uuid
+from typing import Any
 
 import psutil
 import pytest
 import trio
+import trio.testing
 
 from protocol.errors import TowpathError
 from protocol.websocket.line import DEAD
 from protocol.websocket.orders import ALPN
 from relay.rendezvous.tunnel.limits import TunnelLimits
+from relay.rendezvous.tunnel.websocket import WebSocketTunnels
 from tests.relay.test_tunnel import count_until_broken, no_pairs, pass_both_ways, read_all, send_for_ever
 from tests.relay.tunnel_world import CA, SESSION, USER, TunnelWorld, tunnel_world
 
@@ -38,6 +41,33 @@ async def test_bytes_pass_both_ways_and_each_way_ends_by_itself(inside: int, han
                 await no_pairs(world)
         assert world.service.statistics().outcomes == {"closed": 1}
         assert world.relay.statistics().carried == (inside if handed_over else 0)
+
+
+async def test_those_that_wait_to_be_handed_over_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Busy:
+        waiting = 0
+
+        async def carry(self, *_what: object) -> int:
+            self.waiting += 1
+            await trio.sleep_forever()
+            raise AssertionError
+
+    monkeypatch.setattr("relay.rendezvous.tunnel.websocket.MAX_PENDING", 3)
+    busy: Any = Busy()
+    async with tunnel_world() as world, trio.open_nursery() as nursery:
+        tunnels = WebSocketTunnels(world.service.acceptor, busy)
+
+        async def come() -> None:
+            ours, theirs = trio.socket.socketpair()
+            with theirs:
+                async with trio.SocketStream(ours) as stream:
+                    await tunnels.take(stream)
+
+        for _ in range(5):
+            nursery.start_soon(come)
+        await trio.testing.wait_all_tasks_blocked()
+        assert busy.waiting == 3
+        nursery.cancel_scope.cancel()
 
 
 async def test_a_receiver_that_takes_nothing_holds_the_sender_back() -> None:

@@ -20,7 +20,7 @@ from relay.rendezvous.tunnel.acceptor import LocalBearer, TunnelAcceptor
 
 _logger = logging.getLogger("towpath.tunnel")
 
-# Connections that have not shown a half yet, or wait for the other one.
+# Connections that are being handed over, have not shown a half yet, or wait for the other one.
 MAX_PENDING = 2000
 _CHUNK = 128 * 1024
 
@@ -40,11 +40,14 @@ class WebSocketTunnels:
         near, far = local_pair()
         async with _stream_of(near) as inside:
             with far:
+                self._pending += 1
                 try:
                     number = await self._carrier.carry(Carry(), stream.socket, far)
                 except CarrierUnavailable as error:
                     _logger.warning("A tunnel connection was dropped: %s", error.sentence)
                     return
+                finally:
+                    self._pending -= 1
             await stream.aclose()
             await self._admit(inside, number)
 
