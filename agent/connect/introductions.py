@@ -384,8 +384,9 @@ class Introductions:
     async def _serve(self, transport: Transport, offer: PathOffer, go: PathGo) -> None:
         try:
             await transport.serve(offer, go, self._greet)
-        except TowpathError:
-            # The destination finds nobody there and says so to its user.
+        except (TowpathError, OSError):
+            # The destination finds nobody there and says so to its user. Also where no process or descriptor is to be
+            # had here.
             return
 
     async def _greet(self, connection: Connection) -> None:

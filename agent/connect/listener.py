@@ -124,7 +124,9 @@ class DataPort:
         try:
             yield
         finally:
-            del self._expected[token]
+            # A relay may have given one token twice.
+            if self._expected.get(token) is arrived:
+                del self._expected[token]
 
     async def greet(self, sock: trio.socket.SocketType) -> None:
         """Find out what one connection wants and hand it over. Raises nothing for what a peer does."""
@@ -152,12 +154,15 @@ class DataPort:
         try:
             # All of it is there: it was looked at.
             await sock.recv(LENGTH)
+            taken = detached(sock)
         except OSError:
             return
         # Whoever waited may be gone by now.
         arrived = self._expected.get(token)
         if arrived is not None:
-            arrived(detached(sock))
+            arrived(taken)
+        else:
+            taken.close()
 
 
 def detached(sock: trio.socket.SocketType) -> socket.socket:

@@ -41,7 +41,10 @@ async def observe_tcp(
 
     The caller closes the socket when the mapping is no longer needed. Raises `NotObserved`.
     """
-    plain = reusable(socket.AF_INET6 if ":" in server[0] else socket.AF_INET)
+    try:
+        plain = reusable(socket.AF_INET6 if ":" in server[0] else socket.AF_INET)
+    except OSError as error:
+        raise NotObserved(f"The relay's STUN service cannot be asked: {error}.") from error
     plain.setblocking(False)
     sock = trio.socket.from_stdlib_socket(plain)
     try:

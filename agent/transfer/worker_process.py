@@ -48,7 +48,11 @@ class Workers:
             while self._want_spare:
                 await trio.sleep(REST)
                 if self._spare is None:
-                    self._spare = await _start(self._processes)
+                    try:
+                        self._spare = await _start(self._processes)
+                    except OSError:
+                        # There may be a process to be had later; a task that needs one says what is wrong.
+                        continue
                 self._taken = trio.Event()
                 with trio.move_on_after(NEEDED_WITHIN):
                     await self._taken.wait()

@@ -115,20 +115,28 @@ class Carrier:
         """Keep the process running once it is wanted, until cancelled."""
         await self._wanted.wait()
         while True:
-            async with line_process(self._module, room=2 * MAX_PACKET) as line:
-                for packet in self.beginning():
-                    await line.send(packet)
-                self._line = line
-                self._tell()
-                try:
-                    await self._hear(line)
-                finally:
-                    self._line = None
-                    self._tell()
-                    self.ended()
+            try:
+                await self._keep_one()
+            except OSError as error:
+                # No process or descriptor is to be had, or it ended before it was told anything.
+                _logger.error("The process for WebSocket cannot be started, and is tried again: %s", error)  # noqa: TRY400
+            else:
+                _logger.error("The process for WebSocket ended unexpectedly; another one is started.")
             self._restarts += 1
-            _logger.error("The process for WebSocket ended unexpectedly; another one is started.")
             await trio.sleep(RESTART_PAUSE)
+
+    async def _keep_one(self) -> None:
+        async with line_process(self._module, room=2 * MAX_PACKET) as line:
+            for packet in self.beginning():
+                await line.send(packet)
+            self._line = line
+            self._tell()
+            try:
+                await self._hear(line)
+            finally:
+                self._line = None
+                self._tell()
+                self.ended()
 
     def _tell(self) -> None:
         self._changed.set()

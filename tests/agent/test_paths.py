@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -21,6 +23,7 @@ from agent.connect.transport import Connection, Path, Wish
 from protocol.candidates import MEETING, PORTMAP, Arrangement, Candidate, PathAnswer, PathGo, PathOffer
 from protocol.control import Party, RelayHello, SessionOrder
 from protocol.errors import ProtocolError, RetryLater
+from protocol.reversal import preamble
 from tests.agent.paths_world import SESSION, TASK, World, answer, at, world
 
 
@@ -49,6 +52,26 @@ async def test_when_the_source_cannot_be_dialled_it_dials_back() -> None:
         assert connection.path.kind in ("reversed", "punched")
         connection.sock.close()
         assert len(made.offers) == 1
+
+
+async def test_without_descriptors_for_punching_ports_the_source_still_dials_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def no_more(_number: int, _families: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(running_race, "open_slot", no_more)
+    async with world() as made:
+        made.finder.take_answer(answer())
+
+        async def none(**_options: Any) -> list[Candidate]:
+            await trio.lowlevel.checkpoint()
+            return []
+
+        made.source.network.host_candidates = none  # type: ignore[method-assign]
+        connection = await made.finder.connect()
+        assert connection.path.kind == "reversed"
+        connection.sock.close()
 
 
 def keep_addresses_back(made: World) -> None:
@@ -328,6 +351,30 @@ async def test_an_old_generation_is_refused_and_an_old_go_ignored() -> None:
         made.finder.take_go(PathGo(session_id=SESSION, generation=4, start_in=0.0))
 
 
+async def test_a_source_that_can_start_no_process_for_a_way_goes_on() -> None:
+    class NoProcess:
+        async def answer(self, _offer: PathOffer) -> list[Candidate]:
+            await trio.lowlevel.checkpoint()
+            return []
+
+        async def serve(self, _offer: PathOffer, _go: PathGo, _greet: object) -> None:
+            served.set()
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    served = trio.Event()
+    async with world() as made:
+        made.source.network.transports.quic = NoProcess()  # type: ignore[assignment]
+        offer = PathOffer(
+            session_id=SESSION, task_id=TASK, generation=1, token="0" * 32, count=1, transports=["tcp", "quic"]
+        )
+        await made.source.introductions.offer(offer, own=False)
+        made.source.introductions.go(PathGo(session_id=SESSION, generation=1, start_in=0.0))
+        await served.wait()
+        await trio.testing.wait_all_tasks_blocked()
+        again = await made.source.introductions.offer(msgspec.structs.replace(offer, generation=2), own=False)
+        assert again.transports == ["tcp", "quic"]
+
+
 @pytest.mark.parametrize(("token", "count"), [("", 1), ("x" * 32, 1), ("0" * 32, 0), ("0" * 32, 99)])
 async def test_malformed_offers_are_refused(token: str, count: int) -> None:
     async with world() as made:
@@ -397,6 +444,32 @@ async def test_a_source_that_was_told_so_with_its_session_dials_for_both_connect
         assert [row.path.kind for row in connections] == ["reversed"] * 2
         for row in connections:
             row.sock.close()
+
+
+async def test_a_token_that_two_wait_for_takes_nobody_down() -> None:
+    """As when a relay arranges the same for two tasks."""
+    async with world() as made:
+        port = made.destination.network.data_port
+        assert port is not None
+        come: list[str] = []
+
+        def arrived(name: str, sock: socket.socket) -> None:
+            sock.close()
+            come.append(name)
+
+        token = "ab" * 16
+        with port.expecting(token, partial(arrived, "first")):
+            with port.expecting(token, partial(arrived, "second")):
+                pass
+            with port.expecting(token, partial(arrived, "third")):
+                stream = await trio.open_tcp_stream("127.0.0.1", port.port)
+                async with stream:
+                    await stream.send_all(preamble(token))
+                    with trio.fail_after(5):
+                        while not come:
+                            await trio.sleep(0.001)
+        assert come == ["third"]
+        assert not port._expected
 
 
 async def test_what_is_arranged_outlives_the_destinations_own_offer_and_ends_with_the_session() -> None:

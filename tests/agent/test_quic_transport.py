@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 
 import pytest
 import trio
@@ -10,7 +11,7 @@ import trio.testing
 
 from agent.connect.network import DialAllowance
 from agent.connect.quic.process import Begin
-from agent.connect.quic.transport import AHEAD_LIFE, MAX_AHEAD, QuicFailed, QuicTransport
+from agent.connect.quic.transport import AHEAD_LIFE, MAX_AHEAD, QuicFailed, QuicTransport, _Live
 from agent.connect.transport import Connection, Wish
 from protocol.candidates import MAPPED_UDP, Candidate, PathAnswer, PathGo, PathOffer
 from protocol.identity import NodeKey
@@ -121,6 +122,57 @@ async def test_an_answer_has_the_socket_that_was_looked_at_when_the_session_was_
         _, go = await arranged(client, server)
         assert go.answer is not None
         assert [row.port for row in go.answer.candidates] == looks[1:]
+        nursery.cancel_scope.cancel()
+
+
+async def test_who_leaves_while_a_socket_is_looked_at_leaves_it_to_the_next_one() -> None:
+    """As when the link to the relay breaks between an offer and its answer."""
+    looked = trio.Event()
+
+    async def observe(sock: trio.socket.SocketType) -> list[Candidate]:
+        # The relay's UDP does not come through.
+        with trio.move_on_after(0.1):
+            await sock.recvfrom(1)
+        looked.set()
+        return [Candidate(kind=MAPPED_UDP, host="127.0.0.1", port=sock.getsockname()[1])]
+
+    async with trio.open_nursery() as nursery:
+        client, server = transport(CLIENT, SERVER), transport(SERVER, CLIENT)
+        nursery.start_soon(client.run)
+        nursery.start_soon(server.run)
+        await trio.testing.wait_all_tasks_blocked()
+        offer, _ = await arranged(client, server)
+        server._observe = observe
+        server.prepare(SESSION)
+        await trio.testing.wait_all_tasks_blocked()
+        port = server._ahead[SESSION].sock.getsockname()[1]
+        with trio.move_on_after(0.01) as scope:
+            await server.answer(offer)
+        assert scope.cancelled_caught
+        assert not looked.is_set()
+        assert [row.port for row in await server.answer(offer)] == [port]
+        nursery.cancel_scope.cancel()
+
+
+async def test_without_descriptors_there_is_no_quic_and_all_else_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_more() -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    client, server = transport(CLIENT, SERVER), transport(SERVER, CLIENT)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(client.run)
+        nursery.start_soon(server.run)
+        await trio.testing.wait_all_tasks_blocked()
+        offer, _ = await arranged(client, server)
+        monkeypatch.setattr("agent.connect.quic.transport.open_udp", no_more)
+        server.prepare(SESSION)
+        assert not server._ahead
+        assert await server.answer(offer) == []
+        assert await client.offer(WISH) == []
+        # Nor is there one to move to.
+        (sock, _), *_ = client._sockets.values()
+        client._live[SESSION, "client"] = _Live(sock, ("127.0.0.1", 1))
+        await client.moved()
         nursery.cancel_scope.cancel()
 
 

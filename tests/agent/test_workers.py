@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import socket
 import subprocess
@@ -15,7 +16,7 @@ from agent.transfer import worker_process
 from agent.transfer.channel import Channel, ChannelClosed, EventStored, ToWorker
 from agent.transfer.message_buffer import framed
 from agent.transfer.running_task import CrashPauses
-from agent.transfer.spawn import spawn
+from agent.transfer.spawn import Spawned, spawn
 from agent.transfer.worker_process import Workers
 from protocol.control import Counters
 
@@ -81,6 +82,25 @@ async def test_a_spare_worker_that_died_is_not_used() -> None:
             # Not the dead one: what was sent reached a worker, which then ended by itself.
             with pytest.raises(ChannelClosed):
                 await channel.receive()
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_spare_worker_that_cannot_be_started_now_is_started_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    tries = 0
+
+    def spawn_at_the_third(processes: int) -> Spawned:
+        nonlocal tries
+        tries += 1
+        if tries < 3:
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+        return spawn(processes)
+
+    monkeypatch.setattr(worker_process, "spawn", spawn_at_the_third)
+    workers = Workers(spare=True)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(workers.run)
+        await _spare(workers)
+        assert tries == 3
         nursery.cancel_scope.cancel()
 
 

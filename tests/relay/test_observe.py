@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -87,6 +88,15 @@ async def test_nobody_there_is_told() -> None:
         probe.bind(("127.0.0.1", 0))
         with pytest.raises(NotObserved):
             await observe_tcp(("127.0.0.1", 0), probe.getsockname())
+
+
+async def test_without_descriptors_a_port_is_not_observed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_more(_family: socket.AddressFamily) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr("agent.connect.stun_client.reusable", no_more)
+    with pytest.raises(NotObserved):
+        await observe_tcp(("127.0.0.1", 0), ("127.0.0.1", 1))
 
 
 async def test_without_a_nat_udp_is_told_so() -> None:

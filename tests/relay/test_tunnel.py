@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import random
 import socket
 import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import psutil
 import pytest
 import trio
+import trio.testing
 
 from protocol.errors import TowpathError
+from protocol.websocket.carrier import Carrier
 from relay.rendezvous.tunnel.limits import TunnelLimits
 from relay.rendezvous.tunnel.service import TunnelQuota, TunnelService, TunnelUnavailable
 from tests.relay.tunnel_world import ROOT, SESSION, SIGNER, USER, TunnelWorld, tunnel_world
@@ -159,6 +164,36 @@ async def test_a_moving_process_that_is_killed_is_replaced() -> None:
                 except (TowpathError, trio.BrokenResourceError):
                     await trio.sleep(0.05)
         assert world.service.statistics().restarts == 1
+
+
+@pytest.mark.parametrize("runs", ["tunnel", "websocket"])
+async def test_a_process_that_cannot_be_started_again_now_is_tried_until_it_can(
+    runs: str, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    started = 0
+
+    @asynccontextmanager
+    async def line_process(_module: str, *, room: int) -> AsyncIterator[trio.socket.SocketType]:
+        nonlocal started
+        started += 1
+        await trio.lowlevel.checkpoint()
+        if started % 2 == 0:
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
+        with theirs, trio.socket.from_stdlib_socket(ours) as line:
+            # It ends at once, and has heard what it was told.
+            theirs.shutdown(socket.SHUT_WR)
+            yield line
+
+    module = "relay.rendezvous.tunnel.service" if runs == "tunnel" else "protocol.websocket.carrier"
+    monkeypatch.setattr(f"{module}.line_process", line_process)
+    carrier = Carrier()
+    carrier.want()
+    service = TunnelService(SIGNER, ROOT.public_pem, TunnelLimits(), processes=1)
+    with trio.move_on_after(9.5):
+        await (service.run if runs == "tunnel" else carrier.run)()
+    assert started == 10
 
 
 @pytest.mark.parametrize("which", ["session_bytes", "user_bytes"])

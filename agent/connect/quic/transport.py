@@ -210,8 +210,10 @@ class QuicTransport:
         if self._nursery is None or session_id in self._ahead or len(self._ahead) >= MAX_AHEAD:
             return
         if len(self._sockets) < MAX_CONNECTIONS and self._find(session_id, "server") is None:
-            self._ahead[session_id] = ahead = _Ahead(_open())
-            self._nursery.start_soon(self._look_ahead, session_id, ahead)
+            # No socket to be had: whoever answers the offer sees.
+            with contextlib.suppress(OSError):
+                self._ahead[session_id] = ahead = _Ahead(_open())
+                self._nursery.start_soon(self._look_ahead, session_id, ahead)
 
     async def _look_ahead(self, session_id: str, ahead: _Ahead) -> None:
         try:
@@ -260,11 +262,13 @@ class QuicTransport:
         key = (session_id, role)
         if len(self._sockets) >= MAX_CONNECTIONS or self._nursery is None:
             return []
-        ahead = self._ahead.pop(session_id, None) if role == "server" else None
-        sock = _open() if ahead is None else ahead.sock
+        ahead = await self._looked_ahead(session_id) if role == "server" else None
         try:
-            if ahead is not None:
-                await ahead.ready.wait()
+            sock = _open() if ahead is None else ahead.sock
+        except OSError:
+            # Other ways need fewer descriptors.
+            return []
+        try:
             candidates = await self._observe(sock) if ahead is None else ahead.candidates
         except BaseException:
             sock.close()
@@ -273,6 +277,18 @@ class QuicTransport:
         self._sockets[key] = (sock, secret)
         self._nursery.start_soon(self._expire, key, sock)
         return candidates
+
+    async def _looked_ahead(self, session_id: str) -> _Ahead | None:
+        """What waits for this offer, the caller's from now on. While it is looked at nobody takes or closes it: a
+        caller may leave."""
+        ahead = self._ahead.get(session_id)
+        if ahead is None:
+            return None
+        await ahead.ready.wait()
+        if self._ahead.get(session_id) is not ahead:
+            return None
+        del self._ahead[session_id]
+        return ahead
 
     async def _expire(self, key: tuple[str, str], sock: trio.socket.SocketType) -> None:
         await trio.sleep(OFFER_LIFE)
@@ -414,7 +430,7 @@ class QuicTransport:
         for (_, role), live in list(self._live.items()):
             if role != "client" or live.over.is_set():
                 continue
-            with open_udp() as sock, contextlib.suppress(OSError, trio.ClosedResourceError):
+            with contextlib.suppress(OSError, trio.ClosedResourceError), open_udp() as sock:
                 await _send(live.line, encode(Move()), sock.fileno())
 
 

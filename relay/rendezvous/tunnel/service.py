@@ -305,19 +305,26 @@ class TunnelService:
     ) -> None:
         started = False
         while True:
-            async with line_process("relay.rendezvous.tunnel.process", room=2 * MAX_PACKET) as line:
-                try:
-                    await line.send(encode(Begin(self._limits)))
-                    mover.line = line
-                    if not started:
-                        started = True
-                        task_status.started()
-                    await self._hear(mover, line)
-                finally:
-                    mover.line = None
+            try:
+                async with line_process("relay.rendezvous.tunnel.process", room=2 * MAX_PACKET) as line:
+                    try:
+                        await line.send(encode(Begin(self._limits)))
+                        mover.line = line
+                        if not started:
+                            started = True
+                            task_status.started()
+                        await self._hear(mover, line)
+                    finally:
+                        mover.line = None
+            except OSError as error:
+                if not started:
+                    raise
+                # No process or descriptor is to be had, or it ended before it was told anything.
+                _logger.error("A tunnel process cannot be started, and is tried again: %s", error)  # noqa: TRY400
+            else:
+                _logger.error("A tunnel process ended unexpectedly; another one is started.")
             self._restarts += 1
             self._lost(mover)
-            _logger.error("A tunnel process ended unexpectedly; another one is started.")
             await trio.sleep(RESTART_PAUSE)
 
     async def _hear(self, mover: _Mover, line: trio.socket.SocketType) -> None:
