@@ -198,7 +198,9 @@ class Race:
             self._offer_at(show + MEETING_PATIENCE)
         if self.tunnel and not self.is_direct and not self.has_tunnel:
             for leg in range(legs):
-                self._schedule(now, Arrange(self._new("tunnel", now), "tunnel", leg, ahead=True))
+                attempt_id = self._new("tunnel", now)
+                self._attempts[attempt_id].ahead = True
+                self._schedule(now, Arrange(attempt_id, "tunnel", leg, ahead=True))
 
     def met(self, now: float, start_in: float, targets: Sequence[Candidate], slots: Sequence[int]) -> None:
         """The relay has seen both sides' ports: what to punch at from ours."""
@@ -268,7 +270,7 @@ class Race:
             self._errors.append(why)
         if attempt.candidate is None:
             if attempt.ahead:
-                if not self._punches_ahead():
+                if attempt.kind == "punched" and not self._punches_ahead():
                     self._offer_at(now)
             elif not self._pending_of_round():
                 self._round_ends = min(self._round_ends, now)
@@ -468,7 +470,10 @@ class Race:
                 self._schedule(now, Cancel(other_id))
 
     def _punches_ahead(self) -> bool:
-        return any(attempt.ahead and attempt.state == "running" for attempt in self._attempts.values())
+        return any(
+            attempt.ahead and attempt.kind == "punched" and attempt.state == "running"
+            for attempt in self._attempts.values()
+        )
 
     def _pending_of_round(self) -> bool:
         return any(

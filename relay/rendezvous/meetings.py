@@ -102,7 +102,7 @@ class Meetings:
         if not meeting.complete:
             return None
         for word in meeting.words:
-            del self._waiting[word]
+            self._waiting.pop(word, None)
         return meeting
 
     def _forget(self, now: float) -> None:

@@ -379,6 +379,23 @@ def test_the_tunnel_waits_for_the_punching_of_a_near_peer_and_not_for_long(punch
     assert "punched" in course.kinds_given()
 
 
+@pytest.mark.parametrize("after", [0.01, 0.5, 1.0])
+def test_a_leg_of_the_arrangement_that_fails_says_nothing_about_the_offer(after: float) -> None:
+    race = Race(now=100.0, direct=[])
+    race.arranged(100.0, 2, 1, meets=True)
+    course = Course(race)
+    world = meeting(None, None)
+
+    def refused(course: Course, action: object) -> None:
+        if isinstance(action, Arrange):
+            course.later(after, lambda: race.failed(course.now, action.id, "there is no place"))
+        else:
+            world(course, action)
+
+    course.run(refused)
+    assert when(course, SendOffer) == [pytest.approx(module.MEETING_PATIENCE)]
+
+
 def test_where_ports_cannot_be_shown_the_offer_is_made_at_once() -> None:
     course = met_race()
     world = meeting(None, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -59,3 +60,15 @@ def test_the_meetings_that_wait_are_bounded() -> None:
     assert made[0].source_seen is None
     opened(subject, 101.0 + module.LIFE)
     assert len(subject) == 1
+
+
+def test_a_meeting_of_which_one_word_was_forgotten_already_is_no_trouble(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_MEETINGS", 2)
+    subject = Meetings()
+    first = opened(subject, count=1)
+    assert subject.seen(100.0, PortNote(bytes.fromhex(first.words[0]), 1), ("192.0.2.1", 1)) is None
+    for number in range(2):
+        opened(subject, session=str(number))
+    assert first.words[0] not in subject._waiting
+    assert subject.seen(100.0, PortNote(bytes.fromhex(first.words[1]), 0), ("192.0.2.2", 2)) is first
+    assert subject.seen(100.0, PortNote(bytes.fromhex(first.words[1]), 0), ("192.0.2.2", 2)) is None
