@@ -157,13 +157,15 @@ class Introductions:
         mapped: list[Candidate] = []
         arranged: list[Candidate] = []
         transports = self._transports(offer)
-        async with trio.open_nursery() as nursery:
-            if offer.count and any(row.slot for row in usable):
-                nursery.start_soon(self._observe, introduction, mapped)
-            for _, transport in transports:
-                nursery.start_soon(_ask, transport, offer, arranged)
-        for release in kept:
-            release()
+        try:
+            async with trio.open_nursery() as nursery:
+                if offer.count and any(row.slot for row in usable):
+                    nursery.start_soon(self._observe, introduction, mapped)
+                for _, transport in transports:
+                    nursery.start_soon(_ask, transport, offer, arranged)
+        finally:
+            for release in kept:
+                release()
         return PathAnswer(
             session_id=offer.session_id,
             generation=offer.generation,

@@ -351,6 +351,27 @@ async def test_an_old_generation_is_refused_and_an_old_go_ignored() -> None:
         made.finder.take_go(PathGo(session_id=SESSION, generation=4, start_in=0.0))
 
 
+async def test_an_offer_whose_caller_leaves_keeps_nothing_of_the_one_before() -> None:
+    async with world() as made:
+        offer = PathOffer(
+            session_id=SESSION,
+            task_id=TASK,
+            generation=1,
+            token="0" * 32,
+            count=1,
+            candidates=[Candidate(kind="mapped-tcp", host="127.0.0.1", port=9, slot=1)],
+        )
+        await made.source.introductions.offer(offer, own=False)
+        kept = made.source.network._observation
+        assert kept is not None
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await made.source.introductions.offer(msgspec.structs.replace(offer, generation=2), own=False)
+        made.source.introductions.cut(SESSION)
+        assert kept.users == 0
+        assert made.source.network._observation is None
+
+
 async def test_a_source_that_can_start_no_process_for_a_way_goes_on() -> None:
     class NoProcess:
         async def answer(self, _offer: PathOffer) -> list[Candidate]:
