@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Collection
 from functools import partial
@@ -11,8 +12,11 @@ import trio
 from agent.transfer.channel import Channel, ChannelClosed, Incoming, Moved, ServeSession
 from agent.transfer.local_node import LocalNode
 from agent.transfer.running_task import allow
+from agent.transfer.state_trouble import StateTrouble
 from protocol.control import SessionOrder
 from protocol.errors import RetryLater, TowpathError
+
+logger = logging.getLogger("towpath.tasks")
 
 MAX_SESSIONS = 256
 # Seconds for which a session that was announced has its place kept, while its destination has not come yet.
@@ -59,7 +63,12 @@ class ServedSessions:
     async def deliver(self, session_id: str, kind: str, sock: trio.socket.SocketType) -> None:
         """Hand a connection to its session's worker; unknown and forbidden sessions are simply closed."""
         node = self._node
-        order = await self._ordered(session_id)
+        try:
+            order = await self._ordered(session_id)
+        except StateTrouble as error:
+            # Whoever has the session comes again.
+            logger.warning("A connection could not be served: %s", error.sentence)
+            order = None
         if order is None:
             self.refused += 1
             return

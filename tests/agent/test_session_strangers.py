@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from agent.connect.tls import check_peer, session_context
 from agent.transfer import served_session
+from agent.transfer.state_trouble import StateTrouble
 from protocol import lane, session
 from protocol.control import SessionAnswer, SessionOrder
 from protocol.errors import AccessDenied
@@ -101,6 +102,24 @@ def visit(scene: Scene, context: ssl.SSLContext, data: bytes, session_id: str | 
             return everything(sock)
     except (OSError, ssl.SSLError):
         return b""
+
+
+async def test_a_visit_while_the_state_cannot_be_read_is_refused_and_no_more(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def locked(_session_id: str) -> SessionOrder | None:
+        raise StateTrouble("The list of tasks is in use by another program or another machine.")
+
+    assert scene.made.alpha.service is not None
+    served = scene.made.alpha.service.sessions
+    context = scene.context(scene.made.beta.key)
+    with monkeypatch.context() as patched:
+        patched.setattr(served._node.store, "session", locked)
+        assert await trio.to_thread.run_sync(visit, scene, context, b"") == b""
+    assert served.refused == 1
+    monkeypatch.setattr(served_session, "EARLY_PATIENCE", 0.05)
+    assert await trio.to_thread.run_sync(visit, scene, context, b"", str(uuid.uuid4())) == b""
+    assert served.refused == 2
 
 
 def asking(ticket: str) -> bytes:
