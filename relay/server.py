@@ -345,10 +345,11 @@ async def _remember_guesses(relay: Relay) -> None:
 
 
 async def _renew_certificate(relay: Relay, now: datetime.datetime) -> None:
-    if not await _in_thread(relay.certificate.renew, now):
-        return
-    relay.dispatcher.use(relay.certificate.context, relay.certificate.link_context)
-    if relay.tunnel.enabled:
+    renewed = await _in_thread(relay.certificate.renew, now)
+    if renewed:
+        relay.dispatcher.use(relay.certificate.context, relay.certificate.link_context)
+    # Its process may have been too busy to hear of it the last time.
+    if relay.tunnel.enabled and (renewed or relay.carrier.behind):
         await relay.carrier.serve(*relay.certificate.files)
 
 

@@ -190,7 +190,11 @@ class Network:
             before, wall = trio.current_time(), time.time()
             await trio.sleep(LOOK_EVERY)
             slept = (time.time() - wall) - (trio.current_time() - before) > LOOK_EVERY
-            interfaces = await trio.to_thread.run_sync(look)
+            try:
+                interfaces = await trio.to_thread.run_sync(look)
+            except OSError:
+                # No descriptor to ask the system with, at this moment.
+                interfaces = self.interfaces
             if slept or interfaces != self.interfaces:
                 self.interfaces = interfaces
                 self.announce_change()

@@ -57,6 +57,8 @@ class Carrier:
         self._module = module
         self._line: trio.socket.SocketType | None = None
         self._serve: Serve | None = None
+        # The process has not been told of the last `serve`.
+        self.behind = False
         self._wanted = trio.Event()
         self._changed = trio.Event()
         self._sending = trio.Lock()
@@ -78,11 +80,13 @@ class Carrier:
         self._wanted.set()
 
     async def serve(self, certificate: str, key: str | None) -> None:
-        """Be the server with the certificate and key in these files; call it again when they have changed."""
-        self._serve = Serve(certificate, key)
+        """Be the server with the certificate and key in these files; call it again when they have changed, or when this
+        raised `CarrierUnavailable`: then the process, though not another one, is `behind`."""
+        self._serve, self.behind = Serve(certificate, key), True
         self.want()
         if self._line is not None:
             await self.send(encode(self._serve), ())
+            self.behind = False
 
     async def carry(self, order: Carry, outside: HasDescriptor, local: HasDescriptor) -> int:
         """Hand two sockets over; the caller's own descriptors of them may be closed then. The number of the connection.
@@ -129,7 +133,7 @@ class Carrier:
         async with line_process(self._module, room=2 * MAX_PACKET) as line:
             for packet in self.beginning():
                 await line.send(packet)
-            self._line = line
+            self._line, self.behind = line, False
             self._tell()
             try:
                 await self._hear(line)

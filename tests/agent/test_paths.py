@@ -17,6 +17,7 @@ import trio.testing
 from agent.connect import finder as finder_module
 from agent.connect import race as race_module
 from agent.connect import running_race
+from agent.connect.addresses import Interfaces
 from agent.connect.listener import bind
 from agent.connect.network import DialAllowance, Network
 from agent.connect.transport import Connection, Path, Wish
@@ -349,6 +350,30 @@ async def test_an_old_generation_is_refused_and_an_old_go_ignored() -> None:
         assert caught.value.code == "STALE_OFFER"
         made.source.introductions.go(PathGo(session_id=SESSION, generation=4, start_in=0.0))
         made.finder.take_go(PathGo(session_id=SESSION, generation=4, start_in=0.0))
+
+
+async def test_interfaces_that_cannot_be_looked_at_now_are_looked_at_later(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    looks = 0
+
+    def none_at_first() -> Interfaces:
+        nonlocal looks
+        looks += 1
+        if looks < 3:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return Interfaces(("192.0.2.1",), ())
+
+    monkeypatch.setattr("agent.connect.network.look", none_at_first)
+    monkeypatch.setattr("agent.connect.network.time.time", trio.current_time)
+    network = Network(None, interfaces=Interfaces((), ()))
+    changed = network.changed
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(network.watch)
+        await changed.wait()
+        nursery.cancel_scope.cancel()
+    assert network.interfaces.addresses == ("192.0.2.1",)
+    assert looks == 3
 
 
 async def test_an_offer_whose_caller_leaves_keeps_nothing_of_the_one_before() -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import datetime
 import errno
 import random
 import socket
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -15,9 +18,11 @@ import trio
 import trio.testing
 
 from protocol.errors import TowpathError
-from protocol.websocket.carrier import Carrier
+from protocol.websocket.carrier import Carrier, CarrierUnavailable
+from protocol.websocket.orders import Serve, decode_order
 from relay.rendezvous.tunnel.limits import TunnelLimits
 from relay.rendezvous.tunnel.service import TunnelQuota, TunnelService, TunnelUnavailable
+from relay.server import _renew_certificate
 from tests.relay.tunnel_world import ROOT, SESSION, SIGNER, USER, TunnelWorld, tunnel_world
 
 OTHER_USER = "55555555-5555-4555-8555-555555555555"
@@ -194,6 +199,48 @@ async def test_a_process_that_cannot_be_started_again_now_is_tried_until_it_can(
     with trio.move_on_after(9.5):
         await (service.run if runs == "tunnel" else carrier.run)()
     assert started == 10
+
+
+async def test_a_process_too_busy_to_hear_of_a_new_certificate_is_told_later(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    ours, theirs = trio.socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        carrier = Carrier()
+        carrier._line = ours
+        with trio.move_on_after(1):
+            while True:
+                await ours.send(bytes(1000))
+        uses: list[str] = []
+        renewed = [True, False, False]
+
+        class Certificate:
+            context, link_context, files = "context", "link context", ("certificate", None)
+
+            def renew(self, _now: object) -> bool:
+                return renewed.pop(0)
+
+        relay: Any = SimpleNamespace(
+            certificate=Certificate(),
+            carrier=carrier,
+            tunnel=SimpleNamespace(enabled=True),
+            dispatcher=SimpleNamespace(use=lambda *contexts: uses.extend(contexts)),
+        )
+        now = datetime.datetime.now(datetime.UTC)
+        with pytest.raises(CarrierUnavailable):
+            await _renew_certificate(relay, now)
+        packet = b""
+        for _ in range(2):
+            with trio.move_on_after(1):
+                while True:
+                    packet = await theirs.recv(10_000)
+            await _renew_certificate(relay, now)
+        assert decode_order(packet) == Serve("certificate", None)
+        assert uses == ["context", "link context"]
+        # Told once.
+        with trio.move_on_after(1) as scope:
+            await theirs.recv(10_000)
+        assert scope.cancelled_caught
 
 
 @pytest.mark.parametrize("which", ["session_bytes", "user_bytes"])
