@@ -162,7 +162,7 @@ class Dispatcher:
         except NotTLS:
             if self._stun_handler is not None and await _is_stun(stream.socket):
                 self._stun += 1
-                return partial(self._stun_handler, stream)
+                return partial(self._run, self._stun_handler, stream)
             await _answer_plain(stream)
             raise
         if _wants_websocket_tunnel(hello) and (take := self._websocket()) is not None:

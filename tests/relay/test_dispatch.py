@@ -16,6 +16,7 @@ import trustme
 from protocol.client_hello import MAX_CLIENT_HELLO, ClientHello, NotTLS
 from protocol.errors import ProtocolError
 from protocol.link import ALPN
+from protocol.stun import encode_request, new_transaction
 from protocol.websocket.orders import SERVER_NAME
 from relay.dispatch import Dispatcher, GreetingTimeout, _wants_websocket_tunnel, peek_client_hello
 from relay.listen import accept_all
@@ -67,7 +68,12 @@ async def port(max_pending: int = 100) -> AsyncIterator[Port]:
         await stream.receive_some(100)
         await stream.send_all(b"link")
 
-    dispatcher = Dispatcher(web=web, link=link, tls_context=server_context, max_pending=max_pending)
+    async def stun(stream: trio.SocketStream) -> None:
+        made.seen.append(("stun", None))
+        await stream.receive_some(100)
+        raise LookupError("a handler's own fault")
+
+    dispatcher = Dispatcher(web=web, link=link, stun=stun, tls_context=server_context, max_pending=max_pending)
     (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
     made = Port(listener.socket.getsockname()[1], dispatcher, ca)
     async with trio.open_nursery() as nursery:
@@ -96,6 +102,19 @@ async def test_each_kind_of_caller_reaches_its_handler(caplog: pytest.LogCapture
         assert (statistics.link, statistics.web, statistics.pending) == (2, 4, 0)
     # The web handler above raises each time; the port went on, and said so.
     assert sum("a handler's own fault" in str(record.exc_info) for record in caplog.records) == 4
+
+
+async def test_a_fault_while_a_port_is_observed_ends_one_connection_and_no_more(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with port() as made:
+        for _ in range(2):
+            async with await made.raw() as stream:
+                await stream.send_all(encode_request(new_transaction()))
+                assert await stream.receive_some(100) == b""
+        assert made.seen == [("stun", None)] * 2
+        assert made.dispatcher.statistics().stun == 2
+    assert sum("a handler's own fault" in str(record.exc_info) for record in caplog.records) == 2
 
 
 async def greeting(made: Port, *alpn: str) -> tuple[ssl.SSLObject, ssl.MemoryBIO, ssl.MemoryBIO]:
