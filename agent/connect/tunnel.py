@@ -233,7 +233,11 @@ async def enter_websocket(
     """WebSocket to the relay, carried by another process. Raises `Blocked` where it does not open."""
     carrier.want()
     raw = await _dialled(dial, host, port)
-    near, far = local_pair()
+    try:
+        near, far = local_pair()
+    except OSError as error:
+        raw.socket.close()
+        raise TunnelFailed(f"This agent cannot carry WebSocket now: {error}.") from error
     with far, raw.socket:
         try:
             await carrier.carry(Carry(host=host, port=port, ca_pem=ca_pem, hint=hint), raw.socket, far)

@@ -3,7 +3,9 @@ behind a firewall that inspects."""
 
 from __future__ import annotations
 
+import errno
 import json
+import socket
 import ssl
 
 import pytest
@@ -13,8 +15,10 @@ import trustme
 
 from agent.connect.link_connection import LinkConnector
 from agent.connect.relay_way import DOUBTS, HEAD_START, REMEMBERED, Blocked, CannotConnect, RelayWay
-from agent.connect.tunnel import TunnelTransport
+from agent.connect.transport import Wish
+from agent.connect.tunnel import TunnelFailed, TunnelTransport
 from protocol.candidates import RELAY_TUNNEL, Candidate, PathGo
+from protocol.websocket.carrier import Carrier
 from relay.dispatch import Dispatcher
 from relay.rendezvous.registry import Registry
 from relay.upgrade import Upgrade
@@ -24,6 +28,7 @@ from tests.relay.tunnel_world import SESSION, USER, dial, tunnel_world
 from tests.system.test_link_end_to_end import CA, accept, make_link, server_context, web
 
 RAW, WEBSOCKET = "raw", "websocket"
+WISH = Wish(session_id=SESSION, task_id=SESSION, kind="control")
 
 
 class Ways:
@@ -107,6 +112,26 @@ async def test_a_relay_that_restarts_does_not_drive_its_agents_into_websocket(
     assert [name for name, _ in ways.tried].count(WEBSOCKET) == 0
     # Where it is broken off again and again, the network may be another one.
     assert await ways.first(way) == (WEBSOCKET, WEBSOCKET)
+
+
+async def test_without_descriptors_there_is_no_tunnel_and_nothing_stays_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_more() -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr("agent.connect.tunnel.local_pair", no_more)
+    near, far = socket.socketpair()
+    near.setblocking(False)
+
+    async def dial(_host: str, _port: int) -> trio.SocketStream:
+        await trio.lowlevel.checkpoint()
+        return trio.SocketStream(trio.socket.from_stdlib_socket(near))
+
+    with far:
+        tunnel = TunnelTransport("https://relay:443", None, dial, RelayWay("websocket"), Carrier())
+        place = Candidate(kind=RELAY_TUNNEL, host="relay", port=443, token="0")
+        with pytest.raises(TunnelFailed):
+            await tunnel.look(WISH, PathGo(session_id=SESSION, generation=1, start_in=0.0, tunnel=place))
+        assert far.recv(1) == b""
 
 
 async def test_another_network_is_another_matter(autojump_clock: trio.testing.MockClock) -> None:

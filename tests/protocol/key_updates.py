@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from cryptography.hazmat.primitives import hashes
@@ -18,10 +19,9 @@ class KeyUpdates:
         name = f"{side}_TRAFFIC_SECRET_0"
         rows = [line.split() for line in log.read_text().splitlines()]
         self._secret = next(bytes.fromhex(row[2]) for row in rows if row[0] == name)
-        self._hash = hashes.SHA384() if "SHA384" in cipher else hashes.SHA256()
-        self._aead, self._length = (ChaCha20Poly1305, 32) if "CHACHA20" in cipher else (AESGCM, 32)
-        if "AES_128" in cipher:
-            self._length = 16
+        self._hash: hashes.HashAlgorithm = hashes.SHA384() if "SHA384" in cipher else hashes.SHA256()
+        self._aead: Callable[[bytes], ChaCha20Poly1305 | AESGCM] = ChaCha20Poly1305 if "CHACHA20" in cipher else AESGCM
+        self._length = 16 if "AES_128" in cipher else 32
         self._take_keys()
 
     def _expand(self, label: bytes, length: int) -> bytes:
