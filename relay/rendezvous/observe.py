@@ -31,6 +31,9 @@ MAX_ANSWERS, WINDOW = 200, 10.0
 _MAX_ADDRESSES = 20_000
 
 
+Noted = Callable[[stun.PortNote, stun.Endpoint], Awaitable[None]]
+
+
 @dataclass(frozen=True, slots=True)
 class ObserverStatistics:
     """Questions answered since the start by transport, those refused, and TCP connections open now."""
@@ -43,11 +46,12 @@ class ObserverStatistics:
 
 
 class Observer:
-    """One for each relay. ``ports`` are the UDP ports it has, once `open` was called. ``noted`` is told where a TCP
-    port was seen whose question says whose it is."""
+    """One for each relay. ``ports`` are the UDP ports it has, once `open` was called. ``noted`` is told, while `run`
+    runs, where a TCP port was seen whose question says whose it is."""
 
-    def __init__(self, noted: Callable[[stun.PortNote, stun.Endpoint], Awaitable[None]] | None = None) -> None:
+    def __init__(self, noted: Noted | None = None) -> None:
         self._noted = noted
+        self._nursery: trio.Nursery | None = None
         self.ports: list[int] = []
         self._sockets: list[trio.socket.SocketType] = []
         self._streams: Counter[str] = Counter()
@@ -104,8 +108,20 @@ class Observer:
             )
             with trio.fail_after(STREAM_IDLE):
                 await stream.send_all(answer)
-            if request.note is not None and not request.unknown and self._noted is not None:
-                await self._noted(request.note, peer)
+            if request.note is not None and not request.unknown:
+                self._tell_soon(request.note, peer)
+
+    def _tell_soon(self, note: stun.PortNote, peer: stun.Endpoint) -> None:
+        """Not waited for: the next question on the same connection may be another meeting's."""
+        if self._nursery is not None and self._noted is not None:
+            self._nursery.start_soon(self._tell, self._noted, note, peer)
+
+    async def _tell(self, noted: Noted, note: stun.PortNote, peer: stun.Endpoint) -> None:
+        try:
+            await noted(note, peer)
+        except Exception:
+            # One meeting's fault must not end the service.
+            _logger.exception("A port that was shown came to nothing.")
 
     # --- UDP -----------------------------------------------------------------------------------------------
 
@@ -130,9 +146,12 @@ class Observer:
         """Answer datagrams until cancelled."""
         try:
             async with trio.open_nursery() as nursery:
+                self._nursery = nursery
                 for index in range(len(self._sockets)):
                     nursery.start_soon(self._serve_datagrams, index)
+                await trio.sleep_forever()
         finally:
+            self._nursery = None
             for sock in self._sockets:
                 sock.close()
 

@@ -88,6 +88,7 @@ async def world(*, relay: str = "allow", relay_up: bool = True, lanes: int = 1) 
             await observer.serve_stream(stream)
 
     async with trio.open_nursery() as nursery:
+        nursery.start_soon(observer.run)
         nursery.start_soon(trio.serve_listeners, observe, listeners)
         port = listeners[0].socket.getsockname()[1]
         made: World

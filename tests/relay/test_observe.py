@@ -70,6 +70,30 @@ async def test_a_port_says_whose_it_is_also_later_on_the_same_connection() -> No
     assert not note_again(held, notes[0])
 
 
+async def test_one_meeting_that_takes_long_or_fails_holds_up_no_other_of_its_port(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    seen: list[bytes] = []
+
+    async def noted(note: stun.PortNote, _endpoint: stun.Endpoint) -> None:
+        seen.append(note.token)
+        if note.token == b"a" * 16:
+            # Its agents are away.
+            await trio.sleep_forever()
+        raise LookupError("a meeting's own fault")
+
+    async with serving(noted) as (observer, port):
+        _, held = await observe_tcp(("127.0.0.1", 0), ("127.0.0.1", port), stun.PortNote(b"a" * 16, 0))
+        with held:
+            for token in (b"b" * 16, b"c" * 16):
+                assert note_again(held, stun.PortNote(token, 0))
+                with trio.fail_after(5):
+                    while token not in seen:
+                        await trio.sleep(0.001)
+        assert observer.statistics().tcp == 3
+    assert sum("a meeting's own fault" in str(record.exc_info) for record in caplog.records) == 2
+
+
 async def test_a_port_whose_question_was_given_up_can_ask_again_at_once() -> None:
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
