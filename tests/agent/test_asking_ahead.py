@@ -224,7 +224,8 @@ async def test_small_files_are_asked_for_with_the_question_what_they_are(
     for name, size in (("b", 10), ("large", SMALL_FILE + 1), ("a", 20), ("empty", 0)):
         (engine.source / name).write_bytes(name[:1].encode() * size)
     observed = await engine.run()
-    assert (observed.state, observed.counters.bytes_sent_again) == ("SUCCEEDED", 0)
+    # What was sent again is told by the requests below: the counter may count what is not committed yet, for a moment.
+    assert observed.state == "SUCCEEDED"
     assert contents(engine.destination) == contents(engine.source)
     assert isinstance(asked[0], session.TakePaths)
     # Nothing of them was asked for again.
