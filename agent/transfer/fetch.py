@@ -179,10 +179,20 @@ class Fetcher:
         return not self._ready and not any(lane.outstanding for lane in self._lanes.values())
 
     @property
+    def awaits(self) -> bool:
+        """What was asked for ahead waits for its files to be collected: all of them, or it has come in vain."""
+        return self._awaited is not None and not self._awaited.decided
+
+    @property
     def hungry(self) -> bool:
-        """A lane is up and has next to nothing to do."""
-        return not self._ready and any(
-            lane.size < HUNGRY and len(lane.outstanding) < 2 and lane.drained is None for lane in self._lanes.values()
+        """A lane is up and has next to nothing to do, and nothing that was asked for ahead is on its way."""
+        return (
+            not self._ready
+            and not self.awaits
+            and any(
+                lane.size < HUNGRY and len(lane.outstanding) < 2 and lane.drained is None
+                for lane in self._lanes.values()
+            )
         )
 
     @property

@@ -66,6 +66,11 @@ class Awaited:
             return None
         return [by_path[path] for path in self._coming]
 
+    @property
+    def decided(self) -> bool:
+        """Whether it is known what becomes of what comes."""
+        return self._decided.is_set()
+
     def decide(self, request: PackRequest | None) -> bool:
         """What the content that comes is for; None: it is discarded. False when that comes too late: a lane has
         discarded some of it already, and nothing can become of the request."""

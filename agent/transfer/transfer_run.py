@@ -330,7 +330,7 @@ class TransferRun:
         if not self._pack:
             # What was asked for ahead has been taken, or nobody wants it.
             self.fetcher.discard_awaited()
-        elif self.fetcher.hungry:
+        elif self.fetcher.hungry or self.fetcher.awaits:
             await self._send_pack()
 
     async def _send_pack(self) -> None:
