@@ -11,11 +11,9 @@ import contextlib
 import errno
 import itertools
 import os
-import signal
 import socket
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import msgspec
@@ -28,7 +26,7 @@ from agent.transfer.channel import Channel, ChannelClosed
 from agent.transfer.jobs import Group, LargeFile, Request
 from agent.transfer.lane_process import LaneProcess
 from agent.transfer.message_buffer import Message
-from agent.transfer.spawn import FORKS
+from agent.transfer.spawn import FORKS, Forked, fork_into
 from protocol.congestion import TcpFacts, tcp_facts
 from protocol.errors import ProtocolError, RetryLater, TowpathError, error_from_document_untrusted
 
@@ -148,22 +146,12 @@ class RemoteLane:
         self._socket.close()
 
 
-@dataclass(frozen=True, eq=False)
-class Child:
-    """A process that was forked, and our end of the pair with it."""
+class Child(Forked):
+    """A lane process, and our end of the pair with it."""
 
-    pid: int
-    sock: socket.socket
-
-    def kill(self) -> None:
-        """End it now. Not after `wait`."""
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGKILL)
-
-    def wait(self) -> None:
-        """Wait for its end; blocks."""
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(self.pid, 0)
+    def __init__(self, pid: int, sock: socket.socket) -> None:
+        super().__init__(pid)
+        self.sock = sock
 
 
 class OneProcess:
@@ -420,13 +408,15 @@ def fork_lane_processes(count: int, *, close: int) -> list[Child]:
     there is any other thread. None where the system has no fork, or none that is safe once libraries are loaded
     (macOS)."""
     forked: list[Child] = []
+
+    def let_go() -> None:
+        os.close(close)
+        for child in forked:
+            child.sock.close()
+
     for _ in range(count if FORKS else 0):
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        pid = os.fork()
-        if pid == 0:
-            _be_lane_process(theirs, [close, ours.fileno(), *(child.sock.fileno() for child in forked)])
-        theirs.close()
-        forked.append(Child(pid, ours))
+        process, ours = fork_into(lambda sock: LaneProcess(sock).run(), let_go)
+        forked.append(Child(process.pid, ours))
     return forked
 
 
@@ -435,18 +425,3 @@ def dismiss(forked: Sequence[Child]) -> None:
     for child in forked:
         child.sock.close()
         child.wait()
-
-
-def _be_lane_process(sock: socket.socket, others: list[int]) -> None:
-    """In the child; never returns."""
-    code = 1
-    try:
-        for other in others:
-            os.close(other)
-        LaneProcess(sock).run()
-        code = 0
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-    finally:
-        sys.stderr.flush()
-        os._exit(code)

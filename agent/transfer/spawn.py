@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 
 # Where a process may fork once libraries are loaded; on macOS some of them do not outlive it.
@@ -41,6 +42,37 @@ class Forked:
             if pid == self.pid:
                 self.returncode = os.waitstatus_to_exitcode(status)
         return self.returncode
+
+
+def fork_into(work: Callable[[socket.socket], None], close: Callable[[], None]) -> tuple[Forked, socket.socket]:
+    """Fork a process that does ``work`` with its end of a new pair and then ends; ``close`` closes in it what is not
+    for it. Returns it with our end. To be called where `FORKS` says so, while there is no other thread. Raises
+    OSError."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with theirs:
+        try:
+            pid = os.fork()
+        except BaseException:
+            ours.close()
+            raise
+        if pid == 0:
+            ours.close()
+            _work_only(theirs, work, close)
+    return Forked(pid), ours
+
+
+def _work_only(sock: socket.socket, work: Callable[[socket.socket], None], close: Callable[[], None]) -> None:
+    """In the forked process: do this, and nothing that its parent does after it; never returns."""
+    code = 1
+    try:
+        close()
+        work(sock)
+        code = 0
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import trio
@@ -47,7 +48,7 @@ from agent.transfer.rehearsal import rehearse
 from agent.transfer.serve import JOIN_PATIENCE, SourceSide, serve_lane
 from agent.transfer.small_files import raise_descriptor_limit
 from agent.transfer.source_policy import SourcePolicy
-from agent.transfer.spawn import Forked, Spawned
+from agent.transfer.spawn import Spawned, fork_into
 from agent.transfer.task_runner import TaskRunner
 from protocol.congestion import tune_sender
 from protocol.control import FINAL_STATES
@@ -305,38 +306,19 @@ def fork_worker(processes: int, let_go: Callable[[], None]) -> Spawned:
     """A worker made of this process, which has loaded what it needs already; to be called where `FORKS` says so, before
     there is another thread or an event loop. ``let_go`` is called in the worker and closes what is this process's.
     Raises OSError."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    with theirs:
-        try:
-            pid = os.fork()
-        except BaseException:
-            ours.close()
-            raise
-        if pid == 0:
-            _be_worker(ours, theirs, processes, let_go)
-    return Spawned(Forked(pid), ours)
+    return Spawned(*fork_into(partial(_become_worker, processes), let_go))
 
 
-def _be_worker(others: socket.socket, sock: socket.socket, processes: int, let_go: Callable[[], None]) -> None:
-    """In the child; never returns."""
-    code = 1
-    try:
-        let_go()
-        others.close()
-        for handler in logging.root.handlers[:]:
-            # Two processes would turn one log over. What is said on standard error comes there all the same.
-            logging.root.removeHandler(handler)
-            handler.close()
-        with open(os.devnull, "rb") as nothing:
-            os.dup2(nothing.fileno(), 0)
-        rename_process(["python", "-m", "agent.transfer.worker", str(sock.fileno()), str(processes)])
-        _work(sock.detach(), processes)
-        code = 0
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-    finally:
-        sys.stderr.flush()
-        os._exit(code)
+def _become_worker(processes: int, sock: socket.socket) -> None:
+    """In the forked process: leave behind what was the daemon's, and work."""
+    for handler in logging.root.handlers[:]:
+        # Two processes would turn one log over. What is said on standard error comes there all the same.
+        logging.root.removeHandler(handler)
+        handler.close()
+    with open(os.devnull, "rb") as nothing:
+        os.dup2(nothing.fileno(), 0)
+    rename_process(["python", "-m", "agent.transfer.worker", str(sock.fileno()), str(processes)])
+    _work(sock.detach(), processes)
 
 
 if __name__ == "__main__":

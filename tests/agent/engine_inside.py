@@ -142,11 +142,9 @@ class LanePlayer(Child):
     def __init__(self, engine: Engine) -> None:
         ours, theirs = socket.socketpair()
         super().__init__(0, ours)
-        object.__setattr__(self, "_theirs", theirs)
         process = LaneProcess(theirs, FaultyHanded(engine), PlainLane)
-        thread = threading.Thread(target=self._play, args=(process,), name=LANE_PROCESS, daemon=True)
-        object.__setattr__(self, "_thread", thread)
-        thread.start()
+        self._thread = threading.Thread(target=self._play, args=(process,), name=LANE_PROCESS, daemon=True)
+        self._thread.start()
 
     def _play(self, process: LaneProcess) -> None:
         # A crash of the engine is one of this, too.
@@ -163,8 +161,8 @@ class LanePlayer(Child):
             self.sock.shutdown(socket.SHUT_RDWR)
 
     def wait(self) -> None:
-        self._thread.join(10)  # type: ignore[attr-defined]
-        assert not self._thread.is_alive()  # type: ignore[attr-defined]
+        self._thread.join(10)
+        assert not self._thread.is_alive()
 
 
 class Line:
