@@ -7,6 +7,9 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import pytest
+
+from agent.connect.quic import carrier as carrier_module
 from agent.connect.quic.carrier import Carrier, ConnectionOver
 from agent.connect.quic.datagrams import Datagrams
 from agent.connect.quic.engine import KEY_PACKETS, Engine
@@ -132,3 +135,9 @@ def quic_pair(
     )
     made.client.connect(address)
     return made
+
+
+def soon_in_doubt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a client that doubts whether its server is there decide within half a second."""
+    for name, value in (("ASK_AGAIN", 0.02), ("DOUBT_PATIENCE", 0.1), ("DOUBTED_SILENCE", 0.4)):
+        monkeypatch.setattr(carrier_module, name, value)

@@ -50,7 +50,20 @@ def unmounting(place: Path) -> Iterator[None]:
 def memory_disk(place: Path, megabytes: int) -> Iterator[None]:
     """A small file system in memory; skips the test where this process may not mount."""
     place.mkdir(exist_ok=True)
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "none", place], capture_output=True)
+    with _mounted(place, "-t", "tmpfs", "-o", f"size={megabytes}m", "none"):
+        yield
+
+
+@contextmanager
+def bound(source: Path, place: Path) -> Iterator[None]:
+    """A folder at another place, too; skips the test where this process may not mount."""
+    with _mounted(place, "--bind", str(source)):
+        yield
+
+
+@contextmanager
+def _mounted(place: Path, *arguments: str) -> Iterator[None]:
+    done = subprocess.run(["mount", *arguments, place], capture_output=True)
     if done.returncode:
         pytest.skip(f"mounting is not allowed here: {done.stderr.decode().strip()}")
     try:

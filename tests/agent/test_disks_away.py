@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import subprocess
-from collections.abc import Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,7 +31,7 @@ from protocol.errors import NeedsPerson
 from tests.agent.engine_inside import Engine, quick_path, when
 from tests.agent.engine_world import world
 from tests.agent.recorded_tasks import RecordedTasks
-from tests.agent.small_disks import memory_disk, needs_root
+from tests.agent.small_disks import bound, memory_disk, needs_root
 
 __all__ = ["quick_path"]
 
@@ -335,17 +335,6 @@ async def test_workers_are_told_of_disks_and_begin_anew_when_one_is_forgotten(tm
 
 
 # --- real mounts ---------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def bound(source: Path, place: Path) -> Iterator[None]:
-    done = subprocess.run(["mount", "--bind", source, place], capture_output=True)
-    if done.returncode:
-        pytest.skip(f"mounting is not allowed here: {done.stderr.decode().strip()}")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "--lazy", place], check=True)
 
 
 def config_for(root: Path) -> CollectionConfig:

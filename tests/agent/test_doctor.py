@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from agent.cli import doctor as command
 from agent.cli.main import cli
 from agent.collections import MARKS_FILE, Collections, Marks
+from agent.config.keys import CollectionConfig
 from agent.config.layers import load_config
 from agent.doctor.registry import CHECKS, Entry, Examination, Finding
 from agent.storage.disks import Disk
@@ -69,7 +70,8 @@ def test_a_machine_that_was_never_set_up(tmp_path: Path) -> None:
     assert "towpath setup" in found["configuration"][0]["sentence"]
 
 
-def test_a_mount_point_without_its_disk_is_not_called_well(tmp_path: Path) -> None:
+def marked(tmp_path: Path) -> tuple[Path, CollectionConfig, Marks]:
+    """A configuration with one collection, and what its agent has kept of the root when it first saw it."""
     root, state = tmp_path / "root", tmp_path / "agent.state"
     root.mkdir()
     state.mkdir(mode=0o700)
@@ -78,6 +80,11 @@ def test_a_mount_point_without_its_disk_is_not_called_well(tmp_path: Path) -> No
     (config,) = load_config(config_file).collections
     marks = Marks(state / MARKS_FILE)
     assert Collections(marks).report(config).available
+    return config_file, config, marks
+
+
+def test_a_mount_point_without_its_disk_is_not_called_well(tmp_path: Path) -> None:
+    config_file, config, marks = marked(tmp_path)
     (finding,) = run(config_file, "collections")[1]["collections"]
     assert finding["level"] == "ok"
     seen = marks.expected(config)
@@ -89,14 +96,8 @@ def test_a_mount_point_without_its_disk_is_not_called_well(tmp_path: Path) -> No
 
 
 def test_a_disk_below_a_root_that_is_not_mounted_is_named(tmp_path: Path) -> None:
-    root, state = tmp_path / "root", tmp_path / "agent.state"
-    (root / "disk").mkdir(parents=True)
-    state.mkdir(mode=0o700)
-    config_file = tmp_path / "agent.yaml"
-    config_file.write_text(f"collections:\n- {{id: {ID}, name: Data, root: {root}}}\n")
-    (config,) = load_config(config_file).collections
-    marks = Marks(state / MARKS_FILE)
-    assert Collections(marks).report(config).available
+    config_file, config, marks = marked(tmp_path)
+    Path(config.root, "disk").mkdir()
 
     class Mounted:
         def look_below(self, _known: object, *, place: bool) -> list[Disk]:

@@ -25,7 +25,18 @@ from protocol.candidates import MEETING, PORTMAP, Arrangement, Candidate, PathAn
 from protocol.control import Party, RelayHello, SessionOrder
 from protocol.errors import ProtocolError, RetryLater
 from protocol.reversal import preamble
-from tests.agent.paths_world import SESSION, TASK, World, answer, at, world
+from tests.agent.paths_world import SESSION, TASK, Node, World, answer, at, world
+
+
+def keep_addresses_back(*sides: Node) -> None:
+    """As behind firewalls: none of these can be dialled."""
+
+    async def none(**_options: Any) -> list[Candidate]:
+        await trio.lowlevel.checkpoint()
+        return []
+
+    for side in sides:
+        side.network.host_candidates = none  # type: ignore[method-assign]
 
 
 async def test_an_address_that_answers_is_dialled_and_nobody_is_troubled() -> None:
@@ -43,12 +54,7 @@ async def test_when_the_source_cannot_be_dialled_it_dials_back() -> None:
     async with world() as made:
         made.finder.take_answer(answer())
 
-        # The source's own addresses are kept back, as behind a firewall.
-        async def none(**_options: Any) -> list[Candidate]:
-            await trio.lowlevel.checkpoint()
-            return []
-
-        made.source.network.host_candidates = none  # type: ignore[method-assign]
+        keep_addresses_back(made.source)
         connection = await made.finder.connect()
         assert connection.path.kind in ("reversed", "punched")
         connection.sock.close()
@@ -64,31 +70,15 @@ async def test_without_descriptors_for_punching_ports_the_source_still_dials_bac
     monkeypatch.setattr(running_race, "open_slot", no_more)
     async with world() as made:
         made.finder.take_answer(answer())
-
-        async def none(**_options: Any) -> list[Candidate]:
-            await trio.lowlevel.checkpoint()
-            return []
-
-        made.source.network.host_candidates = none  # type: ignore[method-assign]
+        keep_addresses_back(made.source)
         connection = await made.finder.connect()
         assert connection.path.kind == "reversed"
         connection.sock.close()
 
 
-def keep_addresses_back(made: World) -> None:
-    """As behind firewalls: neither side can be dialled."""
-
-    async def none(**_options: Any) -> list[Candidate]:
-        await trio.lowlevel.checkpoint()
-        return []
-
-    for side in (made.source, made.destination):
-        side.network.host_candidates = none  # type: ignore[method-assign]
-
-
 async def test_both_punch_when_neither_can_be_dialled() -> None:
     async with world(lanes=2) as made:
-        keep_addresses_back(made)
+        keep_addresses_back(made.source, made.destination)
         made.finder.take_answer(answer())
         connections = [await made.finder.connect() for _ in range(3)]
         assert [row.path.kind for row in connections] == ["punched"] * 3
@@ -107,7 +97,7 @@ async def test_a_finder_made_before_the_link_has_the_relays_help_with_it(monkeyp
 
     monkeypatch.setattr(running_race, "dial", hang)
     async with world(relay_up=False) as made:
-        keep_addresses_back(made)
+        keep_addresses_back(made.source, made.destination)
         made.finder.take_answer(answer(at(9)))
         async with trio.open_nursery() as nursery:
 
@@ -128,7 +118,7 @@ async def test_a_finder_made_before_the_link_has_the_relays_help_with_it(monkeyp
 
 async def test_a_race_after_the_link_has_the_relays_help() -> None:
     async with world(relay_up=False) as made:
-        keep_addresses_back(made)
+        keep_addresses_back(made.source, made.destination)
         made.finder.take_answer(answer())
         with pytest.raises(RetryLater, match="the relay cannot be reached"):
             await made.finder.connect()
@@ -553,7 +543,7 @@ async def test_an_arrangement_makes_nobody_dial_what_may_not_be_dialled() -> Non
 async def meeting() -> AsyncIterator[tuple[World, SessionOrder]]:
     """Nobody can be dialled, and the relay has both show it their ports."""
     async with world() as made:
-        keep_addresses_back(made)
+        keep_addresses_back(made.source, made.destination)
         for_destination, for_source = made.signalling.arrange(
             SESSION, TASK, "destination", "source", "owner", ([], []), tunnel=False, meet=True
         )
@@ -640,7 +630,7 @@ async def test_a_relay_has_both_sides_punch_once_for_a_meeting(monkeypatch: pyte
 
 async def test_a_go_for_ports_that_were_not_shown_is_ignored() -> None:
     async with world() as made:
-        keep_addresses_back(made)
+        keep_addresses_back(made.source, made.destination)
         made.finder.take_answer(answer())
         made.finder.begin()
         await trio.testing.wait_all_tasks_blocked()

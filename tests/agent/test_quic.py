@@ -33,7 +33,7 @@ from agent.connect.quic.punch import Punch
 from agent.connect.udp import open_udp
 from protocol.errors import ProtocolError, TowpathError
 from protocol.identity import NodeKey
-from tests.agent.quic_pair import CLIENT, SERVER, SESSION, QuicPair, engine, quic_pair, udp
+from tests.agent.quic_pair import CLIENT, SERVER, SESSION, QuicPair, engine, quic_pair, soon_in_doubt, udp
 
 LIBRARIES = ["qh3", "aioquic"]
 both = pytest.mark.parametrize("library", LIBRARIES)
@@ -243,9 +243,7 @@ def test_a_server_that_was_killed_is_missed_soon(library: str, family: int, monk
 def test_a_server_that_may_have_been_started_again_must_say_something(
     library: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(carrier_module, "ASK_AGAIN", 0.02)
-    monkeypatch.setattr(carrier_module, "DOUBT_PATIENCE", 0.1)
-    monkeypatch.setattr(carrier_module, "DOUBTED_SILENCE", 0.4)
+    soon_in_doubt(monkeypatch)
     with closing(quic_pair(library)) as pair:
         pair.up()
         near, far = pair.open()

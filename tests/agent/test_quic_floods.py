@@ -30,7 +30,7 @@ from agent.connect.quic.door import Answer, Begin, Door, Pass, initial_untrusted
 from agent.connect.quic.engine import Engine, Up
 from agent.connect.quic.process import Begin as Begun
 from agent.connect.quic.process import decode_report, encode
-from tests.agent.quic_pair import CLIENT, SERVER, SESSION, engine, quic_pair, udp
+from tests.agent.quic_pair import CLIENT, SERVER, SESSION, engine, quic_pair, soon_in_doubt, udp
 
 LIBRARIES = ["qh3", "aioquic"]
 both = pytest.mark.parametrize("library", LIBRARIES)
@@ -251,9 +251,7 @@ def test_a_connection_that_is_up_is_not_disturbed_by_a_flood(library: str) -> No
 
 @both
 def test_strangers_do_not_make_a_server_look_alive(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(carrier_module, "ASK_AGAIN", 0.02)
-    monkeypatch.setattr(carrier_module, "DOUBT_PATIENCE", 0.1)
-    monkeypatch.setattr(carrier_module, "DOUBTED_SILENCE", 0.4)
+    soon_in_doubt(monkeypatch)
     with closing(quic_pair(library)) as pair, udp() as stranger:
         pair.up()
         near, far = pair.open()

@@ -31,6 +31,22 @@ def boxes(site: str, filtering: str, crossing: bool) -> list[dict[str, Any]]:
     return [{**matrix.boxes(site, "symmetric")[0], "filtering": filtering, "crossing": crossing}]
 
 
+async def path_taken(lab: laboratory.Lab, name: str) -> str:
+    """Move a file of this name from a to b with the lab as it is described, and tell which way it went in the end."""
+    await lab.start()
+    try:
+        content = random.Random(name).randbytes(2_000_000)
+        (lab.sites["a"].root / name).write_bytes(content)
+        # Slow enough for the path that was looked for to take over from the relay's tunnel.
+        task_id = await lab.submit("a", "b", name, towpath_bandwidth_limit=300_000)
+        task = await lab.finished(task_id)
+        assert task["status"] == "SUCCEEDED", task
+        assert (lab.sites["b"].root / name).read_bytes() == content
+        return lab.path_of("b", task_id)
+    finally:
+        await lab.stop()
+
+
 @pytest.mark.parametrize("transport", ["tcp", "quic"])
 async def test_every_pair_of_firewalls_is_punched(tmp_path: Path, transport: str) -> None:
     wrong = []
@@ -43,18 +59,7 @@ async def test_every_pair_of_firewalls_is_punched(tmp_path: Path, transport: str
                 addresses = [matrix.address(site, "symmetric"), f"2001:db8:{number}::10"]
                 lab.sites[site].host.use(addresses, str(chains[site][0]["gateway"]))
             lab.emulator.use(lab.describe(chains))
-            await lab.start()
-            try:
-                content = random.Random(name).randbytes(2_000_000)
-                (lab.sites["a"].root / name).write_bytes(content)
-                # Slow enough for the path that was looked for to take over from the relay's tunnel.
-                task_id = await lab.submit("a", "b", name, towpath_bandwidth_limit=300_000)
-                task = await lab.finished(task_id)
-                assert task["status"] == "SUCCEEDED", task
-                assert (lab.sites["b"].root / name).read_bytes() == content
-                path = lab.path_of("b", task_id)
-            finally:
-                await lab.stop()
+            path = await path_taken(lab, name)
             print(f"{' ↔ '.join(pair):20} {path}")
             if not path.startswith(f"{PATHS[transport]} [2001:db8:1::10]"):
                 wrong.append(f"{name}: {path}")
@@ -102,17 +107,7 @@ async def test_a_pair_gets_what_its_two_have_in_common(tmp_path: Path, firewalle
                 for site, protocols in zip(("a", "b"), pair, strict=True)
             }
             lab.emulator.use(lab.describe(chains))
-            await lab.start()
-            try:
-                content = random.Random(name).randbytes(2_000_000)
-                (lab.sites["a"].root / name).write_bytes(content)
-                task_id = await lab.submit("a", "b", name, towpath_bandwidth_limit=300_000)
-                task = await lab.finished(task_id)
-                assert task["status"] == "SUCCEEDED", task
-                assert (lab.sites["b"].root / name).read_bytes() == content
-                path = lab.path_of("b", task_id)
-            finally:
-                await lab.stop()
+            path = await path_taken(lab, name)
             print(f"{name:30} {path}")
             letter = "R" if not version else "P" if firewalled else "D"
             # Punched, both protocols are tried at once, and the first one is taken.

@@ -12,9 +12,8 @@ import trustme
 
 from protocol.websocket import secured as module
 from protocol.websocket.secured import READ, Secured
-from protocol.websocket.server_tls import ServerContext
-from protocol.websocket.tls import LibraryTls, Tls
 from tests.protocol.key_updates import KeyUpdates
+from tests.protocol.server_ends import library, opened
 
 CA = trustme.CA()
 LEAF = CA.issue_cert("relay")
@@ -50,16 +49,6 @@ class Pieces:
 
     def sendmsg(self, parts: list[bytes]) -> int:
         return self.send(b"".join(parts))
-
-
-def library(pem: Path) -> Tls:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(pem)
-    return LibraryTls(context, None)
-
-
-def opened(pem: Path) -> Tls:
-    return ServerContext(str(pem), None).connection()
 
 
 @pytest.fixture(params=[library, opened])

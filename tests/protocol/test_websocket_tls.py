@@ -11,7 +11,8 @@ import pytest
 import trustme
 
 from protocol.websocket.server_tls import ServerContext
-from protocol.websocket.tls import LibraryTls, Tls
+from protocol.websocket.tls import Tls
+from tests.protocol.server_ends import library, opened
 
 CA = trustme.CA()
 LEAF = CA.issue_cert("relay")
@@ -23,16 +24,6 @@ def pem(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tls") / "server.pem"
     LEAF.private_key_and_cert_chain_pem.write_to_path(path)
     return path
-
-
-def library(pem: Path) -> Tls:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(pem)
-    return LibraryTls(context, None)
-
-
-def opened(pem: Path) -> Tls:
-    return ServerContext(str(pem), None).connection()
 
 
 Made = Callable[[Path], Tls]
