@@ -480,11 +480,14 @@ def _holds(error: BaseException, kind: type[BaseException]) -> bool:
     return isinstance(error, kind)
 
 
-def contents(root: Path) -> dict[str, bytes | str]:
-    """Every name below a folder with its content, target or kind; times and modes apart."""
+def contents(root: Path, *, temporaries: bool = True) -> dict[str, bytes | str]:
+    """Every name below a folder with its content, target or kind; times and modes apart. While a task runs, temporaries
+    may go at any moment: then without them."""
     found: dict[str, bytes | str] = {}
     for path in sorted(root.rglob("*")):
         name = str(path.relative_to(root))
+        if not temporaries and ".towpath." in name:
+            continue
         if path.is_symlink():
             found[name] = f"link to {path.readlink()}"
         else:

@@ -209,9 +209,8 @@ class StoppedWorld:
 
     def check_names(self, place: str, expected: dict[str, bytes | str]) -> None:
         """Whatever has a final name now is whole and right."""
-        for name, content in contents(self.destination / place).items():
-            if ".towpath." not in name:
-                assert content == expected[name], name
+        for name, content in contents(self.destination / place, temporaries=False).items():
+            assert content == expected[name], name
 
     def _sent_again(self, task_id: str, document: dict[str, Any]) -> int:
         """Bytes that came over the lanes more than once: what the workers counted as they took it from the network
