@@ -318,7 +318,8 @@ class FileAttributes(msgspec.Struct, array_like=True, frozen=True):
     """The extended attributes of one file or folder, how many more it has that cannot be given, and how many grant
     rights (access lists, capabilities) and are not given. Names are those of the user's namespace, without it: no other
     can be said. Where access lists were asked for they do not count there: ``access`` and ``default`` are they (see
-    docs/protocol.md), empty for none, and ``lists_left_out`` is how many there are besides."""
+    docs/protocol.md), empty for none, and ``lists_left_out`` is how many there are besides. ``error``: why nothing
+    could be looked at, where that may pass; what is left out is to be asked for again then."""
 
     attributes: list[tuple[bytes, bytes]]
     left_out: int = 0
@@ -326,6 +327,7 @@ class FileAttributes(msgspec.Struct, array_like=True, frozen=True):
     access: bytes = b""
     default: bytes = b""
     lists_left_out: int = 0
+    error: dict[str, Any] | None = None
 
 
 class Attributes(Message, tag="attributed", frozen=True):

@@ -32,6 +32,22 @@ _NO_ACCOUNT = 2**32 - 1
 # Where the permission of the owner's row, which is the first, lies in a list.
 _OWNER_PERMISSION = HEADER.size + 2
 _NONE = frozenset({errno.ENODATA, errno.ENOTSUP, errno.ENOSYS})
+# What says that a file system does not give or take a list or an attribute, or none; everything else is a fault of the
+# file's as of any call, and may pass. EBADF: a folder that may be passed through and written to, but not read, is open
+# for nothing else.
+REFUSED = frozenset(
+    {
+        errno.ENOTSUP,
+        errno.ENOSYS,
+        errno.EPERM,
+        errno.EACCES,
+        errno.EBADF,
+        errno.E2BIG,
+        errno.ERANGE,
+        errno.EINVAL,
+        errno.ENAMETOOLONG,
+    }
+)
 
 # Account and permission, in the order of the accounts' numbers.
 Named = tuple[tuple[int, int], ...]
@@ -160,8 +176,8 @@ def usable() -> bool:
 if sys.platform == "linux":
 
     def read(fd: int) -> FoundLists:
-        """The lists of an open file or folder. Raises OSError for a fault that may pass; what has none for another
-        reason has none."""
+        """The lists of an open file or folder; one that is not given is left out. Raises OSError for any other fault,
+        and where it is not even said which there are."""
         try:
             names = {os.fsencode(name) for name in os.listxattr(fd)}
         except OSError as error:
@@ -174,7 +190,7 @@ if sys.platform == "linux":
             try:
                 found[name] = _in_order(os.getxattr(fd, name))
             except OSError as error:
-                if error.errno == errno.EIO:
+                if error.errno not in _NONE | REFUSED:
                     raise
                 left_out += error.errno not in _NONE
             except ProtocolError:

@@ -123,7 +123,7 @@ if sys.platform == "linux":
             try:
                 value = os.getxattr(fd, full)
             except OSError as error:
-                if error.errno == errno.EIO:
+                if error.errno != errno.ENODATA and error.errno not in access_lists.REFUSED:
                     raise
                 # Gone meanwhile, or not for this account.
                 left_out += error.errno != errno.ENODATA

@@ -15,7 +15,7 @@ from functools import partial
 
 import trio
 
-from agent.storage.access_lists import FoundLists
+from agent.storage.access_lists import REFUSED, FoundLists
 from agent.storage.attributes import LONGEST_NAME, MOST_ATTRIBUTES, MOST_BYTES, Found, is_attribute
 from agent.storage.base import Root, version_of
 from agent.storage.faults import fault
@@ -25,7 +25,7 @@ from agent.transfer.refusal import is_refusal
 from agent.transfer.run import Run
 from protocol import session
 from protocol.control import TaskItem
-from protocol.errors import ItemFailed, ProtocolError, TowpathError, Who
+from protocol.errors import ItemFailed, ProtocolError, TowpathError, Who, error_from_document_untrusted
 from protocol.names import CollectionPath, parse_path_untrusted
 from protocol.session import join_path
 
@@ -41,7 +41,8 @@ def read_attributes(
 ) -> session.Attributes:
     """The answer to a request, or its beginning. ``allowed`` checks a path (`TowpathError`). Blocks.
 
-    What cannot be read, or is another version by now, has its attributes left out: reading the content says why.
+    What cannot be read, or is another version by now, has its attributes left out: reading the content says why, unless
+    it is a fault that may have passed by then, which is told here.
     """
     if not 0 < len(request.files) <= session.MAX_ATTRIBUTE_FILES:
         raise ProtocolError("Attributes of an impossible number of files were asked for.")
@@ -52,8 +53,11 @@ def read_attributes(
             file = _attributes_of(root, asked, allowed(asked.path), request)
         except ProtocolError:
             raise
-        except (TowpathError, OSError):
-            file = _unread(request)
+        except OSError as error:
+            lasts = error.errno in REFUSED
+            file = _unread(request, None if lasts else fault(error, "source", asked.path))
+        except TowpathError as error:
+            file = _unread(request, error)
         found.append(file)
         size += sum(len(name) + len(value) for name, value in file.attributes) + len(file.access) + len(file.default)
         if size >= session.ATTRIBUTE_BYTES:
@@ -61,8 +65,10 @@ def read_attributes(
     return session.Attributes(request.r, found)
 
 
-def _unread(request: session.ReadAttributes) -> session.FileAttributes:
-    return session.FileAttributes([], int(request.attributes), lists_left_out=int(request.lists))
+def _unread(request: session.ReadAttributes, error: TowpathError | None = None) -> session.FileAttributes:
+    # Destinations of before know only that something is left out.
+    document = None if error is None or isinstance(error, ItemFailed) else error.to_document()
+    return session.FileAttributes([], int(request.attributes), lists_left_out=int(request.lists), error=document)
 
 
 def _attributes_of(
@@ -197,6 +203,9 @@ class Attributes:
         files = await self._ask(asked, follow=jobs[0].follow)
         for job, file in zip(jobs, files, strict=False):
             job.attributes = []
+            if file.error is not None:
+                job.attributes_error = error_from_document_untrusted(file.error)
+                continue
             if self._attributes:
                 job.attributes, job.attributes_left_out = file.attributes, self._left_out(job.source_path, file)
             if self._lists:
@@ -204,16 +213,20 @@ class Attributes:
                 self._tell_fate(job.source_path, file, job.list_fate)
         return len(files)
 
-    async def folder(self, group: Group) -> None:
-        """Take over the attributes of a folder that is being worked on. Raises what is no folder's own trouble."""
+    async def folder(self, group: Group) -> TowpathError | None:
+        """Take over the attributes of a folder that is being worked on; why the source could not look at them. Raises
+        OSError of the destination for a fault that may pass, or needs a person."""
         if not self.asked_for:
-            return
+            return None
         (file,) = await self._ask([session.AttributesOf(group.source)], follow=False)
+        if file.error is not None:
+            return error_from_document_untrusted(file.error)
         handle = group.handle.fileno()
         if self._attributes:
             await self._folder_attributes(group, handle, file)
         if self._lists:
             await self._folder_lists(group, handle, file)
+        return None
 
     async def _folder_attributes(self, group: Group, handle: int | None, file: session.FileAttributes) -> None:
         left_out = self._left_out(group.source, file)

@@ -91,17 +91,22 @@ class DirectoryWalk:
             await self._not_opened(row, fault(problem.error, "destination", row.destination))
             return
         except TowpathError as error:
-            if _disk_is_away(error) and not (planner.opened and planner.group.planned):
-                self._put_off(error, planner.group if planner.opened else None)
-                return
-            may_pass = isinstance(error, RetryLater | NeedsPerson | TaskFailed)
-            if may_pass and not context.patience.lasts_at_source(row.source, error):
-                raise
-            await self._not_listed(planner, row, error)
+            await self._at_source(planner, row, error)
             return
         if run.options.delete_destination_extra:
             await self._note_extra(planner.group, row, planner)
         run.settle.put(GroupListed(planner.group))
+
+    async def _at_source(self, planner: DirectoryPlanner, row: DirectoryRow, error: TowpathError) -> None:
+        """The source cannot list or look at the folder: left to a later run, or failed by itself. Raises the error
+        where the run is to begin anew."""
+        if _disk_is_away(error) and not (planner.opened and planner.group.planned):
+            self._put_off(error, planner.group if planner.opened else None)
+            return
+        may_pass = isinstance(error, RetryLater | NeedsPerson | TaskFailed)
+        if may_pass and not self._run.context.patience.lasts_at_source(row.source, error):
+            raise error
+        await self._not_listed(planner, row, error)
 
     async def _prepare(self, planner: DirectoryPlanner, row: DirectoryRow) -> bool:
         """Give the folder here its attributes and access lists before anything is in it: a list that it has from the
@@ -113,7 +118,7 @@ class DirectoryWalk:
             return False
         run = self._run
         try:
-            await run.read_folder_attributes(planner.group)
+            unread = await run.read_folder_attributes(planner.group)
         except OSError as error:
             reason = fault(error, "destination", row.destination)
             if run.context.patience.is_passing(row.destination, reason):
@@ -121,7 +126,9 @@ class DirectoryWalk:
             self._failed(planner.group, row, reason)
             run.settle.put(GroupListed(planner.group))
             return False
-        return True
+        if unread is not None:
+            await self._at_source(planner, row, unread)
+        return unread is None
 
     async def _take_rows(self, planner: DirectoryPlanner, rows: list[Row]) -> Planned | None:
         """Plan some rows; None when they are to be planned with all others. The directory here is opened in the hop

@@ -128,6 +128,8 @@ class FileJob:
     # Extended attributes to be set, None until the source was asked; how many it has besides, or were refused here.
     attributes: list[tuple[bytes, bytes]] | None = None
     attributes_left_out: int = 0
+    # Why the source could not look at them, where that may pass.
+    attributes_error: TowpathError | None = None
     # The access list that it gets (None: whatever its folder gives), and what became of the source's.
     access: ListWanted | None = None
     list_fate: ListFate = ListFate.NONE

@@ -120,13 +120,16 @@ def within_folder(root: Root, fd: int, access: AccessList) -> AccessList:
     Raises OSError for a fault that may pass. Blocks."""
     mode = root.fstat(fd).st_mode
     try:
-        found = root.get_access_lists(fd).access
+        found = root.get_access_lists(fd)
     except OSError as error:
         if not is_refusal(root, error):
             raise
+        found = FoundLists(left_out=1)
+    if found.access:
+        mode = parse_untrusted(found.access).mode_of_groups_own
+    elif found.left_out:
+        # What the mode shows in the group's place may be a mask.
         mode = mode_of_everybody(mode)
-    else:
-        mode = parse_untrusted(found).mode_of_groups_own if found else mode
     return narrowed(access, mode | 0o700, PERMISSION_BITS)
 
 

@@ -70,7 +70,7 @@ class Retries:
             run.give_up(job, ItemPlanner.source_error(result))
             return
         job.row = msgspec.structs.replace(row, name=job.row.name)
-        job.attributes, job.attributes_left_out = None, 0
+        job.attributes, job.attributes_left_out, job.attributes_error = None, 0, None
         job.access, job.list_fate = None, ListFate.NONE
         if job.row.kind == SYMLINK:
             run.settle.put(LinkWanted(job, job.row.target or b""))

@@ -115,8 +115,8 @@ class Run(Reports, Protocol):
     async def read_attributes(self, jobs: Sequence[FileJob]) -> int:
         """Ask for extended attributes if the task wants them: how many of the jobs, from the first, have them now."""
 
-    async def read_folder_attributes(self, group: Group) -> None:
-        """Take over those of a folder itself, and its access lists."""
+    async def read_folder_attributes(self, group: Group) -> TowpathError | None:
+        """Take over those of a folder itself, and its access lists; why the source could not look at them."""
 
     async def offer(self) -> None:
         """Nothing more comes for the moment: hand out what has been collected if a lane waits for it."""

@@ -307,6 +307,9 @@ class TransferRun:
         nothing to do; `offer` must follow."""
         if job.attributes is None:
             await self.attributes.read([job])
+        if job.attributes_error is not None:
+            self.retries.job_failed(job, job.attributes_error)
+            return
         if not job.small:
             await self.large.copy(job)
             return
@@ -321,9 +324,9 @@ class TransferRun:
         """Ask for extended attributes if the task wants them: how many of the jobs, from the first, have them now."""
         return await self.attributes.read(jobs)
 
-    async def read_folder_attributes(self, group: Group) -> None:
-        """Take over those of a folder itself, and its access lists."""
-        await self.attributes.folder(group)
+    async def read_folder_attributes(self, group: Group) -> TowpathError | None:
+        """Take over those of a folder itself, and its access lists; why the source could not look at them."""
+        return await self.attributes.folder(group)
 
     async def offer(self) -> None:
         """Nothing more comes for the moment: hand out what has been collected if a lane waits for it."""
