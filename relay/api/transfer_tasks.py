@@ -44,7 +44,7 @@ async def task_list(request: Request, caller: CallerHere, services: ServicesHere
     """The caller's tasks."""
     parameters = request.query_params
     limit, offset = _page(parameters, default=task_lists.DEFAULT_LIMIT)
-    filters = [condition for text in parameters.getlist("filter") for condition in task_filters.conditions(text)]
+    filters = task_filters.conditions(*parameters.getlist("filter"))
     work = partial(
         task_lists.own_tasks,
         identity_id=caller.identity_id,

@@ -19,6 +19,9 @@ from relay.transfer.fields import bad_request, is_uuid
 
 MAX_FILTER = 32_768
 MAX_VALUES = 1000
+# In all. SQLite bounds how deep an expression may be, and takes a row of conditions for one inside the other.
+MAX_LABELS = 200
+MAX_CLAUSES = 100
 STATUSES = frozenset({"ACTIVE", "INACTIVE", "SUCCEEDED", "FAILED"})
 TYPES = frozenset({"TRANSFER", "DELETE"})
 
@@ -35,13 +38,17 @@ _ORDER = {
 Condition = ColumnElement[bool]
 
 
-def conditions(text: str | None) -> list[Condition]:
-    """Conditions for a ``filter`` parameter; none for an empty one. Raises `ApiError` 400."""
-    if not text:
-        return []
-    if len(text) > MAX_FILTER:
+def conditions(*texts: str) -> list[Condition]:
+    """Conditions for all ``filter`` parameters of a request; none for empty ones. Raises `ApiError` 400."""
+    if sum(map(len, texts)) > MAX_FILTER:
         raise bad_request(f"filter is longer than {MAX_FILTER} characters.")
-    return [_clause(clause) for clause in text.split("/") if clause]
+    clauses = [clause for text in texts for clause in text.split("/") if clause]
+    if len(clauses) > MAX_CLAUSES:
+        raise bad_request(f"filter has more than {MAX_CLAUSES} clauses.")
+    labels = sum(clause.count(",") + 1 for clause in clauses if clause.startswith("label:"))
+    if labels > MAX_LABELS:
+        raise bad_request(f"filter: label has more than {MAX_LABELS} values.")
+    return [_clause(clause) for clause in clauses]
 
 
 def _clause(clause: str) -> Condition:
@@ -128,7 +135,8 @@ def glob_to_like(pattern: str) -> str:
 
 def order(text: str | None) -> list[ColumnElement[Any]]:
     """Order terms for an ``orderby`` parameter; newest request first without one. Raises `ApiError` 400."""
-    terms: list[ColumnElement[Any]] = []
+    # By field: the first mention decides, and a further one could change nothing.
+    terms: dict[str, ColumnElement[Any]] = {}
     for part in (text or "").split(","):
         words = part.split()
         if not words:
@@ -138,9 +146,9 @@ def order(text: str | None) -> list[ColumnElement[Any]]:
         if column is None or len(words) > 2 or direction not in ("ASC", "DESC"):
             known = ", ".join(sorted(_ORDER))
             raise bad_request(f"orderby: '{part.strip()[:64]}' is not a field ({known}), with or without ASC or DESC.")
-        terms.append(column.desc() if direction == "DESC" else column.asc())
+        terms.setdefault(column.name, column.desc() if direction == "DESC" else column.asc())
     # A last term that never ties, so that pages do not overlap.
-    return [*(terms or [tables.tasks.c.requested.desc()]), tables.tasks.c.id]
+    return [*(terms.values() or [tables.tasks.c.requested.desc()]), tables.tasks.c.id]
 
 
 def event_kind(text: str | None) -> bool | None:

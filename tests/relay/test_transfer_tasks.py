@@ -12,12 +12,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol.control import Counters, TaskObserved
-from relay.transfer import task_documents
+from relay.transfer import task_documents, times
 from relay.transfer.task_filters import glob_to_like
 from relay.transfer.task_reports import merged
 from relay.transfer.task_rows import Task
 from tests.relay.fake_agents import FakeAgent
-from tests.relay.transfer_world import Person, TransferWorld, delete_document, open_world, until
+from tests.relay.transfer_world import (
+    Person,
+    TransferWorld,
+    delete_document,
+    open_world,
+    transfer_document,
+    until,
+)
 
 
 class Pair:
@@ -293,6 +300,48 @@ async def test_lists_filters_orders_and_pages(pair: Pair) -> None:
         await alice.refused("GET", "/task_list", 400, "ClientError.BadRequest", params=wrong)
 
 
+@pytest.mark.parametrize(
+    "filters",
+    [
+        ["label:" + ",".join(["~a"] * 1000)],
+        ["label:" + ",".join(["!~a"] * 1000)],
+        ["/".join(["type:DELETE"] * 1200)],
+        ["type:DELETE"] * 1100,
+        ["label:" + ",".join(["!~a"] * 100)] * 11,
+        ["label:" + "a" * 20_000] * 2,
+    ],
+    ids=["labels", "negated labels", "clauses", "parameters", "labels of several", "characters"],
+)
+async def test_a_filter_that_the_database_would_not_take_is_refused_in_words(pair: Pair, filters: list[str]) -> None:
+    said = await pair.alice.refused("GET", "/task_list", 400, "ClientError.BadRequest", params={"filter": filters})
+    assert said.startswith("filter")
+
+
+async def test_the_largest_filter_and_an_order_that_repeats_itself_are_taken(pair: Pair) -> None:
+    task_id = await pair.running(label="b")
+    labels = "label:" + ",".join(["!x"] * 200)
+    filters = [labels, "/".join(["type:TRANSFER"] * 99)]
+    order = ",".join(["label DESC", "label ASC"] * 1200)
+    listed = await pair.alice.get("/task_list", filter=filters)
+    assert [row["task_id"] for row in listed["DATA"]] == [task_id]
+    other = await pair.running(label="a")
+    listed = await pair.alice.get("/task_list", orderby=order)
+    assert [row["task_id"] for row in listed["DATA"]] == [task_id, other], "the first mention decides"
+
+
+@pytest.mark.parametrize(
+    "moment", ["9999-12-31T23:59:59-12:00", "9999-12-31T23:59:59.999999+00:00", "0001-01-01T00:00:00+12:00"]
+)
+async def test_a_time_outside_the_calendar_is_refused_and_spoils_no_answer(pair: Pair, moment: str) -> None:
+    document = transfer_document(pair.a, pair.b, deadline=moment)
+    await pair.alice.refused("POST", "/transfer", 400, "ClientError.BadRequest", json=document)
+    task_id = await pair.running(deadline="9999-12-31T23:59:59+00:00")
+    change = {"DATA_TYPE": "task", "deadline": moment}
+    await pair.alice.refused("PUT", f"/task/{task_id}", 400, "ClientError.BadRequest", json=change)
+    assert (await pair.alice.get(f"/task/{task_id}"))["deadline"] == "9999-12-31T23:59:59.000000+00:00"
+    assert pair.destination.orders[task_id][0].deadline == "9999-12-31T23:59:59.000000+00:00"
+
+
 async def test_unknown_tasks_and_those_of_others_look_alike(pair: Pair) -> None:
     bob = await pair.relay.person("bob")
     task_id, nowhere = await pair.running(), str(uuid.uuid4())
@@ -366,6 +415,11 @@ def test_merged_counters_never_go_back(old: Counters, new: Counters) -> None:
     for name in Counters.__struct_fields__:
         if name not in ("retrying", "scan_complete"):
             assert getattr(both, name) == max(getattr(old, name), getattr(new, name))
+
+
+def test_a_time_that_an_older_relay_stored_can_be_shown() -> None:
+    assert times.iso(253_402_300_799.9999995) == times.iso(1e15) == "9999-12-31T23:59:59.000000+00:00"
+    assert times.iso(-1e15) == "0001-01-01T00:00:00.000000+00:00"
 
 
 def test_globs_become_like_patterns_with_nothing_else_special() -> None:
