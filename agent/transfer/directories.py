@@ -11,14 +11,16 @@ from agent.storage.disks import DISK_MISSING, DISK_REPLACED
 from agent.storage.faults import fault
 from agent.transfer.budget import charge
 from agent.transfer.checksum import file_digest
+from agent.transfer.filled_places import FilledPlaces
 from agent.transfer.items import ItemPlanner
 from agent.transfer.jobs import FileJob, Group, GroupListed, LinkWanted, Outcome
 from agent.transfer.journal import DirectoryRow
-from agent.transfer.plan import DirectoryPlanner, Listing, Planned
+from agent.transfer.plan import DirectoryPlanner, Listing, Planned, split_path
 from agent.transfer.run import Run
 from agent.transfer.source_session import SessionLost
 from agent.transfer.storage_threads import StorageThreads
-from protocol.errors import NeedsPerson, RetryLater, TaskFailed, TowpathError
+from protocol.errors import ItemFailed, NeedsPerson, RetryLater, TaskFailed, TowpathError
+from protocol.names import format_path
 from protocol.session import Row
 
 # Round trips that overlap while directories are listed.
@@ -45,6 +47,9 @@ class DirectoryWalk:
     def __init__(self, run: Run) -> None:
         self._run = run
         self._threads = StorageThreads(run.context.root.features.file_system)
+        items = run.context.order.items or () if run.options.delete_destination_extra else ()
+        self._filled = FilledPlaces(items)
+        self._told_of_shared = False
 
     async def run(self) -> None:
         """Returns when everything is handed out."""
@@ -72,6 +77,7 @@ class DirectoryWalk:
             prefix=context.temporary_prefix,
             sweep=run.resumed,
             patience=context.patience,
+            filled=self._filled,
         )
         follow = run.options.recursive_symlinks == "copy"
         if (run.options.preserve_xattrs or run.options.preserve_acls) and not await self._prepare(planner, row):
@@ -164,12 +170,24 @@ class DirectoryWalk:
     async def _note_extra(self, group: Group, row: DirectoryRow, planner: DirectoryPlanner) -> None:
         """What cannot be looked through for a mirror's sake is an error of its own; nothing in it is deleted."""
         try:
-            await self._threads.run(planner.note_extra)
+            if not await self._threads.run(planner.note_extra):
+                self._tell_of_shared(row)
         except OSError as error:
             problem = fault(error, "destination", row.destination)
             if self._run.context.patience.is_passing(row.destination, problem):
                 raise problem from error
             self._failed(group, row, problem)
+
+    def _tell_of_shared(self, row: DirectoryRow) -> None:
+        if self._told_of_shared:
+            return
+        self._told_of_shared = True
+        subject = format_path(split_path(row.destination), directory=True)
+        sentence = (
+            f"Several items of the task lead to {subject[:1000]}, so that none of their sources alone says what "
+            "belongs there: nothing is deleted in such folders. Mirror them in tasks of their own, or from one folder."
+        )
+        self._run.context.on_fault(ItemFailed(sentence, code="EXTRA_NOT_DELETED", who="you", subject=subject))
 
     async def _not_opened(self, row: DirectoryRow, error: TowpathError) -> None:
         """The destination directory cannot be used: an error of its own, unless it concerns the whole task."""

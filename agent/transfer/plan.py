@@ -20,6 +20,7 @@ from agent.storage.folding import fold_key
 from agent.storage.rules import included
 from agent.transfer.collisions import collision, losers
 from agent.transfer.compare import Decision, decide
+from agent.transfer.filled_places import FilledPlaces
 from agent.transfer.hard_links import is_shared, shared_name
 from agent.transfer.jobs import FileJob, Group, ListFate, SharedName
 from agent.transfer.journal import (
@@ -73,6 +74,7 @@ class DirectoryPlanner:
         prefix: bytes,
         sweep: bool,
         patience: Patience,
+        filled: FilledPlaces | None = None,
     ) -> None:
         self._root = root
         self._journal = journal
@@ -81,6 +83,7 @@ class DirectoryPlanner:
         self._finished: dict[bytes, int] = {}
         self._fresh = False
         self._names: set[bytes] | None = set() if options.delete_destination_extra else None
+        self._filled = filled or FilledPlaces(())
         self._prefix = prefix
         self._sweep = sweep
         # Whether names may be one name at the destination: all rows must then come to `plan` at once.
@@ -102,6 +105,9 @@ class DirectoryPlanner:
                 self._finished = self._journal.finished(self._row.id)
                 sweep_temporaries(handle, self._prefix, self._journal.partial_temporaries(self._row.id))
             collect_orphans(handle, time.time_ns())
+            if self._names is not None:
+                # What an earlier run found missing may be at the source by now, and this listing not come to its end.
+                self._journal.put_extras(self._row.destination, ())
             self.folds = handle.folds(self._prefix)
             self.group.empty = next(handle.scan(reserved=True), None) is None
             self._fresh = self.group.empty and not self._finished
@@ -216,23 +222,28 @@ class DirectoryPlanner:
             raise problem from error
         return problem
 
-    def note_extra(self) -> None:
-        """After the last row: remember what the source does not have (`agent.transfer.mirror` deletes it). Raises
-        OSError."""
+    def note_extra(self) -> bool:
+        """After the last row: remember what the source does not have (`agent.transfer.mirror` deletes it). False where
+        there is something that may be another item's. Raises OSError."""
         if self._names is None:
-            return
+            return True
         rules = self._options.filter_rules
         # What may be a name of the source in another spelling is not deleted.
         spelled = fold_key if self.folds else bytes
         names = {spelled(name) for name in self._names}
-        self._journal.put_extras(
-            self._row.destination,
-            [
-                node.name
-                for node in self.group.handle.scan()
-                if spelled(node.name) not in names and included(rules, node.name, node.kind == "dir")
-            ],
-        )
+        path = split_path(self._row.destination)
+        others = self._filled.names(path)
+        extras = [
+            node.name
+            for node in self.group.handle.scan()
+            if spelled(node.name) not in names
+            and fold_key(node.name) not in others
+            and included(rules, node.name, node.kind == "dir")
+        ]
+        if extras and self._filled.several(path):
+            return False
+        self._journal.put_extras(self._row.destination, extras)
+        return True
 
 
 def count_finished(group: Group, row: Row, outcome: int, *, verified: bool, shared: bool = False) -> None:

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import errno
 import os
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from agent.storage.faulty import Call, fail_nth
-from protocol.control import FilterRule, TaskOptions
+from agent.storage.posix import open_root
+from agent.transfer.journal import Journal
+from agent.transfer.patience import Patience
+from agent.transfer.plan import DirectoryPlanner
+from protocol.control import FilterRule, TaskItem, TaskOptions
+from protocol.session import FILE, Row
 from tests.agent.engine_inside import Crashed, Engine, contents, quick_path
 
 __all__ = ["quick_path"]
@@ -161,3 +167,67 @@ async def test_a_folder_that_may_not_be_looked_through_is_an_error_of_its_own(qu
     assert (observed.state, observed.counters.failed) == ("FAILED", 1)
     assert "PERMISSION_DENIED" in engine.codes()
     assert contents(engine.destination) == {"file": b"content", "extra": b"extra"}
+
+
+def _item(source: str, destination: str, *, recursive: bool | None = True) -> TaskItem:
+    return TaskItem(source_path=source, destination_path=destination, recursive=recursive)
+
+
+def _fill(place: Path, *names: str) -> None:
+    for name in names:
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / name).write_bytes(b"content")
+
+
+async def test_what_other_items_put_into_a_folder_is_not_deleted(quick_path: Path) -> None:
+    items = [
+        _item("/a", "/x"),
+        _item("/b", "/x/sub"),
+        _item("/c", "/x/deep/er"),
+        _item("/file", "/x/file", recursive=None),
+    ]
+    for time in range(2):
+        # The second time everything is there when it is looked for.
+        engine = Engine(quick_path, MIRROR, items=items)
+        engine.state = quick_path / f"state {time}"
+        engine.state.mkdir()
+        _fill(engine.source, "a/one", "b/two", "c/three", "file")
+        _fill(engine.destination, "x/old")
+        observed = await engine.run()
+        assert (observed.state, observed.counters.deleted) == ("SUCCEEDED", 1)
+        found = {name for name, content in contents(engine.destination).items() if content != "folder"}
+        assert found == {"x/one", "x/sub/two", "x/deep/er/three", "x/file"}
+        assert engine.codes().count("EXTRA_NOT_DELETED") == 0
+
+
+async def test_in_a_folder_that_several_items_fill_nothing_is_deleted(quick_path: Path) -> None:
+    items = [_item("/a", "/x"), _item("/b", "/x"), _item("/c", "/y")]
+    engine = Engine(quick_path, MIRROR, items=items)
+    _fill(engine.source, "a/one", "b/two", "b/sub/four", "c/three")
+    _fill(engine.destination, "x/one", "x/two", "x/old", "x/sub/old", "y/old")
+    observed = await engine.run()
+    assert (observed.state, observed.counters.deleted) == ("SUCCEEDED", 1)
+    found = {name for name, content in contents(engine.destination).items() if content != "folder"}
+    assert found == {"x/one", "x/two", "x/old", "x/sub/four", "x/sub/old", "y/three"}
+    assert engine.codes().count("EXTRA_NOT_DELETED") == 1
+
+
+def test_what_was_missing_once_is_not_deleted_when_the_next_listing_breaks_off(tmp_path: Path) -> None:
+    """A name that came to the source between two runs would be deleted right after it was brought over."""
+    _fill(tmp_path, "one", "two")
+    journal = Journal(tmp_path.parent / "journal.sqlite")
+    with closing(journal), open_root(str(tmp_path)) as root:
+        journal.add_directories([(0, b"", b"", 0, [])])
+        row = journal.next_directory()
+        assert row is not None
+        rows = [Row(name, FILE, 7, 0, 0, 1, index, 0o644) for index, name in enumerate((b"one", b"two"))]
+        for listed, whole in ((rows[:1], True), (rows, False)):
+            planner = DirectoryPlanner(
+                root, journal, MIRROR, row, prefix=b".towpath.t.", sweep=True, patience=Patience()
+            )
+            planner.take(listed)
+            if whole:
+                planner.note_extra()
+                assert list(journal.extras()) == [(b"", b"two")]
+            planner.group.handle.close()
+        assert list(journal.extras()) == []

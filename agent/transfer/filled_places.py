@@ -1,0 +1,55 @@
+"""What a mirror must not delete although the folder it looks at lacks it at the source: what other items of the same
+task put there. Pure."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+
+from agent.storage.folding import fold_key
+from protocol.control import TaskItem
+from protocol.errors import ProtocolError
+from protocol.names import CollectionPath, parse_path_untrusted
+
+
+class FilledPlaces:
+    """Where the items of a task lead to. Names that differ in case or Unicode form only count as one name: whether they
+    are, the destination knows, and a name too many is only one that is not deleted."""
+
+    def __init__(self, items: Iterable[TaskItem]) -> None:
+        paths: Counter[CollectionPath] = Counter()
+        folders: Counter[CollectionPath] = Counter()
+        for item in items:
+            try:
+                path = _folded(parse_path_untrusted(item.destination_path))
+            except ProtocolError:
+                # One whose name cannot be fails by itself.
+                continue
+            paths[path] += 1
+            folders[path] += item.recursive is not False
+        self._below: defaultdict[CollectionPath, set[bytes]] = defaultdict(set)
+        for path in paths:
+            for depth in range(len(path)):
+                self._below[path[:depth]].add(path[depth])
+        # Folders of items that lie in another one's, or are another one's.
+        self._shared = {
+            path
+            for path, count in folders.items()
+            if count > 1 or (count and any(folders.get(path[:depth]) for depth in range(len(path))))
+        }
+
+    def names(self, folder: CollectionPath) -> set[bytes]:
+        """The folded names in a folder of the destination that items lead to or through."""
+        return self._below.get(_folded(folder), set())
+
+    def several(self, folder: CollectionPath) -> bool:
+        """Whether a folder of the destination may get something of several items: none of their sources alone says what
+        belongs in it."""
+        if not self._shared:
+            return False
+        path = _folded(folder)
+        return any(path[:depth] in self._shared for depth in range(len(path) + 1))
+
+
+def _folded(path: CollectionPath) -> CollectionPath:
+    return tuple(map(fold_key, path))
