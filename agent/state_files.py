@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 from agent.storage.mounts import is_local, mount_of
-from agent.system.files import CLOEXEC, DIRECTORY
+from agent.system.files import CLOEXEC, DIRECTORY, NO_FOLDER_SYNC
 
 
 def file_system_of(directory: Path) -> str:
@@ -55,5 +55,9 @@ def sync_names(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NO_FOLDER_SYNC:
+            raise
+        os.sync()
     finally:
         os.close(descriptor)

@@ -7,6 +7,7 @@ SHA-256 of its SubjectPublicKeyInfo (RFC 7469's pin), which tickets carry.
 from __future__ import annotations
 
 import datetime
+import errno
 import hashlib
 import os
 import secrets
@@ -38,6 +39,11 @@ def write_private_file(path: Path, data: bytes) -> None:
     directory = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(directory)
+    except OSError as error:
+        # File systems without a sync of folders: shared folders of virtual machines, some file servers.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        os.sync()
     finally:
         os.close(directory)
 

@@ -9,7 +9,9 @@ import sys
 import time
 from collections.abc import Callable
 
+from agent.storage import libc
 from agent.storage.base import PERMISSION_BITS, NotRegularFile, checked_time, component
+from agent.system.files import NO_FOLDER_SYNC
 
 # O_PATH needs no read permission on folders that are only passed through (0711 home directories).
 PATH_ONLY: int | None = getattr(os, "O_PATH", None)
@@ -31,6 +33,8 @@ CREATE = os.O_RDWR | os.O_CREAT | os.O_EXCL | _ALWAYS
 # What kernels say when O_NOFOLLOW meets a symlink (Linux, macOS, FreeBSD); ENOTDIR only with O_DIRECTORY.
 LINK = frozenset({errno.ELOOP, errno.EMLINK})
 PERHAPS_LINK = LINK | {errno.ENOTDIR}
+# How file systems of macOS that are not Apple's own refuse a sync through the drive's cache.
+_NO_FULL_SYNC = frozenset({errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL})
 
 
 def os_error(code: int) -> OSError:
@@ -136,13 +140,19 @@ def sync_handle(fd: int) -> None:
         import fcntl
 
         # fsync on macOS only reaches the drive's cache.
-        fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+        try:
+            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+        except OSError as error:
+            if error.errno not in _NO_FULL_SYNC:
+                raise
+            os.fsync(fd)
     else:
         os.fsync(fd)
 
 
 def sync_folder(fd: int) -> None:
-    """Make the entries of a folder durable, given any handle of it."""
+    """Make the entries of a folder durable, given any handle of it; together with all else where its file system knows
+    no such step for a folder alone."""
     try:
         handle = os.open(b".", FOLDER, dir_fd=fd)
     except PermissionError:
@@ -151,5 +161,12 @@ def sync_folder(fd: int) -> None:
         return
     try:
         sync_handle(handle)
+    except OSError as error:
+        if error.errno not in NO_FOLDER_SYNC:
+            raise
+        if libc.has_syncfs():
+            libc.syncfs(handle)
+        else:
+            os.sync()
     finally:
         os.close(handle)
