@@ -63,6 +63,8 @@ class Reuse:
             blocks = [range(offset // file.block, -(-(offset + length) // file.block)) for offset, length in ranges]
             if blocks and await self._promises(root, descriptor, blocks):
                 for few in blocks:
+                    if self._file.failed:
+                        break
                     await self._take_same(root, descriptor, few)
         except SessionLost:
             raise
@@ -70,7 +72,9 @@ class Reuse:
             # Whatever stands in the way of this stands in the way of nothing else: the rest is sent.
             return
         finally:
-            await trio.to_thread.run_sync(root.close_file, descriptor)
+            # Also at the end of a run, when nothing waits for a thread any more.
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(root.close_file, descriptor)
 
     async def _promises(self, root: Root, descriptor: int, blocks: list[range]) -> bool:
         places = spread(blocks, SAMPLES)
@@ -94,6 +98,9 @@ class Reuse:
             await self._run.budget.acquire(length)
             same = False
             try:
+                if file.failed:
+                    # What was taken over counts as far as it was checked; the rest is not worth reading now.
+                    return
                 same = await trio.to_thread.run_sync(self._take, root, descriptor, index, theirs)
             finally:
                 if not same:

@@ -480,6 +480,20 @@ def _holds(error: BaseException, kind: type[BaseException]) -> bool:
     return isinstance(error, kind)
 
 
+def open_files(below: Path) -> list[str]:
+    """Files in a folder that this process has open, removed ones among them."""
+    if not os.path.isdir("/proc/self/fd"):
+        return []
+    found = []
+    for number in os.listdir("/proc/self/fd"):
+        # The handle of the listing itself is gone by now.
+        with contextlib.suppress(FileNotFoundError):
+            place = os.readlink(f"/proc/self/fd/{number}")
+            if place.startswith(f"{below}/") and not os.path.isdir(place):
+                found.append(place)
+    return found
+
+
 def contents(root: Path, *, temporaries: bool = True) -> dict[str, bytes | str]:
     """Every name below a folder with its content, target or kind; times and modes apart. While a task runs, temporaries
     may go at any moment: then without them."""

@@ -3,7 +3,6 @@ task comes to its end."""
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import shutil
@@ -20,7 +19,7 @@ import trio
 from agent.storage.faulty import Call, fail_nth
 from agent.transfer import arrivals, patience
 from protocol.control import TaskOptions
-from tests.agent.engine_inside import Crashed, Engine, contents, quick_path
+from tests.agent.engine_inside import Crashed, Engine, contents, open_files, quick_path
 from tests.slices import chosen_seeds
 
 __all__ = ["quick_path"]
@@ -316,20 +315,6 @@ async def test_a_source_that_goes_while_its_lanes_still_bring_something(quick_pa
     assert engine.sessions == 3
     # A task may be interrupted for as long as it runs: nothing of the runs before stays open.
     assert not open_files(engine.destination)
-
-
-def open_files(below: Path) -> list[str]:
-    """Files in a folder that this process has open, removed ones among them."""
-    if not os.path.isdir("/proc/self/fd"):
-        return []
-    found = []
-    for number in os.listdir("/proc/self/fd"):
-        # The handle of the listing itself is gone by now.
-        with contextlib.suppress(FileNotFoundError):
-            place = os.readlink(f"/proc/self/fd/{number}")
-            if place.startswith(f"{below}/") and not os.path.isdir(place):
-                found.append(place)
-    return found
 
 
 async def chaos(base: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from agent.storage.faulty import Call, FaultyRoot, fail_nth
 from agent.transfer.jobs import LargeFile
 from agent.transfer.reuse import SAMPLES, Reuse, spread
 from agent.transfer.run import Run
-from tests.agent.engine_inside import CHECKED, Crashed, Engine, contents, quick_path
+from tests.agent.engine_inside import CHECKED, Crashed, Engine, contents, open_files, quick_path
 from tests.agent.small_disks import Disk, needs_root, unmounting
 
 __all__ = ["quick_path"]
@@ -113,6 +114,33 @@ async def test_crashes_and_faults_on_the_way(quick_path: Path) -> None:
             assert contents(engine.destination) == contents(engine.source), number
             assert engine.temporaries() == []
     print(f"calls: {len(plain.calls)}, crashes and faults: {2 * len(numbers)}")
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC], ids=errno.errorcode.get)
+async def test_a_file_that_failed_is_not_read_to_its_end(
+    quick_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """Neither when it is to be tried again nor when the run ends, and nothing of it stays open."""
+    taken: list[LargeFile] = []
+    take = Reuse._take
+
+    def taking(self: Reuse, root: Root, descriptor: int, index: int, theirs: bytes) -> bool:
+        file = self._file
+        taken.append(file)
+        if taken[0] is file and len(taken) > 1:
+            # The first block is being checked, and cannot be.
+            give_up = time.monotonic() + 10
+            while not (file.failed if code == errno.EIO else self._run.stopping) and time.monotonic() < give_up:
+                time.sleep(0.001)
+        return take(self, root, descriptor, index, theirs)
+
+    monkeypatch.setattr(Reuse, "_take", taking)
+    engine = await changed(quick_path, plan=fail_nth(1, code, "fsync"))
+    observed = await engine.run()
+    assert observed.state == "SUCCEEDED", observed
+    assert contents(engine.destination) == contents(engine.source)
+    assert taken.count(taken[0]) == 2, [taken.count(file) for file in set(taken)]
+    assert not open_files(engine.destination)
 
 
 @given(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 40)), min_size=1, max_size=20), st.integers(1, 9))
