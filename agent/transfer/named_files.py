@@ -3,6 +3,7 @@
 The journal then has a part whose temporary is gone. Whether what has the name now is that file is found out by nothing
 but its content: an inode's number may be another file's by now, and so may a time. The source says the digests of all
 blocks, as `agent.transfer.reuse` asks for them, and what is here is read past the page cache where that is possible.
+Attributes or an access list that it has not, as when the file system refused them, it is given once more.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from stat import S_IMODE
 import trio
 
 from agent.storage import page_cache
+from agent.transfer.attributes import give_access_list, give_attributes
 from agent.transfer.checksum import block_digests, file_digest
 from agent.transfer.compare import missing_ranges
 from agent.transfer.holes import WORTH_ASKING, data_extents, mark_holes
@@ -19,6 +21,7 @@ from agent.transfer.jobs import FileJob, LargeFile, NameFound, count_done, empty
 from agent.transfer.journal import PartialRow, bytes_done
 from agent.transfer.reuse import DIGESTS_AT_ONCE
 from agent.transfer.run import Run
+from agent.transfer.small_files import OWNER_ACCESS
 from agent.transfer.source_session import SessionLost
 from protocol.errors import TowpathError
 from protocol.session import BLOCK_DIGESTS, EXTENTS, DigestBlocks
@@ -42,6 +45,8 @@ class _Look:
         self._run, self._root = run, run.context.root
         self._job, self._known = job, known
         self._descriptor = -1
+        # Whether it has not all attributes that it is to have, or not its access list.
+        self._lacks = False
 
     async def result(self) -> NameFound | None:
         job, known = self._job, self._known
@@ -53,6 +58,8 @@ class _Look:
             checksum = await trio.to_thread.run_sync(self._published_digest)
             if job.external_checksum is not None and checksum != job.external_checksum.lower():
                 return None
+            if self._lacks:
+                await trio.to_thread.run_sync(self._give_again)
             if job.shared:
                 status = await trio.to_thread.run_sync(self._root.fstat, self._descriptor)
                 job.place = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
@@ -62,7 +69,8 @@ class _Look:
             # Whatever is wrong with the source or its file, reading it says so, and whether it passes.
             return None
         finally:
-            await trio.to_thread.run_sync(self._root.close_file, self._descriptor)
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(self._root.close_file, self._descriptor)
         settled = bytes_done(known)
         file = LargeFile(job, known.temporary, -1, known.block, known.done, count_done(known.done), settled)
         # What arrived after the journal's last word.
@@ -70,28 +78,41 @@ class _Look:
         return NameFound(file, checksum)
 
     def _could_be(self) -> bool:
-        """Whether all but the content is as sealing leaves a file, which is done before it gets its name."""
+        """Whether all but the content is as sealing leaves a file, which is done before it gets its name; refusals
+        counted in."""
         row, options, root = self._job.row, self._run.options, self._root
         status = root.fstat(self._descriptor)
         # To the nanosecond, but for file systems that keep whole seconds.
         times = (row.mtime_ns, row.mtime_ns // 10**9 * 10**9)
-        if status.st_size != row.size or S_IMODE(status.st_mode) != self._job.mode(self._run.context.mode_mask):
+        if status.st_size != row.size or not self._has_rights(S_IMODE(status.st_mode)):
             return False
         if options.preserve_timestamp and status.st_mtime_ns not in times:
             return False
-        if not self._has_list():
-            return False
         if self._job.attributes:
             found = root.get_attributes(self._descriptor).attributes
-            return set(found) >= set(self._job.attributes)
+            self._lacks |= not set(found) >= set(self._job.attributes)
         return True
 
-    def _has_list(self) -> bool:
-        wanted = self._job.access
-        if wanted is None:
+    def _has_rights(self, mode: int) -> bool:
+        """Whether its mode is right, and its access list; or as it is where a list was refused."""
+        job, mode_mask, wanted = self._job, self._run.context.mode_mask, self._job.access
+        found = b"" if wanted is None else self._root.get_access_lists(self._descriptor).access
+        if mode == job.mode(mode_mask) and found == (wanted.packed if wanted is not None and wanted.extended else b""):
             return True
-        found = self._root.get_access_lists(self._descriptor).access
-        return found == (wanted.packed if wanted.extended else b"")
+        self._lacks = wanted is not None and not found and mode == job.row.mode & mode_mask
+        return self._lacks
+
+    def _give_again(self) -> None:
+        """What it lacks, in the order of sealing; what is refused now is told and counted. Raises OSError."""
+        root, job, mode_mask = self._root, self._job, self._run.context.mode_mask
+        if job.attributes:
+            root.fchmod(self._descriptor, OWNER_ACCESS)
+            give_attributes(root, job, self._descriptor, self._run.attribute_refused)
+        if job.access is None:
+            root.fchmod(self._descriptor, job.mode(mode_mask))
+        else:
+            give_access_list(root, job, self._descriptor, mode_mask, self._run.attribute_refused)
+        root.fsync(self._descriptor)
 
     async def _has_all_blocks(self) -> bool:
         """Whether every block is on the disk as the source has it."""

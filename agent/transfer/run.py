@@ -79,7 +79,8 @@ class SharedNames(Protocol):
 
 
 class Run(Reports, Protocol):
-    """See the module. But for `Reports`, `settle` and `temporary_name`, all is for the trio thread."""
+    """See the module. But for `Reports`, `settle`, `temporary_name` and `attribute_refused`, all is for the
+    trio thread."""
 
     context: RunContext
     options: TaskOptions
@@ -117,6 +118,9 @@ class Run(Reports, Protocol):
 
     async def read_folder_attributes(self, group: Group) -> TowpathError | None:
         """Take over those of a folder itself, and its access lists; why the source could not look at them."""
+
+    def attribute_refused(self, job: FileJob, error: OSError, code: str) -> None:
+        """The destination did not take an attribute or an access list: an event with this code. Any thread may call."""
 
     async def offer(self) -> None:
         """Nothing more comes for the moment: hand out what has been collected if a lane waits for it."""

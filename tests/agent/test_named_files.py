@@ -15,6 +15,7 @@ import msgspec
 import pytest
 
 from agent.storage import attributes
+from agent.storage.access_lists import AccessList
 from agent.storage.faulty import Call, Plan, no_faults
 from agent.transfer import arrivals, holes
 from agent.transfer.jobs import LargeFile
@@ -65,6 +66,17 @@ def dies_after_renaming(nth: int) -> Plan:
     return plan
 
 
+LIST = "system.posix_acl_access"
+
+
+def give_list(path: Path, may: int = 4) -> None:
+    """A list that names an account of nobody, which shows the mode that the file has."""
+    try:
+        os.setxattr(path, LIST, AccessList(6, 4, 0, users=((54321, may),), mask=4).packed())
+    except OSError as error:
+        pytest.skip(f"this file system keeps no access lists: {error}")
+
+
 def fill(engine: Engine) -> None:
     path = engine.source / "large"
     path.write_bytes(os.urandom(SIZE))
@@ -74,12 +86,26 @@ def fill(engine: Engine) -> None:
     os.utime(path, ns=(0, 1_600_000_000_123_456_789))
 
 
+def refusing(operation: str, code: int, plan: Plan = no_faults) -> Plan:
+    """Each call of this operation is refused; the others go as planned."""
+    return lambda call: code if call.operation == operation else plan(call)
+
+
 async def named(
-    base: Path, options: TaskOptions = CHECKED, items: list[TaskItem] = WHOLE, *, names: Sequence[str] = ()
+    base: Path,
+    options: TaskOptions = CHECKED,
+    items: list[TaskItem] = WHOLE,
+    *,
+    names: Sequence[str] = (),
+    refused: str = "",
 ) -> Engine:
-    """An engine that died when a large file had been renamed, with a part of it in its journal."""
-    engine = Engine(base, options, items, plan=dies_after_renaming(1))
+    """An engine that died when a large file had been renamed, with a part of it in its journal; what is ``refused`` was
+    so until then."""
+    engine = Engine(base, options, items, plan=refusing(refused, errno.EPERM, dies_after_renaming(1)))
+    engine.numbers = options.preserve_acls
     fill(engine)
+    if options.preserve_acls:
+        give_list(engine.source / "large")
     for name in names:
         os.link(engine.source / "large", engine.source / name)
     with pytest.raises(Crashed):
@@ -93,10 +119,11 @@ async def named(
     return engine
 
 
-async def finished(engine: Engine, *, again: bool = False, plan: Plan = no_faults) -> Engine:
+async def finished(engine: Engine, *, again: bool = False, plan: Plan = no_faults, **counted: int) -> Engine:
     """What comes after: it ends well, and the content of the file comes ``again`` or not."""
     before = received(engine)
     after = engine.revived(plan)
+    after.numbers = engine.numbers
     observed = await after.run()
     assert observed.state == "SUCCEEDED", observed
     assert contents(after.destination) == contents(after.source)
@@ -109,6 +136,7 @@ async def finished(engine: Engine, *, again: bool = False, plan: Plan = no_fault
     sent = received(after) - before
     assert sent == SIZE if again else sent == 0
     check_books(after, observed.counters)
+    assert {name: getattr(observed.counters, name) for name in counted} == counted
     assert observed.counters.bytes_sent_again <= (SIZE if again else 0)
     return after
 
@@ -263,13 +291,45 @@ async def test_a_longer_file_of_the_same_blocks_is_replaced(quick_path: Path, mo
     await finished(engine, again=True)
 
 
-async def test_an_attribute_is_missing(quick_path: Path) -> None:
+@pytest.mark.parametrize("still", [True, False])
+async def test_attributes_that_were_refused_cost_no_content(quick_path: Path, still: bool) -> None:
+    """They are given once more; what is refused again is counted, once."""
     if not attributes.usable():
         pytest.skip("this system has no extended attributes")
-    engine = await named(quick_path, msgspec.structs.replace(CHECKED, preserve_xattrs=True))
-    os.removexattr(engine.destination / "large", "user.note")
-    await finished(engine, again=True)
-    assert os.getxattr(engine.destination / "large", "user.note") == b"a note"
+    options = msgspec.structs.replace(CHECKED, preserve_xattrs=True)
+    engine = await named(quick_path, options, refused="set_attribute")
+    after = await finished(
+        engine, plan=refusing("set_attribute" if still else "", errno.EPERM), xattrs_left_out=int(still)
+    )
+    assert os.listxattr(after.destination / "large") == ([] if still else ["user.note"])
+    assert "ATTRIBUTES_LEFT_OUT" in after.codes()
+
+
+@pytest.mark.parametrize("still", [True, False])
+async def test_a_list_that_was_refused_costs_no_content(quick_path: Path, still: bool) -> None:
+    options = msgspec.structs.replace(CHECKED, preserve_acls=True)
+    engine = await named(quick_path, options, refused="set_access_list")
+    assert LIST not in os.listxattr(engine.destination / "large")
+    after = await finished(
+        engine,
+        plan=refusing("set_access_list" if still else "", errno.EPERM),
+        acls_kept=int(not still),
+        acls_refused=int(still),
+    )
+    assert (LIST in os.listxattr(after.destination / "large")) is not still
+
+
+async def test_a_list_that_was_kept_costs_no_content(quick_path: Path) -> None:
+    engine = await named(quick_path, msgspec.structs.replace(CHECKED, preserve_acls=True))
+    after = await finished(engine, acls_kept=1)
+    assert LIST in os.listxattr(after.destination / "large")
+
+
+async def test_a_list_of_somebody_else_is_not_this_files(quick_path: Path) -> None:
+    engine = await named(quick_path, msgspec.structs.replace(CHECKED, preserve_acls=True))
+    give_list(engine.destination / "large", 6)
+    after = await finished(engine, again=True)
+    assert os.getxattr(after.destination / "large", LIST) == os.getxattr(after.source / "large", LIST)
 
 
 async def test_a_source_that_says_no_digests_sends_it_again(quick_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
