@@ -5,6 +5,8 @@ from __future__ import annotations
 # What may pass at once after a pause: so many seconds' worth, and never less than a few packets.
 BURST_SECONDS = 0.1
 LEAST_BURST = 16 * 1024
+# Who waits when the rate changes waits no longer than this from then on (seconds).
+MOST_WAIT = 2.0
 
 
 class TokenBucket:
@@ -18,9 +20,12 @@ class TokenBucket:
         self._since = now
 
     def set_rate(self, rate: float | None, now: float) -> None:
-        """Go on at another rate; what has been earned so far stays."""
+        """Go on at another rate; what has been earned so far stays. Whoever waits is not kept for minutes by a much
+        lower one: nothing can end a thread that waits here."""
         self._earn(now)
         self.rate = rate
+        if rate is not None:
+            self._allowed = max(self._allowed, self._spent - rate * MOST_WAIT)
 
     def reserve(self, amount: int, now: float) -> int:
         """Ask for some bytes; `delay` tells with the number that comes back when they may pass."""

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from agent.config.keys import BandwidthConfig, BandwidthEntry, LimitsConfig
 from agent.limits.allotment import Allotment, Allowance, in_force
-from agent.limits.bucket import BURST_SECONDS, LEAST_BURST, TokenBucket
+from agent.limits.bucket import BURST_SECONDS, LEAST_BURST, MOST_WAIT, TokenBucket
 from agent.limits.pace import Pace
 from agent.limits.processor import LEAST_RATE, Governor
 from agent.limits.rate import parse_rate, rate_text
@@ -127,6 +127,21 @@ def test_a_pause_earns_one_burst_and_no_more() -> None:
     drain(bucket, [50_000], 0.0)
     number = bucket.reserve(1_100_000, 3600.0)
     assert bucket.delay(number, 3600.0) == pytest.approx(1.0)
+
+
+def test_a_much_lower_rate_keeps_nobody_waiting_for_minutes() -> None:
+    """Sixteen lanes wait a moment for their pieces when the rate is lowered: none of them could be ended for over an
+    hour."""
+    bucket = TokenBucket(20_000_000, 0.0)
+    waiting = [bucket.reserve(256 * 1024, 0.0) for _ in range(16)]
+    before = bucket.delay(waiting[-1], 0.0)
+    bucket.set_rate(10_000_000, 0.0)
+    # What was asked for is paid for all the same.
+    assert bucket.delay(waiting[-1], 0.0) == pytest.approx(2 * before)
+    bucket.set_rate(1000, 0.0)
+    assert bucket.delay(waiting[-1], 0.0) == pytest.approx(MOST_WAIT)
+    # From then on the new rate holds.
+    assert bucket.delay(bucket.reserve(1000, 0.0), 0.0) == pytest.approx(MOST_WAIT + 1)
 
 
 def test_those_who_wait_pass_in_order_and_see_a_new_rate() -> None:
