@@ -177,9 +177,6 @@ class TransferRun:
         context = self.context
         if self.options.delete_destination_extra:
             await trio.to_thread.run_sync(self._mirror.run)
-        if self.options.preserve_timestamp:
-            rows = context.journal.directories_deepest_first()
-            await trio.to_thread.run_sync(set_directory_times, context.root, rows, context.patience)
         await trio.to_thread.run_sync(
             remove_left_behind,
             context.root,
@@ -188,6 +185,10 @@ class TransferRun:
             context.order.items or [],
             context.patience,
         )
+        # Last, because everything else changes them.
+        if self.options.preserve_timestamp:
+            rows = context.journal.directories_deepest_first()
+            await trio.to_thread.run_sync(set_directory_times, context.root, rows, context.patience)
 
     async def _end_elsewhere(self) -> None:
         """Afterwards no other process writes anything of this run."""

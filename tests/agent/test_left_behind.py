@@ -49,12 +49,15 @@ async def test_what_could_not_be_removed_is_gone_in_the_end(
         (engine.source / folder).mkdir()
         for number in range(6):
             (engine.source / folder / f"file-{number}").write_bytes(b"content of %d" % number)
+        os.utime(engine.source / folder, ns=(1, 10**18))
     (engine.source / "single").write_bytes(b"single")
     observed = await engine.run()
     assert observed.state == "SUCCEEDED", observed
     assert failed == {"rename": 12, "unlink": 12}
     assert contents(engine.destination) == contents(engine.source)
     assert engine.temporaries() == []
+    # Removing the last of them has changed the folders once more.
+    assert {(engine.destination / folder).stat().st_mtime_ns for folder in ("a", "b")} == {10**18}
 
 
 SIZE = 40 * 1024 * 1024
