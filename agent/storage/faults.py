@@ -89,7 +89,9 @@ def fault(error: OSError, side: Side, path: CollectionPath | bytes | str) -> Tow
         return ItemFailed(f"{what} {error.strerror}.", code="ILLEGAL_NAME", subject=subject)
     if number == errno.ENOENT:
         code = "FILE_NOT_FOUND" if side else "NOT_FOUND"
-        return ItemFailed(f"{what} does not exist.", code=code, subject=subject)
+        # A folder that somebody removes under a transfer is no fault of the source's.
+        mends = who if side == "destination" else ""
+        return ItemFailed(f"{what} does not exist.", code=code, who=mends, subject=subject)
     if number == errno.ENOSPC:
         sentence = f"The disk is full: {what} could not be written. Free some space; the work then goes on by itself."
         return NeedsPerson(sentence, code="NO_SPACE", who=who, subject=subject)

@@ -6,10 +6,10 @@ missed, because items it had begun are in the journal.
 
 from __future__ import annotations
 
-import fnmatch
 import threading
 from collections.abc import Callable, Iterator
 
+from agent.storage import rules
 from agent.storage.base import Directory, Node, Root
 from agent.storage.faults import fault
 from agent.transfer.journal import Journal
@@ -112,11 +112,8 @@ class DeleteRun:
             parent.sync()
 
     def _matching(self, parent: Directory, last: bytes) -> Iterator[Node]:
-        if self._options.interpret_globs and any(sign in last for sign in b"*?["):
-            for node in parent.scan():
-                hidden = node.name.startswith(b".") and not last.startswith(b".")
-                if not hidden and fnmatch.fnmatchcase(node.name, last):
-                    yield node
+        if self._options.interpret_globs and rules.has_wildcards(last):
+            yield from (node for node in parent.scan() if rules.shell_matches(last, node.name))
             return
         try:
             yield parent.lstat(last)

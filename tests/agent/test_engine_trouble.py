@@ -3,6 +3,7 @@ What the task says meanwhile, that it goes on by itself, and that nothing wrong 
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import threading
@@ -14,7 +15,7 @@ import pytest
 
 from agent.storage import page_cache
 from agent.storage.base import Root
-from agent.storage.faulty import Call
+from agent.storage.faulty import Call, fail_nth
 from agent.storage.mounts import Mark
 from agent.storage.posix import open_root
 from agent.transfer.remove import remove_entry
@@ -331,6 +332,29 @@ async def test_a_very_deep_tree_arrives_and_can_be_deleted(quick_path: Path, dep
         assert gone.state == "SUCCEEDED", gone
         assert gone.counters.deleted == depth + 1
         assert list(folder.iterdir()) == []
+
+
+async def test_wildcards_of_a_delete_stand_for_characters(quick_path: Path) -> None:
+    """As for every other pattern. Taken for bytes, two of them would name one letter, and delete what was not meant."""
+    items = [TaskItem(source_path="/??.txt"), TaskItem(source_path="/[é-î]x")]
+    remover = Engine(quick_path, TaskOptions(recursive=True, interpret_globs=True), items, type="DELETE")
+    for name in ("é.txt", "ab.txt", "éb.txt", ".a.txt", "êx", "Ãx", "zx"):
+        (remover.destination / name).write_bytes(b"")
+    observed = await remover.run()
+    assert observed.state == "SUCCEEDED", observed
+    assert set(contents(remover.destination)) == {"é.txt", ".a.txt", "Ãx", "zx"}
+
+
+async def test_what_goes_wrong_at_the_destination_is_no_error_of_the_source(quick_path: Path) -> None:
+    """Somebody removes the folder into which files come: skipped as errors of the source, the task would have
+    succeeded."""
+    engine = Engine(
+        quick_path, TaskOptions(skip_source_errors=True), plan=fail_nth(1, errno.ENOENT, "create_temporary", times=0)
+    )
+    (engine.source / "small").write_bytes(b"small")
+    (engine.source / "large").write_bytes(bytes(2 * MIB))
+    observed = await engine.run()
+    assert (observed.state, observed.counters.failed, observed.counters.skipped_errors) == ("FAILED", 2, 0)
 
 
 def dig(folder: Path, depth: int) -> None:

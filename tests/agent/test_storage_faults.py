@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="memory 
 @pytest.mark.parametrize(
     ("code", "kind", "word", "who"),
     [
-        (errno.ENOENT, ItemFailed, "FILE_NOT_FOUND", ""),
+        (errno.ENOENT, ItemFailed, "FILE_NOT_FOUND", "destination owner"),
         (errno.EACCES, ItemFailed, "PERMISSION_DENIED", "destination owner"),
         (errno.EPERM, ItemFailed, "PERMISSION_DENIED", "destination owner"),
         (errno.EROFS, ItemFailed, "READ_ONLY", "destination owner"),
