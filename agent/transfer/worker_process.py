@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+import psutil
 import trio
 
 from agent.transfer.channel import Channel, ToDaemon
@@ -17,6 +18,10 @@ from agent.transfer.spawn import Forked, Spawned, spawn
 GRACE = 4.0
 # A spare worker is started this long (seconds) after the last one was taken, so that it does not slow that one down.
 REST = 2.0
+# Starting takes nearly half a second of a processor, so nothing is started while a worker computes for more than a
+# tenth of so many seconds. Most transfers are through before the longest wait; what begins beside a longer one finds a
+# spare worker again.
+LOOK, LONGEST_WAIT = 0.5, 20.0
 # A spare worker that nobody needed for so long (seconds) gives its memory back; the next transfer waits the third of a
 # second that a worker takes to start, and has a spare behind it again.
 NEEDED_WITHIN = 900.0
@@ -37,6 +42,7 @@ class Workers:
         self._processes = processes
         self._spare: _Process | None = None
         self._taken = trio.Event()
+        self._at_work: list[_Process] = []
 
     def adopt(self, spawned: Spawned) -> None:
         """Take over a worker that was started before there was this; it is the first to be used."""
@@ -46,7 +52,9 @@ class Workers:
         """Keep a spare worker, if one is wanted, until cancelled."""
         try:
             while self._want_spare:
-                await trio.sleep(REST)
+                await trio.sleep(REST - LOOK)
+                with trio.move_on_after(LONGEST_WAIT):
+                    await self._pause()
                 if self._spare is None:
                     try:
                         self._spare = await _start(self._processes)
@@ -61,6 +69,17 @@ class Workers:
                     await self._taken.wait()
         finally:
             await self._end_spare()
+
+    async def _pause(self) -> None:
+        """Wait until no worker computes: those that serve stay for a while when all is done, in case of a next time."""
+        while True:
+            before = self._computed()
+            await trio.sleep(LOOK)
+            if self._computed() - before < LOOK / 10:
+                return
+
+    def _computed(self) -> float:
+        return sum(processor_time(one.process.pid) for one in self._at_work)
 
     async def _end_spare(self) -> None:
         spare, self._spare = self._spare, None
@@ -78,11 +97,22 @@ class Workers:
             await _end(spare)
             spare = None
         one = spare or await _start(self._processes)
+        self._at_work.append(one)
         try:
             await one.channel.send(start)
             yield one.channel
         finally:
+            self._at_work.remove(one)
             await _end(one)
+
+
+def processor_time(pid: int) -> float:
+    """Seconds of processor time that a process has used, 0 for one that is gone."""
+    try:
+        times = psutil.Process(pid).cpu_times()
+    except psutil.Error:
+        return 0.0
+    return times.user + times.system
 
 
 async def _start(processes: int) -> _Process:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
+import os
 import socket
 import subprocess
 
@@ -17,13 +19,14 @@ from agent.transfer.channel import Channel, ChannelClosed, EventStored, ToWorker
 from agent.transfer.message_buffer import framed
 from agent.transfer.running_task import CrashPauses
 from agent.transfer.spawn import Spawned, spawn
-from agent.transfer.worker_process import Workers
+from agent.transfer.worker_process import Workers, processor_time
 from protocol.control import Counters
 
 
 @pytest.fixture(autouse=True)
 def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker_process, "REST", 0.0)
+    monkeypatch.setattr(worker_process, "REST", 0.01)
+    monkeypatch.setattr(worker_process, "LOOK", 0.01)
 
 
 async def _spare(workers: Workers) -> subprocess.Popen[bytes]:
@@ -102,6 +105,55 @@ async def test_a_spare_worker_that_cannot_be_started_now_is_started_later(monkey
         await _spare(workers)
         assert tries == 3
         nursery.cancel_scope.cancel()
+
+
+async def test_no_spare_worker_is_started_while_one_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    computed, looks, started = 0.0, 0, 0
+
+    def time_of(pid: int) -> float:
+        nonlocal computed, looks
+        looks += 1
+        if looks <= 6:
+            computed += 1.0
+        return computed
+
+    def counted(processes: int) -> Spawned:
+        nonlocal started
+        started += 1
+        # The first is the one at work, which was looked at three times before it rested.
+        assert started == 1 or looks == 8
+        return spawn(processes)
+
+    monkeypatch.setattr(worker_process, "processor_time", time_of)
+    monkeypatch.setattr(worker_process, "spawn", counted)
+    workers = Workers(spare=True)
+    async with trio.open_nursery() as nursery:
+        async with workers.worker(EventStored(seq=1)):
+            nursery.start_soon(workers.run)
+            await _spare(workers)
+        assert started == 2
+        nursery.cancel_scope.cancel()
+
+
+async def test_beside_one_that_computes_for_long_a_spare_worker_waits_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    computed = itertools.count()
+    monkeypatch.setattr(worker_process, "processor_time", lambda pid: float(next(computed)))
+    monkeypatch.setattr(worker_process, "LONGEST_WAIT", 0.05)
+    workers = Workers(spare=True)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(workers.run)
+        async with workers.worker(EventStored(seq=1)):
+            await _spare(workers)
+        nursery.cancel_scope.cancel()
+
+
+def test_processor_time_grows_while_a_process_computes() -> None:
+    before = processor_time(os.getpid())
+    while processor_time(os.getpid()) - before < 0.02:
+        continue
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    assert processor_time(gone.pid) == 0.0
 
 
 async def test_a_spare_worker_that_nobody_needs_ends_until_work_comes(monkeypatch: pytest.MonkeyPatch) -> None:
