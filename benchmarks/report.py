@@ -16,6 +16,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+# What our rows begin with.
+NAME = "Towpath"
 LANE = "bare lane"
 DISK = "the disk alone"
 
@@ -104,7 +106,8 @@ GOALS = {
 
 
 def table(result: Result) -> str:
-    """Ours first, then the peers with the ratio ours / theirs and, where there is a goal, whether it is reached."""
+    """Ours first, then the peers with the ratio ours / theirs and, where there is a goal, whether it is reached. Of
+    two rows of ours the first is the one that is compared: it gives the same guarantees as the peers."""
     goal = GOALS[result.key]
     lines = [f"### {result.key}: {goal.title}", ""]
     if result.measures:
@@ -199,8 +202,11 @@ def markdown(made_on: dict[str, Any], results: list[Result], chart_name: str) ->
         f"# Benchmarks\n\nMeasured on {made_on['date']} on a machine with {made_on['cores']} cores "
         f"({made_on['processor']}), {made_on['memory_gib']} GiB of memory, {made_on['system']}, "
         f"Python {made_on['python']}. Both ends share the machine, over loopback; CPU seconds are those of both. "
-        "The programs took turns in one run: the ratios count, not the rates. Written by `benchmarks/run.py` and "
-        "`benchmarks/report.py`, which say how; [performance.md](performance.md) says why.\n\n"
+        "The programs took turns in one run: the ratios count, not the rates. Ours digests everything at both ends and "
+        "checks what has come; what the peers check is no more than that, so where ours has two rows the first one, "
+        "which is not read back from the destination's storage afterwards, is compared and held against the goal, and "
+        "the second shows what reading back (the default) costs. G1d, G2d and G4 are with it. Written by "
+        "`benchmarks/run.py` and `benchmarks/report.py`, which say how; [performance.md](performance.md) says why.\n\n"
         f"![rates]({chart_name})\n"
     )
     return head + "\n" + "\n\n".join(map(table, results)) + "\n"
@@ -220,7 +226,7 @@ def chart(results: list[Result], path: Path) -> None:
         y += 26
         for row in result.rows:
             long = max(1, int((width - left - 110) * row.rate / top))
-            colour = "#0b6e4f" if row.name.startswith(result.rows[0].name) else "#9aa5b1"
+            colour = "#0b6e4f" if row.name.startswith(NAME) else "#9aa5b1"
             parts.append(f'<text x="{left - 8}" y="{y + 15}" text-anchor="end">{escape(row.name)}</text>')
             parts.append(f'<rect x="{left}" y="{y}" width="{long}" height="{bar - 4}" fill="{colour}"/>')
             parts.append(f'<text x="{left + long + 6}" y="{y + 14}">{row.rate:,.0f}</text>')
