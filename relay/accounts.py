@@ -26,6 +26,7 @@ from relay.auth.identities import (
     select_by_ids,
     select_by_usernames,
 )
+from relay.auth.linked import primary_of
 from relay.refusal import ApiError
 from relay.settings import Settings
 from relay.store import auth_tables as tables
@@ -90,7 +91,8 @@ def setting_password(settings: Settings, who: str, password: str) -> Callable[[S
 
         def write(connection: Connection) -> None:
             passwords.store_digest(connection, identity.id, digest, time.time())
-            browser_sessions.end_all_sessions(connection, identity.id)
+            # They belong to the person, who may act under another name.
+            browser_sessions.end_all_sessions(connection, primary_of(connection, identity.id))
 
         await store.write(write)
 
@@ -122,6 +124,9 @@ def closing(settings: Settings, who: str) -> Callable[[Store], Awaitable[Identit
             this = tables.identities.c.id == identity.id
             connection.execute(update(tables.identities).where(this).values(status="closed"))
             browser_sessions.end_all_sessions(connection, identity.id)
+            person = primary_of(connection, identity.id)
+            if person != identity.id:
+                browser_sessions.end_what_was_opened_by(connection, person, identity.id)
             # For good: should the account be opened again, nobody is signed in by what was given before.
             mine = tables.sessions.c.identity_id == identity.id
             connection.execute(delete(tables.sessions).where(mine))

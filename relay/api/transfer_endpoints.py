@@ -116,14 +116,19 @@ async def update_endpoint(request: Request, endpoint_id: str, caller: CallerHere
     values = collections.read_description(fields, creating=False)
     now = services.clock()
 
-    def work(connection: Connection) -> None:
+    def work(connection: Connection) -> list[str]:
         collection = collections.require(connection, endpoint_id, caller.identity_id, Ability.MANAGE, now=now)
         disable = values.get("disable_verify", collection.disable_verify)
         if disable and values.get("force_verify", collection.force_verify):
             raise ApiError(400, BAD_REQUEST, "disable_verify and force_verify cannot both be true.")
         collections.change(connection, collection.id, values)
+        if not values.get("disable_anonymous_writes"):
+            return []
+        reason = f"“{collection.display_name}” does not let anybody write any more who was not named."
+        return task_turns.end_where_access_is_gone(connection, collection.id, reason, now)
 
-    await services.store.write(work)
+    for task_id in await services.store.write(work):
+        services.steward.cut(task_id)
     return result(request, "Updated", "Endpoint updated successfully")
 
 

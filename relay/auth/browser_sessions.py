@@ -17,7 +17,8 @@ from sqlalchemy.dialects.sqlite import insert as upsert
 from relay.auth.identities import Identity, select_by_ids
 from relay.auth.linked import primary_of
 from relay.auth.tokens import MAX_TOKEN, token_digest
-from relay.store.sign_in_tables import authentications, browser_sessions
+from relay.store.auth_tables import sessions
+from relay.store.sign_in_tables import authentications, browser_sessions, session_authentications
 
 # How stale `last_seen` may be: not every page of a visit needs a write.
 _SEEN_EVERY = 300.0
@@ -175,3 +176,21 @@ def end_all_sessions(connection: Connection, identity_id: str, *, but: str | Non
     """End all sessions of a person but one; returns how many went."""
     others = (browser_sessions.c.identity_id == identity_id) & (browser_sessions.c.id != (but or ""))
     return connection.execute(delete(browser_sessions).where(others)).rowcount
+
+
+def end_what_was_opened_by(connection: Connection, person_id: str, identity_id: str, *, but: str | None = None) -> None:
+    """End all that a person's linked identity alone has signed in, in browsers and with tokens, and take its word for
+    the rest back. For when it is not linked any more, or was closed: whoever can still sign in with it, or could, must
+    not stay in under the name of the person. The browser session ``but`` goes on."""
+    for owners, shown, of_session in (
+        (browser_sessions, authentications, authentications.c.browser_session_id),
+        (sessions, session_authentications, session_authentications.c.session_id),
+    ):
+        its_own = select(of_session).where(shown.c.identity_id == identity_id)
+        others = select(of_session).where(shown.c.identity_id != identity_id)
+        mine = owners.c.identity_id == person_id
+        connection.execute(
+            delete(owners).where(mine, owners.c.id != (but or ""), owners.c.id.in_(its_own), owners.c.id.not_in(others))
+        )
+        left = of_session.in_(select(owners.c.id).where(mine))
+        connection.execute(delete(shown).where(shown.c.identity_id == identity_id, left))

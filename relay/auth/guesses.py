@@ -77,7 +77,8 @@ class GuessLimit:
         times = self._recent.get(key)
         if times is None:
             return 0.0
-        while times and times[0] <= now - self._window:
+        # Times that have not come yet are of a clock that was set back since: nobody waits for it to be there again.
+        while times and not now - self._window < times[0] <= now:
             times.popleft()
         if not times:
             del self._recent[key]

@@ -27,18 +27,22 @@ def primary_of(connection: Connection, identity_id: str) -> str:
 
 
 def set_of(connection: Connection, identity_id: str) -> list[Identity]:
-    """All identities of the person, the primary first, then by username."""
+    """All identities of the person, the primary first, then by username. Closed ones are left out, beside the one that
+    is asked about: they stand for nobody."""
     primary = primary_of(connection, identity_id)
     query = select(linked_identities.c.identity_id).where(linked_identities.c.primary_id == primary)
     others = connection.execute(query).scalars().all()
-    known = select_by_ids(connection, [primary, *others])
-    return sorted(known.values(), key=lambda identity: (identity.id != primary, identity.username))
+    known = select_by_ids(connection, [primary, *others]).values()
+    counting = [identity for identity in known if identity.status != "closed" or identity.id == identity_id]
+    return sorted(counting, key=lambda identity: (identity.id != primary, identity.username))
 
 
 def link(connection: Connection, primary_id: str, identity_id: str, now: float) -> None:
     """Add an identity, which has just shown who it is, to a person. Raises `CannotLink`."""
     if primary_of(connection, primary_id) != primary_id:
         raise CannotLink("Identities are linked to a primary one.")
+    if _is_closed(connection, identity_id):
+        raise CannotLink("That identity is closed; ask the relay's operator.", subject=identity_id)
     present = set_of(connection, primary_id)
     if any(identity.id == identity_id for identity in present):
         return
@@ -65,9 +69,16 @@ def make_primary(connection: Connection, primary_id: str, identity_id: str) -> N
     """
     if identity_id == primary_id:
         return
+    if _is_closed(connection, identity_id):
+        raise CannotLink("That identity is closed; ask the relay's operator.", subject=identity_id)
     mine = (linked_identities.c.identity_id == identity_id) & (linked_identities.c.primary_id == primary_id)
     if connection.execute(update(linked_identities).where(mine).values(identity_id=primary_id)).rowcount != 1:
         raise CannotLink("That identity is not linked to yours.", subject=identity_id)
     connection.execute(
         update(linked_identities).where(linked_identities.c.primary_id == primary_id).values(primary_id=identity_id)
     )
+
+
+def _is_closed(connection: Connection, identity_id: str) -> bool:
+    found = select_by_ids(connection, [identity_id]).get(identity_id)
+    return found is not None and found.status == "closed"

@@ -26,6 +26,7 @@ from relay.pages.typed import NOTHING_TYPED, Typed
 from relay.quota.requests import count
 from relay.refusal import ApiError
 from relay.services import services_of
+from relay.transfer import task_turns
 
 router = APIRouter(include_in_schema=False)
 
@@ -178,7 +179,20 @@ async def unlink(request: Request) -> Response:
     """Let a linked identity stand alone again."""
     browser, session = await signed_in(request, fresh=True)
     wanted = (await browser.form()).get("identity", "")
-    await change(request, session, lambda connection: linked.unlink(connection, session.identity.id, wanted))
+    mine, services = session.identity.id, services_of(request)
+    now = services.clock()
+
+    def work(connection: Connection) -> list[str]:
+        linked.unlink(connection, mine, wanted)
+        browser_sessions.end_what_was_opened_by(connection, mine, wanted, but=session.id)
+        people = [wanted, *(identity.id for identity in linked.set_of(connection, mine))]
+        reason = (
+            "The permission that this task needs was given to an identity that is not linked to its owner's any more."
+        )
+        return task_turns.end_of_people_without_access(connection, people, reason, now)
+
+    for task_id in await change(request, session, work):
+        services.steward.cut(task_id)
     return go("/account?done=unlink")
 
 

@@ -12,6 +12,7 @@ from sqlalchemy import Connection
 from protocol.errors import ItemFailed
 from relay.auth import administrators, browser_sessions, one_time_links, passwords
 from relay.auth.identities import Identity, add_identity, normal_username, select_by_ids, select_by_usernames
+from relay.auth.linked import primary_of
 from relay.auth.one_time_links import OneTimeLink
 from relay.pages.account import checked_digest
 from relay.pages.browser import Browser, again, browser_of
@@ -106,7 +107,7 @@ async def _use(
             administrators.make_administrator(connection, who.id, now)
         assert who is not None
         passwords.store_digest(connection, who.id, digest, now)
-        browser_sessions.end_all_sessions(connection, who.id)
+        browser_sessions.end_all_sessions(connection, primary_of(connection, who.id))
         return who
 
     try:

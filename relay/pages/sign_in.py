@@ -168,8 +168,10 @@ async def welcome(browser: Browser, identity: Identity, methods: tuple[str, ...]
     life, idle = services.settings.sign_in.session_life, services.settings.sign_in.session_idle
 
     def work(connection: Connection) -> str | None:
-        current = select_by_ids(connection, [identity.id]).get(identity.id)
-        if current is None or current.status == "closed":
+        # Who signs in is let in as the person's primary identity.
+        both = {identity.id, primary_of(connection, identity.id)}
+        current = select_by_ids(connection, both)
+        if len(current) < len(both) or any(one.status == "closed" for one in current.values()):
             return None
         acting(browser.request, identity.id)
         note(browser.request, action="sign_in", identity=identity.id, methods=" ".join(methods))

@@ -92,12 +92,14 @@ def checked_home(text: str) -> str:
         return "/"
 
 
-def record_reports(connection: Connection, reports: Mapping[str, list[CollectionReport]]) -> None:
-    """Store what the owners' configurations say of the collections of some nodes, by node.
+def record_reports(connection: Connection, reports: Mapping[str, list[CollectionReport]]) -> list[str]:
+    """Store what the owners' configurations say of the collections of some nodes, by node; returns the ids of those
+    that are shared no longer.
 
     Only collections that the relay itself has given to a node are touched; those its agent no longer names are not
     available.
     """
+    unshared = []
     collection = tables.collections.c
     named = {node_id: {report.id: report for report in mine[:MAX_REPORTS]} for node_id, mine in reports.items()}
     stored = select(collection.id, collection.node_id, *(collection[name] for name in _REPORTED))
@@ -106,6 +108,9 @@ def record_reports(connection: Connection, reports: Mapping[str, list[Collection
         changed = {name: value for name, value in values.items() if row._mapping[name] != value}
         if changed:
             connection.execute(update(tables.collections).where(collection.id == row.id).values(**changed))
+        if changed.get("shareable") is False:
+            unshared.append(row.id)
+    return unshared
 
 
 _REPORTED = ("available", "read_only", "shareable", "reported_directory", "home")

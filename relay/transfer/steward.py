@@ -357,6 +357,9 @@ class Steward:
         for offer in applied.offers:
             if self._nursery is not None and self._signalling.admit(offer):
                 self._nursery.start_soon(self._introduce, node_id, offer)
+        for task_id in applied.unshared:
+            self._announce_finished(task_id)
+            self.cut(task_id)
         for task_id in applied.finished:
             self._announce_finished(task_id)
             self.wake(task_id)
@@ -489,7 +492,7 @@ class Steward:
         renewal = task_turns.next_renewal(connection, now, self._ticket_life / 2)
         rule = rules.next_expiry(connection)
         # Accounts are closed and opened by a process of their own, so that nobody says when.
-        account = now if closed_owners.changed(connection) else None
+        account = now if closed_owners.changed(connection) or task_turns.lost_linked_ones(connection, now) else None
         upcoming = min(moment for moment in (expiry, renewal, rule, account, math.inf) if moment is not None)
         return upcoming <= now, upcoming
 
@@ -498,6 +501,7 @@ class Steward:
         of others that have changed."""
         cut = task_turns.end_where_rules_ran_out(connection, now)
         cut += closed_owners.follow(connection, now)
+        cut += task_turns.end_where_linked_ones_were_closed(connection, now)
         expired = task_turns.expire(connection, now, CANCEL_GRACE)
         return cut, [*expired, *task_turns.renew(connection, now, half_life)]
 

@@ -22,15 +22,18 @@ from relay.transfer.task_rows import Task
 
 _LARGEST = 2**62
 MAX_LANES = 64
+_UNSHARED = "The owner's configuration does not share a collection of this task any more."
 
 
 @dataclass
 class Applied:
     """What a batch of lines has changed. ``wants_session`` maps tasks to the generation their agent has;
-    ``offers`` are for sessions of running tasks that this node drives."""
+    ``offers`` are for sessions of running tasks that this node drives. ``unshared`` are tasks that ended because a
+    collection is shared no longer."""
 
     last_event: int = 0
     finished: set[str] = field(default_factory=set)
+    unshared: list[str] = field(default_factory=list)
     wants_session: dict[str, int] = field(default_factory=dict)
     offers: list[PathOffer] = field(default_factory=list)
     dropped: int = 0
@@ -45,7 +48,8 @@ def apply_lines(connection: Connection, node_id: str, lines: Iterable[AgentEvent
         applied.last_event = max(applied.last_event, line.n)
         if line.kind == "collections":
             if line.collections is not None:
-                record_reports(connection, {node_id: line.collections})
+                for collection_id in record_reports(connection, {node_id: line.collections}):
+                    applied.unshared += task_turns.end_where_access_is_gone(connection, collection_id, _UNSHARED, now)
             continue
         task = tasks.get(line.task_id)
         if task is None:

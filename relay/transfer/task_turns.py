@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import json
 import uuid
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
-from sqlalchemy import ColumnElement, Connection, func, or_, select
+from sqlalchemy import ColumnElement, Connection, and_, exists, func, or_, select
 
 from relay.access.decisions import Ability
 from relay.quota.requests import too_many
 from relay.refusal import ApiError
 from relay.store import transfer_tables as tables
+from relay.store.auth_tables import identities
+from relay.store.sign_in_tables import linked_identities
 from relay.transfer import collections, event_log, rules, task_rows
 from relay.transfer.entitlement import entitled, spots
 from relay.transfer.event_log import TaskEvent
@@ -210,12 +213,51 @@ def end_where_access_is_gone(connection: Connection, collection_id: str, reason:
     Called in the transaction that takes the permission away, so no task outlives it.
     """
     column = tables.tasks.c
-    statement = select(*task_rows.COLUMNS).where(
-        column.status == "ACTIVE", or_(column.source_id == collection_id, column.destination_id == collection_id)
+    there = or_(column.source_id == collection_id, column.destination_id == collection_id)
+    return _end_unentitled(connection, there, reason, now)
+
+
+def end_of_people_without_access(connection: Connection, owners: Iterable[str], reason: str, now: float) -> list[str]:
+    """The same for the active tasks of some people, who are another person's identities no longer."""
+    return _end_unentitled(connection, tables.tasks.c.owner_id.in_(list(owners)), reason, now)
+
+
+def end_where_linked_ones_were_closed(connection: Connection, now: float) -> list[str]:
+    """End the tasks that need what was granted to a closed identity which is linked to their owner's."""
+    return _end_unentitled(
+        connection,
+        _has_closed_one(),
+        "The permission that this task needs was given to an identity that is closed.",
+        now,
     )
-    tasks = [Task(**row._mapping) for row in connection.execute(statement)]
+
+
+def lost_linked_ones(connection: Connection, now: float) -> bool:
+    """Whether `end_where_linked_ones_were_closed` has anything to do."""
+    return any(not entitled(connection, task, now) for task in _active(connection, _has_closed_one()))
+
+
+def _has_closed_one() -> ColumnElement[bool]:
+    """Tasks of people of whose identities another one is closed. What they own themselves pauses (`closed_owners`)."""
+    link, owner = linked_identities.c, tables.tasks.c.owner_id
+    affected = select(link.primary_id).where(or_(_is_closed(link.identity_id), _is_closed(link.primary_id)))
+    theirs = or_(owner.in_(affected), owner.in_(select(link.identity_id).where(link.primary_id.in_(affected))))
+    return and_(theirs, ~_is_closed(owner))
+
+
+def _is_closed(identity_id: ColumnElement[str]) -> ColumnElement[bool]:
+    person = identities.alias().c
+    return exists(select(person.id).where(person.id == identity_id, person.status == "closed"))
+
+
+def _active(connection: Connection, which: ColumnElement[bool]) -> list[Task]:
+    statement = select(*task_rows.COLUMNS).where(tables.tasks.c.status == "ACTIVE", which)
+    return [Task(**row._mapping) for row in connection.execute(statement)]
+
+
+def _end_unentitled(connection: Connection, which: ColumnElement[bool], reason: str, now: float) -> list[str]:
     ended = []
-    for task in tasks:
+    for task in _active(connection, which):
         if not entitled(connection, task, now):
             end_now(connection, task, code=CANCELED, sentence=reason, now=now)
             ended.append(task.id)

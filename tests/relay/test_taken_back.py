@@ -1,0 +1,208 @@
+"""What is taken back stops at once, by whichever way: a switch, a configuration, an identity that is not one's own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import trio
+from sqlalchemy import insert, select, update
+from trio.testing import MockClock
+
+from protocol.control import CollectionReport
+from relay import accounts
+from relay.auth import linked, one_time_links
+from relay.auth.guesses import GuessLimit
+from relay.auth.identities import Identity
+from relay.auth.known_scopes import NotForPerson, ScopeFacts, check_domains
+from relay.store.auth_tables import identities, tokens
+from relay.store.sign_in_tables import browser_sessions, linked_identities
+from relay.transfer.steward import CLOCK_INTERVAL
+from tests.relay.fake_agents import FakeAgent
+from tests.relay.relay_world import RelayWorld
+from tests.relay.sign_in_world import PASSWORD, Application, Person, add_person, forms_of
+from tests.relay.steward_scene import MOMENT, Scene
+from tests.relay.test_transfer_access import bobs_task, rule
+
+
+@pytest.fixture
+def scene(scene: Scene) -> Scene:
+    """Alice's first collection may be shared."""
+    reports = scene.source.collections
+    scene.source.collections = [CollectionReport(id=one.id, name=one.name, shareable=True) for one in reports]
+    return scene
+
+
+async def stopped(scene: Scene, bob: Any, task_id: str) -> bool:
+    """Whether the task is over and both its agents know."""
+    assert (await bob.get(f"/task/{task_id}"))["status"] == "FAILED"
+    await trio.sleep(MOMENT)
+    session_id = scene.destination.orders[task_id][0].session_id
+    return session_id in scene.source.withdrawn and scene.destination.orders[task_id][-1].desired == "cancel"
+
+
+async def test_a_task_ends_when_only_those_who_are_named_may_write(clock: MockClock, scene: Scene) -> None:
+    bob = await scene.person("bob")
+    scene.clock.autojump_threshold = 0.01
+    his, agent = await scene.relay.collection(bob, "Bob's", agent=FakeAgent())
+    scene.clock.autojump_threshold = 0
+    scene.up()
+    scene.relay.registry.up(agent)
+    await trio.sleep(MOMENT)
+    for kind, folder in (("anonymous", "/drop"), ("all_authenticated_users", "/kept")):
+        opened = rule(principal_type=kind, permissions="rw", path=folder)
+        await scene.alice.post(f"/endpoint/{scene.a}/access", opened, status=201)
+    tasks = []
+    for folder in ("/drop/d", "/kept/d"):
+        item = {"DATA_TYPE": "transfer_item", "source_path": "/d", "destination_path": folder, "recursive": True}
+        tasks.append(await scene.relay.transfer(bob, his, scene.a, DATA=[item]))
+    await trio.sleep(MOMENT)
+    await scene.alice.put(f"/endpoint/{scene.a}", {"DATA_TYPE": "endpoint", "disable_anonymous_writes": True})
+    assert [(await bob.get(f"/task/{task_id}"))["status"] for task_id in tasks] == ["FAILED", "ACTIVE"]
+    await trio.sleep(MOMENT)
+    assert scene.source.orders[tasks[0]][-1].desired == "cancel"
+    assert scene.source.orders[tasks[0]][0].session_id in agent.withdrawn
+
+
+async def test_a_task_ends_with_the_word_of_the_owners_configuration(clock: MockClock, scene: Scene) -> None:
+    """An agent that reads its configuration again says so on its stream, without a new link."""
+    bob, _, task_id = await bobs_task(scene)
+    mine = await scene.task()
+    reports = [CollectionReport(id=one.id, name=one.name, shareable=False) for one in scene.source.collections]
+    scene.source.say("collections", "", collections=reports)
+    await trio.sleep(0.5)
+    assert await stopped(scene, bob, task_id)
+    assert (await scene.show(mine))["status"] == "ACTIVE", "its owner needs no sharing"
+
+
+async def linked_task(scene: Scene) -> tuple[Any, Any, str]:
+    """Bob's task, which needs what was granted to another identity of his."""
+    bob, rule_id, _ = await bobs_task(scene)
+    other = await scene.person("bob.elsewhere")
+    link = {"identity_id": other.id, "primary_id": bob.id, "created": 1.0}
+    await scene.relay.store.write(lambda connection: connection.execute(insert(linked_identities).values(**link)))
+    await scene.alice.post(f"/endpoint/{scene.a}/access", rule(other.id), status=201)
+    await scene.alice.delete(f"/endpoint/{scene.a}/access/{rule_id}")
+    (his,) = scene.destination.collections
+    item = {"DATA_TYPE": "transfer_item", "source_path": "/shared/e", "destination_path": "/e", "recursive": True}
+    task_id = await scene.relay.transfer(bob, scene.a, his.id, DATA=[item])
+    await trio.sleep(MOMENT)
+    assert scene.destination.orders[task_id][0].desired == "run"
+    return bob, other, task_id
+
+
+async def test_what_a_closed_identity_was_granted_counts_for_nobody(clock: MockClock, scene: Scene) -> None:
+    bob, other, task_id = await linked_task(scene)
+    place = f"/operation/endpoint/{scene.a}/ls"
+    await bob.get(place, path="/shared/")
+    this = identities.c.id == other.id
+    await scene.relay.store.write(lambda c: c.execute(update(identities).where(this).values(status="closed")))
+    await bob.refused("GET", place, 404, "EndpointNotFound", params={"path": "/shared/"})
+    # The operator's command is a process of its own, so that the relay finds out when it looks.
+    await trio.sleep(CLOCK_INTERVAL + MOMENT)
+    assert await stopped(scene, bob, task_id)
+    await scene.relay.store.write(lambda c: c.execute(update(identities).where(this).values(status="used")))
+    await bob.get(place, path="/shared/")
+
+
+# --- people ----------------------------------------------------------------------------------------------------------
+
+
+async def couple(world: RelayWorld) -> tuple[Identity, Identity]:
+    """Ada, and another identity of hers."""
+    ada, other = await add_person(world, "ada"), await add_person(world, "ada2")
+    await world.store.write(lambda connection: linked.link(connection, ada.id, other.id, world.clock.now))
+    return ada, other
+
+
+async def count(world: RelayWorld, table: Any) -> int:
+    return len(await world.store.read(lambda connection: connection.execute(select(table)).all()))
+
+
+async def test_who_came_in_by_an_unlinked_identity_is_out(world: RelayWorld) -> None:
+    _, other = await couple(world)
+    stranger, ada = Person(world), Person(world)
+    await stranger.sign_in("ada2")
+    app = Application()
+    assert (await app.redeem(world, await app.code(stranger))).status_code == 200
+    await ada.sign_in("ada")
+    # Ada's own browser has shown both, and stays.
+    await ada.sign_in("ada2")
+    assert "ada@" in (await stranger.get("/account")).text
+    form = next(form for form in forms_of((await ada.get("/account")).text) if form.action == "/account/unlink")
+    assert form.fields["identity"] == other.id
+    assert (await ada.post(form)).status_code == 200
+    assert 'action="/sign-in"' in (await stranger.get("/account")).text
+    assert "ada@" in (await ada.get("/account")).text
+    assert (await count(world, browser_sessions), await count(world, tokens)) == (1, 0)
+
+
+async def test_unlinking_ends_the_tasks_that_needed_it(clock: MockClock, scene: Scene, world: RelayWorld) -> None:
+    bob, other, task_id = await linked_task(scene)
+    from relay.transfer import task_turns
+
+    def work(connection: Any) -> list[str]:
+        linked.unlink(connection, bob.id, other.id)
+        return task_turns.end_of_people_without_access(connection, [bob.id, other.id], "Not linked.", 1e9)
+
+    for ended in await scene.relay.store.write(work):
+        scene.relay.steward.cut(ended)
+    assert await stopped(scene, bob, task_id)
+
+
+@pytest.mark.parametrize("how", ["closed", "new password", "new password by a link"])
+async def test_who_came_in_by_a_linked_identity_goes_with_it(world: RelayWorld, how: str) -> None:
+    _, other = await couple(world)
+    stranger, ada = Person(world), Person(world)
+    await stranger.sign_in("ada2")
+    if how == "closed":
+        await ada.sign_in("ada")
+        await accounts.closing(world.settings, "ada2")(world.store)
+        assert "ada@" in (await ada.get("/account")).text
+    elif how == "new password":
+        await accounts.setting_password(world.settings, "ada2", "entirely other words")(world.store)
+    else:
+        key = await world.store.write(lambda c: one_time_links.make(c, "password", other.id, world.clock.now))
+        page = await ada.get(f"/welcome?key={key}")
+        words = "entirely other words"
+        await ada.post(forms_of(page.text)[0], password=words, again=words)
+    assert 'action="/sign-in"' in (await stranger.get("/account")).text
+
+
+async def test_who_signs_in_to_a_closed_account_by_another_name_is_told(world: RelayWorld) -> None:
+    await couple(world)
+    await accounts.closing(world.settings, "ada")(world.store)
+    answer = await Person(world).sign_in("ada2", PASSWORD)
+    assert (answer.status_code, "This account is closed" in answer.text) == (403, True)
+
+
+async def test_a_closed_identity_is_neither_linked_nor_shown_nor_made_the_first(world: RelayWorld) -> None:
+    ada, other = await couple(world)
+    third = await add_person(world, "ada3")
+    for name in ("ada2", "ada3"):
+        await accounts.closing(world.settings, name)(world.store)
+    assert [one.id for one in await world.store.read(lambda c: linked.set_of(c, ada.id))] == [ada.id]
+    for work in (
+        lambda c: linked.link(c, ada.id, third.id, world.clock.now),
+        lambda c: linked.make_primary(c, ada.id, other.id),
+    ):
+        with pytest.raises(linked.CannotLink, match="closed"):
+            await world.store.write(work)
+    person = await world.store.read(lambda c: linked.set_of(c, ada.id))
+    facts = ScopeFacts(id="s", name="s", server="s", words="s", required_domains=("elsewhere.example",))
+    with pytest.raises(NotForPerson):
+        check_domains([facts], person)
+
+
+@pytest.mark.parametrize("back", [60.0, 86400.0, 10 * 365 * 86400.0])
+def test_nobody_waits_for_a_clock_that_was_set_back(back: float) -> None:
+    limit, then = GuessLimit(3, 900.0), 1e9
+    for second in range(3):
+        limit.failed(["ada"], then + second)
+    assert limit.retry_after(["ada"], then + 2) == 898.0
+    now = then - back
+    assert limit.retry_after(["ada"], now) == 0.0
+    # And guesses are counted by the clock as it goes now.
+    for _ in range(3):
+        limit.failed(["ada"], now)
+    assert limit.retry_after(["ada"], now) == 900.0
