@@ -11,15 +11,15 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from sqlalchemy import ColumnElement, Connection
 
-from relay.access.decisions import Subject
+from relay.access.decisions import Ability, Subject
 from relay.access.principals import subject_of
 from relay.api.transfer_frame import PREFIX, CallerHere, ServicesHere, answer, surroundings
 from relay.refusal import ApiError
 from relay.store import transfer_tables as tables
-from relay.transfer import event_log, task_filters, task_lists, task_rows
+from relay.transfer import closed_owners, collections, event_log, task_filters, task_lists, task_rows
 from relay.transfer.collections import Collection
 from relay.transfer.fields import bad_request, is_uuid, query_integer
-from relay.transfer.task_documents import Surroundings, task_document
+from relay.transfer.task_documents import OFFLINE, Surroundings, holdup, task_document
 from relay.transfer.task_rows import Task
 
 router = APIRouter(prefix=f"{PREFIX}/endpoint_manager", tags=["Transfer"])
@@ -27,6 +27,7 @@ router = APIRouter(prefix=f"{PREFIX}/endpoint_manager", tags=["Transfer"])
 _OTHER_SIDE = ("_endpoint", "_endpoint_id", "_endpoint_display_name", "_base_path", "_local_user")
 _EXTRA = ("host_endpoint", "host_endpoint_id", "host_endpoint_display_name", "host_path")
 _MAPPED = ("mapped_collection_id", "mapped_collection_display_name")
+_NOT_TOLD = "More is told to the task's owner, and to those who watch over both of its endpoints."
 
 
 def admin_document(task: Task, around: Surroundings, sides: frozenset[str]) -> dict[str, Any]:
@@ -39,8 +40,22 @@ def admin_document(task: Task, around: Surroundings, sides: frozenset[str]) -> d
             document.update({f"{side}{key}": None for key in _OTHER_SIDE})
     # The file under way may be told by its name on either side.
     document["towpath"] = {**document["towpath"], "current": ""}
+    if task.destination_id is not None and sides != {"source", "destination"}:
+        _hide_words(document, task, around, sides)
     document["label"] = document["label"] if sides else None
     return document
+
+
+def _hide_words(document: dict[str, Any], task: Task, around: Surroundings, sides: frozenset[str]) -> None:
+    """Sentences name files, collections and addresses of either side; the codes stay."""
+    if not task.finished:
+        holding = holdup(task, around)
+        own = holding.code == closed_owners.CODE or holding.who in {f"{side} owner" for side in sides}
+        if not (own and holding.code in (OFFLINE, closed_owners.CODE)):
+            document["nice_status_details"] = None
+    if document["fatal_error"] is not None:
+        document["fatal_error"] = {**document["fatal_error"], "description": _NOT_TOLD}
+    document["towpath"]["path"] = ""
 
 
 def _conditions(parameters: Any) -> list[ColumnElement[bool]]:
@@ -87,6 +102,9 @@ async def managed_task_list(request: Request, caller: CallerHere, services: Serv
     now = services.clock()
 
     def work(connection: Connection) -> tuple[task_lists.TaskPage, bool, Subject]:
+        if watched := parameters.get("filter_endpoint"):
+            # Which tasks use an endpoint is for those to ask who watch over it, also where they see the other side.
+            collections.require(connection, watched, caller.identity_id, Ability.SEE_TASKS, now=now)
         subject = subject_of(connection, caller.identity_id, now)
         page, more = task_lists.watched_tasks(
             connection, subject=subject, conditions=conditions, after=last_key, limit=limit

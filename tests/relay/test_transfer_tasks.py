@@ -372,6 +372,56 @@ async def test_those_who_watch_over_a_collection_see_their_side_of_its_tasks(pai
     await pair.alice.refused("POST", "/endpoint_manager/admin_cancel", 501, "NotSupported", json={})
 
 
+@pytest.mark.parametrize("away", ["source", "destination"])
+async def test_who_watches_over_one_side_reads_no_words_about_the_other(pair: Pair, away: str) -> None:
+    bob = await pair.relay.person("bob")
+    await pair.alice.put(f"/endpoint/{pair.a}", {"display_name": "Secret project"})
+    await pair.alice.post(f"/endpoint/{pair.b}/role", {"principal": bob.id, "role": "activity_monitor"}, status=201)
+    task_id = await pair.running()
+    watched = f"/endpoint_manager/task/{task_id}"
+    secret = {
+        "status_code": "FILE_NOT_FOUND",
+        "status_sentence": "/Secret project/x does not exist.",
+        "path": "direct tcp secret.example:1",
+    }
+    pair.destination.observe(task_id, "WAITING", **secret)
+    await until(lambda: bool(pair.destination.acknowledged))
+    shown = await bob.get(watched)
+    assert (shown["nice_status"], shown["nice_status_details"]) == ("FILE_NOT_FOUND", None)
+    assert "secret" not in str(shown).lower()
+    assert "Secret" in (await pair.alice.get(watched))["nice_status_details"]
+    # Of an agent that is away, those are told who watch over its side.
+    pair.destination.observe(task_id, "WAITING", status_code="CONNECT_FAILED", status_sentence="secret.example: no")
+    await until(lambda: pair.destination.acknowledged[-1:] == [2])
+    pair.relay.registry.down(pair.source if away == "source" else pair.destination)
+    shown = await bob.get(watched)
+    assert shown["nice_status"] == "GC_NOT_CONNECTED"
+    assert ("“B”" in (shown["nice_status_details"] or "")) == (away == "destination")
+    assert "secret" not in str(shown).lower()
+    await pair.alice.post(f"/task/{task_id}/cancel")
+    pair.relay.registry.up(pair.source if away == "source" else pair.destination)
+    pair.destination.observe(task_id, "FAILED", error_code="FILE_NOT_FOUND", status_sentence="Secret project: no.")
+    assert "Secret" in (await pair.finished(task_id))["fatal_error"]["description"]
+    shown = await bob.get(watched)
+    assert shown["fatal_error"]["code"] == "FILE_NOT_FOUND"
+    assert "secret" not in str(shown).lower()
+    (row,) = (await bob.get("/endpoint_manager/task_list", filter_status="FAILED"))["DATA"]
+    assert "secret" not in str(row).lower()
+
+
+async def test_nobody_finds_out_by_filters_what_is_on_the_other_side(pair: Pair) -> None:
+    bob = await pair.relay.person("bob")
+    await pair.alice.put(f"/endpoint/{pair.a}", {"public": True})
+    await pair.alice.post(f"/endpoint/{pair.b}/role", {"principal": bob.id, "role": "activity_monitor"}, status=201)
+    await pair.running()
+    route = "/endpoint_manager/task_list"
+    assert len((await bob.get(route, filter_endpoint=pair.b, filter_endpoint_use="destination"))["DATA"]) == 1
+    for use in ("source", ""):
+        asked = {"filter_endpoint": pair.a, "filter_endpoint_use": use}
+        await bob.refused("GET", route, 403, "PermissionDenied", params=asked)
+    assert len((await pair.alice.get(route, filter_endpoint=pair.a))["DATA"]) == 1
+
+
 # --- pure parts --------------------------------------------------------------------------------------------------
 
 counts = st.integers(0, 1000)
