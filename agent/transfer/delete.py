@@ -15,7 +15,7 @@ from agent.storage.faults import fault
 from agent.transfer.journal import Journal
 from agent.transfer.manifest import ManifestWriter, SkippedRow
 from agent.transfer.plan import now_iso
-from agent.transfer.remove import remove_entry
+from agent.transfer.remove import Removal
 from protocol.control import Counters, TaskItem, TaskOptions
 from protocol.errors import ItemFailed, NeedsPerson, ProtocolError, RetryLater, TowpathError
 from protocol.names import parse_path_untrusted
@@ -23,7 +23,7 @@ from protocol.session import join_path
 
 
 class Stopped(Exception):
-    """The task was cancelled or paused between two removals."""
+    """The task was cancelled or paused between two removals. Nothing that catches errors may take it for one."""
 
 
 class DeleteRun:
@@ -49,7 +49,7 @@ class DeleteRun:
         self.failed = 0
 
     def stop(self) -> None:
-        """End before the next item."""
+        """End before the next file."""
         self._stop.set()
 
     def counters(self) -> Counters:
@@ -72,7 +72,13 @@ class DeleteRun:
             if index not in begun:
                 # Written before anything is removed: a repeated run must not take the missing for an error.
                 self._journal.commit()
-            self._item(item, begun=index in begun)
+            try:
+                self._item(item, begun=index in begun)
+            except (Stopped, TowpathError):
+                # What is gone is gone, whether the rest of it follows in another run or never.
+                self._journal.put_counters(self.counters())
+                self._journal.commit()
+                raise
             self._journal.put_item(index, done=True)
             self._journal.put_counters(self.counters())
         self._skipped.sync()
@@ -108,8 +114,13 @@ class DeleteRun:
                     raise ItemFailed(
                         "This is a folder; it is deleted only with --recursive.", code="IS_A_DIRECTORY", who="you"
                     )
-                self.deleted += remove_entry(parent, node, recursive=True)
+                Removal(self._gone).entry(parent, node, recursive=True)
             parent.sync()
+
+    def _gone(self) -> None:
+        self.deleted += 1
+        if self._stop.is_set():
+            raise Stopped
 
     def _matching(self, parent: Directory, last: bytes) -> Iterator[Node]:
         if self._options.interpret_globs and rules.has_wildcards(last):

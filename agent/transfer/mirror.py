@@ -7,7 +7,9 @@ mounted, or the wrong folder was named) is refused as a whole unless the task al
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 from agent.storage.base import Directory, Root
 from agent.storage.faults import fault
@@ -16,12 +18,16 @@ from agent.transfer.manifest import SkippedRow
 from agent.transfer.patience import Patience
 from agent.transfer.plan import now_iso, split_path
 from agent.transfer.record import Record
-from agent.transfer.remove import remove_entry
+from agent.transfer.remove import Removal
 from protocol.control import TaskOptions
 from protocol.errors import TaskFailed, TowpathError
 
 # Without a limit in the task, more than this many are deleted only when at least as many files and folders stay.
 ALWAYS_ALLOWED = 1000
+
+
+class _Stopped(Exception):
+    """The task was cancelled or paused between two removals."""
 
 
 class Mirror:
@@ -43,6 +49,11 @@ class Mirror:
         self._options = options
         self._patience = patience
         self._on_fault = on_fault
+        self._stop = threading.Event()
+
+    def stop(self) -> None:
+        """Have `run` return before the next removal. Any thread may call."""
+        self._stop.set()
 
     def run(self) -> None:
         """Delete the extras. Raises `NeedsPerson` when the root is not the one that was set up, `TaskFailed`
@@ -51,8 +62,14 @@ class Mirror:
             return
         self._root.check_original()
         self._refuse_too_many()
-        for folder, name in self._journal.extras():
-            self._remove(folder, name)
+        with suppress(_Stopped):
+            for folder, name in self._journal.extras():
+                self._go_on()
+                self._remove(folder, name)
+
+    def _go_on(self) -> None:
+        if self._stop.is_set():
+            raise _Stopped
 
     def _refuse_too_many(self) -> None:
         counters = self._record.counters
@@ -88,21 +105,26 @@ class Mirror:
 
     def _remove(self, folder: bytes, name: bytes) -> None:
         path = folder + b"/" + name if folder else name
-        removed, rows = 0, []
+        removal, rows = Removal(self._go_on), []
         try:
             with self._root.open_directory(split_path(folder)) as parent:
-                removed = remove_entry(parent, parent.lstat(name), recursive=True)
+                removal.entry(parent, parent.lstat(name), recursive=True)
                 parent.sync()
         except FileNotFoundError:
-            removed = 0
+            # Somebody else was faster.
+            pass
+        except _Stopped:
+            self._record.removed(removal.count, [])
+            raise
         except OSError as error:
             problem: TowpathError = fault(error, "destination", path)
             if self._patience.is_passing(path, problem):
+                self._record.removed(removal.count, [])
                 raise problem from error
             self._on_fault(problem)
             rows.append(SkippedRow(b"", path, -1, problem.code, problem.sentence, now_iso(), extra=True))
         self._journal.drop_extra(folder, name)
-        self._record.removed(removed, rows)
+        self._record.removed(removal.count, rows)
 
 
 def _entries(folder: Directory, enough: int) -> int:

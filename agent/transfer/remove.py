@@ -2,28 +2,77 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import islice
 
 from agent.storage.base import Directory, Node
 
 # Open folders at once: trees may be deeper than a process may have files open.
 MAX_OPEN = 64
+# Entries of a folder that are listed before they are removed: folders may hold more than memory does.
+AT_ONCE = 10_000
+
+
+class Removal:
+    """Removes entries and counts those that are gone. ``on_gone`` is called after each of them; what it raises ends the
+    removal there, and comes out of `entry`."""
+
+    def __init__(self, on_gone: Callable[[], None] = lambda: None) -> None:
+        self._on_gone = on_gone
+        self.count = 0
+
+    def entry(self, parent: Directory, node: Node, *, recursive: bool) -> None:
+        """Remove one entry, with ``recursive`` a folder and all below it.
+
+        Raises OSError (ENOTEMPTY for a folder that holds something without ``recursive``). An entry that is gone
+        already counts as none. Works for trees of any depth and width: without recursion, and with few handles.
+        """
+        if node.kind != "dir":
+            self._remove(parent.unlink, node.name)
+            return
+        if recursive:
+            self._empty(parent, node.name)
+        self._remove(parent.rmdir, node.name)
+
+    def _remove(self, how: Callable[[bytes], None], name: bytes) -> None:
+        try:
+            how(name)
+        except FileNotFoundError:
+            return
+        self.count += 1
+        self._on_gone()
+
+    def _empty(self, parent: Directory, name: bytes) -> None:
+        """Remove everything below a folder."""
+        levels: list[_Level] = []
+        try:
+            if not _descend(levels, parent, name):
+                return
+            while levels:
+                level = levels[-1]
+                node = level.next(self.count)
+                if node is None:
+                    levels.pop().handle.close()
+                    if levels:
+                        self._remove(levels[-1].handle.rmdir, level.name)
+                elif node.kind != "dir":
+                    self._remove(level.handle.unlink, node.name)
+                elif len(levels) < MAX_OPEN:
+                    _descend(levels, level.handle, node.name)
+                else:
+                    # Deeper than handles reach: what lies there is lifted up to the first folder and emptied from it.
+                    _lift(levels[0].handle, level.handle, node.name)
+                    levels[0].look_again()
+        finally:
+            for level in levels:
+                level.handle.close()
 
 
 def remove_entry(parent: Directory, node: Node, *, recursive: bool) -> int:
-    """Remove one entry, with ``recursive`` a folder and all below it. How many entries are gone.
-
-    Raises OSError (ENOTEMPTY for a folder that holds something without ``recursive``). An entry that is gone already
-    counts as none. Works for trees of any depth: without recursion, and with few handles.
-    """
-    if node.kind != "dir":
-        return _unlink(parent, node.name)
-    removed = _empty(parent, node.name) if recursive else 0
-    try:
-        parent.rmdir(node.name)
-    except FileNotFoundError:
-        return removed
-    return removed + 1
+    """`Removal.entry` alone: how many entries are gone."""
+    removal = Removal()
+    removal.entry(parent, node, recursive=recursive)
+    return removal.count
 
 
 class _Level:
@@ -32,36 +81,27 @@ class _Level:
     def __init__(self, handle: Directory, name: bytes) -> None:
         self.handle = handle
         self.name = name
-        # Temporaries of unfinished transfers go with the folder that was asked to go.
-        self.waiting: Iterator[Node] = iter(list(handle.scan(reserved=True)))
+        self._waiting: Iterator[Node] = iter(())
+        # Whether there may be more than waits, and how many entries were gone when that was listed.
+        self._more = True
+        self._gone = -1
 
+    def next(self, gone: int) -> Node | None:
+        """The next entry, None when there are none; ``gone`` is how many were removed so far, anywhere."""
+        node = next(self._waiting, None)
+        # A listing of which nothing could be removed is an old one, which some file servers give for a while.
+        if node is None and self._more and gone > self._gone:
+            self._gone = gone
+            # Temporaries of unfinished transfers go with the folder that was asked to go.
+            found = list(islice(self.handle.scan(reserved=True), AT_ONCE))
+            self._more = len(found) == AT_ONCE
+            self._waiting = iter(found)
+            node = next(self._waiting, None)
+        return node
 
-def _empty(parent: Directory, name: bytes) -> int:
-    """Remove everything below a folder."""
-    removed = 0
-    levels: list[_Level] = []
-    try:
-        if not _descend(levels, parent, name):
-            return 0
-        while levels:
-            level = levels[-1]
-            node = next(level.waiting, None)
-            if node is None:
-                levels.pop().handle.close()
-                if levels:
-                    removed += _rmdir(levels[-1].handle, level.name)
-            elif node.kind != "dir":
-                removed += _unlink(level.handle, node.name)
-            elif len(levels) < MAX_OPEN:
-                _descend(levels, level.handle, node.name)
-            else:
-                # Deeper than handles reach: what lies there is lifted up to the first folder and emptied from it.
-                _lift(levels[0].handle, level.handle, node.name)
-                levels[0].waiting = iter(list(levels[0].handle.scan(reserved=True)))
-        return removed
-    finally:
-        for level in levels:
-            level.handle.close()
+    def look_again(self) -> None:
+        """There is something new in the folder."""
+        self._more, self._gone = True, -1
 
 
 def _descend(levels: list[_Level], above: Directory, name: bytes) -> bool:
@@ -87,19 +127,3 @@ def _lift(top: Directory, folder: Directory, name: bytes) -> None:
             number += 1
         else:
             return
-
-
-def _unlink(folder: Directory, name: bytes) -> int:
-    try:
-        folder.unlink(name)
-    except FileNotFoundError:
-        return 0
-    return 1
-
-
-def _rmdir(folder: Directory, name: bytes) -> int:
-    try:
-        folder.rmdir(name)
-    except FileNotFoundError:
-        return 0
-    return 1

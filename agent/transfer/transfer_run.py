@@ -176,7 +176,7 @@ class TransferRun:
             raise self._error
         context = self.context
         if self.options.delete_destination_extra:
-            await trio.to_thread.run_sync(self._mirror.run)
+            await self._run_mirror()
         await trio.to_thread.run_sync(
             remove_left_behind,
             context.root,
@@ -189,6 +189,20 @@ class TransferRun:
         if self.options.preserve_timestamp:
             rows = context.journal.directories_deepest_first()
             await trio.to_thread.run_sync(set_directory_times, context.root, rows, context.patience)
+
+    async def _run_mirror(self) -> None:
+        """Delete what the source does not have; cancelling ends that before the next file. Raises `TowpathError`."""
+        error: TowpathError | None = None
+        try:
+            async with trio.open_nursery() as nursery:
+                await nursery.start(call_on_cancel, self._mirror.stop)
+                await trio.to_thread.run_sync(self._mirror.run)
+                nursery.cancel_scope.cancel()
+        except* TowpathError as group:
+            error = first_error(group)
+        if error is not None:
+            raise error
+        await trio.lowlevel.checkpoint_if_cancelled()
 
     async def _end_elsewhere(self) -> None:
         """Afterwards no other process writes anything of this run."""

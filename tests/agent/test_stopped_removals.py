@@ -1,0 +1,135 @@
+"""Deletes and mirrors that are cancelled or paused in the middle of a folder: they end there, and say what is gone."""
+
+from __future__ import annotations
+
+import errno
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from agent.storage.base import Directory
+from agent.storage.faulty import Call, fail_nth
+from agent.storage.posix import open_root
+from agent.transfer import remove
+from agent.transfer.delete import DeleteRun
+from agent.transfer.mirror import Mirror
+from agent.transfer.remove import remove_entry
+from protocol.control import TaskItem, TaskOptions
+from tests.agent.engine_inside import Engine, Line, quick_path
+
+__all__ = ["quick_path"]
+
+FILES = 40
+
+
+def _engine(base: Path, kind: str) -> Engine:
+    if kind == "delete":
+        engine = Engine(base, TaskOptions(recursive=True), [TaskItem(source_path="/tree")], type="DELETE")
+    else:
+        engine = Engine(base, TaskOptions(delete_destination_extra=True))
+    (engine.destination / "tree" / "inner").mkdir(parents=True)
+    for number in range(FILES // 2):
+        (engine.destination / "tree" / str(number)).write_bytes(b"")
+        (engine.destination / "tree" / "inner" / str(number)).write_bytes(b"")
+    return engine
+
+
+def _left(engine: Engine) -> int:
+    return sum(path.is_file() for path in engine.destination.rglob("*"))
+
+
+def _stopping(engine: Engine, monkeypatch: pytest.MonkeyPatch, desired: str, nth: int) -> None:
+    """Have the task stopped just before the n-th removal of a file, and the thread that removes hear of it."""
+    lines: list[Line] = []
+    begin, heard = Line.__init__, threading.Event()
+
+    def noting(line: Line, *arguments: Any) -> None:
+        begin(line, *arguments)
+        lines.append(line)
+
+    monkeypatch.setattr(Line, "__init__", noting)
+    kinds: tuple[type[DeleteRun | Mirror], ...] = (DeleteRun, Mirror)
+    for kind in kinds:
+
+        def stop(run: DeleteRun | Mirror, stop: Callable[[Any], None] = kind.stop) -> None:
+            stop(run)
+            heard.set()
+
+        monkeypatch.setattr(kind, "stop", stop)
+    token = trio.lowlevel.current_trio_token()
+
+    def plan(call: Call) -> int | None:
+        if call.operation == "unlink" and call.nth == nth:
+            token.run_sync_soon(lines[-1].want, desired)
+            assert heard.wait(10)
+        return None
+
+    engine.plan = plan
+
+
+@pytest.mark.parametrize("kind", ["delete", "mirror"])
+async def test_a_cancelled_removal_ends_before_the_next_file(
+    quick_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    engine = _engine(quick_path, kind)
+    _stopping(engine, monkeypatch, "cancel", 5)
+    observed = await engine.run()
+    assert (observed.state, observed.counters.deleted) == ("CANCELED", 5)
+    assert _left(engine) == FILES - 5
+
+
+@pytest.mark.parametrize("kind", ["delete", "mirror"])
+async def test_a_paused_removal_goes_on_and_counts_everything_once(
+    quick_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    engine = _engine(quick_path, kind)
+    _stopping(engine, monkeypatch, "pause", 5)
+    observed = await engine.run()
+    assert (observed.state, observed.counters.deleted) == ("PAUSED", 5)
+    assert _left(engine) == FILES - 5
+    observed = await engine.revived().run()
+    # Two folders besides.
+    assert (observed.state, observed.counters.deleted) == ("SUCCEEDED", FILES + 2)
+    assert not (engine.destination / "tree").exists()
+
+
+@pytest.mark.parametrize("kind", ["delete", "mirror"])
+async def test_a_fault_in_the_middle_does_not_lose_the_count(quick_path: Path, kind: str) -> None:
+    engine = _engine(quick_path, kind)
+    engine.plan = fail_nth(9, errno.EIO, "unlink")
+    observed = await engine.run()
+    assert (observed.state, observed.counters.deleted) == ("SUCCEEDED", FILES + 2)
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 1000])
+def test_wide_folders_are_listed_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    monkeypatch.setattr(remove, "AT_ONCE", at_once)
+    for folder in ("tree", "tree/a", "tree/a/b", "tree/c"):
+        (tmp_path / folder).mkdir()
+        for number in range(7):
+            (tmp_path / folder / f"file-{number}").write_bytes(b"")
+    with open_root(str(tmp_path)) as root, root.open_directory(()) as top:
+        assert remove_entry(top, top.lstat(b"tree"), recursive=True) == 4 + 4 * 7
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_listing_that_shows_what_is_gone_does_not_go_on_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file server may give an old listing for a while."""
+    monkeypatch.setattr(remove, "AT_ONCE", 2)
+    (tmp_path / "tree").mkdir()
+    for number in range(4):
+        (tmp_path / "tree" / str(number)).write_bytes(b"")
+    with open_root(str(tmp_path)) as root, root.open_directory(()) as top:
+        with top.open_directory(b"tree") as folder:
+            stale = list(folder.scan())
+            kind: type[Directory] = type(folder)
+        monkeypatch.setattr(kind, "scan", lambda _folder, *, reserved=False: iter(stale))
+        with pytest.raises(OSError) as caught:
+            remove_entry(top, top.lstat(b"tree"), recursive=True)
+    assert caught.value.errno == errno.ENOTEMPTY
