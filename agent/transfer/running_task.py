@@ -178,8 +178,8 @@ class RunningTask:
 
     # --- orders ----------------------------------------------------------------------------------------
 
-    async def take_order(self, order: TaskOrder, observed: TaskObserved) -> None:
-        """A newer order; a running worker hears of it."""
+    def take_order(self, order: TaskOrder, observed: TaskObserved) -> None:
+        """A newer order; `tell_order` must follow."""
         if order.arranged is not None:
             self._arranged = (trio.current_time(), order.arranged)
             order = msgspec.structs.replace(order, arranged=None)
@@ -191,6 +191,9 @@ class RunningTask:
         self._node.allotment.changed()
         if order.session is not None:
             self.take_answer(order.session)
+
+    async def tell_order(self) -> None:
+        """Tell a running worker what is ordered now."""
         await self._tell_worker()
 
     async def hold(self, *, held: bool) -> None:

@@ -80,6 +80,9 @@ class TransferService:
         self.sessions = ServedSessions(node)
         self._tasks = {stored.order.task_id: RunningTask(node, stored) for stored in node.store.load()}
         self._paused = False
+        # Orders are looked at, written down and taken one after the other: one may overtake another on its way, and a
+        # relay that heard nothing says the same again while the first is still being written.
+        self._ordering = trio.Lock()
         self.port = 0
 
     def statistics(self) -> TransferStatistics:
@@ -194,9 +197,18 @@ class TransferService:
 
         Raises `TowpathError` when ticket, policy or the order itself forbid it.
         """
+        async with self._ordering:
+            known, is_news = await self._take_order(order)
+        if is_news:
+            await known.tell_order()
+            self._node.turn_changed()
+        return known.observed
+
+    async def _take_order(self, order: TaskOrder) -> tuple[RunningTask, bool]:
+        """The task of an order, which is on disk, and whether the order is news."""
         known = self._tasks.get(order.task_id)
         if known is not None and order.revision <= known.order.revision:
-            return known.observed
+            return known, False
         if known is not None and order.items is None:
             order = msgspec.structs.replace(order, items=known.order.items)
         if order.desired == "run":
@@ -209,9 +221,8 @@ class TransferService:
         kept = msgspec.structs.replace(order, arranged=None)
         await trio.to_thread.run_sync(self._node.store.put_order, kept, observed, order.session)
         self._tasks[order.task_id] = known
-        await known.take_order(order, observed)
-        self._node.turn_changed()
-        return known.observed
+        known.take_order(order, observed)
+        return known, True
 
     def get_task(self, task_id: str) -> TaskObserved:
         """The task as observed. Raises `ItemFailed` NOT_FOUND."""
@@ -239,11 +250,12 @@ class TransferService:
 
     async def close_task(self, task_id: str) -> None:
         """The relay holds everything of this task: forget it. A task that is not finished stays."""
-        task = self._tasks.get(task_id)
-        if task is None or task.observed.state not in FINAL_STATES or task.running:
-            return
-        del self._tasks[task_id]
-        await trio.to_thread.run_sync(self._node.store.remove, task_id)
+        async with self._ordering:
+            task = self._tasks.get(task_id)
+            if task is None or task.observed.state not in FINAL_STATES or task.running:
+                return
+            del self._tasks[task_id]
+            await trio.to_thread.run_sync(self._node.store.remove, task_id)
         await trio.to_thread.run_sync(lambda: shutil.rmtree(self._node.directory / task_id, ignore_errors=True))
 
     async def pause_task(self, task_id: str) -> None:
