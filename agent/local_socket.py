@@ -142,7 +142,7 @@ def address(state_dir: Path) -> Path:
         path = Path(os.fsdecode((state_dir / ADDRESS_FILE).read_bytes()[:4096].strip()))
         status = path.parent.lstat()
     except OSError as error:
-        raise NotRunning(f"No agent runs on {state_dir}.") from error
+        raise _nobody(state_dir) from error
     # Somebody else's directory could hold somebody else's agent, which would learn what we ask.
     foreign = status.st_uid not in (own_number(), (state_dir / ADDRESS_FILE).stat().st_uid)
     if not stat.S_ISDIR(status.st_mode) or foreign or status.st_mode & 0o077:
@@ -169,6 +169,10 @@ class _Connection(http.client.HTTPConnection):
         self.sock = channel
 
 
+def _nobody(state_dir: Path) -> NotRunning:
+    return NotRunning(f"No agent runs here; `towpath start` starts it. (Its state is in {state_dir}.)")
+
+
 def ask(state_dir: Path, method: str, path: str, *, timeout: float = 15.0) -> dict[str, Any]:
     """One request to the running agent; the JSON object of a 2xx answer. Blocks.
 
@@ -181,6 +185,9 @@ def ask(state_dir: Path, method: str, path: str, *, timeout: float = 15.0) -> di
             response = connection.getresponse()
             body = response.read(MAX_ANSWER + 1)
     except (OSError, http.client.HTTPException) as error:
+        if isinstance(error, ConnectionRefusedError | FileNotFoundError):
+            # It was killed and could not take its address away.
+            raise _nobody(state_dir) from error
         reason = str(error) or type(error).__name__
         raise NotRunning(f"No agent answers on {state_dir} ({reason}).") from error
     if len(body) > MAX_ANSWER:

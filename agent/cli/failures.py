@@ -11,7 +11,7 @@ from agent.cli.exit_codes import ExitCode
 from agent.cli.output import CommandFailed, sentence
 
 if TYPE_CHECKING:
-    from globus_sdk import AuthAPIError, GlobusAPIError, NetworkError
+    from globus_sdk import AuthAPIError, GlobusAPIError
 
     from agent.cli.profile import Profile
 
@@ -31,7 +31,8 @@ def explained(profile: Profile | None = None) -> Iterator[None]:
     except GlobusAPIError as error:
         raise CommandFailed(api_sentence(error)) from error
     except NetworkError as error:
-        raise CommandFailed(network_sentence(error, profile)) from error
+        relay, ca_file = (profile.relay_url, profile.ca_file) if profile else ("the relay", None)
+        raise CommandFailed(network_sentence(error.underlying_exception, relay, ca_file)) from error
     except GlobusError as error:
         raise CommandFailed(f"The relay answered in a way that cannot be understood: {error}") from error
 
@@ -43,13 +44,20 @@ def api_sentence(error: GlobusAPIError) -> str:
     if code == _AUTHENTICATION_CODE or error.http_status == 401:
         return "The relay does not accept these credentials any more; run `towpath login` again."
     if any(word in code for word in _OFFLINE_CODES):
-        return f"{sentence(message)} Start the agent on that machine (`towpath start`) and try again."
-    return f"{sentence(message)} ({code})" if code and code != "Error" else sentence(message)
+        return f"{message.partition(';')[0].rstrip('.')}; start it on its machine (`towpath start`) and try again."
+    if not code or code == "Error":
+        return sentence(message)
+    if message.endswith(")"):
+        # What an agent refused already ends with the endpoint and the code of the trouble.
+        return message
+    return f"{sentence(message)} ({code})"
 
 
 def _auth_sentence(error: AuthAPIError, profile: Profile | None) -> str:
     relay = profile.relay_url if profile else "the relay"
     if error.http_status in (400, 401, 403):
+        if profile is not None and profile.tokens is not None:
+            return f"Your sign-in to {relay} has ended; run `towpath login` again."
         return (
             f"{relay} does not accept this client id and secret; check both (`towpath-relay client add` makes new "
             f"ones) and run `towpath login` again."
@@ -57,13 +65,15 @@ def _auth_sentence(error: AuthAPIError, profile: Profile | None) -> str:
     return f"{relay} could not sign this client in: {error.message or error.http_status}"
 
 
-def network_sentence(error: NetworkError, profile: Profile | None) -> str:
-    """Why the relay cannot be reached: name, refusal, certificate or silence, told apart by exception class."""
-    relay = profile.relay_url if profile else "the relay"
-    causes = list(_causes(error.underlying_exception))
+def network_sentence(error: BaseException | None, relay: str, ca_file: str | None) -> str:
+    """Why the relay cannot be reached: name, refusal, certificate or silence, told apart by exception class.
+
+    ``relay`` is its address, ``ca_file`` the certificate authority that was trusted alone.
+    """
+    causes = list(_causes(error))
     for cause in causes:
         if isinstance(cause, ssl.SSLCertVerificationError):
-            return _certificate_sentence(relay, cause, profile)
+            return _certificate_sentence(relay, cause, ca_file)
         if isinstance(cause, ssl.SSLError):
             return f"{relay} does not speak TLS as expected ({cause.reason or cause}); check the address and the port."
     names = {type(cause).__name__ for cause in causes}
@@ -76,12 +86,10 @@ def network_sentence(error: NetworkError, profile: Profile | None) -> str:
     return f"{relay} cannot be reached ({causes[-1] if causes else error}); check the network connection and try again."
 
 
-def _certificate_sentence(relay: str, error: ssl.SSLCertVerificationError, profile: Profile | None) -> str:
+def _certificate_sentence(relay: str, error: ssl.SSLCertVerificationError, ca_file: str | None) -> str:
     reason = error.verify_message or "certificate not trusted"
-    if profile is not None and profile.ca_file:
-        return (
-            f"The certificate of {relay} does not fit {profile.ca_file} ({reason}); ask the operator for the CA file."
-        )
+    if ca_file:
+        return f"The certificate of {relay} does not fit {ca_file} ({reason}); ask the operator for the CA file."
     return (
         f"The certificate of {relay} is not trusted ({reason}); get the relay's CA certificate from its operator and "
         f"name it with `--ca-file` or TOWPATH_CA_FILE."

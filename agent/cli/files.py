@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from agent.cli.command import with_relay
-from agent.cli.location import Location, LocationType, Place
-from agent.cli.output import Column, Output, fail, field
+from agent.cli.location import Location, LocationType, Place, parse_location
+from agent.cli.output import Column, CommandFailed, Output, fail, field
 from agent.cli.relay_client import document_of
+from protocol.terminal import typed_path
 
 if TYPE_CHECKING:
     from agent.cli.relay_client import Relay
@@ -216,10 +217,30 @@ def mkdir(relay: Relay, out: Output, location: Location) -> None:
 def rename(relay: Relay, out: Output, location: Location, new_path: str) -> None:
     """Rename a file or directory within its collection."""
     place = relay.find(location)
-    # The collection may be written again before the new path, as in `towpath rename a:/old a:/new`.
-    target = new_path.removeprefix(f"{location.collection}:")
+    target = _within(relay, place, location.collection, new_path)
     answer = relay.transfer.operation_rename(place.collection_id, oldpath=_required(place), newpath=target)
     out.result(document_of(answer), answer["message"])
+
+
+def _within(relay: Relay, place: Place, written: str, new_path: str) -> str:
+    """The new path in the collection. The collection may be written again before it, as in `towpath rename a:/old
+    a:/new`; another one would become part of the name. Raises `click.UsageError` for one."""
+    prefix, colon, rest = new_path.partition(":")
+    if colon and prefix == written:
+        return typed_path(rest)
+    if colon and prefix and "/" not in prefix:
+        try:
+            other = relay.find(parse_location(new_path))
+        except CommandFailed:
+            # Names may have colons in them.
+            return typed_path(new_path)
+        if other.collection_id != place.collection_id:
+            raise click.UsageError(
+                f"{prefix!r} is another collection; rename works within one. Move things with `towpath transfer`, "
+                f"or write './{new_path}' for a name with a colon in it."
+            )
+        return _required(other)
+    return typed_path(new_path)
 
 
 def _required(place: Place) -> str:

@@ -22,6 +22,7 @@ from urllib.parse import parse_qs, urlencode, urlsplit
 import httpx
 import msgspec
 
+from agent.cli.failures import network_sentence
 from agent.cli.output import CommandFailed
 from agent.cli.profile import Tokens
 
@@ -77,6 +78,7 @@ class SignIn:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._relay = relay_url
+        self._ca_file = ca_file
         context = ssl.create_default_context(cafile=ca_file)
         headers = {"User-Agent": f"towpath on {socket.gethostname()[:100]}", "Accept": "application/json"}
         self._http = httpx.Client(verify=context, timeout=TIMEOUT, headers=headers)
@@ -179,7 +181,7 @@ class SignIn:
         try:
             return self._http.request(method, self._relay + path, auth=auth, **more)
         except httpx.HTTPError as error:
-            raise CommandFailed(f"The relay {self._relay} cannot be reached: {error}.") from error
+            raise CommandFailed(network_sentence(error, self._relay, self._ca_file)) from error
 
 
 @dataclass(frozen=True)

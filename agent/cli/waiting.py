@@ -89,7 +89,9 @@ def fetch_task(relay: Relay, task_id: str) -> Mapping[str, Any]:
     try:
         document = relay.transfer.get_task(task_id).data
     except NetworkError as error:
-        raise RelayAway(network_sentence(error, relay.profile)) from error
+        raise RelayAway(
+            network_sentence(error.underlying_exception, relay.profile.relay_url, relay.profile.ca_file)
+        ) from error
     except GlobusAPIError as error:
         if error.http_status in (429, 500, 502, 503, 504):
             raise RelayAway(api_sentence(error)) from error

@@ -93,7 +93,7 @@ class PortMapping:
             except ProtocolError as error:
                 reasons.append(f"{name}: {error.sentence}")
             except OSError as error:
-                reasons.append(f"{name}: {error}")
+                reasons.append(f"{name}: {error.strerror or error}.")
             else:
                 self._protocol = name
                 return granted

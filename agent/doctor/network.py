@@ -48,7 +48,11 @@ def check_relay(examination: Examination) -> Iterator[Finding]:
         if proxy.level != "note":
             return
     else:
-        yield from _direct(host, port)
+        ways = list(_direct(host, port))
+        yield from ways
+        if any(way.level == "failure" for way in ways):
+            # Nothing that is asked over it can be said any better.
+            return
     yield from _https(examination, url)
     if examination.status is not None and examination.status["link"].get("wrapping") == "websocket":
         yield Finding(
@@ -82,7 +86,7 @@ def _direct(host: str, port: int) -> Iterator[Finding]:
     except OSError as error:
         yield Finding(
             level="failure",
-            sentence=f"The relay's name {host} cannot be looked up: {error}.",
+            sentence=f"The relay's name {host} cannot be looked up: {error.strerror or error}.",
             advice="Check the address of the relay and this machine's DNS.",
         )
         return
@@ -99,10 +103,14 @@ def _direct(host: str, port: int) -> Iterator[Finding]:
                 continue
             best = min(best or TIMEOUT, time.monotonic() - started)
     if best is None:
+        refused = isinstance(failure, ConnectionRefusedError)
         yield Finding(
             level="failure",
-            sentence=f"No connection to {host} port {port}: {failure}.",
-            advice=f"Ask for outgoing TCP to port {port}, or set `relay.proxy` where a proxy is required.",
+            sentence=f"No connection to {host} port {port}: {(failure and failure.strerror) or failure}.",
+            advice="Nothing listens there, or a firewall refuses: ask the relay's operator whether it is running, and "
+            "compare the address and the port."
+            if refused
+            else f"Ask for outgoing TCP to port {port}, or set `relay.proxy` where a proxy is required.",
         )
         return
     yield Finding(

@@ -284,7 +284,8 @@ def refusal(row: Row, decision: Decision) -> TowpathError:
         )
     here, there = ("folder", "file") if row.kind == DIRECTORY else ("file", "folder")
     return ItemFailed(
-        f"The source has a {here} where the destination has a {there} of the same name; move one of them away.",
+        f"The source has a {here} where the destination has a {there} of the same name; move one of them away, or name "
+        "another destination.",
         code="IS_A_DIRECTORY" if row.kind != DIRECTORY else "NOT_A_DIRECTORY",
         who="destination owner",
     )

@@ -1,4 +1,4 @@
-"""Tokens of long life for machines: made by a person on a page or with `towpath token`, named, listed and ended there.
+"""Tokens of long life for machines: made by a person on a page, named, listed and ended there.
 
 Each is an access token for the Transfer service in a session of its own, so ending the session ends it.
 """

@@ -47,7 +47,7 @@ _MALFORMED = frozenset({"ILLEGAL_NAME", "BAD_REQUEST", "BAD_MARKER"})
 
 def operation_error(operation: Operation, error: TowpathError, where: str) -> ApiError:
     """The answer for an agent's error. ``where`` is the collection's name."""
-    message = f"{error.sentence} (endpoint “{where}”, {error.code})"
+    message = f"{error.sentence.rstrip('.')} (endpoint “{where}”, {error.code})"
     if error.code == "NOT_FOUND":
         return ApiError(404, operation.missing, message)
     if error.code in _FORBIDDEN:

@@ -472,10 +472,7 @@ def test_refusals_become_one_sentence(towpath: Run, relay: FakeRelay) -> None:
     )
     code, _, err = towpath("ls", ALPHA)
     assert (code, len(err.splitlines())) == (1, 1)
-    assert (
-        err
-        == "towpath: The agent is ␛1B[1mnot there. Start the agent on that machine (`towpath start`) and try again.\n"
-    )
+    assert err == "towpath: The agent is ␛1B[1mnot there; start it on its machine (`towpath start`) and try again.\n"
     relay.refusals[path] = Refusal(403, "EndpointPermissionDenied", "No access.")
     assert towpath("ls", ALPHA)[2] == "towpath: No access. (EndpointPermissionDenied)\n"
     relay.refusals[path] = Refusal(401, "ClientError.AuthenticationFailed", "dead")

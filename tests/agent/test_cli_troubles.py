@@ -1,0 +1,183 @@
+"""What people read when a command cannot do what they asked: what happened, and who can mend it, said once."""
+
+from __future__ import annotations
+
+import json
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import requests
+import trustme
+from globus_sdk import AuthAPIError
+
+from agent import local_socket
+from agent.cli.failures import explained
+from agent.cli.output import CommandFailed
+from agent.cli.profile import Profile, Tokens
+from agent.config.layers import load_config
+from agent.doctor.network import check_relay
+from agent.doctor.registry import Examination
+from agent.local_socket import ADDRESS_FILE, NotRunning
+from tests.agent.fake_relay import ALPHA, CLIENT, FakeRelay, Refusal
+from tests.agent.test_cli_commands import Run, relay, towpath
+
+__all__ = ["relay", "towpath"]
+
+LISTING = f"/v0.10/operation/endpoint/{ALPHA}/ls"
+
+
+def closed_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+@contextmanager
+def strange_relay() -> Iterator[int]:
+    """Somebody who speaks TLS with a certificate that nobody here knows."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    trustme.CA().issue_cert("127.0.0.1").configure_cert(context)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            while True:
+                try:
+                    connection, _ = server.accept()
+                except OSError:
+                    return
+                with connection:
+                    try:
+                        context.wrap_socket(connection, server_side=True).close()
+                    except OSError:
+                        continue
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield int(server.getsockname()[1])
+        server.shutdown(socket.SHUT_RDWR)
+    thread.join()
+
+
+@pytest.fixture
+def nobody(towpath: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """The command line of somebody who has not signed in yet."""
+    for name in ("TOWPATH_RELAY_URL", "TOWPATH_CLIENT_ID", "TOWPATH_CLIENT_SECRET"):
+        monkeypatch.delenv(name)
+    return towpath
+
+
+# --- the relay --------------------------------------------------------------------------------------------------
+
+
+def test_signing_in_where_nobody_listens(nobody: Run) -> None:
+    code, _, said = nobody("login", "--relay", f"https://127.0.0.1:{closed_port()}", "--no-browser")
+    assert code == 1
+    assert "Nothing answers at https://127.0.0.1:" in said
+    assert "operator" in said
+    assert "Errno" not in said
+
+
+def test_signing_in_to_a_relay_with_a_certificate_of_its_own_making(nobody: Run) -> None:
+    with strange_relay() as port:
+        code, _, said = nobody("login", "--relay", f"https://127.0.0.1:{port}", "--no-browser")
+    assert code == 1
+    assert "is not trusted" in said
+    assert "--ca-file" in said
+    assert "_ssl.c" not in said
+
+
+def test_a_name_that_does_not_exist(nobody: Run) -> None:
+    code, _, said = nobody("login", "--relay", "https://relay.invalid", "--no-browser")
+    assert code == 1
+    assert "The name in https://relay.invalid is not known to this machine" in said
+
+
+@pytest.mark.parametrize("person", [True, False])
+def test_a_sign_in_that_has_ended_is_told_from_a_wrong_secret(person: bool) -> None:
+    tokens = {"transfer.api.globus.org": Tokens("a", "r", 1.0)} if person else None
+    profile = Profile("https://relay.example", CLIENT, "s", tokens=tokens)
+    answer = requests.Response()
+    answer.status_code = 401
+    answer._content = json.dumps({"error": "invalid_grant"}).encode()
+    answer.headers["Content-Type"] = "application/json"
+    answer.request = requests.Request("POST", "https://relay.example/v2/oauth2/token").prepare()
+    with pytest.raises(CommandFailed) as failed, explained(profile):
+        raise AuthAPIError(answer)
+    said = str(failed.value)
+    assert "`towpath login`" in said
+    assert ("has ended" in said, "client id" in said) == (person, not person)
+
+
+# --- what an agent or the relay refuses ---------------------------------------------------------------------------
+
+
+def test_an_agent_that_is_away_is_to_be_started_once(towpath: Run, relay: FakeRelay) -> None:
+    message = "The agent of “alpha” is not connected; start it on its machine and try again."
+    relay.refusals[LISTING] = Refusal(502, "ExternalError.DirListingFailed.GCDisconnected", message)
+    _, _, said = towpath("ls", f"{ALPHA}:/x")
+    sentence = "The agent of “alpha” is not connected; start it on its machine (`towpath start`) and try again."
+    assert said == f"towpath: {sentence}\n"
+
+
+def test_what_an_agent_refuses_has_one_code(towpath: Run, relay: FakeRelay) -> None:
+    message = "/x does not exist (endpoint “alpha”, NOT_FOUND)"
+    relay.refusals[LISTING] = Refusal(404, "ClientError.NotFound", message)
+    assert towpath("ls", f"{ALPHA}:/x")[2] == f"towpath: {message}\n"
+    relay.refusals[LISTING] = Refusal(400, "ClientError.BadRequest", "path: no")
+    assert towpath("ls", f"{ALPHA}:/x")[2] == "towpath: path: no. (ClientError.BadRequest)\n"
+
+
+@pytest.mark.parametrize(
+    ("new", "sent"),
+    [
+        ("alpha:/b", "/b"),
+        (f"{ALPHA}:/b", "/b"),
+        ("/b", "/b"),
+        ("sub/beta:x", "sub/beta:x"),
+        ("12:30.txt", "12:30.txt"),
+        ("./beta:x", "./beta:x"),
+        ("beta:/b", None),
+        ("beta:b", None),
+    ],
+)
+def test_renaming_into_another_collection_makes_no_file_of_its_name(
+    towpath: Run, relay: FakeRelay, new: str, sent: str | None
+) -> None:
+    code, _, said = towpath("rename", "alpha:/a", new)
+    requests_made = relay.sent("POST", f"/v0.10/operation/endpoint/{ALPHA}/rename")
+    if sent is None:
+        assert (code, requests_made) == (2, [])
+        assert "'beta' is another collection" in said
+        assert "towpath transfer" in said
+    else:
+        assert (code, [request.document["new_path"] for request in requests_made]) == (0, [sent])
+
+
+# --- this machine -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_without_an_agent_one_is_told_how_to_start_it(tmp_path: Path, killed: bool) -> None:
+    if killed:
+        place = tmp_path / "run"
+        place.mkdir(mode=0o700)
+        (tmp_path / ADDRESS_FILE).write_text(str(place / "agent.sock"))
+    with pytest.raises(NotRunning) as failed:
+        local_socket.ask(tmp_path, "GET", "/status")
+    assert failed.value.sentence.startswith("No agent runs here; `towpath start` starts it.")
+    assert str(tmp_path) in failed.value.sentence
+
+
+def test_the_doctor_asks_for_the_relay_and_not_for_a_firewall_where_nothing_listens(tmp_path: Path) -> None:
+    file = tmp_path / "agent.yaml"
+    file.write_text(f"relay:\n  url: https://127.0.0.1:{closed_port()}\n  proxy: none\n")
+    found = list(check_relay(Examination(config_file=file, config=load_config(file), status=None, now=time.time())))
+    (finding,) = found
+    assert finding.level == "failure"
+    assert finding.sentence.endswith(": Connection refused.")
+    assert "ask the relay's operator whether it is running" in finding.advice
