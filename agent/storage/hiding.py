@@ -76,9 +76,16 @@ class HidingDirectory(Directory):
 
     def open_read_status(self, name: bytes, *, follow: bool = False) -> tuple[int, os.stat_result]:
         _check([name])
-        if follow:
-            self._check_link(name)
-        return self.inner.open_read_status(name, follow=follow)
+        if not follow:
+            return self.inner.open_read_status(name)
+        self._check_link(name)
+        fd, status = self.inner.open_read_status(name, follow=True)
+        try:
+            self._check_opened(fd, status, name)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd, status
 
     def open_directory(self, name: bytes, *, follow: bool = False) -> Directory:
         _check([name])
@@ -92,18 +99,30 @@ class HidingDirectory(Directory):
             with self.inner.open_directory(name, follow=True) as opened:
                 _check(opened.path)
             return
+        fd = self.inner.open_read(name, follow=True)
+        try:
+            self._check_place(fd)
+        finally:
+            os.close(fd)
+
+    def _check_opened(self, fd: int, status: os.stat_result, name: bytes) -> None:
+        """What was opened may be led to by another link than the one that was looked at: anybody on this machine who
+        may write to the folder can change that in between."""
+        node = self.inner.lstat(name)
+        if (node.device, node.inode) != (status.st_dev, status.st_ino):
+            self._check_place(fd)
+
+    def _check_place(self, fd: int) -> None:
+        """Whether an open file lies in a folder, and has a name, that may be seen."""
         handle = self.inner.fileno()
         if handle is None:
             raise HiddenDenied
-        fd = self.inner.open_read(name, follow=True)
         try:
             place = os.readlink(os.fsencode(f"/proc/self/fd/{fd}"))
             here = os.readlink(os.fsencode(f"/proc/self/fd/{handle}"))
         except OSError:
             # This system cannot say; then the link is not followed.
             raise HiddenDenied from None
-        finally:
-            os.close(fd)
         # What lies above the collection's root may be called what it likes.
         depth = len(here.rstrip(b"/").split(b"/")) - len(self.inner.path)
         _check(place.split(b"/")[depth:])

@@ -10,7 +10,7 @@ import pytest
 
 from agent.storage.base import Root
 from agent.storage.hiding import HiddenDenied, HidingRoot, is_hidden
-from agent.storage.posix import open_root
+from agent.storage.posix import PosixDirectory, open_root
 from protocol.names import RESERVED_PREFIX
 
 
@@ -62,6 +62,30 @@ def test_no_symlink_leads_to_a_hidden_file(root: Root, name: bytes) -> None:
                 call(name)
     with pytest.raises(HiddenDenied):
         root.stat((name,))
+
+
+@pytest.mark.parametrize("name", [b"good", b"plain"])
+def test_a_link_that_is_changed_after_the_look_leads_to_no_hidden_file(
+    root: Root, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: bytes
+) -> None:
+    """By somebody with an account on this machine, between the look at it and the opening."""
+    path = tmp_path / ".config" / "root" / name.decode()
+    (tmp_path / ".config" / "root" / "plain").write_text("public")
+    opening, swapped = PosixDirectory.open_anything, []
+
+    def swap_and_open(directory: PosixDirectory, asked: bytes, *, follow: bool) -> int:
+        swapped.append(asked)
+        # A link is opened once to be looked at.
+        if len(swapped) == (2 if name == b"good" else 1):
+            path.unlink()
+            path.symlink_to(".ssh/key")
+        return opening(directory, asked, follow=follow)
+
+    with root.open_directory(()) as directory:
+        monkeypatch.setattr(PosixDirectory, "open_anything", swap_and_open)
+        with pytest.raises(HiddenDenied):
+            root.read_whole(directory, name, memoryview(bytearray(6)), follow=True)
+    assert path.is_symlink()
 
 
 def test_no_symlink_leads_into_a_hidden_folder(root: Root) -> None:
