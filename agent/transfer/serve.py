@@ -11,7 +11,8 @@ import queue
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
 
 import msgspec
 import trio
@@ -41,6 +42,9 @@ _CHUNK = 64 * 1024
 HELLO_TIMEOUT = 30.0
 LISTINGS_AT_ONCE = 32
 MAX_LANES = 64
+# Questions of one destination that are worked on, each of which may be large. More are not read from it meanwhile; an
+# honest one has fewer.
+QUESTIONS_AT_ONCE = 32
 # Requests of one destination that may wait for lanes; an honest one is held back by its own window long before.
 MAX_WAITING = 100_000
 # How long a lane waits for the greeting of its control stream (seconds), which comes on another connection; and lanes
@@ -134,6 +138,7 @@ class Control:
         self._compression: compression.Mode = "off"
         self._meters: dict[int, LaneMeter] = {}
         self._listings: dict[int, tuple[trio.CancelScope, trio.Semaphore]] = {}
+        self._questions = trio.Semaphore(QUESTIONS_AT_ONCE)
         self._send_out, self._receive_out = trio.open_memory_channel[bytes](1024)
         self._digests = trio.CapacityLimiter(2)
         self._listing_threads = StorageThreads(side.root.features.file_system)
@@ -253,19 +258,9 @@ class Control:
                 listing[0].cancel()
             elif len(self._abandoned) < MAX_WAITING:
                 self._abandoned.add(request.r)
-        elif isinstance(request, session.TakePaths):
-            nursery.start_soon(self._take, request)
-        elif isinstance(request, session.StatPaths):
-            nursery.start_soon(self._stat, request)
-        elif isinstance(request, session.DigestFile):
-            nursery.start_soon(self._digest, request)
-        elif isinstance(request, session.FindExtents):
-            nursery.start_soon(self._extents, request)
-        elif isinstance(request, session.DigestBlocks):
-            session.check_blocks_untrusted(request)
-            nursery.start_soon(self._block_digests, request)
-        elif isinstance(request, session.ReadAttributes):
-            nursery.start_soon(self._attributes, request)
+        elif (answer := _QUESTIONS.get(type(request))) is not None:
+            await self._questions.acquire()
+            nursery.start_soon(self._question, answer, request)
         elif isinstance(request, session.ReadLanes):
             await self._answer(readings_of(request.r, self._meters))
         elif isinstance(request, session.RenewTicket):
@@ -274,6 +269,12 @@ class Control:
             await self._answer(session.Pong())
         else:
             raise ProtocolError("The destination introduced itself twice.")
+
+    async def _question(self, answer: Callable[[Control, Any], Awaitable[None]], request: session.Request) -> None:
+        try:
+            await answer(self, request)
+        finally:
+            self._questions.release()
 
     # --- metadata --------------------------------------------------------------------------------------
 
@@ -393,6 +394,7 @@ class Control:
             root.close_file(descriptor)
 
     async def _block_digests(self, request: session.DigestBlocks) -> None:
+        session.check_blocks_untrusted(request)
         try:
             path = self._allowed(request.path)
             digests = await trio.to_thread.run_sync(self._digests_of, request, path, limiter=self._digests)
@@ -470,6 +472,16 @@ class Control:
             paths.append(path)
         self._side.policy.check(folder if covered else paths[-1], now)
         return LaneRequest(request, (), tuple(paths), abandoned=self._abandoned, compression=self._compression)
+
+
+_QUESTIONS: dict[type[session.Request], Callable[[Control, Any], Awaitable[None]]] = {
+    session.TakePaths: Control._take,
+    session.StatPaths: Control._stat,
+    session.DigestFile: Control._digest,
+    session.FindExtents: Control._extents,
+    session.DigestBlocks: Control._block_digests,
+    session.ReadAttributes: Control._attributes,
+}
 
 
 def _abilities() -> list[str]:
