@@ -4,11 +4,14 @@ On a path with a round-trip time BBR keeps its rate where loss-based control giv
 loss at 200 Mbit/s and 100 ms, one stream 190 against 9 Mbit/s. Between processes of one machine or
 rack it only costs: 2.5 against 7.3 GB/s over loopback. An unprivileged process may choose what the system lists in
 `tcp_allowed_congestion_control`; where that is not enough, more lanes are.
+
+BBR keeps no more on its way than fits into the least round trip of the connection, which where SYNs crossed may be next
+to nothing (`protocol.round_trip`): it then sends ten packets a round trip for ten seconds and more, 0.2 MB/s where 24
+are possible. Such connections are left to a loss-based control.
 """
 
 from __future__ import annotations
 
-import contextlib
 import socket
 import struct
 from dataclasses import dataclass
@@ -19,8 +22,12 @@ LONG_PATH = 0.003
 # `struct tcp_info` (linux/tcp.h), as far as it is of use here. Times are microseconds.
 _RTT = struct.Struct("=68xI")
 # Offsets of `tcpi_total_retrans` and of `tcpi_busy_time` with `tcpi_rwnd_limited` behind it.
-_RETRANSMISSIONS, _BUSY, _FULL = 100, 168, 184
+_RETRANSMISSIONS, _LEAST, _DATA_OUT, _BUSY, _FULL, _DELIVERED = 100, 148, 156, 168, 184, 192
 _LENGTH = 256
+# BBR gets on with a least round trip that is this part of the true one (measured: half is enough, 0.3 is not).
+ENOUGH = 0.4
+# Of the smoothed round trip each sample is this part (RFC 6298).
+_SHARE = 1 / 8
 
 
 class Connection(Protocol):
@@ -39,6 +46,10 @@ class TcpFacts:
     retransmissions: int = 0
     busy: float | None = None
     window: float = 0.0
+    # The least round trip, and what the ones of data must have been, where the connection's own SYN was acknowledged
+    # twice, as it is where SYNs cross.
+    least: float | None = None
+    at_least: float | None = None
 
 
 def tcp_facts(sock: Connection) -> TcpFacts | None:
@@ -58,7 +69,14 @@ def tcp_facts(sock: Connection) -> TcpFacts | None:
         return TcpFacts(rtt / 1e6 or None)
     (retransmissions,) = struct.unpack_from("=I", info, _RETRANSMISSIONS)
     busy, window = struct.unpack_from("=QQ", info, _BUSY)
-    return TcpFacts(rtt / 1e6 or None, retransmissions, busy / 1e6, window / 1e6)
+    least, data_out = (struct.unpack_from("=I", info, offset)[0] for offset in (_LEAST, _DATA_OUT))
+    at_least = None
+    if len(info) >= _DELIVERED + 4:
+        (delivered,) = struct.unpack_from("=I", info, _DELIVERED)
+        if data_out and delivered >= data_out + 2:
+            # There were no more samples than segments; the first one was the SYN's.
+            at_least = (least + (rtt - least) / (1 - (1 - _SHARE) ** data_out)) / 1e6
+    return TcpFacts(rtt / 1e6 or None, retransmissions, busy / 1e6, window / 1e6, least / 1e6 or None, at_least)
 
 
 def round_trip_time(sock: Connection) -> float | None:
@@ -67,11 +85,25 @@ def round_trip_time(sock: Connection) -> float | None:
     return None if facts is None else facts.rtt
 
 
+def trusts_least(facts: TcpFacts) -> bool:
+    """Whether the least round trip of a connection is one of its path."""
+    return facts.least is None or facts.at_least is None or facts.least >= ENOUGH * facts.at_least
+
+
 def tune_sender(sock: Connection) -> None:
-    """Choose the congestion control of a connection that is established. Where it may not be chosen it stays."""
-    time = round_trip_time(sock)
+    """Choose the congestion control of a connection that is established and has been spoken on, as in TLS's handshake.
+    Where it may not be chosen it stays."""
+    facts = tcp_facts(sock)
     option = getattr(socket, "TCP_CONGESTION", None)
-    if time is None or option is None:
+    if facts is None or facts.rtt is None or option is None:
         return
-    with contextlib.suppress(OSError):
-        sock.setsockopt(socket.IPPROTO_TCP, option, b"bbr" if time >= LONG_PATH else b"cubic")
+    wanted: tuple[bytes, ...] = (b"bbr",) if facts.rtt >= LONG_PATH else (b"cubic",)
+    if not trusts_least(facts):
+        # The system's own choice may be BBR.
+        wanted = (b"cubic", b"reno")
+    for name in wanted:
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, option, name)
+        except OSError:
+            continue
+        return

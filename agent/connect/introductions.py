@@ -370,7 +370,7 @@ class Introductions:
 
     async def _punch_one(self, port: int, target: Candidate) -> None:
         try:
-            sock = await connect_from(port, (target.host, target.port))
+            sock = (await connect_from(port, (target.host, target.port))).sock
         except OSError:
             return
         sock.setblocking(False)

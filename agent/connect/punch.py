@@ -18,6 +18,7 @@ import trio
 from agent.connect.listener import detached, reusable
 from agent.connect.stun_client import NotObserved, observe_tcp
 from protocol.candidates import HOST, MAPPED_TCP, Candidate
+from protocol.round_trip import dialled_round_trip, round_trip
 from protocol.stun import PortNote
 
 # Seconds until another try after an error; and how many there may be of one pair of addresses.
@@ -33,7 +34,15 @@ def family_of(host: str) -> socket.AddressFamily:
     return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
-async def connect_from(port: int, target: tuple[str, int], *, tries: int = MAX_TRIES) -> socket.socket:
+@dataclass(frozen=True)
+class Punched:
+    """A connection, and its round-trip time in seconds where that is known."""
+
+    sock: socket.socket
+    rtt: float | None
+
+
+async def connect_from(port: int, target: tuple[str, int], *, tries: int = MAX_TRIES) -> Punched:
     """A connection from a shared local port, begun again after errors. Raises OSError when out of tries."""
     family = family_of(target[0])
     while True:
@@ -42,8 +51,10 @@ async def connect_from(port: int, target: tuple[str, int], *, tries: int = MAX_T
         sock = trio.socket.from_stdlib_socket(plain)
         try:
             await sock.bind((_WILDCARD[family], port))
+            begun = trio.current_time()
             await sock.connect(target)
-            return detached(sock)
+            rtt = dialled_round_trip(sock, trio.current_time() - begun)
+            return Punched(detached(sock), rtt)
         except OSError as error:
             tries -= 1
             if tries <= 0:
@@ -127,19 +138,19 @@ async def gather_slot(
     return why
 
 
-async def punch(slot: Slot, targets: Sequence[Candidate], hosts: frozenset[str]) -> socket.socket:
+async def punch(slot: Slot, targets: Sequence[Candidate], hosts: frozenset[str]) -> Punched:
     """The first connection between a slot's port and the peer, whoever was faster. Raises OSError after `PUNCH_TIME`.
 
     Incoming connections count only from ``hosts``, the addresses the peer is known by.
     """
-    found: list[socket.socket] = []
+    found: list[Punched] = []
     errors: list[str] = []
     try:
         async with trio.open_nursery() as nursery:
             nursery.cancel_scope.deadline = trio.current_time() + PUNCH_TIME
 
-            def won(sock: socket.socket) -> None:
-                found.append(sock)
+            def won(one: Punched) -> None:
+                found.append(one)
                 nursery.cancel_scope.cancel()
 
             async def dial(target: Candidate) -> None:
@@ -152,15 +163,15 @@ async def punch(slot: Slot, targets: Sequence[Candidate], hosts: frozenset[str])
                     errors.append(error.strerror or str(error))
 
             async def take(listener: socket.socket) -> None:
-                # Another object for the same socket, so that cancelling here closes nothing of the slot's.
-                shared = trio.socket.from_stdlib_socket(listener.dup())
-                with shared:
-                    while True:
-                        sock, source = await shared.accept()
-                        with sock:
-                            if source[0].partition("%")[0] in hosts:
-                                won(detached(sock))
-                                return
+                while True:
+                    try:
+                        won(await _taken(listener, hosts))
+                    except OSError as error:
+                        # No descriptor to be had now, mostly; there may be one in a moment.
+                        errors.append(error.strerror or str(error))
+                        await trio.sleep(AGAIN)
+                    else:
+                        return
 
             for listener in slot.listeners.values():
                 nursery.start_soon(take, listener)
@@ -168,11 +179,22 @@ async def punch(slot: Slot, targets: Sequence[Candidate], hosts: frozenset[str])
                 nursery.start_soon(dial, target)
     except BaseException:
         # Whoever wanted the connection does not want it any more.
-        for sock in found:
-            sock.close()
+        for one in found:
+            one.sock.close()
         raise
     for extra in found[1:]:
-        extra.close()
+        extra.sock.close()
     if found:
         return found[0]
     raise OSError(errno.ETIMEDOUT, errors[0] if errors else "nothing came through")
+
+
+async def _taken(listener: socket.socket, hosts: frozenset[str]) -> Punched:
+    """What one of these hosts dials. Raises OSError."""
+    # Another object for the same socket, so that cancelling here closes nothing of the slot's.
+    with trio.socket.from_stdlib_socket(listener.dup()) as shared:
+        while True:
+            sock, source = await shared.accept()
+            with sock:
+                if source[0].partition("%")[0] in hosts:
+                    return Punched(detached(sock), round_trip(sock))

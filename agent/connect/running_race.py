@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -347,8 +347,8 @@ class RunningRace:
         slot = next((slot for slot in slots if slot.number == action.slot), None)
         if slot is None or not self._network.may_dial():
             raise OSError("no punching port")
-        sock = await punch(slot, action.targets, self._hosts)
-        return Connection(sock, self._finder.path_of("punched", sock))
+        found = await punch(slot, action.targets, self._hosts)
+        return Connection(found.sock, replace(self._finder.path_of("punched", found.sock), rtt=found.rtt))
 
     async def _arrange(self, action: Arrange) -> Connection:
         transports = self._network.transports

@@ -37,6 +37,9 @@ GO_TIMEOUT = 5.0
 MARGIN = 0.005
 GUESSED_ROUND_TRIP = 0.1
 LONGEST_ROUND_TRIP = 2.0
+# The source begins later by this part of both round trips, of which that between the agents is mostly no less than
+# half, but no later than so many seconds. See `start_times`.
+LATER, LATER_MOST = 1 / 8, 0.05
 # A task gets a new introduction at most this often, in seconds.
 INTERVAL = 0.3
 # An offer that only wants to know whether there is a way, after another of that kind.
@@ -88,16 +91,19 @@ class SignallingStatistics:
 
 
 def start_times(destination: float | None, source: float | None) -> tuple[float, float]:
-    """How long after it has read its go each side waits, in seconds, so that both begin at one instant.
+    """How long after it has read its go each side waits, in seconds, so that both begin at nearly one instant.
 
-    Takes the round-trip times of their links; both messages leave the relay together.
+    Takes the round-trip times of their links; both messages leave the relay together. The source, which will send,
+    begins a little later: where SYNs cross, the kernel of who begins first takes too little for the round trip, and
+    BBR sends next to nothing with it for ten seconds (`protocol.congestion`). It costs no time: the destination speaks
+    first, and knows a round trip after its own beginning that the connection stands.
     """
     ways = [
         min(GUESSED_ROUND_TRIP if trip is None else max(trip, 0.0), LONGEST_ROUND_TRIP) / 2
         for trip in (destination, source)
     ]
     instant = max(ways) + MARGIN
-    return instant - ways[0], instant - ways[1]
+    return instant - ways[0], instant - ways[1] + min(LATER * 2 * sum(ways), LATER_MOST)
 
 
 class Signalling:

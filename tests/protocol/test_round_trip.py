@@ -1,0 +1,109 @@
+"""What the kernel's numbers say of a connection whose SYNs crossed. The numbers are those of Linux 6.18 (tcp_info)."""
+
+from __future__ import annotations
+
+import socket
+import struct
+from dataclasses import dataclass, field
+
+import pytest
+
+from protocol.congestion import tcp_facts, tune_sender
+from protocol.round_trip import dialled_round_trip
+
+pytestmark = pytest.mark.skipif(not hasattr(socket, "TCP_INFO"), reason="this system tells nothing of its connections")
+
+
+@dataclass
+class Told:
+    """A socket of which the kernel says this; microseconds and segments. ``allowed``: what may be chosen."""
+
+    rtt: int
+    least: int
+    sent: int = 0
+    came: int = 0
+    again: int = 0
+    data: int = 0
+    delivered: int = 1
+    allowed: tuple[bytes, ...] = (b"bbr", b"cubic", b"reno")
+    length: int = 256
+    chosen: list[bytes] = field(default_factory=list)
+
+    def getsockopt(self, _level: int, _option: int, size: int) -> bytes:
+        info = bytearray(256)
+        rows = {68: self.rtt, 100: self.again, 136: self.sent, 140: self.came, 148: self.least}
+        for offset, value in {**rows, 156: self.data, 192: self.delivered}.items():
+            struct.pack_into("=I", info, offset, value)
+        return bytes(info[: min(size, self.length)])
+
+    def setsockopt(self, _level: int, _option: int, value: bytes) -> None:
+        if value not in self.allowed:
+            raise PermissionError
+        self.chosen.append(value)
+
+
+@pytest.mark.parametrize("least", [5_117, 50_238, 95_189])
+def test_where_syns_crossed_the_round_trip_is_what_the_dialling_took(least: int) -> None:
+    crossed = Told(least, least, sent=3, came=2, delivered=2)
+    assert dialled_round_trip(crossed, 0.1004) == 0.1004
+    # With a SYN that was sent again, nobody knows.
+    assert dialled_round_trip(Told(least, least, sent=4, came=2, again=1, delivered=2), 1.1004) is None
+
+
+@pytest.mark.parametrize(
+    "honest",
+    [
+        Told(100_900, 100_900, sent=2, came=1),
+        # Our own SYN did not get through, the other's did, a while later.
+        Told(100_437, 100_437, sent=2, came=2, delivered=2),
+        # Older kernels take the other's SYN-ACK for a mistake, and measure up to the acknowledgement of their own.
+        Told(100_437, 100_437, sent=3, came=3, delivered=2),
+    ],
+)
+def test_what_the_kernel_measures_right_is_believed(honest: Told) -> None:
+    assert dialled_round_trip(honest, 0.35) == honest.least / 1e6
+
+
+def smoothed(least: float, true: float, samples: int) -> int:
+    return round(true - (true - least) * (7 / 8) ** samples)
+
+
+@pytest.mark.parametrize("samples", [1, 2, 3])
+@pytest.mark.parametrize("least", [5_000, 30_000])
+def test_a_sender_whose_kernel_took_too_little_for_the_round_trip_does_not_use_bbr(least: int, samples: int) -> None:
+    """It would send ten packets a round trip for ten seconds."""
+    sender = Told(smoothed(least, 100_000, samples), least, data=samples, delivered=samples + 2)
+    tune_sender(sender)
+    assert sender.chosen == [b"cubic"]
+    facts = tcp_facts(sender)
+    assert facts is not None
+    assert facts.at_least == pytest.approx(0.1, rel=1e-3)
+    strict = Told(sender.rtt, least, data=samples, delivered=samples + 2, allowed=(b"bbr", b"reno"))
+    tune_sender(strict)
+    assert strict.chosen == [b"reno"]
+
+
+@pytest.mark.parametrize("samples", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("least", "extra"),
+    [
+        # The later one of two whose SYNs crossed, both at the same moment, and one whose own SYN was lost.
+        (75_000, 2),
+        (50_000, 2),
+        (100_000, 2),
+        # Others may have a queue in the way of all but the SYN.
+        (10_000, 1),
+        (10_000, 0),
+    ],
+)
+def test_all_other_senders_on_long_paths_do(least: int, extra: int, samples: int) -> None:
+    sender = Told(smoothed(least, 100_000, samples), least, data=samples, delivered=samples + extra)
+    tune_sender(sender)
+    assert sender.chosen == [b"bbr"]
+
+
+@pytest.mark.parametrize("length", [72, 104, 150, 180, 190])
+def test_kernels_that_tell_less_are_believed(length: int) -> None:
+    sender = Told(20_000, 1_000, sent=3, came=2, data=1, delivered=3, length=length)
+    tune_sender(sender)
+    assert sender.chosen == [b"bbr"]
