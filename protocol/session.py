@@ -11,7 +11,7 @@ root itself; the side that receives one checks it with `path_untrusted` before a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -74,7 +74,7 @@ class Row(msgspec.Struct, array_like=True, frozen=True, gc=False):
 
     name: bytes
     kind: int
-    size: int
+    size: Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
     mtime_ns: int
     ctime_ns: int
     device: int

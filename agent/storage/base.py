@@ -131,6 +131,20 @@ class Node(msgspec.Struct, frozen=True, gc=False):
         return (self.device, self.inode, self.size, self.mtime_ns, self.ctime_ns)
 
 
+# What 64 bits hold, of nanoseconds since 1970: the years 1677 to 2262. Some file systems keep others (Btrfs, tmpfs).
+_EARLIEST, _LATEST = -(1 << 63), (1 << 63) - 1
+
+
+def nearest_time(mtime_ns: int) -> int:
+    """The time itself, or the nearest one that can be told and written down."""
+    return mtime_ns if _EARLIEST <= mtime_ns <= _LATEST else max(_EARLIEST, min(mtime_ns, _LATEST))
+
+
+def mtime_of(status: os.stat_result) -> int:
+    """The modification time of a stat result, as `nearest_time` has it."""
+    return nearest_time(status.st_mtime_ns)
+
+
 def node_from_stat(name: bytes, status: os.stat_result) -> Node:
     """The node of a stat result; the file type bits are left out of its mode."""
     mode = status.st_mode
@@ -138,7 +152,7 @@ def node_from_stat(name: bytes, status: os.stat_result) -> Node:
         name,
         _KINDS.get(mode & 0o170000, "other"),
         status.st_size,
-        status.st_mtime_ns,
+        mtime_of(status),
         status.st_ctime_ns,
         status.st_dev,
         status.st_ino,
@@ -151,7 +165,7 @@ def node_from_stat(name: bytes, status: os.stat_result) -> Node:
 
 def version_of(status: os.stat_result) -> Version:
     """`Node.version` of a stat result, for example of `os.fstat` on an open file."""
-    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    return (status.st_dev, status.st_ino, status.st_size, mtime_of(status), status.st_ctime_ns)
 
 
 def component(name: bytes) -> bytes:
@@ -167,7 +181,7 @@ def component(name: bytes) -> bytes:
 
 def checked_time(mtime_ns: int) -> int:
     """The time itself if 64 bits hold it, else EINVAL: a peer's time must not become an `OverflowError`."""
-    if not -(1 << 63) <= mtime_ns < 1 << 63:
+    if not _EARLIEST <= mtime_ns <= _LATEST:
         raise OSError(errno.EINVAL, "is given a time that no file can have")
     return mtime_ns
 

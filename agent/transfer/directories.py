@@ -7,6 +7,7 @@ from functools import partial
 
 import trio
 
+from agent.storage.base import mtime_of
 from agent.storage.disks import DISK_MISSING, DISK_REPLACED
 from agent.storage.faults import fault
 from agent.transfer.budget import charge
@@ -297,7 +298,7 @@ class Comparisons:
             digest = file_digest(root, descriptor, "BLAKE3")
             if job.shared:
                 status = root.fstat(descriptor)
-                job.place = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+                job.place = (status.st_dev, status.st_ino, status.st_size, mtime_of(status))
             return digest
         finally:
             root.close_file(descriptor)

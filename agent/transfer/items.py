@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from agent.storage.base import Node
+from agent.storage.base import Node, nearest_time
 from agent.storage.faults import fault
 from agent.storage.folding import fold_key
 from agent.transfer.checksum import check_given, normalised_algorithm
@@ -176,7 +176,7 @@ class ItemPlanner:
         journal = self._run.context.journal
         destination = join_path(parse_path_untrusted(self._items[index].destination_path))
         ancestry = [(row.device, row.inode)]
-        journal.add_directories([(index, path, destination, row.mtime_ns, ancestry)])
+        journal.add_directories([(index, path, destination, nearest_time(row.mtime_ns), ancestry)])
         journal.put_item(index, done=False)
 
     # --- failures --------------------------------------------------------------------------------------

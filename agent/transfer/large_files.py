@@ -24,6 +24,8 @@ from protocol.names import escape
 from protocol.session import EXTENTS
 
 LARGE_AT_ONCE = 4
+# Which blocks of a file are there is kept in memory and in the journal: 128 MiB for one of this size.
+LARGEST_FILE = 1 << 54
 # How often a passing fault may keep us from a part of a file before it is given up for lost.
 PART_ATTEMPTS = 2
 
@@ -62,6 +64,10 @@ class LargeFiles:
 
     async def _fetch(self, job: FileJob) -> None:
         run = self._run
+        if job.row.size > LARGEST_FILE:
+            sentence = f"{escape(job.source_path)} is larger than 16 PiB, the most that is transferred as one file."
+            run.give_up(job, ItemFailed(sentence, code="TOO_LARGE", who="source owner"))
+            return
         try:
             opened = await trio.to_thread.run_sync(self._open, job)
             file = await self._gone(job, opened) if isinstance(opened, PartialRow) else opened

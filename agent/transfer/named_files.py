@@ -13,6 +13,7 @@ from stat import S_IMODE
 import trio
 
 from agent.storage import page_cache
+from agent.storage.base import mtime_of
 from agent.transfer.attributes import give_access_list, give_attributes
 from agent.transfer.checksum import block_digests, file_digest
 from agent.transfer.compare import missing_ranges
@@ -62,7 +63,7 @@ class _Look:
                 await trio.to_thread.run_sync(self._give_again)
             if job.shared:
                 status = await trio.to_thread.run_sync(self._root.fstat, self._descriptor)
-                job.place = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+                job.place = (status.st_dev, status.st_ino, status.st_size, mtime_of(status))
         except SessionLost:
             raise
         except TowpathError:
@@ -86,7 +87,7 @@ class _Look:
         times = (row.mtime_ns, row.mtime_ns // 10**9 * 10**9)
         if status.st_size != row.size or not self._has_rights(S_IMODE(status.st_mode)):
             return False
-        if options.preserve_timestamp and status.st_mtime_ns not in times:
+        if options.preserve_timestamp and mtime_of(status) not in times:
             return False
         if self._job.attributes:
             found = root.get_attributes(self._descriptor).attributes

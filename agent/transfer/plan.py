@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import trio
 
-from agent.storage.base import Directory, Node, Root
+from agent.storage.base import Directory, Node, Root, nearest_time
 from agent.storage.faults import fault
 from agent.storage.folding import fold_key
 from agent.storage.rules import included
@@ -213,7 +213,8 @@ class DirectoryPlanner:
             planned.failures.append((job, self._lasting(job, error)))
             return
         above = [*ancestry, identity] if self._options.recursive_symlinks == "copy" else []
-        planned.directories.append((self._row.item, job.source_path, job.destination_path, row.mtime_ns, above))
+        mtime_ns = nearest_time(row.mtime_ns)
+        planned.directories.append((self._row.item, job.source_path, job.destination_path, mtime_ns, above))
 
     def _lasting(self, job: FileJob, error: OSError) -> TowpathError:
         """The error of a job that ends with it. One that may pass is raised: the run begins anew."""

@@ -1,0 +1,106 @@
+"""Files with times and sizes that hardly anybody has: damaged archives, clocks that were wrong, and peers that lie."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from agent.storage.listing import Accounts, list_directory
+from agent.storage.posix import open_root
+from agent.storage.query import Query
+from agent.transfer import source_rows
+from protocol import session
+from protocol.control import encode
+from protocol.errors import ProtocolError
+from tests.agent.engine_inside import Engine, contents, quick_path
+
+__all__ = ["quick_path"]
+
+# Seconds: the year 2514, two that no 64 bits of nanoseconds hold, and their like before our time.
+FAR = [1 << 34, 1 << 36, 1 << 40, -(1 << 36), -(1 << 40)]
+
+
+def _dated(path: Path, seconds: int) -> None:
+    os.utime(path, (seconds, seconds))
+    if path.stat().st_mtime != seconds:
+        pytest.skip("this file system keeps no such times")
+
+
+@pytest.mark.parametrize("seconds", FAR)
+async def test_files_and_folders_with_such_times_arrive(quick_path: Path, seconds: int) -> None:
+    """One of them held up everything that was in its folder, without end and without a word."""
+    engine = Engine(quick_path)
+    (engine.source / "folder").mkdir()
+    for name, content in (("small", b"small"), ("large", bytes(2 << 20)), ("folder/below", b"below"), ("other", b"")):
+        (engine.source / name).write_bytes(content)
+    for name in ("small", "large", "folder/below", "folder"):
+        _dated(engine.source / name, seconds)
+    observed = await engine.run()
+    assert observed.state == "SUCCEEDED", observed
+    assert contents(engine.destination) == contents(engine.source)
+    # As near as can be told.
+    nearest = max(-(1 << 63), min(seconds * 10**9, (1 << 63) - 1))
+    for name in ("small", "large", "folder"):
+        assert abs((engine.destination / name).stat().st_mtime_ns - nearest) < 10**9
+
+
+@pytest.mark.parametrize("seconds", FAR)
+def test_such_times_can_be_listed(quick_path: Path, seconds: int) -> None:
+    (quick_path / "file").write_bytes(b"")
+    _dated(quick_path / "file", seconds)
+    with open_root(str(quick_path)) as root:
+        listing = list_directory(root, (), Query(), Accounts())
+    assert encode(listing)
+
+
+@dataclass
+class Lie:
+    """What a source says of every file and folder."""
+
+    changes: dict[str, int]
+
+    def tell(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        honest = source_rows.row_of
+
+        def row_of(*arguments: Any, **named: Any) -> session.Row:
+            row = honest(*arguments, **named)
+            return msgspec.structs.replace(row, **self.changes) if row.name else row
+
+        monkeypatch.setattr(source_rows, "row_of", row_of)
+
+
+async def test_a_folder_whose_source_tells_an_impossible_time(
+    quick_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Lie({"mtime_ns": (1 << 64) - 1}).tell(monkeypatch)
+    engine = Engine(quick_path)
+    (engine.source / "folder").mkdir()
+    observed = await engine.run()
+    assert observed.state == "SUCCEEDED", observed
+    assert (engine.destination / "folder").is_dir()
+
+
+@pytest.mark.parametrize("size", [(1 << 54) + 1, (1 << 63) - 1])
+async def test_a_file_that_is_too_large_to_keep_books_of(
+    quick_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    """Its bitmap alone would take the memory of the machine."""
+    Lie({"size": size}).tell(monkeypatch)
+    engine = Engine(quick_path)
+    (engine.source / "file").write_bytes(b"not so large")
+    observed = await engine.run()
+    assert (observed.state, observed.counters.failed) == ("FAILED", 1)
+    assert "TOO_LARGE" in engine.codes()
+    assert contents(engine.destination) == {}
+
+
+@pytest.mark.parametrize("size", [-1, 1 << 63])
+def test_sizes_that_no_file_has_are_not_read(size: int) -> None:
+    rows = session.Rows(1, [session.Row(b"file", session.FILE, size, 0, 0, 0, 0, 0)])
+    with pytest.raises(ProtocolError):
+        session.answer_untrusted(session.encode(rows)[4:])
