@@ -313,7 +313,11 @@ class Daemon:
             return f"The configuration was read again: nothing has changed.{rest}"
         before, after = set(self._policy.collections), set(config.collections)
         if config.log != self._read.log:
-            await trio.to_thread.run_sync(logs.configure, config.log, self._log_file)
+            try:
+                await trio.to_thread.run_sync(logs.configure, config.log, self._log_file)
+            except OSError as error:
+                # What was logged to before is logged to still.
+                logger.warning("The log cannot be written as configured now: %s.", error.strerror or error)
         self._data.node.config = self._read = config
         self._data.node.allotment.changed()
         self._policy.replace(config.collections)

@@ -139,6 +139,9 @@ class Link:
                     self._on_silence()
             except TowpathError as error:
                 self._down(error.sentence)
+            except OSError as error:
+                # No descriptor for what is loaded or read on the way, for example.
+                self._down(f"The link could not be begun: {error.strerror or error}.")
             with trio.move_on_after(self._back_off.pause_after(lasted, retry_after)):
                 await self._kicked.wait()
                 self._back_off.forget()

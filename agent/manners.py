@@ -155,7 +155,13 @@ class Manners:
         observer = Observer()
         while True:
             config = self._config()
-            now = await trio.to_thread.run_sync(observer.look, config) if config.wanted else Conditions()
+            try:
+                now = await trio.to_thread.run_sync(observer.look, config) if config.wanted else Conditions()
+            except OSError as error:
+                # No descriptor to look with: what was decided holds until there is one.
+                logger.warning("This machine cannot be looked at now: %s.", error.strerror or error)
+                await trio.sleep(LOOK_EVERY)
+                continue
             before, self.verdict = self.verdict, decide(config, now, self.verdict)
             if before.reason != self.verdict.reason:
                 logger.info("%s", self.verdict.reason or "Transfers go on.")

@@ -6,6 +6,7 @@ it is ready.
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import sys
@@ -15,6 +16,8 @@ from collections.abc import MutableMapping
 VARIABLE = "NOTIFY_SOCKET"
 WATCHDOG = "WATCHDOG_USEC"
 WATCHDOG_PID = "WATCHDOG_PID"
+# Nobody listens there any more.
+_GONE = {errno.ENOENT, errno.ENOTDIR, errno.ECONNREFUSED, errno.ECONNRESET}
 
 
 class Notifier:
@@ -65,9 +68,12 @@ class Notifier:
                 channel.setblocking(False)
                 channel.connect(self._address)
                 channel.send(message.encode())
-        except OSError:
-            # The listener of `towpath start` is gone once it has heard READY; the agent does not need it any more.
-            self._address = None
+        except OSError as error:
+            # The listener of `towpath start` is gone once it has heard READY; the agent does not need it any more. A
+            # service manager that cannot be told now, for want of a descriptor or room, must not be silent for ever: it
+            # would take the agent for hung.
+            if error.errno in _GONE:
+                self._address = None
 
 
 def _one_line(sentence: str) -> str:

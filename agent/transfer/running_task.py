@@ -279,8 +279,11 @@ class RunningTask:
             except StateTrouble as error:
                 logger.error("Task %s: %s", self.order.task_id, error.sentence)  # noqa: TRY400
                 await trio.sleep(STATE_PAUSE)
-            except (ChannelClosed, OSError):
+            except (ChannelClosed, OSError) as error:
                 self._channel = None
+                details = "The process that ran this task ended unexpectedly; another one goes on."
+                if not isinstance(error, ChannelClosed):
+                    details = f"No process could be started for this task ({error.strerror}); it is tried again."
                 pause = pauses.after(trio.current_time() - started, before, self.observed.counters)
                 await self._record(
                     AgentEvent(
@@ -290,7 +293,7 @@ class RunningTask:
                         task_id=self.order.task_id,
                         code="WORKER_DIED",
                         description="worker died",
-                        details="The process that ran this task ended unexpectedly; another one goes on.",
+                        details=details,
                         is_error=True,
                     )
                 )
@@ -448,7 +451,14 @@ class RunningTask:
             await channel.send(ConnectFailed(request=message.request, error=error.to_document()))
             return
         with connection.sock:
-            descriptor = os.dup(connection.sock.fileno())
+            try:
+                descriptor = os.dup(connection.sock.fileno())
+            except OSError as error:
+                wanting = RetryLater(
+                    f"The agent has no room for a connection: {error.strerror}.", code="CONNECT_FAILED"
+                )
+                await channel.send(ConnectFailed(request=message.request, error=wanting.to_document()))
+                return
         await self._tell_path(paths)
         try:
             await channel.send(

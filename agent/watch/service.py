@@ -241,6 +241,11 @@ class RuleRunner:
             if self._problem != error.sentence:
                 logger.warning("Watch %s: %s", self.rule.name, error.sentence)
             self._problem = error.sentence
+        except OSError as error:
+            # No descriptor to look with, mostly.
+            self._problem = f"The folder cannot be looked at now: {error.strerror or error}."
+            logger.warning("Watch %s: %s", self.rule.name, self._problem)
+            return LOOK_EVERY
         except sqlite3.Error as error:
             # A full disk, mostly: nothing was handed over that is not written down.
             logger.error("Watch %s: its ledger cannot be used: %s.", self.rule.name, error)  # noqa: TRY400

@@ -74,9 +74,13 @@ class CommandSubmitter:
     async def _run(self, arguments: Sequence[str], text: str) -> dict[str, Any]:
         command = [sys.executable, "-m", "agent", *arguments, "--format", "json"]
         with trio.move_on_after(PATIENCE):
-            result = await trio.run_process(
-                command, stdin=text.encode(), capture_stdout=True, capture_stderr=True, check=False
-            )
+            try:
+                result = await trio.run_process(
+                    command, stdin=text.encode(), capture_stdout=True, capture_stderr=True, check=False
+                )
+            except OSError as error:
+                # No process or descriptor is to be had.
+                raise RetryLater(f"The command could not be started: {error.strerror or error}.") from error
             return _document(result)
         raise RetryLater("The relay did not answer in time.")
 
