@@ -6,10 +6,13 @@ it is the same task.
 
 from __future__ import annotations
 
+import functools
 import sqlite3
+import threading
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Concatenate, ParamSpec, TypeVar
 
 import msgspec
 
@@ -63,19 +66,38 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True):
     reason: str
 
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _alone(method: Callable[Concatenate[Ledger, P], R]) -> Callable[Concatenate[Ledger, P], R]:
+    """Have a method run while no other one does."""
+
+    @functools.wraps(method)
+    def locked(ledger: Ledger, /, *arguments: P.args, **named: P.kwargs) -> R:
+        with ledger._lock:
+            return method(ledger, *arguments, **named)
+
+    return locked
+
+
 class Ledger:
-    """Not for several threads at once. Raises `sqlite3.Error` when the file cannot be used."""
+    """For all rules, from any thread. Raises `sqlite3.Error` when the file cannot be used."""
 
     def __init__(self, path: Path) -> None:
+        # One connection: what one rule writes in a transaction must not meet what another one does.
+        self._lock = threading.RLock()
         self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         for pragma in pragmas(path.parent):
             self._db.execute(pragma)
         self._db.executescript(_SCHEMA)
 
+    @_alone
     def close(self) -> None:
         """Give the file back."""
         self._db.close()
 
+    @_alone
     def fresh(self, rule: str, files: Sequence[Seen]) -> list[Seen]:
         """Those files whose present version was not handed over yet."""
         rows = []
@@ -87,6 +109,7 @@ class Ledger:
                 rows.append(seen)
         return rows
 
+    @_alone
     def hand_over(self, rule: str, items: Sequence[Item], now: float) -> None:
         """Make batches of these files; from now on they are known."""
         self._db.execute("BEGIN IMMEDIATE")
@@ -106,6 +129,7 @@ class Ledger:
             self._db.execute("ROLLBACK")
             raise
 
+    @_alone
     def open_batches(self, rule: str) -> list[Batch]:
         """Batches that are not finished, oldest first."""
         rows = self._db.execute(
@@ -128,11 +152,13 @@ class Ledger:
         changes = "state = 'new', task = '', submission = ?, attempts = attempts + 1, next_try = ?, reason = ?"
         self._update(batch, changes, str(uuid.uuid4()), until, reason, now)
 
+    @_alone
     def finished(self, batch: Batch, state: str, reason: str, now: float) -> None:
         """The batch is ``done`` or has ``failed`` for good. Old finished batches are forgotten."""
         self._update(batch, "state = ?, reason = ?", state, reason, now)
         self._db.execute("DELETE FROM batches WHERE state = 'done' AND changed < ?", (now - KEEP_DONE,))
 
+    @_alone
     def retry_failed(self, rule: str, now: float) -> int:
         """The owner wants failed batches tried again; how many."""
         rows = self._db.execute("SELECT id FROM batches WHERE rule = ? AND state = 'failed'", (rule,)).fetchall()
@@ -144,20 +170,24 @@ class Ledger:
             )
         return len(rows)
 
+    @_alone
     def last_run(self, rule: str, now: float) -> float:
         """When a timed rule last ran; a rule seen for the first time counts as having run now."""
         self._db.execute("INSERT OR IGNORE INTO runs VALUES (?, ?)", (rule, now))
         return float(self._db.execute("SELECT at FROM runs WHERE rule = ?", (rule,)).fetchone()[0])
 
+    @_alone
     def ran(self, rule: str, now: float) -> None:
         """A timed rule runs now."""
         self._db.execute("INSERT OR REPLACE INTO runs VALUES (?, ?)", (rule, now))
 
+    @_alone
     def counts(self, rule: str) -> dict[str, int]:
         """Batches by state."""
         rows = self._db.execute("SELECT state, count(*) FROM batches WHERE rule = ? GROUP BY state", (rule,))
         return dict(rows.fetchall())
 
+    @_alone
     def last_reason(self, rule: str) -> str:
         """Why the last batch that has trouble has it."""
         row = self._db.execute(
@@ -167,6 +197,7 @@ class Ledger:
         ).fetchone()
         return str(row[0]) if row else ""
 
+    @_alone
     def _update(self, batch: Batch, changes: str, *values: object) -> None:
         self._db.execute(f"UPDATE batches SET {changes}, changed = ? WHERE id = ?", (*values, batch.id))  # noqa: S608
 

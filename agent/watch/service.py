@@ -6,6 +6,7 @@ notifications and restarts cost time, never files.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import socket
@@ -22,7 +23,7 @@ from watchdog.observers import Observer
 from agent.collections import Collections
 from agent.config.keys import WatchConfig
 from agent.policy import Policy
-from agent.storage.base import Root
+from agent.storage.base import Directory, Root
 from agent.watch.ledger import LEDGER_FILE, Batch, Item, Ledger
 from agent.watch.rule import (
     FEEDS_ITSELF,
@@ -48,6 +49,8 @@ SOON = 0.5
 FIRST_RETRY = 30.0
 LAST_RETRY = 3600.0
 MAX_FILES = 200_000
+# Files of one name that are moved into one folder.
+MAX_NAMESAKES = 10_000
 
 
 class WatchService:
@@ -262,29 +265,37 @@ class RuleRunner:
         with self._collections.using(config) as root:
             found: list[Seen] = []
             try:
-                self._scan_folder(root, (), found)
+                waiting: list[tuple[bytes, ...]] = [()]
+                folders = 0
+                # Not by recursion: folders may lie in one another more deeply than that goes.
+                while waiting:
+                    self._scan_folder(root, waiting.pop(), found, waiting)
+                    folders += 1
+                    if len(found) > MAX_FILES or folders + len(waiting) > MAX_FILES:
+                        sentence = (
+                            f"{self.rule.folder} holds more than {MAX_FILES} files or folders, too many to watch."
+                        )
+                        raise RetryLater(sentence)
                 root.check_present()
             except OSError as error:
                 raise RetryLater(f"{self.rule.folder} cannot be looked at: {error.strerror}.") from error
             return found
 
-    def _scan_folder(self, root: Root, below: tuple[bytes, ...], found: list[Seen]) -> None:
+    def _scan_folder(
+        self, root: Root, below: tuple[bytes, ...], found: list[Seen], waiting: list[tuple[bytes, ...]]
+    ) -> None:
+        """One folder: its files are added to ``found``, its folders to those that wait. Raises OSError."""
         if (*self._folder, *below) in self._not_ours:
             return
-        inner = []
         with root.open_directory((*self._folder, *below)) as directory:
             for node in directory.scan():
                 path = (*below, node.name)
                 if node.kind == "dir" and self.rule.recursive and not is_reserved(node.name):
-                    inner.append(path)
+                    waiting.append(path)
                 elif node.kind == "file" and is_wanted(path, self.rule.include, self.rule.exclude):
                     found.append(Seen(path, node.version))
-                if len(found) > MAX_FILES:
-                    raise RetryLater(
-                        f"{self.rule.folder} holds more than {MAX_FILES} files, too many for a watch rule."
-                    )
-        for path in inner:
-            self._scan_folder(root, path, found)
+                if max(len(found), len(waiting)) > MAX_FILES:
+                    return
 
     def _take(self, files: list[Seen], now: float) -> None:
         """Hand over what has settled, if it is time."""
@@ -295,9 +306,6 @@ class RuleRunner:
             last = self._ledger.last_run(self.rule.name, now)
             if not is_due(schedule, last, now):
                 return
-        if schedule is not None:
-            self._ledger.ran(self.rule.name, now)
-        self._forced = False
         fresh = self._ledger.fresh(self.rule.name, settled)
         host = socket.gethostname()
         items = [
@@ -306,6 +314,10 @@ class RuleRunner:
         if items:
             logger.info("Watch %s: %d file(s) have settled.", self.rule.name, len(items))
             self._ledger.hand_over(self.rule.name, items, now)
+        # Not before: what could not be written down would wait for the next time in the table.
+        if schedule is not None:
+            self._ledger.ran(self.rule.name, now)
+        self._forced = False
 
     # --- submitting and following ------------------------------------------------------------------------------
 
@@ -384,7 +396,7 @@ class RuleRunner:
                 return
             target = (*parse_path_untrusted(self.rule.moved_to), *item.path[:-1])
             with root.make_directories(target) as moved:
-                directory.rename(name, name, moved)
+                _move(directory, name, moved)
 
     def _delay(self, now: float) -> float:
         moments = [now + LOOK_EVERY]
@@ -398,3 +410,14 @@ class RuleRunner:
         if self.rule.schedule is not None:
             moments.append(next_time(self.rule.schedule, now))
         return max(0.0, min(moments) - now)
+
+
+def _move(directory: Directory, name: bytes, target: Directory) -> None:
+    """Move a file that has arrived, beside what was moved there under its name before. Raises OSError."""
+    for number in range(MAX_NAMESAKES):
+        try:
+            directory.rename_no_replace(name, b"%s.%d" % (name, number) if number else name, target)
+        except FileExistsError:
+            continue
+        return
+    raise OSError(errno.EEXIST, "too many files were moved under its name")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sqlite3
+import threading
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -15,11 +17,14 @@ from hypothesis import strategies as st
 from agent.collections import Collections, Marks
 from agent.config.keys import CollectionConfig, ConfigError, WatchConfig, parse_config
 from agent.policy import Policy
+from agent.storage.posix import open_root
+from agent.transfer.remove import remove_entry
 from agent.watch.ledger import Batch, Item, Ledger
 from agent.watch.rule import Seen, Settling, destination, feeds_itself, is_due, is_wanted, next_time
 from agent.watch.service import RuleRunner, WatchService
 from agent.watch.submitter import Outcome, SubmissionRefused
 from protocol.errors import RetryLater
+from tests.agent.test_engine_trouble import dig
 
 HERE = "00000000-0000-4000-8000-0000000000a1"
 THERE = "00000000-0000-4000-8000-0000000000a2"
@@ -305,6 +310,74 @@ async def test_what_becomes_of_files_that_arrived(tmp_path: Path, after: str) ->
     assert world.relay.files.count("/sub/kept") == 1
     assert "/done/sub/kept" not in world.relay.files
     world.ledger.close()
+
+
+async def test_a_moved_file_does_not_replace_one_that_was_moved_before(tmp_path: Path) -> None:
+    """An instrument that calls its files alike every day."""
+    world = World(tmp_path, after="move", moved_to="/done")
+    world.now = datetime.now().timestamp()
+    world.relay.outcome = Outcome("SUCCEEDED", "", 0)
+    for text in ("first", "second", "third"):
+        file = world.write("scan", text)
+        os.utime(file, (world.now, world.now))
+        for _ in range(3):
+            await world.after(30)
+        assert not file.exists()
+    assert sorted(path.read_text() for path in (world.root / "done").iterdir()) == ["first", "second", "third"]
+    world.ledger.close()
+
+
+async def test_a_timed_rule_whose_files_cannot_be_written_down_does_not_wait_for_another_day(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = World(tmp_path, schedule="0 2 * * *")
+    world.now = next_time("0 2 * * *", datetime.now().timestamp()) - 3600
+    world.write("a")
+    await world.after(0)
+
+    def refuse(*_: object) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Ledger, "hand_over", refuse)
+        await world.after(3601)
+    assert world.relay.files == []
+    assert "full" in world.runner.status()["problem"]
+    await world.after(60)
+    assert world.relay.files == ["/a"]
+    world.ledger.close()
+
+
+def test_rules_write_to_the_ledger_at_the_same_time(tmp_path: Path) -> None:
+    ledger, errors = Ledger(tmp_path / "l"), []
+
+    def write(rule: str) -> None:
+        try:
+            for number in range(30):
+                ledger.hand_over(rule, [Item((b"%d" % n,), (1, 2, 3, 4, number), "/x") for n in range(200)], NOW)
+        except sqlite3.Error as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=write, args=(rule,)) for rule in ("one", "other")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert [len(ledger.open_batches(rule)) for rule in ("one", "other")] == [30, 30]
+    ledger.close()
+
+
+async def test_a_very_deep_folder_ends_nothing(world: World) -> None:
+    """Anybody who may write to the folder can make one; it ended the agent, and again after each start."""
+    dig(world.root / "in", 1200)
+    world.write("a")
+    await world.after(20)
+    assert world.runner.status()["problem"] == ""
+    assert world.relay.files[0] == "/a"
+    with open_root(str(world.root / "in")) as root, root.open_directory(()) as top:
+        # What tidies up after tests goes down by recursion, too.
+        remove_entry(top, top.lstat(b"d"), recursive=True)
 
 
 async def test_files_stay_when_some_were_left_out(tmp_path: Path) -> None:
