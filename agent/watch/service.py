@@ -272,9 +272,7 @@ class RuleRunner:
                     self._scan_folder(root, waiting.pop(), found, waiting)
                     folders += 1
                     if len(found) > MAX_FILES or folders + len(waiting) > MAX_FILES:
-                        sentence = (
-                            f"{self.rule.folder} holds more than {MAX_FILES} files or folders, too many to watch."
-                        )
+                        sentence = f"{self.rule.folder} holds more than {MAX_FILES} entries, too many for a watch rule."
                         raise RetryLater(sentence)
                 root.check_present()
             except OSError as error:

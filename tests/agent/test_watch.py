@@ -372,12 +372,14 @@ async def test_a_very_deep_folder_ends_nothing(world: World) -> None:
     """Anybody who may write to the folder can make one; it ended the agent, and again after each start."""
     dig(world.root / "in", 1200)
     world.write("a")
-    await world.after(20)
-    assert world.runner.status()["problem"] == ""
-    assert world.relay.files[0] == "/a"
-    with open_root(str(world.root / "in")) as root, root.open_directory(()) as top:
-        # What tidies up after tests goes down by recursion, too.
-        remove_entry(top, top.lstat(b"d"), recursive=True)
+    try:
+        await world.after(20)
+        assert world.runner.status()["problem"] == ""
+        assert world.relay.files[0] == "/a"
+    finally:
+        with open_root(str(world.root / "in")) as root, root.open_directory(()) as top:
+            # What tidies up after tests goes down by recursion, too.
+            remove_entry(top, top.lstat(b"d"), recursive=True)
 
 
 async def test_files_stay_when_some_were_left_out(tmp_path: Path) -> None:
