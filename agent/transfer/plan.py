@@ -109,7 +109,7 @@ class DirectoryPlanner:
                 # What an earlier run found missing may be at the source by now, and this listing not come to its end.
                 self._journal.put_extras(self._row.destination, ())
             self.folds = handle.folds(self._prefix)
-            self.group.empty = next(handle.scan(reserved=True), None) is None
+            self.group.empty = _is_empty(handle)
             self._fresh = self.group.empty and not self._finished
         except BaseException:
             handle.close()
@@ -293,12 +293,25 @@ def refusal(row: Row, decision: Decision) -> TowpathError:
 
 
 def sweep_temporaries(handle: Directory, prefix: bytes, keep: set[bytes]) -> int:
-    """Remove temporaries that an earlier run of this task left behind. How many there were."""
-    names = [node.name for node in handle.scan(reserved=True) if node.name.startswith(prefix) and node.name not in keep]
+    """Remove temporaries that an earlier run of this task left behind. How many there were. In a folder that may be
+    written to and not listed (a drop box) nobody can say, and they stay."""
+    try:
+        left = [node.name for node in handle.scan(reserved=True) if node.name.startswith(prefix)]
+    except PermissionError:
+        return 0
+    names = [name for name in left if name not in keep]
     for name in names:
         with contextlib.suppress(FileNotFoundError):
             handle.unlink(name)
     return len(names)
+
+
+def _is_empty(handle: Directory) -> bool:
+    """Whether nothing is in a folder, as far as it may be listed."""
+    try:
+        return next(handle.scan(reserved=True), None) is None
+    except PermissionError:
+        return False
 
 
 def collect_orphans(handle: Directory, now_ns: int) -> int:
