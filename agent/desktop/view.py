@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from agent.cli.output import human_bytes
+from protocol.control import FINAL_STATES
 from protocol.terminal import terminal_safe
 
 Look = Literal["off", "idle", "busy", "paused", "trouble"]
 MAX_ROWS = 8
+# States of tasks that do nothing now and go on by themselves.
+_WAITING = ("WAITING", "QUEUED")
 MAX_LINE = 70
 
 
@@ -41,6 +44,17 @@ def view_of(status: Mapping[str, Any] | None, relay_url: str = "") -> View:
     if status is None:
         start = Entry("Start the agent", "start")
         return View("off", "Towpath: the agent does not run", (Entry("The agent does not run"), start, SEPARATOR, QUIT))
+    try:
+        return _view_of(status, relay_url)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        # An agent of another version than this menu, which may have been running for weeks.
+        sentence = "The agent answers in a way this menu does not know"
+        return View(
+            "trouble", f"Towpath: {sentence}"[:MAX_LINE], (Entry(sentence), Entry("Start it anew"), SEPARATOR, QUIT)
+        )
+
+
+def _view_of(status: Mapping[str, Any], relay_url: str) -> View:
     active = [task for task in status["tasks"] if task["state"] == "ACTIVE"]
     problems = problems_of(status)
     held = bool(status["paused"] or status.get("held_back"))
@@ -76,6 +90,9 @@ def _title(status: Mapping[str, Any], active: int, problems: list[Entry]) -> str
         return f"{active} transfer{'s' if active != 1 else ''} running"
     if problems:
         return "something needs you"
+    waiting = sum(task["state"] in _WAITING for task in status["tasks"])
+    if waiting:
+        return f"{waiting} transfer{'s wait' if waiting != 1 else ' waits'}"
     return "nothing to do" if status["link"]["connected"] else "not connected"
 
 
@@ -113,10 +130,10 @@ def problems_of(status: Mapping[str, Any]) -> list[Entry]:
         if not collection["available"]:
             rows.append(_problem(f"{collection['name']} is not available", collection["reason"]))
     for task in status["tasks"]:
-        if task["state"] not in ("SUCCEEDED", "CANCELLED") and task.get("who"):
-            rows.append(_problem(f"A transfer waits for {task['who']}", task["status_sentence"]))
-        elif task["state"] == "FAILED":
+        if task["state"] == "FAILED":
             rows.append(_problem("A transfer failed", task["status_sentence"] or task["error_code"]))
+        elif task["state"] not in FINAL_STATES and task.get("who"):
+            rows.append(_problem(f"A transfer waits for {task['who']}", task["status_sentence"]))
     return rows[:MAX_ROWS]
 
 

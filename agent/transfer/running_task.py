@@ -308,7 +308,12 @@ class RunningTask:
             self._node.policy.collection(self.order.destination.collection_id)
         except TowpathError:
             canceled = msgspec.structs.replace(
-                self.observed, state="CANCELED", status_code="CANCELED", status_sentence="", completion_time=now_iso()
+                self.observed,
+                state="CANCELED",
+                status_code="CANCELED",
+                status_sentence="",
+                who="",
+                completion_time=now_iso(),
             )
             await self._observe(canceled, final=True)
             return True

@@ -112,6 +112,25 @@ def test_problems_say_what_to_do_and_names_cannot_act_on_the_screen() -> None:
     assert all(len(line) <= 75 for line in texts(view))
 
 
+def test_what_has_ended_waits_for_nobody() -> None:
+    for state, look in (("CANCELED", "idle"), ("SUCCEEDED", "idle"), ("FAILED", "trouble")):
+        view = view_of(status(tasks=[task(state=state, who="destination owner", status_sentence="So it is.")]))
+        assert view.look == look
+        assert not any("waits for" in text for text in texts(view))
+
+
+def test_what_waits_is_not_nothing() -> None:
+    assert view_of(status(tasks=[task(state="WAITING")])).title == "Towpath: 1 transfer waits"
+    assert view_of(status(tasks=[task(state="QUEUED"), task(state="WAITING")])).title == "Towpath: 2 transfers wait"
+
+
+@pytest.mark.parametrize("document", [{}, {"tasks": 1}, status(tasks=[{}]), status(link=None)])
+def test_an_agent_of_another_version_is_said_to_be_one(document: dict[str, Any]) -> None:
+    """The thread that looks ended, and the icon showed what had been so last for ever."""
+    view = view_of(document)
+    assert (view.look, actions(view)) == ("trouble", {"quit"})
+
+
 def test_an_update_is_offered() -> None:
     view = view_of(status(update_available="0.2.0"))
     assert "Install version 0.2.0" in texts(view)

@@ -93,7 +93,8 @@ async def test_a_task_of_a_removed_collection_waits_and_can_be_cancelled(tmp_pat
         await until(lambda: service.get_task(task).status_code == "UNKNOWN_COLLECTION")
         order = service._tasks[task].order
         await service.put_task(msgspec.structs.replace(order, revision=2, desired="cancel"))
-        assert (await made.wait(task)).state == "CANCELED"
+        observed = await made.wait(task)
+        assert (observed.state, observed.who) == ("CANCELED", "")
 
 
 async def test_a_moved_root_is_written_to_where_it_is_now(tmp_path: Path) -> None:
