@@ -37,10 +37,20 @@ async def serve_local(listener: socket.socket, application: Starlette, loopback:
     async def serve(stream: trio.SocketStream) -> None:
         async with places:
             raw = cast("socket.socket", stream.socket)
-            if loopback is None and not local_socket.is_allowed(local_socket.peer_user(raw)):
-                logger.warning("Another user tried to control this agent.")
+            if loopback is None and not _is_allowed(raw):
                 await stream.aclose()
                 return
             await TCPServer(app, config, context, cast("Any", {}), cast("Any", stream)).run()
 
     await trio.serve_listeners(serve, [trio.SocketListener(trio.socket.from_stdlib_socket(listener))])
+
+
+def _is_allowed(connection: socket.socket) -> bool:
+    try:
+        allowed = local_socket.is_allowed(local_socket.peer_user(connection))
+    except OSError:
+        # Gone again already: macOS does not know then who it was.
+        return False
+    if not allowed:
+        logger.warning("Another user tried to control this agent.")
+    return allowed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -104,6 +105,24 @@ async def test_the_owner_asks_and_the_agent_answers(state_dir: Path) -> None:
         await world.ask("POST", f"/tasks/{TASK}/resume")
         assert world.owner.calls == ["paused True", "paused False", "reconnect", "reload", "stop"]
         assert world.tasks.calls == [("pause_task", TASK), ("resume_task", TASK)]
+
+
+async def test_whoever_is_gone_before_it_is_known_who_it_was_ends_nothing(
+    state_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[socket.socket] = []
+
+    def gone(connection: socket.socket) -> int | None:
+        asked.append(connection)
+        raise OSError(errno.ENOTCONN, "not connected")
+
+    async with serving(state_dir) as world:
+        with monkeypatch.context() as patched:
+            patched.setattr(local_socket, "peer_user", gone)
+            with pytest.raises(NotRunning):
+                await world.ask("GET", "/status")
+        assert asked
+        assert (await world.ask("GET", "/status"))["running"]
 
 
 async def test_socket_and_directory_are_private(state_dir: Path) -> None:
