@@ -18,6 +18,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
 from agent.connect.quic.door import Answer, Begin, Door
+from agent.connect.quic.labour import Labour
 from protocol.errors import ProtocolError, RetryLater
 
 ALPN = "towpath-quic/1"
@@ -109,6 +110,7 @@ class Engine:
         self._connection: Any = None
         self._is_up = False
         self.door = Door(self.library, known)
+        self.labour = Labour()
         # A server's datagrams that belong to no connection that there still is.
         self._strays: list[tuple[bytes, Address]] = []
         self._key_packets = key_packets
@@ -141,7 +143,7 @@ class Engine:
             return
         if self._connection is None:
             return
-        with _only_protocol_errors():
+        with self._working(-(-len(data) // (segment or len(data)))), _only_protocol_errors():
             if segment and len(data) > segment and hasattr(self._connection, "receive_gro_buffer"):
                 self._connection.receive_gro_buffer(data, segment, address, now=now)
                 return
@@ -187,9 +189,23 @@ class Engine:
             if self.library == "qh3" and not self.is_client and not self._is_up:
                 return strays + self._within_allowance(now)
             self._renew_keys()
+            began = time.thread_time()
             sent: list[tuple[bytes, Address]] = self._connection.datagrams_to_send(now=now)
             self._with_these_keys += len(sent)
+            if self._is_up:
+                self.labour.did(time.thread_time() - began, len(sent))
+                if self.library == "qh3":
+                    core = self._connection._core
+                    self.labour.waits(core.bytes_in_flight, core.congestion_window)
             return strays + sent
+
+    @contextmanager
+    def _working(self, datagrams: int) -> Iterator[None]:
+        """The library works for so many datagrams. Before the handshake is done the door counts what comes."""
+        began = time.thread_time()
+        yield
+        if self._is_up:
+            self.labour.did(time.thread_time() - began, datagrams)
 
     def _renew_keys(self) -> None:
         """Update the keys when they have protected enough packets of ours. Never soon after another update, also one of
@@ -246,7 +262,7 @@ class Engine:
         if self._connection is None:
             return
         try:
-            with _only_protocol_errors():
+            with self._working(0), _only_protocol_errors():
                 self._connection.handle_timer(now=now)
         except ProtocolError:
             if self.is_client or self._is_up:
@@ -368,6 +384,8 @@ def _only_protocol_errors() -> Iterator[None]:
     """Libraries raise many things over a peer's bytes; to us they are all the one error that a peer may cause."""
     try:
         yield
+    except ProtocolError:
+        raise
     except MemoryError as error:
         raise ProtocolError("The peer makes QUIC keep more than this process may have of memory.") from error
     except Exception as error:

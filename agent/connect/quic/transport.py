@@ -7,6 +7,7 @@ then goes to a process (`process`), which hands back a local stream socket for e
 from __future__ import annotations
 
 import contextlib
+import logging
 import secrets
 import socket
 import sys
@@ -37,6 +38,8 @@ from protocol.candidates import MAPPED_UDP, Candidate, PathGo, PathOffer
 from protocol.errors import RetryLater
 from protocol.identity import NodeKey
 from protocol.line_process import line_process
+
+_logger = logging.getLogger("towpath.quic")
 
 MAX_CONNECTIONS = 64
 OPEN_TIMEOUT = 10.0
@@ -414,6 +417,7 @@ class QuicTransport:
                 live.ready.set()
             elif isinstance(report, Over):
                 live.sentence = report.sentence
+                _logger.info("The QUIC connection with %s ended: %s", live.remote[0], report.sentence)
             elif isinstance(report, Stream) and descriptors:
                 live.opened.append(socket.socket(fileno=descriptors[0]))
                 live.arrived.set()
