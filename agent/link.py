@@ -27,6 +27,8 @@ from protocol.ticket import TicketVerifier
 _logger = logging.getLogger("towpath.link")
 
 HELLO_TIMEOUT = 30.0
+# A relay that has taken a connection and says nothing for so long (seconds) is said to let this agent wait.
+WORTH_TELLING = 2.0
 # The kernels at both ends notice at once when the way between them is gone (`protocol.keep_alive`). Pings are for what
 # they cannot see, proxies on the way and processes that hang; each ping of thousands of agents is work for their relay.
 LINK_LIMITS = Limits(ping_interval=25.0)
@@ -35,7 +37,8 @@ LINK_LIMITS = Limits(ping_interval=25.0)
 @dataclass(frozen=True, slots=True)
 class LinkStatistics:
     """The link as it is. ``since`` is Unix seconds of the last change, ``attempts`` counts dials since the start,
-    ``last_error`` is a sentence for people, empty while connected."""
+    ``last_error`` is a sentence for people on why there is none, empty while connected: the last failure, or that the
+    relay lets this agent wait at this moment."""
 
     connected: bool
     since: float
@@ -106,11 +109,27 @@ class Link:
         self._last_error = ""
         self._kicked = trio.Event()
         self._carrier: Carrier | None = None
+        # Since when (trio's clock) a connection that is made waits for the relay's word.
+        self._greeted_since: float | None = None
 
     def statistics(self) -> LinkStatistics:
         """The link at this moment."""
+        sentence = "" if self._connected.is_set() else self._waits() or self._last_error
         return LinkStatistics(
-            self._connected.is_set(), self._since, self._attempts, self._last_error, self._url, self._wrapping
+            self._connected.is_set(), self._since, self._attempts, sentence, self._url, self._wrapping
+        )
+
+    def _waits(self) -> str:
+        """That the relay has our connection and does not go on with it, as when all agents come back to it at once."""
+        since = self._connector.waits_since or self._greeted_since
+        waited = 0.0 if since is None else trio.current_time() - since
+        if waited < WORTH_TELLING:
+            return ""
+        before = f" Before that: {self._last_error}" if self._last_error else ""
+        return (
+            f"The relay {self._host} has taken this agent's connection and lets it wait for its turn, for "
+            f"{waited:.0f} s so far. After its start it has many agents to greet; each has its turn, or is sent away "
+            f"to come again, within 45 s.{before}"
         )
 
     async def wait_connected(self) -> None:
@@ -156,6 +175,7 @@ class Link:
 
     def _up(self) -> None:
         self._connected.set()
+        self._greeted_since = None
         self._since = self._clock()
         self._last_error = ""
         _logger.info("Linked to the relay %s.", self._url)
@@ -176,12 +196,13 @@ class Link:
             clock=self._clock,
             blind=connection.way == "websocket" or self._is_proxied(),
         )
+        self._greeted_since = trio.current_time()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._watch, gate)
             try:
                 ending = await serve(connection.stream, gate, limits=self._limits, on_carrier=self._carried)
             finally:
-                self._carrier = None
+                self._carrier = self._greeted_since = None
             nursery.cancel_scope.cancel()
         if gate.refusal is not None:
             raise gate.refusal

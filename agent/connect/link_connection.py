@@ -43,9 +43,17 @@ class LinkConnector:
         self._http_context = tls_context(ca_pem, "http/1.1", least=ssl.TLSVersion.TLSv1_2)
         self._dial = dial
         self._way = way
+        # Since when (trio's clock) the relay has had a connection that it does not go on with.
+        self.waits_since: float | None = None
 
     async def open(self) -> LinkConnection:
         """Connect. Raises `CannotConnect` and what the proxy's dialler raises, within `DIAL_TIMEOUT` seconds."""
+        try:
+            return await self._open()
+        finally:
+            self.waits_since = None
+
+    async def _open(self) -> LinkConnection:
         with trio.move_on_after(DIAL_TIMEOUT):
             (stream, certificate), way = await self._way.first(
                 partial(self._open_raw), self._open_websocket, lambda late: _drop(late[0])
@@ -98,6 +106,8 @@ class LinkConnector:
             give_up_unacknowledged(raw.socket)
         stream = trio.SSLStream(raw, context, server_hostname=self._host, https_compatible=True)
         began = trio.current_time()
+        if self.waits_since is None:
+            self.waits_since = began
         try:
             await stream.do_handshake()
         except trio.BrokenResourceError as error:

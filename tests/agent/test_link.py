@@ -315,6 +315,31 @@ async def test_a_relay_that_never_greets_is_left(autojump_clock: trio.testing.Mo
         assert "did not greet" in link.statistics().last_error
 
 
+@pytest.mark.parametrize("stage", ["handshake", "greeting"])
+async def test_an_agent_says_that_its_relay_lets_it_wait(
+    stage: str, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    """When all agents come back at once a relay takes their connections long before their turn comes."""
+    relay = FakeRelay(lambda _client: trio.sleep_forever())
+    if stage == "handshake":
+        monkeypatch.setattr(relay, "_accept", lambda _raw: trio.sleep_forever())
+    relay.reachable = False
+    async with running(relay) as link:
+        await trio.sleep(1)
+        assert "no route" in link.statistics().last_error
+        relay.reachable = True
+        link.kick()
+        await trio.sleep(1)
+        # Not worth a word yet.
+        assert "no route" in link.statistics().last_error
+        await trio.sleep(17)
+        assert "wait for its turn, for 18 s" in link.statistics().last_error
+        with trio.fail_after(DIAL_TIMEOUT):
+            while "wait for its turn" in link.statistics().last_error:
+                await trio.sleep(1)
+        assert "seconds" in link.statistics().last_error
+
+
 async def test_a_certificate_of_another_authority_is_refused(autojump_clock: trio.testing.MockClock) -> None:
     relay = FakeRelay(greet_and_stay, certificate=trustme.CA().issue_cert(HOST))
     async with running(relay) as link:
