@@ -91,6 +91,7 @@ class DataSide:
                 self.tasks.peer_certificate,
                 functools.partial(udp_candidates, network),
                 functools.partial(udp_targets, network),
+                instance=network.instance,
             )
         except EngineMissing as error:
             network.transports.absent["quic"] = error.sentence

@@ -209,7 +209,8 @@ class SessionAnswer(Record, frozen=True, kw_only=True):
 
     ``observed`` and ``peer_observed`` are added by the relay: the addresses from which it sees the reader's link and
     the other side's (see `protocol.candidates`). With ``generation`` 0 the relay says what the source told at its link,
-    and asks it at the same time."""
+    and asks it at the same time. ``instance`` is another one after each start of the source's agent, so that what a
+    destination has of an earlier one is known to be gone; empty where it is not known."""
 
     session_id: str
     generation: int
@@ -217,6 +218,7 @@ class SessionAnswer(Record, frozen=True, kw_only=True):
     certificate: str
     observed: str = ""
     peer_observed: str = ""
+    instance: str = ""
 
 
 class TaskOrder(Record, frozen=True, kw_only=True):

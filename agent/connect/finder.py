@@ -91,7 +91,7 @@ class PathFinder:
         unasked: over UDP nothing else need tell."""
         self._answer = answer
         if (quic := self._network.transports.quic) is not None:
-            quic.doubt(self._subject.session_id)
+            quic.doubt(self._subject.session_id, answer.instance)
         if self._running is not None:
             self._running.take_direct(self._direct(answer))
 

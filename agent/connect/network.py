@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import secrets
 import socket
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import trio
@@ -82,6 +84,8 @@ class Network:
     relay_up: Callable[[], bool] = lambda: True
     # Set, and replaced, when there is a link again.
     linked: trio.Event = field(default_factory=trio.Event)
+    # Tells this start of the agent from those before and after it.
+    instance: str = field(default_factory=partial(secrets.token_hex, 8))
     # Addresses of the names that the owner advertises, as last looked up.
     _looked_up: dict[str, list[str]] = field(default_factory=dict)
     _observation: Observation | None = None

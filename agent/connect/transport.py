@@ -79,8 +79,9 @@ class Transport(Protocol):
     async def another(self, wish: Wish) -> Connection | None:
         """Destination: one connection more without any arrangement, where what is there already can bring it."""
 
-    def doubt(self, session_id: str) -> None:
-        """Destination: the source may have been started again. What this session has of this way ends soon if so."""
+    def doubt(self, session_id: str, instance: str) -> None:
+        """Destination: the source may have been started again; ``instance`` is what its agent is now, empty if that is
+        not known. What this session has of this way ends at once or soon if so."""
 
     async def look(self, wish: Wish, go: PathGo) -> None:
         """Destination: whether this way is open, nothing more: what comes up is closed without a word. Raises

@@ -92,7 +92,7 @@ class TunnelTransport:
         """The source's end, which is greeted like a connection that came in at the data port."""
         await greet(await self._enter(go))
 
-    def doubt(self, session_id: str) -> None:
+    def doubt(self, session_id: str, instance: str) -> None:
         """Nothing: the relay ends the legs of a source that is gone."""
 
     async def another(self, wish: Wish) -> Connection | None:

@@ -384,6 +384,7 @@ class TransferService:
             generation=int(now * 1000),
             candidates=await self._node.network.host_candidates(loopback=own),
             certificate=self._node.identity.certificate_pem,
+            instance=self._node.network.instance,
         )
 
     async def peer_certificate(self, session_id: str) -> str | None:

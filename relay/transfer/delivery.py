@@ -42,6 +42,8 @@ MAX_STEPS = 8
 _SECONDS_PER_ITEM = 0.005
 # Bytes of packed items that are not worth a thread.
 _SMALL = 16 * 1024
+# Of what a source says of itself; characters.
+_LONGEST_INSTANCE = 64
 
 
 # A source is asked for a new session of one task at most this often, in seconds.
@@ -444,5 +446,7 @@ def check_session_answer_untrusted(data: bytes, session_id: str, certificate: st
     answer = decode_untrusted(data, SessionAnswer)
     if answer.session_id != session_id or answer.certificate.strip() != certificate.strip():
         raise ProtocolError("The source answered for another session or with another certificate.")
+    if len(answer.instance) > _LONGEST_INSTANCE:
+        raise ProtocolError("The source says an impossible instance of itself.")
     check_candidates_untrusted(answer.candidates)
     return answer

@@ -110,6 +110,7 @@ def quic_pair(
     make: Callable[[], socket.socket] = udp,
     host: str = "127.0.0.1",
     key_packets: int = KEY_PACKETS,
+    instance: str = "",
 ) -> QuicPair:
     """A pair that has begun its handshake. The client expects `SERVER` and the server `CLIENT`, in `SESSION`."""
     a, b = make(), make()
@@ -128,7 +129,7 @@ def quic_pair(
         Carrier(
             engine(server_identity, server_library or library, is_client=False, key_packets=key_packets),
             second,
-            ServerIntroduction(SESSION, server_identity, CLIENT.certificate_pem),
+            ServerIntroduction(SESSION, server_identity, CLIENT.certificate_pem, instance),
             lambda: made.ups.append("server"),
             lambda sock: made.streams.append(sock),
         ),

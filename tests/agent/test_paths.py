@@ -185,10 +185,10 @@ async def test_why_the_relay_gives_no_place_at_its_tunnel_is_told(monkeypatch: p
 async def test_over_quic_one_connection_more_is_a_stream_more() -> None:
     class Quic:
         asked: list[str] = []
-        doubted: list[str] = []
+        doubted: list[tuple[str, str]] = []
 
-        def doubt(self, session_id: str) -> None:
-            self.doubted.append(session_id)
+        def doubt(self, session_id: str, instance: str) -> None:
+            self.doubted.append((session_id, instance))
 
         async def another(self, wish: Wish) -> Connection | None:
             await trio.lowlevel.checkpoint()
@@ -206,8 +206,8 @@ async def test_over_quic_one_connection_more_is_a_stream_more() -> None:
         assert connection.path.kind == "quic"
         assert Quic.asked == [SESSION]
         # The source says where it is once more: it may have been started again.
-        made.finder.take_answer(answer())
-        assert Quic.doubted == [SESSION] * 2
+        made.finder.take_answer(msgspec.structs.replace(answer(), instance="another"))
+        assert Quic.doubted == [(SESSION, ""), (SESSION, "another")]
         assert made.offers == []
 
 

@@ -256,6 +256,35 @@ def test_a_server_that_may_have_been_started_again_must_say_something(
 
 
 @both
+def test_a_server_that_was_started_again_for_certain_is_not_waited_for(library: str) -> None:
+    """Whatever it may be heard of: its machine says nothing, and no time shows more than its own word."""
+    with closing(quic_pair(library, instance="first")) as pair:
+        pair.up()
+        near, far = pair.open()
+        with near, far:
+            pair.client.doubt("first")
+            assert pair.client._doubted is None
+            assert move_bytes(pair, near, far, b"still there") == b"still there"
+            began = time.monotonic()
+            pair.client.doubt("second")
+            assert "started again" in turn_until(pair.client, began + 5)
+            assert time.monotonic() - began < carrier_module.DOUBT_PATIENCE
+
+
+@both
+def test_a_server_of_before_that_says_no_instance_is_doubted(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    soon_in_doubt(monkeypatch)
+    with closing(quic_pair(library)) as pair:
+        pair.up()
+        near, far = pair.open()
+        with near, far:
+            pair.client.doubt("second")
+            pair.run(lambda: pair.client._doubted is None)
+            pair.client.doubt("second")
+            assert "started again" in turn_until(pair.client, time.monotonic() + 2)
+
+
+@both
 def test_a_refusal_that_somebody_made_up_ends_no_connection(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("QUIET", 0.1), ("ASK_AGAIN", 0.02), ("REFUSED_PATIENCE", 0.3)):
         monkeypatch.setattr(carrier_module, name, value)

@@ -32,7 +32,7 @@ def transport(identity: NodeKey, peer: NodeKey, looks: list[int] | None = None) 
             looks.append(sock.getsockname()[1])
         return [Candidate(kind=MAPPED_UDP, host="127.0.0.1", port=sock.getsockname()[1])]
 
-    return QuicTransport(identity, peer_of, observe, lambda rows, _go: rows)
+    return QuicTransport(identity, peer_of, observe, lambda rows, _go: rows, instance="the server's")
 
 
 async def arranged(client: QuicTransport, server: QuicTransport, *, probe: bool = False) -> tuple[PathOffer, PathGo]:
@@ -225,7 +225,8 @@ async def test_streams_are_greeted_although_the_offer_was_replaced_while_quic_ca
             second = await client.another(WISH)
             assert second is not None
             # Who is there has nothing to fear of a doubt.
-            client.doubt(WISH.session_id)
+            for instance in ("", "the server's"):
+                client.doubt(WISH.session_id, instance)
             await trio.testing.wait_all_tasks_blocked()
             third = await client.another(WISH)
             assert third is not None

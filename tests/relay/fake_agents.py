@@ -181,6 +181,7 @@ class FakeAgent:
             generation=self.generation,
             candidates=[Candidate(kind="host", host="192.0.2.1", port=4000)],
             certificate=self.key.certificate_pem,
+            instance="this start",
         )
 
     def withdraw(self, session_id: str, **_: Any) -> None:

@@ -54,6 +54,8 @@ async def test_a_source_that_is_offline_is_offered_when_it_comes(clock: MockCloc
     (answer,) = scene.destination.session_answers[task_id]
     assert answer.session_id == order.session_id
     assert answer.certificate == scene.source.key.certificate_pem
+    # By which the destination knows a source that was started again.
+    assert answer.instance == "this start"
     assert (await scene.show(task_id))["nice_status"] == "Queued"
 
 

@@ -102,6 +102,8 @@ class Carrier:
         self._refused: float | None = None
         # Since when the server is doubted to be there, and nothing has come.
         self._doubted: float | None = None
+        # Whether the server's agent is known to have been started again since.
+        self._outlived = False
         self._newest = 0
         # Where the server of this client is: what comes from elsewhere is nothing (RFC 9000, section 9).
         self._server: Address | None = None
@@ -141,10 +143,18 @@ class Carrier:
         self.moves += 1
         self._flush()
 
-    def doubt(self) -> None:
-        """Client: the server may have been started again. If it does not say anything soon, the connection is over."""
-        if self.is_up and self._engine.is_client and self._doubted is None:
-            self._doubted = self._next_ping = now()
+    def doubt(self, instance: str = "") -> None:
+        """Client: the server may have been started again. If its agent is another ``instance`` now than the one that
+        introduced itself, the connection is over; where that cannot be told, if it does not say anything soon."""
+        introduction = self._introduction
+        if not self.is_up or not isinstance(introduction, ClientIntroduction):
+            return
+        if instance and introduction.instance:
+            self._outlived = instance != introduction.instance
+        elif self._doubted is None:
+            self._doubted = now()
+        # Weighed in the next turn, which waits for nothing then.
+        self._next_ping = now()
 
     def close(self, reason: str) -> None:
         """Say goodbye and close everything."""
@@ -200,7 +210,8 @@ class Carrier:
     def _weigh(self, moment: float) -> None:
         """What speaks for it that the server is gone."""
         doubted = self._doubted
-        if doubted is not None and moment >= max(doubted + DOUBT_PATIENCE, self._heard + DOUBTED_SILENCE):
+        silent = doubted is not None and moment >= max(doubted + DOUBT_PATIENCE, self._heard + DOUBTED_SILENCE)
+        if silent or self._outlived:
             raise ConnectionOver("The peer's agent has been started again, and knows nothing of this connection.")
         if not (self._datagrams.refused and self.is_up and self._engine.is_client):
             return

@@ -1,8 +1,9 @@
 """The first exchange on a QUIC connection: both ends prove that they are the nodes of this session. Sans I/O.
 
 The server's certificate is compared with its pin before the client says anything. Then, on stream 0, four lines of
-JSON: the client's hello, the server's nonce, the client's signature over both fingerprints, the session and both
-nonces, the server's word that it is accepted. Until then neither takes anything on any other stream.
+JSON: the client's hello, the server's nonce and instance (another one after each start of its agent; none is said by
+servers of before), the client's signature over both fingerprints, the session and both nonces, the server's word that
+it is accepted. Until then neither takes anything on any other stream.
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ from protocol.identity import (
 )
 
 MAX_INTRODUCTION = 4096
+MAX_INSTANCE = 64
 _CONTEXT = b"towpath-quic-1\0"
 
 
 class _Line(msgspec.Struct, frozen=True, omit_defaults=True):
     session: str = ""
     nonce: str = ""
+    instance: str = ""
     signature: str = ""
     accepted: bool = False
 
@@ -69,6 +72,8 @@ class ClientIntroduction:
         self._nonce = secrets.token_urlsafe(32)
         self._lines = _Lines()
         self._signed = False
+        # What the server's agent says of itself, empty if nothing.
+        self.instance = ""
         self.done = False
 
     def up_untrusted(self, certificate_der: bytes) -> bytes:
@@ -91,6 +96,7 @@ class ClientIntroduction:
             if not self._signed and 16 <= len(line.nonce) <= 128:
                 message = _signed(self._session, self._identity.fingerprint, self._server, self._nonce, line.nonce)
                 self._signed = True
+                self.instance = line.instance[:MAX_INSTANCE]
                 answer += _encode(_Line(signature=base64.b64encode(self._identity.sign(message)).decode()))
             elif self._signed and line.accepted and not self.done:
                 self.done = True
@@ -100,15 +106,17 @@ class ClientIntroduction:
 
 
 class ServerIntroduction:
-    """The source's side. ``peer_certificate`` (PEM) is the destination's."""
+    """The source's side. ``peer_certificate`` (PEM) is the destination's, ``instance`` what tells this start of the
+    agent from others."""
 
-    def __init__(self, session: str, identity: NodeKey, peer_certificate: str) -> None:
+    def __init__(self, session: str, identity: NodeKey, peer_certificate: str, instance: str = "") -> None:
         self._session = session
         self._identity = identity
         self._peer_certificate = peer_certificate
         self._client = fingerprint_of_certificate_untrusted(peer_certificate)
         self._client_nonce = ""
         self._nonce = secrets.token_urlsafe(32)
+        self._instance = instance
         self._lines = _Lines()
         self.done = False
 
@@ -120,7 +128,7 @@ class ServerIntroduction:
                 if line.session != self._session:
                     raise AccessDenied("The peer over QUIC asks for another session.", code="PEER_REFUSED")
                 self._client_nonce = line.nonce
-                answer += _encode(_Line(nonce=self._nonce))
+                answer += _encode(_Line(nonce=self._nonce, instance=self._instance))
             elif self._client_nonce and line.signature and not self.done:
                 self._verify(line.signature)
                 self.done = True

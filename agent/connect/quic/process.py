@@ -31,8 +31,8 @@ MEMORY = 768 * 1024 * 1024
 
 class Begin(msgspec.Struct, frozen=True, tag="begin", kw_only=True):
     """First message, with the UDP socket. ``peer`` is set for the client, who begins; ``known`` for the server: where
-    the client was found, and begins from. With ``look`` only the handshake is wanted, to see that QUIC works; a server
-    then needs no certificate of its peer."""
+    the client was found, and begins from; and ``instance``: what it says of itself. With ``look`` only the handshake is
+    wanted, to see that QUIC works; a server then needs no certificate of its peer."""
 
     session_id: str
     node_key: bytes
@@ -41,6 +41,7 @@ class Begin(msgspec.Struct, frozen=True, tag="begin", kw_only=True):
     known: tuple[tuple[str, int], ...] = ()
     look: bool = False
     library: str | None = None
+    instance: str = ""
     memory: int = MEMORY
 
 
@@ -53,7 +54,10 @@ class Move(msgspec.Struct, frozen=True, tag="move"):
 
 
 class Doubt(msgspec.Struct, frozen=True, tag="doubt"):
-    """Client: find out soon whether the peer is still there."""
+    """Client: find out soon whether the peer is still there; at once where it said another ``instance`` of itself than
+    there is now."""
+
+    instance: str = ""
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
@@ -92,7 +96,7 @@ def _introduction(begin: Begin, identity: NodeKey) -> ClientIntroduction | Serve
     if begin.look and begin.peer is None:
         return ServerLook()
     if begin.peer is None:
-        return ServerIntroduction(begin.session_id, identity, begin.peer_certificate)
+        return ServerIntroduction(begin.session_id, identity, begin.peer_certificate, begin.instance)
     introduce = ClientLook if begin.look else ClientIntroduction
     return introduce(begin.session_id, identity, begin.peer_certificate)
 
@@ -156,7 +160,7 @@ class _Process:
         elif isinstance(order, Move) and descriptors:
             self._carrier.move(socket.socket(fileno=descriptors[0]))
         elif isinstance(order, Doubt):
-            self._carrier.doubt()
+            self._carrier.doubt(order.instance)
 
     def _up(self) -> None:
         self._tell(Ready())

@@ -19,6 +19,7 @@ import trio
 
 from agent.connect.network import DialAllowance
 from agent.connect.quic import engine
+from agent.connect.quic.introduction import MAX_INSTANCE
 from agent.connect.quic.process import (
     MAX_PACKET,
     Begin,
@@ -99,7 +100,14 @@ class QuicTransport:
     name = "quic"
 
     def __init__(
-        self, identity: NodeKey, peer_of: PeerOf, observe: Observe, usable: Usable, *, library: str | None = None
+        self,
+        identity: NodeKey,
+        peer_of: PeerOf,
+        observe: Observe,
+        usable: Usable,
+        *,
+        library: str | None = None,
+        instance: str = "",
     ) -> None:
         if library is None and not engine.available():
             raise engine.EngineMissing("No library for QUIC is installed; `pip install qh3` brings one.")
@@ -108,6 +116,7 @@ class QuicTransport:
         self._observe = observe
         self._usable = usable
         self._library = library
+        self._instance = instance
         self._sockets: dict[tuple[str, str], tuple[trio.socket.SocketType, str]] = {}
         self._ahead: dict[str, _Ahead] = {}
         self._live: dict[tuple[str, str], _Live] = {}
@@ -196,15 +205,16 @@ class QuicTransport:
         except QuicFailed:
             return None
 
-    def doubt(self, session_id: str) -> None:
-        """Have the connection that this session has, if any, end soon unless the source is heard."""
+    def doubt(self, session_id: str, instance: str) -> None:
+        """Have the connection that this session has, if any, end if it leads to an earlier instance of the source's
+        agent; where that cannot be told, soon unless the source is heard."""
         live = self._find(session_id, "client")
         if live is not None and live.ready.is_set() and self._nursery is not None:
-            self._nursery.start_soon(self._doubt, live)
+            self._nursery.start_soon(self._doubt, live, instance)
 
-    async def _doubt(self, live: _Live) -> None:
+    async def _doubt(self, live: _Live, instance: str) -> None:
         with contextlib.suppress(QuicFailed):
-            await self._tell(live, encode(Doubt()))
+            await self._tell(live, encode(Doubt(instance[:MAX_INSTANCE])))
 
     # --- the source ------------------------------------------------------------------------------------------
 
@@ -369,6 +379,7 @@ class QuicTransport:
             known=() if client else (remote,),
             look=look,
             library=self._library,
+            instance="" if client else self._instance,
         )
 
     async def _keep(
