@@ -43,6 +43,8 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.25, 15.0
 QUOTA_CODES = frozenset({"QUOTA_EXCEEDED", "NO_SPACE"})
 # How often to look whether a person has mended what holds a task up.
 LOOK_AGAIN = 5.0
+# How long (seconds) an earlier worker of the task may take to end before people hear of it.
+LOCK_PATIENCE = 5.0
 
 # What a task's folder holds.
 JOURNAL, RECEIVED = "journal.sqlite", "received"
@@ -112,7 +114,9 @@ class TaskRunner:
             os.close(lock)
 
     async def _alone(self) -> int:
-        """Wait until no worker of an earlier daemon works on this task any more; it ends when its daemon does."""
+        """Wait until no worker of an earlier daemon works on this task any more; it ends when its daemon does. Raises
+        OSError, and `StateTrouble` when that takes long."""
+        patience = trio.current_time() + LOCK_PATIENCE
         descriptor = os.open(self._directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         while True:
             try:
@@ -123,6 +127,14 @@ class TaskRunner:
             # Where the file system has no locks, workers end with their daemon's channel all the same.
             if taken is not False:
                 return descriptor
+            if trio.current_time() > patience:
+                os.close(descriptor)
+                raise StateTrouble(
+                    "An earlier process of this task has not ended yet, perhaps because its disk or file server does "
+                    "not answer; the task goes on when it has.",
+                    code="STATE_BUSY",
+                    who="destination owner",
+                )
             await trio.sleep(0.05)
 
     async def _run_alone(self) -> TaskObserved:

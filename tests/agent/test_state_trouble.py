@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import threading
 import zlib
@@ -11,6 +12,8 @@ import msgspec
 import pytest
 
 from agent.storage.faulty import Call
+from agent.system.file_lock import try_lock
+from agent.transfer import task_runner
 from agent.transfer.journal_format import VERSION
 from protocol.control import TaskObserved, TaskOptions
 from tests.agent.engine_inside import Engine, Line, contents, quick_path, when
@@ -170,3 +173,31 @@ async def test_a_state_directory_that_can_only_be_read_is_said_and_waited_for(tm
         assert (observed.counters.files_transferred, observed.counters.files_skipped) == (1200, 0)
         assert contents(after.destination) == contents(after.source)
         print(f"files before: {there}, bytes sent again: {observed.counters.bytes_sent_again}")
+
+
+@pytest.mark.parametrize("desired", ["run", "cancel", "pause"])
+async def test_an_earlier_worker_that_does_not_end_is_told_of_and_stands_in_nobodys_way(
+    quick_path: Path, monkeypatch: pytest.MonkeyPatch, desired: str
+) -> None:
+    """It hangs in a file server: the task said nothing, and could be neither paused nor cancelled."""
+    monkeypatch.setattr(task_runner, "LOCK_PATIENCE", 0.05)
+    monkeypatch.setattr(task_runner, "LOOK_AGAIN", 0.05)
+
+    def told(line: Line, observed: TaskObserved) -> None:
+        if observed.status_code == "STATE_BUSY" and not said:
+            said.append(observed.state)
+            if desired == "run":
+                os.close(earlier)
+            else:
+                line.want(desired)
+
+    said: list[str] = []
+    engine = Engine(quick_path, on_report=told)
+    (engine.source / "file").write_bytes(b"content")
+    earlier = os.open(engine.state / "lock", os.O_RDWR | os.O_CREAT)
+    assert try_lock(earlier)
+    observed = await engine.run()
+    assert said == ["WAITING"]
+    assert observed.state == {"run": "SUCCEEDED", "cancel": "CANCELED", "pause": "PAUSED"}[desired]
+    if desired != "run":
+        os.close(earlier)
