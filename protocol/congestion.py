@@ -26,6 +26,7 @@ _RETRANSMISSIONS, _LEAST, _DATA_OUT, _BUSY, _FULL, _DELIVERED = 100, 148, 156, 1
 _LENGTH = 256
 # BBR gets on with a least round trip that is this part of the true one (measured: half is enough, 0.3 is not).
 ENOUGH = 0.4
+_BY_LOSS = (b"cubic", b"reno")
 # Of the smoothed round trip each sample is this part (RFC 6298).
 _SHARE = 1 / 8
 
@@ -100,8 +101,22 @@ def tune_sender(sock: Connection) -> None:
     wanted: tuple[bytes, ...] = (b"bbr",) if facts.rtt >= LONG_PATH else (b"cubic",)
     if not trusts_least(facts):
         # The system's own choice may be BBR.
-        wanted = (b"cubic", b"reno")
-    for name in wanted:
+        wanted = _BY_LOSS
+    _choose(sock, option, wanted)
+
+
+def leave_bbr(sock: Connection, rtt: float) -> None:
+    """Where the system chose BBR for a fresh connection and the kernel takes far less than ``rtt`` for its round trip,
+    have another congestion control."""
+    facts, option = tcp_facts(sock), getattr(socket, "TCP_CONGESTION", None)
+    if facts is None or facts.least is None or facts.least >= ENOUGH * rtt or option is None:
+        return
+    if sock.getsockopt(socket.IPPROTO_TCP, option, 16).rstrip(b"\0") == b"bbr":
+        _choose(sock, option, _BY_LOSS)
+
+
+def _choose(sock: Connection, option: int, names: tuple[bytes, ...]) -> None:
+    for name in names:
         try:
             sock.setsockopt(socket.IPPROTO_TCP, option, name)
         except OSError:

@@ -18,6 +18,7 @@ import trio
 from agent.connect.listener import detached, reusable
 from agent.connect.stun_client import NotObserved, observe_tcp
 from protocol.candidates import HOST, MAPPED_TCP, Candidate
+from protocol.congestion import leave_bbr
 from protocol.round_trip import dialled_round_trip, round_trip
 from protocol.stun import PortNote
 
@@ -54,6 +55,8 @@ async def connect_from(port: int, target: tuple[str, int], *, tries: int = MAX_T
             begun = trio.current_time()
             await sock.connect(target)
             rtt = dialled_round_trip(sock, trio.current_time() - begun)
+            if rtt is not None:
+                leave_bbr(sock, rtt)
             return Punched(detached(sock), rtt)
         except OSError as error:
             tries -= 1

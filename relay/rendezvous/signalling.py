@@ -33,8 +33,9 @@ from relay.rendezvous.meetings import Meeting, Meetings
 # How long a source may take to gather its candidates, in seconds.
 ANSWER_TIMEOUT = 5.0
 GO_TIMEOUT = 5.0
-# What the further side has between reading its message and the instant; a link's round trip is guessed where unknown.
-MARGIN = 0.005
+# What the further side has between reading its message and the instant: little, since a destination that is some
+# milliseconds late finds a source that begins later than it anyway. A link's round trip is guessed where unknown.
+MARGIN = 0.001
 GUESSED_ROUND_TRIP = 0.1
 LONGEST_ROUND_TRIP = 2.0
 # The source begins later by this part of both round trips, of which that between the agents is mostly no less than

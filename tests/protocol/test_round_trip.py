@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from protocol.congestion import tcp_facts, tune_sender
+from protocol.congestion import leave_bbr, tcp_facts, tune_sender
 from protocol.round_trip import dialled_round_trip
 
 pytestmark = pytest.mark.skipif(not hasattr(socket, "TCP_INFO"), reason="this system tells nothing of its connections")
@@ -27,9 +27,12 @@ class Told:
     delivered: int = 1
     allowed: tuple[bytes, ...] = (b"bbr", b"cubic", b"reno")
     length: int = 256
+    standard: bytes = b"cubic"
     chosen: list[bytes] = field(default_factory=list)
 
-    def getsockopt(self, _level: int, _option: int, size: int) -> bytes:
+    def getsockopt(self, _level: int, option: int, size: int) -> bytes:
+        if option == socket.TCP_CONGESTION:
+            return self.standard.ljust(size, b"\0")
         info = bytearray(256)
         rows = {68: self.rtt, 100: self.again, 136: self.sent, 140: self.came, 148: self.least}
         for offset, value in {**rows, 156: self.data, 192: self.delivered}.items():
@@ -107,3 +110,18 @@ def test_kernels_that_tell_less_are_believed(length: int) -> None:
     sender = Told(20_000, 1_000, sent=3, came=2, data=1, delivered=3, length=length)
     tune_sender(sender)
     assert sender.chosen == [b"bbr"]
+
+
+def test_a_fresh_connection_leaves_a_bbr_that_believes_too_little() -> None:
+    """Also of the side that receives, which has but requests to send: the system's own choice may be BBR."""
+    for standard, least, chosen in [
+        (b"bbr", 20_000, [b"cubic"]),
+        (b"bbr", 50_000, []),
+        (b"cubic", 20_000, []),
+    ]:
+        fresh = Told(least, least, sent=3, came=2, delivered=2, standard=standard)
+        leave_bbr(fresh, 0.1)
+        assert fresh.chosen == chosen
+    here, there = socket.socketpair()
+    with here, there:
+        leave_bbr(here, 0.1)
