@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import sys
@@ -20,6 +21,10 @@ _LOCAL = frozenset({
 _UNSTABLE_INODES = frozenset({"exfat", "msdos", "ntfs", "ntfs3", "overlay", "vfat"})
 _MARKER = "user.towpath.root"
 _MARKER_LENGTH = 64
+# What stands for a marker where no attributes can be kept: the number that a FAT volume got when it was formatted.
+_VOLUME = "volume "
+# `FAT_IOCTL_GET_VOLUME_ID`, of an open folder, for everybody; see ioctl_fat(2). It means nothing elsewhere.
+_GET_VOLUME_ID = 0x80047213
 _OCTAL = re.compile(rb"\\([0-7]{3})")
 
 
@@ -35,7 +40,8 @@ class Mount:
 class Mark:
     """What tells a root from the empty folder left when its disk is not mounted. Device numbers change with every
     boot and are left out; the inode is 0 where it does not outlive a mount. The marker is a random word kept as an
-    extended attribute of the root, empty where there are none: another disk in the same place does not have it."""
+    extended attribute of the root, or the volume's number, empty where there is neither: another disk in the same place
+    does not have it."""
 
     mount_point: str
     file_system: str
@@ -85,9 +91,23 @@ def mark_of(mount: Mount, inode: int, marker: str = "") -> Mark:
 def read_marker(fd: int) -> str:
     """The marker of an open folder; empty where there is none or where there can be none."""
     if sys.platform == "linux":
-        # No such attribute, no attributes on this file system, or no permission to look: all the same here.
-        with contextlib.suppress(OSError):
+        try:
             return os.getxattr(fd, _MARKER)[:_MARKER_LENGTH].decode("ascii", "replace")
+        except OSError as error:
+            if error.errno == errno.ENOTSUP:
+                return _volume(fd)
+            # No such attribute, or no permission to look: all the same here.
+    return ""
+
+
+def _volume(fd: int) -> str:
+    """The number of the volume that an open folder is on, empty where it has none."""
+    import fcntl
+
+    with contextlib.suppress(OSError):
+        number = int.from_bytes(fcntl.ioctl(fd, _GET_VOLUME_ID, bytes(4)), sys.byteorder)
+        # As it is shown everywhere.
+        return f"{_VOLUME}{number >> 16:04X}-{number & 0xFFFF:04X}" if number else ""
     return ""
 
 
@@ -115,7 +135,8 @@ def _same_folder(expected: Mark, found: Mark) -> bool:
     if (expected.file_system, expected.inode) != (found.file_system, found.inode):
         return False
     if expected.marker:
-        return expected.marker == found.marker
+        # The number of a volume is that of all its folders.
+        return expected.marker == found.marker and not expected.marker.startswith(_VOLUME)
     return expected.inode > _LAST_ROOT_INODE
 
 
@@ -128,6 +149,9 @@ def difference(expected: Mark, found: Mark, *, strict: bool = True) -> str:
         return f"is not on the disk mounted at {expected.mount_point} as when it was set up"
     if expected.file_system != found.file_system:
         return f"is on a file system of type {found.file_system}, not {expected.file_system} as when it was set up"
+    numbered = expected.marker.startswith(_VOLUME)
+    if numbered and expected.marker != found.marker:
+        return f"is not on the volume it was on when it was set up, with the number {expected.marker[len(_VOLUME) :]}"
     if not strict:
         return ""
     if expected.inode != found.inode:

@@ -134,6 +134,24 @@ def test_a_disk_is_the_same_missing_or_another_one(changes: dict[str, object], c
     assert verdict(ELSEWHERE, found) == code
 
 
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({}, ""),
+        ({"marker": "volume 1234-0002"}, DISK_REPLACED),
+        ({"marker": ""}, DISK_REPLACED),
+        ({"mount_point": "/", "file_system": "ext4", "marker": ""}, DISK_MISSING),
+        # Every folder of a volume has its number, so that it does not show that another mount leads to this one.
+        ({"mount_point": "/mnt"}, DISK_MISSING),
+    ],
+)
+def test_of_two_volumes_without_attributes_and_lasting_inodes_the_number_tells(
+    changes: dict[str, object], code: str
+) -> None:
+    expected = Mark("/data/stick", "vfat", 0, "volume 1234-0001")
+    assert verdict(expected, dataclasses.replace(expected, **changes)) == code  # type: ignore[arg-type]
+
+
 def test_a_folder_without_its_disk_is_not_entered_and_its_parent_not_whole_without_it() -> None:
     root = MemoryRoot()
     root.make_directories((b"a", b"disk", b"inner")).close()

@@ -331,6 +331,39 @@ def test_the_marker_knows_another_disk_with_the_same_inode(tmp_path: Path) -> No
         root.check_original()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such call")
+def test_another_volume_without_attributes_is_known_by_its_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on FAT, by the kernel's interface; there need be no such file system here."""
+    number = 0x12340001
+
+    def ioctl(_fd: int, command: int, argument: bytes) -> bytes:
+        # FAT_IOCTL_GET_VOLUME_ID: _IOR('r', 0x13, __u32)
+        assert (command, len(argument)) == (2 << 30 | 4 << 16 | ord("r") << 8 | 0x13, 4)
+        return number.to_bytes(4, sys.byteorder)
+
+    def no_attributes(*_: object) -> bytes:
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    with open_root(str(tmp_path)) as root:
+        # Elsewhere the call means nothing.
+        assert mounts._volume(root._fd) == ""
+    monkeypatch.setattr(os, "getxattr", no_attributes)
+    monkeypatch.setattr("fcntl.ioctl", ioctl)
+    with open_root(str(tmp_path)) as root:
+        mark = root.place_marker()
+    assert mark.marker == "volume 1234-0001"
+    with open_root(str(tmp_path), mark) as root:
+        root.check_original()
+    number = 0x12340002
+    with pytest.raises(NeedsPerson, match="volume it was on when it was set up, with the number 1234-0001"):
+        open_root(str(tmp_path), mark)
+    number = 0
+    with open_root(str(tmp_path)) as root:
+        assert root.mark().marker == ""
+
+
 def test_an_unmounted_disk_is_not_an_empty_folder(tmp_path: Path) -> None:
     """With a real mount in a mount namespace of its own, where the system allows that."""
     place = tmp_path / "disk"
