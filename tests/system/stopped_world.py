@@ -38,6 +38,8 @@ MOST_AGAIN = 64 * MIB
 PATIENCE = 60.0
 # How long after the end of its task an event may arrive (seconds).
 EVENTS_LATE = 10.0
+# Lane processes of each session at the destination, from the environment; none as the product has it.
+LANE_PROCESSES = int(os.environ.get("LANE_PROCESSES", "0"))
 
 
 def fill(root: Path, large: int) -> dict[str, bytes | str]:
@@ -115,9 +117,19 @@ class StoppedWorld:
                     found.append(child.pid)
         return found
 
+    def lane_processes(self, agent: str) -> list[int]:
+        """Those of the workers that have some; a spare worker has none."""
+        found = []
+        for worker in self.workers(agent):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                children = psutil.Process(worker).children()
+                found += [child.pid for child in children if child.status() != psutil.STATUS_ZOMBIE]
+        return found
+
     async def kill(self, victims: str) -> tuple[int, list[Child]]:
         """SIGKILL; how many processes, and what must be started again. ``victims``: an agent's name or "relay" (that
-        process alone, those below it end by themselves), "alpha's workers", "beta's workers", or "all"."""
+        process alone, those below it end by themselves), "alpha's workers", "beta's workers", "beta's lane processes",
+        or "all"."""
         if victims == "all":
             doomed: list[int] = []
             for child in self.world.children:
@@ -128,6 +140,12 @@ class StoppedWorld:
             return len(doomed), list(self.world.children)
         if victims.endswith("'s workers"):
             pids = self.workers(victims.removesuffix("'s workers"))
+            for pid in pids:
+                _kill(pid)
+            return len(pids), []
+        if victims.endswith("'s lane processes"):
+            pids = self.lane_processes(victims.removesuffix("'s lane processes"))
+            assert len(pids) == LANE_PROCESSES, f"{len(pids)} lane processes"
             for pid in pids:
                 _kill(pid)
             return len(pids), []
@@ -295,7 +313,8 @@ def _kill(pid: int) -> None:
 
 @asynccontextmanager
 async def stopped_world(directory: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[StoppedWorld]:
-    """A world whose processes know the steps."""
+    """A world whose processes know the steps. With LANE_PROCESSES=2 in the environment its destination receives with
+    so many lane processes."""
     stops = directory / "stops"
     stops.mkdir()
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(STOPS), os.environ.get("PYTHONPATH")))))
@@ -304,4 +323,11 @@ async def stopped_world(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Asy
     for root in roots.values():
         root.mkdir(parents=True)
     async with warden() as guard, open_world(directory, roots, guard, print) as world:
+        if LANE_PROCESSES:
+            beta = world.sites["beta"]
+            with beta.config_file.open("a", encoding="utf-8") as file:
+                file.write(f"limits:\n  workers_per_session: {1 + LANE_PROCESSES}\n")
+            await beta.child.stop()
+            await beta.child.start()
+            await world.until_connected("beta")
         yield StoppedWorld(world, stops)

@@ -3,6 +3,8 @@
 Each time: the process that comes to the step stops there; the victims are killed; whoever was not killed goes on; what
 was killed is started again. Nothing wrong has a final name at the moment of the kill, at most 64 MiB are sent again,
 both trees are equal at the end, and the relay tells the task's beginning and end once.
+
+With ``LANE_PROCESSES=2`` in the environment the destination receives with so many lane processes, which are victims.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from types import ModuleType
 import pytest
 import trio
 
-from tests.system.stopped_world import MIB, Outcome, Step, fill, stopped_world
+from tests.system.stopped_world import LANE_PROCESSES, MIB, Outcome, Step, fill, stopped_world
 
 
 def _steps() -> ModuleType:
@@ -37,6 +39,8 @@ SOURCE_DAEMON_STEPS = frozenset({"session stored", "connection handed over"})
 # Steps that come often are also looked at in the middle.
 OFTEN = {"written": 5, "block read back": 4, "renamed": 12, "journal written": 3, "folder synced": 2, "block read": 4}
 VICTIMS = ("relay", "alpha", "beta", "alpha's workers", "beta's workers", "all")
+if LANE_PROCESSES:
+    VICTIMS += ("beta's lane processes",)
 # All steps for one victim take several minutes; a slice of them (`-k "all-2of4"`) a few.
 SLICES = 4
 
