@@ -100,7 +100,7 @@ class LinkConnector:
         except trio.TooSlowError as error:
             raise self._silent(CONNECT_TIMEOUT) from error
         except OSError as error:
-            raise CannotConnect(f"The relay {self._host}:{self._port} cannot be reached: {error}.") from error
+            raise CannotConnect(f"The relay {self._host}:{self._port} cannot be reached: {_reason(error)}.") from error
         if isinstance(raw, trio.SocketStream):
             keep_alive(raw.socket)
             give_up_unacknowledged(raw.socket)
@@ -130,6 +130,14 @@ class LinkConnector:
             await trio.aclose_forcefully(stream)
             raise CannotConnect("The relay showed no certificate.")
         return certificate
+
+
+def _reason(error: OSError) -> str:
+    """Why nothing was reached; trio keeps what became of each address in the error's cause."""
+    cause = error.__cause__
+    if isinstance(cause, BaseExceptionGroup):
+        cause = cause.exceptions[0]
+    return f"{error} ({cause.strerror})" if isinstance(cause, OSError) and cause.strerror else str(error)
 
 
 def _drop(stream: trio.abc.Stream) -> None:

@@ -20,7 +20,10 @@ import trio.testing
 
 from agent import manners
 from agent.config.keys import MannersConfig
+from agent.connect.link_connection import LinkConnector
 from agent.connect.punch import open_slot, punch
+from agent.connect.relay_way import CannotConnect, RelayWay
+from agent.link import dial_tcp
 from agent.manners import Conditions, Manners, Observer
 from agent.sdnotify import Notifier
 from agent.transfer.channel import Channel, Connect, ConnectFailed, ToDaemon, ToWorker
@@ -107,6 +110,15 @@ async def test_the_link_is_begun_again(monkeypatch: pytest.MonkeyPatch, autojump
         while link.statistics().attempts < 3:
             await trio.sleep(1)
         assert "Too many open files" in link.statistics().last_error
+
+
+@pytest.mark.parametrize("none", [True, False])
+async def test_why_the_relay_cannot_be_reached_is_told(none: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    connector = LinkConnector("127.0.0.1", 9, None, dial_tcp, RelayWay("raw"))
+    if none:
+        monkeypatch.setattr("trio._highlevel_open_tcp_stream.socket", none_left)
+    with pytest.raises(CannotConnect, match="Too many open files" if none else "Connection refused"):
+        await connector.open()
 
 
 async def test_a_watch_rule_submits_later(monkeypatch: pytest.MonkeyPatch) -> None:
