@@ -332,6 +332,8 @@ class TransferRun:
             await self._send_pack()
         self._pack.append(job)
         self._pack_bytes += job.row.size
+        if job.attributes or job.access is not None:
+            self._pack_bytes += attributes_size(job)
         if len(self._pack) >= MAX_PACK_FILES or self._pack_bytes >= PACK_BYTES:
             await self._send_pack()
 

@@ -13,8 +13,11 @@ import pytest
 import trio
 
 from agent.storage import attributes
+from agent.storage.attributes import Found
 from agent.storage.faulty import Call
+from agent.storage.posix import PosixRoot
 from agent.transfer.attributes import check_attributes_untrusted
+from agent.transfer.budget import Budget
 from agent.transfer.patience import ATTEMPTS
 from protocol import session
 from protocol.control import TaskItem
@@ -265,7 +268,10 @@ async def test_attributes_set_again_while_a_file_is_transferred(quick_path: Path
 
     def plan(call: Call) -> int | None:
         if call.operation == "get_attributes" and call.nth == 1:
-            os.setxattr(path, "user.state", b"new")
+            before = path.stat().st_ctime_ns
+            # Until the clock of the file system has ticked.
+            while path.stat().st_ctime_ns == before:
+                os.setxattr(path, "user.state", b"new")
         return None
 
     engine.source_plan = plan
@@ -310,3 +316,33 @@ async def test_a_crash_at_any_call_loses_no_attribute(quick_path: Path) -> None:
         await trio.lowlevel.checkpoint()
     assert crashes
     print(f"crashes survived: {crashes}")
+
+
+async def test_large_attributes_of_small_files_keep_within_the_budget(
+    quick_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More was given back than had been taken, each time, until there was no bound to what is on its way."""
+    amounts: list[int] = []
+    left: list[int] = []
+    acquire, release = Budget.acquire, Budget.release
+
+    async def noted(budget: Budget, amount: int) -> None:
+        amounts.append(amount)
+        await acquire(budget, amount)
+
+    def given_back(budget: Budget, amount: int) -> None:
+        release(budget, amount)
+        left.append(budget.used)
+
+    monkeypatch.setattr(Budget, "acquire", noted)
+    monkeypatch.setattr(Budget, "release", given_back)
+    monkeypatch.setattr(PosixRoot, "get_attributes", lambda *_: Found([(b"large", bytes(60 * 1024))]))
+    monkeypatch.setattr(PosixRoot, "set_attribute", lambda *_: None)
+    engine = Engine(quick_path, WANTED)
+    for number in range(1000):
+        (engine.source / str(number)).write_bytes(b"")
+    observed = await engine.run()
+    assert observed.state == "SUCCEEDED", observed
+    # The least that a budget may be.
+    assert max(amounts) < 16 * 1024 * 1024
+    assert min(left) >= 0
