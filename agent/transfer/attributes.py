@@ -131,8 +131,11 @@ def write_attributes(root: Root, fd: int, attributes: Sequence[tuple[bytes, byte
 
 def attributes_size(job: FileJob) -> int:
     """Bytes that a job's attributes and access list hold until it is settled."""
-    lists = 0 if job.access is None else len(job.access.packed)
-    return sum(len(name) + len(value) for name, value in job.attributes or ()) + lists
+    # Of nearly every file: nothing.
+    size = 0 if job.access is None else len(job.access.packed)
+    if job.attributes:
+        size += sum(len(name) + len(value) for name, value in job.attributes)
+    return size
 
 
 def give_attributes(root: Root, job: FileJob, fd: int, refused: Refused) -> None:
@@ -156,6 +159,8 @@ class Attributes:
         self._run = run
         self._policy = run.context.lists
         self._attributes, self._lists = run.options.preserve_xattrs, run.options.preserve_acls
+        # Whether the task asks for either.
+        self.wanted = self._attributes or self._lists
         self._told: set[tuple[str, str]] = set()
         # Folders that the task was sent to by name: whatever lists they have are no affair of the task's.
         self._named = frozenset(_named(run.context.order.items or ()) if self._lists else ())
@@ -163,7 +168,7 @@ class Attributes:
     @property
     def asked_for(self) -> bool:
         """Whether the task wants attributes or access lists and the source can give them. Says what it cannot."""
-        if not self._attributes and not self._lists:
+        if not self.wanted:
             return False
         abilities = self._run.session.abilities
         if self._lists and session.ACCESS_LISTS not in abilities:

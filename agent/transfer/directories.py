@@ -243,8 +243,7 @@ class DirectoryWalk:
         while copies:
             # A few at a time, so that never many wait with all their attributes.
             ready = await run.read_attributes(copies)
-            for job in copies[:ready]:
-                await run.copy(job)
+            await run.copy_all(copies[:ready])
             copies = copies[ready:]
         if planned.shared:
             await run.offer()

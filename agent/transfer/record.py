@@ -93,8 +93,10 @@ class Record:
                 continue
             self._note_place(job)
             counts.bytes_transferred += size
-            counts.xattrs_left_out += job.attributes_left_out > 0
-            counts.add_list(job.list_fate)
+            if job.attributes_left_out:
+                counts.xattrs_left_out += 1
+            if job.list_fate:
+                counts.add_list(job.list_fate)
             if self._verify:
                 counts.bytes_checksummed += size
             if job.small:

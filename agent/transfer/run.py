@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -112,6 +112,9 @@ class Run(Reports, Protocol):
 
     async def copy(self, job: FileJob) -> None:
         """Have a file brought over; `offer` must follow."""
+
+    async def copy_all(self, jobs: Iterable[FileJob]) -> None:
+        """`copy` for many."""
 
     async def read_attributes(self, jobs: Sequence[FileJob]) -> int:
         """Ask for extended attributes if the task wants them: how many of the jobs, from the first, have them now."""

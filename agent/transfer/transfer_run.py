@@ -11,7 +11,7 @@ import itertools
 import os
 import queue
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -320,7 +320,7 @@ class TransferRun:
     async def copy(self, job: FileJob) -> None:
         """Have a file brought over. Small ones collect, also across directories, until a pack is full or a lane has
         nothing to do; `offer` must follow."""
-        if job.attributes is None:
+        if self.attributes.wanted and job.attributes is None:
             await self.attributes.read([job])
         if job.attributes_error is not None:
             self.retries.job_failed(job, job.attributes_error)
@@ -336,6 +336,18 @@ class TransferRun:
             self._pack_bytes += attributes_size(job)
         if len(self._pack) >= MAX_PACK_FILES or self._pack_bytes >= PACK_BYTES:
             await self._send_pack()
+
+    async def copy_all(self, jobs: Iterable[FileJob]) -> None:
+        """`copy` for many: where a tree has small files, this is what its planning costs for each of them."""
+        wanted = self.attributes.wanted
+        for job in jobs:
+            if wanted or not job.small or (self._pack and self._pack[0].follow != job.follow):
+                await self.copy(job)
+                continue
+            self._pack.append(job)
+            self._pack_bytes += job.row.size
+            if self._pack_bytes >= PACK_BYTES or len(self._pack) >= MAX_PACK_FILES:
+                await self._send_pack()
 
     async def read_attributes(self, jobs: Sequence[FileJob]) -> int:
         """Ask for extended attributes if the task wants them: how many of the jobs, from the first, have them now."""
@@ -358,9 +370,9 @@ class TransferRun:
         jobs, self._pack, self._pack_bytes = self._pack, [], 0
         if not jobs:
             return
-        total = 0
+        total, wanted = 0, self.attributes.wanted
         for job in jobs:
-            job.charged = charge(job.row.size + attributes_size(job))
+            job.charged = charge(job.row.size + attributes_size(job) if wanted else job.row.size)
             total += job.charged
         await self.budget.acquire(total)
         self.fetcher.submit_pack(jobs)
