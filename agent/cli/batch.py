@@ -35,10 +35,30 @@ def _line(**options: Any) -> dict[str, Any]:
     return options
 
 
+def _without_comment(text: str) -> str:
+    """A line up to a ``#`` that begins a word, as in a shell. One within a word belongs to a name: cut there, the line
+    would name something else, often the folder beside it."""
+    quote, before = "", " "
+    skip = False
+    for index, character in enumerate(text):
+        if skip:
+            skip, character = False, "\\"
+        elif character == "\\" and quote != "'":
+            skip = True
+        elif quote:
+            quote = "" if character == quote else quote
+        elif character in "'\"":
+            quote = character
+        elif character == "#" and before.isspace():
+            return text[:index]
+        before = character
+    return text
+
+
 def _parsed(number: int, text: str) -> dict[str, Any] | None:
     """The options and paths of one line, or None for an empty one."""
     try:
-        words = shlex.split(text, comments=True)
+        words = shlex.split(_without_comment(text))
         if not words:
             return None
         with _line.make_context("batch", words) as context:
