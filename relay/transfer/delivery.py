@@ -6,6 +6,7 @@ they are told. So a relay that dies between any two lines here goes on where it 
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
@@ -74,6 +75,7 @@ class Courier:
         keep: float,
         timeout: float,
         since: float,
+        cut_tunnel: Callable[[str], Awaitable[None]] | None = None,
     ) -> None:
         self._store = store
         self._links = links
@@ -84,6 +86,7 @@ class Courier:
         self._timeout = timeout
         # When this relay was started.
         self._since = since
+        self._cut_tunnel = cut_tunnel
         # Tasks whose agent asked for a session, with the generation it has; after a restart all are offered anew.
         self._wanted: dict[str, int] = {}
         # When the source of a task was last asked; an agent that asks on and on does not reach it more often.
@@ -192,14 +195,17 @@ class Courier:
         await self._store.write(lambda connection: delivery_notes.compared(connection, task_id, observed, hello, now))
 
     async def cut(self, task_id: str, now: float) -> None:
-        """Withdraw the session of a task at its source at once, beside any visit that is under way.
+        """Withdraw the session of a task at its source at once, beside any visit that is under way, and end what the
+        relay's own tunnel moves of it, whether or not the source can be told.
 
         A visit repeats it, so that nothing is lost when this fails. Raises the link's errors.
         """
         loaded = await self._store.read(lambda connection: delivery_notes.load(connection, task_id, now))
-        if loaded is None or not loaded.task.session_open or loaded.sides.source is None:
+        if loaded is None or (not loaded.task.finished and loaded.task.desired != "pause"):
             return
-        if not loaded.task.finished and loaded.task.desired != "pause":
+        if self._cut_tunnel is not None:
+            await self._cut_tunnel(loaded.task.session_id)
+        if not loaded.task.session_open or loaded.sides.source is None:
             return
         node_id = loaded.sides.source.node_id
         if self._links.is_connected(node_id):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 import trio
@@ -65,7 +65,8 @@ class StewardStatistics:
 class Steward:
     """One for each relay. ``clock`` gives Unix seconds. All methods belong to one trio run.
 
-    ``verifier`` knows the relay's own tickets again; without one no tasks are taken over from agents.
+    ``verifier`` knows the relay's own tickets again; without one no tasks are taken over from agents. ``cut_tunnel``
+    ends all tunnels of a session.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class Steward:
         clock: Callable[[], float],
         signalling: Signalling | None = None,
         verifier: TicketVerifier | None = None,
+        cut_tunnel: Callable[[str], Awaitable[None]] | None = None,
     ) -> None:
         self._store = store
         self._links = registry
@@ -94,6 +96,7 @@ class Steward:
             keep=self._keep,
             timeout=float(settings.limits.call_timeout),
             since=clock(),
+            cut_tunnel=cut_tunnel,
         )
         self._take_over = None
         if verifier is not None:

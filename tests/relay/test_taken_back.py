@@ -105,6 +105,30 @@ async def test_what_a_closed_identity_was_granted_counts_for_nobody(clock: MockC
     await bob.get(place, path="/shared/")
 
 
+async def test_the_tunnel_of_a_task_ends_with_its_permission_though_its_source_cannot_be_told(
+    clock: MockClock, scene: Scene
+) -> None:
+    """A source whose link is away, or that does not want to hear, sends on through the relay otherwise."""
+    bob, rule_id, task_id = await bobs_task(scene)
+    cut: list[str] = []
+
+    async def note(session_id: str) -> None:
+        cut.append(session_id)
+
+    scene.relay.steward._courier._cut_tunnel = note
+    scene.relay.registry.down(scene.source)
+    await scene.alice.delete(f"/endpoint/{scene.a}/access/{rule_id}")
+    await trio.sleep(MOMENT)
+    assert (await bob.get(f"/task/{task_id}"))["status"] == "FAILED"
+    assert cut == [scene.destination.orders[task_id][0].session_id]
+    assert scene.source.withdrawn == []
+
+
+async def test_the_relay_gives_its_steward_the_tunnel_to_cut(world: RelayWorld) -> None:
+    steward, tunnel = world.relay.services.steward, world.relay.tunnel
+    assert steward._courier._cut_tunnel == tunnel.cut_session
+
+
 # --- people ----------------------------------------------------------------------------------------------------------
 
 

@@ -151,6 +151,42 @@ async def test_a_session_can_be_cut_and_others_go_on() -> None:
         assert await b.receive_some() == b"still here"
 
 
+async def test_tokens_of_a_session_that_was_cut_join_nobody_until_it_gets_new_ones() -> None:
+    async with tunnel_world() as world:
+        early = world.service.issue(SESSION, USER)
+        await world.service.cut_session(SESSION)
+        # Both come with tokens that still count by their time: they are let go of instead of being joined.
+        async with await world.enter_both(early) as (source, destination):
+            for end in (source, destination):
+                with trio.fail_after(10):
+                    try:
+                        assert await end.receive_some() == b""
+                    except trio.BrokenResourceError:
+                        continue
+        assert world.service.statistics().pairs == 0
+        async with world.pair() as (source, destination):
+            await source.send_all(b"again")
+            with trio.fail_after(10):
+                assert await destination.receive_some() == b"again"
+
+
+async def test_a_pair_that_is_handed_over_in_the_moment_of_the_cut_does_not_outlive_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with tunnel_world() as world:
+        order = world.service._order
+
+        async def cut_meanwhile(*arguments: Any) -> None:
+            await world.service.cut_session(SESSION)
+            await order(*arguments)
+
+        monkeypatch.setattr(world.service, "_order", cut_meanwhile)
+        async with world.pair() as (source, _):
+            with trio.fail_after(10), pytest.raises(trio.BrokenResourceError):
+                await source.receive_some()
+        await no_pairs(world)
+
+
 async def test_a_moving_process_that_is_killed_is_replaced() -> None:
     async with tunnel_world() as world, world.pair() as (source, _):
         child = moving_process()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ssl
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 
 import trio
@@ -60,7 +60,13 @@ class TunnelWorld:
         self, session: str = SESSION, user: str = USER
     ) -> AsyncIterator[tuple[trio.SocketStream, trio.SocketStream]]:
         """Both sides of a new tunnel: source, destination."""
-        offers = self.service.issue(session, user)
+        async with await self.enter_both(self.service.issue(session, user)) as ends:
+            yield ends
+
+    async def enter_both(
+        self, offers: tuple[str, str]
+    ) -> AbstractAsyncContextManager[tuple[trio.SocketStream, trio.SocketStream]]:
+        """Both sides with these tokens."""
         ends: dict[int, trio.SocketStream] = {}
 
         async def enter(number: int) -> None:
@@ -69,8 +75,15 @@ class TunnelWorld:
         async with trio.open_nursery() as nursery:
             for number in range(2):
                 nursery.start_soon(enter, number)
-        async with ends[0], ends[1]:
-            yield ends[0], ends[1]
+        return _both(ends[0], ends[1])
+
+
+@asynccontextmanager
+async def _both(
+    source: trio.SocketStream, destination: trio.SocketStream
+) -> AsyncIterator[tuple[trio.SocketStream, trio.SocketStream]]:
+    async with source, destination:
+        yield source, destination
 
 
 async def dial(host: str, port: int) -> trio.SocketStream:

@@ -24,7 +24,7 @@ from protocol.candidates import RELAY_TUNNEL, Candidate, PathOffer
 from protocol.errors import NeedsPerson, RetryLater, TowpathError
 from protocol.line_process import line_process
 from protocol.ticket import TicketSigner, TicketVerifier
-from protocol.tunnel.token import LIFE, Half, Side, sign_half
+from protocol.tunnel.token import LIFE, Half, Side, TunnelRefused, sign_half
 from protocol.websocket.carrier import CarrierUnavailable
 from relay.rendezvous.tunnel.acceptor import Leg, TunnelAcceptor
 from relay.rendezvous.tunnel.carrier import TunnelCarrier
@@ -111,6 +111,8 @@ class TunnelService:
         self._pairs: dict[str, _Mover | TunnelCarrier] = {}
         self._homes: dict[str, tuple[_Mover | TunnelCarrier, int]] = {}
         self._sessions: OrderedDict[str, int] = OrderedDict()
+        # Sessions that were cut, and until when a token of before could still be shown; the oldest first.
+        self._cut: OrderedDict[str, float] = OrderedDict()
         self._users: Counter[str] = Counter()
         self._day = int(clock() // DAY)
         self._outcomes: Counter[str] = Counter()
@@ -168,6 +170,8 @@ class TunnelService:
         self._left(session_id, user)
         self._offers += 1
         now = self._clock()
+        # Whoever asks has seen that the session may be.
+        self._cut.pop(session_id, None)
         pair_id = str(uuid.uuid4())
 
         def half(side: Side) -> str:
@@ -226,7 +230,10 @@ class TunnelService:
         return self._movers[int.from_bytes(digest[:4], "big") % len(self._movers)]
 
     async def _join(self, half: Half, legs: tuple[Leg, Leg]) -> None:
-        """Hand two sockets to who moves them. Raises `TunnelUnavailable`, `TunnelQuota`; then they stay open."""
+        """Hand two sockets to who moves them. Raises `TunnelUnavailable`, `TunnelQuota` and `TunnelRefused`; then they
+        stay open."""
+        if half.session_id in self._cut:
+            raise TunnelRefused("This session was ended while its tunnel was on the way.", code="TUNNEL_CUT")
         session_left, user_left = self._left(half.session_id, half.user)
         home = self._home_of(half.user, legs)
         heads = legs[0].head, legs[1].head
@@ -243,6 +250,9 @@ class TunnelService:
             raise
         for sock in sockets:
             sock.close()
+        if half.session_id in self._cut:
+            # The word to end it may have gone before the pair.
+            await self.cut_session(half.session_id)
 
     async def _order(self, mover: _Mover, join: Join, sockets: tuple[socket.socket, socket.socket]) -> None:
         if mover.line is None:
@@ -276,14 +286,21 @@ class TunnelService:
         self._lost(self.carrier)
 
     async def cut_session(self, session_id: str) -> None:
-        """End all tunnels of a session, whose task is over or not permitted any more."""
+        """End all tunnels of a session, whose task is over or not permitted any more, and join none with tokens of
+        before."""
+        now = self._clock()
+        self._cut[session_id] = now + LIFE
+        self._cut.move_to_end(session_id)
+        while self._cut and not now <= next(iter(self._cut.values())) <= now + LIFE:
+            self._cut.popitem(last=False)
         for mover in self._movers:
             if mover.line is not None and self._pairs:
                 try:
-                    async with mover.lock:
-                        await mover.line.send(encode(Cut(session_id)))
-                except OSError:
-                    # The process has died, and its pairs with it.
+                    with trio.fail_after(_SEND_TIMEOUT):
+                        async with mover.lock:
+                            await mover.line.send(encode(Cut(session_id)))
+                except (OSError, trio.TooSlowError):
+                    # The process has died, and its pairs with it, or is about to be found dead.
                     continue
         if self.carrier in self._pairs.values():
             with contextlib.suppress(CarrierUnavailable):
