@@ -81,6 +81,7 @@ def parse_transfer_batch(lines: Iterable[str], source: str | None, destination: 
             raise BatchError(
                 f"Line {number} of the batch has {len(paths)} paths; write SOURCE DESTINATION, or one path."
             )
+        _check_named(number, paths)
         if parsed["external_checksum"] and parsed["recursive"]:
             raise BatchError(f"Line {number} of the batch gives a checksum for a whole directory; give one per file.")
         yield Item(joined(source, paths[0]), joined(destination, paths[-1]), **parsed)
@@ -95,7 +96,14 @@ def parse_delete_batch(lines: Iterable[str], base: str | None) -> Iterator[str]:
         paths = parsed.pop("paths")
         if len(paths) != 1 or any(value is not None for value in parsed.values()):
             raise BatchError(f"Line {number} of the batch must be one path and nothing else.")
+        _check_named(number, paths)
         yield joined(base, paths[0])
+
+
+def _check_named(number: int, paths: Iterable[str]) -> None:
+    """Refuse an empty path, which is a variable of a script that was not set, and would name all of the folder."""
+    if not all(paths):
+        raise BatchError(f"Line {number} of the batch has an empty path; write . for the folder itself.")
 
 
 def joined(base: str | None, path: str) -> str:

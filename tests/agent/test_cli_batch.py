@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.cli.batch import parse_delete_batch, parse_transfer_batch
+from agent.cli.batch import BatchError, parse_delete_batch, parse_transfer_batch
 
 
 @pytest.mark.parametrize(
@@ -34,6 +34,15 @@ def test_a_sign_within_a_word_is_no_comment(line: str, paths: list[str]) -> None
 def test_both_paths_of_a_transfer_keep_it() -> None:
     (item,) = parse_transfer_batch(["/a#1.txt /b#1.txt # once"], None, None)
     assert (item.source, item.destination) == ("/a#1.txt", "/b#1.txt")
+
+
+@pytest.mark.parametrize("line", ["''", '""', "'' # comment"])
+def test_an_empty_path_names_nothing(line: str) -> None:
+    """A variable that was not set would have deleted all of the folder that the others lie in."""
+    with pytest.raises(BatchError, match=r"Line 2 .* empty path"):
+        list(parse_delete_batch(["a", line], "/data"))
+    with pytest.raises(BatchError, match="empty path"):
+        list(parse_transfer_batch([f"a {line}"], "/data", "/data"))
 
 
 @given(st.text(st.sampled_from("ab #'\"\\/-"), min_size=1, max_size=12).filter(lambda text: not text.startswith("-")))
