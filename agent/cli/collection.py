@@ -10,7 +10,7 @@ import click
 
 from agent.cli.command import with_output
 from agent.cli.output import CommandFailed, Output, field
-from agent.cli.service import config_option, failing_plainly, tell_running_agent
+from agent.cli.service import config_option, failing_plainly, tell_running_agent, warn_of_exposure
 from agent.config.keys import CollectionConfig
 from agent.config.layers import load_config
 
@@ -107,6 +107,7 @@ def add(
                 _deleted_at_relay(created)
             raise
         said = tell_running_agent(outcome.state_dir)
+    warn_of_exposure(outcome.collection_id, config_file)
     document = {"id": outcome.collection_id, "name": outcome.name, "root": outcome.root}
     out.result(document, f"Collection {outcome.name} ({outcome.collection_id}) offers {outcome.root}. {said}".strip())
 
@@ -166,6 +167,7 @@ def update(out: Output, /, name_or_id: str, config_file: Path, **options: Any) -
                 entry["limits"] = {"sessions": options["sessions"] or None}
         config = load_config(config_file)
         said = tell_running_agent(config.state_dir)
+    warn_of_exposure(found.id, config_file)
     changed = next(row for row in config.collections if row.id == found.id)
     out.result(_row(changed, "changed"), f"Collection {changed.name} ({changed.id}) is changed. {said}".strip())
 

@@ -13,6 +13,7 @@ import click
 from agent.cli.command import with_output
 from agent.cli.output import CommandFailed, Output
 from agent.cli.service import config_option, failing_plainly, tell_running_agent
+from agent.config.exposure import exposures
 from agent.config.keys import AgentConfig, ConfigError
 from agent.config.layers import load_config
 from protocol.errors import TowpathError
@@ -46,20 +47,8 @@ def warnings_of(found: AgentConfig, config_file: Path) -> Iterator[str]:
     for collection in found.collections:
         if not os.path.isdir(collection.root):
             yield f"The root {collection.root} of {collection.name} is not a directory now."
-            continue
-        for what, path in (("state directory", found.state_dir), ("configuration", config_file)):
-            if _is_below(path, collection.root):
-                yield (
-                    f"The {what} {path} lies inside the collection {collection.name}: whoever may read that can read "
-                    "the agent's key, and whoever may write can change what the agent allows."
-                    if what == "state directory"
-                    else f"The {what} {path} lies inside the collection {collection.name}: whoever may write there can "
-                    "change what the agent allows."
-                )
-
-
-def _is_below(path: Path, root: str) -> bool:
-    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
+    for _, sentence in exposures(found, config_file):
+        yield sentence
 
 
 @config.command()

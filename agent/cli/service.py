@@ -103,10 +103,23 @@ def setup(
     done = "was set up before with this key" if outcome.already else "is set up"
     click.echo(f"Collection {terminal_safe(outcome.name)} ({outcome.collection_id}) {done}: {outcome.root}")
     click.echo(f"Endpoint {outcome.endpoint_id} of the relay {outcome.relay_url}; configuration {outcome.config_file}")
+    warn_of_exposure(outcome.collection_id, config_file)
     if tell_running_agent(outcome.state_dir):
         click.echo("The running agent serves it now.")
     else:
         click.echo("Run the agent with `towpath start` (or `towpath run` in the foreground).")
+
+
+def warn_of_exposure(collection_id: str, config_file: Path) -> None:
+    """Say so when a collection that was just made or changed gives away the agent's own files."""
+    from agent.config.exposure import exposures
+    from agent.config.layers import load_config
+
+    with failing_plainly():
+        found = load_config(config_file)
+    for collection, sentence in exposures(found, config_file):
+        if collection.id == collection_id:
+            click.echo(f"Warning: {terminal_safe(sentence)}", err=True)
 
 
 def tell_running_agent(state_dir: Path) -> str:

@@ -8,6 +8,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+from agent.config.exposure import exposures
 from agent.config.keys import CollectionConfig
 from agent.doctor.registry import Examination, Finding
 
@@ -190,6 +191,12 @@ def check_collections(examination: Examination) -> Iterator[Finding]:
             )
         else:
             yield Finding(level="ok", sentence=f"{collection.name}: {root}")
+    for _, sentence in exposures(examination.config, examination.config_file):
+        yield Finding(
+            level="warning",
+            sentence=sentence,
+            advice="Offer folders beside them, move `state_dir`, or set `hidden: denied` where they are hidden.",
+        )
     if not examination.config.collections:
         yield Finding(
             level="warning",

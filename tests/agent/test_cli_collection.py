@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from agent.cli.main import cli
+from agent.config.exposure import exposures
 from agent.config.keys import CollectionConfig
 from agent.config.layers import load_config
 from agent.enrol_http import RelayUnreachable, SetupRefused
@@ -46,6 +47,20 @@ def test_update_changes_what_was_asked_for_and_nothing_else(file: Path, tmp_path
     assert load_config(file).collections[0].limits.sessions is None
     assert invoke(file, "update", "One", "--name", "x").exit_code == 1
     assert invoke(file, "update", ONE).exit_code == 2
+
+
+def test_a_collection_that_gives_away_the_agents_own_files_is_warned_of(file: Path, tmp_path: Path) -> None:
+    """It is the owner's word that counts, but most who offer their home do not think of it."""
+    assert "Warning" not in invoke(file, "update", "One", "--name", "Uno").output
+    done = invoke(file, "update", ONE, "--root", str(tmp_path))
+    assert done.exit_code == 0, done.output
+    assert "read the agent's key" in done.output.replace("\n", " ")
+    assert f"configuration {file}" in done.output
+    hidden = tmp_path / ".config" / "agent.yaml"
+    hidden.parent.mkdir()
+    hidden.write_text(file.read_text().replace(f"{tmp_path}/one", str(tmp_path)))
+    assert {sentence.split()[1] for _, sentence in exposures(load_config(hidden), hidden)} == {"state", "configuration"}
+    assert "Warning" not in invoke(hidden, "update", ONE, "--hidden", "denied").output
 
 
 def test_remove_withdraws_it_and_keeps_the_files(file: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from agent.cli.main import cli
 from agent.collections import MARKS_FILE, Collections, Marks
 from agent.config.keys import CollectionConfig
 from agent.config.layers import load_config
+from agent.doctor.machine import check_collections
 from agent.doctor.registry import CHECKS, Entry, Examination, Finding
 from agent.storage.disks import Disk
 from agent.storage.mounts import Mark
@@ -144,3 +145,13 @@ def test_both_formats(tmp_path: Path, form: str) -> None:
         cli, ["doctor", "--config", str(tmp_path / "agent.yaml"), "-F", form, *MINE], standalone_mode=False
     )
     assert "There is no configuration here yet" in result.stdout
+
+
+def test_a_collection_with_the_agents_own_files_in_it_is_found(tmp_path: Path) -> None:
+    file = tmp_path / "agent.yaml"
+    file.write_text(f"collections:\n- id: {ID}\n  name: Home\n  root: {tmp_path}\n")
+    found = dataclasses.replace(examination(tmp_path), config=load_config(file))
+    warnings = [each for each in check_collections(found) if each.level == "warning"]
+    assert len(warnings) == 2
+    assert "the agent's key" in warnings[0].sentence
+    assert all(each.advice for each in warnings)
