@@ -142,7 +142,9 @@ def nearest_time(mtime_ns: int) -> int:
 
 def mtime_of(status: os.stat_result) -> int:
     """The modification time of a stat result, as `nearest_time` has it."""
-    return nearest_time(status.st_mtime_ns)
+    mtime_ns = status.st_mtime_ns
+    # One call less for every file of a tree.
+    return mtime_ns if _EARLIEST <= mtime_ns <= _LATEST else nearest_time(mtime_ns)
 
 
 def node_from_stat(name: bytes, status: os.stat_result) -> Node:
