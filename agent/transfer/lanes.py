@@ -12,6 +12,7 @@ import trio
 
 from agent.connect.lane_tls import SecuredLane
 from agent.meter.lane import LaneMeter
+from agent.meter.processors import Processors
 from agent.transfer.lane_count import LaneCount
 from agent.transfer.lane_keys import Succession
 from agent.transfer.lane_processes import RemoteLane, RemoteMeter
@@ -94,6 +95,7 @@ class Lanes:
     async def _measure(self) -> None:
         run = self._run
         count = LaneCount(self.limit, trio.current_time())
+        processors = Processors()
         pace = run.context.pace
         waited = pace.waited
         while True:
@@ -111,7 +113,7 @@ class Lanes:
                 if not leave.is_set() and not self._succession.is_followed(number)
             ]
             received = self._ended + sum(meter.content for meter in self.meters.values())
-            wanted = count.decide(trio.current_time(), received, len(staying), busy=busy)
+            wanted = count.decide(trio.current_time(), received, len(staying), busy=busy, room=processors.room())
             if wanted > len(staying):
                 self._open()
             for leave in staying[wanted:]:

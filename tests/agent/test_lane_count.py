@@ -8,6 +8,7 @@ import socket
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agent.meter.processors import Processors, ProcessorTimes, processor_times
 from agent.transfer.lane_count import SPAN, LaneCount
 from protocol.congestion import round_trip_time, tune_sender
 
@@ -23,11 +24,11 @@ class Path:
         self.count = LaneCount(limit, 0.0)
         self.history: list[int] = []
 
-    def run(self, seconds: float, *, busy: bool = True) -> None:
+    def run(self, seconds: float, *, busy: bool = True, room: bool = True) -> None:
         for _ in range(int(seconds * 2)):
             self.now += 0.5
             self.received += 0.5 * self.goodput[min(self.lanes, max(self.goodput))]
-            self.lanes = self.count.decide(self.now, int(self.received), self.lanes, busy=busy)
+            self.lanes = self.count.decide(self.now, int(self.received), self.lanes, busy=busy, room=room)
             self.history.append(self.lanes)
 
 
@@ -36,6 +37,39 @@ def test_lanes_grow_while_they_help() -> None:
     path.run(20)
     assert max(path.history) == 4
     assert path.lanes == 3
+
+
+def test_no_lane_is_tried_where_it_would_find_no_processor() -> None:
+    path = Path(8, {1: 10e6, 2: 20e6})
+    path.run(20, room=False)
+    assert max(path.history) == 1
+    path.run(3)
+    assert path.lanes == 2
+
+
+def test_a_lane_that_was_tried_is_judged_without_a_processor_too() -> None:
+    path = Path(8, {1: 10e6, 2: 10e6})
+    path.run(4)
+    assert path.lanes == 2
+    path.run(2, room=False)
+    assert path.lanes == 1
+
+
+def test_a_processor_is_to_spare_unless_this_process_computes_and_the_machine_is_full() -> None:
+    readings = iter(
+        ProcessorTimes(*each)
+        for each in [(0, 0, 0), (1, 0.4, 0), (2, 1.4, 0.4), (3, 2.4, 1.0), (3.1, 2.5, 1.0), (4, 3.5, 1.0)]
+    )
+    processors = Processors(lambda: next(readings))
+    assert [processors.room() for _ in range(5)] == [True, False, True, True, False]
+
+
+def test_processors_are_counted_by_the_system() -> None:
+    before = processor_times()
+    while (now := processor_times()).clock - before.clock < 0.05:
+        continue
+    assert now.own > before.own
+    assert now.idle > 0.0
 
 
 def test_a_connection_that_still_finds_its_rate_gets_no_company() -> None:
