@@ -30,6 +30,7 @@ from relay.auth.linked import primary_of
 from relay.refusal import ApiError
 from relay.settings import Settings
 from relay.store import auth_tables as tables
+from relay.store.application_tables import registrations
 from relay.store.database import Store
 from relay.transfer.enrolment import create_mapped_collection
 from relay.transfer.times import iso
@@ -135,6 +136,17 @@ def closing(settings: Settings, who: str) -> Callable[[Store], Awaitable[Identit
         return identity
 
     return work
+
+
+def programs_of(identity_id: str) -> Callable[[Store], Awaitable[list[clients.Client]]]:
+    """The clients that were added for somebody: each is an identity of its own, which nothing closes but itself.
+
+    Applications of projects are left out, which may have other administrators.
+    """
+    mine = (tables.clients.c.owner_id == identity_id) & tables.clients.c.id.not_in(select(registrations.c.client_id))
+    owned = select(tables.clients).join(tables.identities, tables.identities.c.id == tables.clients.c.id)
+    still = owned.where(mine, tables.identities.c.status != "closed").order_by(tables.clients.c.created)
+    return lambda store: store.read(lambda c: [clients.client_of(row) for row in c.execute(still).mappings()])
 
 
 def opening(settings: Settings, who: str) -> Callable[[Store], Awaitable[Identity]]:

@@ -32,7 +32,12 @@ def _file(request: Request, path: str) -> FileResponse:
     if top is None:
         raise ApiError(404, "NotFound", "This relay offers no releases.")
     top = top.resolve()
-    file = (top / path).resolve()
-    if not file.is_relative_to(top) or not file.is_file():
+    try:
+        file = (top / path).resolve()
+        found = file.is_relative_to(top) and file.is_file()
+    except (OSError, ValueError, RuntimeError):
+        # What no file can be called: too long, with a zero in it, or a link in a circle.
+        found = False
+    if not found:
         raise ApiError(404, "NotFound", "There is no such file among the releases.")
     return FileResponse(file, media_type="application/octet-stream")

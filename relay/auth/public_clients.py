@@ -87,7 +87,9 @@ def note_use(connection: Connection, client_id: str, now: float) -> None:
 
 
 def remove_client(connection: Connection, client_id: str) -> None:
-    """Forget a client with its identity, secrets, consents and tokens."""
+    """Forget a client with its identity, secrets, consents and tokens. Clients that it registered itself stay, and
+    belong to nobody."""
+    connection.execute(update(clients).where(clients.c.owner_id == client_id).values(owner_id=None))
     connection.execute(delete(clients).where(clients.c.id == client_id))
     connection.execute(delete(identities).where(identities.c.id == client_id, identities.c.kind == "client_identity"))
 

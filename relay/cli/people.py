@@ -89,6 +89,11 @@ def user_close(context: click.Context, name: str) -> None:
     settings = settings_of(context)
     identity = with_store(settings, accounts.closing(settings, name))
     click.echo(f"{identity.username} is closed. Tasks that run pause within a minute; `user open` lets them go on.")
+    programs = with_store(settings, accounts.programs_of(identity.id))
+    if programs:
+        click.echo("Programs that were added for it are identities of their own and go on; close each by its id:")
+    for program in programs:
+        click.echo(f"  {program.id}  {program.name}")
 
 
 @user.command("open")

@@ -226,6 +226,19 @@ async def test_policies_are_what_sign_in_demands(world: Any) -> None:
         await world.store.read(lambda connection: rules_of(connection, [policy["id"]]))
 
 
+async def test_a_client_that_registered_others_can_be_deleted_and_those_stay(world: Any) -> None:
+    ada = await developer(world, "ada")
+    service = (await ada.client(await ada.project(), client_type="client_identity"))["id"]
+    issued = await world.tokens(service, service, {AUTH_SERVER: [MANAGE_PROJECTS]})
+    itself = Developer(service, issued[AUTH_SERVER].access_token, world.http)
+    shared = await itself.project(admin_ids=[service, ada.id])
+    child = (await itself.client(shared, name="Child"))["id"]
+    await ada.done("DELETE", f"/clients/{service}")
+    assert (await itself.ask("GET", "/projects")).status_code == 401
+    assert (await ada.done("GET", f"/clients/{child}"))["client"]["name"] == "Child"
+    await ada.done("DELETE", f"/clients/{child}")
+
+
 async def test_the_operator_registers_an_application_with_one_command(world: Any) -> None:
     dev = await developer(world, "dev")
     add = operator.adding_application

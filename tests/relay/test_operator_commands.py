@@ -88,3 +88,15 @@ def test_commands_load_no_web_server() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_closing_an_account_names_the_programs_that_go_on(operator: Operator) -> None:
+    operator.run("user", "add", "ada", "--no-link")
+    operator.run("user", "add", "bob", "--no-link")
+    program = operator.document("client", "add", "beamline", "--owner", "ada")["client_id"]
+    assert "go on; close each" not in operator.run("user", "close", "bob")
+    said = operator.run("user", "close", "ada")
+    assert f"  {program}  beamline" in said
+    operator.run("user", "close", program)
+    operator.run("user", "open", "ada")
+    assert program not in operator.run("user", "close", "ada")

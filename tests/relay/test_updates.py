@@ -33,6 +33,7 @@ def directory(tmp_path: Path) -> Path:
     (tmp_path / "releases" / "install" / "install.sh").write_bytes(b"#!/bin/sh\n")
     (tmp_path / "relay.key").write_text("secret")
     (tmp_path / "releases" / "link").symlink_to(tmp_path / "relay.key")
+    (tmp_path / "releases" / "circle").symlink_to("circle")
     return tmp_path
 
 
@@ -43,7 +44,20 @@ async def test_releases_are_served(directory: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["../relay.key", "%2e%2e/relay.key", "link", "metadata", "", "metadata/..%2f..%2frelay.key", "/etc/passwd"]
+    "path",
+    [
+        "../relay.key",
+        "%2e%2e/relay.key",
+        "link",
+        "metadata",
+        "",
+        "metadata/..%2f..%2frelay.key",
+        "/etc/passwd",
+        "%00",
+        "metadata/timestamp.json%00",
+        "x" * 300,
+        "circle",
+    ],
 )
 async def test_nothing_else_is_served(directory: Path, path: str) -> None:
     async with client(directory) as web:
