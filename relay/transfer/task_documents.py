@@ -61,15 +61,21 @@ def holdup(task: Task, around: Surroundings) -> Holdup:
     if task.desired == "pause":
         return Holdup(closed_owners.CODE, closed_owners.sentence_of(task), closed_owners.WHO)
     if around.offline(task.worker_id):
-        return Holdup(OFFLINE, f"The agent of “{_name(task.worker_id, around)}” is not connected.", "destination owner")
+        return _away(_name(task.worker_id, around), "destination")
     reported = "QUEUED" if observed is None else observed.status_code
     # Only when it matters: a transfer under way does not need its source's link to the relay.
     lacks_source = task.type == "TRANSFER" and (task.held_by == "source" or reported == "CONNECT_FAILED")
     if lacks_source and around.offline(task.source_id):
-        return Holdup(OFFLINE, f"The agent of “{_name(task.source_id, around)}” is not connected.", "source owner")
+        return _away(_name(task.source_id, around), "source")
     if observed is None or reported == "QUEUED":
         return Holdup("Queued", "The task waits for its turn.")
     return Holdup(reported, observed.status_sentence, observed.who)
+
+
+def _away(name: str | None, side: str) -> Holdup:
+    return Holdup(
+        OFFLINE, f"The agent of “{name}” is not connected; the task goes on when it is back.", f"{side} owner"
+    )
 
 
 def task_document(task: Task, around: Surroundings) -> dict[str, Any]:

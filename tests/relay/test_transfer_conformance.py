@@ -159,6 +159,7 @@ async def test_a_task_stays_active_while_its_endpoint_is_offline(
     # Waiting clients take every other status for finished.
     assert (shown["status"], shown["nice_status"], shown["is_ok"]) == ("ACTIVE", "GC_NOT_CONNECTED", False)
     assert "Laptop" in shown["nice_status_details"]
+    assert "goes on when it is back" in shown["nice_status_details"]
     relay.registry.up(agent)
     agent.observe(task_id, "ACTIVE", counters=Counters(files=1))
     await until(lambda: bool(agent.acknowledged))
