@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from agent.config.keys import CollectionConfig
 from agent.policy import LINK_OPERATIONS, Policy
-from protocol.errors import NeedsPerson, TowpathError
+from protocol.errors import NeedsPerson, RetryLater, TowpathError
 
 IDS = [f"00000000-0000-4000-8000-00000000000{n}" for n in range(4)]
 COLLECTIONS = st.lists(
@@ -80,5 +80,15 @@ def test_a_paused_machine_serves_no_new_session_and_everything_else() -> None:
     with pytest.raises(NeedsPerson) as caught:
         policy.check_operation("sessions")
     assert caught.value.code == "PAUSED_BY_OWNER"
+    for operation in LINK_OPERATIONS - {"sessions"}:
+        policy.check_operation(operation)
+
+
+def test_a_machine_that_holds_back_says_why_and_serves_everything_but_sessions() -> None:
+    policy = Policy([])
+    policy.held_back = "it runs on battery"
+    with pytest.raises(RetryLater, match="it runs on battery") as caught:
+        policy.check_operation("sessions")
+    assert caught.value.code == "SOURCE_BUSY"
     for operation in LINK_OPERATIONS - {"sessions"}:
         policy.check_operation(operation)

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import errno
 import socket
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from functools import partial
 from typing import Any
 
 import msgspec
@@ -21,22 +18,10 @@ from agent.connect.addresses import Interfaces
 from agent.connect.listener import bind
 from agent.connect.network import DialAllowance, Network
 from agent.connect.transport import Connection, Path, Wish
-from protocol.candidates import MEETING, PORTMAP, Arrangement, Candidate, PathAnswer, PathGo, PathOffer
-from protocol.control import Party, RelayHello, SessionOrder
-from protocol.errors import ProtocolError, RetryLater
-from protocol.reversal import preamble
-from tests.agent.paths_world import SESSION, TASK, Node, World, answer, at, world
-
-
-def keep_addresses_back(*sides: Node) -> None:
-    """As behind firewalls: none of these can be dialled."""
-
-    async def none(**_options: Any) -> list[Candidate]:
-        await trio.lowlevel.checkpoint()
-        return []
-
-    for side in sides:
-        side.network.host_candidates = none  # type: ignore[method-assign]
+from protocol.candidates import PORTMAP, Candidate, PathAnswer, PathGo, PathOffer
+from protocol.control import RelayHello
+from protocol.errors import RetryLater
+from tests.agent.paths_world import SESSION, TASK, World, answer, at, keep_addresses_back, world
 
 
 async def test_an_address_that_answers_is_dialled_and_nobody_is_troubled() -> None:
@@ -330,18 +315,6 @@ async def test_late_addresses_for_an_older_offer_are_ignored() -> None:
         assert found == ["direct"]
 
 
-async def test_an_old_generation_is_refused_and_an_old_go_ignored() -> None:
-    async with world() as made:
-        offer = PathOffer(session_id=SESSION, task_id=TASK, generation=5, token="0" * 32, count=1)
-        await made.source.introductions.offer(offer, own=False)
-        stale = PathOffer(session_id=SESSION, task_id=TASK, generation=4, token="0" * 32, count=1)
-        with pytest.raises(ProtocolError) as caught:
-            await made.source.introductions.offer(stale, own=False)
-        assert caught.value.code == "STALE_OFFER"
-        made.source.introductions.go(PathGo(session_id=SESSION, generation=4, start_in=0.0))
-        made.finder.take_go(PathGo(session_id=SESSION, generation=4, start_in=0.0))
-
-
 async def test_interfaces_that_cannot_be_looked_at_now_are_looked_at_later(
     monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
 ) -> None:
@@ -364,59 +337,6 @@ async def test_interfaces_that_cannot_be_looked_at_now_are_looked_at_later(
         nursery.cancel_scope.cancel()
     assert network.interfaces.addresses == ("192.0.2.1",)
     assert looks == 3
-
-
-async def test_an_offer_whose_caller_leaves_keeps_nothing_of_the_one_before() -> None:
-    async with world() as made:
-        offer = PathOffer(
-            session_id=SESSION,
-            task_id=TASK,
-            generation=1,
-            token="0" * 32,
-            count=1,
-            candidates=[Candidate(kind="mapped-tcp", host="127.0.0.1", port=9, slot=1)],
-        )
-        await made.source.introductions.offer(offer, own=False)
-        kept = made.source.network._observation
-        assert kept is not None
-        with trio.CancelScope() as scope:
-            scope.cancel()
-            await made.source.introductions.offer(msgspec.structs.replace(offer, generation=2), own=False)
-        made.source.introductions.cut(SESSION)
-        assert kept.users == 0
-        assert made.source.network._observation is None
-
-
-async def test_a_source_that_can_start_no_process_for_a_way_goes_on() -> None:
-    class NoProcess:
-        async def answer(self, _offer: PathOffer) -> list[Candidate]:
-            await trio.lowlevel.checkpoint()
-            return []
-
-        async def serve(self, _offer: PathOffer, _go: PathGo, _greet: object) -> None:
-            served.set()
-            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
-
-    served = trio.Event()
-    async with world() as made:
-        made.source.network.transports.quic = NoProcess()  # type: ignore[assignment]
-        offer = PathOffer(
-            session_id=SESSION, task_id=TASK, generation=1, token="0" * 32, count=1, transports=["tcp", "quic"]
-        )
-        await made.source.introductions.offer(offer, own=False)
-        made.source.introductions.go(PathGo(session_id=SESSION, generation=1, start_in=0.0))
-        await served.wait()
-        await trio.testing.wait_all_tasks_blocked()
-        again = await made.source.introductions.offer(msgspec.structs.replace(offer, generation=2), own=False)
-        assert again.transports == ["tcp", "quic"]
-
-
-@pytest.mark.parametrize(("token", "count"), [("", 1), ("x" * 32, 1), ("0" * 32, 0), ("0" * 32, 99)])
-async def test_malformed_offers_are_refused(token: str, count: int) -> None:
-    async with world() as made:
-        offer = PathOffer(session_id=SESSION, task_id=TASK, generation=1, token=token, count=count)
-        with pytest.raises(ProtocolError):
-            await made.source.introductions.offer(offer, own=False)
 
 
 async def test_a_stranger_with_a_guessed_token_reaches_nobody() -> None:
@@ -457,191 +377,6 @@ def test_unused_connections_of_a_race_expire_before_the_source_gives_them_up() -
     assert finder_module.KEEP_UNUSED < GREETING_TIMEOUT
 
 
-@asynccontextmanager
-async def arranged(token: str = "ab" * 16) -> AsyncIterator[tuple[World, SessionOrder]]:
-    """The source cannot be dialled; the relay has told it with its session to dial the destination."""
-    async with world() as made:
-        port = made.destination.network.data_port
-        assert port is not None
-        made.finder.take_answer(answer())
-        made.finder.take_arrangement(Arrangement(token=token, count=2))
-        party = Party(endpoint_id="", node_id="", collection_id="", certificate="")
-        there = Arrangement(token=token, count=2, candidates=[at(port.port)])
-        order = SessionOrder(session_id=SESSION, task_id=TASK, ticket="", peer=party, arranged=there)
-        yield made, order
-
-
-async def test_a_source_that_was_told_so_with_its_session_dials_for_both_connections() -> None:
-    async with arranged() as (made, order):
-        made.finder.begin()
-        await trio.testing.wait_all_tasks_blocked()
-        made.source.introductions.arrange(order)
-        connections = [await made.finder.connect() for _ in range(2)]
-        assert [row.path.kind for row in connections] == ["reversed"] * 2
-        for row in connections:
-            row.sock.close()
-
-
-async def test_a_token_that_two_wait_for_takes_nobody_down() -> None:
-    """As when a relay arranges the same for two tasks."""
-    async with world() as made:
-        port = made.destination.network.data_port
-        assert port is not None
-        come: list[str] = []
-
-        def arrived(name: str, sock: socket.socket) -> None:
-            sock.close()
-            come.append(name)
-
-        token = "ab" * 16
-        with port.expecting(token, partial(arrived, "first")):
-            with port.expecting(token, partial(arrived, "second")):
-                pass
-            with port.expecting(token, partial(arrived, "third")):
-                stream = await trio.open_tcp_stream("127.0.0.1", port.port)
-                async with stream:
-                    await stream.send_all(preamble(token))
-                    with trio.fail_after(5):
-                        while not come:
-                            await trio.sleep(0.001)
-        assert come == ["third"]
-        assert not port._expected
-
-
-async def test_what_is_arranged_outlives_the_destinations_own_offer_and_ends_with_the_session() -> None:
-    async with arranged() as (made, order):
-        made.source.introductions.arrange(order)
-        await made.source.introductions.offer(
-            PathOffer(session_id=SESSION, task_id=TASK, generation=1, token="cd" * 16, count=1), own=False
-        )
-        assert SESSION in made.source.introductions._arranged
-        made.source.introductions.cut(SESSION)
-        assert not made.source.introductions._arranged
-        assert not made.source.introductions._current
-
-
-@pytest.mark.parametrize("wrong", [{"token": "short"}, {"count": 0}, {"count": 1000}])
-async def test_a_malformed_arrangement_is_left_alone(wrong: dict[str, Any]) -> None:
-    async with arranged() as (made, order):
-        assert order.arranged is not None
-        there = msgspec.structs.replace(order.arranged, **wrong)
-        made.source.introductions.arrange(msgspec.structs.replace(order, arranged=there))
-        assert not made.source.introductions._arranged
-        made.finder.take_arrangement(there)
-        made.finder.begin()
-        await trio.testing.wait_all_tasks_blocked()
-
-
-async def test_an_arrangement_makes_nobody_dial_what_may_not_be_dialled() -> None:
-    async with arranged() as (made, order):
-        made.source.network.allow_loopback = False
-        made.source.introductions.arrange(order)
-        assert made.source.introductions._arranged[SESSION].usable == []
-
-
-@asynccontextmanager
-async def meeting() -> AsyncIterator[tuple[World, SessionOrder]]:
-    """Nobody can be dialled, and the relay has both show it their ports."""
-    async with world() as made:
-        keep_addresses_back(made.source, made.destination)
-        for_destination, for_source = made.signalling.arrange(
-            SESSION, TASK, "destination", "source", "owner", ([], []), tunnel=False, meet=True
-        )
-        made.finder.take_answer(answer())
-        made.finder.take_arrangement(for_destination)
-        party = Party(endpoint_id="", node_id="", collection_id="", certificate="")
-        yield made, SessionOrder(session_id=SESSION, task_id=TASK, ticket="", peer=party, arranged=for_source)
-
-
-def order_session(made: World, order: SessionOrder) -> None:
-    made.source.introductions.arrange(order)
-    made.source.introductions.prepare(order)
-
-
-async def test_both_punch_without_an_offer_when_the_relay_has_seen_their_ports() -> None:
-    async with meeting() as (made, order):
-        order_session(made, order)
-        connections = [await made.finder.connect() for _ in range(2)]
-        assert [row.path.kind for row in connections] == ["punched"] * 2
-        assert made.offers == []
-        assert made.signalling.statistics().met == 1
-        for row in connections:
-            row.sock.close()
-
-
-async def test_an_observation_that_is_there_already_serves_a_meeting_too() -> None:
-    async with meeting() as (made, order):
-        held = await made.source.network.observe_data_port()
-        assert held is not None
-        order_session(made, order)
-        connection = await made.finder.connect()
-        assert (connection.path.kind, made.offers) == ("punched", [])
-        connection.sock.close()
-        made.source.network.release(held)
-
-
-async def test_a_source_that_shows_no_port_is_made_an_offer() -> None:
-    async with meeting() as (made, _):
-        connection = await made.finder.connect()
-        assert connection.path.kind == "punched"
-        assert len(made.offers) == 1
-        connection.sock.close()
-
-
-async def test_a_meeting_makes_nobody_dial_what_may_not_be_dialled(monkeypatch: pytest.MonkeyPatch) -> None:
-    dialled: list[Any] = []
-    monkeypatch.setattr("agent.connect.introductions.connect_from", lambda *place: dialled.append(place))
-    async with meeting() as (made, order):
-        made.source.network.allow_loopback = made.destination.network.allow_loopback = False
-        order_session(made, order)
-        with trio.move_on_after(0.4):
-            await made.finder.connect()
-        # The ports were seen on loopback.
-        assert made.signalling.statistics().met == 1
-        assert dialled == []
-
-
-async def test_a_relay_has_both_sides_punch_once_for_a_meeting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However often it says where the other side is."""
-    punched: list[Any] = []
-
-    async def record(_port: int, target: tuple[str, int], **_options: Any) -> socket.socket:
-        punched.append(target)
-        await trio.sleep_forever()
-        raise AssertionError
-
-    monkeypatch.setattr("agent.connect.introductions.connect_from", record)
-    monkeypatch.setattr("agent.connect.punch.connect_from", record)
-    async with meeting() as (made, order):
-        order_session(made, order)
-        made.finder.begin()
-        while len(punched) < 4:
-            await trio.sleep(0.01)
-        # The source's data port to both slots, and both slots to the data port.
-        first = list(punched)
-        for number in range(20):
-            rows = [Candidate(kind="mapped-tcp", host="127.0.0.1", port=1000 + number, slot=slot) for slot in (0, 1, 2)]
-            go = PathGo(session_id=SESSION, generation=MEETING, start_in=0.0, candidates=rows)
-            made.finder.take_go(go)
-            made.source.introductions.go(go)
-        await trio.testing.wait_all_tasks_blocked()
-        assert sorted(punched) == sorted(first)
-
-
-async def test_a_go_for_ports_that_were_not_shown_is_ignored() -> None:
-    async with world() as made:
-        keep_addresses_back(made.source, made.destination)
-        made.finder.take_answer(answer())
-        made.finder.begin()
-        await trio.testing.wait_all_tasks_blocked()
-        go = PathGo(session_id=SESSION, generation=MEETING, start_in=0.0, candidates=[at(1)])
-        made.finder.take_go(go)
-        made.source.introductions.go(go)
-        connection = await made.finder.connect()
-        assert (connection.path.kind, len(made.offers)) == ("punched", 1)
-        connection.sock.close()
-
-
 async def test_addresses_that_the_source_says_later_are_dialled_in_the_race_under_way() -> None:
     async with world() as made:
         made.finder.take_answer(answer())
@@ -659,21 +394,6 @@ async def test_addresses_that_the_source_says_later_are_dialled_in_the_race_unde
             nursery.start_soon(connect)
             await trio.testing.wait_all_tasks_blocked()
             made.finder.take_answer(answer(at(port.port)))
-
-
-async def test_a_source_that_is_dialled_dials_in_vain_and_learns_it_at_once() -> None:
-    async with arranged() as (made, order):
-        port = made.source.network.data_port
-        assert port is not None
-        made.finder.take_answer(answer(at(port.port)))
-        connection = await made.finder.connect()
-        assert connection.path.kind == "direct"
-        made.source.introductions.arrange(order)
-        with trio.fail_after(5):
-            # They have dialled, and are not waited on: only what was dialled from here is.
-            while made.source.introductions._arranged or port._strangers > 2:
-                await trio.sleep(0.01)
-        connection.sock.close()
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import pytest
@@ -10,64 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent.connect import race as module
-from agent.connect.race import Arrange, Cancel, Dial, Give, Punch, Race, SendOffer, ShowPorts
-from protocol.candidates import Candidate
-
-V4 = Candidate(kind="host", host="192.0.2.1", port=4000)
-V6 = Candidate(kind="host", host="2001:db8::1", port=4000)
-OUTSIDE = Candidate(kind="mapped-tcp", host="192.0.2.99", port=5000)
-
-
-class Course:
-    """Runs a race against a world that says when each attempt ends, and records what happened."""
-
-    def __init__(self, race: Race, now: float = 100.0) -> None:
-        self.race = race
-        self.now = now
-        self.started: list[tuple[float, object]] = []
-        self.given: list[tuple[float, int]] = []
-        self.cancelled: list[int] = []
-        self.kinds: dict[int, str] = {}
-        self._later: list[tuple[float, Callable[[], None]]] = []
-
-    def later(self, seconds: float, what: Callable[[], None]) -> None:
-        self._later.append((self.now + seconds, what))
-
-    def run(self, world: Callable[[Course, object], None], until: float = 200.0) -> None:
-        for _ in range(1000):
-            for action in self.race.poll(self.now):
-                self.started.append((self.now - 100.0, action))
-                if isinstance(action, Give):
-                    self.given.append((self.now - 100.0, action.id))
-                elif isinstance(action, Cancel):
-                    self.cancelled.append(action.id)
-                else:
-                    if not isinstance(action, SendOffer | ShowPorts):
-                        name = "direct" if isinstance(action, Dial) else "punched"
-                        self.kinds[action.id] = action.name if isinstance(action, Arrange) else name
-                    world(self, action)
-            due = [row for row in self._later if row[0] <= self.now]
-            if due:
-                self._later = [row for row in self._later if row[0] > self.now]
-                for _, what in sorted(due, key=lambda row: row[0]):
-                    what()
-                continue
-            times = [self.race.deadline(self.now), *(when for when, _ in self._later)]
-            if self.race.over(self.now) and not self._later:
-                return
-            if math.isinf(min(times)):
-                return
-            self.now = max(self.now, min(times))
-            if self.now > until:
-                break
-        raise AssertionError("the race does not end")
-
-    def kinds_given(self) -> list[str]:
-        return [self.kinds.get(attempt, "reversed") for _, attempt in self.given]
-
-
-def silent(_course: Course, _action: object) -> None:
-    """Nothing ever answers."""
+from agent.connect.race import Arrange, Dial, Race, SendOffer, ShowPorts
+from tests.agent.race_course import OUTSIDE, V4, V6, Course, meeting, relayed, silent
 
 
 def test_ipv6_starts_a_little_earlier() -> None:
@@ -86,33 +29,15 @@ def test_the_first_direct_connection_is_given_at_once_and_ends_the_others() -> N
     course.run(world)
     assert course.given == [(pytest.approx(module.BIAS + 0.02), course.given[0][1])]
     assert course.kinds_given() == ["direct"]
+    assert course.race.dials_itself
     assert len(course.cancelled) == 1
     assert course.now - 100.0 < 1
-
-
-def relayed(*, tunnel: float | None, punched: float | None, source: bool = True) -> Callable[[Course, object], None]:
-    """A world where only an arrangement helps: seconds until the tunnel and the punched connection are up."""
-
-    def world(course: Course, action: object) -> None:
-        race = course.race
-        if isinstance(action, SendOffer) and source:
-            course.later(
-                0.06, lambda: race.go(course.now, 0.03, [], [OUTSIDE], 2, ["tunnel"] if tunnel is not None else [])
-            )
-        elif isinstance(action, Arrange) and tunnel is not None:
-            course.later(tunnel, lambda: race.connected(course.now, action.id))
-        elif isinstance(action, Punch):
-            if punched is None:
-                course.later(4.0, lambda: race.failed(course.now, action.id, "nothing came through"))
-            else:
-                course.later(punched, lambda: race.connected(course.now, action.id))
-
-    return world
 
 
 def test_punching_beats_the_tunnel_and_every_slot_counts() -> None:
     course = Course(Race(now=100.0, direct=[]))
     course.run(relayed(tunnel=0.05, punched=0.04))
+    assert not course.race.dials_itself
     assert course.kinds_given() == ["punched", "punched"]
     assert course.given[0][0] < module.TUNNEL_HOLD
     tunnel = next(key for key, kind in course.kinds.items() if kind == "tunnel")
@@ -290,152 +215,6 @@ def test_a_source_that_dials_soon_after_a_punch_is_taken_too() -> None:
     course = Course(Race(now=100.0, direct=[]))
     course.run(world)
     assert course.kinds_given() == ["punched", "punched", "reversed"]
-
-
-def meeting(met: float | None, punched: float | None) -> Callable[[Course, object], None]:
-    """The relay has seen all ports after ``met`` seconds, and a punched connection is up after ``punched`` more."""
-
-    def world(course: Course, action: object) -> None:
-        if isinstance(action, ShowPorts):
-            if met is not None:
-                course.later(met, lambda: course.race.met(course.now, 0.02, [OUTSIDE], [1, 2]))
-        elif isinstance(action, Punch) and action.ahead:
-            if punched is None:
-                course.later(4.0, lambda: course.race.failed(course.now, action.id, "nothing came through"))
-            else:
-                course.later(punched, lambda: course.race.connected(course.now, action.id))
-        else:
-            relayed(tunnel=0.05, punched=0.05)(course, action)
-
-    return world
-
-
-def when(course: Course, kind: type) -> list[float]:
-    return [round(moment, 3) for moment, action in course.started if isinstance(action, kind)]
-
-
-def met_race(**options: object) -> Course:
-    race = Race(now=100.0, direct=[], **options)  # type: ignore[arg-type]
-    race.arranged(100.0, 2, 0, meets=True)
-    return Course(race)
-
-
-def test_ports_are_shown_at_once_and_no_offer_is_made_where_that_helps() -> None:
-    course = met_race()
-    course.run(meeting(0.075, 0.06))
-    assert when(course, ShowPorts) == [0.0]
-    assert when(course, Punch) == [0.095, 0.095]
-    assert when(course, SendOffer) == []
-    assert course.kinds_given() == ["punched", "punched"]
-    assert course.given[0][0] == pytest.approx(0.155)
-
-
-def test_a_meeting_that_brings_nothing_is_followed_by_an_offer() -> None:
-    course = met_race()
-    course.run(meeting(0.075, None))
-    assert when(course, SendOffer) == [pytest.approx(0.095 + module.MEETING_CHANCE)]
-    assert course.kinds_given()[-1] == "punched"
-
-
-def test_a_meeting_whose_punching_fails_at_once_is_followed_by_one_offer_at_once() -> None:
-    course = met_race()
-    world = meeting(0.075, None)
-
-    def failing(course: Course, action: object) -> None:
-        if isinstance(action, Punch) and action.ahead:
-            course.later(0.01, lambda: course.race.failed(course.now, action.id, "refused"))
-        else:
-            world(course, action)
-
-    course.run(failing)
-    assert when(course, SendOffer) == [0.105]
-    assert course.kinds_given() == ["punched", "punched"]
-
-
-def test_a_meeting_that_never_comes_is_not_waited_for_for_long() -> None:
-    course = met_race()
-    course.run(meeting(None, None))
-    assert when(course, SendOffer) == [pytest.approx(module.MEETING_PATIENCE)]
-
-
-@pytest.mark.parametrize(("punched", "first"), [(0.09, "punched"), (0.25, "tunnel")])
-def test_the_tunnel_waits_for_the_punching_of_a_near_peer_and_not_for_long(punched: float, first: str) -> None:
-    race = Race(now=100.0, direct=[])
-    race.arranged(100.0, 2, 1, meets=True)
-    course = Course(race)
-    world = meeting(0.2, punched)
-
-    def tunnelled(course: Course, action: object) -> None:
-        if isinstance(action, Arrange):
-            course.later(0.25, lambda: race.connected(course.now, action.id))
-        else:
-            world(course, action)
-
-    course.run(tunnelled)
-    # The meeting took 0.2 s, two round trips to the relay; both begin 0.02 s later.
-    assert course.kinds_given()[0] == first
-    moment = 0.22 + (punched if first == "punched" else module.HOLD_TRIPS * 0.1)
-    assert course.given[0][0] == pytest.approx(moment)
-    assert "punched" in course.kinds_given()
-
-
-@pytest.mark.parametrize("after", [0.01, 0.5, 1.0])
-def test_a_leg_of_the_arrangement_that_fails_says_nothing_about_the_offer(after: float) -> None:
-    race = Race(now=100.0, direct=[])
-    race.arranged(100.0, 2, 1, meets=True)
-    course = Course(race)
-    world = meeting(None, None)
-
-    def refused(course: Course, action: object) -> None:
-        if isinstance(action, Arrange):
-            course.later(after, lambda: race.failed(course.now, action.id, "there is no place"))
-        else:
-            world(course, action)
-
-    course.run(refused)
-    assert when(course, SendOffer) == [pytest.approx(module.MEETING_PATIENCE)]
-
-
-def test_where_ports_cannot_be_shown_the_offer_is_made_at_once() -> None:
-    course = met_race()
-    world = meeting(None, None)
-
-    def unshown(course: Course, action: object) -> None:
-        if isinstance(action, ShowPorts):
-            course.later(0.01, lambda: course.race.not_shown(course.now))
-        else:
-            world(course, action)
-
-    course.run(unshown)
-    assert when(course, SendOffer) == [0.01]
-
-
-def test_no_port_is_shown_where_the_source_is_dialled_or_the_relay_is_away() -> None:
-    def world(course: Course, action: object) -> None:
-        if isinstance(action, Dial):
-            course.later(0.05, lambda: course.race.connected(course.now, action.id))
-
-    race = Race(now=100.0, direct=[V4], offer_delay=0.15)
-    race.arranged(100.0, 2, 0, meets=True)
-    course = Course(race)
-    course.run(world)
-    assert when(course, ShowPorts) == []
-    away = met_race(can_offer=False)
-    away.run(silent)
-    assert when(away, ShowPorts) == []
-
-
-def test_an_address_that_refuses_has_the_ports_shown_at_once() -> None:
-    def world(course: Course, action: object) -> None:
-        if isinstance(action, Dial):
-            course.later(0.01, lambda: course.race.failed(course.now, action.id, "refused"))
-
-    race = Race(now=100.0, direct=[V4], offer_delay=0.15)
-    race.arranged(100.0, 2, 0, meets=True)
-    course = Course(race)
-    course.run(world)
-    assert when(course, ShowPorts) == [0.01]
-    assert when(course, SendOffer)[0] == pytest.approx(0.01 + module.MEETING_PATIENCE)
 
 
 FATES = st.sampled_from(["connected", "failed", "silent"])
