@@ -21,6 +21,7 @@ def table(heading: str) -> list[list[str]]:
     """The rows of the first table below a heading, without its head."""
     section = DOCUMENT.split(f"## {heading}\n", 1)[1].split("\n## ", 1)[0]
     rows = [line for line in section.splitlines() if line.startswith("|")]
+    assert len(rows) > 2, f"no table below {heading}"
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[2:]]
 
 

@@ -179,13 +179,14 @@ async def test_a_connection_answers_a_bounded_number_of_questions() -> None:
     async with serving() as (_, port):
         stream = await trio.open_tcp_stream("127.0.0.1", port)
         request = stun.encode_request(stun.new_transaction())
-        await stream.send_all(request * (observe.MAX_QUESTIONS + 5))
         received = b""
         try:
-            while chunk := await stream.receive_some(4096):
-                received += chunk
+            # One after the other, so that a reset because of unread questions takes no answer away.
+            for _ in range(observe.MAX_QUESTIONS + 5):
+                await stream.send_all(request)
+                received += await stream.receive_some(4096)
         except trio.BrokenResourceError:
-            # Unread questions make the kernel reset the connection.
+            # Closed on us with a question still unread.
             pass
-        assert received.count(stun.MAGIC.to_bytes(4, "big")) <= observe.MAX_QUESTIONS
+        assert received.count(stun.MAGIC.to_bytes(4, "big")) == observe.MAX_QUESTIONS
         await stream.aclose()
