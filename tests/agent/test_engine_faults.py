@@ -99,6 +99,7 @@ async def test_every_call_fails_once(quick_path: Path, code: int) -> None:
             assert "PERMISSION_DENIED" in engine.codes(), what
         if code in (errno.ENOSPC, errno.EDQUOT) and engine.codes() != ["STARTED", "SUCCEEDED"]:
             assert {"NO_SPACE", "QUOTA_EXCEEDED", "STATE_UNAVAILABLE"} & set(engine.codes()) or engine.reports, what
+    assert len(calls) > 40
     print(f"{errno.errorcode[code]}: {len(calls)} calls failed, one a run; {dict(ends)}")
 
 
@@ -133,6 +134,7 @@ async def test_every_call_at_the_source_fails_once(quick_path: Path, code: int) 
             assert (code, observed.error_code) == (errno.EACCES, "ITEMS_FAILED"), what
             # A link that may not be read is said to lead nowhere.
             assert {"PERMISSION_DENIED", "FILE_NOT_FOUND"} & set(engine.codes()), what
+    assert len(calls) > 10
     print(f"source, {errno.errorcode[code]}: {len(calls)} calls failed, one a run; {dict(ends)}")
 
 

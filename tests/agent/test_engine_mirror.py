@@ -116,6 +116,7 @@ async def test_a_crash_at_every_other_call_of_a_mirror(quick_path: Path) -> None
         observed = await after.run()
         assert observed.state == "SUCCEEDED", (number, observed)
         assert contents(engine.destination) == contents(engine.source), number
+    assert crashes > 10
     print(f"crashes survived: {crashes}")
 
 

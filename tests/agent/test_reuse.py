@@ -96,6 +96,7 @@ async def test_crashes_and_faults_on_the_way(quick_path: Path) -> None:
     plain = await changed(quick_path / "plain")
     await plain.run()
     numbers = range(1, len(plain.calls), 37)
+    crashes = 0
     for number in numbers:
 
         def die(call: Call, number: int = number) -> int | None:
@@ -108,11 +109,13 @@ async def test_crashes_and_faults_on_the_way(quick_path: Path) -> None:
             try:
                 await engine.run()
             except Crashed:
+                crashes += 1
                 assert (engine.destination / "file").read_bytes() in (OLD, (engine.source / "file").read_bytes())
                 engine = engine.revived()
                 await engine.run()
             assert contents(engine.destination) == contents(engine.source), number
             assert engine.temporaries() == []
+    assert crashes > 1
     print(f"calls: {len(plain.calls)}, crashes and faults: {2 * len(numbers)}")
 
 

@@ -323,9 +323,10 @@ def test_a_program_that_does_not_run_here_is_not_installed(machine: Machine) -> 
 
 
 def test_the_script_is_plain_posix_shell(machine: Machine) -> None:
-    for shell in ("dash", "bash"):
-        if shutil.which(shell):
-            assert subprocess.run([shell, "-n", str(machine.script)], check=False).returncode == 0
+    shells = [shell for shell in ("dash", "bash", "sh") if shutil.which(shell)]
+    assert shells
+    for shell in shells:
+        assert subprocess.run([shell, "-n", str(machine.script)], check=False).returncode == 0, shell
 
 
 # --- other systems, as far as they can be looked at from here --------------------------------------------------------

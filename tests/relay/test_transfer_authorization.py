@@ -237,16 +237,17 @@ async def test_a_decision_that_cannot_be_made_is_no(estate: Estate, monkeypatch:
         raise Unmade
 
     before = await estate.state()
+    undecided = 0
     monkeypatch.setattr(collections, "decide", unmade)
     for method, template in ROUTES:
         if "{endpoint_id}" not in template:
             continue
         asked.clear()
-        try:
-            answer = await estate.ask(method, template, estate.alice.headers)
-        except Unmade:  # the relay answers with 500, and the test's transport passes it on
-            continue
-        assert asked == [] or answer.status_code >= 400, f"{method} {template} was answered without a decision"
+        answer = await estate.ask(method, template, estate.alice.headers)
+        if asked:
+            undecided += 1
+            assert answer.status_code == 500, f"{method} {template} was answered without a decision"
+    assert undecided > 10
     assert await estate.state() == before
 
 
@@ -255,10 +256,15 @@ async def test_the_walk_notices_when_the_decision_about_collections_is_gone(
 ) -> None:
     monkeypatch.setattr(collections, "decide", lambda facts, subject, wanted, spots: "allowed")
     found = " ".join(await estate.find_leaks())
-    for method, template in ROUTES:
-        about_roles_only = any(part in template for part in ("{role_id}", "{rule_id}", "{server_id}"))
-        if "{endpoint_id}" in template and not about_roles_only and method == "GET":
-            assert f"{method} {template}" in found
+    about_roles_only = ("{role_id}", "{rule_id}", "{server_id}")
+    reading = [
+        template
+        for method, template in ROUTES
+        if method == "GET" and "{endpoint_id}" in template and not any(part in template for part in about_roles_only)
+    ]
+    assert reading
+    for template in reading:
+        assert f"GET {template}" in found
 
 
 async def test_the_walk_notices_when_tasks_are_not_checked(estate: Estate, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,6 +272,11 @@ async def test_the_walk_notices_when_tasks_are_not_checked(estate: Estate, monke
         task_rows, "require_own", lambda connection, task_id, identity_id: task_rows.load(connection, task_id)
     )
     found = " ".join(await estate.find_leaks())
-    for method, template in ROUTES:
-        if "{task_id}" in template and "endpoint_manager" not in template and not template.endswith("/remove"):
-            assert f"{method} {template}" in found
+    of_own_tasks = [
+        (method, template)
+        for method, template in ROUTES
+        if "{task_id}" in template and "endpoint_manager" not in template and not template.endswith("/remove")
+    ]
+    assert of_own_tasks
+    for method, template in of_own_tasks:
+        assert f"{method} {template}" in found
