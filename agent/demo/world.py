@@ -10,7 +10,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,16 +154,9 @@ async def open_world(directory: Path, roots: Mapping[str, Path], warden: Warden,
         made = await _json(*configured, "client", "add", "demo", "--owner", USER, "--json", environment=environment)
         profile = Profile(url, made["client_id"], made["client_secret"], str(directory / "relay" / "tls" / "ca.pem"))
         await _until_listening(relay, url)
-        sites = {}
-        for name in AGENTS:
-            say(f"Setting up the agent {name}.")
-            key = await _json(
-                *(*configured, "collection", "add", name, "--owner", USER),
-                *("--grant", f"{profile.client_id}:administrator", "--json"),
-                environment=environment,
-            )
-            site = await _make_agent(directory, name, roots[name], key, environment, warden)
-            sites[name] = site
+        say("Setting up the agents.")
+        sites = await _set_up_agents(directory, roots, (configured, profile.client_id), environment, warden)
+        for site in sites.values():
             children.append(site.child)
             await site.child.start()
         client = Relay(profile, http_timeout=CALL_SECONDS)
@@ -212,6 +205,36 @@ async def _until_listening(relay: Child, url: str) -> None:
                 await stream.aclose()
                 return
     raise ChildFailed(f"The relay did not listen within {READY_SECONDS:.0f} s.\n{relay.log_tail()}")
+
+
+async def _set_up_agents(
+    directory: Path,
+    roots: Mapping[str, Path],
+    relay: tuple[Sequence[str], str],
+    environment: Mapping[str, str],
+    warden: Warden,
+) -> dict[str, Site]:
+    """Both at once, since most of it is the start of programs. ``relay``: its command, and the id of the client that
+    becomes an administrator of what the agents offer."""
+    configured, client_id = relay
+    made: dict[str, Site] = {}
+
+    async def set_up(name: str) -> None:
+        key = await _json(
+            *(*configured, "collection", "add", name, "--owner", USER),
+            *("--grant", f"{client_id}:administrator", "--json"),
+            environment=environment,
+        )
+        made[name] = await _make_agent(directory, name, roots[name], key, environment, warden)
+
+    try:
+        async with trio.open_nursery() as nursery:
+            for name in AGENTS:
+                nursery.start_soon(set_up, name)
+    except* ChildFailed as group:
+        # One sentence for the user; the other agent's would be the same.
+        raise group.exceptions[0] from None
+    return {name: made[name] for name in AGENTS}
 
 
 async def _make_agent(
