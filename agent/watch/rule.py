@@ -9,7 +9,7 @@ import re
 import string
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import yaml
@@ -22,6 +22,8 @@ from protocol.names import escape
 Path = tuple[bytes, ...]
 
 FIELDS = ("name", "stem", "suffix", "path", "folder", "year", "month", "day", "hour", "minute", "rule", "host")
+# By how much clocks are ever changed at once, and some more.
+MOST_CHANGE = timedelta(hours=3)
 FEEDS_ITSELF = "The rule would take up again what it has brought: have its template begin with another folder."
 
 
@@ -131,7 +133,17 @@ def next_time(schedule: str, after: float) -> float:
     """The first moment of a cron expression after a moment; local time."""
     from cronsim import CronSim
 
-    moment: datetime = next(CronSim(schedule, datetime.fromtimestamp(after).astimezone()))
+    start = datetime.fromtimestamp(after).astimezone()
+    moment: datetime = next(CronSim(schedule, start))
+    local = moment.astimezone()
+    if local.utcoffset() != start.utcoffset():
+        # Clocks are changed in between.
+        for changed in CronSim(schedule, start.astimezone(local.tzinfo)):
+            if changed - moment > MOST_CHANGE:
+                # What is in the hour that there is not comes as if they were not.
+                break
+            if changed.astimezone().utcoffset() == local.utcoffset():
+                return float(changed.timestamp())
     return moment.timestamp()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -100,6 +101,38 @@ def test_time_tables() -> None:
     assert is_due("0 2 * * *", at_two - 3600, at_two)
     # Several times were missed while the machine was off: it runs once.
     assert is_due("*/5 * * * *", at_two, at_two + 86400)
+
+
+@pytest.fixture
+def berlin(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A place where clocks are changed: forward on 29 March 2026 at 2, back on 25 October at 3."""
+    with monkeypatch.context() as patched:
+        patched.setenv("TZ", "Europe/Berlin")
+        time.tzset()
+        yield
+    time.tzset()
+
+
+@pytest.mark.usefixtures("berlin")
+@pytest.mark.parametrize(
+    ("schedule", "after", "moments"),
+    [
+        ("0 6 * * *", "2026-03-28T06:00", ["2026-03-29T06:00:00+02:00", "2026-03-30T06:00:00+02:00"]),
+        ("0 6 * * *", "2026-10-24T06:00", ["2026-10-25T06:00:00+01:00", "2026-10-26T06:00:00+01:00"]),
+        # There is no half past two on that day.
+        ("30 2 * * *", "2026-03-28T12:00", ["2026-03-29T03:30:00+02:00", "2026-03-30T02:30:00+02:00"]),
+        ("0 * * * *", "2026-03-29T00:30", ["2026-03-29T01:00:00+01:00", "2026-03-29T03:00:00+02:00"]),
+        ("0 * * * *", "2026-10-25T01:30", ["2026-10-25T02:00:00+02:00", "2026-10-25T02:00:00+01:00"]),
+        ("0 12 * * mon", "2026-03-27T12:00", ["2026-03-30T12:00:00+02:00", "2026-04-06T12:00:00+02:00"]),
+    ],
+)
+def test_time_tables_on_days_on_which_clocks_are_changed(schedule: str, after: str, moments: list[str]) -> None:
+    """A rule for six o'clock ran at seven, and in autumn at five and again at six."""
+    moment, found = datetime.fromisoformat(after).timestamp(), []
+    for _ in moments:
+        moment = next_time(schedule, moment)
+        found.append(datetime.fromtimestamp(moment).astimezone().isoformat())
+    assert found == moments
 
 
 @pytest.mark.parametrize(
