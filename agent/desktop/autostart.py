@@ -6,7 +6,6 @@ import contextlib
 import importlib
 import os
 import plistlib
-import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,12 +21,21 @@ RUN_VALUE = "Towpath tray"
 
 def desktop_entry(command: Sequence[str]) -> str:
     """An XDG autostart entry (Desktop Application Autostart Specification)."""
-    # Within quotes, these four have a backslash before them; a percent sign is doubled.
-    quoted = " ".join(shlex.quote(word).replace("%", "%%") for word in command)
+    quoted = " ".join(map(_exec_word, command))
     return (
         "[Desktop Entry]\nType=Application\nName=Towpath\nComment=State of the Towpath agent\n"
         f"Exec={quoted}\nTerminal=false\nX-GNOME-Autostart-enabled=true\n"
     )
+
+
+def _exec_word(word: str) -> str:
+    """A word of an entry's ``Exec`` (Desktop Entry Specification, "The Exec key"): in double quotes, within which these
+    four have a backslash before them; the value as a whole has its backslashes doubled, and a percent sign is doubled.
+    """
+    if word and all(character.isalnum() or character in "/._-+:@%" for character in word):
+        return word.replace("%", "%%")
+    quoted = "".join(f"\\{character}" if character in '"`$\\' else character for character in word)
+    return f'"{quoted}"'.replace("\\", "\\\\").replace("%", "%%")
 
 
 def launch_agent(label: str, command: Sequence[str], log: str | None = None, *, keep_alive: bool = False) -> bytes:

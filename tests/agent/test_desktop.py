@@ -144,10 +144,26 @@ def test_autostart_is_written_and_removed(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     path = set_autostart(["/a b/python", "-m", "agent", "100%"], wanted=True, platform="linux")
     assert path == tmp_path / "autostart" / "towpath-tray.desktop"
-    assert "Exec='/a b/python' -m agent 100%%\n" in path.read_text()
+    assert 'Exec="/a b/python" -m agent 100%%\n' in path.read_text()
     set_autostart([], wanted=False, platform="linux")
     assert not path.exists()
     assert desktop_entry(["x"]).startswith("[Desktop Entry]\n")
+
+
+@pytest.mark.parametrize(
+    ("word", "written"),
+    [
+        ("/usr/bin/towpath", "/usr/bin/towpath"),
+        ("/home/o'neil/my files/50%", '"/home/o\'neil/my files/50%%"'),
+        ('a"b', r'"a\\"b"'),
+        ("a\\b", r'"a\\\\b"'),
+        ("$HOME `x`", r'"\\$HOME \\`x\\`"'),
+        ("", '""'),
+    ],
+)
+def test_words_of_an_entry_are_quoted_as_the_specification_says(word: str, written: str) -> None:
+    """Single quotes, as for a shell, mean nothing there."""
+    assert f"Exec=run {written}\n" in desktop_entry(["run", word])
 
 
 def test_autostart_on_windows_is_a_value_of_the_users_own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
