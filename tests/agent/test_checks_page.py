@@ -1,4 +1,4 @@
-"""The page that says which command shows what names tests that exist, and words that choose some of them."""
+"""The pages that say which command shows what name tests that exist, and words that choose some of them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGE = (ROOT / "docs" / "checks.md").read_text()
+PAGE = "".join((ROOT / "docs" / name).read_text() for name in ("checks.md", "network.md"))
 COMMANDS = re.findall(r"`((?:pytest |python |-m soak |tests/|make )[^`]*)`", PAGE)
 
 
