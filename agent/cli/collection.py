@@ -68,7 +68,7 @@ def _row(config: CollectionConfig, state: str) -> dict[str, Any]:
 @click.argument("folder", type=click.Path(exists=True, file_okay=False))
 @click.option("--name", help="What to call it; the folder's name if not given.")
 @click.option("--read-only", is_flag=True, help="Let others read, never write.")
-@click.option("--sharing", is_flag=True, help="Allow guest collections on it.")
+@click.option("--sharing", is_flag=True, help="Let access rules open its folders to others.")
 @click.option("--no-hidden", is_flag=True, help="Do not offer names that begin with a dot.")
 @click.option("--setup-key-file", type=click.Path(path_type=Path), help="A setup key, for use without signing in.")
 @config_option
@@ -142,7 +142,7 @@ def _deleted_at_relay(collection_id: str) -> None:
 @click.argument("name_or_id")
 @click.option("--name", help="A new name.")
 @click.option("--access", type=click.Choice(["read-only", "read-write"]), help="What others may do.")
-@click.option("--sharing/--no-sharing", default=None, help="Whether guest collections are allowed on it.")
+@click.option("--sharing/--no-sharing", default=None, help="Whether access rules may open its folders to others.")
 @click.option("--hidden", type=click.Choice(["offered", "denied"]), help="Names that begin with a dot.")
 @click.option("--root", type=click.Path(exists=True, file_okay=False), help="Another folder, in the place of the old.")
 @click.option("--sessions", type=click.IntRange(0, 64), help="At most so many sessions at a time; 0: no limit.")

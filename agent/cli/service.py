@@ -52,7 +52,7 @@ def failing_plainly() -> Iterator[None]:
 @click.option("--root", required=True, help="The folder to offer as a collection.")
 @click.option("--name", help="What to call the collection; the relay's name for it if not given.")
 @click.option("--read-only", is_flag=True, help="Let others read, never write.")
-@click.option("--sharing", is_flag=True, help="Allow guest collections on it.")
+@click.option("--sharing", is_flag=True, help="Let access rules open its folders to others.")
 @click.option("--home", default="/", show_default=True, help="The folder inside the collection that ~ stands for.")
 @click.option("--default-directory", default="/~/", show_default=True, help="Where clients start in the collection.")
 @click.option("--state-dir", type=click.Path(path_type=Path), help="Where the agent keeps its state.")

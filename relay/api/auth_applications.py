@@ -159,13 +159,15 @@ async def delete_client(request: Request, client_id: str) -> dict[str, Any]:
         return await delete_copy(request, client_id)
     caller = await developer(request)
 
-    def work(connection: Connection, subject: Subject) -> dict[str, Any]:
+    def work(connection: Connection, subject: Subject) -> tuple[dict[str, Any], list[str]]:
         found = registration.require(connection, client_id, subject)
         document = registration.client_document(connection, found)
-        registration.remove(connection, found)
-        return document
+        return document, registration.remove(connection, found, subject.now)
 
-    return {"client": await writing(request, caller, work)}
+    document, ended = await writing(request, caller, work)
+    for task_id in ended:
+        services_of(request).steward.cut(task_id)
+    return {"client": document}
 
 
 # --- credentials ------------------------------------------------------------------------------------------------------

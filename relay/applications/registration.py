@@ -26,6 +26,7 @@ from relay.refusal import ApiError
 from relay.store import auth_tables
 from relay.store.application_tables import registrations
 from relay.store.sign_in_tables import scopes
+from relay.transfer import task_turns
 
 MAX_CLIENTS = 500
 PUBLIC_TYPES = frozenset({"public_installed_client", "public_webapp_client"})
@@ -270,11 +271,17 @@ def change(
     return changed
 
 
-def remove(connection: Connection, found: Registered) -> None:
-    """Delete a client with its secrets, tokens and consents. Those that it registered stay in the project."""
+def remove(connection: Connection, found: Registered, now: float) -> list[str]:
+    """Delete a client with its secrets, tokens and consents. Those that it registered stay in the project.
+
+    Its tasks end, since they are nobody's any more; returns their ids, whose sessions are the caller's to cut.
+    """
     mine = registrations.c.registered_by == found.client.id
     connection.execute(update(registrations).where(mine).values(registered_by=None))
+    reason = f"The program “{found.client.name}”, which submitted this task, was deleted."
+    ended = task_turns.end_all_of(connection, found.client.id, reason, now)
     remove_client(connection, found.client.id)
+    return ended
 
 
 def client_document(connection: Connection, found: Registered) -> dict[str, Any]:

@@ -222,6 +222,14 @@ def end_of_people_without_access(connection: Connection, owners: Iterable[str], 
     return _end_unentitled(connection, tables.tasks.c.owner_id.in_(list(owners)), reason, now)
 
 
+def end_all_of(connection: Connection, owner_id: str, reason: str, now: float) -> list[str]:
+    """End every active task of an identity that is about to be deleted; returns their ids."""
+    tasks = _active(connection, tables.tasks.c.owner_id == owner_id)
+    for task in tasks:
+        end_now(connection, task, code=CANCELED, sentence=reason, now=now)
+    return [task.id for task in tasks]
+
+
 def end_where_linked_ones_were_closed(connection: Connection, now: float) -> list[str]:
     """End the tasks that need what was granted to a closed identity which is linked to their owner's."""
     return _end_unentitled(

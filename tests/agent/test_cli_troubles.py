@@ -181,3 +181,11 @@ def test_the_doctor_asks_for_the_relay_and_not_for_a_firewall_where_nothing_list
     assert finding.level == "failure"
     assert finding.sentence.endswith(": Connection refused.")
     assert "ask the relay's operator whether it is running" in finding.advice
+
+
+@pytest.mark.parametrize("command", [["setup"], ["collection", "add"], ["collection", "update"]])
+def test_sharing_is_told_as_what_it_does(towpath: Run, command: list[str]) -> None:
+    """There are no guest collections; access rules open folders."""
+    _, told, _ = towpath(*command, "--help")
+    assert "access rules" in " ".join(told.split())
+    assert "guest" not in told

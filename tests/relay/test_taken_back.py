@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from typing import Any
 
 import pytest
@@ -13,16 +15,18 @@ from protocol.control import CollectionReport
 from relay import accounts
 from relay.auth import linked, one_time_links
 from relay.auth.guesses import GuessLimit
-from relay.auth.identities import Identity
+from relay.auth.identities import Identity, select_by_ids
 from relay.auth.known_scopes import NotForPerson, ScopeFacts, check_domains
 from relay.store.auth_tables import identities, tokens
 from relay.store.sign_in_tables import browser_sessions, linked_identities
 from relay.transfer.steward import CLOCK_INTERVAL
 from tests.relay.fake_agents import FakeAgent
 from tests.relay.relay_world import RelayWorld
-from tests.relay.sign_in_world import PASSWORD, Application, Person, add_person, forms_of
+from tests.relay.sign_in_world import PASSWORD, Application, Form, Person, add_person, forms_of
 from tests.relay.steward_scene import MOMENT, Scene
+from tests.relay.test_applications import developer
 from tests.relay.test_transfer_access import bobs_task, rule
+from tests.relay.transfer_world import transfer_document
 
 
 @pytest.fixture
@@ -127,6 +131,43 @@ async def test_the_tunnel_of_a_task_ends_with_its_permission_though_its_source_c
 async def test_the_relay_gives_its_steward_the_tunnel_to_cut(world: RelayWorld) -> None:
     steward, tunnel = world.relay.services.steward, world.relay.tunnel
     assert steward._courier._cut_tunnel == tunnel.cut_session
+
+
+@pytest.mark.parametrize("way", ["the API", "the page"])
+async def test_the_tasks_of_a_deleted_client_end_with_it(clock: MockClock, scene: Scene, way: str) -> None:
+    """Nobody could cancel them any more: a task is its submitter's."""
+    ada = await developer(scene.relay.base, "ada")
+    ada._http = scene.relay.http
+    clock.autojump_threshold = math.inf
+    program = (await ada.client(await ada.project(), client_type="client_identity"))["id"]
+    headers = await scene.relay.base.bearer(program, program)
+    clock.autojump_threshold = 0
+    for place in (scene.a, scene.b):
+        role = {"principal": program, "role": "administrator"}
+        await scene.alice.post(f"/endpoint/{place}/role", role, status=201)
+    scene.up()
+    document = transfer_document(scene.a, scene.b)
+    answer = await scene.relay.http.post("/v0.10/transfer", headers=headers, json=document)
+    task_id = answer.json()["task_id"]
+    await trio.sleep(MOMENT)
+    assert scene.destination.orders[task_id][0].desired == "run"
+    clock.autojump_threshold = math.inf
+    if way == "the API":
+        await ada.done("DELETE", f"/clients/{program}")
+    else:
+        (identity,) = (await scene.relay.store.read(lambda c: select_by_ids(c, [ada.id]))).values()
+        person = Person(dataclasses.replace(scene.relay.base, http=scene.relay.http))
+        await person.arrive(identity)
+        page = await person.get(f"/developers/applications/{program}")
+        form = next(form for form in forms_of(page.text) if form.fields.get("do") == "delete")
+        await person.post(Form(form.action or f"/developers/applications/{program}", form.fields))
+    clock.autojump_threshold = 0
+    await trio.sleep(MOMENT)
+    row = await scene.row(task_id)
+    assert row.status == "FAILED"
+    assert "was deleted" in row.fatal_error
+    assert scene.destination.orders[task_id][0].session_id in scene.source.withdrawn
+    assert scene.destination.orders[task_id][-1].desired == "cancel"
 
 
 # --- people ----------------------------------------------------------------------------------------------------------

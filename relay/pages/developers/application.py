@@ -98,6 +98,6 @@ def _scope(connection: Connection, found: Registered, subject: Subject, visit: V
     return _place(found)
 
 
-def _delete(connection: Connection, found: Registered, _subject: Subject, _visit: Visit) -> str:
-    registration.remove(connection, found)
+def _delete(connection: Connection, found: Registered, subject: Subject, visit: Visit) -> str:
+    visit.ended += registration.remove(connection, found, subject.now)
     return f"{HOME}/projects/{found.project_id}"

@@ -35,6 +35,8 @@ class Visit:
         self._session = session
         self.fields = fields
         self._typed = NOTHING_TYPED
+        # Tasks that what was done has ended.
+        self.ended: list[str] = []
 
     async def read(self, work: Callable[[Connection, Subject], T]) -> T:
         """Look something up. Raises `PageProblem`."""
@@ -42,7 +44,10 @@ class Visit:
 
     async def write(self, work: Callable[[Connection, Subject], T]) -> T:
         """Change something, in one transaction. Raises `PageProblem`."""
-        return await self._told(services_of(self.request).store.write, work)
+        result = await self._told(services_of(self.request).store.write, work)
+        for task_id in self.ended:
+            services_of(self.request).steward.cut(task_id)
+        return result
 
     async def _told(self, through: Any, work: Callable[[Connection, Subject], T]) -> T:
         now, mine = services_of(self.request).clock(), self.identity.id
