@@ -328,7 +328,8 @@ class Daemon:
         return f"The configuration was read again: {len(config.collections)} collection(s).{rest}"
 
     async def set_paused(self, paused: bool) -> None:
-        """Hold up all transfers, or let them go on; remembered over restarts."""
+        """Hold up all transfers, or let them go on; remembered over restarts. Raises `RetryLater`, with nothing
+        changed, when that cannot be written down."""
         mark = self._config.state_dir / PAUSED_FILE
         change = functools.partial(mark.touch, 0o600) if paused else functools.partial(mark.unlink, missing_ok=True)
         try:
@@ -354,7 +355,8 @@ class Daemon:
             await self._tasks.owner_changed({collection.id for collection in self._policy.collections})
 
     async def accept_root(self, collection_id: str) -> None:
-        """Take a collection's root, and what is mounted below it, as they are now."""
+        """Take a collection's root, and what is mounted below it, as they are now. Raises `UnknownCollection`, or
+        `RetryLater` when that cannot be written down."""
         config = self._policy.collection(collection_id)
         try:
             await trio.to_thread.run_sync(self._data.collections.accept, config, abandon_on_cancel=True)

@@ -233,7 +233,7 @@ def _read_or_template(config_file: Path, state_dir: Path | None) -> tuple[str, A
 
 
 def template() -> str:
-    """The documented configuration that new ones are made from."""
+    """The documented configuration that new ones are made from. Raises `SetupFailed` when the installation lacks it."""
     package = Path(__file__).parent
     # Installed, the file travels inside the package; in a working copy it stands in conf/.
     for place in (package / "_conf" / "agent.yaml", package.parent / "conf" / "agent.yaml"):

@@ -94,7 +94,9 @@ _BY_DISPOSITION: dict[str, type[TowpathError]] = {
 
 
 def error_from_document_untrusted(document: object) -> TowpathError:
-    """Rebuild an error that a peer reported. Unknown classes count as retryable; all strings are cut to size."""
+    """Rebuild an error that a peer reported. Unknown classes count as retryable; all strings are cut to size.
+
+    Raises `ProtocolError` for what is no object."""
     if not isinstance(document, dict):
         raise ProtocolError("The peer reported an error in a form that cannot be read.")
     kind = _BY_DISPOSITION.get(str(document.get("class")), RetryLater)

@@ -130,7 +130,7 @@ class TicketSigner:
         return jwt.encode(claims, self._key, algorithm=ALGORITHM, headers=headers)
 
     def sign(self, ticket: Ticket) -> str:
-        """The ticket as it travels."""
+        """The ticket as it travels. Raises ValueError for more than `MAX_PATHS` paths a side."""
         for grant in (ticket.destination, ticket.source):
             if grant is not None and max(len(grant.paths), len(grant.reach or ())) > MAX_PATHS:
                 raise ValueError(f"A ticket names at most {MAX_PATHS} path prefixes a side.")

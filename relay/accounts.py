@@ -70,7 +70,8 @@ def adding_user(
 
 
 def inviting(settings: Settings, who: str) -> Callable[[Store], Awaitable[str]]:
-    """A one-time link with which a user chooses a password; it works for a week."""
+    """A one-time link with which a user chooses a password; it works for a week. The work raises `Refused` for
+    somebody who signs in elsewhere."""
 
     async def work(store: Store) -> str:
         identity = await find_identity(store, settings, who)
@@ -150,7 +151,8 @@ def programs_of(identity_id: str) -> Callable[[Store], Awaitable[list[clients.Cl
 
 
 def opening(settings: Settings, who: str) -> Callable[[Store], Awaitable[Identity]]:
-    """Open a closed account again; its owner has to sign in anew."""
+    """Open a closed account again; its owner has to sign in anew. The work raises `Refused` for one that is not
+    closed."""
 
     async def work(store: Store) -> Identity:
         identity = await find_identity(store, settings, who)
@@ -264,7 +266,8 @@ def removing_secret(client_id: str, secret_id: str) -> Callable[[Store], Awaitab
 def adding_collection(
     settings: Settings, name: str, owner: str, grants: Sequence[str], public: bool
 ) -> Callable[[Store], Awaitable[dict[str, Any]]]:
-    """Make a collection with its setup key; ``grants`` are ``identity:role``."""
+    """Make a collection with its setup key; ``grants`` are ``identity:role``. Raises `Refused` for a grant of another
+    form, and the work for people it does not know."""
     wanted = [_grant(text) for text in grants]
 
     async def work(store: Store) -> dict[str, Any]:
@@ -288,7 +291,7 @@ def _grant(text: str) -> tuple[str, str]:
 
 
 async def find_identity(store: Store, settings: Settings, who: str) -> Identity:
-    """An identity by its id, its username, or its name in the relay's own domain."""
+    """An identity by its id, its username, or its name in the relay's own domain. Raises `Refused` for a stranger."""
     try:
         wanted = str(uuid.UUID(who))
         found = await store.read(lambda connection: select_by_ids(connection, [wanted]))

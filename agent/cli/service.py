@@ -35,7 +35,7 @@ def config_option(command: Command) -> Command:
 
 @contextlib.contextmanager
 def failing_plainly() -> Iterator[None]:
-    """Turn the project's errors, and those of the system, into one sentence for the user."""
+    """Turn the project's errors, and those of the system, into one sentence for the user (`CommandFailed`)."""
     try:
         yield
     except TowpathError as error:
@@ -123,7 +123,9 @@ def warn_of_exposure(collection_id: str, config_file: Path) -> None:
 
 
 def tell_running_agent(state_dir: Path) -> str:
-    """Have a running agent take up the changed configuration; what it says of it, empty if none runs."""
+    """Have a running agent take up the changed configuration; what it says of it, empty if none runs.
+
+    Raises `CommandFailed` when it refuses."""
     from agent import local_socket
 
     try:

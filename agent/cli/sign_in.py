@@ -90,7 +90,7 @@ class SignIn:
         self._http.close()
 
     def make_copy(self) -> Copy:
-        """Have the relay make this installation's copy of the application."""
+        """Have the relay make this installation's copy of the application. Raises `CommandFailed`, as do all here."""
         body = {"client": {"template_id": APPLICATION, "name": f"Towpath on {socket.gethostname()[:100]}"}}
         document = self._ask("POST", "/v2/api/clients", json=body)
         try:

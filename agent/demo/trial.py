@@ -185,7 +185,8 @@ def loopback_bytes() -> int | None:
 
 @asynccontextmanager
 async def watching(source: Path, destination: Path, reports: list[Watched]) -> AsyncIterator[None]:
-    """Run the watcher beside the body; afterwards its report is appended to ``reports``."""
+    """Run the watcher beside the body; afterwards its report is appended to ``reports``. Raises `ChildFailed` when it
+    makes none."""
     process = await trio.lowlevel.open_process(
         [sys.executable, "-m", "agent.demo.watcher", str(source), str(destination)],
         stdin=subprocess.PIPE,

@@ -107,7 +107,9 @@ def set_times(fd: int, name: bytes, mtime_ns: int) -> None:
 
 
 def set_mode(fd: int, name: bytes, mode: int) -> None:
-    """Set the mode of a file or folder, not following it and opening nothing that reacts to being opened."""
+    """Set the mode of a file or folder, not following it and opening nothing that reacts to being opened.
+
+    Raises `NotRegularFile` for anything else, and what the system says."""
     flags = PATH_ONLY | os.O_NOFOLLOW | os.O_CLOEXEC if PATH_ONLY else READ
     handle = os.open(name, flags, dir_fd=fd)
     try:

@@ -23,7 +23,9 @@ def has_syncfs() -> bool:
 
 
 def syncfs(fd: int) -> None:
-    """Make everything written to the file system of ``fd`` durable (Linux). Since Linux 5.8 it reports write errors."""
+    """Make everything written to the file system of ``fd`` durable (Linux). Since Linux 5.8 it reports write errors.
+
+    Raises OSError, ENOTSUP elsewhere."""
     if not has_syncfs():
         raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
     _check(_library().syncfs(fd))
@@ -35,7 +37,7 @@ def has_rename_no_replace() -> bool:
 
 
 def rename_no_replace(old_fd: int, old: bytes, new_fd: int, new: bytes) -> None:
-    """Rename, with EEXIST if the new name is taken; one atomic step."""
+    """Rename, with EEXIST if the new name is taken; one atomic step. Raises OSError, ENOTSUP where there is none."""
     if hasattr(_library(), "renameat2"):
         _check(_library().renameat2(old_fd, old, new_fd, new, ctypes.c_uint(_RENAME_NOREPLACE)))
     elif hasattr(_library(), "renameatx_np"):

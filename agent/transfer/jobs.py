@@ -246,11 +246,13 @@ class LargeFile:
             return len(self.unchecked)
 
     def mark_done(self, index: int) -> None:
+        """A block is written and checked; says nothing new of one that was."""
         if not self.done[index >> 3] >> (index & 7) & 1:
             self.done[index >> 3] |= 1 << (index & 7)
             self.done_count += 1
 
     def length_of(self, index: int) -> int:
+        """Bytes of a block; the last one is shorter."""
         return min(self.block, self.job.row.size - index * self.block)
 
 

@@ -213,6 +213,7 @@ class Journal:
             return {row[0] for row in self._connection.execute("SELECT id FROM items")}
 
     def put_item(self, index: int, *, done: bool) -> None:
+        """Note a single item of the order as settled, or as begun."""
         with self._using():
             self._connection.execute(
                 "INSERT OR REPLACE INTO items VALUES (?1, ?2, crc_of('items', ?1, ?2))", (index, int(done))
@@ -274,6 +275,7 @@ class Journal:
             return [row[0] for row in rows]
 
     def finish_directory(self, directory: int) -> None:
+        """A directory is done: what was noted of its files is of no use any more."""
         with self._using():
             self._connection.execute(f"{_SET_STATE} WHERE id = ?2", (DONE, directory))
             self._connection.execute("DELETE FROM finished WHERE directory = ?", (directory,))
@@ -310,6 +312,7 @@ class Journal:
             return {-1 - directory: outcome for directory, outcome in rows}
 
     def put_finished(self, rows: Iterable[tuple[int, bytes, int]]) -> None:
+        """Note files as settled (directory, name, outcome) whose directory is not done yet."""
         with self._using():
             self._connection.executemany(
                 "INSERT OR REPLACE INTO finished VALUES (?1, ?2, ?3, crc_of('finished', ?1, ?2, ?3))", rows
@@ -333,6 +336,7 @@ class Journal:
             return {row[0] for row in rows}
 
     def put_partial(self, directory: int, name: bytes, row: PartialRow) -> None:
+        """Note which blocks of a large file are written, checked and worth keeping."""
         with self._using():
             self._connection.execute(
                 "INSERT OR REPLACE INTO partial VALUES "
@@ -341,6 +345,7 @@ class Journal:
             )
 
     def drop_partial(self, directory: int, name: bytes) -> None:
+        """Nothing is in flight under this name any more."""
         with self._using():
             self._connection.execute("DELETE FROM partial WHERE directory = ? AND name = ?", (directory, name))
 
@@ -359,6 +364,7 @@ class Journal:
         return found
 
     def put_hard_link(self, source: tuple[int, int], row: HardLinkRow) -> None:
+        """Note where a file with several names is, for those of them that come later."""
         with self._using():
             self._connection.execute(
                 "INSERT OR REPLACE INTO hard_links VALUES (?1, ?2, crc_of('hard_links', ?1, ?2))",
@@ -392,6 +398,7 @@ class Journal:
             last = rows[-1]
 
     def drop_extra(self, destination: bytes, name: bytes) -> None:
+        """It is deleted, or is not to be."""
         with self._using():
             self._connection.execute("DELETE FROM extras WHERE destination = ? AND name = ?", (destination, name))
 

@@ -51,7 +51,7 @@ Wrap = Callable[[socket.socket, NodeKey | None, str, str], SecuringLane]
 
 
 def wrap_tls(sock: socket.socket, identity: NodeKey | None, session_id: str, certificate: str) -> SecuringLane:
-    """TLS as the destination's end of a lane."""
+    """TLS as the destination's end of a lane. Raises `RetryLater` before the process was told who it is."""
     if identity is None:
         raise RetryLater("A lane came before its session.", code="CONNECT_FAILED")
     return begin_lane(sock, identity, certificate, server_name=session_id + SNI_SUFFIX, alpn=ALPN_LANE)

@@ -206,7 +206,7 @@ class SourceSession:
         self, paths: list[bytes], pack: int, lane: int, count: int, largest: int, most: int, *, follow: bool
     ) -> list[session.StatResult]:
         """As `stat`, with the content of small files among the first ``count`` (`session.TakePaths`). Only where the
-        source may be asked ahead."""
+        source may be asked ahead. Raises `ProtocolError` for an answer to something else, and what `stat` does."""
         answer = await self._ask(
             session.Stats, lambda r: session.TakePaths(r, paths, lane, pack, count, largest, most, follow)
         )
@@ -247,7 +247,8 @@ class SourceSession:
     async def block_digests(
         self, path: bytes, version: session.Version, block: int, first: int, count: int, *, follow: bool
     ) -> list[bytes]:
-        """Digests of some blocks of a file. Only with the ability `BLOCK_DIGESTS`."""
+        """Digests of some blocks of a file. Only with the ability `BLOCK_DIGESTS`. Raises `ProtocolError` where the
+        source answers with another number of them, and what `stat` does."""
         answer = await self._ask(
             session.BlockDigests, lambda r: session.DigestBlocks(r, path, version, block, first, count, follow)
         )
@@ -276,7 +277,8 @@ class SourceSession:
         return r, receive
 
     async def list_directory(self, path: bytes, *, follow: bool) -> AsyncGenerator[list[session.Row], None]:
-        """The rows of a directory, some at a time; the source sends no faster than they are taken."""
+        """The rows of a directory, some at a time; the source sends no faster than they are taken, and stops when the
+        generator is closed. Raises what the source says of the directory, `SessionLost`, or `ProtocolError`."""
         wanted = (path, follow)
         r, receive = self._ahead.pop(wanted) if wanted in self._ahead else self._begin_listing(path, follow=follow)
         ended = False

@@ -113,6 +113,7 @@ class TaskStore:
                 raise of_sqlite(error, self._path) from error
 
     def close(self) -> None:
+        """Later calls fail, but `events_after`, which has no more to say."""
         with self._using():
             self._closed = True
             self._connection.close()
@@ -134,6 +135,7 @@ class TaskStore:
         ]
 
     def put_order(self, order: TaskOrder, observed: TaskObserved, answer: SessionAnswer | None) -> None:
+        """Keep an order, or its newer version, with what the task is now; with no answer the old one stays."""
         with self._using():
             self._connection.execute(
                 "INSERT INTO tasks (id, body, observed, answer) VALUES (?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET "
@@ -147,16 +149,19 @@ class TaskStore:
             )
 
     def put_answer(self, task_id: str, answer: SessionAnswer) -> None:
+        """Keep what the source answered, so that a new worker need not ask."""
         with self._using():
             self._connection.execute(
                 "UPDATE tasks SET answer = ? WHERE id = ?", (msgspec.msgpack.encode(answer), task_id)
             )
 
     def put_held(self, task_id: str, *, held: bool) -> None:
+        """Remember that the owner of this machine holds the task up, or does so no longer."""
         with self._using():
             self._connection.execute("UPDATE tasks SET held = ? WHERE id = ?", (int(held), task_id))
 
     def remove(self, task_id: str) -> None:
+        """Forget a closed task with all of its lines; their numbers are never given again."""
         with self._using():
             self._connection.execute("BEGIN IMMEDIATE")
             self._connection.execute("DELETE FROM tasks WHERE id = ?", (task_id,))
@@ -209,6 +214,7 @@ class TaskStore:
         return row[0] or 0
 
     def last_event(self) -> int:
+        """The highest number that a line ever had here."""
         with self._using():
             row = self._connection.execute("SELECT seq FROM sqlite_sequence WHERE name = 'events'").fetchone()
         return row[0] if row else 0
@@ -216,6 +222,7 @@ class TaskStore:
     # --- sessions --------------------------------------------------------------------------------------
 
     def put_session(self, order: SessionOrder, expires: float, now: float) -> None:
+        """Keep a session until a day after its ticket has run out (``expires``, Unix seconds)."""
         with self._using():
             self._connection.execute("DELETE FROM sessions WHERE expires < ?", (now - 86400,))
             self._connection.execute(
@@ -224,6 +231,7 @@ class TaskStore:
             )
 
     def session(self, session_id: str) -> SessionOrder | None:
+        """The order of a session; None for one that is not known or was closed."""
         with self._using():
             row = self._connection.execute("SELECT body FROM sessions WHERE id = ?", (session_id,)).fetchone()
         return None if row is None else msgspec.msgpack.decode(row[0], type=SessionOrder)
@@ -235,6 +243,7 @@ class TaskStore:
         return found is not None
 
     def remove_session(self, session_id: str) -> None:
+        """Forget a session that was closed."""
         with self._using():
             self._connection.execute("DELETE FROM sessions WHERE id = ?", (session_id,))
 

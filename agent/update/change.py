@@ -99,7 +99,9 @@ def _start_and_watch(
 
 
 def go_back(installation: Installation, agent: Agent, *, running: bool) -> str:
-    """Make the previous version current again, and never try the other one by itself; the version current now."""
+    """Make the previous version current again, and never try the other one by itself; the version current now.
+
+    Raises `UpdateRefused` when there is none."""
     previous, failed = installation.state().previous, installation.running()
     if not previous or previous == failed:
         raise UpdateRefused("There is no version to go back to.", who="you")

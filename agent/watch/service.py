@@ -228,7 +228,8 @@ class RuleRunner:
             observer.stop()
 
     async def step(self) -> float:
-        """One look and what follows from it; seconds until the next."""
+        """One look and what follows from it; seconds until the next. Raises nothing: what goes wrong is in the rule's
+        status, and tried again with the next look."""
         now = self._clock()
         try:
             if self.rule.destination == self.rule.collection and feeds_itself(

@@ -125,7 +125,7 @@ class Line:
 
     def keep_time(self, now: float, *, deaf: bool) -> None:
         """Look at the clock. ``deaf``: nothing is read now, so nothing can be heard; but the other side hears that
-        this one is there."""
+        this one is there. Raises `WebSocketRefused` where the opening takes too long, `Over` after a silence."""
         if not self.opened:
             if now > self._deadline:
                 raise WebSocketRefused("WebSocket to the relay did not open in time.")

@@ -32,7 +32,8 @@ class NotRegistered(ItemFailed):
 def adding_application(
     settings: Settings, name: str, owner: str, kind: str, redirect_uris: Sequence[str], project: str | None
 ) -> Callable[[Store], Awaitable[dict[str, Any]]]:
-    """Register an application in the owner's project of that name, which is made when it is missing."""
+    """Register an application in the owner's project of that name, which is made when it is missing. The work raises
+    `NotRegistered` with what is wrong with it."""
     now = time.time()
 
     async def work(store: Store) -> dict[str, Any]:

@@ -17,7 +17,9 @@ class LineReader:
         self._rest = b""
 
     def feed_untrusted(self, chunk: bytes) -> list[AgentEvent]:
-        """The lines that are complete with this chunk. Empty lines keep a connection alive and mean nothing."""
+        """The lines that are complete with this chunk. Empty lines keep a connection alive and mean nothing.
+
+        Raises `ProtocolError` for a line that is too long or no event; the reader is of no use then."""
         *lines, self._rest = (self._rest + chunk).split(b"\n")
         if len(self._rest) > MAX_LINE:
             raise ProtocolError(f"An event of the agent is longer than {MAX_LINE} bytes.")

@@ -47,6 +47,7 @@ class Fields:
         return key in self._document
 
     def raw(self, key: str) -> Any:
+        """Whatever stands there, unchecked; None where nothing does."""
         return self._document.get(key)
 
     def data_type(self, *allowed: str) -> str:
@@ -57,6 +58,7 @@ class Fields:
         return str(value)
 
     def boolean(self, key: str, default: bool) -> bool:
+        """True or false; ``default`` for null or nothing."""
         value = self._document.get(key)
         if value is None:
             return default
@@ -77,6 +79,7 @@ class Fields:
         return value
 
     def required_text(self, key: str, *, longest: int, shortest: int = 1) -> str:
+        """As `text`, of what must be there."""
         value = self.text(key, longest=longest, shortest=shortest)
         if value is None:
             raise bad_request(f"{key} is missing in {self._what}.")
@@ -92,6 +95,7 @@ class Fields:
         return str(value).lower()
 
     def choice(self, key: str, allowed: Collection[str], default: str) -> str:
+        """One of some words; ``default`` for null or nothing."""
         value = self._document.get(key)
         if value is None:
             return default
@@ -100,6 +104,7 @@ class Fields:
         return value
 
     def integer(self, key: str, lowest: int, highest: int) -> int | None:
+        """A whole number within bounds, both included, or None."""
         value = self._document.get(key)
         if value is None:
             return None
