@@ -177,6 +177,18 @@ class Scene:
         self.now += 0.5
         self.fetcher.measure(self.now)
 
+    def take(self, step: str, number: int) -> None:
+        """One of `STEPS`, where it makes sense for that lane now."""
+        up = number in self.receivers
+        if step == "deliver" and up:
+            self.deliver(number)
+        elif step == "close" and up:
+            self.close(number)
+        elif step == "open" and not up:
+            self.open(number)
+        elif step == "tick":
+            self.tick()
+
     def finish(self) -> None:
         """Have everything come that was asked for."""
         if not self.receivers:
@@ -240,15 +252,7 @@ def test_every_block_and_file_counts_once_whatever_lanes_do(
     jobs = _small_jobs(7)
     scene.fetcher.submit_pack(jobs)
     for step, number in steps:
-        up = number in scene.receivers
-        if step == "deliver" and up:
-            scene.deliver(number)
-        elif step == "close" and up:
-            scene.close(number)
-        elif step == "open" and not up:
-            scene.open(number)
-        elif step == "tick":
-            scene.tick()
+        scene.take(step, number)
     scene.finish()
     scene.took()
     assert scene.disk.written == Counter({offset * BLOCK: 1 for offset in range(8 * ranges)})
@@ -271,17 +275,10 @@ def test_what_a_failed_file_had_reserved_is_given_back_exactly(
     for index in range(4):
         scene.fetcher.submit_range(scene.file, index * 8 * BLOCK, 8 * BLOCK)
     for at, (step, number) in enumerate(steps):
-        up = number in scene.receivers
         if at == when and where in scene.receivers:
             scene.fail(where)
-        elif step == "deliver" and up:
-            scene.deliver(number)
-        elif step == "close" and up:
-            scene.close(number)
-        elif step == "open" and not up:
-            scene.open(number)
-        elif step == "tick":
-            scene.tick()
+        else:
+            scene.take(step, number)
     scene.finish()
     # What was written before the failure is given back by whoever closes the file.
     assert len(scene.file.unchecked) * BLOCK + scene.lost + scene.given_back == 32 * BLOCK

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import math
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -29,6 +31,7 @@ class Line:
         self._agents_end, self._agents_far_end = trio.testing.memory_stream_pair()
         self._relays_far_end, self.relays_end = trio.testing.memory_stream_pair()
         self.carried = 0
+        self.nursery: trio.Nursery
 
     async def carry(self) -> None:
         async with trio.open_nursery() as nursery:
@@ -56,6 +59,18 @@ class Line:
         await send({"type": "http.response.body", "body": b"ok"})
 
 
+@asynccontextmanager
+async def linked() -> AsyncIterator[tuple[Line, Client]]:
+    """A line with an agent behind it, and the relay's client; what else runs for it ends with the block."""
+    line = Line()
+    async with trio.open_nursery() as line.nursery:
+        line.nursery.start_soon(line.carry)
+        line.nursery.start_soon(line.agent)
+        async with connect(line.relays_end, limits=LIMITS) as client:
+            yield line, client
+        line.nursery.cancel_scope.cancel()
+
+
 async def drain(client: Client) -> None:
     try:
         async with client.stream("GET", "/events") as answer:
@@ -69,87 +84,62 @@ async def drain(client: Client) -> None:
 async def test_a_call_to_an_agent_that_has_vanished_fails_soon(
     idle: float, autojump_clock: trio.testing.MockClock
 ) -> None:
-    line = Line()
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(line.carry)
-        nursery.start_soon(line.agent)
-        async with connect(line.relays_end, limits=LIMITS) as client:
-            assert (await client.request("GET", "/")).body == b"ok"
-            await trio.sleep(idle)
-            line.cut = True
-            begun = trio.current_time()
-            with pytest.raises(LinkLost, match="silent for"):
-                await client.request("GET", "/", timeout=1000)
-            assert trio.current_time() - begun <= NOTICED
-        nursery.cancel_scope.cancel()
+    async with linked() as (line, client):
+        assert (await client.request("GET", "/")).body == b"ok"
+        await trio.sleep(idle)
+        line.cut = True
+        begun = trio.current_time()
+        with pytest.raises(LinkLost, match="silent for"):
+            await client.request("GET", "/", timeout=1000)
+        assert trio.current_time() - begun <= NOTICED
 
 
 async def test_an_agent_that_vanishes_in_the_middle_of_a_long_call_is_missed_soon(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    line = Line()
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(line.carry)
-        nursery.start_soon(line.agent)
-        async with connect(line.relays_end, limits=LIMITS) as client:
+    async with linked() as (line, client):
 
-            async def vanish() -> None:
-                await trio.sleep(100)
-                line.cut = True
+        async def vanish() -> None:
+            await trio.sleep(100)
+            line.cut = True
 
-            nursery.start_soon(vanish)
-            begun = trio.current_time()
-            with pytest.raises(LinkLost, match="silent for"):
-                await client.request("GET", "/slow", timeout=1000)
-            assert 100 <= trio.current_time() - begun <= 100 + NOTICED
-        nursery.cancel_scope.cancel()
+        line.nursery.start_soon(vanish)
+        begun = trio.current_time()
+        with pytest.raises(LinkLost, match="silent for"):
+            await client.request("GET", "/slow", timeout=1000)
+        assert 100 <= trio.current_time() - begun <= 100 + NOTICED
 
 
 async def test_a_long_call_to_an_agent_that_lives_is_left_alone(autojump_clock: trio.testing.MockClock) -> None:
-    line = Line()
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(line.carry)
-        nursery.start_soon(line.agent)
-        async with connect(line.relays_end, limits=LIMITS) as client:
-            assert (await client.request("GET", "/slow", timeout=1000)).body == b"ok"
-        nursery.cancel_scope.cancel()
+    async with linked() as (_line, client):
+        assert (await client.request("GET", "/slow", timeout=1000)).body == b"ok"
 
 
 async def test_an_agent_with_something_to_tell_misses_its_relay_soon(autojump_clock: trio.testing.MockClock) -> None:
-    line = Line()
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(line.carry)
-        nursery.start_soon(line.agent)
-        async with connect(line.relays_end, limits=LIMITS) as client:
-            begun = trio.current_time()
-            nursery.start_soon(drain, client)
-            # Just before the second event.
-            await trio.sleep(119)
-            line.cut = True
-            await line.carriers[0].closed.wait()
-            assert trio.current_time() - begun <= 120 + NOTICED
-        nursery.cancel_scope.cancel()
+    async with linked() as (line, client):
+        begun = trio.current_time()
+        line.nursery.start_soon(drain, client)
+        # Just before the second event.
+        await trio.sleep(119)
+        line.cut = True
+        await line.carriers[0].closed.wait()
+        assert trio.current_time() - begun <= 120 + NOTICED
 
 
 async def test_an_idle_link_through_something_that_answers_for_others_is_watched(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    line = Line()
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(line.carry)
-        nursery.start_soon(line.agent)
-        async with connect(line.relays_end, limits=LIMITS) as client:
-            await client.request("GET", "/")
-            line.carriers[0].watch(WATCH)
-            client.watch(WATCH + 0.5)
-            # It lives for as long as the other side does.
-            await trio.sleep(600)
-            assert client.ending is None
-            line.cut, begun = True, trio.current_time()
-            await client.closed.wait()
-            await line.carriers[0].closed.wait()
-            assert trio.current_time() - begun < 15
-        nursery.cancel_scope.cancel()
+    async with linked() as (line, client):
+        await client.request("GET", "/")
+        line.carriers[0].watch(WATCH)
+        client.watch(WATCH + 0.5)
+        # It lives for as long as the other side does.
+        await trio.sleep(600)
+        assert client.ending is None
+        line.cut, begun = True, trio.current_time()
+        await client.closed.wait()
+        await line.carriers[0].closed.wait()
+        assert trio.current_time() - begun < 15
 
 
 @pytest.mark.parametrize(
@@ -161,18 +151,13 @@ def test_no_peer_has_this_side_flood_or_forget(said: float, taken: float) -> Non
 
 
 async def test_an_idle_link_is_pinged_as_seldom_as_before(autojump_clock: trio.testing.MockClock) -> None:
-    line = Line()
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(line.carry)
-        nursery.start_soon(line.agent)
-        async with connect(line.relays_end, limits=LIMITS) as client:
-            await client.request("GET", "/")
-            await trio.sleep(60)
-            before = line.carried
-            await trio.sleep(86_400)
-            # Both ends send one PING of 17 bytes for each interval, and its answer.
-            assert line.carried - before <= 4 * 17 * (86_400 / 25 + 1)
-        nursery.cancel_scope.cancel()
+    async with linked() as (line, client):
+        await client.request("GET", "/")
+        await trio.sleep(60)
+        before = line.carried
+        await trio.sleep(86_400)
+        # Both ends send one PING of 17 bytes for each interval, and its answer.
+        assert line.carried - before <= 4 * 17 * (86_400 / 25 + 1)
 
 
 def test_the_short_interval_counts_from_when_somebody_waits() -> None:
