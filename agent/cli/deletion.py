@@ -50,7 +50,11 @@ def delete_data(
 @click.argument("location", type=LocationType(path_required=True))
 @click.option("-r", "--recursive", is_flag=True, help="A directory with all that is in it.")
 @click.option("-f", "--ignore-missing", is_flag=True, help="Nothing there is not an error.")
-@click.option("--globs/--no-globs", default=True, show_default=True, help="Whether * ? [] in the last name match.")
+@click.option(
+    "--globs/--no-globs",
+    default=None,
+    help="Whether * ? [] in the last name match. Default: unless something is called just so.",
+)
 @click.option("--local-user", help="The local user on the collection's machine.")
 @submission_options
 @with_relay
@@ -58,8 +62,28 @@ def rm(relay: Relay, out: Output, /, location: Location, **options: Any) -> None
     """Delete something and wait until it is gone. The exit code tells how that ended."""
     submission = replace(submission_from(options), wait=True)
     place = relay.find(location)
-    data = delete_data(place, [place.path or ""], submission, interpret_globs=options.pop("globs"), **options)
+    wanted = options.pop("globs")
+    globs = _is_pattern(relay, out, place) if wanted is None else wanted
+    data = delete_data(place, [place.path or ""], submission, interpret_globs=globs, **options)
     submit(relay, out, data, submission)
+
+
+def _is_pattern(relay: Relay, out: Output, place: Place) -> bool:
+    """Whether the last name of a path stands for others: ``run[1].dat`` is the name of a file as well as a pattern,
+    which does not even match it, and what is called so is meant. Raises what the relay refuses."""
+    from globus_sdk import TransferAPIError
+
+    path = (place.path or "").rstrip("/")
+    if not any(sign in path.rpartition("/")[2] for sign in "*?["):
+        return True
+    try:
+        relay.transfer.operation_stat(place.collection_id, path)
+    except TransferAPIError as error:
+        if error.http_status == 404:
+            return True
+        raise
+    out.remark("Something is called just so, and it alone is deleted; --globs takes the name for a pattern.")
+    return False
 
 
 @click.command()

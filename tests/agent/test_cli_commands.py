@@ -256,9 +256,30 @@ def test_delete_and_rm(towpath: Run, relay: FakeRelay) -> None:
     assert document["DATA"] == [{"DATA_TYPE": "delete_item", "path": "/old"}]
     assert (document["recursive"], document["ignore_missing"], document["interpret_globs"]) == (True, True, False)
     relay.requests.clear()
+    relay.refusals[f"/v0.10/operation/endpoint/{ALPHA}/stat"] = Refusal(404, "NotFound", "no")
     code, out, _ = towpath("rm", "alpha:/x*")
     assert (code, out) == (0, f"Task {TASK} is done.\n")
     assert sent_document(relay, "delete")["interpret_globs"] is True
+
+
+@pytest.mark.parametrize(
+    ("arguments", "globs"),
+    [(["alpha:/run[1].dat"], False), (["--globs", "alpha:/run[1].dat"], True), (["alpha:/run1.dat"], True)],
+)
+def test_rm_takes_a_name_that_is_there_for_itself(
+    towpath: Run, relay: FakeRelay, arguments: list[str], globs: bool
+) -> None:
+    """As a pattern it would delete run1.dat, and leave run[1].dat."""
+    code, _, err = towpath("rm", *arguments)
+    assert code == 0
+    assert sent_document(relay, "delete")["interpret_globs"] is globs
+    assert ("called just so" in err) is not globs
+
+
+def test_rm_deletes_nothing_when_it_cannot_tell_a_name_from_a_pattern(towpath: Run, relay: FakeRelay) -> None:
+    relay.refusals[f"/v0.10/operation/endpoint/{ALPHA}/stat"] = Refusal(502, "ExternalError", "not connected")
+    assert towpath("rm", "alpha:/run[1].dat")[0] == 1
+    assert not relay.sent("POST", "/v0.10/delete")
 
 
 # --- exit codes ------------------------------------------------------------------------------------------------
