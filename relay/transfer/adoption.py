@@ -11,6 +11,7 @@ import contextlib
 import hmac
 import uuid
 from collections.abc import Mapping
+from typing import Any
 
 import msgspec
 from sqlalchemy import Connection
@@ -101,8 +102,26 @@ def adopt(
         packed = task_rows.pack_items(items)
     except ApiError as error:
         raise AccessDenied(error.message, subject=order.task_id) from error
+    values = _row_of(ticket, order, observed, owner, places, now)
+    task_rows.insert_task(connection, values, packed, scope)
+    event_log.add(connection, order.task_id, TaskEvent(code=RESTORED, description=_SENTENCE, time=now))
+    task = task_rows.load(connection, order.task_id)
+    assert task is not None
+    # Nobody knows here when it started: what its agent tells of it comes after.
+    task_reports.store_observed(connection, task, observed, task.requested)
+    if observed.state in FINAL_STATES:
+        current = task_rows.load(connection, order.task_id)
+        assert current is not None
+        task_reports.conclude(connection, current, observed, now)
+    return True
+
+
+def _row_of(
+    ticket: Ticket, order: TaskOrder, observed: TaskObserved, owner: identities.Identity, places: list[str], now: float
+) -> dict[str, Any]:
+    """The task as the database would have it, had it never been restored."""
     revision = max(order.revision, observed.revision)
-    values = {
+    return {
         "id": order.task_id,
         "owner_id": owner.id,
         "owner": owner.username,
@@ -118,7 +137,7 @@ def adopt(
         "state": "QUEUED",
         "options": msgspec.json.encode(order.options).decode(),
         "submitted": "{}",
-        "item_count": len(items),
+        "item_count": len(order.items or []),
         "hidden": False,
         "desired": order.desired,
         "revision": revision,
@@ -131,17 +150,6 @@ def adopt(
         "ticket_issued": ticket.issued,
         "closed": False,
     }
-    task_rows.insert_task(connection, values, packed, scope)
-    event_log.add(connection, order.task_id, TaskEvent(code=RESTORED, description=_SENTENCE, time=now))
-    task = task_rows.load(connection, order.task_id)
-    assert task is not None
-    # Nobody knows here when it started: what its agent tells of it comes after.
-    task_reports.store_observed(connection, task, observed, task.requested)
-    if observed.state in FINAL_STATES:
-        current = task_rows.load(connection, order.task_id)
-        assert current is not None
-        task_reports.conclude(connection, current, observed, now)
-    return True
 
 
 def _moment(text: str | None) -> float | None:
