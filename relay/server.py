@@ -55,6 +55,7 @@ from relay.store.migrate import upgrade
 from relay.tls import ServerCertificate
 from relay.transfer.nodes import DatabaseNodeDirectory
 from relay.transfer.steward import Steward
+from relay.transfer.task_rows import forget_items
 from relay.upgrade import Upgrade
 from relay.web import WebServer
 
@@ -306,19 +307,21 @@ async def _upkeep(relay: Relay, settings: Settings) -> None:
     """Renew keys and certificates in time and forget expired tokens. What fails is logged and tried again."""
     services = relay.services
     renew_keys = partial(services.keys.renew, key_life=settings.tickets.key_life, ticket_life=settings.tickets.life)
-    next_cleaning = services.clock()
+    # By a clock that nobody sets: one that was years ahead for a moment would put it off for years.
+    next_cleaning = trio.current_time()
     while True:
         await _attempt("renew the ticket key", partial(_in_thread, renew_keys, services.clock()))
         renew_signing = partial(services.keys.renew_id_token_key, life=settings.sign_in.id_token_key_life)
         await _attempt("renew the key of id_tokens", partial(_in_thread, renew_signing, services.clock()))
         now = datetime.datetime.fromtimestamp(services.clock(), datetime.UTC)
         await _attempt("renew the certificate", partial(_renew_certificate, relay, now))
-        if services.clock() >= next_cleaning:
-            next_cleaning = services.clock() + _CLEANING_INTERVAL
+        if trio.current_time() >= next_cleaning:
+            next_cleaning = trio.current_time() + _CLEANING_INTERVAL
             forget = partial(remove_expired, now=services.clock())
             await _attempt("forget expired tokens", partial(services.store.write, forget))
             forget = partial(forget_old, now=services.clock())
             await _attempt("forget old sessions and clients", partial(services.store.write, forget))
+            await _attempt("forget what closed tasks moved", partial(services.store.write, forget_items))
         logger.debug("%s", relay.statistics())
         await trio.sleep(_UPKEEP_INTERVAL)
 

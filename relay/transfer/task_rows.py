@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 import msgspec
-from sqlalchemy import Connection, insert, select, update
+from sqlalchemy import Connection, func, insert, select, update
 
 from protocol.control import Counters, TaskItem, TaskObserved, TaskOptions
 from relay.refusal import ApiError
@@ -87,6 +87,7 @@ class Task:
 
 COLUMNS = [tables.tasks.c[column.name] for column in fields(Task)]
 _BATCH = 500
+_FORGOTTEN_AT_ONCE = 2000
 
 
 def load(connection: Connection, task_id: str) -> Task | None:
@@ -156,6 +157,21 @@ def load_items(connection: Connection, task_id: str) -> bytes:
     """The packed items of a task."""
     column = tables.task_items.c
     return bytes(connection.execute(select(column["items"]).where(column.task_id == task_id)).scalar_one())
+
+
+def forget_items(connection: Connection) -> int:
+    """Forget the items of tasks that are over and closed, some of them at a time; returns of how many.
+
+    Nobody is ordered them any more, and a hundred thousand paths for each task would stay for ever.
+    """
+    empty = pack_items([])
+    item, task = tables.task_items.c, tables.tasks.c
+    over = task.closed & task.status.in_(("SUCCEEDED", "FAILED"))
+    some = select(item.task_id).join(tables.tasks, task.id == item.task_id)
+    some = some.where(over, func.length(item["items"]) > len(empty)).limit(_FORGOTTEN_AT_ONCE)
+    chosen = list(connection.execute(some).scalars())
+    connection.execute(update(tables.task_items).where(item.task_id.in_(chosen)).values(items=empty))
+    return len(chosen)
 
 
 def load_scope(connection: Connection, task_id: str) -> Scope:
