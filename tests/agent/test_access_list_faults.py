@@ -1,0 +1,247 @@
+"""Access lists where storage fails, refuses or is cut off: none lost, nothing opened, and what is left out is said."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from agent.storage import access_lists, attributes
+from agent.storage.access_lists import (
+    AccessList,
+    FoundLists,
+)
+from agent.storage.faulty import Call, Plan
+from agent.storage.posix import PosixRoot, open_root
+from agent.transfer.kept_lists import within_folder
+from agent.transfer.patience import ATTEMPTS
+from tests.agent.access_list_scene import (
+    BOB,
+    DEFAULT,
+    MIB,
+    READS,
+    WANTED,
+    give,
+    kept,
+    lists,
+    scene,
+)
+from tests.agent.engine_inside import Crashed, Engine, contents, quick_path
+
+__all__ = ["quick_path"]
+
+
+def small_scene(engine: Engine) -> int:
+    """A small and a large file and a folder, all with lists; how many."""
+    (engine.source / "folder").mkdir()
+    for name, size in (("folder/small", 100), ("folder/large", MIB + 5)):
+        (engine.source / name).write_bytes(os.urandom(size))
+        (engine.source / name).chmod(0o640)
+        give(engine.source / name, READS)
+    give(engine.source / "folder", AccessList(7, 5, 0, ((BOB, 5),), mask=5), DEFAULT)
+    return 3
+
+
+PASSING = {
+    errno.EIO: "IO_ERROR",
+    errno.ESTALE: "STALE_HANDLE",
+    errno.EBUSY: "BUSY",
+    errno.ETIMEDOUT: "TIMEOUT",
+    errno.EDQUOT: "QUOTA_EXCEEDED",
+}
+
+
+@pytest.mark.parametrize("code", PASSING, ids=errno.errorcode.get)
+@pytest.mark.parametrize(("side", "operation"), [("source", "get"), ("destination", "get"), ("destination", "set")])
+async def test_a_fault_that_passes_loses_no_list(quick_path: Path, side: str, operation: str, code: int) -> None:
+    """Whichever call of a file's or a folder's list it is, the task tells what it was, goes on by itself, and keeps
+    every list."""
+    called = "get_access_lists" if operation == "get" else "set_access_list"
+
+    def failing(nth: int, calls: list[Call]) -> Plan:
+        def plan(call: Call) -> int | None:
+            if call.operation != called:
+                return None
+            calls.append(call)
+            return code if len(calls) == nth else None
+
+        return plan
+
+    failed = 0
+    while True:
+        calls: list[Call] = []
+        engine = kept(Engine(quick_path / str(failed), WANTED))
+        setattr(engine, "source_plan" if side == "source" else "plan", failing(failed + 1, calls))
+        count = small_scene(engine)
+        if side == "destination" and operation == "get":
+            # One that is there before with something in it is looked at.
+            (engine.destination / "folder").mkdir(mode=0o755)
+            (engine.destination / "folder" / "before").touch()
+            give(engine.source / "folder", AccessList(7, 5, 5, ((BOB, 5),), mask=5))
+        observed = await engine.run()
+        assert observed.state == "SUCCEEDED", observed
+        what = f"call {failed + 1} of {len(calls)}"
+        found = lists(engine.destination)
+        found.pop("folder/before", None)
+        assert found == lists(engine.source), what
+        counters = observed.counters
+        assert (counters.acls_kept, counters.acls_not_kept, counters.acls_refused) == (count, 0, 0), what
+        if len(calls) <= failed:
+            break
+        assert PASSING[code] in engine.codes(), what
+        failed += 1
+    assert failed
+    print(f"{errno.errorcode[code]} at the {side}: {failed} calls of {called} failed, one a run")
+
+
+@pytest.mark.parametrize("code", [errno.ESTALE, errno.EIO], ids=errno.errorcode.get)
+@pytest.mark.parametrize("broken", ["small", "large", "folder"])
+async def test_a_list_that_can_never_be_read_costs_its_file_or_folder(
+    quick_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str, code: int
+) -> None:
+    """Within the budget of the fault, and in its words; without its list nothing is let in."""
+    engine = kept(Engine(quick_path, WANTED))
+    small_scene(engine)
+    (engine.source / "other").write_bytes(b"other")
+    path = engine.source / "folder" / ("" if broken == "folder" else broken)
+    inode, calls = path.stat().st_ino, 0
+
+    def read(root: PosixRoot, fd: int) -> FoundLists:
+        nonlocal calls
+        if os.fstat(fd).st_ino == inode:
+            calls += 1
+            raise OSError(code, os.strerror(code))
+        return access_lists.read(fd)
+
+    monkeypatch.setattr(PosixRoot, "get_access_lists", read)
+    observed = await engine.run()
+    assert (observed.state, observed.error_code, observed.counters.failed) == ("FAILED", "ITEMS_FAILED", 1), observed
+    assert (engine.destination / "other").read_bytes() == b"other"
+    assert not path.is_file() or not (engine.destination / "folder" / broken).exists()
+    assert calls == ATTEMPTS[PASSING[code]]
+    told = [event.details for event in engine.events if event.code == PASSING[code]]
+    subject = "folder" if broken == "folder" else f"folder/{broken}"
+    assert told and all(details.startswith(f"{subject} at the source ") for details in told), told
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EPERM], ids=errno.errorcode.get)
+async def test_a_list_that_may_not_be_read_is_counted(quick_path: Path, code: int) -> None:
+    """Trying again would not help, and the content is there for everybody who may read it."""
+    engine = kept(Engine(quick_path, WANTED))
+    count = small_scene(engine)
+    engine.source_plan = lambda call: code if call.operation == "get_access_lists" else None
+    observed = await engine.run()
+    assert observed.state == "SUCCEEDED", observed
+    assert contents(engine.destination) == contents(engine.source)
+    assert observed.counters.acls_not_kept == count + 1
+    assert "ACCESS_LISTS_NOT_KEPT" in engine.codes() and "PERMISSION_DENIED" not in engine.codes()
+
+
+@pytest.mark.parametrize("code", [*PASSING, errno.ENOSPC], ids=errno.errorcode.get)
+def test_only_refusals_leave_a_list_or_an_attribute_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    path = tmp_path / "file"
+    path.touch()
+    give(path, READS)
+    os.setxattr(path, "user.colour", b"green")
+    fd = os.open(path, os.O_RDONLY)
+
+    def failing(number: int) -> None:
+        def getxattr(*_: object) -> bytes:
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(os, "getxattr", getxattr)
+
+    try:
+        failing(code)
+        for read in (access_lists.read, attributes.read):
+            with pytest.raises(OSError) as raised:
+                read(fd)
+            assert raised.value.errno == code
+        failing(errno.EACCES)
+        assert access_lists.read(fd) == FoundLists(left_out=1)
+        assert attributes.read(fd).left_out == 1
+        failing(errno.ENODATA)
+        assert access_lists.read(fd) == FoundLists()
+        assert attributes.read(fd).left_out == 0
+    finally:
+        os.close(fd)
+
+
+async def test_a_folder_whose_list_may_not_be_read_is_not_opened_by_its_mask(
+    quick_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a mode shows in the group's place is a mask where there is a list."""
+    folder = quick_path / "folder"
+    folder.mkdir()
+    give(folder, AccessList(7, 0, 0, ((BOB, 7),), mask=7))
+    root, fd = open_root(str(quick_path)), os.open(folder, os.O_RDONLY)
+    wanted = AccessList(7, 7, 5, ((BOB, 5),), mask=7)
+    try:
+        assert within_folder(root, fd, wanted).group == 0
+        monkeypatch.setattr(PosixRoot, "get_access_lists", lambda *_: FoundLists(left_out=1))
+        assert within_folder(root, fd, wanted).group == 0
+    finally:
+        os.close(fd)
+        root.close()
+
+
+async def test_a_crash_at_any_call_loses_no_list_and_opens_nothing(quick_path: Path) -> None:
+    """At every fourth call, and at and behind each that sets a list: what has its name has its list."""
+    whole = kept(Engine(quick_path / "whole", WANTED))
+    count = scene(whole)
+    await whole.run()
+    sets = [call.number for call in whole.calls if call.operation == "set_access_list"]
+    crashes = 0
+    for number in sorted({*range(1, whole.calls[-1].number, 8), *sets, *(last + 1 for last in sets)}):
+
+        def plan(call: Call, number: int = number) -> int | None:
+            if call.number == number:
+                raise Crashed
+            return None
+
+        engine = kept(Engine(quick_path / f"crash-{number}", WANTED, plan=plan))
+        scene(engine)
+        try:
+            await engine.run()
+        except Crashed:
+            crashes += 1
+            expected = lists(engine.source)
+            for name, found in lists(engine.destination).items():
+                if (engine.destination / name).is_file() and not Path(name).name.startswith(".towpath."):
+                    assert found == expected[name], (number, name)
+            engine = kept(engine.revived())
+            observed = await engine.run()
+            assert observed.state == "SUCCEEDED", observed
+            assert lists(engine.destination) == expected
+            assert (observed.counters.acls_kept, observed.counters.acls_not_kept) == (count, 0), number
+            assert not engine.temporaries()
+    assert crashes
+    print(f"crashes survived: {crashes}")
+
+
+@pytest.mark.parametrize(("numbers", "counts"), [(True, (2, 0)), (False, (0, 2))])
+async def test_what_a_crash_leaves_half_done_is_counted_once(
+    quick_path: Path, numbers: bool, counts: tuple[int, int]
+) -> None:
+    """A small file is in the books with the fate of its list when its folder is not done yet."""
+
+    def plan(call: Call) -> int | None:
+        # The large file is sealed long after the small one was settled.
+        if call.operation == "set_access_list" and call.nth == 2:
+            raise Crashed
+        return None
+
+    engine = kept(Engine(quick_path, WANTED, plan=plan), numbers=numbers)
+    for name, size in (("a", 100), ("large", 24 * MIB)):
+        (engine.source / name).write_bytes(bytes(size))
+        give(engine.source / name, READS)
+    with pytest.raises(Crashed):
+        await engine.run()
+    engine = kept(engine.revived(), numbers=numbers)
+    observed = await engine.run()
+    assert observed.state == "SUCCEEDED", observed
+    assert (observed.counters.acls_kept, observed.counters.acls_not_kept) == counts
