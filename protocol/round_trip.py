@@ -8,7 +8,7 @@ import struct
 from typing import Protocol
 
 _SIZE = 152
-_RTT, _TOTAL_RETRANS, _SEGS_OUT, _SEGS_IN, _MIN_RTT = 68, 100, 136, 140, 148
+_LAST_ACK_RECV, _RTT, _TOTAL_RETRANS, _SEGS_OUT, _SEGS_IN, _MIN_RTT = 56, 68, 100, 136, 140, 148
 # States in which the other side may still speak (net/tcp_states.h): established, and both of opening.
 _OPEN = (1, 2, 3)
 _UNKNOWN = 0xFFFFFFFF
@@ -42,13 +42,14 @@ def dialled_round_trip(sock: HasOptions, took: float) -> float | None:
 
     Where the SYNs of both sides crossed, each kernel takes the time from its SYN-ACK to the other's for the round trip,
     which is anything between nothing and the whole of it, as one side was earlier (both values together are the round
-    trip). The connection has then come in exactly one round trip. Linux before 6.12 measures right, with a segment
-    more.
+    trip). The connection has then come in exactly one round trip; what passed since then (milliseconds) is not of it.
+    Linux before 6.12 measures right, with a segment more.
     """
+    least = round_trip(sock)
     if not _crossed(sock):
-        return round_trip(sock)
-    (again,) = _numbers(sock, _TOTAL_RETRANS)
-    return None if again else took
+        return least
+    again, since = _numbers(sock, _TOTAL_RETRANS, _LAST_ACK_RECV)
+    return None if again else max(took - since / 1e3, least or 0.0)
 
 
 def _crossed(sock: HasOptions) -> bool:
