@@ -22,6 +22,7 @@ from agent.local_server import serve_local
 from agent.local_socket import LocalRefused, NotRunning
 from agent.policy import Policy
 from protocol.control import TaskObserved
+from protocol.errors import TowpathError
 from tests.agent.recorded_tasks import RecordedTasks
 
 TASK = "00000000-0000-4000-8000-0000000000b1"
@@ -175,7 +176,7 @@ def test_somebody_elses_link_in_place_of_the_directory_is_not_used(
         monkeypatch.setattr("tempfile.gettempdir", lambda: short)
         *_, last = local_socket.places(long)
         last.parent.symlink_to(tmp_path / "trap")
-        with pytest.raises(Exception, match="not a directory of this user"):
+        with pytest.raises(TowpathError, match="not a directory of this user"):
             local_socket.listen(long)
     assert not any((tmp_path / "trap").iterdir())
 

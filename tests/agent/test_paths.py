@@ -364,7 +364,7 @@ def test_dials_of_peers_addresses_are_rationed() -> None:
 def test_two_agents_of_one_user_never_share_a_data_port() -> None:
     first = bind("127.0.0.1", 0)
     try:
-        with pytest.raises(OSError):
+        with pytest.raises(OSError, match="in use"):
             bind("127.0.0.1", first[0].getsockname()[1])
     finally:
         for sock in first:

@@ -216,8 +216,9 @@ def test_opening_for_reading(root: Root, top: Directory) -> None:
     assert code(lambda: top.open_read(b"to_d", follow=True)) == errno.EISDIR
     assert content(root, top, b"l", follow=True) == b"text"
     fd = top.open_read(b"f")
-    with pytest.raises(OSError):
+    with pytest.raises(OSError) as caught:
         os.pwrite(fd, b"x", 0)
+    assert caught.value.errno == errno.EBADF
     root.close_file(fd)
 
 

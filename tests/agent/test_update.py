@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tuf.api.exceptions import DownloadError, SlowRetrievalError
 
 from agent.update.change import change, go_back
 from agent.update.install import State
@@ -217,13 +218,13 @@ def test_a_slow_mirror_is_given_up() -> None:
 
     times = iter(range(0, 10_000, 5))
     fetcher = HttpFetcher(clock=lambda: float(next(times)))
-    with pytest.raises(Exception, match="slowly"):
+    with pytest.raises(SlowRetrievalError, match="slowly"):
         for _ in fetcher._chunks(Slow()):
             pass
 
 
 def test_only_web_addresses_are_asked() -> None:
-    with pytest.raises(Exception, match="no address"):
+    with pytest.raises(DownloadError, match="no address"):
         HttpFetcher().fetch("file:///etc/passwd")
 
 

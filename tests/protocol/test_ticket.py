@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from typing import Any
 
 import jwt
 import pytest
@@ -10,9 +11,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from protocol.errors import ProtocolError
+from protocol.errors import ProtocolError, TowpathError
 from protocol.identity import NodeKey, fingerprint_of_certificate_untrusted
-from protocol.ticket import Grant, RelayRoot, Ticket, TicketExpired, TicketSigner, TicketVerifier
+from protocol.ticket import LEEWAY, MAX_PATHS, Grant, RelayRoot, Ticket, TicketExpired, TicketSigner, TicketVerifier
 
 NOW = 1_800_000_000.0
 
@@ -75,6 +76,43 @@ def test_expired_and_not_yet_valid_are_told_apart_from_forged() -> None:
         verifier.verify_untrusted(token, NOW + 3600 + 121)
     with pytest.raises(TicketExpired):
         verifier.verify_untrusted(token, NOW - 121)
+
+
+@pytest.mark.parametrize("edge", [NOW - LEEWAY, NOW + 3600 + LEEWAY])
+def test_clocks_may_differ_by_the_leeway_and_no_more(edge: float) -> None:
+    signer, verifier = make()
+    token = signer.sign(a_ticket())
+    assert verifier.verify_untrusted(token, edge).ticket_id == "t"
+    with pytest.raises(TicketExpired):
+        verifier.verify_untrusted(token, edge - 1 if edge < NOW else edge + 1)
+
+
+@pytest.mark.parametrize("edge", [NOW - 10 - LEEWAY, NOW + 10_000 + LEEWAY])
+def test_a_key_signs_for_as_long_as_it_is_certified_for(edge: float) -> None:
+    signer, verifier = make()
+    token = signer.sign(a_ticket(issued=NOW - 100_000, expires=NOW + 100_000))
+    assert verifier.verify_untrusted(token, edge).ticket_id == "t"
+    with pytest.raises(TowpathError):
+        verifier.verify_untrusted(token, edge - 1 if edge < NOW else edge + 1)
+
+
+@pytest.mark.parametrize("side", ["source", "destination"])
+@pytest.mark.parametrize("what", ["paths", "reach"])
+def test_a_ticket_names_so_many_paths_and_no_more(side: str, what: str) -> None:
+    signer, verifier = make()
+
+    def grant(count: int) -> Grant:
+        fields: dict[str, Any] = {"paths": ["/a"], what: [f"/{number}" for number in range(count)]}
+        return Grant(node_id="n", fingerprint="f", collection_id="c", access="r", **fields)
+
+    most = a_ticket(**{side: grant(MAX_PATHS)})
+    assert verifier.verify_untrusted(signer.sign(most), NOW) == most
+    with pytest.raises(ValueError, match="at most"):
+        signer.sign(a_ticket(**{side: grant(MAX_PATHS + 1)}))
+    claims = jwt.decode(signer.sign(most), options={"verify_signature": False})
+    claims["src" if side == "source" else "dst"][what].append("/one more")
+    with pytest.raises(ProtocolError, match="too many paths"):
+        verifier.verify_untrusted(signer.sign_claims(claims), NOW)
 
 
 def test_another_relay_another_root_and_an_uncertified_key_are_refused() -> None:

@@ -16,6 +16,7 @@ from sqlalchemy import Connection, Table, select, update
 from relay.audit import trail
 from relay.auth import service_tokens
 from relay.cli import cli
+from relay.refusal import ApiError
 from relay.store import application_tables, auth_tables, sign_in_tables
 from relay.store.database import Store
 from relay.transfer.fields import check_text
@@ -132,6 +133,6 @@ def test_the_operators_commands_show_names_as_one_line_of_plain_text(relay_direc
 
 @pytest.mark.parametrize("character", ["\x00", "\x07", "\x1b", "\x7f", "\x80", "\x9b", "\x9f", "\r"])
 def test_control_characters_are_refused_in_labels_and_names(character: str) -> None:
-    with pytest.raises(Exception, match="control characters"):
+    with pytest.raises(ApiError, match="control characters"):
         check_text("label", f"a{character}b")
     check_text("label", "a\n\tb \u00e9\u200d\U0001f600 =1+1")
