@@ -168,6 +168,40 @@ def test_every_role_and_ability_by_hand() -> None:
         assert abilities(facts, Subject(frozenset({"stranger"}))) == set()
 
 
+def test_every_kind_of_rule_by_hand() -> None:
+    """All rules of one folder against all kinds of people, at the folder, below it and beside it."""
+    ann, of_the_lab = Subject(frozenset({"ann"}), now=100.0), Subject(frozenset({"bob"}), frozenset({"lab"}), 100.0)
+    nobody, stranger = Subject(frozenset(), now=100.0), Subject(frozenset({"stranger"}), now=100.0)
+    meant = {
+        ("identity", "ann"): [ann],
+        ("group", "lab"): [of_the_lab],
+        ("all_authenticated_users", ""): [ann, of_the_lab, stranger],
+        ("anonymous", ""): [ann, of_the_lab, stranger, nobody],
+        ("everybody", ""): [],
+    }
+    looked_at = 0
+    for (kind, principal), may, end, shareable, strangers_write, who in product(
+        meant, ("r", "rw", "w"), (None, 99.0, 100.0, 101.0), (True, False), (True, False),
+        (ann, of_the_lab, stranger, nobody),
+    ):  # fmt: skip
+        found = CollectionFacts(
+            owner_id="cat",
+            public=False,
+            deleted=False,
+            rules=(Rule(kind, principal, (b"a",), may, end),),
+            shareable=shareable,
+            anonymous_writes=strangers_write,
+        )
+        counts = shareable and may in ("r", "rw") and end in (None, 101.0) and who in meant[kind, principal]
+        inside = {Ability.SEE, Ability.READ} if counts else set()
+        if counts and may == "rw" and (kind != "anonymous" or strangers_write):
+            inside = inside | {Ability.WRITE}
+        for place, expected in (((b"a",), inside), ((b"a", b"b"), inside), ((b"b",), inside & {Ability.SEE})):
+            assert abilities(found, who, place) == expected, (kind, may, end, shareable, strangers_write, who, place)
+            looked_at += bool(expected)
+    assert looked_at > 100
+
+
 @given(facts, subjects, st.sampled_from([Ability.READ, Ability.WRITE]), paths)
 def test_links_reach_exactly_what_may_be_read_or_written(
     facts: CollectionFacts, who: Subject, wanted: Ability, place: CollectionPath
