@@ -5,156 +5,25 @@ from __future__ import annotations
 import os
 import sqlite3
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 
 import pytest
 import trio
-from hypothesis import given
-from hypothesis import strategies as st
 
 from agent.collections import Collections, Marks
-from agent.config.keys import CollectionConfig, ConfigError, WatchConfig, parse_config
+from agent.config.keys import CollectionConfig, WatchConfig
 from agent.policy import Policy
 from agent.storage.posix import open_root
 from agent.transfer.remove import remove_entry
 from agent.watch.ledger import Batch, Item, Ledger
-from agent.watch.rule import Seen, Settling, destination, feeds_itself, is_due, is_wanted, next_time
+from agent.watch.rule import next_time
 from agent.watch.service import RuleRunner, WatchService
 from agent.watch.submitter import Outcome, SubmissionRefused
 from protocol.errors import RetryLater
 from tests.agent.test_engine_trouble import dig
-
-HERE = "00000000-0000-4000-8000-0000000000a1"
-THERE = "00000000-0000-4000-8000-0000000000a2"
-NOW = 1_800_000_000.0
-
-
-def seen(name: bytes, size: int = 1, changed: float = NOW, inode: int = 1) -> Seen:
-    return Seen(tuple(name.split(b"/")), (1, inode, size, int(changed * 1e9), int(changed * 1e9)))
-
-
-# --- the core ------------------------------------------------------------------------------------------------
-
-
-def test_a_file_settles_when_it_has_not_changed_for_a_while() -> None:
-    settling = Settling(60)
-    assert settling.observe([seen(b"a")], NOW) == []
-    assert settling.next_deadline(NOW) == NOW + 60
-    assert settling.observe([seen(b"a", size=2, changed=NOW + 50)], NOW + 59) == []
-    assert settling.observe([seen(b"a", size=2, changed=NOW + 50)], NOW + 109) == []
-    assert settling.observe([seen(b"a", size=2, changed=NOW + 50)], NOW + 110) != []
-    assert settling.next_deadline(NOW + 110) is None
-
-
-def test_after_a_restart_old_files_do_not_wait_anew_and_a_wrong_clock_fools_nobody() -> None:
-    assert Settling(60).observe([seen(b"old", changed=NOW - 61)], NOW) == [seen(b"old", changed=NOW - 61)]
-    settling = Settling(60)
-    future = seen(b"future", changed=NOW + 9999)
-    assert settling.observe([future], NOW) == []
-    assert settling.observe([future], NOW + 60) == [future]
-
-
-@given(st.lists(st.tuples(st.integers(0, 3), st.floats(0.1, 100)), max_size=20))
-def test_nothing_settles_that_changed_within_the_time(steps: list[tuple[int, float]]) -> None:
-    settling, now, last, size = Settling(30), NOW, NOW, -1
-    for number, pause in steps:
-        now += pause
-        if number != size:
-            size, last = number, now
-        settled = settling.observe([seen(b"f", size=size, changed=last)], now)
-        assert bool(settled) == (now - last >= 30)
-
-
-@pytest.mark.parametrize(
-    ("path", "include", "exclude", "wanted"),
-    [
-        (b"a.tif", (), (), True),
-        (b"a.tif", ("*.tif",), (), True),
-        (b"a.txt", ("*.tif",), (), False),
-        (b"a.part", (), ("*.part",), False),
-        (b".cache/a.tif", ("*.tif",), (".*",), False),
-        (b"x/a.tif", ("*.tif",), (".*",), True),
-    ],
-)
-def test_filters(path: bytes, include: Sequence[str], exclude: Sequence[str], wanted: bool) -> None:
-    assert is_wanted(tuple(path.split(b"/")), include, exclude) is wanted
-
-
-def test_templates() -> None:
-    file = seen(b"day/scan.ome.tif", changed=datetime.fromisoformat("2026-03-04T05:06:07+00:00").timestamp())
-    assert destination("/a/{year}/{month}/{name}", file, "r", "h") == "/a/2026/03/scan.ome.tif"
-    assert destination("/{rule}/{host}/{folder}/{stem}-{day}{hour}{minute}.{suffix}", file, "r", "h") == (
-        "/r/h/day/scan.ome-040506.tif"
-    )
-    assert destination("/{folder}/{name}", seen(b"x"), "r", "h") == "/x"
-    assert destination("/{name}", seen(b"\xff{path}"), "r", "h") == "/␛FF{path}"
-    assert destination("/{stem}|{suffix}", seen(b".hidden"), "r", "h") == "/.hidden|"
-
-
-def test_time_tables() -> None:
-    at_two = datetime(2026, 5, 5, 2, 0).astimezone().timestamp()
-    assert next_time("0 2 * * *", at_two - 1) == at_two
-    assert not is_due("0 2 * * *", at_two, at_two + 3600)
-    assert is_due("0 2 * * *", at_two - 3600, at_two)
-    # Several times were missed while the machine was off: it runs once.
-    assert is_due("*/5 * * * *", at_two, at_two + 86400)
-
-
-@pytest.fixture
-def berlin(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A place where clocks are changed: forward on 29 March 2026 at 2, back on 25 October at 3."""
-    with monkeypatch.context() as patched:
-        patched.setenv("TZ", "Europe/Berlin")
-        time.tzset()
-        yield
-    time.tzset()
-
-
-@pytest.mark.usefixtures("berlin")
-@pytest.mark.parametrize(
-    ("schedule", "after", "moments"),
-    [
-        ("0 6 * * *", "2026-03-28T06:00", ["2026-03-29T06:00:00+02:00", "2026-03-30T06:00:00+02:00"]),
-        ("0 6 * * *", "2026-10-24T06:00", ["2026-10-25T06:00:00+01:00", "2026-10-26T06:00:00+01:00"]),
-        # There is no half past two on that day.
-        ("30 2 * * *", "2026-03-28T12:00", ["2026-03-29T03:30:00+02:00", "2026-03-30T02:30:00+02:00"]),
-        ("0 * * * *", "2026-03-29T00:30", ["2026-03-29T01:00:00+01:00", "2026-03-29T03:00:00+02:00"]),
-        ("0 * * * *", "2026-10-25T01:30", ["2026-10-25T02:00:00+02:00", "2026-10-25T02:00:00+01:00"]),
-        ("0 12 * * mon", "2026-03-27T12:00", ["2026-03-30T12:00:00+02:00", "2026-04-06T12:00:00+02:00"]),
-    ],
-)
-def test_time_tables_on_days_on_which_clocks_are_changed(schedule: str, after: str, moments: list[str]) -> None:
-    """A rule for six o'clock ran at seven, and in autumn at five and again at six."""
-    moment, found = datetime.fromisoformat(after).timestamp(), []
-    for _ in moments:
-        moment = next_time(schedule, moment)
-        found.append(datetime.fromtimestamp(moment).astimezone().isoformat())
-    assert found == moments
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ("template: /{nothing}", "field that cannot be filled"),
-        ("template: '/{name'", "cannot be filled"),
-        ("template: '/{name.__class__}'", "cannot be filled|must"),
-        ("template: /constant", "same name"),
-        ("template: 'a/{name}'", "begins with /"),
-        ("template: '/../{name}'", "no .."),
-        ("schedule: sometimes", "cron expression"),
-        ("settle: -1", "between"),
-        ("after: burn", "keep or delete or move"),
-    ],
-)
-def test_mistakes_in_rules_are_named(change: str, words: str) -> None:
-    text = f"watch:\n- name: r\n  collection: {HERE}\n  destination: {THERE}\n  {change}\n"
-    with pytest.raises(ConfigError, match=words) as caught:
-        parse_config(text.encode(), Path("f"))
-    assert caught.value.problems[0].line == 5
-
+from tests.agent.watch_scene import HERE, NOW, THERE, seen
 
 # --- the ledger ------------------------------------------------------------------------------------------------
 
@@ -171,23 +40,6 @@ def test_the_ledger_remembers_over_a_crash(tmp_path: Path) -> None:
     assert again.fresh("other", [seen(b"a")]) == [seen(b"a")]
     again.close()
     ledger.close()
-
-
-@pytest.mark.parametrize(
-    ("template", "folder", "recursive", "endless"),
-    [
-        ("/out/{path}", b"in", True, False),
-        ("/in/{path}", b"in", True, True),
-        ("/in/x-{name}", b"in", False, True),
-        ("/in/{year}/{name}", b"in", True, True),
-        ("/in/{year}/{name}", b"in", False, False),
-        ("/in/done/{path}", b"in", True, False),
-        ("/{path}", b"", True, True),
-        ("/{year}/{name}", b"in", True, False),
-    ],
-)
-def test_a_rule_that_would_feed_itself_is_known(template: str, folder: bytes, recursive: bool, endless: bool) -> None:
-    assert feeds_itself(template, (folder,) if folder else (), recursive=recursive) is endless
 
 
 # --- whole rules -----------------------------------------------------------------------------------------------
