@@ -19,6 +19,7 @@ from protocol.errors import ProtocolError, TowpathError
 from protocol.ticket import RelayRoot, TicketSigner, TicketVerifier
 from protocol.tunnel.greeting import LineReader, presented_untrusted, verdict_untrusted
 from protocol.tunnel.token import LIFE, Half, TunnelRefused, half_untrusted, sign_half
+from relay.rendezvous.tunnel import pairing
 from relay.rendezvous.tunnel.pairing import PairingTable, TunnelBusy
 from tests.relay.tunnel_world import RELAY, ROOT, SESSION, SIGNER, USER, TunnelWorld, dial, tunnel_world
 
@@ -195,6 +196,43 @@ def test_waiting_halves_are_bounded_for_each_user_and_in_all() -> None:
                 continue
     assert accepted == 50
     assert table.statistics().busy == 350
+
+
+def test_halves_that_came_and_went_leave_the_bounds_as_they_were() -> None:
+    table: PairingTable[None] = PairingTable(max_waiting=50, max_waiting_user=3)
+    for number in range(20):
+        half = a_half(pair_id=f"gone {number}")
+        table.present(half, None, half.issued)
+        table.gone(half)
+        table.gone(half)
+    waiting = [a_half(pair_id=f"waits {number}") for number in range(4)]
+    for half in waiting[:3]:
+        assert table.present(half, None, half.issued) is None
+    with pytest.raises(TunnelBusy):
+        table.present(waiting[3], None, waiting[3].issued)
+    # One that is joined makes room for one more.
+    other = msgspec.structs.replace(waiting[0], side="destination")
+    assert table.present(other, None, other.issued) is not None
+    assert table.present(waiting[3], None, waiting[3].issued) is None
+
+
+def test_what_is_kept_of_spent_tokens_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pairing, "MAX_SPENT", 10)
+    table: PairingTable[None] = PairingTable()
+    halves = [a_half(pair_id=str(number)) for number in range(11)]
+    for half in halves[:10]:
+        table.present(half, None, half.issued)
+        if half is not halves[0]:
+            table.gone(half)
+    with pytest.raises(TunnelBusy):
+        table.present(halves[10], None, halves[10].issued)
+    # The other half of one that waits is no new pair.
+    other = msgspec.structs.replace(halves[0], side="destination")
+    assert table.present(other, None, other.issued) is not None
+    # Tokens that have run out make room again.
+    late = halves[0].expires + 1
+    fresh = a_half(pair_id="fresh", issued=late, expires=late + LIFE)
+    assert table.present(fresh, None, late) is None
 
 
 @given(st.data())
