@@ -136,15 +136,24 @@ async def test_a_source_that_never_rests_is_listed_among_the_skipped_errors(tmp_
         path = made.alpha.root / "restless"
         path.write_bytes(os.urandom(24 * MIB))
         (made.alpha.root / "calm").write_bytes(b"calm")
-        with changing(path, overwrite_keeping_time, lambda: False):
-            task = await made.submit(WHOLE)
-            observed = await made.wait(task, seconds=120)
+        lucky, told = [], 0
+        with changing(path, overwrite_keeping_time, lambda: False) as versions:
+            while True:
+                task = await made.submit(WHOLE)
+                observed = await made.wait(task, seconds=120)
+                if observed.state != "SUCCEEDED" or len(lucky) == 10:
+                    break
+                # On a slow machine it may be read between two changes: then it is one version.
+                lucky.append(digest(made.beta.root / "restless"))
+                (made.beta.root / "restless").unlink()
+                told = len(told_of(made, "restless"))
+        assert versions.issuperset(lucky)
         assert (observed.state, observed.error_code, observed.counters.failed) == ("FAILED", "ITEMS_FAILED", 1)
         assert contents(made.beta.root) == {"calm": b"calm"}
         assert made.beta.service is not None
         (row,) = (await made.beta.service.skipped(task, None, 10)).rows
         assert (row["source_path"], row["error_code"]) == ("/restless", "FILE_CHANGED")
-        assert len(told_of(made, "restless")) == 5
+        assert len(told_of(made, "restless")) - told == 5
 
 
 async def test_what_never_rests_is_listed_with_its_reason(quick_path: Path) -> None:
