@@ -265,10 +265,11 @@ Request = (
 
 
 class HelloAnswer(Message, tag="welcome", frozen=True):
-    """The source accepted the ticket."""
+    """The source accepted the ticket. ``hides``: it lists no names that begin with a dot, which may be there."""
 
     version: str = ""
     abilities: list[str] = []
+    hides: bool = False
 
 
 class Rows(Message, tag="rows", frozen=True):

@@ -356,6 +356,8 @@ class Root(ABC):
     """One collection's folder tree."""
 
     features: Features
+    # Whether names that begin with a dot are not shown, although they may be there.
+    hides = False
 
     @abstractmethod
     def open_directory(self, path: CollectionPath) -> Directory:

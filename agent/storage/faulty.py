@@ -86,6 +86,7 @@ class FaultyRoot(Root):
         self.inner = inner
         self.script = Script(plan, short)
         self.features = inner.features
+        self.hides = inner.hides
 
     def open_directory(self, path: CollectionPath) -> FaultyDirectory:
         self.script.before("open_directory", b"/".join(path))

@@ -211,6 +211,8 @@ def _seen(directory: Directory) -> Directory:
 class HidingRoot(Root):
     """A root without hidden entries."""
 
+    hides = True
+
     def __init__(self, inner: Root) -> None:
         self.inner = inner
         self.features = inner.features

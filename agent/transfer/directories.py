@@ -16,7 +16,7 @@ from agent.transfer.filled_places import FilledPlaces
 from agent.transfer.items import ItemPlanner
 from agent.transfer.jobs import FileJob, Group, GroupListed, LinkWanted, Outcome
 from agent.transfer.journal import DirectoryRow
-from agent.transfer.plan import DirectoryPlanner, Listing, Planned, split_path
+from agent.transfer.plan import DirectoryPlanner, KeptExtra, Listing, Planned, split_path
 from agent.transfer.run import Run
 from agent.transfer.source_session import SessionLost
 from agent.transfer.storage_threads import StorageThreads
@@ -27,6 +27,14 @@ from protocol.session import Row
 # Round trips that overlap while directories are listed.
 LISTERS = 16
 COMPARISONS_AT_ONCE = 2
+# What is said, once, where a mirror leaves something that the source has not listed.
+_KEPT = {
+    KeptExtra.SHARED: "Several items of the task lead to {place}, so that none of their sources alone says what "
+    "belongs there: nothing is deleted in such folders. Mirror them in tasks of their own, or from one folder.",
+    KeptExtra.HIDDEN: "In {place} there are names that begin with a dot, and the source's collection does not show "
+    "such names, so that nobody can tell whether the source has them: they are not deleted. If they are not wanted, "
+    "remove them there by hand.",
+}
 
 
 class _NotOpened(Exception):
@@ -50,7 +58,7 @@ class DirectoryWalk:
         self._threads = StorageThreads(run.context.root.features.file_system)
         items = run.context.order.items or () if run.options.delete_destination_extra else ()
         self._filled = FilledPlaces(items)
-        self._told_of_shared = False
+        self._told_of_kept: set[KeptExtra] = set()
 
     async def run(self) -> None:
         """Returns when everything is handed out."""
@@ -170,24 +178,25 @@ class DirectoryWalk:
 
     async def _note_extra(self, group: Group, row: DirectoryRow, planner: DirectoryPlanner) -> None:
         """What cannot be looked through for a mirror's sake is an error of its own; nothing in it is deleted."""
+        # The greeting's answer is there: the listing came after it.
+        note = partial(planner.note_extra, source_hides=self._run.session.hides)
         try:
-            if not await self._threads.run(planner.note_extra):
-                self._tell_of_shared(row)
+            kept = await self._threads.run(note)
         except OSError as error:
             problem = fault(error, "destination", row.destination)
             if self._run.context.patience.is_passing(row.destination, problem):
                 raise problem from error
             self._failed(group, row, problem)
-
-    def _tell_of_shared(self, row: DirectoryRow) -> None:
-        if self._told_of_shared:
             return
-        self._told_of_shared = True
+        if kept is not KeptExtra.NONE:
+            self._tell_of_kept(kept, row)
+
+    def _tell_of_kept(self, why: KeptExtra, row: DirectoryRow) -> None:
+        if why in self._told_of_kept:
+            return
+        self._told_of_kept.add(why)
         subject = format_path(split_path(row.destination), directory=True)
-        sentence = (
-            f"Several items of the task lead to {subject[:1000]}, so that none of their sources alone says what "
-            "belongs there: nothing is deleted in such folders. Mirror them in tasks of their own, or from one folder."
-        )
+        sentence = _KEPT[why].format(place=subject[:1000])
         self._run.context.on_fault(ItemFailed(sentence, code="EXTRA_NOT_DELETED", who="you", subject=subject))
 
     async def _not_opened(self, row: DirectoryRow, error: TowpathError) -> None:

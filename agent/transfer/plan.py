@@ -11,12 +11,14 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from enum import Enum
 
 import trio
 
 from agent.storage.base import Directory, Node, Root, nearest_time
 from agent.storage.faults import fault
 from agent.storage.folding import fold_key
+from agent.storage.hiding import is_hidden
 from agent.storage.rules import included
 from agent.transfer.collisions import collision, losers
 from agent.transfer.compare import Decision, decide
@@ -54,6 +56,14 @@ class Planned:
     shared: list[SharedName] = field(default_factory=list)
     failures: list[tuple[FileJob, TowpathError]] = field(default_factory=list)
     directories: list[tuple[int, bytes, bytes, int, list[tuple[int, int]]]] = field(default_factory=list)
+
+
+class KeptExtra(Enum):
+    """Why a mirror leaves something in a folder that the source has not listed."""
+
+    NONE = "nothing stays"
+    SHARED = "it may be another item's"
+    HIDDEN = "the source shows no names that begin with a dot"
 
 
 def split_path(path: bytes) -> CollectionPath:
@@ -223,11 +233,11 @@ class DirectoryPlanner:
             raise problem from error
         return problem
 
-    def note_extra(self) -> bool:
-        """After the last row: remember what the source does not have (`agent.transfer.mirror` deletes it). False where
-        there is something that may be another item's. Raises OSError."""
+    def note_extra(self, *, source_hides: bool = False) -> KeptExtra:
+        """After the last row: remember what the source does not have (`agent.transfer.mirror` deletes it). Why
+        something stays that it has not listed either. Raises OSError."""
         if self._names is None:
-            return True
+            return KeptExtra.NONE
         rules = self._options.filter_rules
         # What may be a name of the source in another spelling is not deleted.
         spelled = fold_key if self.folds else bytes
@@ -242,9 +252,11 @@ class DirectoryPlanner:
             and included(rules, node.name, node.kind == "dir")
         ]
         if extras and self._filled.several(path):
-            return False
-        self._journal.put_extras(self._row.destination, extras)
-        return True
+            return KeptExtra.SHARED
+        # Nobody here knows whether the source has those.
+        known = [name for name in extras if not is_hidden(name)] if source_hides else extras
+        self._journal.put_extras(self._row.destination, known)
+        return KeptExtra.NONE if len(known) == len(extras) else KeptExtra.HIDDEN
 
 
 def count_finished(group: Group, row: Row, outcome: int, *, verified: bool, shared: bool = False) -> None:

@@ -192,7 +192,8 @@ class Control:
     async def welcome(self) -> None:
         """Tell the destination that it is accepted."""
         with trio.fail_after(HELLO_TIMEOUT):
-            await self._stream.send_all(session.encode(session.HelloAnswer(abilities=_abilities())))
+            answer = session.HelloAnswer(abilities=_abilities(), hides=self._side.root.hides)
+            await self._stream.send_all(session.encode(answer))
 
     async def _first_message(self) -> session.Request:
         while True:

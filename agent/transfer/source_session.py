@@ -40,6 +40,8 @@ class SourceSession:
         self.instance = instance
         # What the source announced; unknown ones are never used.
         self.abilities: frozenset[str] = frozenset()
+        # Whether names that begin with a dot may be there although they are not listed.
+        self.hides = False
         self._stream = stream
         self._next = 1
         self._waiting: dict[int, trio.MemorySendChannel[session.Answer]] = {}
@@ -92,6 +94,7 @@ class SourceSession:
         if not isinstance(answer, session.HelloAnswer):
             raise ProtocolError("The source began with something other than its greeting.")
         self.abilities = frozenset(answer.abilities)
+        self.hides = answer.hides
         self._accepted.set()
         self._on_accepted()
         return answer

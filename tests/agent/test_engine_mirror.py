@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from agent.storage.base import Root
 from agent.storage.faulty import Call, fail_nth
+from agent.storage.hiding import offered
 from agent.storage.posix import open_root
 from agent.transfer.journal import Journal
 from agent.transfer.patience import Patience
@@ -211,6 +213,31 @@ async def test_in_a_folder_that_several_items_fill_nothing_is_deleted(quick_path
     found = {name for name, content in contents(engine.destination).items() if content != "folder"}
     assert found == {"x/one", "x/two", "x/old", "x/sub/four", "x/sub/old", "y/three"}
     assert engine.codes().count("EXTRA_NOT_DELETED") == 1
+
+
+class HidingSource(Engine):
+    """The source's collection has ``hidden: denied``."""
+
+    def source_root(self) -> Root:
+        return offered(super().source_root(), hidden=False)
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+@pytest.mark.parametrize("kind", [HidingSource, Engine])
+async def test_what_a_source_does_not_show_is_not_deleted(quick_path: Path, kind: type[Engine], ahead: bool) -> None:
+    """Nobody knows whether the source has it, which many do."""
+    engine = kind(quick_path, MIRROR, ahead=ahead)
+    _fill(engine.source, "sub/one", "sub/.kept", ".settings/x")
+    _fill(engine.destination, "sub/one", "sub/.kept", "sub/.other", "sub/old", ".settings/x", ".mine/y", "gone/.z")
+    observed = await engine.run()
+    assert observed.state == "SUCCEEDED", observed
+    kept = {name for name, content in contents(engine.destination).items() if content != "folder"}
+    shown = kind is Engine
+    always = {"sub/one", "sub/.kept", ".settings/x"}
+    assert kept == (always if shown else {*always, "sub/.other", ".mine/y"})
+    # sub/old, gone, gone/.z; and sub/.other, .mine, .mine/y where the source says all it has.
+    assert observed.counters.deleted == (6 if shown else 3)
+    assert engine.codes().count("EXTRA_NOT_DELETED") == (0 if shown else 1)
 
 
 def test_what_was_missing_once_is_not_deleted_when_the_next_listing_breaks_off(tmp_path: Path) -> None:
