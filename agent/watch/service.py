@@ -230,32 +230,36 @@ class RuleRunner:
     async def step(self) -> float:
         """One look and what follows from it; seconds until the next. Raises nothing: what goes wrong is in the rule's
         status, and tried again with the next look."""
-        now = self._clock()
         try:
-            if self.rule.destination == self.rule.collection and feeds_itself(
-                self.rule.template, self._folder, recursive=self.rule.recursive
-            ):
-                raise NeedsPerson(FEEDS_ITSELF, who="you")
-            files = await trio.to_thread.run_sync(self._scan)
-            self._problem = ""
-            await trio.to_thread.run_sync(self._take, files, now)
-            await self._submit()
-            await self._follow()
-        except TowpathError as error:
-            if self._problem != error.sentence:
-                logger.warning("Watch %s: %s", self.rule.name, error.sentence)
-            self._problem = error.sentence
+            try:
+                await self._look()
+            except TowpathError as error:
+                if self._problem != error.sentence:
+                    logger.warning("Watch %s: %s", self.rule.name, error.sentence)
+                self._problem = error.sentence
+            return self._delay(self._clock())
         except OSError as error:
             # No descriptor to look with, mostly.
             self._problem = f"The folder cannot be looked at now: {error.strerror or error}."
             logger.warning("Watch %s: %s", self.rule.name, self._problem)
-            return LOOK_EVERY
         except sqlite3.Error as error:
             # A full disk, mostly: nothing was handed over that is not written down.
             logger.error("Watch %s: its ledger cannot be used: %s.", self.rule.name, error)  # noqa: TRY400
             self._problem = f"The ledger of the watch rules cannot be used: {error}."
-            return LOOK_EVERY
-        return self._delay(self._clock())
+        return LOOK_EVERY
+
+    async def _look(self) -> None:
+        """Raises `TowpathError`, OSError, `sqlite3.Error`."""
+        now = self._clock()
+        if self.rule.destination == self.rule.collection and feeds_itself(
+            self.rule.template, self._folder, recursive=self.rule.recursive
+        ):
+            raise NeedsPerson(FEEDS_ITSELF, who="you")
+        files = await trio.to_thread.run_sync(self._scan)
+        self._problem = ""
+        await trio.to_thread.run_sync(self._take, files, now)
+        await self._submit()
+        await self._follow()
 
     # --- looking ---------------------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from agent.storage.posix import open_root
 from agent.transfer.remove import remove_entry
 from agent.watch.ledger import Batch, Item, Ledger
 from agent.watch.rule import next_time
-from agent.watch.service import RuleRunner, WatchService
+from agent.watch.service import LOOK_EVERY, RuleRunner, WatchService
 from agent.watch.submitter import Outcome, SubmissionRefused
 from protocol.errors import RetryLater
 from tests.agent.test_engine_trouble import dig
@@ -251,6 +251,23 @@ def test_rules_write_to_the_ledger_at_the_same_time(tmp_path: Path) -> None:
     assert not errors
     assert [len(ledger.open_batches(rule)) for rule in ("one", "other")] == [30, 30]
     ledger.close()
+
+
+async def test_a_ledger_that_cannot_be_read_ends_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the next look is due is asked of it also when the folder cannot be looked at; it ended the agent."""
+
+    def refuse(ledger: Ledger, rule: str) -> list[Batch]:
+        raise sqlite3.OperationalError("disk I/O error")
+
+    world.write("a")
+    world.root.rename(world.root.with_name("away"))
+    with monkeypatch.context() as patched:
+        patched.setattr(Ledger, "open_batches", refuse)
+        assert await world.after(20) == LOOK_EVERY
+    assert "disk I/O error" in world.runner.status()["problem"]
+    world.root.with_name("away").rename(world.root)
+    await world.after(20)
+    assert world.relay.files == ["/a"]
 
 
 async def test_a_very_deep_folder_ends_nothing(world: World) -> None:
