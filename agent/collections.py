@@ -165,8 +165,10 @@ class _Open:
 class Collections:
     """The roots of all collections, open while somebody uses them."""
 
-    def __init__(self, marks: Marks) -> None:
+    def __init__(self, marks: Marks, own: tuple[str, ...] = ()) -> None:
         self._marks = marks
+        # Where the agent's own files are, which nobody comes to.
+        self._own = own
         self._lock = threading.Lock()
         self._open: dict[tuple[str, str, bool], _Open] = {}
 
@@ -227,10 +229,10 @@ class Collections:
         return fresh
 
     def _open_root(self, config: CollectionConfig) -> Root:
-        from agent.storage import posix
+        from agent.storage.guarded import open_guarded
         from agent.storage.hiding import offered
 
-        root = posix.open_root(config.root)
+        root = open_guarded(config.root, own=self._own)
         try:
             self._recognise(config, root)
             self._look_below(config, root)

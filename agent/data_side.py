@@ -38,15 +38,22 @@ PAUSED_FILE = "paused"
 
 class DataSide:
     """See the module. Its parts are for the daemon to use, which also sets `network.relay_up`. ``first`` is a worker
-    that waits for work already."""
+    that waits for work already, ``own_places`` where the agent's own files are."""
 
-    def __init__(self, config: AgentConfig, identity: Identity, key: NodeKey, first: Spawned | None = None) -> None:
+    def __init__(
+        self,
+        config: AgentConfig,
+        identity: Identity,
+        key: NodeKey,
+        first: Spawned | None = None,
+        own_places: tuple[str, ...] = (),
+    ) -> None:
         self.config = config
         self.key = key
         self.policy = Policy(config.collections)
         self.policy.paused = (config.state_dir / PAUSED_FILE).exists()
         marks = Marks(config.state_dir / MARKS_FILE)
-        self.collections = Collections(marks)
+        self.collections = Collections(marks, own_places)
         self.relay_url = config.relay.url or identity.relay_url
         self.authority = _authority(config)
         self.dialer = Dialer(config.relay.proxy, os.environ)
@@ -64,6 +71,7 @@ class DataSide:
             self.network,
             marks.expected,
             known_disks=marks.disks,
+            own_places=own_places,
         )
         if first is not None:
             self.node.workers.adopt(first)

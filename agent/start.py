@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from agent import logs, process
+from agent.config.exposure import own_places
 from agent.config.layers import load_config
 from agent.identity_file import make_state_dir, require
 from agent.lock import InstanceLock, held
@@ -58,7 +59,7 @@ def run(config_file: Path, flags: Mapping[str, str] | None = None, log_file: Pat
             if first is not None:
                 first.sock.close()
             raise
-        data = DataSide(config, identity, key, first)
+        data = DataSide(config, identity, key, first, own_places(config, config_file))
 
         async def main() -> None:
             async with trio.open_nursery() as nursery:

@@ -13,7 +13,7 @@ import click
 from agent.cli.command import with_output
 from agent.cli.output import CommandFailed, Output
 from agent.cli.service import config_option, failing_plainly, tell_running_agent
-from agent.config.exposure import exposures
+from agent.config.exposure import exposures, unusable
 from agent.config.keys import AgentConfig, ConfigError
 from agent.config.layers import load_config
 from protocol.errors import TowpathError
@@ -35,6 +35,8 @@ def check(config_file: Path) -> None:
         found = load_config(config_file)
     for warning in warnings_of(found, config_file):
         click.echo(f"Warning: {warning}", err=True)
+    for _, sentence in exposures(found, config_file):
+        click.echo(f"Note: {sentence}", err=True)
     click.echo(f"{config_file}: no mistakes; {len(found.collections)} collection(s), state in {found.state_dir}.")
 
 
@@ -47,7 +49,7 @@ def warnings_of(found: AgentConfig, config_file: Path) -> Iterator[str]:
     for collection in found.collections:
         if not os.path.isdir(collection.root):
             yield f"The root {collection.root} of {collection.name} is not a directory now."
-    for _, sentence in exposures(found, config_file):
+    for _, sentence in unusable(found):
         yield sentence
 
 

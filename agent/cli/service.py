@@ -111,15 +111,16 @@ def setup(
 
 
 def warn_of_exposure(collection_id: str, config_file: Path) -> None:
-    """Say so when a collection that was just made or changed gives away the agent's own files."""
-    from agent.config.exposure import exposures
+    """Say so when the agent's own files lie in a collection that was just made or changed, or the other way round."""
+    from agent.config.exposure import exposures, unusable
     from agent.config.layers import load_config
 
     with failing_plainly():
         found = load_config(config_file)
-    for collection, sentence in exposures(found, config_file):
-        if collection.id == collection_id:
-            click.echo(f"Warning: {terminal_safe(sentence)}", err=True)
+    for kind, said in (("Note", exposures(found, config_file)), ("Warning", unusable(found))):
+        for collection, sentence in said:
+            if collection.id == collection_id:
+                click.echo(f"{kind}: {terminal_safe(sentence)}", err=True)
 
 
 def tell_running_agent(state_dir: Path) -> str:

@@ -8,7 +8,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from agent.config.exposure import exposures
+from agent.config.exposure import exposures, unusable
 from agent.config.keys import CollectionConfig
 from agent.doctor.registry import Examination, Finding
 
@@ -192,10 +192,12 @@ def check_collections(examination: Examination) -> Iterator[Finding]:
         else:
             yield Finding(level="ok", sentence=f"{collection.name}: {root}")
     for _, sentence in exposures(examination.config, examination.config_file):
+        yield Finding(level="note", sentence=sentence)
+    for collection, sentence in unusable(examination.config):
         yield Finding(
-            level="warning",
+            level="failure",
             sentence=sentence,
-            advice="Offer folders beside them, move `state_dir`, or set `hidden: denied` where they are hidden.",
+            advice=f"Name one with `towpath collection update {collection.id} --root`.",
         )
     if not examination.config.collections:
         yield Finding(

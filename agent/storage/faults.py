@@ -8,6 +8,7 @@ from typing import Literal
 
 from agent.storage.base import IllegalName, LeavesCollection, LeavesReach, NotRegularFile
 from agent.storage.disks import DISK_REPLACED, DiskAway
+from agent.storage.own_files import AgentsOwn, HoldsOwn
 from protocol.errors import ItemFailed, NeedsPerson, RetryLater, TowpathError, Who
 from protocol.names import CollectionPath, escape, format_path
 
@@ -81,8 +82,10 @@ def fault(error: OSError, side: Side, path: CollectionPath | bytes | str) -> Tow
     if isinstance(error, LeavesCollection):
         sentence = f"{what} {error.strerror}, which nothing is allowed to do."
         return ItemFailed(sentence, code="PERMISSION_DENIED", who=who, subject=subject)
-    if isinstance(error, LeavesReach):
+    if isinstance(error, LeavesReach | AgentsOwn):
         return ItemFailed(f"{what} {error.strerror}.", code="PERMISSION_DENIED", who=who, subject=subject)
+    if isinstance(error, HoldsOwn):
+        return ItemFailed(f"{what} {error.strerror}.", code="NOT_EMPTY", subject=subject)
     if isinstance(error, NotRegularFile):
         return ItemFailed(f"{what} {error.strerror}.", code="NOT_A_FILE", subject=subject)
     if isinstance(error, IllegalName):

@@ -8,7 +8,7 @@ import copy
 import errno
 import os
 import stat as stat_bits
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 from agent.storage import attributes, folding, handles, libc, mounts
 from agent.storage.base import (
@@ -24,6 +24,7 @@ from agent.storage.base import (
 )
 from agent.storage.disks import Disk, DiskAway, Disks, look
 from agent.storage.handles import os_error
+from agent.storage.own_files import Around, OwnFiles
 from agent.storage.walk import Walker, read_link
 from protocol.errors import NeedsPerson
 from protocol.names import RESERVED_PREFIX, CollectionPath, escape
@@ -64,6 +65,7 @@ class PosixRoot(Root):
         self._identity = (status.st_dev, status.st_ino)
         self._mount = mounts.mount_of(fd, path)
         self._folds: dict[int, bool] = {}
+        self._guarded: Callable[[PosixRoot, int, CollectionPath, Around], PosixDirectory] | None = None
         local = mounts.is_local(self._mount.file_system)
         # By device, the handle by which a file system is made durable as a whole, None where it is not: syncfs tells a
         # handle of write errors since it was opened, also of those that another one was told of meanwhile.
@@ -86,7 +88,8 @@ class PosixRoot(Root):
     def stat(self, path: CollectionPath) -> Node:
         if not path:
             return node_from_stat(b"", os.fstat(self._fd))
-        with PosixDirectory(self, *self.walker.walk(_checked(path[:-1]))) as parent:
+        component(path[-1])
+        with self.directory(*self.walker.walk(_checked(path[:-1]))) as parent:
             return parent.stat(path[-1])
 
     def make_directories(self, path: CollectionPath, *, durable: bool = True) -> PosixDirectory:
@@ -100,6 +103,12 @@ class PosixRoot(Root):
         root._syncs = {own: None if self._syncs[own] is None else root._fd}
         root.walker = self.walker.narrowed(root._fd, reach)
         return root
+
+    def guard(
+        self, own: OwnFiles, directory: Callable[[PosixRoot, int, CollectionPath, Around], PosixDirectory]
+    ) -> None:
+        """Enter none of the agent's own folders, and have folders that hold some of its own made by ``directory``."""
+        self.walker.own, self._guarded = own, directory
 
     def identity(self) -> tuple[int, int]:
         return self._identity
@@ -220,12 +229,19 @@ class PosixRoot(Root):
         try:
             readable = os.open(b".", handles.FOLDER, dir_fd=fd)
         except PermissionError:
-            return PosixDirectory(self, fd, where)
+            return self.directory(fd, where)
         except BaseException:
             os.close(fd)
             raise
         os.close(fd)
-        return PosixDirectory(self, readable, where)
+        return self.directory(readable, where)
+
+    def directory(self, fd: int, where: CollectionPath) -> PosixDirectory:
+        """The directory of a handle, which is closed with it."""
+        around = None if self._guarded is None else self.walker.own.around(fd)
+        if around is None or self._guarded is None:
+            return PosixDirectory(self, fd, where)
+        return self._guarded(self, fd, where, around)
 
 
 class PosixDirectory(Directory):
@@ -341,12 +357,15 @@ class PosixDirectory(Directory):
 
     def _entered(self, fd: int, name: bytes) -> PosixDirectory:
         where = (*self._path, name)
+        walker = self._root.walker
         try:
-            self._root.walker.disks.check(fd, where)
+            walker.disks.check(fd, where)
+            if walker.own:
+                walker.own.check_entered(fd)
         except BaseException:
             os.close(fd)
             raise
-        return PosixDirectory(self._root, fd, where)
+        return self._root.directory(fd, where)
 
     def create_temporary(self, name: bytes, mode: int = 0o600) -> int:
         return handles.create_temporary(self._fd, name, mode)
@@ -355,17 +374,17 @@ class PosixDirectory(Directory):
         return handles.open_temporary(self._fd, name)
 
     def rename(self, old: bytes, new: bytes, target: Directory | None = None, *, replace_symlink: bool = True) -> None:
-        fd = self._fd_of(target)
+        fd = self._fd_of(target, new)
         if not replace_symlink and _is_link(fd, component(new)):
             raise os_error(errno.EEXIST)
         os.rename(component(old), component(new), src_dir_fd=self._fd, dst_dir_fd=fd)
 
     def link(self, old: bytes, new: bytes, target: Directory | None = None) -> None:
-        fd = self._fd_of(target)
+        fd = self._fd_of(target, new)
         os.link(component(old), component(new), src_dir_fd=self._fd, dst_dir_fd=fd, follow_symlinks=False)
 
     def rename_no_replace(self, old: bytes, new: bytes, target: Directory | None = None) -> None:
-        fd, old, new = self._fd_of(target), component(old), component(new)
+        fd, old, new = self._fd_of(target, new), component(old), component(new)
         try:
             libc.rename_no_replace(self._fd, old, fd, new)
         except OSError as error:
@@ -421,12 +440,16 @@ class PosixDirectory(Directory):
         if fd >= 0:
             os.close(fd)
 
-    def _fd_of(self, target: Directory | None) -> int:
+    def arrival(self, name: bytes) -> int:
+        """The handle of this folder for a name that is to be made in it."""
+        return self._fd
+
+    def _fd_of(self, target: Directory | None, name: bytes) -> int:
         if target is None:
             return self._fd
         if not isinstance(target, PosixDirectory) or target._root is not self._root:
             raise os_error(errno.EXDEV)
-        return target._fd
+        return target.arrival(name)
 
     @contextlib.contextmanager
     def _follow(self, name: bytes) -> Iterator[tuple[int, bytes]]:

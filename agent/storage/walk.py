@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from agent.storage.base import MAX_LINKS, LeavesCollection, Reach
 from agent.storage.disks import Disks
 from agent.storage.handles import LOOKUP, PERHAPS_LINK, os_error, sync_folder
+from agent.storage.own_files import OwnFiles
 from protocol.names import CollectionPath
 
 # Bounds the work that a maze of links can cause.
@@ -38,6 +39,8 @@ class Walker:
         self._reach: Reach | None = None
         # Entered only while they are what is remembered.
         self.disks = Disks()
+        # Never entered.
+        self.own = OwnFiles()
 
     def narrowed(self, fd: int, reach: Reach) -> Walker:
         """One with a handle of its own, for whom symlinks lead into some folders only."""
@@ -82,13 +85,15 @@ class Walker:
                     if reach is not None:
                         # Before the look, so that not even its existence is told.
                         reach.check_way((*done, step))
-                    below = _enter(fd, step)
+                    below = self._enter(fd, step)
                     if isinstance(below, int):
                         os.close(fd)
                         fd = below
                         done.append(step)
                         if self.disks:
                             self.disks.check(fd, tuple(done))
+                        if self.own:
+                            self.own.check_entered(fd, make=make)
                         continue
                     if below is None:
                         # Made or not, the next round sees what is there now.
@@ -110,6 +115,14 @@ class Walker:
         os.close(fd)
         raise os_error(errno.ELOOP)
 
+    def _enter(self, fd: int, step: bytes) -> int | bytes | None:
+        try:
+            return _enter(fd, step)
+        except NotADirectoryError:
+            if self.own:
+                self.own.check_name(fd, step)
+            raise
+
     def expand(self, where: Sequence[bytes], target: bytes) -> list[bytes]:
         """The way from the root that a link in the folder ``where`` stands for; it may contain ``..`` and links."""
         way = components(target)
@@ -128,6 +141,8 @@ class Walker:
                 return (*self.walk(way, followed=True), b"")
             fd, where = self.walk(way[:-1], followed=True, name=(way[-1],))
             try:
+                if self.own:
+                    self.own.check_name(fd, way[-1])
                 target = os.readlink(way[-1], dir_fd=fd)
             except OSError as error:
                 if error.errno == errno.EINVAL:

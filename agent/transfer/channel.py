@@ -45,6 +45,8 @@ class Common(msgspec.Struct, frozen=True, kw_only=True):
     relay_id: str
     relay_root: str
     collections: list[WorkerCollection]
+    # Absolute paths of the agent's own folders and files, which nobody comes to through a collection.
+    own_places: tuple[str, ...] = ()
     version: str = ""
     # After how many TLS records a lane is followed by another (`agent.transfer.lane_keys`).
     key_records: int = KEY_RECORDS

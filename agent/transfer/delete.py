@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from agent.storage import rules
 from agent.storage.base import Directory, Node, Root
 from agent.storage.faults import fault
+from agent.storage.own_files import HoldsOwn
 from agent.transfer.journal import Journal
 from agent.transfer.manifest import ManifestWriter, SkippedRow
 from agent.transfer.plan import now_iso
@@ -105,6 +106,7 @@ class DeleteRun:
             if missing_is_fine:
                 return
             raise
+        stays: HoldsOwn | None = None
         with parent:
             nodes = list(self._matching(parent, last))
             if not nodes and not missing_is_fine:
@@ -114,8 +116,13 @@ class DeleteRun:
                     raise ItemFailed(
                         "This is a folder; it is deleted only with --recursive.", code="IS_A_DIRECTORY", who="you"
                     )
-                Removal(self._gone).entry(parent, node, recursive=True)
+                try:
+                    Removal(self._gone).entry(parent, node, recursive=True)
+                except HoldsOwn as error:
+                    stays = error
             parent.sync()
+        if stays is not None:
+            raise stays
 
     def _gone(self) -> None:
         self.deleted += 1

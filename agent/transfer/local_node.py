@@ -51,6 +51,7 @@ class LocalNode:
         expected_mark: Callable[[CollectionConfig], Mark | None] = lambda _collection: None,
         key_records: int = KEY_RECORDS,
         known_disks: Callable[[CollectionConfig], tuple[Disk, ...]] = lambda _collection: (),
+        own_places: tuple[str, ...] = (),
     ) -> None:
         self.directory = state_dir / "tasks"
         make_folder(self.directory)
@@ -65,6 +66,7 @@ class LocalNode:
         self._relay_root = relay_root
         self._expected_mark = expected_mark
         self._known_disks = known_disks
+        self._own_places = own_places
         self._key_records = key_records
         self.store, begun_anew = open_or_begin(self.directory / "tasks.sqlite")
         if begun_anew:
@@ -126,5 +128,6 @@ class LocalNode:
                 )
                 for row in self.policy.collections
             ],
+            own_places=self._own_places,
             key_records=self._key_records,
         )

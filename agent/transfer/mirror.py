@@ -13,6 +13,7 @@ from contextlib import suppress
 
 from agent.storage.base import Directory, Root
 from agent.storage.faults import fault
+from agent.storage.own_files import HoldsOwn
 from agent.transfer.journal import Journal
 from agent.transfer.manifest import SkippedRow
 from agent.transfer.patience import Patience
@@ -110,8 +111,8 @@ class Mirror:
             with self._root.open_directory(split_path(folder)) as parent:
                 removal.entry(parent, parent.lstat(name), recursive=True)
                 parent.sync()
-        except FileNotFoundError:
-            # Somebody else was faster.
+        except (FileNotFoundError, HoldsOwn):
+            # Somebody else was faster; or what is left are the agent's own files, which nobody sees.
             pass
         except _Stopped:
             self._record.removed(removal.count, [])

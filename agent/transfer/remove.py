@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 
 from agent.storage.base import Directory, Node
+from agent.storage.own_files import HoldsOwn
 
 # Open folders at once: trees may be deeper than a process may have files open.
 MAX_OPEN = 64
@@ -19,25 +20,30 @@ class Removal:
 
     def __init__(self, on_gone: Callable[[], None] = lambda: None) -> None:
         self._on_gone = on_gone
+        self._stays: HoldsOwn | None = None
         self.count = 0
 
     def entry(self, parent: Directory, node: Node, *, recursive: bool) -> None:
         """Remove one entry, with ``recursive`` a folder and all below it.
 
-        Raises OSError (ENOTEMPTY for a folder that holds something without ``recursive``). An entry that is gone
-        already counts as none. Works for trees of any depth and width: without recursion, and with few handles.
+        Raises OSError (ENOTEMPTY for a folder that holds something without ``recursive``); `HoldsOwn` only when all
+        else is gone. An entry that is gone already counts as none. Works for trees of any depth and width: without
+        recursion, and with few handles.
         """
-        if node.kind != "dir":
-            self._remove(parent.unlink, node.name)
-            return
-        if recursive:
+        self._stays = None
+        if recursive and node.kind == "dir":
             self._empty(parent, node.name)
-        self._remove(parent.rmdir, node.name)
+        self._remove(parent.rmdir if node.kind == "dir" else parent.unlink, node.name)
+        if self._stays is not None:
+            raise self._stays
 
     def _remove(self, how: Callable[[bytes], None], name: bytes) -> None:
         try:
             how(name)
         except FileNotFoundError:
+            return
+        except HoldsOwn as error:
+            self._stays = error
             return
         self.count += 1
         self._on_gone()

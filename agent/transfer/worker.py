@@ -26,8 +26,8 @@ from agent.connect.lane_tls import SecuredLane, secure_lane
 from agent.connect.tls import HANDSHAKE_TIMEOUT, check_peer, session_context
 from agent.connect.transport import send_at_once
 from agent.storage.base import Reach, Root
+from agent.storage.guarded import open_guarded
 from agent.storage.hiding import offered
-from agent.storage.posix import open_root
 from agent.system.process_name import rename_process
 from agent.transfer.channel import (
     Allowed,
@@ -71,9 +71,10 @@ def _collection(common: Common, collection_id: str) -> WorkerCollection:
     return next(row for row in common.collections if row.id == collection_id)
 
 
-def _root_of(collection: WorkerCollection) -> Root:
+def _root_of(common: Common, collection: WorkerCollection) -> Root:
     """The collection's root as others see it. Raises `NeedsPerson`."""
-    return offered(open_root(collection.root, collection.mark, collection.disks), hidden=collection.hidden)
+    root = open_guarded(collection.root, collection.mark, collection.disks, own=common.own_places)
+    return offered(root, hidden=collection.hidden)
 
 
 def _narrowed(root: Root, grant: Grant) -> Root:
@@ -103,7 +104,8 @@ async def _run_task(channel: Channel, start: RunTask, forked: Sequence[Child]) -
         verifier = TicketVerifier(start.common.relay_id, start.common.relay_root)
 
         def reached_root() -> Root:
-            return _narrowed(_root_of(collection), verifier.at_any_time_untrusted(line.ticket).destination)
+            root = _root_of(start.common, collection)
+            return _narrowed(root, verifier.at_any_time_untrusted(line.ticket).destination)
 
         runner = TaskRunner(start, line, 0o777 & ~mask, reached_root, numbers=collection.numbered_accounts)
         observed = await runner.run()
@@ -222,9 +224,8 @@ class _SourceWorker:
             else:
                 return self._side
         collection = self._collection
-        return SourceSide(
-            _root_of(collection), self._policy, self._verifier, self._moving.pace, read_twice=collection.read_twice
-        )
+        root = _root_of(self._start.common, collection)
+        return SourceSide(root, self._policy, self._verifier, self._moving.pace, read_twice=collection.read_twice)
 
     async def _lane(self, sock: socket.socket) -> None:
         duplicate = socket.socket(fileno=os.dup(sock.fileno()))

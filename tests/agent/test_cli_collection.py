@@ -49,18 +49,30 @@ def test_update_changes_what_was_asked_for_and_nothing_else(file: Path, tmp_path
     assert invoke(file, "update", ONE).exit_code == 2
 
 
-def test_a_collection_that_gives_away_the_agents_own_files_is_warned_of(file: Path, tmp_path: Path) -> None:
-    """It is the owner's word that counts, but most who offer their home do not think of it."""
-    assert "Warning" not in invoke(file, "update", "One", "--name", "Uno").output
+def test_of_a_collection_with_the_agents_own_files_it_is_said_that_they_are_not_offered(
+    file: Path, tmp_path: Path
+) -> None:
+    """Who offers a home directory shall not look for them in vain, nor fear for them."""
+    assert "Note" not in invoke(file, "update", "One", "--name", "Uno").output
     done = invoke(file, "update", ONE, "--root", str(tmp_path))
     assert done.exit_code == 0, done.output
-    assert "read the agent's key" in done.output.replace("\n", " ")
+    assert "Note: The state directory" in done.output
+    assert "neither sees nor changes it" in done.output.replace("\n", " ")
+    assert "Warning" not in done.output
     assert f"configuration {file}" in done.output
     hidden = tmp_path / ".config" / "agent.yaml"
     hidden.parent.mkdir()
     hidden.write_text(file.read_text().replace(f"{tmp_path}/one", str(tmp_path)))
     assert {sentence.split()[1] for _, sentence in exposures(load_config(hidden), hidden)} == {"state", "configuration"}
-    assert "Warning" not in invoke(hidden, "update", ONE, "--hidden", "denied").output
+    assert "Note" not in invoke(hidden, "update", ONE, "--hidden", "denied").output
+
+
+def test_of_a_collection_in_the_state_directory_it_is_said_that_it_cannot_be_used(file: Path) -> None:
+    inside = load_config(file).state_dir / "tasks"
+    inside.mkdir(parents=True)
+    done = invoke(file, "update", ONE, "--root", str(inside))
+    assert "Warning: The root of the collection" in done.output
+    assert "cannot be used" in done.output.replace("\n", " ")
 
 
 def test_remove_withdraws_it_and_keeps_the_files(file: Path, tmp_path: Path) -> None:

@@ -151,7 +151,7 @@ def test_a_collection_with_the_agents_own_files_in_it_is_found(tmp_path: Path) -
     file = tmp_path / "agent.yaml"
     file.write_text(f"collections:\n- id: {ID}\n  name: Home\n  root: {tmp_path}\n")
     found = dataclasses.replace(examination(tmp_path), config=load_config(file))
-    warnings = [each for each in check_collections(found) if each.level == "warning"]
-    assert len(warnings) == 2
-    assert "the agent's key" in warnings[0].sentence
-    assert all(each.advice for each in warnings)
+    notes = [each for each in check_collections(found) if each.level == "note"]
+    assert len(notes) == 2
+    assert "the agent's key" in notes[0].sentence
+    assert all("It is not offered" in each.sentence for each in notes)

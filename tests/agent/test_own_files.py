@@ -1,0 +1,285 @@
+"""The agent's own folders and files below a collection's root: not there for anybody who comes through it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from agent.collections import Collections, Marks
+from agent.config.exposure import exposures, own_places, unusable
+from agent.config.keys import AgentConfig, CollectionConfig
+from agent.storage.base import Directory, Reach, Root
+from agent.storage.guarded import GuardedDirectory, open_guarded
+from agent.storage.listing import Accounts, list_directory, stat_entry
+from agent.storage.own_files import AgentsOwn, HoldsOwn
+from agent.storage.posix import PosixDirectory
+from agent.storage.query import Query
+from agent.transfer.channel import Common, WorkerCollection
+from agent.transfer.worker import _root_of
+from protocol.control import TaskItem, TaskOptions
+from protocol.errors import ItemFailed, NeedsPerson
+from protocol.names import CollectionPath
+from tests.agent.engine_inside import Engine, quick_path
+
+__all__ = ["quick_path"]
+
+STATE: CollectionPath = (b".local", b"state", b"towpath", b"agent")
+CONFIG: CollectionPath = (b"conf", b"agent.yaml")
+MIRROR = TaskOptions(delete_destination_extra=True, sync_level=1)
+
+
+def fill(home: Path) -> tuple[str, ...]:
+    """A home directory with an agent in it: where that keeps its own."""
+    for name in (".local/state/towpath/agent/node.key", ".local/state/other", "conf/agent.yaml", "conf/mine", "work/a"):
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / name).write_text("secret" if "agent" in name else "plain")
+    return str(home / ".local/state/towpath/agent"), str(home / "conf/agent.yaml"), str(home / "nowhere/else")
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    (tmp_path / "home").mkdir()
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def own(home: Path) -> tuple[str, ...]:
+    return fill(home)
+
+
+@pytest.fixture(params=["whole", "narrowed"])
+def root(request: pytest.FixtureRequest, home: Path, own: tuple[str, ...]) -> Iterator[Root]:
+    with open_guarded(str(home), own=own) as opened:
+        if request.param == "whole":
+            yield opened
+        else:
+            with opened.narrowed(Reach(((),))) as narrowed:
+                yield narrowed
+
+
+def names(root: Root, *path: bytes) -> set[bytes]:
+    with root.open_directory(path) as folder:
+        return {node.name for node in folder.scan(reserved=True)}
+
+
+def test_they_are_not_listed_and_not_found(root: Root) -> None:
+    assert names(root, *STATE[:-1]) == set()
+    assert names(root, b"conf") == {b"mine"}
+    accounts = Accounts()
+    for path in (STATE, (*STATE, b"node.key"), CONFIG):
+        with pytest.raises(FileNotFoundError):
+            root.stat(path)
+        with pytest.raises(ItemFailed, match="does not exist") as caught:
+            stat_entry(root, path, accounts)
+        assert caught.value.code == "NOT_FOUND"
+        with pytest.raises(FileNotFoundError):
+            root.open_directory(path)
+    with pytest.raises(ItemFailed):
+        list_directory(root, STATE, Query(), accounts)
+    assert list_directory(root, (b"conf",), Query(), accounts).total == 1
+    with root.open_directory(STATE[:-1]) as folder, pytest.raises(FileNotFoundError):
+        folder.open_directory(b"agent")
+    with root.open_directory((b"conf",)) as folder:
+        for look in (folder.lstat, folder.stat, folder.open_read, folder.readlink, folder.unlink):
+            with pytest.raises(FileNotFoundError):
+                look(b"agent.yaml")
+        with pytest.raises(FileNotFoundError):
+            root.read_whole(folder, b"agent.yaml", memoryview(bytearray(9)))
+        assert root.read_whole(folder, b"mine", memoryview(bytearray(9)))[0] == 5
+
+
+def test_no_link_leads_to_them(home: Path, root: Root) -> None:
+    for name, target in (
+        ("folder", ".local/state/towpath/agent"),
+        ("key", ".local/state/towpath/agent/node.key"),
+        ("absolute", str(home / "conf/agent.yaml")),
+        ("twice", "key"),
+        ("up", "work/../.local/state/towpath/agent/../agent/node.key"),
+    ):
+        (home / name).symlink_to(target)
+        with root.open_directory(()) as top:
+            for follow in (top.stat, lambda n, top=top: top.open_read(n, follow=True)):
+                with pytest.raises(FileNotFoundError):
+                    follow(os.fsencode(name))
+            with pytest.raises(OSError, match=r"No such file|Not a directory"):
+                top.open_directory(os.fsencode(name), follow=True)
+            with pytest.raises(FileNotFoundError):
+                top.set_times(os.fsencode(name), 0, follow=True)
+    types = {row.name: row.type for row in list_directory(root, (), Query(), Accounts()).entries}
+    assert {types[name] for name in ("folder", "key", "absolute", "twice", "up")} == {"invalid_symlink"}
+
+
+def test_nothing_is_put_in_their_place_and_the_way_to_them_stays(home: Path, root: Root) -> None:
+    with root.open_directory(()) as top, root.open_directory((b"conf",)) as conf:
+        temporary = b".towpath.t.x"
+        os.close(conf.create_temporary(temporary))
+        os.close(top.create_temporary(temporary))
+        for source in (conf, top):
+            with pytest.raises(AgentsOwn):
+                source.rename(temporary, b"agent.yaml", conf)
+            with pytest.raises(AgentsOwn):
+                source.link(temporary, b"agent.yaml", conf)
+            with pytest.raises(AgentsOwn):
+                source.rename_no_replace(temporary, b"agent.yaml", conf)
+        with pytest.raises(AgentsOwn):
+            conf.rename(temporary, b"agent.yaml")
+        for make in (conf.mkdir, lambda name: conf.symlink(name, b"mine"), conf.create_temporary):
+            with pytest.raises(AgentsOwn):
+                make(b"agent.yaml")
+        for old in (b".local", b"conf"):
+            with pytest.raises(HoldsOwn):
+                top.rename(old, b"moved")
+            with pytest.raises(HoldsOwn):
+                top.rename_no_replace(old, b"moved")
+        with pytest.raises(FileNotFoundError):
+            conf.rename(b"agent.yaml", b"moved")
+        conf.rename(temporary, b"new")
+    with pytest.raises(AgentsOwn):
+        root.make_directories((*STATE, b"tasks"))
+    assert (home / "conf/agent.yaml").read_text() == "secret"
+    assert (home / "conf/new").exists()
+
+
+def test_only_folders_that_hold_some_are_looked_through(root: Root) -> None:
+    """Elsewhere a file costs what it costs without them."""
+    with root.open_directory((b"work",)) as ordinary, root.open_directory((b"conf",)) as holding:
+        assert type(ordinary) is PosixDirectory
+        assert type(holding) is GuardedDirectory
+
+
+def test_another_mount_of_them_is_not_entered(tmp_path: Path, home: Path, root: Root) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("mounting needs root")
+    place = home / "work" / "mounted"
+    place.mkdir()
+    state = home / ".local/state/towpath/agent"
+    if subprocess.run(["mount", "--bind", state, place], capture_output=True, check=False).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        with pytest.raises(FileNotFoundError):
+            root.open_directory((b"work", b"mounted"))
+        with root.open_directory((b"work",)) as folder, pytest.raises(FileNotFoundError):
+            folder.open_directory(b"mounted")
+    finally:
+        subprocess.run(["umount", place], check=True)
+
+
+def test_a_link_to_the_configuration_is_the_agents_own_too(home: Path) -> None:
+    (home / "dotfiles").mkdir()
+    (home / "dotfiles/agent.yaml").write_text("secret")
+    (home / "agent.yaml").symlink_to("dotfiles/agent.yaml")
+    with open_guarded(str(home), own=[str(home / "agent.yaml")]) as root:
+        assert names(root) == {b"dotfiles"}
+        assert names(root, b"dotfiles") == set()
+
+
+@pytest.mark.parametrize("below", ["", "tasks"])
+def test_a_root_among_them_cannot_be_used(home: Path, own: tuple[str, ...], below: str) -> None:
+    place = Path(own[0]) / below
+    place.mkdir(exist_ok=True)
+    config = CollectionConfig(id="c", name="Bad", root=str(place))
+    with pytest.raises(NeedsPerson) as caught, Collections(Marks(None), own).using(config):
+        pass
+    assert caught.value.code == "COLLECTION_UNAVAILABLE"
+    assert "belongs to the agent itself" in caught.value.sentence
+
+
+def test_daemon_and_workers_open_roots_without_them(home: Path, own: tuple[str, ...]) -> None:
+    with Collections(Marks(None), own).using(CollectionConfig(id="c", name="Home", root=str(home))) as root:
+        assert names(root, b"conf") == {b"mine"}
+    common = Common(node_id="n", node_key=b"", relay_id="r", relay_root="", collections=[], own_places=own)
+    with _root_of(common, WorkerCollection(id="c", root=str(home), read_only=False)) as root:
+        assert names(root, b"conf") == {b"mine"}
+
+
+def test_what_is_the_agents_own_follows_from_its_configuration(
+    tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(home / ".config"))
+    collection = CollectionConfig(id="c", name="Home", root=str(home))
+    found = AgentConfig(state_dir=home / "state", collections=(collection,))
+    assert set(own_places(found, home / "a.yaml")) == {
+        str(home / name) for name in ("state", "a.yaml", "a.overlay.yaml", ".config/towpath")
+    }
+    sentences = [sentence for _, sentence in exposures(found, home / "a.yaml")]
+    assert len(sentences) == 2
+    assert all("neither sees nor changes it" in sentence for sentence in sentences)
+    assert not list(unusable(found))
+    inside = AgentConfig(state_dir=home, collections=(collection,))
+    assert not list(exposures(inside, tmp_path / "a.yaml"))
+    ((refused, sentence),) = unusable(inside)
+    assert (refused, "cannot be used" in sentence) == (collection, True)
+
+
+class HomeEngine(Engine):
+    """Both sides are homes with an agent in them."""
+
+    def source_root(self) -> Root:
+        return open_guarded(str(self.source), own=self.own(self.source))
+
+    def open_destination(self) -> Root:
+        return open_guarded(str(self.destination), own=self.own(self.destination))
+
+    def own(self, home: Path) -> tuple[str, ...]:
+        return str(home / ".local/state/towpath/agent"), str(home / "conf/agent.yaml")
+
+
+def files(home: Path) -> set[str]:
+    return {str(path.relative_to(home)) for path in home.rglob("*") if path.is_file()}
+
+
+async def test_a_mirror_leaves_them_and_takes_none_along(quick_path: Path) -> None:
+    engine = HomeEngine(quick_path, MIRROR)
+    fill(engine.destination)
+    (engine.destination / ".local/more").write_text("extra")
+    (engine.source / "work").mkdir()
+    (engine.source / "work/b").write_text("new")
+    observed = await engine.run()
+    assert observed.state == "SUCCEEDED", (observed, engine.codes())
+    assert files(engine.destination) == {".local/state/towpath/agent/node.key", "conf/agent.yaml", "work/b"}
+    # other, more, mine, a; the folders that hold the agent's own stay.
+    assert (observed.counters.deleted, observed.counters.failed) == (4, 0)
+
+
+async def test_a_transfer_takes_none_along(quick_path: Path) -> None:
+    engine = HomeEngine(quick_path)
+    fill(engine.source)
+    observed = await engine.run()
+    assert observed.state == "SUCCEEDED", observed
+    assert files(engine.destination) == {".local/state/other", "conf/mine", "work/a"}
+    assert observed.counters.files == 3
+
+
+async def test_a_transfer_puts_nothing_there(quick_path: Path) -> None:
+    """From a machine where nobody's agent has those names."""
+    engine = HomeEngine(quick_path)
+    fill(engine.source)
+    fill(engine.destination)
+    for path in ("conf/agent.yaml", ".local/state/towpath/agent/node.key"):
+        (engine.source / path).write_text("bad")
+    engine.own = lambda home: () if home == engine.source else HomeEngine.own(engine, home)  # type: ignore[method-assign]
+    observed = await engine.run()
+    assert (observed.state, observed.counters.failed) == ("FAILED", 2), observed
+    assert engine.codes().count("PERMISSION_DENIED") == 2
+    for path in ("conf/agent.yaml", ".local/state/towpath/agent/node.key"):
+        assert (engine.destination / path).read_text() == "secret"
+
+
+async def test_a_delete_leaves_them_and_says_so(quick_path: Path) -> None:
+    items = [TaskItem(source_path=f"/{name}", destination_path="") for name in (".local", "conf", "work")]
+    engine = HomeEngine(quick_path, TaskOptions(recursive=True), items=items, type="DELETE")
+    fill(engine.destination)
+    observed = await engine.run()
+    assert (observed.state, observed.counters.failed, observed.counters.deleted) == ("FAILED", 2, 4), observed
+    assert engine.codes().count("NOT_EMPTY") == 2
+    assert files(engine.destination) == {".local/state/towpath/agent/node.key", "conf/agent.yaml"}
+
+
+def test_errors_are_as_the_system_says_them() -> None:
+    assert (AgentsOwn().errno, HoldsOwn().errno) == (errno.EACCES, errno.ENOTEMPTY)
+    assert issubclass(GuardedDirectory, Directory)
