@@ -48,8 +48,11 @@ def link(connection: Connection, primary_id: str, identity_id: str, now: float) 
         return
     if len(present) >= MAX_LINKED:
         raise CannotLink(f"At most {MAX_LINKED} identities can be linked.")
-    if len(set_of(connection, identity_id)) > 1:
+    if primary_of(connection, identity_id) != identity_id or len(set_of(connection, identity_id)) > 1:
         raise CannotLink("That identity is linked to others already; unlink it there first.", subject=identity_id)
+    # Closed ones that were linked to it stand alone should they be opened again: nobody has shown that they are theirs
+    # under the new name, and a primary identity is never linked to another.
+    connection.execute(delete(linked_identities).where(linked_identities.c.primary_id == identity_id))
     connection.execute(insert(linked_identities).values(identity_id=identity_id, primary_id=primary_id, created=now))
 
 

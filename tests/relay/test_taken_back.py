@@ -157,6 +157,8 @@ async def test_the_tasks_of_a_deleted_client_end_with_it(clock: MockClock, scene
     else:
         (identity,) = (await scene.relay.store.read(lambda c: select_by_ids(c, [ada.id]))).values()
         person = Person(dataclasses.replace(scene.relay.base, http=scene.relay.http))
+        # Minutes have gone by while the database worked, and who signed in then is asked for the password again.
+        scene.relay.base.clock.now = scene.relay.services.clock()
         await person.arrive(identity)
         page = await person.get(f"/developers/applications/{program}")
         form = next(form for form in forms_of(page.text) if form.fields.get("do") == "delete")
@@ -257,6 +259,26 @@ async def test_a_closed_identity_is_neither_linked_nor_shown_nor_made_the_first(
     facts = ScopeFacts(id="s", name="s", server="s", words="s", required_domains=("elsewhere.example",))
     with pytest.raises(NotForPerson):
         check_domains([facts], person)
+
+
+async def test_linking_one_whose_others_are_closed_leaves_those_alone(world: RelayWorld) -> None:
+    ada, other = await couple(world)
+    carol = await add_person(world, "carol")
+    await accounts.closing(world.settings, "ada2")(world.store)
+    await world.store.write(lambda c: linked.link(c, carol.id, ada.id, world.clock.now))
+    await accounts.opening(world.settings, "ada2")(world.store)
+    ids = (ada.id, other.id, carol.id)
+    primaries = await world.store.read(lambda c: [linked.primary_of(c, one) for one in ids])
+    assert primaries == [carol.id, other.id, carol.id]
+
+
+async def test_one_whose_primary_identity_is_closed_is_not_linked_elsewhere(world: RelayWorld) -> None:
+    """Its person could not sign in, and shall not come in by somebody else's name."""
+    _, other = await couple(world)
+    carol = await add_person(world, "carol")
+    await accounts.closing(world.settings, "ada")(world.store)
+    with pytest.raises(linked.CannotLink, match="linked to others"):
+        await world.store.write(lambda c: linked.link(c, carol.id, other.id, world.clock.now))
 
 
 @pytest.mark.parametrize("back", [60.0, 86400.0, 10 * 365 * 86400.0])
