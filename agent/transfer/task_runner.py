@@ -95,7 +95,10 @@ class TaskRunner:
                     await trio.sleep(LOOK_AGAIN)
                 if scope.cancelled_caught:
                     # Nothing can be written down now; what the daemon has is enough to begin again, or to end.
-                    self._state = "CANCELED" if self._line.desired == "cancel" else "PAUSED"
+                    if self._line.desired == "cancel":
+                        self._state, self._status = "CANCELED", None
+                    else:
+                        self._state = "PAUSED"
                     return self.observed()
 
     async def _with_state(self) -> TaskObserved:

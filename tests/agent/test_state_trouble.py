@@ -199,5 +199,9 @@ async def test_an_earlier_worker_that_does_not_end_is_told_of_and_stands_in_nobo
     observed = await engine.run()
     assert said == ["WAITING"]
     assert observed.state == {"run": "SUCCEEDED", "cancel": "CANCELED", "pause": "PAUSED"}[desired]
+    # What is over waits for nothing, and nobody need mend anything for it.
+    waits = ("STATE_BUSY", "destination owner") if desired == "pause" else ("OK", "")
+    assert (observed.status_code, observed.who) == waits
+    assert bool(observed.status_sentence) is (desired == "pause")
     if desired != "run":
         os.close(earlier)
