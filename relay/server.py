@@ -27,6 +27,7 @@ from protocol.websocket.carrier import Carrier
 from relay import sdnotify
 from relay.api import enrol, transfer_routers
 from relay.api.app import create_app
+from relay.api.auth_identities import PROVISIONS, PROVISIONS_PERIOD
 from relay.audit.recorder import Recorder
 from relay.auth.clients import SecretChecker
 from relay.auth.guess_memory import INTERVAL, GuessMemory
@@ -141,6 +142,7 @@ def build(settings: Settings, store: Store, clock: Callable[[], float] = time.ti
         crowd_guesses=GuessLimit(sign_in.failures * _CROWD, sign_in.failures_window),
         audit=Recorder(store, clock),
         requests=Allowance(settings.limits.user_requests, settings.limits.user_requests_period),
+        provisions=Allowance(PROVISIONS, PROVISIONS_PERIOD),
         clock=clock,
     )
     app = create_app(services, [*transfer_routers.ROUTERS, enrol.router])

@@ -28,7 +28,7 @@ class Services:
     """Held in ``app.state.services``. ``clock`` gives Unix seconds.
 
     ``guesses`` counts wrong secrets by address and client, ``crowd_guesses`` by address alone;
-    ``requests`` counts what each person asks for.
+    ``requests`` counts what each person asks for, ``provisions`` whom they had an identity made for.
     """
 
     settings: Settings
@@ -44,6 +44,7 @@ class Services:
     crowd_guesses: GuessLimit
     audit: Recorder
     requests: Allowance
+    provisions: Allowance
     clock: Callable[[], float]
 
     @property

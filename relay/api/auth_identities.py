@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import uuid
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -23,17 +24,20 @@ from relay.auth.identities import (
     select_by_ids,
     select_by_usernames,
 )
-from relay.auth.linked import set_of
+from relay.auth.linked import primary_of, set_of
 from relay.auth.providers import IdentityProvider, identity_providers, named_after
 from relay.auth.scopes import MANAGE_PROJECTS, VIEW_CONSENTS, VIEW_IDENTITY_SET
 from relay.auth.upstream import provider_identity_id
+from relay.quota.requests import too_many
 from relay.refusal import ApiError
-from relay.services import services_of
+from relay.services import Services, services_of
 from relay.settings import Settings
 
 router = APIRouter(prefix="/v2", tags=["Auth"])
 
 MAX_LOOKUPS = 500
+# How many people one person may name, in so many seconds, before they come: each stays in the database.
+PROVISIONS, PROVISIONS_PERIOD = 1000, 86400.0
 
 
 @router.get("/oauth2/userinfo")
@@ -65,23 +69,28 @@ async def userinfo(request: Request, caller: Caller = Depends(auth_caller)) -> d
 
 async def _known_caller(request: Request) -> str:
     """The id of the identity that asks: by bearer token, or a client by its secret, as confidential clients may."""
-    if request.headers.get("authorization", "").lower().startswith("basic "):
-        return (await authenticated_client(request, {})).id
-    return (await auth_caller(request)).identity_id
+    if not request.headers.get("authorization", "").lower().startswith("basic "):
+        return (await auth_caller(request)).identity_id
+    client = await authenticated_client(request, {})
+    if client.parent_id is not None:
+        # Anybody may have a copy of a native application without asking; who uses it shows a person's token.
+        raise ApiError(403, "FORBIDDEN", "A copy of an application is nobody: sign in, and ask with your token.")
+    return client.id
 
 
-@router.get("/api/identities", dependencies=[Depends(_known_caller)])
+@router.get("/api/identities")
 async def find_identities(
     request: Request,
     ids: str | None = None,
     usernames: str | None = None,
     provision: str = "false",
     include: str = "",
+    caller_id: str = Depends(_known_caller),
 ) -> dict[str, Any]:
     """Identities by ``ids`` or by ``usernames``, comma-separated lists; unknown ones are left out.
 
     With ``provision=true``, usernames of the domains known here that nobody has yet are given an identity, so that
-    rules can name people before they come.
+    rules can name people before they come; a bounded number in a day (`PROVISIONS`).
     """
     if (ids is None) == (usernames is None):
         raise ApiError(400, "INVALID_REQUEST", "Give either ids or usernames, one of the two.")
@@ -96,7 +105,9 @@ async def find_identities(
         found = await services.store.read(lambda connection: select_by_usernames(connection, names))
         missing = [name for name in names if name not in found]
         vouchers, now = _vouchers(services.settings), services.clock()
-        if provision.lower() == "true" and any(name.rpartition("@")[2] in vouchers for name in missing):
+        new = {name for name in missing if name.rpartition("@")[2] in vouchers}
+        if provision.lower() == "true" and new:
+            await _count_new(services, caller_id, len(new), now)
             found = await services.store.write(lambda connection: _provision(connection, names, vouchers, now))
     document: dict[str, Any] = {"identities": [_identity_document(identity) for identity in found.values()]}
     if "identity_provider" in include.split(","):
@@ -148,6 +159,19 @@ def _vouchers(settings: Settings) -> dict[str, str]:
         if domain != "*"
     }
     return {**of_providers, settings.user_domain: provider_id_of(settings.user_domain)}
+
+
+async def _count_new(services: Services, caller_id: str, count: int, now: float) -> None:
+    """Count people whom a person names before they come. Raises `ApiError` 429 when these are too many."""
+    person = await services.store.read(lambda connection: primary_of(connection, caller_id))
+    balance = services.provisions.take(person, now, count)
+    if balance is not None and balance.wait:
+        seconds = max(1, math.ceil(balance.wait))
+        raise too_many(
+            f"At most {balance.limit} people in a day may be named by one person before they sign in here; "
+            f"go on in {seconds} s.",
+            seconds,
+        )
 
 
 def _provision(

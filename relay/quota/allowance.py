@@ -34,7 +34,7 @@ class AllowanceStatistics:
 
 
 class Allowance:
-    """``limit`` requests in ``period`` seconds for each subject; a limit of 0 means none."""
+    """``limit`` requests, or other things, in ``period`` seconds for each subject; a limit of 0 means none."""
 
     def __init__(self, limit: int, period: float) -> None:
         self._limit = limit
@@ -43,16 +43,16 @@ class Allowance:
         self._left: OrderedDict[str, tuple[float, float]] = OrderedDict()
         self._refused = 0
 
-    def take(self, subject: str, now: float) -> Balance | None:
-        """Count one request; None where there is no limit."""
+    def take(self, subject: str, now: float, count: int = 1) -> Balance | None:
+        """Count one request, or as many as ``count`` together (at most ``limit``); None where there is no limit."""
         if self._limit == 0:
             return None
         left = self._now_left(subject, now)
-        wait = 0.0 if left >= 1 else (1 - left) * self._period / self._limit
+        wait = 0.0 if left >= count else (count - left) * self._period / self._limit
         if wait:
             self._refused += 1
         else:
-            left -= 1
+            left -= count
         self._left[subject] = (left, now)
         self._left.move_to_end(subject)
         while len(self._left) > MAX_SUBJECTS:

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 import jwt
 import pytest
 
+from relay.api.auth_identities import MAX_LOOKUPS, PROVISIONS
 from relay.auth.identities import CLIENT_PROVIDER_ID
+from relay.auth.public_clients import TOWPATH_CLI
 from relay.auth.scopes import AUTH_SERVER, TRANSFER_ALL, TRANSFER_SERVER, VIEW_IDENTITY_SET
 
 if TYPE_CHECKING:
@@ -344,6 +346,44 @@ async def test_identities_are_provisioned_in_the_own_domain_alone(world: RelayWo
     assert (made["username"], made["status"]) == (f"new@{domain}", "unused")
     assert await ask() == [made]
     assert await ask(provision="true") == [made]
+
+
+async def test_nobody_names_people_without_end(world: RelayWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each would stay in the database for ever."""
+    client_id, secret = await world.client()
+    domain = world.settings.user_domain
+    assert PROVISIONS == world.relay.services.provisions._limit >= MAX_LOOKUPS
+    monkeypatch.setattr(world.relay.services.provisions, "_limit", 4)
+
+    async def ask(names: str, **how: Any) -> Any:
+        asked = {"usernames": ",".join(f"{name}@{domain}" for name in names), "provision": "true"}
+        return await world.http.get("/v2/api/identities", params=asked, **how)
+
+    # Those that are there already, or are named twice, do not count.
+    for names, found in (("aab", 2), ("ab", 2), ("bc", 2)):
+        answer = await ask(names, headers=await world.bearer(client_id, client_id, AUTH_SERVER))
+        assert len(answer.json()["identities"]) == found
+    # All or none of them, however the caller shows who it is.
+    refused = await ask("cde", auth=(client_id, secret))
+    assert (refused.status_code, refused.json()["errors"][0]["code"]) == (429, "TOO_MANY_REQUESTS")
+    assert "At most 4 people in a day" in refused.json()["errors"][0]["detail"]
+    assert refused.headers["Retry-After"] == "21600"
+    assert len((await ask("abc", auth=(client_id, secret))).json()["identities"]) == 3
+    assert (await ask("d", auth=(client_id, secret))).status_code == 200
+    other = await world.client()
+    assert len((await ask("de", auth=other)).json()["identities"]) == 2
+
+
+async def test_a_copy_that_anybody_may_have_names_nobody_and_is_told_of_nobody(world: RelayWorld) -> None:
+    document = {"client": {"template_id": TOWPATH_CLI, "name": "Mallory's"}}
+    made = (await world.http.post("/v2/api/clients", json=document)).json()
+    copy = (made["client"]["id"], made["included"]["client_credential"]["secret"])
+    asked = {"usernames": f"ada@{world.settings.user_domain}"}
+    for more in ({}, {"provision": "true"}):
+        answer = await world.http.get("/v2/api/identities", params={**asked, **more}, auth=copy)
+        assert (answer.status_code, answer.json()["errors"][0]["code"]) == (403, "FORBIDDEN")
+    known = await world.http.get("/v2/api/identities", params=asked, auth=await world.client())
+    assert known.json()["identities"] == []
 
 
 async def test_identity_providers(world: RelayWorld) -> None:
