@@ -31,3 +31,8 @@ class ApiError(Exception):
         self.message = message
         self.extra: dict[str, Any] = dict(extra or {})
         self.headers: dict[str, str] = dict(headers or {})
+
+
+def too_many(sentence: str, seconds: int) -> ApiError:
+    """The refusal of somebody who asks for too much, and may ask again in so many seconds."""
+    return ApiError(429, "TooManyRequests", sentence, headers={"Retry-After": str(seconds)})

@@ -28,8 +28,7 @@ from relay.auth.linked import primary_of, set_of
 from relay.auth.providers import IdentityProvider, identity_providers, named_after
 from relay.auth.scopes import MANAGE_PROJECTS, VIEW_CONSENTS, VIEW_IDENTITY_SET
 from relay.auth.upstream import provider_identity_id
-from relay.quota.requests import too_many
-from relay.refusal import ApiError
+from relay.refusal import ApiError, too_many
 from relay.services import Services, services_of
 from relay.settings import Settings
 

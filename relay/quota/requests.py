@@ -10,7 +10,7 @@ from starlette.requests import HTTPConnection
 from starlette.types import Scope
 
 from relay.quota.allowance import Allowance, Balance
-from relay.refusal import ApiError
+from relay.refusal import too_many
 
 _KEY: Final = "balance"
 
@@ -24,11 +24,6 @@ def count(request: HTTPConnection, allowance: Allowance, subject: str, now: floa
     if balance.wait:
         seconds = max(1, math.ceil(balance.wait))
         raise too_many(f"You have made more than {balance.limit} requests lately; go on in {seconds} s.", seconds)
-
-
-def too_many(sentence: str, seconds: int) -> ApiError:
-    """The refusal of somebody who asks for too much."""
-    return ApiError(429, "TooManyRequests", sentence, headers={"Retry-After": str(seconds)})
 
 
 def add_headers(scope: Scope, headers: MutableHeaders) -> None:

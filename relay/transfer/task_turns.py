@@ -16,8 +16,7 @@ import msgspec
 from sqlalchemy import ColumnElement, Connection, and_, exists, func, or_, select
 
 from relay.access.decisions import Ability
-from relay.quota.requests import too_many
-from relay.refusal import ApiError
+from relay.refusal import ApiError, too_many
 from relay.store import transfer_tables as tables
 from relay.store.auth_tables import identities
 from relay.store.sign_in_tables import linked_identities
