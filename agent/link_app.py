@@ -28,6 +28,7 @@ from agent.services import TaskService
 from agent.storage.base import Reach, Root
 from agent.storage.faults import fault
 from agent.storage.listing import Accounts, list_directory, stat_entry
+from agent.storage.own_files import HoldsOwn
 from agent.storage.query import parse_query_untrusted
 from protocol.candidates import PathAnswer, PathGo, PathOffer
 from protocol.control import (
@@ -284,6 +285,8 @@ class LinkApp:
                     with target:
                         source.rename_no_replace(old_name, new_name, target)
                         target.sync()
+                except HoldsOwn:
+                    raise
                 except OSError as error:
                     raise fault(error, "", new) from error
                 source.sync()

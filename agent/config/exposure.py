@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from agent.config.keys import AgentConfig, CollectionConfig, default_config_file
-from agent.config.layers import overlay_file
+from agent.config.layers import overlay_file, overlay_lock
 
 
 def own_places(found: AgentConfig, config_file: Path) -> tuple[str, ...]:
     """Absolute paths of the folders and files that nobody may come to through a collection: the state directory, the
     configuration, and the folder of the default configuration, where also its user's sign-ins are kept."""
-    places = (found.state_dir, config_file, overlay_file(config_file), default_config_file().parent)
+    files = (config_file, overlay_file(config_file), overlay_lock(config_file))
+    places = (found.state_dir, *files, default_config_file().parent)
     return tuple(dict.fromkeys(os.path.abspath(place) for place in places))
 
 

@@ -73,6 +73,12 @@ def overlay_file(config_file: Path) -> Path:
     return config_file.with_name(f"{config_file.stem}.overlay.yaml")
 
 
+def overlay_lock(config_file: Path) -> Path:
+    """What is locked while the overlay is changed."""
+    path = overlay_file(config_file)
+    return path.with_name(f".{path.name}.lock")
+
+
 def load(
     file: Path,
     *,
@@ -249,7 +255,7 @@ def editing(file: Path) -> Iterator[dict[str, Any]]:
     """
     path = overlay_file(file)
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with path.with_name(f".{path.name}.lock").open("a") as lock:
+    with overlay_lock(file).open("a") as lock:
         with contextlib.suppress(OSError):
             wait_for_lock(lock.fileno())
         data = _overlay_bytes(file)

@@ -13,6 +13,7 @@ import pytest
 from agent.collections import Collections, Marks
 from agent.config.exposure import exposures, own_places, unusable
 from agent.config.keys import AgentConfig, CollectionConfig
+from agent.policy import Policy
 from agent.storage.base import Directory, Reach, Root
 from agent.storage.guarded import GuardedDirectory, open_guarded
 from agent.storage.listing import Accounts, list_directory, stat_entry
@@ -20,11 +21,15 @@ from agent.storage.own_files import AgentsOwn, HoldsOwn
 from agent.storage.posix import PosixDirectory
 from agent.storage.query import Query
 from agent.transfer.channel import Common, WorkerCollection
+from agent.transfer.local_node import LocalNode
 from agent.transfer.worker import _root_of
 from protocol.control import TaskItem, TaskOptions
 from protocol.errors import ItemFailed, NeedsPerson
+from protocol.identity import NodeKey
 from protocol.names import CollectionPath
+from protocol.ticket import RelayRoot, TicketVerifier
 from tests.agent.engine_inside import Engine, quick_path
+from tests.agent.link_scene import READ_WRITE, Link, at
 
 __all__ = ["quick_path"]
 
@@ -204,7 +209,7 @@ def test_what_is_the_agents_own_follows_from_its_configuration(
     collection = CollectionConfig(id="c", name="Home", root=str(home))
     found = AgentConfig(state_dir=home / "state", collections=(collection,))
     assert set(own_places(found, home / "a.yaml")) == {
-        str(home / name) for name in ("state", "a.yaml", "a.overlay.yaml", ".config/towpath")
+        str(home / name) for name in ("state", "a.yaml", "a.overlay.yaml", ".a.overlay.yaml.lock", ".config/towpath")
     }
     sentences = [sentence for _, sentence in exposures(found, home / "a.yaml")]
     assert len(sentences) == 2
@@ -214,6 +219,39 @@ def test_what_is_the_agents_own_follows_from_its_configuration(
     assert not list(exposures(inside, tmp_path / "a.yaml"))
     ((refused, sentence),) = unusable(inside)
     assert (refused, "cannot be used" in sentence) == (collection, True)
+
+
+async def test_a_relay_finds_none_and_makes_and_moves_none(tmp_path: Path) -> None:
+    link = Link(tmp_path)
+    own = tmp_path / "rw/sub/own"
+    own.mkdir()
+    (own / "key").write_text("secret")
+    link.collections._own = (str(own),)
+
+    async def post(operation: str, **body: str) -> tuple[int, str]:
+        return await link.code("POST", at(READ_WRITE, operation), body)
+
+    for operation in ("ls", "stat"):
+        assert await link.code("GET", at(READ_WRITE, operation), path="/sub/own") == (404, "NOT_FOUND")
+    assert (await link.ask("GET", at(READ_WRITE, "ls"), path="/sub")).json()["entries"] == []
+    assert await post("mkdir", path="/sub/own") == (403, "PERMISSION_DENIED")
+    assert await post("symlink", path="/sub/own", symlink_target="x") == (403, "PERMISSION_DENIED")
+    assert await post("rename", old_path="/sub/own", new_path="/x") == (404, "NOT_FOUND")
+    assert await post("rename", old_path="/file", new_path="/sub/own") == (403, "PERMISSION_DENIED")
+    answer = await link.ask("POST", at(READ_WRITE, "rename"), {"old_path": "/sub", "new_path": "/x"})
+    assert (answer.status_code, answer.json()["code"], answer.json()["subject"]) == (409, "NOT_EMPTY", "/sub")
+    assert (own / "key").read_text() == "secret"
+
+
+def test_every_worker_is_told_of_them(tmp_path: Path) -> None:
+    identity = NodeKey.generate()
+    verifier = TicketVerifier("r", RelayRoot.generate().public_pem)
+    config = AgentConfig(state_dir=tmp_path)
+    node = LocalNode(tmp_path, config, identity, "n", verifier, Policy([]), "", own_places=("/own",))
+    try:
+        assert node.common().own_places == ("/own",)
+    finally:
+        node.store.close()
 
 
 class HomeEngine(Engine):

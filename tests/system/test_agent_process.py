@@ -253,6 +253,11 @@ def test_a_changed_configuration_is_taken_up_and_a_broken_one_is_not(site: Site)
         checked = site.call("config", "check")
         assert checked.returncode == 1
         assert mistake in checked.stderr
+        # The agent's own files are offered to nobody; the folder of tasks is made by the agent.
+        entry = {"id": SECOND, "name": "Own", "root": str(site.state_dir / "tasks")}
+        site.config_file.write_text(append_collection(good, entry, site.config_file))
+        wait_for(lambda: not site.status()["collections"][-1]["available"], "the refusal of its own folder")
+        assert "belongs to the agent itself" in site.status()["collections"][-1]["reason"]
         site.config_file.write_text(good)
         wait_for(lambda: len(site.status()["collections"]) == 1, "one collection again")
         assert site.status()["config_problem"] == ""
