@@ -26,7 +26,7 @@ def open_guarded(
     """
     root = open_root(path, expected, disks)
     try:
-        files = OwnFiles(own)
+        files = OwnFiles(own, path)
         if files.are_above(path):
             raise NeedsPerson(
                 f"The collection's folder {escape(os.fsencode(path))} belongs to the agent itself, which keeps its "

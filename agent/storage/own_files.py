@@ -2,8 +2,9 @@
 collection: for whoever comes through that they do not exist.
 
 Folders are known by device and inode, so that no link, mount or other spelling leads into them; they and single files
-are left out of the folder they lie in by name. One look at each folder when it is opened tells all this; nothing is
-asked for files elsewhere. What walks and folders do about it is in `agent.storage.walk` and `agent.storage.guarded`.
+are left out of the folder they lie in by name, also while they are not there. One look at each folder when it is opened
+tells all this; nothing is asked for files elsewhere. What walks and folders do about it is in `agent.storage.walk` and
+`agent.storage.guarded`.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ import errno
 import os
 import stat as stat_bits
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 
 from agent.storage.folding import fold_key
 from agent.storage.handles import os_error
+from protocol.names import CollectionPath
 
 
 class AgentsOwn(PermissionError):
@@ -69,12 +71,16 @@ def _are_one(fd: int, name: bytes, other: bytes) -> bool:
 class OwnFiles:
     """The agent's own folders and files, as they are when this is made. Never changes; for any thread.
 
-    ``places`` are absolute paths; those that do not exist are left out by name where they would be.
+    ``places`` are absolute paths, ``root`` is where the collection is; those that do not exist are left out by name
+    where they would be.
     """
 
-    def __init__(self, places: Iterable[str] = ()) -> None:
+    def __init__(self, places: Iterable[str] = (), root: str = "") -> None:
+        self._root = os.fsencode(os.path.realpath(root)).rstrip(b"/") if root else b""
         self._folders: set[tuple[int, int]] = set()
         self._around: dict[tuple[int, int], Around] = {}
+        # Of folders that are not there yet, by their place below the root, each name of it folded.
+        self._awaited: dict[CollectionPath, Around] = {}
         self._paths: set[str] = set()
         for place in places:
             real = os.path.realpath(place)
@@ -100,8 +106,13 @@ class OwnFiles:
     def _of(self, folder: bytes) -> Around:
         try:
             status = os.stat(folder)
+        except FileNotFoundError:
+            if not folder.startswith(self._root + b"/"):
+                return Around()
+            place = folder[len(self._root) :].split(b"/")[1:]
+            return self._awaited.setdefault(tuple(map(fold_key, place)), Around())
         except OSError:
-            # Not there, or nowhere this account may come: then others do not come there either.
+            # Nowhere this account may come: then others do not come there either.
             return Around()
         return self._around.setdefault((status.st_dev, status.st_ino), Around())
 
@@ -113,19 +124,25 @@ class OwnFiles:
         real = os.path.realpath(path)
         return any(os.path.commonpath((real, own)) == own for own in self._paths)
 
-    def check_entered(self, fd: int, *, make: bool = False) -> None:
-        """Raise FileNotFoundError, or with ``make`` `AgentsOwn`, if an open folder is one of them."""
+    def entered(self, fd: int, where: Sequence[bytes], *, make: bool = False) -> Around | None:
+        """As `around`. Raises FileNotFoundError, or with ``make`` `AgentsOwn`, if the open folder is one of them."""
         status = os.fstat(fd)
         if (status.st_dev, status.st_ino) in self._folders:
             raise AgentsOwn if make else os_error(errno.ENOENT)
+        return self._known(status, where)
 
-    def check_name(self, fd: int, name: bytes) -> None:
+    def check_name(self, fd: int, where: Sequence[bytes], name: bytes) -> None:
         """Raise FileNotFoundError if a name in an open folder is one of them."""
-        around = self.around(fd)
+        around = self.around(fd, where)
         if around is not None and around.conceals(fd, name):
             raise os_error(errno.ENOENT)
 
-    def around(self, fd: int) -> Around | None:
-        """What an open folder holds of them; None for nearly every one."""
-        status = os.fstat(fd)
-        return self._around.get((status.st_dev, status.st_ino))
+    def around(self, fd: int, where: Sequence[bytes]) -> Around | None:
+        """What an open folder, which is ``where`` below the root, holds of them; None for nearly every one."""
+        return self._known(os.fstat(fd), where)
+
+    def _known(self, status: os.stat_result, where: Sequence[bytes]) -> Around | None:
+        found = self._around.get((status.st_dev, status.st_ino))
+        if found is None and self._awaited:
+            found = self._awaited.get(tuple(map(fold_key, where)))
+        return found

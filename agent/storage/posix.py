@@ -238,7 +238,7 @@ class PosixRoot(Root):
 
     def directory(self, fd: int, where: CollectionPath) -> PosixDirectory:
         """The directory of a handle, which is closed with it."""
-        around = None if self._guarded is None else self.walker.own.around(fd)
+        around = None if self._guarded is None else self.walker.own.around(fd, where)
         if around is None or self._guarded is None:
             return PosixDirectory(self, fd, where)
         return self._guarded(self, fd, where, around)
@@ -361,7 +361,7 @@ class PosixDirectory(Directory):
         try:
             walker.disks.check(fd, where)
             if walker.own:
-                walker.own.check_entered(fd)
+                walker.own.entered(fd, where)
         except BaseException:
             os.close(fd)
             raise

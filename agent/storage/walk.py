@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from agent.storage.base import MAX_LINKS, LeavesCollection, Reach
 from agent.storage.disks import Disks
 from agent.storage.handles import LOOKUP, PERHAPS_LINK, os_error, sync_folder
-from agent.storage.own_files import OwnFiles
+from agent.storage.own_files import AgentsOwn, OwnFiles
 from protocol.names import CollectionPath
 
 # Bounds the work that a maze of links can cause.
@@ -71,6 +71,8 @@ class Walker:
         links = 0
         fd = os.dup(self._fd)
         try:
+            # What the root, and the folder reached so far, hold of the agent's own.
+            around = above = self.own.around(fd, ()) if self.own else None
             for _ in range(_MAX_STEPS):
                 reach = self._reach if followed or links else None
                 if not pending:
@@ -85,7 +87,9 @@ class Walker:
                     if reach is not None:
                         # Before the look, so that not even its existence is told.
                         reach.check_way((*done, step))
-                    below = self._enter(fd, step)
+                    if around is not None and around.conceals(fd, step):
+                        raise AgentsOwn if make else os_error(errno.ENOENT)
+                    below = _enter(fd, step)
                     if isinstance(below, int):
                         os.close(fd)
                         fd = below
@@ -93,7 +97,7 @@ class Walker:
                         if self.disks:
                             self.disks.check(fd, tuple(done))
                         if self.own:
-                            self.own.check_entered(fd, make=make)
+                            around = self.own.entered(fd, done, make=make)
                         continue
                     if below is None:
                         # Made or not, the next round sees what is there now.
@@ -109,19 +113,12 @@ class Walker:
                 os.close(fd)
                 fd = top
                 done = []
+                around = above
         except BaseException:
             os.close(fd)
             raise
         os.close(fd)
         raise os_error(errno.ELOOP)
-
-    def _enter(self, fd: int, step: bytes) -> int | bytes | None:
-        try:
-            return _enter(fd, step)
-        except NotADirectoryError:
-            if self.own:
-                self.own.check_name(fd, step)
-            raise
 
     def expand(self, where: Sequence[bytes], target: bytes) -> list[bytes]:
         """The way from the root that a link in the folder ``where`` stands for; it may contain ``..`` and links."""
@@ -142,7 +139,7 @@ class Walker:
             fd, where = self.walk(way[:-1], followed=True, name=(way[-1],))
             try:
                 if self.own:
-                    self.own.check_name(fd, way[-1])
+                    self.own.check_name(fd, where, way[-1])
                 target = os.readlink(way[-1], dir_fd=fd)
             except OSError as error:
                 if error.errno == errno.EINVAL:

@@ -150,6 +150,33 @@ def test_nothing_is_put_in_their_place_and_the_way_to_them_stays(home: Path, roo
     assert (home / "conf/new").exists()
 
 
+@pytest.mark.parametrize(
+    "path",
+    [(b"conf", b"agent.overlay.yaml"), (b"conf", b"more"), (b"nowhere", b"else"), (b"nowhere", b"else", b"below")],
+    ids=lambda path: "/".join(map(os.fsdecode, path)),
+)
+def test_nobody_makes_what_is_not_there_yet_or_enters_it_when_it_is(home: Path, path: CollectionPath) -> None:
+    """The folder of the default configuration, and overlays: who could make one would decide what it says."""
+    fill(home)
+    (home / "link").symlink_to(home / os.fsdecode(b"/".join(path)))
+    places = [str(home / place) for place in ("conf/agent.overlay.yaml", "conf/more", "nowhere/else")]
+    with open_guarded(str(home), own=places) as root:
+        with pytest.raises(AgentsOwn):
+            root.make_directories(path)
+        with root.make_directories(path[:1]) as folder, pytest.raises(AgentsOwn):
+            folder.mkdir(path[1])
+        with root.open_directory(()) as top, top.open_directory(path[0]) as folder, pytest.raises(AgentsOwn):
+            folder.mkdir(path[1])
+        assert not (home / os.fsdecode(b"/".join(path[:2]))).exists()
+        # The agent, or its owner, makes it while the root is open.
+        (home / os.fsdecode(b"/".join(path))).mkdir(parents=True)
+        for way in (path, (b"link",)):
+            with pytest.raises(FileNotFoundError):
+                root.open_directory(way)
+        with root.open_directory(path[:1]) as folder:
+            assert path[1] not in {node.name for node in folder.scan()}
+
+
 def test_only_folders_that_hold_some_are_looked_through(root: Root) -> None:
     """Elsewhere a file costs what it costs without them."""
     with root.open_directory((b"work",)) as ordinary, root.open_directory((b"conf",)) as holding:
