@@ -127,7 +127,10 @@ async def test_what_lasts_is_listed_and_costs_nothing_else(quick_path: Path, cod
 # --- the other side --------------------------------------------------------------------------------------
 
 
-async def test_a_ticket_that_ran_out_is_no_files_fault(quick_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("size", [2 * MIB, 100], ids=["ranges", "packs"])
+async def test_a_ticket_that_ran_out_is_no_files_fault(
+    quick_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
     """However long the relay takes with a new one: more refusals than any file has attempts."""
     refused: list[int] = []
 
@@ -140,7 +143,7 @@ async def test_a_ticket_that_ran_out_is_no_files_fault(quick_path: Path, monkeyp
     monkeypatch.setattr(engine_inside.OpenPolicy, "check", check)
     engine = Engine(quick_path, source_plan=lambda call: begun.append(1) if call.operation == "scan" else None)
     for number in range(5):
-        (engine.source / str(number)).write_bytes(os.urandom(2 * MIB))
+        (engine.source / str(number)).write_bytes(os.urandom(size))
     observed = await engine.run()
     assert len(refused) == 30
     assert observed.state == "SUCCEEDED", observed

@@ -91,7 +91,9 @@ async def test_calls_fail_once_in_either_process(quick_path: Path, code: int) ->
         else:
             assert (code, observed.error_code) == (errno.EACCES, "ITEMS_FAILED"), what
         ends[observed.state] += 1
-    assert ends["SUCCEEDED"] >= 3, ends
+    # Which calls are of files that may not be read, or are tried again, depends on who comes first.
+    assert ends["SUCCEEDED"], ends
+    assert sum(ends.values()) >= 3, ends
 
 
 async def test_all_processes_die_at_once(quick_path: Path) -> None:

@@ -328,14 +328,18 @@ async def test_contents_outside_of_the_ticket_are_refused_on_a_lane(scene: Scene
         session.ReadPack(3, 0, b"secret", [session.PackFile(b"hidden-name", secret)]),
         session.ReadPack(4, 0, b"", [session.PackFile(b"secret/hidden-name", secret)]),
         session.ReadPack(5, 0, b"open", [session.PackFile(b"shown-name", shown), session.PackFile(b"x", secret)]),
-        session.ReadRange(6, 0, b"open/shown-name", shown, 0, len(OPEN), block),
+        # The last file's folder does not speak for those before it.
+        session.ReadPack(
+            6, 0, b"", [session.PackFile(b"secret/hidden-name", secret), session.PackFile(b"open/shown-name", shown)]
+        ),
+        session.ReadRange(7, 0, b"open/shown-name", shown, 0, len(OPEN), block),
     ]
     wire, frames = await trio.to_thread.run_sync(read_on_lane, scene, requests)
     assert SECRET[:24] not in wire
     failed = {header.r for header, _ in frames if isinstance(header, lane.ReadFailed)}
-    assert failed == {2, 3, 4}
+    assert failed == {2, 3, 4, 6}
     print(f"requests outside of the ticket: {len(failed)} refused, bytes of such files served: 0")
-    assert b"".join(payload for header, payload in frames if getattr(header, "r", 0) == 6) == OPEN
+    assert b"".join(payload for header, payload in frames if getattr(header, "r", 0) == 7) == OPEN
 
 
 async def test_what_is_taken_before_it_is_known_is_inside_of_the_ticket(scene: Scene) -> None:
