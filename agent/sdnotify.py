@@ -10,7 +10,6 @@ import errno
 import os
 import socket
 import sys
-import time
 from collections.abc import MutableMapping
 
 VARIABLE = "NOTIFY_SOCKET"
@@ -50,11 +49,6 @@ class Notifier:
     def alive(self) -> None:
         """The agent's loop turns; to be said at least once in `watchdog` seconds."""
         self._send("WATCHDOG=1")
-
-    def reloading(self) -> None:
-        """The agent takes up a changed configuration; `ready` ends it (systemd's Type=notify-reload)."""
-        microseconds = time.monotonic_ns() // 1000
-        self._send(f"RELOADING=1\nMONOTONIC_USEC={microseconds}")
 
     def stopping(self) -> None:
         """The agent has begun to end."""

@@ -24,7 +24,7 @@ from agent.cli.screen import describe
 from agent.demo.children import Child, ChildFailed
 from agent.demo.compare import compare_trees
 from agent.demo.sample import Contents
-from agent.demo.verdict import KILLS, Evidence, Kill, Watched, help_needed, kill_due
+from agent.demo.verdict import Evidence, Kill, Watched, help_needed, kill_due
 from agent.demo.world import AGENTS, World
 from protocol.errors import TowpathError
 
@@ -212,8 +212,3 @@ async def watching(source: Path, destination: Path, reports: list[Watched]) -> A
             if process.returncode is None:
                 process.kill()
             await process.wait()
-
-
-def kills_in_words() -> str:
-    """Who will be killed when, for people."""
-    return ", ".join(f"{name} at {100 * share:.0f} %" for name, share in KILLS)

@@ -115,12 +115,6 @@ def find_browser_session(connection: Connection, cookie: str, now: float) -> Bro
     return _load(connection, (table.digest == token_digest(cookie)) & (table.expires > now))
 
 
-def find_browser_session_by_id(connection: Connection, session_id: str, now: float) -> BrowserSession | None:
-    """The live session with this id."""
-    table = browser_sessions.c
-    return _load(connection, (table.id == session_id) & (table.expires > now))
-
-
 def _load(connection: Connection, which: object) -> BrowserSession | None:
     row = connection.execute(select(browser_sessions).where(which)).mappings().first()  # type: ignore[arg-type]
     if row is None:

@@ -49,15 +49,6 @@ class Client:
     rotates: bool = False
 
 
-@dataclass(frozen=True)
-class NewSecret:
-    """A secret at the only moment it exists in the clear."""
-
-    client_id: str
-    secret_id: str
-    secret: str
-
-
 class NoSuchClient(ItemFailed):
     """There is no client with this id."""
 

@@ -109,13 +109,6 @@ def _select(connection: Connection, column: ColumnElement[str], values: Collecti
     return found
 
 
-async def identities_by_id(store: Store, ids: Collection[str]) -> dict[str, Identity]:
-    """The identities with these ids, by id; unknown ids are left out. Raises the store's errors."""
-    if not ids:
-        return {}
-    return await store.read(lambda connection: select_by_ids(connection, ids))
-
-
 async def identities_by_username(store: Store, usernames: Collection[str]) -> dict[str, Identity]:
     """The identities with these usernames, by normal username; unknown ones are left out."""
     if not usernames:

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
-from sqlalchemy import Connection, func, or_, select, update
+from sqlalchemy import Connection, select, update
 
 from protocol.names import CollectionPath, parse_path_untrusted
 from relay.access.decisions import ROOT, Ability, CollectionFacts, RoleGrant, Rule, Spot, decide, live_rules, reach
@@ -271,20 +271,3 @@ def in_use_by(connection: Connection, identity_id: str, ids: Iterable[str]) -> s
     ):
         used.update(id_ for id_ in row if id_ in wanted)
     return used
-
-
-def of_node(connection: Connection, node_id: str) -> list[str]:
-    """Ids of the collections that a node serves, deleted ones left out."""
-    column = tables.collections.c
-    return list(
-        connection.execute(select(column.id).where(column.node_id == node_id, column.deleted.is_(None))).scalars()
-    )
-
-
-def count_active(connection: Connection, collection_id: str) -> int:
-    """Active tasks of anybody that use a collection."""
-    task = tables.tasks.c
-    statement = select(func.count()).where(
-        task.status == "ACTIVE", or_(task.source_id == collection_id, task.destination_id == collection_id)
-    )
-    return int(connection.execute(statement).scalar_one())

@@ -18,13 +18,6 @@ def iso(seconds: float | None) -> str | None:
     )
 
 
-def whole_seconds(seconds: float | None) -> str | None:
-    """Unix seconds as ``2024-02-06T06:59:02+00:00``."""
-    if seconds is None:
-        return None
-    return datetime.datetime.fromtimestamp(int(seconds), datetime.UTC).isoformat(timespec="seconds")
-
-
 def listing_time(mtime_ns: int | None) -> str | None:
     """Nanoseconds since 1970 as ``2024-02-06 06:59:02+00:00``; what a peer invents is cut to the years 1 to 9999."""
     if mtime_ns is None:
