@@ -16,15 +16,11 @@ from agent.storage.own_files import HoldsOwn
 from agent.transfer.journal import Journal
 from agent.transfer.manifest import ManifestWriter, SkippedRow
 from agent.transfer.plan import now_iso
-from agent.transfer.remove import Removal
+from agent.transfer.remove import Removal, Stopped
 from protocol.control import Counters, TaskItem, TaskOptions
 from protocol.errors import ItemFailed, NeedsPerson, ProtocolError, RetryLater, TowpathError
 from protocol.names import parse_path_untrusted
 from protocol.session import join_path
-
-
-class Stopped(Exception):
-    """The task was cancelled or paused between two removals. Nothing that catches errors may take it for one."""
 
 
 class DeleteRun:

@@ -19,16 +19,12 @@ from agent.transfer.manifest import SkippedRow
 from agent.transfer.patience import Patience
 from agent.transfer.plan import now_iso, split_path
 from agent.transfer.record import Record
-from agent.transfer.remove import Removal
+from agent.transfer.remove import Removal, Stopped
 from protocol.control import TaskOptions
 from protocol.errors import TaskFailed, TowpathError
 
 # Without a limit in the task, more than this many are deleted only when at least as many files and folders stay.
 ALWAYS_ALLOWED = 1000
-
-
-class _Stopped(Exception):
-    """The task was cancelled or paused between two removals."""
 
 
 class Mirror:
@@ -63,14 +59,14 @@ class Mirror:
             return
         self._root.check_original()
         self._refuse_too_many()
-        with suppress(_Stopped):
+        with suppress(Stopped):
             for folder, name in self._journal.extras():
                 self._go_on()
                 self._remove(folder, name)
 
     def _go_on(self) -> None:
         if self._stop.is_set():
-            raise _Stopped
+            raise Stopped
 
     def _refuse_too_many(self) -> None:
         counters = self._record.counters
@@ -114,7 +110,7 @@ class Mirror:
         except (FileNotFoundError, HoldsOwn):
             # Somebody else was faster; or what is left are the agent's own files, which nobody sees.
             pass
-        except _Stopped:
+        except Stopped:
             self._record.removed(removal.count, [])
             raise
         except OSError as error:

@@ -14,6 +14,10 @@ MAX_OPEN = 64
 AT_ONCE = 10_000
 
 
+class Stopped(Exception):
+    """The task was cancelled or paused between two removals. Nothing that catches errors may take it for one."""
+
+
 class Removal:
     """Removes entries and counts those that are gone. ``on_gone`` is called after each of them; what it raises ends the
     removal there, and comes out of `entry`."""
@@ -72,13 +76,6 @@ class Removal:
         finally:
             for level in levels:
                 level.handle.close()
-
-
-def remove_entry(parent: Directory, node: Node, *, recursive: bool) -> int:
-    """`Removal.entry` alone: how many entries are gone."""
-    removal = Removal()
-    removal.entry(parent, node, recursive=recursive)
-    return removal.count
 
 
 class _Level:

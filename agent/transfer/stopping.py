@@ -18,6 +18,22 @@ async def call_on_cancel(function: Callable[[], None], *, task_status: trio.Task
         function()
 
 
+async def run_in_thread(work: Callable[[], None], stop: Callable[[], None]) -> None:
+    """Run blocking work in a thread. Cancelling calls ``stop`` (on trio's thread), and waits until the work ends by
+    it. Raises what the work raises, in no group."""
+    error: Exception | None = None
+    async with trio.open_nursery() as nursery:
+        await nursery.start(call_on_cancel, stop)
+        try:
+            await trio.to_thread.run_sync(work)
+        except Exception as raised:
+            error = raised
+        nursery.cancel_scope.cancel()
+    if error is not None:
+        raise error
+    await trio.lowlevel.checkpoint_if_cancelled()
+
+
 def first_error(group: BaseExceptionGroup[BaseException]) -> TowpathError:
     """The first error of a group, as one of ours."""
     found: BaseException = group

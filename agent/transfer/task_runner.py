@@ -18,7 +18,7 @@ from agent.system.file_lock import try_lock
 from agent.transfer.channel import Event, RunTask
 from agent.transfer.compare import CHECKSUM
 from agent.transfer.daemon_line import DaemonLine
-from agent.transfer.delete import DeleteRun, Stopped
+from agent.transfer.delete import DeleteRun
 from agent.transfer.events import EventLog
 from agent.transfer.journal import Journal, open_or_rebuild
 from agent.transfer.kept_lists import ListPolicy
@@ -26,10 +26,11 @@ from agent.transfer.manifest import ManifestWriter
 from agent.transfer.patience import Patience
 from agent.transfer.plan import now_iso, split_path, sweep_temporaries
 from agent.transfer.received import ReceivedCounter
+from agent.transfer.remove import Stopped
 from agent.transfer.run import RunContext
 from agent.transfer.source_session import SourceSession
 from agent.transfer.state_trouble import StateTrouble, of_system
-from agent.transfer.stopping import first_error
+from agent.transfer.stopping import run_in_thread
 from agent.transfer.transfer_run import TransferRun
 from protocol.control import Counters, Flow, TaskObserved, TaskOrder, TaskState
 from protocol.errors import NeedsPerson, ProtocolError, TaskFailed, TowpathError
@@ -358,21 +359,13 @@ class TaskRunner:
             root, self._journal, skipped, self._order.items or [], self._order.options, self._fault_from_thread
         )
         self._run = run
-        error: TowpathError | None = None
         try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(_stop_when_cancelled, run)
-                await trio.to_thread.run_sync(run.run)
-                nursery.cancel_scope.cancel()
-        except* Stopped:
+            await run_in_thread(run.run, run.stop)
+        except Stopped:
             await trio.lowlevel.checkpoint_if_cancelled()
-        except* TowpathError as group:
-            error = first_error(group)
         finally:
             self._counters = run.counters()
             self._run = None
-        if error is not None:
-            raise error
 
     def _fault_from_thread(self, error: TowpathError) -> None:
         self._token.run_sync_soon(self._fault, error)
@@ -510,10 +503,3 @@ class TaskRunner:
 
     def _tell(self, event: Event) -> None:
         self._line.post(event)
-
-
-async def _stop_when_cancelled(run: DeleteRun) -> None:
-    try:
-        await trio.sleep_forever()
-    finally:
-        run.stop()

@@ -40,7 +40,7 @@ from agent.transfer.retries import Retries
 from agent.transfer.run import RunContext
 from agent.transfer.settle import Settler
 from agent.transfer.source_session import SessionLost, SourceSession
-from agent.transfer.stopping import call_on_cancel, first_error, first_system_error
+from agent.transfer.stopping import call_on_cancel, first_error, first_system_error, run_in_thread
 from protocol.control import Counters, Flow
 from protocol.errors import TowpathError
 from protocol.session import LANE_READINGS, MAX_PACK_FILES, LaneReadings, join_path
@@ -176,7 +176,8 @@ class TransferRun:
             raise self._error
         context = self.context
         if self.options.delete_destination_extra:
-            await self._run_mirror()
+            # Cancelling ends that before the next file.
+            await run_in_thread(self._mirror.run, self._mirror.stop)
         await trio.to_thread.run_sync(
             remove_left_behind,
             context.root,
@@ -189,20 +190,6 @@ class TransferRun:
         if self.options.preserve_timestamp:
             rows = context.journal.directories_deepest_first()
             await trio.to_thread.run_sync(set_directory_times, context.root, rows, context.patience)
-
-    async def _run_mirror(self) -> None:
-        """Delete what the source does not have; cancelling ends that before the next file. Raises `TowpathError`."""
-        error: TowpathError | None = None
-        try:
-            async with trio.open_nursery() as nursery:
-                await nursery.start(call_on_cancel, self._mirror.stop)
-                await trio.to_thread.run_sync(self._mirror.run)
-                nursery.cancel_scope.cancel()
-        except* TowpathError as group:
-            error = first_error(group)
-        if error is not None:
-            raise error
-        await trio.lowlevel.checkpoint_if_cancelled()
 
     async def _end_elsewhere(self) -> None:
         """Afterwards no other process writes anything of this run."""

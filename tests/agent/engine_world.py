@@ -176,14 +176,22 @@ class World:
     async def submit(self, items: list[TaskItem], options: TaskOptions | None = None, *, paths: str = "/") -> str:
         """What a relay does with a transfer from alpha to beta."""
         task, session = str(uuid.uuid4()), str(uuid.uuid4())
-        ticket = self.ticket(task, session, self.alpha.grant("r", [paths]), self.beta.grant("rw", ["/"]))
-        self.sessions[task] = SessionOrder(session_id=session, task_id=task, ticket=ticket, peer=self.beta.party)
-        order = TaskOrder(
+        order = self.order(task, session, items, options, paths=paths)
+        self.sessions[task] = SessionOrder(session_id=session, task_id=task, ticket=order.ticket, peer=self.beta.party)
+        assert self.beta.service is not None
+        await self.beta.service.put_task(order)
+        return task
+
+    def order(
+        self, task: str, session: str, items: list[TaskItem], options: TaskOptions | None = None, *, paths: str = "/"
+    ) -> TaskOrder:
+        """A relay's first order for a transfer from alpha to beta."""
+        return TaskOrder(
             task_id=task,
             revision=1,
             desired="run",
             type="TRANSFER",
-            ticket=ticket,
+            ticket=self.ticket(task, session, self.alpha.grant("r", [paths]), self.beta.grant("rw", ["/"])),
             session_id=session,
             destination=self.beta.party,
             source=self.alpha.party,
@@ -191,9 +199,6 @@ class World:
             options=options or TaskOptions(verify_checksum=True, preserve_timestamp=True),
             items=items,
         )
-        assert self.beta.service is not None
-        await self.beta.service.put_task(order)
-        return task
 
     async def wait(self, task: str, *, states: frozenset[str] = FINAL_STATES, seconds: float = 60) -> TaskObserved:
         assert self.beta.service is not None

@@ -18,7 +18,7 @@ from agent.storage.base import Root
 from agent.storage.faulty import Call, fail_nth
 from agent.storage.mounts import Mark
 from agent.storage.posix import open_root
-from agent.transfer.remove import remove_entry
+from agent.transfer.remove import Removal
 from protocol.control import TaskItem, TaskOptions
 from tests.agent.engine_inside import Engine, contents, quick_path, when
 from tests.agent.small_disks import memory_disk, needs_root
@@ -375,7 +375,9 @@ def test_removing_knows_no_depth(quick_path: Path) -> None:
     dig(quick_path / "tree", 5000)
     with open_root(str(quick_path)) as root, root.open_directory(()) as folder:
         before = len(os.listdir("/proc/self/fd"))
-        assert remove_entry(folder, folder.lstat(b"tree"), recursive=True) == 5002
+        removal = Removal()
+        removal.entry(folder, folder.lstat(b"tree"), recursive=True)
+        assert removal.count == 5002
         assert len(os.listdir("/proc/self/fd")) == before
     assert [path.name for path in quick_path.iterdir()] == ["bystander"]
 

@@ -11,25 +11,8 @@ import trio
 import trio.testing
 
 from agent.transfer.running_task import RunningTask
-from protocol.control import TaskItem, TaskObserved, TaskOptions, TaskOrder
+from protocol.control import TaskItem, TaskObserved, TaskOrder
 from tests.agent.engine_world import World
-
-
-def _order(world: World, task: str) -> TaskOrder:
-    ticket = world.ticket(task, task, world.alpha.grant("r", ["/"]), world.beta.grant("rw", ["/"]))
-    return TaskOrder(
-        task_id=task,
-        revision=1,
-        desired="run",
-        type="TRANSFER",
-        ticket=ticket,
-        session_id=task,
-        destination=world.beta.party,
-        source=world.alpha.party,
-        owner_id="somebody",
-        options=TaskOptions(),
-        items=[TaskItem(source_path="/file", destination_path="/file")],
-    )
 
 
 @pytest.mark.parametrize("second", ["the same once more", "a newer one"])
@@ -63,7 +46,7 @@ async def test_orders_that_overtake_one_another(tmp_path: Path, monkeypatch: pyt
 
         monkeypatch.setattr(store, "put_order", slowly)
         task = "11111111-2222-4333-8444-555555555555"
-        first = _order(world, task)
+        first = world.order(task, task, [TaskItem(source_path="/file", destination_path="/file")])
         newer = first if second == "the same once more" else msgspec.structs.replace(first, revision=2, desired="pause")
         answers: list[TaskObserved] = []
 

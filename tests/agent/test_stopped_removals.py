@@ -17,7 +17,7 @@ from agent.storage.posix import open_root
 from agent.transfer import remove
 from agent.transfer.delete import DeleteRun
 from agent.transfer.mirror import Mirror
-from agent.transfer.remove import remove_entry
+from agent.transfer.remove import Removal
 from protocol.control import TaskItem, TaskOptions
 from tests.agent.engine_inside import Engine, Line, quick_path
 
@@ -113,7 +113,9 @@ def test_wide_folders_are_listed_in_parts(tmp_path: Path, monkeypatch: pytest.Mo
         for number in range(7):
             (tmp_path / folder / f"file-{number}").write_bytes(b"")
     with open_root(str(tmp_path)) as root, root.open_directory(()) as top:
-        assert remove_entry(top, top.lstat(b"tree"), recursive=True) == 4 + 4 * 7
+        removal = Removal()
+        removal.entry(top, top.lstat(b"tree"), recursive=True)
+        assert removal.count == 4 + 4 * 7
     assert list(tmp_path.iterdir()) == []
 
 
@@ -131,5 +133,5 @@ def test_a_listing_that_shows_what_is_gone_does_not_go_on_for_ever(
             kind: type[Directory] = type(folder)
         monkeypatch.setattr(kind, "scan", lambda _folder, *, reserved=False: iter(stale))
         with pytest.raises(OSError) as caught:
-            remove_entry(top, top.lstat(b"tree"), recursive=True)
+            Removal().entry(top, top.lstat(b"tree"), recursive=True)
     assert caught.value.errno == errno.ENOTEMPTY

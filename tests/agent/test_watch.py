@@ -16,7 +16,7 @@ from agent.collections import Collections, Marks
 from agent.config.keys import CollectionConfig, WatchConfig
 from agent.policy import Policy
 from agent.storage.posix import open_root
-from agent.transfer.remove import remove_entry
+from agent.transfer.remove import Removal
 from agent.watch.ledger import Batch, Item, Ledger
 from agent.watch.rule import next_time
 from agent.watch.service import LOOK_EVERY, RuleRunner, WatchService
@@ -281,7 +281,7 @@ async def test_a_very_deep_folder_ends_nothing(world: World) -> None:
     finally:
         with open_root(str(world.root / "in")) as root, root.open_directory(()) as top:
             # What tidies up after tests goes down by recursion, too.
-            remove_entry(top, top.lstat(b"d"), recursive=True)
+            Removal().entry(top, top.lstat(b"d"), recursive=True)
 
 
 async def test_files_stay_when_some_were_left_out(tmp_path: Path) -> None:
