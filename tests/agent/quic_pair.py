@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import pytest
@@ -18,6 +19,10 @@ from protocol.identity import NodeKey
 
 SESSION = "22222222-2222-4222-8222-222222222222"
 CLIENT, SERVER = NodeKey.generate(), NodeKey.generate()
+LIBRARIES = ["qh3", "aioquic"]
+both = pytest.mark.parametrize("library", LIBRARIES)
+# Client and server, in that order or the other one.
+all_four = pytest.mark.parametrize(("library", "other"), [(a, b) for a in LIBRARIES for b in LIBRARIES])
 
 
 def udp() -> socket.socket:
@@ -136,6 +141,29 @@ def quic_pair(
     )
     made.client.connect(address)
     return made
+
+
+def move_bytes(pair: QuicPair, source: socket.socket, target: socket.socket, content: bytes) -> bytes:
+    """Send all of it and the end, until the other side has both."""
+    received = bytearray()
+    view = memoryview(content)
+    ended = False
+
+    def done() -> bool:
+        nonlocal view, ended
+        with suppress(BlockingIOError):
+            while view:
+                view = view[source.send(view[: 256 * 1024]) :]
+                if not view:
+                    source.shutdown(socket.SHUT_WR)
+        with suppress(BlockingIOError):
+            while piece := target.recv(1 << 20):
+                received.extend(piece)
+            ended = True
+        return ended
+
+    pair.run(done)
+    return bytes(received)
 
 
 def soon_in_doubt(monkeypatch: pytest.MonkeyPatch) -> None:
