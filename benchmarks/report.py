@@ -205,7 +205,7 @@ def markdown(made_on: dict[str, Any], results: list[Result], chart_name: str) ->
         "The programs took turns in one run: the ratios count, not the rates. Ours digests everything at both ends and "
         "checks what has come; what the peers check is no more than that, so where ours has two rows the first one, "
         "which is not read back from the destination's storage afterwards, is compared and held against the goal, and "
-        "the second shows what reading back (the default) costs. G1d, G2d and G4 are with it. Written by "
+        "the second shows what reading back (the default) costs. G1d and G4 are with it. Written by "
         "`benchmarks/run.py` and `benchmarks/report.py`, which say how; [performance.md](performance.md) says why.\n\n"
         f"![rates]({chart_name})\n"
     )

@@ -10,12 +10,13 @@ G2d  the same, durable on disk                 G8   listing a folder through the
 G3   100 files of 10 MiB, durable              G3m  a real tree (Python's standard library), durable
 
 Ours is always encrypted and digested at both ends. Peers do not read back what they have written, so where they are
-what it is compared with (G1, G2, G3, G3m) ours has two rows, and the one that is not read back is held against the
-goal; the durable goals whose own words ask for read-back (G1d, G2d) are held against the row with it, which is the only
-one. On disk every peer's command is followed by a sync, so that both sides of a ratio are durable. Before
-each run the source is read once, and as much as will be written is written and removed, so that neither side pays for
-cold pages. Every run writes to a new place; trees stay until the end, single files are removed after each run. Peers
-that are not installed are left out (`install-peers.sh`). ``--json`` adds to what the file holds of other goals.
+what it is compared with (G1, G2, G2d, G3, G3m) ours has two rows, and the one that is not read back is held against
+the goal; the durable goal whose own words ask for read-back (G1d) is held against the row with it, which is the only
+one, as is G4's, where nothing is written. On disk every peer's command is followed by a sync, so that both sides of a
+ratio are durable. Before each run the source is read once, and as much as will be written is written and removed, so
+that neither side pays for cold pages. Every run writes to a new place; trees stay until the end, single files are
+removed after each run. Peers that are not installed are left out (`install-peers.sh`). ``--json`` adds to what the file
+holds of other goals.
 
 G5, long and lossy paths, and G5z, compression on one: `wan.py`, which makes network namespaces and needs root.
 """
@@ -431,7 +432,7 @@ async def measure(key: str, place: Place, options: argparse.Namespace) -> Result
     if key in ("G2", "G2d", "G4"):
         name = make_small(place, options.files)
         chosen = ("rsync over ssh", "rsync daemon") if key == "G4" else SMALL
-        read_back = None if key == "G2" else True
+        read_back = True if key == "G4" else None
         work = Work(key, name, options.files, "files", chosen, again=key == "G4", read_back=read_back)
         return Result(key, await compare(work, place, runs))
     if key == "G3":
