@@ -53,7 +53,15 @@ class LaneRequest:
     compression: Mode = "off"
 
 
-Join = Callable[[bytes, int, LaneMeter], "queue.SimpleQueue[LaneRequest | None]"]
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """What a lane gets when it joins a control stream: its work, and the root, as far as the ticket reaches."""
+
+    work: queue.SimpleQueue[LaneRequest | None]
+    root: Root
+
+
+Join = Callable[[bytes, int, LaneMeter], Joined]
 
 
 class LaneSender:
@@ -64,7 +72,6 @@ class LaneSender:
     def __init__(
         self,
         sock: SecuredLane,
-        root: Root,
         join: Join,
         pace: Pace,
         *,
@@ -72,14 +79,16 @@ class LaneSender:
         last_record: int = LAST_RECORD,
     ) -> None:
         self._socket = sock
-        self._root = root
+        # Known when the lane has joined: before, no ticket has said how far it may reach.
+        self._root: Root
         self._join = join
         self._pace = pace
         self._last_record = last_record
         self._meter = LaneMeter(sock)
         self._now = self._meter.times.now
         self._compression = Compression()
-        self._second = SecondRead(root) if read_twice else None
+        self._read_twice = read_twice
+        self._second: SecondRead | None = None
         self._buffer = memoryview(bytearray(2 * 1024 * 1024))
         self._files: OrderedDict[tuple[CollectionPath, bool], int] = OrderedDict()
         self._parent: tuple[CollectionPath, Directory] | None = None
@@ -105,10 +114,13 @@ class LaneSender:
         hello = lane.header_untrusted(self._read(header_length))
         if not isinstance(hello, lane.LaneHello):
             raise ProtocolError("A lane began without a greeting.")
-        work = self._join(hello.instance, hello.lane, self._meter)
+        joined = self._join(hello.instance, hello.lane, self._meter)
+        self._root = joined.root
+        if self._read_twice:
+            self._second = SecondRead(joined.root)
         self._socket.sendall(lane.encode_header(lane.LaneReady()))
         self._socket.settimeout(None)
-        return work
+        return joined.work
 
     def _read(self, length: int) -> bytes:
         data = b""

@@ -29,7 +29,7 @@ from agent.transfer.checksum import block_digests, file_digest
 from agent.transfer.holes import data_extents
 from agent.transfer.lane_keys import LAST_RECORD
 from agent.transfer.outgoing import send_queued
-from agent.transfer.send import LaneRequest, LaneSender
+from agent.transfer.send import Joined, LaneRequest, LaneSender
 from agent.transfer.source_policy import SourcePolicy
 from agent.transfer.source_rows import Listing, row_of
 from agent.transfer.storage_threads import StorageThreads
@@ -104,15 +104,15 @@ class SourceSide:
         # The root of before stays open: lanes of an earlier control stream may still read from it.
         self.root = self._whole if self._reach is None else self._whole.narrowed(Reach(self._reach))
 
-    def join(self, instance: bytes, number: int, meter: LaneMeter) -> queue.SimpleQueue[LaneRequest | None]:
-        """The queue of a lane that names the live control stream, or one that comes within moments. Raises
+    def join(self, instance: bytes, number: int, meter: LaneMeter) -> Joined:
+        """What a lane gets that names the live control stream, or one that comes within moments. Raises
         `ProtocolError`; any thread may call, and waits."""
         with self._greeted:
             self._greeted.wait_for(lambda: self._names(instance), JOIN_PATIENCE)
             control = self._names(instance)
         if control is None:
             raise ProtocolError("The lane names no live session.")
-        return control.add_lane(number, meter)
+        return Joined(control.add_lane(number, meter), control.root)
 
     def _names(self, instance: bytes) -> Control | None:
         control = self.control
@@ -124,6 +124,8 @@ class Control:
 
     def __init__(self, side: SourceSide, stream: trio.abc.Stream, *, ahead: bool) -> None:
         self.instance = b""
+        # As far as its ticket reaches, from `introduce` on.
+        self.root = side.root
         self._ahead = ahead
         # What came with the greeting.
         self._early: list[bytes] = []
@@ -184,6 +186,7 @@ class Control:
                 await self._stream.send_all(session.encode(session.Failed(0, error.to_document())))
                 raise
             self._side.confine()
+            self.root = self._side.root
             self.instance = first.instance
             self._compression = compression.wanted(first.abilities)
         if scope.cancelled_caught:
@@ -519,8 +522,6 @@ def serve_lane(
     """
     secured, _ = handshake(sock)
     try:
-        LaneSender(
-            secured, side.root, side.join, side.pace, read_twice=side.read_twice, last_record=side.last_record
-        ).run()
+        LaneSender(secured, side.join, side.pace, read_twice=side.read_twice, last_record=side.last_record).run()
     finally:
         secured.close()

@@ -137,7 +137,7 @@ async def test_a_lane_waits_for_the_greeting_that_is_under_way_and_for_no_other(
 
     def join(instance: bytes) -> None:
         try:
-            joined.append(side.join(instance, 1, LaneMeter(None)))  # type: ignore[arg-type]
+            joined.append(side.join(instance, 1, LaneMeter(None)).work)  # type: ignore[arg-type]
         except ProtocolError as error:
             joined.append(error)
 
@@ -173,12 +173,12 @@ async def test_work_for_a_lane_that_has_not_come_waits_for_it(
     numbers = {answer.r for answer in refused if isinstance(answer, session.Failed)}
     assert numbers == ({serve.MAX_EXPECTED + 1} if ahead else set(range(1, serve.MAX_EXPECTED + 2)))
     if ahead:
-        work = await trio.to_thread.run_sync(side.join, INSTANCE, 1, LaneMeter(None))  # type: ignore[arg-type]
+        work = (await trio.to_thread.run_sync(side.join, INSTANCE, 1, LaneMeter(None))).work  # type: ignore[arg-type]
         found = work.get_nowait()
         assert found is not None
         assert found.request.r == 1
         # A lane of the same number that comes later begins with nothing, and ends the one before.
-        other = await trio.to_thread.run_sync(side.join, INSTANCE, 1, LaneMeter(None))  # type: ignore[arg-type]
+        other = (await trio.to_thread.run_sync(side.join, INSTANCE, 1, LaneMeter(None))).work  # type: ignore[arg-type]
         assert other is not work
         assert (other.qsize(), work.get_nowait()) == (0, None)
     nursery.cancel_scope.cancel()

@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -374,6 +375,11 @@ async def test_links_lead_no_farther_than_the_ticket_says(scene: Scene) -> None:
     context = scene.context(scene.made.beta.key)
     whole, narrow = scene.ticket, scene.ticket_for(source=scene.made.alpha.grant("r", ["/open"], ["/open"]))
     for ticket, served in ((whole, True), (narrow, False), (whole, True)):
+        # The first time before anything else that shows this ticket.
+        for lane_first in (True, False):
+            reading = partial(read_on_lane, scene, on_lane, ticket, lane_first=lane_first)
+            wire, _ = await trio.to_thread.run_sync(reading)
+            assert (SECRET[:24] in wire) == served, (served, lane_first)
         for request in requests:
             _, answer = await trio.to_thread.run_sync(converse, scene, context, scene.session, ticket, request)
             if isinstance(answer, session.Stats):
@@ -386,8 +392,6 @@ async def test_links_lead_no_farther_than_the_ticket_says(scene: Scene) -> None:
         kinds = {row.name: row.kind for row in listed.rows}
         seen = {b"folder": session.DIRECTORY, b"file": session.FILE}
         assert {name: kinds[name] for name in seen} == (seen if served else dict.fromkeys(seen, session.SYMLINK))
-        wire, _ = await trio.to_thread.run_sync(read_on_lane, scene, on_lane, ticket)
-        assert (SECRET[:24] in wire) == served
 
 
 async def test_a_lane_that_names_no_live_session_is_served_zero_bytes(scene: Scene) -> None:
@@ -400,15 +404,26 @@ async def test_a_lane_that_names_no_live_session_is_served_zero_bytes(scene: Sce
 
 
 def read_on_lane(
-    scene: Scene, requests: list[session.Message], ticket: str = ""
+    scene: Scene, requests: list[session.Message], ticket: str = "", *, lane_first: bool = False
 ) -> tuple[bytes, list[tuple[lane.AnyHeader, bytes]]]:
-    """Enter the session as its destination, ask on a lane, and return all bytes of it until the last answer. Blocks."""
-    with contextlib.ExitStack() as opened:
-        control = opened.enter_context(scene.dial(scene.context(scene.made.beta.key)))
-        control.sendall(session.encode(session.Hello(ticket or scene.ticket, INSTANCE)))
-        assert isinstance(messages_in(control.recv(65536))[0], session.HelloAnswer)
+    """Enter the session as its destination, ask on a lane, and return all bytes of it until the last answer. With
+    ``lane_first`` the lane has greeted before the control stream has. Blocks."""
+
+    def greet_on_lane() -> ssl.SSLSocket:
         bulk = opened.enter_context(scene.dial(scene.context(scene.made.beta.key, session.ALPN_LANE)))
         bulk.sendall(lane.encode_header(lane.LaneHello(INSTANCE, 0)))
+        return bulk
+
+    with contextlib.ExitStack() as opened:
+        control = opened.enter_context(scene.dial(scene.context(scene.made.beta.key)))
+        if lane_first:
+            bulk = greet_on_lane()
+            # Long enough for its thread to be where it waits for the control stream.
+            time.sleep(0.3)
+        control.sendall(session.encode(session.Hello(ticket or scene.ticket, INSTANCE)))
+        assert isinstance(messages_in(control.recv(65536))[0], session.HelloAnswer)
+        if not lane_first:
+            bulk = greet_on_lane()
         wire = bytearray()
         frames: list[tuple[lane.AnyHeader, bytes]] = []
         while not any(isinstance(header, lane.LaneReady) for header, _ in frames):
