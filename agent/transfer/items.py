@@ -178,6 +178,9 @@ class ItemPlanner:
         ancestry = [(row.device, row.inode)]
         journal.add_directories([(index, path, destination, nearest_time(row.mtime_ns), ancestry)])
         journal.put_item(index, done=False)
+        if self._run.resumed:
+            self._leave_parts([index])
+            journal.drop_partial(-1 - index, b"")
 
     # --- failures --------------------------------------------------------------------------------------
 
@@ -187,6 +190,8 @@ class ItemPlanner:
         if not failures:
             return
         await self._run.slot()
+        if self._run.resumed:
+            await trio.to_thread.run_sync(self._leave_parts, [index for index, _, _ in failures])
         handle = await trio.to_thread.run_sync(self._run.context.root.open_directory, ())
         group = Group(-1 - failures[0][0], b"", b"", handle, [index for index, _, _ in failures])
         self._run.opened(group)
@@ -196,6 +201,14 @@ class ItemPlanner:
             job = FileJob(group, index, _UNKNOWN, path, _session_path(item.destination_path), False)
             self._run.give_up(job, error)
         self._run.settle.put(GroupListed(group))
+
+    def _leave_parts(self, items: Sequence[int]) -> None:
+        """What an earlier run has brought of such items is removed in the end, from the folders in which it lies."""
+        journal = self._run.context.journal
+        for index in items:
+            for temporary in journal.partial_temporaries(-1 - index):
+                folder = parse_path_untrusted(self._items[index].destination_path)[:-1]
+                journal.add_left_behind(join_path(folder), temporary)
 
     @staticmethod
     def source_error(result: StatResult) -> TowpathError:

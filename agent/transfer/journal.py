@@ -325,15 +325,19 @@ class Journal:
                 "SELECT temporary, version, block, done FROM partial WHERE directory = ? AND name = ?",
                 (directory, name),
             ).fetchone()
-        if row is None:
-            return None
-        return PartialRow(row[0], msgspec.msgpack.decode(row[1], type=Version), row[2], bytearray(row[3]))
+        return None if row is None else _partial(row)
+
+    def partials(self, directory: int) -> list[PartialRow]:
+        """All large files in flight in a directory."""
+        with self._using():
+            rows = self._connection.execute(
+                "SELECT temporary, version, block, done FROM partial WHERE directory = ?", (directory,)
+            ).fetchall()
+        return list(map(_partial, rows))
 
     def partial_temporaries(self, directory: int) -> set[bytes]:
         """Temporaries in a directory that hold blocks worth keeping."""
-        with self._using():
-            rows = self._connection.execute("SELECT temporary FROM partial WHERE directory = ?", (directory,))
-            return {row[0] for row in rows}
+        return {row.temporary for row in self.partials(directory)}
 
     def put_partial(self, directory: int, name: bytes, row: PartialRow) -> None:
         """Note which blocks of a large file are written, checked and worth keeping."""
@@ -427,6 +431,10 @@ class Journal:
         """The daemon has this one; an earlier one may not have come to it."""
         with self._using():
             self._connection.execute("DELETE FROM events WHERE seq = ?", (seq,))
+
+
+def _partial(row: tuple[bytes, bytes, int, bytes]) -> PartialRow:
+    return PartialRow(row[0], msgspec.msgpack.decode(row[1], type=Version), row[2], bytearray(row[3]))
 
 
 def open_or_rebuild(path: Path) -> tuple[Journal, bool]:

@@ -36,8 +36,10 @@ class Record:
         *,
         verify: bool,
         now: Callable[[], str],
+        remove: Callable[[Group, bytes], None] = lambda _group, _temporary: None,
     ) -> None:
         self._lock = threading.RLock()
+        self._remove = remove
         self.journal = journal
         self.counters = journal.counters()
         self.settled_bytes = int(journal.get("settled") or b"0")
@@ -190,8 +192,7 @@ class Record:
         ]
         self.journal.put_finished(finished)
         for file in complete:
-            if file.job.key[0] not in done_ids:
-                self.journal.drop_partial(*file.job.key)
+            self.journal.drop_partial(*file.job.key)
         for group in done:
             self._fold(group)
         self.journal.put_counters(self.counters)
@@ -216,11 +217,19 @@ class Record:
         group.counts.add_list(group.list_fate)
         self.counters = add_counts(self.counters, group)
         if group.id > 0:
-            self.journal.finish_directory(group.id)
+            self._finish(group, group.id)
         else:
             for item in group.items:
                 self.journal.put_item(item, done=True)
-                self.journal.finish_directory(-1 - item)
+                self._finish(group, -1 - item)
+
+    def _finish(self, group: Group, directory: int) -> None:
+        """Mark a directory, or what stands for an item, as done. Parts of large files that are left of it are of no
+        use any more: the source has a small file there by now, something else, or nothing."""
+        for part in self.journal.partials(directory):
+            self.settle(-bytes_done(part))
+            self._remove(group, part.temporary)
+        self.journal.finish_directory(directory)
 
 
 def skipped_row(job: FileJob, error: dict[str, object], now: str) -> SkippedRow:

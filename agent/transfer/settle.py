@@ -98,14 +98,14 @@ class Settler:
         self.queue: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
         # The disk must not wait until everything that has arrived is written.
         self._first = AnswersFirst[_Item](self.queue)
-        self.record = Record(journal, manifests, verify=verify, now=now)
+        self.remover = Remover(journal)
+        self.record = Record(journal, manifests, verify=verify, now=now, remove=self.remover.remove_part)
         self._root = root
         self._verify = verify
         self._preserve_timestamp = preserve_timestamp
         self._mode_mask = mode_mask
         self._reports = reports
         self._temporary_name = temporary_name
-        self.remover = Remover(journal)
         self._small = SmallFiles(
             root,
             mode_mask=mode_mask,

@@ -22,7 +22,7 @@ from agent.transfer.journal import Journal
 from protocol.errors import RetryLater, TowpathError
 from protocol.lane import digest as content_digest
 from protocol.names import escape
-from protocol.session import MAX_BLOCK
+from protocol.session import MAX_BLOCK, join_path
 
 # A temporary must be readable for its check; a mode without these bits is set just before the rename.
 OWNER_ACCESS = 0o600
@@ -64,6 +64,14 @@ class Remover:
             return
         except OSError:
             # Before the group can be marked done, after which nobody sweeps its folder.
+            self._journal.add_left_behind(group.destination, temporary)
+
+    def remove_part(self, group: Group, temporary: bytes) -> None:
+        """The same for what is left of a large file of a group that is done. The handle of one that could not be opened
+        is another folder's: then it is tried in the end."""
+        if join_path(group.handle.path) == group.destination:
+            self.remove(group, temporary)
+        else:
             self._journal.add_left_behind(group.destination, temporary)
 
 

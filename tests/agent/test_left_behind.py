@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ import pytest
 from agent.storage.faulty import Call, fail_nth
 from agent.transfer import journal as journals
 from agent.transfer.journal import Journal
-from tests.agent.engine_inside import Crashed, Engine, contents, quick_path
+from protocol.control import TaskItem
+from tests.agent.engine_inside import WHOLE, Crashed, Engine, contents, quick_path
 
 __all__ = ["quick_path"]
 
@@ -63,7 +65,56 @@ async def test_what_could_not_be_removed_is_gone_in_the_end(
 SIZE = 40 * 1024 * 1024
 
 
-async def _half_arrived(base: Path) -> Engine:
+def _gone(path: Path) -> None:
+    path.unlink()
+
+
+def _shrunk(path: Path) -> None:
+    os.truncate(path, 1000)
+
+
+def _now_a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def _now_a_link(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("other")
+
+
+SINGLE = [TaskItem(source_path="/large", destination_path="/below/large")]
+IN_FOLDER = [TaskItem(source_path="/", destination_path="/below", recursive=True)]
+
+
+@pytest.mark.parametrize("items", [IN_FOLDER, SINGLE], ids=["folder", "item"])
+@pytest.mark.parametrize("change", [_gone, _shrunk, _now_a_folder, _now_a_link])
+@pytest.mark.parametrize("killed", [True, False])
+async def test_a_part_of_a_file_that_is_large_no_more_goes_with_it(
+    quick_path: Path, change: Callable[[Path], None], items: list[TaskItem], *, killed: bool
+) -> None:
+    """What had arrived of it takes as much room as the file did, and nobody sees it."""
+    if killed:
+        engine = await _half_arrived(quick_path, items)
+        change(engine.source / "large")
+        after = engine.revived()
+    else:
+
+        def change_it(call: Call) -> int | None:
+            if call.operation == "preadv" and call.nth == 30:
+                change(after.source / "large")
+            return None
+
+        after = Engine(quick_path, items=items, plan=change_it)
+        (after.source / "large").write_bytes(os.urandom(SIZE))
+    observed = await after.run()
+    assert observed.state in ("SUCCEEDED", "FAILED"), observed
+    assert after.temporaries() == []
+    if observed.state == "SUCCEEDED" and items is IN_FOLDER:
+        assert contents(after.destination / "below") == contents(after.source)
+
+
+async def _half_arrived(base: Path, items: list[TaskItem] = WHOLE) -> Engine:
     """An engine that died while a large file was under way, with some of its blocks settled."""
     died = False
 
@@ -75,7 +126,7 @@ async def _half_arrived(base: Path) -> Engine:
             raise Crashed
         return None
 
-    engine = Engine(base, plan=die)
+    engine = Engine(base, items=items, plan=die)
     (engine.source / "large").write_bytes(os.urandom(SIZE))
     with pytest.raises(Crashed):
         await engine.run()
