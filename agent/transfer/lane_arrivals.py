@@ -17,7 +17,7 @@ from agent.transfer.held import HeldChecked, Holder, HolderLost, PackHeld, Place
 from agent.transfer.jobs import FileJob, Group, LargeFile, PackRequest, RangeRequest, Request
 from agent.transfer.lane_processes import LaneProcesses, OneProcess, RemoteLane
 from agent.transfer.message_buffer import Message
-from agent.transfer.small_files import OWNER_ACCESS
+from agent.transfer.small_files import OWNER_READS
 from protocol.errors import TowpathError, error_from_document_untrusted
 
 
@@ -79,7 +79,7 @@ class RemoteArrivals:
                 group, folder = job.group, process.folder(job.group)
             row = job.row
             mtime_ns = row.mtime_ns if preserve else None
-            files.append(say.ExpectedFile(folder, row.size, row.mode & mask | OWNER_ACCESS, mtime_ns))
+            files.append(say.ExpectedFile(folder, row.size, row.mode & mask | OWNER_READS, mtime_ns))
         return say.ExpectPack(r=request.r, lane=lane, names=self._names, files=files)
 
     def forget_group(self, group: Group) -> None:

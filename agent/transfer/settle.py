@@ -50,7 +50,7 @@ from agent.transfer.manifest import ManifestWriter
 from agent.transfer.record import Record
 from agent.transfer.settling import Batch, Closed, Discarded, Recorded, Settled, sync_disks
 from agent.transfer.side_thread import AnswersFirst, Broken, LookAgain, SideThread
-from agent.transfer.small_files import OWNER_ACCESS, Remover, SmallFiles, Temporary
+from agent.transfer.small_files import Remover, SmallFiles, Temporary
 from protocol.errors import TowpathError
 
 # A batch is synced when it holds this much, or when nothing more has come for a moment (seconds).
@@ -103,7 +103,6 @@ class Settler:
         self._root = root
         self._verify = verify
         self._preserve_timestamp = preserve_timestamp
-        self._mode_mask = mode_mask
         self._reports = reports
         self._temporary_name = temporary_name
         self._small = SmallFiles(
@@ -337,10 +336,8 @@ class Settler:
         try:
             if job.external_checksum is not None or job.algorithm is not None:
                 checksum = self._published_digest(job, item.name)
+            self._small.keep_owner_out(item)
             self._small.close(item)
-            mode = job.mode(self._mode_mask)
-            if mode & OWNER_ACCESS != OWNER_ACCESS:
-                handle.set_mode(item.name, mode)
             place = place_of(handle, item.name) if job.shared else None
             handle.rename(item.name, job.name)
         except TowpathError as error:

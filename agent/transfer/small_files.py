@@ -24,8 +24,10 @@ from protocol.lane import digest as content_digest
 from protocol.names import escape
 from protocol.session import MAX_BLOCK, join_path
 
-# A temporary must be readable for its check; a mode without these bits is set just before the rename.
+# What the owner needs to write a temporary that is opened anew, or to set its attributes.
 OWNER_ACCESS = 0o600
+# A temporary must be readable for its check; a mode without this bit is set, and synced, just before the rename.
+OWNER_READS = 0o400
 # Descriptors left to everything else in the process (directories being worked on, large files, sockets).
 _OTHER_DESCRIPTORS = 512
 
@@ -109,11 +111,14 @@ class SmallFiles:
             name, row = temporary_name(), job.row
             mtime_ns = row.mtime_ns if self._preserve_timestamp else None
             try:
-                # With a list to come, nobody else reads it before by the list that its folder gives.
-                mode = OWNER_ACCESS if job.access is not None else row.mode & mask | OWNER_ACCESS
-                descriptor = write_whole(job.group.handle, name, mode, content, mtime_ns)
+                mode = row.mode & mask | OWNER_READS
                 if job.attributes or job.access is not None:
-                    self._give_attributes(job, descriptor)
+                    # With a list to come, nobody else reads it before by the list that its folder gives.
+                    first = OWNER_ACCESS if job.access is not None else mode | OWNER_ACCESS
+                    descriptor = write_whole(job.group.handle, name, first, content, mtime_ns)
+                    self._give_attributes(job, descriptor, mode)
+                else:
+                    descriptor = write_whole(job.group.handle, name, mode, content, mtime_ns)
                 if self._kept >= self._keep:
                     held, descriptor = descriptor, -1
                     self._root.close_file(held)
@@ -126,10 +131,13 @@ class SmallFiles:
             into.append(Temporary(job, name, digest, descriptor))
         return size
 
-    def _give_attributes(self, job: FileJob, descriptor: int) -> None:
+    def _give_attributes(self, job: FileJob, descriptor: int, mode: int) -> None:
         try:
             give_attributes(self._root, job, descriptor, self._refused)
-            give_access_list(self._root, job, descriptor, self._mode_mask, self._refused, owner=OWNER_ACCESS >> 6)
+            if job.access is not None:
+                give_access_list(self._root, job, descriptor, self._mode_mask, self._refused, owner=OWNER_READS >> 6)
+            elif mode & OWNER_ACCESS != OWNER_ACCESS:
+                self._root.fchmod(descriptor, mode)
         except BaseException:
             self._root.close_file(descriptor)
             raise
@@ -192,6 +200,18 @@ class SmallFiles:
         """Fail what another process could not read back: for the system's number, or 0 for another content."""
         error = OSError(number, os.strerror(number))
         self.drop(item, fault(error, "destination", item.job.destination_path) if number else _differs(item.job))
+
+    def keep_owner_out(self, item: Temporary) -> None:
+        """Give a temporary that was checked the mode that lets its owner not read it, if that is its mode: durably,
+        because what is under its final name is taken for finished. Raises OSError."""
+        mode = item.job.mode(self._mode_mask)
+        if mode & OWNER_READS:
+            return
+        if item.descriptor < 0:
+            item.descriptor = item.job.group.handle.open_temporary(item.name)
+            self._kept += 1
+        self._root.fchmod(item.descriptor, mode)
+        self._root.fsync(item.descriptor)
 
     def close(self, item: Temporary) -> None:
         """Give the descriptor of a temporary back. Raises OSError for a delayed write error."""
