@@ -85,6 +85,11 @@ def encode_header(header: AnyHeader, payload_length: int = 0) -> bytes:
     return FRAME.pack(len(body), payload_length) + body
 
 
+def size_of(packed: Packed) -> int:
+    """Bytes that one file takes in the header of a pack."""
+    return len(_encoder.encode(packed))
+
+
 def lengths_untrusted(prefix: bytes | bytearray | memoryview) -> tuple[int, int]:
     """Header and payload length of a frame. Raises only `ProtocolError`."""
     header, payload = FRAME.unpack(prefix)

@@ -25,6 +25,9 @@ from agent.transfer.journal import (
 from agent.transfer.manifest import ManifestWriter, SkippedRow, TransferredRow
 from protocol.control import Counters
 
+# What files have together may be more than can be written down: a sparse one may be of this size by itself.
+MOST_BYTES = (1 << 63) - 1
+
 
 class Record:
     """The books of one task. Any thread may call; a commit waits for the disk, and others for it."""
@@ -252,7 +255,7 @@ def add_counts(counters: Counters, group: Group) -> Counters:
     counts = group.counts
     names: Iterable[str] = counts.__slots__
     changes = {name: getattr(counters, name) + getattr(counts, name) for name in names if name != "bytes_shared"}
-    changes["bytes_total"] += counts.bytes_shared
+    changes["bytes_total"] = max(0, min(changes["bytes_total"] + counts.bytes_shared, MOST_BYTES))
     return msgspec.structs.replace(counters, **changes)
 
 

@@ -28,6 +28,9 @@ from protocol.session import MAX_BLOCK, ReadPack, ReadRange, Version
 
 INTRODUCTION_TIMEOUT = 30.0
 PACK_PAYLOAD = 1024 * 1024
+# How much may be said in one frame of why files of a pack cannot be read, since its header is bounded: of many such
+# files with long paths more is said in further ones.
+PACK_REASONS = 256 * 1024
 _OPEN_FILES = 8
 # Nanoseconds in which a file system may give two changes the same time: a tick of the kernel's clock, at the slowest.
 CLOCK_TICK = 20_000_000
@@ -203,15 +206,15 @@ class LaneSender:
     def _pack(self, request: ReadPack, paths: tuple[CollectionPath, ...], mode: Mode) -> None:
         self._now(Doing.STORAGE)
         files: list[lane.Packed] = []
-        used = 0
+        used = said = 0
         at_rest = time.time_ns() - CLOCK_TICK
         for index, (file, path) in enumerate(zip(request.files, paths, strict=True)):
             size = file.version[2]
             if not 0 <= size <= PACK_PAYLOAD:
                 raise ProtocolError("A file too large for a pack was asked for in one.")
-            if used + size > PACK_PAYLOAD:
+            if used + size > PACK_PAYLOAD or said > PACK_REASONS:
                 self._send_pack(request.r, files, used, mode, last=False)
-                files, used = [], 0
+                files, used, said = [], 0, 0
             content = self._buffer[used : used + size]
             # The version holds the time of the last change, which is at rest then: one look after the last byte covers
             # everything since it was listed.
@@ -219,11 +222,11 @@ class LaneSender:
                 _let_rest(file.version)
             try:
                 self._whole_file(path, file.version, content, follow=request.follow)
-            except OSError as error:
-                files.append(lane.Packed(index, 0, b"", fault(error, "source", path).to_document()))
-                continue
-            except TowpathError as error:
-                files.append(lane.Packed(index, 0, b"", error.to_document()))
+            except (OSError, TowpathError) as error:
+                reason = fault(error, "source", path) if isinstance(error, OSError) else error
+                failed = lane.Packed(index, 0, b"", reason.to_document())
+                files.append(failed)
+                said += lane.size_of(failed)
                 continue
             files.append(lane.Packed(index, size, lane.digest(content)))
             used += size

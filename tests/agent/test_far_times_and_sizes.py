@@ -99,6 +99,20 @@ async def test_a_file_that_is_too_large_to_keep_books_of(
     assert contents(engine.destination) == {}
 
 
+async def test_files_that_are_too_large_together_to_be_counted(
+    quick_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sparse files of some file systems have such sizes; the count ended the process, each time anew."""
+    Lie({"size": (1 << 63) - 1}).tell(monkeypatch)
+    engine = Engine(quick_path)
+    for name in ("one", "two", "folder/three", "folder/four"):
+        (engine.source / name).parent.mkdir(exist_ok=True)
+        (engine.source / name).write_bytes(b"not so large")
+    observed = await engine.run()
+    assert (observed.state, observed.counters.failed) == ("FAILED", 4)
+    assert observed.counters.bytes_total == (1 << 63) - 1
+
+
 @pytest.mark.parametrize("size", [-1, 1 << 63])
 def test_sizes_that_no_file_has_are_not_read(size: int) -> None:
     rows = session.Rows(1, [session.Row(b"file", session.FILE, size, 0, 0, 0, 0, 0)])

@@ -20,9 +20,10 @@ from agent.transfer import patience
 from agent.transfer.manifest import SkippedRow, read_page
 from protocol.control import TaskObserved, TaskOptions
 from protocol.errors import NeedsPerson, RetryLater, TowpathError
+from protocol.session import MAX_PACK_FILES
 from protocol.ticket import TICKET_EXPIRED
 from tests.agent import engine_inside
-from tests.agent.engine_inside import Engine, Line, contents, quick_path
+from tests.agent.engine_inside import Engine, Line, contents, quick_path, skipped
 from tests.agent.seen_trouble import Seen
 from tests.agent.small_disks import Disk, needs_root, unmounting
 
@@ -125,6 +126,20 @@ async def test_what_lasts_is_listed_and_costs_nothing_else(quick_path: Path, cod
 
 
 # --- the other side --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [20, 240])
+async def test_very_many_files_that_may_not_be_read_are_all_listed(quick_path: Path, length: int) -> None:
+    """Of long names, the reasons of one pack together were more than a frame may say, and the task began anew without
+    end."""
+    folder = quick_path / "source" / ("folder-" + "a" * length) / ("b" * length)
+    folder.mkdir(parents=True)
+    for number in range(MAX_PACK_FILES):
+        (folder / ("c" * (length - 5) + f"{number:05}")).touch()
+    engine = Engine(quick_path, source_plan=failing("open_read", errno.EACCES, [True]))
+    observed = await engine.run()
+    assert (observed.error_code, observed.counters.failed) == ("ITEMS_FAILED", MAX_PACK_FILES)
+    assert set(skipped(engine).values()) == {"PERMISSION_DENIED"}
 
 
 @pytest.mark.parametrize("size", [2 * MIB, 100], ids=["ranges", "packs"])
