@@ -168,6 +168,8 @@ class LaneSender:
             self._buffer = memoryview(bytearray(min(request.block, MAX_BLOCK)))
         end = request.offset + request.length
         offset = request.offset
+        # For each range, since the file may be open from an older version of it.
+        let_rest(request.version)
         while offset < end:
             if request.r in abandoned:
                 self._leave_out(request.r, abandoned)
@@ -193,7 +195,7 @@ class LaneSender:
             offset += length
 
     def _read_block(self, path: CollectionPath, request: ReadRange, block: memoryview, offset: int) -> None:
-        descriptor = self._open(path, request.version, follow=request.follow)
+        descriptor = self._open(path, follow=request.follow)
         if self._read_file(descriptor, block, offset) != len(block):
             raise _changed(path)
         try:
@@ -219,7 +221,7 @@ class LaneSender:
             # The version holds the time of the last change, which is at rest then: one look after the last byte covers
             # everything since it was listed.
             if file.version[4] > at_rest:
-                _let_rest(file.version)
+                let_rest(file.version)
             try:
                 self._whole_file(path, file.version, content, follow=request.follow)
             except (OSError, TowpathError) as error:
@@ -296,7 +298,7 @@ class LaneSender:
             self._parent = (path, handle)
         return self._parent[1]
 
-    def _open(self, path: CollectionPath, version: Version, *, follow: bool) -> int:
+    def _open(self, path: CollectionPath, *, follow: bool) -> int:
         key = (path, follow)
         known = self._files.get(key)
         if known is not None:
@@ -305,7 +307,6 @@ class LaneSender:
         if not path:
             raise ProtocolError("The root of a collection is no file.")
         descriptor = self._directory(path[:-1]).open_read(path[-1], follow=follow)
-        _let_rest(version)
         self._files[key] = descriptor
         while len(self._files) > _OPEN_FILES:
             _, oldest = self._files.popitem(last=False)
@@ -331,7 +332,9 @@ class LaneSender:
         return done
 
 
-def _let_rest(version: Version) -> None:
+def let_rest(version: Version) -> None:
+    """Wait until a change of a file of this version will show. To be called before anything of it is looked at that is
+    to belong to what is read later. Blocks for a tick at most."""
     seconds = rest(version[4], time.time_ns())
     if seconds:
         time.sleep(seconds)

@@ -29,7 +29,7 @@ from agent.transfer.checksum import block_digests, file_digest
 from agent.transfer.holes import data_extents
 from agent.transfer.lane_keys import LAST_RECORD
 from agent.transfer.outgoing import send_queued
-from agent.transfer.send import Joined, LaneRequest, LaneSender
+from agent.transfer.send import Joined, LaneRequest, LaneSender, let_rest
 from agent.transfer.source_policy import SourcePolicy
 from agent.transfer.source_rows import Listing, row_of
 from agent.transfer.storage_threads import StorageThreads
@@ -367,6 +367,8 @@ class Control:
         with parent:
             descriptor = parent.open_read(name, follow=request.follow)
         try:
+            if request.version is not None:
+                let_rest(request.version)
             value = file_digest(root, descriptor, request.algorithm)
             if request.version is not None and version_of(root.fstat(descriptor)) != tuple(request.version):
                 raise RetryLater("The file changed while it was compared.", code="FILE_CHANGED", who="source owner")
@@ -390,6 +392,7 @@ class Control:
         with parent:
             descriptor = parent.open_read(name, follow=request.follow)
         try:
+            let_rest(request.version)
             extents = data_extents(descriptor, request.version[2])
             # Looked at afterwards: what was found belongs to this version and no other.
             same = version_of(root.fstat(descriptor)) == tuple(request.version)
@@ -414,6 +417,7 @@ class Control:
         with parent:
             descriptor = parent.open_read(name, follow=request.follow)
         try:
+            let_rest(request.version)
             digests = block_digests(root, descriptor, request)
             if version_of(root.fstat(descriptor)) != tuple(request.version):
                 raise RetryLater("The file changed while it was compared.", code="FILE_CHANGED", who="source owner")

@@ -8,14 +8,19 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 import trio
 
+from agent.limits.pace import Pace
+from agent.storage.base import version_of
 from agent.storage.faulty import Call
-from agent.transfer import send
+from agent.storage.posix import open_root
+from agent.transfer import send, serve
 from agent.transfer.manifest import SkippedRow, read_page
+from protocol import session
 from protocol.control import TaskItem, TaskOptions
 from tests.agent.engine_inside import CHECKED, Engine, contents, quick_path
 from tests.agent.engine_world import World, world
@@ -234,3 +239,61 @@ async def test_fresh_files_are_read_after_their_tick(quick_path: Path, monkeypat
     (engine.source / "large").write_bytes(bytes(3 * MIB))
     assert (await engine.run()).state == "SUCCEEDED"
     assert len(rests) == 2
+
+
+@pytest.mark.parametrize("asks", ["holes", "blocks", "digest"])
+async def test_what_is_asked_of_fresh_files_is_looked_at_after_their_tick(
+    quick_path: Path, monkeypatch: pytest.MonkeyPatch, asks: str
+) -> None:
+    """What is a hole, or the same in the old file, is put together with blocks that are read later: a change between
+    the two has to show."""
+    rests: list[float] = []
+    monkeypatch.setattr(send, "CLOCK_TICK", 10**15)
+    monkeypatch.setattr("agent.transfer.send.time.sleep", rests.append)
+    engine = Engine(quick_path, TaskOptions(verify_checksum=True, sync_level=3 if asks == "digest" else None))
+    large = engine.source / "large"
+    with large.open("wb") as file:
+        file.truncate(65 * MIB)
+        file.write(b"begin")
+    if asks != "holes":
+        large.write_bytes(os.urandom(17 * MIB))
+        (engine.destination / "large").write_bytes(large.read_bytes())
+    seen: list[str] = []
+    for name in ("data_extents", "block_digests", "file_digest"):
+        real = getattr(serve, name)
+
+        def looking(*arguments: Any, real: Any = real, name: str = name) -> Any:
+            seen.append(name)
+            assert rests, f"{name} before the file had rested"
+            return real(*arguments)
+
+        monkeypatch.setattr(serve, name, looking)
+    assert (await engine.run()).state == "SUCCEEDED"
+    assert {"holes": "data_extents", "blocks": "block_digests", "digest": "file_digest"}[asks] in seen
+
+
+def test_a_file_that_is_open_already_is_let_rest_for_each_version(
+    quick_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rests: list[float] = []
+    monkeypatch.setattr(send, "CLOCK_TICK", 10**15)
+    monkeypatch.setattr("agent.transfer.send.time.sleep", rests.append)
+    path = quick_path / "file"
+    with open_root(str(quick_path)) as root:
+        sender = send.LaneSender(_Sink(), lambda *_: None, Pace())  # type: ignore[arg-type]
+        sender._root = root
+        for content in (b"A", b"B"):
+            path.write_bytes(content * MIB)
+            version = version_of(path.stat())
+            request = session.ReadRange(1, 0, b"file", version, 0, MIB, MIB)
+            work = send.LaneRequest(request, (b"file",), ())
+            sender._serve(work)
+        sender._close()
+    assert len(rests) == 2
+
+
+class _Sink:
+    """Takes what a lane sends."""
+
+    def sendall(self, data: bytes | memoryview) -> None:
+        return
