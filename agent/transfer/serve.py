@@ -247,7 +247,8 @@ class Control:
         if isinstance(request, session.ReadRange | session.ReadPack):
             await self._queue_for_lane(request)
         elif isinstance(request, session.ListDirectory):
-            if len(self._listings) >= LISTINGS_AT_ONCE:
+            if len(self._listings) >= LISTINGS_AT_ONCE or request.r in self._listings:
+                # Two of one number would count as one.
                 raise ProtocolError("The destination asks for too many listings at once.")
             scope, credit = trio.CancelScope(), trio.Semaphore(session.LISTING_WINDOW)
             self._listings[request.r] = (scope, credit)

@@ -13,6 +13,7 @@ from agent.storage.posix import open_root
 from agent.transfer import serve
 from agent.transfer.serve import QUESTIONS_AT_ONCE, Control, SourceSide
 from protocol import session
+from protocol.errors import ProtocolError
 from tests.agent.engine_inside import OpenPolicy
 
 QUESTIONS = 500
@@ -50,3 +51,32 @@ async def test_questions_wait_where_they_cost_nothing(tmp_path: Path, monkeypatc
                 await trio.sleep(0)
             assert most == QUESTIONS_AT_ONCE
             await ours.aclose()
+
+
+@pytest.mark.parametrize("same", [True, False], ids=["one number", "many numbers"])
+async def test_listings_are_bounded_whatever_their_numbers(tmp_path: Path, *, same: bool) -> None:
+    """Each holds a folder open until its rows are taken."""
+    (tmp_path / "file").write_bytes(b"")
+    for number in range(session.ROWS_IN_MESSAGE * (session.LISTING_WINDOW + 1)):
+        (tmp_path / f"{number}").touch()
+    ours, theirs = trio.testing.memory_stream_pair()
+    refused: list[ProtocolError] = []
+
+    async def serve_it() -> None:
+        try:
+            await side.serve_control(theirs, "", ahead=True)
+        except* ProtocolError as group:
+            refused.extend(error for error in group.exceptions if isinstance(error, ProtocolError))
+
+    with open_root(os.fspath(tmp_path)) as root:
+        side = SourceSide(root, OpenPolicy(), None)  # type: ignore[arg-type]
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(serve_it)
+            await ours.send_all(session.encode(session.Hello("", b"i" * 16)))
+            for number in range(1, 40):
+                await ours.send_all(session.encode(session.ListDirectory(1 if same else number, b"")))
+            with trio.fail_after(10):
+                while not refused:
+                    await trio.sleep(0.01)
+            await ours.aclose()
+    assert "listings" in refused[0].sentence
