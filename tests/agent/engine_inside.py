@@ -22,19 +22,16 @@ import pytest
 import trio
 import trio.testing
 
-from agent.connect.lane_tls import SecuringLane
 from agent.limits.pace import Pace
-from agent.storage.base import Bytes, Root
+from agent.storage.base import Root
 from agent.storage.faulty import Call, FaultyRoot, Plan, no_faults
-from agent.storage.handed import Handed
 from agent.storage.posix import open_root
 from agent.transfer import patience, task_runner
 from agent.transfer.channel import Common, Event, RunTask
 from agent.transfer.compression import offered
 from agent.transfer.journal import Journal
 from agent.transfer.lane_keys import KEY_RECORDS, LAST_RECORD, RECORD
-from agent.transfer.lane_process import LaneProcess
-from agent.transfer.lane_processes import Child, LaneProcesses, RemoteLane
+from agent.transfer.lane_processes import LaneProcesses, RemoteLane
 from agent.transfer.manifest import ManifestWriter, SkippedRow, read_page
 from agent.transfer.serve import SourceSide, serve_lane
 from agent.transfer.source_session import SourceSession
@@ -42,20 +39,15 @@ from agent.transfer.state_trouble import of_system
 from agent.transfer.task_runner import TaskRunner
 from protocol.control import Party, TaskItem, TaskObserved, TaskOptions, TaskOrder
 from protocol.errors import TowpathError
+from tests.agent.lane_player import LanePlayer, LaneProcessDied
 
 TASK = "11111111-2222-4333-8444-555555555555"
 WHOLE = [TaskItem(source_path="/", destination_path="/", recursive=True)]
-# The name of threads that play lane processes.
-LANE_PROCESS = "lane process"
 CHECKED = TaskOptions(verify_checksum=True, preserve_timestamp=True, recursive_symlinks="keep")
 
 
-class Crashed(BaseException):
-    """The process is dead. Nothing of the engine may catch this and go on."""
-
-
-class LaneProcessDied(BaseException):
-    """A lane process is dead, and nothing else."""
+class Crashed(LaneProcessDied):
+    """All processes are dead. Nothing of the engine may catch this and go on."""
 
 
 class OpenPolicy:
@@ -76,56 +68,6 @@ class OpenPolicy:
         return True
 
 
-class FaultyHanded(Handed):
-    """What a lane process calls, with faults by the engine's plan, under the names that the calls have elsewhere."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-
-    def _before(self, operation: str, name: bytes = b"") -> None:
-        code = self._engine._planned(Call(0, operation, 0, name))
-        if code is not None:
-            raise OSError(code, os.strerror(code))
-
-    def write_whole(self, folder: int, name: bytes, mode: int, content: memoryview, mtime_ns: int | None) -> int:
-        self._before("create_temporary", name)
-        return super().write_whole(folder, name, mode, content, mtime_ns)
-
-    def open_temporary(self, folder: int, name: bytes) -> int:
-        self._before("open_temporary", name)
-        return super().open_temporary(folder, name)
-
-    def pwrite(self, fd: int, data: Bytes, offset: int) -> int:
-        self._before("pwrite")
-        short = self._engine.short
-        return super().pwrite(fd, memoryview(data)[:short] if short else data, offset)
-
-    def preadv(self, fd: int, buffer: memoryview, offset: int) -> int:
-        self._before("preadv")
-        short = self._engine.short
-        return super().preadv(fd, buffer[:short] if short else buffer, offset)
-
-    def close_file(self, fd: int) -> None:
-        super().close_file(fd)
-        self._before("close_file")
-
-
-class PlainLane(SecuringLane):
-    """A lane without TLS."""
-
-    def __init__(self, sock: socket.socket, *_: object) -> None:
-        self._socket = sock
-
-    def shake_hands(self) -> None:
-        return None
-
-    def sendall(self, data: bytes | memoryview) -> None:
-        self._socket.sendall(data)
-
-    def recv_now(self, view: memoryview, count: int) -> int:
-        return self._socket.recv_into(view, min(count, RECORD))
-
-
 class _InRecords(socket.socket):
     """No read brings more than a TLS record holds."""
 
@@ -134,35 +76,6 @@ class _InRecords(socket.socket):
 
     def recv_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
         return super().recv_into(buffer, min(nbytes or len(buffer), RECORD), flags)
-
-
-class LanePlayer(Child):
-    """A lane process that is a thread."""
-
-    def __init__(self, engine: Engine) -> None:
-        ours, theirs = socket.socketpair()
-        super().__init__(0, ours)
-        process = LaneProcess(theirs, FaultyHanded(engine), PlainLane)
-        self._thread = threading.Thread(target=self._play, args=(process,), name=LANE_PROCESS, daemon=True)
-        self._thread.start()
-
-    def _play(self, process: LaneProcess) -> None:
-        # A crash of the engine is one of this, too.
-        try:
-            with contextlib.suppress(Crashed, LaneProcessDied):
-                process.run()
-        finally:
-            # As the system does when a process dies.
-            if process._lock >= 0:
-                os.close(process._lock)
-
-    def kill(self) -> None:
-        with contextlib.suppress(OSError):
-            self.sock.shutdown(socket.SHUT_RDWR)
-
-    def wait(self) -> None:
-        self._thread.join(10)
-        assert not self._thread.is_alive()
 
 
 class Line:
@@ -182,7 +95,7 @@ class Line:
         self.side: SourceSide | None = None
         self.ended = trio.Event()
         self.lock: int | None = None
-        self.players = [LanePlayer(engine) for _ in range(engine.processes)]
+        self.players = [LanePlayer(engine._planned, engine.short) for _ in range(engine.processes)]
         self.processes = LaneProcesses(self.players, engine.pace) if self.players else None
         if self.processes is not None:
             nursery.start_soon(self.processes.run)

@@ -10,10 +10,21 @@ from pathlib import Path
 
 import pytest
 
+from agent.config.keys import CollectionConfig
+from agent.storage.mounts import Mark
+
 MIB = 1024 * 1024
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root for mounts")
 # The smallest that each makes, in MiB.
 LEAST = {"ext4": 64, "xfs": 300, "btrfs": 120}
+# Of a disk that is mounted nowhere here.
+ELSEWHERE = Mark("/mnt/disk", "ext4", 2, "a" * 32)
+# The collection of `config_for`.
+ID = "00000000-0000-4000-8000-0000000000a1"
+
+
+def config_for(root: Path) -> CollectionConfig:
+    return CollectionConfig(id=ID, name="Data", root=str(root))
 
 
 class Disk:

@@ -31,15 +31,13 @@ from agent.transfer.message_buffer import Garbled, MessageBuffer
 from protocol.control import TaskItem, TaskOptions
 from tests.agent import engine_world
 from tests.agent.engine_inside import (
-    LANE_PROCESS,
     Crashed,
     Engine,
-    FaultyHanded,
-    LaneProcessDied,
     contents,
     quick_path,
     tree,
 )
+from tests.agent.lane_player import LANE_PROCESS, FaultyHanded, LaneProcessDied
 from tests.agent.test_bit_flips_transfer import Spoiler
 from tests.agent.test_end_game import _throttled
 from tests.agent.test_engine_faults import fill, nothing_half

@@ -1,152 +1,39 @@
-"""The agent's link: the gate before the relay has proven itself, and dialling again after every kind of end."""
+"""The agent's link: relays that are none, hang or go, and dialling again after every kind of end."""
 
 from __future__ import annotations
 
-import random
-import ssl
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 import trio
 import trio.testing
 import trustme
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from agent import back_off
 from agent.connect.link_connection import DIAL_TIMEOUT
-from agent.link import LINK_LIMITS, Link
-from agent.link_gate import HelloGate
-from protocol.control import AgentHello, CollectionReport, RelayHello, decode_untrusted, encode
-from protocol.errors import error_from_document_untrusted
-from protocol.identity import NodeKey
+from agent.link import LINK_LIMITS
+from protocol.control import AgentHello, decode_untrusted
 from protocol.link import (
-    ALPN,
-    HELLO_PATH,
-    HelloFields,
-    channel_of,
-    make_relay_hello,
-    new_nonce,
     verify_agent_hello_untrusted,
 )
-from protocol.reverse_http import Client, LinkLost, Response, connect
-from protocol.ticket import RelayRoot, TicketSigner, TicketVerifier
+from protocol.reverse_http import Client
 from relay.dispatch import PATIENCE
-
-NOW = 1_800_000_000.0
-RELAY = "00000000-0000-4000-8000-00000000000a"
-NODE = "11111111-1111-4111-8111-111111111111"
-OTHER = "22222222-2222-4222-8222-222222222222"
-ENDPOINT = "33333333-3333-4333-8333-333333333333"
-HOST = "relay.example"
-
-IDENTITY = NodeKey.generate()
-ROOT = RelayRoot.generate()
-CA = trustme.CA()
-CERTIFICATE = CA.issue_cert(HOST)
-CA_PEM = CA.cert_pem.bytes().decode()
-
-
-def signer_for(root: RelayRoot, relay_id: str = RELAY, life: float = 86_400) -> TicketSigner:
-    key = Ed25519PrivateKey.generate()
-    return TicketSigner(relay_id, key, root.certify(key.public_key(), "k1", NOW - 10, NOW + life), "k1")
-
-
-SIGNER = signer_for(ROOT)
-
-
-def channel() -> str:
-    return channel_of(ssl.PEM_cert_to_DER_cert(CERTIFICATE.cert_chain_pems[0].bytes().decode()))
-
-
-async def behind(scope: Any, receive: Any, send: Any) -> None:
-    """The application that the relay must not reach before it has proven itself."""
-    await send({"type": "http.response.start", "status": 200, "headers": []})
-    await send({"type": "http.response.body", "body": b"behind the gate"})
-
-
-class FakeRelay:
-    """What the agent finds when it dials: `serve` is run with a client on every connection."""
-
-    def __init__(self, serve: Callable[[Client], Any], *, certificate: trustme.LeafCert = CERTIFICATE) -> None:
-        self.serve = serve
-        self.alpn = ALPN
-        self.certificate = certificate
-        self.dialled: list[float] = []
-        self.reachable = True
-        self._nursery: trio.Nursery | None = None
-
-    @asynccontextmanager
-    async def running(self) -> AsyncIterator[None]:
-        async with trio.open_nursery() as self._nursery:
-            yield
-            self._nursery.cancel_scope.cancel()
-
-    async def dial(self, host: str, port: int) -> trio.abc.HalfCloseableStream:
-        assert (host, port) == (HOST, 8443)
-        self.dialled.append(trio.current_time())
-        if not self.reachable:
-            raise OSError("no route")
-        ours, theirs = trio.testing.memory_stream_pair()
-        assert self._nursery is not None
-        self._nursery.start_soon(self._accept, theirs)
-        return ours
-
-    async def _accept(self, raw: trio.testing.MemorySendStream) -> None:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        self.certificate.configure_cert(context)
-        context.set_alpn_protocols([self.alpn])
-        stream = trio.SSLStream(raw, context, server_side=True, https_compatible=True)
-        try:
-            await stream.do_handshake()
-        except trio.BrokenResourceError:
-            return
-        async with connect(stream) as client:
-            try:
-                await self.serve(client)
-            except LinkLost:
-                return
-
-
-def link_to(relay: FakeRelay, **changes: Any) -> Link:
-    options: dict[str, Any] = {
-        "relay_url": f"https://{HOST}:8443",
-        "ca_pem": CA_PEM,
-        "identity": IDENTITY,
-        "node_id": NODE,
-        "endpoint_id": ENDPOINT,
-        "relay_id": RELAY,
-        "relay_root": ROOT.public_pem,
-        "app": behind,
-        "hello": lambda: HelloFields(version="5", collections=(CollectionReport(id="c", name="n"),)),
-        "clock": lambda: NOW,
-        "dial": relay.dial,
-        "jitter": random.Random(1),
-    }
-    return Link(**(options | changes))
-
-
-@asynccontextmanager
-async def running(relay: FakeRelay, **changes: Any) -> AsyncIterator[Link]:
-    link = link_to(relay, **changes)
-    async with relay.running(), trio.open_nursery() as nursery:
-        nursery.start_soon(link.run)
-        yield link
-        nursery.cancel_scope.cancel()
-
-
-def good_hello(**changes: Any) -> RelayHello:
-    return make_relay_hello(SIGNER, **({"channel": channel(), "nonce": new_nonce(), "now": NOW} | changes))
-
-
-async def greet(client: Client, hello: RelayHello) -> Response:
-    return await client.request("POST", HELLO_PATH, body=encode(hello))
-
-
-async def greet_and_stay(client: Client) -> None:
-    assert (await greet(client, good_hello())).status == 200
-    await client.closed.wait()
+from tests.agent.dialled_relay import (
+    CA,
+    ENDPOINT,
+    HOST,
+    IDENTITY,
+    NODE,
+    NOW,
+    RELAY,
+    FakeRelay,
+    channel,
+    good_hello,
+    greet,
+    greet_and_stay,
+    link_to,
+    running,
+)
 
 
 async def test_a_proven_relay_is_linked_and_reaches_the_application(autojump_clock: trio.testing.MockClock) -> None:
@@ -169,140 +56,6 @@ async def test_a_proven_relay_is_linked_and_reaches_the_application(autojump_clo
     assert seen == [(NODE, ENDPOINT, "5", "c"), b"behind the gate"]
     assert (statistics.connected, statistics.attempts, statistics.last_error) == (True, 1, "")
     assert (statistics.since, statistics.relay_url) == (NOW, f"https://{HOST}:8443")
-
-
-@pytest.mark.parametrize(
-    ("method", "path"),
-    [
-        ("GET", "/link/collections"),
-        ("PUT", "/link/tasks/x"),
-        ("GET", "/link/hello"),
-        ("GET", "/"),
-        ("POST", "/link/hello/"),
-        ("POST", "/link//hello"),
-        ("DELETE", "/link/hello"),
-    ],
-)
-async def test_everything_before_the_hello_is_403(
-    method: str, path: str, autojump_clock: trio.testing.MockClock
-) -> None:
-    answers: list[Response] = []
-
-    async def serve(client: Client) -> None:
-        answers.append(await client.request(method, path))
-        # The attempt spoils nothing.
-        assert (await greet(client, good_hello())).status == 200
-        await client.closed.wait()
-
-    async with running(FakeRelay(serve)) as link:
-        await link.wait_connected()
-    assert answers[0].status == 403
-    assert b"behind" not in answers[0].body
-
-
-FORGERIES: dict[str, tuple[Callable[[], RelayHello], str]] = {
-    "signed by another root": (
-        lambda: make_relay_hello(signer_for(RelayRoot.generate()), channel=channel(), nonce=new_nonce(), now=NOW),
-        "not signed by it",
-    ),
-    "another relay": (
-        lambda: make_relay_hello(signer_for(ROOT, OTHER), channel=channel(), nonce=new_nonce(), now=NOW),
-        "Another relay",
-    ),
-    "another channel": (lambda: good_hello(channel=channel_of(b"the relay's real certificate")), "intercepts"),
-    "another agent": (lambda: good_hello(node_id=OTHER), "another agent"),
-    "expired": (lambda: good_hello(now=NOW - 1000), "not valid at this time"),
-    "not yet valid": (lambda: good_hello(now=NOW + 1000), "not valid at this time"),
-    "expired signing key": (
-        lambda: make_relay_hello(signer_for(ROOT, life=-1000), channel=channel(), nonce=new_nonce(), now=NOW),
-        "signing key",
-    ),
-}
-
-
-@pytest.mark.parametrize("forgery", FORGERIES)
-async def test_a_relay_that_cannot_prove_itself_gets_nothing(
-    forgery: str, autojump_clock: trio.testing.MockClock
-) -> None:
-    make, word = FORGERIES[forgery]
-    answers: list[Response] = []
-
-    async def serve(client: Client) -> None:
-        answers.append(await greet(client, make()))
-        await client.closed.wait()
-
-    relay = FakeRelay(serve)
-    async with running(relay) as link:
-        with trio.fail_after(300):
-            while not answers or not link.statistics().last_error:
-                await trio.sleep(0.1)
-        assert not link.statistics().connected
-        assert word in link.statistics().last_error
-    assert answers[0].status == 403
-    document = decode_untrusted(answers[0].body, dict[str, Any])
-    assert word in error_from_document_untrusted(document).sentence
-    assert b"signature" not in answers[0].body.replace(b"not signed", b"")
-
-
-def gate() -> HelloGate:
-    return HelloGate(
-        behind,
-        identity=IDENTITY,
-        node_id=NODE,
-        endpoint_id=ENDPOINT,
-        verifier=TicketVerifier(RELAY, ROOT.public_pem),
-        channel=channel(),
-        fields=HelloFields,
-        clock=lambda: NOW,
-    )
-
-
-async def ask(made: HelloGate, method: str, path: str, *pieces: bytes) -> int:
-    """One request straight to the gate; its status."""
-    messages = [{"type": "http.request", "body": piece, "more_body": True} for piece in pieces]
-    messages.append({"type": "http.request", "body": b"", "more_body": False})
-    statuses: list[int] = []
-
-    async def receive() -> Any:
-        return messages.pop(0)
-
-    async def send(message: Any) -> None:
-        if message["type"] == "http.response.start":
-            statuses.append(message["status"])
-
-    await made({"type": "http", "method": method, "path": path}, receive, send)
-    return statuses[0]
-
-
-async def test_after_a_false_hello_a_true_one_does_not_open_the_gate() -> None:
-    made = gate()
-    assert await ask(made, "POST", HELLO_PATH, encode(good_hello(channel=channel_of(b"other")))) == 403
-    assert await ask(made, "POST", HELLO_PATH, encode(good_hello())) == 403
-    assert await ask(made, "GET", "/link/collections") == 403
-    assert not made.proven
-
-
-async def test_a_hello_in_pieces_is_taken_and_one_without_end_is_not() -> None:
-    made = gate()
-    assert await ask(made, "POST", HELLO_PATH, *[b" " * 60_000] * 30) == 403
-    document = encode(good_hello())
-    assert await ask(made, "POST", HELLO_PATH, *(document[n : n + 10] for n in range(0, len(document), 10))) == 200
-    assert await ask(made, "GET", "/link/collections") == 200
-
-
-async def test_a_second_hello_is_refused_and_changes_nothing(autojump_clock: trio.testing.MockClock) -> None:
-    seen: list[Any] = []
-
-    async def serve(client: Client) -> None:
-        await greet(client, good_hello())
-        seen.append((await greet(client, good_hello())).status)
-        seen.append((await client.request("GET", "/x")).body)
-        await client.closed.wait()
-
-    async with running(FakeRelay(serve)) as link:
-        await link.wait_connected()
-        await trio.sleep(1)
-    assert seen == [403, b"behind the gate"]
 
 
 async def test_a_relay_that_never_greets_is_left(autojump_clock: trio.testing.MockClock) -> None:

@@ -30,7 +30,7 @@ from agent.transfer.channel import Channel, Connect, ConnectFailed, ToDaemon, To
 from agent.transfer.running_task import RunningTask
 from agent.watch.submitter import CommandSubmitter
 from protocol.errors import RetryLater
-from tests.agent.test_link import FakeRelay, greet_and_stay, running
+from tests.agent.dialled_relay import FakeRelay, greet_and_stay, running
 from tests.system.test_agent_process import Site, wait_for
 
 

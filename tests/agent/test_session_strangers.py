@@ -3,17 +3,11 @@ it covers, is served nothing. Every byte that comes back is counted and searched
 
 from __future__ import annotations
 
-import contextlib
-import os
-import socket
 import ssl
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
@@ -21,121 +15,26 @@ import trio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from agent.connect.tls import check_peer, session_context
-from agent.transfer import served_session
-from agent.transfer.state_trouble import StateTrouble
 from protocol import lane, session
-from protocol.control import SessionAnswer, SessionOrder
+from protocol.control import SessionOrder
 from protocol.errors import AccessDenied
 from protocol.identity import NodeKey
 from protocol.ticket import Grant, RelayRoot, TicketSigner
-from tests.agent.engine_world import RELAY, World, world
+from tests.agent.engine_world import RELAY
+from tests.agent.session_scene import (
+    INSTANCE,
+    OPEN,
+    SECRET,
+    Scene,
+    asking,
+    converse,
+    messages_in,
+    read_on_lane,
+    scene,
+    visit,
+)
 
-SECRET = b"secret-content-of-alpha " * 400
-OPEN = b"open-content-of-alpha " * 400
-INSTANCE = bytes(range(32))
-PATIENCE = 60.0
-
-
-@dataclass
-class Scene:
-    """Alpha serves one session to beta, for what lies below /open."""
-
-    made: World
-    task: str
-    session: str
-    ticket: str
-    answer: SessionAnswer
-
-    def ticket_for(self, **changes: Any) -> str:
-        source = changes.pop("source", self.made.alpha.grant("r", ["/open"]))
-        destination = changes.pop("destination", self.made.beta.grant("rw", ["/"]))
-        fields = {"session_id": self.session, "task_id": self.task} | changes
-        return self.made.ticket(self.task, self.session, source, destination, **fields)
-
-    def version(self, path: str) -> session.Version:
-        found = os.stat(self.made.alpha.root / path)
-        return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
-
-    def dial(self, context: ssl.SSLContext, session_id: str | None = None) -> ssl.SSLSocket:
-        candidate = self.answer.candidates[0]
-        raw = socket.create_connection((candidate.host, candidate.port), timeout=PATIENCE)
-        return context.wrap_socket(raw, server_hostname=(session_id or self.session) + session.SNI_SUFFIX)
-
-    def context(self, identity: NodeKey | None, alpn: str = session.ALPN_CONTROL) -> ssl.SSLContext:
-        if identity is not None:
-            return session_context(identity, self.made.alpha.key.certificate_pem, server_side=False, alpn=(alpn,))
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        context.set_alpn_protocols([alpn])
-        return context
-
-
-@pytest.fixture
-async def scene(tmp_path: Path) -> AsyncIterator[Scene]:
-    async with world(tmp_path) as made:
-        for name, content in (("secret/hidden-name", SECRET), ("open/shown-name", OPEN)):
-            (made.alpha.root / name).parent.mkdir()
-            (made.alpha.root / name).write_bytes(content)
-        task, session_id = str(uuid.uuid4()), str(uuid.uuid4())
-        ticket = made.ticket(task, session_id, made.alpha.grant("r", ["/open"]), made.beta.grant("rw", ["/"]))
-        assert made.alpha.service is not None
-        order = SessionOrder(session_id=session_id, task_id=task, ticket=ticket, peer=made.beta.party)
-        answer = await made.alpha.service.put_session(order)
-        yield Scene(made, task, session_id, ticket, answer)
-
-
-def everything(sock: ssl.SSLSocket) -> bytes:
-    """All that the other side says until it ends the connection, or stops saying anything."""
-    received = bytearray()
-    try:
-        while data := sock.recv(65536):
-            received += data
-    except (OSError, ssl.SSLError):
-        pass
-    return bytes(received)
-
-
-def visit(scene: Scene, context: ssl.SSLContext, data: bytes, session_id: str | None = None) -> bytes:
-    """Connect, say ``data`` whatever happens, and return every byte that was served. Blocks."""
-    try:
-        with scene.dial(context, session_id) as sock:
-            sock.sendall(data)
-            return everything(sock)
-    except (OSError, ssl.SSLError):
-        return b""
-
-
-async def test_a_visit_while_the_state_cannot_be_read_is_refused_and_no_more(
-    scene: Scene, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def locked(_session_id: str) -> SessionOrder | None:
-        raise StateTrouble("The list of tasks is in use by another program or another machine.")
-
-    assert scene.made.alpha.service is not None
-    served = scene.made.alpha.service.sessions
-    context = scene.context(scene.made.beta.key)
-    with monkeypatch.context() as patched:
-        patched.setattr(served._node.store, "session", locked)
-        assert await trio.to_thread.run_sync(visit, scene, context, b"") == b""
-    assert served.refused == 1
-    monkeypatch.setattr(served_session, "EARLY_PATIENCE", 0.05)
-    assert await trio.to_thread.run_sync(visit, scene, context, b"", str(uuid.uuid4())) == b""
-    assert served.refused == 2
-
-
-def asking(ticket: str) -> bytes:
-    """A greeting and the wish to see everything, in one go."""
-    messages = [
-        session.Hello(ticket, INSTANCE),
-        session.ListDirectory(1, b""),
-        session.StatPaths(2, [b"open/shown-name"]),
-    ]
-    return b"".join(map(session.encode, messages))
-
-
-def messages_in(data: bytes) -> list[Any]:
-    return [session.answer_untrusted(body) for body in session.MessageReader().feed_untrusted(data)]
-
+__all__ = ["scene"]
 
 # --- who may connect -------------------------------------------------------------------------------------------------
 
@@ -193,26 +92,6 @@ async def test_roles_are_not_swapped(scene: Scene) -> None:
     assert await trio.to_thread.run_sync(visit, other, context, asking(scene.ticket)) == b""
     refused = await trio.to_thread.run_sync(converse, other, context, back, scene.ticket)
     assert [answer.error["code"] for answer in refused] == ["TICKET_REFUSED"]
-
-
-def converse(
-    scene: Scene, context: ssl.SSLContext, session_id: str, ticket: str, *requests: session.Message
-) -> list[Any]:
-    """A greeting, and after a welcome some requests; all answers. Blocks."""
-    received = bytearray()
-    with scene.dial(context, session_id) as sock:
-        sock.sendall(session.encode(session.Hello(ticket, INSTANCE)))
-        received += sock.recv(65536)
-        if requests:
-            sock.sendall(b"".join(map(session.encode, requests)))
-            while len(messages_in(bytes(received))) < 1 + len(requests):
-                data = sock.recv(65536)
-                if not data:
-                    break
-                received += data
-    assert SECRET[:24] not in received
-    assert b"hidden-name" not in received or requests
-    return messages_in(bytes(received))
 
 
 # --- with which ticket -----------------------------------------------------------------------------------------------
@@ -403,54 +282,6 @@ async def test_a_lane_that_names_no_live_session_is_served_zero_bytes(scene: Sce
     print("guesses at the secret: 3, bytes served: 0")
 
 
-def read_on_lane(
-    scene: Scene, requests: list[session.Message], ticket: str = "", *, lane_first: bool = False
-) -> tuple[bytes, list[tuple[lane.AnyHeader, bytes]]]:
-    """Enter the session as its destination, ask on a lane, and return all bytes of it until the last answer. With
-    ``lane_first`` the lane has greeted before the control stream has. Blocks."""
-
-    def greet_on_lane() -> ssl.SSLSocket:
-        bulk = opened.enter_context(scene.dial(scene.context(scene.made.beta.key, session.ALPN_LANE)))
-        bulk.sendall(lane.encode_header(lane.LaneHello(INSTANCE, 0)))
-        return bulk
-
-    with contextlib.ExitStack() as opened:
-        control = opened.enter_context(scene.dial(scene.context(scene.made.beta.key)))
-        if lane_first:
-            bulk = greet_on_lane()
-            # Long enough for its thread to be where it waits for the control stream.
-            time.sleep(0.3)
-        control.sendall(session.encode(session.Hello(ticket or scene.ticket, INSTANCE)))
-        assert isinstance(messages_in(control.recv(65536))[0], session.HelloAnswer)
-        if not lane_first:
-            bulk = greet_on_lane()
-        wire = bytearray()
-        frames: list[tuple[lane.AnyHeader, bytes]] = []
-        while not any(isinstance(header, lane.LaneReady) for header, _ in frames):
-            wire += bulk.recv(65536)
-            frames = frames_in(wire)
-        control.sendall(b"".join(map(session.encode, requests)))
-        last = max(request.r for request in requests)  # type: ignore[attr-defined]
-        while not any(getattr(header, "r", 0) == last for header, _ in frames):
-            data = bulk.recv(65536)
-            assert data, "the lane ended early"
-            wire += data
-            frames = frames_in(wire)
-        return bytes(wire), frames
-
-
-def frames_in(wire: bytearray) -> list[tuple[lane.AnyHeader, bytes]]:
-    frames, at = [], 0
-    while at + lane.FRAME.size <= len(wire):
-        head, payload = lane.lengths_untrusted(wire[at : at + lane.FRAME.size])
-        start = at + lane.FRAME.size
-        at = start + head + payload
-        if at > len(wire):
-            break
-        frames.append((lane.header_untrusted(wire[start : start + head]), bytes(wire[start + head : at])))
-    return frames
-
-
 def test_the_pin_is_compared_once_more_after_the_handshake() -> None:
     """The second lock: it would hold if the library ever let somebody through."""
     mine, other = NodeKey.generate(), NodeKey.generate()
@@ -472,65 +303,3 @@ async def test_a_lane_must_know_the_secret_of_the_live_control_stream(scene: Sce
             return visit(scene, context, lane.encode_header(lane.LaneHello(wrong, 0)))
 
     assert await trio.to_thread.run_sync(guess) == b""
-
-
-# --- who comes before the relay has -----------------------------------------------------------------------------------
-
-
-async def _later_session(scene: Scene) -> SessionOrder:
-    task, session_id = str(uuid.uuid4()), str(uuid.uuid4())
-    ticket = scene.made.ticket(
-        task, session_id, scene.made.alpha.grant("r", ["/open"]), scene.made.beta.grant("rw", ["/"])
-    )
-    return SessionOrder(session_id=session_id, task_id=task, ticket=ticket, peer=scene.made.beta.party)
-
-
-async def test_a_connection_that_comes_before_its_session_is_served_when_that_comes(scene: Scene) -> None:
-    service = scene.made.alpha.service
-    assert service is not None
-    order = await _later_session(scene)
-    context = scene.context(scene.made.beta.key)
-    served: list[bytes] = []
-
-    async def come() -> None:
-        hello = session.encode(session.Hello(order.ticket, INSTANCE))
-
-        def greet() -> None:
-            with scene.dial(context, order.session_id) as sock:
-                sock.sendall(hello)
-                served.append(sock.recv(65536))
-
-        await trio.to_thread.run_sync(greet)
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(come)
-        with trio.fail_after(PATIENCE):
-            while not service.sessions._early:
-                await trio.sleep(0.005)
-        # Another session does not help it.
-        await service.put_session(await _later_session(scene))
-        await trio.sleep(0.05)
-        assert not served
-        await service.put_session(order)
-    assert isinstance(messages_in(served[0])[0], session.HelloAnswer)
-    assert service.sessions._early == 0
-
-
-async def test_few_wait_for_a_session_and_not_for_long(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    service = scene.made.alpha.service
-    assert service is not None
-    monkeypatch.setattr(served_session, "EARLY_PATIENCE", 0.3)
-    monkeypatch.setattr(served_session, "MAX_EARLY", 3)
-    most: list[int] = []
-
-    async def come() -> None:
-        context = scene.context(scene.made.beta.key)
-        assert await trio.to_thread.run_sync(visit, scene, context, b"", str(uuid.uuid4())) == b""
-        most.append(service.sessions._early)
-
-    refused = service.sessions.refused
-    async with trio.open_nursery() as nursery:
-        for _ in range(8):
-            nursery.start_soon(come)
-    assert service.sessions.refused == refused + 8
-    assert (max(most), service.sessions._early) == (3, 0)
