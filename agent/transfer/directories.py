@@ -221,7 +221,7 @@ class DirectoryWalk:
         if opened is None:
             self._run.release_slot()
         else:
-            self._run.group_done(opened)
+            self._run.groups_done([opened])
 
     def _failed(self, group: Group, row: DirectoryRow, error: TowpathError) -> None:
         """A directory of the source cannot be listed: an error of its own, the others go on."""

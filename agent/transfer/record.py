@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
+from operator import attrgetter
 
 import msgspec
 
-from agent.transfer.jobs import FileJob, Group, LargeFile, Outcome
+from agent.transfer.jobs import Counts, FileJob, Group, LargeFile, Outcome
 from agent.transfer.journal import (
     BARE,
     FAILED,
@@ -27,6 +28,8 @@ from protocol.control import Counters
 
 # What files have together may be more than can be written down: a sparse one may be of this size by itself.
 MOST_BYTES = (1 << 63) - 1
+# What a group adds to the task's counters, by name.
+_COUNTS = {name: attrgetter(name) for name in Counts.__slots__ if name != "bytes_shared"}
 
 
 class Record:
@@ -218,7 +221,7 @@ class Record:
         group.folded = True
         group.counts.xattrs_left_out += group.attributes_left_out
         group.counts.add_list(group.list_fate)
-        self.counters = add_counts(self.counters, group)
+        self.counters = add_counts(self.counters, (group,))
         if group.id > 0:
             self._finish(group, group.id)
         else:
@@ -250,12 +253,12 @@ def skipped_row(job: FileJob, error: dict[str, object], now: str) -> SkippedRow:
     )
 
 
-def add_counts(counters: Counters, group: Group) -> Counters:
-    """Task counters with a group's counts added; counts of errors met during the scan are part of the group."""
-    counts = group.counts
-    names: Iterable[str] = counts.__slots__
-    changes = {name: getattr(counters, name) + getattr(counts, name) for name in names if name != "bytes_shared"}
-    changes["bytes_total"] = max(0, min(changes["bytes_total"] + counts.bytes_shared, MOST_BYTES))
+def add_counts(counters: Counters, groups: Sequence[Group]) -> Counters:
+    """Task counters with the counts of groups added; counts of errors met during the scan are part of the group."""
+    counts = [group.counts for group in groups]
+    changes = {name: getattr(counters, name) + sum(map(count, counts)) for name, count in _COUNTS.items()}
+    total = changes["bytes_total"] + sum(count.bytes_shared for count in counts)
+    changes["bytes_total"] = max(0, min(total, MOST_BYTES))
     return msgspec.structs.replace(counters, **changes)
 
 

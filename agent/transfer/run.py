@@ -140,8 +140,8 @@ class Run(Reports, Protocol):
     def opened(self, group: Group) -> None:
         """A group is being worked on until the settler says it is done."""
 
-    def group_done(self, group: Group) -> None:
-        """Nothing of a group is worked on any more, and its handle may be closed."""
+    def groups_done(self, groups: list[Group]) -> None:
+        """Nothing of these groups is worked on any more, and their handles may be closed."""
 
     def count_finished(self, job: FileJob, outcome: int) -> None:
         """A single item that an earlier run settled."""

@@ -306,8 +306,16 @@ class Control:
         listing = Listing(self._side.root, path, request)
         try:
             while not listing.ended:
-                await credit.acquire()
-                await self._send_out.send(await self._listing_threads.run(listing.message))
+                # Each turn of the event loop that is not needed costs as much as listing ten files.
+                try:
+                    credit.acquire_nowait()
+                except trio.WouldBlock:
+                    await credit.acquire()
+                message = await self._listing_threads.run(listing.message)
+                try:
+                    self._send_out.send_nowait(message)
+                except trio.WouldBlock:
+                    await self._send_out.send(message)
         finally:
             listing.close()
 

@@ -72,7 +72,7 @@ class SettleReports(Protocol):
     def file_failed(self, file: LargeFile, error: TowpathError) -> None: ...
     def refetch(self, file: LargeFile, index: int) -> None: ...
     def abandoned(self, file: LargeFile, error: TowpathError) -> None: ...
-    def group_done(self, group: Group) -> None: ...
+    def groups_done(self, groups: list[Group]) -> None: ...
 
 
 _Answer: TypeAlias = ToSettle | Batch | Recorded | Discarded | Closed | PackHeld | HeldChecked | HolderLost
@@ -474,8 +474,8 @@ class Settler:
         self._reports.settled(jobs, sum(job.charged for job in jobs))
         if names.checked_bytes:
             self._reports.blocks_settled(names.checked_bytes)
-        for group in done:
-            self._reports.group_done(group)
+        if done:
+            self._reports.groups_done(done)
 
     def _record_synced(self, batch: Batch) -> Recorded:
         """In the side thread, after the sync: temporaries are read back meanwhile."""

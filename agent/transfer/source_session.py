@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import suppress
 from typing import TypeVar
 
 import trio
@@ -173,15 +174,15 @@ class SourceSession:
         return receive
 
     async def _next_answer(self, receive: trio.MemoryReceiveChannel[session.Answer], seconds: float) -> session.Answer:
-        with trio.move_on_after(seconds):
-            try:
-                answer = await receive.receive()
-            except trio.EndOfChannel:
-                raise self._lost or SessionLost("The connection to the source broke.") from None
-            if isinstance(answer, session.Failed):
-                raise error_from_document_untrusted(answer.error)
-            return answer
-        raise SessionLost("The source did not answer a request in time.")
+        try:
+            answer = await _received(receive, seconds)
+        except trio.EndOfChannel:
+            raise self._lost or SessionLost("The connection to the source broke.") from None
+        if answer is None:
+            raise SessionLost("The source did not answer a request in time.")
+        if isinstance(answer, session.Failed):
+            raise error_from_document_untrusted(answer.error)
+        return answer
 
     async def _ask(
         self, kind: type[A], question: Callable[[int], session.Message], patience: float = ANSWER_TIMEOUT
@@ -298,6 +299,16 @@ class SourceSession:
             self._waiting.pop(r, None)
             if not ended and self._lost is None:
                 self.post(session.Abandon(r))
+
+
+async def _received(receive: trio.MemoryReceiveChannel[session.Answer], seconds: float) -> session.Answer | None:
+    """The next answer on a channel, or None when none has come after so many seconds."""
+    with suppress(trio.WouldBlock):
+        # A deadline costs as much as planning ten files, and what was asked for ahead is often here.
+        return receive.receive_nowait()
+    with trio.move_on_after(seconds):
+        return await receive.receive()
+    return None
 
 
 def _first(group: BaseExceptionGroup[TowpathError]) -> TowpathError:

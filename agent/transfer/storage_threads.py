@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
+from itertools import islice
 from typing import Any, Generic, TypeVar
 
 import trio
@@ -42,13 +42,15 @@ else:
 
 
 class _Job(Generic[T]):
-    __slots__ = ("begun", "done", "error", "function", "value")
+    __slots__ = ("done", "error", "function", "lot", "value")
 
     def __init__(self, function: Callable[[], T]) -> None:
         self.function = function
-        self.begun = self.done = False
+        self.done = False
         self.error: BaseException | None = None
         self.value: T
+        # Where the task that asked for it waits: to wake all of them each time would cost more than most jobs do.
+        self.lot = trio.lowlevel.ParkingLot()
 
     def run(self) -> None:
         try:
@@ -66,7 +68,8 @@ class StorageThreads:
         self._counted = _KNOWN and file_system in _COUNTED
         # What nobody has begun. Threads take from it, too: each step of a deque is one step for all of them.
         self._waiting: deque[_Job[Any]] = deque()
-        self._lot = trio.lowlevel.ParkingLot()
+        # What threads have done and nobody was told of yet.
+        self._done: deque[_Job[Any]] = deque()
         self._token = trio.lowlevel.current_trio_token()
         # Threads at work, and pieces of work since the last that had to wait for the disk.
         self._threads = 0
@@ -81,18 +84,37 @@ class StorageThreads:
                 if self._waiting and self._threads < self._most:
                     await self._work()
                 else:
-                    await self._lot.park()
+                    await job.lot.park()
         finally:
-            with suppress(ValueError):
-                self._waiting.remove(job)
+            if not job.done:
+                await self._give_up(job)
             # If it was the one whose turn it was, another is now.
-            self._lot.unpark_all()
-            with trio.CancelScope(shield=True):
-                while job.begun and not job.done:
-                    await self._lot.park()
+            self._pass_on()
         if job.error is not None:
             raise job.error
         return job.value
+
+    async def _give_up(self, job: _Job[T]) -> None:
+        """Its task is cancelled: it is not begun, or, where a thread has taken it, awaited to its end."""
+        try:
+            self._waiting.remove(job)
+        except ValueError:
+            with trio.CancelScope(shield=True):
+                while not job.done:
+                    await job.lot.park()
+
+    def _pass_on(self) -> None:
+        """Wake as many of those whose jobs wait as may start threads."""
+        room = self._most - self._threads
+        if self._waiting and room > 0:
+            # A copy is one step; threads take from it.
+            for job in islice(self._waiting.copy(), room):
+                job.lot.unpark()
+
+    def _tell(self) -> None:
+        """Wake those whose jobs are done."""
+        while self._done:
+            self._done.popleft().lot.unpark()
 
     @property
     def _most(self) -> int:
@@ -104,7 +126,8 @@ class StorageThreads:
             await trio.to_thread.run_sync(self._take)
         finally:
             self._threads -= 1
-            self._lot.unpark_all()
+            self._tell()
+            self._pass_on()
 
     def _take(self) -> None:
         """In a thread: do what waits, as long as something does and a thread alone is enough."""
@@ -113,10 +136,10 @@ class StorageThreads:
                 job = self._waiting.popleft()
             except IndexError:
                 return
-            job.begun = True
             before = _reads()
             job.run()
             self._calm = 0 if _reads() != before else self._calm + 1
+            self._done.append(job)
             if self._most > 1:
                 return
-            self._token.run_sync_soon(self._lot.unpark_all, idempotent=True)
+            self._token.run_sync_soon(self._tell, idempotent=True)

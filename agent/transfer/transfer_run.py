@@ -284,10 +284,7 @@ class TransferRun:
 
     def counters(self) -> Counters:
         """The task's counters now; never more than what is true."""
-        counters = self._settler.record.counters
-        for group in self._groups:
-            if not group.folded:
-                counters = add_counts(counters, group)
+        counters = add_counts(self._settler.record.counters, [group for group in self._groups if not group.folded])
         # Blocks of large files count as they settle, not only when their file is whole.
         settled = self._settler.record.settled_bytes
         again = max(0, self.context.received.value - settled - self.budget.used)
@@ -371,7 +368,11 @@ class TransferRun:
 
     async def slot(self) -> None:
         """Wait until one more group may be open; `opened` must follow."""
-        await self._slots.acquire()
+        try:
+            # Without a turn of the event loop, which costs as much as planning ten files.
+            self._slots.acquire_nowait()
+        except trio.WouldBlock:
+            await self._slots.acquire()
 
     def release_slot(self) -> None:
         """The group could not be opened after all."""
@@ -458,20 +459,21 @@ class TransferRun:
     def abandoned(self, file: LargeFile, error: TowpathError) -> None:
         self._soon(self.retries.again, file.job, error)
 
-    def group_done(self, group: Group) -> None:
-        self._soon(self._on_group_done, group)
+    def groups_done(self, groups: list[Group]) -> None:
+        self._soon(self._on_groups_done, groups)
 
     def _on_file_idle(self, file: LargeFile) -> None:
         if self._arrivals is not None:
             self._arrivals.forget_file(file)
         self.large.idle(file)
 
-    def _on_group_done(self, group: Group) -> None:
-        self._groups.discard(group)
-        if self._arrivals is not None:
-            self._arrivals.forget_group(group)
-        group.handle.close()
-        self._slots.release()
+    def _on_groups_done(self, groups: list[Group]) -> None:
+        for group in groups:
+            self._groups.discard(group)
+            if self._arrivals is not None:
+                self._arrivals.forget_group(group)
+            group.handle.close()
+            self._slots.release()
         self._look_whether_done()
 
     def _look_whether_done(self) -> None:
