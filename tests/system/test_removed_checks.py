@@ -26,6 +26,7 @@ STRANGERS = ("tests/agent/test_session_strangers.py",)
 LINK = ("tests/agent/test_link_app.py", "tests/agent/test_hostile_relay.py", "tests/agent/test_agent_policy.py")
 ROUTES = ("tests/relay/test_transfer_authorization.py",)
 OPERATIONS = (*ROUTES, "tests/relay/test_transfer_operations.py", "tests/relay/test_transfer_access.py")
+WATCHED = (*ROUTES, "tests/relay/test_transfer_tasks.py")
 SUBMISSIONS = (*ROUTES, "tests/relay/test_transfer_endpoints.py", "tests/relay/test_transfer_submission.py")
 
 # What a removed demand for a token becomes: everybody is the same nobody.
@@ -136,14 +137,16 @@ def derived() -> Iterator[Removal]:
             instead = _without_decision(text, call)
             if instead is not None:
                 start, end = _span(text, call)
-                tests = (
-                    SUBMISSIONS
-                    if path.startswith("relay/transfer/")
-                    else OPERATIONS
-                    if "operations" in path
-                    else ROUTES
-                )
-                yield Removal(path, start, end, instead, tests, f"{path}:{call.lineno} decision")
+                yield Removal(path, start, end, instead, _tests_of(path), f"{path}:{call.lineno} decision")
+
+
+def _tests_of(path: str) -> tuple[str, ...]:
+    """The tests that must notice a decision taken out of this file."""
+    if path.startswith("relay/transfer/"):
+        return SUBMISSIONS
+    if path.endswith("_operations.py"):
+        return OPERATIONS
+    return WATCHED if path.endswith("_managers.py") else ROUTES
 
 
 def _of_a_route(text: str, at: int) -> bool:
