@@ -11,7 +11,8 @@ import trio.testing
 
 from agent.connect.network import DialAllowance
 from agent.connect.quic.process import Begin
-from agent.connect.quic.transport import AHEAD_LIFE, MAX_AHEAD, QuicFailed, QuicTransport, _Live
+from agent.connect.quic.punch_udp import QuicFailed
+from agent.connect.quic.transport import AHEAD_LIFE, MAX_AHEAD, QuicTransport, _Live
 from agent.connect.transport import Connection, Wish
 from protocol.candidates import MAPPED_UDP, Candidate, PathAnswer, PathGo, PathOffer
 from protocol.identity import NodeKey

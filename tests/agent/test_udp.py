@@ -12,7 +12,7 @@ import trio
 from agent.connect.network import Network
 from agent.connect.quic.datagrams import Datagrams
 from agent.connect.quic.observe import udp_candidates
-from agent.connect.quic.transport import punch
+from agent.connect.quic.punch_udp import punch
 from agent.connect.udp import get_hops, has_ipv6, incoming, open_udp, outgoing
 from protocol.candidates import Candidate
 from relay.rendezvous.observe import Observer

@@ -32,11 +32,11 @@ from agent.connect.quic.process import (
     decode_report,
     encode,
 )
-from agent.connect.quic.punch import OPENING_TTL, Address, Punch, Send
+from agent.connect.quic.punch import Address
+from agent.connect.quic.punch_udp import QuicFailed, punch
 from agent.connect.transport import Connection, Greet, Path, Wish
-from agent.connect.udp import get_hops, has_ipv6, incoming, open_udp, outgoing, set_hops
+from agent.connect.udp import has_ipv6, open_udp
 from protocol.candidates import MAPPED_UDP, Candidate, PathGo, PathOffer
-from protocol.errors import RetryLater
 from protocol.identity import NodeKey
 from protocol.line_process import line_process
 
@@ -54,7 +54,6 @@ OFFER_LIFE = 30.0
 # One that was opened before an offer came is kept so long for it, and so many of them.
 AHEAD_LIFE = 8.0
 MAX_AHEAD = 16
-_STEP = 0.02
 
 # How the relay sees a UDP socket and where else it may be reached; answers within moments, also when nothing does.
 Observe = Callable[[trio.socket.SocketType], Awaitable[list[Candidate]]]
@@ -62,12 +61,6 @@ Observe = Callable[[trio.socket.SocketType], Awaitable[list[Candidate]]]
 Usable = Callable[[list[Candidate], PathGo], list[Candidate]]
 # The certificate (PEM) of the other node of a session, None for a session that is not known here.
 PeerOf = Callable[[str], Awaitable[str | None]]
-
-
-class QuicFailed(RetryLater):
-    """No QUIC to the peer now."""
-
-    default_code = "QUIC_FAILED"
 
 
 @dataclass(eq=False)
@@ -453,48 +446,6 @@ def _open() -> trio.socket.SocketType:
     plain = open_udp()
     plain.setblocking(False)
     return trio.socket.from_stdlib_socket(plain)
-
-
-async def punch(sock: trio.socket.SocketType, *, client: bool, secret: str, targets: list[Address]) -> Address:
-    """Reach the peer; where it is. The server's side stays until the peer begins to speak QUIC, and goes on answering
-    probes so long. Raises `QuicFailed`."""
-    machine = Punch(client=client, secret=secret, targets=targets, now=trio.current_time())
-    while trio.current_time() < machine.deadline:
-        for send in machine.due(trio.current_time()):
-            await _send_probe(sock, send)
-        wait = max(0.0, min(machine.next_time() - trio.current_time(), _STEP))
-        with trio.move_on_after(wait):
-            try:
-                data, source = await sock.recvfrom(2048, socket.MSG_PEEK)
-            except OSError:
-                # An ICMP error for one of the targets.
-                continue
-            if not client and machine.is_start_untrusted(data, incoming(source)) and machine.found is not None:
-                # It stays in the socket for the process.
-                return machine.found
-            await sock.recvfrom(2048)
-            for send in machine.receive_untrusted(data, incoming(source)):
-                await _send_probe(sock, send)
-        if client and machine.found is not None:
-            return machine.found
-    raise QuicFailed("UDP does not get through between the two machines.")
-
-
-async def _send_probe(sock: trio.socket.SocketType, send: Send) -> None:
-    host, to = send.to[0], outgoing(sock.family, send.to)
-    try:
-        if send.opening:
-            usual = get_hops(sock, host)
-            set_hops(sock, host, OPENING_TTL)
-            try:
-                await sock.sendto(send.data, to)
-            finally:
-                set_hops(sock, host, usual)
-        else:
-            await sock.sendto(send.data, to)
-    except OSError:
-        # One target cannot be reached from here; the others may.
-        return
 
 
 async def _send(line: trio.socket.SocketType, packet: bytes, descriptor: int) -> None:
