@@ -25,11 +25,12 @@ from agent.collections import Collections
 from agent.config.keys import CollectionConfig, is_uuid
 from agent.policy import Access, Policy
 from agent.services import TaskService
-from agent.storage.base import Reach, Root
+from agent.storage.base import Root
 from agent.storage.faults import fault
 from agent.storage.listing import Accounts, list_directory, stat_entry
 from agent.storage.own_files import HoldsOwn
 from agent.storage.query import parse_query_untrusted
+from agent.storage.reach import Reach
 from protocol.candidates import PathAnswer, PathGo, PathOffer
 from protocol.control import (
     MAX_DOCUMENT,

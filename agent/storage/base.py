@@ -25,7 +25,8 @@ from typing import Literal, Self, TypeAlias
 import msgspec
 
 from agent.storage import access_lists, attributes, clone
-from protocol.names import RESERVED_PREFIX, SLASH, CollectionPath, is_within
+from agent.storage.reach import Reach
+from protocol.names import RESERVED_PREFIX, SLASH, CollectionPath
 
 Kind: TypeAlias = Literal["file", "dir", "symlink", "chr", "blk", "pipe", "other"]
 Version: TypeAlias = tuple[int, int, int, int, int]
@@ -59,41 +60,6 @@ _KINDS: dict[int, Kind] = {
     stat_bits.S_IFBLK: "blk",
     stat_bits.S_IFIFO: "pipe",
 }
-
-
-class LeavesCollection(OSError):
-    """A symlink leads out of the collection's root, or a name would."""
-
-    def __init__(self, sentence: str = "leads out of the collection") -> None:
-        super().__init__(errno.EXDEV, sentence)
-
-
-class LeavesReach(PermissionError):
-    """A symlink leads to a folder of the collection that is not open to whoever came this way."""
-
-    def __init__(self) -> None:
-        super().__init__(errno.EACCES, "is reached through a symlink that leads to where you have no permission")
-
-
-@dataclass(frozen=True)
-class Reach:
-    """The folders of a collection that somebody may come to, whatever symlinks say."""
-
-    folders: tuple[CollectionPath, ...]
-
-    def check_way(self, place: Sequence[bytes]) -> None:
-        """Raise `LeavesReach` unless the place lies in one of the folders, or on the way to one."""
-        if not any(_begin_alike(place, folder) for folder in self.folders):
-            raise LeavesReach
-
-    def check_end(self, place: Sequence[bytes]) -> None:
-        """Raise `LeavesReach` unless the place lies in one of the folders."""
-        if not any(is_within(tuple(place), folder) for folder in self.folders):
-            raise LeavesReach
-
-
-def _begin_alike(one: Sequence[bytes], other: Sequence[bytes]) -> bool:
-    return all(left == right for left, right in zip(one, other, strict=False))
 
 
 class NotRegularFile(OSError):

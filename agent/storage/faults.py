@@ -6,9 +6,10 @@ import errno
 import os
 from typing import Literal
 
-from agent.storage.base import IllegalName, LeavesCollection, LeavesReach, NotRegularFile
+from agent.storage.base import IllegalName, NotRegularFile
 from agent.storage.disks import DISK_REPLACED, DiskAway
 from agent.storage.own_files import AgentsOwn, HoldsOwn
+from agent.storage.reach import LeavesCollection, LeavesReach
 from protocol.errors import ItemFailed, NeedsPerson, RetryLater, TowpathError, Who
 from protocol.names import CollectionPath, escape, format_path
 

@@ -17,7 +17,8 @@ from typing import NamedTuple, TypeAlias
 
 from agent.storage.access_lists import FoundLists
 from agent.storage.attributes import Found
-from agent.storage.base import Bytes, Directory, Node, Reach, Root
+from agent.storage.base import Bytes, Directory, Node, Root
+from agent.storage.reach import Reach
 from protocol.names import CollectionPath
 
 

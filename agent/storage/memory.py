@@ -27,16 +27,15 @@ from agent.storage.base import (
     Features,
     IllegalName,
     Kind,
-    LeavesCollection,
     Node,
     NotRegularFile,
-    Reach,
     Root,
     checked_time,
     component,
     node_from_stat,
 )
 from agent.storage.disks import DiskAway
+from agent.storage.reach import LeavesCollection, Reach
 from protocol.errors import NeedsPerson
 from protocol.names import RESERVED_PREFIX, CollectionPath
 

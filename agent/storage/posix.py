@@ -11,20 +11,12 @@ import stat as stat_bits
 from collections.abc import Callable, Collection, Iterable, Iterator
 
 from agent.storage import attributes, folding, handles, libc, mounts
-from agent.storage.base import (
-    PERMISSION_BITS,
-    Directory,
-    Features,
-    IllegalName,
-    Node,
-    Reach,
-    Root,
-    component,
-    node_from_stat,
-)
+from agent.storage.base import PERMISSION_BITS, Directory, Features, IllegalName, Node, Root, component, node_from_stat
 from agent.storage.disks import Disk, DiskAway, Disks, look
 from agent.storage.handles import os_error
 from agent.storage.own_files import Around, OwnFiles
+from agent.storage.reach import Reach
+from agent.storage.rename import rename_no_replace
 from agent.storage.walk import Walker, read_link
 from protocol.errors import NeedsPerson
 from protocol.names import RESERVED_PREFIX, CollectionPath, escape
@@ -384,14 +376,7 @@ class PosixDirectory(Directory):
         os.link(component(old), component(new), src_dir_fd=self._fd, dst_dir_fd=fd, follow_symlinks=False)
 
     def rename_no_replace(self, old: bytes, new: bytes, target: Directory | None = None) -> None:
-        fd, old, new = self._fd_of(target, new), component(old), component(new)
-        try:
-            libc.rename_no_replace(self._fd, old, fd, new)
-        except OSError as error:
-            # EINVAL may also mean a folder moved into itself, which the plain way says again.
-            if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
-                raise
-            _rename_in_steps(self._fd, old, fd, new)
+        rename_no_replace(self._fd, component(old), self._fd_of(target, new), component(new))
 
     def mkdir(self, name: bytes, mode: int = 0o777) -> None:
         os.mkdir(component(name), mode & PERMISSION_BITS, dir_fd=self._fd)
@@ -473,35 +458,6 @@ def _is_link(fd: int, name: bytes) -> bool:
         return stat_bits.S_ISLNK(os.stat(name, dir_fd=fd, follow_symlinks=False).st_mode)
     except FileNotFoundError:
         return False
-
-
-def _exists(fd: int, name: bytes) -> bool:
-    try:
-        os.stat(name, dir_fd=fd, follow_symlinks=False)
-    except FileNotFoundError:
-        return False
-    return True
-
-
-def _rename_in_steps(old_fd: int, old: bytes, new_fd: int, new: bytes) -> None:
-    """Rename without replacing, where the file system knows no such call."""
-    if stat_bits.S_ISDIR(os.stat(old, dir_fd=old_fd, follow_symlinks=False).st_mode):
-        # A folder cannot be hard-linked. A rename replaces nothing but an empty folder, so no data is at risk.
-        if _exists(new_fd, new):
-            raise os_error(errno.EEXIST)
-        os.rename(old, new, src_dir_fd=old_fd, dst_dir_fd=new_fd)
-        return
-    try:
-        os.link(old, new, src_dir_fd=old_fd, dst_dir_fd=new_fd, follow_symlinks=False)
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
-            raise
-        # Neither call: looking first is all that is left.
-        if _exists(new_fd, new):
-            raise os_error(errno.EEXIST) from error
-        os.rename(old, new, src_dir_fd=old_fd, dst_dir_fd=new_fd)
-        return
-    os.unlink(old, dir_fd=old_fd)
 
 
 def _unavailable(path: str, why: str, *, code: str = "COLLECTION_UNAVAILABLE") -> NeedsPerson:

@@ -13,10 +13,11 @@ import errno
 import os
 from collections.abc import Sequence
 
-from agent.storage.base import MAX_LINKS, LeavesCollection, Reach
+from agent.storage.base import MAX_LINKS
 from agent.storage.disks import Disks
 from agent.storage.handles import LOOKUP, PERHAPS_LINK, os_error, sync_folder
 from agent.storage.own_files import AgentsOwn, OwnFiles
+from agent.storage.reach import LeavesCollection, Reach
 from protocol.names import CollectionPath
 
 # Bounds the work that a maze of links can cause.

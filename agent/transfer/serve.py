@@ -21,8 +21,9 @@ from agent.connect.lane_tls import SecuredLane
 from agent.limits.pace import Pace
 from agent.meter.lane import LaneMeter
 from agent.storage import access_lists, attributes
-from agent.storage.base import Reach, Root, version_of
+from agent.storage.base import Root, version_of
 from agent.storage.faults import fault
+from agent.storage.reach import Reach
 from agent.transfer import compression
 from agent.transfer.attributes import read_attributes
 from agent.transfer.checksum import block_digests, file_digest

@@ -25,9 +25,10 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from agent.connect.lane_tls import SecuredLane, secure_lane
 from agent.connect.tls import HANDSHAKE_TIMEOUT, check_peer, session_context
 from agent.connect.transport import send_at_once
-from agent.storage.base import Reach, Root
+from agent.storage.base import Root
 from agent.storage.guarded import open_guarded
 from agent.storage.hiding import offered
+from agent.storage.reach import Reach
 from agent.system.process_name import rename_process
 from agent.transfer.channel import (
     Allowed,

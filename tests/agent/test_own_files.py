@@ -14,12 +14,13 @@ from agent.collections import Collections, Marks
 from agent.config.exposure import exposures, own_places, unusable
 from agent.config.keys import AgentConfig, CollectionConfig
 from agent.policy import Policy
-from agent.storage.base import Directory, Reach, Root
+from agent.storage.base import Directory, Root
 from agent.storage.guarded import GuardedDirectory, open_guarded
 from agent.storage.listing import Accounts, list_directory, stat_entry
 from agent.storage.own_files import AgentsOwn, HoldsOwn
 from agent.storage.posix import PosixDirectory
 from agent.storage.query import Query
+from agent.storage.reach import Reach
 from agent.transfer.channel import Common, WorkerCollection
 from agent.transfer.local_node import LocalNode
 from agent.transfer.worker import _root_of

@@ -17,8 +17,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent.storage.base import Directory, LeavesCollection, Root
+from agent.storage.base import Directory, Root
 from agent.storage.posix import open_root
+from agent.storage.reach import LeavesCollection
 from protocol.errors import ProtocolError
 from protocol.names import escape, parse_path_untrusted
 from tests.agent.hostile_grounds import SECRET, Attacker, Grounds

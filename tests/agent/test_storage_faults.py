@@ -7,10 +7,11 @@ import os
 
 import pytest
 
-from agent.storage.base import Directory, IllegalName, LeavesCollection, NotRegularFile, Root
+from agent.storage.base import Directory, IllegalName, NotRegularFile, Root
 from agent.storage.faults import fault
 from agent.storage.faulty import Call, FaultyRoot, fail_nth
 from agent.storage.memory import MemoryRoot
+from agent.storage.reach import LeavesCollection
 from protocol.errors import ItemFailed, NeedsPerson, RetryLater, TowpathError
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="memory storage needs memfd_create")

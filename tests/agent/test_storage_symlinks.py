@@ -9,17 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from agent.storage.base import (
-    Directory,
-    IllegalName,
-    LeavesCollection,
-    LeavesReach,
-    NotRegularFile,
-    Reach,
-    Root,
-)
+from agent.storage.base import Directory, IllegalName, NotRegularFile, Root
 from agent.storage.faulty import FaultyRoot
 from agent.storage.memory import MemoryRoot
+from agent.storage.reach import LeavesCollection, LeavesReach, Reach
 from tests.agent.storage_cases import DAY, OLD, code, content, names, root, top, write
 
 __all__ = ["root", "top"]
