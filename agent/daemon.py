@@ -278,8 +278,7 @@ class Daemon:
         return cast("dict[str, Any]", msgspec.to_builtins(document))
 
     def _metrics(self) -> str:
-        transfer, allotment = self._tasks.statistics(), self._data.node.allotment
-        limits = allotment.in_force()
+        transfer, limits = self._tasks.statistics(), self._data.node.allotment.in_force()
         numbers = AgentNumbers(
             version=version("towpath"),
             linked=self._link.statistics().connected,
@@ -287,8 +286,8 @@ class Daemon:
             running=transfer.running,
             sessions=transfer.sessions,
             refused=transfer.refused,
-            received=allotment.moved["receive"],
-            sent=allotment.moved["send"],
+            received=transfer.received,
+            sent=transfer.sent,
             receive_limit=limits.receive,
             send_limit=limits.send,
         )

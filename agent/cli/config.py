@@ -46,6 +46,9 @@ def warnings_of(found: AgentConfig, config_file: Path) -> Iterator[str]:
         yield "The agent is not set up yet; run `towpath setup` with a setup key."
     if found.relay.ca_file is not None and not found.relay.ca_file.is_file():
         yield f"The relay's CA certificate {found.relay.ca_file} is missing; run `towpath setup` again."
+    textfile = found.metrics.textfile
+    if textfile is not None and textfile.suffix != ".prom":
+        yield f"The name of metrics.textfile, {textfile}, does not end in .prom; the node exporter does not read it."
     for collection in found.collections:
         if not os.path.isdir(collection.root):
             yield f"The root {collection.root} of {collection.name} is not a directory now."

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import click
 
 from agent.cli.exit_codes import ExitCode
-from agent.cli.output import CommandFailed
+from agent.cli.output import CommandFailed, human_bytes
 from agent.config.keys import default_config_file
 from agent.config.layers import load_config
 from protocol.errors import TowpathError
@@ -241,6 +241,13 @@ def _why_not(document: dict[str, Any]) -> str:
     )
 
 
+def read_from_here(sessions: int) -> str:
+    """What a source says of itself: how many transfers to other machines are connected, moving or about to end."""
+    if sessions == 1:
+        return "1 transfer to another machine reads from here."
+    return f"{sessions} transfers to other machines read from here."
+
+
 def _print_status(document: dict[str, Any]) -> None:
     link = document["link"]
     inside = " (inside WebSocket)" if link.get("wrapping") == "websocket" else ""
@@ -271,12 +278,16 @@ def _print_status(document: dict[str, Any]) -> None:
         access = "read-only" if row["read_only"] else "read-write"
         state = "available" if row["available"] else f"not available: {row['reason']}"
         click.echo(f"  collection {terminal_safe(row['name'])} ({row['id']}): {access}, {terminal_safe(state)}")
+    sessions = document["transfer"]["sessions"]
+    if sessions:
+        click.echo(f"  {read_from_here(sessions)}")
     for task in document["tasks"]:
-        counters = task["counters"]
-        held = "" if task["status_code"] in ("OK", "QUEUED") else f", {task['status_sentence'] or task['status_code']}"
-        click.echo(
-            f"  task {task['task_id']}: {task['state']}{terminal_safe(held)}, {counters['files_transferred']} files, "
-            f"{counters['bytes_transferred']} bytes"
-        )
+        counters, sentence = task["counters"], ""
+        files = f"{counters['files_transferred']} of {counters['files']} file(s)"
+        if task["status_code"] not in ("OK", "QUEUED", task["state"]) or task["status_sentence"]:
+            sentence = f"\n    {terminal_safe(task['status_sentence'] or task['status_code'])}"
+            sentence += f" ({task['who']})" if task["who"] else ""
+        moved = human_bytes(counters["bytes_transferred"])
+        click.echo(f"  task {task['task_id']}: {task['state']}, {files}, {moved}{sentence}")
         if task["path"]:
             click.echo(f"    path: {terminal_safe(task['path'])}")

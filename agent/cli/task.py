@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from agent.cli.command import with_relay
+from agent.cli.exit_codes import who_can_mend
 from agent.cli.output import Column, Output, field, human_bytes
 from agent.cli.progress import beside, progress_of
 from agent.cli.relay_client import document_of
@@ -132,6 +133,7 @@ def _task_rows(document: Mapping[str, Any]) -> list[tuple[str, object]]:
         ("Status", "status"),
         ("Condition", "nice_status"),
         ("Details", "nice_status_details"),
+        ("Mended by", "who"),
         ("Paused", "is_paused"),
         ("Requested", "request_time"),
         ("Completed", "completion_time"),
@@ -145,7 +147,8 @@ def _task_rows(document: Mapping[str, Any]) -> list[tuple[str, object]]:
         ("Items left out", "subtasks_skipped_errors"),
         ("Faults", "faults"),
     ]
-    rows: list[tuple[str, object]] = [(name, document.get(key)) for name, key in names]
+    shown = {**document, "who": who_can_mend(document)}
+    rows: list[tuple[str, object]] = [(name, shown.get(key)) for name, key in names if key != "who" or shown[key]]
     progress = progress_of(document)
     total = "" if progress.bytes_total is None else f" of {human_bytes(progress.bytes_total)}"
     rows.append(("Bytes transferred", human_bytes(progress.bytes_done) + total))

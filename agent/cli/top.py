@@ -10,10 +10,9 @@ from typing import Any
 import click
 
 from agent.cli.output import CommandFailed, console, human_bytes, human_seconds
-from agent.cli.service import config_option, failing_plainly
+from agent.cli.service import config_option, failing_plainly, read_from_here
+from protocol.control import FINAL_STATES
 from protocol.terminal import terminal_safe
-
-FINAL = ("SUCCEEDED", "FAILED", "CANCELLED")
 
 
 @click.command()
@@ -59,7 +58,7 @@ def lines_of(now: dict[str, Any], before: dict[str, Any], seconds: float) -> lis
     where = "linked" if link["connected"] else f"not linked: {link['last_error'] or 'connecting'}"
     lines = [f"Agent {now['version']}, {terminal_safe(where)}{', PAUSED' if now['paused'] else ''}"]
     earlier = {row["task_id"]: row for row in before["tasks"]}
-    tasks = sorted(now["tasks"], key=lambda row: (row["state"] in FINAL, row["task_id"]))
+    tasks = sorted(now["tasks"], key=lambda row: (row["state"] in FINAL_STATES, row["task_id"]))
     moved = 0.0
     rows = []
     for row in tasks:
@@ -70,9 +69,15 @@ def lines_of(now: dict[str, Any], before: dict[str, Any], seconds: float) -> lis
         rows.append(_task_line(row, counters, rate))
     active = sum(row["state"] == "ACTIVE" for row in tasks)
     lines.append(f"{active} active of {len(tasks)} task(s), {human_bytes(moved)}/s arriving")
+    sessions = now["transfer"]["sessions"]
+    if sessions:
+        sent = max(0, now["transfer"]["sent"] - before["transfer"]["sent"]) / max(seconds, 1e-6)
+        lines.append(f"{read_from_here(sessions)} {human_bytes(sent)}/s leaving")
     lines.append("")
-    heading = f"{'TASK':<36}  {'STATE':<10}  {'DONE':>6}  {'FILES':>15}  {'BYTES':>21}  {'RATE':>12}  LEFT"
-    return [*lines, heading, *rows] if rows else [*lines, "Nothing to do."]
+    heading = f"{'TASK':<36}  {'STATE':<22}  {'DONE':>6}  {'FILES':>15}  {'BYTES':>21}  {'RATE':>12}  LEFT"
+    if rows:
+        return [*lines, heading, *rows]
+    return lines if sessions else [*lines, "Nothing to do."]
 
 
 def _task_line(row: dict[str, Any], counters: dict[str, Any], rate: float) -> str:
@@ -82,7 +87,7 @@ def _task_line(row: dict[str, Any], counters: dict[str, Any], rate: float) -> st
     state = row["state"] if row["status_code"] in ("OK", "QUEUED") else row["status_code"]
     files = f"{counters['files_transferred']}/{counters['files']}"
     line = (
-        f"{row['task_id']:<36}  {terminal_safe(state)[:10]:<10}  {share:>6}  {files:>15}  "
+        f"{row['task_id']:<36}  {terminal_safe(state)[:22]:<22}  {share:>6}  {files:>15}  "
         f"{human_bytes(done) + '/' + human_bytes(total):>21}  {human_bytes(rate) + '/s':>12}  {left}"
     )
     held = f"\n    {terminal_safe(row['status_sentence'])}" if row["status_sentence"] else ""

@@ -247,7 +247,8 @@ class _Reader:
 
 
 def _article(noun: str, *, small: bool = False) -> str:
-    return f"{'a' if small else 'A'} {noun}"
+    article = "an" if noun[0] in "aeiou" else "a"
+    return f"{article if small else article.capitalize()} {noun}"
 
 
 def _suggest(key: str, allowed: set[str]) -> str:

@@ -93,7 +93,10 @@ def _title(status: Mapping[str, Any], active: int, problems: list[Entry]) -> str
     waiting = sum(task["state"] in _WAITING for task in status["tasks"])
     if waiting:
         return f"{waiting} transfer{'s wait' if waiting != 1 else ' waits'}"
-    return "nothing to do" if status["link"]["connected"] else "not connected"
+    if not status["link"]["connected"]:
+        return "not connected"
+    # Missing where the agent is older than this menu.
+    return "others read from here" if status.get("transfer", {}).get("sessions") else "nothing to do"
 
 
 def _transfers(active: list[Mapping[str, Any]]) -> list[Entry]:

@@ -25,7 +25,9 @@ def check_configuration(examination: Examination) -> Iterator[Finding]:
         config = load_config(file)
     except ConfigError as error:
         for line, sentence in error.problems:
-            yield Finding(level="failure", sentence=f"{error.file}:{line}: {sentence}", advice="Mend this line.")
+            # Where there is no file there is no line either, and the sentence says what to do.
+            advice = "Mend this line." if file.exists() else ""
+            yield Finding(level="failure", sentence=f"{error.file}:{line}: {sentence}", advice=advice)
         return
     yield Finding(level="ok", sentence=f"{file} has no mistakes.")
     if config.relay.url is None:

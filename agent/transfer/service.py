@@ -66,6 +66,9 @@ class TransferStatistics:
     running: int
     sessions: int
     refused: int
+    # Content bytes that came and went.
+    received: int
+    sent: int
     event_readers: int
     last_event: int
 
@@ -92,6 +95,8 @@ class TransferService:
             running=sum(task.running for task in self._tasks.values()),
             sessions=self.sessions.count,
             refused=self.sessions.refused,
+            received=self._node.allotment.moved["receive"],
+            sent=self._node.allotment.moved["send"],
             event_readers=self._node.outbox.readers,
             last_event=self._node.store.last_event(),
         )

@@ -94,6 +94,8 @@ def test_every_mistake_is_reported_at_once_with_its_line() -> None:
     assert "did you mean `url`" in found[0][1]
     assert "whole number" in found[1][1]
     assert "did you mean `access`" in found[3][1]
+    ((_, sentence),) = problems("limits: {bandwidth: {timetable: [{when: sat}]}}\n")
+    assert sentence == "An entry needs the key `name`."
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,11 @@ def test_every_state_has_its_look(document: dict[str, Any] | None, look: str) ->
     assert view_of(document).look == look
 
 
+def test_a_source_that_others_read_from_has_something_to_do() -> None:
+    assert view_of(status(transfer={"sessions": 0})).title == "Towpath: nothing to do"
+    assert view_of(status(transfer={"sessions": 1})).title == "Towpath: others read from here"
+
+
 def test_a_running_transfer_is_shown_with_progress_and_can_be_paused() -> None:
     view = view_of(status(tasks=[task()]))
     assert any("25 % of 1000 B, 1 of 4 files" in text for text in texts(view))

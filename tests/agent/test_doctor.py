@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from agent.cli import doctor as command
+from agent.cli.config import warnings_of
 from agent.cli.main import cli
 from agent.collections import MARKS_FILE, Collections, Marks
 from agent.config.keys import CollectionConfig
@@ -69,6 +70,16 @@ def test_a_machine_that_was_never_set_up(tmp_path: Path) -> None:
     code, found = run(tmp_path / "agent.yaml", *MINE)
     assert code == 1
     assert "towpath setup" in found["configuration"][0]["sentence"]
+    assert "line" not in found["configuration"][0]["advice"]
+
+
+def test_a_file_of_metrics_that_nobody_reads_is_told(tmp_path: Path) -> None:
+    file = tmp_path / "agent.yaml"
+    file.write_text("metrics: {textfile: m.txt}\n")
+    (warning,) = [sentence for sentence in warnings_of(load_config(file), file) if "metrics" in sentence]
+    assert "does not end in .prom" in warning
+    file.write_text("metrics: {textfile: m.prom}\n")
+    assert not [sentence for sentence in warnings_of(load_config(file), file) if "metrics" in sentence]
 
 
 def marked(tmp_path: Path) -> tuple[Path, CollectionConfig, Marks]:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from agent.cli.logs import last_lines, new_lines
 from agent.cli.main import cli
+from agent.cli.service import _print_status
 from agent.cli.top import lines_of
 from agent.redaction import MARK, Redactor
 from protocol.identity import NodeKey
@@ -148,7 +149,13 @@ def status(done: int, **task: Any) -> dict[str, Any]:
         "counters": {**counters, "scan_complete": True},
         **task,
     }
-    return {"version": "1", "paused": False, "link": {"connected": True, "last_error": ""}, "tasks": [row]}
+    return {
+        "version": "1",
+        "paused": False,
+        "link": {"connected": True, "last_error": ""},
+        "transfer": {"sessions": 0, "sent": 0},
+        "tasks": [row],
+    }
 
 
 def test_top_shows_rates_and_what_is_left_and_obeys_no_escape_sequence() -> None:
@@ -162,3 +169,41 @@ def test_top_shows_rates_and_what_is_left_and_obeys_no_escape_sequence() -> None
     )
     assert "NO_SPACE" in waiting
     assert "The disk is full." in waiting
+
+
+def test_top_of_a_source_says_that_it_is_read_from_and_how_fast() -> None:
+    idle: dict[str, Any] = {**status(0), "tasks": []}
+    assert lines_of(idle, idle, 1.0)[-1] == "Nothing to do."
+    later = {**idle, "transfer": {"sessions": 1, "sent": 20 << 20}}
+    text = "\n".join(lines_of(later, idle, 2.0))
+    assert "1 transfer to another machine reads from here. 10.0 MiB/s leaving" in text
+    assert "Nothing to do" not in text
+
+
+def test_top_names_what_holds_a_task_up_whole_and_shows_what_has_ended_last() -> None:
+    missing = status(1, status_code="COLLECTION_UNAVAILABLE", status_sentence="The root is not there.")
+    ended = {**missing["tasks"][0], "task_id": "00000000-0000-4000-8000-0000000000a1", "state": "CANCELED"}
+    document = {**missing, "tasks": [ended, *missing["tasks"]]}
+    rows = [line for line in lines_of(document, document, 1.0) if line.startswith("0000")]
+    assert [row[34:36] for row in rows] == ["b1", "a1"]
+    assert "COLLECTION_UNAVAILABLE" in rows[0]
+
+
+def test_status_says_who_can_mend_what_and_that_others_read_from_here(capsys: pytest.CaptureFixture[str]) -> None:
+    held = status(3, state="WAITING", status_code="NO_SPACE", status_sentence="The disk is full.", who="source owner")
+    document = {
+        **held,
+        "pid": 1,
+        "config_file": "c",
+        "state_dir": "s",
+        "config_problem": "",
+        "collections": [],
+        "link": {"connected": True, "relay_url": "https://relay.example"},
+        "transfer": {"sessions": 2, "sent": 0},
+    }
+    document["tasks"][0]["path"] = ""
+    _print_status(document)
+    lines = capsys.readouterr().out.splitlines()
+    assert "  2 transfers to other machines read from here." in lines
+    at = lines.index("  task 00000000-0000-4000-8000-0000000000b1: WAITING, 3 of 10 file(s), 3.00 MiB")
+    assert lines[at + 1] == "    The disk is full. (source owner)"
