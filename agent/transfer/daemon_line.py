@@ -138,7 +138,9 @@ class DaemonLine:
             if message.ticket and message.ticket != self.ticket:
                 self.ticket = message.ticket
                 if self._session is not None:
-                    self._session.post(RenewTicket(message.ticket))
+                    # One that is lost, while what it brought is still being settled, needs none: the next one shows it.
+                    with contextlib.suppress(TowpathError):
+                        self._session.post(RenewTicket(message.ticket))
             if message.desired != "run":
                 for scope in self._scopes:
                     scope.cancel()
