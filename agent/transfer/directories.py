@@ -84,7 +84,7 @@ class DirectoryWalk:
             run.options,
             row,
             prefix=context.temporary_prefix,
-            sweep=run.resumed,
+            sweep=run.sweep if run.resumed else None,
             patience=context.patience,
             filled=self._filled,
         )

@@ -16,7 +16,7 @@ from agent.transfer.collisions import collision, losers, twice
 from agent.transfer.compare import SMALL_FILE, Decision, decide
 from agent.transfer.hard_links import is_shared, shared_name
 from agent.transfer.jobs import FileJob, Group, GroupListed, LinkWanted, SharedName
-from agent.transfer.plan import refusal, sweep_temporaries
+from agent.transfer.plan import refusal
 from agent.transfer.run import Run
 from agent.transfer.take_ahead import LANE, MOST_BYTES, Awaited, takeable
 from protocol.control import TaskItem
@@ -275,8 +275,7 @@ class ItemPlanner:
         context = self._run.context
         handle = context.root.make_directories(parent)
         if self._run.resumed:
-            keep = {name for item in items for name in context.journal.partial_temporaries(-1 - item)}
-            sweep_temporaries(handle, context.temporary_prefix, keep)
+            self._run.sweep(handle)
         return Group(-1 - items[0], b"", join_path(parent), handle, items)
 
     def _decide(self, group: Group, jobs: list[FileJob]) -> list[Decision | SharedName | TowpathError | int]:

@@ -339,6 +339,11 @@ class Journal:
         """Temporaries in a directory that hold blocks worth keeping."""
         return {row.temporary for row in self.partials(directory)}
 
+    def all_partial_temporaries(self) -> frozenset[bytes]:
+        """Those in all directories."""
+        with self._using():
+            return frozenset(row[0] for row in self._connection.execute("SELECT temporary FROM partial"))
+
     def put_partial(self, directory: int, name: bytes, row: PartialRow) -> None:
         """Note which blocks of a large file are written, checked and worth keeping."""
         with self._using():

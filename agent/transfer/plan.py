@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -82,7 +82,7 @@ class DirectoryPlanner:
         row: DirectoryRow,
         *,
         prefix: bytes,
-        sweep: bool,
+        sweep: Callable[[Directory], object] | None,
         patience: Patience,
         filled: FilledPlaces | None = None,
     ) -> None:
@@ -110,10 +110,10 @@ class DirectoryPlanner:
         # The directory itself, so that its count and its parts are folded together.
         self.group.counts.directories = 1
         try:
-            if self._sweep:
+            if self._sweep is not None:
                 # In the first run of a task nothing is settled before its folder is planned.
                 self._finished = self._journal.finished(self._row.id)
-                sweep_temporaries(handle, self._prefix, self._journal.partial_temporaries(self._row.id))
+                self._sweep(handle)
             collect_orphans(handle, time.time_ns())
             if self._names is not None:
                 # What an earlier run found missing may be at the source by now, and this listing not come to its end.
@@ -304,14 +304,18 @@ def refusal(row: Row, decision: Decision) -> TowpathError:
     )
 
 
-def sweep_temporaries(handle: Directory, prefix: bytes, keep: set[bytes]) -> int:
-    """Remove temporaries that an earlier run of this task left behind. How many there were. In a folder that may be
-    written to and not listed (a drop box) nobody can say, and they stay."""
+def sweep_temporaries(
+    handle: Directory, prefix: bytes, keep: Collection[bytes] = (), *, own: bytes | None = None
+) -> int:
+    """Remove temporaries that an earlier run of this task left behind: all with its ``prefix`` but those to ``keep``
+    and those of this run, which begin with ``own``, since another part of the task may be at work in the same folder.
+    How many there were. In a folder that may be written to and not listed (a drop box) nobody can say, and they stay.
+    """
     try:
         left = [node.name for node in handle.scan(reserved=True) if node.name.startswith(prefix)]
     except PermissionError:
         return 0
-    names = [name for name in left if name not in keep]
+    names = [name for name in left if name not in keep and not (own is not None and name.startswith(own))]
     for name in names:
         with contextlib.suppress(FileNotFoundError):
             handle.unlink(name)
@@ -354,7 +358,7 @@ def remove_left_behind(
     if journal.left_behind_anywhere():
         for folder in _folders_of(journal, items):
             with _passing_over(folder, patience), root.open_directory(split_path(folder)) as handle:
-                sweep_temporaries(handle, prefix, set())
+                sweep_temporaries(handle, prefix)
     journal.forget_left_behind()
 
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import trio
 
 from agent.limits.pace import Pace
-from agent.storage.base import Root
+from agent.storage.base import Directory, Root
 from agent.transfer.arrivals import Reports
 from agent.transfer.budget import Budget
 from agent.transfer.fetch import Fetcher
@@ -109,6 +109,10 @@ class Run(Reports, Protocol):
 
     def temporary_name(self) -> bytes:
         """A new reserved name."""
+
+    def sweep(self, handle: Directory) -> None:
+        """Remove what earlier runs of the task have left in a folder, but for what is to be gone on with. Any thread
+        may call. Raises OSError."""
 
     async def copy(self, job: FileJob) -> None:
         """Have a file brought over; `offer` must follow."""

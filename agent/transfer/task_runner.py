@@ -425,7 +425,7 @@ class TaskRunner:
         with contextlib.suppress(OSError, NeedsPerson), self._open_root() as root:
             for folder in folders:
                 with contextlib.suppress(OSError), root.open_directory(folder) as handle:
-                    sweep_temporaries(handle, self._prefix, set())
+                    sweep_temporaries(handle, self._prefix)
 
     @property
     def _prefix(self) -> bytes:

@@ -20,6 +20,7 @@ import msgspec
 import trio
 
 from agent.meter.flow import Reading, flow_between
+from agent.storage.base import Directory
 from agent.storage.disks import DiskAway
 from agent.storage.faults import fault
 from agent.transfer.attributes import Attributes, attributes_size
@@ -34,7 +35,13 @@ from agent.transfer.lanes import Lanes, OpenLane
 from agent.transfer.large_files import LargeFiles
 from agent.transfer.mirror import Mirror
 from agent.transfer.patience import counted
-from agent.transfer.plan import count_finished, now_iso, remove_left_behind, set_directory_times
+from agent.transfer.plan import (
+    count_finished,
+    now_iso,
+    remove_left_behind,
+    set_directory_times,
+    sweep_temporaries,
+)
 from agent.transfer.record import add_counts
 from agent.transfer.retries import Retries
 from agent.transfer.run import RunContext
@@ -69,6 +76,8 @@ class TransferRun:
         self.resumed = resumed
         self._temporary_serials = itertools.count(1)
         self._run_tag = os.urandom(3).hex().encode()
+        # Of earlier runs, whichever of its folders and items they are of: several may lead to one folder.
+        self._parts = context.journal.all_partial_temporaries() if resumed else frozenset()
         self._groups: set[Group] = set()
         self._slots = trio.Semaphore(OPEN_GROUPS)
         self.budget = Budget()
@@ -298,6 +307,11 @@ class TransferRun:
     def temporary_name(self) -> bytes:
         """A new reserved name. Called from several threads; a counter gives no number twice."""
         return b"%s%s%x" % (self.context.temporary_prefix, self._run_tag, next(self._temporary_serials))
+
+    def sweep(self, handle: Directory) -> None:
+        """Remove what earlier runs have left in a folder; called in other threads."""
+        prefix = self.context.temporary_prefix
+        sweep_temporaries(handle, prefix, self._parts, own=prefix + self._run_tag)
 
     # --- for the planners -------------------------------------------------------------------------------
 

@@ -157,3 +157,42 @@ async def test_a_part_that_is_gone_is_told_and_transferred_again(quick_path: Pat
     assert after.codes().count("PART_LOST") == 1
     assert observed.counters.bytes_transferred == SIZE
     assert after.temporaries() == []
+
+
+def _into_one_folder(kind: str, count: int) -> list[TaskItem]:
+    """Items that all lead into one folder: a file each, or a folder with one file each."""
+    if kind == "files":
+        return [TaskItem(source_path=f"/{n}/file-{n}", destination_path=f"/to/file-{n}") for n in range(count)]
+    return [TaskItem(source_path=f"/{n}", destination_path="/to", recursive=True) for n in range(count)]
+
+
+@pytest.mark.parametrize("kind", ["files", "folders"])
+async def test_what_an_earlier_run_left_is_swept_and_nothing_of_this_one(
+    quick_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Several parts of a task come to one folder, one after the other; each sweeps it when the task goes on."""
+    monkeypatch.setattr("agent.transfer.items.ITEMS_AT_ONCE", 1)
+    died = False
+
+    def die(call: Call) -> int | None:
+        nonlocal died
+        if call.operation == "preadv" and call.nth == 30 and not died:
+            died = True
+            raise Crashed
+        return None
+
+    count = 60
+    engine = Engine(quick_path, items=_into_one_folder(kind, count), plan=die)
+    for number in range(count):
+        (engine.source / f"{number}").mkdir()
+        (engine.source / f"{number}" / f"file-{number}").write_bytes(b"content of %d" % number)
+    # Not the first, nor the last one to be opened again.
+    (engine.source / "30" / "file-30").write_bytes(os.urandom(SIZE))
+    with pytest.raises(Crashed):
+        await engine.run()
+    (engine.destination / "to" / ".towpath.11111111.of-a-dead-run").touch()
+    after = engine.revived()
+    observed = await after.run()
+    assert observed.state == "SUCCEEDED", (observed, set(after.codes()))
+    assert contents(after.destination / "to") == {path.name: path.read_bytes() for path in after.source.rglob("file-*")}
+    assert "PART_LOST" not in after.codes()
