@@ -28,6 +28,19 @@ _IGNORED = re.compile(
     "\U000e0000-\U000e0fff]"
 )
 
+# How a folder refuses to have anything made in it, or names such as these.
+_REFUSED = frozenset(
+    {
+        errno.EACCES,
+        errno.EPERM,
+        errno.EROFS,
+        errno.EINVAL,
+        errno.EILSEQ,
+        errno.ENAMETOOLONG,
+        errno.ENOTSUP,
+        errno.ENOSYS,
+    }
+)
 # Names that differ in case, and in form: an e with an acute accent as one character and as two.
 _FIRST, _OTHERS = "q\u00e9".encode(), ("Q\u00e9".encode(), "qe\u0301".encode())
 
@@ -89,13 +102,16 @@ def _is_there(descriptor: int, name: bytes) -> bool:
 
 def folds(file_system: str, descriptor: int, prefix: bytes, known: dict[int, bool], device: int) -> bool:
     """Whether an open folder folds names. What had to be asked is remembered in ``known`` by its device. A folder in
-    which nothing can be made has nobody to ask, and nothing will be made in it."""
+    which nothing can be made has nobody to ask, and nothing will be made in it. Raises OSError for other faults: taken
+    for one that tells names apart it would have names overwritten, and a mirror delete what it has brought."""
     told = by_attribute(file_system, descriptor)
     if told is not None:
         return told
     if device not in known:
         try:
             known[device] = ask(descriptor, prefix)
-        except OSError:
+        except OSError as error:
+            if error.errno not in _REFUSED:
+                raise
             return False
     return known[device]

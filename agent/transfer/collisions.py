@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 from agent.storage.base import Directory, Root
+from agent.storage.faults import fault
 from agent.storage.folding import fold_key
 from protocol.errors import ItemFailed
 from protocol.names import MAX_COMPONENT, escape
@@ -70,6 +71,11 @@ def _are_one(root: Root, handle: Directory, one: bytes, other: bytes, prefix: by
             # Left by a run that was killed here; nothing can be told with it.
             raise
         return True
+    except OSError as error:
+        if not isinstance(fault(error, "destination", b""), ItemFailed):
+            raise
+        # A name that the folder does not take at all is no other one's twin; it fails by itself.
+        return False
     finally:
         for probe in made:
             with contextlib.suppress(FileNotFoundError):

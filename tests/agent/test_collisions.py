@@ -3,6 +3,7 @@ told; and nothing is overwritten or deleted for their sake."""
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agent.storage import folding
+from agent.storage.faulty import Call
 from agent.storage.folding import ask, by_attribute, fold_key
 from agent.storage.posix import open_root
 from protocol.control import TaskItem, TaskOptions
@@ -155,3 +158,65 @@ def test_folders_on_this_machine_answer_for_themselves(tmp_path: Path) -> None:
         assert by_attribute("ext3", descriptor) is False
         assert by_attribute("vfat", descriptor) is None
     assert list(tmp_path.iterdir()) == []
+
+
+async def test_names_that_cannot_be_there_at_all_hold_nothing_up(quick_path: Path) -> None:
+    """FAT and its like refuse some characters: whether two such names are one is no question then."""
+
+    def plan(call: Call) -> int | None:
+        return errno.EINVAL if b":" in call.name and call.operation in ("create_temporary", "rename") else None
+
+    engine = Engine(quick_path, plan=plan, wrap=FoldingRoot.around)
+    tree(engine.source, ["Track: One", "track: one", "README", "readme", "other"])
+    observed = await engine.run()
+    assert (observed.state, observed.counters.failed) == ("FAILED", 3)
+    assert set(contents(engine.destination)) == {"README", "other"}
+    assert skipped(engine) == {"Track: One": "ILLEGAL_NAME", "track: one": "ILLEGAL_NAME", "readme": "NAME_COLLISION"}
+
+
+async def test_a_fault_while_names_are_compared_is_got_over(quick_path: Path) -> None:
+    faults: list[Call] = []
+
+    def plan(call: Call) -> int | None:
+        if call.operation == "create_temporary" and call.name.endswith(b".README") and len(faults) < 2:
+            faults.append(call)
+            return errno.EIO
+        return None
+
+    engine = Engine(quick_path, plan=plan, wrap=FoldingRoot.around)
+    tree(engine.source, ["README", "readme", "other"])
+    await engine.run()
+    assert len(faults) == 2
+    assert skipped(engine) == {"readme": "NAME_COLLISION"}
+    assert set(contents(engine.destination)) == {"README", "other"}
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EMFILE, errno.ESTALE])
+def test_a_folder_that_cannot_be_asked_for_the_moment_is_not_taken_for_one_that_tells_names_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """A mirror would delete what it has just brought, under the spelling that was there before."""
+
+    def refusing(_descriptor: int, _prefix: bytes) -> bool:
+        raise OSError(code, os.strerror(code))
+
+    known: dict[int, bool] = {}
+    with open_root(str(tmp_path)) as root, root.open_directory(()) as folder:
+        descriptor = folder.fileno()
+        assert descriptor is not None
+        monkeypatch.setattr(folding, "ask", refusing)
+        with pytest.raises(OSError, match=os.strerror(code)):
+            folding.folds("vfat", descriptor, b".towpath.", known, 1)
+        monkeypatch.setattr(folding, "ask", lambda *_: True)
+        assert folding.folds("vfat", descriptor, b".towpath.", known, 1)
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.EPERM])
+def test_a_folder_in_which_nothing_can_be_made_is_asked_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def refusing(_descriptor: int, _prefix: bytes) -> bool:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(folding, "ask", refusing)
+    assert not folding.folds("vfat", -1, b".towpath.", {}, 1)
