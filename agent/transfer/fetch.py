@@ -443,6 +443,23 @@ class Fetcher:
                     self._on_job_failed(job, error)
         self._dispatch()
 
+    def unserved(self, r: int, error: TowpathError) -> None:
+        """The source says, on the control stream, that it has no such lane for a request: one that it does not expect
+        so early, or one that is gone there. It is asked for again, unless the reason lies in the request."""
+        for number in [number for number, request in self._adopted.items() if request.r == r]:
+            self._give_up_adopted(number)
+        lane = next((each for each in self._lanes.values() if r in each.outstanding), None)
+        if lane is None:
+            return
+        if error.code != "CONNECTION_LOST":
+            self.failed(lane.number, r, error)
+            return
+        request = self._take(lane.number, r)
+        rest = None if request is None else self._rest(request)
+        if rest is not None:
+            self._ready.appendleft(rest)
+        self._dispatch()
+
     def _take(self, lane_number: int, r: int) -> Request | None:
         self.requests.pop(r, None)
         if self._awaited is not None and self._awaited.r == r:

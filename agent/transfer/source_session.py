@@ -55,6 +55,8 @@ class SourceSession:
         self._on_accepted: Callable[[], None] = lambda: None
         # Whether the source takes requests for a lane that has not greeted it yet.
         self.ahead = False
+        # Told of a request for a lane that the source cannot serve for want of that lane, and why.
+        self.on_unserved: Callable[[int, TowpathError], None] = lambda _r, _error: None
 
     def when_accepted(self, tell: Callable[[], None]) -> None:
         """Have this called once, when the source has accepted the greeting, or at once if it has."""
@@ -146,6 +148,8 @@ class SourceSession:
                 raise ProtocolError("The source sent more than was asked for.") from None
             except trio.BrokenResourceError:
                 self._waiting.pop(answer.r, None)
+        elif isinstance(answer, session.Failed):
+            self.on_unserved(answer.r, error_from_document_untrusted(answer.error))
 
     async def _write(self) -> None:
         await send_queued(self._stream, self._receive_out)

@@ -123,6 +123,7 @@ class TransferRun:
             on_job_failed=self.retries.job_failed,
             on_hungry=self._on_hungry,
         )
+        session.on_unserved = self.fetcher.unserved
         self._arrivals: RemoteArrivals | None = None
         if context.processes is not None:
             self._arrivals = RemoteArrivals(

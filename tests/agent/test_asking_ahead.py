@@ -4,9 +4,11 @@ to take that; other sources are asked one after the other, as ever."""
 from __future__ import annotations
 
 import itertools
+import os
 import queue
 import socket
 import threading
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from agent.transfer.compare import SMALL_FILE
 from agent.transfer.fetch import Fetcher
 from agent.transfer.jobs import FileJob, Group, PackRequest
 from agent.transfer.receive import LaneReceiver
+from agent.transfer.send import Joined
 from agent.transfer.serve import SourceSide
 from agent.transfer.source_session import SourceSession
 from agent.transfer.take_ahead import LANE, MOST_FILES, Awaited, takeable
@@ -32,7 +35,7 @@ from protocol import session
 from protocol.control import TaskItem, TaskOptions
 from protocol.errors import ProtocolError, RetryLater, TaskFailed, TowpathError
 from tests.agent.asked_of_source import asked
-from tests.agent.engine_inside import Engine, OpenPolicy, contents, quick_path
+from tests.agent.engine_inside import Engine, OpenPolicy, contents, quick_path, tree
 
 __all__ = ["asked", "quick_path"]
 
@@ -182,6 +185,26 @@ async def test_work_for_a_lane_that_has_not_come_waits_for_it(
         assert other is not work
         assert (other.qsize(), work.get_nowait()) == (0, None)
     nursery.cancel_scope.cancel()
+
+
+async def test_what_a_lane_is_asked_for_before_it_is_expected_is_asked_for_again(
+    quick_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with more lanes at once than a source expects; nobody heard that it refused, and the task stood still."""
+    monkeypatch.setattr(serve, "MAX_EXPECTED", 0)
+    join = SourceSide.join
+
+    def slowly(side: SourceSide, instance: bytes, number: int, meter: LaneMeter) -> Joined:
+        time.sleep(0.1)
+        return join(side, instance, number, meter)
+
+    monkeypatch.setattr(SourceSide, "join", slowly)
+    engine = Engine(quick_path)
+    tree(engine.source, ["a", "b", "folder/c"])
+    (engine.source / "large").write_bytes(os.urandom(5 << 20))
+    observed = await engine.run()
+    assert observed.state == "SUCCEEDED", observed
+    assert contents(engine.destination) == contents(engine.source)
 
 
 class _Nothing:
