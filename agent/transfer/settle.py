@@ -16,6 +16,7 @@ import contextlib
 import itertools
 import queue
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from typing import Protocol, TypeAlias
@@ -48,7 +49,7 @@ from agent.transfer.journal import Journal
 from agent.transfer.links import add_name, place_of
 from agent.transfer.manifest import ManifestWriter
 from agent.transfer.record import Record
-from agent.transfer.settling import Batch, Closed, Discarded, Recorded, Settled, sync_disks
+from agent.transfer.settling import FSYNCS_AT_ONCE, Batch, Closed, Discarded, Recorded, Settled, sync_disks, sync_each
 from agent.transfer.side_thread import AnswersFirst, Broken, LookAgain, SideThread
 from agent.transfer.small_files import Remover, SmallFiles, Temporary
 from protocol.errors import TowpathError
@@ -144,6 +145,8 @@ class Settler:
         """Settle until stopped. Raises `TowpathError` when nothing can be settled any more (a full disk)."""
         try:
             with (
+                # No thread of it is started before there are several to sync.
+                ThreadPoolExecutor(FSYNCS_AT_ONCE, "fsync") as self._fsyncs,
                 SideThread[_Answer]("sync", self._first) as syncs,
                 CheckLine[_Answer](self._checker, self.queue) as checks,
             ):
@@ -263,15 +266,13 @@ class Settler:
     def _sync(self, batch: Batch) -> Batch:
         """In the side thread: make temporaries and names durable."""
         alone = sync_disks(batch)
-        for item in batch.files:
-            if id(item.job.group) in alone:
-                try:
-                    self._small.sync(item)
-                except OSError as error:
-                    batch.failed.append((item, error))
-        for group, handle in batch.names.folders.items():
-            if group in alone:
-                handle.sync()
+        files = [item for item in batch.files if id(item.job.group) in alone]
+        folders = [handle.sync for group, handle in batch.names.folders.items() if group in alone]
+        errors = sync_each([*(partial(self._small.sync, item) for item in files), *folders], self._fsyncs)
+        batch.failed += [(item, error) for item, error in zip(files, errors, strict=False) if error is not None]
+        for error in errors[len(files) :]:
+            if error is not None:
+                raise error
         batch.names_durable = True
         return batch
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Iterable
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 
 from agent.storage.base import Directory
@@ -11,6 +13,8 @@ from agent.transfer.small_files import Temporary
 
 # From this many files and folders of one file system on, one syncfs is cheaper than an fsync each.
 SYNCFS_FROM = 32
+# So many fsyncs are asked for side by side: the file system commits, and the device flushes, for several at once.
+FSYNCS_AT_ONCE = 8
 
 
 @dataclass(slots=True)
@@ -67,6 +71,20 @@ def sync_disks(batch: Batch) -> set[int]:
             groups[keys[0]].sync_disk()
             alone.difference_update(keys)
     return alone
+
+
+def sync_each(syncs: Iterable[Callable[[], None]], beside: Executor) -> list[OSError | None]:
+    """Call all of them, in threads of ``beside`` where there are several: what became of each."""
+    waiting = list(syncs)
+    return list(beside.map(_sync, waiting)) if len(waiting) > 1 else [_sync(sync) for sync in waiting]
+
+
+def _sync(sync: Callable[[], None]) -> OSError | None:
+    try:
+        sync()
+    except OSError as error:
+        return error
+    return None
 
 
 @dataclass(slots=True)
