@@ -21,7 +21,7 @@ from agent.transfer.run import Run
 from agent.transfer.source_session import SessionLost
 from agent.transfer.storage_threads import StorageThreads
 from protocol.errors import ItemFailed, NeedsPerson, RetryLater, TaskFailed, TowpathError
-from protocol.names import format_path
+from protocol.names import CollectionPath, format_path, parse_path_untrusted
 from protocol.session import Row
 
 # Round trips that overlap while directories are listed.
@@ -34,6 +34,9 @@ _KEPT = {
     KeptExtra.HIDDEN: "In {place} there are names that begin with a dot, and the source's collection does not show "
     "such names, so that nobody can tell whether the source has them: they are not deleted. If they are not wanted, "
     "remove them there by hand.",
+    KeptExtra.LINKED: "{place} is reached by a link that leads out of the mirrored folder: what the source has goes "
+    "there, as the link says, but nothing is deleted there. Replace the link by a folder, or mirror into the folder "
+    "that it leads to.",
 }
 
 
@@ -87,6 +90,7 @@ class DirectoryWalk:
             sweep=run.sweep if run.resumed else None,
             patience=context.patience,
             filled=self._filled,
+            top=self._top_of(row),
         )
         follow = run.options.recursive_symlinks == "copy"
         if (run.options.preserve_xattrs or run.options.preserve_acls) and not await self._prepare(planner, row):
@@ -111,6 +115,10 @@ class DirectoryWalk:
         if run.options.delete_destination_extra:
             await self._note_extra(planner.group, row, planner)
         run.settle.put(GroupListed(planner.group))
+
+    def _top_of(self, row: DirectoryRow) -> CollectionPath:
+        """Where the item of a folder leads to."""
+        return parse_path_untrusted((self._run.context.order.items or [])[row.item].destination_path)
 
     async def _at_source(self, planner: DirectoryPlanner, row: DirectoryRow, error: TowpathError) -> None:
         """The source cannot list or look at the folder: left to a later run, or failed by itself. Raises the error

@@ -105,8 +105,10 @@ class Mirror:
         removal, rows = Removal(self._go_on), []
         try:
             with self._root.open_directory(split_path(folder)) as parent:
-                removal.entry(parent, parent.lstat(name), recursive=True)
-                parent.sync()
+                # A link that has taken the folder's place since leads to what was never compared.
+                if parent.path == split_path(folder):
+                    removal.entry(parent, parent.lstat(name), recursive=True)
+                    parent.sync()
         except (FileNotFoundError, HoldsOwn):
             # Somebody else was faster; or what is left are the agent's own files, which nobody sees.
             pass

@@ -64,6 +64,7 @@ class KeptExtra(Enum):
     NONE = "nothing stays"
     SHARED = "it may be another item's"
     HIDDEN = "the source shows no names that begin with a dot"
+    LINKED = "a link leads out of the mirror"
 
 
 def split_path(path: bytes) -> CollectionPath:
@@ -85,8 +86,11 @@ class DirectoryPlanner:
         sweep: Callable[[Directory], object] | None,
         patience: Patience,
         filled: FilledPlaces | None = None,
+        top: CollectionPath = (),
     ) -> None:
         self._root = root
+        # Where the item leads to, as it is named.
+        self._top = top
         self._journal = journal
         self._options = options
         self._row = row
@@ -117,7 +121,7 @@ class DirectoryPlanner:
             collect_orphans(handle, time.time_ns())
             if self._names is not None:
                 # What an earlier run found missing may be at the source by now, and this listing not come to its end.
-                self._journal.put_extras(self._row.destination, ())
+                self._journal.put_extras(join_path(handle.path), ())
             self.folds = handle.folds(self._prefix)
             self.group.empty = _is_empty(handle)
             self._fresh = self.group.empty and not self._finished
@@ -242,8 +246,8 @@ class DirectoryPlanner:
         # What may be a name of the source in another spelling is not deleted.
         spelled = fold_key if self.folds else bytes
         names = {spelled(name) for name in self._names}
-        path = split_path(self._row.destination)
-        others = self._filled.names(path)
+        path, real = split_path(self._row.destination), self.group.handle.path
+        others = self._filled.names(path) | self._filled.names(real)
         extras = [
             node.name
             for node in self.group.handle.scan()
@@ -251,12 +255,23 @@ class DirectoryPlanner:
             and fold_key(node.name) not in others
             and included(rules, node.name, node.kind == "dir")
         ]
-        if extras and self._filled.several(path):
+        if extras and (self._filled.several(path) or self._filled.several(real)):
             return KeptExtra.SHARED
+        if extras and not self._is_below_top(path, real):
+            return KeptExtra.LINKED
         # Nobody here knows whether the source has those.
         known = [name for name in extras if not is_hidden(name)] if source_hides else extras
-        self._journal.put_extras(self._row.destination, known)
+        # By where the folder is: what has taken its name when they are deleted may be another one.
+        self._journal.put_extras(join_path(real), known)
         return KeptExtra.NONE if len(known) == len(extras) else KeptExtra.HIDDEN
+
+    def _is_below_top(self, path: CollectionPath, real: CollectionPath) -> bool:
+        """Whether the folder is where the item leads to, by whatever links, and no link below that has led elsewhere.
+        Raises OSError."""
+        if path == real:
+            return True
+        with self._root.open_directory(self._top) as top:
+            return real == (*top.path, *path[len(self._top) :])
 
 
 def count_finished(group: Group, row: Row, outcome: int, *, verified: bool, shared: bool = False) -> None:

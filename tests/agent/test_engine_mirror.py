@@ -14,6 +14,7 @@ from agent.storage.faulty import Call, fail_nth
 from agent.storage.hiding import offered
 from agent.storage.posix import open_root
 from agent.transfer.journal import Journal
+from agent.transfer.mirror import Mirror
 from agent.transfer.patience import Patience
 from agent.transfer.plan import DirectoryPlanner
 from protocol.control import FilterRule, TaskItem, TaskOptions
@@ -259,3 +260,53 @@ def test_what_was_missing_once_is_not_deleted_when_the_next_listing_breaks_off(t
                 assert list(journal.extras()) == [(b"", b"two")]
             planner.group.handle.close()
         assert list(journal.extras()) == []
+
+
+async def test_a_mirror_deletes_nothing_where_a_link_leads_out_of_it(quick_path: Path) -> None:
+    """What is written follows the link, as it is there; what lies there is no part of the mirror."""
+    items = [TaskItem(source_path="/", destination_path="/mirror", recursive=True)]
+    engine = Engine(quick_path, MIRROR, items=items)
+    _fill(engine.source, "current/new", "plain/kept")
+    _fill(engine.destination, "archive/precious", "mirror/old", "mirror/plain/old")
+    (engine.destination / "mirror" / "current").symlink_to("../archive")
+    observed = await engine.run()
+    assert observed.state == "SUCCEEDED", observed
+    assert (engine.destination / "archive" / "precious").exists()
+    assert (engine.destination / "archive" / "new").exists()
+    assert sorted(os.listdir(engine.destination / "mirror")) == ["current", "plain"]
+    assert sorted(os.listdir(engine.destination / "mirror" / "plain")) == ["kept"]
+    assert engine.codes().count("EXTRA_NOT_DELETED") == 1
+
+
+async def test_a_mirror_follows_the_links_by_which_it_was_sent_to_its_place(quick_path: Path) -> None:
+    items = [TaskItem(source_path="/", destination_path="/link/mirror", recursive=True)]
+    engine = Engine(quick_path, MIRROR, items=items)
+    _fill(engine.source, "folder/new")
+    _fill(engine.destination, "real/mirror/old", "real/mirror/folder/old")
+    (engine.destination / "link").symlink_to("real")
+    observed = await engine.run()
+    assert observed.state == "SUCCEEDED", observed
+    assert contents(engine.destination / "real" / "mirror") == contents(engine.source)
+    assert observed.counters.deleted == 2
+
+
+async def test_a_folder_that_became_a_link_before_the_mirror_deletes_is_left_alone(quick_path: Path) -> None:
+    """Between the listing and the deleting there may be days."""
+    engine = Engine(quick_path, MIRROR)
+    _fill(engine.source, "folder/new", "z/last")
+    _fill(engine.destination, "folder/old", "other/old")
+
+    check = Mirror._refuse_too_many
+
+    def swapped(mirror: Mirror) -> None:
+        (engine.destination / "folder").rename(engine.base / "moved")
+        (engine.destination / "folder").symlink_to("other")
+        check(mirror)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Mirror, "_refuse_too_many", swapped)
+        patched.setattr(Journal, "extras", lambda _journal: iter([(b"folder", b"old")]))
+        observed = await engine.run()
+    assert observed.state == "SUCCEEDED", observed
+    assert (engine.destination / "other" / "old").exists()
+    assert observed.counters.deleted == 0
