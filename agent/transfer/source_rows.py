@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from itertools import islice
 
@@ -69,6 +70,9 @@ def _rows(handle: Directory, *, follow: bool) -> Iterator[session.Row]:
             else:
                 yield row_of(node, handle.readlink(node.name))
         except OSError as error:
-            # A link that leads nowhere, out of the collection, or vanished: reported as what it is. Any other trouble
-            # may pass, and is asked about again.
-            yield row_of(node, b"" if error.errno in NOWHERE else None)
+            if not follow and error.errno == errno.ENOENT:
+                # It vanished, as other entries do while they are listed.
+                continue
+            # A link that leads nowhere or out of the collection: reported as what it is. Any other trouble may pass,
+            # and is asked about again.
+            yield row_of(node, b"" if follow and error.errno in NOWHERE else None)

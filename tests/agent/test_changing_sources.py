@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import threading
@@ -22,7 +23,7 @@ from agent.transfer import send, serve
 from agent.transfer.manifest import SkippedRow, read_page
 from protocol import session
 from protocol.control import TaskItem, TaskOptions
-from tests.agent.engine_inside import CHECKED, Engine, contents, quick_path
+from tests.agent.engine_inside import CHECKED, Engine, contents, quick_path, skipped
 from tests.agent.engine_world import World, world
 
 __all__ = ["quick_path"]
@@ -297,3 +298,30 @@ class _Sink:
 
     def sendall(self, data: bytes | memoryview) -> None:
         return
+
+
+@pytest.mark.parametrize("code", [errno.ENOENT, errno.EINVAL])
+async def test_a_link_that_is_gone_or_something_else_when_it_is_read_fails_nothing(quick_path: Path, code: int) -> None:
+    """Editors make such links for a moment, to say who is at work."""
+    faults: list[Call] = []
+
+    def plan(call: Call) -> int | None:
+        if call.operation != "readlink" or faults:
+            return None
+        faults.append(call)
+        (engine.source / "link").unlink()
+        if code == errno.EINVAL:
+            (engine.source / "link").write_bytes(b"a file by now")
+        return code
+
+    engine = Engine(quick_path, source_plan=plan)
+    (engine.source / "file").write_bytes(b"content")
+    (engine.source / "link").symlink_to("nobody@somewhere")
+    observed = await engine.run()
+    assert faults
+    if code == errno.ENOENT:
+        assert observed.state == "SUCCEEDED", (observed, skipped(engine))
+        assert contents(engine.destination) == contents(engine.source)
+    else:
+        # It is named as what the source has replaced.
+        assert skipped(engine) == {"link": "FILE_CHANGED"}
