@@ -73,8 +73,13 @@ def parse_mount(line: bytes) -> Mount:
     """A line of /proc/self/mountinfo."""
     # proc(5): id, parent, device, root, mount point, options, optional fields, "-", type, source, options.
     before, _, after = line.partition(b" - ")
-    point = _OCTAL.sub(lambda match: bytes((int(match[1], 8),)), before.split(b" ")[4])
+    point = unescaped(before.split(b" ")[4])
     return Mount(after.split(b" ", 1)[0].decode("ascii", "replace"), os.fsdecode(point))
+
+
+def unescaped(field: bytes) -> bytes:
+    """A path as it is, out of a line of /proc/self/mountinfo."""
+    return _OCTAL.sub(lambda match: bytes((int(match[1], 8),)), field)
 
 
 def is_local(file_system: str) -> bool:

@@ -22,10 +22,10 @@ from agent.transfer.outbox import Outbox
 from agent.transfer.places import Places
 from agent.transfer.spawn import session_processes
 from agent.transfer.task_store import open_or_begin
+from agent.transfer.turns import Claim
 from agent.transfer.worker_process import Workers
 from protocol.control import SessionOrder, TaskOrder
 from protocol.identity import NodeKey
-from protocol.names import CollectionPath
 from protocol.ticket import Ticket, TicketVerifier
 
 logger = logging.getLogger("towpath.tasks")
@@ -100,10 +100,18 @@ class LocalNode:
         """The ticket of a session to be served from here. Raises `TowpathError` when ticket or policy forbid it."""
         return check_session_order(order, self.verifier, self.policy, self.node_id, self.identity.fingerprint, now)
 
-    def place_of(self, collection_id: str) -> CollectionPath | None:
-        """The real folder of a collection, None for one that is not offered."""
+    def named_claim(self, order: TaskOrder) -> Claim:
+        """The places a task writes to, as it names them."""
+        return self.places.named(order, self._collection(order))
+
+    async def claim(self, order: TaskOrder) -> Claim:
+        """The places a task writes to, as they are now on the disks."""
+        return await self.places.look(order, self._collection(order))
+
+    def _collection(self, order: TaskOrder) -> CollectionConfig | None:
+        """The destination of a task, None for one that is not offered."""
         try:
-            return self.places.of(self.policy.collection(collection_id))
+            return self.policy.collection(order.destination.collection_id)
         except UnknownCollection:
             return None
 

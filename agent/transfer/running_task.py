@@ -35,7 +35,7 @@ from agent.transfer.plan import now_iso
 from agent.transfer.state_trouble import StateTrouble
 from agent.transfer.task_paths import TaskPaths
 from agent.transfer.task_store import StoredTask
-from agent.transfer.turns import Candidate, claim_of
+from agent.transfer.turns import Candidate
 from protocol.candidates import Arrangement, PathAnswer, PathGo
 from protocol.control import FINAL_STATES, AgentEvent, Counters, SessionAnswer, TaskObserved, TaskOrder
 from protocol.errors import RetryLater, TaskFailed, TowpathError
@@ -95,11 +95,13 @@ class RunningTask:
         self.observed = stored.observed
         self.held = stored.held
         self.running = False
-        self.settle_claim()
+        self.name_claim()
         self._answer = stored.answer or stored.order.session
         self._paths: TaskPaths | None = None
         self._channel: Channel | None = None
         self._stopping = False
+        # Whether its place must be looked at again before another worker begins.
+        self._moved = False
         # What the relay has arranged with the order, and when it came.
         self._arranged: tuple[float, Arrangement] | None = None
 
@@ -107,9 +109,22 @@ class RunningTask:
     def fresh(cls, node: LocalNode, order: TaskOrder, observed: TaskObserved) -> RunningTask:
         return cls(node, StoredTask(order, observed, order.session, held=False))
 
-    def settle_claim(self) -> None:
+    def name_claim(self) -> None:
         """Say anew which places this task writes to: its order is new, or its collection is somewhere else now."""
-        self.claim = claim_of(self.order, self._node.place_of(self.order.destination.collection_id))
+        self.claim = self._node.named_claim(self.order)
+        self.placed = self._looking = False
+
+    async def look_at_claim(self) -> None:
+        """Find out which places those really are now; ``placed`` says that it has been done. Another look at the same
+        time returns at once."""
+        if self._looking:
+            return
+        named, self._looking = self.claim, True
+        claim = await self._node.claim(self.order)
+        # Unless it was said anew meanwhile.
+        if self.claim is named:
+            self.claim, self.placed, self._looking = claim, True, False
+        self._node.turn_changed()
 
     @property
     def runnable(self) -> bool:
@@ -186,7 +201,7 @@ class RunningTask:
         changed = order.items is not self.order.items
         self.order = order
         if changed:
-            self.settle_claim()
+            self.name_claim()
         self.observed = msgspec.structs.replace(self.observed, revision=observed.revision)
         self._node.allotment.changed()
         if order.session is not None:
@@ -207,12 +222,15 @@ class RunningTask:
 
     async def owner_changed(self, collection_ids: Collection[str]) -> None:
         """The owner has changed the configuration of these collections. A worker that runs on one of them stops, and
-        another begins with what is configured now, if it is still allowed."""
+        another begins with what is configured now, if it is still allowed and when the place is free."""
         if self.order.destination.collection_id not in collection_ids or self.observed.state in FINAL_STATES:
             return
         if not self.running:
+            self.name_claim()
             await self.tell_why_not()
-        elif self._channel is not None:
+            return
+        self._moved = True
+        if self._channel is not None:
             with contextlib.suppress(ChannelClosed):
                 await self._channel.send(
                     Desire(desired="pause", ticket=self.order.ticket, deadline=self.order.deadline)
@@ -268,9 +286,11 @@ class RunningTask:
     # --- the worker ------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Run workers until the task is finished or held; one that dies is followed by another."""
+        """Run workers until the task is finished, held, or its collection another one; one that dies is followed by
+        another."""
         pauses = CrashPauses()
-        while self.desired != "pause" and self.observed.state not in FINAL_STATES:
+        self._moved = False
+        while self.desired != "pause" and not self._moved and self.observed.state not in FINAL_STATES:
             if self.order.desired == "cancel" and await self._cancel_without_collection():
                 return
             started, before = trio.current_time(), self.observed.counters
@@ -299,6 +319,8 @@ class RunningTask:
                 )
                 await trio.sleep(pause)
 
+        if self._moved:
+            self.name_claim()
         if not self._stopping:
             await self.tell_why_not()
 

@@ -142,23 +142,24 @@ class TransferService:
             self._node.store.put("port", str(self.port))
         return sockets
 
-    async def _look_at_places(self) -> None:
-        if await self._node.places.look(self._node.policy.collections):
-            for task in self._tasks.values():
-                task.settle_claim()
-
     async def _schedule(self, nursery: trio.Nursery) -> None:
-        await self._look_at_places()
         for task in self._tasks.values():
             # The configuration may have changed while the agent was not running.
             await task.tell_why_not()
         while True:
             change = self._node.change
             turns = self._next_turns()
-            for task_id in turns.start:
-                task = self._tasks[task_id]
-                task.running = True
-                nursery.start_soon(self._run_task, task)
+            chosen = [self._tasks[task_id] for task_id in turns.start]
+            for task in self._tasks.values():
+                # Until it is its turn again, others may change the way to its place.
+                task.placed = task.placed and task in chosen
+            for task in chosen:
+                if task.placed or task.order.desired == "cancel":
+                    task.running = True
+                    nursery.start_soon(self._run_task, task)
+                else:
+                    # It has its turn then, unless its place turns out to be that of another one.
+                    nursery.start_soon(task.look_at_claim)
             for task_id, holder in turns.behind.items():
                 later, earlier = self._tasks.get(task_id), self._tasks.get(holder)
                 if later is not None and earlier is not None:
@@ -280,7 +281,6 @@ class TransferService:
     async def owner_changed(self, collection_ids: Collection[str]) -> None:
         """The owner has changed the configuration of these collections (or paused this machine): what runs on them
         stops within moments, and goes on with what is allowed and configured now."""
-        await self._look_at_places()
         self.sessions.cut_collections(collection_ids)
         for task in list(self._tasks.values()):
             await task.owner_changed(collection_ids)

@@ -11,9 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from protocol.control import TaskOrder
-from protocol.errors import ProtocolError
-from protocol.names import CollectionPath, parse_path_untrusted
+from protocol.names import CollectionPath
 
 # Processes of tasks that wait for something, for each worker that may be busy.
 WAITING_FOR_EACH = 4
@@ -21,30 +19,12 @@ WAITING_FOR_EACH = 4
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """Where a task writes: its paths, each with everything below it, and all folders above them. They begin at the root
-    of the file system: collections may share a folder, or lie one inside the other."""
+    """Where a task writes: its paths, each with everything below it, and all folders above them, with the links that
+    lead there. They begin at the root of the file system (see `agent.transfer.places`)."""
 
     collection_id: str
     paths: frozenset[CollectionPath]
     above: frozenset[CollectionPath]
-
-
-def claim_of(order: TaskOrder, root: CollectionPath | None = None) -> Claim:
-    """The places a task needs for itself. Items whose names cannot be claim nothing: they fail by themselves.
-
-    ``root`` is the collection's real folder (see `agent.transfer.places`); one that is not known is a place of its own.
-    """
-    if root is None:
-        root = (b"", order.destination.collection_id.encode())
-    paths: set[CollectionPath] = set()
-    for item in order.items or []:
-        try:
-            path = parse_path_untrusted(item.source_path if order.type == "DELETE" else item.destination_path)
-        except ProtocolError:
-            continue
-        paths.add((*root, *path))
-    above = {path[:depth] for path in paths for depth in range(len(path))}
-    return Claim(order.destination.collection_id, frozenset(paths), frozenset(above))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 import trio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from msgspec.structs import replace
 
 from agent.config.keys import AgentConfig, CollectionConfig, DataConfig, LimitsConfig
 from agent.policy import Policy
@@ -173,27 +174,39 @@ class World:
         }
         return self.signer.sign(Ticket(**{**fields, **changes}))
 
-    async def submit(self, items: list[TaskItem], options: TaskOptions | None = None, *, paths: str = "/") -> str:
-        """What a relay does with a transfer from alpha to beta."""
+    async def submit(
+        self, items: list[TaskItem], options: TaskOptions | None = None, *, paths: str = "/", into: str = ""
+    ) -> str:
+        """What a relay does with a transfer from alpha to beta, or to another collection of beta's."""
         task, session = str(uuid.uuid4()), str(uuid.uuid4())
-        order = self.order(task, session, items, options, paths=paths)
+        order = self.order(task, session, items, options, paths=paths, into=into)
         self.sessions[task] = SessionOrder(session_id=session, task_id=task, ticket=order.ticket, peer=self.beta.party)
         assert self.beta.service is not None
         await self.beta.service.put_task(order)
         return task
 
     def order(
-        self, task: str, session: str, items: list[TaskItem], options: TaskOptions | None = None, *, paths: str = "/"
+        self,
+        task: str,
+        session: str,
+        items: list[TaskItem],
+        options: TaskOptions | None = None,
+        *,
+        paths: str = "/",
+        into: str = "",
     ) -> TaskOrder:
         """A relay's first order for a transfer from alpha to beta."""
+        party, grant = self.beta.party, self.beta.grant("rw", ["/"])
+        if into:
+            party, grant = replace(party, collection_id=into), replace(grant, collection_id=into)
         return TaskOrder(
             task_id=task,
             revision=1,
             desired="run",
             type="TRANSFER",
-            ticket=self.ticket(task, session, self.alpha.grant("r", [paths]), self.beta.grant("rw", ["/"])),
+            ticket=self.ticket(task, session, self.alpha.grant("r", [paths]), grant),
             session_id=session,
-            destination=self.beta.party,
+            destination=party,
             source=self.alpha.party,
             owner_id="somebody",
             options=options or TaskOptions(verify_checksum=True, preserve_timestamp=True),

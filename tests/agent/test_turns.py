@@ -13,32 +13,16 @@ import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent.config.keys import CollectionConfig
 from agent.transfer.places import Places
-from agent.transfer.turns import WAITING_FOR_EACH, Candidate, Claim, claim_of, next_turns
-from protocol.control import Party, TaskItem, TaskOrder
+from agent.transfer.turns import WAITING_FOR_EACH, Candidate, Claim, next_turns
+from protocol.control import TaskItem
 from protocol.names import CollectionPath
 from tests.agent.engine_world import world
-
-PARTY = Party(endpoint_id="e", node_id="n", collection_id="c", certificate="")
+from tests.agent.orders import order_of
 
 
 def claim(*paths: str, collection: str = "c") -> Claim:
-    order = TaskOrder(
-        task_id="t",
-        revision=1,
-        desired="run",
-        type="TRANSFER",
-        ticket="",
-        session_id="s",
-        destination=replace_collection(collection),
-        items=[TaskItem(source_path="/", destination_path=path) for path in paths],
-    )
-    return claim_of(order)
-
-
-def replace_collection(collection: str) -> Party:
-    return Party(endpoint_id="e", node_id="n", collection_id=collection, certificate="")
+    return Places().named(order_of(*paths, collection=collection), None)
 
 
 def anything(_collection: str, _running: int) -> bool:
@@ -174,43 +158,3 @@ async def test_two_tasks_on_one_path_run_one_after_the_other(tmp_path: Path) -> 
         assert (await made.wait(first)).state == "SUCCEEDED"
         assert (await made.wait(second)).state == "SUCCEEDED"
         assert (made.beta.root / "same").read_bytes() == b"two"
-
-
-def test_collections_that_share_a_folder_are_one_place() -> None:
-    """Two names for one folder, and a collection inside another: what counts is where a task really writes."""
-    order = TaskOrder(
-        task_id="t",
-        revision=1,
-        desired="run",
-        type="TRANSFER",
-        ticket="",
-        session_id="s",
-        destination=replace_collection("whatever"),
-        items=[TaskItem(source_path="/", destination_path="/x")],
-    )
-
-    def in_root(number: int, *root: bytes) -> Candidate:
-        return Candidate(id=str(number), owner_id="o", claim=claim_of(order, root), runnable=True)
-
-    rows = [in_root(1, b"data"), in_root(2, b"data"), in_root(3, b"data", b"x"), in_root(4, b"data", b"y")]
-    turns = next_turns(rows, 8, anything)
-    assert turns.start == ["1", "4"]
-    assert turns.behind == {"2": "1", "3": "1"}
-
-
-async def test_places_are_real_folders(tmp_path: Path) -> None:
-    (tmp_path / "real" / "inside").mkdir(parents=True)
-    (tmp_path / "link").symlink_to("real")
-    rows = [
-        CollectionConfig(id=name, name=name, root=str(tmp_path / where))
-        for name, where in {"a": "real", "b": "link", "c": "link/inside", "d": "missing"}.items()
-    ]
-    places = Places()
-    named = tuple(os.fsencode(tmp_path / "link").split(b"/")[1:])
-    assert places.of(rows[1]) == named
-    assert await places.look(rows)
-    assert not await places.look(rows)
-    a, b, c, d = (places.of(row) for row in rows)
-    assert a == b == c[:-1]
-    assert c[-1:] == (b"inside",)
-    assert d[-1:] == (b"missing",)
