@@ -1,7 +1,7 @@
 """The source's end of a session: checks every request against ticket and policy, then lists, reads or digests.
 
 Stateless but for what is under way: which control stream is live and which lanes belong to it. Everything a
-destination sends is hostile until `_Control` has looked at it.
+destination sends is hostile until `Control` has looked at it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import trio
@@ -21,18 +21,16 @@ from agent.connect.lane_tls import SecuredLane
 from agent.limits.pace import Pace
 from agent.meter.lane import LaneMeter
 from agent.storage import access_lists, attributes
-from agent.storage.base import Root, version_of
+from agent.storage.base import Root
 from agent.storage.faults import fault
 from agent.storage.reach import Reach
-from agent.transfer import compression
+from agent.transfer import compression, source_files
 from agent.transfer.attributes import read_attributes
-from agent.transfer.checksum import block_digests, file_digest
-from agent.transfer.holes import data_extents
 from agent.transfer.lane_keys import LAST_RECORD
 from agent.transfer.outgoing import send_queued
-from agent.transfer.send import Joined, LaneRequest, LaneSender, let_rest
+from agent.transfer.send import Joined, LaneRequest, LaneSender
 from agent.transfer.source_policy import SourcePolicy
-from agent.transfer.source_rows import Listing, row_of
+from agent.transfer.source_rows import Listing
 from agent.transfer.storage_threads import StorageThreads
 from protocol import session
 from protocol.errors import ProtocolError, RetryLater, TowpathError
@@ -52,6 +50,10 @@ MAX_WAITING = 100_000
 # that may have work before they have come.
 JOIN_PATIENCE = 2.0
 MAX_EXPECTED = 4
+
+# A question about what is in one file, and what is found.
+R = TypeVar("R", session.DigestFile, session.FindExtents, session.DigestBlocks)
+T = TypeVar("T")
 
 
 class SourceSide:
@@ -345,95 +347,35 @@ class Control:
         for raw in request.paths:
             try:
                 path = self._allowed(raw)
-                results.append(session.StatResult(self._stat_one(path, follow=request.follow)))
+                results.append(session.StatResult(source_files.row_at(self._side.root, path, follow=request.follow)))
             except TowpathError as error:
                 results.append(session.StatResult(None, error.to_document()))
             except OSError as error:
                 results.append(session.StatResult(None, fault(error, "source", raw).to_document()))
         return results
 
-    def _stat_one(self, path: CollectionPath, *, follow: bool) -> session.Row:
-        if not path:
-            return row_of(self._side.root.stat(path))
-        parent, name = self._side.root.open_parent(path)
-        with parent:
-            node = parent.stat(name) if follow else parent.lstat(name)
-            target = parent.readlink(name) if node.kind == "symlink" else None
-            return row_of(node, target, parent.mode_without_list(node, follow=follow))
-
     async def _digest(self, request: session.DigestFile) -> None:
-        try:
-            path = self._allowed(request.path)
-            value = await trio.to_thread.run_sync(self._digest_one, request, path, limiter=self._digests)
-            await self._answer(session.Digest(request.r, value))
-        except TowpathError as error:
-            await self._answer(session.Failed(request.r, error.to_document()))
-        except OSError as error:
-            await self._answer(session.Failed(request.r, fault(error, "source", request.path).to_document()))
-
-    def _digest_one(self, request: session.DigestFile, path: CollectionPath) -> str:
-        root = self._side.root
-        parent, name = root.open_parent(path)
-        with parent:
-            descriptor = parent.open_read(name, follow=request.follow)
-        try:
-            if request.version is not None:
-                let_rest(request.version)
-            value = file_digest(root, descriptor, request.algorithm)
-            if request.version is not None and version_of(root.fstat(descriptor)) != tuple(request.version):
-                raise RetryLater("The file changed while it was compared.", code="FILE_CHANGED", who="source owner")
-            return value
-        finally:
-            root.close_file(descriptor)
+        await self._look_into(request, source_files.digest, session.Digest)
 
     async def _extents(self, request: session.FindExtents) -> None:
-        try:
-            path = self._allowed(request.path)
-            extents = await trio.to_thread.run_sync(self._extents_of, request, path, limiter=self._digests)
-            await self._answer(session.Extents(request.r, extents))
-        except TowpathError as error:
-            await self._answer(session.Failed(request.r, error.to_document()))
-        except OSError as error:
-            await self._answer(session.Failed(request.r, fault(error, "source", request.path).to_document()))
-
-    def _extents_of(self, request: session.FindExtents, path: CollectionPath) -> list[session.Extent] | None:
-        root = self._side.root
-        parent, name = root.open_parent(path)
-        with parent:
-            descriptor = parent.open_read(name, follow=request.follow)
-        try:
-            let_rest(request.version)
-            extents = data_extents(descriptor, request.version[2])
-            # Looked at afterwards: what was found belongs to this version and no other.
-            same = version_of(root.fstat(descriptor)) == tuple(request.version)
-            return extents if same else None
-        finally:
-            root.close_file(descriptor)
+        await self._look_into(request, source_files.extents, session.Extents)
 
     async def _block_digests(self, request: session.DigestBlocks) -> None:
         session.check_blocks_untrusted(request)
+        await self._look_into(request, source_files.digests_of_blocks, session.BlockDigests)
+
+    async def _look_into(
+        self, request: R, look: Callable[[Root, CollectionPath, R], T], answer: Callable[[int, T], session.Message]
+    ) -> None:
+        """Answer what has to read a file; few such looks at a time."""
         try:
             path = self._allowed(request.path)
-            digests = await trio.to_thread.run_sync(self._digests_of, request, path, limiter=self._digests)
-            await self._answer(session.BlockDigests(request.r, digests))
+            found = await trio.to_thread.run_sync(look, self._side.root, path, request, limiter=self._digests)
+            await self._answer(answer(request.r, found))
         except TowpathError as error:
             await self._answer(session.Failed(request.r, error.to_document()))
         except OSError as error:
             await self._answer(session.Failed(request.r, fault(error, "source", request.path).to_document()))
-
-    def _digests_of(self, request: session.DigestBlocks, path: CollectionPath) -> list[bytes]:
-        root = self._side.root
-        parent, name = root.open_parent(path)
-        with parent:
-            descriptor = parent.open_read(name, follow=request.follow)
-        try:
-            let_rest(request.version)
-            digests = block_digests(root, descriptor, request)
-            if version_of(root.fstat(descriptor)) != tuple(request.version):
-                raise RetryLater("The file changed while it was compared.", code="FILE_CHANGED", who="source owner")
-            return digests
-        finally:
-            root.close_file(descriptor)
 
     async def _attributes(self, request: session.ReadAttributes) -> None:
         answer = await trio.to_thread.run_sync(read_attributes, self._side.root, request, self._allowed)

@@ -219,10 +219,10 @@ async def test_a_source_cannot_talk_a_destination_out_of_comparing(
     (engine.destination / "file").write_bytes(b"old content")
     for answer in ("", "0", lane.digest(b"old content").hex()[:32], lane.digest(b"old content").hex().upper()):
 
-        def digested(_side: Any, _request: session.DigestFile, _path: Any, answer: str = answer) -> str:
+        def digested(_root: Any, _path: Any, _request: session.DigestFile, answer: str = answer) -> str:
             return answer
 
-        monkeypatch.setattr("agent.transfer.serve.Control._digest_one", digested)
+        monkeypatch.setattr("agent.transfer.source_files.digest", digested)
         again = Engine(quick_path / f"digest-{len(answer)}", engine.options)
         again.source, again.destination = engine.source, engine.destination
         (engine.destination / "file").write_bytes(b"old content")

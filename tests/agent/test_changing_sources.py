@@ -19,7 +19,7 @@ from agent.limits.pace import Pace
 from agent.storage.base import version_of
 from agent.storage.faulty import Call
 from agent.storage.posix import open_root
-from agent.transfer import send, serve
+from agent.transfer import send, source_files
 from agent.transfer.manifest import SkippedRow, read_page
 from protocol import session
 from protocol.control import TaskItem, TaskOptions
@@ -261,14 +261,14 @@ async def test_what_is_asked_of_fresh_files_is_looked_at_after_their_tick(
         (engine.destination / "large").write_bytes(large.read_bytes())
     seen: list[str] = []
     for name in ("data_extents", "block_digests", "file_digest"):
-        real = getattr(serve, name)
+        real = getattr(source_files, name)
 
         def looking(*arguments: Any, real: Any = real, name: str = name) -> Any:
             seen.append(name)
             assert rests, f"{name} before the file had rested"
             return real(*arguments)
 
-        monkeypatch.setattr(serve, name, looking)
+        monkeypatch.setattr(source_files, name, looking)
     assert (await engine.run()).state == "SUCCEEDED"
     assert {"holes": "data_extents", "blocks": "block_digests", "digest": "file_digest"}[asks] in seen
 
