@@ -25,6 +25,7 @@ from agent.transfer.kept_lists import ListPolicy
 from agent.transfer.manifest import ManifestWriter
 from agent.transfer.patience import Patience
 from agent.transfer.plan import now_iso, split_path, sweep_temporaries
+from agent.transfer.progress import Progress
 from agent.transfer.received import ReceivedCounter
 from agent.transfer.remove import Stopped
 from agent.transfer.run import RunContext
@@ -36,9 +37,6 @@ from protocol.control import Counters, Flow, TaskObserved, TaskOrder, TaskState
 from protocol.errors import NeedsPerson, ProtocolError, TaskFailed, TowpathError
 from protocol.names import RESERVED_PREFIX, format_path, parse_path_untrusted
 
-PROGRESS_EVERY = 0.25
-# An event on progress comes after so many seconds, the next ones ever later.
-FIRST_PROGRESS_PAUSE, LONGEST_PROGRESS_PAUSE = 60.0, 3600.0
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 15.0
 # What `fail_on_quota_errors` turns from something to wait for into the end of the task.
 QUOTA_CODES = frozenset({"QUOTA_EXCEEDED", "NO_SPACE"})
@@ -80,7 +78,7 @@ class TaskRunner:
         self._events: EventLog | None = None
         self._journal: Journal
         self._token = trio.lowlevel.current_trio_token()
-        self._rate = 0.0
+        self._progress = Progress(self.observed, line.report, self._tell_progress)
         self._open_root = open_root
         self._patience = Patience()
 
@@ -224,7 +222,7 @@ class TaskRunner:
         self._journal.commit()
         trouble: StateTrouble | None = None
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._report_progress)
+            nursery.start_soon(self._progress.run)
             try:
                 observed = await self._until_done(manifests, received, resumed=resumed)
             except StateTrouble as error:
@@ -455,7 +453,7 @@ class TaskRunner:
             status_sentence=error.sentence if error else "",
             who=error.who if error else "",
             counters=msgspec.structs.replace(self._counters, faults=self._events.faults if self._events else 0),
-            rate=self._rate,
+            rate=self._progress.rate,
             error_code=error.code if error and self._state == "FAILED" else "",
             path="direct TCP",
             flow=self._flow(),
@@ -469,37 +467,9 @@ class TaskRunner:
             flow, rate_limit=int(self._line.pace.rate), limit_of=self._line.limited_by or "processor"
         )
 
-    async def _report_progress(self) -> None:
-        last_bytes, last_time = self._counters.bytes_transferred, trio.current_time()
-        began, pause = last_time, FIRST_PROGRESS_PAUSE
-        next_event = began + pause
-        while True:
-            await trio.sleep(PROGRESS_EVERY)
-            observed = self.observed()
-            now = trio.current_time()
-            step = (observed.counters.bytes_transferred - last_bytes) / max(now - last_time, 1e-3)
-            self._rate = 0.8 * self._rate + 0.2 * step
-            last_bytes, last_time = observed.counters.bytes_transferred, now
-            self._line.report(observed)
-            if now >= next_event:
-                pause = min(pause * 2, LONGEST_PROGRESS_PAUSE)
-                next_event = now + pause
-                self._tell_progress(observed, now - began)
-
-    def _tell_progress(self, observed: TaskObserved, seconds: float) -> None:
-        """An event with the same fields as Globus's, and who holds the task up."""
-        moved = observed.counters.bytes_transferred
-        details: dict[str, object] = {
-            "bytes_transferred": moved,
-            "duration": round(seconds, 1),
-            "mbps": round(observed.rate * 8 / 1e6, 2),
-        }
-        if observed.flow is not None:
-            details["files_per_second"] = round(observed.flow.files_per_second, 1)
-            details["lanes"] = len(observed.flow.lanes)
-            details["limited_by"] = observed.flow.limited_by
-        if self._events is not None and observed.state == "ACTIVE":
-            self._events.add("PROGRESS", "progress", msgspec.json.encode(details).decode())
+    def _tell_progress(self, details: str) -> None:
+        if self._events is not None:
+            self._events.add("PROGRESS", "progress", details)
 
     def _tell(self, event: Event) -> None:
         self._line.post(event)

@@ -17,7 +17,7 @@ import trio
 from sqlalchemy import Connection
 
 from protocol.candidates import PathAnswer, PathOffer
-from protocol.control import AgentEvent, AgentHello, TaskObserved
+from protocol.control import AgentEvent, AgentHello
 from protocol.errors import TowpathError
 from protocol.ticket import TicketSigner, TicketVerifier
 from relay.rendezvous.registry import LinkUp
@@ -30,20 +30,18 @@ from relay.transfer.agents import AgentLinks
 from relay.transfer.arrivals import Arrival
 from relay.transfer.delivery import Courier
 from relay.transfer.event_stream import LineReader
+from relay.transfer.latest_progress import LatestProgress
 from relay.transfer.take_over import TakeOver
 
 logger = logging.getLogger("relay.steward")
 
 # An agent that was asked to stop and is away has this long to confirm; then the relay ends the task itself.
 CANCEL_GRACE = 600.0
-PROGRESS_INTERVAL = 1.0
 CLOCK_INTERVAL = 60.0
 # Links that come back this soon are not worth an event in every task.
 AWAY_BEFORE_NOTICE = 15.0
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
 MAX_VISITS = 16
-# Progress of more tasks than one agent can run is not remembered.
-MAX_PROGRESS = 10_000
 
 
 @dataclass(frozen=True)
@@ -112,8 +110,7 @@ class Steward:
         self._clock_event = trio.Event()
         self._clock_set = False
         self._attended: dict[str, trio.CancelScope] = {}
-        self._progress: dict[str, dict[str, TaskObserved]] = {}
-        self._progress_event = trio.Event()
+        self._progress = LatestProgress(store, clock)
         self._finished: dict[str, trio.Event] = {}
         # Node → the number that it is being told of, or will be next.
         self._acknowledging: dict[str, int] = {}
@@ -174,7 +171,7 @@ class Steward:
             self._nursery = nursery
             nursery.start_soon(self._visit_due)
             nursery.start_soon(self._keep_clock)
-            nursery.start_soon(self._store_progress)
+            nursery.start_soon(self._progress.run)
             task_status.started()
             while True:
                 async with self._links.changes() as changes:
@@ -338,20 +335,17 @@ class Steward:
 
     async def _take_lines(self, node_id: str, lines: list[AgentEvent]) -> None:
         self._lines += len(lines)
-        waiting = self._progress.setdefault(node_id, {})
         kept = []
         for line in lines:
             if line.kind == "progress" and line.n == 0 and line.observed is not None:
-                if len(waiting) < MAX_PROGRESS or line.task_id in waiting:
-                    waiting[line.task_id] = line.observed
-                    self._progress_event.set()
+                self._progress.take(node_id, line.task_id, line.observed)
             elif line.kind == "path_candidates" and line.n == 0:
                 self._add_candidates_soon(node_id, line)
             else:
                 kept.append(line)
                 if line.kind == "state":
                     # What was said before counts no more.
-                    waiting.pop(line.task_id, None)
+                    self._progress.forget(node_id, line.task_id)
         if not kept:
             return
         now = self._clock()
@@ -435,20 +429,6 @@ class Steward:
     async def _acknowledge(self, node_id: str, n: int) -> None:
         await self._links.call(node_id, "POST", "/link/events/acknowledge", document={"n": n})
 
-    async def _store_progress(self) -> None:
-        while True:
-            await self._progress_event.wait()
-            await trio.sleep(PROGRESS_INTERVAL)
-            self._progress_event = trio.Event()
-            for node_id in list(self._progress):
-                reports = self._progress.pop(node_id)
-                if not reports:
-                    continue
-                try:
-                    await self._store.write(_storing(node_id, reports, self._clock()))
-                except TowpathError as error:
-                    logger.warning("Progress could not be stored: %s", error.sentence)
-
     # --- the clock -------------------------------------------------------------------------------------------
 
     def clock_was_set(self) -> None:
@@ -507,7 +487,3 @@ class Steward:
         cut += task_turns.end_where_linked_ones_were_closed(connection, now)
         expired = task_turns.expire(connection, now, CANCEL_GRACE)
         return cut, [*expired, *task_turns.renew(connection, now, half_life)]
-
-
-def _storing(node_id: str, reports: dict[str, TaskObserved], now: float) -> Callable[[Connection], None]:
-    return lambda connection: task_reports.apply_progress(connection, node_id, reports, now)
