@@ -17,7 +17,7 @@ class FilledPlaces:
     are, the destination knows, and a name too many is only one that is not deleted."""
 
     def __init__(self, items: Iterable[TaskItem]) -> None:
-        paths: Counter[CollectionPath] = Counter()
+        paths: set[CollectionPath] = set()
         folders: Counter[CollectionPath] = Counter()
         for item in items:
             try:
@@ -25,7 +25,7 @@ class FilledPlaces:
             except ProtocolError:
                 # One whose name cannot be fails by itself.
                 continue
-            paths[path] += 1
+            paths.add(path)
             folders[path] += item.recursive is not False
         self._below: defaultdict[CollectionPath, set[bytes]] = defaultdict(set)
         for path in paths:

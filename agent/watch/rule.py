@@ -35,11 +35,6 @@ class Seen:
     version: Version
 
     @property
-    def size(self) -> int:
-        """In bytes."""
-        return self.version[2]
-
-    @property
     def changed(self) -> float:
         """When content or name last changed (Unix seconds). Who copies a file here cannot set the change time back."""
         return max(self.version[3], self.version[4]) / 1e9
@@ -88,11 +83,12 @@ def destination(template: str, seen: Seen, rule: str, host: str) -> str:
     """The path of a file at its destination, escaped as paths travel. Times are those of its last modification, UTC."""
     moment = datetime.fromtimestamp(max(0, seen.version[3]) / 1e9, UTC)
     name = escape(seen.path[-1])
-    stem, dot, suffix = name.rpartition(".")
+    # Without a dot there is no stem, and what begins with its only one is a hidden name.
+    stem, _, suffix = name.rpartition(".")
     values = {
         "name": name,
-        "stem": stem if dot and stem else name,
-        "suffix": suffix if dot and stem else "",
+        "stem": stem or name,
+        "suffix": suffix if stem else "",
         "path": "/".join(map(escape, seen.path)),
         "folder": "/".join(map(escape, seen.path[:-1])),
         "year": f"{moment:%Y}",

@@ -211,6 +211,21 @@ def test_a_link_to_the_configuration_is_the_agents_own_too(home: Path) -> None:
         assert names(root, b"dotfiles") == set()
 
 
+def test_other_spellings_are_the_agents_own_only_where_they_are_the_same_file(home: Path, own: tuple[str, ...]) -> None:
+    """As on file systems where case does not count, which show one file under many names; a second name plays that."""
+    conf = home / "conf"
+    os.link(conf / "agent.yaml", conf / "AGENT.yaml")
+    (conf / "Agent.yaml").write_text("somebody's")
+    (conf / "agent.YAML").symlink_to("agent.yaml")
+    with open_guarded(str(home), own=own) as root, root.open_directory((b"conf",)) as folder:
+        assert names(root, b"conf") == {b"mine", b"Agent.yaml", b"agent.YAML"}
+        with pytest.raises(FileNotFoundError):
+            folder.open_read(b"AGENT.yaml")
+        os.close(folder.open_read(b"Agent.yaml"))
+        # One that is not there is nobody's.
+        folder.mkdir(b"AgenT.yaml")
+
+
 @pytest.mark.parametrize("below", ["", "tasks"])
 def test_a_root_among_them_cannot_be_used(home: Path, own: tuple[str, ...], below: str) -> None:
     place = Path(own[0]) / below

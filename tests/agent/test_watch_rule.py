@@ -34,6 +34,22 @@ def test_after_a_restart_old_files_do_not_wait_anew_and_a_wrong_clock_fools_nobo
     assert settling.observe([future], NOW + 60) == [future]
 
 
+def test_a_copy_that_keeps_an_old_time_waits_from_when_it_came() -> None:
+    """Who copies with times (cp -p, rsync -t) sets the modification time back before the last byte has come."""
+    copied = seen(b"copied", changed=NOW - 5, modified=NOW - 9999)
+    settling = Settling(60)
+    assert settling.observe([copied], NOW) == []
+    assert settling.observe([copied], NOW + 55) == [copied]
+
+
+def test_several_settle_oldest_change_first_and_the_next_deadline_is_the_earliest() -> None:
+    settling = Settling(60)
+    files = [seen(b"late", changed=NOW - 10), seen(b"b", changed=NOW - 70), seen(b"a", changed=NOW - 70)]
+    files += [seen(b"oldest", changed=NOW - 90), seen(b"later", changed=NOW - 5)]
+    assert [file.path for file in settling.observe(files, NOW)] == [(b"oldest",), (b"a",), (b"b",)]
+    assert settling.next_deadline(NOW) == NOW + 50
+
+
 @given(st.lists(st.tuples(st.integers(0, 3), st.floats(0.1, 100)), max_size=20))
 def test_nothing_settles_that_changed_within_the_time(steps: list[tuple[int, float]]) -> None:
     settling, now, last, size = Settling(30), NOW, NOW, -1
@@ -51,6 +67,8 @@ def test_nothing_settles_that_changed_within_the_time(steps: list[tuple[int, flo
         (b"a.tif", (), (), True),
         (b"a.tif", ("*.tif",), (), True),
         (b"a.txt", ("*.tif",), (), False),
+        (b"a.jpg", ("*.tif", "*.jpg"), (), True),
+        (b"a.tmp", (), ("*.part", "*.tmp"), False),
         (b"a.part", (), ("*.part",), False),
         (b".cache/a.tif", ("*.tif",), (".*",), False),
         (b"x/a.tif", ("*.tif",), (".*",), True),
@@ -66,6 +84,9 @@ def test_templates() -> None:
     assert destination("/{rule}/{host}/{folder}/{stem}-{day}{hour}{minute}.{suffix}", file, "r", "h") == (
         "/r/h/day/scan.ome-040506.tif"
     )
+    # It is the time of its content that counts, not when it was copied here.
+    moved = seen(b"x", changed=NOW, modified=datetime.fromisoformat("2025-12-31T23:59:00+00:00").timestamp())
+    assert destination("/{year}/{name}", moved, "r", "h") == "/2025/x"
     assert destination("/{folder}/{name}", seen(b"x"), "r", "h") == "/x"
     assert destination("/{name}", seen(b"\xff{path}"), "r", "h") == "/␛FF{path}"
     assert destination("/{stem}|{suffix}", seen(b".hidden"), "r", "h") == "/.hidden|"
@@ -119,6 +140,8 @@ def test_time_tables_on_days_on_which_clocks_are_changed(schedule: str, after: s
         ("template: '/{name'", "cannot be filled"),
         ("template: '/{name.__class__}'", "cannot be filled|must"),
         ("template: /constant", "same name"),
+        ("template: /only/{year}{name:%}", "cannot be filled"),
+        ("template: /{year}/{folder}", "same name"),
         ("template: 'a/{name}'", "begins with /"),
         ("template: '/../{name}'", "no .."),
         ("schedule: sometimes", "cron expression"),
@@ -131,6 +154,13 @@ def test_mistakes_in_rules_are_named(change: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words) as caught:
         parse_config(text.encode(), Path("f"))
     assert caught.value.problems[0].line == 5
+
+
+def test_what_a_rule_says_is_kept_as_it_stands() -> None:
+    wanted = "template: /in/{year}/{stem}.{suffix}\n  schedule: '30 2 * * mon'"
+    text = f"watch:\n- name: r\n  collection: {HERE}\n  destination: {THERE}\n  {wanted}\n"
+    (rule,) = parse_config(text.encode(), Path("f")).watch
+    assert (rule.template, rule.schedule) == ("/in/{year}/{stem}.{suffix}", "30 2 * * mon")
 
 
 @pytest.mark.parametrize(
