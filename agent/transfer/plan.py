@@ -39,8 +39,8 @@ from agent.transfer.journal import (
 from agent.transfer.patience import Patience
 from protocol.control import TaskItem, TaskOptions
 from protocol.errors import ItemFailed, ProtocolError, TowpathError
-from protocol.names import CollectionPath, check_component_untrusted, is_reserved, parse_path_untrusted
-from protocol.session import DIRECTORY, FILE, SYMLINK, Row, join_path
+from protocol.names import MAX_COMPONENT, CollectionPath, check_component_untrusted, is_reserved, parse_path_untrusted
+from protocol.session import DIRECTORY, FILE, MAX_PATH, SYMLINK, Row, join_path
 
 # Seconds after which a temporary that nothing has changed is an orphan: longer than tasks are held up or kept.
 ORPHAN_AGE = 30 * 86400
@@ -217,6 +217,11 @@ class DirectoryPlanner:
             planned.failures.append(
                 (job, ItemFailed("A symlink leads back to a folder above it.", code="SYMLINK_LOOP", who="source owner"))
             )
+            return
+        if len(job.source_path) + MAX_COMPONENT >= MAX_PATH:
+            # What lies in it could not be asked about.
+            sentence = "This folder lies too deep: its path, with a name in it, is longer than what may be asked about."
+            planned.failures.append((job, ItemFailed(sentence, code="ILLEGAL_NAME", who="source owner")))
             return
         try:
             self.group.handle.mkdir(row.name)

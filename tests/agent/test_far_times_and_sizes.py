@@ -118,3 +118,25 @@ def test_sizes_that_no_file_has_are_not_read(size: int) -> None:
     rows = session.Rows(1, [session.Row(b"file", session.FILE, size, 0, 0, 0, 0, 0)])
     with pytest.raises(ProtocolError):
         session.answer_untrusted(session.encode(rows)[4:])
+
+
+async def test_a_folder_too_deep_to_be_asked_about_fails_alone(quick_path: Path) -> None:
+    """A large file in it ended the session at the source, each time anew."""
+    engine = Engine(quick_path)
+    handle = os.open(engine.source, os.O_RDONLY)
+    length = 0
+    while length < session.MAX_PATH - 300:
+        name = "d" * min(250, session.MAX_PATH - 200 - length)
+        os.mkdir(name, dir_fd=handle)
+        below = os.open(name, os.O_RDONLY, dir_fd=handle)
+        os.close(handle)
+        handle, length = below, length + len(name) + 1
+    file = os.open("f" * 250, os.O_WRONLY | os.O_CREAT, dir_fd=handle)
+    os.ftruncate(file, 2 << 20)
+    os.close(file)
+    os.close(handle)
+    (engine.source / "other").write_bytes(b"content")
+    observed = await engine.run()
+    assert (observed.state, observed.counters.failed) == ("FAILED", 1)
+    assert (engine.destination / "other").read_bytes() == b"content"
+    assert "ILLEGAL_NAME" in engine.codes()
