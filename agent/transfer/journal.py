@@ -406,6 +406,14 @@ class Journal:
             yield from rows
             last = rows[-1]
 
+    def note_source_hides(self) -> None:
+        """The source does not show names that begin with a dot: those below what it lacks are none of a mirror's."""
+        self.put("source_hides", b"1")
+
+    def source_hides(self) -> bool:
+        """Whether that was noted."""
+        return self.get("source_hides") is not None
+
     def drop_extra(self, destination: bytes, name: bytes) -> None:
         """It is deleted, or is not to be."""
         with self._using():

@@ -11,9 +11,11 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 
-from agent.storage.base import Directory, Root
+from agent.storage.base import Directory, Node, Root
 from agent.storage.faults import fault
+from agent.storage.hiding import is_hidden
 from agent.storage.own_files import HoldsOwn
+from agent.storage.rules import included
 from agent.transfer.journal import Journal
 from agent.transfer.manifest import SkippedRow
 from agent.transfer.patience import Patience
@@ -21,7 +23,8 @@ from agent.transfer.plan import now_iso, split_path
 from agent.transfer.record import Record
 from agent.transfer.remove import Removal, Stopped
 from protocol.control import TaskOptions
-from protocol.errors import TaskFailed, TowpathError
+from protocol.errors import ItemFailed, TaskFailed, TowpathError
+from protocol.names import format_path, is_reserved
 
 # Without a limit in the task, more than this many are deleted only when at least as many files and folders stay.
 ALWAYS_ALLOWED = 1000
@@ -47,6 +50,9 @@ class Mirror:
         self._patience = patience
         self._on_fault = on_fault
         self._stop = threading.Event()
+        self._source_hides = self._told_of_spared = False
+        # What of an extra is to stay, if anything is.
+        self._spares: Callable[[Node], bool] | None = None
 
     def stop(self) -> None:
         """Have `run` return before the next removal. Any thread may call."""
@@ -58,6 +64,8 @@ class Mirror:
         if next(self._journal.extras(), None) is None:
             return
         self._root.check_original()
+        self._source_hides = self._journal.source_hides()
+        self._spares = self._is_spared if self._source_hides or self._options.filter_rules else None
         self._refuse_too_many()
         with suppress(Stopped):
             for folder, name in self._journal.extras():
@@ -102,7 +110,7 @@ class Mirror:
 
     def _remove(self, folder: bytes, name: bytes) -> None:
         path = folder + b"/" + name if folder else name
-        removal, rows = Removal(self._go_on), []
+        removal, rows = Removal(self._go_on, self._spares), []
         try:
             with self._root.open_directory(split_path(folder)) as parent:
                 # A link that has taken the folder's place since leads to what was never compared.
@@ -122,8 +130,30 @@ class Mirror:
                 raise problem from error
             self._on_fault(problem)
             rows.append(SkippedRow(b"", path, -1, problem.code, problem.sentence, now_iso(), extra=True))
+        if removal.spared:
+            self._tell_of_spared(path)
         self._journal.drop_extra(folder, name)
         self._record.removed(removal.count, rows)
+
+    def _is_spared(self, node: Node) -> bool:
+        """Whether an entry below an extra is not for the source to decide about."""
+        if is_reserved(node.name):
+            return False
+        return (self._source_hides and is_hidden(node.name)) or not included(
+            self._options.filter_rules, node.name, node.kind == "dir"
+        )
+
+    def _tell_of_spared(self, path: bytes) -> None:
+        if self._told_of_spared:
+            return
+        self._told_of_spared = True
+        place = format_path(split_path(path), directory=True)
+        sentence = (
+            f"The source does not have {place[:1000]}, but in it there are names that the task's filters leave out, or "
+            "that begin with a dot, which the source's collection does not show: they and the folders they are in are "
+            "not deleted. If they are not wanted, remove them there by hand."
+        )
+        self._on_fault(ItemFailed(sentence, code="EXTRA_NOT_DELETED", who="you", subject=place))
 
 
 def _entries(folder: Directory, enough: int) -> int:

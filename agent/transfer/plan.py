@@ -266,6 +266,8 @@ class DirectoryPlanner:
             return KeptExtra.LINKED
         # Nobody here knows whether the source has those.
         known = [name for name in extras if not is_hidden(name)] if source_hides else extras
+        if source_hides and known:
+            self._journal.note_source_hides()
         # By where the folder is: what has taken its name when they are deleted may be another one.
         self._journal.put_extras(join_path(real), known)
         return KeptExtra.NONE if len(known) == len(extras) else KeptExtra.HIDDEN

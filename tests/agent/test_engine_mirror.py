@@ -17,6 +17,7 @@ from agent.transfer.journal import Journal
 from agent.transfer.mirror import Mirror
 from agent.transfer.patience import Patience
 from agent.transfer.plan import DirectoryPlanner
+from agent.transfer.remove import MAX_OPEN
 from protocol.control import FilterRule, TaskItem, TaskOptions
 from protocol.session import FILE, Row
 from tests.agent.engine_inside import Crashed, Engine, contents, quick_path
@@ -229,16 +230,52 @@ async def test_what_a_source_does_not_show_is_not_deleted(quick_path: Path, kind
     """Nobody knows whether the source has it, which many do."""
     engine = kind(quick_path, MIRROR, ahead=ahead)
     _fill(engine.source, "sub/one", "sub/.kept", ".settings/x")
-    _fill(engine.destination, "sub/one", "sub/.kept", "sub/.other", "sub/old", ".settings/x", ".mine/y", "gone/.z")
+    _fill(
+        engine.destination,
+        "sub/one",
+        "sub/.kept",
+        "sub/.other",
+        "sub/old",
+        ".settings/x",
+        ".mine/y",
+        "gone/.z",
+        "gone/z",
+    )
     observed = await engine.run()
     assert observed.state == "SUCCEEDED", observed
     kept = {name for name, content in contents(engine.destination).items() if content != "folder"}
     shown = kind is Engine
     always = {"sub/one", "sub/.kept", ".settings/x"}
-    assert kept == (always if shown else {*always, "sub/.other", ".mine/y"})
-    # sub/old, gone, gone/.z; and sub/.other, .mine, .mine/y where the source says all it has.
-    assert observed.counters.deleted == (6 if shown else 3)
-    assert engine.codes().count("EXTRA_NOT_DELETED") == (0 if shown else 1)
+    assert kept == (always if shown else {*always, "sub/.other", ".mine/y", "gone/.z"})
+    # sub/old, gone/z; and sub/.other, .mine, .mine/y, gone/.z, gone where the source says all it has.
+    assert observed.counters.deleted == (7 if shown else 2)
+    assert engine.codes().count("EXTRA_NOT_DELETED") == (0 if shown else 2)
+
+
+async def test_what_stays_in_a_folder_that_the_source_lacks_keeps_its_folders(quick_path: Path) -> None:
+    """As with rsync: a folder goes only when nothing in it is left out by a filter, or hidden from us."""
+    rules = [FilterRule(method="exclude", name="*.keep")]
+    engine = HidingSource(quick_path, TaskOptions(delete_destination_extra=True, filter_rules=rules))
+    _fill(engine.source, "one")
+    _fill(engine.destination, "gone/a/b/x.keep", "gone/a/b/y", "gone/a/c/z", "gone/d/.dot/inner", "gone/e", "all/of/it")
+    _fill(engine.destination, "gone/a/.towpath.left", "/".join(["deep"] * (MAX_OPEN + 3)) + "/file")
+    observed = await engine.run()
+    assert observed.state == "SUCCEEDED", observed
+    kept = {name for name, content in contents(engine.destination).items() if content != "folder"}
+    # What is too deep to be looked through stays altogether.
+    assert {name for name in kept if not name.startswith("deep")} == {"one", "gone/a/b/x.keep", "gone/d/.dot/inner"}
+    assert [name for name in kept if name.startswith("deep")]
+    folders = {name for name, content in contents(engine.destination).items() if content == "folder"}
+    assert {name for name in folders if not name.startswith("deep")} == {
+        "gone",
+        "gone/a",
+        "gone/a/b",
+        "gone/d",
+        "gone/d/.dot",
+    }
+    # gone/a/b/y, gone/a/c, gone/a/c/z, gone/e, all, all/of, all/of/it, and the temporary.
+    assert observed.counters.deleted == 8
+    assert engine.codes().count("EXTRA_NOT_DELETED") == 1
 
 
 def test_what_was_missing_once_is_not_deleted_when_the_next_listing_breaks_off(tmp_path: Path) -> None:

@@ -135,3 +135,37 @@ def test_a_listing_that_shows_what_is_gone_does_not_go_on_for_ever(
         with pytest.raises(OSError) as caught:
             Removal().entry(top, top.lstat(b"tree"), recursive=True)
     assert caught.value.errno == errno.ENOTEMPTY
+
+
+@pytest.mark.parametrize("faster", ["by some", "by a listing", "altogether"])
+async def test_two_that_remove_one_large_folder_both_end_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, faster: str
+) -> None:
+    """Somebody else removes the same entries, those of a listing that was read a moment ago among them."""
+    monkeypatch.setattr(remove, "AT_ONCE", 10)
+    folder = tmp_path / "large"
+    folder.mkdir()
+    for number in range(95):
+        (folder / str(number)).touch()
+    with open_root(str(tmp_path)) as root, root.open_directory(()) as parent:
+
+        def other() -> None:
+            left = sorted(folder.iterdir())
+            if not left or removal.count > 60:
+                return
+            for path in left if faster == "altogether" else left[: {"by some": 3, "by a listing": 25}[faster]]:
+                path.unlink()
+            if faster == "altogether":
+                folder.rmdir()
+
+        def scanning(self: Any, *, reserved: bool = False) -> Any:
+            found = sorted(scan(self, reserved=reserved), key=lambda node: node.name)
+            if self.path == (b"large",):
+                other()
+            return iter(found)
+
+        removal = Removal()
+        scan = type(parent).scan
+        monkeypatch.setattr(type(parent), "scan", scanning)
+        removal.entry(parent, parent.lstat(b"large"), recursive=True)
+    assert not folder.exists()
