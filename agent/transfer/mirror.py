@@ -101,7 +101,7 @@ class Mirror:
                 if parent.lstat(name).kind != "dir":
                     return 1
                 with parent.open_directory(name) as inner:
-                    return 1 + _entries(inner, enough)
+                    return 1 + _entries(inner, enough, self._spares)
         except FileNotFoundError:
             return 0
         except OSError:
@@ -156,8 +156,8 @@ class Mirror:
         self._on_fault(ItemFailed(sentence, code="EXTRA_NOT_DELETED", who="you", subject=place))
 
 
-def _entries(folder: Directory, enough: int) -> int:
-    """Entries below a folder. Breadth first, so that few handles are open."""
+def _entries(folder: Directory, enough: int, spares: Callable[[Node], bool] | None) -> int:
+    """Entries below a folder, but for those that stay. Breadth first, so that few handles are open."""
     count = 0
     waiting: list[Iterator[Directory]] = [iter([folder])]
     while waiting and count <= enough:
@@ -167,6 +167,8 @@ def _entries(folder: Directory, enough: int) -> int:
             continue
         below = []
         for node in current.scan():
+            if spares is not None and spares(node):
+                continue
             count += 1
             if node.kind == "dir" and len(waiting) < 32:
                 below.append(node.name)
