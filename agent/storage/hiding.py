@@ -11,9 +11,11 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 
+import msgspec
+
 from agent.storage.access_lists import FoundLists
 from agent.storage.attributes import Found
-from agent.storage.base import Bytes, Directory, Node, Root
+from agent.storage.base import Bytes, Directory, Node, Root, node_from_stat
 from agent.storage.reach import Reach
 from protocol.names import CollectionPath, is_reserved
 
@@ -65,9 +67,20 @@ class HidingDirectory(Directory):
 
     def stat(self, name: bytes) -> Node:
         _check([name])
-        node = self.inner.stat(name)
-        self._check_link(name)
-        return node
+        node = self.inner.lstat(name)
+        if node.kind != "symlink":
+            return node
+        if self.inner.stat(name).kind == "dir":
+            with self.inner.open_directory(name, follow=True) as opened:
+                _check(opened.path)
+                return msgspec.structs.replace(opened.status(), name=name)
+        # Of what was opened, and seen to be no hidden file: the link may lead elsewhere by now.
+        fd, status = self.inner.open_read_status(name, follow=True)
+        try:
+            self._check_place(fd)
+        finally:
+            os.close(fd)
+        return node_from_stat(name, status)
 
     def mode_without_list(self, node: Node, *, follow: bool = False) -> int:
         return self.inner.mode_without_list(node, follow=follow)

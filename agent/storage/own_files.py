@@ -3,8 +3,8 @@ collection: for whoever comes through that they do not exist.
 
 Folders are known by device and inode, so that no link, mount or other spelling leads into them; they and single files
 are left out of the folder they lie in by name, also while they are not there. One look at each folder when it is opened
-tells all this; nothing is asked for files elsewhere. What walks and folders do about it is in `agent.storage.walk` and
-`agent.storage.guarded`.
+tells all this; nothing is asked for files elsewhere, unless they have several names (`agent.storage.own_links`). What
+walks and folders do about it is in `agent.storage.walk` and `agent.storage.guarded`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from contextlib import suppress
 
 from agent.storage.folding import fold_key
 from agent.storage.handles import os_error
+from agent.storage.own_links import OwnLinks
 from protocol.names import CollectionPath
 
 
@@ -82,6 +83,8 @@ class OwnFiles:
         # Of folders that are not there yet, by their place below the root, each name of it folded.
         self._awaited: dict[CollectionPath, Around] = {}
         self._paths: set[str] = set()
+        places = tuple(places)
+        self._links = OwnLinks(os.path.realpath(place) for place in places)
         for place in places:
             real = os.path.realpath(place)
             with suppress(OSError):
@@ -136,6 +139,15 @@ class OwnFiles:
         around = self.around(fd, where)
         if around is not None and around.conceals(fd, name):
             raise os_error(errno.ENOENT)
+
+    def check_links(self, status: os.stat_result) -> None:
+        """Raise FileNotFoundError if what has this status is one of them, found by another name. May block."""
+        if self._links.hold(status):
+            raise os_error(errno.ENOENT)
+
+    def are(self, status: os.stat_result) -> bool:
+        """Whether a file with several names is one of them, whatever it is called. May block."""
+        return self._links.hold(status)
 
     def around(self, fd: int, where: Sequence[bytes]) -> Around | None:
         """What an open folder, which is ``where`` below the root, holds of them; None for nearly every one."""

@@ -197,6 +197,8 @@ class PosixRoot(Root):
         finally:
             os.close(fd)
         handles.check_regular(status)
+        if status.st_nlink > 1:
+            self.walker.own.check_links(status)
         return done, status
 
     def write_whole(
@@ -253,6 +255,7 @@ class PosixDirectory(Directory):
     def scan(self, *, reserved: bool = False) -> Iterator[Node]:
         # A handle of its own: the reading position belongs to the open file, and scans may overlap.
         fd = os.open(b".", handles.FOLDER, dir_fd=self._fd)
+        own = self._root.walker.own
         try:
             with os.scandir(fd) as entries:
                 for entry in entries:
@@ -262,6 +265,8 @@ class PosixDirectory(Directory):
                     try:
                         status = entry.stat(follow_symlinks=False)
                     except FileNotFoundError:
+                        continue
+                    if status.st_nlink > 1 and own.are(status):
                         continue
                     yield node_from_stat(name, status)
         finally:
@@ -286,7 +291,11 @@ class PosixDirectory(Directory):
                 raise DiskAway(disk) from None
 
     def lstat(self, name: bytes) -> Node:
-        return node_from_stat(name, os.stat(component(name), dir_fd=self._fd, follow_symlinks=False))
+        return self._node(name, os.stat(component(name), dir_fd=self._fd, follow_symlinks=False))
+
+    def _node(self, name: bytes, status: os.stat_result) -> Node:
+        self._root.walker.own.check_links(status)
+        return node_from_stat(name, status)
 
     def stat(self, name: bytes) -> Node:
         node = self.lstat(name)
@@ -295,7 +304,7 @@ class PosixDirectory(Directory):
         with self._follow(name) as (folder, last):
             if not last:
                 return node_from_stat(name, os.fstat(folder))
-            return node_from_stat(name, os.stat(last, dir_fd=folder, follow_symlinks=False))
+            return self._node(name, os.stat(last, dir_fd=folder, follow_symlinks=False))
 
     def mode_without_list(self, node: Node, *, follow: bool = False) -> int:
         # Rights of the group that everybody has anyway cannot be too many, which spares most files the look.
@@ -317,7 +326,13 @@ class PosixDirectory(Directory):
 
     def open_read_status(self, name: bytes, *, follow: bool = False) -> tuple[int, os.stat_result]:
         fd = self.open_anything(name, follow=follow)
-        return fd, handles.regular(fd)
+        status = handles.regular(fd)
+        try:
+            self._root.walker.own.check_links(status)
+        except OSError:
+            os.close(fd)
+            raise
+        return fd, status
 
     def open_anything(self, name: bytes, *, follow: bool) -> int:
         """`open_read` of what may be no regular file: the caller looks before anything of it counts. Reading at an

@@ -7,6 +7,8 @@ import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -18,6 +20,7 @@ from agent.storage.base import Directory, Root
 from agent.storage.guarded import GuardedDirectory, open_guarded
 from agent.storage.listing import Accounts, list_directory, stat_entry
 from agent.storage.own_files import AgentsOwn, HoldsOwn
+from agent.storage.own_links import OwnLinks
 from agent.storage.posix import PosixDirectory
 from agent.storage.query import Query
 from agent.storage.reach import Reach
@@ -224,6 +227,85 @@ def test_other_spellings_are_the_agents_own_only_where_they_are_the_same_file(ho
         os.close(folder.open_read(b"Agent.yaml"))
         # One that is not there is nobody's.
         folder.mkdir(b"AgenT.yaml")
+
+
+def test_other_names_of_them_are_not_there(home: Path, root: Root) -> None:
+    """Hard links, as backups and what saves space make them: before the root was opened, and while it is open."""
+    key, config = home / ".local/state/towpath/agent/node.key", home / "conf/agent.yaml"
+    (home / "to-key").symlink_to("work/key")
+    for name, own in (("key", key), ("yaml", config)):
+        place = home / "work" / name
+        assert names(root, b"work") == {b"a"}
+        os.link(own, place)
+        asked = os.fsencode(name)
+        assert names(root, b"work") == {b"a"}
+        with pytest.raises(FileNotFoundError):
+            root.stat((b"work", asked))
+        with root.open_directory((b"work",)) as folder:
+            for look in (folder.lstat, folder.stat, folder.open_read):
+                with pytest.raises(FileNotFoundError):
+                    look(asked)
+            with pytest.raises(FileNotFoundError):
+                root.read_whole(folder, asked, memoryview(bytearray(9)))
+            with pytest.raises(ItemFailed):
+                stat_entry(root, (b"work", asked), Accounts())
+        with root.open_directory(()) as top:
+            for follow in (top.stat, lambda n, top=top: top.open_read(n, follow=True)):
+                with pytest.raises(FileNotFoundError):
+                    follow(b"to-key")
+        # Who removes or replaces such a name changes nothing of the agent's.
+        with root.open_directory((b"work",)) as folder:
+            folder.unlink(asked)
+        assert own.read_text() == "secret"
+
+
+def test_other_files_with_several_names_are_there(home: Path, root: Root) -> None:
+    os.link(home / "work/a", home / "work/b")
+    os.link(home / ".local/state/towpath/agent/node.key", home / "work/key")
+    assert names(root, b"work") == {b"a", b"b"}
+    with root.open_directory((b"work",)) as folder:
+        assert root.read_whole(folder, b"b", memoryview(bytearray(9)))[0] == 5
+    # Nobody's any more but the name's.
+    (home / ".local/state/towpath/agent/node.key").unlink()
+    assert names(root, b"work") == {b"a", b"b", b"key"}
+
+
+def test_the_agents_own_are_looked_through_for_other_names_seldom(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tree of hard links costs one look a minute; a new one costs one more, those from the future one a second."""
+    (tmp_path / "state" / "inner").mkdir(parents=True)
+    key = tmp_path / "state" / "inner" / "key"
+    key.write_text("secret")
+    now, looks, real = [1000.0], [0], OwnLinks._look
+
+    def look(links: OwnLinks) -> Iterator[tuple[int, int]]:
+        looks[0] += 1
+        return real(links)
+
+    def status(inode: int, age: float) -> Any:
+        ctime_ns = int((now[0] - age) * 1e9)
+        return SimpleNamespace(
+            st_nlink=2, st_mode=0o100600, st_ctime_ns=ctime_ns, st_dev=key.stat().st_dev, st_ino=inode
+        )
+
+    monkeypatch.setattr(OwnLinks, "_look", look)
+    clock = SimpleNamespace(monotonic=lambda: now[0], time_ns=lambda: int(now[0] * 1e9))
+    monkeypatch.setattr("agent.storage.own_links.time", clock)
+    links = OwnLinks([str(tmp_path / "state")])
+
+    def holds(inode: int, age: float) -> tuple[bool, int]:
+        return links.hold(status(inode, age)), looks[0]
+
+    assert {holds(number, 100.0) for number in range(1, 100)} == {(False, 1)}
+    now[0] += 30.0
+    os.link(key, tmp_path / "other")
+    assert holds(key.stat().st_ino, 1.0) == (True, 2)
+    assert {holds(number, 1.0) for number in range(1, 100)} == {(False, 2)}
+    now[0] += 1.0
+    assert {holds(number, -1000.0) for number in range(1, 100)} == {(False, 3)}
+    now[0] += 60.0
+    assert holds(1, 100.0) == (False, 4)
 
 
 @pytest.mark.parametrize("below", ["", "tasks"])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -86,6 +88,34 @@ def test_a_link_that_is_changed_after_the_look_leads_to_no_hidden_file(
         with pytest.raises(HiddenDenied):
             root.read_whole(directory, name, memoryview(bytearray(6)), follow=True)
     assert path.is_symlink()
+
+
+def test_a_link_that_is_changed_while_it_is_looked_at_tells_nothing_of_a_hidden_file(
+    root: Root, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At whichever of the looks: it is what can be seen that is told, or nothing."""
+    path = tmp_path / ".config" / "root" / "good"
+    (tmp_path / ".config" / "root" / ".ssh" / "key").write_text("a secret of another size")
+
+    def point(target: str) -> None:
+        path.unlink()
+        path.symlink_to(target)
+
+    following = PosixDirectory._follow
+    targets: list[str] = []
+
+    def swap_and_follow(directory: PosixDirectory, name: bytes) -> Any:
+        point(targets.pop(0) if targets else "open/file")
+        return following(directory, name)
+
+    monkeypatch.setattr(PosixDirectory, "_follow", swap_and_follow)
+    told = []
+    for look in range(3):
+        targets[:] = ["open/file"] * look + [".ssh/key"]
+        point("open/file")
+        with root.open_directory(()) as directory, suppress(HiddenDenied):
+            told.append(directory.stat(b"good").size)
+    assert told and set(told) == {6}, told
 
 
 def test_no_symlink_leads_into_a_hidden_folder(root: Root) -> None:
