@@ -77,6 +77,8 @@ class Marks:
     def keep(self, config: CollectionConfig, mark: Mark) -> None:
         """Remember a mark. Raises OSError when it cannot be written; it then counts until the agent ends."""
         known = self._known(config)
+        if known is None:
+            _warn_of(mark)
         self._change(config.id, _Known(config.root, mark, () if known is None else known.disks))
 
     def keep_disks(self, config: CollectionConfig, root: PosixRoot) -> None:
@@ -87,12 +89,23 @@ class Marks:
         known = self._known(config)
         if known is None:
             return
-        found = root.look_below({disk.path for disk in known.disks}, place=not config.read_only)
-        room = MOST - len(known.disks)
-        if found and room:
-            if len(found) > room:
-                logger.warning("More than %d disks are mounted below %s; only these are remembered.", MOST, config.root)
-            self._change(config.id, dataclasses.replace(known, disks=(*known.disks, *found[:room])), known)
+        # Those without any marker are looked at again: there may be one by now.
+        found = root.look_below({disk.path for disk in known.disks if disk.mark.marker}, place=not config.read_only)
+        marks = {disk.path: disk.mark for disk in found}
+        disks = [
+            disk
+            if marks.get(disk.path) is None or not _is_unmarked(disk.mark, marks[disk.path])
+            else dataclasses.replace(disk, mark=marks[disk.path])
+            for disk in known.disks
+        ]
+        before = {disk.path for disk in disks}
+        new = [disk for disk in found if disk.path not in before]
+        room = MOST - len(disks)
+        if len(new) > room:
+            logger.warning("More than %d disks are mounted below %s; only these are remembered.", MOST, config.root)
+        for disk in new[:room]:
+            _warn_of(disk.mark)
+        self._change(config.id, dataclasses.replace(known, disks=(*disks, *new[:room])), known)
 
     def forget(self, collection_id: str) -> None:
         """Take the root, and what is mounted below it, as they are next time. Raises OSError."""
@@ -116,6 +129,24 @@ class Marks:
             if self._path is not None:
                 document = {key: _entry_of(known) for key, known in self._marks.items()}
                 write_private_file(self._path, json.dumps(document, indent=2).encode() + b"\n")
+
+
+def _warn_of(mark: Mark) -> None:
+    """Say it where another disk would be taken for the one that is set up."""
+    from agent.storage import mounts
+
+    if mounts.is_alike(mark):
+        logger.warning(
+            "Another disk of type %s mounted at %s in place of the one that is there now would not be noticed: no "
+            "marker can be kept on it, and neither the kernel nor udev tells its UUID here.",
+            mark.file_system,
+            mark.mount_point,
+        )
+
+
+def _is_unmarked(known: Mark, found: Mark) -> bool:
+    """Whether a mark is what was known already, now with a marker."""
+    return known == dataclasses.replace(found, marker="")
 
 
 def _entry_of(known: _Known) -> dict[str, object]:

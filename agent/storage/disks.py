@@ -99,15 +99,14 @@ def _comparable(fd: int, expected: Mark) -> tuple[Mark, Mark]:
     """What was expected and what an open folder is, as far as can be told now."""
     mount = mounts.mount_of(fd, expected.mount_point)
     if not _has_identity(mount.file_system):
-        return expected, Mark(mount.mount_point, mount.file_system, 0)
-    inode = os.fstat(fd).st_ino
+        return expected, Mark(mount.mount_point, mount.file_system, 0, mounts.uuid_of_device(mount.device))
     try:
         # The marker cannot be read through a handle for lookups.
         readable = os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=fd)
     except PermissionError:
-        return replace(expected, marker=""), mounts.mark_of(mount, inode)
+        return replace(expected, marker=""), mounts.mark_of(mount, os.fstat(fd).st_ino)
     try:
-        return expected, mounts.mark_of(mount, inode, mounts.read_marker(readable))
+        return expected, mounts.look(readable, mount)
     finally:
         os.close(readable)
 
@@ -121,12 +120,13 @@ def _has_identity(file_system: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Mounted:
-    """A line of the table of mounts: its number, that of the mount it stands on, and where."""
+    """A line of the table of mounts: its number, that of the mount it stands on, where, and on which device."""
 
     number: int
     parent: int
     point: bytes
     file_system: str
+    device: str = ""
 
 
 def mounted_below(table: Iterable[Mounted], number: int, top: bytes) -> list[Mounted]:
@@ -196,7 +196,7 @@ def look(fd: int, top: str, known: Collection[CollectionPath], *, place: bool) -
 def _mark(row: Mounted, *, place: bool) -> Mark | None:
     point = os.fsdecode(row.point)
     if not mounts.is_local(row.file_system):
-        return Mark(point, row.file_system, 0)
+        return Mark(point, row.file_system, 0, mounts.uuid_of_device(row.device))
     # Not what is mounted over a file, as containers do.
     fd = os.open(row.point, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
@@ -205,8 +205,7 @@ def _mark(row: Mounted, *, place: bool) -> Mark | None:
             return None
         if not _has_identity(row.file_system):
             return Mark(point, row.file_system, 0)
-        marker = mounts.place_marker(fd) if place else mounts.read_marker(fd)
-        return mounts.mark_of(mount, os.fstat(fd).st_ino, marker)
+        return mounts.look(fd, mount, place=place)
     finally:
         os.close(fd)
 
@@ -228,4 +227,4 @@ def _table(fd: int) -> tuple[list[Mounted], int]:
 def _row(line: bytes) -> Mounted:
     number, parent, _ = line.split(b" ", 2)
     mount = mounts.parse_mount(line)
-    return Mounted(int(number), int(parent), os.fsencode(mount.mount_point), mount.file_system)
+    return Mounted(int(number), int(parent), os.fsencode(mount.mount_point), mount.file_system, mount.device)

@@ -7,7 +7,7 @@ import errno
 import os
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 # File systems on a disk (or in the memory) of this machine. On any other, what another machine does with a sync or a
 # link is not ours to say, so nothing is assumed.
@@ -25,6 +25,13 @@ _MARKER_LENGTH = 64
 _VOLUME = "volume "
 # `FAT_IOCTL_GET_VOLUME_ID`, of an open folder, for everybody; see ioctl_fat(2). It means nothing elsewhere.
 _GET_VOLUME_ID = 0x80047213
+# What stands for a marker where none is kept and inodes tell nothing: the UUID that the file system got when it was
+# made. The kernel tells it of some (`FS_IOC_GETFSUUID`, Linux 6.9: struct fsuuid2, a length and 16 bytes), udev of all
+# on devices, to everybody; where there is neither (containers, other systems) it is not known.
+_UUID = "uuid "
+_GET_UUID = 0x80111500
+_UDEV = "/run/udev/data"
+_UDEV_MOST = 64 * 1024
 _OCTAL = re.compile(rb"\\([0-7]{3})")
 
 
@@ -34,14 +41,16 @@ class Mount:
 
     file_system: str
     mount_point: str
+    # Major and minor number of the device, "0:…" where there is none.
+    device: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Mark:
     """What tells a root from the empty folder left when its disk is not mounted. Device numbers change with every
     boot and are left out; the inode is 0 where it does not outlive a mount. The marker is a random word kept as an
-    extended attribute of the root, or the volume's number, empty where there is neither: another disk in the same place
-    does not have it."""
+    extended attribute of the root, or the volume's number or UUID, empty where there is none of these: another disk in
+    the same place does not have it."""
 
     mount_point: str
     file_system: str
@@ -73,8 +82,9 @@ def parse_mount(line: bytes) -> Mount:
     """A line of /proc/self/mountinfo."""
     # proc(5): id, parent, device, root, mount point, options, optional fields, "-", type, source, options.
     before, _, after = line.partition(b" - ")
-    point = unescaped(before.split(b" ")[4])
-    return Mount(after.split(b" ", 1)[0].decode("ascii", "replace"), os.fsdecode(point))
+    fields = before.split(b" ")
+    file_system = after.split(b" ", 1)[0].decode("ascii", "replace")
+    return Mount(file_system, os.fsdecode(unescaped(fields[4])), fields[2].decode("ascii", "replace"))
 
 
 def unescaped(field: bytes) -> bytes:
@@ -91,6 +101,51 @@ def mark_of(mount: Mount, inode: int, marker: str = "") -> Mark:
     """The mark of a root folder on this mount."""
     stable = mount.file_system not in _UNSTABLE_INODES and not mount.file_system.startswith("fuse")
     return Mark(mount.mount_point, mount.file_system, inode if stable else 0, marker)
+
+
+def look(fd: int, mount: Mount, *, place: bool = False) -> Mark:
+    """The mark of an open folder on this mount; with ``place`` it is given a marker if it can hold one."""
+    marker = place_marker(fd) if place else read_marker(fd)
+    found = mark_of(mount, os.fstat(fd).st_ino, marker)
+    if not marker and found.inode <= _LAST_ROOT_INODE:
+        return replace(found, marker=_uuid(fd))
+    return found
+
+
+def _uuid(fd: int) -> str:
+    """The UUID of the file system that an open folder is on, as a marker; empty where nobody says it."""
+    if sys.platform == "linux":
+        import fcntl
+
+        with contextlib.suppress(OSError):
+            length, *uuid = fcntl.ioctl(fd, _GET_UUID, bytes(17))
+            if length == len(uuid) and any(uuid):
+                digits = bytes(uuid).hex()
+                return _UUID + "-".join(digits[a:b] for a, b in ((0, 8), (8, 12), (12, 16), (16, 20), (20, 32)))
+    device = os.fstat(fd).st_dev
+    return uuid_of_device(f"{os.major(device)}:{os.minor(device)}")
+
+
+def is_alike(mark: Mark) -> bool:
+    """Whether another disk of the same type, mounted in the same place, could not be told from this one. File servers,
+    of which nobody expects it, are not meant."""
+    on_disk = is_local(mark.file_system) and mark.file_system not in ("overlay", "ramfs", "tmpfs")
+    return (on_disk or mark.file_system == "fuseblk") and not mark.marker and mark.inode <= _LAST_ROOT_INODE
+
+
+def uuid_of_device(device: str) -> str:
+    """The UUID of the file system on a device, by its numbers, as a marker; empty where udev does not know it. Nothing
+    of the file system is touched."""
+    major, _, minor = device.partition(":")
+    if not (major.isdigit() and minor.isdigit()) or major == "0":
+        return ""
+    try:
+        with open(f"{_UDEV}/b{major}:{minor}", "rb") as lines:
+            known = lines.read(_UDEV_MOST)
+    except OSError:
+        return ""
+    found = re.search(rb"^E:ID_FS_UUID=([\x21-\x7e]{1,64})$", known, re.MULTILINE)
+    return _UUID + found[1].decode() if found else ""
 
 
 def read_marker(fd: int) -> str:
@@ -139,10 +194,19 @@ def _same_folder(expected: Mark, found: Mark) -> bool:
     """
     if (expected.file_system, expected.inode) != (found.file_system, found.inode):
         return False
+    if expected.marker.startswith((_VOLUME, _UUID)):
+        # That of all folders of the volume.
+        return not _is_another_volume(expected.marker, found.marker) and expected.inode > _LAST_ROOT_INODE
     if expected.marker:
-        # The number of a volume is that of all its folders.
-        return expected.marker == found.marker and not expected.marker.startswith(_VOLUME)
+        return expected.marker == found.marker
     return expected.inode > _LAST_ROOT_INODE
+
+
+def _is_another_volume(expected: str, found: str) -> bool:
+    """By the markers. The kernel always tells the number of a volume; a UUID may not be told today."""
+    if expected.startswith(_UUID):
+        return found.startswith(_UUID) and found != expected
+    return expected.startswith(_VOLUME) and found != expected
 
 
 def difference(expected: Mark, found: Mark, *, strict: bool = True) -> str:
@@ -154,13 +218,15 @@ def difference(expected: Mark, found: Mark, *, strict: bool = True) -> str:
         return f"is not on the disk mounted at {expected.mount_point} as when it was set up"
     if expected.file_system != found.file_system:
         return f"is on a file system of type {found.file_system}, not {expected.file_system} as when it was set up"
-    numbered = expected.marker.startswith(_VOLUME)
-    if numbered and expected.marker != found.marker:
-        return f"is not on the volume it was on when it was set up, with the number {expected.marker[len(_VOLUME) :]}"
+    if _is_another_volume(expected.marker, found.marker):
+        kind, _, number = expected.marker.partition(" ")
+        called = "number" if f"{kind} " == _VOLUME else "UUID"
+        return f"is not on the volume it was on when it was set up, with the {called} {number}"
     if not strict:
         return ""
     if expected.inode != found.inode:
         return "is not the folder it was when it was set up"
-    if expected.marker and expected.marker != found.marker:
+    marked = expected.marker and not expected.marker.startswith(_UUID)
+    if marked and expected.marker != found.marker:
         return "is not the folder it was when it was set up (its marker, an extended attribute, is missing or another)"
     return ""

@@ -107,7 +107,7 @@ class PosixRoot(Root):
 
     def mark(self) -> mounts.Mark:
         """What to keep at set-up, so that `open_root` knows this folder again."""
-        return mounts.mark_of(self._mount, self._identity[1], mounts.read_marker(self._fd))
+        return mounts.look(self._fd, self._mount)
 
     def place_marker(self) -> mounts.Mark:
         """Give the folder a marker by which it is known again, where it can hold one. Its mark from now on."""
