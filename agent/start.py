@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,9 +50,12 @@ def run(config_file: Path, flags: Mapping[str, str] | None = None, log_file: Pat
         import trio
 
         from agent.data_side import DataSide
+        from protocol.threads import wait_for_threads
 
         if config.limits.spare_worker and first is None:
-            first = _forked(processes, lock)
+            # Where no process is to be had now, a task that needs one waits for it.
+            with suppress(OSError):
+                first = _forked(processes, lock)
         # Only now: a worker reads what strangers send, and has no need of this agent's key in its memory.
         try:
             identity, key = require(config.state_dir)
@@ -69,6 +73,7 @@ def run(config_file: Path, flags: Mapping[str, str] | None = None, log_file: Pat
                 await daemon(config_file, data, identity, lock, flags, log_file).run(notifier)
                 nursery.cancel_scope.cancel()
 
+        wait_for_threads()
         try:
             trio.run(main)
         except BaseExceptionGroup as group:

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import trio
 from watchdog.events import FileSystemEvent, FileSystemEventHandler
-from watchdog.observers import Observer
 from watchdog.observers.api import BaseObserver
+
+from agent.system import notifications
 
 logger = logging.getLogger("towpath.config")
 
@@ -58,9 +59,9 @@ async def changes(files: Sequence[Path]) -> AsyncGenerator[None, None]:
     wake, waken = trio.open_memory_channel[None](1)
     handler = _Handler(frozenset(file.name for file in files), wake, trio.lowlevel.current_trio_token())
     seen = await trio.to_thread.run_sync(_stamp, files)
-    observer = Observer()
+    observer: BaseObserver | None = None
     try:
-        await trio.to_thread.run_sync(_start, observer, handler, {file.parent for file in files})
+        observer = await trio.to_thread.run_sync(_observed, handler, {str(file.parent) for file in files})
         yield
         while True:
             with trio.move_on_after(LOOK_EVERY):
@@ -71,20 +72,18 @@ async def changes(files: Sequence[Path]) -> AsyncGenerator[None, None]:
                 seen = stamp
                 yield
     finally:
-        observer.unschedule_all()
-        if observer.is_alive():
-            observer.stop()
+        if observer is not None:
+            notifications.stop(observer)
         wake.close()
         waken.close()
 
 
-def _start(observer: BaseObserver, handler: FileSystemEventHandler, folders: set[Path]) -> None:
+def _observed(handler: FileSystemEventHandler, folders: set[str]) -> BaseObserver | None:
     try:
-        for folder in folders:
-            observer.schedule(handler, str(folder))
-        observer.start()
+        return notifications.observe(handler, folders)
     except OSError as error:
         logger.info("No notifications from the file system (%s); looking every %g seconds instead.", error, LOOK_EVERY)
+        return None
 
 
 def _stamp(files: Sequence[Path]) -> Stamp:

@@ -12,6 +12,7 @@ from agent.storage.own_files import AgentsOwn, HoldsOwn
 from agent.storage.reach import LeavesCollection, LeavesReach
 from protocol.errors import ItemFailed, NeedsPerson, RetryLater, TowpathError, Who
 from protocol.names import CollectionPath, escape, format_path
+from protocol.threads import NoThread
 
 # The part this storage plays; empty for operations (ls, mkdir, rename) that concern one collection only.
 Side = Literal["source", "destination", ""]
@@ -78,6 +79,12 @@ def fault(error: OSError, side: Side, path: CollectionPath | bytes | str) -> Tow
     what = f"{subject[:_SHOWN]}{f' at the {side}' if side else ''}"
     who = _owner(side)
     number = error.errno or 0
+    if isinstance(error, NoThread):
+        where = f" at the {side}" if side else ""
+        sentence = (
+            f"No more threads or processes are to be had on the machine{where}: a limit of its account or memory."
+        )
+        return RetryLater(sentence, code="BUSY", who=who)
     if isinstance(error, DiskAway):
         return _disk_away(error, side)
     if isinstance(error, LeavesCollection):

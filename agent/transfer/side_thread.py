@@ -8,6 +8,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Generic, Protocol, Self, TypeVar
 
+from protocol import threads
+
 Answer = TypeVar("Answer")
 Item = TypeVar("Item", contravariant=True)
 
@@ -40,7 +42,8 @@ class Broken(Exception):
 
 
 class SideThread(Generic[Answer]):
-    """A context manager: the thread lives inside the block, which ends when everything asked for is done.
+    """A context manager: the thread lives inside the block, which ends when everything asked for is done. To enter it
+    raises `protocol.threads.NoThread`.
 
     Each answer (or `Broken`) goes to ``answers``.
     """
@@ -65,7 +68,7 @@ class SideThread(Generic[Answer]):
             self._answers.put(answer)
 
     def __enter__(self) -> Self:
-        self._thread.start()
+        threads.start(self._thread)
         return self
 
     def __exit__(self, *_: object) -> None:

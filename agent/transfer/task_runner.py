@@ -14,6 +14,7 @@ import trio
 
 from agent.state_files import make_folder, sync_names
 from agent.storage.base import Root
+from agent.storage.faults import fault
 from agent.system.file_lock import try_lock
 from agent.transfer.channel import Event, RunTask
 from agent.transfer.compare import CHECKSUM
@@ -36,6 +37,7 @@ from agent.transfer.transfer_run import TransferRun
 from protocol.control import Counters, Flow, TaskObserved, TaskOrder, TaskState
 from protocol.errors import NeedsPerson, ProtocolError, TaskFailed, TowpathError
 from protocol.names import RESERVED_PREFIX, format_path, parse_path_untrusted
+from protocol.threads import NoThread
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 15.0
 # What `fail_on_quota_errors` turns from something to wait for into the end of the task.
@@ -371,6 +373,10 @@ class TaskRunner:
     def _fault(self, error: TowpathError) -> None:
         if self._events is not None:
             self._events.fault(error)
+
+    def short_of_threads(self) -> None:
+        """Say that what needs a thread waits until there is one."""
+        self._fault(fault(NoThread(), "destination", b""))
 
     def _no_trouble(self) -> None:
         self._status = None

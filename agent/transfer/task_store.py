@@ -67,6 +67,9 @@ class TaskStore:
                 if self._connection.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
                     raise self._damaged()
             self._check_rows()
+            with self._using():
+                row = self._connection.execute("SELECT seq FROM sqlite_sequence WHERE name = 'events'").fetchone()
+            self._last_event: int = row[0] if row else 0
         except BaseException:
             self._connection.close()
             raise
@@ -179,17 +182,20 @@ class TaskStore:
             known = self._connection.execute(
                 "SELECT 1 FROM events WHERE task = ? AND worker_seq = ?", (event.task_id, worker_seq)
             ).fetchone()
+            number = self._last_event
             if known is None:
-                self._connection.execute(
+                added = self._connection.execute(
                     "INSERT INTO events (task, worker_seq, body) VALUES (?, ?, ?)",
                     (event.task_id, worker_seq, msgspec.msgpack.encode(event)),
                 )
+                number = added.lastrowid or number
             if observed is not None:
                 self._connection.execute(
                     "UPDATE tasks SET observed = ? WHERE id = ?",
                     (msgspec.msgpack.encode(observed), event.task_id),
                 )
             self._connection.execute("COMMIT")
+            self._last_event = number
         return known is None
 
     def events_after(self, n: int, limit: int = 500) -> list[AgentEvent]:
@@ -214,10 +220,8 @@ class TaskStore:
         return row[0] or 0
 
     def last_event(self) -> int:
-        """The highest number that a line ever had here."""
-        with self._using():
-            row = self._connection.execute("SELECT seq FROM sqlite_sequence WHERE name = 'events'").fetchone()
-        return row[0] if row else 0
+        """The highest number that a line ever had here. Does not wait for whoever writes."""
+        return self._last_event
 
     # --- sessions --------------------------------------------------------------------------------------
 

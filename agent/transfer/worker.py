@@ -56,6 +56,7 @@ from protocol.control import FINAL_STATES
 from protocol.errors import NeedsPerson, ProtocolError, TowpathError
 from protocol.identity import NodeKey, fingerprint_of_certificate_untrusted
 from protocol.session import ALPN_CONTROL_AHEAD, ALPN_LANE, ALPNS_CONTROL, Failed, encode
+from protocol.threads import wait_for_threads
 from protocol.ticket import Grant, TicketVerifier
 
 # A source's worker without connections ends after this many seconds.
@@ -109,6 +110,7 @@ async def _run_task(channel: Channel, start: RunTask, forked: Sequence[Child]) -
             return _narrowed(root, verifier.at_any_time_untrusted(line.ticket).destination)
 
         runner = TaskRunner(start, line, 0o777 & ~mask, reached_root, numbers=collection.numbered_accounts)
+        wait_for_threads(runner.short_of_threads)
         observed = await runner.run()
         final = observed.state in FINAL_STATES
         await line.finish(Finished(observed=observed) if final else Checkpointed(observed=observed))
@@ -294,6 +296,7 @@ def _work(descriptor: int, processes: int) -> None:
         if _receives_by_handles(start):
             # Now, while there is one thread; and not before, as one that waits would keep them for nothing.
             forked = fork_lane_processes(processes - 1, close=descriptor)
+        wait_for_threads()
         trio.run(_main, channel, start, forked)
     except ChannelClosed:
         # It waited as a spare and was never needed.

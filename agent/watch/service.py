@@ -13,17 +13,19 @@ import socket
 import sqlite3
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import trio
 from watchdog.events import FileSystemEvent, FileSystemEventHandler
-from watchdog.observers import Observer
+from watchdog.observers.api import BaseObserver
 
 from agent.collections import Collections
 from agent.config.keys import WatchConfig
 from agent.policy import Policy
 from agent.storage.base import Directory, Root
+from agent.system import notifications
 from agent.watch.ledger import LEDGER_FILE, Batch, Item, Ledger
 from agent.watch.rule import (
     FEEDS_ITSELF,
@@ -106,8 +108,9 @@ class WatchService:
                     nursery.cancel_scope.cancel()
             finally:
                 self._running.clear()
-                self._ledger.close()
-                self._ledger = None
+                ledger, self._ledger = self._ledger, None
+                with trio.CancelScope(shield=True):
+                    await trio.to_thread.run_sync(ledger.close)
 
     def status(self) -> list[dict[str, Any]]:
         """Every rule: what it did, what it waits for, what is wrong."""
@@ -123,7 +126,8 @@ class WatchService:
 
 
 class RuleRunner:
-    """One rule."""
+    """One rule. Its ledger is used in threads only: another rule's long transaction, or a slow disk, holds up nobody
+    else."""
 
     def __init__(
         self,
@@ -149,11 +153,14 @@ class RuleRunner:
         if rule.after == "move":
             self._not_ours.add(parse_path_untrusted(rule.moved_to))
         self._not_ours.discard(self._folder)
-        self._observer: Any = None
+        self._observer: BaseObserver | None = None
         self._problem = ""
         self._waiting = 0
+        # What the ledger said last.
+        self._counts: dict[str, int] = {}
+        self._reason = ""
         self._wake = trio.Event()
-        self._forced = False
+        self._forced = self._retry = False
         self._next_follow = 0.0
 
     def status(self) -> dict[str, Any]:
@@ -163,16 +170,15 @@ class RuleRunner:
             "folder": self.rule.folder,
             "collection": self.rule.collection,
             "destination": self.rule.destination,
-            "batches": self._ledger.counts(self.rule.name),
+            "batches": self._counts,
             "settling": self._waiting,
-            "problem": self._problem or self._ledger.last_reason(self.rule.name),
+            "problem": self._problem or self._reason,
         }
 
     def look_now(self, *, retry: bool) -> None:
         """See `WatchService.look_now`."""
         self._forced = True
-        if retry:
-            self._ledger.retry_failed(self.rule.name, self._clock())
+        self._retry |= retry
         self._wake.set()
 
     async def run(self) -> None:
@@ -209,23 +215,18 @@ class RuleRunner:
                 except trio.RunFinishedError:
                     pass
 
-        observer = Observer()
         try:
             root = self._policy.collection(self.rule.collection).root
             folder = os.path.join(os.fsencode(root), *self._folder)
-            observer.schedule(Handler(), os.fsdecode(folder), recursive=self.rule.recursive)
-            observer.start()
+            self._observer = notifications.observe(Handler(), [os.fsdecode(folder)], recursive=self.rule.recursive)
         except (OSError, TowpathError) as error:
-            observer.unschedule_all()
+            # Tried again before the next look.
             logger.debug("Watch %s: no notifications (%s); looking every %g s.", self.rule.name, error, LOOK_EVERY)
-        else:
-            self._observer = observer
 
     def _unlisten(self) -> None:
         observer, self._observer = self._observer, None
         if observer is not None:
-            observer.unschedule_all()
-            observer.stop()
+            notifications.stop(observer)
 
     async def step(self) -> float:
         """One look and what follows from it; seconds until the next. Raises nothing: what goes wrong is in the rule's
@@ -237,7 +238,7 @@ class RuleRunner:
                 if self._problem != error.sentence:
                     logger.warning("Watch %s: %s", self.rule.name, error.sentence)
                 self._problem = error.sentence
-            return self._delay(self._clock())
+            return await trio.to_thread.run_sync(self._delay, self._clock())
         except OSError as error:
             # No descriptor to look with, mostly.
             self._problem = f"The folder cannot be looked at now: {error.strerror or error}."
@@ -255,9 +256,10 @@ class RuleRunner:
             self.rule.template, self._folder, recursive=self.rule.recursive
         ):
             raise NeedsPerson(FEEDS_ITSELF, who="you")
+        await self._write(self._retry_failed, now)
         files = await trio.to_thread.run_sync(self._scan)
         self._problem = ""
-        await trio.to_thread.run_sync(self._take, files, now)
+        await self._write(self._take, files, now)
         await self._submit()
         await self._follow()
 
@@ -324,8 +326,25 @@ class RuleRunner:
 
     # --- submitting and following ------------------------------------------------------------------------------
 
+    def _retry_failed(self, now: float) -> None:
+        """Do what the owner has asked for."""
+        if self._retry:
+            self._ledger.retry_failed(self.rule.name, now)
+            self._retry = False
+
+    async def _write(self, write: Callable[..., object], *arguments: object) -> None:
+        """Write to the ledger, and keep what it says for whoever asks."""
+        await trio.to_thread.run_sync(self._written, partial(write, *arguments))
+
+    def _written(self, write: Callable[[], object]) -> None:
+        write()
+        self._counts, self._reason = self._ledger.counts(self.rule.name), self._ledger.last_reason(self.rule.name)
+
+    async def _open_batches(self) -> list[Batch]:
+        return await trio.to_thread.run_sync(self._ledger.open_batches, self.rule.name)
+
     async def _submit(self) -> None:
-        for batch in self._ledger.open_batches(self.rule.name):
+        for batch in await self._open_batches():
             now = self._clock()
             if batch.state != "new" or batch.next_try > now:
                 continue
@@ -335,20 +354,20 @@ class RuleRunner:
                     batch, self.rule.collection, self.rule.folder, self.rule.destination, options
                 )
             except RetryLater as error:
-                self._ledger.put_off(batch, error.sentence, now + self._pause(batch), now)
+                await self._write(self._ledger.put_off, batch, error.sentence, now + self._pause(batch), now)
                 return
             except SubmissionRefused as error:
-                self._ledger.finished(batch, "failed", error.sentence, now)
+                await self._write(self._ledger.finished, batch, "failed", error.sentence, now)
                 continue
             logger.info("Watch %s: %d file(s) are task %s.", self.rule.name, len(batch.items), task)
-            self._ledger.submitted(batch, task, now)
+            await self._write(self._ledger.submitted, batch, task, now)
             self._next_follow = min(self._next_follow, now)
 
     async def _follow(self) -> None:
         now = self._clock()
         if now < self._next_follow:
             return
-        for batch in self._ledger.open_batches(self.rule.name):
+        for batch in await self._open_batches():
             if batch.state == "submitted":
                 await self._follow_one(batch)
         self._next_follow = self._clock() + FOLLOW_EVERY
@@ -359,15 +378,14 @@ class RuleRunner:
         if outcome.status not in FINAL:
             return
         if outcome.status == "SUCCEEDED" and not outcome.skipped:
-            kept = await trio.to_thread.run_sync(self._tidy, batch)
-            self._ledger.finished(batch, "done", kept, now)
+            await self._write(lambda: self._ledger.finished(batch, "done", self._tidy(batch), now))
             return
         reason = outcome.sentence or f"The task {batch.task} ended as {outcome.status}."
         if batch.attempts < self.rule.retries:
-            self._ledger.again(batch, reason, now + self._pause(batch), now)
+            await self._write(self._ledger.again, batch, reason, now + self._pause(batch), now)
         else:
             logger.error("Watch %s: given up after %d attempt(s): %s", self.rule.name, batch.attempts + 1, reason)
-            self._ledger.finished(batch, "failed", reason, now)
+            await self._write(self._ledger.finished, batch, "failed", reason, now)
 
     def _pause(self, batch: Batch) -> float:
         return float(min(FIRST_RETRY * 2**batch.attempts, LAST_RETRY))

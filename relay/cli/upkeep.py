@@ -53,10 +53,12 @@ def serve(context: click.Context) -> None:
 
     import trio
 
+    from protocol.threads import wait_for_threads
     from relay import logs, server
 
     settings = settings_of(context)
     logs.set_up(settings.log)
+    wait_for_threads()
     trio.run(server.serve, settings)
 
 

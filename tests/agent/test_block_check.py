@@ -18,6 +18,7 @@ from agent.transfer.jobs import Abandoned, BlocksChecked, LargeFile
 from agent.transfer.side_thread import Broken
 from protocol.errors import RetryLater
 from protocol.lane import digest
+from protocol.threads import NoThread
 
 BLOCK = 1024
 
@@ -324,7 +325,7 @@ def test_a_line_that_gets_no_second_thread_leaves_no_first_one(monkeypatch: pyte
 
     monkeypatch.setattr(threading.Thread, "start", none_left)
     line = CheckLine[str](quiet_checker(None), queue.SimpleQueue())
-    with pytest.raises(RuntimeError, match="new thread"), line:
+    with pytest.raises(NoThread), line:
         pass
     assert not line._second._thread.is_alive()
 

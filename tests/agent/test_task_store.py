@@ -126,3 +126,18 @@ def test_a_list_that_is_no_file_is_said(tmp_path: Path) -> None:
     (tmp_path / "tasks.sqlite" / "something").touch()
     with pytest.raises(StateTrouble, match="cannot be opened"):
         open_or_begin(tmp_path / "tasks.sqlite")
+
+
+def test_the_last_number_is_known_without_waiting_for_whoever_writes(tmp_path: Path) -> None:
+    """It is asked for whenever the agent links, where a slow disk must hold up nobody."""
+    store = TaskStore(filled(tmp_path))
+    try:
+        assert store.last_event() == 60
+        store.remove("task-2")
+        event = AgentEvent(n=0, kind="event", time="2020-01-01T00:00:00Z", task_id="task-0", code="STARTED")
+        assert store.add_event(event, worker_seq=7) and not store.add_event(event, worker_seq=7)
+        with store._lock:
+            assert store.last_event() == 61
+        assert [line.n for line in store.events_after(60)] == [61]
+    finally:
+        store.close()

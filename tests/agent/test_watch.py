@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -268,6 +269,87 @@ async def test_a_ledger_that_cannot_be_read_ends_nothing(world: World, monkeypat
     world.root.with_name("away").rename(world.root)
     await world.after(20)
     assert world.relay.files == ["/a"]
+
+
+class OutOfTheLoop:
+    """A ledger that is not to be used where everything else would wait for it."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self.called: set[str] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._ledger, name)
+
+        def called(*arguments: Any) -> Any:
+            assert not trio.lowlevel.in_trio_task(), f"{name} is called in trio's thread"
+            self.called.add(name)
+            return method(*arguments)
+
+        return called
+
+
+async def test_nobody_waits_for_the_ledger(tmp_path: Path) -> None:
+    """Another rule that hands 200,000 files over has it for seconds, and so has a slow disk."""
+    world = World(tmp_path, retries=1)
+    ledger = world.runner._ledger = OutOfTheLoop(world.ledger)  # type: ignore[assignment]
+    world.now = datetime.now().timestamp()
+    world.write("a")
+    world.relay.trouble = RetryLater("The relay is away.")
+    await world.after(20)
+    world.relay.trouble = None
+    for status in ("FAILED", "FAILED", "SUCCEEDED"):
+        world.relay.outcome = Outcome(status, "The disk broke.", 0)
+        for _ in range(3):
+            await world.after(4000)
+        world.runner.look_now(retry=True)
+        assert world.runner.status()["batches"]
+    await world.after(4000)
+    await world.after(4000)
+    assert world.runner.status()["batches"] == {"done": 1}
+    wanted = {"fresh", "hand_over", "open_batches", "submitted", "put_off", "again", "finished", "retry_failed"}
+    assert ledger.called >= wanted  # type: ignore[attr-defined]
+    world.ledger.close()
+
+
+async def test_a_rule_without_threads_for_notifications_looks_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many are to be had as trio has already; and when there are more, it hears again. It ended the agent."""
+    world = World(tmp_path, settle=0)
+    world.write("a")
+    monkeypatch.setattr("agent.watch.service.LOOK_EVERY", 0.0)
+    world.runner = RuleRunner(
+        world.rule, world.ledger, world.policy, world.collections, world.relay, lambda: datetime.now().timestamp()
+    )
+    refused: list[str] = []
+    start = threading.Thread.start
+
+    def none_left(thread: threading.Thread) -> None:
+        if thread.name.startswith("Trio"):
+            start(thread)
+            return
+        refused.append(thread.name)
+        raise RuntimeError("can't start new thread")
+
+    async with trio.open_nursery() as nursery:
+        with trio.fail_after(30):
+            with monkeypatch.context() as shortage:
+                shortage.setattr(threading.Thread, "start", none_left)
+                nursery.start_soon(world.runner.run)
+                while world.relay.files != ["/a"]:
+                    await trio.sleep(0.05)
+            assert refused and world.runner._observer is None
+            while world.runner._observer is None:
+                await trio.sleep(0.05)
+            assert world.runner._observer.is_alive()
+            monkeypatch.setattr("agent.watch.service.LOOK_EVERY", 60.0)
+            await trio.sleep(1)
+            world.write("b")
+            while world.relay.files != ["/a", "/b"]:
+                await trio.sleep(0.05)
+        nursery.cancel_scope.cancel()
+    world.ledger.close()
 
 
 async def test_a_very_deep_folder_ends_nothing(world: World) -> None:

@@ -1,0 +1,89 @@
+"""No more threads and processes are to be had for both agents of a running transfer, and for their relay, for a while:
+real processes, in a control group that is full."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import trio
+
+from tests.agent.engine_inside import contents
+from tests.system.stopped_world import MIB, fill, stopped_world
+
+SHORTAGE = 12.0
+# Version 1 has a tree for each controller, version 2 one for all.
+PLACES = (Path("/sys/fs/cgroup/pids"), Path("/sys/fs/cgroup"))
+
+
+@pytest.fixture
+def group() -> Iterator[Path]:
+    """A control group that counts processes and threads."""
+    for place in PLACES:
+        made = place / f"towpath-test-{uuid.uuid4()}"
+        try:
+            made.mkdir()
+        except OSError:
+            continue
+        if (made / "pids.max").exists():
+            break
+        made.rmdir()
+    else:
+        pytest.skip("needs root and a control group that limits processes")
+    yield made
+    (made / "pids.max").write_text("max")
+    for pid in (made / "cgroup.procs").read_text().split():
+        (made.parent / "cgroup.procs").write_text(pid)
+    made.rmdir()
+
+
+def threads_of(pids: list[int]) -> int:
+    return sum(len(os.listdir(f"/proc/{pid}/task")) for pid in pids if os.path.isdir(f"/proc/{pid}/task"))
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("killed", [True, False])
+async def test_a_transfer_goes_on_after_a_shortage_of_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group: Path, killed: bool
+) -> None:
+    """Idle threads of trio end after ten seconds, so that by and by there is none left. With ``killed`` the workers are
+    killed meanwhile, so that both agents also need processes."""
+    async with stopped_world(tmp_path, monkeypatch) as world:
+        (world.source / "tree").mkdir()
+        expected = fill(world.source / "tree", 24 * MIB)
+        world.slow(0.3)
+        task_id = await world.submit("tree", "place")
+        with trio.fail_after(60):
+            while not await world.known_to_beta(task_id):
+                await trio.sleep(0.05)
+        pids = {name: world.child(name).pid for name in ("alpha", "beta", "relay")}
+        everybody = [pid for own in pids.values() for pid in (own, *_below(own))]
+        for pid in everybody:
+            (group / "cgroup.procs").write_text(str(pid))
+        (group / "pids.max").write_text("1")
+        before = threads_of(everybody)
+        if killed:
+            for name in ("alpha", "beta"):
+                await world.kill(f"{name}'s workers")
+        await trio.sleep(SHORTAGE)
+        refused = (group / "pids.events").read_text().split()[-1]
+        assert {name: world.child(name).pid for name in pids} == pids
+        assert all(psutil.pid_exists(pid) for pid in pids.values())
+        (group / "pids.max").write_text("max")
+        world.slow(0.0)
+        assert (await world.until_ended(task_id))["status"] == "SUCCEEDED"
+        codes = await world.codes(task_id)
+        print(f"{before} threads when there were no more; {refused} refused; {codes}")
+        assert contents(world.destination / "place") == expected
+        assert {name: world.child(name).pid for name in pids} == pids
+        assert (codes.count("STARTED"), codes.count("SUCCEEDED")) == (1, 1)
+        assert int(refused) > 0
+
+
+def _below(pid: int) -> list[int]:
+    return [child.pid for child in psutil.Process(pid).children(recursive=True)]
