@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
@@ -29,6 +30,9 @@ from protocol.errors import ItemFailed, ProtocolError, TowpathError, Who, error_
 from protocol.names import CollectionPath, parse_path_untrusted
 from protocol.session import join_path
 
+# Seconds after which an answer has what was read by then: a file server that does not answer takes its time for each
+# file, and the destination does not wait for hundreds of them (`source_session.ANSWER_TIMEOUT`).
+ANSWER_WITHIN = 10.0
 CODE, LISTS_CODE = "ATTRIBUTES_LEFT_OUT", "ACCESS_LISTS_NOT_KEPT"
 # Told of each attribute or list that the destination did not take, with the code of its event. Any thread may call.
 Refused = Callable[[FileJob, OSError, str], None]
@@ -48,6 +52,7 @@ def read_attributes(
         raise ProtocolError("Attributes of an impossible number of files were asked for.")
     found = []
     size = 0
+    enough = time.monotonic() + ANSWER_WITHIN
     for asked in request.files:
         try:
             file = _attributes_of(root, asked, allowed(asked.path), request)
@@ -60,7 +65,7 @@ def read_attributes(
             file = _unread(request, error)
         found.append(file)
         size += sum(len(name) + len(value) for name, value in file.attributes) + len(file.access) + len(file.default)
-        if size >= session.ATTRIBUTE_BYTES:
+        if size >= session.ATTRIBUTE_BYTES or time.monotonic() >= enough:
             break
     return session.Attributes(request.r, found)
 

@@ -48,7 +48,7 @@ class Retries:
         run = self._run
         run.context.on_fault(counted(error, job.attempts))
         await trio.sleep(pause(job.attempts))
-        if job.charged:
+        if job.charged and job.attributes_error is None:
             run.budget.release(job.charged)
             job.charged = 0
         await self._look(job)

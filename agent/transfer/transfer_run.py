@@ -322,8 +322,15 @@ class TransferRun:
         if self.attributes.wanted and job.attributes is None:
             await self.attributes.read([job])
         if job.attributes_error is not None:
+            # Until they are read it counts as if it were on its way: what waits for another attempt is bounded.
+            if not job.charged:
+                job.charged = charge(0)
+                await self.budget.acquire(job.charged)
             self.retries.job_failed(job, job.attributes_error)
             return
+        if job.charged:
+            self.budget.release(job.charged)
+            job.charged = 0
         if not job.small:
             await self.large.copy(job)
             return

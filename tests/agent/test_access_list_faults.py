@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,10 +16,18 @@ from agent.storage.access_lists import (
     AccessList,
     FoundLists,
 )
+from agent.storage.base import version_of
 from agent.storage.faulty import Call, Plan
 from agent.storage.posix import PosixRoot, open_root
+from agent.transfer.attributes import read_attributes
+from agent.transfer.budget import SMALLEST_CHARGE, Budget
+from agent.transfer.jobs import FileJob
 from agent.transfer.kept_lists import within_folder
 from agent.transfer.patience import ATTEMPTS
+from agent.transfer.retries import Retries
+from agent.transfer.source_session import ANSWER_TIMEOUT
+from protocol import session
+from protocol.errors import TowpathError
 from tests.agent.access_list_scene import (
     BOB,
     DEFAULT,
@@ -124,6 +135,65 @@ async def test_a_list_that_can_never_be_read_costs_its_file_or_folder(
     told = [event.details for event in engine.events if event.code == PASSING[code]]
     subject = "folder" if broken == "folder" else f"folder/{broken}"
     assert told and all(details.startswith(f"{subject} at the source ") for details in told), told
+
+
+async def test_of_many_that_cannot_be_read_few_wait_at_once(quick_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A whole tree of them waited at once, each with a task of its own."""
+    engine = kept(Engine(quick_path, WANTED))
+    for number in range(40):
+        (engine.source / str(number)).write_bytes(b"content")
+    monkeypatch.setattr("agent.transfer.transfer_run.Budget", partial(Budget, 5 * SMALLEST_CHARGE))
+    monkeypatch.setattr(Budget, "resize", lambda *_: None)
+    waiting = most = 0
+    retry = Retries._retry
+
+    async def counted(retries: Retries, job: FileJob, error: TowpathError) -> None:
+        nonlocal waiting, most
+        waiting += 1
+        most = max(most, waiting)
+        try:
+            await retry(retries, job, error)
+        finally:
+            waiting -= 1
+
+    monkeypatch.setattr(Retries, "_retry", counted)
+    monkeypatch.setattr(PosixRoot, "get_access_lists", lists_of_folders)
+    observed = await engine.run()
+    assert (observed.state, observed.counters.failed) == ("FAILED", 40), observed
+    # One more than there is room for, while it hands over to itself.
+    # Each begins the next attempt of its file before it ends.
+    assert 1 < most <= 10
+
+
+def lists_of_folders(_root: PosixRoot, fd: int) -> FoundLists:
+    """Those of files cannot be read."""
+    if stat.S_ISDIR(os.fstat(fd).st_mode):
+        return access_lists.read(fd)
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def test_a_source_answers_before_the_destination_gives_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what it has read by then; the destination asks for the rest. A file server that takes its time for each file
+    made every session end, and the task begin anew without end."""
+    files = []
+    for number in range(50):
+        path = tmp_path / str(number)
+        path.touch()
+        files.append(session.AttributesOf(os.fsencode(path.name), version_of(path.stat())))
+    now = 0.0
+
+    def slow(_root: PosixRoot, _fd: int) -> FoundLists:
+        nonlocal now
+        now += 4.0
+        raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+
+    monkeypatch.setattr(PosixRoot, "get_access_lists", slow)
+    monkeypatch.setattr("agent.transfer.attributes.time", SimpleNamespace(monotonic=lambda: now))
+    request = session.ReadAttributes(1, files, False, False, True)
+    with open_root(str(tmp_path)) as root:
+        answer = read_attributes(root, request, lambda path: (path,))
+    assert len(answer.files) == 3
+    assert now < ANSWER_TIMEOUT
 
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EPERM], ids=errno.errorcode.get)
