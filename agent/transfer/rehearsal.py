@@ -17,13 +17,15 @@ from agent.connect.lane_tls import secure_lane
 from agent.connect.tls import check_peer, session_context
 from protocol.identity import NodeKey
 from protocol.session import ALPN_CONTROL, ALPN_LANE, SNI_SUFFIX
+from protocol.threads import check_room
 from protocol.ticket import Grant, RelayRoot, Ticket, TicketSigner, TicketVerifier
 
 _NAME = f"rehearsal{SNI_SUFFIX}"
 
 
 def rehearse() -> None:
-    """Takes some 30 ms of processor time the first time."""
+    """Takes some 30 ms of processor time the first time. Raises `NoThread`."""
+    check_room(1)
     ours, theirs = NodeKey.generate(), NodeKey.generate()
     ours = NodeKey(load_pem_private_key(ours.private_key_pem, password=None))  # type: ignore[arg-type]
     _secure_control(ours, theirs)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from agent.storage.base import Directory
 from agent.transfer.jobs import Abandoned, FileJob, Group, LargeFile, Outcome
 from agent.transfer.small_files import Temporary
+from protocol.threads import NoThread
 
 # From this many files and folders of one file system on, one syncfs is cheaper than an fsync each.
 SYNCFS_FROM = 32
@@ -74,9 +75,15 @@ def sync_disks(batch: Batch) -> set[int]:
 
 
 def sync_each(syncs: Iterable[Callable[[], None]], beside: Executor) -> list[OSError | None]:
-    """Call all of them, in threads of ``beside`` where there are several: what became of each."""
+    """Call all of them, in threads of ``beside`` where there are several: what became of each. Raises `NoThread`; then
+    some may have been called, whose errors nobody is told a second time, so that none of them counts."""
     waiting = list(syncs)
-    return list(beside.map(_sync, waiting)) if len(waiting) > 1 else [_sync(sync) for sync in waiting]
+    if len(waiting) < 2:
+        return [_sync(sync) for sync in waiting]
+    try:
+        return list(beside.map(_sync, waiting))
+    except RuntimeError as error:
+        raise NoThread from error
 
 
 def _sync(sync: Callable[[], None]) -> OSError | None:

@@ -56,7 +56,7 @@ from protocol.control import FINAL_STATES
 from protocol.errors import NeedsPerson, ProtocolError, TowpathError
 from protocol.identity import NodeKey, fingerprint_of_certificate_untrusted
 from protocol.session import ALPN_CONTROL_AHEAD, ALPN_LANE, ALPNS_CONTROL, Failed, encode
-from protocol.threads import wait_for_threads
+from protocol.threads import NoThread, wait_for_threads
 from protocol.ticket import Grant, TicketVerifier
 
 # A source's worker without connections ends after this many seconds.
@@ -285,7 +285,8 @@ def _work(descriptor: int, processes: int) -> None:
     channel = Channel(socket.socket(fileno=descriptor), ToWorker)
     if channel.is_waiting():
         # Nothing is wanted yet.
-        rehearse()
+        with contextlib.suppress(NoThread):
+            rehearse()
     # What is loaded by now stays, and what comes are many small objects in few cycles: seldom is often enough.
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
