@@ -191,7 +191,7 @@ class ItemPlanner:
             return
         await self._run.slot()
         if self._run.resumed:
-            await trio.to_thread.run_sync(self._leave_parts, [index for index, _, _ in failures])
+            await trio.to_thread.run_sync(self._tidy, [index for index, _, _ in failures])
         handle = await trio.to_thread.run_sync(self._run.context.root.open_directory, ())
         group = Group(-1 - failures[0][0], b"", b"", handle, [index for index, _, _ in failures])
         self._run.opened(group)
@@ -201,6 +201,19 @@ class ItemPlanner:
             job = FileJob(group, index, _UNKNOWN, path, _session_path(item.destination_path), False)
             self._run.give_up(job, error)
         self._run.settle.put(GroupListed(group))
+
+    def _tidy(self, items: Sequence[int]) -> None:
+        """Remove what earlier runs have left of items whose folders nobody else may come to."""
+        self._leave_parts(items)
+        folders = set()
+        for index in items:
+            # One whose name cannot be has brought nothing.
+            with contextlib.suppress(ProtocolError):
+                folders.add(parse_path_untrusted(self._items[index].destination_path)[:-1])
+        for folder in folders:
+            # Where it is gone, or away with its disk, there is nothing to be removed now.
+            with contextlib.suppress(OSError), self._run.context.root.open_directory(folder) as handle:
+                self._run.sweep(handle)
 
     def _leave_parts(self, items: Sequence[int]) -> None:
         """What an earlier run has brought of such items is removed in the end, from the folders in which it lies."""

@@ -196,3 +196,23 @@ async def test_what_an_earlier_run_left_is_swept_and_nothing_of_this_one(
     assert observed.state == "SUCCEEDED", (observed, set(after.codes()))
     assert contents(after.destination / "to") == {path.name: path.read_bytes() for path in after.source.rglob("file-*")}
     assert "PART_LOST" not in after.codes()
+
+
+async def test_nothing_is_left_of_an_item_that_is_gone_when_its_task_goes_on(quick_path: Path) -> None:
+    """Not even what the journal had not heard of yet."""
+
+    def die(call: Call) -> int | None:
+        if call.operation == "rename":
+            raise Crashed
+        return None
+
+    engine = Engine(quick_path, items=SINGLE, plan=die)
+    (engine.source / "large").write_bytes(b"not so large")
+    with pytest.raises(Crashed):
+        await engine.run()
+    assert engine.temporaries()
+    (engine.source / "large").unlink()
+    after = engine.revived()
+    observed = await after.run()
+    assert observed.error_code == "ITEMS_FAILED"
+    assert after.temporaries() == []
