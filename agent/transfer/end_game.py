@@ -58,6 +58,7 @@ def remaining(request: Request) -> int:
     """Bytes of a request that have not been delivered."""
     if isinstance(request, RangeRequest):
         return request.length - request.arrived
+    # One more, so that empty files count.
     return sum(job.row.size for index, job in enumerate(request.jobs) if index not in request.seen) + 1
 
 
@@ -85,6 +86,7 @@ def twin_of(request: Request, number: int) -> Request:
     """The rest of a request, to be asked for once more under this number; what comes twice counts once."""
     twin: Request
     if isinstance(request, RangeRequest):
+        # Looked at once: the thread of its lane moves it on meanwhile.
         offset = request.offset + request.arrived
         twin = RangeRequest(
             number, request.file, offset, request.length - (offset - request.offset), owners=request.owners

@@ -74,6 +74,44 @@ def test_tasks_that_wait_for_somebody_lock_nobody_out() -> None:
     assert next_turns([*many, task(99, "/nine")], 4, anything).start == []
 
 
+def test_running_tasks_have_their_workers_and_waiting_ones_keep_only_their_process() -> None:
+    running = [task(number, f"/{number}", running=True) for number in range(3)]
+    waiting = [task(10 + number, f"/{10 + number}", running=True, waiting=True) for number in range(5)]
+    new = [task(100 + number, f"/{100 + number}") for number in range(4)]
+    assert next_turns([*running, *waiting, *new], 4, anything).start == ["100"]
+    assert next_turns([*running, task(3, "/3", running=True), *new], 4, anything).start == []
+    # Processes are bounded as well: there are ten for two workers.
+    many = [task(10 + number, f"/{10 + number}", running=True, waiting=True) for number in range(9)]
+    assert next_turns([*many, *new], 2, anything).start == ["100"]
+
+
+def test_a_collection_without_room_holds_up_nobody_else() -> None:
+    asked: list[tuple[str, int]] = []
+
+    def two_into_c(collection: str, so_many: int) -> bool:
+        asked.append((collection, so_many))
+        return collection != "c" or so_many < 2
+
+    tasks = [task(0, "/0", running=True), *(task(number, f"/{number}") for number in range(1, 4))]
+    tasks.append(Candidate(id="9", owner_id="o", claim=claim("/a", collection="d"), runnable=True))
+    assert next_turns(tasks, 4, two_into_c).start == ["1", "9"]
+    assert asked == [("c", 1), ("c", 2), ("c", 2), ("d", 0)]
+
+
+def test_owners_with_fewer_running_tasks_go_first_and_then_the_oldest() -> None:
+    tasks = [task(0, "/0", owner="busy", running=True)]
+    tasks += [task(1, "/1", owner="busy"), task(2, "/2", owner="idle"), task(3, "/3", owner="idle")]
+    assert next_turns(tasks, 4, anything).start == ["2", "1", "3"]
+
+
+def test_a_task_that_waits_is_told_which_other_one_is_in_its_way() -> None:
+    turns = next_turns([task(1, "/a/b", running=True), task(2, "/a"), task(3, "/a/b/c")], 4, anything)
+    assert turns.behind == {"2": "1", "3": "2"}
+    turns = next_turns([task(1, "/a/b"), task(2, "/a/c"), task(3, "/a")], 4, anything)
+    assert (turns.start, turns.behind) == (["1", "2"], {"3": "1"})
+    assert next_turns([task(number, "/a") for number in (1, 2, 3)], 4, anything).behind == {"2": "1", "3": "1"}
+
+
 def test_a_thousand_tasks_of_several_users_are_served_fairly() -> None:
     """One user has submitted 940, six others ten each, later: nobody waits for the 940."""
     workers = 4
