@@ -71,6 +71,7 @@ def examine(config_file: Path) -> Examination:
 def run_check(entry: Entry, examination: Examination) -> list[Finding]:
     """Run one check within its time. A check that breaks or hangs is a finding too."""
     from agent.doctor.registry import Finding
+    from protocol import threads
 
     findings: list[Finding] = []
 
@@ -83,7 +84,11 @@ def run_check(entry: Entry, examination: Examination) -> list[Finding]:
             )
 
     thread = threading.Thread(target=work, daemon=True)
-    thread.start()
+    try:
+        threads.start(thread)
+    except threads.NoThread as error:
+        advice = "Raise the limit of processes of this account (`ulimit -u`), or end some."
+        return [Finding(level="failure", sentence=f"The check could not begin: {error.strerror}.", advice=advice)]
     thread.join(entry.seconds)
     found = list(findings)
     if thread.is_alive():

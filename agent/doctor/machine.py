@@ -158,6 +158,18 @@ def _disks_away(examination: Examination, collection: CollectionConfig) -> list[
     return away
 
 
+def _alike(examination: Examination, collection: CollectionConfig) -> list[str]:
+    """Where disks are mounted that could not be told from others in their place."""
+    from agent.collections import MARKS_FILE, Marks
+    from agent.storage import mounts
+
+    assert examination.config is not None
+    marks = Marks(examination.config.state_dir / MARKS_FILE)
+    expected = marks.expected(collection)
+    known = [] if expected is None else [expected, *(disk.mark for disk in marks.disks(collection))]
+    return [mark.mount_point for mark in known if mounts.is_alike(mark)]
+
+
 def check_collections(examination: Examination) -> Iterator[Finding]:
     """Whether every root is there, and none gives away the agent's own files."""
     if examination.config is None:
@@ -193,6 +205,13 @@ def check_collections(examination: Examination) -> Iterator[Finding]:
             )
         else:
             yield Finding(level="ok", sentence=f"{collection.name}: {root}")
+        for place in _alike(examination, collection):
+            yield Finding(
+                level="note",
+                sentence=f"Another disk mounted at {place} would be taken for the one of {collection.name}: no marker "
+                "can be kept on it, and neither the kernel nor udev tells its UUID here.",
+                advice="Mount no other disk there, or offer folders on ext4, XFS or Btrfs.",
+            )
     for _, sentence in exposures(examination.config, examination.config_file):
         yield Finding(level="note", sentence=sentence)
     for collection, sentence in unusable(examination.config):

@@ -14,8 +14,8 @@ from click.testing import CliRunner
 from agent.cli import doctor as command
 from agent.cli.config import warnings_of
 from agent.cli.main import cli
-from agent.collections import MARKS_FILE, Collections, Marks
-from agent.config.keys import CollectionConfig
+from agent.collections import MARKS_FILE, Collections, Marks, _Known
+from agent.config.keys import AgentConfig, CollectionConfig
 from agent.config.layers import load_config
 from agent.doctor.machine import check_collections
 from agent.doctor.registry import CHECKS, Entry, Examination, Finding
@@ -53,6 +53,33 @@ def test_a_check_that_breaks_or_hangs_is_a_finding(tmp_path: Path) -> None:
     (finding,) = command.run_check(Entry("x", "X", f"{__name__}:hangs", seconds=0.05), examination(tmp_path))
     assert "did not come to an end" in finding.sentence
     RELEASE.set()
+
+
+def test_a_check_without_a_thread_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", none_left)
+    (finding,) = command.run_check(Entry("x", "X", f"{__name__}:breaks"), examination(tmp_path))
+    assert "no more threads" in finding.sentence
+
+
+@pytest.mark.parametrize(("marker", "notes"), [("", 2), ("uuid 1234-ABCD", 0)])
+def test_disks_that_cannot_be_told_from_others_are_noted(tmp_path: Path, marker: str, notes: int) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    collection = CollectionConfig(id=ID, name="Sticks", root=str(root))
+    mark = Mark("/data", "exfat", 0, marker)
+    marks = Marks(tmp_path / MARKS_FILE)
+    marks._change(ID, _Known(str(root), mark, (Disk((b"stick",), Mark("/data/stick", "fuseblk", 0, marker)),)))
+    found = Examination(
+        config_file=tmp_path / "agent.yaml",
+        config=AgentConfig(state_dir=tmp_path, collections=(collection,)),
+        status=None,
+        now=time.time(),
+    )
+    told = [each.sentence for each in check_collections(found) if "would be taken for" in each.sentence]
+    assert len(told) == notes
 
 
 def run(config_file: Path, *arguments: str) -> tuple[int, dict[str, list[dict[str, str]]]]:
