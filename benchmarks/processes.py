@@ -4,6 +4,9 @@
 
 The goals' work is that of `run.py`. A line for each way gives the median, the range, and the CPU-seconds of each end:
 they say which end a further process could help. ``--with`` is what `limits.workers_per_session` is beside 1.
+``--not-read-back`` is as in the rows of `run.py`; without compression (``--compression off``) the source's part is the
+same whether or not it takes a destination that writes for a slow network. On a disk, ``--directory`` should be on a
+file system made for this (`mkfs.ext4` on a file, `mount -o loop`): see freed inodes in `docs/performance.md`.
 """
 
 from __future__ import annotations
@@ -78,12 +81,18 @@ class Ends:
         return sum(since.values()) - received, received
 
 
-async def once(way: Way, place: Place, name: str, books: Path) -> None:
+async def once(way: Way, place: Place, name: str, books: Path, options: argparse.Namespace) -> None:
     place.warm(name)
     target = place.fresh()
     ends = Ends(books)
     started = time.monotonic()
-    task = await way.made.transfer(f"/{name}", f"/{target.name}", recursive=(place.source / name).is_dir())
+    task = await way.made.transfer(
+        f"/{name}",
+        f"/{target.name}",
+        recursive=(place.source / name).is_dir(),
+        verify_checksum=not options.not_read_back,
+        compression=options.compression,
+    )
     async with trio.open_nursery() as nursery:
 
         async def watch() -> None:
@@ -118,7 +127,7 @@ async def measure(key: str, place: Place, options: argparse.Namespace) -> None:
         for turn in range(options.runs):
             # Who begins has the disk as the one before left it: they take turns in that, too.
             for way, books in ways if turn % 2 else reversed(ways):
-                await once(way, place, name, books)
+                await once(way, place, name, books, options)
         for way, _ in ways:
             print(way.line(key), flush=True)
 
@@ -130,6 +139,8 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--large-mib", type=int, default=1024)
     parser.add_argument("--files", type=int, default=20_000)
+    parser.add_argument("--not-read-back", action="store_true")
+    parser.add_argument("--compression", default="auto", choices=["auto", "off"])
     parser.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()), help="on the disk to measure")
     options = parser.parse_args()
     for key in options.goals:
