@@ -11,17 +11,15 @@ dials has offered one, by which the listener has told lanes from control streams
 
 from __future__ import annotations
 
-import selectors
 import socket
 import time
-from collections.abc import Callable
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
 from cryptography import x509
-from cryptography.hazmat.bindings.openssl.binding import Binding
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 from OpenSSL import SSL, crypto
 
+from agent.connect.lane_records import RECORD, Records, as_os_error, patiently, records_of_connection
 from agent.connect.tls import HANDSHAKE_TIMEOUT, check_peer
 from protocol.identity import NodeKey, fingerprint_of_certificate_untrusted
 
@@ -29,12 +27,6 @@ from protocol.identity import NodeKey, fingerprint_of_certificate_untrusted
 SUITES = b"TLS_AES_128_GCM_SHA256:TLS_AES_256_GCM_SHA384:TLS_CHACHA20_POLY1305_SHA256"
 # SSL_MODE_ENABLE_PARTIAL_WRITE (openssl/ssl.h), which pyOpenSSL sets: a call would end with each record of 16 KiB.
 _PARTIAL_WRITE = 0x1
-# What one record holds at most (RFC 8446 section 5.1). A call reads one.
-_RECORD = 16 * 1024
-# Where pyOpenSSL has its OpenSSL from.
-_OPENSSL = Binding()
-
-Done = TypeVar("Done")
 
 
 def secure_lane(
@@ -76,11 +68,11 @@ def _secured(
         connection.set_tlsext_host_name(server_name.encode("ascii"))
         connection.set_connect_state()
     sock.settimeout(HANDSHAKE_TIMEOUT)
-    secured = SecuredLane(connection, sock)
-    secured.handshake()
+    # The time is for all of it: a peer that drips holds no thread longer.
+    patiently(sock, connection.do_handshake, deadline=time.monotonic() + HANDSHAKE_TIMEOUT)
     sock.settimeout(None)
     check_presented(connection, fingerprint)
-    return secured
+    return SecuredLane(records_of_connection(connection, sock), sock)
 
 
 def check_presented(connection: SSL.Connection, fingerprint: str) -> None:
@@ -116,54 +108,34 @@ class SecuredLane:
     need. What goes wrong is an OSError; a peer that is gone without a word ends what is read like one that said so, as
     each frame says how long it is."""
 
-    def __init__(self, connection: SSL.Connection, sock: socket.socket) -> None:
-        self._connection = connection
+    def __init__(self, records: Records | None, sock: socket.socket) -> None:
+        self._records = records
         self._socket = sock
-        self._read = _reader(connection)
 
-    def handshake(self) -> None:
-        """Raises OSError, TimeoutError among them. The socket's time-out is for all of it: a peer that drips
-        holds no thread longer."""
-        patience = self._socket.gettimeout()
-        deadline = None if patience is None else time.monotonic() + patience
-        self._patiently(self._connection.do_handshake, deadline=deadline)
+    @property
+    def records(self) -> int:
+        """TLS records that were read, at most."""
+        return self._secured.read
 
     def recv_into(self, view: memoryview, count: int = 0) -> int:
-        """Read up to ``count`` bytes (0: as many as fit), at most a record; 0 at the end."""
-        wanted = min(count, len(view)) if count else len(view)
-        try:
-            return self._patiently(self._read, view, wanted)
-        except _Ended:
-            return 0
+        """Read up to ``count`` bytes (0: as many as fit); 0 at the end."""
+        return self._secured.receive(view, min(count, len(view)) if count else len(view))
 
     def recv(self, count: int) -> bytes:
-        """Read up to ``count`` bytes, at most a record; nothing at the end."""
-        data = bytearray(min(count, _RECORD))
+        """Read up to ``count`` bytes, at most what a record holds; nothing at the end."""
+        data = bytearray(min(count, RECORD))
         return bytes(data[: self.recv_into(memoryview(data))])
 
     def sendall(self, data: bytes | memoryview) -> None:
         """Send all of it."""
         if data:
-            self._patiently(self._connection.send, data)
+            self._secured.send(data)
 
-    def _patiently(self, step: Callable[..., Done], *arguments: Any, deadline: float | None = None) -> Done:
-        """Do one step of TLS, which a socket with a time-out wants tried again when it is ready."""
-        while True:
-            try:
-                return step(*arguments)
-            except SSL.WantReadError:
-                self._wait(selectors.EVENT_READ, deadline)
-            except SSL.WantWriteError:
-                self._wait(selectors.EVENT_WRITE, deadline)
-            except SSL.Error as error:
-                raise _as_os_error(error) from error
-
-    def _wait(self, event: int, deadline: float | None) -> None:
-        patience = self._socket.gettimeout() if deadline is None else max(0.0, deadline - time.monotonic())
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._socket, event)
-            if not selector.select(patience):
-                raise TimeoutError("The peer of a lane did not answer in time.")
+    @property
+    def _secured(self) -> Records:
+        if self._records is None:
+            raise OSError("A lane was used before it was secured.")
+        return self._records
 
     def settimeout(self, seconds: float | None) -> None:
         """As of a socket: for each wait, not for a whole call."""
@@ -190,7 +162,8 @@ class SecuringLane(SecuredLane):
     """The same on a socket that never blocks, for one thread that serves several."""
 
     def __init__(self, connection: SSL.Connection, sock: socket.socket, fingerprint: str) -> None:
-        super().__init__(connection, sock)
+        super().__init__(None, sock)
+        self._connection = connection
         self._fingerprint = fingerprint
 
     def shake_hands(self) -> Literal["read", "write"] | None:
@@ -203,57 +176,11 @@ class SecuringLane(SecuredLane):
         except SSL.WantWriteError:
             return "write"
         except SSL.Error as error:
-            raise _as_os_error(error) from error
+            raise as_os_error(error) from error
         check_presented(self._connection, self._fingerprint)
+        self._records = records_of_connection(self._connection, self._socket)
         return None
 
     def recv_now(self, view: memoryview, count: int) -> int:
-        """Read up to ``count`` bytes, at most a record; 0 at the end. Raises BlockingIOError when there are none."""
-        try:
-            return self._read(view, min(count, len(view)))
-        except (SSL.WantReadError, SSL.WantWriteError):
-            raise BlockingIOError from None
-        except SSL.Error as error:
-            if _is_end(error):
-                return 0
-            raise _as_os_error(error) from error
-
-
-def _reader(connection: SSL.Connection) -> Callable[[memoryview, int], int]:
-    """What reads up to so many bytes, no more than fit and at most a record, into a view. It raises what
-    `SSL.Connection.recv_into` does.
-
-    That one makes a buffer for each record and copies it out, which is a tenth of what a lane costs who receives. So
-    the library below gets the view itself, where this pyOpenSSL has it under the names that are known here.
-    """
-    try:
-        tls, fail = connection._ssl, connection._raise_ssl_error
-    except AttributeError:
-        return lambda view, count: connection.recv_into(view, min(count, _RECORD))
-    read, pointer = _OPENSSL.lib.SSL_read, _OPENSSL.ffi.from_buffer
-
-    def read_into(view: memoryview, count: int) -> int:
-        got: int = read(tls, pointer("char[]", view, True), count)
-        if got <= 0:
-            fail(tls, got)
-        return got
-
-    return read_into
-
-
-class _Ended(ConnectionError):
-    """There is nothing more to read."""
-
-
-def _is_end(error: SSL.Error) -> bool:
-    return isinstance(error, SSL.ZeroReturnError) or (isinstance(error, SSL.SysCallError) and error.args[0] == -1)
-
-
-def _as_os_error(error: SSL.Error) -> OSError:
-    if _is_end(error):
-        return _Ended("The peer of a lane ended the connection.")
-    if isinstance(error, SSL.SysCallError):
-        return OSError(*error.args)
-    # A list of what went wrong in OpenSSL, each with library, function and reason.
-    reasons = [reason[-1] for reason in error.args[0]] if error.args else []
-    return ConnectionAbortedError(f"TLS of a lane failed: {', '.join(reasons) or 'no reason'}.")
+        """As `recv_into`. Raises BlockingIOError when nothing is here."""
+        return self.recv_into(view, count)

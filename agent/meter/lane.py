@@ -18,7 +18,7 @@ class LaneMeter:
         self.content = 0
         # Of these, bytes that compression kept off the network.
         self.saved = 0
-        # TLS records that have passed, at most: none holds more than one call reads.
+        # TLS records that have passed, at most.
         self.records = 0
 
     def facts(self) -> TcpFacts | None:

@@ -16,6 +16,10 @@ from protocol.session import MAX_BLOCK
 class Readable(Protocol):
     """What frames are read from."""
 
+    @property
+    def records(self) -> int:
+        """TLS records that were read, at most."""
+
     def recv_now(self, view: memoryview, count: int) -> int:
         """Read up to so many bytes; 0 at the end. Raises BlockingIOError when nothing is here, OSError."""
 
@@ -96,7 +100,6 @@ class FrameReader:
                 if not count:
                     raise RetryLater("The source closed a lane.", code="CONNECTION_LOST")
                 got += count
-                self._meter.records += 1
                 if allowance is not None:
                     self._meter.content += count
                     allowance.took(count)
@@ -104,6 +107,7 @@ class FrameReader:
             return False
         finally:
             self._got = got
+            self._meter.records = self._socket.records
         return True
 
     def _whole(self, header: lane.AnyHeader, content: memoryview) -> Frame:

@@ -101,7 +101,7 @@ class LaneReceiver:
             if not count:
                 raise RetryLater("The source closed a lane.", code="CONNECTION_LOST")
             received += count
-            self.meter.records += 1
+        self.meter.records = self._socket.records
 
     def _read_content(self, view: memoryview) -> None:
         """Read no faster than the pace allows; what is not read holds the source back, whatever carries the lane."""
@@ -124,7 +124,7 @@ class LaneReceiver:
                 raise RetryLater("The source closed a lane.", code="CONNECTION_LOST")
             received += count
             meter.content += count
-            meter.records += 1
+        meter.records = self._socket.records
 
     def _frame(self) -> tuple[lane.AnyHeader, memoryview]:
         self._read_exactly(self._prefix)

@@ -68,13 +68,15 @@ class OpenPolicy:
         return True
 
 
-class _InRecords(socket.socket):
+class InRecords(socket.socket):
     """No read brings more than a TLS record holds."""
 
     def __init__(self, sock: socket.socket) -> None:
         super().__init__(fileno=sock.detach())
+        self.records = 0
 
     def recv_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
+        self.records += 1
         return super().recv_into(buffer, min(nbytes or len(buffer), RECORD), flags)
 
 
@@ -165,7 +167,7 @@ class Line:
         self.engine.threads.append(thread)
         if self.processes is not None and self.processes.alive:
             return await self.processes.open(ours, "")
-        return _InRecords(ours)
+        return InRecords(ours)
 
     def post(self, event: Event) -> None:
         # As the real one: raises in any other thread than trio's.

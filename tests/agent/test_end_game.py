@@ -25,7 +25,7 @@ from protocol import lane
 from protocol.errors import RetryLater, TowpathError
 from protocol.session import Abandon, ReadPack, ReadRange, Row
 from tests.agent import engine_inside
-from tests.agent.engine_inside import quick_path
+from tests.agent.engine_inside import InRecords, quick_path
 
 __all__ = ["quick_path"]
 
@@ -420,7 +420,7 @@ async def test_the_tail_is_not_one_slow_lane(quick_path: Path, monkeypatch: pyte
         sock: socket.socket = await plain(line)
         opened += 1
         # At this rate one range takes more than a minute.
-        return _throttled(sock, 60_000, cut, threads) if opened == 1 else sock
+        return InRecords(_throttled(sock, 60_000, cut, threads)) if opened == 1 else sock
 
     monkeypatch.setattr(engine_inside.Line, "lane", lane_of)
     began = time.monotonic()

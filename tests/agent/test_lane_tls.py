@@ -76,30 +76,6 @@ def test_content_passes_both_ways(pair: tuple[socket.socket, socket.socket], dia
         lane.close()
 
 
-def test_records_are_read_straight_into_the_view_and_not_beyond(pair: tuple[socket.socket, socket.socket]) -> None:
-    one, two = both(pair, new(MINE, THEIRS, server=False), new(THEIRS, MINE, server=True))
-    # Else this pyOpenSSL has other names for what is below it, and each lane costs its receiver a tenth more.
-    assert one._read.__name__ == "read_into"
-    two.sendall(CONTENT[:1000])
-    data = bytearray(b"." * 300)
-    assert one.recv_into(memoryview(data)[100:200], 500) == 100
-    assert data == b"." * 100 + CONTENT[:100] + b"." * 100
-    with pytest.raises((TypeError, BufferError, ValueError)):
-        one.recv_into(memoryview(bytes(100)))
-    assert read(one, 900) == CONTENT[100:1000]
-    one.close()
-    two.close()
-
-
-def test_a_pyopenssl_with_other_names_reads_as_well() -> None:
-    class Renamed:
-        def recv_into(self, view: memoryview, count: int) -> int:
-            return count
-
-    renamed: Any = Renamed()
-    assert lane_tls._reader(renamed)(memoryview(bytearray(3)), 3) == 3
-
-
 @pytest.mark.parametrize("dials", [new, old])
 def test_a_stranger_is_refused_by_either_side(dials: Any) -> None:
     def refused(dial: Side, serve: Side) -> None:
