@@ -24,6 +24,8 @@ from protocol.session import Abandon, PackFile, ReadPack, ReadRange
 # Bytes asked for on one lane and not yet arrived: enough that a lane always has work, at any round-trip time.
 LANE_WINDOW = 24 * 1024 * 1024
 RANGE_BYTES = 4 * 1024 * 1024
+# Each range costs both ends the same work beside their lanes, half a millisecond together.
+LONG_RANGE = 2 * RANGE_BYTES
 # A lane with fewer bytes than this under way is about to have nothing to do.
 HUNGRY = 512 * 1024
 
@@ -172,6 +174,11 @@ class Fetcher:
         else:
             self._ready.append(request)
         self._dispatch()
+
+    def range_bytes(self, budget: int) -> int:
+        """How much of a large file to ask for at once, where so much may be on its way: less where that does not
+        fill the windows of all lanes, so that each gets some."""
+        return LONG_RANGE if max(1, len(self._lanes)) * LANE_WINDOW <= budget else RANGE_BYTES
 
     @property
     def idle(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
 
@@ -10,7 +11,7 @@ import trio
 from agent.storage.faults import fault
 from agent.transfer.arrivals import damaged
 from agent.transfer.compare import block_size, missing_ranges
-from agent.transfer.fetch import RANGE_BYTES
+from agent.transfer.fetch import LONG_RANGE
 from agent.transfer.holes import WORTH_ASKING, mark_holes, sparse_block
 from agent.transfer.jobs import Abandoned, FileJob, LargeFile, PartDropped, count_done, empty_bitmap
 from agent.transfer.journal import PartialRow, bytes_done
@@ -82,7 +83,7 @@ class LargeFiles:
         # Held open while ranges are being handed out, so that the file is not taken for idle in between.
         file.open_ranges += 1
         await reuse.run()
-        for offset, length in missing_ranges(reuse.have, job.row.size, file.block, max(RANGE_BYTES, file.block)):
+        for offset, length in self._ranges(file, reuse.have):
             await run.budget.acquire(length)
             if file.failed:
                 run.budget.release(length)
@@ -91,6 +92,16 @@ class LargeFiles:
         file.open_ranges -= 1
         if not file.open_ranges:
             self.idle(file)
+
+    def _ranges(self, file: LargeFile, have: bytes | bytearray) -> Iterator[tuple[int, int]]:
+        """Offset and length of what is missing, each as long as suits at the time it is asked for."""
+        run, block = self._run, file.block
+        for offset, length in missing_ranges(have, file.job.row.size, block, max(LONG_RANGE, block)):
+            end = offset + length
+            while offset < end:
+                piece = min(end - offset, max(run.fetcher.range_bytes(run.budget.total), block))
+                yield offset, piece
+                offset += piece
 
     async def _leave_holes(self, file: LargeFile) -> None:
         """Take the blocks of a new sparse file that hold no data as done: the temporary has holes there already."""
