@@ -9,7 +9,8 @@ from agent.transfer.jobs import BlocksWritten, FileJob, LargeFile, RangeRequest
 from protocol.errors import ProtocolError, RetryLater, TowpathError
 from protocol.names import escape
 
-# Blocks of one large file that wait before the settler is asked to check them, in bytes.
+# Blocks of one large file that wait before the settler is asked to check them, in bytes; and how many more before it is
+# asked once more, where it has not begun.
 CHECK_AFTER = 16 * 1024 * 1024
 
 
@@ -48,16 +49,16 @@ class BlockBooks:
         """A block is here, written unless it is damaged or its file has failed; the first of its kind to come."""
         file = request.file
         request.arrived += length
-        waiting = 0
+        enough = False
         if not good:
             # Its share of the budget is kept for the next attempt.
             self._reports.block_damaged(file, index)
         elif file.failed:
             self._reports.blocks_settled(length)
         else:
-            waiting = file.add_unchecked(index, digest)
+            enough = not file.add_unchecked(index, digest) % max(1, CHECK_AFTER // file.block)
         # With a twin another lane may have said already that everything is here.
-        if waiting * file.block >= CHECK_AFTER or last or request.twin is not None:
+        if enough or last or request.twin is not None:
             self._settle.put(BlocksWritten(file))
 
     def ended(self, lane: int, request: RangeRequest, *, last: bool) -> None:

@@ -13,14 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.storage import page_cache
+from agent.transfer.arrivals import CHECK_AFTER, BlockBooks
 from agent.transfer.block_check import BlockChecker, CheckLine, _runs
-from agent.transfer.jobs import Abandoned, BlocksChecked, LargeFile
+from agent.transfer.jobs import Abandoned, BlocksChecked, LargeFile, RangeRequest
 from agent.transfer.side_thread import Broken
 from protocol.errors import RetryLater
 from protocol.lane import digest
 from protocol.threads import NoThread
 
-BLOCK = 1024
+BLOCK, MIB = 1024, 1024 * 1024
 
 
 class Job:
@@ -354,3 +355,30 @@ def test_runs_are_exactly_the_blocks(blocks: set[int]) -> None:
     wanted = [at for index in sorted(blocks) for at in range(index * BLOCK, index * BLOCK + file.length_of(index))]
     assert covered == wanted
     assert all(end + length < begin for (end, length), (begin, _) in itertools.pairwise(runs))
+
+
+@pytest.mark.parametrize("block", [MIB, 2 * CHECK_AFTER])
+def test_a_check_that_has_not_begun_is_not_asked_for_with_each_block(block: int) -> None:
+    class Large:
+        class row:  # noqa: N801
+            size = 1 << 40
+
+    job: Any = Large
+    file = LargeFile(job, b"t", 7, block, bytearray(100), 0)
+    settle: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    nobody: Any = None
+    books, request = BlockBooks(settle, nobody), RangeRequest(1, file, 0, 100 * block)
+    asked = []
+    for index in range(40):
+        books.arrived(request, index, block, b"", good=True, last=index == 35)
+        if settle.qsize() > len(asked):
+            asked.append(index)
+    every = max(1, CHECK_AFTER // block)
+    assert asked == sorted({*range(every - 1, 40, every), 35})
+    assert settle.qsize() == len(asked)
+    # One begins: the next is asked for when as much has come since.
+    file.take_unchecked()
+    for index in range(40, 40 + every):
+        assert settle.qsize() == len(asked)
+        books.arrived(request, index, block, b"", good=True, last=False)
+    assert settle.qsize() == len(asked) + 1
