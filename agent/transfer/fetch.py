@@ -24,8 +24,9 @@ from protocol.session import Abandon, PackFile, ReadPack, ReadRange
 # Bytes asked for on one lane and not yet arrived: enough that a lane always has work, at any round-trip time.
 LANE_WINDOW = 24 * 1024 * 1024
 RANGE_BYTES = 4 * 1024 * 1024
-# Each range costs both ends the same work beside their lanes, half a millisecond together.
-LONG_RANGE = 2 * RANGE_BYTES
+# Each range costs both ends the same work beside their lanes, half a millisecond together. But what has arrived is
+# settled with the end of its range, and should not wait longer than so many seconds for that.
+LONG_RANGE, LONG_TIME = 2 * RANGE_BYTES, 0.25
 # A lane with fewer bytes than this under way is about to have nothing to do.
 HUNGRY = 512 * 1024
 
@@ -177,8 +178,10 @@ class Fetcher:
 
     def range_bytes(self, budget: int) -> int:
         """How much of a large file to ask for at once, where so much may be on its way: less where that does not
-        fill the windows of all lanes, so that each gets some."""
-        return LONG_RANGE if max(1, len(self._lanes)) * LANE_WINDOW <= budget else RANGE_BYTES
+        fill the windows of all lanes, so that each gets some, and where lanes are slow."""
+        few = max(1, len(self._lanes)) * LANE_WINDOW <= budget
+        rates = [lane.speed.rate for lane in self._lanes.values() if lane.speed.rate is not None]
+        return LONG_RANGE if few and all(rate * LONG_TIME >= LONG_RANGE for rate in rates) else RANGE_BYTES
 
     @property
     def idle(self) -> bool:

@@ -36,6 +36,16 @@ def test_long_ranges_are_for_few_lanes_with_room(lanes: int, budget: int, wanted
     assert scene.fetcher.range_bytes(budget) == wanted
 
 
+def test_long_ranges_are_for_lanes_that_bring_them_soon() -> None:
+    scene = Scene(honours_abandon=True)
+    for number in (1, 2):
+        scene.open(number)
+    fast, slow = (scene.fetcher._lanes[number].speed for number in (1, 2))
+    for rate, wanted in ((None, LONG_RANGE), (100 * MIB, LONG_RANGE), (31 * MIB, RANGE_BYTES), (32 * MIB, LONG_RANGE)):
+        fast.rate, slow.rate = 1000 * MIB, rate
+        assert scene.fetcher.range_bytes(UNSETTLED_BYTES) == wanted
+
+
 @given(
     st.integers(1, 100 * MIB),
     st.sampled_from([MIB, 16 * MIB]),
