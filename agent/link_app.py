@@ -25,7 +25,7 @@ from agent.collections import Collections
 from agent.config.keys import CollectionConfig, is_uuid
 from agent.policy import Access, Policy
 from agent.services import TaskService
-from agent.storage.base import Root
+from agent.storage.base import Directory, Root
 from agent.storage.faults import fault
 from agent.storage.listing import Accounts, list_directory, stat_entry
 from agent.storage.own_files import HoldsOwn
@@ -45,7 +45,7 @@ from protocol.control import (
     encode,
 )
 from protocol.errors import ItemFailed, NeedsPerson, ProtocolError, RetryLater, TowpathError
-from protocol.names import CollectionPath, parse_path_untrusted, unescape
+from protocol.names import CollectionPath, format_path, parse_path_untrusted, unescape
 
 # Storage calls at a time, for each collection: a file server that hangs holds up its own collection only.
 CALLS_AT_ONCE = 4
@@ -263,7 +263,7 @@ class LinkApp:
             raise ItemFailed("The root of the collection exists already.", code="EXISTS")
 
         def work(root: Root) -> None:
-            parent, name = root.open_parent(path)
+            parent, name = _open_parent(root, path)
             with parent:
                 parent.mkdir(name)
                 parent.sync()
@@ -275,6 +275,8 @@ class LinkApp:
         body = await _body(request, _RenameBody)
         config, old = self._allowed(request, body.old_path, "rw")
         _, new = self._allowed(request, body.new_path, "rw")
+        if old and len(new) > len(old) and new[: len(old)] == old:
+            raise ItemFailed(f"{format_path(old)} cannot be moved into itself.", code="ILLEGAL_NAME", who="you")
 
         def work(root: Root) -> None:
             source, old_name = root.open_parent(old)
@@ -282,7 +284,7 @@ class LinkApp:
                 # What is missing or in the way is named by the path it concerns.
                 source.lstat(old_name)
                 try:
-                    target, new_name = root.open_parent(new)
+                    target, new_name = _open_parent(root, new)
                     with target:
                         source.rename_no_replace(old_name, new_name, target)
                         target.sync()
@@ -303,7 +305,7 @@ class LinkApp:
             raise ProtocolError("The target of the symlink is no path.", code="ILLEGAL_NAME")
 
         def work(root: Root) -> None:
-            parent, name = root.open_parent(path)
+            parent, name = _open_parent(root, path)
             with parent:
                 parent.symlink(name, target)
                 parent.sync()
@@ -412,6 +414,15 @@ async def _until_disconnected(receive: Receive, scope: trio.CancelScope) -> None
     while (await receive())["type"] != "http.disconnect":
         pass
     scope.cancel()
+
+
+def _open_parent(root: Root, path: CollectionPath) -> tuple[Directory, bytes]:
+    """The folder in which something is to be made, and its name there. Where that folder is not there it is what is
+    missing, and not the thing that is to be made. Raises OSError, `TowpathError`."""
+    try:
+        return root.open_parent(path)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise fault(error, "", path[:-1]) from error
 
 
 def _check_ids(request: Request) -> None:

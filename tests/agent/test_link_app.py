@@ -164,6 +164,27 @@ async def test_a_rename_names_the_path_that_is_in_the_way(link: Link) -> None:
     assert document["subject"] == "/sub"
 
 
+@pytest.mark.parametrize(
+    ("call", "body"),
+    [
+        ("mkdir", {"path": "/missing/x"}),
+        ("rename", {"old_path": "/file", "new_path": "/missing/x"}),
+        ("symlink", {"path": "/missing/x", "symlink_target": "y"}),
+    ],
+)
+async def test_what_is_missing_is_the_folder_and_not_what_is_to_be_made_in_it(
+    link: Link, call: str, body: dict[str, str]
+) -> None:
+    document = (await link.ask("POST", at(READ_WRITE, call), body)).json()
+    assert document["sentence"] == "/missing does not exist."
+
+
+async def test_a_folder_that_is_moved_into_itself_is_told_so(link: Link) -> None:
+    moved = {"old_path": "/sub", "new_path": "/sub/in"}
+    document = (await link.ask("POST", at(READ_WRITE, "rename"), moved)).json()
+    assert (document["code"], document["sentence"]) == ("ILLEGAL_NAME", "/sub cannot be moved into itself.")
+
+
 async def test_hostile_names_travel_escaped_and_come_back(link: Link) -> None:
     raw = b"we\xff\x1b[2Jird\n"
     (Path(os.fsdecode(os.fsencode(link.folder / "rw" / "sub") + b"/" + raw))).write_text("x")
