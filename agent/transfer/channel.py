@@ -6,6 +6,7 @@ to a message (`agent.transfer.message_buffer`).
 
 from __future__ import annotations
 
+import logging
 import socket
 from typing import Any
 
@@ -50,6 +51,9 @@ class Common(msgspec.Struct, frozen=True, kw_only=True):
     version: str = ""
     # After how many TLS records a lane is followed by another (`agent.transfer.lane_keys`).
     key_records: int = KEY_RECORDS
+    # How the agent logs (`agent.log_lines`), and the least that it writes.
+    log_form: str = "text"
+    log_level: int = logging.INFO
 
 
 # --- daemon to worker --------------------------------------------------------------------------------------

@@ -10,9 +10,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import itertools
+import logging
 import os
 import socket
-import sys
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -37,6 +37,8 @@ END_WITHIN = 10.0
 # How long the source may take to greet a new lane.
 GREETED_WITHIN = 40.0
 _QUEUED = 100_000
+
+_logger = logging.getLogger("towpath.worker")
 
 
 class Arrivals(Protocol):
@@ -208,7 +210,7 @@ class OneProcess:
                     message, _ = await self._channel.receive()
                     self._handle(message)
         except* (ChannelClosed, OSError):
-            print(f"lane process {self.child.pid} is gone", file=sys.stderr, flush=True)
+            _logger.info("The lane process %s is gone.", self.child.pid)
         finally:
             self.alive = False
             self.kill()

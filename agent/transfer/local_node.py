@@ -11,6 +11,7 @@ import trio
 from agent.config.keys import AgentConfig, CollectionConfig
 from agent.connect.network import Network
 from agent.limits.allotment import Allotment
+from agent.log_lines import form_now
 from agent.policy import Policy, UnknownCollection
 from agent.state_files import make_folder
 from agent.storage.disks import Disk
@@ -138,4 +139,6 @@ class LocalNode:
             ],
             own_places=self._own_places,
             key_records=self._key_records,
+            log_form=form_now(),
+            log_level=logging.root.level,
         )

@@ -33,6 +33,7 @@ from agent.transfer.channel import (
 from agent.transfer.local_node import LocalNode
 from agent.transfer.plan import now_iso
 from agent.transfer.state_trouble import StateTrouble
+from agent.transfer.task_log import TaskLog
 from agent.transfer.task_paths import TaskPaths
 from agent.transfer.task_store import StoredTask
 from agent.transfer.turns import Candidate
@@ -95,6 +96,7 @@ class RunningTask:
         self.observed = stored.observed
         self.held = stored.held
         self.running = False
+        self._log = TaskLog(begun=stored.observed.state != "QUEUED")
         self.name_claim()
         self._answer = stored.answer or stored.order.session
         self._paths: TaskPaths | None = None
@@ -443,6 +445,9 @@ class RunningTask:
             counters=merged(before.counters, observed.counters),
             path=(self._paths.text if self._paths is not None else "") or before.path,
         )
+        said = self._log.line(self.observed)
+        if said is not None:
+            logger.log(said[0], "Task %s %s", self.order.task_id, said[1])
         line = AgentEvent(n=0, kind="progress", time=now_iso(), task_id=self.order.task_id, observed=self.observed)
         if final or (before.state, before.status_code) != (observed.state, observed.status_code):
             await self._record(msgspec.structs.replace(line, kind="state"))

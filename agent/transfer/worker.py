@@ -25,6 +25,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from agent.connect.lane_tls import SecuredLane, secure_lane
 from agent.connect.tls import HANDSHAKE_TIMEOUT, check_peer, session_context
 from agent.connect.transport import send_at_once
+from agent.log_lines import log_to_standard_error
 from agent.storage.base import Root
 from agent.storage.guarded import open_guarded
 from agent.storage.hiding import offered
@@ -58,6 +59,8 @@ from protocol.identity import NodeKey, fingerprint_of_certificate_untrusted
 from protocol.session import ALPN_CONTROL_AHEAD, ALPN_LANE, ALPNS_CONTROL, Failed, encode
 from protocol.threads import NoThread, wait_for_threads
 from protocol.ticket import Grant, TicketVerifier
+
+_logger = logging.getLogger("towpath.worker")
 
 # A source's worker without connections ends after this many seconds.
 IDLE = 60.0
@@ -175,7 +178,7 @@ class _SourceWorker:
         except* (TowpathError, OSError, trio.BrokenResourceError, trio.TooSlowError) as group:
             # One connection's trouble, whatever a peer sent, must not end the others of the session.
             error = group.exceptions[0]
-            print(f"connection of session {self._start.session_id} ended: {error!r}", file=sys.stderr, flush=True)
+            _logger.info("A connection of session %s ended: %r", self._start.session_id, error)
         finally:
             self._connections -= 1
             self._last = trio.current_time()
@@ -244,7 +247,8 @@ class _SourceWorker:
                     await trio.to_thread.run_sync(serve_lane, self._side, sock, lambda _sock: secured)
                 nursery.cancel_scope.cancel()
         except* (TowpathError, OSError) as group:
-            print(f"lane of session {self._start.session_id} ended: {group.exceptions[0]}", file=sys.stderr, flush=True)
+            # As every lane does whose destination has what it wanted.
+            _logger.debug("A lane of session %s ended: %s", self._start.session_id, group.exceptions[0])
         finally:
             duplicate.close()
 
@@ -270,7 +274,8 @@ async def _main(channel: Channel, start: Any, forked: Sequence[Child]) -> None:
         elif isinstance(start, ServeSession):
             await _SourceWorker(channel, start).run()
     except* ChannelClosed:
-        print("the daemon is gone; its successor starts a worker of its own", file=sys.stderr, flush=True)
+        # The session is over; or the daemon is gone, and its successor starts a worker of its own.
+        _logger.debug("The agent has closed its channel; this worker ends.")
 
 
 def main() -> None:
@@ -297,6 +302,7 @@ def _work(descriptor: int, processes: int) -> None:
         if _receives_by_handles(start):
             # Now, while there is one thread; and not before, as one that waits would keep them for nothing.
             forked = fork_lane_processes(processes - 1, close=descriptor)
+        log_to_standard_error(start.common.log_form, start.common.log_level)
         wait_for_threads()
         trio.run(_main, channel, start, forked)
     except ChannelClosed:

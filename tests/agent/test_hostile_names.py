@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.logs import formatter
+from agent.log_lines import formatter
 from agent.storage.faulty import Call
 from agent.transfer.manifest import SkippedRow, read_page
 from protocol.names import escape, parse_path_untrusted

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from agent import local_socket, logs, state_files
+from agent import local_socket, state_files
 from agent.config.keys import LogConfig
+from agent.log_lines import formatter
 from agent.process import batch_job, raise_file_limit
 from agent.sdnotify import Notifier
 from agent.state_files import is_shared, pragmas
@@ -135,7 +136,7 @@ def test_a_login_node_agent_steps_back() -> None:
 def line_of(form: str, sentence: str, *, for_journal: bool = False, **extra: object) -> str:
     record = logging.LogRecord("towpath.x", logging.WARNING, "f", 1, sentence, None, None)
     vars(record).update(extra)
-    return logs.formatter(form, for_journal=for_journal).format(record)
+    return formatter(form, for_journal=for_journal).format(record)
 
 
 def test_lines_for_people() -> None:
