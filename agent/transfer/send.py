@@ -54,13 +54,40 @@ class LaneRequest:
     # Numbers of requests that the destination wants no more, shared by all of a session.
     abandoned: set[int] = field(default_factory=set)
     compression: Mode = "off"
+    # About how many bytes of memory it holds.
+    size: int = 0
+
+
+class LaneQueue(queue.SimpleQueue["LaneRequest | None"]):
+    """What waits for one lane: one thread puts, one takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Each is counted by one thread.
+        self._came = self._went = 0
+
+    @property
+    def size(self) -> int:
+        """About how many bytes of memory all of it holds."""
+        return self._came - self._went
+
+    def put(self, item: LaneRequest | None, block: bool = True, timeout: float | None = None) -> None:
+        """As of any queue."""
+        self._came += 0 if item is None else item.size
+        super().put(item, block, timeout)
+
+    def get(self, block: bool = True, timeout: float | None = None) -> LaneRequest | None:
+        """As of any queue."""
+        item = super().get(block, timeout)
+        self._went += 0 if item is None else item.size
+        return item
 
 
 @dataclass(frozen=True, slots=True)
 class Joined:
     """What a lane gets when it joins a control stream: its work, and the root, as far as the ticket reaches."""
 
-    work: queue.SimpleQueue[LaneRequest | None]
+    work: LaneQueue
     root: Root
 
 
@@ -108,7 +135,7 @@ class LaneSender:
         finally:
             self._close()
 
-    def _introduction(self) -> queue.SimpleQueue[LaneRequest | None]:
+    def _introduction(self) -> LaneQueue:
         self._socket.settimeout(INTRODUCTION_TIMEOUT)
         prefix = self._read(lane.FRAME.size)
         header_length, payload_length = lane.lengths_untrusted(prefix)

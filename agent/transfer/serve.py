@@ -7,7 +7,6 @@ destination sends is hostile until `Control` has looked at it.
 from __future__ import annotations
 
 import hmac
-import queue
 import socket
 import threading
 import time
@@ -28,7 +27,7 @@ from agent.transfer import compression, source_files
 from agent.transfer.attributes import read_attributes
 from agent.transfer.lane_keys import LAST_RECORD
 from agent.transfer.outgoing import send_queued
-from agent.transfer.send import Joined, LaneRequest, LaneSender
+from agent.transfer.send import Joined, LaneQueue, LaneRequest, LaneSender
 from agent.transfer.source_policy import SourcePolicy
 from agent.transfer.source_rows import Listing
 from agent.transfer.storage_threads import StorageThreads
@@ -46,6 +45,10 @@ MAX_LANES = 64
 QUESTIONS_AT_ONCE = 32
 # Requests of one destination that may wait for lanes; an honest one is held back by its own window long before.
 MAX_WAITING = 100_000
+# The memory that they may hold together; of an honest one 24,576 files at most are on their way.
+MAX_WAITING_BYTES = 512 * 1024 * 1024
+# About what one request holds, one of its files, one component of a path, and one that is not shared with others.
+REQUEST_BYTES, FILE_BYTES, COMPONENT_BYTES, OWN_COMPONENT_BYTES = 1000, 400, 8, 64
 # How long a lane waits for the greeting of its control stream (seconds), which comes on another connection; and lanes
 # that may have work before they have come.
 JOIN_PATIENCE = 2.0
@@ -135,7 +138,7 @@ class Control:
         self._side = side
         self._stream = stream
         self._reader = session.MessageReader()
-        self._lanes: dict[int, queue.SimpleQueue[LaneRequest | None]] = {}
+        self._lanes: dict[int, LaneQueue] = {}
         # Those of them that have work and are not there yet. Threads of lanes take them out.
         self._expected: set[int] = set()
         self._joining = threading.Lock()
@@ -153,7 +156,7 @@ class Control:
         """A newer control stream took over."""
         self._scope.cancel()
 
-    def add_lane(self, number: int, meter: LaneMeter) -> queue.SimpleQueue[LaneRequest | None]:
+    def add_lane(self, number: int, meter: LaneMeter) -> LaneQueue:
         with self._joining:
             if number not in self._lanes and len(self._lanes) >= MAX_LANES:
                 raise ProtocolError("The session has too many lanes.")
@@ -164,17 +167,17 @@ class Control:
                 return old
             if old is not None:
                 old.put(None)
-            lane: queue.SimpleQueue[LaneRequest | None] = queue.SimpleQueue()
+            lane = LaneQueue()
             self._lanes[number] = lane
             return lane
 
-    def _lane(self, number: int) -> queue.SimpleQueue[LaneRequest | None] | None:
+    def _lane(self, number: int) -> LaneQueue | None:
         """Where a lane finds its work; of one that has not come yet only if the destination may ask ahead."""
         with self._joining:
             lane = self._lanes.get(number)
             if lane is None and self._ahead and len(self._expected) < MAX_EXPECTED and len(self._lanes) < MAX_LANES:
                 self._expected.add(number)
-                lane = self._lanes[number] = queue.SimpleQueue()
+                lane = self._lanes[number] = LaneQueue()
             return lane
 
     async def introduce(self, peer_fingerprint: str) -> None:
@@ -388,13 +391,17 @@ class Control:
             if isinstance(request, session.ReadRange):
                 session.check_range_untrusted(request)
                 path = self._allowed(request.path)
-                work = LaneRequest(request, path, (), abandoned=self._abandoned, compression=self._compression)
+                size = REQUEST_BYTES + len(request.path) + len(path) * OWN_COMPONENT_BYTES
+                work = LaneRequest(
+                    request, path, (), abandoned=self._abandoned, compression=self._compression, size=size
+                )
             else:
                 work = self._pack(request)
             lane = self._lane(request.lane)
             if lane is None:
                 raise RetryLater("The lane is gone.", code="CONNECTION_LOST")
-            if lane.qsize() > MAX_WAITING:
+            waiting = sum(each.size for each in list(self._lanes.values()))
+            if lane.qsize() > MAX_WAITING or waiting + work.size > MAX_WAITING_BYTES:
                 raise ProtocolError("The destination asks for more than it can take.")
         except ProtocolError:
             raise
@@ -419,6 +426,7 @@ class Control:
         last: bytes | None = None
         folder: CollectionPath = ()
         covered = False
+        size = REQUEST_BYTES
         for file in request.files:
             above, slash, name = file.name.rpartition(b"/")
             if slash and not above:
@@ -426,12 +434,16 @@ class Control:
             if above != last:
                 last, folder = above, directory + session.path_untrusted(above)
                 covered = self._side.policy.covers(folder)
+                size += len(folder) * OWN_COMPONENT_BYTES
             path = (*folder, session.name_untrusted(name))
             if not covered:
                 self._side.policy.check(path, now)
             paths.append(path)
+            size += FILE_BYTES + len(file.name) + len(path) * COMPONENT_BYTES
         self._side.policy.check(folder if covered else paths[-1], now)
-        return LaneRequest(request, (), tuple(paths), abandoned=self._abandoned, compression=self._compression)
+        return LaneRequest(
+            request, (), tuple(paths), abandoned=self._abandoned, compression=self._compression, size=size
+        )
 
 
 _QUESTIONS: dict[type[session.Request], Callable[[Control, Any], Awaitable[None]]] = {

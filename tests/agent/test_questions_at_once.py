@@ -83,3 +83,34 @@ async def test_listings_are_bounded_whatever_their_numbers(tmp_path: Path, *, sa
                     await trio.sleep(0.01)
             await ours.aclose()
     assert "listings" in refused[0].sentence
+
+
+async def test_what_waits_for_lanes_is_bounded_by_the_memory_it_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hundred thousand requests may each name a thousand files with long paths."""
+    monkeypatch.setattr(serve, "MAX_WAITING_BYTES", 1 << 20)
+    version = (0, 0, 0, 0, 0)
+    ours, theirs = trio.testing.memory_stream_pair()
+    with open_root(os.fspath(tmp_path)) as root:
+        side = SourceSide(root, OpenPolicy(), None)  # type: ignore[arg-type]
+        control = Control(side, theirs, ahead=True)
+        lane = control.add_lane(1, None)  # type: ignore[arg-type]
+
+        async def fill(name: bytes) -> int:
+            for number in range(10_000):
+                try:
+                    files = [session.PackFile(name, version)]
+                    await control._queue_for_lane(session.ReadPack(number, 1, b"", files))
+                except ProtocolError:
+                    return number
+            raise AssertionError("no bound")
+
+        short = await fill(b"file")
+        assert 500 < short < 1000
+        # What was taken counts no more.
+        for _ in range(short):
+            assert lane.get() is not None
+        assert lane.size == 0
+        assert await fill(b"a/" * 1000 + b"file") < short / 40
+    await ours.aclose()
