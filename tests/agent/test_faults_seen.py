@@ -146,16 +146,25 @@ async def test_very_many_files_that_may_not_be_read_are_all_listed(quick_path: P
 async def test_a_ticket_that_ran_out_is_no_files_fault(
     quick_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
-    """However long the relay takes with a new one: more refusals than any file has attempts."""
+    """However long the relay takes with a new one: more refusals than any file has attempts. Of packs only what is
+    asked for their content is refused, once for a folder that the ticket covers."""
     refused: list[int] = []
+    covered: list[object] = []
 
-    def check(*_: object) -> None:
-        if begun and len(refused) < 30:
+    def covers(_: object, folder: object) -> bool:
+        covered.append(folder)
+        return True
+
+    def check(_: object, path: object, *__: object) -> None:
+        of_a_pack = path in covered
+        covered.clear()
+        if begun and len(refused) < 30 and (of_a_pack or size > MIB):
             refused.append(1)
             raise RetryLater("The ticket of the session has run out; the relay renews it.", code=TICKET_EXPIRED)
 
     begun: list[int] = []
     monkeypatch.setattr(engine_inside.OpenPolicy, "check", check)
+    monkeypatch.setattr(engine_inside.OpenPolicy, "covers", covers)
     engine = Engine(quick_path, source_plan=lambda call: begun.append(1) if call.operation == "scan" else None)
     for number in range(5):
         (engine.source / str(number)).write_bytes(os.urandom(size))
