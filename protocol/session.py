@@ -68,9 +68,14 @@ MAX_ATTRIBUTE_FILES, ATTRIBUTE_BYTES = 250, 1024 * 1024
 MAX_DIGESTS = 1024
 
 
+# In place of a file's target, see `Row`. Versions of before send none, and do not look at it.
+LOOK_AGAIN, NARROWED = b"look again", b"narrowed"
+
+
 class Row(msgspec.Struct, array_like=True, frozen=True, gc=False):
-    """One directory entry. ``target`` is the text of a symlink, ``links`` how many names a file has; later versions may
-    append fields."""
+    """One directory entry. ``target`` is the text of a symlink; of a file, it says that its access list could not be
+    looked at, so that its mode gives the group what everybody has: `LOOK_AGAIN` where that may pass, else `NARROWED`.
+    ``links`` is how many names a file has; later versions may append fields."""
 
     name: bytes
     kind: int

@@ -64,15 +64,22 @@ def mode_of_everybody(mode: int) -> int:
     return mode & ~0o070 | mode & mode << 3 & 0o070
 
 
+def needs_look(kind: str, mode: int) -> bool:
+    """Whether it matters if something has an access list. Rights of the group that everybody has anyway cannot be too
+    many, which spares most files the look."""
+    return kind == "file" and bool(mode >> 3 & 7 & ~mode)
+
+
 def mode_without_list(file: int | tuple[int, bytes], mode: int) -> int:
     """A mode whose rights of the group are the group's own, and not the mask of an access list. The file is open, or an
-    entry of an open folder. Never raises: what cannot be looked at has no rights that not everybody has."""
+    entry of an open folder. What cannot be understood has no rights that not everybody has. Raises OSError."""
     if sys.platform == "linux":
         try:
             found = _list_of(file)
         except OSError as error:
-            without = error.errno in (errno.ENODATA, errno.ENOTSUP, errno.ENOSYS)
-            return mode if without else mode_of_everybody(mode)
+            if error.errno in (errno.ENODATA, errno.ENOTSUP, errno.ENOSYS):
+                return mode
+            raise
         header, row = access_lists.HEADER, access_lists.ROW
         if len(found) < header.size or header.unpack_from(found)[0] != access_lists.VERSION:
             return mode_of_everybody(mode)
@@ -103,7 +110,16 @@ if sys.platform == "linux":
         if isinstance(file, int):
             return os.getxattr(file, access_lists.ACCESS)
         # There is no call for an entry of an open folder before Linux 6.13.
-        return os.getxattr(b"/proc/self/fd/%d/%s" % file, access_lists.ACCESS, follow_symlinks=False)
+        try:
+            return os.getxattr(b"/proc/self/fd/%d/%s" % file, access_lists.ACCESS, follow_symlinks=False)
+        except FileNotFoundError:
+            # Gone meanwhile; or there is no /proc here.
+            flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+            fd = os.open(file[1], flags, dir_fd=file[0])
+            try:
+                return os.getxattr(fd, access_lists.ACCESS)
+            finally:
+                os.close(fd)
 
     def _read(fd: int) -> Found:
         try:

@@ -210,7 +210,7 @@ class Directory(ABC):
     def mode_without_list(self, node: Node, *, follow: bool = False) -> int:
         """The mode a file of this folder has without its access list, which is never taken over: where there is one,
         `Node.mode` shows the list's mask instead of what the group may do. ``follow``: the node is what a link leads
-        to. Never raises: what cannot be looked at has no rights that not everybody has."""
+        to. Raises OSError where the list cannot be looked at."""
         del follow
         return node.mode
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
+from agent.storage import attributes
 from agent.storage.access_lists import FoundLists
 from agent.storage.attributes import Found
 from agent.storage.base import Bytes, Directory, Node, Root
@@ -248,6 +249,8 @@ class FaultyDirectory(Directory):
         return self.inner.stat(name)
 
     def mode_without_list(self, node: Node, *, follow: bool = False) -> int:
+        if attributes.needs_look(node.kind, node.mode):
+            self.script.before("mode_without_list", node.name)
         return self.inner.mode_without_list(node, follow=follow)
 
     def open_read(self, name: bytes, *, follow: bool = False) -> int:

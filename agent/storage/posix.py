@@ -307,15 +307,11 @@ class PosixDirectory(Directory):
             return self._node(name, os.stat(last, dir_fd=folder, follow_symlinks=False))
 
     def mode_without_list(self, node: Node, *, follow: bool = False) -> int:
-        # Rights of the group that everybody has anyway cannot be too many, which spares most files the look.
-        if node.kind != "file" or not node.mode >> 3 & 7 & ~node.mode:
+        if not attributes.needs_look(node.kind, node.mode):
             return node.mode
         if not follow:
             return attributes.mode_without_list((self._fd, component(node.name)), node.mode)
-        try:
-            fd = self.open_read(node.name, follow=True)
-        except OSError:
-            return attributes.mode_of_everybody(node.mode)
+        fd = self.open_read(node.name, follow=True)
         try:
             return attributes.mode_without_list(fd, node.mode)
         finally:

@@ -133,6 +133,8 @@ class FileJob:
     # The access list that it gets (None: whatever its folder gives), and what became of the source's.
     access: ListWanted | None = None
     list_fate: ListFate = ListFate.NONE
+    # The source could not look at its list at all, and is asked no more: its mode gives the group what everybody has.
+    narrowed: bool = False
     # One of several names of a file, to be kept as such; what it became here, and that it became so by
     # a link to another name.
     shared: bool = False

@@ -61,6 +61,9 @@ class Failures(Protocol):
     def job_failed(self, job: FileJob, error: TowpathError) -> None:
         """A file could not be brought over this time."""
 
+    async def unknown_mode(self, job: FileJob) -> None:
+        """The source could not look at a file's access list. Waits while many files wait for that."""
+
     def unknown_link(self, job: FileJob) -> None:
         """The source could not look at a link when it listed its folder."""
 

@@ -10,7 +10,7 @@ from agent.storage.base import Root, version_of
 from agent.transfer.checksum import block_digests, file_digest
 from agent.transfer.holes import data_extents
 from agent.transfer.send import let_rest
-from agent.transfer.source_rows import row_of
+from agent.transfer.source_rows import looked_at, row_of
 from protocol import session
 from protocol.errors import RetryLater
 from protocol.names import CollectionPath
@@ -24,7 +24,7 @@ def row_at(root: Root, path: CollectionPath, *, follow: bool) -> session.Row:
     with parent:
         node = parent.stat(name) if follow else parent.lstat(name)
         target = parent.readlink(name) if node.kind == "symlink" else None
-        return row_of(node, target, parent.mode_without_list(node, follow=follow))
+        return looked_at(parent, node, target, follow=follow)
 
 
 def digest(root: Root, path: CollectionPath, request: session.DigestFile) -> str:

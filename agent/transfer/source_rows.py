@@ -6,8 +6,11 @@ import errno
 from collections.abc import Iterator
 from itertools import islice
 
+from agent.storage.attributes import mode_of_everybody
 from agent.storage.base import NOWHERE, Directory, Node, Root
+from agent.storage.faults import fault
 from protocol import session
+from protocol.errors import ItemFailed
 from protocol.names import CollectionPath
 
 _KINDS = {"file": session.FILE, "dir": session.DIRECTORY, "symlink": session.SYMLINK}
@@ -59,17 +62,34 @@ class Listing:
             self._handle.close()
 
 
+def narrowed_row(node: Node, error: OSError) -> session.Row:
+    """A file whose access list could not be looked at: nobody gets more than everybody has."""
+    # One that is gone says so when it is asked about alone.
+    again = error.errno == errno.ENOENT or not isinstance(fault(error, "source", node.name), ItemFailed)
+    return row_of(node, session.LOOK_AGAIN if again else session.NARROWED, mode_of_everybody(node.mode))
+
+
+def looked_at(handle: Directory, node: Node, target: bytes | None = None, *, follow: bool) -> session.Row:
+    """The row of an entry, or (``follow``) of what a link leads to."""
+    try:
+        return row_of(node, target, handle.mode_without_list(node, follow=follow))
+    except OSError as error:
+        return narrowed_row(node, error)
+
+
 def _rows(handle: Directory, *, follow: bool) -> Iterator[session.Row]:
     for node in handle.scan():
         try:
             if node.kind != "symlink":
                 yield row_of(node, mode=handle.mode_without_list(node))
             elif follow:
-                found = handle.stat(node.name)
-                yield row_of(found, mode=handle.mode_without_list(found, follow=True))
+                yield looked_at(handle, handle.stat(node.name), follow=True)
             else:
                 yield row_of(node, handle.readlink(node.name))
         except OSError as error:
+            if node.kind != "symlink":
+                yield narrowed_row(node, error)
+                continue
             if not follow and error.errno == errno.ENOENT:
                 # It vanished, as other entries do while they are listed.
                 continue

@@ -29,7 +29,7 @@ from agent.transfer.directories import Comparisons, DirectoryWalk
 from agent.transfer.fetch import Fetcher
 from agent.transfer.hard_links import HardLinks
 from agent.transfer.items import ItemPlanner
-from agent.transfer.jobs import AllArrived, FileJob, Group, LargeFile, Outcome
+from agent.transfer.jobs import AllArrived, FileJob, Group, LargeFile, ListFate, Outcome
 from agent.transfer.lane_arrivals import RemoteArrivals
 from agent.transfer.lanes import Lanes, OpenLane
 from agent.transfer.large_files import LargeFiles
@@ -319,8 +319,13 @@ class TransferRun:
     async def copy(self, job: FileJob) -> None:
         """Have a file brought over. Small ones collect, also across directories, until a pack is full or a lane has
         nothing to do; `offer` must follow."""
+        if job.row.target is not None and not job.narrowed:
+            await self.retries.unknown_mode(job)
+            return
         if self.attributes.wanted and job.attributes is None:
             await self.attributes.read([job])
+        if job.narrowed and job.access is None:
+            job.list_fate = ListFate.NOT_KEPT
         if job.attributes_error is not None:
             # Until they are read it counts as if it were on its way: what waits for another attempt is bounded.
             if not job.charged:
@@ -347,7 +352,12 @@ class TransferRun:
         """`copy` for many: where a tree has small files, this is what its planning costs for each of them."""
         wanted = self.attributes.wanted
         for job in jobs:
-            if wanted or not job.small or (self._pack and self._pack[0].follow != job.follow):
+            if (
+                wanted
+                or not job.small
+                or job.row.target is not None
+                or (self._pack and self._pack[0].follow != job.follow)
+            ):
                 await self.copy(job)
                 continue
             self._pack.append(job)

@@ -17,7 +17,7 @@ from agent.storage.access_lists import (
     FoundLists,
 )
 from agent.storage.base import version_of
-from agent.storage.faulty import Call, Plan
+from agent.storage.faulty import Call, Plan, fail_nth
 from agent.storage.posix import PosixRoot, open_root
 from agent.transfer.attributes import read_attributes
 from agent.transfer.budget import SMALLEST_CHARGE, Budget
@@ -27,6 +27,7 @@ from agent.transfer.patience import ATTEMPTS
 from agent.transfer.retries import Retries
 from agent.transfer.source_session import ANSWER_TIMEOUT
 from protocol import session
+from protocol.control import TaskItem, TaskOptions
 from protocol.errors import TowpathError
 from tests.agent.access_list_scene import (
     BOB,
@@ -315,3 +316,76 @@ async def test_what_a_crash_leaves_half_done_is_counted_once(
     observed = await engine.run()
     assert observed.state == "SUCCEEDED", observed
     assert (observed.counters.acls_kept, observed.counters.acls_not_kept) == counts
+
+
+def group_files(engine: Engine) -> list[str]:
+    """Files in whose modes an access list's mask may hide, small and large, in a folder, named alone, and behind a
+    link; one has a list."""
+    names = ["folder/small", "folder/large", "folder/listed"]
+    (engine.source / "folder").mkdir()
+    for name in names:
+        (engine.source / name).write_bytes(os.urandom(MIB + 5 if name.endswith("large") else 100))
+        (engine.source / name).chmod(0o640)
+    give(engine.source / "folder" / "listed", AccessList(6, 0, 0, ((BOB, 4),), mask=4))
+    (engine.source / "alone").write_bytes(b"alone")
+    (engine.source / "alone").chmod(0o640)
+    (engine.source / "link").symlink_to("folder/small")
+    return [*names, "alone", "link"]
+
+
+FOLLOWED = [
+    TaskItem(source_path="/folder", destination_path="/folder", recursive=True),
+    TaskItem(source_path="/alone", destination_path="/alone"),
+    TaskItem(source_path="/", destination_path="/", recursive=True),
+]
+MODES = {"folder/small": 0o640, "folder/large": 0o640, "folder/listed": 0o600, "alone": 0o640, "link": 0o640}
+
+
+def modes(engine: Engine) -> dict[str, int]:
+    return {name: (engine.destination / name).stat().st_mode & 0o777 for name in MODES}
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.ENOENT, errno.EMFILE], ids=errno.errorcode.get)
+async def test_a_fault_that_passes_while_folders_are_listed_narrows_no_mode(quick_path: Path, code: int) -> None:
+    """Whichever look at a file's list it is, the file is asked about again, alone."""
+    failed = 0
+    while True:
+        engine = Engine(quick_path / str(failed), TaskOptions(recursive_symlinks="copy"), FOLLOWED)
+        group_files(engine)
+        engine.source_plan = fail_nth(failed + 1, code, "mode_without_list")
+        observed = await engine.run()
+        assert (observed.state, observed.counters.acls_not_kept) == ("SUCCEEDED", 0), observed
+        assert modes(engine) == MODES, failed
+        if "IO_ERROR" not in engine.codes():
+            break
+        failed += 1
+    assert failed >= len(MODES)
+    print(f"{errno.errorcode[code]}: {failed} looks failed, one a run")
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.EACCES], ids=errno.errorcode.get)
+async def test_a_list_that_can_never_be_looked_at_narrows_its_file_and_says_so(quick_path: Path, code: int) -> None:
+    engine = Engine(quick_path, TaskOptions(recursive_symlinks="copy"), FOLLOWED[2:])
+    group_files(engine)
+    engine.source_plan = fail_nth(1, code, "mode_without_list", times=0)
+    observed = await engine.run()
+    assert (observed.state, observed.counters.acls_not_kept) == ("SUCCEEDED", len(MODES)), observed
+    assert modes(engine) == dict.fromkeys(MODES, 0o600)
+    assert engine.codes().count("ACCESS_LISTS_NOT_KEPT") == 1
+    assert engine.codes().count("IO_ERROR") == ((ATTEMPTS["IO_ERROR"] - 1) * len(MODES) if code == errno.EIO else 0)
+
+
+def test_without_proc_a_list_is_looked_at_in_the_open_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.getxattr
+
+    def without(file: object, name: bytes, *, follow_symlinks: bool = True) -> bytes:
+        if isinstance(file, bytes):
+            raise FileNotFoundError(errno.ENOENT, "")
+        return real(file, name)  # type: ignore[arg-type]
+
+    (tmp_path / "listed").touch(0o600)
+    (tmp_path / "listed").chmod(0o660)
+    give(tmp_path / "listed", AccessList(6, 4, 0, ((BOB, 6),), mask=6))
+    with open_root(str(tmp_path)) as root, root.open_directory(()) as folder:
+        monkeypatch.setattr(os, "getxattr", without)
+        assert folder.mode_without_list(folder.lstat(b"listed")) == 0o640
