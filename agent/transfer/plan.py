@@ -117,19 +117,25 @@ class DirectoryPlanner:
             if self._sweep is not None:
                 # In the first run of a task nothing is settled before its folder is planned.
                 self._finished = self._journal.finished(self._row.id)
-                self._sweep(handle)
-            collect_orphans(handle, time.time_ns())
+            # Most folders are new: nothing is looked for in them.
+            self.group.empty = _is_empty(handle) or self._clean(handle)
             if self._names is not None:
                 # What an earlier run found missing may be at the source by now, and this listing not come to its end.
                 self._journal.put_extras(join_path(handle.path), ())
             self.folds = handle.folds(self._prefix)
-            self.group.empty = _is_empty(handle)
             self._fresh = self.group.empty and not self._finished
         except BaseException:
             handle.close()
             raise
         self.opened = True
         return self.group
+
+    def _clean(self, handle: Directory) -> bool:
+        """Remove what dead runs have left in a folder; whether nothing is in it after that."""
+        if self._sweep is not None:
+            self._sweep(handle)
+        removed = collect_orphans(handle, time.time_ns())
+        return (self._sweep is not None or removed > 0) and _is_empty(handle)
 
     def take(self, rows: list[Row]) -> Planned | None:
         """`open`, at the first call, and `plan`; None when all rows must come to `plan` at once (see ``folds``).
@@ -414,18 +420,28 @@ def set_directory_times(root: Root, rows: Iterator[tuple[bytes, int, int]], pati
 
     Raises `TowpathError`; to be called again then.
     """
-    for destination, mtime_ns, _ in rows:
-        path = split_path(destination)
-        if not path:
-            continue
-        try:
-            parent, name = root.open_parent(path)
-            with parent:
-                parent.set_times(name, mtime_ns)
-        except OSError as error:
-            problem = fault(error, "destination", destination)
-            if patience.is_passing(destination, problem):
-                raise problem from error
+    parent: Directory | None = None
+    above: CollectionPath = ()
+    try:
+        for destination, mtime_ns, _ in rows:
+            path = split_path(destination)
+            if not path:
+                continue
+            try:
+                if parent is None or path[:-1] != above:
+                    # Folders of one folder mostly come one after the other.
+                    if parent is not None:
+                        parent.close()
+                        parent = None
+                    (parent, _name), above = root.open_parent(path), path[:-1]
+                parent.set_times(path[-1], mtime_ns)
+            except OSError as error:
+                problem = fault(error, "destination", destination)
+                if patience.is_passing(destination, problem):
+                    raise problem from error
+    finally:
+        if parent is not None:
+            parent.close()
 
 
 class Listing:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import queue
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -298,8 +298,7 @@ class Settler:
     def _finish(self, files: list[Temporary]) -> None:
         """Read back what lies here, and give all a name."""
         self._batches.append(files)
-        for item in self._small.read_back(files) if self._verify else files:
-            self._finish_small(item)
+        self._give_names(self._small.read_back(files) if self._verify else files)
         self._batches.remove(files)
 
     # --- small files that other processes hold ----------------------------------------------------------
@@ -315,7 +314,7 @@ class Settler:
     def _held_checked(self, answer: HeldChecked) -> None:
         for item, number in self._held.answered(answer):
             if number is None:
-                self._finish_small(item)
+                self._give_names((item,))
             else:
                 self._small.not_read_back(item, number)
 
@@ -331,24 +330,26 @@ class Settler:
 
     # --- small files that have their names ---------------------------------------------------------------
 
-    def _finish_small(self, item: Temporary) -> None:
-        job, handle = item.job, item.job.group.handle
-        checksum = None
-        try:
-            if job.external_checksum is not None or job.algorithm is not None:
-                checksum = self._published_digest(job, item.name)
-            self._small.keep_owner_out(item)
-            self._small.close(item)
-            place = place_of(handle, item.name) if job.shared else None
-            handle.rename(item.name, job.name)
-        except TowpathError as error:
-            self._small.drop(item, error)
-        except OSError as error:
-            self._small.drop(item, fault(error, "destination", job.destination_path))
-        else:
-            job.place = place
-            self._names.transferred.append((job, checksum))
-            self._names.touch(job.group)
+    def _give_names(self, items: Iterable[Temporary]) -> None:
+        """Small files that are durable, and were checked, get their names."""
+        let_go, transferred, folders = self._small.let_go, self._names.transferred, self._names.folders
+        for item in items:
+            job, group = item.job, item.job.group
+            handle, checksum = group.handle, None
+            try:
+                if job.external_checksum is not None or job.algorithm is not None:
+                    checksum = self._published_digest(job, item.name)
+                let_go(item)
+                place = place_of(handle, item.name) if job.shared else None
+                handle.rename(item.name, job.name)
+            except TowpathError as error:
+                self._small.drop(item, error)
+            except OSError as error:
+                self._small.drop(item, fault(error, "destination", job.destination_path))
+            else:
+                job.place = place
+                transferred.append((job, checksum))
+                folders[id(group)] = handle
 
     # --- large files -----------------------------------------------------------------------------------
 

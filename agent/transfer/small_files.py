@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+
+import msgspec
 
 from agent.storage import page_cache
 from agent.storage.base import Root
@@ -32,8 +33,7 @@ OWNER_READS = 0o400
 _OTHER_DESCRIPTORS = 512
 
 
-@dataclass(slots=True, eq=False)
-class Temporary:
+class Temporary(msgspec.Struct, eq=False):
     """A small file that lies whole in a temporary. ``descriptor`` is -1 when it could not be kept open, or another
     process (``holder``) holds it, as the file of this index in request ``r``."""
 
@@ -107,27 +107,29 @@ class SmallFiles:
         """Write every file of a pack to a temporary; those that could be written are added to ``into``. Their bytes."""
         size = 0
         write_whole, temporary_name, mask = self._root.write_whole, self._temporary_name, self._mode_mask
+        dated, keep = self._preserve_timestamp, self._keep
         for job, content, digest in zip(pack.jobs, pack.contents, pack.digests, strict=True):
-            name, row = temporary_name(), job.row
-            mtime_ns = row.mtime_ns if self._preserve_timestamp else None
+            name, row, handle = temporary_name(), job.row, job.group.handle
+            mtime_ns = row.mtime_ns if dated else None
             try:
                 mode = row.mode & mask | OWNER_READS
                 if job.attributes or job.access is not None:
                     # With a list to come, nobody else reads it before by the list that its folder gives.
                     first = OWNER_ACCESS if job.access is not None else mode | OWNER_ACCESS
-                    descriptor = write_whole(job.group.handle, name, first, content, mtime_ns)
+                    descriptor = write_whole(handle, name, first, content, mtime_ns)
                     self._give_attributes(job, descriptor, mode)
                 else:
-                    descriptor = write_whole(job.group.handle, name, mode, content, mtime_ns)
-                if self._kept >= self._keep:
+                    descriptor = write_whole(handle, name, mode, content, mtime_ns)
+                if self._kept < keep:
+                    self._kept += 1
+                else:
                     held, descriptor = descriptor, -1
                     self._root.close_file(held)
             except OSError as error:
                 self._remover.remove(job.group, name)
                 self._failed(job, fault(error, "destination", job.destination_path))
                 continue
-            self._kept += descriptor >= 0
-            size += len(content)
+            size += row.size
             into.append(Temporary(job, name, digest, descriptor))
         return size
 
@@ -201,12 +203,22 @@ class SmallFiles:
         error = OSError(number, os.strerror(number))
         self.drop(item, fault(error, "destination", item.job.destination_path) if number else _differs(item.job))
 
-    def keep_owner_out(self, item: Temporary) -> None:
-        """Give a temporary that was checked the mode that lets its owner not read it, if that is its mode: durably,
-        because what is under its final name is taken for finished. Raises OSError."""
-        mode = item.job.mode(self._mode_mask)
-        if mode & OWNER_READS:
-            return
+    def let_go(self, item: Temporary) -> None:
+        """Give the descriptor of a temporary back that was checked and gets its name now. Raises OSError, also for a
+        delayed write error."""
+        job = item.job
+        mode = job.row.mode & self._mode_mask if job.access is None else job.access.mode
+        if not mode & OWNER_READS:
+            self._keep_owner_out(item, mode)
+        descriptor = item.descriptor
+        if descriptor >= 0:
+            item.descriptor = -1
+            self._kept -= 1
+            self._root.close_file(descriptor)
+
+    def _keep_owner_out(self, item: Temporary, mode: int) -> None:
+        """Give it the mode that lets its owner not read it: durably, because what is under its final name is taken for
+        finished."""
         if item.descriptor < 0:
             item.descriptor = item.job.group.handle.open_temporary(item.name)
             self._kept += 1

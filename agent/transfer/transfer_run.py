@@ -75,7 +75,7 @@ class TransferRun:
         self.session = session
         self.resumed = resumed
         self._temporary_serials = itertools.count(1)
-        self._run_tag = os.urandom(3).hex().encode()
+        self._temporary_names = context.temporary_prefix + os.urandom(3).hex().encode()
         # Of earlier runs, whichever of its folders and items they are of: several may lead to one folder.
         self._parts = context.journal.all_partial_temporaries() if resumed else frozenset()
         self._groups: set[Group] = set()
@@ -131,7 +131,7 @@ class TransferRun:
                 self.fetcher,
                 self.settle,
                 self,
-                names=context.temporary_prefix + self._run_tag,
+                names=self._temporary_names,
                 mode_mask=context.mode_mask,
                 preserve_timestamp=self.options.preserve_timestamp,
             )
@@ -307,12 +307,12 @@ class TransferRun:
 
     def temporary_name(self) -> bytes:
         """A new reserved name. Called from several threads; a counter gives no number twice."""
-        return b"%s%s%x" % (self.context.temporary_prefix, self._run_tag, next(self._temporary_serials))
+        return b"%s%x" % (self._temporary_names, next(self._temporary_serials))
 
     def sweep(self, handle: Directory) -> None:
         """Remove what earlier runs have left in a folder; called in other threads."""
         prefix = self.context.temporary_prefix
-        sweep_temporaries(handle, prefix, self._parts, own=prefix + self._run_tag)
+        sweep_temporaries(handle, prefix, self._parts, own=self._temporary_names)
 
     # --- for the planners -------------------------------------------------------------------------------
 
