@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
 
+import msgspec
+
 from agent.storage.base import Directory
 from agent.transfer.compare import SMALL_FILE, Decision, block_count
 from agent.transfer.journal import Place
@@ -109,8 +111,7 @@ class Group:
         return self.listed and self.settled >= self.planned
 
 
-@dataclass(slots=True, eq=False)
-class FileJob:
+class FileJob(msgspec.Struct, eq=False):
     """One file to bring over. ``source_name`` is relative to ``group.source``, ``name`` to the group's destination."""
 
     group: Group

@@ -148,14 +148,24 @@ class DirectoryPlanner:
         """Decide about some rows. Folders are made here, everything else is left to others. Raises OSError."""
         planned = Planned()
         losers = self._losers(rows) if self.folds else {}
+        rules, follow = self._options.filter_rules, self._options.recursive_symlinks == "copy"
+        # Where nothing is, there is nothing to decide about a file: what most files of large trees come to.
+        plain = self._fresh and not losers and not self._options.preserve_hard_links
+        group, item = self.group, self._row.item
         for row in rows:
-            if is_reserved(check_component_untrusted(row.name)):
+            name = row.name
+            if is_reserved(check_component_untrusted(name)):
                 # Our own sources never list these; what another one calls so must not pass for a temporary.
                 raise ProtocolError("The source lists a reserved name.", code="ILLEGAL_NAME")
             if self._names is not None:
-                self._names.add(row.name)
-            if included(self._options.filter_rules, row.name, row.kind == DIRECTORY):
-                self._plan_row(row, planned, losers.get(row.name))
+                self._names.add(name)
+            if rules and not included(rules, name, row.kind == DIRECTORY):
+                continue
+            if plain and row.kind == FILE:
+                group.counts.add_file(row)
+                planned.copies.append(FileJob(group, item, row, name, name, follow))
+            else:
+                self._plan_row(row, planned, losers.get(name))
         self._journal.add_directories(planned.directories)
         self.group.planned += len(planned.copies) + len(planned.comparisons)
         self.group.planned += len(planned.links) + len(planned.failures) + len(planned.shared)

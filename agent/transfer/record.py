@@ -8,6 +8,7 @@ from operator import attrgetter
 
 import msgspec
 
+from agent.transfer.compare import SMALL_FILE
 from agent.transfer.jobs import Counts, FileJob, Group, LargeFile, Outcome
 from agent.transfer.journal import (
     BARE,
@@ -21,6 +22,7 @@ from agent.transfer.journal import (
     HardLinkRow,
     Journal,
     PartialRow,
+    Place,
     bytes_done,
 )
 from agent.transfer.manifest import ManifestWriter, SkippedRow, TransferredRow
@@ -92,6 +94,7 @@ class Record:
         that are settled by that."""
         rows = []
         settled = 0
+        verify, group, source, destination = self._verify, None, b"", b""
         for job, checksum in done:
             counts, size = job.group.counts, job.row.size
             counts.files_transferred += 1
@@ -99,18 +102,24 @@ class Record:
                 counts.hard_links_kept += 1
                 rows.append(TransferredRow(job.source_path, job.destination_path, size))
                 continue
-            self._note_place(job)
+            if job.group is not group:
+                # Files of one folder mostly come one after the other.
+                group = job.group
+                source = group.source + b"/" if group.source else b""
+                destination = group.destination + b"/" if group.destination else b""
+            if job.place is not None:
+                self._note_place(job, job.place)
             counts.bytes_transferred += size
             if job.attributes_left_out:
                 counts.xattrs_left_out += 1
             if job.list_fate:
                 counts.add_list(job.list_fate)
-            if self._verify:
+            if verify:
                 counts.bytes_checksummed += size
-            if job.small:
+            if size <= SMALL_FILE:
                 settled += size
             algorithm = (job.algorithm or "MD5") if checksum else None
-            rows.append(TransferredRow(job.source_path, job.destination_path, size, checksum, algorithm))
+            rows.append(TransferredRow(source + job.source_name, destination + job.name, size, checksum, algorithm))
         for job in linked:
             job.group.counts.symlinks_transferred += 1
             rows.append(TransferredRow(job.source_path, job.destination_path, 0))
@@ -125,7 +134,8 @@ class Record:
             if error is None:
                 job.group.counts.files_skipped += 1
                 job.group.counts.hard_links_kept += job.linked
-                self._note_place(job)
+                if job.place is not None:
+                    self._note_place(job, job.place)
                 continue
             if outcome.skipped:
                 job.group.counts.skipped_errors += 1
@@ -134,11 +144,10 @@ class Record:
             rows.append(skipped_row(job, error, self._now()))
         self._append(self._skipped, rows)
 
-    def _note_place(self, job: FileJob) -> None:
+    def _note_place(self, job: FileJob, place: Place) -> None:
         """Remember what a file with several names became, for the other ones."""
-        if job.place is not None:
-            row = HardLinkRow(job.row.version, job.destination_path, job.place)
-            self.journal.put_hard_link((job.row.device, job.row.inode), row)
+        row = HardLinkRow(job.row.version, job.destination_path, place)
+        self.journal.put_hard_link((job.row.device, job.row.inode), row)
 
     def _append(self, manifest: ManifestWriter, rows: list[TransferredRow] | list[SkippedRow]) -> None:
         if rows:
