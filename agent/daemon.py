@@ -44,7 +44,7 @@ from agent.update.service import UpdateService
 from agent.watch.service import WatchService
 from agent.watch.submitter import CommandSubmitter
 from protocol.control import ARRANGED, MEETS, TUNNELLED, RelayHello
-from protocol.errors import ItemFailed, RetryLater
+from protocol.errors import RetryLater
 from protocol.link import HelloFields
 
 logger = logging.getLogger("towpath.agent")
@@ -336,10 +336,7 @@ class Daemon:
         except OSError as error:
             raise RetryLater(f"The pause could not be remembered: {error}.") from error
         self._policy.paused = paused
-        for task in self._tasks.tasks():
-            # One that is closed meanwhile must not keep the others from it.
-            with contextlib.suppress(ItemFailed):
-                await (self._tasks.pause_task(task.task_id) if paused else self._tasks.resume_task(task.task_id))
+        await self._tasks.pause_changed()
         if paused:
             # Sessions that others have with this machine as their source end; new ones are refused by the policy.
             await self._tasks.owner_changed({collection.id for collection in self._policy.collections})

@@ -322,9 +322,6 @@ class LinkApp:
         if order.desired == "run":
             self._policy.check(order.destination.collection_id, (), "rw")
         observed = await self._tasks.put_task(order)
-        if self._policy.paused and order.desired == "run":
-            await self._tasks.pause_task(order.task_id)
-            observed = self._tasks.get_task(order.task_id)
         return _answer(observed, 202)
 
     async def _list_tasks(self, _request: Request) -> Response:

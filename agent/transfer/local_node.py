@@ -82,11 +82,16 @@ class LocalNode:
             spare=config.limits.spare_worker, processes=session_processes(config.limits.workers_per_session)
         )
         # All tasks wait for the moment (on battery, for example); nothing of this is remembered.
-        self.suspended = False
+        self.holds_back = False
         # Set when the first lane has got its connection since the start.
         self.lane_begun = trio.Event()
         # Set, and replaced by a new one, at every change of what decides whose turn it is.
         self.change = trio.Event()
+
+    @property
+    def suspended(self) -> bool:
+        """Whether all tasks wait: their owner has paused this machine, or it holds back."""
+        return self.holds_back or self.policy.paused
 
     def turn_changed(self) -> None:
         """A task came, ended, began to wait or goes on: others may have its turn, or must wait for theirs."""

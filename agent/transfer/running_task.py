@@ -94,7 +94,8 @@ class RunningTask:
         self._node = node
         self.order = stored.order
         self.observed = stored.observed
-        self.held = stored.held
+        # The owner holds this task up; and whether that may be since all were held up together.
+        self.held, self.held_with_all = stored.held, stored.held_with_all
         self.running = False
         self._log = TaskLog(begun=stored.observed.state != "QUEUED")
         self.name_claim()
@@ -215,7 +216,7 @@ class RunningTask:
 
     async def hold(self, *, held: bool) -> None:
         """The owner holds the task up or lets it go on."""
-        self.held = held
+        self.held, self.held_with_all = held, False
         await self._tell_worker()
 
     async def suspension_changed(self) -> None:

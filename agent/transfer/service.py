@@ -11,7 +11,7 @@ import shutil
 import socket
 import time
 from collections.abc import Collection, Sequence
-from contextlib import AbstractAsyncContextManager, closing
+from contextlib import AbstractAsyncContextManager, closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -287,9 +287,21 @@ class TransferService:
         self._node.turn_changed()
 
     async def suspend(self, *, suspended: bool) -> None:
-        """Have all tasks wait, settled, or go on."""
-        self._node.suspended = suspended
-        for task in self._tasks.values():
+        """Have all tasks wait, settled, for the moment, or go on."""
+        self._node.holds_back = suspended
+        await self._suspension_changed()
+
+    async def pause_changed(self) -> None:
+        """The owner has paused this machine, or lets it go on (`Policy.paused`): tasks that were paused one by one stay
+        so. Versions of before marked all tasks then, and nothing says which of them for which reason: they go on."""
+        if not self._node.policy.paused:
+            for task in [task for task in self._tasks.values() if task.held_with_all]:
+                with suppress(ItemFailed):
+                    await self._hold(task.order.task_id, held=False)
+        await self._suspension_changed()
+
+    async def _suspension_changed(self) -> None:
+        for task in list(self._tasks.values()):
             await task.suspension_changed()
         self._node.turn_changed()
 

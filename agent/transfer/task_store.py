@@ -30,6 +30,9 @@ CREATE UNIQUE INDEX IF NOT EXISTS events_of_worker ON events (task, worker_seq) 
 CREATE TABLE IF NOT EXISTS sessions (id TEXT PRIMARY KEY, body BLOB NOT NULL, expires REAL NOT NULL) STRICT;
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
 """
+# Values of `tasks.held` but 0: the owner holds this one up; or did so in a version that marked all tasks when the whole
+# machine was paused.
+_HELD, _HELD_BEFORE = 2, 1
 # Of the tables above; what a later version makes of them is not for this one to guess.
 VERSION = 1
 
@@ -42,6 +45,8 @@ class StoredTask:
     observed: TaskObserved
     answer: SessionAnswer | None
     held: bool
+    # A version of before held it up, alone or with all others.
+    held_with_all: bool = False
 
 
 class TaskStore:
@@ -133,6 +138,7 @@ class TaskStore:
                 msgspec.msgpack.decode(observed, type=TaskObserved),
                 None if answer is None else msgspec.msgpack.decode(answer, type=SessionAnswer),
                 bool(held),
+                held == _HELD_BEFORE,
             )
             for body, observed, answer, held in rows
         ]
@@ -161,7 +167,7 @@ class TaskStore:
     def put_held(self, task_id: str, *, held: bool) -> None:
         """Remember that the owner of this machine holds the task up, or does so no longer."""
         with self._using():
-            self._connection.execute("UPDATE tasks SET held = ? WHERE id = ?", (int(held), task_id))
+            self._connection.execute("UPDATE tasks SET held = ? WHERE id = ?", (_HELD if held else 0, task_id))
 
     def remove(self, task_id: str) -> None:
         """Forget a closed task with all of its lines; their numbers are never given again."""
