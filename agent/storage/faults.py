@@ -11,7 +11,7 @@ from agent.storage.disks import DISK_REPLACED, DiskAway
 from agent.storage.own_files import AgentsOwn, HoldsOwn
 from agent.storage.reach import LeavesCollection, LeavesReach
 from protocol.errors import ItemFailed, NeedsPerson, RetryLater, TowpathError, Who
-from protocol.names import CollectionPath, escape, format_path
+from protocol.names import CollectionPath, format_path
 from protocol.threads import NoThread
 
 # The part this storage plays; empty for operations (ls, mkdir, rename) that concern one collection only.
@@ -69,14 +69,15 @@ _CREDENTIALS = frozenset(
 )
 
 
-def fault(error: OSError, side: Side, path: CollectionPath | bytes | str) -> TowpathError:
+def fault(error: OSError, side: Side, path: CollectionPath | bytes | str, *, alone: bool = False) -> TowpathError:
     """The project's error for one of the system's.
 
-    ``path`` is the collection path the operation was about, or a name (bytes, escaped here), or text that is escaped
-    already; empty for the collection as a whole. The result is to be raised or reported, ``from`` the error.
+    ``path`` is the collection path the operation was about, also as its joined bytes, or text that is escaped already;
+    empty for the collection as a whole. ``alone``: there is no other side, so that this one need not be named. The
+    result is to be raised or reported, ``from`` the error.
     """
     subject = _subject(path)
-    what = f"{subject[:_SHOWN]}{f' at the {side}' if side else ''}"
+    what = f"{subject[:_SHOWN]}{f' at the {side}' if side and not alone else ''}"
     who = _owner(side)
     number = error.errno or 0
     if isinstance(error, NoThread):
@@ -140,7 +141,7 @@ def _subject(path: CollectionPath | bytes | str) -> str:
     if isinstance(path, tuple):
         return format_path(path)
     if isinstance(path, bytes):
-        return escape(path) or "The collection"
+        return format_path(tuple(path.split(b"/"))) if path else "The collection"
     return path or "The collection"
 
 

@@ -15,12 +15,13 @@ from agent.storage.faults import fault
 from agent.storage.own_files import HoldsOwn
 from agent.transfer.journal import Journal
 from agent.transfer.manifest import ManifestWriter, SkippedRow
+from agent.transfer.patience import named
 from agent.transfer.plan import now_iso
 from agent.transfer.remove import Removal, Stopped
 from protocol.control import Counters, TaskItem, TaskOptions
 from protocol.errors import ItemFailed, NeedsPerson, ProtocolError, RetryLater, TowpathError
 from protocol.names import parse_path_untrusted
-from protocol.session import join_path
+from protocol.session import DIRECTORY, join_path
 
 
 class DeleteRun:
@@ -89,7 +90,7 @@ class DeleteRun:
                 raise ItemFailed("The root of a collection cannot be deleted.", code="PERMISSION_DENIED", who="you")
             self._remove(path, missing_is_fine=begun or self._options.ignore_missing)
         except OSError as error:
-            self._fail(item, fault(error, "destination", item.source_path))
+            self._fail(item, fault(error, "destination", item.source_path, alone=True))
         except ProtocolError as error:
             self._fail(item, ItemFailed(error.sentence, code="ILLEGAL_NAME", who="you"))
         except ItemFailed as error:
@@ -137,11 +138,12 @@ class DeleteRun:
     def _fail(self, item: TaskItem, error: TowpathError) -> None:
         if isinstance(error, RetryLater | NeedsPerson):
             raise error
-        self._on_fault(error)
+        self._on_fault(named(error, item.source_path))
         self.failed += 1
         path = item.source_path
         try:
             raw = join_path(parse_path_untrusted(path))
         except ProtocolError:
             raw = path.encode("utf-8", "replace")
-        self._skipped.append([SkippedRow(raw, b"", -1, error.code, error.sentence, now_iso())])
+        kind = DIRECTORY if error.code == "IS_A_DIRECTORY" else -1
+        self._skipped.append([SkippedRow(raw, b"", kind, error.code, error.sentence, now_iso())])

@@ -46,6 +46,15 @@ def counted(error: TowpathError, attempt: int) -> TowpathError:
     return told
 
 
+def named(error: TowpathError, path: str) -> TowpathError:
+    """The error as an event tells it, which stands alone: with the path it is about, where it has none."""
+    if error.subject or not path:
+        return error
+    told = copy.copy(error)
+    told.subject, told.sentence = path, f"{path}: {error.sentence}"
+    return told
+
+
 def pause(attempt: int) -> float:
     """Seconds before the next attempt after the n-th (from 1)."""
     return min(FIRST_PAUSE * 4.0 ** min(attempt - 1, 10), LONGEST_PAUSE)

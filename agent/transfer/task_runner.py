@@ -77,6 +77,8 @@ class TaskRunner:
         self._counters = Counters()
         self._state: TaskState = "ACTIVE"
         self._status: TowpathError | None = None
+        # The code of what somebody has to mend, once it was told, and how much had arrived then.
+        self._told = ("", -1)
         self._events: EventLog | None = None
         self._journal: Journal
         self._token = trio.lowlevel.current_trio_token()
@@ -388,8 +390,18 @@ class TaskRunner:
             # What concerns no side by name concerns this one: its root, its state.
             error.who = "destination owner"
         if self._status is None or self._status.code != error.code:
-            self._fault(error)
+            self._tell_trouble(error)
         self._status = error
+
+    def _tell_trouble(self, error: TowpathError) -> None:
+        """One event, also of what is looked at again and again until somebody mends it: the next one when more has
+        arrived meanwhile, or for something else."""
+        arrived = self._counters.bytes_transferred
+        if isinstance(error, NeedsPerson):
+            if self._told[0] == error.code and arrived <= self._told[1]:
+                return
+            self._told = (error.code, arrived)
+        self._fault(error)
 
     def _finish(self) -> TaskObserved:
         failed = self._counters.failed

@@ -34,12 +34,13 @@ from agent.transfer.lane_arrivals import RemoteArrivals
 from agent.transfer.lanes import Lanes, OpenLane
 from agent.transfer.large_files import LargeFiles
 from agent.transfer.mirror import Mirror
-from agent.transfer.patience import counted
+from agent.transfer.patience import counted, named
 from agent.transfer.plan import (
     count_finished,
     now_iso,
     remove_left_behind,
     set_directory_times,
+    split_path,
     sweep_temporaries,
 )
 from agent.transfer.record import add_counts
@@ -50,6 +51,7 @@ from agent.transfer.source_session import SessionLost, SourceSession
 from agent.transfer.stopping import call_on_cancel, first_error, first_system_error, run_in_thread
 from protocol.control import Counters, Flow
 from protocol.errors import TowpathError
+from protocol.names import format_path
 from protocol.session import LANE_READINGS, MAX_PACK_FILES, LaneReadings, join_path
 
 # Directories (and their handles) being worked on at once.
@@ -288,9 +290,9 @@ class TransferRun:
             nursery.cancel_scope.cancel()
 
     def _close_groups(self) -> None:
+        # What was counted in them still counts.
         for group in self._groups:
             group.handle.close()
-        self._groups.clear()
 
     def counters(self) -> Counters:
         """The task's counters now; never more than what is true."""
@@ -427,7 +429,7 @@ class TransferRun:
         at_source = error.code in SKIPPABLE and error.who != "destination owner"
         may_skip = self.options.skip_source_errors and at_source
         error = counted(error, job.attempts)
-        self.context.on_fault(error)
+        self.context.on_fault(named(error, format_path(split_path(job.source_path))))
         self.settle.put(Outcome(job, error.to_document(), skipped=may_skip, discard=discard))
 
     # --- reports from threads --------------------------------------------------------------------------

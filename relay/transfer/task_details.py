@@ -58,11 +58,13 @@ async def _page(
     if task.attempted:
         page = await _ask(links, task, worker, kind, marker, limit)
     list_type, data_type = _NAMES[kind]
+    # A delete goes nowhere.
+    beside = {"destination_path": None} if task.type == "DELETE" else {}
     return {
         "DATA_TYPE": list_type,
         "marker": marker,
         "next_marker": page.next_marker,
-        "DATA": [{"DATA_TYPE": data_type, **_row(row, row_type)} for row in page.rows],
+        "DATA": [{"DATA_TYPE": data_type, **_row(row, row_type), **beside} for row in page.rows],
     }
 
 

@@ -135,7 +135,7 @@ async def test_a_list_that_can_never_be_read_costs_its_file_or_folder(
     assert calls == ATTEMPTS[PASSING[code]]
     told = [event.details for event in engine.events if event.code == PASSING[code]]
     subject = "folder" if broken == "folder" else f"folder/{broken}"
-    assert told and all(details.startswith(f"{subject} at the source ") for details in told), told
+    assert told and all(details.startswith(f"/{subject} at the source ") for details in told), told
 
 
 async def test_of_many_that_cannot_be_read_few_wait_at_once(quick_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,14 +18,25 @@ from agent.storage.base import Root
 from agent.storage.faulty import Call, fail_nth
 from agent.storage.mounts import Mark
 from agent.storage.posix import open_root
+from agent.transfer.manifest import SkippedRow, read_page
 from agent.transfer.remove import Removal
-from protocol.control import TaskItem, TaskOptions
-from tests.agent.engine_inside import Engine, contents, quick_path, when
+from protocol.control import TaskItem, TaskObserved, TaskOptions
+from protocol.session import DIRECTORY
+from tests.agent.engine_inside import Engine, Line, contents, quick_path, when
 from tests.agent.small_disks import memory_disk, needs_root
 
 __all__ = ["quick_path"]
 
 MIB = 1024 * 1024
+
+
+def fill(ballast: Path) -> None:
+    """Leave no room on a disk."""
+    descriptor = os.open(ballast, os.O_CREAT | os.O_WRONLY)
+    with pytest.raises(OSError, match="space"):
+        while True:
+            os.write(descriptor, bytes(4096))
+    os.close(descriptor)
 
 
 # --- full disks ------------------------------------------------------------------------------------------
@@ -47,17 +58,35 @@ async def test_a_full_disk_is_said_and_got_over(tmp_path: Path) -> None:
 
 
 @needs_root
+async def test_a_disk_that_stays_full_is_told_once_and_with_what_there_is_to_do(tmp_path: Path) -> None:
+    """The task looks again every few seconds; nobody needs to hear of each look. And the first attempt, which met the
+    full disk at once, has counted what it found."""
+    with memory_disk(tmp_path / "destination", 16):
+        ballast = tmp_path / "destination" / "ballast"
+
+        def make_room(line: Line, _: TaskObserved) -> None:
+            looks = sum(report.status_code == "NO_SPACE" for report in line.engine.reports)
+            if looks > 3 and line.engine.sessions > 8:
+                ballast.unlink(missing_ok=True)
+
+        engine = Engine(tmp_path, on_report=make_room)
+        (engine.source / "large").write_bytes(os.urandom(6 * MIB))
+        fill(ballast)
+        observed = await engine.run()
+        assert observed.state == "SUCCEEDED", observed
+        assert 1 <= engine.codes().count("NO_SPACE") <= 3
+        held = [report.counters for report in engine.reports if report.status_code == "NO_SPACE"]
+        assert max((counters.files, counters.bytes_total) for counters in held) == (1, 6 * MIB)
+
+
+@needs_root
 async def test_a_full_state_directory_is_said_and_got_over(tmp_path: Path) -> None:
     with memory_disk(tmp_path / "state", 1):
         ballast = tmp_path / "state" / "ballast"
         engine = Engine(tmp_path, on_report=when("NO_SPACE", lambda: ballast.unlink(missing_ok=True)))
         for number in range(300):
             (engine.source / f"{number:0200}").write_bytes(b"x")
-        descriptor = os.open(ballast, os.O_CREAT | os.O_WRONLY)
-        with pytest.raises(OSError, match="space"):
-            while True:
-                os.write(descriptor, bytes(4096))
-        os.close(descriptor)
+        fill(ballast)
         observed = await engine.run()
         assert observed.state == "SUCCEEDED", observed
         assert "NO_SPACE" in {report.status_code for report in engine.reports}
@@ -424,3 +453,23 @@ async def test_orphans_are_nobodys_extras(quick_path: Path, monkeypatch: pytest.
     assert (observed.counters.deleted, observed.counters.files) == (1, 1)
     assert contents(engine.destination) == {"file": b"content"}
     print(f"orphans collected: {len(orphans)}, counted as deleted: {observed.counters.deleted}, the extra alone")
+
+
+async def test_events_say_which_item_they_are_about(quick_path: Path) -> None:
+    engine = Engine(quick_path)
+    os.mkfifo(engine.source / "pipe")
+    await engine.run()
+    (told,) = [event.details for event in engine.events if event.code == "UNSUPPORTED_TYPE"]
+    assert told.startswith("/pipe: This is a device, pipe or socket")
+
+
+async def test_a_delete_says_what_it_could_not_delete_and_names_no_other_side(quick_path: Path) -> None:
+    items = [TaskItem(source_path="/folder"), TaskItem(source_path="/missing")]
+    engine = Engine(quick_path, TaskOptions(recursive=False), items, type="DELETE")
+    (engine.destination / "folder").mkdir()
+    await engine.run()
+    told = {event.code: event.details for event in engine.events}
+    assert told["IS_A_DIRECTORY"] == "/folder: This is a folder; it is deleted only with --recursive. (you)"
+    assert told["FILE_NOT_FOUND"] == "/missing does not exist. (destination owner)"
+    rows = read_page(engine.state / "skipped.manifest", SkippedRow, None, 10, complete=True).rows
+    assert [(row.source, row.kind) for row in rows] == [(b"folder", DIRECTORY), (b"missing", -1)]

@@ -66,7 +66,7 @@ def test_sides_and_operations() -> None:
     assert fault(missing, "source", (b"f",)).code == "FILE_NOT_FOUND"
     denied = PermissionError(errno.EACCES, "x")
     assert fault(denied, "source", b"f\n").who == "source owner"
-    assert fault(denied, "source", b"f\n").subject == "f␛0A"
+    assert fault(denied, "source", b"a/f\n").subject == "/a/f␛0A"
     assert fault(denied, "", "/already/␛0A").subject == "/already/␛0A"
     assert "The collection" in fault(denied, "", b"").sentence
 

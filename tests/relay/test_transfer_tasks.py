@@ -172,6 +172,15 @@ async def test_details_of_a_task_that_no_agent_has_are_empty_and_of_a_delete_ref
     await pair.alice.refused("GET", f"/task/{delete}/successful_transfers", 400, "ClientError.BadRequest")
 
 
+async def test_what_a_delete_left_out_has_no_destination(pair: Pair) -> None:
+    task_id = (await pair.alice.post("/delete", delete_document(pair.b), status=202))["task_id"]
+    await until(lambda: task_id in pair.destination.tasks)
+    row = {"error_code": "FILE_NOT_FOUND", "error_details": "no", "error_time": "2027-01-15T08:00:00+00:00"}
+    pair.destination.pages["skipped"] = [{"source_path": "/x", "destination_path": "/", **row}]
+    (shown,) = (await pair.alice.get(f"/task/{task_id}/skipped_errors"))["DATA"]
+    assert (shown["source_path"], shown["destination_path"]) == ("/x", None)
+
+
 async def test_cancel_in_its_three_ways(pair: Pair) -> None:
     pair.relay.registry.down(pair.destination)
     never_sent = await pair.relay.transfer(pair.alice, pair.a, pair.b)
