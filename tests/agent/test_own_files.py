@@ -154,6 +154,35 @@ def test_nothing_is_put_in_their_place_and_the_way_to_them_stays(home: Path, roo
     assert (home / "conf/new").exists()
 
 
+def test_nothing_is_done_with_them_as_if_they_were_not_there(home: Path, root: Root) -> None:
+    """A second name would show a file everywhere; and one that is no folder must not be told from one that is not."""
+    file = home / "conf/agent.yaml"
+    file.chmod(0o600)
+    os.utime(file, (1, 1))
+    before = file.stat()
+    with root.open_directory((b"conf",)) as conf, root.open_directory((b"work",)) as work:
+        for call in (
+            lambda: conf.link(b"agent.yaml", b"second"),
+            lambda: conf.link(b"agent.yaml", b"second", work),
+            lambda: conf.open_directory(b"agent.yaml"),
+            lambda: conf.open_directory(b"agent.yaml", follow=True),
+            lambda: conf.open_temporary(b"agent.yaml"),
+            lambda: conf.set_times(b"agent.yaml", 10**18),
+            lambda: conf.set_times(b"agent.yaml", 10**18, follow=True),
+            lambda: conf.set_mode(b"agent.yaml", 0o666),
+            lambda: conf.readlink(b"agent.yaml"),
+            lambda: conf.open_read(b"agent.yaml", follow=True),
+            lambda: conf.rmdir(b"agent.yaml"),
+            lambda: conf.unlink(b"agent.yaml"),
+        ):
+            with pytest.raises(FileNotFoundError):
+                call()
+    after = file.stat()
+    assert [(found.st_mode, found.st_mtime_ns, found.st_nlink) for found in (before, after)] == [
+        (0o100600, 10**9, 1)
+    ] * 2
+
+
 @pytest.mark.parametrize(
     "path",
     [(b"conf", b"agent.overlay.yaml"), (b"conf", b"more"), (b"nowhere", b"else"), (b"nowhere", b"else", b"below")],

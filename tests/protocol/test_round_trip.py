@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import socket
 import struct
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
-from protocol.congestion import leave_bbr, tcp_facts, tune_sender
+from protocol.congestion import TcpFacts, leave_bbr, round_trip_time, tcp_facts, tune_sender
 from protocol.round_trip import dialled_round_trip
 
 pytestmark = pytest.mark.skipif(not hasattr(socket, "TCP_INFO"), reason="this system tells nothing of its connections")
@@ -29,6 +29,9 @@ class Told:
     since: int = 0
     length: int = 256
     standard: bytes = b"cubic"
+    # Microseconds that it had something to send, and that the other side took nothing more.
+    busy: int = 0
+    window: int = 0
     chosen: list[bytes] = field(default_factory=list)
 
     def getsockopt(self, _level: int, option: int, size: int) -> bytes:
@@ -38,6 +41,7 @@ class Told:
         rows = {56: self.since, 68: self.rtt, 100: self.again, 136: self.sent, 140: self.came, 148: self.least}
         for offset, value in {**rows, 156: self.data, 192: self.delivered}.items():
             struct.pack_into("=I", info, offset, value)
+        struct.pack_into("=QQ", info, 168, self.busy, self.window)
         return bytes(info[: min(size, self.length)])
 
     def setsockopt(self, _level: int, _option: int, value: bytes) -> None:
@@ -109,6 +113,36 @@ def test_all_other_senders_on_long_paths_do(least: int, extra: int, samples: int
     assert sender.chosen == [b"bbr"]
 
 
+@pytest.mark.parametrize(("rtt", "chosen"), [(2_999, b"cubic"), (3_000, b"bbr")])
+def test_short_paths_keep_a_control_that_goes_by_loss(rtt: int, chosen: bytes) -> None:
+    sender = Told(rtt, rtt)
+    tune_sender(sender)
+    assert sender.chosen == [chosen]
+    # Where that may not be chosen, what the system gave stays.
+    strict = Told(rtt, rtt, allowed=(b"reno",))
+    tune_sender(strict)
+    assert strict.chosen == []
+    # What was not measured yet is no path of no length.
+    fresh = Told(0, 0)
+    tune_sender(fresh)
+    assert fresh.chosen == []
+
+
+def test_what_the_kernel_tells_of_a_connection() -> None:
+    told = Told(100_000, 90_000, again=7, data=3, delivered=3, busy=2_500_000, window=500_000)
+    assert tcp_facts(told) == TcpFacts(0.1, 7, 2.5, 0.5, 0.09, None)
+    assert round_trip_time(told) == 0.1
+    # A kernel that does not count deliveries tells the rest; an older one the round trip alone.
+    assert tcp_facts(replace(told, length=195)) == TcpFacts(0.1, 7, 2.5, 0.5, 0.09, None)
+    assert tcp_facts(replace(told, length=184)) == TcpFacts(0.1, 7, 2.5, 0.5, 0.09, None)
+    assert tcp_facts(replace(told, length=183)) == TcpFacts(0.1)
+    crossed = tcp_facts(replace(told, delivered=5, length=196))
+    assert crossed is not None
+    assert crossed.at_least == pytest.approx(0.1203, rel=1e-3)
+    assert tcp_facts(replace(told, length=71)) is None
+    assert tcp_facts(Told(0, 0)) == TcpFacts(None, 0, 0.0, 0.0, None, None)
+
+
 @pytest.mark.parametrize("length", [72, 104, 150, 180, 190])
 def test_kernels_that_tell_less_are_believed(length: int) -> None:
     sender = Told(20_000, 1_000, sent=3, came=2, data=1, delivered=3, length=length)
@@ -121,6 +155,8 @@ def test_a_fresh_connection_leaves_a_bbr_that_believes_too_little() -> None:
     for standard, least, chosen in [
         (b"bbr", 20_000, [b"cubic"]),
         (b"bbr", 50_000, []),
+        # Nothing is known of it yet.
+        (b"bbr", 0, []),
         (b"cubic", 20_000, []),
     ]:
         fresh = Told(least, least, sent=3, came=2, delivered=2, standard=standard)
