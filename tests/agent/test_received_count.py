@@ -6,6 +6,7 @@ import errno
 import os
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,40 @@ def test_a_disk_that_fills_up_costs_the_count_and_nothing_else(tmp_path: Path, m
     counter.add(1)
     counter.close()
     assert ReceivedCounter(tmp_path / "received").value == 8
+
+
+@pytest.mark.parametrize(
+    ("file_system", "written"),
+    [
+        ("tmpfs", False),
+        ("ramfs", False),
+        ("ext4", False),
+        ("xfs", False),
+        ("btrfs", True),
+        ("zfs", True),
+        ("nfs4", True),
+    ],
+)
+def test_it_costs_a_call_only_where_a_page_of_memory_will_not_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file_system: str, written: bool
+) -> None:
+    monkeypatch.setattr(received, "file_system_of", lambda _: file_system)
+    with closing(ReceivedCounter(tmp_path / "received")) as counter:
+        calls: list[object] = []
+        write = os.pwrite
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "pwrite", lambda *arguments: calls.append(arguments) or write(*arguments))
+            counter.add(7)
+    assert len(calls) == written
+    assert (tmp_path / "received").stat().st_mode & 0o777 == 0o600
+    with closing(ReceivedCounter(tmp_path / "received")) as counter:
+        assert counter.value == 7
+
+
+def test_a_count_that_was_not_written_whole_is_no_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "pwrite", lambda *_: 3)
+    with pytest.raises(OSError, match="space"):
+        ReceivedCounter(tmp_path / "received")
 
 
 @needs_root
