@@ -96,6 +96,7 @@ class NodeKey:
 
     @property
     def private_key_pem(self) -> bytes:
+        """The private key, as PEM; never to be logged."""
         return private_key_pem(self.private_key)
 
     def sign(self, data: bytes) -> bytes:

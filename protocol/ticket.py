@@ -122,6 +122,7 @@ class TicketSigner:
 
     @property
     def fingerprint(self) -> str:
+        """Of its public key."""
         return public_key_fingerprint(self._key.public_key())
 
     def sign_claims(self, claims: dict[str, Any]) -> str:

@@ -104,6 +104,7 @@ class RelayKeys:
 
     @property
     def root_path(self) -> Path:
+        """Where the private key of the root is kept."""
         return self._directory / "root.pem"
 
     def renew(self, now: float, *, key_life: float, ticket_life: float) -> bool:

@@ -66,6 +66,7 @@ def block_size(size: int) -> int:
 
 
 def block_count(size: int, block: int) -> int:
+    """How many blocks a file of so many bytes has; the last one may be shorter."""
     return -(-size // block)
 
 

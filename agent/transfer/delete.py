@@ -51,6 +51,7 @@ class DeleteRun:
         self._stop.set()
 
     def counters(self) -> Counters:
+        """What was removed and what failed so far; any thread may ask."""
         return Counters(
             files=len(self._items), deleted=self.deleted, failed=self.failed, scan_complete=True, skipped_errors=0
         )

@@ -212,6 +212,7 @@ class Fetcher:
 
     @property
     def lanes(self) -> int:
+        """How many lanes are open."""
         return len(self._lanes)
 
     def outstanding(self, number: int) -> list[Request]:
@@ -220,6 +221,7 @@ class Fetcher:
         return [] if lane is None else list(lane.outstanding.values())
 
     def add_lane(self, number: int, meter: Meter | None = None, elsewhere: Elsewhere | None = None) -> None:
+        """A lane is open: it takes part from now on."""
         lane = self._lanes[number] = LaneWork(number, speed=LaneSpeed(meter), elsewhere=elsewhere)
         self._adopt(lane)
         self._refuse(lane)

@@ -108,6 +108,7 @@ class Group:
 
     @property
     def complete(self) -> bool:
+        """Whether all of its jobs are settled and no more will come."""
         return self.listed and self.settled >= self.planned
 
 
@@ -144,14 +145,17 @@ class FileJob(msgspec.Struct, eq=False):
 
     @property
     def small(self) -> bool:
+        """Whether it is asked for whole, in a pack."""
         return self.row.size <= SMALL_FILE
 
     @property
     def source_path(self) -> bytes:
+        """Its path in the source's collection."""
         return self.group.source + b"/" + self.source_name if self.group.source else self.source_name
 
     @property
     def destination_path(self) -> bytes:
+        """Its path in the destination's collection."""
         return self.group.destination + b"/" + self.name if self.group.destination else self.name
 
     def mode(self, permitted: int) -> int:
@@ -177,6 +181,7 @@ class SharedName:
 
     @property
     def source(self) -> tuple[int, int]:
+        """Device and inode at the source, which all names of one file share."""
         return (self.job.row.device, self.job.row.inode)
 
 
@@ -213,10 +218,12 @@ class LargeFile:
 
     @property
     def count(self) -> int:
+        """How many blocks it has."""
         return block_count(self.job.row.size, self.block)
 
     @property
     def complete(self) -> bool:
+        """Whether every block is there and checked."""
         return self.done_count >= self.count
 
     def take_unchecked(self) -> dict[int, bytes]:
@@ -300,6 +307,7 @@ class RangeRequest:
 
     @property
     def size(self) -> int:
+        """In bytes."""
         return self.length
 
 

@@ -151,11 +151,13 @@ class Journal:
     # --- meta ------------------------------------------------------------------------------------------
 
     def get(self, key: str) -> bytes | None:
+        """One of the task's own values, None for one that was never put."""
         with self._using():
             row = self._connection.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
         return None if row is None else row[0]
 
     def put(self, key: str, value: bytes) -> None:
+        """Set one of the task's own values; durable with the next commit."""
         with self._using():
             self._connection.execute(
                 "INSERT OR REPLACE INTO meta VALUES (?1, ?2, crc_of('meta', ?1, ?2))", (key, value)
@@ -167,6 +169,7 @@ class Journal:
         return Counters() if value is None else msgspec.msgpack.decode(value, type=Counters)
 
     def put_counters(self, counters: Counters) -> None:
+        """What the task has done so far; durable with the next commit."""
         self.put("counters", msgspec.msgpack.encode(counters))
 
     def lengths(self) -> tuple[int, int]:
@@ -175,6 +178,7 @@ class Journal:
         return (0, 0) if value is None else msgspec.msgpack.decode(value, type=tuple[int, int])
 
     def put_lengths(self, transferred: int, skipped: int) -> None:
+        """How long the two manifests are now, in bytes; durable with the next commit."""
         self.put("lengths", msgspec.msgpack.encode((transferred, skipped)))
 
     def left_behind(self) -> list[tuple[bytes, bytes]]:
@@ -422,6 +426,7 @@ class Journal:
     # --- events ----------------------------------------------------------------------------------------
 
     def last_event(self) -> int:
+        """The number of the newest event, 0 before there is one."""
         value = self.get("last_event")
         return 0 if value is None else int(value)
 

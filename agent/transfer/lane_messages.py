@@ -151,6 +151,8 @@ class Reading(msgspec.Struct, array_like=True, frozen=True):
 
 
 class LaneSecured(Message, tag="secured", frozen=True, kw_only=True):
+    """From a lane process: a lane's handshake is done."""
+
     lane: int
 
 
@@ -211,6 +213,8 @@ class RequestFailed(Message, tag="failed", frozen=True, kw_only=True):
 
 
 class Withdrawn(Message, tag="withdrawn", frozen=True, kw_only=True):
+    """From a lane process: a request that was given up is not worked on any more."""
+
     r: int
     lane: int
 
@@ -283,6 +287,7 @@ class PairEnd:
         self._incoming = MessageBuffer(ToLanes, MAX_MESSAGE)
 
     def fileno(self) -> int:
+        """For `select`."""
         return self._socket.fileno()
 
     def send(self, message: Message) -> None:

@@ -43,9 +43,11 @@ class ReceivedCounter:
 
     @property
     def value(self) -> int:
+        """Bytes received so far."""
         return self._value
 
     def add(self, size: int) -> None:
+        """Count so many bytes more."""
         with self._lock:
             self._put(self._value + size)
 

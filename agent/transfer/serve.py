@@ -157,6 +157,8 @@ class Control:
         self._scope.cancel()
 
     def add_lane(self, number: int, meter: LaneMeter) -> LaneQueue:
+        """A lane of this number is there: where it finds its work; an older one of the number ends. Raises
+        `ProtocolError` for one too many; any thread may call."""
         with self._joining:
             if number not in self._lanes and len(self._lanes) >= MAX_LANES:
                 raise ProtocolError("The session has too many lanes.")

@@ -260,11 +260,13 @@ class TaskStore:
     # --- odds ------------------------------------------------------------------------------------------
 
     def get(self, key: str) -> str | None:
+        """A value that belongs to no task, None for one that was never put."""
         with self._using():
             row = self._connection.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
         return None if row is None else row[0]
 
     def put(self, key: str, value: str) -> None:
+        """Set a value that belongs to no task."""
         with self._using():
             self._connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
 
