@@ -9,7 +9,7 @@ import re
 import string
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, timedelta, tzinfo
 from typing import Any
 
 import yaml
@@ -22,8 +22,6 @@ from protocol.names import escape
 Path = tuple[bytes, ...]
 
 FIELDS = ("name", "stem", "suffix", "path", "folder", "year", "month", "day", "hour", "minute", "rule", "host")
-# By how much clocks are ever changed at once, and some more.
-MOST_CHANGE = timedelta(hours=3)
 FEEDS_ITSELF = "The rule would take up again what it has brought: have its template begin with another folder."
 
 
@@ -126,21 +124,33 @@ def is_due(schedule: str, last: float, now: float) -> bool:
 
 
 def next_time(schedule: str, after: float) -> float:
-    """The first moment of a cron expression after a moment; local time."""
+    """The first moment of a cron expression after a moment; local time.
+
+    On days on which clocks are changed as cron does it (crontab(5) of Debian): a time in the hour that there is not
+    comes as soon as that would be over, one in the hour that comes twice comes once; tables for every hour or minute
+    go on as if nothing were.
+    """
     from cronsim import CronSim
 
-    start = datetime.fromtimestamp(after).astimezone()
-    moment: datetime = next(CronSim(schedule, start))
-    local = moment.astimezone()
-    if local.utcoffset() != start.utcoffset():
-        # Clocks are changed in between.
-        for changed in CronSim(schedule, start.astimezone(local.tzinfo)):
-            if changed - moment > MOST_CHANGE:
-                # What is in the hour that there is not comes as if they were not.
-                break
-            if changed.astimezone().utcoffset() == local.utcoffset():
-                return float(changed.timestamp())
-    return moment.timestamp()
+    start = datetime.fromtimestamp(after, _LocalTime())
+    # In the hour that comes again, its times have been.
+    return next(moment for found in CronSim(schedule, start) if (moment := found.timestamp()) > after)
+
+
+class _LocalTime(tzinfo):
+    """The time of this machine, with all changes of its clocks."""
+
+    def utcoffset(self, moment: datetime | None) -> timedelta | None:
+        return None if moment is None else moment.replace(tzinfo=None).astimezone().utcoffset()
+
+    def dst(self, moment: datetime | None) -> timedelta | None:
+        return None
+
+    def tzname(self, moment: datetime | None) -> str | None:
+        return None if moment is None else moment.replace(tzinfo=None).astimezone().tzname()
+
+    def fromutc(self, moment: datetime) -> datetime:
+        return datetime.fromtimestamp(moment.replace(tzinfo=UTC).timestamp()).replace(tzinfo=self)
 
 
 # --- kinds of values for the configuration ---------------------------------------------------------------------
