@@ -18,12 +18,16 @@ import msgspec
 
 from agent.state_files import pragmas
 from agent.storage.base import Version
+from agent.storage.folding import fold_key
 from agent.watch.rule import Path as RelativePath
 from agent.watch.rule import Seen
+from protocol.errors import RetryLater
 
 LEDGER_FILE = "watch.sqlite"
 MAX_BATCH = 1000
 KEEP_DONE = 90 * 86400.0
+# Files of one name that go to one place, or are moved into one folder.
+MAX_NAMESAKES = 10_000
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS handed (
@@ -36,6 +40,9 @@ CREATE TABLE IF NOT EXISTS batches (
 );
 CREATE INDEX IF NOT EXISTS batches_by_state ON batches (rule, state);
 CREATE TABLE IF NOT EXISTS runs (rule TEXT PRIMARY KEY, at REAL NOT NULL);
+CREATE TABLE IF NOT EXISTS places (
+    place BLOB PRIMARY KEY, source BLOB NOT NULL, gone INTEGER NOT NULL DEFAULT 0
+) WITHOUT ROWID;
 """
 
 
@@ -110,10 +117,15 @@ class Ledger:
         return rows
 
     @_alone
-    def hand_over(self, rule: str, items: Sequence[Item], now: float) -> None:
-        """Make batches of these files; from now on they are known."""
+    def hand_over(
+        self, rule: str, items: Sequence[Item], now: float, *, source: bytes = b"", collection: str = ""
+    ) -> list[Item]:
+        """Make batches of these files; from now on they are known. They come back with the destinations that they get:
+        one under which another file has gone has a number behind it. ``source`` names the folder that their paths
+        begin in, ``collection`` where they go. Raises `RetryLater` where there are too many of one name."""
         self._db.execute("BEGIN IMMEDIATE")
         try:
+            items = [self._placed(item, source, collection) for item in items]
             for start in range(0, len(items), MAX_BATCH):
                 part = list(items[start : start + MAX_BATCH])
                 self._db.execute(
@@ -128,6 +140,27 @@ class Ledger:
         except BaseException:
             self._db.execute("ROLLBACK")
             raise
+        return items
+
+    def _placed(self, item: Item, source: bytes, collection: str) -> Item:
+        """The item with a destination that is no other file's. A file that has changed goes where it went before; one
+        that came where another was deleted after its transfer is another one."""
+        source = source + b"/" + _key(item.path)
+        for number in range(MAX_NAMESAKES):
+            destination = f"{item.destination}.{number}" if number else item.destination
+            place = _place(collection, destination)
+            row = self._db.execute("SELECT source, gone FROM places WHERE place = ?", (place,)).fetchone()
+            if row is None:
+                self._db.execute("INSERT INTO places (place, source) VALUES (?, ?)", (place, source))
+            elif row != (source, 0):
+                continue
+            return msgspec.structs.replace(item, destination=destination)
+        raise RetryLater(f"More than {MAX_NAMESAKES} files would have the name {item.destination} at the destination.")
+
+    @_alone
+    def let_go(self, item: Item, collection: str) -> None:
+        """A file that has arrived is about to be deleted: what is there now is all there is of it."""
+        self._db.execute("UPDATE places SET gone = 1 WHERE place = ?", (_place(collection, item.destination),))
 
     @_alone
     def open_batches(self, rule: str) -> list[Batch]:
@@ -204,6 +237,11 @@ class Ledger:
 
 def _key(path: RelativePath) -> bytes:
     return b"/".join(path)
+
+
+def _place(collection: str, destination: str) -> bytes:
+    """One key for all spellings that may be one name at the destination."""
+    return collection.encode() + b"/" + b"/".join(fold_key(name.encode()) for name in destination.split("/") if name)
 
 
 def _batch(row: Sequence[object]) -> Batch:

@@ -26,7 +26,7 @@ from agent.config.keys import WatchConfig
 from agent.policy import Policy
 from agent.storage.base import Directory, Root
 from agent.system import notifications
-from agent.watch.ledger import LEDGER_FILE, Batch, Item, Ledger
+from agent.watch.ledger import LEDGER_FILE, MAX_NAMESAKES, Batch, Item, Ledger
 from agent.watch.rule import (
     FEEDS_ITSELF,
     Seen,
@@ -51,8 +51,8 @@ SOON = 0.5
 FIRST_RETRY = 30.0
 LAST_RETRY = 3600.0
 MAX_FILES = 200_000
-# Files of one name that are moved into one folder.
-MAX_NAMESAKES = 10_000
+# Files of which one look at a folder is told by name in the log.
+MOST_TOLD = 10
 
 
 class WatchService:
@@ -318,11 +318,27 @@ class RuleRunner:
         ]
         if items:
             logger.info("Watch %s: %d file(s) have settled.", self.rule.name, len(items))
-            self._ledger.hand_over(self.rule.name, items, now)
+            self._hand_over(items, now)
         # Not before: what could not be written down would wait for the next time in the table.
         if schedule is not None:
             self._ledger.ran(self.rule.name, now)
         self._forced = False
+
+    @property
+    def _sync_level(self) -> str | None:
+        """Where files are deleted here, that one of the same size or time is there is not enough."""
+        wanted = self.rule.sync_level
+        return "checksum" if wanted and self.rule.after == "delete" else wanted
+
+    def _hand_over(self, items: list[Item], now: float) -> None:
+        rule = self.rule
+        source = b"/".join((rule.collection.encode(), *self._folder))
+        placed = self._ledger.hand_over(rule.name, items, now, source=source, collection=rule.destination)
+        others = [after for before, after in zip(items, placed, strict=True) if before != after]
+        for item in others[:MOST_TOLD]:
+            logger.warning("Watch %s: another file has gone there before; this is %s.", rule.name, item.destination)
+        if len(others) > MOST_TOLD:
+            logger.warning("Watch %s: so it is with %d more.", rule.name, len(others) - MOST_TOLD)
 
     # --- submitting and following ------------------------------------------------------------------------------
 
@@ -348,7 +364,8 @@ class RuleRunner:
             now = self._clock()
             if batch.state != "new" or batch.next_try > now:
                 continue
-            options = ["--sync-level", self.rule.sync_level] if self.rule.sync_level else []
+            level = self._sync_level
+            options = ["--sync-level", level] if level else []
             try:
                 task = await self._submitter.submit(
                     batch, self.rule.collection, self.rule.folder, self.rule.destination, options
@@ -413,6 +430,8 @@ class RuleRunner:
                 # Changed since it was handed over: it will settle again and go once more.
                 return
             if self.rule.after == "delete":
+                # Before: whatever comes under its name from now on must not take its place.
+                self._ledger.let_go(item, self.rule.destination)
                 directory.unlink(name)
                 return
             target = (*parse_path_untrusted(self.rule.moved_to), *item.path[:-1])

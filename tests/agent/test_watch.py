@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sqlite3
 import threading
@@ -18,6 +19,7 @@ from agent.config.keys import CollectionConfig, WatchConfig
 from agent.policy import Policy
 from agent.storage.posix import open_root
 from agent.transfer.remove import Removal
+from agent.watch import ledger as ledger_module
 from agent.watch.ledger import Batch, Item, Ledger
 from agent.watch.rule import next_time
 from agent.watch.service import LOOK_EVERY, RuleRunner, WatchService
@@ -54,9 +56,11 @@ class FakeRelay:
         self.trouble: Exception | None = None
         self.outcome = Outcome("ACTIVE", "", 0)
         self.submissions = 0
+        self.options: set[tuple[str, ...]] = set()
 
     async def submit(self, batch: Batch, source: str, folder: str, to: str, options: Sequence[str]) -> str:
         self.submissions += 1
+        self.options.add(tuple(options))
         if self.trouble is not None:
             raise self.trouble
         self.tasks[batch.submission] = batch
@@ -198,6 +202,91 @@ async def test_what_becomes_of_files_that_arrived(tmp_path: Path, after: str) ->
     world.ledger.close()
 
 
+@pytest.mark.parametrize("after", ["keep", "delete"])
+async def test_files_of_one_name_from_several_folders_do_not_replace_one_another(tmp_path: Path, after: str) -> None:
+    """By a template such as /{name}, at once or one after the other, and in another spelling."""
+    world = World(tmp_path, after=after, template="/{name}", sync_level="size")
+    world.now = datetime.now().timestamp()
+    world.relay.outcome = Outcome("SUCCEEDED", "", 0)
+    for name in ("a/scan", "b/scan"):
+        world.write(name)
+    for _ in range(3):
+        await world.after(30)
+    late = world.write("c/SCAN")
+    os.utime(late, (world.now, world.now))
+    for _ in range(3):
+        await world.after(30)
+    assert world.relay.files == ["/SCAN.2", "/scan", "/scan.1"]
+    assert late.exists() == (after == "keep")
+    assert world.relay.options == {("--sync-level", "size" if after == "keep" else "checksum")}
+    # What has changed is the same file, and goes where it went; what came in the place of a deleted one is not.
+    changed = world.write("b/scan", "changed")
+    os.utime(changed, (world.now, world.now))
+    for _ in range(3):
+        await world.after(30)
+    assert world.relay.files[-1] == ("/scan.1" if after == "keep" else "/scan.3")
+    world.ledger.close()
+
+
+async def test_a_file_that_comes_after_one_of_its_name_was_deleted_does_not_replace_it(tmp_path: Path) -> None:
+    """An instrument that calls its files alike every day: what went before is all there is of it."""
+    world = World(tmp_path, after="delete")
+    world.now = datetime.now().timestamp()
+    world.relay.outcome = Outcome("SUCCEEDED", "", 0)
+    for text in ("first", "second", "third"):
+        file = world.write("scan", text)
+        os.utime(file, (world.now, world.now))
+        for _ in range(3):
+            await world.after(30)
+        assert not file.exists()
+        # A rule of another name is about the same files.
+        world.rule = dataclasses.replace(world.rule, name=f"after {text}")
+        world.runner = world.start()
+    assert world.relay.files == ["/scan", "/scan.1", "/scan.2"]
+    world.ledger.close()
+
+
+async def test_a_rule_of_another_name_brings_the_same_files_to_the_same_place(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    world.now = datetime.now().timestamp()
+    world.write("scan")
+    for name in ("r", "renamed"):
+        world.rule = dataclasses.replace(world.rule, name=name)
+        world.runner = world.start()
+        for _ in range(2):
+            await world.after(30)
+    assert world.relay.files == ["/scan", "/scan"]
+    world.ledger.close()
+
+
+async def test_a_file_that_changed_before_it_was_to_be_deleted_goes_where_it_went(tmp_path: Path) -> None:
+    world = World(tmp_path, after="delete")
+    world.now = datetime.now().timestamp()
+    file = world.write("scan")
+    await world.after(20)
+    file.write_text("changed")
+    os.utime(file, (world.now, world.now))
+    world.relay.outcome = Outcome("SUCCEEDED", "", 0)
+    for _ in range(3):
+        await world.after(30)
+    assert not file.exists()
+    assert world.relay.files == ["/scan", "/scan"]
+    world.ledger.close()
+
+
+def test_too_many_files_of_one_name_are_refused_and_none_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger_module, "MAX_NAMESAKES", 3)
+    ledger = Ledger(tmp_path / "ledger")
+    files = [seen(b"%d/scan" % number) for number in range(4)]
+    ledger.hand_over("r", [Item(file.path, file.version, "/scan") for file in files[:3]], NOW)
+    with pytest.raises(RetryLater, match="More than 3 files would have the name /scan"):
+        ledger.hand_over("r", [Item(files[3].path, files[3].version, "/scan")], NOW)
+    assert ledger.fresh("r", files) == files[3:]
+    ledger.close()
+
+
 async def test_a_moved_file_does_not_replace_one_that_was_moved_before(tmp_path: Path) -> None:
     """An instrument that calls its files alike every day."""
     world = World(tmp_path, after="move", moved_to="/done")
@@ -221,7 +310,7 @@ async def test_a_timed_rule_whose_files_cannot_be_written_down_does_not_wait_for
     world.write("a")
     await world.after(0)
 
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **_named: object) -> None:
         raise sqlite3.OperationalError("database or disk is full")
 
     with monkeypatch.context() as patched:
@@ -281,10 +370,10 @@ class OutOfTheLoop:
     def __getattr__(self, name: str) -> Any:
         method = getattr(self._ledger, name)
 
-        def called(*arguments: Any) -> Any:
+        def called(*arguments: Any, **named: Any) -> Any:
             assert not trio.lowlevel.in_trio_task(), f"{name} is called in trio's thread"
             self.called.add(name)
-            return method(*arguments)
+            return method(*arguments, **named)
 
         return called
 
