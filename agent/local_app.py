@@ -155,7 +155,7 @@ async def _http_error(_request: Request, error: Exception) -> Response:
 def _id(request: Request) -> str:
     text = str(request.path_params["id"])
     if not is_uuid(text):
-        raise ProtocolError("That is not an id.")
+        raise ProtocolError(f"{text[:64]!r} is no id: those are UUIDs.")
     return text
 
 

@@ -77,7 +77,7 @@ class Policy:
             if is_reserved(component):
                 raise AccessDenied("Names that begin with .towpath. are the agent's own.", subject=collection_id)
         if access not in ("r", "rw"):
-            raise AccessDenied("Nobody may do that here.", subject=collection_id)
+            raise AccessDenied("A path can be read or changed here, and nothing else.", subject=collection_id)
         if access == "rw" and collection.read_only:
             raise AccessDenied(
                 f"The owner offers collection {collection.name!r} for reading only.",

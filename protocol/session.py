@@ -458,7 +458,7 @@ def path_untrusted(raw: bytes) -> CollectionPath:
 def name_untrusted(raw: bytes) -> bytes:
     """One component of a path from a peer. Raises only `ProtocolError`."""
     if is_reserved(check_component_untrusted(raw)):
-        raise ProtocolError("A temporary was asked for.", code="ILLEGAL_NAME")
+        raise ProtocolError("Names that begin with .towpath. are the agent's own.", code="ILLEGAL_NAME")
     return raw
 
 

@@ -58,7 +58,7 @@ async def observe_tcp(
             await sock.send(stun.encode_request(transaction, note=note))
             answer = stun.parse_answer_untrusted(await _message(sock))
         if answer.transaction != transaction:
-            raise ProtocolError("An answer to another question.")
+            raise ProtocolError("A STUN message answers another question than was asked.")
         kept = sock.dup()
         return answer.mapped, socket.socket(fileno=kept.detach())
     except (OSError, ProtocolError, trio.TooSlowError) as error:

@@ -364,7 +364,7 @@ class LaneProcess:
         if self._take(one, one.early):
             one.early, one.eager = None, True
         elif now - one.early_since > WORD_WITHIN:
-            raise RetryLater("Nothing became of what came on a lane.", code="CONNECTION_LOST")
+            raise RetryLater("The source sent something on a lane that belongs to no request.", code="CONNECTION_LOST")
 
     def _ordered(self, one: _Lane, header: lane.Block | lane.Pack | lane.ReadFailed, content: memoryview) -> None:
         order = one.orders[header.r]

@@ -44,6 +44,7 @@ from protocol.session import DIRECTORY, FILE, MAX_PATH, SYMLINK, Row, join_path
 
 # Seconds after which a temporary that nothing has changed is an orphan: longer than tasks are held up or kept.
 ORPHAN_AGE = 30 * 86400
+_ENDLESS = "A symlink leads back to a folder above it: who follows it comes to no end."
 
 
 @dataclass
@@ -230,9 +231,7 @@ class DirectoryPlanner:
         identity = (row.device, row.inode)
         ancestry = self._row.ancestry if self._options.recursive_symlinks == "copy" else []
         if identity in ancestry:
-            planned.failures.append(
-                (job, ItemFailed("A symlink leads back to a folder above it.", code="SYMLINK_LOOP", who="source owner"))
-            )
+            planned.failures.append((job, ItemFailed(_ENDLESS, code="SYMLINK_LOOP", who="source owner")))
             return
         if len(job.source_path) + MAX_COMPONENT >= MAX_PATH:
             # What lies in it could not be asked about.

@@ -143,7 +143,7 @@ class Courier:
                     source_failed = error
                     continue
                 return Visit(failed=error)
-        return Visit(failed=RetryLater("Relay and agent do not agree on this task yet."))
+        return Visit(failed=RetryLater("The agent does not say yet that it does what was ordered; it is asked again."))
 
     async def source_of(
         self, task_id: str, node_id: str, now: float, *, ended: bool = False

@@ -252,7 +252,7 @@ async def test_garbage_on_the_socket_hurts_nobody(state_dir: Path) -> None:
 
 async def test_errors_are_sentences(state_dir: Path) -> None:
     async with serving(state_dir) as world:
-        with pytest.raises(LocalRefused, match="not an id"):
+        with pytest.raises(LocalRefused, match="'nonsense' is no id"):
             await world.ask("POST", "/tasks/nonsense/pause")
         with pytest.raises(LocalRefused, match="does not offer"):
             await world.ask("POST", f"/collections/{TASK}/accept-root")

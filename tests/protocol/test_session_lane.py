@@ -274,3 +274,10 @@ def test_a_path_that_passes_holds_only_good_components(raw: bytes) -> None:
 def test_paths_that_lead_elsewhere_are_refused(raw: bytes) -> None:
     with pytest.raises(ProtocolError):
         session.path_untrusted(raw)
+
+
+@pytest.mark.parametrize("raw", [b".towpath.x", b"a/.towpath.11111111.x"])
+def test_names_of_the_agents_own_are_refused_in_words(raw: bytes) -> None:
+    with pytest.raises(ProtocolError, match=r"begin with \.towpath\. are the agent's own") as caught:
+        session.path_untrusted(raw)
+    assert caught.value.code == "ILLEGAL_NAME"
