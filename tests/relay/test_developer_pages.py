@@ -72,6 +72,9 @@ async def test_a_hub_is_registered_with_one_form_and_signs_people_in(world: Any,
         page = await dev.person.get(place)
         assert "Hub" in page.text
         assert secret not in page.text
+    # What is not named, clients look for at Globus.
+    for service in ("AUTH", "TRANSFER", "GROUPS", "SEARCH", "TIMER", "FLOWS"):
+        assert f"GLOBUS_SDK_SERVICE_URL_{service}=" in page.text
 
     def everything(connection: Connection) -> str:
         return " ".join(str(row) for table in metadata.sorted_tables for row in connection.execute(select(table)))
