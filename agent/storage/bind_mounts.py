@@ -44,6 +44,9 @@ class BindMounts:
             for depth in range(len(point)):
                 self._below[point[:depth]].add(point)
 
+    def __bool__(self) -> bool:
+        return bool(self._others)
+
     def place(self, path: CollectionPath) -> CollectionPath:
         """The one name that a folded path has among all that lead to it. It takes no more steps than there are
         mounts."""

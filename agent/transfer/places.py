@@ -141,11 +141,18 @@ class _Survey:
         """All that was added."""
         place = self._mounts.place
         folders = {path[:-1] for path in self._paths} | self._links | {place(link) for link in self._links}
-        above = {path[:depth] for path in folders for depth in range(len(path) + 1)} if self._paths else set()
+        above: set[CollectionPath] = set()
+        for path in folders:
+            # Where one is known, so are all above it.
+            while path not in above:
+                above.add(path)
+                path = path[:-1]
         return Claim(collection_id, frozenset(self._paths), frozenset(above))
 
     def _take(self, folded: CollectionPath) -> None:
         self._paths.add(folded)
+        if not self._mounts:
+            return
         self._paths.add(self._mounts.place(folded))
         self._paths.update(map(self._mounts.place, self._mounts.points_below(folded)))
 
