@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import sqlite3
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -19,87 +18,14 @@ from agent.config.keys import CollectionConfig, WatchConfig
 from agent.policy import Policy
 from agent.storage.posix import open_root
 from agent.transfer.remove import Removal
-from agent.watch import ledger as ledger_module
-from agent.watch.ledger import Batch, Item, Ledger
+from agent.watch.ledger import Batch, Ledger
 from agent.watch.rule import next_time
 from agent.watch.service import LOOK_EVERY, RuleRunner, WatchService
 from agent.watch.submitter import Outcome, SubmissionRefused
 from protocol.errors import RetryLater
 from tests.agent.test_engine_trouble import dig
-from tests.agent.watch_scene import HERE, NOW, THERE, seen
-
-# --- the ledger ------------------------------------------------------------------------------------------------
-
-
-def test_the_ledger_remembers_over_a_crash(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path / "l")
-    ledger.hand_over("r", [Item((b"a",), seen(b"a").version, "/a")], NOW)
-    (before,) = ledger.open_batches("r")
-    # No close: the process was killed.
-    again = Ledger(tmp_path / "l")
-    assert again.open_batches("r") == [before]
-    assert again.fresh("r", [seen(b"a")]) == []
-    assert again.fresh("r", [seen(b"a", size=2)]) == [seen(b"a", size=2)]
-    assert again.fresh("other", [seen(b"a")]) == [seen(b"a")]
-    again.close()
-    ledger.close()
-
-
-# --- whole rules -----------------------------------------------------------------------------------------------
-
-
-class FakeRelay:
-    """Takes submissions; the same submission id is the same task."""
-
-    def __init__(self) -> None:
-        self.tasks: dict[str, Batch] = {}
-        self.trouble: Exception | None = None
-        self.outcome = Outcome("ACTIVE", "", 0)
-        self.submissions = 0
-        self.options: set[tuple[str, ...]] = set()
-
-    async def submit(self, batch: Batch, source: str, folder: str, to: str, options: Sequence[str]) -> str:
-        self.submissions += 1
-        self.options.add(tuple(options))
-        if self.trouble is not None:
-            raise self.trouble
-        self.tasks[batch.submission] = batch
-        return f"task-{batch.submission}"
-
-    async def look(self, task: str) -> Outcome:
-        return self.outcome
-
-    @property
-    def files(self) -> list[str]:
-        return sorted(item.destination for batch in self.tasks.values() for item in batch.items)
-
-
-class World:
-    def __init__(self, tmp_path: Path, **settings: object) -> None:
-        self.root = tmp_path / "root"
-        (self.root / "in").mkdir(parents=True, exist_ok=True)
-        self.ledger = Ledger(tmp_path / "ledger")
-        self.relay = FakeRelay()
-        self.policy = Policy([CollectionConfig(id=HERE, name="Here", root=str(self.root))])
-        self.collections = Collections(Marks(None))
-        self.rule = WatchConfig(
-            **{"name": "r", "collection": HERE, "folder": "/in", "destination": THERE, "settle": 10, **settings}  # type: ignore[arg-type]
-        )
-        self.now = NOW
-        self.runner = self.start()
-
-    def start(self) -> RuleRunner:
-        return RuleRunner(self.rule, self.ledger, self.policy, self.collections, self.relay, lambda: self.now)
-
-    def write(self, name: str, text: str = "x") -> Path:
-        path = self.root / "in" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-        return path
-
-    async def after(self, seconds: float) -> float:
-        self.now += seconds
-        return await self.runner.step()
+from tests.agent.watch_scene import HERE, THERE
+from tests.agent.watch_world import FakeRelay, World
 
 
 @pytest.fixture
@@ -202,106 +128,6 @@ async def test_what_becomes_of_files_that_arrived(tmp_path: Path, after: str) ->
     world.ledger.close()
 
 
-@pytest.mark.parametrize("after", ["keep", "delete"])
-async def test_files_of_one_name_from_several_folders_do_not_replace_one_another(tmp_path: Path, after: str) -> None:
-    """By a template such as /{name}, at once or one after the other, and in another spelling."""
-    world = World(tmp_path, after=after, template="/{name}", sync_level="size")
-    world.now = datetime.now().timestamp()
-    world.relay.outcome = Outcome("SUCCEEDED", "", 0)
-    for name in ("a/scan", "b/scan"):
-        world.write(name)
-    for _ in range(3):
-        await world.after(30)
-    late = world.write("c/SCAN")
-    os.utime(late, (world.now, world.now))
-    for _ in range(3):
-        await world.after(30)
-    assert world.relay.files == ["/SCAN.2", "/scan", "/scan.1"]
-    assert late.exists() == (after == "keep")
-    assert world.relay.options == {("--sync-level", "size" if after == "keep" else "checksum")}
-    # What has changed is the same file, and goes where it went; what came in the place of a deleted one is not.
-    changed = world.write("b/scan", "changed")
-    os.utime(changed, (world.now, world.now))
-    for _ in range(3):
-        await world.after(30)
-    assert world.relay.files[-1] == ("/scan.1" if after == "keep" else "/scan.3")
-    world.ledger.close()
-
-
-async def test_a_file_that_comes_after_one_of_its_name_was_deleted_does_not_replace_it(tmp_path: Path) -> None:
-    """An instrument that calls its files alike every day: what went before is all there is of it."""
-    world = World(tmp_path, after="delete")
-    world.now = datetime.now().timestamp()
-    world.relay.outcome = Outcome("SUCCEEDED", "", 0)
-    for text in ("first", "second", "third"):
-        file = world.write("scan", text)
-        os.utime(file, (world.now, world.now))
-        for _ in range(3):
-            await world.after(30)
-        assert not file.exists()
-        # A rule of another name is about the same files.
-        world.rule = dataclasses.replace(world.rule, name=f"after {text}")
-        world.runner = world.start()
-    assert world.relay.files == ["/scan", "/scan.1", "/scan.2"]
-    world.ledger.close()
-
-
-async def test_a_rule_of_another_name_brings_the_same_files_to_the_same_place(tmp_path: Path) -> None:
-    world = World(tmp_path)
-    world.now = datetime.now().timestamp()
-    world.write("scan")
-    for name in ("r", "renamed"):
-        world.rule = dataclasses.replace(world.rule, name=name)
-        world.runner = world.start()
-        for _ in range(2):
-            await world.after(30)
-    assert world.relay.files == ["/scan", "/scan"]
-    world.ledger.close()
-
-
-async def test_a_file_that_changed_before_it_was_to_be_deleted_goes_where_it_went(tmp_path: Path) -> None:
-    world = World(tmp_path, after="delete")
-    world.now = datetime.now().timestamp()
-    file = world.write("scan")
-    await world.after(20)
-    file.write_text("changed")
-    os.utime(file, (world.now, world.now))
-    world.relay.outcome = Outcome("SUCCEEDED", "", 0)
-    for _ in range(3):
-        await world.after(30)
-    assert not file.exists()
-    assert world.relay.files == ["/scan", "/scan"]
-    world.ledger.close()
-
-
-def test_too_many_files_of_one_name_are_refused_and_none_forgotten(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ledger_module, "MAX_NAMESAKES", 3)
-    ledger = Ledger(tmp_path / "ledger")
-    files = [seen(b"%d/scan" % number) for number in range(4)]
-    ledger.hand_over("r", [Item(file.path, file.version, "/scan") for file in files[:3]], NOW)
-    with pytest.raises(RetryLater, match="More than 3 files would have the name /scan"):
-        ledger.hand_over("r", [Item(files[3].path, files[3].version, "/scan")], NOW)
-    assert ledger.fresh("r", files) == files[3:]
-    ledger.close()
-
-
-async def test_a_moved_file_does_not_replace_one_that_was_moved_before(tmp_path: Path) -> None:
-    """An instrument that calls its files alike every day."""
-    world = World(tmp_path, after="move", moved_to="/done")
-    world.now = datetime.now().timestamp()
-    world.relay.outcome = Outcome("SUCCEEDED", "", 0)
-    for text in ("first", "second", "third"):
-        file = world.write("scan", text)
-        os.utime(file, (world.now, world.now))
-        for _ in range(3):
-            await world.after(30)
-        assert not file.exists()
-    assert sorted(path.read_text() for path in (world.root / "done").iterdir()) == ["first", "second", "third"]
-    world.ledger.close()
-
-
 async def test_a_timed_rule_whose_files_cannot_be_written_down_does_not_wait_for_another_day(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -321,26 +147,6 @@ async def test_a_timed_rule_whose_files_cannot_be_written_down_does_not_wait_for
     await world.after(60)
     assert world.relay.files == ["/a"]
     world.ledger.close()
-
-
-def test_rules_write_to_the_ledger_at_the_same_time(tmp_path: Path) -> None:
-    ledger, errors = Ledger(tmp_path / "l"), []
-
-    def write(rule: str) -> None:
-        try:
-            for number in range(30):
-                ledger.hand_over(rule, [Item((b"%d" % n,), (1, 2, 3, 4, number), "/x") for n in range(200)], NOW)
-        except sqlite3.Error as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=write, args=(rule,)) for rule in ("one", "other")]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not errors
-    assert [len(ledger.open_batches(rule)) for rule in ("one", "other")] == [30, 30]
-    ledger.close()
 
 
 async def test_a_ledger_that_cannot_be_read_ends_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
