@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 from random import Random
 
@@ -87,14 +88,18 @@ def open_flipped(path: Path, content: bytes, bit: int, before: list[object]) -> 
         journal.close()
 
 
-def test_a_flipped_bit_in_the_journal_is_never_believed(quick_path: Path) -> None:
-    path = quick_path / "journals" / "journal"
+def recorded(folder: Path) -> tuple[Path, bytes, list[object]]:
+    """A journal of a task: where it is, its bytes, and what it tells."""
+    path = folder / "journals" / "journal"
     path.parent.mkdir()
     written(path)
     content = path.read_bytes()
-    journal = Journal(path)
-    before = told(journal)
-    journal.close()
+    with closing(Journal(path)) as journal:
+        return path, content, told(journal)
+
+
+def test_a_flipped_bit_in_the_journal_is_never_believed(quick_path: Path) -> None:
+    path, content, before = recorded(quick_path)
     random = Random(SEED)
     used = [place for place, byte in enumerate(content) if byte]
     # The header, and a sample of everything that holds something.
@@ -109,13 +114,7 @@ def test_a_flipped_bit_in_the_journal_is_never_believed(quick_path: Path) -> Non
 @pytest.mark.soak
 @pytest.mark.timeout(3000)
 def test_every_bit_of_the_journal_that_holds_something(quick_path: Path) -> None:
-    path = quick_path / "journals" / "journal"
-    path.parent.mkdir()
-    written(path)
-    content = path.read_bytes()
-    journal = Journal(path)
-    before = told(journal)
-    journal.close()
+    path, content, before = recorded(quick_path)
     bits = [place * 8 + bit for place, byte in enumerate(content) if byte for bit in range(8)]
     ends = Counter(open_flipped(path, content, bit, before) for bit in bits)
     assert set(ends) <= {"rebuilt", "of no meaning", "STATE_UNAVAILABLE"}

@@ -49,6 +49,23 @@ def nothing_half(engine: Engine, wanted: dict[str, bytes | str]) -> None:
             assert content == wanted[name] or (name == "empty" and content == b"an older version"), name
 
 
+async def ended(engine: Engine, code: int, named: set[str], what: str) -> str:
+    """Run a task of which one call fails with this number; how it ended. Only an error that trying again does not mend
+    may end it otherwise than well, and one of the codes ``named`` says what failed."""
+    wanted = fill(engine)
+    observed = await engine.run()
+    what = f"{what}, {observed}"
+    nothing_half(engine, wanted)
+    assert engine.temporaries() == [], what
+    if observed.state == "SUCCEEDED":
+        assert contents(engine.destination) == wanted, what
+    else:
+        assert (code, observed.error_code) == (errno.EACCES, "ITEMS_FAILED"), what
+        assert observed.counters.failed > 0, what
+        assert named & set(engine.codes()), what
+    return observed.state
+
+
 async def test_the_small_transfer_itself(quick_path: Path) -> None:
     engine = Engine(quick_path)
     wanted = fill(engine)
@@ -84,19 +101,8 @@ async def test_every_call_fails_once(quick_path: Path, code: int) -> None:
     ends: Counter[str] = Counter()
     for number in range(1, len(calls) + 1):
         engine = Engine(quick_path / str(number), plan=fail_nth(number, code))
-        wanted = fill(engine)
-        observed = await engine.run()
-        what = f"call {number} ({calls[number - 1].operation}), {observed}"
-        nothing_half(engine, wanted)
-        assert engine.temporaries() == [], what
-        ends[observed.state] += 1
-        if observed.state == "SUCCEEDED":
-            assert contents(engine.destination) == wanted, what
-        else:
-            # Only an error that trying again does not mend may end the task, and it names what failed.
-            assert (code, observed.error_code) == (errno.EACCES, "ITEMS_FAILED"), what
-            assert observed.counters.failed > 0, what
-            assert "PERMISSION_DENIED" in engine.codes(), what
+        what = f"call {number} ({calls[number - 1].operation})"
+        ends[await ended(engine, code, {"PERMISSION_DENIED"}, what)] += 1
         if code in (errno.ENOSPC, errno.EDQUOT) and engine.codes() != ["STARTED", "SUCCEEDED"]:
             assert {"NO_SPACE", "QUOTA_EXCEEDED", "STATE_UNAVAILABLE"} & set(engine.codes()) or engine.reports, what
     assert len(calls) > 40
@@ -122,18 +128,9 @@ async def test_every_call_at_the_source_fails_once(quick_path: Path, code: int) 
     ends: Counter[str] = Counter()
     for number in range(1, len(calls) + 1):
         engine = Engine(quick_path / str(number), source_plan=counting([], number))
-        wanted = fill(engine)
-        observed = await engine.run()
-        what = f"call {number} ({calls[number - 1].operation}), {observed}"
-        nothing_half(engine, wanted)
-        assert engine.temporaries() == [], what
-        ends[observed.state] += 1
-        if observed.state == "SUCCEEDED":
-            assert contents(engine.destination) == wanted, what
-        else:
-            assert (code, observed.error_code) == (errno.EACCES, "ITEMS_FAILED"), what
-            # A link that may not be read is said to lead nowhere.
-            assert {"PERMISSION_DENIED", "FILE_NOT_FOUND"} & set(engine.codes()), what
+        what = f"call {number} ({calls[number - 1].operation})"
+        # A link that may not be read is said to lead nowhere.
+        ends[await ended(engine, code, {"PERMISSION_DENIED", "FILE_NOT_FOUND"}, what)] += 1
     assert len(calls) > 10
     print(f"source, {errno.errorcode[code]}: {len(calls)} calls failed, one a run; {dict(ends)}")
 
