@@ -2,52 +2,19 @@
 
 from __future__ import annotations
 
-import io
 import json
-import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from agent.cli.main import run
-from tests.agent.fake_relay import ALPHA, BETA, BOOKMARK, CLIENT, SECRET, TASK, FakeRelay, Refusal, collection, entry
-from tests.agent.fake_relay import fake_relay as running_fake
+from tests.agent.cli_scene import Run, relay, towpath
+from tests.agent.fake_relay import ALPHA, BETA, BOOKMARK, TASK, FakeRelay, Refusal, collection, entry
 from tests.agent.fake_relay import task as task_document
 
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def relay(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeRelay]:
-    for name in list(os.environ):
-        if name.startswith(("TOWPATH_", "GLOBUS_")):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    with running_fake() as fake:
-        monkeypatch.setenv("TOWPATH_RELAY_URL", fake.url)
-        monkeypatch.setenv("TOWPATH_CLIENT_ID", CLIENT)
-        monkeypatch.setenv("TOWPATH_CLIENT_SECRET", SECRET)
-        yield fake
-
-
-@pytest.fixture
-def towpath(relay: FakeRelay, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Run one command line in this process; returns exit code, output, error output."""
-
-    def invoke(*arguments: str, stdin: str = "") -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
-        code = run(list(arguments))
-        captured = capsys.readouterr()
-        assert SECRET not in captured.out + captured.err
-        return code, captured.out, captured.err
-
-    return invoke
+__all__ = ["relay", "towpath"]
 
 
 def sent_document(relay: FakeRelay, kind: str = "transfer") -> dict[str, Any]:
@@ -447,47 +414,6 @@ def test_endpoints(towpath: Run, relay: FakeRelay) -> None:
     assert not relay.sent("DELETE", f"/v0.10/endpoint/{ALPHA}")
     assert towpath("endpoint", "delete", "-y", "alpha")[0] == 0
     assert relay.sent("DELETE", f"/v0.10/endpoint/{ALPHA}")
-
-
-# --- signing in ------------------------------------------------------------------------------------------------
-
-
-def test_login_stores_a_private_profile_that_logout_removes(
-    towpath: Run, relay: FakeRelay, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    for name in ("TOWPATH_RELAY_URL", "TOWPATH_CLIENT_ID", "TOWPATH_CLIENT_SECRET"):
-        monkeypatch.delenv(name)
-    arguments = ["login", "--relay", relay.url, "--client-id", CLIENT, "--secret-file", "-"]
-    assert towpath(*arguments, stdin=SECRET + "\n") == (0, f"Signed in to {relay.url} as demo@example.org.\n", "")
-    files = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert len(files) == 2
-    assert all(path.stat().st_mode & 0o077 == 0 for path in files)
-    assert "demo@example.org" in towpath("whoami")[1]
-    towpath("ls", ALPHA)
-    token_requests = len(relay.sent("POST", "/v2/oauth2/token"))
-    towpath("ls", ALPHA)
-    assert len(relay.sent("POST", "/v2/oauth2/token")) == token_requests, "tokens are kept between commands"
-    assert towpath("logout")[0] == 0
-    assert relay.sent("POST", "/v2/oauth2/token/revoke")
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
-    code, _, err = towpath("ls", "alpha")
-    assert code == 1
-    assert "towpath login" in err
-
-
-def test_login_with_a_wrong_secret_stores_nothing(towpath: Run, relay: FakeRelay, tmp_path: Path) -> None:
-    code, _, err = towpath("login", "--relay", relay.url, "--client-id", CLIENT, "--secret-file", "-", stdin="wrong")
-    assert code == 1
-    assert "does not accept this client id and secret" in err
-    assert not list((tmp_path / "config").rglob("*.json"))
-
-
-def test_a_damaged_token_file_is_thrown_away(towpath: Run, tmp_path: Path) -> None:
-    assert towpath("ls", ALPHA)[0] == 0
-    (file,) = (tmp_path / "cache").rglob("*.sqlite")
-    file.write_bytes(b"this is no database, not even of the right length" * 100)
-    assert towpath("ls", ALPHA)[0] == 0
-    assert towpath("ls", ALPHA)[0] == 0
 
 
 # --- trouble ---------------------------------------------------------------------------------------------------

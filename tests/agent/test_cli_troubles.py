@@ -24,8 +24,8 @@ from agent.config.layers import load_config
 from agent.doctor.network import check_relay
 from agent.doctor.registry import Examination
 from agent.local_socket import ADDRESS_FILE, NotRunning
+from tests.agent.cli_scene import Run, relay, towpath
 from tests.agent.fake_relay import ALPHA, CLIENT, FakeRelay, Refusal
-from tests.agent.test_cli_commands import Run, relay, towpath
 
 __all__ = ["relay", "towpath"]
 
