@@ -32,11 +32,12 @@ def logs(lines: int, follow: bool, journal: bool, config_file: Path) -> None:
     from agent.config.layers import state_dir_of
 
     file = state_dir_of(config_file) / LOG_FILE
-    if journal or (not file.exists() and shutil.which("journalctl")):
+    # An agent that never ran here has written nothing into the journal either.
+    if journal or (not file.exists() and file.parent.exists() and shutil.which("journalctl")):
         _journal(lines, follow)
         return
     if not file.exists():
-        raise CommandFailed(f"There is no log at {file} yet; the agent has not been started with `towpath start`.")
+        raise CommandFailed(f"There is no log at {file} yet; the agent has not been started yet (`towpath start`).")
     for line in last_lines(file, lines):
         click.echo(terminal_safe(line))
     if follow:

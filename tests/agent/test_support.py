@@ -135,6 +135,14 @@ def test_logs_without_a_log_say_so(home: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "no log" in str(result.exception)
 
 
+def test_logs_of_an_agent_that_never_ran_ask_no_journal(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agent.cli.logs.shutil.which", lambda _: "/bin/journalctl")
+    monkeypatch.setattr("agent.cli.logs._journal", lambda *_: pytest.fail("nothing can be there"))
+    monkeypatch.setenv("XDG_STATE_HOME", str(home / "nowhere"))
+    result = CliRunner().invoke(cli, ["logs"], standalone_mode=False)
+    assert "has not been started yet" in str(result.exception)
+
+
 # --- top -----------------------------------------------------------------------------------------------------
 
 
