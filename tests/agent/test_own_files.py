@@ -183,6 +183,59 @@ def test_nothing_is_done_with_them_as_if_they_were_not_there(home: Path, root: R
     ] * 2
 
 
+def test_beside_them_everything_works_as_elsewhere(home: Path, root: Root) -> None:
+    place = home / "conf"
+    with root.open_directory((b"conf",)) as conf:
+        assert type(conf) is GuardedDirectory
+        conf.mkdir(b"folder", 0o700)
+        assert (place / "folder").stat().st_mode & 0o777 == 0o700
+        conf.mkdir(b"usual")
+        assert (place / "usual").stat().st_mode & 0o700 == 0o700
+        conf.rmdir(b"usual")
+        conf.symlink(b"link", b"folder")
+        with pytest.raises(NotADirectoryError):
+            conf.open_directory(b"link")
+        conf.open_directory(b"link", follow=True).close()
+        os.close(conf.create_temporary(b".towpath.t.x"))
+        assert (place / ".towpath.t.x").stat().st_mode & 0o777 == 0o600
+        os.close(conf.open_temporary(b".towpath.t.x"))
+        assert {node.name for node in conf.scan()} == {b"mine", b"folder", b"link"}
+        with pytest.raises(FileExistsError):
+            conf.rename(b".towpath.t.x", b"link", replace_symlink=False)
+        conf.rename(b".towpath.t.x", b"link")
+        assert not (place / "link").is_symlink()
+        conf.set_mode(b"link", 0o4711)
+        assert (place / "link").stat().st_mode & 0o7777 == 0o711
+        conf.set_mode(b"link", 0o4711, special=True)
+        assert (place / "link").stat().st_mode & 0o7777 == 0o4711
+        conf.symlink(b"other", b"link")
+        conf.set_times(b"other", 10**18)
+        assert (place / "other").lstat().st_mtime_ns == 10**18 != (place / "link").stat().st_mtime_ns
+        conf.set_times(b"other", 2 * 10**18, follow=True)
+        assert (place / "link").stat().st_mtime_ns == 2 * 10**18
+        conf.rmdir(b"folder")
+        assert {path.name for path in place.iterdir()} == {"agent.yaml", "mine", "link", "other"}
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_nothing_is_moved_to_where_the_way_to_them_begins(home: Path, there: bool) -> None:
+    """A folder that holds one of their names would be theirs as soon as it has the name of the folder above."""
+    fill(home)
+    (home / "prepared/else").mkdir(parents=True)
+    if there:
+        (home / "nowhere").mkdir()
+    with open_guarded(str(home), own=[str(home / "nowhere/else")]) as root, root.open_directory(()) as top:
+        for move in (top.rename, top.rename_no_replace):
+            with pytest.raises(AgentsOwn):
+                move(b"prepared", b"nowhere")
+        with root.open_directory((b"work",)) as work:
+            work.mkdir(b"prepared")
+            for move in (work.rename, work.rename_no_replace):
+                with pytest.raises(AgentsOwn):
+                    move(b"prepared", b"nowhere", top)
+    assert not (home / "nowhere/else").exists()
+
+
 @pytest.mark.parametrize(
     "path",
     [(b"conf", b"agent.overlay.yaml"), (b"conf", b"more"), (b"nowhere", b"else"), (b"nowhere", b"else", b"below")],
