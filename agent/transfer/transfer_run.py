@@ -34,6 +34,7 @@ from agent.transfer.lane_arrivals import RemoteArrivals
 from agent.transfer.lanes import Lanes, OpenLane
 from agent.transfer.large_files import LargeFiles
 from agent.transfer.mirror import Mirror
+from agent.transfer.packs import PACK_BYTES, packs
 from agent.transfer.patience import counted, named
 from agent.transfer.plan import (
     count_finished,
@@ -59,7 +60,6 @@ OPEN_GROUPS = 200
 MIB = 1024 * 1024
 # How often (seconds) to look whether the destination's root is still where it was.
 LOOK_AT_ROOT = 2.0
-PACK_BYTES = MIB
 # How often (seconds) the meters of both ends are read, and how long the source may take to answer.
 FLOW_EVERY, ANSWER_PATIENCE = 1.0, 5.0
 # What `skip_source_errors` skips, as in the Globus transfer document.
@@ -386,14 +386,9 @@ class TransferRun:
     async def _send_pack(self) -> None:
         """Ask for the collected small files."""
         jobs, self._pack, self._pack_bytes = self._pack, [], 0
-        if not jobs:
-            return
-        total, wanted = 0, self.attributes.wanted
-        for job in jobs:
-            job.charged = charge(job.row.size + attributes_size(job) if wanted else job.row.size)
-            total += job.charged
-        await self.budget.acquire(total)
-        self.fetcher.submit_pack(jobs)
+        for pack, cost in packs(jobs, attributes=self.attributes.wanted):
+            await self.budget.acquire(cost)
+            self.fetcher.submit_pack(pack)
 
     def _on_hungry(self) -> None:
         """A lane has nothing to do: what has been collected must not wait for more."""
