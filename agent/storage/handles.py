@@ -69,6 +69,10 @@ def open_temporary(fd: int, name: bytes) -> int:
         raise opening(error) from error
     status = regular(handle)
     # Whoever owns it, or holds another name of it, could change it after it was verified.
+    if not status.st_nlink:
+        # Removed a moment ago.
+        os.close(handle)
+        raise os_error(errno.ENOENT)
     if status.st_nlink != 1 or status.st_uid != os.geteuid():
         os.close(handle)
         raise NotRegularFile("is not a temporary of this agent alone")

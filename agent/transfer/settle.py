@@ -51,7 +51,7 @@ from agent.transfer.manifest import ManifestWriter
 from agent.transfer.record import Record
 from agent.transfer.settling import FSYNCS_AT_ONCE, Batch, Closed, Discarded, Recorded, Settled, sync_disks, sync_each
 from agent.transfer.side_thread import AnswersFirst, Broken, LookAgain, SideThread
-from agent.transfer.small_files import Remover, SmallFiles, Temporary
+from agent.transfer.small_files import Remover, SmallFiles, Temporary, temporary_fault
 from protocol.errors import TowpathError
 
 # A batch is synced when it holds this much, or when nothing more has come for a moment (seconds).
@@ -283,7 +283,7 @@ class Settler:
         files = batch.files
         if batch.failed:
             for item, error in batch.failed:
-                self._small.drop(item, fault(error, "destination", item.job.destination_path))
+                self._small.drop(item, temporary_fault(error, item.job))
             self._held.release([item for item, _ in batch.failed])
             lost = {id(item) for item, _ in batch.failed}
             files = [item for item in files if id(item) not in lost]
@@ -345,7 +345,7 @@ class Settler:
             except TowpathError as error:
                 self._small.drop(item, error)
             except OSError as error:
-                self._small.drop(item, fault(error, "destination", job.destination_path))
+                self._small.drop(item, temporary_fault(error, job))
             else:
                 job.place = place
                 transferred.append((job, checksum))
@@ -392,7 +392,7 @@ class Settler:
             place = place_of(job.group.handle, file.temporary) if job.shared else None
             job.group.handle.rename(file.temporary, job.name)
         except (TowpathError, OSError) as error:
-            problem = fault(error, "destination", job.destination_path) if isinstance(error, OSError) else error
+            problem = temporary_fault(error, job) if isinstance(error, OSError) else error
             self.remover.remove(job.group, file.temporary)
             self.record.part_dropped(file)
             self._reports.job_failed(job, problem)
@@ -409,15 +409,18 @@ class Settler:
     # --- links, errors, published digests --------------------------------------------------------------
 
     def _link(self, link: LinkWanted) -> None:
-        job, temporary = link.job, self._temporary_name()
+        job, temporary, made = link.job, self._temporary_name(), False
         try:
             job.group.handle.symlink(temporary, link.target)
+            made = True
             job.group.handle.rename(temporary, job.name)
             if self._preserve_timestamp:
                 job.group.handle.set_times(job.name, job.row.mtime_ns)
         except OSError as error:
             self.remover.remove(job.group, temporary)
-            self._reports.job_failed(job, fault(error, "destination", job.destination_path))
+            self._reports.job_failed(
+                job, temporary_fault(error, job) if made else fault(error, "destination", job.destination_path)
+            )
             return
         self._names.linked.append(job)
         self._names.touch(job.group)

@@ -191,7 +191,7 @@ class SmallFiles:
                     break
                 read += more
         except OSError as error:
-            self.drop(item, fault(error, "destination", item.job.destination_path))
+            self.drop(item, temporary_fault(error, item.job))
             return False
         if read == size and content_digest(self._buffer[:size]) == item.digest:
             return True
@@ -201,7 +201,7 @@ class SmallFiles:
     def not_read_back(self, item: Temporary, number: int) -> None:
         """Fail what another process could not read back: for the system's number, or 0 for another content."""
         error = OSError(number, os.strerror(number))
-        self.drop(item, fault(error, "destination", item.job.destination_path) if number else _differs(item.job))
+        self.drop(item, temporary_fault(error, item.job) if number else _differs(item.job))
 
     def let_go(self, item: Temporary) -> None:
         """Give the descriptor of a temporary back that was checked and gets its name now. Raises OSError, also for a
@@ -238,6 +238,19 @@ class SmallFiles:
             self.close(item)
         self._remover.remove(item.job.group, item.name)
         self._failed(item.job, error)
+
+
+def temporary_fault(error: OSError, job: FileJob) -> TowpathError:
+    """What it means that something cannot be done to the temporary of a file. One that is gone was removed by somebody,
+    and the file is fetched anew; where its folder is gone, making another one says so."""
+    if not isinstance(error, FileNotFoundError):
+        return fault(error, "destination", job.destination_path)
+    name = escape(job.destination_path)
+    sentence = (
+        f"What had arrived of {name[:1000]} was removed at the destination before it had its name; it is transferred "
+        "again."
+    )
+    return RetryLater(sentence, code="PART_LOST", who="destination owner", subject=name)
 
 
 def _differs(job: FileJob) -> RetryLater:
