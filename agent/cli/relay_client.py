@@ -199,7 +199,8 @@ def _token_storage(path: Path | None) -> TokenStorage:
         if path.exists():
             with contextlib.closing(sqlite3.connect(path)) as database:
                 database.execute("SELECT count(*) FROM token_storage").fetchone()
-        storage = SQLiteTokenStorage(path)
+        # Commands that ask several things at once renew tokens in whichever thread finds that it is time.
+        storage = SQLiteTokenStorage(path, connect_params={"check_same_thread": False})
         path.chmod(0o600)
     except sqlite3.Error:
         return _without_storage(path)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from agent.cli.relay_client import Relay
 
 MAX_ROWS = 100_000
+CANCELS_AT_ONCE = 8
 
 TASK_COLUMNS = (
     field("Task ID", "task_id"),
@@ -228,9 +229,20 @@ def cancel(relay: Relay, out: Output, task_id: Any, every: bool) -> None:
         answer = relay.transfer.cancel_task(task_id)
         out.result(document_of(answer), answer["message"])
         return
+    from concurrent.futures import ThreadPoolExecutor
+
     clauses = "type:TRANSFER,DELETE/status:ACTIVE,INACTIVE"
     found = [str(row["task_id"]) for row in relay.transfer.paginated.task_list(filter=clauses).items()]
-    results = [{"task_id": each, **document_of(relay.transfer.cancel_task(each))} for each in found]
+
+    def cancelled(each: str) -> dict[str, Any]:
+        return {"task_id": each, **document_of(relay.transfer.cancel_task(each))}
+
+    # The relay answers when the agent has, or after some seconds: one after the other, many would take an hour.
+    pool = ThreadPoolExecutor(CANCELS_AT_ONCE)
+    try:
+        results = list(pool.map(cancelled, found))
+    finally:
+        pool.shutdown(cancel_futures=True)
     if out.is_json:
         out.document({"results": results})
     elif not results:

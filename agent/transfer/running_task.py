@@ -294,7 +294,9 @@ class RunningTask:
         pauses = CrashPauses()
         self._moved = False
         while self.desired != "pause" and not self._moved and self.observed.state not in FINAL_STATES:
-            if self.order.desired == "cancel" and await self._cancel_without_collection():
+            if self.order.desired == "cancel" and (
+                await self._cancel_without_collection() or await self._cancel_untouched()
+            ):
                 return
             started, before = trio.current_time(), self.observed.counters
             try:
@@ -327,22 +329,48 @@ class RunningTask:
         if not self._stopping:
             await self.tell_why_not()
 
+    async def cancel_at_once(self) -> None:
+        """End a cancelled task that no worker has begun, without waiting for its turn; any other one stays as it is."""
+        if self.running or self.order.desired != "cancel" or self.observed.state in FINAL_STATES:
+            return
+        # So that nobody starts a worker meanwhile.
+        self.running = True
+        try:
+            await self._cancel_untouched()
+        finally:
+            self.running = False
+
+    async def _cancel_untouched(self) -> bool:
+        """Cancel a task without a worker if none has begun it. A worker makes the task's folder before all else, and
+        moves nothing without its daemon. One that deletes, of a daemon that died, might be about to begin: such a task
+        is left to a worker, which waits until it is alone."""
+        if self.order.type != "TRANSFER" or self.observed.state != "QUEUED":
+            return False
+        folder = self._node.directory / self.order.task_id
+        if await trio.to_thread.run_sync(os.path.lexists, folder):
+            return False
+        await self._cancel_as_it_is()
+        return True
+
     async def _cancel_without_collection(self) -> bool:
         """A task whose collection the owner has removed has nowhere left to tidy up: it is cancelled as it is."""
         try:
             self._node.policy.collection(self.order.destination.collection_id)
         except TowpathError:
-            canceled = msgspec.structs.replace(
-                self.observed,
-                state="CANCELED",
-                status_code="CANCELED",
-                status_sentence="",
-                who="",
-                completion_time=now_iso(),
-            )
-            await self._observe(canceled, final=True)
+            await self._cancel_as_it_is()
             return True
         return False
+
+    async def _cancel_as_it_is(self) -> None:
+        canceled = msgspec.structs.replace(
+            self.observed,
+            state="CANCELED",
+            status_code="CANCELED",
+            status_sentence="",
+            who="",
+            completion_time=now_iso(),
+        )
+        await self._observe(canceled, final=True)
 
     async def _run_worker(self) -> None:
         node = self._node

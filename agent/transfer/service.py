@@ -168,7 +168,12 @@ class TransferService:
 
     def _next_turns(self) -> Turns:
         return next_turns(
-            [task.candidate() for task in self._tasks.values()] if not self._paused else [],
+            # Tasks that are over stay here until the relay closes them, days later: there may be very many.
+            [
+                task.candidate()
+                for task in (self._tasks.values() if not self._paused else ())
+                if task.running or task.observed.state not in FINAL_STATES
+            ],
             self._node.config.limits.workers,
             self._node.policy.has_room,
         )
@@ -206,6 +211,7 @@ class TransferService:
         async with self._ordering:
             known, is_news = await self._take_order(order)
         if is_news:
+            await known.cancel_at_once()
             await known.tell_order()
             self._node.turn_changed()
         return known.observed

@@ -222,7 +222,10 @@ class TaskStore:
     def last_worker_event(self, task_id: str) -> int:
         """The highest number that a worker of this task has given to an event."""
         with self._using():
-            row = self._connection.execute("SELECT max(worker_seq) FROM events WHERE task = ?", (task_id,)).fetchone()
+            # The condition says no more, but lets SQLite use the index, which has these rows only.
+            row = self._connection.execute(
+                "SELECT max(worker_seq) FROM events WHERE task = ? AND worker_seq IS NOT NULL", (task_id,)
+            ).fetchone()
         return row[0] or 0
 
     def last_event(self) -> int:

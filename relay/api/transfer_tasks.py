@@ -19,7 +19,7 @@ from relay.api.transfer_frame import (
     surroundings,
     wanted_fields,
 )
-from relay.transfer import event_log, task_details, task_filters, task_lists, task_rows, task_turns
+from relay.transfer import event_log, nodes, task_details, task_filters, task_lists, task_rows, task_turns
 from relay.transfer.collection_documents import only_fields
 from relay.transfer.collections import Collection
 from relay.transfer.fields import Fields, query_integer
@@ -117,13 +117,15 @@ async def cancel_task(request: Request, task_id: str, caller: CallerHere, servic
     """Cancel a task. Cancelling twice, or what is over, changes nothing."""
     now = services.clock()
 
-    def work(connection: Connection) -> tuple[str, str]:
+    def work(connection: Connection) -> tuple[str, str, str | None]:
         task = task_rows.require_own(connection, task_id, caller.identity_id)
-        return task.id, task_turns.cancel(connection, task, now)
+        code = task_turns.cancel(connection, task, now)
+        return task.id, code, nodes.of_collection(connection, task.worker_id)
 
-    found, code = await services.store.write(work)
+    found, code, node_id = await services.store.write(work)
     services.steward.wake(found)
-    if code == task_turns.CANCEL_ACCEPTED:
+    # An agent that is away confirms nothing; nobody needs to wait for it.
+    if code == task_turns.CANCEL_ACCEPTED and node_id is not None and services.registry.is_connected(node_id):
         await services.steward.wait_finished(found, CANCEL_PATIENCE)
         task, _ = await _own(services, caller, found)
         if task.finished:

@@ -76,6 +76,12 @@ def record_hellos(connection: Connection, hellos: Iterable[AgentHello], now: flo
     return greeted
 
 
+def of_collection(connection: Connection, collection_id: str) -> str | None:
+    """The node that serves a collection, None as long as there is none."""
+    column = tables.collections.c
+    return connection.execute(select(column.node_id).where(column.id == collection_id)).scalar_one_or_none()
+
+
 def has_lines_to_come(connection: Connection, hello: AgentHello) -> bool:
     """Whether the agent that came with this hello kept lines then which are not stored yet."""
     node = tables.nodes.c

@@ -37,7 +37,7 @@ logger = logging.getLogger("relay.steward")
 
 # An agent that was asked to stop and is away has this long to confirm; then the relay ends the task itself.
 CANCEL_GRACE = 600.0
-CLOCK_INTERVAL = 60.0
+CLOCK_INTERVAL, CLOCK_PAUSE = 60.0, 0.2
 # Links that come back this soon are not worth an event in every task.
 AWAY_BEFORE_NOTICE = 15.0
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
@@ -447,8 +447,8 @@ class Steward:
                 upcoming = math.inf
             with trio.move_on_after(max(0.0, min(CLOCK_INTERVAL, upcoming - self._clock()))):
                 await self._clock_event.wait()
-            # Many wake-ups in a row are one.
-            await trio.sleep(0.05)
+            # Many wake-ups in a row are one: a look costs 5 to 7 ms for each thousand tasks that are not over.
+            await trio.sleep(CLOCK_PAUSE)
 
     async def _duties(self) -> float:
         """All that is due now; returns when the next thing will be."""

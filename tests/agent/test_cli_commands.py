@@ -6,12 +6,14 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 from typing import Any
 
 import pytest
 
+from agent.cli.task import CANCELS_AT_ONCE
 from tests.agent.cli_scene import Run, relay, towpath
-from tests.agent.fake_relay import ALPHA, BETA, BOOKMARK, TASK, FakeRelay, Refusal, collection, entry
+from tests.agent.fake_relay import ALPHA, BETA, BOOKMARK, TASK, FakeRelay, Refusal, Request, collection, entry
 from tests.agent.fake_relay import task as task_document
 
 __all__ = ["relay", "towpath"]
@@ -369,6 +371,27 @@ def test_task_pause_info_names_rules(towpath: Run, relay: FakeRelay) -> None:
     rule = {"endpoint_display_name": "beta", "message": "maintenance", "pause_task_transfer_write": True}
     relay.rows["pause_rules"] = [rule]
     assert towpath("task", "pause-info", TASK)[1] == "beta: transfer to paused: maintenance\n"
+
+
+def test_many_cancels_wait_beside_one_another(towpath: Run, relay: FakeRelay, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each waits for its agent; they are told of in the order of the list, and one that fails is not passed over."""
+    ids = [f"00000000-0000-4000-8000-{number:012}" for number in range(20)]
+    relay.task_answers = [task_document(task_id=each) for each in ids]
+    answer, together = relay.answer, threading.Barrier(CANCELS_AT_ONCE)
+
+    def waiting(request: Request, headers: Any) -> dict[str, Any]:
+        # Each of the first ones is answered when all of them have come.
+        if request.path.endswith("/cancel") and request.path.split("/")[3] in ids[:CANCELS_AT_ONCE]:
+            together.wait(20)
+        return answer(request, headers)
+
+    monkeypatch.setattr(relay, "answer", waiting)
+    code, out, _ = towpath("task", "cancel", "--all")
+    assert code == 0
+    assert [line.split(":")[0] for line in out.splitlines()] == ids
+    relay.refusals[f"/v0.10/task/{ids[9]}/cancel"] = Refusal(409, "Conflict", "not this one")
+    code, _, err = towpath("task", "cancel", "--all")
+    assert (code, "not this one" in err) == (1, True)
 
 
 def test_task_cancel_update_and_ids(towpath: Run, relay: FakeRelay) -> None:

@@ -217,6 +217,24 @@ async def test_a_cancel_that_the_agent_has_not_confirmed(pair: Pair, monkeypatch
     assert (await pair.alice.post(f"/task/{task_id}/cancel"))["code"] == "TaskComplete"
 
 
+async def test_nobody_waits_for_the_confirmation_of_an_agent_that_is_away(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task_id = await pair.running()
+    pair.relay.registry.down(pair.destination)
+    waited: list[str] = []
+
+    async def wait(task_id: str, _seconds: float) -> None:
+        waited.append(task_id)
+
+    monkeypatch.setattr(pair.relay.steward, "wait_finished", wait)
+    assert (await pair.alice.post(f"/task/{task_id}/cancel"))["code"] == "CancelAccepted"
+    assert waited == []
+    pair.relay.registry.up(pair.destination)
+    assert (await pair.alice.post(f"/task/{task_id}/cancel"))["code"] == "CancelAccepted"
+    assert waited == [task_id]
+
+
 async def test_update_and_remove(pair: Pair) -> None:
     task_id = await pair.running()
     await pair.alice.put(f"/task/{task_id}", {"DATA_TYPE": "task", "label": "new", "deadline": "2027-02-01 00:00:00"})
