@@ -351,6 +351,11 @@ class Root(ABC):
     def identity(self) -> tuple[int, int]:
         """Device and inode of the root."""
 
+    def place(self) -> CollectionPath | None:
+        """Where it is on this machine, from the root of the file system, links resolved; None where nobody but it comes
+        to its folders."""
+        return None
+
     @abstractmethod
     def check_present(self) -> None:
         """Raise `NeedsPerson` (COLLECTION_UNAVAILABLE) unless the root is the folder it was when it was opened: a

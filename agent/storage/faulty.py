@@ -110,6 +110,9 @@ class FaultyRoot(Root):
     def identity(self) -> tuple[int, int]:
         return self.inner.identity()
 
+    def place(self) -> CollectionPath | None:
+        return self.inner.place()
+
     def narrowed(self, reach: Reach) -> FaultyRoot:
         narrow = FaultyRoot(self.inner.narrowed(reach))
         narrow.script = self.script

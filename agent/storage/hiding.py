@@ -254,6 +254,9 @@ class HidingRoot(Root):
     def identity(self) -> tuple[int, int]:
         return self.inner.identity()
 
+    def place(self) -> CollectionPath | None:
+        return self.inner.place()
+
     def narrowed(self, reach: Reach) -> HidingRoot:
         return HidingRoot(self.inner.narrowed(reach))
 

@@ -17,7 +17,7 @@ from agent.storage.handles import os_error
 from agent.storage.own_files import Around, OwnFiles
 from agent.storage.reach import Reach
 from agent.storage.rename import rename_no_replace
-from agent.storage.walk import Walker, read_link
+from agent.storage.walk import Walker, components, read_link
 from protocol.errors import NeedsPerson
 from protocol.names import RESERVED_PREFIX, CollectionPath, escape
 
@@ -104,6 +104,10 @@ class PosixRoot(Root):
 
     def identity(self) -> tuple[int, int]:
         return self._identity
+
+    def place(self) -> CollectionPath:
+        """As the interface says."""
+        return tuple(components(os.fsencode(os.path.realpath(self._configured))))
 
     def mark(self) -> mounts.Mark:
         """What to keep at set-up, so that `open_root` knows this folder again."""

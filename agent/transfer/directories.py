@@ -12,7 +12,7 @@ from agent.storage.disks import DISK_MISSING, DISK_REPLACED
 from agent.storage.faults import fault
 from agent.transfer.budget import charge
 from agent.transfer.checksum import file_digest
-from agent.transfer.filled_places import FilledPlaces
+from agent.transfer.filled_places import SEVERAL, FilledPlaces
 from agent.transfer.items import ItemPlanner
 from agent.transfer.jobs import FileJob, Group, GroupListed, LinkWanted, Outcome
 from agent.transfer.journal import DirectoryRow
@@ -29,8 +29,7 @@ LISTERS = 16
 COMPARISONS_AT_ONCE = 2
 # What is said, once, where a mirror leaves something that the source has not listed.
 _KEPT = {
-    KeptExtra.SHARED: "Several items of the task lead to {place}, so that none of their sources alone says what "
-    "belongs there: nothing is deleted in such folders. Mirror them in tasks of their own, or from one folder.",
+    KeptExtra.SHARED: SEVERAL,
     KeptExtra.HIDDEN: "In {place} there are names that begin with a dot, and the source's collection does not show "
     "such names, so that nobody can tell whether the source has them: they are not deleted. If they are not wanted, "
     "remove them there by hand.",

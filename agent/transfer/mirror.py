@@ -8,7 +8,7 @@ mounted, or the wrong folder was named) is refused as a whole unless the task al
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 
 from agent.storage.base import Directory, Node, Root
@@ -16,15 +16,17 @@ from agent.storage.faults import fault
 from agent.storage.hiding import is_hidden
 from agent.storage.own_files import HoldsOwn
 from agent.storage.rules import included
+from agent.transfer.filled_places import SEVERAL, FilledPlaces
 from agent.transfer.journal import Journal
 from agent.transfer.manifest import SkippedRow
 from agent.transfer.patience import Patience
+from agent.transfer.places import Ways
 from agent.transfer.plan import now_iso, split_path
 from agent.transfer.record import Record
 from agent.transfer.remove import Removal, Stopped
-from protocol.control import TaskOptions
+from protocol.control import TaskItem, TaskOptions
 from protocol.errors import ItemFailed, TaskFailed, TowpathError
-from protocol.names import format_path, is_reserved
+from protocol.names import CollectionPath, format_path, is_reserved
 
 # Without a limit in the task, more than this many are deleted only when at least as many files and folders stay.
 ALWAYS_ALLOWED = 1000
@@ -32,7 +34,7 @@ ALWAYS_ALLOWED = 1000
 
 class Mirror:
     """One run over the extras that the journal remembers. `run` blocks; it may be called again after an error.
-    ``on_fault`` is told in the same thread of what could not be deleted."""
+    ``on_fault`` is told in the same thread of what could not be deleted. ``items`` are those of the task."""
 
     def __init__(
         self,
@@ -42,15 +44,17 @@ class Mirror:
         options: TaskOptions,
         patience: Patience,
         on_fault: Callable[[TowpathError], None],
+        items: Sequence[TaskItem] = (),
     ) -> None:
         self._root = root
+        self._items = items
         self._journal = journal
         self._record = record
         self._options = options
         self._patience = patience
         self._on_fault = on_fault
         self._stop = threading.Event()
-        self._source_hides = self._told_of_spared = False
+        self._source_hides = self._told_of_spared = self._told_of_shared = False
         # What of an extra is to stay, if anything is.
         self._spares: Callable[[Node], bool] | None = None
 
@@ -64,6 +68,7 @@ class Mirror:
         if next(self._journal.extras(), None) is None:
             return
         self._root.check_original()
+        self._leave_to_others()
         self._source_hides = self._journal.source_hides()
         self._spares = self._is_spared if self._source_hides or self._options.filter_rules else None
         self._refuse_too_many()
@@ -71,6 +76,32 @@ class Mirror:
             for folder, name in self._journal.extras():
                 self._go_on()
                 self._remove(folder, name)
+
+    def _leave_to_others(self) -> None:
+        """Forget the extras of folders to which several items lead, and those on the way to another item, by whatever
+        links and mounts: now that everything has arrived all of these are there."""
+        root = self._root.place()
+        if root is None:
+            return
+        ways = Ways(root)
+        filled = FilledPlaces(self._items, ways.of_item)
+        last, shared = b"", False
+        for folder, name in self._journal.extras():
+            path = split_path(folder)
+            if folder != last or not last:
+                last, shared = folder, any(map(filled.several, ways.of_folder(path)))
+                if shared:
+                    self._tell_of_shared(path)
+            if shared or any(way[-1] in filled.names(way[:-1]) for way in ways.below((*path, name)) if way):
+                self._journal.drop_extra(folder, name)
+
+    def _tell_of_shared(self, path: CollectionPath) -> None:
+        if self._told_of_shared:
+            return
+        self._told_of_shared = True
+        place = format_path(path, directory=True)
+        sentence = SEVERAL.format(place=place[:1000])
+        self._on_fault(ItemFailed(sentence, code="EXTRA_NOT_DELETED", who="you", subject=place))
 
     def _go_on(self) -> None:
         if self._stop.is_set():

@@ -81,6 +81,31 @@ def _wishes(order: TaskOrder, collection: CollectionConfig | None) -> _Wishes:
     return _Wishes(collection_id, root, tuple(paths))
 
 
+class Ways:
+    """Under which folded paths places of a collection are known, of which the machine shows some twice. ``root`` is
+    where the collection is. Blocks while it looks at links."""
+
+    def __init__(self, root: CollectionPath) -> None:
+        self._root = root
+        self._mounts = read_table()
+
+    def of_item(self, path: CollectionPath) -> frozenset[CollectionPath]:
+        """Of what a path in the collection leads to, with the places that are shown below it."""
+        survey = _Survey(self._mounts, looks=True)
+        survey.add((*self._root, *path), leads=True)
+        return survey.claim("").paths
+
+    def of_folder(self, path: CollectionPath) -> set[CollectionPath]:
+        """Of a path of the collection in which no links are, alone."""
+        own = tuple(map(fold_key, (*self._root, *path)))
+        return {own, self._mounts.place(own)}
+
+    def below(self, path: CollectionPath) -> set[CollectionPath]:
+        """Of such a path, with the places that are shown below it."""
+        own = tuple(map(fold_key, (*self._root, *path)))
+        return {own, self._mounts.place(own), *map(self._mounts.place, self._mounts.points_below(own))}
+
+
 def _components(path: str) -> CollectionPath:
     return tuple(components(os.fsencode(os.path.abspath(path))))
 

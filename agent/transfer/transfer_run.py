@@ -109,6 +109,7 @@ class TransferRun:
             self.options,
             context.patience,
             partial(self._soon, context.on_fault),
+            context.order.items or (),
         )
         self.attributes = Attributes(self)
         self.hard_links = HardLinks(self)

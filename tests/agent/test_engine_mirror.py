@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
 from contextlib import closing
 from pathlib import Path
 
@@ -215,6 +216,53 @@ async def test_in_a_folder_that_several_items_fill_nothing_is_deleted(quick_path
     found = {name for name, content in contents(engine.destination).items() if content != "folder"}
     assert found == {"x/one", "x/two", "x/old", "x/sub/four", "x/sub/old", "y/three"}
     assert engine.codes().count("EXTRA_NOT_DELETED") == 1
+
+
+LINKED_ITEMS = [_item("/a", "/link"), _item("/b", "/real"), _item("/c", "/x"), _item("/d", "/way")]
+
+
+async def _two_ways(base: Path) -> None:
+    """``link`` and ``real`` are one folder, ``way`` is one in ``x``."""
+    for time in range(2):
+        # The second time everything is there when it is looked for.
+        engine = Engine(base, MIRROR, items=LINKED_ITEMS)
+        engine.state = base / f"state {time}"
+        engine.state.mkdir()
+        _fill(engine.source, "a/one", "b/two", "c/three", "d/four")
+        _fill(engine.destination, "real/old", "x/old", "x/below/there")
+        observed = await engine.run()
+        assert (observed.state, observed.counters.deleted) == ("SUCCEEDED", 1), observed
+        found = {name for name, content in contents(engine.destination).items() if isinstance(content, bytes)}
+        # What lies in a folder of one item alone goes.
+        assert {name for name in found if name.startswith("real/")} == {"real/one", "real/two", "real/old"}
+        assert {name for name in found if name.startswith("x/")} == {"x/three", "x/below/four", "x/below/there"}
+        assert engine.codes().count("EXTRA_NOT_DELETED") == 1
+
+
+async def test_two_ways_to_one_folder_are_one(quick_path: Path) -> None:
+    engine = Engine(quick_path)
+    _fill(engine.destination, "real/old", "x/below/there")
+    (engine.destination / "link").symlink_to("real")
+    (engine.destination / "way").symlink_to("x/below")
+    await _two_ways(quick_path)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
+async def test_two_mounts_of_one_folder_are_one(quick_path: Path) -> None:
+    engine = Engine(quick_path)
+    _fill(engine.destination, "real/old", "x/below/there")
+    mounted = []
+    try:
+        for name, to in (("link", "real"), ("way", "x/below")):
+            (engine.destination / name).mkdir()
+            command = ["mount", "--bind", engine.destination / to, engine.destination / name]
+            if subprocess.run(command, capture_output=True, check=False).returncode:
+                pytest.skip("no bind mounts here")
+            mounted.append(engine.destination / name)
+        await _two_ways(quick_path)
+    finally:
+        for point in mounted:
+            subprocess.run(["umount", point], check=True)
 
 
 class HidingSource(Engine):
