@@ -90,6 +90,7 @@ class DirectoryWalk:
             patience=context.patience,
             filled=self._filled,
             top=self._top_of(row),
+            one_machine=context.one_machine,
         )
         follow = run.options.recursive_symlinks == "copy"
         if (run.options.preserve_xattrs or run.options.preserve_acls) and not await self._prepare(planner, row):

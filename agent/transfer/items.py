@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from agent.storage.base import Node, nearest_time
+from agent.storage.base import Directory, Node, nearest_time
+from agent.storage.enclosing import enclosing
 from agent.storage.faults import fault
 from agent.storage.folding import fold_key
 from agent.transfer.checksum import check_given, normalised_algorithm
 from agent.transfer.collisions import collision, losers, twice
 from agent.transfer.compare import SMALL_FILE, Decision, decide
 from agent.transfer.hard_links import is_shared, shared_name
+from agent.transfer.into_itself import into_itself
 from agent.transfer.jobs import FileJob, Group, GroupListed, LinkWanted, SharedName
 from agent.transfer.plan import refusal
 from agent.transfer.run import Run
@@ -109,8 +111,17 @@ class ItemPlanner:
         results = await self._ask(session, legal, paths, follow=follow)
         files: dict[CollectionPath, list[tuple[int, bytes, Row]]] = {}
         failures: list[tuple[int, bytes, TowpathError]] = []
+        folders = [
+            (index, path, result.row)
+            for index, path, result in zip(legal, paths, results, strict=True)
+            if result.row is not None and result.row.kind == DIRECTORY
+        ]
+        if folders and self._run.context.one_machine:
+            failures += await trio.to_thread.run_sync(self._into_themselves, folders)
+        refused = {index for index, _, _ in failures}
         for index, path, result in zip(legal, paths, results, strict=True):
-            self._sort(index, path, result, files, failures)
+            if index not in refused:
+                self._sort(index, path, result, files, failures)
         await self._fail(failures)
         for parent, rows in files.items():
             await self._files(parent, rows)
@@ -171,6 +182,26 @@ class ItemPlanner:
                 files.setdefault(destination[:-1], []).append((index, path, row))
             else:
                 failures.append((index, path, _wrong_kind(item, "file", "IS_A_DIRECTORY")))
+
+    def _into_themselves(self, rows: list[tuple[int, bytes, Row]]) -> list[tuple[int, bytes, TowpathError]]:
+        """Those folders of the source that their destination is, or lies in."""
+        found: list[tuple[int, bytes, TowpathError]] = []
+        for index, path, row in rows:
+            place = parse_path_untrusted(self._items[index].destination_path)
+            # What is wrong with it otherwise is found out when something is to be written there.
+            with contextlib.suppress(OSError), self._nearest(place) as handle:
+                if (row.device, row.inode) in enclosing(handle):
+                    found.append((index, path, into_itself(join_path(place))))
+        return found
+
+    def _nearest(self, place: CollectionPath) -> Directory:
+        """The folder in which a place is to be made, or the place itself. Raises OSError."""
+        for depth in range(len(place), 0, -1):
+            try:
+                return self._run.context.root.open_directory(place[:depth])
+            except FileNotFoundError:
+                continue
+        return self._run.context.root.open_directory(())
 
     def _directory(self, index: int, path: bytes, row: Row) -> None:
         journal = self._run.context.journal

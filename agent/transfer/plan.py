@@ -16,6 +16,7 @@ from enum import Enum
 import trio
 
 from agent.storage.base import Directory, Node, Root, nearest_time
+from agent.storage.enclosing import enclosing
 from agent.storage.faults import fault
 from agent.storage.folding import fold_key
 from agent.storage.hiding import is_hidden
@@ -24,6 +25,7 @@ from agent.transfer.collisions import collision, losers
 from agent.transfer.compare import Decision, decide
 from agent.transfer.filled_places import FilledPlaces
 from agent.transfer.hard_links import is_shared, shared_name
+from agent.transfer.into_itself import into_itself
 from agent.transfer.jobs import FileJob, Group, ListFate, SharedName
 from agent.transfer.journal import (
     BARE,
@@ -88,6 +90,7 @@ class DirectoryPlanner:
         patience: Patience,
         filled: FilledPlaces | None = None,
         top: CollectionPath = (),
+        one_machine: bool = False,
     ) -> None:
         self._root = root
         # Where the item leads to, as it is named.
@@ -99,6 +102,8 @@ class DirectoryPlanner:
         self._fresh = False
         self._names: set[bytes] | None = set() if options.delete_destination_extra else None
         self._filled = filled or FilledPlaces(())
+        # Device and inode of the folders in which this one lies, once they are wanted.
+        self._inside: Collection[tuple[int, int]] | None = None if one_machine else ()
         self._prefix = prefix
         self._sweep = sweep
         # Whether names may be one name at the destination: all rows must then come to `plan` at once.
@@ -233,6 +238,9 @@ class DirectoryPlanner:
         if identity in ancestry:
             planned.failures.append((job, ItemFailed(_ENDLESS, code="SYMLINK_LOOP", who="source owner")))
             return
+        if identity in self._enclosing():
+            planned.failures.append((job, into_itself(job.destination_path)))
+            return
         if len(job.source_path) + MAX_COMPONENT >= MAX_PATH:
             # What lies in it could not be asked about.
             sentence = "This folder lies too deep: its path, with a name in it, is longer than what may be asked about."
@@ -249,6 +257,12 @@ class DirectoryPlanner:
         above = [*ancestry, identity] if self._options.recursive_symlinks == "copy" else []
         mtime_ns = nearest_time(row.mtime_ns)
         planned.directories.append((self._row.item, job.source_path, job.destination_path, mtime_ns, above))
+
+    def _enclosing(self) -> Collection[tuple[int, int]]:
+        """Folders in which this one lies, where the source is on this machine, too."""
+        if self._inside is None:
+            self._inside = enclosing(self.group.handle)
+        return self._inside
 
     def _lasting(self, job: FileJob, error: OSError) -> TowpathError:
         """The error of a job that ends with it. One that may pass is raised: the run begins anew."""

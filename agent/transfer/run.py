@@ -51,6 +51,13 @@ class RunContext:
     # After how many TLS records a lane is followed by another.
     key_records: int = KEY_RECORDS
 
+    @property
+    def one_machine(self) -> bool:
+        """Whether the source is on this machine, too, offered by the same agent: numbers of disks and files are the
+        same there."""
+        source = self.order.source
+        return source is not None and source.node_id == self.order.destination.node_id
+
 
 class Failures(Protocol):
     """Decides what becomes of a job that failed. Methods are called in the trio thread."""

@@ -255,7 +255,7 @@ async def test_two_mounts_of_one_folder_are_one(quick_path: Path) -> None:
     try:
         for name, to in (("link", "real"), ("way", "x/below")):
             (engine.destination / name).mkdir()
-            command = ["mount", "--bind", engine.destination / to, engine.destination / name]
+            command = ["mount", "--bind", str(engine.destination / to), str(engine.destination / name)]
             if subprocess.run(command, capture_output=True, check=False).returncode:
                 pytest.skip("no bind mounts here")
             mounted.append(engine.destination / name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -39,7 +40,7 @@ def fill(top: Path, depth: int, folders: int, files: int) -> None:
 async def test_many_files_with_long_paths_are_asked_for_in_several_requests(
     quick_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int
 ) -> None:
-    hungry, submit = Fetcher.hungry, Fetcher.submit_pack
+    hungry, submit = cast(property, Fetcher.hungry), Fetcher.submit_pack
     asked: list[int] = []
 
     def submitting(fetcher: Fetcher, jobs: list[FileJob]) -> None:
@@ -47,7 +48,7 @@ async def test_many_files_with_long_paths_are_asked_for_in_several_requests(
         submit(fetcher, jobs)
 
     # As when lanes have enough to do: files are collected over many folders until a pack is full.
-    monkeypatch.setattr(Fetcher, "hungry", property(lambda fetcher: bool(asked) and hungry.fget(fetcher)))
+    monkeypatch.setattr(Fetcher, "hungry", property(lambda fetcher: bool(asked) and hungry.__get__(fetcher)))
     monkeypatch.setattr(Fetcher, "submit_pack", submitting)
     engine = Engine(quick_path, processes=processes)
     fill(engine.source, 45, 21, 50)
