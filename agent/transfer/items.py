@@ -118,6 +118,10 @@ class ItemPlanner:
         ]
         if folders and self._run.context.one_machine:
             failures += await trio.to_thread.run_sync(self._into_themselves, folders)
+        if folders and self._run.resumed:
+            # What was a file in an earlier run, which left something beside the folder of today.
+            may_have_been = [index for index, _, _ in folders if self._items[index].recursive is None]
+            await trio.to_thread.run_sync(self._tidy, may_have_been)
         refused = {index for index, _, _ in failures}
         for index, path, result in zip(legal, paths, results, strict=True):
             if index not in refused:
@@ -210,7 +214,6 @@ class ItemPlanner:
         journal.add_directories([(index, path, destination, nearest_time(row.mtime_ns), ancestry)])
         journal.put_item(index, done=False)
         if self._run.resumed:
-            self._leave_parts([index])
             journal.drop_partial(-1 - index, b"")
 
     # --- failures --------------------------------------------------------------------------------------

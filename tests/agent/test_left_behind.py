@@ -198,7 +198,10 @@ async def test_what_an_earlier_run_left_is_swept_and_nothing_of_this_one(
     assert "PART_LOST" not in after.codes()
 
 
-async def test_nothing_is_left_of_an_item_that_is_gone_when_its_task_goes_on(quick_path: Path) -> None:
+@pytest.mark.parametrize("becomes_folder", [False, True], ids=["gone", "a folder now"])
+async def test_nothing_is_left_of_an_item_that_is_gone_when_its_task_goes_on(
+    quick_path: Path, becomes_folder: bool
+) -> None:
     """Not even what the journal had not heard of yet."""
 
     def die(call: Call) -> int | None:
@@ -212,7 +215,9 @@ async def test_nothing_is_left_of_an_item_that_is_gone_when_its_task_goes_on(qui
         await engine.run()
     assert engine.temporaries()
     (engine.source / "large").unlink()
+    if becomes_folder:
+        (engine.source / "large").mkdir()
     after = engine.revived()
     observed = await after.run()
-    assert observed.error_code == "ITEMS_FAILED"
+    assert observed.error_code == ("" if becomes_folder else "ITEMS_FAILED")
     assert after.temporaries() == []
