@@ -158,11 +158,13 @@ class RunningTask:
 
     async def tell_waits_for(self, holder: RunningTask) -> None:
         """Report that another task has the place this one writes to."""
-        if self.running or self.observed.state in FINAL_STATES or self.observed.status_code == "DESTINATION_BUSY":
+        if self.running or self.observed.state in FINAL_STATES:
             return
         own = holder.order.owner_id == self.order.owner_id
         name = f"Task {holder.order.task_id}" if own else "A task of somebody else"
         sentence = f"{name} writes to the same place; this one follows when it has ended or is paused."
+        if (self.observed.status_code, self.observed.status_sentence) == ("DESTINATION_BUSY", sentence):
+            return
         await self._observe(
             msgspec.structs.replace(
                 self.observed, state="QUEUED", status_code="DESTINATION_BUSY", status_sentence=sentence, who=""

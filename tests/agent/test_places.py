@@ -17,7 +17,7 @@ from agent.storage.bind_mounts import BindMounts, Shown
 from agent.transfer import places as places_module
 from agent.transfer.places import Places
 from agent.transfer.turns import Candidate, next_turns
-from protocol.control import TaskItem, TaskOptions, TaskOrder
+from protocol.control import AgentEvent, TaskItem, TaskOptions, TaskOrder
 from protocol.names import CollectionPath
 from tests.agent.engine_world import World, world
 from tests.agent.orders import order_of
@@ -214,8 +214,13 @@ async def waits_for(made: World, later: str, earlier: str) -> None:
     with trio.fail_after(30):
         while made.beta.service.get_task(later).status_code != "DESTINATION_BUSY":
             await trio.sleep(0.005)
-    assert earlier in made.beta.service.get_task(later).status_sentence
+        while earlier not in made.beta.service.get_task(later).status_sentence:
+            await trio.sleep(0.005)
     assert made.beta.service.get_task(earlier).state in ("QUEUED", "ACTIVE")
+
+
+def _says(line: AgentEvent) -> str:
+    return "" if line.observed is None else line.observed.status_sentence
 
 
 @pytest.mark.parametrize(("one", "other"), [("/link/same", "/real/same"), ("/Same", "/same")])
@@ -230,6 +235,22 @@ async def test_tasks_on_one_place_run_one_after_the_other(tmp_path: Path, one: s
         await waits_for(made, second, first)
         await made.beta.service.pause_task(first)
         assert (await made.wait(second)).state == "SUCCEEDED"
+
+
+async def test_a_task_that_waits_names_the_one_that_has_its_place_now(tmp_path: Path) -> None:
+    """Also to the relay."""
+    async with world(tmp_path) as made:
+        service = made.beta.service
+        (made.alpha.root / "one").write_bytes(os.urandom(1024 * 1024))
+        item = [TaskItem(source_path="/one", destination_path="/same")]
+        first, second, third = [await made.submit(item, SLOWLY) for _ in range(3)]
+        await waits_for(made, third, first)
+        await service.pause_task(first)
+        await waits_for(made, third, second)
+        with trio.fail_after(30):
+            while not any(second in _says(line) for line in made.events if line.task_id == third):
+                await trio.sleep(0.005)
+        assert service.get_task(third).status_code == "DESTINATION_BUSY"
 
 
 async def test_a_link_made_while_a_task_waits_counts_when_it_is_its_turn(tmp_path: Path) -> None:
