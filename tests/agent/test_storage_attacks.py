@@ -147,12 +147,15 @@ def contend(
     least: int = 3000,
     most: float = 20.0,
 ) -> Counter[str]:
-    """Repeat an operation under attack, ``least`` times and until all awaited outcomes have been seen."""
+    """Repeat an operation under attack, ``least`` times, until the attacker has come to something and all awaited
+    outcomes have been seen."""
     outcomes: Counter[str] = Counter()
     end = time.monotonic() + most
     number = 0
     with attacker:
-        while time.monotonic() < end and (number < least or not all(outcomes[kind] for kind in awaited)):
+        while time.monotonic() < end and (
+            number < least or not attacker.swaps or not all(outcomes[kind] for kind in awaited)
+        ):
             number += 1
             try:
                 attempt(number)

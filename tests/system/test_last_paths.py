@@ -145,7 +145,7 @@ async def kill_and_start(made: World, name: str) -> None:
 
 async def test_over_quic_and_through_the_tunnel_with_a_kill_in_each(tmp_path: Path) -> None:
     """In one world, because making it takes most of the time. The tunnel's one leg is inside WebSocket."""
-    slowly = {"towpath_bandwidth_limit": 3_000_000}
+    slowly = {"towpath_bandwidth_limit": 2_000_000}
     async with world(tmp_path, size=10 << 20, tunnel=False) as made:
         for path, options in (
             ("quic", {"towpath_transport": "quic", "towpath_relay": "never"}),
