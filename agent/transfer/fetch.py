@@ -178,10 +178,13 @@ class Fetcher:
 
     def range_bytes(self, budget: int) -> int:
         """How much of a large file to ask for at once, where so much may be on its way: less where that does not
-        fill the windows of all lanes, so that each gets some, and where lanes are slow."""
-        few = max(1, len(self._lanes)) * LANE_WINDOW <= budget
-        rates = [lane.speed.rate for lane in self._lanes.values() if lane.speed.rate is not None]
-        return LONG_RANGE if few and all(rate * LONG_TIME >= LONG_RANGE for rate in rates) else RANGE_BYTES
+        fill the windows of all lanes, so that each gets some, and where a lane is slow or not known to be fast, since
+        what a range has brought is only seen at its end."""
+        few = len(self._lanes) * LANE_WINDOW <= budget
+        fast = bool(self._lanes) and all(
+            (lane.speed.rate or 0) * LONG_TIME >= LONG_RANGE for lane in self._lanes.values()
+        )
+        return LONG_RANGE if few and fast else RANGE_BYTES
 
     @property
     def idle(self) -> bool:

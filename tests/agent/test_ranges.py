@@ -21,7 +21,7 @@ MIB = 1024 * 1024
 @pytest.mark.parametrize(
     ("lanes", "budget", "wanted"),
     [
-        (0, UNSETTLED_BYTES, LONG_RANGE),
+        (0, UNSETTLED_BYTES, RANGE_BYTES),
         (1, UNSETTLED_BYTES, LONG_RANGE),
         (2, UNSETTLED_BYTES, LONG_RANGE),
         (3, UNSETTLED_BYTES, RANGE_BYTES),
@@ -33,6 +33,7 @@ def test_long_ranges_are_for_few_lanes_with_room(lanes: int, budget: int, wanted
     scene = Scene(honours_abandon=True)
     for number in range(1, lanes + 1):
         scene.open(number)
+        scene.fetcher._lanes[number].speed.rate = 1000 * MIB
     assert scene.fetcher.range_bytes(budget) == wanted
 
 
@@ -41,7 +42,7 @@ def test_long_ranges_are_for_lanes_that_bring_them_soon() -> None:
     for number in (1, 2):
         scene.open(number)
     fast, slow = (scene.fetcher._lanes[number].speed for number in (1, 2))
-    for rate, wanted in ((None, LONG_RANGE), (100 * MIB, LONG_RANGE), (31 * MIB, RANGE_BYTES), (32 * MIB, LONG_RANGE)):
+    for rate, wanted in ((None, RANGE_BYTES), (100 * MIB, LONG_RANGE), (31 * MIB, RANGE_BYTES), (32 * MIB, LONG_RANGE)):
         fast.rate, slow.rate = 1000 * MIB, rate
         assert scene.fetcher.range_bytes(UNSETTLED_BYTES) == wanted
 
