@@ -347,7 +347,7 @@ async def test_kill_9_of_a_lane_process_in_the_middle(tmp_path: Path) -> None:
         folder.mkdir()
         for number in range(600):
             (folder / str(number)).write_bytes(os.urandom(5000))
-        (folder / "large").write_bytes(os.urandom(24 * MIB))
+        (folder / "large").write_bytes(os.urandom(128 * MIB))
         task = await world.submit([TaskItem(source_path="/data", destination_path="/data", recursive=True)])
         assert world.beta.service is not None
         # Once something of a file is there, and not all.
