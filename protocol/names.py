@@ -171,3 +171,8 @@ def is_within(path: CollectionPath, prefix: CollectionPath) -> bool:
 def _illegal(raw: bytes, why: str) -> ProtocolError:
     shown = escape(raw)
     return ProtocolError(f"“{shown}” {why}.", code="ILLEGAL_NAME", subject=shown)
+
+
+def split_path(path: bytes) -> CollectionPath:
+    """Components of a session path of our own."""
+    return tuple(path.split(b"/")) if path else ()

@@ -16,12 +16,12 @@ from agent.transfer.filled_places import SEVERAL, FilledPlaces
 from agent.transfer.items import ItemPlanner
 from agent.transfer.jobs import FileJob, Group, GroupListed, LinkWanted, Outcome
 from agent.transfer.journal import DirectoryRow
-from agent.transfer.plan import DirectoryPlanner, KeptExtra, Listing, Planned, split_path
+from agent.transfer.plan import DirectoryPlanner, KeptExtra, Listing, Planned
 from agent.transfer.run import Run
 from agent.transfer.source_session import SessionLost
 from agent.transfer.storage_threads import StorageThreads
 from protocol.errors import ItemFailed, NeedsPerson, RetryLater, TaskFailed, TowpathError
-from protocol.names import CollectionPath, format_path, parse_path_untrusted
+from protocol.names import CollectionPath, format_path, parse_path_untrusted, split_path
 from protocol.session import Row
 
 # Round trips that overlap while directories are listed.

@@ -21,12 +21,12 @@ from agent.transfer.journal import Journal
 from agent.transfer.manifest import SkippedRow
 from agent.transfer.patience import Patience
 from agent.transfer.places import Ways
-from agent.transfer.plan import now_iso, split_path
+from agent.transfer.plan import now_iso
 from agent.transfer.record import Record
 from agent.transfer.remove import Removal, Stopped
 from protocol.control import TaskItem, TaskOptions
 from protocol.errors import ItemFailed, TaskFailed, TowpathError
-from protocol.names import CollectionPath, format_path, is_reserved
+from protocol.names import CollectionPath, format_path, is_reserved, split_path
 
 # Without a limit in the task, more than this many are deleted only when at least as many files and folders stay.
 ALWAYS_ALLOWED = 1000

@@ -23,9 +23,10 @@ from agent.transfer.delete import DeleteRun
 from agent.transfer.events import EventLog
 from agent.transfer.journal import Journal, open_or_rebuild
 from agent.transfer.kept_lists import ListPolicy
+from agent.transfer.left_behind import sweep_temporaries
 from agent.transfer.manifest import ManifestWriter
 from agent.transfer.patience import Patience
-from agent.transfer.plan import now_iso, split_path, sweep_temporaries
+from agent.transfer.plan import now_iso
 from agent.transfer.progress import Progress
 from agent.transfer.received import ReceivedCounter
 from agent.transfer.remove import Stopped
@@ -36,7 +37,7 @@ from agent.transfer.stopping import run_in_thread
 from agent.transfer.transfer_run import TransferRun
 from protocol.control import Counters, Flow, TaskObserved, TaskOrder, TaskState
 from protocol.errors import NeedsPerson, ProtocolError, TaskFailed, TowpathError
-from protocol.names import RESERVED_PREFIX, format_path, parse_path_untrusted
+from protocol.names import RESERVED_PREFIX, format_path, parse_path_untrusted, split_path
 from protocol.threads import NoThread
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 15.0

@@ -33,16 +33,14 @@ from agent.transfer.jobs import AllArrived, FileJob, Group, LargeFile, ListFate,
 from agent.transfer.lane_arrivals import RemoteArrivals
 from agent.transfer.lanes import Lanes, OpenLane
 from agent.transfer.large_files import LargeFiles
+from agent.transfer.left_behind import remove_left_behind, sweep_temporaries
 from agent.transfer.mirror import Mirror
 from agent.transfer.packs import PACK_BYTES, packs
 from agent.transfer.patience import counted, named
 from agent.transfer.plan import (
     count_finished,
     now_iso,
-    remove_left_behind,
     set_directory_times,
-    split_path,
-    sweep_temporaries,
 )
 from agent.transfer.record import add_counts
 from agent.transfer.retries import Retries
@@ -52,7 +50,7 @@ from agent.transfer.source_session import SessionLost, SourceSession
 from agent.transfer.stopping import call_on_cancel, first_error, first_system_error, run_in_thread
 from protocol.control import Counters, Flow
 from protocol.errors import TowpathError
-from protocol.names import format_path
+from protocol.names import format_path, split_path
 from protocol.session import LANE_READINGS, MAX_PACK_FILES, LaneReadings, join_path
 
 # Directories (and their handles) being worked on at once.

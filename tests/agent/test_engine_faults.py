@@ -368,7 +368,7 @@ async def gave_up(
     shutil.rmtree(engine.state)
     # A folder that was given up keeps what a crash left in it, until that is so old that its task must be dead.
     with monkeypatch.context() as later:
-        later.setattr("agent.transfer.plan.ORPHAN_AGE", -1)
+        later.setattr("agent.transfer.left_behind.ORPHAN_AGE", -1)
         assert (await Engine(engine.base).run()).state == "SUCCEEDED", f"seed {seed}"
     assert contents(engine.destination) == wanted, f"seed {seed}"
 
