@@ -181,9 +181,9 @@ class Fetcher:
         fill the windows of all lanes, so that each gets some, and where a lane is slow or not known to be fast, since
         what a range has brought is only seen at its end."""
         few = len(self._lanes) * LANE_WINDOW <= budget
-        fast = bool(self._lanes) and all(
-            (lane.speed.rate or 0) * LONG_TIME >= LONG_RANGE for lane in self._lanes.values()
-        )
+        # One that has had nothing to do yet is not known.
+        rates = [lane.speed.rate for lane in self._lanes.values() if lane.speed.rate is not None]
+        fast = bool(rates) and all(rate * LONG_TIME >= LONG_RANGE for rate in rates)
         return LONG_RANGE if few and fast else RANGE_BYTES
 
     @property

@@ -42,9 +42,11 @@ def test_long_ranges_are_for_lanes_that_bring_them_soon() -> None:
     for number in (1, 2):
         scene.open(number)
     fast, slow = (scene.fetcher._lanes[number].speed for number in (1, 2))
-    for rate, wanted in ((None, RANGE_BYTES), (100 * MIB, LONG_RANGE), (31 * MIB, RANGE_BYTES), (32 * MIB, LONG_RANGE)):
+    for rate, wanted in ((None, LONG_RANGE), (100 * MIB, LONG_RANGE), (31 * MIB, RANGE_BYTES), (32 * MIB, LONG_RANGE)):
         fast.rate, slow.rate = 1000 * MIB, rate
         assert scene.fetcher.range_bytes(UNSETTLED_BYTES) == wanted
+    fast.rate = slow.rate = None
+    assert scene.fetcher.range_bytes(UNSETTLED_BYTES) == RANGE_BYTES, "neither has brought anything yet"
 
 
 @given(
