@@ -231,6 +231,10 @@ async def test_tasks_on_one_place_run_one_after_the_other(tmp_path: Path, one: s
         (made.alpha.root / "one").write_bytes(os.urandom(1024 * 1024))
         (made.alpha.root / "two").write_bytes(b"two")
         first = await made.submit([TaskItem(source_path="/one", destination_path=one)], SLOWLY)
+        with trio.fail_after(30):
+            # Two whose places are looked at together have them in the order in which that is done.
+            while made.beta.service.get_task(first).state != "ACTIVE":
+                await trio.sleep(0.005)
         second = await made.submit([TaskItem(source_path="/two", destination_path=other)])
         await waits_for(made, second, first)
         await made.beta.service.pause_task(first)
