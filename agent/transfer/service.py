@@ -153,12 +153,16 @@ class TransferService:
             for task in self._tasks.values():
                 # Until it is its turn again, others may change the way to its place.
                 task.placed = task.placed and task in chosen
+            # Collections whose earlier tasks are still being looked at: the place of a later one may be theirs.
+            looking: set[str] = set()
             for task in chosen:
-                if task.placed or task.order.desired == "cancel":
+                collection = task.order.destination.collection_id
+                if task.order.desired == "cancel" or (task.placed and collection not in looking):
                     task.running = True
                     nursery.start_soon(self._run_task, task)
-                else:
+                elif not task.placed:
                     # It has its turn then, unless its place turns out to be that of another one.
+                    looking.add(collection)
                     nursery.start_soon(task.look_at_claim)
             for task_id, holder in turns.behind.items():
                 later, earlier = self._tasks.get(task_id), self._tasks.get(holder)
