@@ -11,7 +11,7 @@ from functools import partial
 import msgspec
 import trio
 
-from agent.connect.transport import Connection, Path
+from agent.connect.transport import Path
 from agent.limits.allotment import Allowance
 from agent.transfer.channel import (
     Allowed,
@@ -20,8 +20,6 @@ from agent.transfer.channel import (
     ChannelClosed,
     Checkpointed,
     Connect,
-    Connected,
-    ConnectFailed,
     Desire,
     Event,
     EventStored,
@@ -30,6 +28,7 @@ from agent.transfer.channel import (
     Progress,
     RunTask,
 )
+from agent.transfer.crash_pauses import CrashPauses
 from agent.transfer.local_node import LocalNode
 from agent.transfer.plan import now_iso
 from agent.transfer.state_trouble import StateTrouble
@@ -37,12 +36,11 @@ from agent.transfer.task_log import TaskLog
 from agent.transfer.task_paths import TaskPaths
 from agent.transfer.task_store import StoredTask
 from agent.transfer.turns import Candidate
+from agent.transfer.worker_connections import give_connection
 from protocol.candidates import Arrangement, PathAnswer, PathGo
 from protocol.control import FINAL_STATES, AgentEvent, Counters, SessionAnswer, TaskObserved, TaskOrder
-from protocol.errors import RetryLater, TaskFailed, TowpathError
+from protocol.errors import TowpathError
 
-CRASH_PAUSE, LONGEST_CRASH_PAUSE = 0.1, 30.0
-LIVED_LONG = 60.0
 # How often to try again to write down what a task has told.
 STATE_PAUSE = 2.0
 # A path that the relay has arranged with an order is of no use later than this: the source does not wait for longer.
@@ -55,22 +53,6 @@ def merged(before: Counters, after: Counters) -> Counters:
     """Counters only grow: a worker that lists a directory again begins a little below."""
     names = [name for name in Counters.__struct_fields__ if name not in ("scan_complete", "retrying")]
     return msgspec.structs.replace(after, **{name: max(getattr(before, name), getattr(after, name)) for name in names})
-
-
-class CrashPauses:
-    """How long, in seconds, before a worker that died is followed by another: longer each time, until one gets
-    somewhere or has lived for a while."""
-
-    def __init__(self) -> None:
-        self._next = CRASH_PAUSE
-
-    def after(self, lived: float, before: Counters, now: Counters) -> float:
-        """``lived`` in seconds; the task's counters when the worker began, and when it died."""
-        further = now.bytes_transferred > before.bytes_transferred or now.files > before.files
-        if further or lived > LIVED_LONG:
-            self._next = CRASH_PAUSE
-        pause, self._next = self._next, min(self._next * 2, LONGEST_CRASH_PAUSE)
-        return pause
 
 
 async def allow(channel: Channel, allowance: Allowance) -> None:
@@ -489,54 +471,11 @@ class RunningTask:
 
     # --- connections -----------------------------------------------------------------------------------
 
-    async def _found(self, paths: TaskPaths, kind: str) -> tuple[Connection, str]:
-        """A connection to the source and its certificate. Raises `TowpathError`: what is wrong with one connection must
-        end neither the other tasks nor the daemon."""
-        try:
-            return await paths.connect(begins=kind == "control")
-        except OSError as error:
-            raise RetryLater(f"No connection to the source could be made: {error}.", code="CONNECT_FAILED") from error
-
     async def _connect(self, channel: Channel, message: Connect) -> None:
         """Answer a worker's wish. One that has ended meanwhile is noticed by whoever listens to it."""
         with contextlib.suppress(ChannelClosed):
-            await self._connect_for(channel, message)
-
-    async def _connect_for(self, channel: Channel, message: Connect) -> None:
-        paths = self._paths
-        if paths is None:
-            error = TaskFailed("A delete has no source.")
-            await channel.send(ConnectFailed(request=message.request, error=error.to_document()))
-            return
-        try:
-            connection, certificate = await self._found(paths, message.kind)
-        except TowpathError as error:
-            await channel.send(ConnectFailed(request=message.request, error=error.to_document()))
-            return
-        with connection.sock:
-            try:
-                descriptor = os.dup(connection.sock.fileno())
-            except OSError as error:
-                wanting = RetryLater(
-                    f"The agent has no room for a connection: {error.strerror}.", code="CONNECT_FAILED"
-                )
-                await channel.send(ConnectFailed(request=message.request, error=wanting.to_document()))
-                return
-        await self._tell_path(paths)
-        try:
-            await channel.send(
-                Connected(
-                    request=message.request,
-                    certificate=certificate,
-                    transport=connection.path.transport,
-                    descriptors=1,
-                ),
-                (descriptor,),
-            )
-            if message.kind == "lane":
+            if await give_connection(channel, message, self._paths, self._tell_path) and message.kind == "lane":
                 self._node.lane_begun.set()
-        finally:
-            os.close(descriptor)
 
     async def _tell_path(self, paths: TaskPaths) -> None:
         """Tell people when the kind of path has changed, and keep it: a start wants to know it."""

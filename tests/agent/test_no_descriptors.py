@@ -91,7 +91,7 @@ async def test_a_connection_that_cannot_be_handed_over_is_refused_in_words(monke
     with far:
         try:
             with monkeypatch.context() as shortage:
-                shortage.setattr("agent.transfer.running_task.os.dup", none_left)
+                shortage.setattr("agent.transfer.worker_connections.os.dup", none_left)
                 await task._connect(daemon, Connect(request=7, kind="lane"))
             answer, _ = await worker.receive()
             assert isinstance(answer, ConnectFailed)

@@ -16,8 +16,8 @@ import trio
 from agent.system.limits import raise_open_files
 from agent.transfer import worker_process
 from agent.transfer.channel import Channel, ChannelClosed, EventStored, ToWorker
+from agent.transfer.crash_pauses import CrashPauses
 from agent.transfer.message_buffer import framed
-from agent.transfer.running_task import CrashPauses
 from agent.transfer.spawn import Spawned, spawn
 from agent.transfer.worker_process import Workers, processor_time
 from protocol.control import Counters
