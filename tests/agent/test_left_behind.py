@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.storage.faulty import Call, fail_nth
+from agent.storage.faulty import Call, Plan, fail_nth
 from agent.transfer import journal as journals
 from agent.transfer.journal import Journal
 from protocol.control import TaskItem
@@ -114,19 +114,23 @@ async def test_a_part_of_a_file_that_is_large_no_more_goes_with_it(
         assert contents(after.destination / "below") == contents(after.source)
 
 
-async def _half_arrived(base: Path, items: list[TaskItem] = WHOLE) -> Engine:
-    """An engine that died while a large file was under way, with some of its blocks settled."""
+def _dies_once() -> Plan:
+    """Death while a large file is under way, with some of its blocks settled: while later ones are read back."""
     died = False
 
     def die(call: Call) -> int | None:
         nonlocal died
-        # While later blocks are read back the first are settled.
         if call.operation == "preadv" and call.nth == 30 and not died:
             died = True
             raise Crashed
         return None
 
-    engine = Engine(base, items=items, plan=die)
+    return die
+
+
+async def _half_arrived(base: Path, items: list[TaskItem] = WHOLE) -> Engine:
+    """An engine that died while a large file was under way, with some of its blocks settled."""
+    engine = Engine(base, items=items, plan=_dies_once())
     (engine.source / "large").write_bytes(os.urandom(SIZE))
     with pytest.raises(Crashed):
         await engine.run()
@@ -172,17 +176,8 @@ async def test_what_an_earlier_run_left_is_swept_and_nothing_of_this_one(
 ) -> None:
     """Several parts of a task come to one folder, one after the other; each sweeps it when the task goes on."""
     monkeypatch.setattr("agent.transfer.items.ITEMS_AT_ONCE", 1)
-    died = False
-
-    def die(call: Call) -> int | None:
-        nonlocal died
-        if call.operation == "preadv" and call.nth == 30 and not died:
-            died = True
-            raise Crashed
-        return None
-
     count = 60
-    engine = Engine(quick_path, items=_into_one_folder(kind, count), plan=die)
+    engine = Engine(quick_path, items=_into_one_folder(kind, count), plan=_dies_once())
     for number in range(count):
         (engine.source / f"{number}").mkdir()
         (engine.source / f"{number}" / f"file-{number}").write_bytes(b"content of %d" % number)

@@ -39,17 +39,22 @@ async def test_files_of_one_name_from_several_folders_do_not_replace_one_another
     world.ledger.close()
 
 
+async def _taken_away(world: World, text: str) -> None:
+    """An instrument writes a file, always of the same name, and the rule takes it."""
+    file = world.write("scan", text)
+    os.utime(file, (world.now, world.now))
+    for _ in range(3):
+        await world.after(30)
+    assert not file.exists()
+
+
 async def test_a_file_that_comes_after_one_of_its_name_was_deleted_does_not_replace_it(tmp_path: Path) -> None:
     """An instrument that calls its files alike every day: what went before is all there is of it."""
     world = World(tmp_path, after="delete")
     world.now = datetime.now().timestamp()
     world.relay.outcome = Outcome("SUCCEEDED", "", 0)
     for text in ("first", "second", "third"):
-        file = world.write("scan", text)
-        os.utime(file, (world.now, world.now))
-        for _ in range(3):
-            await world.after(30)
-        assert not file.exists()
+        await _taken_away(world, text)
         # A rule of another name is about the same files.
         world.rule = dataclasses.replace(world.rule, name=f"after {text}")
         world.runner = world.start()
@@ -91,10 +96,6 @@ async def test_a_moved_file_does_not_replace_one_that_was_moved_before(tmp_path:
     world.now = datetime.now().timestamp()
     world.relay.outcome = Outcome("SUCCEEDED", "", 0)
     for text in ("first", "second", "third"):
-        file = world.write("scan", text)
-        os.utime(file, (world.now, world.now))
-        for _ in range(3):
-            await world.after(30)
-        assert not file.exists()
+        await _taken_away(world, text)
     assert sorted(path.read_text() for path in (world.root / "done").iterdir()) == ["first", "second", "third"]
     world.ledger.close()

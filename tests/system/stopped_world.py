@@ -240,6 +240,27 @@ class StoppedWorld:
         (self.stops / "slow.draft").write_text(str(seconds))
         (self.stops / "slow.draft").rename(self.stops / "slow")
 
+    async def begin_slowly(self, size: int) -> tuple[str, dict[str, bytes | str]]:
+        """Begin to move a tree with a large file of ``size`` bytes, so slowly that it is under way for long: the
+        task, something of which has arrived, and what ``place`` is to hold in the end."""
+        (self.source / "tree").mkdir()
+        expected = fill(self.source / "tree", size)
+        self.slow(0.3)
+        task_id = await self.submit("tree", "place")
+        with trio.fail_after(60):
+            while not await self.known_to_beta(task_id):
+                await trio.sleep(0.05)
+        return task_id, expected
+
+    async def end_well(self, task_id: str, expected: dict[str, bytes | str]) -> list[str]:
+        """Let it go on quickly; the codes of the events of a task that was one to its end, with all its content."""
+        self.slow(0.0)
+        assert (await self.until_ended(task_id))["status"] == "SUCCEEDED"
+        codes = await self.codes(task_id)
+        assert contents(self.destination / "place") == expected
+        assert (codes.count("STARTED"), codes.count("SUCCEEDED")) == (1, 1)
+        return codes
+
     async def known_to_beta(self, task_id: str) -> int:
         """Bytes done by beta's own account, whether or not there is a relay."""
         state_dir = self.world.sites["beta"].state_dir

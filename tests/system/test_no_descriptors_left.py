@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from tests.agent.engine_inside import contents
-from tests.system.stopped_world import MIB, fill, stopped_world
+from tests.system.stopped_world import MIB, stopped_world
 
 SHORTAGE = 12.0
 
@@ -23,13 +22,7 @@ async def test_a_transfer_goes_on_after_a_shortage_of_descriptors(
 ) -> None:
     """Its workers are killed meanwhile, so that both agents need what they do not have: connections and processes."""
     async with stopped_world(tmp_path, monkeypatch) as world:
-        (world.source / "tree").mkdir()
-        expected = fill(world.source / "tree", 24 * MIB)
-        world.slow(0.3)
-        task_id = await world.submit("tree", "place")
-        with trio.fail_after(60):
-            while not await world.known_to_beta(task_id):
-                await trio.sleep(0.05)
+        task_id, expected = await world.begin_slowly(24 * MIB)
         pids = {name: world.child(name).pid for name in ("alpha", "beta")}
         limits = {name: resource.prlimit(pid, resource.RLIMIT_NOFILE) for name, pid in pids.items()}
         for name, pid in pids.items():
@@ -40,10 +33,6 @@ async def test_a_transfer_goes_on_after_a_shortage_of_descriptors(
         assert {name: world.child(name).pid for name in pids} == pids
         for name, pid in pids.items():
             resource.prlimit(pid, resource.RLIMIT_NOFILE, limits[name])
-        world.slow(0.0)
-        assert (await world.until_ended(task_id))["status"] == "SUCCEEDED"
-        codes = await world.codes(task_id)
+        codes = await world.end_well(task_id, expected)
         print(f"{killed} workers killed while there were no descriptors; {codes}")
-        assert contents(world.destination / "place") == expected
         assert {name: world.child(name).pid for name in pids} == pids
-        assert (codes.count("STARTED"), codes.count("SUCCEEDED")) == (1, 1)

@@ -12,8 +12,7 @@ import psutil
 import pytest
 import trio
 
-from tests.agent.engine_inside import contents
-from tests.system.stopped_world import MIB, fill, stopped_world
+from tests.system.stopped_world import MIB, stopped_world
 
 SHORTAGE = 12.0
 # Version 1 has a tree for each controller, version 2 one for all.
@@ -54,13 +53,7 @@ async def test_a_transfer_goes_on_after_a_shortage_of_threads(
     """Idle threads of trio end after ten seconds, so that by and by there is none left. With ``killed`` the workers are
     killed meanwhile, so that both agents also need processes."""
     async with stopped_world(tmp_path, monkeypatch) as world:
-        (world.source / "tree").mkdir()
-        expected = fill(world.source / "tree", 24 * MIB)
-        world.slow(0.3)
-        task_id = await world.submit("tree", "place")
-        with trio.fail_after(60):
-            while not await world.known_to_beta(task_id):
-                await trio.sleep(0.05)
+        task_id, expected = await world.begin_slowly(24 * MIB)
         pids = {name: world.child(name).pid for name in ("alpha", "beta", "relay")}
         everybody = [pid for own in pids.values() for pid in (own, *_below(own))]
         for pid in everybody:
@@ -75,13 +68,9 @@ async def test_a_transfer_goes_on_after_a_shortage_of_threads(
         assert {name: world.child(name).pid for name in pids} == pids
         assert all(psutil.pid_exists(pid) for pid in pids.values())
         (group / "pids.max").write_text("max")
-        world.slow(0.0)
-        assert (await world.until_ended(task_id))["status"] == "SUCCEEDED"
-        codes = await world.codes(task_id)
+        codes = await world.end_well(task_id, expected)
         print(f"{before} threads when there were no more; {refused} refused; {codes}")
-        assert contents(world.destination / "place") == expected
         assert {name: world.child(name).pid for name in pids} == pids
-        assert (codes.count("STARTED"), codes.count("SUCCEEDED")) == (1, 1)
         assert int(refused) > 0
 
 
