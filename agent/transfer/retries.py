@@ -40,12 +40,14 @@ class Retries:
         """A file could not be brought over this time."""
         if self.lasting(job, error):
             self._run.give_up(job, error)
-        elif not self._run.stopping:
+        else:
             self.again(job, error)
 
     def again(self, job: FileJob, error: TowpathError) -> None:
-        """Try a file again after a passing fault, with what the source holds then."""
-        self._run.nursery.start_soon(self._retry, job, error)
+        """Try a file again after a passing fault, with what the source holds then. A run that stops tries nothing
+        again, and what stopped it is told by the task."""
+        if not self._run.stopping:
+            self._run.nursery.start_soon(self._retry, job, error)
 
     def unknown_link(self, job: FileJob) -> None:
         """The source could not look at a link when it listed its folder: ask about it alone."""
