@@ -84,8 +84,13 @@ class RecordsInMemory:
     def receive(self, view: memoryview, count: int) -> int:
         if self._failed is not None:
             raise self._failed
-        into, got = self._pointer("char[]", view, True), 0
-        read, tls = self._library.SSL_read, self._tls
+        # Let go of when it fails, too: the interpreter crashes where its collector finds a view, in the frames of an
+        # error that somebody keeps, before what still points into that view.
+        with self._pointer("char[]", view, True) as into:
+            return self._decrypt(into, count)
+
+    def _decrypt(self, into: Any, count: int) -> int:
+        got, read, tls = 0, self._library.SSL_read, self._tls
         while got < count:
             piece = read(tls, into + got, count - got)
             if piece > 0:
@@ -114,8 +119,11 @@ class RecordsInMemory:
         return got
 
     def send(self, data: bytes | memoryview) -> None:
-        content, total, done = self._pointer("char[]", data), len(data), 0
-        write, tls = self._library.SSL_write, self._tls
+        with self._pointer("char[]", data) as content:
+            self._encrypt(content, len(data))
+
+    def _encrypt(self, content: Any, total: int) -> None:
+        write, tls, done = self._library.SSL_write, self._tls, 0
         while done < total:
             # All of it or nothing (SSL_MODE_ENABLE_PARTIAL_WRITE is off), and memory takes all.
             wrote = write(tls, content + done, min(total - done, AT_ONCE))

@@ -71,6 +71,20 @@ def test_one_call_brings_many_records_and_sends_many() -> None:
         assert len(sock.received) == 1
 
 
+def test_the_callers_memory_is_let_go_of_when_a_call_fails() -> None:
+    """cffi's pointer into a view that the collector clears first crashes the interpreter (CPython 3.11)."""
+    with lanes() as (one, _, sock, _peer):
+        sock.setblocking(False)
+        for call in (one.recv_into, one.sendall):
+            view = memoryview(bytearray(CONTENT))
+            with pytest.raises(OSError) as kept:
+                while True:
+                    call(view)
+            # Fails as long as anything points into it, as a frame of the error would.
+            view.release()
+            assert kept.value.__traceback__ is not None
+
+
 def test_more_than_memory_holds_goes_piece_by_piece() -> None:
     with lanes() as (one, two, sock, _), ThreadPoolExecutor(1) as other:
         sent = other.submit(one.sendall, CONTENT)
