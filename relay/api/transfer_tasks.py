@@ -23,7 +23,7 @@ from relay.transfer import event_log, nodes, task_details, task_filters, task_li
 from relay.transfer.collection_documents import only_fields
 from relay.transfer.collections import Collection
 from relay.transfer.fields import Fields, query_integer
-from relay.transfer.submission import MAX_LABEL, read_bandwidth_limit, read_deadline
+from relay.transfer.submission import read_bandwidth_limit, read_deadline, read_label
 from relay.transfer.task_documents import task_document
 from relay.transfer.task_rows import Task
 
@@ -96,7 +96,7 @@ async def update_task(request: Request, task_id: str, caller: CallerHere, servic
     fields.data_type("task")
     changes: dict[str, Any] = {}
     if "label" in fields:
-        changes["label"] = fields.text("label", longest=MAX_LABEL) or None
+        changes["label"] = read_label(fields)
     if fields.raw("deadline") is not None:
         changes["deadline"] = read_deadline(fields, services.clock())
     limited, limit = "towpath_bandwidth_limit" in fields, read_bandwidth_limit(fields)

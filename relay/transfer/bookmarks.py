@@ -65,7 +65,7 @@ def create(connection: Connection, owner_id: str, document: object, now: float) 
     """A new bookmark. Raises `ApiError` 400, 404 for an endpoint the caller may not see, 409 for a name in use."""
     fields = Fields(document, "the bookmark")
     fields.data_type("bookmark")
-    name = _name(fields)
+    name = fields.required_name("name", longest=MAX_NAME)
     endpoint_id = fields.identifier("endpoint_id")
     path = fields.required_text("path", longest=MAX_PATH)
     place(path, "path", ())
@@ -84,7 +84,7 @@ def change(connection: Connection, owner_id: str, bookmark_id: str, document: ob
     """Rename or pin. Raises `ApiError` 400, 404, 409."""
     bookmark = find(connection, owner_id, bookmark_id)
     fields = Fields(document, "the bookmark")
-    name = _name(fields) if fields.raw("name") is not None else bookmark.name
+    name = fields.required_name("name", longest=MAX_NAME) if fields.raw("name") is not None else bookmark.name
     _check_free(connection, owner_id, name, bookmark.id)
     pinned = fields.boolean("pinned", bookmark.pinned)
     connection.execute(update(tables.bookmarks).where(_bookmark.id == bookmark.id).values(name=name, pinned=pinned))
@@ -95,13 +95,6 @@ def remove(connection: Connection, owner_id: str, bookmark_id: str) -> None:
     """Delete a bookmark. Raises `ApiError` 404."""
     bookmark = find(connection, owner_id, bookmark_id)
     connection.execute(delete(tables.bookmarks).where(_bookmark.id == bookmark.id))
-
-
-def _name(fields: Fields) -> str:
-    name = fields.required_text("name", longest=MAX_NAME).strip()
-    if not name:
-        raise bad_request("name must not be blank.")
-    return name
 
 
 def _check_free(connection: Connection, owner_id: str, name: str, own_id: str | None) -> None:

@@ -200,10 +200,7 @@ def read_description(document: Fields, *, creating: bool) -> dict[str, Any]:
     """
     values: dict[str, Any] = {}
     if creating or "display_name" in document:
-        name = document.required_text("display_name", longest=MAX_NAME).strip()
-        if not name:
-            raise bad_request("display_name must not be blank.")
-        values["display_name"] = name
+        values["display_name"] = document.required_name("display_name", longest=MAX_NAME)
     for key, longest in TEXT_FIELDS.items():
         if key in document:
             values[key] = document.text(key, longest=longest)

@@ -85,6 +85,22 @@ class Fields:
             raise bad_request(f"{key} is missing in {self._what}.")
         return value
 
+    def line(self, key: str, *, longest: int) -> str | None:
+        """As `text`, of what stands in one line, without a break (Globus: Task Submission, Collection Bookmarks)."""
+        value = self.text(key, longest=longest)
+        # Carriage returns are control characters, which no text has.
+        if value is not None and "\n" in value:
+            raise bad_request(f"{key} must be one line.")
+        return value
+
+    def required_name(self, key: str, *, longest: int) -> str:
+        """A name that must be there and is not blank, in one line, without blanks around it."""
+        self.required_text(key, longest=longest)
+        name = (self.line(key, longest=longest) or "").strip()
+        if not name:
+            raise bad_request(f"{key} must not be blank.")
+        return name
+
     def identifier(self, key: str) -> str:
         """A UUID that must be there, in lower case."""
         value = self._document.get(key)

@@ -88,7 +88,7 @@ def read_transfer(document: object, *, homes: Homes, max_items: int, now: float)
         submission_id=submission_id,
         source_id=source_id,
         destination_id=destination_id,
-        label=_label(fields),
+        label=read_label(fields),
         deadline=read_deadline(fields, now),
         options=options,
         items=items,
@@ -129,7 +129,7 @@ def read_delete(document: object, *, homes: Homes, max_items: int, now: float) -
         submission_id=submission_id,
         source_id=endpoint_id,
         destination_id=None,
-        label=_label(fields),
+        label=read_label(fields),
         deadline=read_deadline(fields, now),
         options=options,
         items=items,
@@ -162,8 +162,13 @@ def read_deadline(fields: Fields, now: float) -> float | None:
     return deadline
 
 
-def _label(fields: Fields) -> str | None:
-    return fields.text("label", longest=MAX_LABEL) or None
+def read_label(fields: Fields) -> str | None:
+    """The label of a document: any one line without blanks around it (Globus: Task Submission, 2.2). Raises `ApiError`
+    400."""
+    label = fields.line("label", longest=MAX_LABEL)
+    if label is not None and label != label.strip():
+        raise bad_request("label must neither begin nor end with a blank.")
+    return label or None
 
 
 def _transfer_options(fields: Fields) -> TaskOptions:

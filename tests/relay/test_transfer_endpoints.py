@@ -65,6 +65,7 @@ async def test_a_collection_is_created_shown_changed_and_deleted(relay: Transfer
         {},
         {"display_name": ""},
         {"display_name": "  "},
+        {"display_name": "two\nlines"},
         {"display_name": "x" * 129},
         {"display_name": 7},
         {"display_name": "a\x00b"},
@@ -238,7 +239,8 @@ async def test_bookmarks(relay: TransferWorld) -> None:
     assert made == {**document, "DATA_TYPE": "bookmark", "id": made["id"], "pinned": False}
     await alice.refused("POST", "/bookmark", 409, "Exists", json=document)
     await bob.refused("POST", "/bookmark", 404, "EndpointNotFound", json=document)
-    for wrong in ({**document, "path": "/~/data"}, {**document, "name": ""}, {**document, "endpoint_id": "x"}, {}):
+    names = [{**document, "name": name} for name in ("", " ", "two\nlines")]
+    for wrong in (*names, {**document, "path": "/~/data"}, {**document, "endpoint_id": "x"}, {}):
         await alice.refused("POST", "/bookmark", 400, "ClientError.BadRequest", json=wrong)
     other = await alice.post("/bookmark", {**document, "name": "other"}, status=201)
     await alice.refused("PUT", f"/bookmark/{other['id']}", 409, "Exists", json={"name": "data"})

@@ -97,6 +97,12 @@ def test_every_field_arrives() -> None:
     assert read.echo["source_base_path"] == "/"
 
 
+def test_a_label_is_any_one_line() -> None:
+    for label in ("a: b/c, \u00e9 \U0001f600 'd' <e>", "x" * 128, "tab\tinside"):
+        assert transfer(label=label).label == label
+    assert transfer(label="").label is None
+
+
 def test_defaults_are_those_of_the_api() -> None:
     options = transfer().options
     assert options.sync_level is None
@@ -117,6 +123,11 @@ WRONG_TRANSFERS: list[tuple[str, dict[str, Any]]] = [
     ("label", {"label": "x" * 129}),
     ("label", {"label": 5}),
     ("label", {"label": "a\x1b[2J"}),
+    ("label", {"label": "two\nlines"}),
+    ("label", {"label": "\r"}),
+    ("label", {"label": " before"}),
+    ("label", {"label": "after\t"}),
+    ("label", {"label": " "}),
     ("deadline", {"deadline": "tomorrow"}),
     ("deadline", {"deadline": "2001-01-01"}),
     ("deadline", {"deadline": 7}),

@@ -249,7 +249,15 @@ async def test_update_and_remove(pair: Pair) -> None:
     await pair.alice.put(f"/task/{task_id}", {"DATA_TYPE": "task", "towpath_bandwidth_limit": None})
     await until(lambda: pair.destination.orders[task_id][-1].options.bandwidth_limit is None)
     wrong_limit = {"towpath_bandwidth_limit": 3}
-    for wrong in ({"label": "x" * 129}, {"deadline": "2001-01-01"}, {"deadline": 3}, wrong_limit, []):
+    for wrong in (
+        {"label": "x" * 129},
+        {"label": "a\nb"},
+        {"label": "a "},
+        {"deadline": "2001-01-01"},
+        {"deadline": 3},
+        wrong_limit,
+        [],
+    ):
         await pair.alice.refused("PUT", f"/task/{task_id}", 400, "ClientError.BadRequest", json=wrong)
     await pair.alice.refused("POST", f"/task/{task_id}/remove", 409, "Conflict")
     pair.destination.succeed(task_id)
