@@ -16,6 +16,7 @@ from relay.api.client_authentication import authenticated_client
 from relay.api.developer import Developer, body_of, developer, reading, writing
 from relay.applications import policies, projects, registration
 from relay.applications.documents import required
+from relay.audit.notes import note
 from relay.auth.clients import Client
 from relay.auth.providers import sign_in_provider_ids
 from relay.refusal import ApiError
@@ -162,7 +163,10 @@ async def delete_client(request: Request, client_id: str) -> dict[str, Any]:
     def work(connection: Connection, subject: Subject) -> tuple[dict[str, Any], list[str]]:
         found = registration.require(connection, client_id, subject)
         document = registration.client_document(connection, found)
-        return document, registration.remove(connection, found, subject.now)
+        removed = registration.remove(connection, found, caller.identity_id, subject.now)
+        if removed.inherited:
+            note(request, inherited_projects=" ".join(removed.inherited))
+        return document, removed.ended
 
     document, ended = await writing(request, caller, work)
     for task_id in ended:

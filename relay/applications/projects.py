@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, delete, func, insert, select, update
+from sqlalchemy import Connection, delete, exists, func, insert, select, update
 
 from relay.access.decisions import Subject
 from relay.applications import documents
@@ -103,6 +103,25 @@ def remove(connection: Connection, project: Project) -> None:
         if connection.execute(select(table.c.project_id).where(table.c.project_id == project.id)).first() is not None:
             raise ApiError(409, "CONFLICT", "The project still has clients or policies; delete them first.")
     connection.execute(delete(projects).where(projects.c.id == project.id))
+
+
+def inherit(connection: Connection, leaving_id: str, heir_id: str) -> list[str]:
+    """Let an heir administer the projects that an identity about to be deleted administers alone, so that what they
+    hold stays in reach; returns their ids. Raises `ApiError` 409 when that identity is the heir itself.
+    """
+    other = project_admins.alias().c
+    mine = project_admins.c
+    others = exists(
+        select(other.identity_id).where(other.project_id == mine.project_id, other.identity_id != leaving_id)
+    )
+    query = select(mine.project_id).where(mine.identity_id == leaving_id, ~others)
+    alone = list(connection.execute(query).scalars())
+    if alone and heir_id == leaving_id:
+        sentence = "You are the only administrator of a project; name another one for it, or delete it, first."
+        raise ApiError(409, "CONFLICT", sentence)
+    for project_id in alone:
+        connection.execute(insert(project_admins).values(project_id=project_id, identity_id=heir_id))
+    return alone
 
 
 def _admins(connection: Connection, document: Mapping[str, Any]) -> list[str]:

@@ -271,17 +271,28 @@ def change(
     return changed
 
 
-def remove(connection: Connection, found: Registered, now: float) -> list[str]:
+@dataclass(frozen=True)
+class Removed:
+    """What became of the things of a client that was deleted: ids of the tasks that ended, whose sessions are the
+    caller's to cut, and of the projects that went to whoever deleted it."""
+
+    ended: list[str]
+    inherited: list[str]
+
+
+def remove(connection: Connection, found: Registered, by_id: str, now: float) -> Removed:
     """Delete a client with its secrets, tokens and consents. Those that it registered stay in the project.
 
-    Its tasks end, since they are nobody's any more; returns their ids, whose sessions are the caller's to cut.
+    Its tasks end, since they are nobody's any more. Projects that it administered alone go to ``by_id``, the identity
+    that deletes it and could have acted as it anyway. Raises `ApiError` 409 when it would delete itself and leave such.
     """
+    inherited = projects.inherit(connection, found.client.id, by_id)
     mine = registrations.c.registered_by == found.client.id
     connection.execute(update(registrations).where(mine).values(registered_by=None))
     reason = f"The program “{found.client.name}”, which submitted this task, was deleted."
     ended = task_turns.end_all_of(connection, found.client.id, reason, now)
     remove_client(connection, found.client.id)
-    return ended
+    return Removed(ended, inherited)
 
 
 def client_document(connection: Connection, found: Registered) -> dict[str, Any]:

@@ -239,6 +239,36 @@ async def test_a_client_that_registered_others_can_be_deleted_and_those_stay(wor
     await ada.done("DELETE", f"/clients/{child}")
 
 
+async def test_a_project_of_a_deleted_client_goes_to_whoever_deleted_it(world: Any) -> None:
+    """Nobody could reach what it holds otherwise."""
+    ada, eve = await developer(world, "ada"), await developer(world, "eve")
+    service = (await ada.client(await ada.project(), client_type="client_identity"))["id"]
+    issued = await world.tokens(service, service, {AUTH_SERVER: [MANAGE_PROJECTS]})
+    itself = Developer(service, issued[AUTH_SERVER].access_token, world.http)
+    alone, shared = await itself.project(), await itself.project(admin_ids=[service, eve.id])
+    portal = (await itself.client(alone, name="Portal"))["id"]
+    await itself.refused("DELETE", f"/clients/{service}", 404)
+    await ada.done("DELETE", f"/clients/{service}")
+    assert (await ada.done("GET", f"/projects/{alone}"))["project"]["admin_ids"] == [ada.id]
+    assert (await eve.done("GET", f"/projects/{shared}"))["project"]["admin_ids"] == [eve.id]
+    await ada.refused("GET", f"/projects/{shared}", 404)
+    await ada.done("DELETE", f"/clients/{portal}")
+    await ada.done("DELETE", f"/projects/{alone}")
+
+
+async def test_a_client_that_administers_a_project_alone_does_not_delete_itself(world: Any) -> None:
+    ada = await developer(world, "ada")
+    home = await ada.project()
+    service = (await ada.client(home, client_type="client_identity"))["id"]
+    issued = await world.tokens(service, service, {AUTH_SERVER: [MANAGE_PROJECTS]})
+    itself = Developer(service, issued[AUTH_SERVER].access_token, world.http)
+    await ada.done("PUT", f"/projects/{home}", {"project": {"admin_ids": [service]}})
+    await itself.refused("DELETE", f"/clients/{service}", 409)
+    await itself.done("PUT", f"/projects/{home}", {"project": {"admin_ids": [service, ada.id]}})
+    await itself.done("DELETE", f"/clients/{service}")
+    assert (await ada.done("GET", f"/projects/{home}"))["project"]["admin_ids"] == [ada.id]
+
+
 async def test_the_operator_registers_an_application_with_one_command(world: Any) -> None:
     dev = await developer(world, "dev")
     add = operator.adding_application

@@ -11,6 +11,7 @@ from sqlalchemy import Connection
 from relay.access.decisions import Subject
 from relay.applications import custom_scopes, documents, registration
 from relay.applications.registration import Registered
+from relay.audit.notes import note
 from relay.pages.browser import go
 from relay.pages.developers.frame import HOME, Visit, doing, looking, unknown
 from relay.pages.developers.scope import scope_document_of
@@ -99,5 +100,8 @@ def _scope(connection: Connection, found: Registered, subject: Subject, visit: V
 
 
 def _delete(connection: Connection, found: Registered, subject: Subject, visit: Visit) -> str:
-    visit.ended += registration.remove(connection, found, subject.now)
+    removed = registration.remove(connection, found, visit.identity.id, subject.now)
+    visit.ended += removed.ended
+    if removed.inherited:
+        note(visit.request, inherited_projects=" ".join(removed.inherited))
     return f"{HOME}/projects/{found.project_id}"
