@@ -12,7 +12,7 @@ identities = Table(
     Column("id", String(36), primary_key=True),
     Column("username", String(320), nullable=False, unique=True),
     Column("kind", String(16), nullable=False),
-    Column("status", String(16), nullable=False),
+    Column("status", String(16), nullable=False, index=True),
     Column("name", Text),
     Column("email", Text),
     Column("organization", Text),

@@ -447,7 +447,7 @@ class Steward:
                 upcoming = math.inf
             with trio.move_on_after(max(0.0, min(CLOCK_INTERVAL, upcoming - self._clock()))):
                 await self._clock_event.wait()
-            # Many wake-ups in a row are one: a look costs 5 to 7 ms for each thousand tasks that are not over.
+            # Many wake-ups in a row are one look.
             await trio.sleep(CLOCK_PAUSE)
 
     async def _duties(self) -> float:

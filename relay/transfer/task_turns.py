@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import msgspec
-from sqlalchemy import ColumnElement, Connection, and_, exists, func, or_, select
+from sqlalchemy import ColumnElement, Connection, Select, and_, exists, func, or_, select
 
 from relay.access.decisions import Ability
 from relay.refusal import ApiError, too_many
@@ -241,15 +241,24 @@ def end_where_linked_ones_were_closed(connection: Connection, now: float) -> lis
 
 def lost_linked_ones(connection: Connection, now: float) -> bool:
     """Whether `end_where_linked_ones_were_closed` has anything to do."""
+    # Nearly always nobody's is: then no task is looked at.
+    if connection.execute(_people_with_closed_ones().limit(1)).first() is None:
+        return False
     return any(not entitled(connection, task, now) for task in _active(connection, _has_closed_one()))
 
 
 def _has_closed_one() -> ColumnElement[bool]:
     """Tasks of people of whose identities another one is closed. What they own themselves pauses (`closed_owners`)."""
-    link, owner = linked_identities.c, tables.tasks.c.owner_id
-    affected = select(link.primary_id).where(or_(_is_closed(link.identity_id), _is_closed(link.primary_id)))
+    link, owner, affected = linked_identities.c, tables.tasks.c.owner_id, _people_with_closed_ones()
     theirs = or_(owner.in_(affected), owner.in_(select(link.identity_id).where(link.primary_id.in_(affected))))
     return and_(theirs, ~_is_closed(owner))
+
+
+def _people_with_closed_ones() -> Select[tuple[str]]:
+    """The primary identities of people with several identities of which one is closed."""
+    link = linked_identities.c
+    closed = select(identities.c.id).where(identities.c.status == "closed")
+    return select(link.primary_id).where(or_(link.identity_id.in_(closed), link.primary_id.in_(closed)))
 
 
 def _is_closed(identity_id: ColumnElement[str]) -> ColumnElement[bool]:
@@ -285,7 +294,7 @@ def expire(connection: Connection, now: float, cancel_grace: float) -> list[str]
     column = tables.tasks.c
     statement = select(*task_rows.COLUMNS).where(
         column.status == "ACTIVE",
-        or_(column.deadline <= now, column.cancel_time <= now - cancel_grace),
+        or_(column.deadline <= now, and_(column.desired == "cancel", column.cancel_time <= now - cancel_grace)),
     )
     ended = []
     for row in connection.execute(statement).all():
@@ -303,13 +312,12 @@ def expire(connection: Connection, now: float, cancel_grace: float) -> list[str]
 def next_expiry(connection: Connection, cancel_grace: float) -> float | None:
     """The next moment at which `expire` will have something to do, or None."""
     column = tables.tasks.c
-    moments = []
-    for expression, delay in ((column.deadline, 0.0), (column.cancel_time, cancel_grace)):
-        statement = select(expression).where(column.status == "ACTIVE", expression.is_not(None))
-        first = connection.execute(statement.order_by(expression).limit(1)).scalar_one_or_none()
-        if first is not None:
-            moments.append(first + delay)
-    return min(moments, default=None)
+    # Each is one look into an index.
+    deadline = select(func.min(column.deadline)).where(column.status == "ACTIVE")
+    cancelled = select(func.min(column.cancel_time)).where(column.status == "ACTIVE", column.desired == "cancel")
+    first, asked = (connection.execute(statement).scalar_one() for statement in (deadline, cancelled))
+    moments = [first, None if asked is None else asked + cancel_grace]
+    return min((moment for moment in moments if moment is not None), default=None)
 
 
 def renew(connection: Connection, now: float, half_life: float) -> list[str]:
@@ -327,8 +335,11 @@ def renew(connection: Connection, now: float, half_life: float) -> list[str]:
 def next_renewal(connection: Connection, now: float, half_life: float) -> float | None:
     """The next moment at which `renew` will have something to do, or None."""
     column = tables.tasks.c
-    statement = select(func.min(column.ticket_issued), func.max(column.ticket_issued)).where(*_renewable())
-    first, last = connection.execute(statement).one()
+    issued = select(column.ticket_issued).where(*_renewable(), column.ticket_issued.is_not(None)).limit(1)
+    first, last = (
+        connection.execute(issued.order_by(way)).scalar_one_or_none()
+        for way in (column.ticket_issued, column.ticket_issued.desc())
+    )
     if last is not None and last > now + CLOCK_TROUBLE:
         return now
     return None if first is None else float(first) + half_life

@@ -9,11 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
+import msgspec
 import pytest
 
 from agent.transfer.state_trouble import StateTrouble
 from agent.transfer.task_store import VERSION, TaskStore, open_or_begin
-from protocol.control import AgentEvent, Party, TaskItem, TaskObserved, TaskOptions, TaskOrder
+from protocol.control import AgentEvent, Party, SessionOrder, TaskItem, TaskObserved, TaskOptions, TaskOrder
 
 SEED = 5
 
@@ -119,6 +120,51 @@ def test_a_list_of_the_first_version_is_gone_on_with(tmp_path: Path) -> None:
     store, anew = open_or_begin(path)
     assert (len(store.load()), anew) == (3, False)
     store.close()
+
+
+def steps(store: TaskStore, work: Callable[[], object]) -> int:
+    """How many steps of SQLite's machine something takes; what looks at one row more takes four or more."""
+    counted = 0
+
+    def step() -> int:
+        nonlocal counted
+        counted += 1
+        return 0
+
+    store._connection.set_progress_handler(step, 1)
+    work()
+    store._connection.set_progress_handler(None, 1)
+    return counted
+
+
+def test_what_is_kept_of_other_tasks_and_sessions_is_not_looked_at(tmp_path: Path) -> None:
+    """Also in the list of an agent of before, which had no index for that."""
+    path = filled(tmp_path)
+    line = AgentEvent(n=0, kind="event", time="2020-01-01T00:00:00Z", task_id="another", code="STARTED")
+    party = Party(endpoint_id="e", node_id="n", collection_id="c", certificate="")
+    order = SessionOrder(session_id="s", task_id="another", ticket="t", peer=party)
+    sessions = [(f"s{number}", msgspec.msgpack.encode(order), 1e6) for number in range(1000)]
+    with sqlite3.connect(path) as connection:
+        connection.executescript(
+            "DROP INDEX events_of_task; DROP INDEX sessions_by_expiry; "
+            "CREATE UNIQUE INDEX events_of_worker ON events (task, worker_seq) WHERE worker_seq IS NOT NULL"
+        )
+        lines = [(msgspec.msgpack.encode(line),)] * 1000
+        connection.executemany("INSERT INTO events (task, body) VALUES ('another', ?)", lines)
+        connection.executemany("INSERT INTO sessions VALUES (?, ?, ?)", sessions)
+    connection.close()
+    store = TaskStore(path)
+    try:
+        # Twenty lines of its own, each with its entry in the index.
+        assert steps(store, lambda: store.remove("task-1")) < 1000
+        assert len(store.events_after(0, 5000)) == 1040
+        assert steps(store, lambda: store.put_session(order, expires=1e6, now=1e6)) < 200
+        assert steps(store, lambda: store.serves_sessions(1e6)) < 200
+        assert steps(store, lambda: store.last_worker_event("another")) < 200
+        store.put_session(order, expires=1e6, now=2e6)
+        assert store.session("s7") is None
+    finally:
+        store.close()
 
 
 def test_a_list_that_is_no_file_is_said(tmp_path: Path) -> None:
