@@ -44,7 +44,8 @@ def limiting_side(source: Side, destination: Side) -> str:
     ``planning`` where the source has nothing to do because nothing is asked of it."""
     if destination.shares[Doing.LIMITED] > MUCH or source.shares[Doing.LIMITED] > MUCH:
         return "a limit"
-    if destination.unsettled > MUCH and source.shares[Doing.IDLE] > MUCH:
+    idle = source.shares[Doing.IDLE] > MUCH and not _kernel_is_behind(source)
+    if destination.unsettled > MUCH and idle:
         # Enough is asked for in advance: a source with nothing to do means that storage does not keep up.
         return "destination CPU" if destination.processor > FULL else "destination disk"
     if source.shares[Doing.STORAGE] > MUCH and source.shares[Doing.STORAGE] > source.shares[Doing.NETWORK]:
@@ -56,7 +57,7 @@ def limiting_side(source: Side, destination: Side) -> str:
         return "destination CPU" if destination.processor > FULL else "destination disk"
     if source.processor > FULL or destination.processor > FULL:
         return "source CPU" if source.processor > destination.processor else "destination CPU"
-    if source.shares[Doing.IDLE] > MUCH:
+    if idle:
         return "planning"
     if source.window > MUCH:
         return "destination CPU"
@@ -64,3 +65,9 @@ def limiting_side(source: Side, destination: Side) -> str:
         # The network waits for the source.
         return "source CPU"
     return "network"
+
+
+def _kernel_is_behind(source: Side) -> bool:
+    """Whether the kernel always had something that the network did not take yet. A source whose threads have nothing to
+    do is none then: on a long path its send buffers hold whole ranges."""
+    return source.busy is not None and source.busy > FULL and source.window <= MUCH

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ def test_times_add_up_to_the_time_that_passed() -> None:
 
 IDLE = Side(shares=shares(idle=0.6, network=0.4), busy=0.4)
 NETWORK = Side(shares=shares(network=1.0), busy=1.0, processor=0.1)
+IN_BUFFERS = replace(IDLE, busy=1.0)
 
 
 @pytest.mark.parametrize(
@@ -53,6 +55,10 @@ NETWORK = Side(shares=shares(network=1.0), busy=1.0, processor=0.1)
         # What is on its way over a long path is asked for and unsettled, too.
         (NETWORK, Side(shares=shares(network=1.0), unsettled=0.7), "network"),
         (IDLE, Side(shares=shares(network=1.0), unsettled=0.7), "destination disk"),
+        # Whole ranges wait in the kernel's send buffers, and the source's threads for the next ones.
+        (IN_BUFFERS, Side(shares=shares(network=1.0), unsettled=0.9), "network"),
+        (IN_BUFFERS, Side(shares=shares(network=1.0)), "network"),
+        (replace(IN_BUFFERS, window=0.8), Side(shares=shares(network=1.0), unsettled=0.9), "destination disk"),
         (IDLE, Side(shares=shares(network=1.0), unsettled=0.7, processor=0.98), "destination CPU"),
         (NETWORK, Side(shares=shares(network=0.5, digest=0.5), processor=0.98), "destination CPU"),
         (Side(shares=shares(network=1.0), processor=0.97), Side(processor=0.91), "source CPU"),
