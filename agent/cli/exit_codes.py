@@ -46,8 +46,9 @@ def final_exit_code(task: Mapping[str, Any]) -> ExitCode | None:
     return None
 
 
-# A machine that is off comes back by itself as a rule; waiting for it is what waiting is for.
-_PASSING_CODES = frozenset({"", "OK", "QUEUED", "GC_NOT_CONNECTED", "CONNECT_FAILED"})
+# A machine that is off comes back by itself as a rule; waiting for it is what waiting is for. An agent that ends leaves
+# its tasks paused, without anything that holds them up; whoever pauses one says so in its status.
+_PASSING_CODES = frozenset({"", "OK", "QUEUED", "GC_NOT_CONNECTED", "CONNECT_FAILED", "HELD_BACK"})
 
 
 def needs_attention(task: Mapping[str, Any]) -> bool:
@@ -55,9 +56,10 @@ def needs_attention(task: Mapping[str, Any]) -> bool:
     retry will mend (a full disk, an expired permission)."""
     if final_exit_code(task) is not None:
         return False
-    if task.get("status") == "INACTIVE" or task.get("is_paused"):
+    if task.get("status") == "INACTIVE":
         return True
-    return bool(who_can_mend(task)) and str(task.get("nice_status") or "").upper() not in _PASSING_CODES
+    held_up = str(task.get("nice_status") or "").upper() not in _PASSING_CODES
+    return held_up and bool(task.get("is_paused") or who_can_mend(task))
 
 
 def who_can_mend(task: Mapping[str, Any]) -> str:

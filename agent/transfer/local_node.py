@@ -88,11 +88,6 @@ class LocalNode:
         # Set, and replaced by a new one, at every change of what decides whose turn it is.
         self.change = trio.Event()
 
-    @property
-    def suspended(self) -> bool:
-        """Whether all tasks wait: their owner has paused this machine, or it holds back."""
-        return self.holds_back or self.policy.paused
-
     def turn_changed(self) -> None:
         """A task came, ended, began to wait or goes on: others may have its turn, or must wait for theirs."""
         self.change.set()

@@ -29,6 +29,7 @@ from agent.transfer.channel import (
     RunTask,
 )
 from agent.transfer.crash_pauses import CrashPauses
+from agent.transfer.held_up import told, why_held_up
 from agent.transfer.local_node import LocalNode
 from agent.transfer.plan import now_iso
 from agent.transfer.state_trouble import StateTrouble
@@ -116,13 +117,11 @@ class RunningTask:
         """Whether a worker should be started."""
         if self.running or self.observed.state in FINAL_STATES:
             return False
-        return self.order.desired == "cancel" or (
-            self.order.desired == "run" and not self.held and not self._node.suspended and not self.forbidden()
-        )
+        return self.order.desired == "cancel" or (self.order.desired == "run" and self.held_up() is None)
 
     @property
     def desired(self) -> str:
-        if self.order.desired == "run" and (self.held or self._stopping or self._node.suspended or self.forbidden()):
+        if self.order.desired == "run" and (self._stopping or self.held_up() is not None):
             return "pause"
         return self.order.desired
 
@@ -154,14 +153,11 @@ class RunningTask:
             final=False,
         )
 
-    def forbidden(self) -> TowpathError | None:
-        """Why the owner of this machine does not allow the task now. The configuration may have changed since the
+    def held_up(self) -> TowpathError | None:
+        """Why the owner of this machine does not let the task run now. The configuration may have changed since the
         order was taken, also while the agent was not running."""
-        try:
-            self._node.policy.check(self.order.destination.collection_id, (), "rw")
-        except TowpathError as error:
-            return error
-        return None
+        place = self.order.destination.collection_id
+        return why_held_up(self._node.policy, place, held=self.held, holds_back=self._node.holds_back)
 
     @property
     def answer(self) -> SessionAnswer | None:
@@ -201,11 +197,14 @@ class RunningTask:
     async def hold(self, *, held: bool) -> None:
         """The owner holds the task up or lets it go on."""
         self.held, self.held_with_all = held, False
-        await self._tell_worker()
+        await self.suspension_changed()
 
     async def suspension_changed(self) -> None:
-        """All tasks of this machine wait from now on, or go on."""
-        await self._tell_worker()
+        """This task, or all of this machine, wait from now on, or go on."""
+        if self.running:
+            await self._tell_worker()
+        else:
+            await self.tell_why_not()
 
     async def owner_changed(self, collection_ids: Collection[str]) -> None:
         """The owner has changed the configuration of these collections. A worker that runs on one of them stops, and
@@ -224,19 +223,19 @@ class RunningTask:
                 )
 
     async def tell_why_not(self) -> None:
-        """Report a task that the owner does not allow as paused, with the reason and who can mend it."""
-        error = self.forbidden()
-        if error is None or self.order.desired != "run" or self.observed.state in FINAL_STATES:
+        """Report what holds up a task that no worker runs, and who can mend it, or that nothing does any more."""
+        if self.order.desired != "run" or self.observed.state in FINAL_STATES:
             return
-        if self.observed.status_code != error.code:
-            held_up = msgspec.structs.replace(
-                self.observed,
-                state="PAUSED",
-                status_code=error.code,
-                status_sentence=error.sentence,
-                who="destination owner",
-            )
-            await self._observe(held_up, final=False)
+        before, now = self.observed, told(self.observed, self.held_up())
+        if now == before:
+            return
+        if (before.state, now.state) == ("QUEUED", "QUEUED"):
+            # Of these there may be very many; none has anything to lose.
+            self.observed = now
+            line = AgentEvent(n=0, kind="progress", time=now_iso(), task_id=self.order.task_id, observed=now)
+            self._node.outbox.passing(line)
+        else:
+            await self._observe(now, final=False)
 
     async def checkpoint(self) -> None:
         """The daemon is about to end."""
@@ -417,7 +416,9 @@ class RunningTask:
         elif isinstance(message, Progress):
             await self._observe(message.observed, final=False)
         elif isinstance(message, Finished | Checkpointed):
-            await self._observe(message.observed, final=isinstance(message, Finished))
+            final = isinstance(message, Finished)
+            why = not final and not self._stopping and self.order.desired == "run"
+            await self._observe(told(message.observed, self.held_up()) if why else message.observed, final=final)
             return True
         return False
 

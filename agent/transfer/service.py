@@ -23,6 +23,7 @@ import trio
 from agent.connect import listener
 from agent.connect.introductions import Introductions
 from agent.connect.peers import Peer, PeerPath, PeerProbes
+from agent.transfer.held_up import told
 from agent.transfer.local_node import LocalNode
 from agent.transfer.manifest import ManifestDamaged, ManifestPage, RowType, SkippedRow, TransferredRow, read_page
 from agent.transfer.plan import now_iso
@@ -145,7 +146,8 @@ class TransferService:
     async def _schedule(self, nursery: trio.Nursery) -> None:
         for task in self._tasks.values():
             # The configuration may have changed while the agent was not running.
-            await task.tell_why_not()
+            if task.held_up() is not None:
+                await task.tell_why_not()
         while True:
             change = self._node.change
             turns = self._next_turns()
@@ -232,6 +234,8 @@ class TransferService:
         if known is None:
             observed = TaskObserved(task_id=order.task_id, revision=order.revision, state="QUEUED")
             known = RunningTask.fresh(self._node, msgspec.structs.replace(order, arranged=None), observed)
+            if order.desired == "run":
+                known.observed = observed = told(observed, known.held_up())
         else:
             observed = msgspec.structs.replace(known.observed, revision=order.revision)
         kept = msgspec.structs.replace(order, arranged=None)

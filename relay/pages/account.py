@@ -73,6 +73,12 @@ async def change(request: Request, session: BrowserSession, work: Callable[[Conn
         raise PageProblem(409, "That did not work", error.sentence) from error
 
 
+@router.get("/")
+async def front() -> Response:
+    """What people type, and what the tray opens: the address alone."""
+    return go("/account")
+
+
 @router.get("/account")
 async def account(request: Request) -> HTMLResponse:
     """Who you are here and how you sign in."""
@@ -95,7 +101,11 @@ async def account_page(browser: Browser, session: BrowserSession, typed: Typed =
 
     facts = await services.store.read(look)
     sign_in = services.settings.sign_in
-    facts |= {"providers": sign_in.providers, "local": sign_in.local_accounts}
+    facts |= {
+        "providers": sign_in.providers,
+        "local": sign_in.local_accounts,
+        "relay_url": services.settings.public_url,
+    }
     done = browser.request.query_params.get("done", "")
     return _page(browser, session, "account", done=done, typed=typed, **facts)
 

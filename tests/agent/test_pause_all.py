@@ -89,3 +89,23 @@ async def test_tasks_that_come_while_the_machine_is_paused_wait_for_it(tmp_path:
         assert not made.beta.service._tasks[task].running
         await set_paused(made, False)
         assert (await made.wait(task)).state == "SUCCEEDED"
+
+
+async def test_a_task_says_who_has_paused_it(tmp_path: Path) -> None:
+    async with two_tasks(tmp_path) as (made, alone, other, _):
+        service = made.beta.service
+
+        def said(task: str) -> tuple[str, str, str]:
+            observed = service.get_task(task)
+            return observed.state, observed.status_code, observed.who
+
+        assert said(alone) == ("QUEUED", "PAUSED_BY_OWNER", "destination owner")
+        assert "this task" in service.get_task(alone).status_sentence
+        assert said(other) == ("QUEUED", "HELD_BACK", "")
+        await set_paused(made, True)
+        assert said(other) == ("QUEUED", "PAUSED_BY_OWNER", "destination owner")
+        assert "this machine" in service.get_task(other).status_sentence
+        await service.suspend(suspended=False)
+        await set_paused(made, False)
+        assert (await made.wait(other)).state == "SUCCEEDED"
+        assert said(alone)[1] == "PAUSED_BY_OWNER"

@@ -42,9 +42,17 @@ def test_every_state_is_in_the_table() -> None:
             assert end is None
             assert ("7" in code) is (state in ("WAITING", "PAUSED"))
     assert final_exit_code({"status": "SUCCEEDED", "subtasks_skipped_errors": 1}) == 3
-    assert needs_attention({"status": "ACTIVE", "is_paused": True})
+    assert needs_attention({"status": "ACTIVE", "is_paused": True, "nice_status": "ACCOUNT_CLOSED"})
     assert needs_attention({"status": "ACTIVE", "nice_status": "NO_SPACE", "towpath": {"who": "destination owner"}})
     assert not needs_attention({"status": "ACTIVE", "nice_status": "GC_NOT_CONNECTED", "towpath": {"who": "you"}})
+
+
+@pytest.mark.parametrize("nice", ["OK", "GC_NOT_CONNECTED", "HELD_BACK"])
+def test_a_wait_goes_on_when_an_agent_ends_in_good_order(nice: str) -> None:
+    """One that is told to stop (a machine that is turned off, an update) leaves its tasks PAUSED."""
+    document = {"status": "ACTIVE", "is_paused": True, "nice_status": nice, "towpath": {"who": "destination owner"}}
+    assert needs_attention({**document, "nice_status": "PAUSED_BY_OWNER"})
+    assert not needs_attention({**document, "towpath": {"who": ""}} if nice == "OK" else document)
 
 
 def test_every_class_of_errors_is_in_the_table() -> None:

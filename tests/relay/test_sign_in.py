@@ -35,6 +35,17 @@ async def test_the_right_password_signs_in_and_the_cookie_is_new(world: RelayWor
     assert "Password" in (await old.get("/account")).text
 
 
+async def test_the_address_alone_leads_people_in_and_says_how_to_begin(world: RelayWorld) -> None:
+    await add_person(world)
+    person = Person(world)
+    front = await person.get("/")
+    assert "Sign in" in front.text
+    await person.sign_in()
+    page = (await person.get("/")).text
+    assert f"towpath login --relay {world.settings.public_url}<" in page
+    assert f"towpath setup --relay {world.settings.public_url} --root" in page
+
+
 async def test_a_wrong_name_and_a_wrong_password_look_the_same(world: RelayWorld) -> None:
     await add_person(world)
     answers = []
