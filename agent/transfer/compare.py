@@ -26,21 +26,30 @@ def decide(row: Row, existing: Node | None, options: TaskOptions) -> Decision:
         # Without a target it is one that could not be looked at: what it is, and leads to, is not known yet.
         if options.recursive_symlinks != "keep" and (options.recursive_symlinks != "copy" or row.target is not None):
             return "ignore"
-        return "conflict" if existing is not None and existing.kind == "dir" else "link"
+        return decide_link(existing, options)
     if row.kind != FILE:
         return "unsupported"
     if existing is None:
         return "copy"
     if existing.kind == "dir":
         return "conflict"
+    if options.sync_level == EXISTS:
+        # Whatever it is: this level leaves alone what has the name.
+        return "skip"
     if existing.kind != "file" or options.sync_level is None:
         return "copy"
     return _by_sync_level(row, existing, options.sync_level)
 
 
+def decide_link(existing: Node | None, options: TaskOptions) -> Decision:
+    """What to do about a link that is to be kept as one. Only the level that leaves alone what is there says anything
+    about links."""
+    if existing is not None and existing.kind == "dir":
+        return "conflict"
+    return "skip" if existing is not None and options.sync_level == EXISTS else "link"
+
+
 def _by_sync_level(row: Row, existing: Node, level: int) -> Decision:
-    if level == EXISTS:
-        return "skip"
     if row.size != existing.size:
         return "copy"
     if level == SIZE:

@@ -14,7 +14,7 @@ from agent.storage.faults import fault
 from agent.storage.folding import fold_key
 from agent.transfer.checksum import check_given, normalised_algorithm
 from agent.transfer.collisions import collision, losers, twice
-from agent.transfer.compare import SMALL_FILE, Decision, decide
+from agent.transfer.compare import SMALL_FILE, Decision, decide, decide_link
 from agent.transfer.hard_links import is_shared, shared_name
 from agent.transfer.into_itself import into_itself
 from agent.transfer.jobs import FileJob, Group, GroupListed, LinkWanted, SharedName
@@ -347,7 +347,7 @@ class ItemPlanner:
                 decisions.append(problem)
                 continue
             if job.row.kind == SYMLINK:
-                decisions.append("conflict" if existing is not None and existing.kind == "dir" else "link")
+                decisions.append(decide_link(existing, self._run.options))
             else:
                 decision = decide(job.row, existing, self._run.options)
                 decisions.append(shared_name(job, decision, existing, self._run.options) or decision)
@@ -368,7 +368,7 @@ class ItemPlanner:
                 await run.copy(job)
         elif decision == "skip":
             job.group.planned -= 1
-            job.group.counts.files_skipped += 1
+            job.group.counts.files_skipped += job.row.kind == FILE
         elif decision == "compare digests":
             await run.compare(job)
         elif decision == "link":

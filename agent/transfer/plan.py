@@ -44,6 +44,8 @@ from protocol.errors import ItemFailed, ProtocolError, TowpathError
 from protocol.names import MAX_COMPONENT, CollectionPath, check_component_untrusted, is_reserved, split_path
 from protocol.session import DIRECTORY, FILE, MAX_PATH, SYMLINK, Row, join_path
 
+# The code of a device, pipe or socket.
+UNSUPPORTED = "UNSUPPORTED_TYPE"
 _ENDLESS = "A symlink leads back to a folder above it: who follows it comes to no end."
 
 
@@ -196,7 +198,8 @@ class DirectoryPlanner:
         elif decision == "compare digests":
             planned.comparisons.append(job)
         elif decision == "skip":
-            counts.files_skipped += 1
+            counts.files_skipped += row.kind == FILE
+            counts.symlinks += row.kind == SYMLINK
         elif decision == "link":
             counts.symlinks += 1
             planned.links.append(job)
@@ -336,7 +339,7 @@ def refusal(row: Row, decision: Decision) -> TowpathError:
     if decision == "unsupported":
         return ItemFailed(
             "This is a device, pipe or socket; only files, folders and links are transferred.",
-            code="UNSUPPORTED_TYPE",
+            code=UNSUPPORTED,
             who="source owner",
         )
     here, there = ("folder", "file") if row.kind == DIRECTORY else ("file", "folder")

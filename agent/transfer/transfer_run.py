@@ -37,11 +37,7 @@ from agent.transfer.left_behind import remove_left_behind, sweep_temporaries
 from agent.transfer.mirror import Mirror
 from agent.transfer.packs import PACK_BYTES, packs
 from agent.transfer.patience import counted, named
-from agent.transfer.plan import (
-    count_finished,
-    now_iso,
-    set_directory_times,
-)
+from agent.transfer.plan import UNSUPPORTED, count_finished, now_iso, set_directory_times
 from agent.transfer.record import add_counts
 from agent.transfer.retries import Retries
 from agent.transfer.run import RunContext
@@ -422,6 +418,8 @@ class TransferRun:
         """End a job with an error: it is listed, counted, and the rest goes on."""
         at_source = error.code in SKIPPABLE and error.who != "destination owner"
         may_skip = self.options.skip_source_errors and at_source
+        # What has no content is no loss in a folder, where nobody asked for it by name.
+        may_skip = may_skip or (error.code == UNSUPPORTED and job.group.id > 0)
         error = counted(error, job.attempts)
         self.context.on_fault(named(error, format_path(split_path(job.source_path))))
         self.settle.put(Outcome(job, error.to_document(), skipped=may_skip, discard=discard))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from agent.storage.base import Kind, Node
-from agent.transfer.compare import Decision, block_count, block_size, decide
+from agent.transfer.compare import Decision, block_count, block_size, decide, decide_link
 from protocol.control import TaskOptions
 from protocol.session import DIRECTORY, FILE, OTHER, SYMLINK, Row
 
@@ -63,8 +63,20 @@ def test_sync_levels(size: int, mtime_ns: int, decisions: list[Decision]) -> Non
     source = row(FILE, mtime_ns=7 * SECOND + SECOND // 2)
     levels = [None, 0, 1, 2, 3]
     assert [decide(source, existing, TaskOptions(sync_level=level)) for level in levels] == decisions
-    # They say nothing about what is no file.
-    assert decide(source, node("symlink", size, mtime_ns), TaskOptions(sync_level=0)) == "copy"
+    # They say nothing about what is no file, but for the one that leaves alone whatever has the name.
+    kept = ["copy", "skip", "copy", "copy", "copy"]
+    for kind in KINDS[3:]:
+        existing = kind and node(kind, size, mtime_ns)
+        assert [decide(source, existing, TaskOptions(sync_level=level)) for level in levels] == kept, kind
+
+
+def test_the_level_that_leaves_alone_what_is_there_holds_for_links() -> None:
+    link = row(SYMLINK, target=b"t")
+    for level, there in ((None, "link"), (0, "skip"), (1, "link"), (2, "link"), (3, "link")):
+        options = TaskOptions(recursive_symlinks="keep", sync_level=level)
+        decisions = [decide(link, kind and node(kind), options) for kind in KINDS]
+        assert decisions == ["link", there, "conflict", there, there, there], level
+        assert decisions == [decide_link(kind and node(kind), options) for kind in KINDS]
 
 
 def test_blocks_grow_when_there_would_be_too_many() -> None:
