@@ -21,7 +21,7 @@ from starlette.exceptions import HTTPException
 from relay.refusal import ApiError
 from relay.store.database import StoreBroken, StoreBusy
 
-Service = Literal["auth", "transfer", "groups", "search", "timers", "flows", "compute", "towpath"]
+Service = Literal["auth", "transfer", "groups", "search", "timers", "flows", "compute", "tunnels", "towpath"]
 
 # Path spaces of the services on the one origin, most specific first.
 _SPACES: tuple[tuple[str, Service], ...] = (
@@ -52,8 +52,10 @@ _SPACES: tuple[tuple[str, Service], ...] = (
     ("/v2/batch_status", "compute"),
     ("/v2/taskgroup", "compute"),
     ("/v3", "compute"),
+    ("/v2/tunnels", "tunnels"),
+    ("/v2/stream_access_points", "tunnels"),
     ("/towpath", "towpath"),
-    # Everything else (`/v0.10`, tunnels, unknown paths) speaks as Transfer does.
+    # Everything else (`/v0.10`, unknown paths) speaks as Transfer does.
 )
 _BAD_REQUEST: Mapping[Service, str] = {"auth": "INVALID_REQUEST", "search": "BadRequest.ValidationError"}
 _REQUEST_ID_LETTERS = string.ascii_letters + string.digits
@@ -146,6 +148,7 @@ _SHAPES: Mapping[Service, Callable[[ApiError, str, str], dict[str, Any]]] = {
     "timers": _timers_shape,
     "flows": _flows_shape,
     "compute": _compute_shape,
+    "tunnels": _transfer_shape,
     "towpath": _transfer_shape,
 }
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from sqlalchemy import ColumnElement, Connection
+from sqlalchemy import ColumnElement, Connection, false, func
 
 from relay.access.decisions import Ability, Subject
 from relay.access.principals import subject_of
@@ -76,9 +76,22 @@ def _conditions(parameters: Any) -> list[ColumnElement[bool]]:
     elif parameters.get("filter_endpoint_use"):
         raise bad_request("filter_endpoint_use needs filter_endpoint.")
     if parameters.get("filter_is_paused"):
-        paused = column.state == "PAUSED"
-        held.append(paused if parameters["filter_is_paused"].lower() in ("1", "true") else ~paused)
+        # The same as `is_paused` of the documents.
+        paused = (column.status == "ACTIVE") & ((column.state == "PAUSED") | (column.desired == "pause"))
+        held.append(paused if _switch("filter_is_paused", parameters["filter_is_paused"]) else ~paused)
+    if parameters.get("filter_min_faults"):
+        least = query_integer(parameters["filter_min_faults"], "filter_min_faults", default=0, lowest=0, highest=10**9)
+        held.append(func.coalesce(func.json_extract(column.observed, "$.counters.faults"), 0) >= least)
+    if parameters.get("filter_local_user"):
+        # Each agent works in its owner's account: no task has a local user.
+        held.append(false())
     return held
+
+
+def _switch(name: str, text: str) -> bool:
+    if text.lower() not in ("0", "1", "false", "true"):
+        raise bad_request(f"{name} must be true or false.")
+    return text.lower() in ("1", "true")
 
 
 def _endpoint_condition(endpoint_id: str, use: str | None) -> ColumnElement[bool]:
@@ -160,7 +173,7 @@ async def managed_event_list(request: Request, task_id: str, caller: CallerHere,
     limit = query_integer(parameters.get("limit"), "limit", default=10, lowest=1, highest=task_lists.MAX_LIMIT)
     offset = query_integer(parameters.get("offset"), "offset", default=0, lowest=0, highest=task_lists.MAX_OFFSET)
     wanted = parameters.get("filter_is_error")
-    kind = None if not wanted else wanted.lower() in ("1", "true")
+    kind = None if not wanted else _switch("filter_is_error", wanted)
 
     def work(connection: Connection) -> dict[str, Any]:
         return event_log.event_list(connection, task.id, is_error=kind, limit=limit, offset=offset)

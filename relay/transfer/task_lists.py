@@ -11,6 +11,7 @@ from relay.access.decisions import Ability, Subject, abilities
 from relay.store import transfer_tables as tables
 from relay.transfer import task_rows
 from relay.transfer.collections import Collection, load_many
+from relay.transfer.fields import bad_request
 from relay.transfer.task_rows import Task
 
 MAX_LIMIT = 1000
@@ -68,7 +69,7 @@ def watched_tasks(
 ) -> tuple[TaskPage, bool]:
     """Tasks of anybody on collections that a person watches over, newest first, and whether there are more.
 
-    ``after`` is the id of the last task of the page before.
+    ``after`` is the id of the last task of the page before. Raises `ApiError` 400 when there is no such task.
     """
     column, collection, role = tables.tasks.c, tables.collections.c, tables.roles.c
     mine = select(collection.id).where(
@@ -87,8 +88,11 @@ def watched_tasks(
         ),
     )
     held = [or_(column.source_id.in_(mine), column.destination_id.in_(mine)), *conditions]
-    last = None if after is None else task_rows.load(connection, after)
-    if last is not None:
+    if after is not None:
+        last = task_rows.load(connection, after)
+        if last is None:
+            # From the first page again, a client that asks for all of them would ask for ever.
+            raise bad_request("last_key is not one that was given out.")
         held.append(
             or_(column.requested < last.requested, (column.requested == last.requested) & (column.id > last.id))
         )

@@ -150,6 +150,8 @@ async def test_without_a_live_token_for_auth_nobody_comes_in(world: RelayWorld, 
         ("/jobs/", 501, {"error"}),
         ("/flows", 501, {"error", "debug_id"}),
         ("/batch/runs", 501, {"error", "debug_id"}),
+        ("/v2/tunnels", 501, {"code", "message", "request_id", "resource"}),
+        ("/v2/stream_access_points", 501, {"code", "message", "request_id", "resource"}),
         ("/v3/endpoints", 501, {"status", "code", "error_args", "http_status_code", "reason"}),
     ],
 )
@@ -164,7 +166,7 @@ async def test_unknown_routes_answer_in_their_services_shape(
 
 def test_paths_belong_to_services() -> None:
     expected = {
-        "/v2/tunnels": "transfer",
+        "/v2/tunnels": "tunnels",
         "/v1": "search",
         "/v1x": "transfer",
         "/v2/timer": "timers",

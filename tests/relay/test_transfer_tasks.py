@@ -457,6 +457,38 @@ async def test_nobody_finds_out_by_filters_what_is_on_the_other_side(pair: Pair)
     assert len((await pair.alice.get(route, filter_endpoint=pair.a))["DATA"]) == 1
 
 
+async def test_every_filter_of_those_who_watch_counts(pair: Pair) -> None:
+    alice, route = pair.alice, "/endpoint_manager/task_list"
+    smooth, bumpy, paused = await pair.running(), await pair.running(), await pair.running()
+    pair.destination.observe(bumpy, "ACTIVE", counters=Counters(faults=3))
+    pair.destination.observe(paused, "PAUSED", status_code="PAUSED")
+    await until(lambda: pair.destination.acknowledged[-1:] == [2])
+
+    async def listed(**params: Any) -> set[str]:
+        return {row["task_id"] for row in (await alice.get(route, **params))["DATA"]}
+
+    assert await listed(filter_min_faults="0") == {smooth, bumpy, paused}
+    assert await listed(filter_min_faults="3") == {bumpy}
+    assert await listed(filter_min_faults="4") == set()
+    assert await listed(filter_is_paused="true") == {paused}
+    assert await listed(filter_is_paused="0") == {smooth, bumpy}
+    assert await listed(filter_local_user="root") == set()
+    first = await alice.get(route, limit="1")
+    rest = await listed(last_key=first["last_key"])
+    assert rest | {first["DATA"][0]["task_id"]} == {smooth, bumpy, paused}
+    assert len(rest) == 2
+    for wrong in (
+        {"last_key": str(uuid.uuid4())},
+        {"last_key": "x"},
+        {"filter_min_faults": "-1"},
+        {"filter_is_paused": "maybe"},
+    ):
+        await alice.refused("GET", route, 400, "ClientError.BadRequest", params=wrong)
+    wrong_kind = {"filter_is_error": "maybe"}
+    events = f"/endpoint_manager/task/{smooth}/event_list"
+    await alice.refused("GET", events, 400, "ClientError.BadRequest", params=wrong_kind)
+
+
 # --- pure parts --------------------------------------------------------------------------------------------------
 
 counts = st.integers(0, 1000)
