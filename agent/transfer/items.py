@@ -30,7 +30,7 @@ from protocol.errors import (
     TowpathError,
     error_from_document_untrusted,
 )
-from protocol.names import CollectionPath, is_reserved, parse_path_untrusted
+from protocol.names import CollectionPath, format_path, is_reserved, parse_path_untrusted, split_path
 from protocol.session import DIRECTORY, FILE, SYMLINK, Row, StatResult, join_path
 
 if TYPE_CHECKING:
@@ -182,10 +182,10 @@ class ItemPlanner:
             failures.append((index, path, _wrong_kind(item, "file", "NOT_A_DIRECTORY")))
         else:
             destination = parse_path_untrusted(item.destination_path)
-            if destination:
-                files.setdefault(destination[:-1], []).append((index, path, row))
+            if item.destination_path.endswith("/"):
+                failures.append((index, path, _names_a_folder(path, destination)))
             else:
-                failures.append((index, path, _wrong_kind(item, "file", "IS_A_DIRECTORY")))
+                files.setdefault(destination[:-1], []).append((index, path, row))
 
     def _into_themselves(self, rows: list[tuple[int, bytes, Row]]) -> list[tuple[int, bytes, TowpathError]]:
         """Those folders of the source that their destination is, or lies in."""
@@ -373,6 +373,8 @@ class ItemPlanner:
             await run.compare(job)
         elif decision == "link":
             run.settle.put(LinkWanted(job, job.row.target or b""))
+        elif decision == "conflict" and job.row.kind != DIRECTORY:
+            run.give_up(job, _names_a_folder(job.source_path, split_path(job.destination_path)))
         else:
             run.give_up(job, refusal(job.row, decision))
 
@@ -399,6 +401,18 @@ def _wrong_kind(item: TaskItem, found: str, code: str) -> ItemFailed:
         f"The source path names a {found}, but the item asks for {asked}; submit it "
         f"{'with' if found == 'folder' else 'without'} --recursive and with a full destination path.",
         code=code,
+        who="you",
+    )
+
+
+def _names_a_folder(source: bytes, destination: CollectionPath) -> ItemFailed:
+    """A file's destination is a folder, or is written as one (`/results/`). It is not made up what was meant: a file of
+    the folder's name would be replaced by the next one that is sent there."""
+    folder, name = format_path(destination, directory=True), split_path(source)[-1]
+    return ItemFailed(
+        f"The source is a file, and its destination {folder} is a folder; write the whole path of the new file, "
+        f"such as {format_path((*destination, name))}.",
+        code="IS_A_DIRECTORY",
         who="you",
     )
 

@@ -30,7 +30,8 @@ def takeable(items: Sequence[TaskItem], options: TaskOptions) -> int:
     count = 0
     for item in items[:MOST_FILES]:
         checked = item.external_checksum is not None or item.checksum_algorithm is not None
-        elsewhere = _folder(item) != _folder(items[0])
+        # One that is written as a folder is refused.
+        elsewhere = _folder(item) != _folder(items[0]) or item.destination_path.endswith("/")
         if item.recursive or item.symlink or checked or elsewhere:
             break
         count += 1
