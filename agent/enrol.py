@@ -156,7 +156,7 @@ def set_up(
 
     Raises `SetupFailed`, `NotSetUp`, `ConfigError`, `CannotEdit`; everything may be repeated.
     """
-    root = _checked_root(wish.root)
+    root = checked_root(wish.root)
     _, config = _read_or_template(config_file, state_dir)
     make_state_dir(config.state_dir)
     with _one_at_a_time(config.state_dir):
@@ -200,8 +200,8 @@ def _set_up(
     )
 
 
-def _checked_root(root: str) -> str:
-    """The root as an absolute path that can be written into YAML and opened by the agent."""
+def checked_root(root: str) -> str:
+    """The root as an absolute path that can be written into YAML and opened by the agent. Raises `SetupFailed`."""
     path = os.path.abspath(os.path.expanduser(root))
     try:
         path.encode()

@@ -66,18 +66,22 @@ def login(
 ) -> None:
     """Sign in to a relay and remember it.
 
-    Opens a browser; over SSH, or where there is none, use --device or --no-browser. With --client-id, a program's own
-    identity signs in: its secret comes from --secret-file, from TOWPATH_CLIENT_SECRET or from a prompt, never from the
-    command line, where other users of this machine could see it.
+    Without --relay it is the one that this machine's agent belongs to (`towpath setup`), and its certificate authority
+    is known then, too. Opens a browser; over SSH, or where there is none, use --device or --no-browser. With
+    --client-id, a program's own identity signs in: its secret comes from --secret-file, from TOWPATH_CLIENT_SECRET or
+    from a prompt, never from the command line, where other users of this machine could see it.
     """
     from agent.cli.failures import explained
     from agent.cli.relay_client import Relay
 
-    if not relay_url:
-        raise click.UsageError("Name the relay with --relay URL.")
     if device + no_browser + (client_id is not None) > 1:
         raise click.UsageError("Choose one of --device, --no-browser and --client-id.")
-    url = checked_relay_url(relay_url)
+    own, own_ca_file = machines_relay()
+    if not (relay_url or own):
+        raise click.UsageError("Name the relay with --relay URL.")
+    url = checked_relay_url(relay_url or own)
+    if ca_file is None and url == own:
+        ca_file = own_ca_file
     authority = None if ca_file is None else str(Path(ca_file).absolute())
     if client_id is not None:
         profile = Profile(url, checked_client_id(client_id), read_secret(secret_file), authority)
@@ -91,6 +95,19 @@ def login(
         {"relay_url": profile.relay_url, "client_id": profile.client_id, "profile": str(path), **identity},
         f"Signed in to {profile.relay_url} as {identity.get('preferred_username')}.",
     )
+
+
+def machines_relay() -> tuple[str, str | None]:
+    """The relay that the agent of this machine belongs to, and its certificate authority; an empty text for none."""
+    from agent.config.keys import default_config_file
+    from agent.config.layers import load_config
+    from protocol.errors import TowpathError
+
+    try:
+        relay = load_config(default_config_file()).relay
+    except (TowpathError, OSError):
+        return "", None
+    return (relay.url or "").rstrip("/"), None if relay.ca_file is None else str(relay.ca_file)
 
 
 def _person(url: str, ca_file: str | None, *, device: bool, no_browser: bool) -> Profile:

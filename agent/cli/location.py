@@ -8,6 +8,7 @@ come last and are refused when two collections share one.
 from __future__ import annotations
 
 import posixpath
+import re
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     _StringParam = click.ParamType[Any]
 else:
     _StringParam = click.ParamType
+
+# What people write who are used to cp and scp. A drive letter is cut off at its colon.
+_PATH_OF_THIS_MACHINE = re.compile(r"[/.~\\]|[A-Za-z]$|[^:]+/")
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,8 @@ def parse_location(text: str) -> Location:
     collection, colon, path = text.partition(":")
     if not collection:
         raise ValueError(f"{text!r} names no collection; write COLLECTION:PATH.")
+    if any("\ud800" <= character <= "\udfff" for character in collection):
+        raise ValueError(f"{text!r} is not text in the encoding of this terminal; name the collection by its id.")
     return Location(collection, typed_path(path) if colon and path else None)
 
 
@@ -114,6 +120,11 @@ def resolve(location: Location, directory: Directory) -> Place:
     if len(found) == 1:
         return Place(str(found[0]["id"]), location.path, location.collection)
     if not found:
+        if _PATH_OF_THIS_MACHINE.match(location.collection):
+            raise CommandFailed(
+                f"{location.collection} is a path of this machine; write COLLECTION:PATH, such as laptop:/data. "
+                "`towpath collection list` says which folders this machine offers, and under which names."
+            )
         raise CommandFailed(
             f"No bookmark and no collection you can see is called {location.collection!r}; "
             f"`towpath endpoint search` finds collections, and an id always works."

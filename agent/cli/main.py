@@ -40,6 +40,7 @@ COMMANDS: dict[str, Entry] = {
     "transfer": Entry("agent.cli.transfer:transfer", "Submit a transfer task.", FILES),
     "task": Entry("agent.cli.task:task", "List, watch, change and cancel tasks.", FILES),
     "endpoint": Entry("agent.cli.endpoint:endpoint", "Search and describe collections.", FILES),
+    "share": Entry("agent.cli.share:share", "Share folders with other people.", FILES),
     "bookmark": Entry("agent.cli.bookmark:bookmark", "Name the places you use.", FILES),
     "login": Entry("agent.cli.account:login", "Sign in to a relay.", ACCOUNT),
     "logout": Entry("agent.cli.account:logout", "Sign out and forget the credentials.", ACCOUNT),
@@ -142,6 +143,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # The reader of our output went away (`towpath ls … | head`). Say nothing more, also not at exit.
         sys.stdout = None
+        return ExitCode.OTHER
+    except OSError as error:
+        # A home that cannot be written to, a full disk: told as the system tells it.
+        CommandFailed(f"{error.filename or 'The system'}: {error.strerror or error}.").show()
         return ExitCode.OTHER
     return outcome if isinstance(outcome, int) else ExitCode.DONE
 

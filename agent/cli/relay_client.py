@@ -193,7 +193,11 @@ def _token_storage(path: Path | None) -> TokenStorage:
 
     if path is None:
         return MemoryTokenStorage()
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError:
+        # A home that cannot be written to.
+        return MemoryTokenStorage()
     try:
         # The library's own object cannot be closed when it fails to open, so the file is looked at first.
         if path.exists():
@@ -216,7 +220,8 @@ def _without_storage(path: Path) -> TokenStorage:
     """It only saves a request; a damaged one is thrown away, and the next command begins a new one."""
     from globus_sdk.token_storage import MemoryTokenStorage
 
-    path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)
     return MemoryTokenStorage()
 
 

@@ -15,8 +15,12 @@ from agent.cli.exit_codes import ExitCode
 from agent.cli.output import CommandFailed, human_bytes
 from agent.config.keys import default_config_file
 from agent.config.layers import load_config
+from protocol.control import FINAL_STATES
 from protocol.errors import TowpathError
 from protocol.terminal import terminal_safe, terminal_safe_lines
+
+# Tasks that are over, of which `towpath status` tells.
+MAX_OVER = 5
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -80,7 +84,7 @@ def setup(
 
     Without a key, --relay URL shows a code; type it in on any device where you can sign in.
     """
-    from agent.enrol import Wish, find_setup_key, set_up, write_globus_files
+    from agent.enrol import Wish, checked_root, find_setup_key, set_up, write_globus_files
 
     wish = Wish(
         root=root,
@@ -93,6 +97,9 @@ def setup(
     if relay_url is not None:
         if key is not None or setup_key_file is not None:
             raise click.UsageError("--relay is for setting up without a key.")
+        # Nobody signs in, and no collection is made, for a folder that is not there.
+        with failing_plainly():
+            checked_root(root)
         from agent.cli.enrolment_login import setup_key_by_sign_in
 
         key = setup_key_by_sign_in(relay_url, ca_file, name)
@@ -281,13 +288,28 @@ def _print_status(document: dict[str, Any]) -> None:
     sessions = document["transfer"]["sessions"]
     if sessions:
         click.echo(f"  {read_from_here(sessions)}")
-    for task in document["tasks"]:
-        counters, sentence = task["counters"], ""
-        files = f"{counters['files_transferred']} of {counters['files']} file(s)"
-        if task["status_code"] not in ("OK", "QUEUED", task["state"]) or task["status_sentence"]:
-            sentence = f"\n    {terminal_safe(task['status_sentence'] or task['status_code'])}"
-            sentence += f" ({task['who']})" if task["who"] else ""
-        moved = human_bytes(counters["bytes_transferred"])
-        click.echo(f"  task {task['task_id']}: {task['state']}, {files}, {moved}{sentence}")
-        if task["path"]:
-            click.echo(f"    path: {terminal_safe(task['path'])}")
+    _print_tasks(document["tasks"])
+
+
+def _print_tasks(tasks: list[dict[str, Any]]) -> None:
+    """All that are not over, and a few that are: these stay for days, and there may be very many."""
+    over = [task for task in tasks if task["state"] in FINAL_STATES]
+    for task in tasks:
+        if task["state"] not in FINAL_STATES:
+            _print_task(task)
+    for task in over[-MAX_OVER:]:
+        _print_task(task)
+    if len(over) > MAX_OVER:
+        click.echo(f"  and {len(over) - MAX_OVER} earlier task(s) that are over; `towpath task list` lists yours.")
+
+
+def _print_task(task: dict[str, Any]) -> None:
+    counters, sentence = task["counters"], ""
+    files = f"{counters['files_transferred']} of {counters['files']} file(s)"
+    if task["status_code"] not in ("OK", "QUEUED", task["state"]) or task["status_sentence"]:
+        sentence = f"\n    {terminal_safe(task['status_sentence'] or task['status_code'])}"
+        sentence += f" ({task['who']})" if task["who"] else ""
+    moved = human_bytes(counters["bytes_transferred"])
+    click.echo(f"  task {task['task_id']}: {task['state']}, {files}, {moved}{sentence}")
+    if task["path"]:
+        click.echo(f"    path: {terminal_safe(task['path'])}")

@@ -73,7 +73,7 @@ def _check_shareable(collection: Collection) -> None:
             403,
             "PermissionDenied",
             f"“{collection.display_name}” cannot be shared: the configuration of its owner's agent does not say "
-            "`sharing: true`.",
+            "`sharing: true` (`towpath collection update NAME --sharing`, on its machine).",
         )
 
 

@@ -85,7 +85,12 @@ async def create_endpoint(request: Request, caller: CallerHere, services: Servic
 @router.post("/shared_endpoint")
 async def create_shared_endpoint(caller: CallerHere) -> Response:
     """Guest collections come with sharing, which this relay does not have yet."""
-    raise ApiError(501, "NotSupported", "This relay does not offer guest collections yet; give roles instead.")
+    raise ApiError(
+        501,
+        "NotSupported",
+        "This relay does not offer guest collections yet; share a folder of the collection: `towpath share add`, "
+        "or `globus endpoint permission create`.",
+    )
 
 
 async def _require(services: ServicesHere, caller: CallerHere, endpoint_id: str, ability: Ability) -> Collection:

@@ -89,6 +89,11 @@ class Refusal(Exception):
         self.document = {"code": code, "message": message, "request_id": "r", "resource": "/"}
 
 
+def _asked_for(person: dict[str, Any], query: dict[str, list[str]]) -> bool:
+    wanted = ",".join(query.get("ids", []) + query.get("usernames", [])).split(",")
+    return person["id"] in wanted or person["username"] in wanted
+
+
 @dataclass
 class Request:
     method: str
@@ -109,6 +114,7 @@ class FakeRelay:
     # Successive answers to the question about the task; the last one stays.
     task_answers: list[dict[str, Any] | Refusal] = field(default_factory=lambda: [task("SUCCEEDED")])
     bookmarks: list[dict[str, Any]] = field(default_factory=list)
+    people: list[dict[str, Any]] = field(default_factory=list)
     rows: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     refusals: dict[str, Refusal] = field(default_factory=dict)
     requests: list[Request] = field(default_factory=list)
@@ -130,6 +136,8 @@ class FakeRelay:
             raise Refusal(401, "ClientError.AuthenticationFailed", "no token")
         if path == "/v2/oauth2/userinfo":
             return {"sub": CLIENT, "preferred_username": "demo@example.org", "name": "Demo", "email": None}
+        if path == "/v2/api/identities":
+            return {"identities": [row for row in self.people if _asked_for(row, request.query)]}
         return self._transfer(request, path.removeprefix("/v0.10/"))
 
     def _tokens(self, request: Request, headers: Any) -> dict[str, Any]:
@@ -187,6 +195,8 @@ class FakeRelay:
             case ["GET", "task", _, kind]:
                 rows = self.rows.get(kind, [])
                 return {"DATA": rows, "next_marker": None, "total": len(rows), "offset": 0, "limit": 1000}
+            case ["GET", "endpoint", _, "access_list"]:
+                return {"DATA_TYPE": "access_list", "DATA": self.rows.get("access_list", [])}
             case ["GET", "endpoint", identifier]:
                 return next(row for row in self.collections if row["id"] == identifier)
             case ["POST" | "PUT" | "DELETE", *_]:

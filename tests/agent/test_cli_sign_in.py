@@ -48,3 +48,49 @@ def test_a_damaged_token_file_is_thrown_away(towpath: Run, tmp_path: Path) -> No
     file.write_bytes(b"this is no database, not even of the right length" * 100)
     assert towpath("ls", ALPHA)[0] == 0
     assert towpath("ls", ALPHA)[0] == 0
+
+
+def test_the_machines_own_relay_and_its_authority_need_not_be_named(
+    towpath: Run, relay: FakeRelay, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("TOWPATH_RELAY_URL", "TOWPATH_CLIENT_ID", "TOWPATH_CLIENT_SECRET"):
+        monkeypatch.delenv(name)
+    arguments = ["login", "--client-id", CLIENT, "--secret-file", "-"]
+    code, _, err = towpath(*arguments, stdin=SECRET)
+    assert (code, "--relay URL" in err) == (2, True)
+    monkeypatch.setattr("agent.cli.account.machines_relay", lambda: (relay.url, str(tmp_path / "gone.pem")))
+    code, _, err = towpath(*arguments, stdin=SECRET)
+    assert (code, f"There is no CA certificate at {tmp_path}/gone.pem" in err) == (1, True)
+    monkeypatch.setattr("agent.cli.account.machines_relay", lambda: (relay.url, None))
+    assert towpath(*arguments, stdin=SECRET)[0] == 0
+    # Another relay's certificate is looked at as anybody's.
+    monkeypatch.setattr(
+        "agent.cli.account.machines_relay", lambda: ("https://other.example", str(tmp_path / "gone.pem"))
+    )
+    assert towpath(*arguments, "--relay", relay.url, stdin=SECRET)[0] == 0
+
+
+def test_the_machines_own_relay_is_read_from_its_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from agent.cli.account import machines_relay
+
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    assert machines_relay() == ("", None)
+    (tmp_path / "towpath").mkdir()
+    file = tmp_path / "towpath" / "agent.yaml"
+    file.write_text("version: 1\nrelay: {url: 'https://relay.example', ca_file: ca.pem}\n")
+    assert machines_relay() == ("https://relay.example", str(file.parent / "ca.pem"))
+    file.write_text("nonsense")
+    assert machines_relay() == ("", None)
+
+
+def test_a_home_that_cannot_be_written_to_is_told_in_a_sentence(
+    towpath: Run, relay: FakeRelay, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What is kept between commands is left out then; what was asked to be kept is not there, and that is said."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file" / "cache"))
+    assert towpath("ls", ALPHA)[0] == 0
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "file" / "config"))
+    code, out, err = towpath("login", "--relay", relay.url, "--client-id", CLIENT, "--secret-file", "-", stdin=SECRET)
+    assert (code, out) == (1, "")
+    assert err == f"towpath: {tmp_path}/file/config/towpath/profiles: Not a directory.\n"

@@ -9,6 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from agent.cli.service import _print_tasks
+from tests.agent.cli_scene import Run, relay, towpath
+
+__all__ = ["relay", "towpath"]
+
 TOWPATH = Path(sys.executable).with_name("towpath")
 # Each costs more than all of the rest; a command loads what it needs when it runs.
 HEAVY = ("globus_sdk", "requests", "trio", "cryptography", "rich", "sqlalchemy", "starlette", "msgspec.json", "httpx")
@@ -51,3 +56,24 @@ def test_words_are_completed(words: str, expected: set[str]) -> None:
     }
     done = subprocess.run([TOWPATH], capture_output=True, text=True, env=environment, check=False, timeout=60)
     assert {line.partition(",")[2] for line in done.stdout.splitlines()} == expected
+
+
+def test_of_tasks_that_are_over_few_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """They stay until the relay closes them, days later: there may be thousands."""
+    counters = {"files": 1, "files_transferred": 1, "bytes_transferred": 1}
+    state = ["SUCCEEDED"] * 30 + ["ACTIVE"] + ["FAILED"] * 30
+    base = {"status_code": "OK", "status_sentence": "", "who": "", "path": "", "counters": counters}
+    tasks = [{**base, "task_id": f"t{number}", "state": name} for number, name in enumerate(state)]
+    _print_tasks(tasks)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1].rstrip(":") for line in lines[:-1]] == ["t30", "t56", "t57", "t58", "t59", "t60"]
+    assert "and 55 earlier task(s)" in lines[-1]
+
+
+def test_nobody_signs_in_to_offer_a_folder_that_is_not_there(
+    towpath: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The collection was made before the folder was looked at, and stayed at the relay."""
+    monkeypatch.setattr("agent.cli.enrolment_login.setup_key_by_sign_in", lambda *_: pytest.fail("signed in"))
+    code, _, said = towpath("setup", "--relay", "https://relay.example", "--root", str(tmp_path / "dtaa"))
+    assert (code, "dtaa is not a directory. Make it first, or name another." in said) == (1, True)

@@ -189,3 +189,18 @@ def test_sharing_is_told_as_what_it_does(towpath: Run, command: list[str]) -> No
     _, told, _ = towpath(*command, "--help")
     assert "access rules" in " ".join(told.split())
     assert "guest" not in told
+
+
+@pytest.mark.parametrize(
+    "written", ["/data/file", "./file", "~/file", "results/file", "C:\\file", "..", "\\\\server\\file"]
+)
+def test_a_path_of_this_machine_is_not_looked_for_among_the_names(towpath: Run, written: str) -> None:
+    code, _, said = towpath("transfer", written, "alpha:/file")
+    assert code == 1
+    assert "is a path of this machine; write COLLECTION:PATH" in said
+
+
+def test_a_name_that_is_no_text_is_refused_in_a_sentence(towpath: Run) -> None:
+    code, _, said = towpath("ls", "\udcff:/")
+    assert code == 2
+    assert "name the collection by its id" in said
