@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import uuid
 from pathlib import Path
-from typing import Any
 
 import click
 
 from agent.cli.service import config_option, failing_plainly
 
 
-def _command(name: str, path: str, help_text: str) -> Callable[..., Any]:
-    def ask(config_file: Path) -> None:
-        from agent import local_socket
-        from agent.config.layers import state_dir_of
+def _ask(config_file: Path, path: str) -> None:
+    from agent import local_socket
+    from agent.config.layers import state_dir_of
 
-        with failing_plainly():
-            click.echo(local_socket.ask(state_dir_of(config_file), "POST", path)["message"])
-
-    return click.command(name, help=help_text)(config_option(ask))
+    with failing_plainly():
+        click.echo(local_socket.ask(state_dir_of(config_file), "POST", path)["message"])
 
 
-pause = _command("pause", "/pause", "Hold up all transfers of this machine; they wait, also over restarts.")
-resume = _command("resume", "/resume", "Let the transfers of this machine go on.")
-reconnect = _command("reconnect", "/relay/reconnect", "Connect to the relay at once instead of waiting.")
+@click.command()
+@click.argument("task_id", required=False, type=click.UUID)
+@config_option
+def pause(task_id: uuid.UUID | None, config_file: Path) -> None:
+    """Hold up all transfers of this machine, or one task that comes to it; also over restarts."""
+    _ask(config_file, "/pause" if task_id is None else f"/tasks/{task_id}/pause")
+
+
+@click.command()
+@click.argument("task_id", required=False, type=click.UUID)
+@config_option
+def resume(task_id: uuid.UUID | None, config_file: Path) -> None:
+    """Let all transfers of this machine go on, or one task that was held up by itself; either ends only its like."""
+    _ask(config_file, "/resume" if task_id is None else f"/tasks/{task_id}/resume")
+
+
+@click.command()
+@config_option
+def reconnect(config_file: Path) -> None:
+    """Connect to the relay at once instead of waiting."""
+    _ask(config_file, "/relay/reconnect")

@@ -52,7 +52,7 @@ COMMANDS: dict[str, Entry] = {
     "status": Entry("agent.cli.service:status", "Say what the agent is doing.", MACHINE),
     "top": Entry("agent.cli.top:top", "Watch what moves now.", MACHINE),
     "tray": Entry("agent.cli.tray:tray", "Show the agent's state on the desktop.", MACHINE),
-    "pause": Entry("agent.cli.control:pause", "Hold up all transfers of this machine.", MACHINE),
+    "pause": Entry("agent.cli.control:pause", "Hold up all transfers of this machine, or one.", MACHINE),
     "resume": Entry("agent.cli.control:resume", "Let them go on.", MACHINE),
     "reconnect": Entry("agent.cli.control:reconnect", "Connect to the relay at once.", MACHINE),
     "logs": Entry("agent.cli.logs:logs", "Show the agent's log.", MACHINE),

@@ -125,6 +125,7 @@ class Tray:
             "pause": lambda _: self._ask("/pause"),
             "resume": lambda _: self._ask("/resume"),
             "pause-task": lambda task: self._ask(f"/tasks/{task}/pause"),
+            "resume-task": lambda task: self._ask(f"/tasks/{task}/resume"),
             "stop": lambda _: self._ask("/stop"),
             "start": lambda _: self._command("start"),
             "update": lambda _: self._command("update", "install"),

@@ -15,6 +15,10 @@ MAX_ROWS = 8
 # States of tasks that do nothing now and go on by themselves.
 _WAITING = ("WAITING", "QUEUED")
 MAX_LINE = 70
+# Whoever sees this menu owns the machine that the transfers of the list come to.
+_WHO = {"destination owner": "you", "you": "whoever submitted it"}
+_AWAY, _FAILED = "Not connected to the relay", "A transfer failed"
+_MERE_NEWS = {_AWAY, _FAILED}
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ def _view_of(status: Mapping[str, Any], relay_url: str) -> View:
     menu = [
         Entry(_title(status, len(active), problems)),
         SEPARATOR,
-        *_transfers(active),
+        *_transfers(active, [] if status["paused"] else _held(status)),
         Entry("Let transfers go on", "resume") if status["paused"] else Entry("Pause transfers", "pause"),
         SEPARATOR,
         Entry("Shared folders", below=_folders(status) or (Entry("none"),)),
@@ -89,29 +93,52 @@ def _title(status: Mapping[str, Any], active: int, problems: list[Entry]) -> str
     if active:
         return f"{active} transfer{'s' if active != 1 else ''} running"
     if problems:
-        return "something needs you"
-    waiting = sum(task["state"] in _WAITING for task in status["tasks"])
+        # Being without a network, in a train, needs nobody; nor can anybody mend what has failed.
+        return problems[0].text if {entry.text for entry in problems} <= _MERE_NEWS else "something needs you"
+    waiting = sum(task["state"] in _WAITING and not _is_held(task) for task in status["tasks"])
     if waiting:
         return f"{waiting} transfer{'s wait' if waiting != 1 else ' waits'}"
+    held = len(_held(status))
+    if held:
+        return f"{held} transfer{'s are' if held != 1 else ' is'} paused"
     if not status["link"]["connected"]:
         return "not connected"
     # Missing where the agent is older than this menu.
     return "others read from here" if status.get("transfer", {}).get("sessions") else "nothing to do"
 
 
-def _transfers(active: list[Mapping[str, Any]]) -> list[Entry]:
+def _transfers(active: list[Mapping[str, Any]], held: list[Mapping[str, Any]]) -> list[Entry]:
     rows = []
     for task in active[:MAX_ROWS]:
-        counters = task["counters"]
-        done, total = counters["bytes_transferred"], counters["bytes_total"]
-        share = f"{100 * done // total} % of " if total and counters["scan_complete"] else ""
         rate = f", {human_bytes(task['rate'])}/s" if task.get("rate") else ""
-        text = f"{share}{human_bytes(total)}, {counters['files_transferred']} of {counters['files']} files{rate}"
         pause = Entry("Pause this one", "pause-task", task["task_id"])
-        rows.append(Entry(_short(text), below=(Entry(_short(f"Task {task['task_id']}")), pause)))
+        rows.append(Entry(_short(f"{_progress(task)}{rate}"), below=(Entry(_short(f"Task {task['task_id']}")), pause)))
     if len(active) > MAX_ROWS:
         rows.append(Entry(f"and {len(active) - MAX_ROWS} more"))
+    for task in held[:MAX_ROWS]:
+        resume = Entry("Let this one go on", "resume-task", task["task_id"])
+        below = (Entry(_short(f"Task {task['task_id']}")), resume)
+        rows.append(Entry(_short(f"Paused: {_progress(task)}"), below=below))
+    if len(held) > MAX_ROWS:
+        rows.append(Entry(f"and {len(held) - MAX_ROWS} more that are paused"))
     return [*rows, SEPARATOR] if rows else []
+
+
+def _progress(task: Mapping[str, Any]) -> str:
+    counters = task["counters"]
+    done, total = counters["bytes_transferred"], counters["bytes_total"]
+    share = f"{100 * done // total} % of " if total and counters["scan_complete"] else ""
+    return f"{share}{human_bytes(total)}, {counters['files_transferred']} of {counters['files']} files"
+
+
+def _is_held(task: Mapping[str, Any]) -> bool:
+    """Whether the owner of this machine has paused it; a source's owner does that, too."""
+    ours = task.get("status_code") == "PAUSED_BY_OWNER" and task.get("who") == "destination owner"
+    return ours and task["state"] not in FINAL_STATES
+
+
+def _held(status: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [task for task in status["tasks"] if _is_held(task)]
 
 
 def _folders(status: Mapping[str, Any]) -> tuple[Entry, ...]:
@@ -126,7 +153,7 @@ def problems_of(status: Mapping[str, Any]) -> list[Entry]:
     """What is wrong, each with what to do about it below."""
     rows = []
     if not status["link"]["connected"] and status["link"]["last_error"]:
-        rows.append(_problem("Not connected to the relay", status["link"]["last_error"]))
+        rows.append(_problem(_AWAY, status["link"]["last_error"]))
     if status.get("config_problem"):
         rows.append(_problem("The configuration has a mistake", status["config_problem"]))
     for collection in status["collections"]:
@@ -134,9 +161,10 @@ def problems_of(status: Mapping[str, Any]) -> list[Entry]:
             rows.append(_problem(f"{collection['name']} is not available", collection["reason"]))
     for task in status["tasks"]:
         if task["state"] == "FAILED":
-            rows.append(_problem("A transfer failed", task["status_sentence"] or task["error_code"]))
-        elif task["state"] not in FINAL_STATES and task.get("who"):
-            rows.append(_problem(f"A transfer waits for {task['who']}", task["status_sentence"]))
+            rows.append(_problem(_FAILED, task["status_sentence"] or task["error_code"]))
+        elif task["state"] not in FINAL_STATES and task.get("who") and not _is_held(task):
+            who = _WHO.get(task["who"], f"the {task['who']}")
+            rows.append(_problem(f"A transfer waits for {who}", task["status_sentence"]))
     return rows[:MAX_ROWS]
 
 

@@ -77,3 +77,19 @@ def test_nobody_signs_in_to_offer_a_folder_that_is_not_there(
     monkeypatch.setattr("agent.cli.enrolment_login.setup_key_by_sign_in", lambda *_: pytest.fail("signed in"))
     code, _, said = towpath("setup", "--relay", "https://relay.example", "--root", str(tmp_path / "dtaa"))
     assert (code, "dtaa is not a directory. Make it first, or name another." in said) == (1, True)
+
+
+def test_one_task_is_paused_and_resumed_or_all(towpath: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def ask(_state_dir: Path, method: str, path: str) -> dict[str, str]:
+        asked.append(f"{method} {path}")
+        return {"message": "done"}
+
+    monkeypatch.setattr("agent.local_socket.ask", ask)
+    task = "00000000-0000-4000-8000-0000000000b1"
+    for words in (["pause"], ["resume"], ["pause", task], ["resume", task], ["reconnect"]):
+        assert towpath(*words) == (0, "done\n", "")
+    all_and_one = ["/pause", "/resume", f"/tasks/{task}/pause", f"/tasks/{task}/resume"]
+    assert asked == [f"POST {path}" for path in [*all_and_one, "/relay/reconnect"]]
+    assert towpath("resume", "../pause")[0] == 2

@@ -111,7 +111,7 @@ def test_problems_say_what_to_do_and_names_cannot_act_on_the_screen() -> None:
         status(tasks=[waiting], collections=[{"id": "c", "name": "a\x1bb", "available": True, "reason": ""}])
     )
     text = "\n".join(texts(view))
-    assert "A transfer waits for destination owner" in text
+    assert "A transfer waits for you" in text
     assert "The disk is full." in text
     assert "\x1b" not in text
     assert all(len(line) <= 75 for line in texts(view))
@@ -122,6 +122,29 @@ def test_what_has_ended_waits_for_nobody() -> None:
         view = view_of(status(tasks=[task(state=state, who="destination owner", status_sentence="So it is.")]))
         assert view.look == look
         assert not any("waits for" in text for text in texts(view))
+
+
+def test_a_transfer_that_was_paused_alone_can_be_let_go_on() -> None:
+    """It was gone from the menu, and nothing but the agent's own interface could let it go on."""
+    held = task(state="PAUSED", status_code="PAUSED_BY_OWNER", who="destination owner", status_sentence="Paused.")
+    view = view_of(status(tasks=[held]))
+    assert (view.look, view.title) == ("idle", "Towpath: 1 transfer is paused")
+    assert any(text.startswith("Paused: 25 % of 1000 B") for text in texts(view))
+    assert "resume-task" in actions(view)
+    assert not any("waits for" in text for text in texts(view))
+    # With the whole machine paused it would not go on; and what others have paused is theirs.
+    assert "resume-task" not in actions(view_of(status(tasks=[held], paused=True)))
+    theirs = view_of(status(tasks=[{**held, "state": "WAITING", "who": "source owner"}]))
+    assert "A transfer waits for the source owner" in texts(theirs)
+    assert "resume-task" not in actions(theirs)
+
+
+def test_the_title_calls_for_people_only_where_they_can_help() -> None:
+    away = {"connected": False, "last_error": "No route.", "relay_url": "x"}
+    assert view_of(status(link=away)).title == "Towpath: Not connected to the relay"
+    failed, full = task(state="FAILED", status_sentence="Broken."), task(state="WAITING", who="destination owner")
+    assert view_of(status(tasks=[failed])).title == "Towpath: A transfer failed"
+    assert view_of(status(tasks=[failed, full])).title == "Towpath: something needs you"
 
 
 def test_what_waits_is_not_nothing() -> None:
