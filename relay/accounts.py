@@ -125,18 +125,32 @@ def closing(settings: Settings, who: str) -> Callable[[Store], Awaitable[Identit
         def write(connection: Connection) -> None:
             this = tables.identities.c.id == identity.id
             connection.execute(update(tables.identities).where(this).values(status="closed"))
-            browser_sessions.end_all_sessions(connection, identity.id)
-            person = primary_of(connection, identity.id)
-            if person != identity.id:
-                browser_sessions.end_what_was_opened_by(connection, person, identity.id)
             # For good: should the account be opened again, nobody is signed in by what was given before.
-            mine = tables.sessions.c.identity_id == identity.id
-            connection.execute(delete(tables.sessions).where(mine))
+            _sign_out(connection, identity.id)
 
         await store.write(write)
         return identity
 
     return work
+
+
+def signing_out(settings: Settings, who: str) -> Callable[[Store], Awaitable[Identity]]:
+    """End all sessions and tokens of an identity, which may sign in again."""
+
+    async def work(store: Store) -> Identity:
+        identity = await find_identity(store, settings, who)
+        await store.write(lambda connection: _sign_out(connection, identity.id))
+        return identity
+
+    return work
+
+
+def _sign_out(connection: Connection, identity_id: str) -> None:
+    browser_sessions.end_all_sessions(connection, identity_id)
+    person = primary_of(connection, identity_id)
+    if person != identity_id:
+        browser_sessions.end_what_was_opened_by(connection, person, identity_id)
+    connection.execute(delete(tables.sessions).where(tables.sessions.c.identity_id == identity_id))
 
 
 def programs_of(identity_id: str) -> Callable[[Store], Awaitable[list[clients.Client]]]:

@@ -42,7 +42,7 @@ from relay.listen import accept_all
 from relay.lock import exclusive
 from relay.process import collect_seldom, raise_file_limit
 from relay.quota.allowance import Allowance
-from relay.rendezvous.acceptor import accept_link
+from relay.rendezvous.acceptor import REFUSED_RETRY, accept_link
 from relay.rendezvous.observe import Observer
 from relay.rendezvous.registry import Registry
 from relay.rendezvous.signalling import Signalling
@@ -54,6 +54,7 @@ from relay.settings import Settings
 from relay.store.database import Store
 from relay.store.migrate import upgrade
 from relay.tls import ServerCertificate
+from relay.transfer import revocation
 from relay.transfer.nodes import DatabaseNodeDirectory
 from relay.transfer.steward import Steward
 from relay.transfer.task_rows import forget_items
@@ -317,6 +318,7 @@ async def _upkeep(relay: Relay, settings: Settings) -> None:
         await _attempt("renew the key of id_tokens", partial(_in_thread, renew_signing, services.clock()))
         now = datetime.datetime.fromtimestamp(services.clock(), datetime.UTC)
         await _attempt("renew the certificate", partial(_renew_certificate, relay, now))
+        await _attempt("end the links of revoked agents", partial(_disconnect_revoked, relay))
         if trio.current_time() >= next_cleaning:
             next_cleaning = trio.current_time() + _CLEANING_INTERVAL
             forget = partial(remove_expired, now=services.clock())
@@ -356,6 +358,14 @@ async def _renew_certificate(relay: Relay, now: datetime.datetime) -> None:
     # Its process may have been too busy to hear of it the last time.
     if relay.tunnel.enabled and (renewed or relay.carrier.behind):
         await relay.carrier.serve(*relay.certificate.files)
+
+
+async def _disconnect_revoked(relay: Relay) -> None:
+    """Agents that are revoked while they are linked; later links are refused."""
+    registry = relay.registry
+    for node_id in await relay.services.store.read(revocation.revoked) & registry.connected().keys():
+        logger.warning("Agent %s is revoked; its link ends.", node_id)
+        registry.disconnect(node_id, "The relay's operator has revoked this agent.", retry_after=REFUSED_RETRY)
 
 
 async def _in_thread(work: Callable[..., bool], *arguments: Any) -> bool:

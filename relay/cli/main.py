@@ -13,7 +13,7 @@ from typing import NoReturn
 
 import click
 
-from relay.cli import audit, people, programs, root_key, upkeep
+from relay.cli import audit, people, programs, root_key, storage, upkeep
 
 
 def main() -> NoReturn:
@@ -68,7 +68,8 @@ for _command in (
     people.token,
     programs.client,
     programs.app,
-    programs.collection,
+    storage.collection,
+    storage.agent,
     audit.audit,
     upkeep.backup,
     upkeep.restore,

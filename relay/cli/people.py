@@ -96,6 +96,22 @@ def user_close(context: click.Context, name: str) -> None:
         click.echo(f"  {program.id}  {program.name}")
 
 
+@user.command("sign-out")
+@click.argument("name")
+@click.pass_context
+def user_sign_out(context: click.Context, name: str) -> None:
+    """End everything a user is signed in with: browsers, commands, applications, tokens of long life.
+
+    For a lost machine. The password still works, and so do passkeys: have the user choose a new password (`user link`)
+    and remove a passkey that was kept there on the account page. Tasks go on.
+    """
+    from relay import accounts
+
+    settings = settings_of(context)
+    identity = with_store(settings, accounts.signing_out(settings, name))
+    click.echo(f"{identity.username} is signed out everywhere.")
+
+
 @user.command("open")
 @click.argument("name")
 @click.pass_context

@@ -1,4 +1,4 @@
-"""What signs in without being a person, and what people use through it: clients, applications, collections."""
+"""What signs in without being a person: clients and applications."""
 
 from __future__ import annotations
 
@@ -96,25 +96,3 @@ def app_add(
     settings = settings_of(context)
     work = operator.adding_application(settings, name, owner, kind, redirect_uri, project)
     show(with_store(settings, work), as_json)
-
-
-@click.group(cls=AuditedGroup)
-def collection() -> None:
-    """Collections: storage that agents serve."""
-
-
-@collection.command("add")
-@click.argument("name")
-@click.option("--owner", required=True, help="The user it belongs to.")
-@click.option("--grant", multiple=True, metavar="IDENTITY:ROLE", help="Give a role, such as administrator. Repeatable.")
-@click.option("--public/--private", default=False, show_default=True, help="Whether everybody can find it.")
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON document.")
-@click.pass_context
-def collection_add(
-    context: click.Context, name: str, owner: str, grant: tuple[str, ...], public: bool, as_json: bool
-) -> None:
-    """Make a collection and print the setup key for its agent, this once."""
-    from relay import accounts
-
-    settings = settings_of(context)
-    show(with_store(settings, accounts.adding_collection(settings, name, owner, grant, public)), as_json)

@@ -46,6 +46,8 @@ nodes = Table(
     Column("journal", Text, nullable=False),
     Column("last_event", Integer, nullable=False),
     Column("paused", Boolean(name="paused"), nullable=False),
+    # Since when the operator wants nothing to do with the agent any more.
+    Column("revoked", Float),
 )
 
 collections = Table(

@@ -220,7 +220,14 @@ class _KnownNode:
 
 def _node_by_fingerprint(connection: Connection, fingerprint: str) -> _KnownNode | None:
     node = tables.nodes.c
-    row = connection.execute(select(node.id, node.endpoint_id).where(node.fingerprint == fingerprint)).one_or_none()
+    known = select(node.id, node.endpoint_id, node.revoked).where(node.fingerprint == fingerprint)
+    row = connection.execute(known).one_or_none()
+    if row is not None and row.revoked is not None:
+        raise ApiError(
+            403,
+            "PermissionDenied",
+            "This relay's operator has revoked the agent's key. Move its state directory away, and set it up anew.",
+        )
     return None if row is None else _KnownNode(row.id, row.endpoint_id)
 
 

@@ -24,14 +24,17 @@ class DatabaseNodeDirectory:
         self._certificates: Batch[str, str | None] = Batch(store.read, certificates)
 
     async def certificate_of(self, node_id: str) -> str | None:
-        """The certificate (PEM) a node enrolled with, or None for an unknown node. Raises the store's errors."""
+        """The certificate (PEM) a node enrolled with, or None for a node that is unknown or revoked.
+
+        Raises the store's errors."""
         return await self._certificates.ask(node_id)
 
 
 def certificates(connection: Connection, node_ids: Sequence[str]) -> list[str | None]:
-    """The certificates (PEM) of these nodes, None for unknown ones."""
+    """The certificates (PEM) of these nodes, None for unknown and revoked ones."""
     node = tables.nodes.c
-    found = dict(connection.execute(select(node.id, node.certificate).where(node.id.in_(node_ids))).tuples().all())
+    wanted = select(node.id, node.certificate).where(node.id.in_(node_ids), node.revoked.is_(None))
+    found = {row.id: row.certificate for row in connection.execute(wanted)}
     return [found.get(node_id) for node_id in node_ids]
 
 

@@ -53,7 +53,9 @@ def load_sides(connection: Connection, task: Task) -> Sides:
     known = load_many(connection, ids)
     nodes = tables.nodes.c
     wanted = sorted({item.node_id for item in known.values() if item.node_id is not None})
-    rows = connection.execute(select(nodes.id, nodes.certificate, nodes.fingerprint).where(nodes.id.in_(wanted)))
+    # A revoked one gets no ticket and is named in none, also where its collections were not taken off it yet.
+    living = select(nodes.id, nodes.certificate, nodes.fingerprint).where(nodes.id.in_(wanted), nodes.revoked.is_(None))
+    rows = connection.execute(living)
     certificates = {row.id: (row.certificate, row.fingerprint) for row in rows}
     return Sides(
         source=None if task.destination_id is None else _side(known.get(task.source_id), certificates),
@@ -63,6 +65,8 @@ def load_sides(connection: Connection, task: Task) -> Sides:
 
 def _side(collection: Collection | None, certificates: Mapping[str, tuple[str, str]]) -> Side | None:
     if collection is None or collection.node_id is None or collection.endpoint_id is None:
+        return None
+    if collection.node_id not in certificates:
         return None
     certificate, fingerprint = certificates[collection.node_id]
     party = Party(

@@ -25,7 +25,7 @@ from relay.rendezvous.signalling import Signalling
 from relay.settings import Settings
 from relay.store.batch import Batch
 from relay.store.database import Store
-from relay.transfer import arrivals, closed_owners, rules, task_reports, task_turns
+from relay.transfer import arrivals, closed_owners, revocation, rules, task_reports, task_turns
 from relay.transfer.agents import AgentLinks
 from relay.transfer.arrivals import Arrival
 from relay.transfer.delivery import Courier
@@ -474,16 +474,18 @@ class Steward:
         expiry = task_turns.next_expiry(connection, CANCEL_GRACE)
         renewal = task_turns.next_renewal(connection, now, self._ticket_life / 2)
         rule = rules.next_expiry(connection)
-        # Accounts are closed and opened by a process of their own, so that nobody says when.
+        # Accounts are closed and opened, and agents revoked, by a process of its own, so that nobody says when.
         account = now if closed_owners.changed(connection) or task_turns.lost_linked_ones(connection, now) else None
+        account = now if revocation.changed(connection) else account
         upcoming = min(moment for moment in (expiry, renewal, rule, account, math.inf) if moment is not None)
         return upcoming <= now, upcoming
 
     def _turn(self, connection: Connection, now: float, half_life: float) -> tuple[list[str], list[str]]:
-        """Ids of the tasks that have lost their permission by now, or whose owner's account was closed or opened, and
-        of others that have changed."""
+        """Ids of the tasks that have lost their permission by now, or whose owner's account was closed or opened, or
+        an agent of which was revoked, and of others that have changed."""
         cut = task_turns.end_where_rules_ran_out(connection, now)
         cut += closed_owners.follow(connection, now)
+        cut += revocation.follow(connection, now)
         cut += task_turns.end_where_linked_ones_were_closed(connection, now)
         expired = task_turns.expire(connection, now, CANCEL_GRACE)
         return cut, [*expired, *task_turns.renew(connection, now, half_life)]

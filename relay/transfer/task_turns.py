@@ -221,6 +221,15 @@ def end_of_people_without_access(connection: Connection, owners: Iterable[str], 
     return _end_unentitled(connection, tables.tasks.c.owner_id.in_(list(owners)), reason, now)
 
 
+def end_all_on(connection: Connection, collection_id: str, reason: str, now: float) -> list[str]:
+    """End every active task on a collection, whoever owns it; returns their ids."""
+    column = tables.tasks.c
+    tasks = _active(connection, or_(column.source_id == collection_id, column.destination_id == collection_id))
+    for task in tasks:
+        end_now(connection, task, code=CANCELED, sentence=reason, now=now)
+    return [task.id for task in tasks]
+
+
 def end_all_of(connection: Connection, owner_id: str, reason: str, now: float) -> list[str]:
     """End every active task of an identity that is about to be deleted; returns their ids."""
     tasks = _active(connection, tables.tasks.c.owner_id == owner_id)

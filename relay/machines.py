@@ -1,0 +1,178 @@
+"""What the operator does about machines: which agents and collections there are, revoking a lost one, and putting
+another in its place. Used by the command line.
+
+Each function returns work for a `Store`; nothing here is reachable over the network.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, delete, insert, select
+
+from relay.accounts import Refused, find_identity
+from relay.auth.identities import select_by_ids
+from relay.settings import Settings
+from relay.store import transfer_tables as tables
+from relay.store.database import Store
+from relay.tls import ca_fingerprint
+from relay.transfer import revocation, setup_keys
+from relay.transfer.times import iso
+
+
+@dataclass(frozen=True)
+class Revoked:
+    """An agent that was revoked, and the collections that wait for another machine now."""
+
+    node_id: str
+    hostname: str
+    collections: tuple[tuple[str, str], ...]
+
+
+def listing_agents(settings: Settings, who: str | None) -> Callable[[Store], Awaitable[list[dict[str, Any]]]]:
+    """All agents, or those of one person, the one that was linked last in front."""
+
+    async def work(store: Store) -> list[dict[str, Any]]:
+        mine = None if who is None else (await find_identity(store, settings, who)).id
+        return await store.read(lambda connection: _agents(connection, mine))
+
+    return work
+
+
+def _agents(connection: Connection, owner_id: str | None) -> list[dict[str, Any]]:
+    node, endpoint = tables.nodes.c, tables.endpoints.c
+    query = (
+        select(
+            node.id,
+            node.hostname,
+            node.version,
+            node.created,
+            node.last_seen,
+            node.paused,
+            node.revoked,
+            endpoint.id.label("endpoint_id"),
+            endpoint.owner_id,
+        )
+        .join(tables.endpoints, endpoint.id == node.endpoint_id)
+        .order_by(node.last_seen.desc().nulls_last(), node.id)
+    )
+    if owner_id is not None:
+        query = query.where(endpoint.owner_id == owner_id)
+    rows = connection.execute(query).all()
+    owners = select_by_ids(connection, {row.owner_id for row in rows})
+    offered: dict[str, list[str]] = {}
+    collection = tables.collections.c
+    served = select(collection.node_id, collection.display_name).where(
+        collection.node_id.is_not(None), collection.deleted.is_(None)
+    )
+    for row in connection.execute(served):
+        offered.setdefault(row.node_id, []).append(row.display_name)
+    return [
+        {
+            "node_id": row.id,
+            "endpoint_id": row.endpoint_id,
+            "owner": owners[row.owner_id].username if row.owner_id in owners else None,
+            "hostname": row.hostname,
+            "version": row.version,
+            "state": "revoked" if row.revoked is not None else "paused" if row.paused else "enrolled",
+            "enrolled": iso(row.created),
+            "last_linked": None if row.last_seen is None else iso(row.last_seen),
+            "collections": offered.get(row.id, []),
+        }
+        for row in rows
+    ]
+
+
+def revoking(wanted: str) -> Callable[[Store], Awaitable[Revoked]]:
+    """Revoke an agent, named by its own id, its endpoint's or that of a collection it offers. The work raises `Refused`
+    for one that is unknown or was revoked before."""
+    now = time.time()
+
+    def work(connection: Connection) -> Revoked:
+        node, collection = tables.nodes.c, tables.collections.c
+        by_collection = select(collection.node_id).where(collection.id == wanted)
+        named = (node.id == wanted) | (node.endpoint_id == wanted) | node.id.in_(by_collection)
+        rows = connection.execute(select(node.id, node.hostname).where(named)).all()
+        if len(rows) != 1:
+            raise Refused(f"There is no agent {wanted!r}; `towpath-relay agent list` shows all.")
+        (row,) = rows
+        if not revocation.revoke(connection, row.id, now):
+            raise Refused(f"The agent {row.id} is revoked already.")
+        offered = select(collection.id, collection.display_name).where(
+            collection.node_id == row.id, collection.deleted.is_(None)
+        )
+        return Revoked(row.id, row.hostname, tuple((one.id, one.display_name) for one in connection.execute(offered)))
+
+    return lambda store: store.write(work)
+
+
+def listing_collections(settings: Settings, who: str | None) -> Callable[[Store], Awaitable[list[dict[str, Any]]]]:
+    """The collections that were not deleted, all or those of one person, by name."""
+
+    async def work(store: Store) -> list[dict[str, Any]]:
+        mine = None if who is None else (await find_identity(store, settings, who)).id
+        return await store.read(lambda connection: _collections(connection, mine))
+
+    return work
+
+
+def _collections(connection: Connection, owner_id: str | None) -> list[dict[str, Any]]:
+    collection = tables.collections.c
+    wanted: ColumnElement[bool] = collection.deleted.is_(None)
+    if owner_id is not None:
+        wanted &= collection.owner_id == owner_id
+    query = select(tables.collections).where(wanted).order_by(collection.display_name, collection.id)
+    rows = connection.execute(query).all()
+    owners = select_by_ids(connection, {row.owner_id for row in rows})
+    return [
+        {
+            "collection_id": row.id,
+            "name": row.display_name,
+            "owner": owners[row.owner_id].username if row.owner_id in owners else None,
+            "node_id": row.node_id,
+            "read_only": row.read_only,
+            "public": row.public,
+            "created": iso(row.created),
+        }
+        for row in rows
+    ]
+
+
+def replacing(
+    settings: Settings, collection_id: str, *, now: float | None = None
+) -> Callable[[Store], Awaitable[dict[str, Any]]]:
+    """A new setup key for a collection that no agent serves: its first one got lost, or its machine was revoked. Roles,
+    rules and bookmarks stay as they are. The work raises `Refused` while an agent serves it."""
+    moment = time.time() if now is None else now
+    key = setup_keys.make(settings.public_url, ca_fingerprint(settings))
+
+    def work(connection: Connection) -> dict[str, Any]:
+        collection = tables.collections.c
+        row = connection.execute(
+            select(tables.collections).where(collection.id == collection_id, collection.deleted.is_(None))
+        ).one_or_none()
+        if row is None:
+            raise Refused(f"There is no collection {collection_id!r}.")
+        if row.node_id is not None:
+            raise Refused(
+                f"The agent {row.node_id} serves this collection. If its machine is lost, revoke it with "
+                "`towpath-relay agent revoke`; the running relay takes the collection off it within a minute."
+            )
+        unused = tables.setup_keys.c
+        connection.execute(
+            delete(tables.setup_keys).where(unused.collection_id == collection_id, unused.redeemed.is_(None))
+        )
+        connection.execute(
+            insert(tables.setup_keys).values(
+                digest=setup_keys.digest(key),
+                collection_id=collection_id,
+                created=moment,
+                expires=moment + settings.enrolment.setup_key_life,
+            )
+        )
+        return {"collection_id": collection_id, "setup_key": key, "name": row.display_name, "owner_id": row.owner_id}
+
+    return lambda store: store.write(work)
