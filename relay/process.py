@@ -6,6 +6,8 @@ import contextlib
 import gc
 import resource
 
+import psutil
+
 
 def raise_file_limit() -> int:
     """Raise the soft limit of open files to the hard one; the limit that holds now. Every link is an open file."""
@@ -26,3 +28,17 @@ def collect_seldom() -> None:
     gc.freeze()
     gc.set_threshold(20_000, 20, 50)
     gc.enable()
+
+
+def numbers_of_process() -> dict[str, float]:
+    """Processor time (seconds), memory (bytes), descriptors and start (Unix time) of this process."""
+    process = psutil.Process()
+    with process.oneshot():
+        times = process.cpu_times()
+        return {
+            "cpu_seconds": times.user + times.system,
+            "memory_bytes": process.memory_info().rss,
+            "open_files": process.num_fds(),
+            "max_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+            "started": process.create_time(),
+        }

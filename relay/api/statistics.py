@@ -1,26 +1,25 @@
-"""What the relay says of itself, for its administrators: as JSON, and for Prometheus.
-
-Metrics carry no labels, so their number does not grow with users, endpoints or tasks.
-"""
+"""What the relay says of itself, for its administrators: as JSON, and for Prometheus (`relay.metrics`)."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from importlib import metadata
 from typing import Any, cast
 
 from fastapi import APIRouter, Depends, Request, Response
 
 from relay.auth.administrators import is_administrator
 from relay.auth.bearer import Caller, transfer_caller
+from relay.metrics import exposition
+from relay.process import numbers_of_process
 from relay.refusal import ApiError
 from relay.services import services_of
+from relay.store.kept import numbers_of_files, numbers_of_rows
 
 router = APIRouter(tags=["Towpath"])
 
 # Text exposition format of Prometheus, version 0.0.4.
 EXPOSITION = "text/plain; version=0.0.4; charset=utf-8"
-_NOT_A_NAME = re.compile(r"[^a-zA-Z0-9_]")
 
 
 async def administrator(request: Request) -> Caller:
@@ -32,27 +31,24 @@ async def administrator(request: Request) -> Caller:
     return caller
 
 
-def _now(request: Request) -> Mapping[str, Mapping[str, Any]]:
-    return cast("Callable[[], Mapping[str, Mapping[str, Any]]]", request.app.state.statistics)()
+async def _now(request: Request) -> dict[str, Mapping[str, Any]]:
+    """The counters of every part, and what is kept and used by now."""
+    services = services_of(request)
+    parts = cast("Callable[[], Mapping[str, Mapping[str, Any]]]", request.app.state.statistics)()
+    rows = await services.store.read(numbers_of_rows)
+    settings = services.settings
+    kept = {**rows, **numbers_of_files(settings.directory_path / settings.database.file)}
+    return {**parts, "kept": kept, "process": numbers_of_process()}
 
 
 @router.get("/towpath/v1/statistics", dependencies=[Depends(administrator)])
 async def statistics(request: Request) -> dict[str, dict[str, Any]]:
     """The counters of every part."""
-    return {part: dict(values) for part, values in _now(request).items()}
+    return {part: dict(values) for part, values in (await _now(request)).items()}
 
 
 @router.get("/metrics", dependencies=[Depends(administrator)])
 async def metrics(request: Request) -> Response:
     """The same numbers for Prometheus; scrape with a token of an administrator."""
-    text = "".join(exposition(_now(request)))
+    text = exposition(metadata.version("towpath"), await _now(request))
     return Response(text, media_type=EXPOSITION, headers={"Cache-Control": "no-store"})
-
-
-def exposition(parts: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    """Lines of the text format: one metric for each number, named ``towpath_<part>_<field>``."""
-    for part, values in sorted(parts.items()):
-        for field, value in sorted(values.items()):
-            if isinstance(value, bool | int | float):
-                name = _NOT_A_NAME.sub("_", f"towpath_{part}_{field}")
-                yield f"# TYPE {name} untyped\n{name} {float(value):.17g}\n"

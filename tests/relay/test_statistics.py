@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from relay.api.statistics import EXPOSITION, exposition
+from relay.api.statistics import EXPOSITION
 from relay.auth.administrators import make_administrator
 from relay.auth.scopes import AUTH_SERVER
+from relay.metrics import METRICS, exposition
 
 PATHS = ("/metrics", "/towpath/v1/statistics")
-METRIC = re.compile(r"# TYPE (towpath_[a-z0-9_]+) untyped\n\1 (\S+)\n")
 
 
 async def person(world: Any, name: str, *, administrator: bool = False) -> dict[str, str]:
@@ -37,33 +37,82 @@ async def test_only_administrators_of_the_relay_are_told(world: Any, path: str) 
     assert (await world.http.get(path, headers=wrong_service)).status_code == 401
 
 
+def parse(text: str) -> dict[str, Any]:
+    """The families of a text by name, as Prometheus's own reader understands it."""
+    parser = pytest.importorskip("prometheus_client.parser", reason="prometheus_client is in the extra `test`")
+    families = list(parser.text_string_to_metric_families(text))
+    # Every line belongs to a family that says what it is.
+    assert len(families) == text.count("# TYPE ") == text.count("# HELP ")
+    return {family.name: family for family in families}
+
+
+def values_of(families: dict[str, Any]) -> dict[tuple[str, tuple[str, ...]], float]:
+    return {
+        (sample.name, tuple(sample.labels.values())): sample.value
+        for family in families.values()
+        for sample in family.samples
+    }
+
+
 async def test_the_text_is_what_prometheus_reads_and_does_not_grow(world: Any) -> None:
     headers = await person(world, "admin", administrator=True)
     before = await world.http.get("/metrics", headers=headers)
     assert before.headers["content-type"] == EXPOSITION
-    assert "".join(match[0] for match in METRIC.finditer(before.text)) == before.text
-    values = {name: float(value) for name, value in METRIC.findall(before.text)}
-    assert len(values) > 30
+    families = parse(before.text)
+    values = values_of(families)
+    assert len(values) > 60
     assert not any(math.isnan(value) for value in values.values())
-    assert values["towpath_requests_subjects"] == 1
+    assert values["towpath_relay_active_users", ()] == 1
     for n in range(20):
         await world.http.get("/v0.10/task_list", headers=await person(world, f"p{n}"))
-    text = (await world.http.get("/metrics", headers=headers)).text
-    after = {name: float(value) for name, value in METRIC.findall(text)}
+    after = values_of(parse((await world.http.get("/metrics", headers=headers)).text))
     assert set(after) == set(values)
-    assert after["towpath_requests_subjects"] == 21
-    assert after["towpath_store_reads"] > values["towpath_store_reads"]
+    assert after["towpath_relay_active_users", ()] == 21
+    reads = "towpath_relay_database_operations_total", ("read",)
+    assert after[reads] > values[reads]
+    assert after["towpath_relay_tasks", ("run",)] == after["towpath_relay_agents_enrolled", ()] == 0
+    assert after["towpath_relay_database_size_bytes", ()] > 10_000
+    assert after["towpath_relay_resident_memory_bytes", ()] > 1e6
 
 
-async def test_the_document_has_the_same_numbers(world: Any) -> None:
+async def test_names_are_as_prometheus_wants_them(world: Any) -> None:
+    """Counters end in _total, units are base units at the end, and everything is explained with its own words."""
+    headers = await person(world, "admin", administrator=True)
+    families = parse((await world.http.get("/metrics", headers=headers)).text)
+    for name, family in families.items():
+        # The reader takes _total off the name of a counter.
+        assert re.fullmatch(r"towpath_relay_[a-z]+(_[a-z]+)*", name), name
+        assert family.type in ("counter", "gauge"), name
+        assert all(sample.name == name + "_total" * (family.type == "counter") for sample in family.samples)
+        assert not re.search(r"_(ms|mb|kb|kib|mib|minutes|hours|percent|count)(_|$)", name), name
+        assert len(family.documentation) > 10, name
+    explained = [family.documentation for family in families.values()]
+    assert len(set(explained)) == len(explained)
+
+
+async def test_every_number_of_the_relay_has_a_name(world: Any) -> None:
     headers = await person(world, "admin", administrator=True)
     document = (await world.http.get("/towpath/v1/statistics", headers=headers)).json()
-    assert {"web", "links", "tasks", "store", "audit", "requests"} <= set(document)
-    assert "towpath_links_connected 0\n" in "".join(exposition(document))
+    assert {"web", "links", "tasks", "store", "audit", "requests", "kept", "process"} <= set(document)
+    numbers = {
+        (part, field)
+        for part, fields in document.items()
+        for field, value in fields.items()
+        if not isinstance(value, str | list | None)
+    }
+    assert numbers == set(METRICS)
 
 
-def test_what_is_no_number_is_left_out_and_names_are_clean() -> None:
-    parts = {"a-b": {"x": 1, "y": "text", "z": None, "ok": True, "d": {"k": 1}}}
-    assert "".join(exposition(parts)) == (
-        "# TYPE towpath_a_b_ok untyped\ntowpath_a_b_ok 1\n# TYPE towpath_a_b_x untyped\ntowpath_a_b_x 1\n"
-    )
+def test_a_table_becomes_labels_and_what_is_not_known_is_left_out() -> None:
+    parts = {
+        "tunnel": {"outcomes": {"closed": 2, 'odd"\n\\': 1}, "pairs": 3, "nonsense": 7},
+        "keys": {"root_present": True, "ticket_key_expires": None},
+    }
+    values = values_of(parse(exposition('1"\n\\', parts)))
+    assert values == {
+        ("towpath_relay_info", ('1"\n\\',)): 1,
+        ("towpath_relay_tunnels", ()): 3,
+        ("towpath_relay_tunnels_ended_total", ("closed",)): 2,
+        ("towpath_relay_tunnels_ended_total", ('odd"\n\\',)): 1,
+        ("towpath_relay_root_key_present", ()): 1,
+    }
