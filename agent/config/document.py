@@ -164,8 +164,15 @@ class _Reader:
         self.problems.append(Problem(line, sentence))
 
     def record(
-        self, node: yaml.Node | None, record: type[Any], where: str, path: tuple[str, ...], extra: Iterable[str] = ()
+        self,
+        node: yaml.Node | None,
+        record: type[Any],
+        where: str,
+        path: tuple[str, ...],
+        extra: Iterable[str] = (),
+        prefix: str = "",
     ) -> Values:
+        """``where`` and ``prefix`` are what messages call the place and put before the names of its keys."""
         known = {row.key: row for row in settings(record)}
         values: Values = {}
         for key, value in self.mapping(node, where, {*known, *extra}).items():
@@ -175,14 +182,14 @@ class _Reader:
             here = (*path, row.name)
             self.lines[here] = value.start_mark.line + 1
             if isinstance(row.kind, Section):
-                values[row.name] = self.record(value, row.kind.record, key, here)
+                values[row.name] = self.record(value, row.kind.record, prefix + key, here, prefix=f"{prefix}{key}.")
             elif isinstance(row.kind, Entries):
-                values[row.name] = self.entries(value, row.kind, key, here)
+                values[row.name] = self.entries(value, row.kind, prefix + key, here)
             else:
                 try:
                     values[row.name] = row.kind.read(value, self.file.parent)
                 except Wrong as error:
-                    self.problem(value, f"`{key}` {error}.")
+                    self.problem(value, f"`{prefix}{key}` {error}.")
         return values
 
     def entries(self, node: yaml.Node, kind: Entries, key: str, path: tuple[str, ...]) -> Values:

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from agent.config.kinds import Schema, Text, Wrong
+from agent.config.kinds import Schema, Text, Wrong, tag
 from agent.limits.rate import parse_rate
 from agent.limits.timetable import FORM, parse_weekly
 
@@ -17,6 +17,8 @@ class Rate:
 
     def read(self, node: yaml.Node, base: Path) -> int:
         """Bytes a second."""
+        if isinstance(node, yaml.ScalarNode) and tag(node) in ("int", "float"):
+            raise Wrong(f"must be a rate with its unit, such as 20 MB/s or 200 Mbit/s, not {node.value[:40]}")
         try:
             return parse_rate(Text(40).read(node, base))
         except ValueError as error:

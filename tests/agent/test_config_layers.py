@@ -94,6 +94,9 @@ def test_unset_gives_the_owners_word_back(file: Path) -> None:
         ("limits.lanes", "99", "between 1 and 32"),
         ("limits.lanes", "many", "whole number"),
         ("limits.lanes", "[", "not valid YAML"),
+        ("data.port", "99999", "`data.port` must be between"),
+        ("limits.bandwidth.receive", "20", r"`limits.bandwidth.receive` must be a rate with its unit, such as 20 MB/s"),
+        (f"collections.{ONE}.limits.sessions", "0", "`limits.sessions` must be"),
         (f"collections.{ONE}.access", "all", "read-only or read-write"),
     ],
 )
@@ -108,7 +111,7 @@ def test_a_value_that_will_not_do_is_refused_and_nothing_is_written(
 def test_a_refused_value_is_not_blamed_on_a_line_that_was_not_written(file: Path) -> None:
     with pytest.raises(ConfigError) as refused:
         set_in_overlay(file, "limits.lanes", "99")
-    assert refused.value.sentence == "Nothing was changed.\n`lanes` must be between 1 and 32, not 99."
+    assert refused.value.sentence == "Nothing was changed.\n`limits.lanes` must be between 1 and 32, not 99."
 
 
 @pytest.mark.parametrize("key", ["limit.lanes", "limits", "collections", f"collections.{ONE}", "limits.lanes.x"])
