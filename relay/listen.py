@@ -9,6 +9,8 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import trio
 
+from protocol.errors import NeedsPerson
+
 _logger = logging.getLogger("relay.listen")
 
 # Connections taken in one go before the others have their turn.
@@ -16,8 +18,34 @@ BURST = 32
 # How long to wait when the machine has no descriptors or memory left for another connection, in seconds.
 EXHAUSTED_PAUSE = 0.1
 _EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS}
+_ADVICE = {
+    errno.EADDRINUSE: "another program has the port (`ss -ltnp` names it)",
+    errno.EACCES: "ports below 1024 need the capability CAP_NET_BIND_SERVICE, as in systemd/towpath-relay.service",
+    errno.EADDRNOTAVAIL: "listen.host must be an address of this machine",
+}
 # The listening socket itself is gone or none.
 _FATAL = {errno.EBADF, errno.EINVAL, errno.ENOTSOCK, errno.EOPNOTSUPP}
+
+
+class PortUnusable(NeedsPerson):
+    """The relay's port cannot be had; the sentence says why."""
+
+    default_code = "PORT"
+
+
+async def open_port(host: str, port: int, backlog: int) -> list[trio.SocketListener]:
+    """Listen on the relay's port. Raises `PortUnusable`."""
+    # One wildcard means both families; trio's ``::`` is IPv6 alone.
+    try:
+        return await trio.open_tcp_listeners(port, host=None if host == "::" else host, backlog=backlog)
+    except OSError as error:
+        advice = _ADVICE.get(error.errno or 0, "see `listen` in the configuration")
+        if isinstance(error, socket.gaierror):
+            advice = "listen.host must be an address of this machine"
+        reason = error.strerror or str(error)
+        raise PortUnusable(
+            f"Nothing can listen on {host} port {port}: {reason}; {advice}.", who="relay operator"
+        ) from error
 
 
 async def accept_all(

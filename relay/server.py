@@ -38,7 +38,7 @@ from relay.auth.tokens import remove_expired
 from relay.auth.upstream import Upstream
 from relay.dispatch import MAX_PENDING, Dispatcher
 from relay.keys import RelayKeys
-from relay.listen import accept_all
+from relay.listen import accept_all, open_port
 from relay.lock import exclusive
 from relay.process import collect_seldom, raise_file_limit
 from relay.quota.allowance import Allowance
@@ -52,7 +52,7 @@ from relay.rendezvous.tunnel.websocket import WebSocketTunnels
 from relay.services import Services
 from relay.settings import Settings
 from relay.store.database import Store
-from relay.store.migrate import upgrade
+from relay.store.migrate import require, upgrade
 from relay.tls import ServerCertificate
 from relay.transfer import revocation
 from relay.transfer.nodes import DatabaseNodeDirectory
@@ -233,11 +233,12 @@ def _link_handler(
 async def serve(settings: Settings) -> None:
     """Run the relay until SIGTERM or SIGINT.
 
-    Raises `AlreadyRunning`, the store's errors and what `build` raises; OSError when the port cannot be had.
+    Raises `AlreadyRunning`, `NoDatabase`, the store's errors, what `build` raises, and `PortUnusable`.
     """
     with exclusive(settings.directory_path):
         store = Store(settings.database_url, readers=settings.database.readers)
         try:
+            await trio.to_thread.run_sync(require, store.writing_engine, store.path)
             await trio.to_thread.run_sync(upgrade, store.writing_engine)
             relay = await trio.to_thread.run_sync(build, settings, store)
             await _run(relay, settings)
@@ -247,9 +248,7 @@ async def serve(settings: Settings) -> None:
 
 
 async def _run(relay: Relay, settings: Settings) -> None:
-    # One wildcard means both families; trio's ``::`` is IPv6 alone.
-    host = None if settings.listen.host == "::" else settings.listen.host
-    listeners = await trio.open_tcp_listeners(settings.listen.port, host=host, backlog=_BACKLOG)
+    listeners = await open_port(settings.listen.host, settings.listen.port, _BACKLOG)
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async with trio.open_nursery() as nursery:
             await nursery.start(relay.tunnel.run)

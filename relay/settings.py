@@ -23,6 +23,9 @@ from relay.proxies import Header, Proxies, network_of
 _EVERYWHERE = ("0.0.0.0", "::")  # noqa: S104 - compared, not bound
 _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _HOST = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
+# What msgspec says of something in a list of records.
+_ENTRY = re.compile(r"(?P<reason>(?:Object|Expected|Invalid) .*) - at `\$\[(?P<entry>\d+)\](?:\.(?P<key>\w+))?.*`")
+_ORIGIN = re.compile(r"https?://[A-Za-z0-9.\[\]:-]+")
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
 
 
@@ -323,11 +326,22 @@ class _Reader:
         try:
             return msgspec.convert(raw, kind, dec_hook=_decode_duration)
         except msgspec.ValidationError as error:
+            place = _ENTRY.fullmatch(str(error))
+            entry = node.value[int(place["entry"])] if place and isinstance(node, yaml.SequenceNode) else None
+            if place is not None and isinstance(entry, yaml.MappingNode):
+                raise self._error(entry, f"{name}, entry {int(place['entry']) + 1}: {_said(place)}.") from error
             raise self._error(node, f"{name} must be {_description(kind)}, not {raw!r:.80}.") from error
 
     def _error(self, node: yaml.Node, sentence: str) -> SettingsError:
         line = node.start_mark.line + 1 if node.start_mark else 0
         return SettingsError(f"{self._where}, line {line}: {sentence}", who="relay operator")
+
+
+def _said(place: re.Match[str]) -> str:
+    """What msgspec says of an entry of a list, in words of ours; as it is where there are none."""
+    key = f"{place['key']}: " if place["key"] else ""
+    reason = place["reason"].removeprefix("Object ").replace("contains unknown field", "there is no key")
+    return key + reason.replace("missing required field", "it needs the key")
 
 
 def _decode_duration(kind: type[Any], value: object) -> Any:
@@ -369,6 +383,9 @@ def _check_together(settings: Settings, where: str) -> None:
         except ValueError:
             raise refuse(f"listen.proxies: {address!r} is no IP address, nor a network such as 10.0.0.0/8.") from None
     _check_providers(settings.sign_in.providers, refuse)
+    for origin in settings.web.allowed_origins:
+        if origin != "*" and not _ORIGIN.fullmatch(origin):
+            raise refuse(f"web.allowed_origins: {origin!r} is no origin such as https://portal.example.org, nor *.")
     if settings.listen.url is not None:
         try:
             url = urlsplit(settings.listen.url)

@@ -39,7 +39,7 @@ def with_store(settings: Settings, work: Callable[[Store], Any]) -> Any:
     import trio
 
     from relay.store.database import Store
-    from relay.store.migrate import upgrade
+    from relay.store.migrate import require, upgrade
 
     if not Path(settings.directory_path / settings.database.file).exists():
         raise click.ClickException(f"There is no relay in {settings.directory}; run `towpath-relay init` first.")
@@ -47,6 +47,7 @@ def with_store(settings: Settings, work: Callable[[Store], Any]) -> Any:
     remember(click.get_current_context(), settings)
     store = Store(settings.database_url, readers=1)
     try:
+        require(store.writing_engine, store.path)
         upgrade(store.writing_engine)
         return trio.run(work, store)
     finally:

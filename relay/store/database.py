@@ -20,7 +20,7 @@ import trio
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine import make_url
 
-from protocol.errors import NeedsPerson, RetryLater, TowpathError
+from protocol.errors import NeedsPerson, RetryLater
 
 # Longer than any transaction of ours takes; the administrator's commands write beside a running relay.
 BUSY_TIMEOUT_MS = 15_000
@@ -124,8 +124,9 @@ def _transact(
             if beside is not None and _changes(connection) > before:
                 beside(connection, result)
             return result
-    except sqlalchemy.exc.OperationalError as error:
-        raise _explain(error) from error
+    except sqlalchemy.exc.DatabaseError as error:
+        raise_explained(error)
+        raise
 
 
 def _changes(connection: Connection) -> int:
@@ -134,15 +135,23 @@ def _changes(connection: Connection) -> int:
     return int(driver.total_changes)
 
 
-def _explain(error: sqlalchemy.exc.OperationalError) -> TowpathError | sqlalchemy.exc.OperationalError:
+def raise_explained(error: sqlalchemy.exc.DatabaseError) -> None:
+    """Raise `StoreBusy` or `StoreBroken` for an error of SQLite that has a meaning for people, else return."""
     code = getattr(error.orig, "sqlite_errorcode", 0) & 0xFF
     if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-        return StoreBusy("The relay's database is busy; try again in a moment.", who="relay operator")
+        raise StoreBusy("The relay's database is busy; try again in a moment.", who="relay operator") from error
     if code == sqlite3.SQLITE_FULL:
-        return StoreBroken("The disk of the relay's database is full; free some space there.", who="relay operator")
-    if code in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM):
-        return StoreBroken("The relay's database cannot be read or written; see the relay's log.", who="relay operator")
-    return error
+        sentence = "The disk of the relay's database is full; free some space there."
+    elif code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+        sentence = (
+            "The relay's database is damaged. Stop the relay and put a backup in its place with "
+            "`towpath-relay restore --force FILE`, which keeps what is there now."
+        )
+    elif code in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM):
+        sentence = "The relay's database cannot be read or written; see the relay's log."
+    else:
+        return
+    raise StoreBroken(sentence, who="relay operator") from error
 
 
 def _engine(url: str, begin: str, *, pool_size: int, query_only: bool) -> Engine:

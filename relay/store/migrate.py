@@ -10,13 +10,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sqlalchemy import Connection, Engine, text
+from sqlalchemy.exc import DatabaseError
 
 from protocol.errors import NeedsPerson
+from relay.store.database import raise_explained
 
 if TYPE_CHECKING:
     from alembic.config import Config
 
 MIGRATIONS = Path(__file__).parent / "migrations"
+
+
+class NoDatabase(NeedsPerson):
+    """There is no database where one should be; an empty one would know nobody and turn every agent away."""
+
+    default_code = "NO_DATABASE"
 
 
 class SchemaTooNew(NeedsPerson):
@@ -45,8 +53,27 @@ def _revisions(connection: Connection) -> list[str]:
     return list(connection.execute(text("SELECT version_num FROM alembic_version")).scalars())
 
 
+def require(engine: Engine, file: Path) -> None:
+    """Raise `NoDatabase` unless the file holds a relay's database, and `StoreBroken` when it cannot be read."""
+    if not file.exists() or not file.stat().st_size or current_revision(engine) is None:
+        raise NoDatabase(
+            f"{file} holds no database of a relay: see `database.file` in the configuration, and whether its disk is "
+            "mounted. If it is lost, restore a backup; only a relay that nobody has used yet is made anew with "
+            "`towpath-relay init`.",
+            who="relay operator",
+        )
+
+
 def upgrade(engine: Engine) -> None:
-    """Apply the missing migrations. Raises `SchemaTooNew`; SQLAlchemy errors when the file is no database."""
+    """Apply the missing migrations. Raises `SchemaTooNew`, `StoreBusy` and `StoreBroken`."""
+    try:
+        _upgrade(engine)
+    except DatabaseError as error:
+        raise_explained(error)
+        raise
+
+
+def _upgrade(engine: Engine) -> None:
     with engine.begin() as connection:
         if _revisions(connection) == [newest_revision()]:
             # Nearly every start: Alembic, a sixth of what a relay loads, is not needed.
@@ -70,6 +97,10 @@ def upgrade(engine: Engine) -> None:
 
 
 def current_revision(engine: Engine) -> str | None:
-    """The newest migration applied, or None for an empty database."""
-    with engine.begin() as connection:
-        return next(iter(_revisions(connection)), None)
+    """The newest migration applied, or None for an empty database. Raises `StoreBusy` and `StoreBroken`."""
+    try:
+        with engine.begin() as connection:
+            return next(iter(_revisions(connection)), None)
+    except DatabaseError as error:
+        raise_explained(error)
+        raise

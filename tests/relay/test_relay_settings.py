@@ -57,6 +57,14 @@ def test_the_documented_file_has_every_key_with_its_default() -> None:
         ("a: [\n", "this is not YAML"),
         ("listen:\n  host: !!python/name:os.system x\n", "line 2: listen.host cannot be read"),
         ("sign_in: {domain: 'a@b'}\n", "sign_in.domain"),
+        ("web:\n  allowed_origins: [banana]", "web.allowed_origins: 'banana' is no origin"),
+        (
+            "sign_in:\n  providers:\n"
+            "  - {id: x, name: X, issuer: 'https://x', client_id: y, domains: [x.org]}\n"
+            "  - {id: y, name: Y, issuer: 'https://y', client_id: y, domains: [y.org], tyop: 1}",
+            "line 4: sign_in.providers, entry 2: there is no key `tyop`",
+        ),
+        ("sign_in:\n  providers:\n  - id: x", "line 3: sign_in.providers, entry 1: it needs the key `name`"),
     ],
 )
 def test_mistakes_are_named_with_their_line(text: str, complaint: str) -> None:
