@@ -1,14 +1,20 @@
 """An agent's numbers in Prometheus's text format. Pure.
 
-Format: Prometheus exposition formats, version 0.0.4. Labels are ids and words of our own, never names or paths.
+Format: Prometheus exposition formats, version 0.0.4. Labels are ids and words of our own, never names or paths. However
+many tasks there are, those of at most `MOST_TASKS` are told one by one; all are counted by state.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import get_args
 
-from protocol.control import FINAL_STATES, TaskObserved
+from protocol.control import FINAL_STATES, TaskObserved, TaskState
+
+# As many as can have a worker at a time (limits.workers).
+MOST_TASKS = 64
 
 Sample = tuple[Mapping[str, str], float]
 
@@ -44,8 +50,17 @@ _COUNTERS = (
 
 def exposition(numbers: AgentNumbers, tasks: Iterable[TaskObserved]) -> str:
     """The whole text. Tasks that have ended are left out."""
-    running = [task for task in tasks if task.state not in FINAL_STATES]
-    return "".join((*_agent(numbers), *_tasks(running), *_flows(running)))
+    living = [task for task in tasks if task.state not in FINAL_STATES]
+    # Those that move something first. Series that come and go with what waits would be of no use.
+    running = [task for task in living if task.flow is not None or task.state == "ACTIVE"][:MOST_TASKS]
+    return "".join((*_agent(numbers), *_counts(living), *_tasks(running), *_flows(running)))
+
+
+def _counts(living: list[TaskObserved]) -> Iterator[str]:
+    states = [state for state in get_args(TaskState) if state not in FINAL_STATES]
+    counted = Counter(task.state for task in living)
+    by_state: list[Sample] = [({"state": state}, counted[state]) for state in states]
+    yield _metric("agent_tasks", "gauge", "Tasks to this machine that are not over, by state.", by_state)
 
 
 def _agent(numbers: AgentNumbers) -> Iterator[str]:
@@ -67,7 +82,7 @@ def _agent(numbers: AgentNumbers) -> Iterator[str]:
 
 def _tasks(tasks: list[TaskObserved]) -> Iterator[str]:
     states: list[Sample] = [({"task": task.task_id, "state": task.state}, 1) for task in tasks]
-    yield _metric("task_state", "gauge", "Tasks to this machine and their states.", states)
+    yield _metric("task_state", "gauge", "Tasks to this machine that run, and their states.", states)
     for name, help_ in _COUNTERS:
         rows: list[Sample] = [({"task": task.task_id}, float(getattr(task.counters, name))) for task in tasks]
         yield _metric(f"task_{name}_total", "counter", help_, rows)

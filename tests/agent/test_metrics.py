@@ -13,7 +13,7 @@ import trio
 from agent.config.keys import MetricsConfig
 from agent.demo.free_port import free_port
 from agent.meter import publish
-from agent.meter.exposition import AgentNumbers, exposition
+from agent.meter.exposition import MOST_TASKS, AgentNumbers, exposition
 from agent.meter.flow import Reading, flow_between
 from agent.meter.publish import Publisher
 from agent.meter.time_shares import Doing, TimeShares
@@ -142,6 +142,34 @@ def test_the_exposition() -> None:
     # A name of the agent's own world cannot break the format.
     odd = AgentNumbers('a"b\\c\nd', True, False, 0, 0, 0, 0, 0, None, None)
     assert 'version="a\\"b\\\\c\\nd"' in exposition(odd, [])
+
+
+def test_prometheus_reads_it_and_it_does_not_grow_with_what_waits() -> None:
+    parser = pytest.importorskip("prometheus_client.parser", reason="prometheus_client is in the extra `test`")
+
+    def series(tasks: list[TaskObserved]) -> dict[tuple[str, tuple[str, ...]], float]:
+        text = exposition(NUMBERS, tasks)
+        families = list(parser.text_string_to_metric_families(text))
+        assert len(families) == text.count("# TYPE ") == text.count("# HELP ")
+        assert all(family.type in ("gauge", "counter") and family.documentation for family in families)
+        return {
+            (sample.name, tuple(sample.labels.values())): sample.value for each in families for sample in each.samples
+        }
+
+    def tasks(state: Any, count: int) -> list[TaskObserved]:
+        return [
+            TaskObserved(task_id=f"{state}-{n}", revision=1, state=state, counters=Counters()) for n in range(count)
+        ]
+
+    alone = series([TASK])
+    crowd = series([*tasks("QUEUED", 5000), *tasks("WAITING", 7), TASK])
+    assert set(crowd) == set(alone)
+    assert crowd["towpath_agent_tasks", ("QUEUED",)] == 5000
+    assert crowd["towpath_agent_tasks", ("WAITING",)] == 7
+    assert crowd["towpath_agent_tasks", ("ACTIVE",)] == alone["towpath_agent_tasks", ("ACTIVE",)] == 1
+    assert (
+        len({labels[0] for name, labels in series(tasks("ACTIVE", 500)) if name == "towpath_task_state"}) == MOST_TASKS
+    )
 
 
 class _Configured:
