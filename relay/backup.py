@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 
 from protocol.errors import NeedsPerson
 from protocol.identity import write_private_file
-from relay.lock import exclusive
+from relay.lock import LOCK, exclusive
 from relay.settings import Settings, parse
 
 # Names inside the archive.
@@ -100,6 +100,9 @@ def restore(
             for folder in _FOLDERS:
                 if (scratch / folder).exists():
                     (scratch / folder).rename(place / folder)
+            _give_to_owner_of(
+                place, [home / CONFIGURATION, scratch / DATABASE, place / LOCK, *(place / name for name in _FOLDERS)]
+            )
             # The database last: without it nothing serves what is only half restored.
             (scratch / DATABASE).rename(database)
             _sync_directory(place)
@@ -157,6 +160,16 @@ def _unpack_untrusted(archive: Path, into: Path) -> None:
                 os.fsync(file.fileno())
     if not (into / DATABASE).is_file():
         raise BackupRefused(f"{archive} is no backup of a relay: it holds no database.")
+
+
+def _give_to_owner_of(place: Path, restored: list[Path]) -> None:
+    """What root has restored belongs to whom the directory does: the service runs as that user."""
+    status = place.stat()
+    if os.geteuid() != 0 or status.st_uid == 0:
+        return
+    for top in restored:
+        for path in [top, *top.rglob("*")] if top.exists() else []:
+            os.chown(path, status.st_uid, status.st_gid, follow_symlinks=False)
 
 
 def _move_aside(place: Path, present: list[Path]) -> Path:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from protocol.errors import NeedsPerson
 
+LOCK = "relay.lock"
+
 
 class AlreadyRunning(NeedsPerson):
     """Another process serves this directory."""
@@ -23,7 +25,7 @@ def exclusive(directory: Path) -> Iterator[None]:
 
     Raises `AlreadyRunning`, which names the process that holds it.
     """
-    descriptor = os.open(directory / "relay.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -132,11 +132,10 @@ def create(settings: Settings, now: datetime.datetime) -> None:
     directory = tls_directory(settings)
     directory.mkdir(mode=0o755, parents=True, exist_ok=True)
     # The key file is written first and `ca.pem` is made from it, so an interrupted start goes on where it was.
-    if not (directory / "ca.key").exists():
-        write_private_file(directory / "ca.key", _pem(ec.generate_private_key(ec.SECP256R1())))
-    authority_key = _read_key(directory / "ca.key")
     if not (directory / "ca.pem").exists():
-        authority = _make_authority(authority_key, settings.name, now)
+        if not (directory / "ca.key").exists():
+            write_private_file(directory / "ca.key", _pem(ec.generate_private_key(ec.SECP256R1())))
+        authority = _make_authority(_read_key(directory / "ca.key"), settings.name, now)
         write_private_file(directory / "ca.pem", authority.public_bytes(serialization.Encoding.PEM))
         (directory / "ca.pem").chmod(0o644)
     authority = _read_certificate(directory / "ca.pem")
@@ -146,6 +145,13 @@ def create(settings: Settings, now: datetime.datetime) -> None:
         lasts = leaf.not_valid_after_utc - now > _RENEW_BEFORE
         if lasts and _names_of(leaf) >= set(settings.certificate_names):
             return
+    authority_key = _read_key(directory / "ca.key")
+    if authority_key.public_key() != authority.public_key():
+        # What another key signs, none of those who trust this CA would accept.
+        raise CertificateUnusable(
+            f"{directory / 'ca.key'} is not the key of {directory / 'ca.pem'}; restore both from one backup.",
+            who="relay operator",
+        )
     key = ec.generate_private_key(ec.SECP256R1())
     leaf = _make_leaf(key, settings.certificate_names, authority, authority_key, now)
     # Key and certificate in one file: they are replaced together or not at all.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sqlite3
 import tarfile
 from functools import partial
@@ -97,6 +98,20 @@ def test_places_named_in_the_configuration_are_obeyed(
     assert (tmp_path / "new" / "data" / "db" / "main.sqlite").is_file()
     assert (tmp_path / "new" / "data" / "keys" / "root.pem").is_file()
     assert load_settings(tmp_path / "new" / "relay.yaml").directory_path == tmp_path / "new" / "data"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_what_root_restores_belongs_to_the_user_of_the_relay(
+    relay_settings: Settings, relay_directory: Path, tmp_path: Path
+) -> None:
+    archive, place = tmp_path / "backup.tar.gz", tmp_path / "restored"
+    back_up(relay_settings, relay_directory / "relay.yaml", archive)
+    place.mkdir()
+    os.chown(place, 12345, 23456)
+    restore(archive, place, force=False)
+    owners = {(path.stat().st_uid, path.stat().st_gid) for path in place.rglob("*")}
+    assert owners == {(12345, 23456)}
+    assert {path.name for path in place.iterdir()} >= {"relay.yaml", "relay.sqlite", "relay.lock", "keys", "tls"}
 
 
 def test_a_backup_never_replaces_a_file(relay_settings: Settings, relay_directory: Path, tmp_path: Path) -> None:

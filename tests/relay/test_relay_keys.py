@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import os
 import ssl
 import time
 from pathlib import Path
@@ -12,8 +13,10 @@ import jwt
 import msgspec
 import pytest
 import trustme
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from protocol.errors import ProtocolError
+from protocol.identity import write_private_file
 from protocol.ticket import RelayRoot, TicketVerifier
 from relay import keys, tls
 from relay.keys import KeysUnusable, RelayKeys
@@ -189,6 +192,36 @@ def test_a_new_name_gives_a_new_certificate(settings: Settings) -> None:
     second = tls.ServerCertificate(wider)
     assert second.channel != first.channel
     assert "new.example.org" in second.statistics().names
+
+
+def test_an_authority_whose_key_is_away_or_another_is_not_replaced(settings: Settings) -> None:
+    """Agents trust the CA for good: what another key signed would shut all of them out."""
+    now = datetime.datetime.now(datetime.UTC)
+    tls.create(settings, now)
+    key = tls.tls_directory(settings) / "ca.key"
+    kept = key.read_bytes()
+    key.unlink()
+    shown = tls.ServerCertificate(settings)
+    assert not key.exists(), "it is not needed until the certificate nears its end"
+    with pytest.raises(tls.CertificateUnusable, match=r"ca\.key: No such file"):
+        shown.renew(now + datetime.timedelta(days=390))
+    write_private_file(key, tls._pem(ec.generate_private_key(ec.SECP256R1())))
+    with pytest.raises(tls.CertificateUnusable, match=r"ca\.key is not the key of .*ca\.pem; restore both"):
+        shown.renew(now + datetime.timedelta(days=390))
+    write_private_file(key, kept)
+    assert shown.renew(now + datetime.timedelta(days=390))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_what_root_replaces_belongs_to_whom_it_did(tmp_path: Path) -> None:
+    """`root certify` by root, beside a relay that runs as a user of its own."""
+    keys.create(tmp_path, time.time(), 86400.0)
+    file = tmp_path / "ticket-key.json"
+    os.chown(file, 12345, 23456)
+    keys.certify_ticket_key(tmp_path, RelayRoot.load(tmp_path / "root.pem"), time.time(), 86400.0)
+    status = file.stat()
+    assert (status.st_uid, status.st_gid, status.st_mode & 0o777) == (12345, 23456, 0o600)
+    assert (tmp_path / "root.pem").stat().st_uid == 0
 
 
 def test_private_files_are_private_and_the_authority_is_not(settings: Settings) -> None:
