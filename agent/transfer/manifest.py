@@ -24,6 +24,9 @@ else:
     # macOS has only the one that also writes down when.
     _sync_data = os.fsync
 
+# The names of both lists in a task's folder.
+TRANSFERRED_LIST, SKIPPED_LIST = "transferred.manifest", "skipped.manifest"
+
 _FRAME = struct.Struct(">II")
 MAX_FRAME = 64 * 1024 * 1024
 ROWS_IN_FRAME = 4096

@@ -14,7 +14,6 @@ from collections.abc import Collection, Sequence
 from contextlib import AbstractAsyncContextManager, closing, suppress
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -22,11 +21,12 @@ import trio
 
 from agent.connect import listener
 from agent.connect.introductions import Introductions
-from agent.connect.peers import Peer, PeerPath, PeerProbes
+from agent.connect.peers import PeerPath, PeerProbes
 from agent.transfer.held_up import told
+from agent.transfer.known_sources import sources_of
 from agent.transfer.local_node import LocalNode
-from agent.transfer.manifest import ManifestDamaged, ManifestPage, RowType, SkippedRow, TransferredRow, read_page
 from agent.transfer.plan import now_iso
+from agent.transfer.results import ReadPage, skipped_page, successful_page
 from agent.transfer.running_task import RunningTask
 from agent.transfer.served_session import ServedSessions
 from agent.transfer.state_trouble import StateTrouble
@@ -39,20 +39,16 @@ from protocol.control import (
     Page,
     SessionAnswer,
     SessionOrder,
-    SkippedError,
-    SuccessfulTransfer,
     TaskObserved,
     TaskOrder,
 )
 from protocol.errors import ItemFailed, NeedsPerson
-from protocol.names import format_path
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
 logger = logging.getLogger("towpath.tasks")
 
-MAX_PAGE = 1000
 # Seconds that a start leaves the processor to tasks before all else is loaded; to sessions, whose destinations may need
 # the relay to find us; and those from the moment when a lane's connection is handed to a worker until its handshake is
 # done and the first content comes.
@@ -331,48 +327,17 @@ class TransferService:
     # --- results ---------------------------------------------------------------------------------------
 
     async def successful(self, task_id: str, marker: str | None, limit: int) -> Page:
-        """A page of what was transferred; live while the task runs."""
-        path = self._manifest(task_id, "transferred.manifest")
-        page: ManifestPage[TransferredRow] = await trio.to_thread.run_sync(
-            partial(_read, path, TransferredRow, marker, limit, complete=self._is_over(task_id))
-        )
-        rows = [
-            SuccessfulTransfer(
-                source_path=_shown(row.source),
-                destination_path=_shown(row.destination),
-                size=row.size,
-                checksum=row.checksum,
-                checksum_algorithm=row.algorithm,
-            )
-            for row in page.rows
-        ]
-        return Page(rows=[msgspec.to_builtins(row) for row in rows], next_marker=page.next_marker)
+        """A page of what was transferred, of at most ``limit`` rows from ``marker`` on; live while the task runs.
+        Raises `ItemFailed` NOT_FOUND, BAD_MARKER and LIST_DAMAGED."""
+        return await self._page(successful_page, task_id, marker, limit)
 
     async def skipped(self, task_id: str, marker: str | None, limit: int) -> Page:
-        """A page of what was left out, and why."""
-        path = self._manifest(task_id, "skipped.manifest")
-        page: ManifestPage[SkippedRow] = await trio.to_thread.run_sync(
-            partial(_read, path, SkippedRow, marker, limit, complete=self._is_over(task_id))
-        )
-        rows = [
-            SkippedError(
-                source_path=_shown(row.source),
-                destination_path=_shown(row.destination),
-                error_code=row.code,
-                error_details=row.details,
-                error_time=row.time,
-                is_directory=row.kind == 1,
-                is_symlink=row.kind == 2,
-                is_delete_destination_extra=row.extra,
-                external_checksum=row.checksum,
-                checksum_algorithm=row.algorithm,
-            )
-            for row in page.rows
-        ]
-        return Page(rows=[msgspec.to_builtins(row) for row in rows], next_marker=page.next_marker)
+        """A page of what was left out, and why. Raises as `successful` does."""
+        return await self._page(skipped_page, task_id, marker, limit)
 
-    def _manifest(self, task_id: str, name: str) -> Path:
-        return self._node.directory / self._task(task_id).order.task_id / name
+    async def _page(self, read: ReadPage, task_id: str, marker: str | None, limit: int) -> Page:
+        directory = self._node.directory / self._task(task_id).order.task_id
+        return await trio.to_thread.run_sync(partial(read, directory, marker, limit, complete=self._is_over(task_id)))
 
     def _is_over(self, task_id: str) -> bool:
         task = self._task(task_id)
@@ -463,36 +428,8 @@ class TransferService:
     async def probe_peers(self) -> list[PeerPath]:
         """How the agents are reached that data came from lately: the paths of running tasks, and a race for one to each
         other agent, on which nothing is said. Raises `RetryLater` when asked too often."""
-        peers: dict[str, Peer] = {}
-        known: dict[str, PeerPath] = {}
-        for task in reversed(self._tasks.values()):
-            source = task.order.source
-            if source is None or source.node_id == self._node.node_id:
-                continue
-            peer = Peer(
-                node_id=source.node_id,
-                task_id=task.order.task_id,
-                session_id=task.order.session_id,
-                collection_id=source.collection_id,
-                name=source.display_name,
-                answer=task.answer,
-            )
-            if task.running and (path := task.path) is not None:
-                trip = None if path.rtt is None else round(path.rtt * 1000, 1)
-                kind = "" if path.kind == "tunnel" else path.kind
-                known[source.node_id] = PeerPath(
-                    collection_id=peer.collection_id,
-                    name=peer.name,
-                    task_id=peer.task_id,
-                    kind=kind,
-                    remote=path.remote,
-                    rtt_ms=trip,
-                    why=path.why,
-                )
-            elif not task.running:
-                peers.setdefault(source.node_id, peer)
-        wanted = [peer for node_id, peer in peers.items() if node_id not in known]
-        return [*known.values(), *(await self._probes.probe(wanted) if wanted else [])]
+        known, unknown = sources_of(self._tasks.values(), self._node.node_id)
+        return [*known, *(await self._probes.probe(unknown) if unknown else [])]
 
     def _offer_probe(self, offer: PathOffer) -> None:
         line = AgentEvent(n=0, kind="path_offer", time=now_iso(), task_id=offer.task_id, offer=offer)
@@ -501,21 +438,3 @@ class TransferService:
     def _tell_candidates(self, task_id: str, answer: PathAnswer) -> None:
         line = AgentEvent(n=0, kind="path_candidates", time=now_iso(), task_id=task_id, candidates=answer)
         self._node.outbox.passing(line)
-
-
-def _shown(path: bytes) -> str:
-    return format_path(tuple(path.split(b"/")) if path else ())
-
-
-def _read(path: Path, kind: type[RowType], marker: str | None, limit: int, *, complete: bool) -> ManifestPage[RowType]:
-    try:
-        return read_page(path, kind, marker, min(limit, MAX_PAGE), complete=complete)
-    except ManifestDamaged as error:
-        raise ItemFailed(
-            "From here on the task's list of files is damaged on the agent's disk and cannot be shown. What was "
-            "transferred is not concerned; a transfer with a sync level checks it.",
-            code="LIST_DAMAGED",
-            who="destination owner",
-        ) from error
-    except ValueError as error:
-        raise ItemFailed(str(error), code="BAD_MARKER") from error

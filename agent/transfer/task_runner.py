@@ -24,7 +24,7 @@ from agent.transfer.events import EventLog
 from agent.transfer.journal import Journal, open_or_rebuild
 from agent.transfer.kept_lists import ListPolicy
 from agent.transfer.left_behind import sweep_temporaries
-from agent.transfer.manifest import ManifestWriter
+from agent.transfer.manifest import SKIPPED_LIST, TRANSFERRED_LIST, ManifestWriter
 from agent.transfer.patience import Patience
 from agent.transfer.plan import now_iso
 from agent.transfer.progress import Progress
@@ -50,7 +50,6 @@ LOCK_PATIENCE = 5.0
 
 # What a task's folder holds.
 JOURNAL, RECEIVED = "journal.sqlite", "received"
-TRANSFERRED_LIST, SKIPPED_LIST = "transferred.manifest", "skipped.manifest"
 FILES = (RECEIVED, TRANSFERRED_LIST, SKIPPED_LIST)
 
 Connect = Callable[[str], Awaitable[SourceSession]]
