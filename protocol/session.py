@@ -2,7 +2,8 @@
 
 The destination drives and the source is stateless: it lists, reads and digests. Each message is a msgpack map behind a
 four-byte big-endian length; unknown keys are ignored. Requests carry a number ``r`` chosen by the destination;
-answers repeat it. File contents do not travel here but on lanes (`protocol.lane`).
+answers repeat it. File contents do not travel here but on lanes (`protocol.lane`). What decoding cannot tell, because
+it concerns several fields at once, is checked in `protocol.session_checks`.
 
 Paths are bytes relative to the source collection's root, components joined by ``/``, no leading slash, empty for the
 root itself; the side that receives one checks it with `path_untrusted` before any use.
@@ -473,32 +474,3 @@ def fitting(rows: Sequence[Row | None], largest: int, most: int) -> list[int]:
             chosen.append(index)
             total += row.size
     return chosen[:MAX_PACK_FILES]
-
-
-def check_readings_untrusted(readings: LaneReadings) -> None:
-    """Refuse what no honest source measures. Raises only `ProtocolError`."""
-    numbers = [readings.now, readings.processor]
-    for lane in readings.lanes:
-        numbers += [*lane.times, lane.rtt or 0.0, lane.busy or 0.0, lane.window]
-        counts = (lane.lane, lane.content, lane.retransmissions)
-        if len(lane.times) != LANE_TIMES or not all(0 <= count < 2**63 for count in counts):
-            raise ProtocolError("The source reports impossible readings of a lane.")
-    if len(readings.lanes) > MAX_READINGS or not all(0 <= number < 1e12 for number in numbers):
-        raise ProtocolError("The source reports impossible readings.")
-
-
-def check_blocks_untrusted(request: DigestBlocks) -> None:
-    """Refuse blocks no honest destination asks about. Raises only `ProtocolError`."""
-    if not MIN_BLOCK <= request.block <= MAX_BLOCK or not 0 < request.count <= MAX_DIGESTS or request.first < 0:
-        raise ProtocolError("Digests of impossible blocks were asked for.")
-    if (request.first + request.count - 1) * request.block >= request.version[2]:
-        raise ProtocolError("Digests beyond the end of the file were asked for.")
-
-
-def check_range_untrusted(request: ReadRange) -> None:
-    """Refuse sizes no honest destination asks for. Raises only `ProtocolError`."""
-    if not MIN_BLOCK <= request.block <= MAX_BLOCK:
-        raise ProtocolError(f"A block of {request.block} bytes is outside what is allowed.")
-    size = request.version[2]
-    if request.offset < 0 or not 0 < request.length <= MAX_RANGE or request.offset + request.length > size:
-        raise ProtocolError("A range outside of the file was asked for.")

@@ -34,6 +34,7 @@ from agent.transfer.storage_threads import StorageThreads
 from protocol import session
 from protocol.errors import ProtocolError, RetryLater, TowpathError
 from protocol.names import CollectionPath
+from protocol.session_checks import check_blocks_untrusted, check_range_untrusted
 from protocol.ticket import TicketVerifier
 
 _CHUNK = 64 * 1024
@@ -366,7 +367,7 @@ class Control:
         await self._look_into(request, source_files.extents, session.Extents)
 
     async def _block_digests(self, request: session.DigestBlocks) -> None:
-        session.check_blocks_untrusted(request)
+        check_blocks_untrusted(request)
         await self._look_into(request, source_files.digests_of_blocks, session.BlockDigests)
 
     async def _look_into(
@@ -391,7 +392,7 @@ class Control:
     async def _queue_for_lane(self, request: session.ReadRange | session.ReadPack) -> None:
         try:
             if isinstance(request, session.ReadRange):
-                session.check_range_untrusted(request)
+                check_range_untrusted(request)
                 path = self._allowed(request.path)
                 size = REQUEST_BYTES + len(request.path) + len(path) * OWN_COMPONENT_BYTES
                 work = LaneRequest(

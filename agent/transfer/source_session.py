@@ -17,6 +17,7 @@ from agent.transfer.holes import check_extents_untrusted
 from agent.transfer.outgoing import send_queued
 from protocol import session
 from protocol.errors import ProtocolError, RetryLater, TowpathError, error_from_document_untrusted
+from protocol.session_checks import check_readings_untrusted
 
 A = TypeVar("A")
 
@@ -239,7 +240,7 @@ class SourceSession:
     async def read_lanes(self) -> session.LaneReadings:
         """What the source measures of its lanes. Only with the ability `LANE_READINGS`."""
         answer = await self._ask(session.LaneReadings, session.ReadLanes)
-        session.check_readings_untrusted(answer)
+        check_readings_untrusted(answer)
         return answer
 
     async def attributes(

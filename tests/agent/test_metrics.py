@@ -20,7 +20,8 @@ from agent.meter.time_shares import Doing, TimeShares
 from agent.meter.verdict import Side, limiting_side, share_out
 from protocol.control import Counters, Flow, LaneFlow, TaskObserved
 from protocol.errors import ProtocolError
-from protocol.session import LANE_TIMES, LaneReading, LaneReadings, check_readings_untrusted
+from protocol.session import LANE_TIMES, LaneReading, LaneReadings
+from protocol.session_checks import check_readings_untrusted
 
 
 def shares(**parts: float) -> list[float]:

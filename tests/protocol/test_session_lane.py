@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from protocol import lane, session
 from protocol.errors import ProtocolError
 from protocol.names import check_component_untrusted
+from protocol.session_checks import check_range_untrusted
 
 VERSION = (1, 2, 3, 4, 5)
 
@@ -239,7 +240,7 @@ def test_the_largest_message_passes() -> None:
 def test_ranges_no_honest_peer_asks_for(offset: int, length: int, block: int, size: int) -> None:
     request = session.ReadRange(1, 0, b"f", (1, 2, size, 4, 5), offset, length, block)
     with pytest.raises(ProtocolError):
-        session.check_range_untrusted(session.request_untrusted(_body(request)))  # type: ignore[arg-type]
+        check_range_untrusted(session.request_untrusted(_body(request)))  # type: ignore[arg-type]
 
 
 @given(st.integers(-(2**63), 2**63), st.integers(-(2**63), 2**63), st.integers(0, 2**63 - 1))
@@ -247,10 +248,10 @@ def test_a_range_that_passes_lies_within_the_file(offset: int, length: int, size
     request = session.ReadRange(1, 0, b"f", (1, 2, size, 4, 5), offset, length, session.MIN_BLOCK)
     inside = offset >= 0 and 0 < length <= session.MAX_RANGE and offset + length <= size
     if inside:
-        session.check_range_untrusted(request)
+        check_range_untrusted(request)
     else:
         with pytest.raises(ProtocolError):
-            session.check_range_untrusted(request)
+            check_range_untrusted(request)
 
 
 @settings(max_examples=300)
