@@ -12,10 +12,6 @@ from typing import Any
 
 import pytest
 
-from agent.collections import Collections, Marks
-from agent.config.exposure import exposures, own_places, unusable
-from agent.config.keys import AgentConfig, CollectionConfig
-from agent.policy import Policy
 from agent.storage.base import Directory, Root
 from agent.storage.guarded import GuardedDirectory, open_guarded
 from agent.storage.listing import Accounts, list_directory, stat_entry
@@ -24,41 +20,14 @@ from agent.storage.own_links import OwnLinks
 from agent.storage.posix import PosixDirectory
 from agent.storage.query import Query
 from agent.storage.reach import Reach
-from agent.transfer.channel import Common, WorkerCollection
-from agent.transfer.local_node import LocalNode
-from agent.transfer.worker import _root_of
-from protocol.control import TaskItem, TaskOptions
-from protocol.errors import ItemFailed, NeedsPerson
-from protocol.identity import NodeKey
+from protocol.errors import ItemFailed
 from protocol.names import CollectionPath
-from protocol.ticket import RelayRoot, TicketVerifier
-from tests.agent.engine_inside import Engine, quick_path
-from tests.agent.link_scene import READ_WRITE, Link, at
+from tests.agent.own_home import fill, home, names, own
 
-__all__ = ["quick_path"]
+__all__ = ["home", "own"]
 
 STATE: CollectionPath = (b".local", b"state", b"towpath", b"agent")
 CONFIG: CollectionPath = (b"conf", b"agent.yaml")
-MIRROR = TaskOptions(delete_destination_extra=True, sync_level=1)
-
-
-def fill(home: Path) -> tuple[str, ...]:
-    """A home directory with an agent in it: where that keeps its own."""
-    for name in (".local/state/towpath/agent/node.key", ".local/state/other", "conf/agent.yaml", "conf/mine", "work/a"):
-        (home / name).parent.mkdir(parents=True, exist_ok=True)
-        (home / name).write_text("secret" if "agent" in name else "plain")
-    return str(home / ".local/state/towpath/agent"), str(home / "conf/agent.yaml"), str(home / "nowhere/else")
-
-
-@pytest.fixture
-def home(tmp_path: Path) -> Path:
-    (tmp_path / "home").mkdir()
-    return tmp_path / "home"
-
-
-@pytest.fixture
-def own(home: Path) -> tuple[str, ...]:
-    return fill(home)
 
 
 @pytest.fixture(params=["whole", "narrowed"])
@@ -69,11 +38,6 @@ def root(request: pytest.FixtureRequest, home: Path, own: tuple[str, ...]) -> It
         else:
             with opened.narrowed(Reach(((),))) as narrowed:
                 yield narrowed
-
-
-def names(root: Root, *path: bytes) -> set[bytes]:
-    with root.open_directory(path) as folder:
-        return {node.name for node in folder.scan(reserved=True)}
 
 
 def test_they_are_not_listed_and_not_found(root: Root) -> None:
@@ -316,10 +280,10 @@ def test_other_names_of_them_are_not_there(home: Path, root: Root) -> None:
     """Hard links, as backups and what saves space make them: before the root was opened, and while it is open."""
     key, config = home / ".local/state/towpath/agent/node.key", home / "conf/agent.yaml"
     (home / "to-key").symlink_to("work/key")
-    for name, own in (("key", key), ("yaml", config)):
+    for name, file in (("key", key), ("yaml", config)):
         place = home / "work" / name
         assert names(root, b"work") == {b"a"}
-        os.link(own, place)
+        os.link(file, place)
         asked = os.fsencode(name)
         assert names(root, b"work") == {b"a"}
         with pytest.raises(FileNotFoundError):
@@ -339,7 +303,7 @@ def test_other_names_of_them_are_not_there(home: Path, root: Root) -> None:
         # Who removes or replaces such a name changes nothing of the agent's.
         with root.open_directory((b"work",)) as folder:
             folder.unlink(asked)
-        assert own.read_text() == "secret"
+        assert file.read_text() == "secret"
 
 
 def test_other_files_with_several_names_are_there(home: Path, root: Root) -> None:
@@ -389,141 +353,6 @@ def test_the_agents_own_are_looked_through_for_other_names_seldom(
     assert {holds(number, -1000.0) for number in range(1, 100)} == {(False, 3)}
     now[0] += 60.0
     assert holds(1, 100.0) == (False, 4)
-
-
-@pytest.mark.parametrize("below", ["", "tasks"])
-def test_a_root_among_them_cannot_be_used(home: Path, own: tuple[str, ...], below: str) -> None:
-    place = Path(own[0]) / below
-    place.mkdir(exist_ok=True)
-    config = CollectionConfig(id="c", name="Bad", root=str(place))
-    with pytest.raises(NeedsPerson) as caught, Collections(Marks(None), own).using(config):
-        pass
-    assert caught.value.code == "COLLECTION_UNAVAILABLE"
-    assert "belongs to the agent itself" in caught.value.sentence
-
-
-def test_daemon_and_workers_open_roots_without_them(home: Path, own: tuple[str, ...]) -> None:
-    with Collections(Marks(None), own).using(CollectionConfig(id="c", name="Home", root=str(home))) as root:
-        assert names(root, b"conf") == {b"mine"}
-    common = Common(node_id="n", node_key=b"", relay_id="r", relay_root="", collections=[], own_places=own)
-    with _root_of(common, WorkerCollection(id="c", root=str(home), read_only=False)) as root:
-        assert names(root, b"conf") == {b"mine"}
-
-
-def test_what_is_the_agents_own_follows_from_its_configuration(
-    tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(home / ".config"))
-    collection = CollectionConfig(id="c", name="Home", root=str(home))
-    found = AgentConfig(state_dir=home / "state", collections=(collection,))
-    assert set(own_places(found, home / "a.yaml")) == {
-        str(home / name) for name in ("state", "a.yaml", "a.overlay.yaml", ".a.overlay.yaml.lock", ".config/towpath")
-    }
-    sentences = [sentence for _, sentence in exposures(found, home / "a.yaml")]
-    assert len(sentences) == 2
-    assert all("neither sees nor changes it" in sentence for sentence in sentences)
-    assert not list(unusable(found))
-    inside = AgentConfig(state_dir=home, collections=(collection,))
-    assert not list(exposures(inside, tmp_path / "a.yaml"))
-    ((refused, sentence),) = unusable(inside)
-    assert (refused, "cannot be used" in sentence) == (collection, True)
-
-
-async def test_a_relay_finds_none_and_makes_and_moves_none(tmp_path: Path) -> None:
-    link = Link(tmp_path)
-    own = tmp_path / "rw/sub/own"
-    own.mkdir()
-    (own / "key").write_text("secret")
-    link.collections._own = (str(own),)
-
-    async def post(operation: str, **body: str) -> tuple[int, str]:
-        return await link.code("POST", at(READ_WRITE, operation), body)
-
-    for operation in ("ls", "stat"):
-        assert await link.code("GET", at(READ_WRITE, operation), path="/sub/own") == (404, "NOT_FOUND")
-    assert (await link.ask("GET", at(READ_WRITE, "ls"), path="/sub")).json()["entries"] == []
-    assert await post("mkdir", path="/sub/own") == (403, "PERMISSION_DENIED")
-    assert await post("symlink", path="/sub/own", symlink_target="x") == (403, "PERMISSION_DENIED")
-    assert await post("rename", old_path="/sub/own", new_path="/x") == (404, "NOT_FOUND")
-    assert await post("rename", old_path="/file", new_path="/sub/own") == (403, "PERMISSION_DENIED")
-    answer = await link.ask("POST", at(READ_WRITE, "rename"), {"old_path": "/sub", "new_path": "/x"})
-    assert (answer.status_code, answer.json()["code"], answer.json()["subject"]) == (409, "NOT_EMPTY", "/sub")
-    assert (own / "key").read_text() == "secret"
-
-
-def test_every_worker_is_told_of_them(tmp_path: Path) -> None:
-    identity = NodeKey.generate()
-    verifier = TicketVerifier("r", RelayRoot.generate().public_pem)
-    config = AgentConfig(state_dir=tmp_path)
-    node = LocalNode(tmp_path, config, identity, "n", verifier, Policy([]), "", own_places=("/own",))
-    try:
-        assert node.common().own_places == ("/own",)
-    finally:
-        node.store.close()
-
-
-class HomeEngine(Engine):
-    """Both sides are homes with an agent in them."""
-
-    def source_root(self) -> Root:
-        return open_guarded(str(self.source), own=self.own(self.source))
-
-    def open_destination(self) -> Root:
-        return open_guarded(str(self.destination), own=self.own(self.destination))
-
-    def own(self, home: Path) -> tuple[str, ...]:
-        return str(home / ".local/state/towpath/agent"), str(home / "conf/agent.yaml")
-
-
-def files(home: Path) -> set[str]:
-    return {str(path.relative_to(home)) for path in home.rglob("*") if path.is_file()}
-
-
-async def test_a_mirror_leaves_them_and_takes_none_along(quick_path: Path) -> None:
-    engine = HomeEngine(quick_path, MIRROR)
-    fill(engine.destination)
-    (engine.destination / ".local/more").write_text("extra")
-    (engine.source / "work").mkdir()
-    (engine.source / "work/b").write_text("new")
-    observed = await engine.run()
-    assert observed.state == "SUCCEEDED", (observed, engine.codes())
-    assert files(engine.destination) == {".local/state/towpath/agent/node.key", "conf/agent.yaml", "work/b"}
-    # other, more, mine, a; the folders that hold the agent's own stay.
-    assert (observed.counters.deleted, observed.counters.failed) == (4, 0)
-
-
-async def test_a_transfer_takes_none_along(quick_path: Path) -> None:
-    engine = HomeEngine(quick_path)
-    fill(engine.source)
-    observed = await engine.run()
-    assert observed.state == "SUCCEEDED", observed
-    assert files(engine.destination) == {".local/state/other", "conf/mine", "work/a"}
-    assert observed.counters.files == 3
-
-
-async def test_a_transfer_puts_nothing_there(quick_path: Path) -> None:
-    """From a machine where nobody's agent has those names."""
-    engine = HomeEngine(quick_path)
-    fill(engine.source)
-    fill(engine.destination)
-    for path in ("conf/agent.yaml", ".local/state/towpath/agent/node.key"):
-        (engine.source / path).write_text("bad")
-    engine.own = lambda home: () if home == engine.source else HomeEngine.own(engine, home)  # type: ignore[method-assign]
-    observed = await engine.run()
-    assert (observed.state, observed.counters.failed) == ("FAILED", 2), observed
-    assert engine.codes().count("PERMISSION_DENIED") == 2
-    for path in ("conf/agent.yaml", ".local/state/towpath/agent/node.key"):
-        assert (engine.destination / path).read_text() == "secret"
-
-
-async def test_a_delete_leaves_them_and_says_so(quick_path: Path) -> None:
-    items = [TaskItem(source_path=f"/{name}", destination_path="") for name in (".local", "conf", "work")]
-    engine = HomeEngine(quick_path, TaskOptions(recursive=True), items=items, type="DELETE")
-    fill(engine.destination)
-    observed = await engine.run()
-    assert (observed.state, observed.counters.failed, observed.counters.deleted) == ("FAILED", 2, 4), observed
-    assert engine.codes().count("NOT_EMPTY") == 2
-    assert files(engine.destination) == {".local/state/towpath/agent/node.key", "conf/agent.yaml"}
 
 
 def test_errors_are_as_the_system_says_them() -> None:
