@@ -128,24 +128,7 @@ def build(settings: Settings, store: Store, clock: Callable[[], float] = time.ti
     signalling = Signalling(registry, tunnel)
     verifier = TicketVerifier(keys.relay_id, keys.root_public_pem)
     steward = Steward(store, registry, keys.signer, settings, clock, signalling, verifier, tunnel.cut_session)
-    sign_in = settings.sign_in
-    services = Services(
-        settings=settings,
-        store=store,
-        keys=keys,
-        signer=keys.signer,
-        registry=registry,
-        steward=steward,
-        secrets=SecretChecker(store),
-        passwords=PasswordChecker(store),
-        upstreams={provider.id: Upstream(provider, settings.directory_path, clock) for provider in sign_in.providers},
-        guesses=GuessLimit(sign_in.failures, sign_in.failures_window),
-        crowd_guesses=GuessLimit(sign_in.failures * _CROWD, sign_in.failures_window),
-        audit=Recorder(store, clock),
-        requests=Allowance(settings.limits.user_requests, settings.limits.user_requests_period),
-        provisions=Allowance(PROVISIONS, PROVISIONS_PERIOD),
-        clock=clock,
-    )
+    services = _services(settings, store, keys, registry, steward, clock)
     app = create_app(services, [*transfer_routers.ROUTERS, enrol.router])
     web = WebServer(app, max_connections=settings.limits.connections)
     observer = Observer(signalling.seen)
@@ -166,23 +149,51 @@ def build(settings: Settings, store: Store, clock: Callable[[], float] = time.ti
         max_pending=max(MAX_PENDING, raise_file_limit() // 2),
     )
     limits = {"one": services.guesses, "crowd": services.crowd_guesses}
-    memory = GuessMemory(store, limits, sign_in.failures_window)
     relay = Relay(
-        services,
-        app,
-        certificate,
-        web,
-        dispatcher,
-        registry,
-        steward,
-        signalling,
-        observer,
-        tunnel,
-        carrier,
-        memory,
+        services=services,
+        app=app,
+        certificate=certificate,
+        web=web,
+        dispatcher=dispatcher,
+        registry=registry,
+        steward=steward,
+        signalling=signalling,
+        observer=observer,
+        tunnel=tunnel,
+        carrier=carrier,
+        guess_memory=GuessMemory(store, limits, settings.sign_in.failures_window),
     )
     app.state.statistics = relay.statistics
     return relay
+
+
+def _services(
+    settings: Settings,
+    store: Store,
+    keys: RelayKeys,
+    registry: Registry,
+    steward: Steward,
+    clock: Callable[[], float],
+) -> Services:
+    """What requests of the web need."""
+    sign_in = settings.sign_in
+    return Services(
+        settings=settings,
+        store=store,
+        keys=keys,
+        signer=keys.signer,
+        registry=registry,
+        steward=steward,
+        secrets=SecretChecker(store),
+        passwords=PasswordChecker(store),
+        upstreams={provider.id: Upstream(provider, settings.directory_path, clock) for provider in sign_in.providers},
+        guesses=GuessLimit(sign_in.failures, sign_in.failures_window),
+        crowd_guesses=GuessLimit(sign_in.failures * _CROWD, sign_in.failures_window),
+        audit=Recorder(store, clock),
+        requests=Allowance(settings.limits.user_requests, settings.limits.user_requests_period),
+        provisions=Allowance(PROVISIONS, PROVISIONS_PERIOD),
+        clock=clock,
+    )
 
 
 def _tunnel(keys: RelayKeys, settings: Settings, clock: Callable[[], float]) -> TunnelService:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import IO, TYPE_CHECKING, Any
 
 import click
@@ -184,6 +184,31 @@ def _items(origin: Place, target: Place, options: dict[str, Any]) -> list[Item]:
     return [Item(origin.path, target.path, recursive, checksum, algorithm)]
 
 
+# Options of fields that the SDK has no argument for.
+_OWN_FIELDS = {
+    "symlinks": "recursive_symlinks",
+    "preserve_hard_links": "towpath_preserve_hard_links",
+    "preserve_xattrs": "towpath_preserve_xattrs",
+    "preserve_acls": "towpath_preserve_acls",
+    "relay_path": "towpath_relay",
+    "transport": "towpath_transport",
+    "compression": "towpath_compression",
+    "bandwidth_limit": "towpath_bandwidth_limit",
+    "delete_limit": "delete_destination_extra_limit",
+}
+
+
+def _own_fields(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that were asked for."""
+    # A flag that was not given is False, and a new task is without a limit anyway.
+    given = {**options, "bandwidth_limit": options["bandwidth_limit"] or None}
+    return {
+        field: given[option]
+        for option, field in _OWN_FIELDS.items()
+        if given[option] is not None and given[option] is not False
+    }
+
+
 def transfer_data(
     origin: Place, target: Place, items: Sequence[Item], options: dict[str, Any], submission: Submission
 ) -> TransferData:
@@ -196,25 +221,6 @@ def transfer_data(
     recursion = any(item.recursive is not False for item in items)
     if options["rules"] and not recursion:
         raise click.UsageError("--include and --exclude choose among what a recursive transfer finds; add --recursive.")
-    extra: dict[str, Any] = common_fields(submission)
-    if options["symlinks"] is not None:
-        extra["recursive_symlinks"] = options["symlinks"]
-    if options["preserve_hard_links"]:
-        extra["towpath_preserve_hard_links"] = True
-    if options["preserve_xattrs"]:
-        extra["towpath_preserve_xattrs"] = True
-    if options["preserve_acls"]:
-        extra["towpath_preserve_acls"] = True
-    if options["relay_path"] is not None:
-        extra["towpath_relay"] = options["relay_path"]
-    if options["transport"] is not None:
-        extra["towpath_transport"] = options["transport"]
-    if options["compression"] is not None:
-        extra["towpath_compression"] = options["compression"]
-    if options["bandwidth_limit"]:
-        extra["towpath_bandwidth_limit"] = options["bandwidth_limit"]
-    if options["delete_limit"] is not None:
-        extra["delete_destination_extra_limit"] = options["delete_limit"]
     data = TransferData(
         origin.collection_id,
         target.collection_id,
@@ -227,7 +233,7 @@ def transfer_data(
         delete_destination_extra=options["delete_extra"],
         source_local_user=given(options["source_local_user"]),
         destination_local_user=given(options["destination_local_user"]),
-        additional_fields=extra,
+        additional_fields=_own_fields(options) | common_fields(submission),
     )
     for rule in options["rules"]:
         method, _, pattern = rule.partition(":")

@@ -170,41 +170,44 @@ def _alike(examination: Examination, collection: CollectionConfig) -> list[str]:
     return [mark.mount_point for mark in known if mounts.is_alike(mark)]
 
 
+def _finding_of_root(examination: Examination, collection: CollectionConfig) -> Finding:
+    """The first thing that is the matter with a collection's root, or that nothing is."""
+    root = Path(collection.root)
+    if other := _another_disk(examination, collection):
+        return Finding(level="failure", sentence=other, advice="Mount its disk.")
+    if not root.is_dir():
+        return Finding(
+            level="failure",
+            sentence=f"The folder {root} of {collection.name} is not there.",
+            advice="Mount its disk, or make the folder.",
+        )
+    if not os.access(root, os.R_OK | os.X_OK):
+        return Finding(
+            level="failure",
+            sentence=f"This user may not read {root} of {collection.name}.",
+            advice="Mend its mode.",
+        )
+    if not collection.read_only and not os.access(root, os.W_OK):
+        return Finding(
+            level="warning",
+            sentence=f"Nobody can write to {collection.name}, because this user may not write in {root}.",
+            advice="Mend its mode, or set `access: read-only`.",
+        )
+    if away := _disks_away(examination, collection):
+        return Finding(
+            level="warning",
+            sentence=f"In {collection.name}, the disks of these folders are not mounted: {', '.join(away)}.",
+            advice="Mount them, or have them forgotten with `towpath config accept-root`; until then, tasks wait.",
+        )
+    return Finding(level="ok", sentence=f"{collection.name}: {root}")
+
+
 def check_collections(examination: Examination) -> Iterator[Finding]:
     """Whether every root is there, and none gives away the agent's own files."""
     if examination.config is None:
         return
     for collection in examination.config.collections:
-        root = Path(collection.root)
-        other = _another_disk(examination, collection)
-        if other:
-            yield Finding(level="failure", sentence=other, advice="Mount its disk.")
-        elif not root.is_dir():
-            yield Finding(
-                level="failure",
-                sentence=f"The folder {root} of {collection.name} is not there.",
-                advice="Mount its disk, or make the folder.",
-            )
-        elif not os.access(root, os.R_OK | os.X_OK):
-            yield Finding(
-                level="failure",
-                sentence=f"This user may not read {root} of {collection.name}.",
-                advice="Mend its mode.",
-            )
-        elif not collection.read_only and not os.access(root, os.W_OK):
-            yield Finding(
-                level="warning",
-                sentence=f"Nobody can write to {collection.name}, because this user may not write in {root}.",
-                advice="Mend its mode, or set `access: read-only`.",
-            )
-        elif away := _disks_away(examination, collection):
-            yield Finding(
-                level="warning",
-                sentence=f"In {collection.name}, the disks of these folders are not mounted: {', '.join(away)}.",
-                advice="Mount them, or have them forgotten with `towpath config accept-root`; until then, tasks wait.",
-            )
-        else:
-            yield Finding(level="ok", sentence=f"{collection.name}: {root}")
+        yield _finding_of_root(examination, collection)
         for place in _alike(examination, collection):
             yield Finding(
                 level="note",

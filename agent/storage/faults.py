@@ -76,18 +76,23 @@ def fault(error: OSError, side: Side, path: CollectionPath | bytes | str, *, alo
     empty for the collection as a whole. ``alone``: there is no other side, so that this one need not be named. The
     result is to be raised or reported, ``from`` the error.
     """
-    subject = _subject(path)
-    what = f"{subject[:_SHOWN]}{f' at the {side}' if side and not alone else ''}"
-    who = _owner(side)
-    number = error.errno or 0
     if isinstance(error, NoThread):
         where = f" at the {side}" if side else ""
         sentence = (
             f"No more threads or processes are to be had on the machine{where}: a limit of its account or memory."
         )
-        return RetryLater(sentence, code="BUSY", who=who)
+        return RetryLater(sentence, code="BUSY", who=_owner(side))
     if isinstance(error, DiskAway):
         return _disk_away(error, side)
+    subject = _subject(path)
+    what = f"{subject[:_SHOWN]}{f' at the {side}' if side and not alone else ''}"
+    return _refused_here(error, side, what, subject) or _refused_by_system(error.errno or 0, side, what, subject)
+
+
+def _refused_here(error: OSError, side: Side, what: str, subject: str) -> TowpathError | None:
+    """Of what the agent itself refuses (its classes are errors of the system, so that callers need not tell them
+    apart); None for what the system said."""
+    who = _owner(side)
     if isinstance(error, LeavesCollection):
         sentence = f"{what} {error.strerror}, which nothing is allowed to do."
         return ItemFailed(sentence, code="PERMISSION_DENIED", who=who, subject=subject)
@@ -99,6 +104,12 @@ def fault(error: OSError, side: Side, path: CollectionPath | bytes | str, *, alo
         return ItemFailed(f"{what} {error.strerror}.", code="NOT_A_FILE", subject=subject)
     if isinstance(error, IllegalName):
         return ItemFailed(f"{what} {error.strerror}.", code="ILLEGAL_NAME", subject=subject)
+    return None
+
+
+def _refused_by_system(number: int, side: Side, what: str, subject: str) -> TowpathError:
+    """Of an errno, 0 where the error had none."""
+    who = _owner(side)
     if number == errno.ENOENT:
         code = "FILE_NOT_FOUND" if side else "NOT_FOUND"
         # A folder that somebody removes under a transfer is no fault of the source's.

@@ -252,32 +252,14 @@ class Signalling:
                 # Why there are none is said to who asks in so many words.
                 places, _ = self._fill(wish, destination, source, owner_id)
             if meet:
-                now, parties = trio.current_time(), (destination, source)
-                show = self._meetings.open(now, session_id, task_id, *parties, ARRANGED_CONNECTIONS, hosts).words
+                now = trio.current_time()
+                show = self._meetings.open(now, session_id, task_id, *pair, ARRANGED_CONNECTIONS, hosts).words
             if tunnel or meet:
                 self._content[pair] = None
             if len(self._content) > MAX_PAIRS:
                 self._content.popitem(last=False)
-        seen = self._links.address(destination), self._links.address(source)
-        return (
-            Arrangement(
-                token=token,
-                count=ARRANGED_CONNECTIONS,
-                tunnels=[row[0] for row in places],
-                show=show[0],
-                observed=seen[0],
-                peer_observed=seen[1],
-            ),
-            Arrangement(
-                token=token,
-                count=ARRANGED_CONNECTIONS,
-                candidates=[row for row in hosts[0] if row.kind in DIALLED and row.slot == 0],
-                tunnels=[row[1] for row in places],
-                show=show[1],
-                observed=seen[1],
-                peer_observed=seen[0],
-            ),
-        )
+        observed = self._links.address(destination), self._links.address(source)
+        return _both_sides(token, hosts, places, show, observed)
 
     async def seen(self, note: PortNote, endpoint: Endpoint) -> None:
         """The relay's STUN service sees a port whose owner says whose it is. With the last one of a meeting both sides
@@ -438,3 +420,31 @@ class Signalling:
         except TowpathError:
             # The other side finds nobody there and asks again.
             self._failed += 1
+
+
+def _both_sides(
+    token: str,
+    hosts: tuple[list[Candidate], list[Candidate]],
+    places: list[tuple[Candidate, Candidate]],
+    show: tuple[str, str],
+    observed: tuple[str, str],
+) -> tuple[Arrangement, Arrangement]:
+    """What was arranged, for the destination and for the source; of each pair here, the first is the destination's."""
+    destination = Arrangement(
+        token=token,
+        count=ARRANGED_CONNECTIONS,
+        tunnels=[row[0] for row in places],
+        show=show[0],
+        observed=observed[0],
+        peer_observed=observed[1],
+    )
+    source = Arrangement(
+        token=token,
+        count=ARRANGED_CONNECTIONS,
+        candidates=[row for row in hosts[0] if row.kind in DIALLED and row.slot == 0],
+        tunnels=[row[1] for row in places],
+        show=show[1],
+        observed=observed[1],
+        peer_observed=observed[0],
+    )
+    return destination, source

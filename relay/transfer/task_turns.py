@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 from sqlalchemy import ColumnElement, Connection, Select, and_, exists, func, or_, select
 
+from protocol.control import TaskOptions
 from relay.access.decisions import Ability
 from relay.refusal import ApiError, too_many
 from relay.store import transfer_tables as tables
@@ -63,11 +64,6 @@ def accept(
     _check_places(connection, submission, owner_id, now)
     if most and count_of_owner(connection, owner_id) >= most:
         raise too_many(f"You have {most} tasks that are not over, the most allowed; wait for some to end.", 60)
-    options = submission.options
-    if submission.type == "TRANSFER" and not options.verify_checksum:
-        ids = (submission.source_id, str(submission.destination_id))
-        if any(collection.force_verify for collection in collections.load_many(connection, ids).values()):
-            options = msgspec.structs.replace(options, verify_checksum=True)
     task_id = str(uuid.uuid4())
     values: dict[str, Any] = {
         "id": task_id,
@@ -80,7 +76,7 @@ def accept(
         "deadline": submission.deadline or deadline,
         "source_id": submission.source_id,
         "destination_id": submission.destination_id,
-        "options": msgspec.json.encode(options).decode(),
+        "options": msgspec.json.encode(_options(connection, submission)).decode(),
         "submitted": json.dumps(submission.echo),
         "item_count": len(submission.items),
         "session_id": str(uuid.uuid4()),
@@ -91,6 +87,16 @@ def accept(
     for collection_id in {submission.source_id, submission.destination_id} - {None}:
         collections.change(connection, str(collection_id), {"last_accessed": now})
     return task_id, ACCEPTED
+
+
+def _options(connection: Connection, submission: Submission) -> TaskOptions:
+    """The task's options: those that were asked for, and checksums where one of the collections demands them."""
+    options = submission.options
+    if submission.type != "TRANSFER" or options.verify_checksum:
+        return options
+    ids = (submission.source_id, str(submission.destination_id))
+    forced = any(collection.force_verify for collection in collections.load_many(connection, ids).values())
+    return msgspec.structs.replace(options, verify_checksum=forced)
 
 
 def count_of_owner(connection: Connection, owner_id: str) -> int:
