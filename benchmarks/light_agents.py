@@ -184,7 +184,6 @@ def hold(
     rows: list[tuple[str, str, bytes]], port: int, channel: str, up: Synchronized[int], told: Synchronized[float]
 ) -> None:
     """Be these agents until the process is killed. ``up`` counts those that are linked; ``told`` is CPU seconds."""
-    from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -192,10 +191,7 @@ def hold(
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.set_alpn_protocols([ALPN])
     chance = random.Random(json.dumps(rows[0][0]))
-    agents = [
-        LightAgent(row, NodeKey(load_pem_private_key(row[2], password=None)), channel, chance)  # type: ignore[arg-type]
-        for row in rows
-    ]
+    agents = [LightAgent(row, NodeKey.from_pem(row[2]), channel, chance) for row in rows]
     gc.collect()
     gc.freeze()
     gc.disable()

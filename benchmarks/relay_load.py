@@ -113,9 +113,7 @@ async def hold_links(
 
 
 def _identity(key: bytes) -> NodeKey:
-    from cryptography.hazmat.primitives.serialization import load_pem_private_key
-
-    return NodeKey(load_pem_private_key(key, password=None))  # type: ignore[arg-type]
+    return NodeKey.from_pem(key)
 
 
 def agents(*arguments: Any) -> None:

@@ -107,6 +107,11 @@ class NodeKey:
         """Read a key written by `save`. Raises OSError, or ValueError when the file is not an Ed25519 key."""
         return cls(load_private_key(path))
 
+    @classmethod
+    def from_pem(cls, pem: bytes) -> NodeKey:
+        """A key from `private_key_pem`. Raises ValueError when it is no Ed25519 key."""
+        return cls(private_key_from_pem(pem))
+
     def save(self, path: Path) -> None:
         """Write the key, durable and atomic, readable by its owner alone."""
         write_private_file(path, self.private_key_pem)
@@ -130,9 +135,17 @@ def private_key_pem(key: Ed25519PrivateKey) -> bytes:
 
 def load_private_key(path: Path) -> Ed25519PrivateKey:
     """Read an Ed25519 key in PKCS 8 PEM. Raises OSError or ValueError."""
-    key = serialization.load_pem_private_key(path.read_bytes(), password=None)
+    try:
+        return private_key_from_pem(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path.name} holds no Ed25519 key.") from error
+
+
+def private_key_from_pem(pem: bytes) -> Ed25519PrivateKey:
+    """The Ed25519 key in a PKCS 8 PEM. Raises ValueError when there is none."""
+    key = serialization.load_pem_private_key(pem, password=None)
     if not isinstance(key, Ed25519PrivateKey):
-        raise ValueError(f"{path.name} holds no Ed25519 key.")
+        raise ValueError("This is no Ed25519 key.")
     return key
 
 

@@ -30,8 +30,7 @@ async def _map_port(place: str, gateway: str, own: str, port: int, life: int) ->
         control, service = igd.parse_description_untrusted(description, place, gateway)
 
         async def ask(action: str, arguments: dict[str, str]) -> dict[str, str]:
-            headers, body = igd.call(service, action, arguments)
-            status, answer = await _small(client, "POST", control, headers=headers, content=body)
+            status, answer = await _small(client, "POST", control, *igd.call(service, action, arguments))
             return igd.parse_answer_untrusted(status, answer)
 
         if life == 0:
@@ -50,10 +49,16 @@ async def _map_port(place: str, gateway: str, own: str, port: int, life: int) ->
         raise ProtocolError("The router names no outside address.") from error
 
 
-async def _small(client: httpx.AsyncClient, method: str, url: str, **options: object) -> tuple[int, bytes]:
+async def _small(
+    client: httpx.AsyncClient,
+    method: str,
+    url: str,
+    headers: dict[str, str] | None = None,
+    content: bytes | None = None,
+) -> tuple[int, bytes]:
     """A request to the router; its answer may not be long."""
     body = bytearray()
-    async with client.stream(method, url, **options) as answer:  # type: ignore[arg-type]
+    async with client.stream(method, url, headers=headers, content=content) as answer:
         async for chunk in answer.aiter_bytes():
             body += chunk
             if len(body) > igd.MAX_DOCUMENT:

@@ -7,9 +7,10 @@ and prove in the TLS handshake to be the node that the session's ticket names.
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TypeVarTuple, Unpack
 
 import msgspec
 import trio
@@ -49,6 +50,8 @@ MEETING_PATIENCE = 6.0
 MAX_TARGETS_A_SLOT = 3
 # No relay puts a go off for longer (seconds).
 LONGEST_START = 5.0
+
+Ts = TypeVarTuple("Ts")
 
 
 @dataclass
@@ -261,9 +264,9 @@ class Introductions:
             found.append((name, transport))
         return found
 
-    def _start(self, work: object, *arguments: object) -> None:
+    def _start(self, work: Callable[[Unpack[Ts]], Awaitable[object]], *arguments: *Ts) -> None:
         if self._nursery is not None:
-            self._nursery.start_soon(work, *arguments)  # type: ignore[arg-type]
+            self._nursery.start_soon(work, *arguments)
 
     async def _live(self, introduction: _Introduction) -> None:
         """From the offer to the end of all its attempts."""

@@ -16,7 +16,7 @@ import time
 from typing import Literal
 
 from cryptography import x509
-from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
+from cryptography.hazmat.primitives.serialization import Encoding
 from OpenSSL import SSL, crypto
 
 from agent.connect.lane_records import RECORD, Records, as_os_error, patiently, records_of_connection
@@ -94,7 +94,7 @@ def lane_context(identity: NodeKey, peer_certificate: str, alpn: tuple[str, ...]
     store.add_cert(crypto.X509.from_cryptography(x509.load_pem_x509_certificate(peer_certificate.encode())))
     store.set_flags(crypto.X509StoreFlags.PARTIAL_CHAIN)
     context.use_certificate(x509.load_pem_x509_certificate(identity.certificate_pem.encode()))
-    context.use_privatekey(load_pem_private_key(identity.private_key_pem, None))  # type: ignore[arg-type]
+    context.use_privatekey(identity.private_key)
     context.set_alpn_protos([name.encode("ascii") for name in alpn])
     # As in `session_context`: no later connection may skip the certificate.
     context.set_options(SSL.OP_NO_TICKET | SSL.OP_NO_COMPRESSION)

@@ -17,7 +17,7 @@ from agent.storage.disks import Disk
 from agent.storage.mounts import Mark
 from agent.transfer.lane_keys import KEY_RECORDS
 from agent.transfer.message_buffer import CHUNK, Garbled, Message, MessageBuffer, framed, rights, room
-from protocol.control import TaskObserved, TaskOrder
+from protocol.control import Desired, TaskObserved, TaskOrder
 
 MAX_CHANNEL_MESSAGE = 128 * 1024 * 1024
 
@@ -118,7 +118,7 @@ class BetterPath(Message, tag="better", frozen=True, kw_only=True):
 class Desire(Message, tag="desire", frozen=True, kw_only=True):
     """The relay or the owner changed what should happen: ``run``, ``pause`` or ``cancel``, perhaps a new ticket."""
 
-    desired: str
+    desired: Desired
     ticket: str = ""
     deadline: str | None = None
 

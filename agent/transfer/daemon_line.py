@@ -134,7 +134,7 @@ class DaemonLine:
             else:
                 waiting.send_nowait((message, descriptors))
         elif isinstance(message, Desire):
-            self.desired = message.desired  # type: ignore[assignment]
+            self.desired = message.desired
             if message.ticket and message.ticket != self.ticket:
                 self.ticket = message.ticket
                 if self._session is not None:

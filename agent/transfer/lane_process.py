@@ -19,8 +19,6 @@ from collections.abc import Callable
 from enum import Enum
 from typing import Any
 
-from cryptography.hazmat.primitives.serialization import load_pem_private_key
-
 from agent.connect.lane_tls import SecuringLane, begin_lane
 from agent.connect.tls import HANDSHAKE_TIMEOUT
 from agent.limits.bucket import TokenBucket
@@ -230,7 +228,7 @@ class LaneProcess:
             self._bucket.set_rate(message.rate, time.monotonic())
         elif isinstance(message, say.BeginRun):
             self._end_run()
-            self._identity = _identity(message.node_key) if message.node_key else None
+            self._identity = NodeKey.from_pem(message.node_key) if message.node_key else None
             self._session_id = message.session_id
             self._lock = descriptors[0] if descriptors else -1
         elif isinstance(message, say.EndRun):
@@ -392,7 +390,3 @@ def _ended(key: int, error: Exception) -> say.LaneEnded:
     if not isinstance(error, TowpathError):
         error = RetryLater(f"The connection to the source broke: {error}.", code="CONNECTION_LOST")
     return say.LaneEnded(lane=key, error=error.to_document(), broke_rules=isinstance(error, ProtocolError))
-
-
-def _identity(node_key: bytes) -> NodeKey:
-    return NodeKey(load_pem_private_key(node_key, password=None))  # type: ignore[arg-type]

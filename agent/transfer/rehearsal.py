@@ -11,7 +11,6 @@ import socket
 from concurrent.futures import ThreadPoolExecutor
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from agent.connect.lane_tls import secure_lane
 from agent.connect.tls import check_peer, session_context
@@ -27,7 +26,7 @@ def rehearse() -> None:
     """Takes some 30 ms of processor time the first time. Raises `NoThread`."""
     check_room(1)
     ours, theirs = NodeKey.generate(), NodeKey.generate()
-    ours = NodeKey(load_pem_private_key(ours.private_key_pem, password=None))  # type: ignore[arg-type]
+    ours = NodeKey.from_pem(ours.private_key_pem)
     _secure_control(ours, theirs)
     _secure_lane(ours, theirs)
     _verify_a_ticket()

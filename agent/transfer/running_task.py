@@ -39,7 +39,7 @@ from agent.transfer.task_store import StoredTask
 from agent.transfer.turns import Candidate
 from agent.transfer.worker_connections import give_connection
 from protocol.candidates import Arrangement, PathAnswer, PathGo
-from protocol.control import FINAL_STATES, AgentEvent, Counters, SessionAnswer, TaskObserved, TaskOrder
+from protocol.control import FINAL_STATES, AgentEvent, Counters, Desired, SessionAnswer, TaskObserved, TaskOrder
 from protocol.errors import TowpathError
 
 # How often to try again to write down what a task has told.
@@ -120,7 +120,7 @@ class RunningTask:
         return self.order.desired == "cancel" or (self.order.desired == "run" and self.held_up() is None)
 
     @property
-    def desired(self) -> str:
+    def desired(self) -> Desired:
         if self.order.desired == "run" and (self._stopping or self.held_up() is not None):
             return "pause"
         return self.order.desired

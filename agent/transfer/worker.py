@@ -20,7 +20,6 @@ from functools import partial
 from typing import Any
 
 import trio
-from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from agent.connect.lane_tls import SecuredLane, secure_lane
 from agent.connect.tls import HANDSHAKE_TIMEOUT, check_peer, session_context
@@ -68,8 +67,7 @@ IDLE = 60.0
 
 def identity_of(common: Common) -> NodeKey:
     """The node key as it came over the channel."""
-    key = load_pem_private_key(common.node_key, password=None)
-    return NodeKey(key)  # type: ignore[arg-type]
+    return NodeKey.from_pem(common.node_key)
 
 
 def _collection(common: Common, collection_id: str) -> WorkerCollection:

@@ -13,6 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from http.client import HTTPResponse
 from pathlib import Path
 
 from tuf.api.exceptions import (
@@ -59,10 +60,10 @@ class HttpFetcher(FetcherInterface):
             raise DownloadHTTPError(str(error), error.code) from error
         return self._chunks(response)
 
-    def _chunks(self, response: contextlib.AbstractContextManager[object]) -> Iterator[bytes]:
+    def _chunks(self, response: HTTPResponse) -> Iterator[bytes]:
         began, received = self._clock(), 0
         with response as stream:
-            while chunk := stream.read1(CHUNK):  # type: ignore[attr-defined]
+            while chunk := stream.read1(CHUNK):
                 received += len(chunk)
                 elapsed = self._clock() - began
                 if elapsed > GRACE and received < LEAST_RATE * elapsed:

@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, delete, insert, select, update
+from sqlalchemy import ColumnElement, Connection, delete, insert, select, update
 from sqlalchemy.dialects.sqlite import insert as upsert
 
 from relay.auth.identities import Identity, select_by_ids
@@ -115,8 +115,8 @@ def find_browser_session(connection: Connection, cookie: str, now: float) -> Bro
     return _load(connection, (table.digest == token_digest(cookie)) & (table.expires > now))
 
 
-def _load(connection: Connection, which: object) -> BrowserSession | None:
-    row = connection.execute(select(browser_sessions).where(which)).mappings().first()  # type: ignore[arg-type]
+def _load(connection: Connection, which: ColumnElement[bool]) -> BrowserSession | None:
+    row = connection.execute(select(browser_sessions).where(which)).mappings().first()
     if row is None:
         return None
     identity = select_by_ids(connection, [row["identity_id"]])[row["identity_id"]]

@@ -11,7 +11,6 @@ import socket
 import sys
 
 import msgspec
-from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from agent.connect.quic.carrier import Carrier, ConnectionOver
 from agent.connect.quic.datagrams import Datagrams
@@ -108,8 +107,7 @@ class _Process:
         begin = _orders.decode(packet)
         assert isinstance(begin, Begin)
         bound_memory(begin.memory)
-        key = load_pem_private_key(begin.node_key, password=None)
-        identity = NodeKey(key)  # type: ignore[arg-type]
+        identity = NodeKey.from_pem(begin.node_key)
         is_client = begin.peer is not None
         engine = Engine(
             is_client=is_client,
