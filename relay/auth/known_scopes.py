@@ -6,6 +6,7 @@ the id of the client that offers them, ``/`` and a suffix; they may need further
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import uuid
@@ -259,6 +260,11 @@ def wishes_of(expanded: Mapping[str, tuple[Scope, ScopeFacts]]) -> list[Wish]:
         )
         for name, (scope, facts) in expanded.items()
     ]
+
+
+def digest_of(wishes: Iterable[Wish]) -> str:
+    """What people were shown, as their answer names it: the scope's developer may change it while they read."""
+    return hashlib.sha256(repr(list(wishes)).encode()).hexdigest()
 
 
 def leave_out(expanded: Mapping[str, tuple[Scope, ScopeFacts]], ticked: Collection[str]) -> list[tuple[str, str]]:

@@ -31,7 +31,7 @@ from relay.auth.authorization import (
 from relay.auth.browser_sessions import BrowserSession
 from relay.auth.codes import issue_code
 from relay.auth.identities import Identity
-from relay.auth.known_scopes import NotForPerson, ScopeFacts, check_domains, expand, leave_out, wishes_of
+from relay.auth.known_scopes import NotForPerson, ScopeFacts, check_domains, digest_of, expand, leave_out, wishes_of
 from relay.auth.linked import set_of
 from relay.auth.providers import check_provider
 from relay.auth.public_clients import client_for, ensure_row, is_nameless, title_of
@@ -94,6 +94,8 @@ async def decide(request: Request) -> Response:
         missing = await _missing(browser, browser.session, asked, asking.person, form.get("since", ""))
         if missing is not None:
             return await _sign_in(browser, asked, missing, form.get("since", ""))
+        if form.get("shown") != digest_of(wishes_of(asking.expanded)):
+            return _consent_page(browser, browser.session, asking, form.get("since", ""), changed=True)
         return await _allow(browser, asking, browser.session, leave_out(asking.expanded, form.keys()))
     except Refused as error:
         return _tell(request, asked.redirect_uri, error, asked.state)
@@ -212,8 +214,10 @@ async def _sign_in(browser: Browser, asked: AuthorizationRequest, missing: Lacki
     )
 
 
-def _consent_page(browser: Browser, session: BrowserSession, asking: Asking, mark: str) -> HTMLResponse:
-    asked = asking.request
+def _consent_page(
+    browser: Browser, session: BrowserSession, asking: Asking, mark: str, *, changed: bool = False
+) -> HTMLResponse:
+    asked, wishes = asking.request, wishes_of(asking.expanded)
     own = services_of(browser.request).settings.public_url
     target = origin_of(asked.redirect_uri)
     answer = page(
@@ -227,7 +231,9 @@ def _consent_page(browser: Browser, session: BrowserSession, asking: Asking, mar
         client_id=asked.client.id,
         nameless=is_nameless(asked.client),
         username=session.identity.username,
-        wishes=wishes_of(asking.expanded),
+        wishes=wishes,
+        shown=digest_of(wishes),
+        changed=changed,
         offline=asked.offline,
         registered=asking.registered,
         label=asked.label,

@@ -13,7 +13,7 @@ from relay.audit.notes import note
 from relay.auth import consents, device
 from relay.auth.browser_sessions import BrowserSession
 from relay.auth.clients import Client, find_client
-from relay.auth.known_scopes import NotForPerson, ScopeFacts, check_domains, expand, leave_out, wishes_of
+from relay.auth.known_scopes import NotForPerson, ScopeFacts, check_domains, digest_of, expand, leave_out, wishes_of
 from relay.auth.linked import set_of
 from relay.auth.providers import check_provider
 from relay.auth.public_clients import is_nameless, title_of
@@ -76,6 +76,8 @@ async def check_or_decide(request: Request) -> Response:
         return _show(browser, session, waiting, code)
     services = services_of(request)
     now, allowed = services.clock(), form["decision"] == "allow"
+    if allowed and form.get("shown") != digest_of(wishes_of(waiting.expanded)):
+        return _show(browser, session, waiting, code, changed=True)
 
     def work(connection: Connection) -> bool:
         note(
@@ -131,7 +133,10 @@ async def _find(request: Request, session: BrowserSession, code: str) -> _Waitin
     return waiting
 
 
-def _show(browser: Browser, session: BrowserSession, waiting: _Waiting, code: str) -> HTMLResponse:
+def _show(
+    browser: Browser, session: BrowserSession, waiting: _Waiting, code: str, *, changed: bool = False
+) -> HTMLResponse:
+    wishes = wishes_of(waiting.expanded)
     answer = page(
         browser.request,
         "device_consent.html",
@@ -141,7 +146,9 @@ def _show(browser: Browser, session: BrowserSession, waiting: _Waiting, code: st
         nameless=is_nameless(waiting.client),
         client_id=waiting.client.id,
         username=session.identity.username,
-        wishes=wishes_of(waiting.expanded),
+        wishes=wishes,
+        shown=digest_of(wishes),
+        changed=changed,
         asked=waiting.request,
     )
     browser.keep(answer)

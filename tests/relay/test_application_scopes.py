@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from sqlalchemy import update
+from sqlalchemy import select, update
 
 from relay.auth.clients import SecretChecker
 from relay.auth.known_scopes import id_of
 from relay.auth.providers import sign_in_provider_ids
 from relay.auth.scopes import AUTH_SERVER, MANAGE_PROJECTS, TRANSFER_ALL, VIEW_CLIENTS_AND_SCOPES
 from relay.store.auth_tables import identities
+from relay.store.sign_in_tables import consents
 from tests.relay.sign_in_world import Application, Form, Person, add_person, forms_of
 from tests.relay.test_applications import Developer, developer
 
@@ -131,6 +132,36 @@ async def test_what_is_optional_can_be_refused_alone(world: Any, way: str) -> No
     assert await given() == [TRANSFER_ALL]
     # Refused the next time, it does not count any more.
     assert await given("below-0") == []
+
+
+@pytest.mark.parametrize("way", ["browser", "device"])
+async def test_nothing_is_allowed_that_was_not_on_the_page(world: Any, way: str) -> None:
+    """A scope's developer knows when somebody looks at the page, and may have it need more a moment later."""
+    dev = await developer(world, "dev")
+    auth = await service(dev)
+    scope = await scope_of(dev, auth[0])
+    ada = Person(world)
+    await ada.arrive(await add_person(world, "ada"))
+    application = Application(scope=scope["scope_string"])
+    if way == "browser":
+        (form,) = forms_of((await ada.get(application.url())).text)
+    else:
+        begin = {"client_id": application.client_id, "scope": application.scope}
+        made = (await world.http.post("/v2/oauth2/device_authorization", data=begin)).json()
+        (form,) = forms_of((await ada.get("/device")).text)
+        (form,) = forms_of((await ada.post(form, user_code=made["user_code"])).text)
+    await dev.done("PUT", f"/scopes/{scope['id']}", {"scope": needing(TRANSFER_ALL)})
+    page = await ada.post(form, decision="allow")
+    assert "has changed" in page.text
+    assert TRANSFER_ALL in page.text
+    table = consents.c
+    assert await world.store.read(lambda c: c.execute(select(table.id)).all()) == []
+    # Seen, it can be allowed.
+    (form,) = forms_of(page.text)
+    page = await ada.post(form, decision="allow")
+    assert "has changed" not in page.text
+    names = await world.store.read(lambda c: c.execute(select(table.scope)).scalars().all())
+    assert set(names) == {scope["scope_string"], TRANSFER_ALL}
 
 
 async def test_what_is_not_optional_cannot_be_left_out_of_the_form(world: Any) -> None:
