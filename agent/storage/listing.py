@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 from agent.storage.base import NOWHERE, Directory, Node, Root
@@ -20,6 +21,8 @@ from protocol.names import CollectionPath, escape, format_path
 # Rows held in memory for sorting and counting; about 400 bytes each.
 MAX_ROWS = 1_000_000
 MAX_ACCOUNTS = 4096
+# Seconds after which whoever asked has given up; the thread is free for others then.
+LONGEST = 60.0
 
 
 class Accounts:
@@ -61,17 +64,19 @@ class Accounts:
         return name
 
 
-def list_directory(root: Root, path: CollectionPath, query: Query, accounts: Accounts) -> Listing:
+def list_directory(
+    root: Root, path: CollectionPath, query: Query, accounts: Accounts, clock: Callable[[], float] = time.monotonic
+) -> Listing:
     """One page of a folder's entries, temporaries left out.
 
-    Raises `ItemFailed` (NOT_FOUND, NOT_A_DIRECTORY, PERMISSION_DENIED, TOO_LARGE beyond `MAX_ROWS` entries),
-    `RetryLater`, `NeedsPerson`.
+    Raises `ItemFailed` (NOT_FOUND, NOT_A_DIRECTORY, PERMISSION_DENIED, TOO_LARGE beyond `MAX_ROWS` entries or
+    `LONGEST` seconds), `RetryLater`, `NeedsPerson`.
     """
     shown = format_path(path, directory=True)
     try:
         root.check_present()
         with root.open_directory(path) as directory:
-            page, total = select(_rows(directory, query, shown), query, accounts.user, accounts.group)
+            page, total = select(_rows(directory, query, shown, clock), query, accounts.user, accounts.group)
     except OSError as error:
         raise fault(error, "", path) from error
     entries = [_entry(row, accounts) for row in page]
@@ -96,9 +101,14 @@ def stat_entry(root: Root, path: CollectionPath, accounts: Accounts) -> Entry:
     return _entry(row, accounts)
 
 
-def _rows(directory: Directory, query: Query, shown: str) -> Iterator[Row]:
-    count = 0
+def _rows(directory: Directory, query: Query, shown: str, clock: Callable[[], float]) -> Iterator[Row]:
+    count, last = 0, clock() + LONGEST
     for node in directory.scan():
+        if clock() > last:
+            sentence = (
+                f"{shown} could not be listed within {LONGEST:.0f} seconds; ask for less, or of a smaller folder."
+            )
+            raise ItemFailed(sentence, code="TOO_LARGE", subject=shown)
         if not query.show_hidden and node.name.startswith(b"."):
             continue
         row = _row(directory, node)

@@ -7,6 +7,7 @@ unescaped here, so every name can be asked for, also one with a comma in it (``â
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -23,6 +24,8 @@ from protocol.names import escape, unescape
 MAX_LIMIT = 100_000
 MAX_FILTERS = 32
 MAX_FILTER = 4096
+# In all filters together: every name in the folder is compared with each.
+MAX_GLOBS = 100
 
 ORDER_FIELDS = ("name", "type", "size", "last_modified", "permissions", "user", "group")
 
@@ -76,6 +79,9 @@ def parse_query_untrusted(
         raise _bad(f"The limit of a listing is between 1 and {MAX_LIMIT}, not {limit}.")
     if offset < 0:
         raise _bad(f"The offset of a listing cannot be negative, as {offset} is.")
+    globs = sum(value.lstrip("!").startswith("~") for text in filters for value in re.split("[,:]", text))
+    if globs > MAX_GLOBS:
+        raise _bad(f"A listing takes {MAX_GLOBS} patterns with ~ at most; there are {globs}.")
     alternatives = tuple(parse_filter_untrusted(text) for text in filters if text)
     return Query(alternatives, parse_orderby_untrusted(orderby), limit, offset, show_hidden)
 
@@ -144,26 +150,26 @@ def _clause(text: str) -> Test:
 
 
 def _name_test(values: list[str]) -> Test:
-    wanted: list[Callable[[bytes], bool]] = []
-    unwanted: list[Callable[[bytes], bool]] = []
-    for value in values:
-        pattern = value.removeprefix("!")
-        chosen = wanted if pattern == value else unwanted
-        if pattern.startswith("~"):
-            chosen.append(_like(unescape(pattern[1:])))
-        else:
-            chosen.append(unescape(pattern.removeprefix("=")).__eq__)
+    wanted, unwanted = (
+        _among([value.removeprefix("!") for value in values if value.startswith("!") == negated])
+        for negated in (False, True)
+    )
 
     def test(row: Row) -> bool:
-        if any(unfit(row.name) for unfit in unwanted):
+        if unwanted is not None and unwanted(row.name):
             return False
-        return not wanted or any(fits(row.name) for fits in wanted)
+        return wanted is None or wanted(row.name)
 
     return test
 
 
-def _like(pattern: bytes) -> Callable[[bytes], bool]:
-    return lambda name: rules.matches(pattern, name, ignore_case=True)
+def _among(values: list[str]) -> Callable[[bytes], bool] | None:
+    """Whether a name is one of these or matches one of these patterns; None for no values."""
+    if not values:
+        return None
+    names = frozenset(unescape(value.removeprefix("=")) for value in values if not value.startswith("~"))
+    patterns = [unescape(value[1:]) for value in values if value.startswith("~")]
+    return lambda name: name in names or any(rules.matches(pattern, name, ignore_case=True) for pattern in patterns)
 
 
 def _type_test(values: list[str]) -> Test:

@@ -14,7 +14,14 @@ from hypothesis import strategies as st
 from agent.storage.base import Root
 from agent.storage.listing import Accounts, list_directory, stat_entry
 from agent.storage.posix import open_root
-from agent.storage.query import MAX_LIMIT, parse_filter_untrusted, parse_orderby_untrusted, parse_query_untrusted
+from agent.storage.query import (
+    MAX_GLOBS,
+    MAX_LIMIT,
+    Query,
+    parse_filter_untrusted,
+    parse_orderby_untrusted,
+    parse_query_untrusted,
+)
 from protocol.control import Listing
 from protocol.errors import ItemFailed, NeedsPerson, ProtocolError
 
@@ -260,3 +267,21 @@ def test_odd_names_are_shown_escaped(root: Root, tmp_path: Path) -> None:
     assert names(ls(root, "name:␛FF", path=())) == ["␛FF"]
     assert names(ls(root, "name:~␛*", path=())) == []
     assert names(ls(root, "name:~?", path=())) == ["~", "␛FF"]
+
+
+def test_names_are_found_among_thousands_and_patterns_are_few(root: Root) -> None:
+    """Each name in the folder is compared with every pattern; whoever may list could keep the agent busy for hours."""
+    many = [f"name:{','.join(f'f{number:03}' for number in range(800))},c.dat"] * 32
+    assert names(ls(root, *many)) == ["c.dat"]
+    assert "c.dat" not in names(ls(root, f"name:{','.join(f'!f{number}' for number in range(600))},!c.dat"))
+    assert names(ls(root, "name:" + ",".join(["~c.*"] * MAX_GLOBS))) == ["c.dat"]
+    for too_many in (["name:" + ",".join(["~a"] * 101)], ["name:" + ",".join(["!~a"] * 60)] * 2):
+        with pytest.raises(ProtocolError, match="100 patterns"):
+            ls(root, *too_many)
+
+
+def test_a_listing_ends_when_whoever_asked_has_given_up(root: Root) -> None:
+    ticks = iter(range(0, 1000, 20))
+    with pytest.raises(ItemFailed, match="within 60 seconds") as caught:
+        list_directory(root, (b"data",), Query(), Accounts(), clock=lambda: float(next(ticks)))
+    assert caught.value.code == "TOO_LARGE"
