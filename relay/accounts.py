@@ -17,7 +17,12 @@ from sqlalchemy import Connection, delete, select, update
 from protocol.errors import ItemFailed
 from relay.access.decisions import ROLES
 from relay.auth import browser_sessions, clients, one_time_links, passwords, service_tokens
-from relay.auth.administrators import has_administrator
+from relay.auth.administrators import (
+    all_administrators,
+    has_administrator,
+    make_administrator,
+    remove_administrator,
+)
 from relay.auth.identities import (
     Identity,
     add_identity,
@@ -112,6 +117,32 @@ async def first_administrator_link(settings: Settings, store: Store) -> str | No
     return await store.write(work)
 
 
+def making_administrator(settings: Settings, who: str) -> Callable[[Store], Awaitable[Identity]]:
+    """Let somebody administer the relay. The work raises `Refused` for a closed account and for a program."""
+    now = time.time()
+
+    async def work(store: Store) -> Identity:
+        identity = await find_identity(store, settings, who)
+        if identity.kind != "login" or identity.status == "closed":
+            raise Refused(f"{identity.username} is a program or closed; administrators are people who can sign in.")
+        await store.write(lambda connection: make_administrator(connection, identity.id, now))
+        return identity
+
+    return work
+
+
+def removing_administrator(settings: Settings, who: str) -> Callable[[Store], Awaitable[Identity]]:
+    """Let somebody administer the relay no longer. The work raises `Refused` for somebody who did not."""
+
+    async def work(store: Store) -> Identity:
+        identity = await find_identity(store, settings, who)
+        if not await store.write(lambda connection: remove_administrator(connection, identity.id)):
+            raise Refused(f"{identity.username} is no administrator of this relay.")
+        return identity
+
+    return work
+
+
 def _link(settings: Settings, key: str) -> str:
     return f"{settings.public_url}/welcome?key={key}"
 
@@ -182,7 +213,13 @@ def opening(settings: Settings, who: str) -> Callable[[Store], Awaitable[Identit
 async def list_users(store: Store) -> list[dict[str, Any]]:
     """All users by name, client identities left out."""
     query = select(tables.identities).where(tables.identities.c.kind == "login").order_by(tables.identities.c.username)
-    return await store.read(lambda connection: [dict(row) for row in connection.execute(query).mappings()])
+
+    def work(connection: Connection) -> list[dict[str, Any]]:
+        special = all_administrators(connection)
+        rows = connection.execute(query).mappings()
+        return [{**row, "role": "administrator" if row["id"] in special else "user"} for row in rows]
+
+    return await store.read(work)
 
 
 def listing_tokens(settings: Settings, who: str | None) -> Callable[[Store], Awaitable[list[dict[str, Any]]]]:

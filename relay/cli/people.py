@@ -125,12 +125,28 @@ def user_open(context: click.Context, name: str) -> None:
 
 
 @user.command("administrator")
+@click.option("--add", metavar="NAME", help="Let this user administer the relay, too.")
+@click.option("--remove", metavar="NAME", help="Let this user administer it no longer.")
 @click.pass_context
-def user_administrator(context: click.Context) -> None:
-    """Print a new one-time link for the relay's first administrator."""
+def user_administrator(context: click.Context, add: str | None, remove: str | None) -> None:
+    """Say who administers the relay itself: reads its statistics and metrics.
+
+    Without an option: print a new one-time link for the first administrator, as long as there is none whose account is
+    open.
+    """
     from relay import accounts
 
     settings = settings_of(context)
+    if add is not None and remove is not None:
+        raise click.UsageError("Give one of --add and --remove.")
+    if add is not None:
+        identity = with_store(settings, accounts.making_administrator(settings, add))
+        click.echo(f"{identity.username} administers this relay.")
+        return
+    if remove is not None:
+        identity = with_store(settings, accounts.removing_administrator(settings, remove))
+        click.echo(f"{identity.username} does not administer this relay any more.")
+        return
     link = with_store(settings, lambda store: accounts.first_administrator_link(settings, store))
     click.echo("This relay has an administrator." if link is None else link)
 
@@ -142,7 +158,9 @@ def user_list(context: click.Context, as_json: bool) -> None:
     """List the users."""
     from relay import accounts
 
-    show_rows(with_store(settings_of(context), accounts.list_users), ("id", "username", "status", "name"), as_json)
+    show_rows(
+        with_store(settings_of(context), accounts.list_users), ("id", "username", "status", "role", "name"), as_json
+    )
 
 
 @click.group(cls=AuditedGroup)

@@ -100,3 +100,26 @@ def test_closing_an_account_names_the_programs_that_go_on(operator: Operator) ->
     operator.run("user", "close", program)
     operator.run("user", "open", "ada")
     assert program not in operator.run("user", "close", "ada")
+
+
+def test_administrators_come_and_go(operator: Operator) -> None:
+    for name in ("ada", "bob"):
+        operator.run("user", "add", name, "--no-link")
+
+    def roles() -> dict[str, str]:
+        return {row["username"].partition("@")[0]: row["role"] for row in operator.document("user", "list")}
+
+    assert "/welcome?key=" in operator.run("user", "administrator")
+    operator.run("user", "administrator", "--add", "ada")
+    assert roles() == {"ada": "administrator", "bob": "user"}
+    assert "has an administrator" in operator.run("user", "administrator")
+    # The only one leaves: without a link nobody could become one any more.
+    operator.run("user", "close", "ada")
+    assert "/welcome?key=" in operator.run("user", "administrator")
+    assert "closed" in operator.run("user", "administrator", "--add", "ada", code=1)
+    operator.run("user", "administrator", "--add", "bob")
+    operator.run("user", "administrator", "--remove", "ada")
+    assert roles() == {"ada": "user", "bob": "administrator"}
+    assert "is no administrator" in operator.run("user", "administrator", "--remove", "ada", code=1)
+    program = operator.document("client", "add", "portal")
+    assert "a program" in operator.run("user", "administrator", "--add", program["client_id"], code=1)
