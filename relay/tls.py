@@ -65,8 +65,8 @@ class ServerCertificate:
         own = self._settings.tls.certificate is not None
         if not own:
             create(self._settings, now)
-        chain, key = _paths(self._settings)
-        leaf = _read_certificate(chain)
+        chain, key = certificate_paths(self._settings)
+        leaf = read_certificate(chain)
         if self._leaf is not None and leaf == self._leaf:
             return False
         try:
@@ -86,14 +86,14 @@ class ServerCertificate:
     @property
     def files(self) -> tuple[str, str | None]:
         """Where certificate and key are, for another process of the relay; no second file: the key is in the first."""
-        chain, key = _paths(self._settings)
+        chain, key = certificate_paths(self._settings)
         return str(chain), None if key is None else str(key)
 
     def statistics(self) -> CertificateStatistics:
         """Names and end of the certificate in use."""
         assert self._leaf is not None
         return CertificateStatistics(
-            tuple(sorted(_names_of(self._leaf))),
+            tuple(sorted(names_of(self._leaf))),
             self._leaf.not_valid_after_utc.timestamp(),
             self._settings.tls.certificate is None,
         )
@@ -138,12 +138,12 @@ def create(settings: Settings, now: datetime.datetime) -> None:
         authority = _make_authority(_read_key(directory / "ca.key"), settings.name, now)
         write_private_file(directory / "ca.pem", authority.public_bytes(serialization.Encoding.PEM))
         (directory / "ca.pem").chmod(0o644)
-    authority = _read_certificate(directory / "ca.pem")
+    authority = read_certificate(directory / "ca.pem")
     path = directory / "server.pem"
     if path.exists():
-        leaf = _read_certificate(path)
+        leaf = read_certificate(path)
         lasts = leaf.not_valid_after_utc - now > _RENEW_BEFORE
-        if lasts and _names_of(leaf) >= set(settings.certificate_names):
+        if lasts and names_of(leaf) >= set(settings.certificate_names):
             return
     authority_key = _read_key(directory / "ca.key")
     if authority_key.public_key() != authority.public_key():
@@ -158,7 +158,8 @@ def create(settings: Settings, now: datetime.datetime) -> None:
     write_private_file(path, leaf.public_bytes(serialization.Encoding.PEM) + _pem(key))
 
 
-def _paths(settings: Settings) -> tuple[Path, Path | None]:
+def certificate_paths(settings: Settings) -> tuple[Path, Path | None]:
+    """Where certificate and key are; no second file: the key is in the first."""
     if settings.tls.certificate is None or settings.tls.key is None:
         return tls_directory(settings) / "server.pem", None
     return settings.directory_path / settings.tls.certificate, settings.directory_path / settings.tls.key
@@ -228,7 +229,8 @@ def _general_name(name: str) -> x509.GeneralName:
     return x509.DNSName(name)
 
 
-def _names_of(certificate: x509.Certificate) -> set[str]:
+def names_of(certificate: x509.Certificate) -> set[str]:
+    """The host names and addresses a certificate is good for."""
     try:
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except x509.ExtensionNotFound:
@@ -243,7 +245,8 @@ def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     )
 
 
-def _read_certificate(path: Path) -> x509.Certificate:
+def read_certificate(path: Path) -> x509.Certificate:
+    """The first certificate of a PEM file. Raises `CertificateUnusable`."""
     try:
         return x509.load_pem_x509_certificate(path.read_bytes())
     except OSError as error:

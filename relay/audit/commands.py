@@ -14,7 +14,7 @@ from relay.audit import trail
 from relay.audit.trail import Entry
 
 # Commands that only show something.
-_SHOWING = frozenset({"list", "show", "check", "export", "verify", "serve"})
+_SHOWING = frozenset({"list", "show", "check", "export", "verify", "serve", "doctor"})
 
 
 def command_entry(context: click.Context) -> Entry | None:

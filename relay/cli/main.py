@@ -25,9 +25,8 @@ def main() -> NoReturn:
     # Nearly all files of a relay are secret; those that are not are opened up one by one.
     os.umask(0o077)
     try:
-        cli.main(prog_name="towpath-relay", standalone_mode=False)
-    except click.exceptions.Exit as exit_:
-        sys.exit(exit_.exit_code)
+        # What a command ends with by `context.exit` comes back from here, where click does not exit itself.
+        outcome = cli.main(prog_name="towpath-relay", standalone_mode=False)
     except click.Abort:
         _fail("Stopped.")
     except click.ClickException as error:
@@ -39,7 +38,7 @@ def main() -> NoReturn:
         _fail(f"The backup cannot be read: {error}")
     except OSError as error:
         _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
-    sys.exit(0)
+    sys.exit(outcome if isinstance(outcome, int) else 0)
 
 
 def _fail(sentence: str) -> NoReturn:
@@ -75,5 +74,6 @@ for _command in (
     upkeep.restore,
     root_key.root,
     upkeep.config,
+    upkeep.doctor,
 ):
     cli.add_command(_command)

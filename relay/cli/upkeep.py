@@ -94,6 +94,38 @@ def restore(context: click.Context, file: Path, directory: Path | None, force: b
     click.echo(f"Restored into {directory}. Start it with: towpath-relay --config {directory / 'relay.yaml'} serve")
 
 
+@click.command(cls=AuditedCommand)
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON document.")
+@click.pass_context
+def doctor(context: click.Context, as_json: bool) -> None:
+    """Look for what is wrong: configuration, files, database, keys, certificate, process, address.
+
+    Changes nothing. Exit code 1 when something does not work or is open to others.
+    """
+    import time
+    from dataclasses import asdict
+
+    from protocol.terminal import terminal_safe
+    from relay.examine import examine
+
+    failed, documents = False, []
+    for title, findings in examine(context.obj or default_configuration(), time.time()):
+        failed = failed or any(finding.level == "failure" for finding in findings)
+        documents.append({"name": title, "findings": [asdict(finding) for finding in findings]})
+        if as_json:
+            continue
+        click.echo(title)
+        for finding in findings:
+            mark = finding.level.upper() if finding.level in ("warning", "failure") else finding.level
+            click.echo(f"  {mark:<8}{terminal_safe(finding.sentence)}")
+            if finding.advice:
+                click.echo(f"  {'':<8}→ {terminal_safe(finding.advice)}")
+    if as_json:
+        click.echo(json.dumps({"checks": documents}, indent=2))
+    if failed:
+        context.exit(1)
+
+
 @click.group(cls=AuditedGroup)
 def config() -> None:
     """The configuration file."""

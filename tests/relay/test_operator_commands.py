@@ -30,6 +30,12 @@ class Operator:
         assert (done.exit_code == 0) == (code == 0), done.output
         return done.output if code == 0 else str(done.exception or done.output)
 
+    def run_anyhow(self, *words: str) -> str:
+        """What a command says that ends with 1 when it finds something."""
+        done = CliRunner().invoke(cli, [*self._config, *words])
+        assert done.exit_code == 1, done.output
+        return done.output
+
     def document(self, *words: str) -> Any:
         return json.loads(self.run(*words, "--json"))
 
