@@ -145,6 +145,6 @@ def _authority(config: AgentConfig) -> str | None:
     if file is None:
         return None
     try:
-        return file.read_text()
+        return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise NotSetUp(f"The relay's CA certificate {file} cannot be read; run `towpath setup` again.") from error

@@ -130,7 +130,7 @@ def find_setup_key(argument: str | None, file: Path | None) -> SetupKey:
         raise SetupFailed("Give the setup key either as argument or as file, not both.", who="you")
     if file is not None:
         try:
-            with file.open() as stream:
+            with file.open(encoding="utf-8") as stream:
                 argument = stream.read(MAX_SETUP_KEY + 2)
         except (OSError, UnicodeDecodeError) as error:
             raise SetupFailed(f"The setup key file {file} cannot be read.", who="you") from error
@@ -216,7 +216,7 @@ def checked_root(root: str) -> str:
 
 def _read_or_template(config_file: Path, state_dir: Path | None) -> tuple[str, AgentConfig]:
     try:
-        text = config_file.read_text()
+        text = config_file.read_text(encoding="utf-8")
     except FileNotFoundError:
         chosen = state_dir or default_state_dir(config_file)
         text = config_edit.set_value(template(), None, "state_dir", str(chosen.absolute()), config_file)
@@ -238,7 +238,7 @@ def template() -> str:
     # Installed, the file travels inside the package; in a working copy it stands in conf/.
     for place in (package / "_conf" / "agent.yaml", package.parent / "conf" / "agent.yaml"):
         if place.is_file():
-            return place.read_text()
+            return place.read_text(encoding="utf-8")
     raise SetupFailed("The installation is incomplete: conf/agent.yaml is missing.")
 
 

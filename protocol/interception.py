@@ -1,15 +1,32 @@
-"""What people are told when a certificate is not the relay's: most often a proxy opens encrypted connections."""
+"""What people are told when a certificate is not the relay's: most often somebody on the way answers in its place."""
 
 from __future__ import annotations
 
 import ssl
 
 CODE = "INTERCEPTED"
+# X509_V_ERR_CERT_NOT_YET_VALID and X509_V_ERR_CERT_HAS_EXPIRED (openssl-verification-options(1)).
+_TIMES = (9, 10)
+PORTAL = "On a network that asks you to sign in first (a hotel, a train), do that in a browser."
 
 
 def certificate_sentence(host: str, error: ssl.SSLCertVerificationError) -> str:
     """A sentence for the agent's owner."""
+    if is_about_time(error):
+        return time_sentence(host, error)
+    shown = f"The certificate shown for the relay {host} is not the expected one: {error.verify_message}."
+    proxy = "If a proxy on this network opens encrypted connections, ask its operator to let those to the relay through"
+    return f"{shown} {PORTAL} {proxy} untouched."
+
+
+def is_about_time(error: ssl.SSLCertVerificationError) -> bool:
+    """Whether a certificate is right but for the time."""
+    return getattr(error, "verify_code", 0) in _TIMES
+
+
+def time_sentence(relay: str, error: ssl.SSLCertVerificationError) -> str:
+    """A sentence about a certificate that is valid at other times."""
     return (
-        f"The certificate shown for the relay {host} is not the expected one: {error.verify_message}. If a proxy on "
-        "this network opens encrypted connections, ask its operator to let those to the relay through untouched."
+        f"The certificate of the relay {relay} does not hold now: {error.verify_message}. Look whether this machine's "
+        "clock is right; if it is, the relay's operator has to renew the certificate."
     )

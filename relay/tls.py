@@ -116,7 +116,7 @@ def ca_certificate_pem(settings: Settings) -> str | None:
         return None
     path = tls_directory(settings) / "ca.pem"
     try:
-        return path.read_text()
+        return path.read_text(encoding="utf-8")
     except OSError as error:
         raise CertificateUnusable(f"{path}: {error.strerror}; run `towpath-relay init`.") from error
 

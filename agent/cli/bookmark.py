@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 COLUMNS = (
     field("Name", "name"),
-    field("Bookmark ID", "id"),
+    field("Bookmark ID", "id", whole=True),
     field("Collection ID", "endpoint_id"),
     field("Collection", "endpoint_display_name"),
     field("Path", "path"),

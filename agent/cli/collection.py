@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from agent.enrol import SetupKey, Wish
 
 COLUMNS = (
-    field("ID", "id"),
+    field("ID", "id", whole=True),
     field("Name", "name"),
     field("Access", "access"),
     field("Sharing", "sharing"),

@@ -119,7 +119,7 @@ def edit(config_file: Path) -> None:
         load(config_file, owners=text.encode())
 
     with failing_plainly():
-        before = config_file.read_text()
+        before = config_file.read_text(encoding="utf-8")
         after = _edited(before, config_file, checked)
         if after == before:
             click.echo("Nothing was changed.")

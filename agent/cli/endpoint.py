@@ -26,7 +26,7 @@ SCOPES = (
     "administered-by-me",
 )
 COLUMNS = (
-    field("ID", "id"),
+    field("ID", "id", whole=True),
     field("Owner", "owner_string"),
     Column("Name", lambda row: row.get("display_name") or row.get("canonical_name") or "-"),
     Column("Connected", lambda row: {True: "yes", False: "no", None: "-"}[row.get("gcp_connected")]),

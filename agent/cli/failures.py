@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from agent.cli.exit_codes import ExitCode
 from agent.cli.output import CommandFailed, sentence
+from protocol.interception import PORTAL, is_about_time, time_sentence
 
 if TYPE_CHECKING:
     from globus_sdk import AuthAPIError, GlobusAPIError
@@ -87,12 +88,17 @@ def network_sentence(error: BaseException | None, relay: str, ca_file: str | Non
 
 
 def _certificate_sentence(relay: str, error: ssl.SSLCertVerificationError, ca_file: str | None) -> str:
+    if is_about_time(error):
+        return time_sentence(relay, error)
     reason = error.verify_message or "certificate not trusted"
     if ca_file:
-        return f"The certificate of {relay} does not fit {ca_file} ({reason}); ask the operator for the CA file."
+        return (
+            f"The certificate of {relay} does not fit {ca_file} ({reason}). {PORTAL} If it stays so, ask the relay's "
+            "operator for the CA file."
+        )
     return (
         f"The certificate of {relay} is not trusted ({reason}); get the relay's CA certificate from its operator and "
-        f"name it with `--ca-file` or TOWPATH_CA_FILE."
+        f"name it with `--ca-file` or TOWPATH_CA_FILE. {PORTAL}"
     )
 
 

@@ -42,11 +42,18 @@ class Column:
     heading: str
     cell: Callable[[Mapping[str, Any]], object]
     right: bool = False
+    # Never folded, however narrow the terminal: people copy it into the next command.
+    whole: bool = False
 
 
-def field(heading: str, key: str, *, right: bool = False) -> Column:
+def field(heading: str, key: str, *, right: bool = False, whole: bool = False) -> Column:
     """A column that shows one key of the row; a missing or null value is shown as a dash."""
-    return Column(heading, lambda row: "-" if row.get(key) is None else row[key], right)
+    return Column(heading, lambda row: "-" if row.get(key) is None else row[key], right, whole)
+
+
+def moment(heading: str, key: str) -> Column:
+    """A column with a time of the service (UTC) to the second, short enough for a terminal."""
+    return Column(heading, lambda row: str(row.get(key) or "-")[:19].replace("T", " "))
 
 
 @dataclass(frozen=True)
@@ -125,7 +132,21 @@ def _rich_table(cells: Sequence[Sequence[str]], columns: Sequence[Column]) -> No
     for row in cells:
         # Text, not str: a name like "[red]" is a name, not markup.
         table.add_row(*(Text(cell) for cell in row))
-    console().print(table)
+    terminal = console()
+    if any(column.whole for column in columns) and _natural_width(cells, columns) > terminal.width:
+        # The terminal wraps whole lines, so that an id stays one word.
+        for line in _plain_table(cells, columns):
+            click.echo(line)
+    else:
+        terminal.print(table)
+
+
+def _natural_width(cells: Sequence[Sequence[str]], columns: Sequence[Column]) -> int:
+    """What a drawn table takes with nothing folded."""
+    from rich.cells import cell_len
+
+    lines = [[column.heading for column in columns], *cells]
+    return sum(max(cell_len(line[index]) for line in lines) for index in range(len(columns))) + 3 * len(columns) - 3
 
 
 def console(*, stderr: bool = False) -> Console:

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bars
     from rich.progress import TaskID
 
+# Columns of a terminal that has room for the bar; and of the longest state, `succeeded`.
+WIDE, LONGEST = 110, 9
+
 
 def describe(progress: Progress, rate: float) -> str:
     """One line about a running task, for screens of any kind."""
@@ -83,12 +86,12 @@ def display_for(out: Output) -> Iterator[Display]:
         from rich.progress import Progress as RichProgress
         from rich.table import Column
 
-        columns = (
-            TextColumn("{task.fields[state]}", markup=False),
-            BarColumn(bar_width=24),
-            TextColumn("{task.fields[note]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
-        )
-        with RichProgress(*columns, console=console(stderr=True), transient=True) as bars:
+        terminal = console(stderr=True)
+        state = TextColumn("{task.fields[state]}", markup=False, table_column=Column(no_wrap=True, min_width=LONGEST))
+        note = TextColumn("{task.fields[note]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis"))
+        # The numbers say more than the bar where there is no room for both.
+        columns = (state, BarColumn(bar_width=24), note) if terminal.width >= WIDE else (state, note)
+        with RichProgress(*columns, console=terminal, transient=True) as bars:
             yield BarDisplay(bars)
     else:
         yield LineDisplay(out)

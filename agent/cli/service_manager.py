@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import shutil
 import subprocess
 import sys
@@ -52,7 +53,7 @@ def template() -> str:
     package = Path(__file__).parents[1]
     for place in (Path(sys.prefix) / "systemd", package / "_systemd", package.parent / "systemd"):
         if (place / UNIT).is_file():
-            return (place / UNIT).read_text()
+            return (place / UNIT).read_text(encoding="utf-8")
     raise CommandFailed("The installation is incomplete: the unit file is missing.")
 
 
@@ -67,12 +68,17 @@ def unit_path() -> Path:
 @config_option
 def install(config_file: Path) -> None:
     """Write the unit and start the agent with it."""
+    if platform.system() == "Darwin":
+        place = f"~/Library/LaunchAgents/{LABEL}.plist"
+        raise CommandFailed(
+            f"There is no systemd on macOS. Do `towpath service manifest > {place}`, then `launchctl load -w {place}`."
+        )
     if not shutil.which("systemctl"):
         raise CommandFailed("There is no systemd here; use `towpath start`, for example from cron's @reboot.")
     with failing_plainly():
         path = unit_path()
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(unit_text(template(), program(), config_file))
+        path.write_text(unit_text(template(), program(), config_file), encoding="utf-8")
     for words in (["daemon-reload"], ["enable", "--now", UNIT]):
         _systemctl(words)
     click.echo(f"{path} is written, and the agent runs. Also while you are not signed in: loginctl enable-linger")

@@ -11,7 +11,7 @@ import click
 
 from agent.cli.command import with_relay
 from agent.cli.location import Location, LocationType, Place, is_uuid
-from agent.cli.output import Column, CommandFailed, Output, fail, field
+from agent.cli.output import Column, CommandFailed, Output, fail, field, moment
 from agent.cli.relay_client import document_of
 from agent.cli.submission import parse_deadline
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 EVERYBODY = "all_authenticated_users"
 _WHO = {EVERYBODY: "everybody who is signed in", "anonymous": "everybody, also without signing in"}
 COLUMNS = (
-    Column("Rule ID", lambda row: row.get("id") or "(a role)"),
+    Column("Rule ID", lambda row: row.get("id") or "(a role)", whole=True),
     field("Who", "who"),
     Column("May", lambda row: "read and write" if row.get("permissions") == "rw" else "read"),
     field("Folder", "path"),
-    Column("Until", lambda row: row.get("expiration_date") or "-"),
+    moment("Until (UTC)", "expiration_date"),
 )
 
 

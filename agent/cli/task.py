@@ -11,7 +11,7 @@ import click
 
 from agent.cli.command import with_relay
 from agent.cli.exit_codes import who_can_mend
-from agent.cli.output import Column, Output, field, human_bytes
+from agent.cli.output import Column, Output, field, human_bytes, moment
 from agent.cli.progress import beside, progress_of
 from agent.cli.relay_client import document_of
 from agent.cli.submission import bandwidth_option, deadline_option, finish, patience_from, waiting_options
@@ -25,12 +25,12 @@ MAX_ROWS = 100_000
 CANCELS_AT_ONCE = 8
 
 TASK_COLUMNS = (
-    field("Task ID", "task_id"),
+    field("Task ID", "task_id", whole=True),
     field("Status", "status"),
     field("Type", "type"),
     field("Source", "source_endpoint_display_name"),
     field("Destination", "destination_endpoint_display_name"),
-    field("Requested", "request_time"),
+    moment("Requested (UTC)", "request_time"),
     field("Label", "label"),
 )
 EVENT_COLUMNS = (

@@ -354,7 +354,8 @@ def state_dir_of(file: Path) -> Path:
     value: object = None
     for path in (file, overlay_file(file)):
         with contextlib.suppress(OSError, UnicodeDecodeError, yaml.YAMLError, StopIteration):
-            line = next(line for line in reversed(path.read_text().splitlines()) if line.startswith("state_dir:"))
+            lines = path.read_text(encoding="utf-8").splitlines()
+            line = next(line for line in reversed(lines) if line.startswith("state_dir:"))
             value = yaml.safe_load(line).get("state_dir", value)
     text = os.environ.get(variable_of(("state_dir",))) or value
     if not isinstance(text, str) or not text:

@@ -29,7 +29,7 @@ T = TypeVar("T")
 def default_gateway(routes: Path = Path("/proc/net/route")) -> str | None:
     """The IPv4 default gateway (Linux); None where there is none or the system does not tell."""
     try:
-        lines = routes.read_text().splitlines()[1:]
+        lines = routes.read_text(encoding="utf-8").splitlines()[1:]
     except OSError:
         return None
     for line in lines:

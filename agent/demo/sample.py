@@ -103,7 +103,8 @@ def make_tutorial_data(root: Path, checkpoint: Checkpoint) -> None:
         for folder in ("", "one", "one/two"):
             (sync / folder).mkdir(parents=True, exist_ok=True)
             for number in range(1, 4):
-                (sync / folder / f"file{number}.txt").write_text(f"This is file {number} of {folder or 'the top'}.\n")
+                text = f"This is file {number} of {folder or 'the top'}.\n"
+                (sync / folder / f"file{number}.txt").write_text(text, encoding="utf-8")
 
 
 def contents_of(directory: Path) -> Contents:

@@ -19,6 +19,7 @@ from agent.connect.proxy import Dialer
 from agent.connect.stun_client import UdpBehaviour, udp_behaviour
 from agent.doctor.registry import Examination, Finding
 from protocol.errors import TowpathError
+from protocol.interception import PORTAL
 
 TIMEOUT = 5.0
 # A clock that is further off than this makes tickets of two hours look wrong sooner or later (seconds).
@@ -138,8 +139,8 @@ def _https(examination: Examination, url: str) -> Iterator[Finding]:
         yield Finding(
             level="failure",
             sentence=f"The relay cannot be talked to over HTTPS: {error}.",
-            advice="If a proxy or firewall opens encrypted connections, ask its operator to let those to the relay "
-            "through untouched.",
+            advice=f"{PORTAL} If a proxy or firewall opens encrypted connections, ask its operator to let those to the "
+            "relay through untouched.",
         )
         return
     yield Finding(level="ok", sentence=f"HTTPS to the relay works (version {document.get('version', 'unknown')}).")

@@ -118,7 +118,7 @@ def _replace(file: Path, text: str) -> None:
     """Write a whole file in the place of the old one, so that nobody reads half of it."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
         temporary.replace(file)
     finally:
         temporary.unlink(missing_ok=True)

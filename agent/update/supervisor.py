@@ -49,7 +49,7 @@ def check_changeable(file: Path = CGROUP_FILE, environment: Mapping[str, str] = 
     Raises `NotReplaceable` where a stopped agent would not come back as it was.
     """
     try:
-        unit = own_unit(file.read_text(errors="replace"))
+        unit = own_unit(file.read_text(encoding="utf-8", errors="replace"))
     except OSError:
         # Not Linux, or /proc is hidden: then no systemd runs it.
         unit = None

@@ -234,7 +234,7 @@ class Upstream:
             return None
         path = self._directory / self.provider.client_secret_file
         try:
-            return path.read_text().strip()
+            return path.read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError) as error:
             raise NotWelcome(f"The relay's secret for {self.provider.name} cannot be read.") from error
 

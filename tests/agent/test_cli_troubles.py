@@ -17,13 +17,14 @@ import trustme
 from globus_sdk import AuthAPIError
 
 from agent import local_socket
-from agent.cli.failures import explained
+from agent.cli.failures import explained, network_sentence
 from agent.cli.output import CommandFailed
 from agent.cli.profile import Profile, Tokens
 from agent.config.layers import load_config
 from agent.doctor.network import check_relay
 from agent.doctor.registry import Examination
 from agent.local_socket import ADDRESS_FILE, NotRunning
+from protocol.interception import certificate_sentence
 from tests.agent.cli_scene import Run, relay, towpath
 from tests.agent.fake_relay import ALPHA, CLIENT, FakeRelay, Refusal
 
@@ -88,7 +89,19 @@ def test_signing_in_to_a_relay_with_a_certificate_of_its_own_making(nobody: Run)
     assert code == 1
     assert "is not trusted" in said
     assert "--ca-file" in said
+    assert "sign in first (a hotel, a train)" in said
     assert "_ssl.c" not in said
+
+
+def test_a_certificate_that_does_not_hold_now_leads_to_the_clock() -> None:
+    error = ssl.SSLCertVerificationError("no")
+    error.verify_message, error.verify_code = "certificate is not yet valid", 9
+    for said in (network_sentence(error, "https://relay.example", None), certificate_sentence("relay.example", error)):
+        assert "clock is right" in said
+        assert "proxy" not in said
+        assert "--ca-file" not in said
+    error.verify_message, error.verify_code = "self-signed certificate", 18
+    assert "sign in first" in certificate_sentence("relay.example", error)
 
 
 def test_a_name_that_does_not_exist(nobody: Run) -> None:

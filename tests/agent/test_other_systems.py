@@ -5,8 +5,10 @@ A process of its own takes away what Windows' Python lacks, and imports everythi
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -65,3 +67,16 @@ def test_nothing_is_offered_where_files_cannot_be_opened_safely(
     monkeypatch.setattr(handles, "USABLE", False)
     with pytest.raises(NeedsPerson, match="operating system"):
         open_root(str(tmp_path))
+
+
+def test_texts_are_read_and_written_as_utf_8_whatever_the_system_likes() -> None:
+    """`towpath setup` for a second collection read the configuration in the encoding of the system (cp1252, say)
+    and wrote it as UTF-8: names with accents were another text afterwards."""
+    without = [
+        f"{path.name}:{number}"
+        for room in ("agent", "protocol", "relay")
+        for path in sorted((Path(__file__).parents[2] / room).rglob("*.py"))
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if re.search(r"\.(read|write)_text\(", line) and not re.search(r"encoding=|.utf-8|def ", line)
+    ]
+    assert without == []

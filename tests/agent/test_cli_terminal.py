@@ -1,0 +1,49 @@
+"""What fits on a narrow terminal, and how: ids stay whole, numbers come before bars."""
+
+from __future__ import annotations
+
+import re
+import sys
+
+import pytest
+
+from agent.cli.output import Output
+from agent.cli.progress import progress_of
+from agent.cli.screen import display_for
+from agent.cli.task import TASK_COLUMNS
+from tests.agent.fake_relay import TASK, task
+
+
+def on_terminal(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    for stream in (sys.stdout, sys.stderr):
+        monkeypatch.setattr(stream, "isatty", lambda: True)
+
+
+@pytest.mark.parametrize("columns", [40, 80, 200])
+def test_an_id_can_be_copied_from_every_terminal(
+    columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was folded into three lines where people have 80 columns."""
+    on_terminal(monkeypatch, columns)
+    row = task("SUCCEEDED", destination_endpoint_display_name="A server with a long name", label="of today")
+    Output().table({}, [row], TASK_COLUMNS)
+    written = capsys.readouterr().out
+    assert TASK in written
+    assert {"SUCCEEDED", "2026-01-02 03:04:05", "of today", "A server with a long name"} <= set(
+        re.split(r"  +|\n", written)
+    )
+
+
+@pytest.mark.parametrize(("columns", "bar"), [(50, False), (80, False), (140, True)])
+def test_numbers_come_before_the_bar(
+    columns: int, bar: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_terminal(monkeypatch, columns)
+    monkeypatch.setenv("TERM", "xterm")
+    with display_for(Output()) as display:
+        display.show(progress_of(task()), 100)
+    written = capsys.readouterr().err
+    assert "active" in written
+    assert "512 B of 1.00 KiB, 1 of 2 files" in written
+    assert ("━" in written) is bar
