@@ -9,7 +9,6 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -163,11 +162,7 @@ async def _ask(world: World, task_id: str) -> Mapping[str, Any]:
 
 def task_seconds(task: Mapping[str, Any]) -> float | None:
     """How long the task took by its own times; None when it has not ended. The relay may hear of the end later."""
-    try:
-        ended, began = (datetime.fromisoformat(str(task[key])) for key in ("completion_time", "request_time"))
-    except (KeyError, ValueError):
-        return None
-    return max(0.001, (ended - began).total_seconds())
+    return float(task["towpath"]["elapsed"]) if task.get("completion_time") else None
 
 
 def _state(task: Mapping[str, Any]) -> str:

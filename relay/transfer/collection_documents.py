@@ -15,7 +15,7 @@ from typing import Any
 
 from relay.access.decisions import Ability, Subject, abilities, effective_roles
 from relay.transfer.collections import Collection
-from relay.transfer.times import iso
+from relay.transfer.times import api_time
 
 ENTITY_TYPE = "GCP_mapped_collection"
 
@@ -91,7 +91,7 @@ def _state(collection: Collection, view: View) -> dict[str, Any]:
         "non_functional": False,
         "non_functional_endpoint_id": None,
         "non_functional_endpoint_display_name": None,
-        "last_accessed_time": iso(collection.last_accessed),
+        "last_accessed_time": api_time(collection.last_accessed),
         # Ours: whether the owner's configuration allows writing, and whether the folder is there.
         "read_only": collection.read_only,
         "available": collection.available,

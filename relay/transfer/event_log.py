@@ -8,7 +8,7 @@ from typing import Any, Final
 from sqlalchemy import Connection, func, insert, select, update
 
 from relay.store import transfer_tables as tables
-from relay.transfer.times import iso
+from relay.transfer.times import api_time
 
 MAX_CODE = 64
 MAX_DESCRIPTION = 2000
@@ -107,7 +107,7 @@ def event_list(
             # Clients demand a string; a JSON text in it is printed nicely.
             "details": row.details,
             "is_error": row.is_error,
-            "time": iso(row.time),
+            "time": api_time(row.time),
             "parent_task_id": None,
         }
         for row in rows

@@ -20,7 +20,7 @@ from relay.auth.identities import select_by_ids
 from relay.refusal import ApiError
 from relay.store import transfer_tables as tables
 from relay.transfer.fields import Fields, bad_request
-from relay.transfer.times import iso
+from relay.transfer.times import api_time
 
 MAX_RULES = 1000
 MAX_PATH = 4096
@@ -76,8 +76,8 @@ def rule_document(rule: StoredRule) -> dict[str, Any]:
         "principal": rule.principal,
         "path": rule.path,
         "permissions": rule.permissions,
-        "create_time": iso(rule.created),
-        "expiration_date": iso(rule.expires),
+        "create_time": api_time(rule.created),
+        "expiration_date": api_time(rule.expires),
         "role_id": None,
         "role_type": None,
     }

@@ -24,7 +24,7 @@ from relay.transfer import closed_owners
 from relay.transfer.collection_documents import legacy_username
 from relay.transfer.collections import Collection
 from relay.transfer.task_rows import Task
-from relay.transfer.times import iso
+from relay.transfer.times import api_time
 
 COMMAND = "API 0.10"
 CANCELED = "CANCELED"
@@ -89,9 +89,9 @@ def task_document(task: Task, around: Surroundings) -> dict[str, Any]:
         "label": task.label,
         "username": legacy_username(task.owner_id),
         "owner_id": task.owner_id,
-        "request_time": iso(task.requested),
-        "completion_time": iso(task.completed),
-        "deadline": iso(task.deadline),
+        "request_time": api_time(task.requested),
+        "completion_time": api_time(task.completed),
+        "deadline": api_time(task.deadline),
         **_places(task, around),
         "sync_level": options.sync_level,
         "encrypt_data": options.encrypt_data,
@@ -137,9 +137,13 @@ def _places(task: Task, around: Surroundings) -> dict[str, Any]:
     return document
 
 
+def _elapsed(task: Task, now: float) -> float:
+    return max(1e-3, (task.completed or now) - task.requested)
+
+
 def _counts(task: Task, now: float) -> dict[str, Any]:
     counters = task.counters
-    elapsed = max(1e-3, (task.completed or now) - task.requested)
+    elapsed = _elapsed(task, now)
     return {
         "files": counters.files,
         "directories": counters.directories,
@@ -211,6 +215,8 @@ def _condition(task: Task, around: Surroundings) -> dict[str, Any]:
     document["towpath"] = {
         "state": task.state,
         "who": holding.who,
+        # Seconds since it was requested, or until it was over.
+        "elapsed": round(_elapsed(task, around.now), 6),
         "bytes_total": task.counters.bytes_total,
         "bytes_sent_again": task.counters.bytes_sent_again,
         "preserve_hard_links": task.task_options.preserve_hard_links,

@@ -111,7 +111,8 @@ def _period(column: ColumnElement[float | None]) -> Callable[[str, list[str]], C
         if start is not None:
             held.append(column >= start)
         if end is not None:
-            held.append(column <= end)
+            # Documents show whole seconds: what happened within the last one named is meant, too.
+            held.append(column < end + 1 if end.is_integer() else column <= end)
         return and_(*held)
 
     return read

@@ -1,8 +1,10 @@
-"""Times as the Globus documents write them: ISO 8601 in UTC, file listings with a space instead of the T."""
+"""Times as the Globus documents write them: ISO 8601 in UTC, in whole seconds, file listings with a space for the T.
+Between relay and agents, and for operators, with microseconds."""
 
 from __future__ import annotations
 
 import datetime
+import math
 
 # The first and the last second of the calendar; every conversion below succeeds between them.
 _FIRST, _LAST = -62_135_596_800, 253_402_300_799
@@ -16,6 +18,15 @@ def iso(seconds: float | None) -> str | None:
     return datetime.datetime.fromtimestamp(max(_FIRST, min(seconds, _LAST)), datetime.UTC).isoformat(
         timespec="microseconds"
     )
+
+
+def api_time(seconds: float | None) -> str | None:
+    """The same in whole seconds, ``2024-02-06T06:59:02+00:00``, as Globus writes the times of its documents and as
+    scripts that were written for Globus read them."""
+    if seconds is None:
+        return None
+    moment = datetime.datetime.fromtimestamp(math.floor(max(_FIRST, min(seconds, _LAST))), datetime.UTC)
+    return moment.isoformat(timespec="seconds")
 
 
 def listing_time(mtime_ns: int | None) -> str | None:
