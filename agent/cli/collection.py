@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from agent.cli.command import with_output
-from agent.cli.output import CommandFailed, Output, field
+from agent.cli.output import CommandFailed, Output, confirm, field
 from agent.cli.service import config_option, failing_plainly, tell_running_agent, warn_of_exposure
 from agent.config.keys import CollectionConfig
 from agent.config.layers import load_config
+from protocol.terminal import terminal_safe
 
 if TYPE_CHECKING:
     from agent.enrol import SetupKey, Wish
@@ -187,7 +188,7 @@ def remove(out: Output, name_or_id: str, delete_at_relay: bool, yes: bool, confi
     with failing_plainly():
         found = _find(name_or_id, config_file)
         if not yes:
-            click.confirm(f"Withdraw {found.name} ({found.root})?", abort=True, err=True)
+            confirm(terminal_safe(f"Withdraw {found.name} ({found.root})?"))
         owners = read_layer(document(config_file.read_bytes(), config_file), AgentConfig, config_file).values
         with editing(config_file) as content:
             remove_entry(content, "collections", found.id, owners=found.id in owners.get("collections", {}))

@@ -9,7 +9,7 @@ import click
 
 from agent.cli.command import with_relay
 from agent.cli.location import Location, LocationType
-from agent.cli.output import Column, Output, field
+from agent.cli.output import Column, Output, confirm, field
 from agent.cli.relay_client import document_of
 
 if TYPE_CHECKING:
@@ -133,6 +133,6 @@ def delete(relay: Relay, out: Output, collection: Location, yes: bool) -> None:
     if not yes:
         name = relay.transfer.get_endpoint(identifier)["display_name"]
         out.remark(f"This removes the collection {name} ({identifier}) and every access rule on it.")
-        click.confirm("Go on?", abort=True, err=True)
+        confirm("Go on?")
     answer = relay.transfer.delete_endpoint(identifier)
     out.result(document_of(answer), answer["message"])

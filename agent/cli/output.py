@@ -161,6 +161,19 @@ def fail(sentence: str, exit_code: ExitCode = ExitCode.OTHER) -> NoReturn:
     raise CommandFailed(sentence, exit_code)
 
 
+def confirm(question: str) -> None:
+    """Ask before something is lost; without a yes the command ends, and nothing is changed."""
+    try:
+        agreed = click.confirm(question, err=True)
+    except click.exceptions.Abort:
+        if sys.stdin.isatty():
+            raise
+        click.echo(err=True)
+        fail("Nobody answered, and nothing was changed; --yes goes on without asking.")
+    if not agreed:
+        fail("Nothing was changed.")
+
+
 def sentence(text: str) -> str:
     """A text that ends as sentences do."""
     return text if text.endswith((".", "!", "?")) else text + "."

@@ -75,6 +75,12 @@ def install(config_file: Path) -> None:
         )
     if not shutil.which("systemctl"):
         raise CommandFailed("There is no systemd here; use `towpath start`, for example from cron's @reboot.")
+    # Before anything is written. Sessions of login nodes and containers often have none.
+    if _ask_systemctl(["show-environment"]).returncode:
+        raise CommandFailed(
+            "systemd runs nothing for you here (no user session answers); use `towpath start`, for example from cron's "
+            "@reboot, or have an administrator enable lingering for you (`loginctl enable-linger`)."
+        )
     with failing_plainly():
         path = unit_path()
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -112,7 +118,11 @@ def manifest(path: str | None, launchd: bool, config_file: Path) -> None:
     click.echo(text, nl=False)
 
 
+def _ask_systemctl(words: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["systemctl", "--user", *words], capture_output=True, text=True, check=False)
+
+
 def _systemctl(words: Sequence[str]) -> None:
-    result = subprocess.run(["systemctl", "--user", *words], capture_output=True, text=True, check=False)
+    result = _ask_systemctl(words)
     if result.returncode:
         raise CommandFailed(f"systemctl --user {' '.join(words)}: {result.stderr.strip() or result.returncode}")

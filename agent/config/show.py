@@ -26,7 +26,11 @@ class Row:
     @property
     def text(self) -> str:
         """The value as it would stand in the file."""
-        return yaml.safe_dump(self.value, default_flow_style=True, width=10_000).split("\n...")[0].strip()
+        return (
+            yaml.safe_dump(self.value, default_flow_style=True, width=10_000, allow_unicode=True)
+            .split("\n...")[0]
+            .strip()
+        )
 
 
 def rows_of(loaded: Loaded) -> Iterator[Row]:

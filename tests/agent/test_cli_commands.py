@@ -433,7 +433,10 @@ def test_endpoints(towpath: Run, relay: FakeRelay) -> None:
     assert "Your roles:        administrator" in towpath("endpoint", "show", "alpha")[1]
     assert towpath("endpoint", "update", "alpha", "--description", "", "--public")[0] == 0
     assert relay.sent("PUT", f"/v0.10/endpoint/{ALPHA}")[0].document == {"description": None, "public": True}
-    assert towpath("endpoint", "delete", "alpha", stdin="n\n")[0] == 130
+    code, _, err = towpath("endpoint", "delete", "alpha", stdin="n\n")
+    assert (code, err.endswith("towpath: Nothing was changed.\n")) == (1, True)
+    code, _, err = towpath("endpoint", "delete", "alpha")
+    assert (code, "Nobody answered, and nothing was changed; --yes" in err) == (1, True)
     assert not relay.sent("DELETE", f"/v0.10/endpoint/{ALPHA}")
     assert towpath("endpoint", "delete", "-y", "alpha")[0] == 0
     assert relay.sent("DELETE", f"/v0.10/endpoint/{ALPHA}")

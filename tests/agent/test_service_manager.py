@@ -13,8 +13,10 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from agent import local_socket, state_files
+from agent.cli.main import cli
 from agent.config.keys import LogConfig
 from agent.log_lines import formatter
 from agent.process import batch_job, raise_file_limit
@@ -188,3 +190,16 @@ def test_the_units_are_hardened(unit: str, most: float) -> None:
     if not lines:
         pytest.skip(f"this systemd-analyze cannot judge files: {result.stderr[:200]}")
     assert float(lines[0].split(":")[1].split()[0]) <= most
+
+
+def test_without_a_user_session_of_systemd_no_unit_is_left_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Login nodes and containers: the unit was written, and the sentence was systemd's own."""
+    (tmp_path / "systemctl").write_text("#!/bin/sh\necho 'Failed to connect to bus: No medium found' >&2; exit 1\n")
+    (tmp_path / "systemctl").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    done = CliRunner().invoke(cli, ["service", "install"])
+    assert (done.exit_code, "no user session answers" in done.output) == (1, True)
+    assert not (tmp_path / "config").exists()
