@@ -87,7 +87,7 @@ def check_files(settings: Settings) -> Iterator[Finding]:
     except OSError as error:
         yield Finding("failure", f"{here}: {error.strerror}.", "See `directory` in the configuration.")
         return
-    secrets = [here / settings.database.file, *(path for path in (here / "keys").glob("*"))]
+    secrets = [here / settings.database.file, here / LOCK, *(here / "keys").glob("*")]
     secrets += [path for path in tls_directory(settings).glob("*") if path.name != "ca.pem"]
     # What lies in a folder that nobody else may enter is nobody else's to read.
     sheltered = not here.stat().st_mode & 0o077
