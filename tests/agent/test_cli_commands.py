@@ -262,7 +262,7 @@ def test_rm_deletes_nothing_when_it_cannot_tell_a_name_from_a_pattern(towpath: R
         (task_document("FAILED", fatal_error={"code": "ITEMS_FAILED", "description": "no"}), 4),
         (task_document("FAILED", fatal_error={"code": "CANCELED", "description": "stopped"}), 5),
         (task_document("INACTIVE"), 7),
-        (task_document(is_paused=True), 7),
+        (task_document(is_paused=True, nice_status="PAUSED_BY_OWNER"), 7),
         (task_document(nice_status="NO_SPACE", towpath={"who": "destination owner"}), 7),
     ],
 )
