@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from protocol.identity import write_private_file
 from relay import examine, tls
+from relay.cli.main import main
 from relay.examine import Finding
 from relay.lock import exclusive
 from relay.settings import Settings
@@ -53,6 +54,15 @@ def test_the_command(relay_directory: Path) -> None:
     assert {"Configuration", "Database", "Process", "Address"} <= {check["name"] for check in report["checks"]}
     (relay_directory / "relay.yaml").write_text("nonsense: 1\n")
     assert "line 1: there is no key nonsense" in operator.run_anyhow("doctor")
+
+
+def test_the_process_ends_with_what_the_command_found(relay_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "umask", lambda _mask: 0)
+    for words, code in ((["doctor"], 1), (["config", "check"], 0), (["--version"], 0), (["doctor", "--nonsense"], 2)):
+        monkeypatch.setattr("sys.argv", ["towpath-relay", "--config", str(relay_directory / "relay.yaml"), *words])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == code, words
 
 
 def test_files_that_are_named_and_not_there(relay_settings: Settings, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from relay.api.statistics import EXPOSITION
+from relay.auth import service_tokens
 from relay.auth.administrators import make_administrator
 from relay.auth.scopes import AUTH_SERVER
 from relay.metrics import METRICS, exposition
@@ -73,6 +74,17 @@ async def test_the_text_is_what_prometheus_reads_and_does_not_grow(world: Any) -
     assert after["towpath_relay_tasks", ("run",)] == after["towpath_relay_agents_enrolled", ()] == 0
     assert after["towpath_relay_database_size_bytes", ()] > 10_000
     assert after["towpath_relay_resident_memory_bytes", ()] > 1e6
+
+
+async def test_a_token_for_machines_is_enough_to_read_them(world: Any) -> None:
+    identity = await world.user("monitoring@example.org")
+
+    def work(connection: Any) -> str:
+        make_administrator(connection, identity.id, 1.0)
+        return service_tokens.make(connection, identity.id, "prometheus", life=86400.0, now=world.clock())
+
+    headers = {"Authorization": f"Bearer {await world.store.write(work)}"}
+    assert (await world.http.get("/metrics", headers=headers)).status_code == 200
 
 
 async def test_names_are_as_prometheus_wants_them(world: Any) -> None:
