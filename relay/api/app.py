@@ -76,7 +76,7 @@ def create_app(services: Services, routers: Iterable[APIRouter] = ()) -> FastAPI
     for router in PAGES:
         app.include_router(router)
     render.install(app)
-    errors.install(app, frozenset(offered))
+    errors.install(app, frozenset(offered), render.not_found)
     app.add_middleware(AuditMiddleware, recorder=services.audit)
     app.add_middleware(Frame, max_body=services.settings.limits.request_body, clock=services.clock)
     app.add_middleware(

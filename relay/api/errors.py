@@ -1,7 +1,7 @@
 """Errors of the HTTP APIs, each in the shape that clients of that Globus service understand.
 
 Routes raise `ApiError`; everything else that can go wrong (a malformed document, an unknown route, an error of our
-own) is turned into one here, so that no answer is ever anything but JSON in the right shape.
+own) is turned into one here, so that programs never get anything but JSON in the right shape.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, Literal, cast
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from relay.refusal import ApiError
@@ -185,15 +185,19 @@ def _from_validation(error: RequestValidationError, service: Service) -> ApiErro
     return ApiError(400, _BAD_REQUEST.get(service, "ClientError.BadRequest"), message)
 
 
-def install(app: FastAPI, offered: frozenset[Service]) -> None:
-    """Make the application answer every error in its service's shape. ``offered`` are the services it has routes of."""
+def install(app: FastAPI, offered: frozenset[Service], for_people: Callable[[Request], Response]) -> None:
+    """Make the application answer every error in its service's shape. ``offered`` are the services it has routes of;
+    ``for_people`` is the page for browsers that ask for what is not there."""
 
     async def on_api_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, ApiError)
         return render(error, request.scope["path"], request_id_of(request))
 
-    async def on_http(request: Request, error: Exception) -> JSONResponse:
+    async def on_http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
+        # No client of an API asks for HTML by name; every browser does where somebody has typed an address.
+        if error.status_code == 404 and "text/html" in request.headers.get("accept", ""):
+            return for_people(request)
         path = request.scope["path"]
         return render(_from_http(error, path, offered), path, request_id_of(request))
 

@@ -88,6 +88,12 @@ def _headers(look: Look) -> dict[str, str]:
     }
 
 
+def not_found(request: Request) -> HTMLResponse:
+    """For addresses that were mistyped, or copied in part."""
+    sentence = "The address may have been mistyped, or not copied whole."
+    return page(request, "problem.html", status=404, title="There is nothing here", sentence=sentence, home=True)
+
+
 def install(app: FastAPI) -> None:
     """Answer every `PageProblem` with a page, and serve the style sheet and the script."""
 

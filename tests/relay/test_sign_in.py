@@ -46,6 +46,16 @@ async def test_the_address_alone_leads_people_in_and_says_how_to_begin(world: Re
     assert f"towpath setup --relay {world.settings.public_url} --root" in page
 
 
+async def test_a_mistyped_address_is_told_to_people_as_a_page_and_to_programs_in_json(world: RelayWorld) -> None:
+    browsers = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"
+    for path in ("/acount", "/account/", "/v0.10/nothing"):
+        page = await Person(world).get(path, accept=browsers)
+        assert (page.status_code, "There is nothing here" in page.text) == (404, True)
+        assert page.headers["content-security-policy"].startswith("default-src 'none'")
+        for accept in ("*/*", "application/json"):
+            assert (await Person(world).get(path, accept=accept)).json()["code"] == "NotFound"
+
+
 async def test_a_wrong_name_and_a_wrong_password_look_the_same(world: RelayWorld) -> None:
     await add_person(world)
     answers = []
