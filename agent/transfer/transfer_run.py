@@ -10,16 +10,13 @@ from __future__ import annotations
 import itertools
 import os
 import queue
-import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import msgspec
 import trio
 
-from agent.meter.flow import Reading, flow_between
 from agent.storage.base import Directory
 from agent.storage.disks import DiskAway
 from agent.storage.faults import fault
@@ -27,6 +24,7 @@ from agent.transfer.attributes import Attributes, attributes_size
 from agent.transfer.budget import Budget, charge
 from agent.transfer.directories import Comparisons, DirectoryWalk
 from agent.transfer.fetch import Fetcher
+from agent.transfer.flow_watch import FlowWatch
 from agent.transfer.hard_links import HardLinks
 from agent.transfer.items import ItemPlanner
 from agent.transfer.jobs import AllArrived, FileJob, Group, LargeFile, ListFate, Outcome
@@ -42,20 +40,18 @@ from agent.transfer.record import add_counts
 from agent.transfer.retries import Retries
 from agent.transfer.run import RunContext
 from agent.transfer.settle import Settler
-from agent.transfer.source_session import SessionLost, SourceSession
+from agent.transfer.source_session import SourceSession
 from agent.transfer.stopping import call_on_cancel, first_error, first_system_error, run_in_thread
 from protocol.control import Counters, Flow
 from protocol.errors import TowpathError
 from protocol.names import format_path, split_path
-from protocol.session import LANE_READINGS, MAX_PACK_FILES, LaneReadings, join_path
+from protocol.session import MAX_PACK_FILES, join_path
 
 # Directories (and their handles) being worked on at once.
 OPEN_GROUPS = 200
 MIB = 1024 * 1024
 # How often (seconds) to look whether the destination's root is still where it was.
 LOOK_AT_ROOT = 2.0
-# How often (seconds) the meters of both ends are read, and how long the source may take to answer.
-FLOW_EVERY, ANSWER_PATIENCE = 1.0, 5.0
 # What `skip_source_errors` skips, as in the Globus transfer document.
 SKIPPABLE = frozenset({"FILE_NOT_FOUND", "NOT_FOUND", "PERMISSION_DENIED"})
 
@@ -111,8 +107,7 @@ class TransferRun:
         self.large = LargeFiles(self)
         self._comparisons = Comparisons(self)
         self._lanes = Lanes(self, open_lane, lanes)
-        # How content flows at the moment.
-        self.flow: Flow | None = None
+        self._flow = FlowWatch(self, self._lanes, lambda: self.counters().files_transferred)
         self.fetcher = Fetcher(
             session,
             on_range_lost=lambda _file, size: self.budget.release(size),
@@ -155,7 +150,7 @@ class TransferRun:
                 nursery.start_soon(self._run_session)
                 await nursery.start(self._run_settler)
                 self._lanes.start(nursery)
-                nursery.start_soon(self._watch_flow)
+                nursery.start_soon(self._flow.run)
                 nursery.start_soon(self._watch_root)
                 self.large.start(nursery)
                 self._comparisons.start(nursery)
@@ -240,33 +235,13 @@ class TransferRun:
         self._put_off = self._put_off or error
 
     @property
+    def flow(self) -> Flow | None:
+        """How content flows at the moment, None before that is known."""
+        return self._flow.flow
+
+    @property
     def stopping(self) -> bool:
         return self._error is not None
-
-    async def _watch_flow(self) -> None:
-        """Read both ends' meters now and then."""
-        before = await self._reading()
-        while True:
-            await trio.sleep(FLOW_EVERY)
-            after = await self._reading()
-            self.flow = msgspec.structs.replace(flow_between(before, after), renewed=self._lanes.renewed)
-            before = after
-
-    async def _reading(self) -> Reading:
-        source: LaneReadings | None = None
-        if LANE_READINGS in self.session.abilities:
-            # What is measured is never worth the session: when it ends, whoever runs it says why.
-            with suppress(SessionLost), trio.move_on_after(ANSWER_PATIENCE):
-                source = await self.session.read_lanes()
-        lanes = {}
-        for number, meter in self._lanes.meters.items():
-            facts = meter.facts()
-            lanes[number] = (meter.content, meter.times.totals(), None if facts is None else facts.rtt)
-        saved = {number: meter.saved for number, meter in self._lanes.meters.items()}
-        files = self.counters().files_transferred
-        processes = self.context.processes
-        processor = time.process_time() + (0.0 if processes is None else processes.processor)
-        return Reading(time.monotonic(), processor, self.budget.blocked, files, lanes, source, saved)
 
     async def _run_session(self) -> None:
         try:
