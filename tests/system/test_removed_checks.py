@@ -26,7 +26,7 @@ STRANGERS = ("tests/agent/test_session_strangers.py",)
 LINK = ("tests/agent/test_link_app.py", "tests/agent/test_hostile_relay.py", "tests/agent/test_agent_policy.py")
 ROUTES = ("tests/relay/test_transfer_authorization.py",)
 OPERATIONS = (*ROUTES, "tests/relay/test_transfer_operations.py", "tests/relay/test_transfer_access.py")
-WATCHED = (*ROUTES, "tests/relay/test_transfer_tasks.py")
+WATCHED = (*ROUTES, "tests/relay/test_transfer_tasks.py", "tests/relay/test_task_managers.py")
 SUBMISSIONS = (*ROUTES, "tests/relay/test_transfer_endpoints.py", "tests/relay/test_transfer_submission.py")
 
 # What a removed demand for a token becomes: everybody is the same nobody.
