@@ -62,13 +62,24 @@ def warnings_of(found: AgentConfig, config_file: Path) -> Iterator[str]:
 @config_option
 @with_output
 def show(out: Output, key: str | None, origin: bool, config_file: Path) -> None:
-    """Show what is in force: all of it, or one KEY such as limits.lanes or a section such as limits."""
+    """Show what is in force: all of it, or one KEY such as limits.lanes or a section such as limits.
+
+    The password of a proxy is shown by its own key (relay.proxy) alone.
+    """
+    from dataclasses import replace
+
     from agent.config.layers import load
     from agent.config.show import rows_of
+    from agent.redaction import Redactor
 
     with failing_plainly():
         loaded = load(config_file)
     rows = [row for row in rows_of(loaded) if key is None or row.key == key or row.key.startswith(f"{key}.")]
+    clean = Redactor().clean
+    rows = [
+        replace(row, value=clean(row.value)) if row.key == "relay.proxy" != key and row.value is not None else row
+        for row in rows
+    ]
     if not rows and key is not None:
         raise CommandFailed(f"There is no setting {key}; `towpath config show` lists all.")
     if out.is_json:

@@ -95,6 +95,7 @@ def check_state(examination: Examination) -> Iterator[Finding]:
             level="failure", sentence=f"{place} cannot be used: {error.strerror}.", advice="Run `towpath setup`."
         )
         return
+    yield from _kept(place)
     if status.st_mode & 0o077:
         yield Finding(
             level="failure", sentence=f"Other users can look into {place}.", advice=f"Run `chmod 700 {place}`."
@@ -115,6 +116,22 @@ def check_state(examination: Examination) -> Iterator[Finding]:
             advice="Set `state_dir` to a local disk if the agent always runs on the same machine.",
         )
     yield Finding(level="ok", sentence=f"{place}: {free // 2**20} MiB free.")
+
+
+def _kept(place: Path) -> Iterator[Finding]:
+    """What the agent cannot start without, where it cannot be read."""
+    from agent.collections import MARKS_FILE, Marks
+    from agent.identity_file import load_identity, require
+    from protocol.errors import TowpathError
+
+    try:
+        # Before set-up there is nothing to be damaged; the configuration's check says what to do.
+        if load_identity(place) is not None:
+            require(place)
+        Marks(place / MARKS_FILE)
+    except TowpathError as error:
+        advice = "Without a backup: have the agent revoked at the relay, move this directory away and set it up anew."
+        yield Finding(level="failure", sentence=error.sentence, advice=advice)
 
 
 def _another_disk(examination: Examination, collection: CollectionConfig) -> str:

@@ -136,13 +136,10 @@ def _https(examination: Examination, url: str) -> Iterator[Finding]:
             answer.raise_for_status()
             document = answer.json()
     except (httpx.HTTPError, OSError, ssl.SSLError, ValueError) as error:
-        yield Finding(
-            level="failure",
-            sentence=f"The relay cannot be talked to over HTTPS: {error}.",
-            advice=f"{PORTAL} If a proxy or firewall opens encrypted connections, ask its operator to let those to the "
-            "relay through untouched.",
-        )
+        sentence, advice = f"The relay cannot be talked to over HTTPS: {error}.", _what_to_do(error)
+        yield Finding(level="failure", sentence=sentence, advice=advice)
         return
+    yield from _same_relay(examination, url, document)
     yield Finding(level="ok", sentence=f"HTTPS to the relay works (version {document.get('version', 'unknown')}).")
     said = email.utils.parsedate_tz(answer.headers.get("date", ""))
     if said is None:
@@ -162,6 +159,45 @@ def _https(examination: Examination, url: str) -> Iterator[Finding]:
         )
     else:
         yield Finding(level="ok", sentence="The clock agrees with the relay's.", details=details)
+
+
+# What OpenSSL finds wrong with a certificate (X509_V_ERR_…): not valid yet, no longer, for another name or address.
+_EARLY, _LATE, _NAMES = 9, 10, (62, 64)
+
+
+def _what_to_do(error: BaseException) -> str:
+    """Advice for trouble with HTTPS, by what is wrong with the certificate if that is it."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, ssl.SSLCertVerificationError):
+        cause = cause.__cause__ or cause.__context__
+    code = cause.verify_code if cause is not None else 0
+    if code == _LATE:
+        return "Compare this machine's clock; if it is right, the relay's operator has to renew the certificate."
+    if code == _EARLY:
+        return "Compare this machine's clock, which seems to be behind."
+    if code in _NAMES:
+        return "Compare `relay.url` with the address that the relay's operator gave you."
+    return (
+        f"{PORTAL} If a proxy or firewall opens encrypted connections, ask its operator to let those to the relay "
+        "through untouched."
+    )
+
+
+def _same_relay(examination: Examination, url: str, document: dict[str, object]) -> Iterator[Finding]:
+    """Whether the relay that answers is the one this agent enrolled with."""
+    from agent.identity_file import load_identity
+
+    try:
+        identity = None if examination.config is None else load_identity(examination.config.state_dir)
+    except TowpathError:
+        # Another check tells it.
+        return
+    if identity is not None and document.get("relay_id") != identity.relay_id:
+        yield Finding(
+            level="failure",
+            sentence=f"Another relay answers at {url} than the one this agent is enrolled with.",
+            advice="Mend `relay.url`. To go to that relay, set this machine up anew with a state directory of its own.",
+        )
 
 
 def _proxy_url(configured: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import socket
 import ssl
@@ -39,10 +40,10 @@ def closed_port() -> int:
 
 
 @contextmanager
-def strange_relay() -> Iterator[int]:
-    """Somebody who speaks TLS with a certificate that nobody here knows."""
+def strange_relay(certificate: trustme.LeafCert | None = None) -> Iterator[int]:
+    """Somebody who speaks TLS, with a certificate that nobody here knows if none is given."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    trustme.CA().issue_cert("127.0.0.1").configure_cert(context)
+    (certificate or trustme.CA().issue_cert("127.0.0.1")).configure_cert(context)
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def serve() -> None:
@@ -194,6 +195,30 @@ def test_the_doctor_asks_for_the_relay_and_not_for_a_firewall_where_nothing_list
     assert finding.level == "failure"
     assert finding.sentence.endswith(": Connection refused.")
     assert "ask the relay's operator whether it is running" in finding.advice
+
+
+@pytest.mark.parametrize(
+    ("names", "days", "advice"),
+    [
+        (("127.0.0.1",), (-20, -1), "the relay's operator has to renew the certificate"),
+        (("127.0.0.1",), (1, 20), "clock, which seems to be behind"),
+        (("192.0.2.1",), (-1, 1), "Compare `relay.url`"),
+        (("relay.example.org",), (-1, 1), "Compare `relay.url`"),
+        (None, (-1, 1), "sign in first"),
+    ],
+)
+def test_the_doctor_tells_what_is_wrong_with_a_certificate(
+    tmp_path: Path, names: tuple[str, ...] | None, days: tuple[int, int], advice: str
+) -> None:
+    authority, file = trustme.CA(), tmp_path / "agent.yaml"
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    start, end = (datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=day) for day in days)
+    certificate = None if names is None else authority.issue_cert(*names, not_before=start, not_after=end)
+    with strange_relay(certificate) as port:
+        file.write_text(f"relay: {{url: 'https://127.0.0.1:{port}', ca_file: ca.pem, proxy: none}}\n")
+        found = list(check_relay(Examination(config_file=file, config=load_config(file), status=None, now=time.time())))
+    assert [finding.level for finding in found] == ["ok", "failure"]
+    assert advice in found[-1].advice
 
 
 @pytest.mark.parametrize("command", [["setup"], ["collection", "add"], ["collection", "update"]])

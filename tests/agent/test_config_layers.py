@@ -299,6 +299,17 @@ def test_show_set_and_unset(file: Path) -> None:
     assert file.read_text() == OWNERS
 
 
+def test_the_password_of_a_proxy_is_not_among_all_settings(file: Path) -> None:
+    """What is shown goes into tickets and chats."""
+    address = "http://bob:canary77@proxy.example.org:3128"
+    assert invoke(file, "set", "relay.proxy", address).exit_code == 0
+    for words in (["show"], ["show", "relay"], ["show", "--origin"], ["show", "-F", "json"]):
+        output = invoke(file, *words).output
+        assert "canary77" not in output
+        assert "@proxy.example.org:3128" in output
+    assert invoke(file, "show", "relay.proxy").output.strip() == address
+
+
 def editor(tmp_path: Path, *texts: str) -> str:
     """An editor that writes one text after the other."""
     for number, text in enumerate(texts):

@@ -18,9 +18,12 @@ from agent.collections import MARKS_FILE, Collections, Marks, _Known
 from agent.config.keys import AgentConfig, CollectionConfig
 from agent.config.layers import load_config
 from agent.doctor.machine import check_collections
+from agent.doctor.network import _same_relay
 from agent.doctor.registry import CHECKS, Entry, Examination, Finding
+from agent.identity_file import IDENTITY_FILE, KEY_FILE, Identity, save_identity
 from agent.storage.disks import Disk
 from agent.storage.mounts import Mark
+from protocol.identity import NodeKey
 
 ID = "6c54cade-bde5-45c1-bdea-f4bd71dba2cc"
 
@@ -169,6 +172,44 @@ def test_what_is_wrong_is_named_with_what_to_do(tmp_path: Path) -> None:
     assert all(row["advice"] for row in failures)
     (tmp_path / "gone").mkdir()
     assert run(config_file, "collections")[0] == 0
+
+
+def enrolled(place: Path) -> Identity:
+    """An agent that was set up, without having done anything."""
+    key = NodeKey.generate()
+    place.mkdir(mode=0o700)
+    key.save(place / KEY_FILE)
+    identity = Identity(
+        endpoint_id=ID, node_id=ID, relay_id="mine", relay_root="", relay_url="", fingerprint=key.fingerprint
+    )
+    save_identity(place, identity)
+    return identity
+
+
+@pytest.mark.parametrize("name", [IDENTITY_FILE, KEY_FILE, MARKS_FILE])
+def test_what_an_agent_cannot_start_without_is_looked_at(tmp_path: Path, name: str) -> None:
+    config_file, state = tmp_path / "agent.yaml", tmp_path / "agent.state"
+    config_file.write_text("relay: {url: 'https://relay.example.org'}\n")
+    enrolled(state)
+    (fine,) = run(config_file, "state")[1]["state"]
+    assert fine["level"] == "ok"
+    (state / name).write_bytes(b"\xa5damaged")
+    code, found = run(config_file, "state")
+    assert code == 1
+    assert name in found["state"][0]["sentence"]
+    assert found["state"][0]["advice"]
+
+
+def test_another_relay_than_the_one_of_the_enrolment_is_told(tmp_path: Path) -> None:
+    config_file = tmp_path / "agent.yaml"
+    config_file.write_text("relay: {url: 'https://relay.example.org'}\n")
+    looked = Examination(config_file=config_file, config=load_config(config_file), status=None, now=0.0)
+    assert not list(_same_relay(looked, "https://relay.example.org", {"relay_id": "another"})), "not set up yet"
+    enrolled(tmp_path / "agent.state")
+    assert not list(_same_relay(looked, "https://relay.example.org", {"relay_id": "mine"}))
+    (finding,) = _same_relay(looked, "https://relay.example.org", {"relay_id": "another"})
+    assert (finding.level, "Another relay answers" in finding.sentence) == ("failure", True)
+    assert "relay.url" in finding.advice
 
 
 def test_an_unknown_check_is_refused(tmp_path: Path) -> None:
