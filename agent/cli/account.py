@@ -124,7 +124,7 @@ def _person(url: str, ca_file: str | None, *, device: bool, no_browser: bool) ->
             code = signing.begin_device(copy)
             tell(f"On any device, open {code.page} and type the code {code.user_code}")
             tokens = signing.wait_for_device(copy, code)
-        elif no_browser or _is_remote():
+        elif no_browser or browser_is_elsewhere():
             tokens = signing.with_copied_code(copy, _show_address, _ask_code)
         else:
             tokens = signing.with_browser(copy, _open_browser)
@@ -138,9 +138,15 @@ def tell(sentence: str) -> None:
     click.echo(sentence, err=True)
 
 
-def _is_remote() -> bool:
-    """Whether a browser opened here would open on another machine's screen."""
-    return bool(os.environ.get("SSH_TTY") or os.environ.get("SSH_CONNECTION"))
+def browser_is_elsewhere() -> bool:
+    """Whether a browser opened here would open on another machine's screen, or there is none (containers)."""
+    if os.environ.get("SSH_TTY") or os.environ.get("SSH_CONNECTION"):
+        return True
+    try:
+        webbrowser.get()
+    except webbrowser.Error:
+        return True
+    return False
 
 
 def _show_address(address: str) -> None:
@@ -152,7 +158,7 @@ def _ask_code() -> str:
 
 
 def _open_browser(address: str) -> None:
-    tell(f"If no browser opens, open this address on this machine:\n{address}")
+    tell(f"If no browser opens, open this address on this machine (or end this, and use --no-browser):\n{address}")
     webbrowser.open(address)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import webbrowser
 from pathlib import Path
 
 import pytest
@@ -94,3 +95,22 @@ def test_a_home_that_cannot_be_written_to_is_told_in_a_sentence(
     code, out, err = towpath("login", "--relay", relay.url, "--client-id", CLIENT, "--secret-file", "-", stdin=SECRET)
     assert (code, out) == (1, "")
     assert err == f"towpath: {tmp_path}/file/config/towpath/profiles: Not a directory.\n"
+
+
+def test_without_a_browser_here_the_address_is_for_another_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a container or a notebook's terminal it waited a quarter of an hour for a browser that could not answer."""
+    from agent.cli.account import browser_is_elsewhere
+
+    for name in ("SSH_TTY", "SSH_CONNECTION"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("webbrowser.get", lambda: object())
+    assert not browser_is_elsewhere()
+    monkeypatch.setenv("SSH_CONNECTION", "1")
+    assert browser_is_elsewhere()
+    monkeypatch.delenv("SSH_CONNECTION")
+
+    def none() -> None:
+        raise webbrowser.Error("could not locate runnable browser")
+
+    monkeypatch.setattr("webbrowser.get", none)
+    assert browser_is_elsewhere()
