@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import queue
+from collections.abc import Callable
 from typing import Any
 
 import trio
@@ -48,6 +49,7 @@ class RemoteArrivals:
         settle: queue.SimpleQueue[Any],
         reports: Reports,
         *,
+        done: Callable[[int, int], object],
         names: bytes,
         mode_mask: int,
         preserve_timestamp: bool,
@@ -56,6 +58,8 @@ class RemoteArrivals:
         self._fetcher = fetcher
         self._settle = settle
         self._reports = reports
+        # Told of the lane and the number of a request that has arrived whole.
+        self._done = done
         self._names = names
         self._mode_mask = mode_mask
         self._preserve_timestamp = preserve_timestamp
@@ -116,7 +120,7 @@ class RemoteArrivals:
             self._not_written(request, each, held)
         self._settle.put(held)
         if message.last:
-            self._fetcher.done(lane.number, message.r)
+            self._done(lane.number, message.r)
 
     def _not_written(self, request: PackRequest, failure: say.NotWritten, held: PackHeld) -> None:
         job = request.jobs[failure.index]

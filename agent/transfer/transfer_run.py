@@ -123,6 +123,7 @@ class TransferRun:
                 self.fetcher,
                 self.settle,
                 self,
+                done=self._on_request_done,
                 names=self._temporary_names,
                 mode_mask=context.mode_mask,
                 preserve_timestamp=self.options.preserve_timestamp,
