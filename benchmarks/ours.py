@@ -203,9 +203,11 @@ async def engine(
 ) -> AsyncIterator[Engine]:
     """Both agents, up and linked, each with its spare worker. ``address`` is where the source listens; ``prepare`` is
     called before they start; ``read_twice`` is the source's owner's choice, ``numbered_accounts`` the destination's.
-    ``workers_per_session`` as in the configuration, None for auto; else the environment's WORKERS_PER_SESSION, or 1."""
+    ``workers_per_session`` as in the configuration, None for auto; else the environment's WORKERS_PER_SESSION, or auto,
+    as agents have it."""
     if workers_per_session == "as the environment says":
-        workers_per_session = int(os.environ.get("WORKERS_PER_SESSION", "1"))
+        said = os.environ.get("WORKERS_PER_SESSION", "auto")
+        workers_per_session = None if said == "auto" else int(said)
     limits = LimitsConfig(lanes=lanes, workers_per_session=workers_per_session)
     made = Engine(
         directory, source, destination, limits, address, read_twice=read_twice, numbered_accounts=numbered_accounts

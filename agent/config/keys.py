@@ -204,8 +204,8 @@ class LimitsConfig:
     )
     workers_per_session: int | None = setting(
         OrAuto(Number(1, 16)),
-        1,
-        doc="Processes that receive one session's files (Linux): a number, or auto, by the processors of the machine.",
+        None,
+        doc="Processes that receive one session's files (Linux): a number, or auto, by the task and the processors.",
     )
     spare_worker: bool = setting(
         Flag(), True, doc="Keep one idle worker process, so that a transfer begins at once (about 45 MB of memory)."

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 # Where a process may fork once libraries are loaded; on macOS some of them do not outlive it.
 FORKS: bool = sys.platform == "linux"
+# As many processes for a session as pay.
+AUTO = 0
 
 
 class Forked:
@@ -84,13 +86,16 @@ class Spawned:
 
 
 def session_processes(wanted: int | None) -> int:
-    """How many processes one session may use here; None: as many as pay. Up to four, since the one that settles is busy
-    with three, and each may take some 45 MB."""
+    """How many processes one session may use here, `AUTO` for None: a worker decides when it knows its task."""
     if not FORKS:
         return 1
+    return AUTO if wanted is None else wanted
+
+
+def usable_processors() -> int:
+    """How many processors this process may use."""
     usable = getattr(os, "sched_getaffinity", None)
-    processors = os.cpu_count() or 1 if usable is None else len(usable(0))
-    return wanted if wanted is not None else min(4, processors)
+    return os.cpu_count() or 1 if usable is None else len(usable(0))
 
 
 def spawn(processes: int = 1) -> Spawned:

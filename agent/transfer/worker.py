@@ -1,8 +1,8 @@
 """The worker process: one task at its destination, or one session at its source. Composition only.
 
 Started by the daemon as ``python -m agent.transfer.worker FD N`` with one end of a socket pair and the number of
-processes that its session may use, itself included, or forked from the daemon; the first message says what to be. It
-ends when its work ends or the daemon goes away; what it had settled is in the journal.
+processes that its session may use, itself included (0: as many as pay), or forked from the daemon; the first message
+says what to be. It ends when its work ends or the daemon goes away; what it had settled is in the journal.
 """
 
 from __future__ import annotations
@@ -47,9 +47,10 @@ from agent.transfer.daemon_line import DaemonLine, Moving
 from agent.transfer.lane_processes import Child, dismiss, fork_lane_processes
 from agent.transfer.rehearsal import rehearse
 from agent.transfer.serve import JOIN_PATIENCE, SourceSide, serve_lane
+from agent.transfer.session_processes import lane_processes
 from agent.transfer.small_files import raise_descriptor_limit
 from agent.transfer.source_policy import SourcePolicy
-from agent.transfer.spawn import Spawned, fork_into
+from agent.transfer.spawn import Spawned, fork_into, usable_processors
 from agent.transfer.task_runner import TaskRunner
 from protocol.congestion import tune_sender
 from protocol.control import FINAL_STATES
@@ -87,14 +88,6 @@ def _narrowed(root: Root, grant: Grant) -> Root:
         return root
     with root:
         return root.narrowed(Reach(folders))
-
-
-def _receives_by_handles(start: Any) -> bool:
-    """Whether lane processes can help: something is received, and handles are enough for it."""
-    if not isinstance(start, RunTask) or start.order.type != "TRANSFER":
-        return False
-    options = start.order.options
-    return not (options.preserve_xattrs or options.preserve_acls)
 
 
 async def _run_task(channel: Channel, start: RunTask, forked: Sequence[Child]) -> None:
@@ -297,9 +290,10 @@ def _work(descriptor: int, processes: int) -> None:
     forked: Sequence[Child] = ()
     try:
         start, _ = channel.receive_first()
-        if _receives_by_handles(start):
+        if isinstance(start, RunTask):
             # Now, while there is one thread; and not before, as one that waits would keep them for nothing.
-            forked = fork_lane_processes(processes - 1, close=descriptor)
+            count = lane_processes(processes, start.order, usable_processors())
+            forked = fork_lane_processes(count, close=descriptor)
         log_to_standard_error(start.common.log_form, start.common.log_level)
         wait_for_threads()
         trio.run(_main, channel, start, forked)

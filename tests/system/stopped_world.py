@@ -28,6 +28,7 @@ from agent import local_socket
 from agent.cli.relay_client import Relay, document_of
 from agent.demo.children import Child, warden
 from agent.demo.world import AGENTS, World, open_world
+from agent.transfer.spawn import usable_processors
 from tests.agent.engine_inside import contents
 
 STOPS = Path(__file__).with_name("stops")
@@ -39,7 +40,8 @@ PATIENCE = 60.0
 # How long after the end of its task an event may arrive (seconds).
 EVENTS_LATE = 10.0
 # Lane processes of each session at the destination, from the environment; none as the product has it.
-LANE_PROCESSES = int(os.environ.get("LANE_PROCESSES", "0"))
+# As agents have it by themselves, unless the environment says another number.
+LANE_PROCESSES = int(os.environ.get("LANE_PROCESSES", "1" if usable_processors() > 1 else "0"))
 
 
 def fill(root: Path, large: int) -> dict[str, bytes | str]:
@@ -333,8 +335,8 @@ def _kill(pid: int) -> None:
 
 @asynccontextmanager
 async def stopped_world(directory: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[StoppedWorld]:
-    """A world whose processes know the steps. With LANE_PROCESSES=2 in the environment its destination receives with
-    so many lane processes."""
+    """A world whose processes know the steps. With LANE_PROCESSES=2 (or 0) in the environment its destination receives
+    with so many lane processes."""
     stops = directory / "stops"
     stops.mkdir()
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(STOPS), os.environ.get("PYTHONPATH")))))
@@ -343,7 +345,7 @@ async def stopped_world(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Asy
     for root in roots.values():
         root.mkdir(parents=True)
     async with warden() as guard, open_world(directory, roots, guard, print) as world:
-        if LANE_PROCESSES:
+        if "LANE_PROCESSES" in os.environ:
             beta = world.sites["beta"]
             with beta.config_file.open("a", encoding="utf-8") as file:
                 file.write(f"limits:\n  workers_per_session: {1 + LANE_PROCESSES}\n")

@@ -4,7 +4,8 @@ Each time: the process that comes to the step stops there; the victims are kille
 was killed is started again. Nothing wrong has a final name at the moment of the kill, at most 64 MiB are sent again,
 both trees are equal at the end, and the relay tells the task's beginning and end once.
 
-With ``LANE_PROCESSES=2`` in the environment the destination receives with so many lane processes, which are victims.
+The destination receives with one lane process, which is a victim, too; with ``LANE_PROCESSES=2`` in the environment
+with two, and with 0 by itself.
 """
 
 from __future__ import annotations
