@@ -46,7 +46,7 @@ async def _submit(
     request: Request, caller: CallerHere, services: ServicesHere, word: str, read: Callable[..., Submission]
 ) -> Response:
     document = await read_document(request)
-    present, homes = await _known(document, caller, services)
+    present, homes = await _known(document, word.upper(), caller, services)
     if present is not None:
         return _accepted(request, word, str(document["submission_id"]).lower(), present, task_turns.DUPLICATE)
     now = services.clock()
@@ -82,7 +82,7 @@ async def _submit(
     return _accepted(request, word, submission.submission_id, task_id, code)
 
 
-async def _known(document: Any, caller: CallerHere, services: ServicesHere) -> tuple[str | None, Homes]:
+async def _known(document: Any, kind: str, caller: CallerHere, services: ServicesHere) -> tuple[str | None, Homes]:
     """The task that this very submission has made already, and where its collections have their homes."""
     fields = document if isinstance(document, dict) else {}
     given = fields.get("submission_id")
@@ -93,7 +93,7 @@ async def _known(document: Any, caller: CallerHere, services: ServicesHere) -> t
     def work(connection: Connection) -> tuple[str | None, Homes]:
         present = None
         if is_uuid(given):
-            present = task_turns.find_submission(connection, caller.identity_id, str(given).lower())
+            present = task_turns.find_submission(connection, caller.identity_id, str(given).lower(), kind)
         return present, collections.homes(connection, ids, caller.identity_id, now)
 
     return await services.store.read(work)

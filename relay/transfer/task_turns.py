@@ -34,12 +34,16 @@ ACCEPTED, DUPLICATE = "Accepted", "Duplicate"
 CANCEL_DONE, CANCEL_ACCEPTED, TASK_COMPLETE = "Canceled", "CancelAccepted", "TaskComplete"
 
 
-def find_submission(connection: Connection, owner_id: str, submission_id: str) -> str | None:
-    """The task that this identity has already submitted under this id."""
+def find_submission(connection: Connection, owner_id: str, submission_id: str, kind: str) -> str | None:
+    """The task of this kind that this identity has already submitted under this id. Raises `ApiError` 409 where the id
+    was used for the other kind: who takes a transfer for the delete that was asked for waits for the wrong thing."""
     task = tables.tasks.c
-    return connection.execute(
-        select(task.id).where(task.owner_id == owner_id, task.submission_id == submission_id)
-    ).scalar_one_or_none()
+    query = select(task.id, task.type).where(task.owner_id == owner_id, task.submission_id == submission_id)
+    found = connection.execute(query).one_or_none()
+    if found is not None and found.type != kind:
+        sentence = f"A {found.type.lower()} was submitted under this submission id; ask for a new one."
+        raise ApiError(409, "Conflict", sentence)
+    return None if found is None else str(found.id)
 
 
 def accept(
@@ -58,7 +62,7 @@ def accept(
     ``deadline`` holds when the submission has none, ``most`` bounds the tasks of one person that are not over (0: no
     bound). Raises `ApiError` when the caller may not read or write there, or has too many tasks.
     """
-    present = find_submission(connection, owner_id, submission.submission_id)
+    present = find_submission(connection, owner_id, submission.submission_id, submission.type)
     if present is not None:
         return present, DUPLICATE
     _check_places(connection, submission, owner_id, now)

@@ -339,6 +339,9 @@ async def test_accepted_and_duplicate(relay: TransferWorld) -> None:
         answer = await alice.post("/transfer", again, status=202)
         assert (answer["code"], answer["task_id"]) == ("Duplicate", first["task_id"])
     assert (await alice.get("/task_list"))["total"] == 1
+    # A task of the other kind is not what was asked for.
+    for other in (delete_document(a, submission_id=value), {"submission_id": value}):
+        assert "A transfer was submitted" in await alice.refused("POST", "/delete", 409, "Conflict", json=other)
     # Another user's submission ids are another matter.
     c, _ = await relay.collection(bob, "C")
     d, _ = await relay.collection(bob, "D")
