@@ -105,6 +105,8 @@ async def views(services: Services, caller: Caller, shown: list[Collection]) -> 
     ]
 
 
-def surroundings(services: Services, known: dict[str, Collection]) -> Surroundings:
+def surroundings(
+    services: Services, known: dict[str, Collection], unseen: frozenset[str] = frozenset()
+) -> Surroundings:
     """What task documents need beside their tasks."""
-    return Surroundings(known, services.clock(), services.registry.is_connected)
+    return Surroundings(known, services.clock(), services.registry.is_connected, unseen)

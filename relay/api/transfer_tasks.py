@@ -48,13 +48,14 @@ async def task_list(request: Request, caller: CallerHere, services: ServicesHere
     work = partial(
         task_lists.own_tasks,
         identity_id=caller.identity_id,
+        now=services.clock(),
         conditions=filters,
         order=task_filters.order(parameters.get("orderby")),
         limit=limit,
         offset=offset,
     )
     page = await services.store.read(work)
-    around, fields = surroundings(services, page.collections), wanted_fields(request)
+    around, fields = surroundings(services, page.collections, page.unseen), wanted_fields(request)
     rows = [only_fields(task_document(task, around), fields) for task in page.tasks]
     return await answer_large(
         {
@@ -85,8 +86,15 @@ async def _own(services: ServicesHere, caller: CallerHere, task_id: str) -> tupl
 @router.get("/task/{task_id}")
 async def show_task(request: Request, task_id: str, caller: CallerHere, services: ServicesHere) -> Response:
     """One task."""
-    task, known = await _own(services, caller, task_id)
-    return answer(only_fields(task_document(task, surroundings(services, known)), wanted_fields(request)))
+    now = services.clock()
+
+    def work(connection: Connection) -> tuple[Task, dict[str, Collection], frozenset[str]]:
+        task = task_rows.require_own(connection, task_id, caller.identity_id)
+        known = task_lists.collections_of(connection, [task])
+        return task, known, task_lists.unseen(connection, known, caller.identity_id, now)
+
+    task, known, unseen = await services.store.read(work)
+    return answer(only_fields(task_document(task, surroundings(services, known, unseen)), wanted_fields(request)))
 
 
 @router.put("/task/{task_id}")

@@ -34,11 +34,15 @@ OFFLINE = "GC_NOT_CONNECTED"
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What a task document needs beside the task: its collections, the moment, and who is connected."""
+    """What a task document needs beside the task: its collections, the moment, and who is connected.
+
+    ``unseen`` are collections that the reader may not see now: they are called what they were when the task began.
+    """
 
     collections: Mapping[str, Collection]
     now: float
     is_connected: Callable[[str], bool]
+    unseen: frozenset[str] = frozenset()
 
     def offline(self, collection_id: str | None) -> bool:
         """Whether the agent of a collection cannot be asked now."""
@@ -124,12 +128,19 @@ def _name(collection_id: str | None, around: Surroundings) -> str | None:
     return None if collection is None else collection.display_name
 
 
+def _name_for_reader(task: Task, collection_id: str | None, around: Surroundings) -> str | None:
+    if collection_id not in around.unseen:
+        return _name(collection_id, around)
+    name: str | None = task.echo.get("names", {}).get(collection_id)
+    return name
+
+
 def _places(task: Task, around: Surroundings) -> dict[str, Any]:
     document: dict[str, Any] = {}
     for side, collection_id in (("source", task.source_id), ("destination", task.destination_id)):
         collection = around.collections.get(collection_id or "")
         document[f"{side}_endpoint_id"] = collection_id
-        document[f"{side}_endpoint_display_name"] = _name(collection_id, around)
+        document[f"{side}_endpoint_display_name"] = _name_for_reader(task, collection_id, around)
         document[f"{side}_endpoint"] = (
             None if collection is None else f"{legacy_username(collection.owner_id)}#{collection.id}"
         )

@@ -8,6 +8,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, and_, func, or_, select
 
 from relay.access.decisions import Ability, Subject, abilities
+from relay.access.principals import subject_of
 from relay.store import transfer_tables as tables
 from relay.transfer import task_rows
 from relay.transfer.collections import Collection, load_many
@@ -21,11 +22,15 @@ MAX_OFFSET = 10_000_000
 
 @dataclass(frozen=True)
 class TaskPage:
-    """Tasks of one page with the collections they name, and how many there are in all."""
+    """Tasks of one page with the collections they name, and how many there are in all.
+
+    ``unseen`` are those of the collections that the reader may not see now.
+    """
 
     tasks: list[Task]
     total: int
     collections: dict[str, Collection]
+    unseen: frozenset[str] = frozenset()
 
 
 def collections_of(connection: Connection, tasks: list[Task]) -> dict[str, Collection]:
@@ -34,10 +39,21 @@ def collections_of(connection: Connection, tasks: list[Task]) -> dict[str, Colle
     return load_many(connection, ids)
 
 
+def unseen(connection: Connection, known: dict[str, Collection], identity_id: str, now: float) -> frozenset[str]:
+    """Which collections an identity may not see now. Deleted ones, which change no more, are not counted."""
+    subject = subject_of(connection, identity_id, now)
+    return frozenset(
+        collection_id
+        for collection_id, collection in known.items()
+        if collection.deleted is None and Ability.SEE not in abilities(collection.facts, subject)
+    )
+
+
 def own_tasks(
     connection: Connection,
     *,
     identity_id: str,
+    now: float,
     conditions: list[ColumnElement[bool]],
     order: list[ColumnElement[Any]],
     limit: int,
@@ -49,7 +65,8 @@ def own_tasks(
     total = int(connection.execute(select(func.count()).select_from(tables.tasks).where(*held)).scalar_one())
     rows = connection.execute(select(*task_rows.COLUMNS).where(*held).order_by(*order).limit(limit).offset(offset))
     tasks = [Task(**row._mapping) for row in rows]
-    return TaskPage(tasks, total, collections_of(connection, tasks))
+    known = collections_of(connection, tasks)
+    return TaskPage(tasks, total, known, unseen(connection, known, identity_id, now))
 
 
 def watched_sides(task: Task, known: dict[str, Collection], subject: Subject) -> frozenset[str]:

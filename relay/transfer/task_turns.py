@@ -22,6 +22,7 @@ from relay.store import transfer_tables as tables
 from relay.store.auth_tables import identities
 from relay.store.sign_in_tables import linked_identities
 from relay.transfer import collections, event_log, rules, task_rows
+from relay.transfer.collections import Collection
 from relay.transfer.entitlement import entitled, spots
 from relay.transfer.event_log import TaskEvent
 from relay.transfer.submission import Submission
@@ -65,7 +66,7 @@ def accept(
     present = find_submission(connection, owner_id, submission.submission_id, submission.type)
     if present is not None:
         return present, DUPLICATE
-    _check_places(connection, submission, owner_id, now)
+    known = _check_places(connection, submission, owner_id, now)
     if most and count_of_owner(connection, owner_id) >= most:
         raise too_many(f"You have {most} tasks that are not over, the most allowed; wait for some to end.", 60)
     task_id = str(uuid.uuid4())
@@ -80,27 +81,26 @@ def accept(
         "deadline": submission.deadline or deadline,
         "source_id": submission.source_id,
         "destination_id": submission.destination_id,
-        "options": msgspec.json.encode(_options(connection, submission)).decode(),
-        "submitted": json.dumps(submission.echo),
+        "options": msgspec.json.encode(_options(submission, known)).decode(),
+        # Its owner sees these names later on, also where they may not see any more what became of the collections.
+        "submitted": json.dumps({**submission.echo, "names": {one.id: one.display_name for one in known}}),
         "item_count": len(submission.items),
         "session_id": str(uuid.uuid4()),
         **_NEW,
     }
     scope = Scope(submission.source_scope, submission.destination_scope, submission.changes)
     task_rows.insert_task(connection, values, items, scope)
-    for collection_id in {submission.source_id, submission.destination_id} - {None}:
-        collections.change(connection, str(collection_id), {"last_accessed": now})
+    for one in known:
+        collections.change(connection, one.id, {"last_accessed": now})
     return task_id, ACCEPTED
 
 
-def _options(connection: Connection, submission: Submission) -> TaskOptions:
+def _options(submission: Submission, known: Iterable[Collection]) -> TaskOptions:
     """The task's options: those that were asked for, and checksums where one of the collections demands them."""
     options = submission.options
     if submission.type != "TRANSFER" or options.verify_checksum:
         return options
-    ids = (submission.source_id, str(submission.destination_id))
-    forced = any(collection.force_verify for collection in collections.load_many(connection, ids).values())
-    return msgspec.structs.replace(options, verify_checksum=forced)
+    return msgspec.structs.replace(options, verify_checksum=any(one.force_verify for one in known))
 
 
 def count_of_owner(connection: Connection, owner_id: str) -> int:
@@ -124,11 +124,13 @@ _NEW: dict[str, Any] = {
 }
 
 
-def _check_places(connection: Connection, submission: Submission, owner_id: str, now: float) -> None:
-    """The same as `entitled` asks later on, with an answer for people."""
+def _check_places(connection: Connection, submission: Submission, owner_id: str, now: float) -> tuple[Collection, ...]:
+    """The same as `entitled` asks later on, with an answer for people. Returns the collections of the task."""
+    sources = []
     if submission.destination_id is not None:
         wanted = spots(submission.source_scope)
-        collections.require(connection, submission.source_id, owner_id, Ability.READ, now=now, spots=wanted)
+        read = collections.require(connection, submission.source_id, owner_id, Ability.READ, now=now, spots=wanted)
+        sources.append(read)
     written = collections.require(
         connection,
         submission.destination_id or submission.source_id,
@@ -139,6 +141,7 @@ def _check_places(connection: Connection, submission: Submission, owner_id: str,
     )
     if written.node_id is not None and written.available and written.read_only:
         raise ApiError(403, "PermissionDenied", f"“{written.display_name}” is read-only by its owner's configuration.")
+    return (*sources, written)
 
 
 def finish(connection: Connection, task: Task, *, code: str, sentence: str, when: float) -> None:

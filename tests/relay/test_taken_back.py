@@ -172,6 +172,20 @@ async def test_the_tasks_of_a_deleted_client_end_with_it(clock: MockClock, scene
     assert scene.destination.orders[task_id][-1].desired == "cancel"
 
 
+async def test_what_a_collection_is_called_later_is_for_those_who_may_see_it(clock: MockClock, scene: Scene) -> None:
+    bob, rule_id, task_id = await bobs_task(scene)
+    name = "source_endpoint_display_name"
+    before = (await bob.get(f"/task/{task_id}"))[name]
+    await scene.alice.put(f"/endpoint/{scene.a}", {"display_name": "Renamed"})
+    assert (await bob.get(f"/task/{task_id}"))[name] == "Renamed"
+    await scene.alice.delete(f"/endpoint/{scene.a}/access/{rule_id}")
+    await scene.alice.put(f"/endpoint/{scene.a}", {"display_name": "Secret"})
+    (row,) = (await bob.get("/task_list"))["DATA"]
+    for shown in (await bob.get(f"/task/{task_id}"), row):
+        assert shown[name] == before
+        assert "Secret" not in str(shown)
+
+
 # --- people ----------------------------------------------------------------------------------------------------------
 
 
