@@ -294,8 +294,8 @@ def _filled(template: str, claims: Mapping[str, Any]) -> str | None:
             value = claims.get(name)
             if not isinstance(value, str) or not value:
                 return None
-            # An address that the provider has not verified may be anybody's.
-            if name == "email" and claims.get("email_verified") is False:
+            # An address that the provider has not verified may be anybody's. Some say so with a text.
+            if name == "email" and str(claims.get("email_verified", True)).lower() not in ("true", "none"):
                 return None
             parts.append(value)
     try:

@@ -201,7 +201,12 @@ async def test_an_answer_of_another_provider_is_noticed() -> None:
     [
         (CAMPUS, {"preferred_username": "Grace@Campus.example"}, "grace@campus.example"),
         (CAMPUS, {"email": "grace@campus.example", "email_verified": True}, "grace@campus.example"),
+        (CAMPUS, {"email": "grace@campus.example", "email_verified": "true"}, "grace@campus.example"),
+        (CAMPUS, {"email": "grace@campus.example"}, "grace@campus.example"),
         (CAMPUS, {"email": "grace@campus.example", "email_verified": False}, None),
+        (CAMPUS, {"email": "grace@campus.example", "email_verified": "false"}, None),
+        (CAMPUS, {"email": "grace@campus.example", "email_verified": 0}, None),
+        (CAMPUS, {"email": "grace@campus.example", "email_verified": []}, None),
         (CAMPUS, {"preferred_username": "ada@relay.example"}, None),
         (CAMPUS, {"preferred_username": "x@clients.auth.globus.org"}, None),
         (CAMPUS, {"preferred_username": "grace@elsewhere.example"}, None),
