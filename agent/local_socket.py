@@ -110,9 +110,12 @@ def _private_directory(directory: Path) -> None:
 
 
 def forget(state_dir: Path, path: Path) -> None:
-    """Remove the socket and the note of where it was. Raises OSError."""
+    """Remove the socket, its directory, and the note of where it was. Raises OSError."""
     path.unlink(missing_ok=True)
     (state_dir / ADDRESS_FILE).unlink(missing_ok=True)
+    # A directory of its own, perhaps in the folder for temporaries: nothing of an agent that is gone is left behind.
+    with contextlib.suppress(OSError):
+        path.parent.rmdir()
 
 
 def peer_user(connection: socket.socket) -> int | None:

@@ -157,6 +157,7 @@ async def test_a_long_state_path_moves_the_socket_to_the_runtime_directory(state
         assert len(os.fsencode(path)) <= local_socket.MAX_ADDRESS
         assert (mode(path), mode(path.parent)) == (0o600, 0o700)
         assert (await world.ask("GET", "/status"))["running"]
+    assert not path.parent.exists()
 
 
 def test_two_long_state_paths_do_not_meet(state_dir: Path) -> None:
