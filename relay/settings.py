@@ -348,10 +348,15 @@ def _decode_duration(kind: type[Any], value: object) -> Any:
     """msgspec asks here for what it does not know itself. It takes TypeError and ValueError for mistakes in the
     operator's file; a setting of some other kind would be a mistake of ours."""
     assert kind is Duration, f"no way to read a setting of the kind {kind.__name__}"
+    return Duration(seconds_of(value))
+
+
+def seconds_of(value: object) -> float:
+    """Seconds of a length of time such as ``90s``, ``15m``, ``12h`` or ``30d``. Raises ValueError."""
     match = _DURATION.fullmatch(value) if isinstance(value, str) else None
     if match is None or float(match[1]) <= 0:
         raise ValueError("not a duration")
-    return Duration(float(match[1]) * _SECONDS[match[2]])
+    return float(match[1]) * _SECONDS[match[2]]
 
 
 def _description(kind: Any) -> str:
