@@ -25,9 +25,12 @@ from agent.system.file_lock import try_lock
 from agent.transfer import end_game, lane_count, lane_process, lanes
 from agent.transfer import lane_messages as say
 from agent.transfer.channel import Channel
+from agent.transfer.held import PackHeld
+from agent.transfer.jobs import AllArrived
 from agent.transfer.lane_process import LaneProcess
 from agent.transfer.lane_processes import LaneProcesses, OneProcess, RemoteLane
 from agent.transfer.message_buffer import Garbled, MessageBuffer
+from agent.transfer.settle import Settler
 from protocol.control import TaskItem, TaskOptions
 from tests.agent import engine_world
 from tests.agent.engine_inside import (
@@ -69,6 +72,23 @@ async def test_what_other_processes_receive_is_what_there_is(quick_path: Path, p
     written = [call.name for call in engine.calls if call.operation == "create_temporary"]
     # All small files were written where they were received.
     assert sum(b"r" in name.rpartition(b".towpath.")[2] for name in written) == 80
+
+
+async def test_the_settler_hears_that_everything_has_come(quick_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or it would wait for more before it gives the last files their names."""
+    told = []
+    take = Settler._take
+
+    def note(settler: Settler, item: Any) -> None:
+        told.append(type(item))
+        take(settler, item)
+
+    monkeypatch.setattr(Settler, "_take", note)
+    engine = Engine(quick_path, processes=1)
+    tree(engine.source, [f"{folder}/{name}" for folder in "ab" for name in range(40)])
+    assert (await engine.run()).state == "SUCCEEDED"
+    assert AllArrived in told[told.index(PackHeld) :]
+    assert PackHeld not in told[told.index(AllArrived) :]
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EACCES], ids=errno.errorcode.get)
