@@ -23,7 +23,16 @@ from protocol.websocket.orders import Serve, decode_order
 from relay.rendezvous.tunnel.limits import TunnelLimits
 from relay.rendezvous.tunnel.service import TunnelQuota, TunnelService, TunnelUnavailable
 from relay.server import _renew_certificate
-from tests.relay.tunnel_world import ROOT, SESSION, SIGNER, USER, TunnelWorld, tunnel_world
+from tests.relay.tunnel_ends import (
+    count_until_broken,
+    no_pairs,
+    pass_both_ways,
+    read_all,
+    send_for_ever,
+    send_until_held_back,
+    wake_up,
+)
+from tests.relay.tunnel_world import ROOT, SESSION, SIGNER, USER, tunnel_world
 
 OTHER_USER = "55555555-5555-4555-8555-555555555555"
 
@@ -36,56 +45,6 @@ def moving_process() -> psutil.Process:
         if one.status() != psutil.STATUS_ZOMBIE and "relay.rendezvous.tunnel.process" in one.cmdline()
     ]
     return child
-
-
-async def read_all(stream: trio.SocketStream) -> bytes:
-    data = bytearray()
-    while chunk := await stream.receive_some(256 * 1024):
-        data += chunk
-    return bytes(data)
-
-
-async def count_until_broken(stream: trio.SocketStream) -> int:
-    total = 0
-    try:
-        while chunk := await stream.receive_some(256 * 1024):
-            total += len(chunk)
-    except trio.BrokenResourceError:
-        return total
-    return total
-
-
-async def send_for_ever(stream: trio.SocketStream, piece: bytes = bytes(64 * 1024)) -> None:
-    try:
-        while True:
-            await stream.send_all(piece)
-    except trio.BrokenResourceError:
-        return
-
-
-async def no_pairs(world: TunnelWorld) -> None:
-    with trio.fail_after(10):
-        while world.service.statistics().pairs:
-            await trio.sleep(0.01)
-
-
-async def pass_both_ways(source: trio.SocketStream, destination: trio.SocketStream, content: bytes) -> None:
-    """Content arrives whole, and its opposite the other way, which is still open when the first one has ended."""
-    received: dict[str, bytes] = {}
-
-    async def read(name: str, stream: trio.SocketStream) -> None:
-        received[name] = await read_all(stream)
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(read, "forward", destination)
-        await source.send_all(content)
-        await source.send_eof()
-    assert received["forward"] == content
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(read, "back", source)
-        await destination.send_all(content[::-1])
-        await destination.send_eof()
-    assert received["back"] == content[::-1]
 
 
 async def test_bytes_pass_both_ways_and_each_way_ends_by_itself() -> None:
@@ -113,22 +72,12 @@ async def test_what_an_agent_sends_at_once_behind_the_outer_tls_is_not_lost() ->
 
 async def test_a_receiver_that_takes_nothing_holds_the_sender_back() -> None:
     async with tunnel_world() as world, world.pair() as (source, destination):
-        sent = 0
-        with trio.move_on_after(1.0):
-            while True:
-                await source.send_all(bytes(64 * 1024))
-                sent += 64 * 1024
+        sent = await send_until_held_back(source)
         # Socket buffers on both sides and one pipe, nothing that grows: far less than an unbounded second would be.
         assert sent < 64 * 1024 * 1024
         child = moving_process()
         assert child.memory_info().rss < 100 * 1024 * 1024
-        # The receiver wakes up and gets everything, in order.
-        with trio.fail_after(20):
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(source.send_eof)
-                received = await read_all(destination)
-        assert len(received) >= sent
-        assert not any(received)
+        await wake_up(source, destination, sent)
 
 
 async def test_when_one_side_breaks_the_other_is_told_by_a_reset() -> None:

@@ -17,7 +17,14 @@ from protocol.websocket.line import DEAD
 from protocol.websocket.orders import ALPN
 from relay.rendezvous.tunnel.limits import TunnelLimits
 from relay.rendezvous.tunnel.websocket import WebSocketTunnels
-from tests.relay.test_tunnel import count_until_broken, no_pairs, pass_both_ways, read_all, send_for_ever
+from tests.relay.tunnel_ends import (
+    count_until_broken,
+    no_pairs,
+    pass_both_ways,
+    send_for_ever,
+    send_until_held_back,
+    wake_up,
+)
 from tests.relay.tunnel_world import CA, SESSION, USER, TunnelWorld, tunnel_world
 
 SILENCE = DEAD + 3
@@ -72,23 +79,13 @@ async def test_those_that_wait_to_be_handed_over_are_bounded(monkeypatch: pytest
 
 async def test_a_receiver_that_takes_nothing_holds_the_sender_back() -> None:
     async with tunnel_world(websocket=2) as world, world.pair() as (source, destination):
-        sent = 0
-        with trio.move_on_after(1.0):
-            while True:
-                await source.send_all(bytes(64 * 1024))
-                sent += 64 * 1024
+        sent = await send_until_held_back(source)
         # Buffers of five sockets, nothing that grows.
         assert sent < 64 * 1024 * 1024
         for child in psutil.Process().children():
             if child.status() != psutil.STATUS_ZOMBIE and CARRIERS & set(child.cmdline()):
                 assert child.memory_info().rss < 100 * 1024 * 1024
-        # The receiver wakes up and gets everything, in order.
-        with trio.fail_after(20):
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(source.send_eof)
-                received = await read_all(destination)
-        assert len(received) >= sent
-        assert not any(received)
+        await wake_up(source, destination, sent)
 
 
 @pytest.mark.parametrize("inside", [1, 2])
