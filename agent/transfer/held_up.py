@@ -10,6 +10,8 @@ from agent.policy import Policy
 from protocol.control import TaskObserved
 from protocol.errors import NeedsPerson, RetryLater, TowpathError
 
+# What a task says that has not begun and that nobody holds up.
+_WAITS_FOR_TURN = ("", "OK", "QUEUED", "DESTINATION_BUSY")
 OWNER: Final = "destination owner"
 
 
@@ -47,6 +49,6 @@ def told(observed: TaskObserved, error: TowpathError | None) -> TaskObserved:
         return msgspec.structs.replace(
             observed, state=state, status_code=error.code, status_sentence=error.sentence, who=who
         )
-    if observed.state == "PAUSED" or observed.status_code in ("PAUSED_BY_OWNER", "HELD_BACK"):
+    if observed.state == "PAUSED" or (observed.state == "QUEUED" and observed.status_code not in _WAITS_FOR_TURN):
         return msgspec.structs.replace(observed, state="QUEUED", status_code="QUEUED", status_sentence="", who="")
     return observed

@@ -13,7 +13,9 @@ import pytest
 import trio
 
 from agent.daemon import Daemon
-from protocol.control import TaskItem
+from agent.policy import AccessDenied
+from agent.transfer.held_up import told
+from protocol.control import TaskItem, TaskObserved
 from tests.agent.engine_world import World, world
 
 
@@ -109,3 +111,17 @@ async def test_a_task_says_who_has_paused_it(tmp_path: Path) -> None:
         await set_paused(made, False)
         assert (await made.wait(other)).state == "SUCCEEDED"
         assert said(alone)[1] == "PAUSED_BY_OWNER"
+
+
+@pytest.mark.parametrize("state", ["QUEUED", "ACTIVE", "WAITING", "PAUSED"])
+def test_whatever_held_a_task_up_is_not_said_any_more_when_nothing_does(state: Any) -> None:
+    observed = TaskObserved(task_id="t", revision=1, state=state)
+    refused = AccessDenied("The owner offers it for reading only.", code="READ_ONLY")
+    held_up = told(observed, refused)
+    assert (held_up.state, held_up.status_code) == ("QUEUED" if state == "QUEUED" else "PAUSED", "READ_ONLY")
+    assert held_up.who == "destination owner"
+    goes_on = told(held_up, None)
+    assert (goes_on.state, goes_on.status_code, goes_on.status_sentence, goes_on.who) == ("QUEUED", "QUEUED", "", "")
+    assert told(goes_on, None) is goes_on
+    running = TaskObserved(task_id="t", revision=1, state="WAITING", status_code="NO_SPACE", who="destination owner")
+    assert told(running, None) is running
