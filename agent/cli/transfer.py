@@ -153,8 +153,10 @@ def _sync_level(_context: click.Context, _parameter: click.Parameter, value: str
 def transfer(relay: Relay, out: Output, /, source: Location, destination: Location, **options: Any) -> None:
     """Transfer from SOURCE to DESTINATION, each COLLECTION:PATH.
 
-    A file's DESTINATION is the full path of the new file. With --batch the paths may be left out or stand before
-    those of every line. With --wait the exit code tells how the task ended.
+    A file's DESTINATION is the full path of the new file. What is in a folder comes to lie in DESTINATION itself, which
+    is made if need be, not in a folder of the same name there: for that write A:/results B:/data/results. Files of the
+    same names are replaced; see --sync-level. With --batch the paths may be left out or stand before those of every
+    line. With --wait the exit code tells how the task ended.
     """
     submission = submission_from(options)
     origin, target = relay.find(source), relay.find(destination)
