@@ -7,10 +7,12 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 
 from agent.cli.command import with_output
+from agent.cli.exit_codes import ExitCode
 from agent.cli.output import CommandFailed, Output
 from agent.cli.service import config_option, failing_plainly, tell_running_agent
 from agent.config.exposure import exposures, unusable
@@ -26,11 +28,16 @@ def config() -> None:
 
 @config.command()
 @config_option
-def check(config_file: Path) -> None:
+@with_output
+def check(out: Output, config_file: Path) -> int:
     """Read the configuration and list every mistake with its line.
 
     What can be wrong without being a mistake in the file (a missing folder) is a warning and no failure.
     """
+    if out.is_json:
+        document = checked(config_file)
+        out.document(document)
+        return ExitCode.OTHER if document["problems"] else ExitCode.DONE
     with failing_plainly():
         found = load_config(config_file)
     for warning in warnings_of(found, config_file):
@@ -38,6 +45,18 @@ def check(config_file: Path) -> None:
     for _, sentence in exposures(found, config_file):
         click.echo(f"Note: {sentence}", err=True)
     click.echo(f"{config_file}: no mistakes; {len(found.collections)} collection(s), state in {found.state_dir}.")
+    return ExitCode.DONE
+
+
+def checked(config_file: Path) -> dict[str, Any]:
+    """What is wrong with a configuration, and what its owner may not have meant, for programs."""
+    try:
+        found = load_config(config_file)
+    except ConfigError as error:
+        problems = [{"file": str(error.file), "line": line, "sentence": told} for line, told in error.problems]
+        return {"problems": problems, "warnings": [], "notes": []}
+    notes = [sentence for _, sentence in exposures(found, config_file)]
+    return {"problems": [], "warnings": list(warnings_of(found, config_file)), "notes": notes}
 
 
 def warnings_of(found: AgentConfig, config_file: Path) -> Iterator[str]:

@@ -11,8 +11,9 @@ from typing import Any, TypeVar
 
 import click
 
+from agent.cli.command import with_output
 from agent.cli.exit_codes import ExitCode
-from agent.cli.output import CommandFailed, human_bytes
+from agent.cli.output import CommandFailed, Output, human_bytes
 from agent.config.keys import default_config_file
 from agent.config.layers import load_config
 from protocol.control import FINAL_STATES
@@ -62,7 +63,9 @@ def failing_plainly() -> Iterator[None]:
 @click.option("--state-dir", type=click.Path(path_type=Path), help="Where the agent keeps its state.")
 @click.option("--globus-files", is_flag=True, help="Also write ~/.globusonline/lta/client-id.txt.")
 @config_option
+@with_output
 def setup(
+    out: Output,
     key: str | None,
     setup_key_file: Path | None,
     relay_url: str | None,
@@ -107,6 +110,22 @@ def setup(
         outcome = set_up(find_setup_key(key, setup_key_file), wish, config_file, state_dir)
         if globus_files:
             write_globus_files(outcome.collection_id, Path.home())
+    if out.is_json:
+        served = bool(tell_running_agent(outcome.state_dir))
+        out.document(
+            {
+                "collection_id": outcome.collection_id,
+                "endpoint_id": outcome.endpoint_id,
+                "name": outcome.name,
+                "root": outcome.root,
+                "relay_url": outcome.relay_url,
+                "config_file": str(outcome.config_file),
+                "state_dir": str(outcome.state_dir),
+                "was_set_up": outcome.already,
+                "served": served,
+            }
+        )
+        return
     done = "was set up before with this key" if outcome.already else "is set up"
     click.echo(f"Collection {terminal_safe(outcome.name)} ({outcome.collection_id}) {done}: {outcome.root}")
     click.echo(f"Endpoint {outcome.endpoint_id} of the relay {outcome.relay_url}; configuration {outcome.config_file}")

@@ -95,12 +95,16 @@ def audit_export(context: click.Context, after: int) -> None:
 
 
 @audit.command("verify")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON document.")
 @click.pass_context
-def audit_verify(context: click.Context) -> None:
+def audit_verify(context: click.Context, as_json: bool) -> None:
     """Check that no entry was changed, left out or put in. Keep the last hash elsewhere to see a cut-off end."""
     from relay.audit import trail
 
     verdict = with_store(settings_of(context), lambda store: store.read(trail.verify))
+    if as_json:
+        click.echo(json.dumps({"entries": verdict.entries, "head": verdict.head, "broken": verdict.broken}))
+        context.exit(0 if verdict.broken is None else 1)
     if verdict.broken is not None:
         raise click.ClickException(
             f"The log is broken at entry {verdict.broken}; the {verdict.entries} before are whole."

@@ -51,13 +51,18 @@ def user_add(
 
 @user.command("link")
 @click.argument("name")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON document.")
 @click.pass_context
-def user_link(context: click.Context, name: str) -> None:
+def user_link(context: click.Context, name: str, as_json: bool) -> None:
     """Print a one-time link with which a user chooses a new password. It works for a week."""
     from relay import accounts
 
     settings = settings_of(context)
-    click.echo(with_store(settings, accounts.inviting(settings, name)))
+    link = with_store(settings, accounts.inviting(settings, name))
+    if as_json:
+        show({"link": link}, as_json)
+    else:
+        click.echo(link)
 
 
 @user.command("password")

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from relay.cli.audited import AuditedFileCommand, AuditedGroup
-from relay.cli.frame import settings_of
+from relay.cli.frame import settings_of, show
 
 
 @click.group(cls=AuditedGroup)
@@ -20,15 +20,21 @@ def root() -> None:
 
 
 @root.command("show")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON document.")
 @click.pass_context
-def root_show(context: click.Context) -> None:
+def root_show(context: click.Context, as_json: bool) -> None:
     """Show the root's public half and the state of the ticket key."""
     from datetime import UTC, datetime
 
     from relay.keys import RelayKeys
+    from relay.transfer.times import iso
 
     keys = RelayKeys(settings_of(context).directory_path / "keys")
     state = keys.statistics()
+    if as_json:
+        document = {"relay_id": state.relay_id, "root_public": keys.root_public_pem, "root_here": state.root_present}
+        show({**document, "ticket_key": state.ticket_key, "ticket_key_expires": iso(state.ticket_key_expires)}, as_json)
+        return
     click.echo(keys.root_public_pem.strip())
     click.echo(
         f"The private half is {'here: ' + str(keys.root_path) if state.root_present else 'not on this machine'}."

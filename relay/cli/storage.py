@@ -80,8 +80,9 @@ def agent_list(context: click.Context, name: str | None, as_json: bool) -> None:
 
 @agent.command("revoke")
 @click.argument("agent_id", metavar="AGENT")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON document.")
 @click.pass_context
-def agent_revoke(context: click.Context, agent_id: str) -> None:
+def agent_revoke(context: click.Context, agent_id: str, as_json: bool) -> None:
     """Have nothing more to do with an agent, whose machine was lost or stolen. For good.
 
     AGENT is its id (`agent list`), its endpoint's or that of one of its collections. Its links are refused from now on.
@@ -92,6 +93,10 @@ def agent_revoke(context: click.Context, agent_id: str) -> None:
     from relay import machines
 
     revoked = with_store(settings_of(context), machines.revoking(agent_id))
+    if as_json:
+        waiting = [{"collection_id": collection_id, "name": name} for collection_id, name in revoked.collections]
+        show({"node_id": revoked.node_id, "hostname": revoked.hostname, "collections": waiting}, as_json)
+        return
     click.echo(f"Agent {revoked.node_id} on {terminal_safe(revoked.hostname)} is revoked.")
     for collection_id, name in revoked.collections:
         click.echo(f"  collection {collection_id}  {terminal_safe(name)}")

@@ -299,6 +299,18 @@ def test_show_set_and_unset(file: Path) -> None:
     assert file.read_text() == OWNERS
 
 
+def test_check_tells_programs_every_mistake_with_its_line(file: Path, tmp_path: Path) -> None:
+    fine = json.loads(invoke(file, "check", "-F", "json").output)
+    assert fine["problems"] == []
+    assert fine["warnings"], "its folders are not there"
+    file.write_text("limits: {lanes: 99}\ndata:\n  prot: 1\n")
+    wrong = invoke(file, "check", "-F", "json", standalone_mode=False)
+    assert wrong.return_value == 1
+    problems = json.loads(wrong.output)["problems"]
+    assert [(row["file"], row["line"]) for row in problems] == [(str(file), 1), (str(file), 3)]
+    assert "`limits.lanes` must be between" in problems[0]["sentence"]
+
+
 def test_the_password_of_a_proxy_is_not_among_all_settings(file: Path) -> None:
     """What is shown goes into tickets and chats."""
     address = "http://bob:canary77@proxy.example.org:3128"

@@ -288,6 +288,9 @@ def test_the_command_never_shows_the_key(relay: SmallRelay, tmp_path: Path, root
     second = runner.invoke(setup, arguments)
     assert second.exit_code == 0
     assert "was set up before with this key" in second.output
+    told = json.loads(runner.invoke(setup, [*arguments, "-F", "json"]).output)
+    assert (told["was_set_up"], told["root"], told["served"]) == (True, str(root), False)
+    assert told["collection_id"] in first.output
     relay.used[other := relay.new_key()] = "another"
     third = runner.invoke(setup, [*arguments, other])
     assert third.exit_code == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 import subprocess
 import sys
 import time
@@ -129,3 +130,23 @@ def test_administrators_come_and_go(operator: Operator) -> None:
     assert "is no administrator" in operator.run("user", "administrator", "--remove", "ada", code=1)
     program = operator.document("client", "add", "portal")
     assert "a program" in operator.run("user", "administrator", "--add", program["client_id"], code=1)
+
+
+def test_what_programs_read(operator: Operator, relay_directory: Path) -> None:
+    operator.run("user", "add", "ada", "--no-link")
+    assert "/welcome?key=" in operator.document("user", "link", "ada")["link"]
+    shown = operator.document("root", "show")
+    assert shown["root_public"].startswith("-----BEGIN PUBLIC KEY-----")
+    assert (shown["root_here"], shown["relay_id"]) == (
+        True,
+        (relay_directory / "keys" / "relay-id").read_text().strip(),
+    )
+    assert shown["ticket_key_expires"].endswith("+00:00")
+    verdict = operator.document("audit", "verify")
+    assert (verdict["broken"], len(verdict["head"])) == (None, 64)
+    with sqlite3.connect(relay_directory / "relay.sqlite") as connection:
+        for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'trigger'").fetchall():
+            connection.execute(f"DROP TRIGGER {name}")
+        connection.execute("UPDATE audit_log SET entry = '{}' WHERE n = 2")
+    connection.close()
+    assert json.loads(operator.run_anyhow("audit", "verify", "--json"))["broken"] == 2
