@@ -244,7 +244,7 @@ class Daemon:
         try:
             logger.info(await self.reload())
         except ConfigError as error:
-            logger.error("The changed configuration is not used: %s", error.sentence)  # noqa: TRY400
+            logger.error("The changed configuration is not used: %s", error.sentence)
 
     # --- for the owner ---------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from typing import Any
 PROJECT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(PROJECT))
 
-from packaging.requirements import Requirement  # noqa: E402
+from packaging.requirements import Requirement  # noqa: E402 - as below
 
 from installers.sbom import canonical, read_bill  # noqa: E402 - the project need not be installed
 

@@ -30,7 +30,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(PROJECT))
 
 from agent.update.offer import this_platform  # noqa: E402 - the project need not be installed
-from installers.sbom import bill_of_materials, hashes_of_report, read_bill, requirements  # noqa: E402
+from installers.sbom import bill_of_materials, hashes_of_report, read_bill, requirements  # noqa: E402 - as above
 
 # Parts of the standard library that no agent needs.
 LEFT_OUT = {

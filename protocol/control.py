@@ -226,8 +226,7 @@ class TaskOrder(Record, frozen=True, kw_only=True):
 
     The first order of a task carries everything; later ones may leave ``items`` null (unchanged).
     For a DELETE task ``destination`` is the endpoint to delete on and ``source`` is null.
-    ``lease_epoch`` fences an agent that comes back after the task was given elsewhere. ``arranged`` is of use for a
-    moment and not kept.
+    ``arranged`` is of use for a moment and not kept.
     """
 
     task_id: str
@@ -238,7 +237,6 @@ class TaskOrder(Record, frozen=True, kw_only=True):
     session_id: str
     destination: Party
     source: Party | None = None
-    lease_epoch: int = 0
     owner_id: str = ""
     owner: str = ""
     label: str = ""

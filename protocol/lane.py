@@ -18,7 +18,6 @@ from protocol.session import MAX_BLOCK
 
 FRAME = struct.Struct(">II")
 MAX_HEADER = 1024 * 1024
-DIGEST_SIZE = 32
 
 
 class Header(msgspec.Struct, tag_field="t", array_like=True, frozen=True):

@@ -293,4 +293,4 @@ class TicketExpired(ProtocolError):
 def _decode(token: str, key: Ed25519PublicKey) -> dict[str, Any]:
     # Times and audience are checked by the caller against the `now` it was given, not against the clock.
     options = {"verify_exp": False, "verify_nbf": False, "verify_iat": False, "verify_aud": False}
-    return jwt.decode(token, key, algorithms=[ALGORITHM], options=options)  # type: ignore[arg-type]
+    return jwt.decode(token, key, algorithms=[ALGORITHM], options=options)  # type: ignore[arg-type] # PyJWT 2.9's

@@ -386,7 +386,7 @@ async def _attempt(what: str, work: Callable[[], Awaitable[object]]) -> None:
     try:
         await work()
     except TowpathError as error:
-        logger.error("Could not %s: %s", what, error.sentence)  # noqa: TRY400 - the sentence says it all
+        logger.error("Could not %s: %s", what, error.sentence)
     except (OSError, ValueError, sqlite3.Error, sqlalchemy.exc.SQLAlchemyError):
         logger.exception("Could not %s.", what)
 

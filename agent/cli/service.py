@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -19,6 +19,9 @@ from agent.config.layers import load_config
 from protocol.control import FINAL_STATES
 from protocol.errors import TowpathError
 from protocol.terminal import terminal_safe, terminal_safe_lines
+
+if TYPE_CHECKING:
+    from agent.enrol import Outcome
 
 # Tasks that are over, of which `towpath status` tells.
 MAX_OVER = 5
@@ -110,6 +113,10 @@ def setup(
         outcome = set_up(find_setup_key(key, setup_key_file), wish, config_file, state_dir)
         if globus_files:
             write_globus_files(outcome.collection_id, Path.home())
+    _tell(out, outcome, config_file)
+
+
+def _tell(out: Output, outcome: Outcome, config_file: Path) -> None:
     if out.is_json:
         served = bool(tell_running_agent(outcome.state_dir))
         out.document(

@@ -144,5 +144,5 @@ def _drop(stream: trio.abc.Stream) -> None:
     """Close a connection that came too late, without a word."""
     transport = stream
     while not isinstance(transport, trio.SocketStream):
-        transport = transport.transport_stream  # type: ignore[attr-defined]
+        transport = transport.transport_stream  # type: ignore[attr-defined] # of TLS
     transport.socket.close()

@@ -147,7 +147,7 @@ class Network:
             if server is None or self.data_port is None or socket.AF_INET not in self.data_port.families:
                 return None
             try:
-                mapped, held = await observe_tcp(("0.0.0.0", self.data_port.port), server, note)  # noqa: S104
+                mapped, held = await observe_tcp(("0.0.0.0", self.data_port.port), server, note)  # noqa: S104 - the data port's own address
             except NotObserved:
                 return None
             candidate = Candidate(kind=MAPPED_TCP, host=mapped[0], port=mapped[1])

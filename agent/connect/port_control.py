@@ -51,7 +51,7 @@ class Granted:
 def pcp_request(client: str, nonce: bytes, inside: int, outside: int, life: int) -> bytes:
     """Ask for a TCP mapping; ``life`` 0 gives it back. ``nonce`` (12 bytes) is the same in renewals."""
     head = struct.pack(">BBHI", _PCP, _MAP, 0, life) + _packed(client)
-    return head + nonce + struct.pack(">BBHHH", TCP, 0, 0, inside, outside) + _packed("0.0.0.0")  # noqa: S104
+    return head + nonce + struct.pack(">BBHHH", TCP, 0, 0, inside, outside) + _packed("0.0.0.0")  # noqa: S104 - "any", in a message
 
 
 def _packed(address: str) -> bytes:

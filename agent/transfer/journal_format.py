@@ -84,7 +84,7 @@ _UPGRADES = {
         if table != "hard_links"
         for statement in (
             f"ALTER TABLE {table} ADD COLUMN crc INTEGER NOT NULL DEFAULT 0",
-            f"UPDATE {table} SET crc = crc_of('{table}', {columns})",  # noqa: S608
+            f"UPDATE {table} SET crc = crc_of('{table}', {columns})",  # noqa: S608 - names of this file
         )
     ],
     3: [
@@ -149,7 +149,7 @@ def _is_whole(connection: sqlite3.Connection) -> bool:
     try:
         return _pages_are_whole(connection) and not any(
             connection.execute(
-                f"SELECT 1 FROM {table} WHERE crc IS NOT crc_of('{table}', {columns}) LIMIT 1"  # noqa: S608
+                f"SELECT 1 FROM {table} WHERE crc IS NOT crc_of('{table}', {columns}) LIMIT 1"  # noqa: S608 - as above
             ).fetchone()
             for table, columns in _CHECKED.items()
         )

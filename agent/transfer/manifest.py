@@ -158,7 +158,7 @@ def read_page(
                 if rows:
                     return ManifestPage(rows, f"{offset}.0")
                 raise ManifestDamaged("The marker does not point into the manifest, or the manifest is damaged.")
-            frame = msgspec.msgpack.decode(zlib.decompress(body), type=list[kind])  # type: ignore[valid-type]
+            frame = msgspec.msgpack.decode(zlib.decompress(body), type=list[kind])  # type: ignore[valid-type] # a variable
             wanted = frame[skip : skip + limit - len(rows)]
             rows += wanted
             if skip + len(wanted) < len(frame):

@@ -285,7 +285,7 @@ class RunningTask:
             try:
                 await self._run_worker()
             except StateTrouble as error:
-                logger.error("Task %s: %s", self.order.task_id, error.sentence)  # noqa: TRY400
+                logger.error("Task %s: %s", self.order.task_id, error.sentence)
                 await trio.sleep(STATE_PAUSE)
             except (ChannelClosed, OSError) as error:
                 self._channel = None
@@ -445,7 +445,7 @@ class RunningTask:
             try:
                 await trio.to_thread.run_sync(lambda: store.add_event(line, worker_seq=worker_seq, observed=kept))
             except StateTrouble as error:
-                logger.error("Task %s: %s", self.order.task_id, error.sentence)  # noqa: TRY400
+                logger.error("Task %s: %s", self.order.task_id, error.sentence)
                 await trio.sleep(STATE_PAUSE)
             else:
                 self._node.outbox.durable()

@@ -54,7 +54,7 @@ class HttpFetcher(FetcherInterface):
             raise DownloadError(f"{url} is no address of a web server")
         request = urllib.request.Request(url, headers={"User-Agent": "towpath"})  # noqa: S310 - checked above
         try:
-            response = urllib.request.urlopen(request, timeout=TIMEOUT, context=self._context)  # noqa: S310
+            response = urllib.request.urlopen(request, timeout=TIMEOUT, context=self._context)  # noqa: S310 - as above
         except urllib.error.HTTPError as error:
             error.close()
             raise DownloadHTTPError(str(error), error.code) from error

@@ -232,6 +232,7 @@ class Ledger:
 
     @_alone
     def _update(self, batch: Batch, changes: str, *values: object) -> None:
+        # The changes are written in this file.
         self._db.execute(f"UPDATE batches SET {changes}, changed = ? WHERE id = ?", (*values, batch.id))  # noqa: S608
 
 

@@ -93,7 +93,7 @@ class WatchService:
             try:
                 self._ledger = await trio.to_thread.run_sync(Ledger, self._state_dir / LEDGER_FILE)
             except sqlite3.Error as error:
-                logger.error("Watch rules do not run: %s: %s.", self._state_dir / LEDGER_FILE, error)  # noqa: TRY400
+                logger.error("Watch rules do not run: %s: %s.", self._state_dir / LEDGER_FILE, error)
                 await trio.sleep(LOOK_EVERY)
                 continue
             try:
@@ -245,7 +245,7 @@ class RuleRunner:
             logger.warning("Watch %s: %s", self.rule.name, self._problem)
         except sqlite3.Error as error:
             # A full disk, mostly: nothing was handed over that is not written down.
-            logger.error("Watch %s: its ledger cannot be used: %s.", self.rule.name, error)  # noqa: TRY400
+            logger.error("Watch %s: its ledger cannot be used: %s.", self.rule.name, error)
             self._problem = f"The ledger of the watch rules cannot be used: {error}."
         return LOOK_EVERY
 

@@ -123,7 +123,7 @@ class Carrier:
                 await self._keep_one()
             except OSError as error:
                 # No process or descriptor is to be had, or it ended before it was told anything.
-                _logger.error("The process for WebSocket cannot be started, and is tried again: %s", error)  # noqa: TRY400
+                _logger.error("The process for WebSocket cannot be started, and is tried again: %s", error)
             else:
                 _logger.error("The process for WebSocket ended unexpectedly; another one is started.")
             self._restarts += 1

@@ -40,7 +40,7 @@ PROVISIONS, PROVISIONS_PERIOD = 1000, 86400.0
 
 
 @router.get("/oauth2/userinfo")
-async def userinfo(request: Request, caller: Caller = Depends(auth_caller)) -> dict[str, Any]:  # noqa: B008
+async def userinfo(request: Request, caller: Caller = Depends(auth_caller)) -> dict[str, Any]:
     """The caller's own identity (OpenID Connect Core 1.0, 5.3); how much is told depends on the token's scopes."""
     if "openid" not in caller.scopes:
         raise ApiError(403, "FORBIDDEN", "The token does not carry the scope openid.")
@@ -133,7 +133,7 @@ async def consents(
     request: Request,
     identity_id: str,
     all_clients: str = Query("false", alias="all"),
-    caller: Caller = Depends(auth_caller),  # noqa: B008
+    caller: Caller = Depends(auth_caller),
 ) -> dict[str, Any]:
     """What the caller has consented to: for the asking client alone, or with ``all`` for every one."""
     if identity_id != caller.identity_id:

@@ -30,7 +30,7 @@ class QuotaDocument(BaseModel):
 
 
 @router.get("/towpath/v1/quota")
-async def show_quota(request: Request, caller: Caller = Depends(transfer_caller)) -> QuotaDocument:  # noqa: B008
+async def show_quota(request: Request, caller: Caller = Depends(transfer_caller)) -> QuotaDocument:
     """The caller's counters."""
     services = services_of(request)
     wanted = services.settings.limits

@@ -28,7 +28,7 @@ class TokenDescription(BaseModel):
 
 
 @router.get("/towpath/v1/token")
-async def describe_token(request: Request, caller: Caller = Depends(transfer_caller)) -> TokenDescription:  # noqa: B008
+async def describe_token(request: Request, caller: Caller = Depends(transfer_caller)) -> TokenDescription:
     """The caller, and the name and the end of the token it shows."""
     services = services_of(request)
     now = services.clock()

@@ -86,7 +86,7 @@ class Recorder:
         except TowpathError as error:
             self._failed += len(entries)
             for entry in entries:
-                logger.error("Not in the audit log (%s): %s", error.sentence, entry.canonical())  # noqa: TRY400
+                logger.error("Not in the audit log (%s): %s", error.sentence, entry.canonical())
         except Exception:
             self._failed += len(entries)
             logger.exception("Not in the audit log: %s", [entry.canonical() for entry in entries])

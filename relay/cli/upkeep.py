@@ -13,7 +13,7 @@ from relay.cli.frame import default_configuration, settings_of, with_store
 
 @click.command(cls=AuditedCommand)
 @click.option("--directory", type=click.Path(path_type=Path, file_okay=False), default=".", show_default="here")
-@click.option("--host", default="0.0.0.0", show_default=True, help="Address to listen on.")  # noqa: S104
+@click.option("--host", default="0.0.0.0", show_default=True, help="Address to listen on.")  # noqa: S104 - a default
 @click.option("--port", type=click.IntRange(1, 65535), help="Port to listen on.  [default: that of --url, else 8443]")
 @click.option("--url", help="The address users and agents will use, such as https://relay.example.org:8443.")
 @click.option("--name", help="What the relay is called.")

@@ -23,7 +23,7 @@ probe = APIRouter()
 
 
 @probe.get("/v0.10/probe")
-async def who(caller: Caller = Depends(transfer_caller)) -> dict[str, Any]:  # noqa: B008
+async def who(caller: Caller = Depends(transfer_caller)) -> dict[str, Any]:
     return {"identity": caller.identity_id, "scopes": sorted(caller.scopes)}
 
 

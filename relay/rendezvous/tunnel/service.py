@@ -337,7 +337,7 @@ class TunnelService:
                 if not started:
                     raise
                 # No process or descriptor is to be had, or it ended before it was told anything.
-                _logger.error("A tunnel process cannot be started, and is tried again: %s", error)  # noqa: TRY400
+                _logger.error("A tunnel process cannot be started, and is tried again: %s", error)
             else:
                 _logger.error("A tunnel process ended unexpectedly; another one is started.")
             self._restarts += 1
