@@ -1,8 +1,9 @@
 """Starts the agent: what moves data first, and everything else while it moves already.
 
 Loading Python modules is most of a start. So what moves data is loaded first, once for the data side, with which tasks
-go on, and for a first worker process, which is forked from this one. Where that cannot be, the worker is started before
-anything is loaded, so that both load at the same time. The rest of the daemon, for the relay and the owner, is loaded
+go on, and for the fork server, which is forked from this process and forks the workers. Where the system has not what
+that needs, a first worker is forked; and where that cannot be, it is started before anything is loaded, so that both
+load at the same time. The rest of the daemon, for the relay and the owner, is loaded
 when data moves, or when there is nothing to go on with.
 """
 
@@ -20,7 +21,7 @@ from agent.config.layers import load_config
 from agent.identity_file import make_state_dir, require
 from agent.lock import InstanceLock, held
 from agent.sdnotify import Notifier
-from agent.transfer.spawn import FORKS, Spawned, session_processes, spawn
+from agent.transfer.spawn import FORK_SERVER, FORKS, Spawned, session_processes, spawn
 
 if TYPE_CHECKING:
     from agent.daemon import Daemon
@@ -56,7 +57,7 @@ def run(config_file: Path, flags: Mapping[str, str] | None = None, log_file: Pat
             # Where no process is to be had now, a task that needs one waits for it.
             with suppress(OSError):
                 first = _forked(processes, lock)
-        # Only now: a worker reads what strangers send, and has no need of this agent's key in its memory.
+        # Only now: workers read what strangers send, and have no need of this agent's key in their memory.
         try:
             identity, key = require(config.state_dir)
         except BaseException:
@@ -90,11 +91,12 @@ def _sole(group: BaseExceptionGroup[BaseException]) -> BaseException:
 
 
 def _forked(processes: int, lock: InstanceLock) -> Spawned:
-    """A worker that shares what is loaded by now."""
+    """A fork server, or else a worker, that shares what is loaded by now."""
+    from agent.transfer.fork_server import fork_fork_server
     from agent.transfer.worker import fork_worker
 
     gc.freeze()
-    return fork_worker(processes, lock.forget)
+    return (fork_fork_server if FORK_SERVER else fork_worker)(processes, lock.forget)
 
 
 def _daemon() -> type[Daemon]:

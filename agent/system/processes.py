@@ -30,3 +30,15 @@ else:
 def tell_to_end(pid: int) -> None:
     """Ask a process to end; on Windows this ends it at once. Raises OSError, `ProcessLookupError` if it is gone."""
     os.kill(pid, signal.SIGTERM)
+
+
+def in_words(code: int | None) -> str:
+    """How a process ended, by its exit code or (negative) signal; None: nobody can tell."""
+    if code is None:
+        return "how is not known"
+    if code >= 0:
+        return f"exit status {code}"
+    try:
+        return signal.Signals(-code).name
+    except ValueError:
+        return f"signal {-code}"

@@ -203,6 +203,8 @@ class Channel:
         self._socket = trio.socket.from_stdlib_socket(sock)
         self._incoming = MessageBuffer(receives, MAX_CHANNEL_MESSAGE)
         self._sending = trio.Lock()
+        # How the process at the other end ended (exit status, or negative signal), as far as somebody has seen it.
+        self.ended: int | None = None
 
     async def send(self, message: Message, descriptors: tuple[int, ...] = ()) -> None:
         """Send one message; descriptors are duplicated to the other process and stay open here.

@@ -13,6 +13,7 @@ import trio
 
 from agent.connect.transport import Path
 from agent.limits.allotment import Allowance
+from agent.system.processes import in_words
 from agent.transfer.channel import (
     Allowed,
     BetterPath,
@@ -289,7 +290,7 @@ class RunningTask:
                 await trio.sleep(STATE_PAUSE)
             except (ChannelClosed, OSError) as error:
                 self._channel = None
-                details = "The process that ran this task ended unexpectedly; another one goes on."
+                details = f"The process that ran this task ended unexpectedly{error}; another one goes on."
                 if not isinstance(error, ChannelClosed):
                     details = f"No process could be started for this task ({error.strerror}); it is tried again."
                 pause = pauses.after(trio.current_time() - started, before, self.observed.counters)
@@ -395,7 +396,7 @@ class RunningTask:
                 self._channel = None
             finally:
                 self._channel = self._paths = None
-        raise ChannelClosed
+        raise ChannelClosed(f" ({in_words(channel.ended)})" if channel.ended else "")
 
     def _take_arranged(self) -> Arrangement | None:
         """What the relay has arranged, once, and if it can still be of use."""

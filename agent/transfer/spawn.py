@@ -1,4 +1,5 @@
-"""Starts the process of a worker. Of little weight, because the first one may be started before all else is loaded."""
+"""Starts the process of a worker, or the one that forks workers (`agent.transfer.fork_server`). Of little weight,
+because the first one may be started before all else is loaded."""
 
 from __future__ import annotations
 
@@ -11,10 +12,14 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from agent.system.process_descriptor import are_to_be_had
+
 # Where a process may fork once libraries are loaded; on macOS some of them do not outlive it.
 FORKS: bool = sys.platform == "linux"
 # As many processes for a session as pay.
 AUTO = 0
+# Where workers may be forked by a process that is not the daemon, which then needs other means to wait for them.
+FORK_SERVER: bool = FORKS and are_to_be_had()
 
 
 class Forked:
@@ -46,21 +51,35 @@ class Forked:
         return self.returncode
 
 
-def fork_into(work: Callable[[socket.socket], None], close: Callable[[], None]) -> tuple[Forked, socket.socket]:
+def fork_into(
+    work: Callable[[socket.socket], None],
+    close: Callable[[], None],
+    kind: socket.SocketKind = socket.SOCK_STREAM,
+) -> tuple[Forked, socket.socket]:
     """Fork a process that does ``work`` with its end of a new pair and then ends; ``close`` closes in it what is not
     for it. Returns it with our end. To be called where `FORKS` says so, while there is no other thread. Raises
     OSError."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, kind)
+
+    def let_go() -> None:
+        ours.close()
+        close()
+
     with theirs:
         try:
-            pid = os.fork()
+            pid = fork_with(theirs, work, let_go)
         except BaseException:
             ours.close()
             raise
-        if pid == 0:
-            ours.close()
-            _work_only(theirs, work, close)
     return Forked(pid), ours
+
+
+def fork_with(sock: socket.socket, work: Callable[[socket.socket], None], close: Callable[[], None]) -> int:
+    """As `fork_into`, with a socket that there is already and stays open here; the process's id."""
+    pid = os.fork()
+    if pid == 0:
+        _work_only(sock, work, close)
+    return pid
 
 
 def _work_only(sock: socket.socket, work: Callable[[socket.socket], None], close: Callable[[], None]) -> None:
@@ -79,7 +98,8 @@ def _work_only(sock: socket.socket, work: Callable[[socket.socket], None], close
 
 @dataclass(frozen=True)
 class Spawned:
-    """A worker that waits for its first message, and the daemon's end of its channel."""
+    """A worker that waits for its first message, or a fork server that waits to be asked, and the daemon's end of the
+    pair with it."""
 
     process: subprocess.Popen[bytes] | Forked
     sock: socket.socket
@@ -101,11 +121,20 @@ def usable_processors() -> int:
 def spawn(processes: int = 1) -> Spawned:
     """Start a worker that may use so many processes for its session; blocks for some milliseconds. It ends when the
     socket is closed. Raises OSError."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    return _start("agent.transfer.worker", processes, socket.SOCK_STREAM)
+
+
+def spawn_fork_server(processes: int = 1) -> Spawned:
+    """The same for a fork server, whose workers may use so many processes each; it says when it is ready."""
+    return _start("agent.transfer.fork_server", processes, socket.SOCK_SEQPACKET)
+
+
+def _start(module: str, processes: int, kind: socket.SocketKind) -> Spawned:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, kind)
     with theirs:
         try:
             process = subprocess.Popen(
-                [sys.executable, "-m", "agent.transfer.worker", str(theirs.fileno()), str(processes)],
+                [sys.executable, "-m", module, str(theirs.fileno()), str(processes)],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
             )

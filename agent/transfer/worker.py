@@ -274,12 +274,12 @@ def main() -> None:
     _work(int(sys.argv[1]), int(sys.argv[2]))
 
 
-def _work(descriptor: int, processes: int) -> None:
+def _work(descriptor: int, processes: int, *, rehearsed: bool = False) -> None:
     # Ctrl-C at a terminal reaches the whole group; the daemon decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     raise_descriptor_limit()
     channel = Channel(socket.socket(fileno=descriptor), ToWorker)
-    if channel.is_waiting():
+    if not rehearsed and channel.is_waiting():
         # Nothing is wanted yet.
         with contextlib.suppress(NoThread):
             rehearse()
@@ -314,15 +314,25 @@ def fork_worker(processes: int, let_go: Callable[[], None]) -> Spawned:
 
 
 def _become_worker(processes: int, sock: socket.socket) -> None:
-    """In the forked process: leave behind what was the daemon's, and work."""
+    """In a process that was forked from the daemon: leave behind what was the daemon's, and work."""
+    leave_behind()
+    work_as_forked(processes, sock)
+
+
+def leave_behind() -> None:
+    """In a process that was forked from the daemon: let go of its log and its standard input."""
     for handler in logging.root.handlers[:]:
         # Two processes would turn one log over. What is said on standard error comes there all the same.
         logging.root.removeHandler(handler)
         handler.close()
     with open(os.devnull, "rb") as nothing:
         os.dup2(nothing.fileno(), 0)
+
+
+def work_as_forked(processes: int, sock: socket.socket, *, rehearsed: bool = False) -> None:
+    """Be the worker at this end of a channel; returns when that ends."""
     rename_process(["python", "-m", "agent.transfer.worker", str(sock.fileno()), str(processes)])
-    _work(sock.detach(), processes)
+    _work(sock.detach(), processes, rehearsed=rehearsed)
 
 
 if __name__ == "__main__":
