@@ -184,8 +184,11 @@ class Engine:
         return observed
 
     async def rest(self) -> None:
-        """Until spare workers wait at both ends: the state an agent is in when nothing runs."""
+        """Until workers wait at both ends: the state an agent is in when nothing runs."""
         await trio.sleep(3.5)
+        for node in (self.source, self.destination):
+            while node.service is not None and not node.service._node.workers.ready:
+                await trio.sleep(0.1)
 
 
 @asynccontextmanager

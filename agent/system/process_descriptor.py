@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import sys
 
@@ -40,6 +41,13 @@ else:
     def collect(descriptor: int) -> int | None:
         """There is none."""
         raise NotImplementedError
+
+
+def has_ended(descriptor: int) -> bool:
+    """Whether the process is no more."""
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def are_to_be_had() -> bool:

@@ -9,11 +9,12 @@ import logging
 import os
 import socket
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 
 import trio
 
 from agent.system.conditions import conditions
-from agent.system.process_descriptor import collect, kill_process
+from agent.system.process_descriptor import collect, has_ended, kill_process
 from agent.system.processes import in_words
 from agent.transfer.fork_messages import MOST, Ended, Fork, FromServer, Made, Refused, answer, attached, packet
 from agent.transfer.message_buffer import rights, room
@@ -21,10 +22,14 @@ from agent.transfer.spawn import Spawned, spawn_fork_server
 
 # A fork server that has not answered after this long (seconds) is ended.
 ANSWERS_WITHIN = 10.0
+# The same for one that has not loaded and prepared everything.
+PREPARED_WITHIN = 120.0
 # How long (seconds) to wait for word of how a worker has ended.
 TOLD_WITHIN = 0.5
 # A fork server that nobody needed for so long (seconds), and none of whose workers is left, gives its memory back.
 NEEDED_WITHIN = 900.0
+# How long (seconds) after one was taken the next worker is forked, which takes some milliseconds of a processor.
+AHEAD_AFTER = 0.1
 # How long (seconds) before another follows one that died: longer each time, until one has lived for a while.
 FIRST_REST, LONGEST_REST, LIVED_LONG = 2.0, 120.0, 60.0
 
@@ -40,6 +45,10 @@ class ForkedThere:
         self.returncode: int | None = None
         self.told = trio.Event()
         self._descriptor = descriptor
+
+    def has_ended(self) -> bool:
+        """Whether it is no more."""
+        return has_ended(self._descriptor)
 
     async def wait(self) -> None:
         """Wait for its end, and a moment for how that was."""
@@ -68,9 +77,9 @@ class _Answer:
 class ForkServerLink:
     """One fork server. `run` listens to it until it is over; the other methods are called in the same trio thread."""
 
-    def __init__(self, spawned: Spawned, *, ready: bool) -> None:
-        # Where workers are forked from what runs already, there is nothing to wait for.
-        self.ready = ready
+    def __init__(self, spawned: Spawned, *, loaded: bool) -> None:
+        # It forks at once; and it has done already what each worker does once.
+        self.loaded, self.prepared = loaded, trio.Event()
         self.over = trio.Event()
         # No more workers come from here, though some of it may still run.
         self.leaving = trio.Event()
@@ -83,10 +92,11 @@ class ForkServerLink:
         self._workers: dict[int, ForkedThere] = {}
         self._listening = trio.CancelScope()
 
-    @property
-    def unused(self) -> float:
-        """For how long (seconds) none of its workers has been there, and none asked for."""
-        return 0.0 if self._workers else trio.current_time() - self._last_used
+    def unused(self, waiting: ForkedThere | None) -> float:
+        """For how long (seconds) none of its workers has been there, but one that waits, and none asked for."""
+        if not self.prepared.is_set() or any(worker is not waiting for worker in self._workers.values()):
+            return 0.0
+        return trio.current_time() - self._last_used
 
     async def run(self) -> None:
         """Listen until it is gone, or retired and without workers, or this is cancelled; it is ended then. Its workers
@@ -145,7 +155,9 @@ class ForkServerLink:
                 worker.told.set()
             self._last_used = trio.current_time()
         else:
-            self.ready = True
+            self.loaded = True
+            self.prepared.set()
+            self._last_used = trio.current_time()
 
     def _take_worker(self, message: Made, descriptors: list[int]) -> None:
         waiting = self._answers.get(message.worker)
@@ -197,16 +209,29 @@ class ForkServerLink:
             self._listening.cancel()
 
 
+@dataclass(frozen=True)
+class _Ahead:
+    process: ForkedThere
+    sock: socket.socket
+    conditions: tuple[bytes, ...]
+
+
 class Forker:
-    """Keeps a fork server: what workers come from where the system has what that needs. ``resting`` waits until no
-    worker computes, for a while at most, since starting one takes nearly half a second of a processor."""
+    """Keeps a fork server, and one worker that it has forked already. ``resting`` waits until no worker computes, for a
+    while at most, since starting a fork server takes nearly half a second of a processor."""
 
     def __init__(self, processes: int, resting: Callable[[], Awaitable[None]]) -> None:
         self._processes = processes
         self._resting = resting
         self._first: Spawned | None = None
         self._server: ForkServerLink | None = None
+        self._ahead: _Ahead | None = None
         self._needed = trio.Event()
+
+    @property
+    def ready(self) -> bool:
+        """Whether a worker waits."""
+        return self._ahead is not None
 
     def adopt(self, spawned: Spawned) -> None:
         """Use one that was forked from the daemon before there was this."""
@@ -215,16 +240,23 @@ class Forker:
     async def run(self) -> None:
         """Keep a fork server until cancelled."""
         rest = FIRST_REST
-        async with trio.open_nursery() as nursery:
-            while True:
-                # One that was forked from the daemon has loaded everything.
-                ready = self._first is not None
-                spawned, self._first = self._first or await self._start(rest), None
-                server = self._server = ForkServerLink(spawned, ready=ready)
-                nursery.start_soon(server.run)
-                await self._watch(server)
-                lived = trio.current_time() - server.began
-                rest = FIRST_REST if lived > LIVED_LONG else min(rest * 2, LONGEST_REST)
+        try:
+            async with trio.open_nursery() as nursery:
+                while True:
+                    # One that was forked from the daemon has loaded everything.
+                    loaded = self._first is not None
+                    spawned, self._first = self._first or await self._start(rest), None
+                    server = self._server = ForkServerLink(spawned, loaded=loaded)
+                    nursery.start_soon(server.run)
+                    async with trio.open_nursery() as beside:
+                        beside.start_soon(self._fork_ahead, server)
+                        await self._watch(server)
+                        beside.cancel_scope.cancel()
+                    lived = trio.current_time() - server.began
+                    rest = FIRST_REST if lived > LIVED_LONG else min(rest * 2, LONGEST_REST)
+        finally:
+            with trio.CancelScope(shield=True):
+                await self._dismiss()
 
     async def _start(self, rest: float) -> Spawned:
         while True:
@@ -237,20 +269,54 @@ class Forker:
     async def _watch(self, server: ForkServerLink) -> None:
         """Wait until a fork server is to be followed by another."""
         while not server.leaving.is_set():
-            self._needed = trio.Event()
-            with trio.move_on_after(max(1.0, NEEDED_WITHIN - server.unused)):
+            waiting = self._ahead.process if self._ahead is not None else None
+            with trio.move_on_after(max(1.0, NEEDED_WITHIN - server.unused(waiting))):
                 await server.leaving.wait()
-            if server.unused >= NEEDED_WITHIN:
+            if server.unused(waiting) >= NEEDED_WITHIN:
                 server.retire()
+                await self._dismiss()
                 await self._needed.wait()
+
+    async def _fork_ahead(self, server: ForkServerLink) -> None:
+        """Have one worker wait, and another one when that was taken."""
+        with trio.move_on_after(PREPARED_WITHIN):
+            await server.prepared.wait()
+        if not server.prepared.is_set():
+            server.process.kill()
+            return
+        while not server.leaving.is_set():
+            if self._ahead is None:
+                # What cannot be had now is tried again when one is needed.
+                with contextlib.suppress(OSError):
+                    self._ahead = _Ahead(*await server.fork(), server.conditions)
+            self._needed = trio.Event()
+            await self._needed.wait()
+            await trio.sleep(AHEAD_AFTER)
+
+    async def _dismiss(self) -> None:
+        """End the worker that waits."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            ahead.sock.close()
+            # It has nothing to settle.
+            ahead.process.kill()
+            with trio.CancelScope(shield=True):
+                await ahead.process.wait()
+            ahead.process.close()
 
     async def take(self) -> tuple[ForkedThere, socket.socket] | None:
         """A new worker; None where there is no fork server, or it has none to give: one is started then."""
         self._needed.set()
-        server = self._server
-        if server is None or not server.ready or server.leaving.is_set():
+        ahead, server = self._ahead, self._server
+        now = conditions()
+        if ahead is not None:
+            if ahead.conditions == now and not ahead.process.has_ended():
+                self._ahead = None
+                return ahead.process, ahead.sock
+            await self._dismiss()
+        if server is None or not server.loaded or server.leaving.is_set():
             return None
-        if server.conditions != conditions():
+        if server.conditions != now:
             # Its workers are to have what the daemon has now.
             server.retire()
             return None

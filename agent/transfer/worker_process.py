@@ -57,6 +57,13 @@ class Workers:
         elif self._spare is not None:
             await self._spare.run()
 
+    @property
+    def ready(self) -> bool:
+        """Whether one waits, so that work begins at once."""
+        if self._forker is not None:
+            return self._forker.ready
+        return self._spare is not None and self._spare.waiting is not None
+
     async def _resting(self) -> None:
         """Wait until no worker computes, but not for ever: those that serve stay for a while when all is done, in case
         of a next time."""

@@ -17,10 +17,18 @@ from agent.system.limits import raise_open_files
 from agent.transfer import worker_process
 from agent.transfer.channel import Channel, ChannelClosed, EventStored, ToWorker
 from agent.transfer.crash_pauses import CrashPauses
+from agent.transfer.forker import ForkedThere
 from agent.transfer.message_buffer import framed
-from agent.transfer.spawn import Spawned, spawn
-from agent.transfer.worker_process import Workers, processor_time
+from agent.transfer.spawn import Forked, Spawned, spawn
+from agent.transfer.worker_process import processor_time
 from protocol.control import Counters
+
+
+class Workers(worker_process.Workers):
+    """Those of a system that has no fork server."""
+
+    def __init__(self, *, spare: bool, processes: int = 1) -> None:
+        super().__init__(spare=spare, processes=processes, forks=False)
 
 
 @pytest.fixture(autouse=True)
@@ -29,11 +37,15 @@ def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_process, "LOOK", 0.01)
 
 
-async def _spare(workers: Workers) -> subprocess.Popen[bytes]:
+async def _spare(workers: Workers) -> subprocess.Popen[bytes] | Forked:
     with trio.fail_after(20):
-        while workers._spare is None:
+        while not workers.ready:
             await trio.sleep(0.01)
-    return workers._spare.process
+    assert workers._spare is not None
+    assert workers._spare.waiting is not None
+    process = workers._spare.waiting.process
+    assert not isinstance(process, ForkedThere)
+    return process
 
 
 async def test_the_spare_worker_is_taken_and_replaced() -> None:
@@ -164,7 +176,7 @@ async def test_a_spare_worker_that_nobody_needs_ends_until_work_comes(monkeypatc
         first = await _spare(workers)
         with trio.fail_after(20):
             await trio.to_thread.run_sync(first.wait)
-        assert workers._spare is None
+        assert not workers.ready
         monkeypatch.setattr(worker_process, "NEEDED_WITHIN", 900.0)
         async with workers.worker(EventStored(seq=1)) as channel:
             with pytest.raises(ChannelClosed):
@@ -212,7 +224,7 @@ async def _rests(process: psutil.Process, before: float) -> bool:
 async def test_without_a_spare_nothing_waits() -> None:
     workers = Workers(spare=False)
     await workers.run()
-    assert workers._spare is None
+    assert not workers.ready
 
 
 def test_only_workers_that_get_nowhere_are_followed_ever_later() -> None:

@@ -107,17 +107,12 @@ class StoppedWorld:
         return self.world.relay if name == "relay" else self.world.sites[name].child
 
     def workers(self, agent: str) -> list[int]:
-        """Workers of an agent that were given something to do; one that waits as a spare has no thread but its own."""
-        try:
-            children = psutil.Process(self.child(agent).pid).children()
-        except psutil.NoSuchProcess:
-            return []
-        found = []
-        for child in children:
-            with contextlib.suppress(psutil.Error):
-                if "agent.transfer.worker" in child.cmdline() and child.status() != psutil.STATUS_ZOMBIE:
-                    found.append(child.pid)
-        return found
+        """Workers of an agent, one that waits for work as well: its own children and those of its fork server."""
+        return _named("agent.transfer.worker", [self.child(agent).pid, *self.fork_servers(agent)])
+
+    def fork_servers(self, agent: str) -> list[int]:
+        """The process that forks an agent's workers, if there is one."""
+        return _named("agent.transfer.fork_server", [self.child(agent).pid])
 
     def lane_processes(self, agent: str) -> list[int]:
         """Those of the workers that have some; a spare worker has none."""
@@ -131,7 +126,7 @@ class StoppedWorld:
     async def kill(self, victims: str) -> tuple[int, list[Child]]:
         """SIGKILL; how many processes, and what must be started again. ``victims``: an agent's name or "relay" (that
         process alone, those below it end by themselves), "alpha's workers", "beta's workers", "beta's lane processes",
-        or "all"."""
+        "alpha's fork server", "beta's fork server", or "all"."""
         if victims == "all":
             doomed: list[int] = []
             for child in self.world.children:
@@ -147,6 +142,11 @@ class StoppedWorld:
             return len(pids), []
         if victims.endswith("'s lane processes"):
             pids = self.lane_processes(victims.removesuffix("'s lane processes"))
+            for pid in pids:
+                _kill(pid)
+            return len(pids), []
+        if victims.endswith("'s fork server"):
+            pids = self.fork_servers(victims.removesuffix("'s fork server"))
             for pid in pids:
                 _kill(pid)
             return len(pids), []
@@ -326,6 +326,18 @@ class StoppedWorld:
 
         codes: list[str] = await self.ask(question)
         return codes[::-1]
+
+
+def _named(module: str, parents: list[int]) -> list[int]:
+    """Those children that run a module and have not ended."""
+    found = []
+    for parent in parents:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for child in psutil.Process(parent).children():
+                with contextlib.suppress(psutil.Error):
+                    if module in child.cmdline() and child.status() != psutil.STATUS_ZOMBIE:
+                        found.append(child.pid)
+    return found
 
 
 def _kill(pid: int) -> None:

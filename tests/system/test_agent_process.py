@@ -22,6 +22,7 @@ from agent.config.edit import append_collection, set_value
 from agent.demo.free_port import free_port
 from agent.enrol import template
 from agent.identity_file import KEY_FILE, Identity, make_state_dir, save_identity
+from agent.transfer.spawn import FORK_SERVER
 from protocol.identity import NodeKey
 from protocol.ticket import RelayRoot
 
@@ -122,10 +123,15 @@ def _has_in_memory(pid: int, wanted: bytes) -> bool:
 def test_workers_do_not_have_the_agents_key(site: Site) -> None:
     key = NodeKey.load(site.state_dir / KEY_FILE).private_key.private_bytes_raw()
     with site.running() as process:
+        # A fork server and what it has forked, or a worker that waits.
+        if FORK_SERVER:
+            wait_for(lambda: len(psutil.Process(process.pid).children(recursive=True)) > 1, "a worker that waits")
         workers = [
-            child.pid for child in psutil.Process(process.pid).children() if "agent.transfer.worker" in child.cmdline()
+            child.pid
+            for child in psutil.Process(process.pid).children(recursive=True)
+            if {"agent.transfer.worker", "agent.transfer.fork_server"} & set(child.cmdline())
         ]
-        assert workers
+        assert len(workers) == 1 + FORK_SERVER
         assert _has_in_memory(process.pid, key)
         assert not any(_has_in_memory(worker, key) for worker in workers)
 

@@ -19,6 +19,7 @@ from types import ModuleType
 import pytest
 import trio
 
+from agent.transfer.spawn import FORK_SERVER
 from tests.system.stopped_world import LANE_PROCESSES, MIB, Outcome, Step, fill, stopped_world
 
 
@@ -40,6 +41,8 @@ SOURCE_DAEMON_STEPS = frozenset({"session stored", "connection handed over"})
 # Steps that come often are also looked at in the middle.
 OFTEN = {"written": 5, "block read back": 4, "renamed": 12, "journal written": 3, "folder synced": 2, "block read": 4}
 VICTIMS = ("relay", "alpha", "beta", "alpha's workers", "beta's workers", "all")
+if FORK_SERVER:
+    VICTIMS += ("alpha's fork server", "beta's fork server")
 if LANE_PROCESSES:
     VICTIMS += ("beta's lane processes",)
 # All steps for one victim take several minutes; a slice of them (`-k "all-2of4"`) a few.

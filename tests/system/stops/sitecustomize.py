@@ -172,7 +172,8 @@ class Stops:
 def _role() -> tuple[str, str]:
     """Kind of this process and whose it is: ``("worker", "beta's worker")``."""
     words = sys.orig_argv
-    if "agent.transfer.worker" in words:
+    # What a fork server forks has its steps.
+    if "agent.transfer.worker" in words or "agent.transfer.fork_server" in words:
         return "worker", os.environ.get("STOPS_AGENT", "") + "'s worker"
     if "--config" in words:
         config = Path(words[words.index("--config") + 1])
@@ -188,7 +189,7 @@ def _role() -> tuple[str, str]:
 def _install() -> None:
     kind, actor = _role()
     if kind == "daemon":
-        # Its first worker is forked from it; lane processes, which are forked from that one, have these steps then.
+        # Its fork server, or its first worker, is forked from it; what is forked from that has these steps then.
         daemon = os.getpid()
         os.register_at_fork(
             after_in_child=lambda: _wrap("worker", f"{actor}'s worker") if os.getppid() == daemon else None

@@ -1,0 +1,475 @@
+"""The process that forks workers: what it gives them and keeps from them, and what happens when any of them dies."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import psutil
+import pytest
+import trio
+import trio.testing
+
+from agent.system.conditions import conditions
+from agent.system.processes import in_words
+from agent.transfer import forker, worker_process
+from agent.transfer.channel import ChannelClosed, EventStored
+from agent.transfer.fork_messages import MOST, Ended, FromServer, Made, Refused, attached, packet, request
+from agent.transfer.forker import Forker, ForkServerLink
+from agent.transfer.message_buffer import rights, room
+from agent.transfer.spawn import FORK_SERVER, Spawned
+from agent.transfer.worker_process import Workers
+
+pytestmark = pytest.mark.skipif(not FORK_SERVER, reason="this system has no descriptors of processes")
+
+
+@pytest.fixture(autouse=True)
+def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forker, "FIRST_REST", 0.01)
+    monkeypatch.setattr(forker, "AHEAD_AFTER", 0.01)
+    monkeypatch.setattr(worker_process, "LOOK", 0.01)
+
+
+# --- the fork server, asked by hand, in processes of their own: this one has threads ---------------------------------
+
+PRELUDE = """
+import contextlib, errno, os, random, signal, socket, ssl, sys, tempfile, time, uuid
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from agent.transfer import fork_server
+from agent.transfer.fork_messages import MOST, Ended, Fork, Made, Ready, Refused, answer, attached, packet
+from agent.transfer.message_buffer import rights, room
+from agent.transfer.spawn import fork_into
+
+def served(work, change=lambda: None):
+    def serve(sock):
+        change()
+        fork_server.ForkServer(sock, work, fork_server._prepare).run()
+    return fork_into(serve, lambda: None, socket.SOCK_SEQPACKET)
+
+def ask(sock, worker):
+    ours, theirs = socket.socketpair()
+    with theirs:
+        sock.sendmsg([packet(Fork(worker=worker))], rights([theirs.fileno()]))
+    return ours
+
+def next_message(sock):
+    data, ancillary, _, _ = sock.recvmsg(MOST, room())
+    return answer(data), attached(ancillary)
+
+def hear(sock):
+    # It may prepare itself before what it is asked first, or after.
+    while (heard := next_message(sock)) == (Ready(), []):
+        pass
+    return heard
+"""
+
+UNLIKE = """
+def tell(sock):
+    drawn = [
+        os.urandom(8).hex(), random.random(), ssl.RAND_bytes(8).hex(), str(uuid.uuid4()),
+        Ed25519PrivateKey.generate().private_bytes_raw().hex(), next(tempfile._get_candidate_names()),
+    ]
+    with sock:
+        sock.sendall(repr(drawn).encode())
+
+server, sock = served(tell)
+assert next_message(sock) == (Ready(), [])
+# The server's own generators have been used, so that a worker which inherited their state would show it.
+told = [eval(ask(sock, number).makefile().read()) for number in range(3)]
+assert all(len(set(values)) == 3 for values in zip(*told, strict=True)), told
+"""
+
+HELD = """
+def list_held(sock):
+    held = set()
+    for fd in os.listdir("/proc/self/fd"):
+        # One was that of the folder itself.
+        with contextlib.suppress(FileNotFoundError):
+            held.add(os.readlink(f"/proc/self/fd/{fd}"))
+    with sock:
+        sock.sendall(repr((os.getppid(), os.listdir("/proc/self/task"), held)).encode())
+        sock.recv(1)
+
+server, sock = served(list_held)
+first, second = ask(sock, 1), ask(sock, 2)
+parent, threads, held = eval(first.recv(10000))
+assert parent == server.pid
+assert len(threads) == 1
+sockets = {one for one in held if one.startswith("socket")}
+assert len(sockets) == 1, held
+assert not any("pidfd" in one for one in held), held
+parent, threads, more = eval(second.recv(10000))
+sockets = {one for one in more if one.startswith("socket")}
+assert len(sockets) == 1, more
+assert not any("pidfd" in one for one in more), more
+heard = [hear(sock) for _ in range(2)]
+assert {type(message) for message, _ in heard} == {Made}, heard
+pids = {message.worker: message.pid for message, _ in heard}
+assert [len(descriptors) for _, descriptors in heard] == [1, 1]
+# An end of the first channel is nowhere else, so the worker ends by it, and it alone.
+first.close()
+assert hear(sock)[0] == Ended(worker=1, code=0)
+os.kill(pids[2], signal.SIGKILL)
+assert hear(sock)[0] == Ended(worker=2, code=-9)
+# Both were collected.
+assert not os.path.exists(f"/proc/{pids[1]}") and not os.path.exists(f"/proc/{pids[2]}")
+sock.close()
+assert server.wait() == 0
+"""
+
+SHORT = """
+def no_process():
+    def refuse(*_):
+        raise BlockingIOError(errno.EAGAIN, "none")
+    fork_server.fork_with = refuse
+
+def no_descriptor():
+    def refuse(pid):
+        raise OSError(errno.EMFILE, "none")
+    fork_server.open_process = refuse
+
+for change, number in ((no_process, errno.EAGAIN), (no_descriptor, errno.EMFILE)):
+    server, sock = served(lambda sock: sock.recv(1), change)
+    ours = ask(sock, 7)
+    assert hear(sock) == (Refused(worker=7, errno=number), [])
+    # Nobody holds the other end: what was forked in vain is gone.
+    assert ours.recv(1) == b""
+    sock.sendmsg([packet(Fork(worker=8))])
+    assert hear(sock) == (Refused(worker=8, errno=errno.EMFILE), [])
+    sock.close()
+    assert server.wait() == 0
+"""
+
+
+@pytest.mark.parametrize("script", [UNLIKE, HELD, SHORT], ids=["unlike", "held", "short"])
+def test_what_a_fork_server_gives(script: str) -> None:
+    done = subprocess.run([sys.executable, "-c", PRELUDE + script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+
+
+# --- the daemon's side, with a fork server that the test plays -------------------------------------------------------
+
+
+class PlayedProcess:
+    """As much of a process as the daemon's side needs."""
+
+    pid = 1
+    returncode: int | None = None
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+
+    def kill(self) -> None:
+        if self.returncode is None:
+            self.returncode = -9
+            self._socket.close()
+
+    def wait(self) -> int | None:
+        return self.returncode
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+
+class Played:
+    """A fork server in this process."""
+
+    def __init__(self) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.process = PlayedProcess(theirs)
+        self.link = ForkServerLink(Spawned(self.process, ours), loaded=True)  # type: ignore[arg-type]
+        self._socket = theirs
+
+    async def heard(self) -> tuple[int, int]:
+        """The next request, and the channel's end that came with it."""
+        await trio.lowlevel.wait_readable(self._socket)
+        data, ancillary, _, _ = self._socket.recvmsg(MOST, room())
+        return request(data).worker, attached(ancillary)[0]
+
+    def say(self, message: FromServer, *descriptors: int) -> None:
+        self._socket.sendmsg([packet(message)], rights(descriptors) if descriptors else [])
+
+
+@asynccontextmanager
+async def played() -> AsyncIterator[Played]:
+    async with trio.open_nursery() as nursery:
+        server = Played()
+        nursery.start_soon(server.link.run)
+        yield server
+        nursery.cancel_scope.cancel()
+    assert server.process.returncode == -9
+
+
+async def refusal(link: ForkServerLink) -> int | None:
+    with pytest.raises(OSError) as caught:
+        await link.fork()
+    return caught.value.errno
+
+
+async def test_what_the_system_refuses_is_said_as_it_is() -> None:
+    async with played() as server, trio.open_nursery() as nursery:
+
+        async def refuse() -> None:
+            worker, end = await server.heard()
+            os.close(end)
+            server.say(Refused(worker=worker, errno=errno.EAGAIN))
+
+        nursery.start_soon(refuse)
+        assert await refusal(server.link) == errno.EAGAIN
+
+
+async def test_a_worker_whose_descriptor_could_not_be_received_is_let_go() -> None:
+    """As the system does it where this process may open no more files."""
+    async with played() as server, trio.open_nursery() as nursery:
+
+        async def make() -> None:
+            worker, end = await server.heard()
+            server.say(Made(worker=worker, pid=os.getpid()))
+            with socket.socket(fileno=end) as channel:
+                await trio.lowlevel.wait_readable(channel)
+                assert channel.recv(1) == b""
+
+        nursery.start_soon(make)
+        assert await refusal(server.link) == errno.EMFILE
+
+
+async def test_a_fork_server_that_does_not_answer_is_ended(autojump_clock: trio.testing.MockClock) -> None:
+    async with played() as server:
+        assert await refusal(server.link) == errno.EPIPE
+        assert trio.current_time() >= forker.ANSWERS_WITHIN
+        assert server.process.returncode == -9
+        await server.link.over.wait()
+        # And is not asked again.
+        assert await refusal(server.link) == errno.EPIPE
+
+
+async def test_who_waits_for_a_fork_server_that_dies_hears_of_it() -> None:
+    async with played() as server, trio.open_nursery() as nursery:
+
+        async def die() -> None:
+            _, end = await server.heard()
+            os.close(end)
+            server.process.kill()
+
+        nursery.start_soon(die)
+        assert await refusal(server.link) == errno.EPIPE
+
+
+async def test_nothing_is_left_of_a_request_that_was_given_up() -> None:
+    async with played() as server:
+        with trio.move_on_after(0.05) as scope:
+            await server.link.fork()
+        assert scope.cancelled_caught
+        worker, end = await server.heard()
+        descriptor = os.pidfd_open(os.getpid())
+        server.say(Made(worker=worker, pid=os.getpid()), descriptor)
+        server.say(Ended(worker=worker, code=0))
+        before = psutil.Process().num_fds()
+        with socket.socket(fileno=end) as channel:
+            await trio.lowlevel.wait_readable(channel)
+            assert channel.recv(1) == b""
+        os.close(descriptor)
+        await trio.testing.wait_all_tasks_blocked()
+        # What came was closed, too.
+        assert psutil.Process().num_fds() == before - 2
+
+
+async def test_one_that_leaves_does_so_with_its_last_worker() -> None:
+    async with played() as server, trio.open_nursery() as nursery:
+        child = subprocess.Popen(["true"])
+
+        async def make() -> None:
+            worker, end = await server.heard()
+            os.close(end)
+            descriptor = os.pidfd_open(child.pid)
+            server.say(Made(worker=worker, pid=child.pid), descriptor)
+            os.close(descriptor)
+
+        nursery.start_soon(make)
+        worker, sock = await server.link.fork()
+        sock.close()
+        server.link.retire()
+        await trio.testing.wait_all_tasks_blocked()
+        assert not server.link.over.is_set()
+        server.say(Ended(worker=1, code=3))
+        await worker.wait()
+        assert worker.returncode == 3
+        worker.close()
+        await server.link.over.wait()
+        child.wait()
+
+
+# --- both, for real --------------------------------------------------------------------------------------------------
+
+
+async def ready(workers: Workers) -> psutil.Process:
+    """The fork server, when a worker waits."""
+    with trio.fail_after(20):
+        while not workers.ready:
+            await trio.sleep(0.005)
+    assert workers._forker is not None
+    assert workers._forker._server is not None
+    return psutil.Process(workers._forker._server.process.pid)
+
+
+async def futile(workers: Workers) -> int:
+    """A message that is no start makes a worker end: enough to see whom it reached. The id of the worker."""
+    async with workers.worker(EventStored(seq=1)) as channel:
+        pid = workers._at_work[-1].process.pid
+        with pytest.raises(ChannelClosed):
+            await channel.receive()
+    return pid
+
+
+async def killed_at_work(workers: Workers) -> int | None:
+    """How a worker ended that was killed before it was told anything."""
+    one = await workers._take()
+    assert one is not None
+    os.kill(one.process.pid, signal.SIGKILL)
+    await worker_process._end(one)
+    return one.channel.ended
+
+
+async def test_deaths_of_workers_and_fork_servers(monkeypatch: pytest.MonkeyPatch) -> None:
+    workers = Workers(spare=True)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(workers.run)
+        server = await ready(workers)
+        # The one that waits is taken, and another one waits.
+        (waiting,) = [child.pid for child in server.children()]
+        assert await futile(workers) == waiting
+        await ready(workers)
+        (waiting,) = [child.pid for child in server.children() if child.status() != psutil.STATUS_ZOMBIE]
+        # One that dies while it waits is not used.
+        os.kill(waiting, signal.SIGKILL)
+        with trio.fail_after(10):
+            while psutil.pid_exists(waiting):
+                await trio.sleep(0.005)
+        assert await futile(workers) != waiting
+        await ready(workers)
+        # How one ends is known, also of one that is killed at work.
+        assert await killed_at_work(workers) == -9
+        await ready(workers)
+        # One that waits does not die with the fork server, and serves.
+        (waiting,) = [child.pid for child in server.children() if child.status() != psutil.STATUS_ZOMBIE]
+        server.kill()
+        with trio.fail_after(10):
+            while psutil.pid_exists(server.pid):
+                await trio.sleep(0.005)
+        assert await futile(workers) == waiting
+        # Who needs one meanwhile starts it.
+        assert workers._forker is not None
+        assert await workers._forker.take() is None
+        await futile(workers)
+        second = await ready(workers)
+        assert second.pid != server.pid
+        nursery.cancel_scope.cancel()
+    assert not psutil.pid_exists(second.pid)
+
+
+DAEMON = """
+import os, sys, trio
+from agent.transfer import forker
+from agent.transfer.worker_process import Workers
+forker.FIRST_REST = 0.01
+
+async def main():
+    workers = Workers(spare=True)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(workers.run)
+        while not workers.ready:
+            await trio.sleep(0.01)
+        taken = await workers._forker.take()
+        while not workers.ready:
+            await trio.sleep(0.01)
+        print(workers._forker._server.process.pid, taken[0].pid, workers._forker._ahead.process.pid, flush=True)
+        await trio.sleep_forever()
+
+trio.run(main)
+"""
+
+
+def test_a_daemon_that_is_killed_takes_them_all_along() -> None:
+    with subprocess.Popen([sys.executable, "-c", DAEMON], stdout=subprocess.PIPE, text=True) as daemon:
+        assert daemon.stdout is not None
+        below = [psutil.Process(int(word)) for word in daemon.stdout.readline().split()]
+        assert [process.is_running() for process in below] == [True] * 3
+        daemon.kill()
+    gone, alive = psutil.wait_procs(below, timeout=10)
+    assert not alive, alive
+    assert len(gone) == 3
+
+
+async def test_workers_have_the_conditions_that_the_daemon_has_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [(b"before",)]
+    monkeypatch.setattr(forker, "conditions", lambda: now[0])
+    workers = Workers(spare=True)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(workers.run)
+        first = await ready(workers)
+        now[0] = (b"after",)
+        plain = await futile(workers)
+        assert not psutil.pid_exists(plain)
+        second = await ready(workers)
+        assert second.pid != first.pid
+        with trio.fail_after(10):
+            while psutil.pid_exists(first.pid):
+                await trio.sleep(0.005)
+        nursery.cancel_scope.cancel()
+
+
+def test_conditions_are_those_that_somebody_may_change() -> None:
+    resource = pytest.importorskip("resource")
+    before = conditions()
+    assert conditions() == before
+    soft, hard = resource.getrlimit(resource.RLIMIT_CORE)
+    if hard == 0:
+        pytest.skip("no limit here can be changed and put back")
+    resource.setrlimit(resource.RLIMIT_CORE, (0 if soft else 1, hard))
+    try:
+        assert conditions() != before
+    finally:
+        resource.setrlimit(resource.RLIMIT_CORE, (soft, hard))
+    assert conditions() == before
+
+
+async def test_a_fork_server_that_nobody_needs_ends_until_work_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forker, "NEEDED_WITHIN", 1.0)
+    workers = Workers(spare=True)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(workers.run)
+        first = await ready(workers)
+        with trio.fail_after(20):
+            while psutil.pid_exists(first.pid) or workers.ready:
+                await trio.sleep(0.01)
+        monkeypatch.setattr(forker, "NEEDED_WITHIN", 900.0)
+        await futile(workers)
+        assert (await ready(workers)).pid != first.pid
+        nursery.cancel_scope.cancel()
+
+
+def test_ends_are_told_in_words() -> None:
+    assert [in_words(code) for code in (-9, -11, 3, 0, -200, None)] == [
+        "SIGKILL",
+        "SIGSEGV",
+        "exit status 3",
+        "exit status 0",
+        "signal 200",
+        "how is not known",
+    ]
+
+
+def test_forkers_without_a_server_have_nothing_to_give() -> None:
+    async def main() -> None:
+        async def resting() -> None: ...
+
+        assert await Forker(1, resting).take() is None
+
+    trio.run(main)
