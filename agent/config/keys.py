@@ -208,7 +208,7 @@ class LimitsConfig:
         doc="Processes that receive one session's files (Linux): a number, or auto, by the task and the processors.",
     )
     spare_worker: bool = setting(
-        Flag(), True, doc="Keep one idle worker process, so that a transfer begins at once (about 45 MB of memory)."
+        Flag(), True, doc="Keep a process ready that workers come from, so that transfers begin at once (about 35 MB)."
     )
     cpu: int | None = setting(
         OrNull(Number(5, 1000)),

@@ -257,7 +257,9 @@ def test_the_service_of_a_data_transfer_node(world: World, machine: Machine) -> 
     began = time.monotonic()
     machine.run("systemctl", "disable", "--now", *units.values())
     assert time.monotonic() - began < 6
-    assert "agent.transfer.worker" not in machine.run("ps", "-eo", "args").stdout
+    left = machine.run("ps", "-eo", "args").stdout
+    assert "agent.transfer.worker" not in left
+    assert "agent.transfer.fork_server" not in left
 
 
 def submitted(output: str) -> set[str]:

@@ -69,7 +69,7 @@ STEPS: dict[str, list[tuple[str, str, str]]] = {
     ],
     "daemon": [
         ("order stored", "agent.transfer.task_store", "TaskStore.put_order"),
-        ("path found", "agent.transfer.running_task", "RunningTask._found"),
+        ("path found", "agent.transfer.worker_connections", "_found"),
         ("event stored", "agent.transfer.task_store", "TaskStore.add_event"),
         ("end seen", "agent.transfer.running_task", "RunningTask._handle"),
         ("lines acknowledged", "agent.transfer.service", "TransferService.acknowledge"),
