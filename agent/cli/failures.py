@@ -6,6 +6,8 @@ import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from agent.cli.exit_codes import ExitCode
 from agent.cli.output import CommandFailed, sentence
@@ -78,13 +80,36 @@ def network_sentence(error: BaseException | None, relay: str, ca_file: str | Non
         if isinstance(cause, ssl.SSLError):
             return f"{relay} does not speak TLS as expected ({cause.reason or cause}); check the address and the port."
     names = {type(cause).__name__ for cause in causes}
-    if "NameResolutionError" in names or "gaierror" in names:
+    unknown = "NameResolutionError" in names or "gaierror" in names
+    refused = any(isinstance(cause, ConnectionRefusedError) for cause in causes)
+    late = "ConnectTimeout" in names or "ReadTimeout" in names or any(isinstance(c, TimeoutError) for c in causes)
+    last = causes[-1] if causes else error
+    proxy = _proxy_on_the_way(relay)
+    if proxy:
+        # Whatever was not reached then was the proxy.
+        told = "its name is not known to this machine" if unknown else "nothing answers there" if refused else ""
+        told = told or ("it did not answer in time" if late else f"it does not let this through ({last})")
+        return (
+            f"The way to {relay} leads through the proxy {proxy}, and {told}. Correct HTTPS_PROXY (a proxy that wants "
+            "a name has it written as http://USER:PASSWORD@HOST:PORT), or name the relay's host in NO_PROXY."
+        )
+    if unknown:
         return f"The name in {relay} is not known to this machine; check its spelling and the network connection."
-    if any(isinstance(cause, ConnectionRefusedError) for cause in causes):
+    if refused:
         return f"Nothing answers at {relay}; check the address, or ask the relay's operator whether it is running."
-    if "ConnectTimeout" in names or "ReadTimeout" in names or any(isinstance(c, TimeoutError) for c in causes):
+    if late:
         return f"{relay} did not answer in time; check the network connection and try again."
-    return f"{relay} cannot be reached ({causes[-1] if causes else error}); check the network connection and try again."
+    return f"{relay} cannot be reached ({last}); check the network connection and try again."
+
+
+def _proxy_on_the_way(relay: str) -> str:
+    """The proxy that the environment (or the system) names for a relay, without a password in it; empty for none."""
+    parts = urlsplit(relay)
+    if not parts.hostname:
+        return ""
+    proxies = getproxies()
+    address = proxies.get(parts.scheme) or proxies.get("all") or ""
+    return "" if not address or proxy_bypass(parts.netloc) else address.rpartition("@")[2] or address
 
 
 def _certificate_sentence(relay: str, error: ssl.SSLCertVerificationError, ca_file: str | None) -> str:

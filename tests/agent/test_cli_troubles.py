@@ -94,6 +94,25 @@ def test_signing_in_to_a_relay_with_a_certificate_of_its_own_making(nobody: Run)
     assert "_ssl.c" not in said
 
 
+def test_a_proxy_that_is_in_the_way_is_named_and_not_the_relay(nobody: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was said that nothing answers at the relay, or that its name is not known."""
+    for name in ("http_proxy", "https_proxy", "no_proxy", "NO_PROXY", "HTTP_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    command, proxy = ["login", "--relay", "https://relay.invalid", "--no-browser"], f"127.0.0.1:{closed_port()}"
+    monkeypatch.setenv("HTTPS_PROXY", f"http://ada:hidden@{proxy}")
+    code, _, said = nobody(*command)
+    assert code == 1
+    assert f"The way to https://relay.invalid leads through the proxy {proxy}, and nothing answers there." in said
+    assert "hidden" not in said
+    monkeypatch.setenv("HTTPS_PROXY", "http://proxy.invalid:3128")
+    assert "proxy.invalid:3128, and its name is not known" in nobody(*command)[2]
+    refused = requests.exceptions.ProxyError("Tunnel connection failed: 407 Proxy Authentication Required")
+    said = network_sentence(refused, "https://relay.invalid", None)
+    assert "does not let this through (Tunnel connection failed: 407 Proxy Authentication Required)" in said
+    monkeypatch.setenv("NO_PROXY", "relay.invalid")
+    assert "proxy" not in nobody(*command)[2]
+
+
 def test_a_certificate_that_does_not_hold_now_leads_to_the_clock() -> None:
     error = ssl.SSLCertVerificationError("no")
     error.verify_message, error.verify_code = "certificate is not yet valid", 9
