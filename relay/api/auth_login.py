@@ -105,7 +105,7 @@ async def make_copy(request: Request, wanted: Mapping[str, Any]) -> dict[str, An
         "id": secret_id,
         "name": "default",
         "client": client.id,
-        "created": datetime.datetime.fromtimestamp(now, datetime.UTC).isoformat(),
+        "created": datetime.datetime.fromtimestamp(now, datetime.UTC).isoformat(timespec="microseconds"),
         "secret": secret,
     }
     return {"client": copy_document(client), "included": {"client_credential": credential}}

@@ -207,4 +207,4 @@ def document(connection: Connection, consent: Consent, identity_id: str) -> Mapp
 
 
 def _time(moment: float) -> str:
-    return datetime.datetime.fromtimestamp(moment, datetime.UTC).isoformat()
+    return datetime.datetime.fromtimestamp(moment, datetime.UTC).isoformat(timespec="microseconds")

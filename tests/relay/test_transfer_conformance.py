@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 from protocol.control import Counters, Entry
 from tests.relay.fake_agents import FakeAgent
 from tests.relay.transfer_world import Person, TransferWorld, delete_document, open_world, transfer_document, until
+
+MOMENT = re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(\.\d+)?\+00:00")
 
 
 def example(module: str, case: str = "default") -> dict[str, Any]:
@@ -36,6 +39,9 @@ def compare(theirs: Any, ours: Any, where: str = "document") -> None:
             compare(theirs[0], ours[0], f"{where}[0]")
     else:
         assert type(theirs) is type(ours), f"{where}: {theirs!r} and {ours!r}"
+        if isinstance(theirs, str) and MOMENT.fullmatch(theirs):
+            # Scripts read times with a fixed form.
+            assert len(ours) == len(theirs) and MOMENT.fullmatch(ours), f"{where}: {theirs!r} and {ours!r}"
 
 
 @pytest.fixture
