@@ -221,12 +221,20 @@ def test_pause_info_and_lists_of_tasks(lab: Lab) -> None:
     words = ("--label", "of the list")
     task = lab.json("transfer", f"{lab.alpha}:/data1/1M.dat", f"{lab.beta}:/listed", *words)["task_id"]
     assert lab.json("task", "pause-info", task)["pause_rules"] == []
-    lab.wait(task)
+    shown = lab.wait(task)
     words = ("--limit", "1", "--filter-status", "SUCCEEDED", "--filter-type", "TRANSFER")
     assert [row["task_id"] for row in lab.json("task", "list", *words)["DATA"]] == [task]
     labelled = lab.json("task", "list", "--filter-label", "of the list")["DATA"]
     assert [row["task_id"] for row in labelled] == [task]
     assert task in lab.run("task", "list", "--filter-task-id", task, "--filter-not-label", "something else")
+    # Times as the command shows them can be asked for; the last second counts as a whole.
+    begun, ended = shown["request_time"][:19], shown["completion_time"][:19]
+    words = ("--filter-requested-after", begun, "--filter-requested-before", begun, "--filter-label", "of the list")
+    words += ("--filter-completed-after", ended, "--filter-completed-before", ended)
+    assert task in lab.run("task", "list", *words, "--exact")
+    assert "one line" in lab.run(
+        "transfer", f"{lab.alpha}:/data1/1M.dat", f"{lab.beta}:/listed", "--label", "two\nlines", code=1
+    )
 
 
 # --- a collection of one's own ---------------------------------------------------------------------------------------
