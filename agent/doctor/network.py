@@ -18,12 +18,15 @@ from agent.connect.addresses import look
 from agent.connect.proxy import Dialer
 from agent.connect.stun_client import UdpBehaviour, udp_behaviour
 from agent.doctor.registry import Examination, Finding
+from protocol.control import FINAL_STATES
 from protocol.errors import TowpathError
 from protocol.interception import PORTAL
 
 TIMEOUT = 5.0
 # A clock that is further off than this makes tickets of two hours look wrong sooner or later (seconds).
 CLOCK_SLACK, CLOCK_LIMIT = 5.0, 110.0
+# Tasks that are over, of which the path is told.
+PATHS_OF_OVER = 3
 
 
 def _relay(examination: Examination) -> tuple[str, int, str] | None:
@@ -285,7 +288,10 @@ def check_paths(examination: Examination) -> Iterator[Finding]:
             level="note",
             sentence=f"Data of this machine may go through the relay: {network['relay']} (`data.relay`).",
         )
-    for task in status["tasks"]:
+    going = [task for task in status["tasks"] if task["state"] not in FINAL_STATES]
+    over = [task for task in status["tasks"] if task["state"] in FINAL_STATES and task.get("path")]
+    # Those that are over stay for days, and there may be thousands.
+    for task in [*going, *over[-PATHS_OF_OVER:]]:
         path = task.get("path", "")
         if not path:
             continue

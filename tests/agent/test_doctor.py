@@ -18,7 +18,7 @@ from agent.collections import MARKS_FILE, Collections, Marks, _Known
 from agent.config.keys import AgentConfig, CollectionConfig
 from agent.config.layers import load_config
 from agent.doctor.machine import check_collections
-from agent.doctor.network import _same_relay
+from agent.doctor.network import _same_relay, check_paths
 from agent.doctor.registry import CHECKS, Entry, Examination, Finding
 from agent.identity_file import IDENTITY_FILE, KEY_FILE, Identity, save_identity
 from agent.storage.disks import Disk
@@ -234,3 +234,15 @@ def test_a_collection_with_the_agents_own_files_in_it_is_found(tmp_path: Path) -
     assert len(notes) == 2
     assert "the agent's key" in notes[0].sentence
     assert all("It is not offered" in each.sentence for each in notes)
+
+
+def test_paths_are_told_of_tasks_under_way_and_of_few_that_are_over(tmp_path: Path) -> None:
+    """Tasks that are over stay for days: the doctor wrote a line for each of thousands."""
+    states = ["SUCCEEDED"] * 40 + ["ACTIVE", "QUEUED"] + ["FAILED"] * 40
+    tasks = [
+        {"task_id": f"t{number}", "state": state, "path": "" if state == "QUEUED" else "direct tcp"}
+        for number, state in enumerate(states)
+    ]
+    status = {"network": {"relay": "allow"}, "tasks": tasks}
+    looked = Examination(config_file=tmp_path / "agent.yaml", config=None, status=status, now=0.0)
+    assert [finding.details["task"] for finding in check_paths(looked)] == ["t40", "t79", "t80", "t81"]
