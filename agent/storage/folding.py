@@ -1,4 +1,4 @@
-"""Folders in which names that differ in case or in Unicode form only are one name.
+"""Folders in which names that differ in case, in Unicode form, or in dots and spaces at their end only are one name.
 
 Some file systems are so altogether (FAT, exFAT, NTFS, APFS, HFS+, many file servers), some folder by folder (ext4, F2FS
 and tmpfs with the attribute ``casefold``). Nobody can know their tables; so the folder itself is asked, with names of
@@ -41,8 +41,12 @@ _REFUSED = frozenset(
         errno.ENOSYS,
     }
 )
-# Names that differ in case, and in form: an e with an acute accent as one character and as two.
-_FIRST, _OTHERS = "q\u00e9".encode(), ("Q\u00e9".encode(), "qe\u0301".encode())
+# Names that differ in case, in form (an e with an acute accent as one character and as two), and by what FAT and NTFS
+# drop at the end, whether or not they are mounted so that they tell case apart.
+_FIRST, _OTHERS = (
+    "q\u00e9".encode(),
+    ("Q\u00e9".encode(), "qe\u0301".encode(), "q\u00e9.".encode(), "q\u00e9 ".encode()),
+)
 
 
 def fold_key(name: bytes) -> bytes:
@@ -95,8 +99,11 @@ def ask(descriptor: int, prefix: bytes) -> bool:
 def _is_there(descriptor: int, name: bytes) -> bool:
     try:
         os.stat(name, dir_fd=descriptor, follow_symlinks=False)
-    except FileNotFoundError:
-        return False
+    except OSError as error:
+        # A name that cannot be is not there either.
+        if error.errno == errno.ENOENT or error.errno in _REFUSED:
+            return False
+        raise
     return True
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import os
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -137,6 +138,28 @@ async def test_names_that_are_too_long_to_be_asked_about_do_not_overwrite_each_o
 )
 def test_one_key_for_what_some_file_system_takes_for_one_name(names: list[str]) -> None:
     assert len({fold_key(name.encode()) for name in names}) == 1
+
+
+@pytest.mark.parametrize("dropped", [b".", b" ", b". ", b""])
+def test_a_folder_that_drops_dots_or_spaces_at_the_end_folds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dropped: bytes
+) -> None:
+    """FAT does, also where it is mounted so that it tells case apart (``iocharset=utf8``); other names it refuses."""
+    stat = os.stat
+
+    def dropping(name: bytes, **options: Any) -> os.stat_result:
+        if name.endswith(b" ") and b" " not in dropped:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return stat(name.rstrip(dropped) if dropped else name, **options)
+
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "stat", dropping)
+            assert ask(descriptor, b".towpath.") == bool(dropped)
+        assert os.listdir(descriptor) == []
+    finally:
+        os.close(descriptor)
 
 
 @given(st.binary(min_size=1, max_size=40))
