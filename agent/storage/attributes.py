@@ -72,7 +72,7 @@ def needs_look(kind: str, mode: int) -> bool:
 
 def mode_without_list(file: int | tuple[int, bytes], mode: int) -> int:
     """A mode whose rights of the group are the group's own, and not the mask of an access list. The file is open, or an
-    entry of an open folder. What cannot be understood has no rights that not everybody has. Raises OSError."""
+    entry of an open folder. Raises OSError, EINVAL for a list that cannot be understood."""
     if sys.platform == "linux":
         try:
             found = _list_of(file)
@@ -82,15 +82,15 @@ def mode_without_list(file: int | tuple[int, bytes], mode: int) -> int:
             raise
         header, row = access_lists.HEADER, access_lists.ROW
         if len(found) < header.size or header.unpack_from(found)[0] != access_lists.VERSION:
-            return mode_of_everybody(mode)
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         rows = found[header.size : len(found) - (len(found) - header.size) % row.size]
         whose: int
         permission: int
         for whose, permission, _ in row.iter_unpack(rows):
             if whose == access_lists.OWNING_GROUP:
                 return mode & ~0o070 | mode & permission << 3 & 0o070
-        return mode_of_everybody(mode)
-    else:  # noqa: RET505 - as above
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+    else:  # noqa: RET506 - as above
         return mode
 
 

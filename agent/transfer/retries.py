@@ -95,8 +95,8 @@ class Retries:
         self._told_narrowed = True
         subject = escape(job.source_path)
         sentence = (
-            f"The access list of {subject[:1000]} cannot be looked at at the source, so that its group may do here "
-            "only what everybody may. Such files are counted."
+            f"The access list of {subject[:1000]} cannot be looked at, or understood, at the source, so that its group "
+            "may do here only what everybody may. Such files are counted."
         )
         self._run.context.on_fault(ItemFailed(sentence, code=LISTS_CODE, who="source owner", subject=subject))
 

@@ -375,6 +375,21 @@ async def test_a_list_that_can_never_be_looked_at_narrows_its_file_and_says_so(q
     assert engine.codes().count("IO_ERROR") == ((ATTEMPTS["IO_ERROR"] - 1) * len(MODES) if code == errno.EIO else 0)
 
 
+@pytest.mark.parametrize("found", [b"", b"\2\0\0\0", b"\3\0\0\0" + bytes(24)])
+async def test_a_list_that_cannot_be_understood_narrows_its_file_and_says_so(
+    quick_path: Path, monkeypatch: pytest.MonkeyPatch, found: bytes
+) -> None:
+    """As a file system may have that is a program, and checks none."""
+    engine = Engine(quick_path, TaskOptions(recursive_symlinks="copy"), FOLLOWED[2:])
+    group_files(engine)
+    monkeypatch.setattr(attributes, "_list_of", lambda _file: found)
+    observed = await engine.run()
+    assert (observed.state, observed.counters.acls_not_kept) == ("SUCCEEDED", len(MODES)), observed
+    assert modes(engine) == dict.fromkeys(MODES, 0o600)
+    assert engine.codes().count("ACCESS_LISTS_NOT_KEPT") == 1
+    assert set(engine.codes()) == {"STARTED", "ACCESS_LISTS_NOT_KEPT", "SUCCEEDED"}
+
+
 def test_without_proc_a_list_is_looked_at_in_the_open_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.getxattr
 

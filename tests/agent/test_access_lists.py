@@ -140,18 +140,18 @@ async def test_a_destination_folder_gives_what_its_owner_says(tmp_path: Path, ki
     [
         (access_list(6, 6, 4, 6, 0), 0o640),
         (access_list(6, 6, 7, 6, 4), 0o660),
-        # Whatever cannot be understood gives the group what everybody has.
-        (access_list(6, 6, 4, 6, 0)[:3], 0o600),
-        (access_list(6, 6, 4, 6, 0)[:20], 0o600),
-        (struct.pack("<I", 3) + access_list(6, 6, 4, 6, 0)[4:], 0o600),
-        (struct.pack("<I", 2), 0o600),
+        # What cannot be understood is no mode: whoever lists it narrows it, and says so.
+        (access_list(6, 6, 4, 6, 0)[:3], None),
+        (access_list(6, 6, 4, 6, 0)[:20], None),
+        (struct.pack("<I", 3) + access_list(6, 6, 4, 6, 0)[4:], None),
+        (struct.pack("<I", 2), None),
         (OSError(errno.ENODATA, ""), 0o660),
         (OSError(errno.ENOTSUP, ""), 0o660),
         (OSError(errno.ENOSYS, ""), 0o660),
     ],
 )
 def test_lists_that_cannot_be_read_give_nothing(
-    monkeypatch: pytest.MonkeyPatch, found: bytes | OSError, mode: int
+    monkeypatch: pytest.MonkeyPatch, found: bytes | OSError, mode: int | None
 ) -> None:
     def answer(_file: object) -> bytes:
         if isinstance(found, OSError):
@@ -159,4 +159,9 @@ def test_lists_that_cannot_be_read_give_nothing(
         return found
 
     monkeypatch.setattr(attributes, "_list_of", answer)
+    if mode is None:
+        with pytest.raises(OSError, match="Invalid argument") as raised:
+            attributes.mode_without_list(0, 0o660)
+        assert raised.value.errno == errno.EINVAL
+        return
     assert attributes.mode_without_list(0, 0o660) == mode
