@@ -1,0 +1,311 @@
+"""Two tasks at once into one collection, by seed: mirrors, filters, sync levels, links, hard links, times and limits in
+any combination, each killed, paused and disturbed by faults on its own. In the end each has left what a plain walk over
+both trees says (`tests/agent/task_model`), and nothing of the other's was touched."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import random
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import trio
+
+from agent.limits.pace import Pace
+from agent.storage.faulty import Call, Plan
+from agent.transfer import patience, task_runner
+from agent.transfer.journal import Journal
+from agent.transfer.manifest import ManifestWriter
+from protocol.control import FilterRule, TaskItem, TaskObserved, TaskOptions, TaskOrder
+from tests.agent.engine_inside import Crashed, Engine, Line, quick_path, skipped
+from tests.agent.task_model import Expected, expected, seen
+from tests.slices import chosen_seeds
+
+__all__ = ["quick_path"]
+
+MIB = 1024 * 1024
+SIZES = [0, 1, 700, 5000, MIB, MIB + 1, 5 * MIB]
+NAMES = ["a", "b", "c", "keep.tmp", "d.tmp", ".hidden", "caf\u00e9", "x" * 255, "deep", "twin"]
+PASSING = [errno.EIO, errno.ESTALE, errno.EBUSY]
+BASE_TIME = 1_700_000_000 * 10**9
+
+
+class Tree:
+    """Fills a source, and a destination that is like it in some places and not in others."""
+
+    def __init__(self, chance: random.Random, source: Path, destination: Path) -> None:
+        self.random = chance
+        self.source, self.destination = source, destination
+        for folder in (source, destination):
+            folder.mkdir(parents=True)
+        self._files: list[Path] = []
+        self._fill(source, 0)
+        self._copy(source, destination)
+        for _ in range(chance.randint(0, 5)):
+            self._extra(chance.choice([destination, *filter(Path.is_dir, destination.rglob("*"))]))
+
+    def _fill(self, folder: Path, depth: int) -> None:
+        for name in self.random.sample(NAMES, self.random.randint(0 if depth else 2, 6)):
+            path, what = folder / name, self.random.random()
+            if what < 0.25 and depth < 3:
+                path.mkdir()
+                self._fill(path, depth + 1)
+            elif what < 0.75:
+                self._file(path)
+            elif what < 0.85 and self._files:
+                os.link(self.random.choice(self._files), path)
+            elif what < 0.95:
+                path.symlink_to(self.random.choice(["a", "b", "nowhere", "../a", "deep"]))
+            else:
+                os.mkfifo(path)
+        self._date(folder)
+
+    def _file(self, path: Path) -> None:
+        size = self.random.choice(SIZES)
+        path.write_bytes((self.random.randbytes(min(size, 65536)) * (1 + (size >> 16)))[:size])
+        self._date(path)
+        self._files.append(path)
+
+    def _date(self, path: Path) -> None:
+        when = BASE_TIME + self.random.choice([0, 5, 10**9, -(10**9), -(10**18), 3 * 10**18])
+        os.utime(path, ns=(when, when), follow_symlinks=False)
+
+    def _copy(self, source: Path, destination: Path) -> None:
+        """Some of it, as it is, older, newer, or changed."""
+        for path in sorted(source.iterdir()):
+            there, what = destination / path.name, self.random.random()
+            if what < 0.4:
+                continue
+            if what < 0.5:
+                self._extra(destination, path.name)
+            elif path.is_symlink() or path.is_fifo():
+                continue
+            elif path.is_dir():
+                there.mkdir()
+                self._copy(path, there)
+            else:
+                content = path.read_bytes()
+                if what > 0.8 and content:
+                    content = content[:-1] + bytes([content[-1] ^ 1])
+                there.write_bytes(content)
+                when = path.stat().st_mtime_ns + self.random.choice([0, 0, 2 * 10**9, -2 * 10**9])
+                os.utime(there, ns=(when, when))
+
+    def _extra(self, folder: Path, name: str = "") -> None:
+        path = folder / (name or self.random.choice(["extra", "extra.tmp", "more", ".dot"]))
+        if os.path.lexists(path):
+            return
+        what = self.random.random()
+        if what < 0.5:
+            path.write_bytes(self.random.randbytes(100))
+        elif what < 0.6:
+            path.symlink_to("somewhere")
+        else:
+            path.mkdir()
+            for _ in range(self.random.randint(0, 3)):
+                self._extra(path)
+
+
+def options(chance: random.Random) -> TaskOptions:
+    choose = chance.choice
+    rules = [
+        [],
+        [],
+        [FilterRule(method="exclude", name="*.tmp")],
+        [FilterRule(method="include", name="keep*"), FilterRule(method="exclude", name="*.tmp", type="file")],
+        [FilterRule(method="exclude", name="deep", type="dir"), FilterRule(method="exclude", name=".*")],
+    ]
+    return TaskOptions(
+        sync_level=choose([None, None, 0, 1, 2, 3]),
+        verify_checksum=choose([True, True, False]),
+        preserve_timestamp=choose([True, False]),
+        delete_destination_extra=choose([True, False]),
+        recursive_symlinks=choose(["ignore", "keep"]),
+        preserve_hard_links=choose([True, False]),
+        preserve_xattrs=choose([True, False, False]),
+        preserve_acls=choose([True, False, False]),
+        filter_rules=choose(rules),
+    )
+
+
+class OneOfTwo(Engine):
+    """A task among others in one process: who dies is found by its journal, and nothing else dies with it."""
+
+    task_id = ""
+
+    def order(self) -> TaskOrder:
+        return msgspec.structs.replace(super().order(), task_id=self.task_id)
+
+    @contextlib.contextmanager
+    def _mortal(self) -> Iterator[None]:
+        yield
+
+
+class Task:
+    """One of the two: its trees, what is to become of them, and what happens to it on the way."""
+
+    def __init__(self, number: int, seed: int, base: Path) -> None:
+        self.random = random.Random(f"{seed} {number}")
+        self.number, self.base = number, base / str(number)
+        self.destination = base / "both"
+        self.place = self.random.choice([f"{number}", f"shared/{number}", f"shared/deep/er/{number}"])
+        self.options = options(self.random)
+        self.source = self.base / "source"
+        Tree(self.random, self.source, self.destination / self.place)
+        self.expected: Expected = expected(self.source, self.destination / self.place, self.options)
+        self.faults = self.random.choice([0.0, 0.0, 0.01, 0.03])
+        self.deaths = [self.random.randint(1, 400) for _ in range(self.random.randint(0, 3))]
+        self.pauses = self.random.randint(0, 2)
+        self.counts: defaultdict[str, int] = defaultdict(int)
+        self.engine = self._engine()
+
+    def _engine(self) -> OneOfTwo:
+        items = [TaskItem(source_path="/", destination_path=f"/{self.place}", recursive=True)]
+        engine = OneOfTwo(self.base, self.options, items, plan=self._plan())
+        engine.task_id = f"{self.number}1111111-2222-4333-8444-555555555555"
+        engine.destination = self.destination
+        engine.lanes_wanted = self.random.choice([1, 1, 3])
+        engine.processes = self.random.choice([0, 0, 1])
+        engine.on_report = self._paused
+        if self.random.random() < 0.3:
+            engine.pace = Pace(self.random.choice([3 * MIB, 40 * MIB]))
+        return engine
+
+    def _plan(self) -> Plan:
+        death = self.deaths.pop() if self.deaths else 0
+        count = 0
+
+        def plan(call: Call) -> int | None:
+            nonlocal count
+            count += 1
+            if count == death:
+                self.counts["deaths"] += 1
+                raise Crashed
+            if call.operation in ("preadv", "close_file") or self.random.random() >= self.faults:
+                return None
+            self.counts["faults"] += 1
+            return self.random.choice(PASSING)
+
+        return plan
+
+    def _paused(self, line: Line, observed: TaskObserved) -> None:
+        if self.pauses and observed.state == "ACTIVE" and self.random.random() < 0.3:
+            self.pauses -= 1
+            self.counts["pauses"] += 1
+            line.want("pause")
+
+    async def run(self) -> TaskObserved:
+        while True:
+            events = self.engine.events
+            try:
+                observed = await self.engine.run(60)
+            except Crashed:
+                observed = None
+            if observed is not None and observed.state != "PAUSED":
+                return observed
+            self.engine = self._engine()
+            self.engine.events = list(events)
+
+    def check(self, observed: TaskObserved) -> None:
+        """Against the model; what failed for a fault that came too often is passed over, and has what it had."""
+        wanted, found, left = self.expected, seen(self.destination / self.place), skipped(self.engine)
+        unlucky = {path for path, code in left.items() if code in ("IO_ERROR", "STALE_HANDLE", "BUSY")}
+        assert not unlucky or self.faults, left
+        named = {path: code for path, code in left.items() if path not in unlucky}
+        if unlucky:
+            assert {path for path, _ in named.items()} <= set(wanted.failed) | set(wanted.left_out)
+            return
+        assert named == wanted.failed | wanted.left_out
+        assert observed.state == ("FAILED" if wanted.failed else "SUCCEEDED"), observed
+        assert found.keys() == wanted.there.keys()
+        assert found == wanted.there
+        counters = observed.counters
+        assert (counters.failed, counters.skipped_errors) == (len(wanted.failed), len(wanted.left_out))
+        assert counters.deleted == wanted.deleted or self.counts["deaths"] or self.counts["faults"], counters
+        if self.options.preserve_timestamp:
+            there = {path: (self.destination / self.place / path).lstat().st_mtime_ns for path in wanted.times}
+            assert there == wanted.times
+        if self.options.preserve_hard_links and self.options.sync_level is None:
+            assert self._names() == len(set(self._names_at_source()))
+
+    def _names_at_source(self) -> list[int]:
+        came = [path for path, content in self.expected.there.items() if path in self.expected.times]
+        return [(self.source / path).stat().st_ino for path in came if isinstance(self.expected.there[path], bytes)]
+
+    def _names(self) -> int:
+        """How many files the names are that came."""
+        came = [path for path in self.expected.times if isinstance(self.expected.there[path], bytes)]
+        return len({(self.destination / self.place / path).stat().st_ino for path in came})
+
+
+@contextlib.contextmanager
+def both_mortal(tasks: list[Task], patch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What `Engine._mortal` does, for several: a journal belongs to the engine in whose folder it lies."""
+    commit, close, sync = Journal.commit, Journal.close, ManifestWriter.sync
+
+    def engine_of(path: Path) -> Engine:
+        return next(task.engine for task in tasks if path.is_relative_to(task.base))
+
+    def committing(journal: Journal) -> None:
+        engine_of(journal.path)._step("journal_commit")
+        commit(journal)
+
+    def closing(journal: Journal) -> None:
+        if engine_of(journal.path).dead:
+            journal.abandon()
+        else:
+            close(journal)
+
+    def syncing(manifest: ManifestWriter) -> None:
+        engine_of(manifest._path)._step("manifest_sync")
+        sync(manifest)
+
+    changes: list[tuple[Any, str, Any]] = [
+        (Journal, "commit", committing),
+        (Journal, "close", closing),
+        (ManifestWriter, "sync", syncing),
+        (task_runner, "FIRST_PAUSE", 0.001),
+        (task_runner, "LONGEST_PAUSE", 0.01),
+        (task_runner, "LOOK_AGAIN", 0.01),
+        (patience, "FIRST_PAUSE", 0.001),
+        (patience, "LONGEST_PAUSE", 0.01),
+    ]
+    with patch.context() as within:
+        for where, name, value in changes:
+            within.setattr(where, name, value)
+        yield
+
+
+# Quick ones.
+ALWAYS = {3, 11}
+SEEDS = [pytest.param(seed, marks=() if seed in ALWAYS else pytest.mark.soak) for seed in chosen_seeds(range(400))]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+async def test_two_tasks_at_once_leave_what_a_plain_walk_says(
+    quick_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    print(f"seed {seed}")
+    tasks = [Task(number, seed, quick_path) for number in (1, 2)]
+    beside = quick_path / "both" / "beside"
+    beside.write_bytes(b"of nobody")
+    results: dict[int, TaskObserved] = {}
+
+    async def run(task: Task) -> None:
+        results[task.number] = await task.run()
+
+    with both_mortal(tasks, monkeypatch):
+        async with trio.open_nursery() as nursery:
+            for task in tasks:
+                nursery.start_soon(run, task)
+    for task in tasks:
+        task.check(results[task.number])
+        print(f"  {task.place}: {results[task.number].state}, {len(task.expected.there)} names, {dict(task.counts)}")
+    assert beside.read_bytes() == b"of nobody"
+    assert not [path for path in (quick_path / "both").rglob(".towpath.*") if not any(t.faults for t in tasks)]
