@@ -31,6 +31,8 @@ from protocol.names import RESERVED_PREFIX, SLASH, CollectionPath
 Kind: TypeAlias = Literal["file", "dir", "symlink", "chr", "blk", "pipe", "other"]
 Version: TypeAlias = tuple[int, int, int, int, int]
 Bytes: TypeAlias = bytes | bytearray | memoryview
+# Inode (0 where its number does not outlive a mount) and size of a file that is being written.
+PartMark: TypeAlias = tuple[int, int]
 
 # Links that one path may lead through; the kernel's own limit.
 MAX_LINKS = 40
@@ -113,6 +115,12 @@ def mtime_of(status: os.stat_result) -> int:
     return mtime_ns if _EARLIEST <= mtime_ns <= _LATEST else nearest_time(mtime_ns)
 
 
+def ctime_of(status: os.stat_result) -> int:
+    """The time of the last change of a stat result, as `nearest_time` has it: clocks were wrong, and servers lie."""
+    ctime_ns = status.st_ctime_ns
+    return ctime_ns if _EARLIEST <= ctime_ns <= _LATEST else nearest_time(ctime_ns)
+
+
 def node_from_stat(name: bytes, status: os.stat_result) -> Node:
     """The node of a stat result; the file type bits are left out of its mode."""
     mode = status.st_mode
@@ -121,7 +129,7 @@ def node_from_stat(name: bytes, status: os.stat_result) -> Node:
         _KINDS.get(mode & 0o170000, "other"),
         status.st_size,
         mtime_of(status),
-        status.st_ctime_ns,
+        ctime_of(status),
         status.st_dev,
         status.st_ino,
         mode & 0o7777,
@@ -133,7 +141,7 @@ def node_from_stat(name: bytes, status: os.stat_result) -> Node:
 
 def version_of(status: os.stat_result) -> Version:
     """`Node.version` of a stat result, for example of `os.fstat` on an open file."""
-    return (status.st_dev, status.st_ino, status.st_size, mtime_of(status), status.st_ctime_ns)
+    return (status.st_dev, status.st_ino, status.st_size, mtime_of(status), ctime_of(status))
 
 
 def component(name: bytes) -> bytes:
@@ -198,6 +206,13 @@ class Directory(ABC):
         """Raise `agent.storage.disks.DiskAway` where a folder is missing in this one that leads to a disk remembered
         below the root: its listing is not the whole one then. Storage without disks below has nothing to look at."""
         return
+
+    def in_place(self, probe: bytes) -> int:
+        """How many components of `path` lead where they did when this was opened: all of them, unless it, or a folder
+        above it, was renamed, removed or replaced. Where numbers of inodes say so, a temporary called ``probe`` is made
+        here and looked for there: some file systems give one folder several. All where it cannot be told."""
+        del probe
+        return len(self.path)
 
     @abstractmethod
     def lstat(self, name: bytes) -> Node:
@@ -429,6 +444,16 @@ class Root(ABC):
     def fstat(self, fd: int) -> os.stat_result:
         """`os.fstat`."""
         return os.fstat(fd)
+
+    def part_mark(self, fd: int) -> PartMark:
+        """What a file that is being written can be known by later on (see `is_part`). Raises OSError."""
+        return (0, self.fstat(fd).st_size)
+
+    def is_part(self, fd: int, mark: PartMark) -> bool:
+        """Whether an open file may be the one of that mark, which has grown since, perhaps: no other one that has its
+        name, and not cut short. Raises OSError."""
+        inode, size = self.part_mark(fd)
+        return size >= mark[1] and (inode == mark[0] or not inode or not mark[0])
 
     def fchmod(self, fd: int, mode: int) -> None:
         """Set the permission bits of an open file; never setuid, setgid or sticky."""

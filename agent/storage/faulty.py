@@ -18,7 +18,7 @@ from typing import NamedTuple, TypeAlias
 from agent.storage import attributes
 from agent.storage.access_lists import FoundLists
 from agent.storage.attributes import Found
-from agent.storage.base import Bytes, Directory, Node, Root
+from agent.storage.base import Bytes, Directory, Node, PartMark, Root
 from agent.storage.reach import Reach
 from protocol.names import CollectionPath
 
@@ -169,6 +169,10 @@ class FaultyRoot(Root):
         self.script.before("fstat")
         return self.inner.fstat(fd)
 
+    def part_mark(self, fd: int) -> PartMark:
+        self.script.before("part_mark")
+        return self.inner.part_mark(fd)
+
     def fchmod(self, fd: int, mode: int) -> None:
         self.script.before("fchmod")
         self.inner.fchmod(fd, mode)
@@ -310,6 +314,9 @@ class FaultyDirectory(Directory):
 
     def disk(self) -> int | None:
         return self.inner.disk()
+
+    def in_place(self, probe: bytes) -> int:
+        return self.inner.in_place(probe)
 
     def sync_disk(self) -> None:
         self.script.before("sync_disk")

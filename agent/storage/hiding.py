@@ -15,7 +15,7 @@ import msgspec
 
 from agent.storage.access_lists import FoundLists
 from agent.storage.attributes import Found
-from agent.storage.base import Bytes, Directory, Node, Root, node_from_stat
+from agent.storage.base import Bytes, Directory, Node, PartMark, Root, node_from_stat
 from agent.storage.reach import Reach
 from protocol.names import CollectionPath, is_reserved
 
@@ -198,6 +198,9 @@ class HidingDirectory(Directory):
     def disk(self) -> int | None:
         return self.inner.disk()
 
+    def in_place(self, probe: bytes) -> int:
+        return self.inner.in_place(probe)
+
     def sync_disk(self) -> None:
         self.inner.sync_disk()
 
@@ -298,6 +301,9 @@ class HidingRoot(Root):
 
     def fstat(self, fd: int) -> os.stat_result:
         return self.inner.fstat(fd)
+
+    def part_mark(self, fd: int) -> PartMark:
+        return self.inner.part_mark(fd)
 
     def fchmod(self, fd: int, mode: int) -> None:
         self.inner.fchmod(fd, mode)

@@ -97,9 +97,14 @@ def is_local(file_system: str) -> bool:
     return file_system in _LOCAL
 
 
+def keeps_inodes(file_system: str) -> bool:
+    """Whether the numbers of inodes outlive a mount."""
+    return bool(file_system) and file_system not in _UNSTABLE_INODES and not file_system.startswith("fuse")
+
+
 def mark_of(mount: Mount, inode: int, marker: str = "") -> Mark:
     """The mark of a root folder on this mount."""
-    stable = mount.file_system not in _UNSTABLE_INODES and not mount.file_system.startswith("fuse")
+    stable = not mount.file_system or keeps_inodes(mount.file_system)
     return Mark(mount.mount_point, mount.file_system, inode if stable else 0, marker)
 
 

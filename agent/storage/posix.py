@@ -11,8 +11,19 @@ import stat as stat_bits
 from collections.abc import Callable, Collection, Iterable, Iterator
 
 from agent.storage import attributes, folding, handles, libc, mounts
-from agent.storage.base import PERMISSION_BITS, Directory, Features, IllegalName, Node, Root, component, node_from_stat
+from agent.storage.base import (
+    PERMISSION_BITS,
+    Directory,
+    Features,
+    IllegalName,
+    Node,
+    PartMark,
+    Root,
+    component,
+    node_from_stat,
+)
 from agent.storage.disks import Disk, DiskAway, Disks, look
+from agent.storage.enclosing import in_place
 from agent.storage.handles import os_error
 from agent.storage.own_files import Around, OwnFiles
 from agent.storage.reach import Reach
@@ -147,6 +158,12 @@ class PosixRoot(Root):
         status = os.fstatvfs(self._fd)
         return status.f_bavail * status.f_frsize
 
+    def found_at(self, path: CollectionPath) -> tuple[int, int]:
+        """Device and inode of what a way without links leads to, for comparison with folders that the agent has open
+        and nothing else: the system walks it, by whatever links somebody has put there. Raises OSError."""
+        status = os.stat(b"/".join(path) or b".", dir_fd=self._fd, follow_symlinks=False)
+        return (status.st_dev, status.st_ino)
+
     def disk_of(self, fd: int) -> int | None:
         """`Directory.disk` of an open folder."""
         device = os.fstat(fd).st_dev
@@ -179,6 +196,12 @@ class PosixRoot(Root):
 
     def fsync(self, fd: int) -> None:
         handles.sync_handle(fd)
+
+    def part_mark(self, fd: int) -> PartMark:
+        status = os.fstat(fd)
+        # Of a disk that is mounted below, the file system is not known here.
+        lasting = status.st_dev == self._identity[0] and mounts.keeps_inodes(self._mount.file_system)
+        return (status.st_ino if lasting else 0, status.st_size)
 
     def read_whole(
         self, directory: Directory, name: bytes, into: memoryview, *, follow: bool = False
@@ -293,6 +316,9 @@ class PosixDirectory(Directory):
                 os.stat(name, dir_fd=self._fd, follow_symlinks=False)
             except FileNotFoundError:
                 raise DiskAway(disk) from None
+
+    def in_place(self, probe: bytes) -> int:
+        return in_place(self, self._root.found_at, probe)
 
     def lstat(self, name: bytes) -> Node:
         return self._node(name, os.stat(component(name), dir_fd=self._fd, follow_symlinks=False))

@@ -17,7 +17,7 @@ from agent.transfer.attributes import Refused, give_access_list, give_attributes
 from agent.transfer.jobs import Abandoned, BlocksChecked, FileSealed, LargeFile
 from agent.transfer.journal import Journal, PartialRow
 from agent.transfer.side_thread import Answers, Broken, SideThread
-from agent.transfer.small_files import OWNER_ACCESS, Remover
+from agent.transfer.small_files import OWNER_ACCESS, Remover, part_lost
 from protocol.lane import digest as block_digest
 
 Answer = TypeVar("Answer")
@@ -67,7 +67,7 @@ class BlockChecker:
             for file, blocks, answer in checks:
                 try:
                     if blocks and answer.error is None:
-                        step(file, blocks)
+                        step(file, blocks, answer)
                 except OSError as error:
                     answer.error = error
                     # At once: the system tells a write error to one sync only, so that the next one may find nothing
@@ -75,8 +75,10 @@ class BlockChecker:
                     file.failed = True
         return [partial(self._finish, blocks, answer) for _, blocks, answer in checks]
 
-    def _sync(self, file: LargeFile, _blocks: dict[int, bytes]) -> None:
+    def _sync(self, file: LargeFile, _blocks: dict[int, bytes], answer: BlocksChecked) -> None:
         file.sealed = self._seal_ahead(file)
+        # Before the sync: of what is written meanwhile nothing needs to be there after a power failure.
+        answer.mark = self._root.part_mark(file.descriptor)
         self._root.fsync(file.descriptor)
 
     def _finish(self, blocks: dict[int, bytes], answer: BlocksChecked) -> BlocksChecked:
@@ -116,7 +118,7 @@ class BlockChecker:
         if self._preserve_timestamp:
             self._root.futimes(file.descriptor, file.job.row.mtime_ns)
 
-    def _ask_device(self, file: LargeFile, blocks: dict[int, bytes]) -> None:
+    def _ask_device(self, file: LargeFile, blocks: dict[int, bytes], _answer: BlocksChecked) -> None:
         """Have the device read all these blocks, so that it sees a queue and not one request at a time."""
         for offset, length in _runs(file, blocks):
             page_cache.forget(file.descriptor, offset, length)
@@ -148,6 +150,8 @@ class BlockChecker:
                 if not file.sealed:
                     self._give_mode_and_time(file)
                     self._root.fsync(file.descriptor)
+                if self._root.part_mark(file.descriptor)[1] != job.row.size:
+                    answer.error = part_lost(job)
             finally:
                 descriptor, file.descriptor = file.descriptor, -1
                 self._root.close_file(descriptor)
@@ -169,7 +173,7 @@ class BlockChecker:
         """Keep the temporary of an abandoned file when some of it counts, or remove it. In the settler's thread, which
         has seen by then what became of the last checks."""
         if file.done_count:
-            row = PartialRow(file.temporary, file.job.row.version, file.block, file.done)
+            row = PartialRow(file.temporary, file.job.row.version, file.block, file.done, file.mark)
             self._journal.put_partial(*file.job.key, row)
         else:
             self._remover.remove(file.job.group, file.temporary)

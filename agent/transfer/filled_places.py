@@ -3,6 +3,7 @@ task put there. Pure."""
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 
@@ -21,6 +22,17 @@ SEVERAL = (
 def folded(path: CollectionPath) -> CollectionPath:
     """A path of which no other spelling is another one."""
     return tuple(map(fold_key, path))
+
+
+def items_into(items: Iterable[TaskItem], folder: CollectionPath) -> list[int]:
+    """The indices of items that are put into a folder, or one below it."""
+    found = []
+    for index, item in enumerate(items):
+        # One whose name cannot be fails by itself.
+        with contextlib.suppress(ProtocolError):
+            if parse_path_untrusted(item.destination_path)[:-1][: len(folder)] == folder:
+                found.append(index)
+    return found
 
 
 class FilledPlaces:

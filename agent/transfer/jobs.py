@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from agent.storage.base import Directory
+from agent.storage.base import Directory, PartMark
 from agent.transfer.compare import SMALL_FILE, Decision, block_count
 from agent.transfer.journal import Place
 from protocol.errors import TowpathError
@@ -200,6 +200,8 @@ class LargeFile:
     settled: int = 0
     # Bytes of the check that made it complete: they are settled when the file has its name.
     last_check: int = 0
+    # The temporary as it was when the newest of these blocks were made durable.
+    mark: PartMark | None = None
     # What that check has of the budget, as long as it does not count: else it would look as if it had come in vain.
     last_charged: int = 0
     # Blocks written and not yet checked, with their digests. The lock guards this and nothing else.
@@ -342,6 +344,8 @@ class BlocksChecked:
     taken: int
     size: int
     error: OSError | None = None
+    # The temporary as it was made durable.
+    mark: PartMark | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -349,7 +353,7 @@ class FileSealed:
     """To the settler, from the checker: a complete large file is closed and waits for its name, unless ``error``."""
 
     file: LargeFile
-    error: OSError | None = None
+    error: OSError | TowpathError | None = None
 
 
 @dataclass(slots=True)

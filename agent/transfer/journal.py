@@ -18,6 +18,7 @@ from pathlib import Path
 
 import msgspec
 
+from agent.storage.base import PartMark
 from agent.transfer import journal_format
 from agent.transfer.channel import Event
 from agent.transfer.state_trouble import StateDamaged, of_sqlite, put_aside
@@ -59,6 +60,8 @@ class PartialRow(msgspec.Struct, frozen=True):
     version: Version
     block: int
     done: bytearray
+    # The temporary as it was synced when this was written down.
+    mark: PartMark | None = None
 
 
 def bytes_done(row: PartialRow) -> int:
@@ -234,6 +237,34 @@ class Journal:
             self.put("settled", b"0")
             self.forget_left_behind()
 
+    def moved(self) -> list[bytes]:
+        """Folders of the destination that were not in their places any more when all had arrived in them."""
+        value = self.get("moved")
+        return [] if value is None else msgspec.msgpack.decode(value, type=list[bytes])
+
+    def note_moved(self, destination: bytes) -> None:
+        """Note one, for the beginning of the next run."""
+        with self._using():
+            self.put("moved", msgspec.msgpack.encode([*self.moved(), destination]))
+
+    def reopen_below(self, destination: bytes, items: Iterable[int]) -> None:
+        """What was settled in a folder and below it, and of these ``items``, is there no more: all of that is listed
+        again. Only between two runs."""
+        known = "SELECT id FROM directories WHERE destination = ? OR (destination > ? AND destination < ?)"
+        with self._using():
+            rows = self._connection.execute(known, (destination, destination + b"/", destination + b"0")).fetchall()
+            for directory in (row[0] for row in rows):
+                self._connection.execute(f"{_SET_STATE} WHERE id = ?2", (PENDING, directory))
+                self._connection.execute("DELETE FROM finished WHERE directory = ?", (directory,))
+            for item in items:
+                self._connection.execute("DELETE FROM items WHERE id = ?", (item,))
+                self._connection.execute("DELETE FROM finished WHERE directory = ?", (-1 - item,))
+
+    def forget_moved(self) -> None:
+        """All of them are listed again."""
+        with self._using():
+            self._connection.execute("DELETE FROM meta WHERE key = 'moved'")
+
     def reopen_directories(self) -> int:
         """At the start of a run: directories that were being worked on must be listed again."""
         with self._using():
@@ -263,6 +294,12 @@ class Journal:
         ancestry = msgspec.msgpack.decode(row[5], type=list[tuple[int, int]])
         return DirectoryRow(row[0], row[1], row[2], row[3], row[4], ancestry)
 
+    def item_folders(self) -> set[tuple[int, int]]:
+        """Device and inode, at the source, of the folders that items name."""
+        with self._using():
+            rows = self._connection.execute("SELECT ancestry, MIN(id) FROM directories GROUP BY item").fetchall()
+        return {msgspec.msgpack.decode(row[0], type=list[tuple[int, int]])[0] for row in rows}
+
     def has_directory(self, destination: bytes) -> bool:
         """Whether a directory of the destination, or one below it, is among those to list."""
         with self._using():
@@ -283,7 +320,11 @@ class Journal:
         with self._using():
             self._connection.execute(f"{_SET_STATE} WHERE id = ?2", (DONE, directory))
             self._connection.execute("DELETE FROM finished WHERE directory = ?", (directory,))
-            self._connection.execute("DELETE FROM partial WHERE directory = ?", (directory,))
+            self._forget_marks(
+                self._connection.execute(
+                    "DELETE FROM partial WHERE directory = ? RETURNING temporary", (directory,)
+                ).fetchall()
+            )
 
     def directories_deepest_first(self) -> Iterator[tuple[bytes, int, int]]:
         """Destination path, mtime_ns and item of every directory, children before parents."""
@@ -329,7 +370,12 @@ class Journal:
                 "SELECT temporary, version, block, done FROM partial WHERE directory = ? AND name = ?",
                 (directory, name),
             ).fetchone()
-        return None if row is None else _partial(row)
+        if row is None:
+            return None
+        mark = self.get(_mark_of(row[0]))
+        return msgspec.structs.replace(
+            _partial(row), mark=None if mark is None else msgspec.msgpack.decode(mark, type=PartMark)
+        )
 
     def partials(self, directory: int) -> list[PartialRow]:
         """All large files in flight in a directory."""
@@ -356,11 +402,20 @@ class Journal:
                 "(?1, ?2, ?3, ?4, ?5, ?6, crc_of('partial', ?1, ?2, ?3, ?4, ?5, ?6))",
                 (directory, name, row.temporary, msgspec.msgpack.encode(row.version), row.block, bytes(row.done)),
             )
+            if row.mark is not None:
+                self.put(_mark_of(row.temporary), msgspec.msgpack.encode(row.mark))
 
     def drop_partial(self, directory: int, name: bytes) -> None:
         """Nothing is in flight under this name any more."""
         with self._using():
-            self._connection.execute("DELETE FROM partial WHERE directory = ? AND name = ?", (directory, name))
+            rows = self._connection.execute(
+                "DELETE FROM partial WHERE directory = ? AND name = ? RETURNING temporary", (directory, name)
+            ).fetchall()
+            self._forget_marks(rows)
+
+    def _forget_marks(self, temporaries: list[tuple[bytes]]) -> None:
+        for (temporary,) in temporaries:
+            self._connection.execute("DELETE FROM meta WHERE key = ?", (_mark_of(temporary),))
 
     # --- files with several names ----------------------------------------------------------------------
 
@@ -449,6 +504,11 @@ class Journal:
         """The daemon has this one; an earlier one may not have come to it."""
         with self._using():
             self._connection.execute("DELETE FROM events WHERE seq = ?", (seq,))
+
+
+def _mark_of(temporary: bytes) -> str:
+    """Under which key a temporary's mark is kept: agents of before pass it over."""
+    return f"part {temporary.decode('latin-1')}"
 
 
 def _partial(row: tuple[bytes, bytes, int, bytes]) -> PartialRow:

@@ -141,9 +141,24 @@ class LargeFiles:
             if _worth_another_try(job, error):
                 raise
             return self._begin_again(job, known, lost=True)
-        return LargeFile(
+        if not self._is_known(descriptor, known):
+            return self._begin_again(job, known, lost=True)
+        file = LargeFile(
             job, known.temporary, descriptor, known.block, known.done, count_done(known.done), bytes_done(known)
         )
+        file.mark = known.mark
+        return file
+
+    def _is_known(self, descriptor: int, known: PartialRow) -> bool:
+        """Whether a temporary may be what the journal says of it; it is closed if not. Raises OSError."""
+        root = self._run.context.root
+        same = False
+        try:
+            same = known.mark is None or root.is_part(descriptor, known.mark)
+        finally:
+            if not same:
+                root.close_file(descriptor)
+        return same
 
     async def _gone(self, job: FileJob, known: PartialRow) -> LargeFile | None:
         """There is no temporary any more: it has the file's name, so that there is nothing to do but to write that
@@ -164,9 +179,18 @@ class LargeFiles:
         if lost:
             sentence = "Part of a file that had arrived is gone; it is transferred again."
             trio.from_thread.run_sync(self._run.context.on_fault, RetryLater(sentence, code="PART_LOST"))
-        _unlink_quietly(job, known.temporary)
+        self._unlink(job, known.temporary)
         self._run.settle.put(PartDropped(job, known.temporary))
         return self._begin(job)
+
+    def _unlink(self, job: FileJob, temporary: bytes) -> None:
+        try:
+            job.group.handle.unlink(temporary)
+        except FileNotFoundError:
+            return
+        except OSError:
+            # Something else by now, perhaps: the new one has another name, and what can be done is done in the end.
+            self._run.context.journal.add_left_behind(job.group.destination, temporary)
 
     def _begin(self, job: FileJob) -> LargeFile:
         name = self._run.temporary_name()
@@ -229,10 +253,3 @@ def _worth_another_try(job: FileJob, error: OSError) -> bool:
     """Whether what has arrived may still be there: to begin again may cost hours."""
     passing = not isinstance(fault(error, "destination", b""), ItemFailed)
     return passing and job.attempts < PART_ATTEMPTS
-
-
-def _unlink_quietly(job: FileJob, temporary: bytes) -> None:
-    try:
-        job.group.handle.unlink(temporary)
-    except FileNotFoundError:
-        return

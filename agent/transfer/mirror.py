@@ -34,7 +34,8 @@ ALWAYS_ALLOWED = 1000
 
 class Mirror:
     """One run over the extras that the journal remembers. `run` blocks; it may be called again after an error.
-    ``on_fault`` is told in the same thread of what could not be deleted. ``items`` are those of the task."""
+    ``on_fault`` is told in the same thread of what could not be deleted. ``items`` are those of the task.
+    ``one_machine``: the source is on this one, too."""
 
     def __init__(
         self,
@@ -45,6 +46,8 @@ class Mirror:
         patience: Patience,
         on_fault: Callable[[TowpathError], None],
         items: Sequence[TaskItem] = (),
+        *,
+        one_machine: bool = False,
     ) -> None:
         self._root = root
         self._items = items
@@ -54,7 +57,11 @@ class Mirror:
         self._patience = patience
         self._on_fault = on_fault
         self._stop = threading.Event()
-        self._source_hides = self._told_of_spared = self._told_of_shared = False
+        self._source_hides = self._told_of_spared = self._told_of_shared = self._told_of_source = False
+        # Device and inode of the folders that are copied, where they are on this machine, too; whether one was met.
+        self._one_machine = one_machine
+        self._sources: set[tuple[int, int]] = set()
+        self._met_source = False
         # What of an extra is to stay, if anything is.
         self._spares: Callable[[Node], bool] | None = None
 
@@ -70,7 +77,9 @@ class Mirror:
         self._root.check_original()
         self._leave_to_others()
         self._source_hides = self._journal.source_hides()
-        self._spares = self._is_spared if self._source_hides or self._options.filter_rules else None
+        self._sources = self._journal.item_folders() if self._one_machine else set()
+        spares = self._source_hides or self._options.filter_rules or self._sources
+        self._spares = self._is_spared if spares else None
         self._refuse_too_many()
         with suppress(Stopped):
             for folder, name in self._journal.extras():
@@ -146,7 +155,7 @@ class Mirror:
             with self._root.open_directory(split_path(folder)) as parent:
                 # A link that has taken the folder's place since leads to what was never compared.
                 if parent.path == split_path(folder):
-                    removal.entry(parent, parent.lstat(name), recursive=True)
+                    self._remove_from(parent, name, removal)
                     parent.sync()
         except (FileNotFoundError, HoldsOwn):
             # Somebody else was faster; or what is left are the agent's own files, which nobody sees.
@@ -161,18 +170,45 @@ class Mirror:
                 raise problem from error
             self._on_fault(problem)
             rows.append(SkippedRow(b"", path, -1, problem.code, problem.sentence, now_iso(), extra=True))
-        if removal.spared:
+        if self._met_source:
+            self._tell_of_source(path)
+        elif removal.spared:
             self._tell_of_spared(path)
         self._journal.drop_extra(folder, name)
         self._record.removed(removal.count, rows)
 
+    def _remove_from(self, parent: Directory, name: bytes, removal: Removal) -> None:
+        node = parent.lstat(name)
+        self._met_source = False
+        if not self._is_source(node):
+            removal.entry(parent, node, recursive=True)
+
+    def _is_source(self, node: Node) -> bool:
+        """Whether this is a folder that the task copies: into the one above it, perhaps."""
+        met = node.kind == "dir" and (node.device, node.inode) in self._sources
+        self._met_source |= met
+        return met
+
     def _is_spared(self, node: Node) -> bool:
         """Whether an entry below an extra is not for the source to decide about."""
+        if self._is_source(node):
+            return True
         if is_reserved(node.name):
             return False
         return (self._source_hides and is_hidden(node.name)) or not included(
             self._options.filter_rules, node.name, node.kind == "dir"
         )
+
+    def _tell_of_source(self, path: bytes) -> None:
+        if self._told_of_source:
+            return
+        self._told_of_source = True
+        place = format_path(split_path(path), directory=True)
+        sentence = (
+            f"{place[:1000]} is, or holds, the very folder that the task copies: it is not deleted although the source "
+            "does not have it. If it is not wanted there, remove it by hand."
+        )
+        self._on_fault(ItemFailed(sentence, code="EXTRA_NOT_DELETED", who="you", subject=place))
 
     def _tell_of_spared(self, path: bytes) -> None:
         if self._told_of_spared:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter
 
 import msgspec
@@ -27,11 +27,27 @@ from agent.transfer.journal import (
 )
 from agent.transfer.manifest import ManifestWriter, SkippedRow, TransferredRow
 from protocol.control import Counters
+from protocol.errors import RetryLater
+from protocol.names import format_path, is_within, split_path
+from protocol.session import join_path
 
 # What files have together may be more than can be written down: a sparse one may be of this size by itself.
 MOST_BYTES = (1 << 63) - 1
 # What a group adds to the task's counters, by name.
 _COUNTS = {name: attrgetter(name) for name in Counts.__slots__ if name != "bytes_shared"}
+
+
+class FolderMoved(RetryLater):
+    """A folder of the destination is not in its place any more: what was written into it is wherever that is now."""
+
+    def __init__(self, folder: bytes) -> None:
+        self.folder = folder
+        subject = format_path(split_path(folder), directory=True)
+        sentence = (
+            f"{subject[:1000]} was renamed, removed or replaced at the destination while files were written into it; "
+            "what belongs there is transferred again."
+        )
+        super().__init__(sentence, code="FOLDER_MOVED", who="destination owner", subject=subject)
 
 
 class Record:
@@ -45,9 +61,11 @@ class Record:
         verify: bool,
         now: Callable[[], str],
         remove: Callable[[Group, bytes], None] = lambda _group, _temporary: None,
+        probe: Callable[[], bytes] = lambda: b"",
     ) -> None:
         self._lock = threading.RLock()
         self._remove = remove
+        self._probe = probe
         self.journal = journal
         self.counters = journal.counters()
         self.settled_bytes = int(journal.get("settled") or b"0")
@@ -66,7 +84,7 @@ class Record:
             file.settled += size
             self.settle(size)
             self._put_settled()
-            row = PartialRow(file.temporary, file.job.row.version, file.block, file.done)
+            row = PartialRow(file.temporary, file.job.row.version, file.block, file.done, file.mark)
             self.journal.put_partial(*file.job.key, row)
 
     def part_dropped(self, file: LargeFile) -> None:
@@ -163,7 +181,9 @@ class Record:
         listed: list[Group],
     ) -> list[Group]:
         """Files (with a published checksum, where one was asked for) and links that have their final names, and jobs
-        that ended without: counted, listed, and durable when this returns. The groups that are done now."""
+        that ended without: counted, listed, and durable when this returns. The groups that are done now.
+
+        Raises `FolderMoved` when all else is in the books and a group that was done is not where it was."""
         with self._lock:
             size = self._note_transferred(transferred, linked)
             self._note_outcomes(outcomes)
@@ -200,6 +220,8 @@ class Record:
             outcome.job.group.settled += 1
             groups[id(outcome.job.group)] = outcome.job.group
         done = [group for group in groups.values() if group.complete]
+        moved = {id(group): folder for group in done if (folder := self._left(group)) is not None}
+        done = [group for group in done if id(group) not in moved] if moved else done
         done_ids = {group.id for group in done if group.id > 0}
         finished = [(*job.key, _settled_code(job)) for job in settled if job.group.id not in done_ids]
         finished += [
@@ -210,11 +232,33 @@ class Record:
             self.journal.drop_partial(*file.job.key)
         for group in done:
             self._fold(group)
+        for folder in moved.values():
+            self.journal.note_moved(folder)
         self.journal.put_counters(self.counters)
         self._put_settled()
         self.journal.put_lengths(self._transferred.length, self._skipped.length)
         self.journal.commit()
+        for folder in moved.values():
+            raise FolderMoved(folder)
         return done
+
+    def forget_below(self, folder: bytes, groups: Iterable[Group]) -> None:
+        """What was settled of these groups, as far as they are at or below a folder that left its place, comes again;
+        none of them was done."""
+        with self._lock, self.journal.together():
+            for group in groups:
+                if not group.folded and is_within(split_path(group.destination), split_path(folder)):
+                    self.settle(-group.counts.bytes_transferred)
+            self._put_settled()
+
+    def _left(self, group: Group) -> bytes | None:
+        """The folder that is not in its place any more, of those that lead to a group's and itself; None if all are."""
+        handle, named = group.handle, split_path(group.destination)
+        gone = len(handle.path) - handle.in_place(self._probe())
+        # The group's own name leads there by links, perhaps: what both have in common at the end is what was moved.
+        while gone > 1 and named[-gone:] != handle.path[-gone:]:
+            gone -= 1
+        return join_path(named[: len(named) - gone + 1]) if gone else None
 
     def removed(self, count: int, failures: list[SkippedRow]) -> None:
         """Extras of a mirror that are gone or could not be removed; durable when this returns."""

@@ -100,7 +100,14 @@ class Settler:
         # The disk must not wait until everything that has arrived is written.
         self._first = AnswersFirst[_Item](self.queue)
         self.remover = Remover(journal)
-        self.record = Record(journal, manifests, verify=verify, now=now, remove=self.remover.remove_part)
+        self.record = Record(
+            journal,
+            manifests,
+            verify=verify,
+            now=now,
+            remove=self.remover.remove_part,
+            probe=temporary_name,
+        )
         self._root = root
         self._verify = verify
         self._preserve_timestamp = preserve_timestamp
@@ -358,6 +365,7 @@ class Settler:
         file = item.file
         self._names.checked_bytes += item.size
         if item.error is None:
+            file.mark = item.mark or file.mark
             for index in item.good:
                 file.mark_done(index)
         file.checked(item.taken)

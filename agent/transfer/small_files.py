@@ -245,10 +245,15 @@ def temporary_fault(error: OSError, job: FileJob) -> TowpathError:
     and the file is fetched anew; where its folder is gone, making another one says so."""
     if not isinstance(error, FileNotFoundError):
         return fault(error, "destination", job.destination_path)
+    return part_lost(job)
+
+
+def part_lost(job: FileJob) -> RetryLater:
+    """Somebody has removed or changed what had arrived of a file."""
     name = escape(job.destination_path)
     sentence = (
-        f"What had arrived of {name[:1000]} was removed at the destination before it had its name; it is transferred "
-        "again."
+        f"What had arrived of {name[:1000]} was removed or changed at the destination before it had its name; it is "
+        "transferred again."
     )
     return RetryLater(sentence, code="PART_LOST", who="destination owner", subject=name)
 

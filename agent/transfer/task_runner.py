@@ -21,6 +21,7 @@ from agent.transfer.compare import CHECKSUM
 from agent.transfer.daemon_line import DaemonLine
 from agent.transfer.delete import DeleteRun
 from agent.transfer.events import EventLog
+from agent.transfer.filled_places import items_into
 from agent.transfer.journal import Journal, open_or_rebuild
 from agent.transfer.kept_lists import ListPolicy
 from agent.transfer.left_behind import sweep_temporaries
@@ -284,7 +285,7 @@ class TaskRunner:
             if await trio.to_thread.run_sync(self._is_elsewhere, root):
                 self._begin_elsewhere(received)
                 resumed = True
-            await trio.to_thread.run_sync(self._journal.reopen_directories)
+            await trio.to_thread.run_sync(self._reopen)
             async with self._line.session(self._order.session_id) as session:
                 context = RunContext(
                     order=self._effective_order(),
@@ -348,6 +349,13 @@ class TaskRunner:
                 is_error=True,
             )
         self._journal.commit()
+
+    def _reopen(self) -> None:
+        """Have everything listed again that is not done, or was done in folders that have left their places."""
+        for folder in self._journal.moved():
+            self._journal.reopen_below(folder, items_into(self._order.items or (), split_path(folder)))
+        self._journal.forget_moved()
+        self._journal.reopen_directories()
 
     def _effective_order(self) -> TaskOrder:
         """The order; after the loss of a journal files that are there are compared instead of sent once more."""

@@ -36,14 +36,14 @@ from agent.transfer.mirror import Mirror
 from agent.transfer.packs import PACK_BYTES, packs
 from agent.transfer.patience import counted, named
 from agent.transfer.plan import UNSUPPORTED, count_finished, now_iso, set_directory_times
-from agent.transfer.record import add_counts
+from agent.transfer.record import FolderMoved, add_counts
 from agent.transfer.retries import Retries
 from agent.transfer.run import RunContext
 from agent.transfer.settle import Settler
 from agent.transfer.source_session import SourceSession
 from agent.transfer.stopping import call_on_cancel, first_error, first_system_error, run_in_thread
 from protocol.control import Counters, Flow
-from protocol.errors import TowpathError
+from protocol.errors import TaskFailed, TowpathError
 from protocol.names import format_path, split_path
 from protocol.session import MAX_PACK_FILES, join_path
 
@@ -100,6 +100,7 @@ class TransferRun:
             context.patience,
             partial(self._soon, context.on_fault),
             context.order.items or (),
+            one_machine=context.one_machine,
         )
         self.attributes = Attributes(self)
         self.hard_links = HardLinks(self)
@@ -256,6 +257,11 @@ class TransferRun:
             task_status.started()
             try:
                 await trio.to_thread.run_sync(self._settler.run)
+            except FolderMoved as error:
+                self._settler.record.forget_below(error.folder, self._groups)
+                # Below no path: other faults of the folder have a budget of their own.
+                passes = self.context.patience.is_passing(b"\1" + error.folder, error)
+                self.stop(error if passes else TaskFailed(error.sentence, code=error.code, who=error.who))
             except TowpathError as error:
                 self.stop(error)
             nursery.cancel_scope.cancel()

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from agent.storage.base import Node, node_from_stat
 from agent.storage.listing import Accounts, list_directory
 from agent.storage.posix import open_root
 from agent.storage.query import Query
@@ -140,3 +141,33 @@ async def test_a_folder_too_deep_to_be_asked_about_fails_alone(quick_path: Path)
     assert (observed.state, observed.counters.failed) == ("FAILED", 1)
     assert (engine.destination / "other").read_bytes() == b"content"
     assert "ILLEGAL_NAME" in engine.codes()
+
+
+@pytest.mark.parametrize("seconds", FAR)
+async def test_files_that_changed_at_such_times_arrive(
+    quick_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: int
+) -> None:
+    """No call sets this time: it is that of a clock which was wrong, or what a file server says."""
+    fstat = os.fstat
+
+    class Changed:
+        def __init__(self, status: os.stat_result) -> None:
+            self._status = status
+
+        def __getattr__(self, name: str) -> Any:
+            return seconds * 10**9 if name == "st_ctime_ns" else getattr(self._status, name)
+
+    engine = Engine(quick_path)
+    for name, content in (("small", b"small"), ("large", bytes(2 << 20))):
+        (engine.source / name).write_bytes(content)
+    rows = source_rows.row_of
+
+    def listed(node: Node, *rest: Any, **options: Any) -> session.Row:
+        changed: Any = Changed(os.lstat(engine.source / os.fsdecode(node.name)))
+        return rows(node_from_stat(node.name, changed), *rest, **options)
+
+    monkeypatch.setattr(source_rows, "row_of", listed)
+    monkeypatch.setattr(os, "fstat", lambda descriptor: Changed(fstat(descriptor)))
+    observed = await engine.run()
+    assert observed.state == "SUCCEEDED", observed
+    assert contents(engine.destination) == contents(engine.source)

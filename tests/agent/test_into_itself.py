@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -123,3 +124,36 @@ def test_folders_enclose_what_lies_in_them(tmp_path: Path) -> None:
     assert found == {(path.stat().st_dev, path.stat().st_ino) for path in expected}
     with MemoryRoot() as memory, memory.open_directory(()) as handle:
         assert enclosing(handle) == {memory.identity()}
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("policy", ["keep", "copy"])
+async def test_a_mirror_into_a_folder_above_does_not_delete_its_source(
+    quick_path: Path, depth: int, policy: Any
+) -> None:
+    """Else the copy would be all that is left, and less than that where filters leave something out."""
+    options = msgspec.structs.replace(MIRROR, recursive_symlinks=policy)
+    engine = Engine(quick_path, options, [item("/", "/")])
+    engine.destination = quick_path / "above"
+    engine.source = engine.destination.joinpath(*["on-the-way", "source"][-depth:])
+    fill(engine.source)
+    (engine.destination / "extra").write_bytes(b"extra")
+    (engine.source.parent / "beside").write_bytes(b"extra")
+    before = contents(engine.source)
+    observed = await engine.run()
+    assert (observed.state, observed.counters.deleted) == ("SUCCEEDED", 2), observed
+    assert contents(engine.source) == before
+    names = {path.name for path in engine.destination.iterdir()}
+    assert names == {"one", "two", "below", "large", engine.source.relative_to(engine.destination).parts[0]}
+    (told,) = [event.details for event in engine.events if event.code == "EXTRA_NOT_DELETED"]
+    assert "the very folder that the task copies" in told
+
+
+async def test_a_folder_of_that_number_on_another_machine_is_deleted(quick_path: Path) -> None:
+    engine = OtherMachine(quick_path, MIRROR, [item("/", "/")])
+    engine.destination = quick_path / "above"
+    engine.source = engine.destination / "source"
+    fill(engine.source)
+    observed = await engine.run()
+    assert observed.state == "SUCCEEDED", observed
+    assert sorted(path.name for path in engine.destination.iterdir()) == ["below", "large", "one", "two"]

@@ -83,7 +83,7 @@ class Tree:
             if what < 0.4:
                 continue
             if what < 0.5:
-                self._extra(destination, path.name)
+                self._extra(destination, path.name, links=not path.is_dir())
             elif path.is_symlink() or path.is_fifo():
                 continue
             elif path.is_dir():
@@ -97,14 +97,14 @@ class Tree:
                 when = path.stat().st_mtime_ns + self.random.choice([0, 0, 2 * 10**9, -2 * 10**9])
                 os.utime(there, ns=(when, when))
 
-    def _extra(self, folder: Path, name: str = "") -> None:
+    def _extra(self, folder: Path, name: str = "", *, links: bool = True) -> None:
         path = folder / (name or self.random.choice(["extra", "extra.tmp", "more", ".dot"]))
         if os.path.lexists(path):
             return
         what = self.random.random()
         if what < 0.5:
             path.write_bytes(self.random.randbytes(100))
-        elif what < 0.6:
+        elif what < 0.6 and links:
             path.symlink_to("somewhere")
         else:
             path.mkdir()

@@ -1,0 +1,163 @@
+"""Folders of the destination that somebody renames, removes or replaces while a task writes into them: what belongs
+there arrives there all the same, or the task says that it did not."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from agent.storage.faulty import Call
+from agent.transfer.jobs import Group
+from agent.transfer.record import Record
+from protocol.control import TaskItem
+from tests.agent.engine_inside import Crashed, Engine, contents, quick_path, skipped, tree
+
+__all__ = ["quick_path"]
+
+MIB = 1024 * 1024
+FILES = ["a/one", "a/two", "a/deep/three", "a/deep/er/four", "b/five"]
+
+
+def source(engine: Engine) -> None:
+    tree(engine.source, FILES)
+    (engine.source / "a" / "large").write_bytes(os.urandom(3 * MIB))
+
+
+def at(engine: Engine, operation: str, name: bytes, what: Callable[[], object], *, times: int = 1) -> None:
+    """Have something done just before a call of the destination."""
+    left = times
+
+    def plan(call: Call) -> int | None:
+        nonlocal left
+        if left and (call.operation, call.name) == (operation, name):
+            left -= 1
+            what()
+        return None
+
+    engine.plan = plan
+
+
+@pytest.mark.parametrize("file", ["one", "large", "three"])
+@pytest.mark.parametrize("how", ["renamed", "removed", "replaced", "linked"])
+async def test_a_folder_that_leaves_its_place_gets_everything_once_more(quick_path: Path, file: str, how: str) -> None:
+    engine = Engine(quick_path)
+    source(engine)
+    place, elsewhere = engine.destination / "a", engine.destination / "elsewhere"
+
+    def move() -> None:
+        if how == "removed":
+            shutil.rmtree(place)
+            return
+        place.rename(elsewhere)
+        if how == "replaced":
+            place.mkdir()
+            (place / "of-somebody").write_bytes(b"stays")
+        if how == "linked":
+            (engine.destination / "inside").mkdir()
+            place.symlink_to("inside")
+
+    at(engine, "rename", file.encode(), move)
+    observed = await engine.run()
+    assert observed.state == "SUCCEEDED", observed
+    assert "FOLDER_MOVED" in engine.codes() or how == "removed", engine.codes()
+    for name in FILES:
+        assert (engine.destination / name).read_bytes() == (engine.source / name).read_bytes(), name
+    assert (place / "large").read_bytes() == (engine.source / "a" / "large").read_bytes()
+    assert how != "replaced" or (place / "of-somebody").read_bytes() == b"stays"
+    assert not list(place.rglob(".towpath.*"))
+    counters = observed.counters
+    assert (counters.failed, counters.bytes_transferred) == (0, counters.bytes_total)
+    print(f"{how} before {file}: {engine.codes()}, {counters.files_transferred} files counted")
+
+
+async def test_a_folder_of_items_that_leaves_its_place_gets_them_once_more(quick_path: Path) -> None:
+    items = [TaskItem(source_path=f"/{name}", destination_path=f"/to/{name}") for name in FILES]
+    engine = Engine(quick_path, items=items)
+    source(engine)
+    at(engine, "rename", b"one", lambda: (engine.destination / "to").rename(engine.destination / "elsewhere"))
+    observed = await engine.run()
+    assert observed.state == "SUCCEEDED", observed
+    assert "FOLDER_MOVED" in engine.codes()
+    for name in FILES:
+        assert (engine.destination / "to" / name).read_bytes() == (engine.source / name).read_bytes(), name
+
+
+async def test_a_link_out_of_the_collection_in_a_folders_place_gets_nothing(quick_path: Path) -> None:
+    engine = Engine(quick_path)
+    source(engine)
+    outside = quick_path / "outside"
+    outside.mkdir()
+
+    def move() -> None:
+        (engine.destination / "a").rename(engine.destination / "elsewhere")
+        (engine.destination / "a").symlink_to(outside)
+
+    at(engine, "rename", b"one", move)
+    observed = await engine.run()
+    assert observed.state == "FAILED", observed
+    assert set(skipped(engine).values()) == {"PERMISSION_DENIED"}
+    assert list(outside.iterdir()) == []
+
+
+async def test_a_folder_that_is_moved_again_and_again_ends_the_task(quick_path: Path) -> None:
+    engine = Engine(quick_path)
+    source(engine)
+    serial = iter(range(100))
+
+    def move() -> None:
+        (engine.destination / "a").rename(engine.destination / f"elsewhere-{next(serial)}")
+
+    at(engine, "rename", b"one", move, times=100)
+    observed = await engine.run()
+    assert (observed.state, observed.error_code) == ("FAILED", "FOLDER_MOVED")
+    assert len(list(engine.destination.glob("elsewhere-*"))) == 5
+
+
+async def test_what_is_moved_when_it_is_whole_is_nobodys_affair(
+    quick_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a program does that takes away what has arrived."""
+    engine = Engine(quick_path)
+    tree(engine.source, ["a/one", "b/two"])
+    fold = Record._fold
+
+    def folding(record: Record, group: Group) -> None:
+        fold(record, group)
+        if group.destination == b"a":
+            (engine.destination / "a").rename(quick_path / "taken")
+
+    monkeypatch.setattr(Record, "_fold", folding)
+    observed = await engine.run()
+    assert observed.state == "SUCCEEDED"
+    assert "FOLDER_MOVED" not in engine.codes()
+    assert (quick_path / "taken" / "one").exists()
+    assert not (engine.destination / "a").exists()
+
+
+async def test_a_crash_after_the_move_forgets_nothing(quick_path: Path) -> None:
+    engine = Engine(quick_path)
+    source(engine)
+    moved = False
+
+    def plan(call: Call) -> int | None:
+        nonlocal moved
+        if not moved and (call.operation, call.name) == ("rename", b"one"):
+            moved = True
+            (engine.destination / "a").rename(engine.destination / "elsewhere")
+        elif moved and call.operation == "make_directories":
+            raise Crashed
+        return None
+
+    engine.plan = plan
+    with pytest.raises(Crashed):
+        await engine.run()
+    after = engine.revived()
+    observed = await after.run()
+    assert observed.state == "SUCCEEDED", observed
+    for name in FILES:
+        assert (engine.destination / name).read_bytes() == (engine.source / name).read_bytes(), name
+    assert contents(engine.destination)["a/large"] == (engine.source / "a" / "large").read_bytes()
