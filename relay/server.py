@@ -10,6 +10,7 @@ import datetime
 import logging
 import signal
 import sqlite3
+import sys
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass
@@ -53,7 +54,7 @@ from relay.services import Services
 from relay.settings import Settings
 from relay.store.database import Store
 from relay.store.migrate import require, upgrade
-from relay.tls import ServerCertificate
+from relay.tls import CertificateStatistics, ServerCertificate
 from relay.transfer import revocation
 from relay.transfer.nodes import DatabaseNodeDirectory
 from relay.transfer.steward import Steward
@@ -67,6 +68,8 @@ GRACE = 5.0
 _GOODBYE = 2.0
 _UPKEEP_INTERVAL = 60.0
 _CLEANING_INTERVAL = 3600.0
+# Days before the end of the certificate from which on the log says so, once an hour.
+CERTIFICATE_WARNING = 14.0
 # How often to look whether the wall clock has jumped, and by how much (seconds) it counts as such.
 _CLOCK_LOOK, _CLOCK_JUMP = 5.0, 60.0
 _BACKLOG = 4096
@@ -260,7 +263,7 @@ async def serve(settings: Settings) -> None:
 
 async def _run(relay: Relay, settings: Settings) -> None:
     listeners = await open_port(settings.listen.host, settings.listen.port, _BACKLOG)
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
         async with trio.open_nursery() as nursery:
             await nursery.start(relay.tunnel.run)
             if relay.tunnel.enabled:
@@ -280,6 +283,10 @@ async def _run(relay: Relay, settings: Settings) -> None:
             logger.info("Ready: %s (port %d), relay %s", settings.public_url, port, relay.services.keys.relay_id)
             sdnotify.notify("READY=1")
             async for number in signals:
+                # In a terminal it means that nobody is there any more, for a service that it is to look again.
+                if number == signal.SIGHUP and not sys.stderr.isatty():
+                    await _look_again(relay)
+                    continue
                 logger.info("Ending on %s.", signal.Signals(number).name)
                 break
             sdnotify.notify("STOPPING=1")
@@ -289,6 +296,14 @@ async def _run(relay: Relay, settings: Settings) -> None:
             await _attempt("remember wrong guesses", partial(relay.guess_memory.flush, relay.services.clock()))
             nursery.cancel_scope.cancel()
     logger.info("Ended.")
+
+
+async def _look_again(relay: Relay) -> None:
+    """Take up now what else is looked at once a minute: certificate and revoked agents."""
+    logger.info("Looking at the certificate again; a changed configuration counts from the next start on.")
+    now = datetime.datetime.fromtimestamp(relay.services.clock(), datetime.UTC)
+    await _attempt("renew the certificate", partial(_renew_certificate, relay, now))
+    await _attempt("end the links of revoked agents", partial(_disconnect_revoked, relay))
 
 
 async def _say_goodbye(registry: Registry) -> None:
@@ -335,9 +350,17 @@ async def _upkeep(relay: Relay, settings: Settings) -> None:
             await _attempt("forget expired tokens", partial(services.store.write, forget))
             forget = partial(forget_old, now=services.clock())
             await _attempt("forget old sessions and clients", partial(services.store.write, forget))
+            _warn_of_end(relay.certificate.statistics(), services.clock())
             await _attempt("forget what closed tasks moved", partial(services.store.write, forget_items))
         logger.debug("%s", relay.statistics())
         await trio.sleep(_UPKEEP_INTERVAL)
+
+
+def _warn_of_end(certificate: CertificateStatistics, now: float) -> None:
+    """Say in the log that the certificate ends soon; the relay's own is renewed long before."""
+    left = (certificate.expires - now) / 86400.0
+    if left < CERTIFICATE_WARNING:
+        logger.warning("The certificate of the port ends in %.1f days; nobody can connect afterwards.", max(left, 0.0))
 
 
 async def _watch_clock(relay: Relay, settings: Settings) -> None:

@@ -231,6 +231,22 @@ def test_a_signal_ends_the_relay_cleanly_and_systemd_is_told(
     assert not (relay.directory / "relay.sqlite-wal").exists()
 
 
+def test_a_reload_takes_up_a_certificate_at_once(relay: RelayProcess) -> None:
+    """Whoever renews certificates, or rotates logs, sends SIGHUP, which ends what does not know it."""
+    relay.start()
+    assert relay.process is not None
+    address = ("localhost", relay.port)
+    before = ssl.get_server_certificate(address)
+    (relay.directory / "tls" / "server.pem").unlink()
+    relay.process.send_signal(signal.SIGHUP)
+    deadline = time.monotonic() + PATIENCE
+    while ssl.get_server_certificate(address) == before and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert ssl.get_server_certificate(address) != before
+    assert relay.process.poll() is None
+    assert "counts from the next start on" in (relay.directory / "log").read_text()
+
+
 async def test_requests_under_way_are_finished_at_the_end(relay: RelayProcess) -> None:
     relay.start()
     account = relay.document("client", "add", "program")

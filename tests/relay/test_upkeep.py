@@ -13,6 +13,7 @@ from trio.testing import MockClock
 from relay import server
 from relay.settings import Settings
 from relay.store import transfer_tables as tables
+from relay.tls import CertificateStatistics
 from relay.transfer import task_rows
 from relay.transfer.task_rows import forget_items, load_items, load_scope, unpack_items
 from tests.relay.relay_world import START
@@ -49,6 +50,13 @@ async def test_only_what_closed_tasks_were_to_move_is_forgotten(
     assert (shown["status"], shown["towpath"]["item_count"]) == ("SUCCEEDED", 1)
 
 
+@pytest.mark.parametrize(("left", "said"), [(15.0, ""), (13.5, "ends in 13.5 days"), (-3.0, "ends in 0.0 days")])
+def test_the_log_says_that_the_certificate_ends(left: float, said: str, caplog: pytest.LogCaptureFixture) -> None:
+    server._warn_of_end(CertificateStatistics((), START + left * 86400, False), START)
+    assert said in caplog.text
+    assert bool(caplog.text) == bool(said)
+
+
 async def test_a_clock_that_was_ahead_for_a_moment_puts_no_cleaning_off(
     autojump_clock: MockClock, relay_settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -62,7 +70,8 @@ async def test_a_clock_that_was_ahead_for_a_moment_puts_no_cleaning_off(
     now = [START + 10 * 365 * 86400]
     keys = SimpleNamespace(renew=print, renew_id_token_key=print)
     services = SimpleNamespace(clock=lambda: now[0], keys=keys, store=SimpleNamespace(write=print))
-    relay = cast(Any, SimpleNamespace(services=services, statistics=dict))
+    certificate = SimpleNamespace(statistics=lambda: CertificateStatistics((), START + 10 * 365 * 86400, True))
+    relay = cast(Any, SimpleNamespace(services=services, statistics=dict, certificate=certificate))
     async with trio.open_nursery() as nursery:
         nursery.start_soon(server._upkeep, relay, relay_settings)
         await trio.sleep(1)
