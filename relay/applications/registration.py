@@ -26,6 +26,7 @@ from relay.refusal import ApiError
 from relay.store import auth_tables
 from relay.store.application_tables import registrations
 from relay.store.sign_in_tables import scopes
+from relay.store.transfer_tables import collections
 from relay.transfer import task_turns
 
 MAX_CLIENTS = 500
@@ -284,8 +285,10 @@ def remove(connection: Connection, found: Registered, by_id: str, now: float) ->
     """Delete a client with its secrets, tokens and consents. Those that it registered stay in the project.
 
     Its tasks end, since they are nobody's any more. Projects that it administered alone go to ``by_id``, the identity
-    that deletes it and could have acted as it anyway. Raises `ApiError` 409 when it would delete itself and leave such.
+    that deletes it and could have acted as it anyway. Raises `ApiError` 409 when it would delete itself and leave such,
+    or owns collections, which would be nobody's.
     """
+    _refuse_owner(connection, found.client.id)
     inherited = projects.inherit(connection, found.client.id, by_id)
     mine = registrations.c.registered_by == found.client.id
     connection.execute(update(registrations).where(mine).values(registered_by=None))
@@ -293,6 +296,16 @@ def remove(connection: Connection, found: Registered, by_id: str, now: float) ->
     ended = task_turns.end_all_of(connection, found.client.id, reason, now)
     remove_client(connection, found.client.id)
     return Removed(ended, inherited)
+
+
+def _refuse_owner(connection: Connection, client_id: str) -> None:
+    mine = (collections.c.owner_id == client_id) & collections.c.deleted.is_(None)
+    name = connection.execute(select(collections.c.display_name).where(mine).limit(1)).scalar_one_or_none()
+    if name is not None:
+        sentence = (
+            f"The program owns the collection “{name}”; delete what it owns first. Without secrets it does nothing."
+        )
+        raise ApiError(409, "CONFLICT", sentence)
 
 
 def client_document(connection: Connection, found: Registered) -> dict[str, Any]:

@@ -16,6 +16,8 @@ from relay.auth.scopes import AUTH_SERVER, MANAGE_PROJECTS
 from relay.auth.session_rules import rules_of
 from relay.auth.step_up import Unsatisfiable
 from relay.store.metadata import metadata
+from relay.transfer.collections import mark_deleted
+from relay.transfer.enrolment import create_mapped_collection
 
 
 class Developer:
@@ -254,6 +256,18 @@ async def test_a_project_of_a_deleted_client_goes_to_whoever_deleted_it(world: A
     await ada.refused("GET", f"/projects/{shared}", 404)
     await ada.done("DELETE", f"/clients/{portal}")
     await ada.done("DELETE", f"/projects/{alone}")
+
+
+async def test_a_client_is_not_deleted_before_the_collections_that_it_owns(world: Any) -> None:
+    """They would be nobody's, and the agents behind them served whoever had a role for ever."""
+    ada = await developer(world, "ada")
+    service = (await ada.client(await ada.project(), client_type="client_identity"))["id"]
+    made, _ = await create_mapped_collection(
+        world.store, world.settings, service, {"display_name": "Beamline"}, now=1e9
+    )
+    assert "“Beamline”" in (await ada.refused("DELETE", f"/clients/{service}", 409))
+    await world.store.write(lambda connection: mark_deleted(connection, made, 1e9))
+    await ada.done("DELETE", f"/clients/{service}")
 
 
 async def test_a_client_that_administers_a_project_alone_does_not_delete_itself(world: Any) -> None:
