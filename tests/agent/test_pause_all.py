@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -71,7 +71,7 @@ async def test_what_was_paused_alone_stays_so_over_a_restart(tmp_path: Path, *, 
         scope.cancel()
         await trio.sleep(0.2)
         if before:
-            with sqlite3.connect(made.beta.state / "tasks" / "tasks.sqlite") as database:
+            with closing(sqlite3.connect(made.beta.state / "tasks" / "tasks.sqlite")) as database, database:
                 database.execute("UPDATE tasks SET held = 1")
         await made.start(made.beta)
         await set_paused(made, False)
