@@ -155,6 +155,11 @@ def ls(
         try:
             document = list_directory(relay, place, query)
         except TransferAPIError as error:
+            if error.code == "PermissionDenied" and place.path is None:
+                fail(
+                    f"You may not look into the folder where {location.collection} begins. If one in it was shared "
+                    f"with you, name that: {location.collection}:/FOLDER/."
+                )
             if not str(error.code or "").endswith(".NotDirectory") or place.path is None:
                 raise
             document = _file_itself(relay, place)

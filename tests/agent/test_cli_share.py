@@ -108,3 +108,10 @@ def test_rules_are_listed_with_names_and_taken_back(towpath: Run, relay: FakeRel
     ]
     assert towpath("share", "remove", "alpha", RULE)[0] == 0
     assert relay.sent("DELETE", f"{RULES}/{RULE}")
+
+
+def test_whoever_was_given_one_folder_is_told_to_name_it(towpath: Run, relay: FakeRelay) -> None:
+    relay.refusals[f"/v0.10/operation/endpoint/{ALPHA}/ls"] = Refusal(403, "PermissionDenied", "You may not.")
+    code, _, said = towpath("ls", "alpha")
+    assert (code, "name that: alpha:/FOLDER/." in said) == (1, True)
+    assert "FOLDER" not in towpath("ls", "alpha:/x")[2]
