@@ -43,7 +43,7 @@ async def test_the_address_alone_leads_people_in_and_says_how_to_begin(world: Re
     await person.sign_in()
     page = (await person.get("/")).text
     assert f"towpath login --relay {world.settings.public_url}<" in page
-    assert f"towpath setup --relay {world.settings.public_url} --root" in page
+    assert f'towpath setup --relay {world.settings.public_url} <span class="whole">--root' in page
 
 
 async def test_a_mistyped_address_is_told_to_people_as_a_page_and_to_programs_in_json(world: RelayWorld) -> None:
