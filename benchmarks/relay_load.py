@@ -37,7 +37,7 @@ from typing import Any
 import httpx
 import psutil
 import trio
-from sqlalchemy import insert
+from sqlalchemy import Connection, insert
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -163,28 +163,7 @@ class RelayUnderLoad:
                 refresh_life=None,
             )
             self.token = issued[0].access_token
-            nodes, endpoints = [], []
-            for _ in range(links):
-                key = NodeKey.generate()
-                node_id, endpoint_id = str(uuid.uuid4()), str(uuid.uuid4())
-                self.rows.append((node_id, endpoint_id, key.private_key_pem))
-                endpoints.append({"id": endpoint_id, "owner_id": owner.id, "created": now})
-                nodes.append(
-                    {
-                        "id": node_id,
-                        "endpoint_id": endpoint_id,
-                        "certificate": key.certificate_pem,
-                        "fingerprint": key.fingerprint,
-                        "hostname": "load",
-                        "version": "",
-                        "created": now,
-                        "journal": "",
-                        "last_event": 0,
-                        "paused": False,
-                    }
-                )
-            connection.execute(insert(tables.endpoints), endpoints)
-            connection.execute(insert(tables.nodes), nodes)
+            self._enrol(connection, links, owner.id, now)
             for node_id, endpoint_id, _ in self.rows[:CALLED]:
                 self.collections.append(str(uuid.uuid4()))
                 connection.execute(
@@ -198,6 +177,30 @@ class RelayUnderLoad:
                     )
                 )
         store.close()
+
+    def _enrol(self, connection: Connection, links: int, owner_id: str, now: float) -> None:
+        nodes, endpoints = [], []
+        for _ in range(links):
+            key = NodeKey.generate()
+            node_id, endpoint_id = str(uuid.uuid4()), str(uuid.uuid4())
+            self.rows.append((node_id, endpoint_id, key.private_key_pem))
+            endpoints.append({"id": endpoint_id, "owner_id": owner_id, "created": now})
+            nodes.append(
+                {
+                    "id": node_id,
+                    "endpoint_id": endpoint_id,
+                    "certificate": key.certificate_pem,
+                    "fingerprint": key.fingerprint,
+                    "hostname": "load",
+                    "version": "",
+                    "created": now,
+                    "journal": "",
+                    "last_event": 0,
+                    "paused": False,
+                }
+            )
+        connection.execute(insert(tables.endpoints), endpoints)
+        connection.execute(insert(tables.nodes), nodes)
 
     def start(self) -> None:
         log = (self.directory / "log").open("ab")
@@ -424,36 +427,47 @@ def run(relay: RelayUnderLoad, arguments: argparse.Namespace) -> None:
         )
         each = (relay.memory() - base) * 1024 / max(linked, 1)
         print(f"{'relay memory':36s} {relay.memory():7.0f} MiB, {base:.0f} before: {each:.0f} KiB a link")
-        before = relay.cpu()
-        time.sleep(IDLE_SECONDS)
-        idle = (relay.cpu() - before) / IDLE_SECONDS * 100
-        print(f"{'relay CPU with all links idle':36s} {idle:7.1f} % of a core")
-        show("calls through links, 32 at once", *asyncio.run(requests(relay, arguments.seconds, 32)))
-        show("calls through links, one at a time", *asyncio.run(requests(relay, arguments.seconds / 2, 1)))
-        if arguments.tunnels:
-
-            def during() -> None:
-                show("the same beside tunnels", *asyncio.run(requests(relay, arguments.seconds / 2, 1)))
-
-            trio.run(busy_tunnels, relay, arguments.tunnels, during)
-        relay.kill()
-        while sum(count.value for count in counts) > linked // 100:
-            time.sleep(0.05)
-        time.sleep(arguments.away)
-        started = time.monotonic()
-        relay.start()
-        print(f"{'killed and started again':36s} {time.monotonic() - started:7.1f} s until it was ready", flush=True)
-        seconds = wait_for(counts, linked, "coming back", arguments.patience)
-        spent = relay.cpu() * 1000 / max(linked, 1)
-        print(
-            f"{'all back after a start':36s} {seconds:7.1f} s, relay CPU {spent:.1f} ms a link, "
-            f"memory {relay.memory():.0f} MiB"
-        )
+        use_links(relay, arguments)
+        restart(relay, counts, arguments)
     finally:
         for holder in holders:
             holder.kill()
             holder.join()
         relay.kill()
+
+
+def use_links(relay: RelayUnderLoad, arguments: argparse.Namespace) -> None:
+    """What links cost that are idle, and how long calls take through them, alone and beside tunnels."""
+    before = relay.cpu()
+    time.sleep(IDLE_SECONDS)
+    idle = (relay.cpu() - before) / IDLE_SECONDS * 100
+    print(f"{'relay CPU with all links idle':36s} {idle:7.1f} % of a core")
+    show("calls through links, 32 at once", *asyncio.run(requests(relay, arguments.seconds, 32)))
+    show("calls through links, one at a time", *asyncio.run(requests(relay, arguments.seconds / 2, 1)))
+    if arguments.tunnels:
+
+        def during() -> None:
+            show("the same beside tunnels", *asyncio.run(requests(relay, arguments.seconds / 2, 1)))
+
+        trio.run(busy_tunnels, relay, arguments.tunnels, during)
+
+
+def restart(relay: RelayUnderLoad, counts: list[Synchronized[int]], arguments: argparse.Namespace) -> None:
+    """How long it takes until all links are back after a kill."""
+    linked = sum(count.value for count in counts)
+    relay.kill()
+    while sum(count.value for count in counts) > linked // 100:
+        time.sleep(0.05)
+    time.sleep(arguments.away)
+    started = time.monotonic()
+    relay.start()
+    print(f"{'killed and started again':36s} {time.monotonic() - started:7.1f} s until it was ready", flush=True)
+    seconds = wait_for(counts, linked, "coming back", arguments.patience)
+    spent = relay.cpu() * 1000 / max(linked, 1)
+    print(
+        f"{'all back after a start':36s} {seconds:7.1f} s, relay CPU {spent:.1f} ms a link, "
+        f"memory {relay.memory():.0f} MiB"
+    )
 
 
 if __name__ == "__main__":

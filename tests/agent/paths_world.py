@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -75,11 +75,32 @@ class Places:
         return place, place
 
 
-@asynccontextmanager
-async def world(*, relay: str = "allow", relay_up: bool = True, lanes: int = 1) -> AsyncIterator[World]:
-    async def seen(note: PortNote, endpoint: Endpoint) -> None:
-        await made.signalling.seen(note, endpoint)
+class Links:
+    """The links of both agents, as the signalling calls them."""
 
+    def __init__(self) -> None:
+        self.made: World
+
+    def address(self, _node_id: str) -> str:
+        return "127.0.0.1"
+
+    def round_trip(self, _node_id: str) -> float | None:
+        return 0.001
+
+    async def call(self, node_id: str, _method: str, path: str, *, document: Any, timeout: float) -> bytes:
+        await trio.lowlevel.checkpoint()
+        if isinstance(document, PathGo):
+            if node_id == "source":
+                self.made.source.introductions.go(document)
+            else:
+                self.made.finder.take_go(document)
+            return b""
+        return encode(await self.made.source.introductions.offer(document, own=False))
+
+
+@asynccontextmanager
+async def stun_service(seen: Callable[[PortNote, Endpoint], Awaitable[None]]) -> AsyncIterator[int]:
+    """The relay's, over TCP on loopback; its port."""
     observer = Observer(seen)
     listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
 
@@ -90,59 +111,50 @@ async def world(*, relay: str = "allow", relay_up: bool = True, lanes: int = 1) 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(observer.run)
         nursery.start_soon(trio.serve_listeners, observe, listeners)
-        port = listeners[0].socket.getsockname()[1]
-        made: World
+        yield listeners[0].socket.getsockname()[1]
+        nursery.cancel_scope.cancel()
 
-        def tell(task_id: str, answer: PathAnswer) -> None:
-            assert task_id == TASK
-            made.finder.take_candidates(answer)
 
-        async with node(port, tell) as source, node(port) as destination:
+@asynccontextmanager
+async def world(*, relay: str = "allow", relay_up: bool = True, lanes: int = 1) -> AsyncIterator[World]:
+    links = Links()
+    signalling = Signalling(links, Places())
 
-            class Links:
-                def address(self, _node_id: str) -> str:
-                    return "127.0.0.1"
+    def tell(task_id: str, answer: PathAnswer) -> None:
+        assert task_id == TASK
+        links.made.finder.take_candidates(answer)
 
-                def round_trip(self, _node_id: str) -> float | None:
-                    return 0.001
+    async def introduce(offer: PathOffer) -> None:
+        try:
+            await signalling.introduce(offer, "destination", "source")
+        except TowpathError as error:
+            links.made.failures.append(error)
 
-                async def call(self, node_id: str, _method: str, path: str, *, document: Any, timeout: float) -> bytes:
-                    await trio.lowlevel.checkpoint()
-                    if isinstance(document, PathGo):
-                        if node_id == "source":
-                            source.introductions.go(document)
-                        else:
-                            made.finder.take_go(document)
-                        return b""
-                    return encode(await source.introductions.offer(document, own=False))
+    def send(offer: PathOffer) -> None:
+        links.made.offers.append(offer)
+        nursery.start_soon(introduce, offer)
 
-            signalling = Signalling(Links(), Places())
+    def next_generation() -> int:
+        links.made.generation += 1
+        return links.made.generation
 
-            async def introduce(offer: PathOffer) -> None:
-                try:
-                    await signalling.introduce(offer, "destination", "source")
-                except TowpathError as error:
-                    made.failures.append(error)
-
-            def send(offer: PathOffer) -> None:
-                made.offers.append(offer)
-                nursery.start_soon(introduce, offer)
-
-            def next_generation() -> int:
-                made.generation += 1
-                return made.generation
-
-            destination.network.relay_up = lambda: relay_up
-            found = PathFinder(
-                destination.network,
-                Subject(session_id=SESSION, task_id=TASK, own=False, relay=relay, transport="tcp", lanes=lanes),
-                send_offer=send,
-                on_better=lambda path: made.better.append(path),
-                generation=next_generation,
-            )
-            made = World(source, destination, found, signalling)
-            await nursery.start(found.run)
-            yield made
+    async with (
+        stun_service(signalling.seen) as port,
+        trio.open_nursery() as nursery,
+        node(port, tell) as source,
+        node(port) as destination,
+    ):
+        destination.network.relay_up = lambda: relay_up
+        found = PathFinder(
+            destination.network,
+            Subject(session_id=SESSION, task_id=TASK, own=False, relay=relay, transport="tcp", lanes=lanes),
+            send_offer=send,
+            on_better=lambda path: links.made.better.append(path),
+            generation=next_generation,
+        )
+        links.made = World(source, destination, found, signalling)
+        await nursery.start(found.run)
+        yield links.made
         nursery.cancel_scope.cancel()
 
 
