@@ -22,9 +22,12 @@ MOST_BLOCKS = 1024 * 1024
 _LEAST_BLOCK = 1024 * 1024
 
 
-def data_extents(descriptor: int, size: int) -> list[Extent] | None:
+def data_extents(descriptor: int, size: int, file_system: str = "") -> list[Extent] | None:
     """Offset and length of everything of an open file that is no hole, in order; None where the file system cannot
     tell or there are too many. Raises OSError."""
+    # It looks at each page, 17 ms a GiB. Who has reserved memory for a file without writing it is told of no holes.
+    if file_system == "tmpfs" and os.fstat(descriptor).st_blocks * 512 >= size:
+        return [(0, size)]
     extents: list[Extent] = []
     offset = 0
     while offset < size:

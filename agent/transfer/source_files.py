@@ -42,7 +42,7 @@ def extents(root: Root, path: CollectionPath, request: session.FindExtents) -> l
     """Where a file has data, None if it is of another version by now, or where that cannot be told."""
     with _opened(root, path, follow=request.follow) as descriptor:
         let_rest(request.version)
-        found = data_extents(descriptor, request.version[2])
+        found = data_extents(descriptor, request.version[2], root.features.file_system)
         # Looked at afterwards: what was found belongs to this version and no other.
         return found if version_of(root.fstat(descriptor)) == tuple(request.version) else None
 

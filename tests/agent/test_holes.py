@@ -80,6 +80,31 @@ def test_the_parts_of_a_file(quick_path: Path) -> None:
     assert sum(length for _, length in extents) < 2 * MIB
 
 
+def test_a_file_in_memory_without_holes_is_not_searched_for_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever this folder lies on: what counts is how much storage the file has."""
+    (tmp_path / "full").write_bytes(os.urandom(MIB))
+    sparse(tmp_path / "sparse", MIB, {0: b"a"})
+    looked: list[int] = []
+    lseek = os.lseek
+
+    def look(descriptor: int, offset: int, how: int) -> int:
+        looked.append(offset)
+        return lseek(descriptor, offset, how)
+
+    monkeypatch.setattr(os, "lseek", look)
+    for name, file_system, looks in (("full", "tmpfs", False), ("full", "ext4", True), ("sparse", "tmpfs", True)):
+        looked.clear()
+        with (tmp_path / name).open("rb", buffering=0) as file:
+            # Storage is given to it when it is written out.
+            os.fsync(file.fileno())
+            extents = data_extents(file.fileno(), MIB, file_system)
+        assert bool(looked) == looks, name
+        if name == "full":
+            assert extents == [(0, MIB)]
+
+
 SIZES = {"2^31": 2**31, "2^32": 2**32, "2^32+1": 2**32 + 1, "1 TB": 10**12, "2^53+1": 2**53 + 1}
 
 
