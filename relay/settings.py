@@ -265,7 +265,9 @@ def load(path: Path) -> Settings:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise SettingsError(f"{path}: cannot be read: {error.strerror}.", who="relay operator") from error
+        missing = isinstance(error, FileNotFoundError)
+        where = " Say where the configuration is with --config or TOWPATH_RELAY_CONFIG." if missing else ""
+        raise SettingsError(f"{path}: cannot be read: {error.strerror}.{where}", who="relay operator") from error
     except UnicodeDecodeError as error:
         raise SettingsError(f"{path}: is not UTF-8 text (byte {error.start}).", who="relay operator") from error
     settings = parse(text, str(path))

@@ -94,7 +94,7 @@ def test_the_directory_counts_from_the_file(tmp_path: Path) -> None:
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match=r"relay\.yaml: cannot be read: No such file"):
+    with pytest.raises(SettingsError, match=r"relay\.yaml: cannot be read: No such file.*--config"):
         load(tmp_path / "relay.yaml")
 
 

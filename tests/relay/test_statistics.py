@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -128,3 +129,10 @@ def test_a_table_becomes_labels_and_what_is_not_known_is_left_out() -> None:
         ("towpath_relay_tunnels_ended_total", ('odd"\n\\',)): 1,
         ("towpath_relay_root_key_present", ()): 1,
     }
+
+
+def test_the_alerts_of_the_documentation_are_about_metrics_that_there_are() -> None:
+    page = Path(__file__).parents[2] / "docs" / "operating.md"
+    named = set(re.findall(r"towpath_relay_[a-z_]+", page.read_text()))
+    assert len(named) > 8
+    assert named <= {f"towpath_relay_{metric.name}" for metric, _ in METRICS.values()}
