@@ -308,56 +308,27 @@ async def _running(
     directory: Path, hosts: dict[str, Host], emulator: Emulator, guard: Warden, version: int, dual: bool
 ) -> AsyncIterator[Lab]:
     environment = clean_environment(os.environ)
-    relay_host = hosts["relay"]
-    address, everywhere = (RELAY_ADDRESS, "0.0.0.0") if version == 4 else (RELAY_ADDRESS_6, "::")
-    relay_host.use([RELAY_ADDRESS, RELAY_ADDRESS_6] if dual else [address])
-    if dual:
-        everywhere = "::"
-    url = f"https://{address}" if version == 4 else f"https://[{address}]"
-    command = [program("towpath-relay")]
-    where = ("--directory", str(directory / "relay"), "--host", everywhere, "--port", "443", "--url", url)
-    await run_tool([*command, "init", *where, "--name", "lab"], environment)
-    if dual:
-        with (directory / "relay" / "relay.yaml").open("a") as file:
-            file.write(f'tls:\n  names: ["{RELAY_ADDRESS}", "{RELAY_ADDRESS_6}"]\n')
-    command += ["--config", str(directory / "relay" / "relay.yaml")]
-    relay = Child("relay", _in(relay_host.namespace, [*command, "serve"]), environment, directory / "relay.log", guard)
+    url, command = await _init_relay(directory, hosts["relay"], environment, version, dual)
+    serve = _in(hosts["relay"].namespace, [*command, "serve"])
+    relay = Child("relay", serve, environment, directory / "relay.log", guard)
     await relay.start()
     client: Relay | None = None
     sites: dict[str, Site] = {}
     try:
-        json_of = json.loads
         await run_tool([*command, "user", "add", "researcher", "--json"], environment)
-        made = json_of(
+        made = json.loads(
             await run_tool([*command, "client", "add", "lab", "--owner", "researcher", "--json"], environment)
         )
         ca_file = str(directory / "relay" / "tls" / "ca.pem")
         client = Relay(Profile(url, made["client_id"], made["client_secret"], ca_file), http_timeout=20.0)
-        lab = Lab(directory, emulator, relay_host, relay, sites, client)
-        for name in ("a", "b"):
-            number = 50 + len(sites)
+        lab = Lab(directory, emulator, hosts["relay"], relay, sites, client)
+        for number, name in enumerate(("a", "b"), 50):
             hosts[name].use([f"203.0.113.{number}" if version == 4 else f"2001:db8::{number}"])
             options = ("--owner", "researcher", "--grant", f"{made['client_id']}:administrator", "--json")
-            key = json_of(await run_tool([*command, "collection", "add", name, *options], environment))
-            home = directory / name
-            root = home / "data"
-            root.mkdir(parents=True)
-            config_file = home / "agent.yaml"
-            config_file.write_text("state_dir: state\n")
-            child = Child(
-                name,
-                _in(hosts[name].namespace, [program("towpath"), "run", "--config", str(config_file)]),
-                environment,
-                directory / f"{name}.log",
-                guard,
-            )
-            sites[name] = Site(hosts[name], key["collection_id"], root, config_file, home / "state", child)
+            key = json.loads(await run_tool([*command, "collection", "add", name, *options], environment))
+            sites[name] = _site(directory / name, hosts[name], key["collection_id"], environment, guard)
             emulator.use(lab.describe({site: [] for site in sites}))
-            arguments = ("setup", "--config", str(config_file), "--root", str(root), "--name", name)
-            await run_tool(
-                _in(hosts[name].namespace, [program("towpath"), *arguments]),
-                {**environment, "TOWPATH_SETUP_KEY": key["setup_key"]},
-            )
+            await _set_up(sites[name], key["setup_key"], environment)
         yield lab
     finally:
         with trio.CancelScope(shield=True):
@@ -367,3 +338,36 @@ async def _running(
             await relay.stop()
         if client is not None:
             client.close()
+
+
+async def _init_relay(
+    directory: Path, host: Host, environment: dict[str, str], version: int, dual: bool
+) -> tuple[str, list[str]]:
+    """Make a relay: its address, and the command that operates it."""
+    address = RELAY_ADDRESS if version == 4 else RELAY_ADDRESS_6
+    host.use([RELAY_ADDRESS, RELAY_ADDRESS_6] if dual else [address])
+    url = f"https://{address}" if version == 4 else f"https://[{address}]"
+    everywhere = "0.0.0.0" if version == 4 and not dual else "::"
+    place, command = directory / "relay", [program("towpath-relay")]
+    where = ("--directory", str(place), "--host", everywhere, "--port", "443", "--url", url)
+    await run_tool([*command, "init", *where, "--name", "lab"], environment)
+    if dual:
+        with (place / "relay.yaml").open("a") as file:
+            file.write(f'tls:\n  names: ["{RELAY_ADDRESS}", "{RELAY_ADDRESS_6}"]\n')
+    return url, [*command, "--config", str(place / "relay.yaml")]
+
+
+def _site(home: Path, host: Host, collection_id: str, environment: dict[str, str], guard: Warden) -> Site:
+    """A machine with an agent that is not set up yet."""
+    (home / "data").mkdir(parents=True)
+    config_file = home / "agent.yaml"
+    config_file.write_text("state_dir: state\n")
+    command = _in(host.namespace, [program("towpath"), "run", "--config", str(config_file)])
+    child = Child(host.name, command, environment, home.with_suffix(".log"), guard)
+    return Site(host, collection_id, home / "data", config_file, home / "state", child)
+
+
+async def _set_up(site: Site, setup_key: str, environment: dict[str, str]) -> None:
+    arguments = ("setup", "--config", str(site.config_file), "--root", str(site.root), "--name", site.host.name)
+    command = _in(site.host.namespace, [program("towpath"), *arguments])
+    await run_tool(command, {**environment, "TOWPATH_SETUP_KEY": setup_key})
