@@ -23,7 +23,7 @@ from agent.transfer.spawn import Spawned, spawn_fork_server
 # A fork server that has not answered after this long (seconds) is ended.
 ANSWERS_WITHIN = 10.0
 # The same for one that has not loaded and prepared everything.
-PREPARED_WITHIN = 120.0
+PREPARED_WITHIN = 60.0
 # How long (seconds) to wait for word of how a worker has ended.
 TOLD_WITHIN = 0.5
 # A fork server that nobody needed for so long (seconds), and none of whose workers is left, gives its memory back.
@@ -227,6 +227,8 @@ class Forker:
         self._server: ForkServerLink | None = None
         self._ahead: _Ahead | None = None
         self._needed = trio.Event()
+        # A worker was wanted while there was no fork server.
+        self._missed = trio.Event()
 
     @property
     def ready(self) -> bool:
@@ -247,6 +249,7 @@ class Forker:
                     loaded = self._first is not None
                     spawned, self._first = self._first or await self._start(rest), None
                     server = self._server = ForkServerLink(spawned, loaded=loaded)
+                    self._missed = trio.Event()
                     nursery.start_soon(server.run)
                     async with trio.open_nursery() as beside:
                         beside.start_soon(self._fork_ahead, server)
@@ -261,10 +264,22 @@ class Forker:
     async def _start(self, rest: float) -> Spawned:
         while True:
             await trio.sleep(rest)
-            await self._resting()
+            await self._quiet_or_missed()
             # There may be a process to be had later; meanwhile every task starts a worker of its own.
             with contextlib.suppress(OSError):
                 return await trio.to_thread.run_sync(spawn_fork_server, self._processes)
+
+    async def _quiet_or_missed(self) -> None:
+        """Wait until no worker computes, or one has to be started by itself, which takes as long as a fork server."""
+        async with trio.open_nursery() as nursery:
+
+            async def rest() -> None:
+                await self._resting()
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(rest)
+            await self._missed.wait()
+            nursery.cancel_scope.cancel()
 
     async def _watch(self, server: ForkServerLink) -> None:
         """Wait until a fork server is to be followed by another."""
@@ -315,6 +330,7 @@ class Forker:
                 return ahead.process, ahead.sock
             await self._dismiss()
         if server is None or not server.loaded or server.leaving.is_set():
+            self._missed.set()
             return None
         if server.conditions != now:
             # Its workers are to have what the daemon has now.

@@ -466,6 +466,36 @@ def test_ends_are_told_in_words() -> None:
     ]
 
 
+async def test_a_fork_server_that_never_gets_ready_is_ended(autojump_clock: trio.testing.MockClock) -> None:
+    async with played() as server:
+        with trio.fail_after(forker.PREPARED_WITHIN + 1):
+            await Forker(1, trio.sleep_forever)._fork_ahead(server.link)
+        assert server.process.returncode == -9
+
+
+async def test_a_fork_server_follows_at_once_where_workers_have_to_be_started(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not only when no worker computes any more: where there is much to do that is never."""
+    started = trio.Event()
+
+    def start(processes: int) -> Spawned:
+        trio.from_thread.run_sync(started.set)
+        raise BlockingIOError(errno.EAGAIN, "none")
+
+    monkeypatch.setattr(forker, "spawn_fork_server", start)
+    made = Forker(1, trio.sleep_forever)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(made.run)
+        with trio.move_on_after(0.1):
+            await started.wait()
+        assert not started.is_set()
+        assert await made.take() is None
+        with trio.fail_after(10):
+            await started.wait()
+        nursery.cancel_scope.cancel()
+
+
 def test_forkers_without_a_server_have_nothing_to_give() -> None:
     async def main() -> None:
         async def resting() -> None: ...
