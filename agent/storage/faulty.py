@@ -18,7 +18,8 @@ from typing import NamedTuple, TypeAlias
 from agent.storage import attributes
 from agent.storage.access_lists import FoundLists
 from agent.storage.attributes import Found
-from agent.storage.base import Bytes, Directory, Node, PartMark, Root
+from agent.storage.base import Bytes, Directory, PartMark, Root
+from agent.storage.node import Node
 from agent.storage.reach import Reach
 from protocol.names import CollectionPath
 

@@ -7,10 +7,11 @@ import errno
 import os
 from collections.abc import Iterable, Iterator
 
-from agent.storage.base import Directory, Node
+from agent.storage.base import Directory
 from agent.storage.disks import Disk
 from agent.storage.handles import os_error
 from agent.storage.mounts import Mark
+from agent.storage.node import Node
 from agent.storage.own_files import AgentsOwn, Around, HoldsOwn, OwnFiles
 from agent.storage.posix import PosixDirectory, PosixRoot, open_root
 from protocol.errors import NeedsPerson

@@ -10,7 +10,8 @@ import time
 from collections.abc import Callable
 
 from agent.storage import libc
-from agent.storage.base import PERMISSION_BITS, NotRegularFile, checked_time, component
+from agent.storage.base import PERMISSION_BITS, NotRegularFile, component
+from agent.storage.node import checked_time
 from agent.system.files import NO_FOLDER_SYNC
 
 # O_PATH needs no read permission on folders that are only passed through (0711 home directories).

@@ -15,7 +15,8 @@ import msgspec
 
 from agent.storage.access_lists import FoundLists
 from agent.storage.attributes import Found
-from agent.storage.base import Bytes, Directory, Node, PartMark, Root, node_from_stat
+from agent.storage.base import Bytes, Directory, PartMark, Root
+from agent.storage.node import Node, node_from_stat
 from agent.storage.reach import Reach
 from protocol.names import CollectionPath, is_reserved
 

@@ -10,8 +10,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from agent.storage.base import NOWHERE, Directory, Node, Root
+from agent.storage.base import NOWHERE, Directory, Root
 from agent.storage.faults import fault
+from agent.storage.node import Node
 from agent.storage.query import Query, Row, select
 from agent.system import accounts
 from protocol.control import Entry, Listing

@@ -26,15 +26,12 @@ from agent.storage.base import (
     Directory,
     Features,
     IllegalName,
-    Kind,
-    Node,
     NotRegularFile,
     Root,
-    checked_time,
     component,
-    node_from_stat,
 )
 from agent.storage.disks import DiskAway
+from agent.storage.node import Kind, Node, checked_time, node_from_stat
 from agent.storage.reach import LeavesCollection, Reach
 from protocol.errors import NeedsPerson
 from protocol.names import RESERVED_PREFIX, CollectionPath

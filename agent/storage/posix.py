@@ -11,20 +11,11 @@ import stat as stat_bits
 from collections.abc import Callable, Collection, Iterable, Iterator
 
 from agent.storage import attributes, folding, handles, libc, mounts
-from agent.storage.base import (
-    PERMISSION_BITS,
-    Directory,
-    Features,
-    IllegalName,
-    Node,
-    PartMark,
-    Root,
-    component,
-    node_from_stat,
-)
+from agent.storage.base import PERMISSION_BITS, Directory, Features, IllegalName, PartMark, Root, component
 from agent.storage.disks import Disk, DiskAway, Disks, look
 from agent.storage.enclosing import in_place
 from agent.storage.handles import os_error
+from agent.storage.node import Node, node_from_stat
 from agent.storage.own_files import Around, OwnFiles
 from agent.storage.reach import Reach
 from agent.storage.rename import rename_no_replace

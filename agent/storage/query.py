@@ -16,7 +16,7 @@ from typing import Any, TypeAlias, get_args
 import msgspec
 
 from agent.storage import rules
-from agent.storage.base import Node
+from agent.storage.node import Node
 from protocol.control import EntryType
 from protocol.errors import ProtocolError
 from protocol.names import escape, unescape

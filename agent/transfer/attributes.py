@@ -18,8 +18,9 @@ import trio
 
 from agent.storage.access_lists import REFUSED, FoundLists
 from agent.storage.attributes import LONGEST_NAME, MOST_ATTRIBUTES, MOST_BYTES, Found, is_attribute
-from agent.storage.base import Root, version_of
+from agent.storage.base import Root
 from agent.storage.faults import fault
+from agent.storage.node import version_of
 from agent.transfer.jobs import FileJob, Group, ListFate
 from agent.transfer.kept_lists import check_lists_untrusted, give_folder_lists, give_list, within_folder
 from agent.transfer.refusal import is_refusal

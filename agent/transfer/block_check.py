@@ -15,7 +15,8 @@ from agent.storage import page_cache
 from agent.storage.base import Root
 from agent.transfer.attributes import Refused, give_access_list, give_attributes
 from agent.transfer.jobs import Abandoned, BlocksChecked, FileSealed, LargeFile
-from agent.transfer.journal import Journal, PartialRow
+from agent.transfer.journal import Journal
+from agent.transfer.journal_rows import PartialRow
 from agent.transfer.side_thread import Answers, Broken, SideThread
 from agent.transfer.small_files import OWNER_ACCESS, Remover, part_lost
 from protocol.lane import digest as block_digest

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Literal
 
-from agent.storage.base import Node
+from agent.storage.node import Node
 from protocol.control import TaskOptions
 from protocol.session import DIRECTORY, FILE, SYMLINK, Row
 

@@ -10,8 +10,9 @@ import threading
 from collections.abc import Callable, Iterator
 
 from agent.storage import rules
-from agent.storage.base import Directory, Node, Root
+from agent.storage.base import Directory, Root
 from agent.storage.faults import fault
+from agent.storage.node import Node
 from agent.storage.own_files import HoldsOwn
 from agent.transfer.journal import Journal
 from agent.transfer.manifest import ManifestWriter, SkippedRow

@@ -7,15 +7,15 @@ from functools import partial
 
 import trio
 
-from agent.storage.base import mtime_of
 from agent.storage.disks import DISK_MISSING, DISK_REPLACED
 from agent.storage.faults import fault
+from agent.storage.node import mtime_of
 from agent.transfer.budget import charge
 from agent.transfer.checksum import file_digest
 from agent.transfer.filled_places import SEVERAL, FilledPlaces
 from agent.transfer.items import ItemPlanner
 from agent.transfer.jobs import FileJob, Group, GroupListed, LinkWanted, Outcome
-from agent.transfer.journal import DirectoryRow
+from agent.transfer.journal_rows import DirectoryRow
 from agent.transfer.plan import DirectoryPlanner, KeptExtra, Listing, Planned
 from agent.transfer.run import Run
 from agent.transfer.source_session import SessionLost

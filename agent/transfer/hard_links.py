@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 
 import trio
 
-from agent.storage.base import Node
 from agent.storage.faults import fault
+from agent.storage.node import Node
 from agent.transfer.compare import CHECKSUM, MTIME, Decision
 from agent.transfer.jobs import FileJob, HardLinkWanted, Outcome, SharedName
-from agent.transfer.journal import HardLinkRow
+from agent.transfer.journal_rows import HardLinkRow
 from agent.transfer.run import Run
 from protocol.control import TaskOptions
 from protocol.errors import ItemFailed

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from agent.storage.base import Directory, Node, nearest_time
+from agent.storage.base import Directory
 from agent.storage.enclosing import enclosing
 from agent.storage.faults import fault
 from agent.storage.folding import fold_key
+from agent.storage.node import Node, nearest_time
 from agent.transfer.checksum import check_given, normalised_algorithm
 from agent.transfer.collisions import collision, losers, twice
 from agent.transfer.compare import SMALL_FILE, Decision, decide, decide_link

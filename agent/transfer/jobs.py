@@ -16,7 +16,7 @@ import msgspec
 
 from agent.storage.base import Directory, PartMark
 from agent.transfer.compare import SMALL_FILE, Decision, block_count
-from agent.transfer.journal import Place
+from agent.transfer.journal_rows import Place
 from protocol.errors import TowpathError
 from protocol.session import Row
 

@@ -21,6 +21,7 @@ import msgspec
 from agent.storage.base import PartMark
 from agent.transfer import journal_format
 from agent.transfer.channel import Event
+from agent.transfer.journal_rows import DirectoryRow, HardLinkRow, PartialRow
 from agent.transfer.state_trouble import StateDamaged, of_sqlite, put_aside
 from protocol.control import Counters
 from protocol.session import Version
@@ -34,55 +35,6 @@ PENDING, ACTIVE, DONE = 0, 1, 2
 _SET_STATE = (
     "UPDATE directories SET state = ?1, crc = crc_of('directories', item, source, destination, mtime_ns, ancestry, ?1)"
 )
-# How a name in `finished` ended; UNCHANGED was found equal by comparing digests, LINKED became one
-# more name of a file, KEPT was one already, BARE was transferred without all of its extended attributes.
-TRANSFERRED, FAILED, SKIPPED, UNCHANGED, LINKED, KEPT, BARE = 1, 2, 3, 4, 5, 6, 7
-# Added to them, so many times what became of the file's access list (`agent.transfer.jobs.ListFate`).
-LIST_FATE = 16
-
-
-class DirectoryRow(msgspec.Struct, frozen=True):
-    """A directory to be listed. Paths are session paths (components joined by ``/``); ``ancestry`` holds
-    (device, inode) of the directories above, by which a loop of followed links is noticed."""
-
-    id: int
-    item: int
-    source: bytes
-    destination: bytes
-    mtime_ns: int
-    ancestry: list[tuple[int, int]] = []
-
-
-class PartialRow(msgspec.Struct, frozen=True):
-    """A large file in flight: which of its blocks are durable (and verified) in which temporary."""
-
-    temporary: bytes
-    version: Version
-    block: int
-    done: bytearray
-    # The temporary as it was synced when this was written down.
-    mark: PartMark | None = None
-
-
-def bytes_done(row: PartialRow) -> int:
-    """Bytes of the blocks that are done, the last of which may be short."""
-    count = int.from_bytes(row.done, "little").bit_count()
-    last, rest = divmod(row.version[2], row.block)
-    short = row.block - rest if rest and row.done[last >> 3] >> (last & 7) & 1 else 0
-    return count * row.block - short
-
-
-# Device, inode, size and mtime_ns of a file at the destination: making another name of it changes none of them.
-Place = tuple[int, int, int, int]
-
-
-class HardLinkRow(msgspec.Struct, frozen=True, array_like=True):
-    """Where a file with several names at the source is here: with which version it came, under which path it was put,
-    and what it is, since the path may lead to something else by now."""
-
-    version: Version
-    destination: bytes
-    place: Place
 
 
 class Journal:

@@ -14,7 +14,7 @@ from agent.transfer.compare import block_size, missing_ranges
 from agent.transfer.fetch import LONG_RANGE
 from agent.transfer.holes import WORTH_ASKING, mark_holes, sparse_block
 from agent.transfer.jobs import Abandoned, FileJob, LargeFile, PartDropped, count_done, empty_bitmap
-from agent.transfer.journal import PartialRow, bytes_done
+from agent.transfer.journal_rows import PartialRow, bytes_done
 from agent.transfer.named_files import named_file
 from agent.transfer.patience import attempts, counted
 from agent.transfer.reuse import Reuse

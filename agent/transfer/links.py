@@ -7,7 +7,7 @@ import os
 
 from agent.storage.base import Directory, Root
 from agent.transfer.jobs import HardLinkWanted
-from agent.transfer.journal import Place
+from agent.transfer.journal_rows import Place
 
 
 def place_of(handle: Directory, name: bytes) -> Place:

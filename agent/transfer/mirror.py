@@ -11,9 +11,10 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 
-from agent.storage.base import Directory, Node, Root
+from agent.storage.base import Directory, Root
 from agent.storage.faults import fault
 from agent.storage.hiding import is_hidden
+from agent.storage.node import Node
 from agent.storage.own_files import HoldsOwn
 from agent.storage.rules import included
 from agent.transfer.filled_places import SEVERAL, FilledPlaces

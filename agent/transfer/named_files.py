@@ -13,13 +13,13 @@ from stat import S_IMODE
 import trio
 
 from agent.storage import page_cache
-from agent.storage.base import mtime_of
+from agent.storage.node import mtime_of
 from agent.transfer.attributes import give_access_list, give_attributes
 from agent.transfer.checksum import block_digests, file_digest
 from agent.transfer.compare import missing_ranges
 from agent.transfer.holes import WORTH_ASKING, data_extents, mark_holes
 from agent.transfer.jobs import FileJob, LargeFile, NameFound, count_done, empty_bitmap
-from agent.transfer.journal import PartialRow, bytes_done
+from agent.transfer.journal_rows import PartialRow, bytes_done
 from agent.transfer.reuse import DIGESTS_AT_ONCE
 from agent.transfer.run import Run
 from agent.transfer.small_files import OWNER_ACCESS

@@ -14,11 +14,12 @@ from enum import Enum
 
 import trio
 
-from agent.storage.base import Directory, Node, Root, nearest_time
+from agent.storage.base import Directory, Root
 from agent.storage.enclosing import enclosing
 from agent.storage.faults import fault
 from agent.storage.folding import fold_key
 from agent.storage.hiding import is_hidden
+from agent.storage.node import Node, nearest_time
 from agent.storage.rules import included
 from agent.transfer.collisions import collision, losers
 from agent.transfer.compare import Decision, decide
@@ -26,17 +27,8 @@ from agent.transfer.filled_places import FilledPlaces
 from agent.transfer.hard_links import is_shared, shared_name
 from agent.transfer.into_itself import into_itself
 from agent.transfer.jobs import FileJob, Group, ListFate, SharedName
-from agent.transfer.journal import (
-    BARE,
-    FAILED,
-    KEPT,
-    LINKED,
-    LIST_FATE,
-    SKIPPED,
-    UNCHANGED,
-    DirectoryRow,
-    Journal,
-)
+from agent.transfer.journal import Journal
+from agent.transfer.journal_rows import BARE, FAILED, KEPT, LINKED, LIST_FATE, SKIPPED, UNCHANGED, DirectoryRow
 from agent.transfer.left_behind import collect_orphans
 from agent.transfer.patience import Patience
 from protocol.control import TaskOptions

@@ -10,7 +10,8 @@ import msgspec
 
 from agent.transfer.compare import SMALL_FILE
 from agent.transfer.jobs import Counts, FileJob, Group, LargeFile, Outcome
-from agent.transfer.journal import (
+from agent.transfer.journal import Journal
+from agent.transfer.journal_rows import (
     BARE,
     FAILED,
     KEPT,
@@ -20,7 +21,6 @@ from agent.transfer.journal import (
     TRANSFERRED,
     UNCHANGED,
     HardLinkRow,
-    Journal,
     PartialRow,
     Place,
     bytes_done,

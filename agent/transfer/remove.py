@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from itertools import islice
 
-from agent.storage.base import Directory, Node
+from agent.storage.base import Directory
+from agent.storage.node import Node
 from agent.storage.own_files import HoldsOwn
 
 # Open folders at once: trees may be deeper than a process may have files open.

@@ -16,8 +16,9 @@ from agent.connect.lane_tls import SecuredLane
 from agent.limits.pace import Pace
 from agent.meter.lane import LaneMeter
 from agent.meter.time_shares import Doing
-from agent.storage.base import Directory, Root, version_of
+from agent.storage.base import Directory, Root
 from agent.storage.faults import fault
+from agent.storage.node import version_of
 from agent.transfer.compression import Compression, Mode
 from agent.transfer.lane_keys import LAST_RECORD, records_of
 from agent.transfer.second_read import SecondRead

@@ -6,7 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from agent.storage.base import Root, version_of
+from agent.storage.base import Root
+from agent.storage.node import version_of
 from agent.transfer.checksum import block_digests, file_digest
 from agent.transfer.holes import data_extents
 from agent.transfer.send import let_rest

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from itertools import islice
 
 from agent.storage.attributes import mode_of_everybody
-from agent.storage.base import NOWHERE, Directory, Node, Root
+from agent.storage.base import NOWHERE, Directory, Root
 from agent.storage.faults import fault
+from agent.storage.node import Node
 from protocol import session
 from protocol.errors import ItemFailed
 from protocol.names import CollectionPath

@@ -17,8 +17,8 @@ from typing import Concatenate, ParamSpec, TypeVar
 import msgspec
 
 from agent.state_files import pragmas
-from agent.storage.base import Version
 from agent.storage.folding import fold_key
+from agent.storage.node import Version
 from agent.watch.rule import Path as RelativePath
 from agent.watch.rule import Seen
 from protocol.errors import RetryLater

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from agent.config.kinds import Schema, Text, Wrong
-from agent.storage.base import Version
+from agent.storage.node import Version
 from agent.storage.rules import matches
 from protocol.names import escape
 

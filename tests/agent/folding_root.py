@@ -7,8 +7,9 @@ import os
 import unicodedata
 from typing import Any
 
-from agent.storage.base import Directory, Node, Root
+from agent.storage.base import Directory, Root
 from agent.storage.faulty import FaultyDirectory, FaultyRoot
+from agent.storage.node import Node
 from protocol.names import CollectionPath
 
 

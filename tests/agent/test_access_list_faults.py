@@ -16,8 +16,8 @@ from agent.storage.access_lists import (
     AccessList,
     FoundLists,
 )
-from agent.storage.base import version_of
 from agent.storage.faulty import Call, Plan, fail_nth
+from agent.storage.node import version_of
 from agent.storage.posix import PosixRoot, open_root
 from agent.transfer.attributes import read_attributes
 from agent.transfer.budget import SMALLEST_CHARGE, Budget

@@ -12,7 +12,8 @@ from random import Random
 import pytest
 
 from agent.transfer.channel import Event
-from agent.transfer.journal import FAILED, TRANSFERRED, Journal, PartialRow, open_or_rebuild
+from agent.transfer.journal import Journal, open_or_rebuild
+from agent.transfer.journal_rows import FAILED, TRANSFERRED, PartialRow
 from agent.transfer.state_trouble import StateTrouble
 from protocol.control import Counters
 from tests.agent.engine_inside import quick_path

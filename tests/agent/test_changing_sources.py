@@ -16,8 +16,8 @@ import pytest
 import trio
 
 from agent.limits.pace import Pace
-from agent.storage.base import version_of
 from agent.storage.faulty import Call
+from agent.storage.node import version_of
 from agent.storage.posix import open_root
 from agent.transfer import send, source_files
 from agent.transfer.manifest import SkippedRow, read_page

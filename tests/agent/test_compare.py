@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from agent.storage.base import Kind, Node
+from agent.storage.node import Kind, Node
 from agent.transfer.compare import Decision, block_count, block_size, decide, decide_link
 from protocol.control import TaskOptions
 from protocol.session import DIRECTORY, FILE, OTHER, SYMLINK, Row

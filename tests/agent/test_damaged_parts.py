@@ -12,7 +12,8 @@ import pytest
 
 from agent.storage.faulty import Call, Plan
 from agent.transfer.jobs import count_done
-from agent.transfer.journal import Journal, PartialRow
+from agent.transfer.journal import Journal
+from agent.transfer.journal_rows import PartialRow
 from agent.transfer.task_runner import JOURNAL
 from tests.agent.engine_inside import Crashed, Engine, contents, quick_path
 

@@ -10,8 +10,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from agent.storage.base import Node, node_from_stat
 from agent.storage.listing import Accounts, list_directory
+from agent.storage.node import Node, node_from_stat
 from agent.storage.posix import open_root
 from agent.storage.query import Query
 from agent.transfer import source_rows

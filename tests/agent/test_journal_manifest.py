@@ -15,8 +15,9 @@ from agent.transfer.channel import Event
 from agent.transfer.compare import block_count, block_size, missing_ranges
 from agent.transfer.events import EventLog
 from agent.transfer.jobs import FileJob, Group, LargeFile
-from agent.transfer.journal import TRANSFERRED, Journal, PartialRow, open_or_rebuild
+from agent.transfer.journal import Journal, open_or_rebuild
 from agent.transfer.journal_format import VERSION
+from agent.transfer.journal_rows import TRANSFERRED, PartialRow
 from agent.transfer.manifest import (
     ROWS_IN_FRAME,
     ManifestDamaged,

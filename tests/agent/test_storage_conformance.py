@@ -9,15 +9,9 @@ from pathlib import Path
 import pytest
 
 from agent.storage.attributes import Found
-from agent.storage.base import (
-    Directory,
-    IllegalName,
-    NotRegularFile,
-    Root,
-    node_from_stat,
-    version_of,
-)
+from agent.storage.base import Directory, IllegalName, NotRegularFile, Root
 from agent.storage.hiding import HidingRoot
+from agent.storage.node import node_from_stat, version_of
 from agent.storage.posix import open_root
 from tests.agent.storage_cases import OLD, code, content, names, read, root, top, write
 
