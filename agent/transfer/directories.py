@@ -33,6 +33,9 @@ _KEPT = {
     KeptExtra.HIDDEN: "In {place} there are names that begin with a dot, and the source's collection does not show "
     "such names, so that nobody can tell whether the source has them: they are not deleted. If they are not wanted, "
     "remove them there by hand.",
+    KeptExtra.CHANGED: "Names changed in the source's folder of {place} while they were listed, so that one may be "
+    "missing in the list that was there all the time: nothing is deleted in such folders now. The next mirror "
+    "finds what is left.",
     KeptExtra.LINKED: "{place} is reached by a link that leads out of the mirrored folder: what the source has goes "
     "there, as the link says, but nothing is deleted there. Replace the link by a folder, or mirror into the folder "
     "that it leads to.",
@@ -96,7 +99,8 @@ class DirectoryWalk:
         if (run.options.preserve_xattrs or run.options.preserve_acls) and not await self._prepare(planner, row):
             return
         try:
-            async with aclosing(run.session.list_directory(row.source, follow=follow)) as batches:
+            listing_of = run.session.list_directory
+            async with aclosing(listing_of(row.source, follow=follow, on_changed=planner.note_changed)) as batches:
                 gathered: list[Row] = []
                 async for rows in batches:
                     planned = None if planner.folds else await self._take_rows(planner, rows)

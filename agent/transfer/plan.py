@@ -60,6 +60,7 @@ class KeptExtra(Enum):
     SHARED = "it may be another item's"
     HIDDEN = "the source shows no names that begin with a dot"
     LINKED = "a link leads out of the mirror"
+    CHANGED = "names changed at the source while they were listed"
 
 
 class DirectoryPlanner:
@@ -96,6 +97,8 @@ class DirectoryPlanner:
         # Whether names may be one name at the destination: all rows must then come to `plan` at once.
         self.folds = False
         self._patience = patience
+        # Whether names changed at the source while they were listed.
+        self.source_changed = False
         self.group: Group
         self.opened = False
 
@@ -259,6 +262,10 @@ class DirectoryPlanner:
             raise problem from error
         return problem
 
+    def note_changed(self) -> None:
+        """The source says that names changed while it listed them."""
+        self.source_changed = True
+
     def note_extra(self, *, source_hides: bool = False) -> KeptExtra:
         """After the last row: remember what the source does not have (`agent.transfer.mirror` deletes it). Why
         something stays that it has not listed either. Raises OSError."""
@@ -281,6 +288,9 @@ class DirectoryPlanner:
             return KeptExtra.SHARED
         if extras and not self._is_below_top(path, real):
             return KeptExtra.LINKED
+        if extras and self.source_changed:
+            # A file that was given another name meanwhile may have been listed under neither.
+            return KeptExtra.CHANGED
         # Nobody here knows whether the source has those.
         known = [name for name in extras if not is_hidden(name)] if source_hides else extras
         if source_hides and known:

@@ -42,25 +42,36 @@ class Listing:
         self._request = request
         self._handle: Directory | None = None
         self._rows: Iterator[session.Row] = iter(())
+        # When its names were last changed, as it was opened.
+        self._version = (0, 0)
         self.ended = False
 
     def message(self) -> bytes:
         """The next rows, encoded. Blocks; raises OSError."""
         if self._handle is None:
             self._handle = self._root.open_directory(self._path)
+            self._version = _names_of(self._handle)
             self._rows = _rows(self._handle, follow=self._request.follow)
         batch = list(islice(self._rows, session.ROWS_IN_MESSAGE))
         if len(batch) < session.ROWS_IN_MESSAGE:
             # What lies beyond a folder that went with its disk must not pass for what the source does not have.
             self._handle.check_disks()
             self.ended = True
+            changed = _names_of(self._handle) != self._version
             self.close()
-        return session.encode(session.Rows(self._request.r, batch, self.ended))
+            return session.encode(session.Rows(self._request.r, batch, self.ended, changed))
+        return session.encode(session.Rows(self._request.r, batch))
 
     def close(self) -> None:
         """Safe to call twice."""
         if self._handle is not None:
             self._handle.close()
+
+
+def _names_of(handle: Directory) -> tuple[int, int]:
+    """What of a folder changes whenever a name in it does."""
+    status = handle.status()
+    return (status.mtime_ns, status.ctime_ns)
 
 
 def narrowed_row(node: Node, error: OSError) -> session.Row:

@@ -285,9 +285,12 @@ class SourceSession:
         self.post(session.ListDirectory(r, path, follow))
         return r, receive
 
-    async def list_directory(self, path: bytes, *, follow: bool) -> AsyncGenerator[list[session.Row], None]:
+    async def list_directory(
+        self, path: bytes, *, follow: bool, on_changed: Callable[[], None] = lambda: None
+    ) -> AsyncGenerator[list[session.Row], None]:
         """The rows of a directory, some at a time; the source sends no faster than they are taken, and stops when the
-        generator is closed. Raises what the source says of the directory, `SessionLost`, or `ProtocolError`."""
+        generator is closed. ``on_changed`` is called when it ends for one whose names changed meanwhile. Raises what
+        the source says of the directory, `SessionLost`, or `ProtocolError`."""
         wanted = (path, follow)
         r, receive = self._ahead.pop(wanted) if wanted in self._ahead else self._begin_listing(path, follow=follow)
         ended = False
@@ -297,6 +300,8 @@ class SourceSession:
                 if not isinstance(answer, session.Rows):
                     raise ProtocolError("The source answered a question that was not asked.")
                 ended = answer.last
+                if ended and answer.changed:
+                    on_changed()
                 yield answer.rows
                 if not ended:
                     self.post(session.MoreRows(r))

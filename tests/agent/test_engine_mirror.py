@@ -395,3 +395,36 @@ async def test_a_folder_that_became_a_link_before_the_mirror_deletes_is_left_alo
     assert observed.state == "SUCCEEDED", observed
     assert (engine.destination / "other" / "old").exists()
     assert observed.counters.deleted == 0
+
+
+async def test_nothing_is_deleted_where_names_changed_while_they_were_listed(quick_path: Path) -> None:
+    """A file that gets another name meanwhile may be listed under neither, and would be deleted and not copied."""
+    engine = Engine(quick_path, TaskOptions(delete_destination_extra=True))
+    _fill(engine.source, "busy/file", "busy/old", "calm/file")
+    _fill(engine.destination, "busy/extra", "busy/old", "calm/extra")
+    (engine.source / "busy" / "file").chmod(0o640)
+    renamed = False
+
+    def plan(call: Call) -> int | None:
+        nonlocal renamed
+        # The folder is being listed: of a file with such a mode the access list is looked at.
+        if not renamed and (call.operation, call.name) == ("mode_without_list", b"file"):
+            renamed = True
+            (engine.source / "busy" / "old").rename(engine.source / "busy" / "new")
+        return None
+
+    engine.source_plan = plan
+    observed = await engine.run()
+    assert renamed
+    assert observed.counters.deleted == 1
+    assert {path.name for path in (engine.destination / "busy").iterdir()} >= {"extra", "old"}
+    assert not (engine.destination / "calm" / "extra").exists()
+    (told,) = [event.details for event in engine.events if event.code == "EXTRA_NOT_DELETED"]
+    assert told.startswith("Names changed in the source's folder of /busy/ while they were listed")
+    # The next one knows again what is there.
+    again = Engine(quick_path, engine.options)
+    again.state = quick_path / "again"
+    again.state.mkdir()
+    observed = await again.run()
+    assert (observed.state, observed.counters.deleted) == ("SUCCEEDED", 2)
+    assert contents(again.destination) == contents(again.source)
