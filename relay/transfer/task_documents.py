@@ -204,7 +204,6 @@ def _failure_code(task: Task) -> str:
 
 
 def _condition(task: Task, around: Surroundings) -> dict[str, Any]:
-    observed = task.last_observed
     document: dict[str, Any] = {
         "is_ok": None,
         "is_paused": False,
@@ -222,35 +221,39 @@ def _condition(task: Task, around: Surroundings) -> dict[str, Any]:
         document["nice_status"] = holding.code
         document["nice_status_short_description"] = holding.code.replace("_", " ").lower().capitalize()
         document["nice_status_details"] = holding.sentence or None
-    # Ours, beside theirs: live progress, and who can mend what holds the task up.
-    document["towpath"] = {
+    document["towpath"] = _ours(task, around.now, holding)
+    return document
+
+
+def _ours(task: Task, now: float, holding: Holdup) -> dict[str, Any]:
+    """What stands beside the fields of Globus: live progress, and who can mend what holds the task up."""
+    observed, options, counters = task.last_observed, task.task_options, task.counters
+    live = None if task.finished else observed
+    return {
         "state": task.state,
         "who": holding.who,
         # Seconds since it was requested, or until it was over.
-        "elapsed": round(_elapsed(task, around.now), 6),
-        "bytes_total": task.counters.bytes_total,
-        "bytes_sent_again": task.counters.bytes_sent_again,
-        "preserve_hard_links": task.task_options.preserve_hard_links,
-        "hard_links": task.counters.hard_links,
-        "hard_links_kept": task.counters.hard_links_kept,
-        "special_modes": task.counters.special_modes,
-        "preserve_xattrs": task.task_options.preserve_xattrs,
-        "xattrs_left_out": task.counters.xattrs_left_out,
-        "preserve_acls": task.task_options.preserve_acls,
-        "acls_kept": task.counters.acls_kept,
-        "acls_not_kept": task.counters.acls_not_kept,
-        "acls_refused": task.counters.acls_refused,
-        "scan_complete": task.counters.scan_complete,
-        "rate": 0.0 if observed is None or task.finished else observed.rate,
-        "current": "" if observed is None or task.finished else observed.current,
+        "elapsed": round(_elapsed(task, now), 6),
+        "bytes_total": counters.bytes_total,
+        "bytes_sent_again": counters.bytes_sent_again,
+        "preserve_hard_links": options.preserve_hard_links,
+        "hard_links": counters.hard_links,
+        "hard_links_kept": counters.hard_links_kept,
+        "special_modes": counters.special_modes,
+        "preserve_xattrs": options.preserve_xattrs,
+        "xattrs_left_out": counters.xattrs_left_out,
+        "preserve_acls": options.preserve_acls,
+        "acls_kept": counters.acls_kept,
+        "acls_not_kept": counters.acls_not_kept,
+        "acls_refused": counters.acls_refused,
+        "scan_complete": counters.scan_complete,
+        "rate": 0.0 if live is None else live.rate,
+        "current": "" if live is None else live.current,
         "path": "" if observed is None else observed.path,
-        "relay": task.task_options.relay_path,
-        "transport": task.task_options.transport,
-        "compression": task.task_options.compression,
-        "bandwidth_limit": task.task_options.bandwidth_limit,
-        "flow": None
-        if observed is None or task.finished or observed.flow is None
-        else msgspec.to_builtins(observed.flow),
+        "relay": options.relay_path,
+        "transport": options.transport,
+        "compression": options.compression,
+        "bandwidth_limit": options.bandwidth_limit,
+        "flow": None if live is None or live.flow is None else msgspec.to_builtins(live.flow),
         "item_count": task.item_count,
     }
-    return document
