@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import func, select, update
 
 from relay.auth.clients import Client
-from relay.auth.grants import GrantRefused, Lives, refresh
+from relay.auth.grants import GrantRefused, Lives, Replayed, refresh
 from relay.auth.scopes import AUTH_SERVER, TRANSFER_ALL, TRANSFER_SERVER
 from relay.auth.tokens import MAX_TOKEN, IssuedToken, find, remove_expired, revoke
 from relay.store.auth_tables import identities, sessions, tokens
@@ -27,6 +27,21 @@ def client_named(client_id: str) -> Client:
 
 async def alive(world: RelayWorld, token: str) -> bool:
     return await world.store.read(lambda connection: find(connection, token, world.clock.now)) is not None
+
+
+async def refreshed(world: RelayWorld, client_id: str, token: str | None, scope: str = "") -> IssuedToken | Replayed:
+    """What a client gets for a refresh token now. Raises `GrantRefused`."""
+    assert token is not None
+    return await world.store.write(
+        partial(
+            refresh,
+            client=client_named(client_id),
+            refresh_token=token,
+            scope=scope,
+            now=world.clock.now,
+            lives=LIVES,
+        )
+    )
 
 
 async def test_a_token_counts_until_its_last_second(world: RelayWorld) -> None:
@@ -61,16 +76,7 @@ async def test_refreshing_gives_a_new_access_token_and_keeps_the_refresh_token(w
     # Far longer than one refresh token lives, in steps shorter than that: use keeps it alive.
     for _ in range(5):
         world.clock.now += 900
-        again = await world.store.write(
-            partial(
-                refresh,
-                client=client_named(client_id),
-                refresh_token=first.refresh_token,
-                scope="",
-                now=world.clock.now,
-                lives=LIVES,
-            )
-        )
+        again = await refreshed(world, client_id, first.refresh_token)
         assert isinstance(again, IssuedToken)
         assert again.refresh_token == first.refresh_token
         assert again.access_token != first.access_token
@@ -78,16 +84,7 @@ async def test_refreshing_gives_a_new_access_token_and_keeps_the_refresh_token(w
         assert await alive(world, again.access_token)
     world.clock.now += 1001
     with pytest.raises(GrantRefused) as caught:
-        await world.store.write(
-            partial(
-                refresh,
-                client=client_named(client_id),
-                refresh_token=first.refresh_token,
-                scope="",
-                now=world.clock.now,
-                lives=LIVES,
-            )
-        )
+        await refreshed(world, client_id, first.refresh_token)
     assert caught.value.code == "invalid_grant"
 
 
@@ -96,16 +93,7 @@ async def test_refreshing_never_widens(world: RelayWorld, scope: str) -> None:
     client_id, _ = await world.client()
     issued = (await world.tokens(client_id, client_id, BOTH, refresh=True))[TRANSFER_SERVER]
     with pytest.raises(GrantRefused) as caught:
-        await world.store.write(
-            partial(
-                refresh,
-                client=client_named(client_id),
-                refresh_token=issued.refresh_token,
-                scope=scope,
-                now=world.clock.now,
-                lives=LIVES,
-            )
-        )
+        await refreshed(world, client_id, issued.refresh_token, scope)
     assert caught.value.code == "invalid_scope"
 
 
@@ -115,11 +103,7 @@ async def test_a_refresh_token_serves_its_own_client_alone(world: RelayWorld) ->
     issued = (await world.tokens(client_id, client_id, BOTH, refresh=True))[TRANSFER_SERVER]
     for token, who in ((issued.refresh_token, other_id), (issued.access_token, client_id), ("", client_id)):
         with pytest.raises(GrantRefused) as caught:
-            await world.store.write(
-                partial(
-                    refresh, client=client_named(who), refresh_token=token, scope="", now=world.clock.now, lives=LIVES
-                )
-            )
+            await refreshed(world, who, token)
         assert caught.value.code == "invalid_grant"
 
 
