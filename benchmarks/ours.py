@@ -77,13 +77,13 @@ class Agent:
             endpoint_id=self.id, node_id=self.id, collection_id=self.collection, certificate=self.key.certificate_pem
         )
 
-    def grant(self, access: str) -> Grant:
+    def grant(self, access: Literal["r", "rw"]) -> Grant:
         return Grant(
             node_id=self.id,
             fingerprint=self.key.fingerprint,
             collection_id=self.collection,
             paths=["/"],
-            access=access,  # type: ignore[arg-type]
+            access=access,
         )
 
 

@@ -131,10 +131,8 @@ def _https(examination: Examination, url: str) -> Iterator[Finding]:
     try:
         if file is not None:
             context = ssl.create_default_context(cafile=str(file))
-        options: dict[str, object] = {"verify": context, "timeout": TIMEOUT}
-        if configured is not None:
-            options |= {"trust_env": False} if configured == "none" else {"proxy": _proxy_url(configured)}
-        with httpx.Client(**options) as client:  # type: ignore[arg-type]
+        proxy = None if configured in (None, "none") else _proxy_url(configured)
+        with httpx.Client(verify=context, timeout=TIMEOUT, proxy=proxy, trust_env=configured != "none") as client:
             answer = client.get(f"{url.rstrip('/')}/towpath/v1/relay")
             answer.raise_for_status()
             document = answer.json()

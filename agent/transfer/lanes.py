@@ -149,8 +149,7 @@ class Lanes:
             if leave.is_set():
                 lane.close()
                 break
-            use = self._use_elsewhere if isinstance(lane, RemoteLane) else self._use
-            if await use(number, lane):  # type: ignore[arg-type]
+            if await (self._use_elsewhere(number, lane) if isinstance(lane, RemoteLane) else self._use(number, lane)):
                 return
             if not leave.is_set():
                 self._run.context.on_fault(SessionLost("A lane to the source broke; its work goes on elsewhere."))
