@@ -346,9 +346,13 @@ def _kill(pid: int) -> None:
 
 
 @asynccontextmanager
-async def stopped_world(directory: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[StoppedWorld]:
-    """A world whose processes know the steps. With LANE_PROCESSES=2 (or 0) in the environment its destination receives
-    with so many lane processes."""
+async def stopped_world(
+    directory: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    lane_processes: int | None = LANE_PROCESSES if "LANE_PROCESSES" in os.environ else None,
+) -> AsyncIterator[StoppedWorld]:
+    """A world whose processes know the steps. With LANE_PROCESSES=2 (or 0) in the environment, or
+    ``lane_processes``, its destination receives with so many lane processes."""
     stops = directory / "stops"
     stops.mkdir()
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(STOPS), os.environ.get("PYTHONPATH")))))
@@ -357,10 +361,10 @@ async def stopped_world(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Asy
     for root in roots.values():
         root.mkdir(parents=True)
     async with warden() as guard, open_world(directory, roots, guard, print) as world:
-        if "LANE_PROCESSES" in os.environ:
+        if lane_processes is not None:
             beta = world.sites["beta"]
             with beta.config_file.open("a", encoding="utf-8") as file:
-                file.write(f"limits:\n  workers_per_session: {1 + LANE_PROCESSES}\n")
+                file.write(f"limits:\n  workers_per_session: {1 + lane_processes}\n")
             await beta.child.stop()
             await beta.child.start()
             await world.until_connected("beta")
