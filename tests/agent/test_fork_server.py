@@ -440,6 +440,7 @@ def test_conditions_are_those_that_somebody_may_change() -> None:
     assert conditions() == before
 
 
+@pytest.mark.soak
 async def test_a_fork_server_that_nobody_needs_ends_until_work_comes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forker, "NEEDED_WITHIN", 1.0)
     workers = Workers(spare=True)

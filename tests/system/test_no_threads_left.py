@@ -12,6 +12,7 @@ import psutil
 import pytest
 import trio
 
+from tests.agent.engine_inside import contents
 from tests.system.stopped_world import MIB, stopped_world
 
 SHORTAGE = 12.0
@@ -64,12 +65,16 @@ async def test_a_transfer_goes_on_after_a_shortage_of_threads(
         if killed:
             for name in ("alpha", "beta"):
                 await world.kill(f"{name}'s workers")
+        # Its workers wait already, and need threads.
+        second = await world.submit("tree", "second")
         await trio.sleep(SHORTAGE)
         refused = (group / "pids.events").read_text().split()[-1]
         assert {name: world.child(name).pid for name in pids} == pids
         assert all(psutil.pid_exists(pid) for pid in pids.values())
         (group / "pids.max").write_text("max")
         codes = await world.end_well(task_id, expected)
+        assert (await world.until_ended(second))["status"] == "SUCCEEDED"
+        assert contents(world.destination / "second") == expected
         print(f"{before} threads when there were no more; {refused} refused; {codes}")
         assert {name: world.child(name).pid for name in pids} == pids
         assert int(refused) > 0
