@@ -112,7 +112,7 @@ class DirectoryPlanner:
         try:
             if self._sweep is not None:
                 # In the first run of a task nothing is settled before its folder is planned.
-                self._finished = self._journal.finished(self._row.id)
+                self._finished = _still_there(handle, self._journal.finished(self._row.id))
             # Most folders are new: nothing is looked for in them.
             self.group.empty = _is_empty(handle) or self._clean(handle)
             if self._names is not None:
@@ -351,6 +351,21 @@ def refusal(row: Row, decision: Decision) -> TowpathError:
         code="IS_A_DIRECTORY" if row.kind != DIRECTORY else "NOT_A_DIRECTORY",
         who="destination owner",
     )
+
+
+def _still_there(handle: Directory, finished: dict[bytes, int]) -> dict[bytes, int]:
+    """What an earlier run settled in a folder, but for names that are gone: the folder may be another one by now."""
+    if not finished:
+        return finished
+    try:
+        names = {fold_key(node.name) for node in handle.scan()}
+    except PermissionError:
+        # Nobody can say.
+        return finished
+    failed = (FAILED, SKIPPED)
+    return {
+        name: outcome for name, outcome in finished.items() if outcome % LIST_FATE in failed or fold_key(name) in names
+    }
 
 
 def _is_empty(handle: Directory) -> bool:

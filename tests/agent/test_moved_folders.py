@@ -3,6 +3,7 @@ there arrives there all the same, or the task says that it did not."""
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Callable
@@ -161,3 +162,41 @@ async def test_a_crash_after_the_move_forgets_nothing(quick_path: Path) -> None:
     for name in FILES:
         assert (engine.destination / name).read_bytes() == (engine.source / name).read_bytes(), name
     assert contents(engine.destination)["a/large"] == (engine.source / "a" / "large").read_bytes()
+
+
+@pytest.mark.parametrize("how", ["renamed", "removed", "replaced"])
+async def test_what_was_settled_in_a_folder_that_is_gone_in_the_next_run_comes_again(
+    quick_path: Path, how: str
+) -> None:
+    engine = Engine(quick_path)
+    source(engine)
+    named: set[bytes] = set()
+    durable = False
+
+    def plan(call: Call) -> int | None:
+        nonlocal durable
+        if durable:
+            raise Crashed
+        # The large file is not done while the small ones come into the books.
+        if (call.operation, call.name) == ("rename", b"large"):
+            return errno.EBUSY
+        named.update([call.name] if call.operation == "rename" else [])
+        durable = {b"one", b"two"} <= named and call.operation == "journal_commit"
+        return None
+
+    engine.plan = plan
+    with pytest.raises(Crashed):
+        await engine.run()
+    place = engine.destination / "a"
+    if how == "removed":
+        shutil.rmtree(place)
+    else:
+        place.rename(engine.destination / "elsewhere")
+    if how == "replaced":
+        place.mkdir()
+        (place / "of-somebody").write_bytes(b"stays")
+    observed = await engine.revived().run()
+    assert observed.state == "SUCCEEDED", observed
+    for name in FILES:
+        if not name.startswith("a/deep"):
+            assert (engine.destination / name).read_bytes() == (engine.source / name).read_bytes(), name
