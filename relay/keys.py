@@ -18,12 +18,13 @@ from typing import Any
 
 import jwt
 import msgspec
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from protocol.errors import NeedsPerson
-from protocol.identity import private_key_pem, public_key_fingerprint, write_private_file
+from protocol.identity import private_key_from_pem, private_key_pem, public_key_fingerprint, write_private_file
 from protocol.ticket import LEEWAY, RelayRoot, TicketSigner
 
 ID_TOKEN_ALGORITHM = "RS512"  # noqa: S105 - the name of an algorithm
@@ -76,7 +77,8 @@ class RelayKeys:
         self.root_public_pem = _read(directory / "root-public.pem").decode()
         self._load_id_token_keys()
         self._ticket = _load_ticket_key(directory)
-        self.signer = RotatingSigner(self.relay_id, _private(self._ticket), self._ticket.certificate, self._ticket.kid)
+        key = _private(self._ticket, directory)
+        self.signer = RotatingSigner(self.relay_id, key, self._ticket.certificate, self._ticket.kid)
 
     def _load_id_token_keys(self) -> None:
         self._rsa = _load_rsa(self._directory / ID_TOKEN_KEY)
@@ -135,8 +137,8 @@ class RelayKeys:
         return changed
 
     def _adopt(self, ticket: _TicketKeyFile) -> None:
+        self.signer.adopt(_private(ticket, self._directory), ticket.certificate, ticket.kid)
         self._ticket = ticket
-        self.signer.adopt(_private(ticket), ticket.certificate, ticket.kid)
 
     def id_token(self, claims: Mapping[str, Any]) -> str:
         """Sign an OpenID Connect id_token."""
@@ -203,14 +205,23 @@ def _load_ticket_key(directory: Path) -> _TicketKeyFile:
     try:
         return msgspec.json.decode(_read(path), type=_TicketKeyFile)
     except msgspec.DecodeError as error:
-        raise KeysUnusable(f"{path} is damaged; restore it from a backup.", who="relay operator") from error
+        raise _damaged(path) from error
 
 
-def _private(ticket: _TicketKeyFile) -> Ed25519PrivateKey:
-    key = serialization.load_pem_private_key(ticket.key.encode(), password=None)
-    if not isinstance(key, Ed25519PrivateKey):
-        raise KeysUnusable("ticket-key.json holds a key of the wrong kind.", who="relay operator")
-    return key
+def _private(ticket: _TicketKeyFile, directory: Path) -> Ed25519PrivateKey:
+    try:
+        return private_key_from_pem(ticket.key.encode())
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        # A TypeError where it is encrypted.
+        raise _damaged(directory / "ticket-key.json") from error
+
+
+def _damaged(ticket_key: Path) -> KeysUnusable:
+    return KeysUnusable(
+        f"{ticket_key} is damaged; run `towpath-relay root certify`, which makes a new one (`--root FILE` where the "
+        "root key is kept elsewhere), or restore it from a backup.",
+        who="relay operator",
+    )
 
 
 def _load_rsa(path: Path) -> rsa.RSAPrivateKey:
