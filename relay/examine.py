@@ -28,7 +28,15 @@ from relay.keys import RelayKeys
 from relay.lock import LOCK
 from relay.settings import Settings, load
 from relay.store.migrate import newest_revision
-from relay.tls import ca_certificate_pem, certificate_paths, names_of, read_certificate, tls_directory
+from relay.tls import (
+    AUTHORITY_WARNING,
+    authority_of,
+    ca_certificate_pem,
+    certificate_paths,
+    names_of,
+    read_certificate,
+    tls_directory,
+)
 
 DAY = 86400.0
 # Free bytes where the database is: below the first it will soon be full, below the second it as good as is.
@@ -185,13 +193,23 @@ def check_certificate(settings: Settings, now: float) -> Iterator[Finding]:
         shown = ", ".join(sorted(names)[:10])
         yield Finding("failure", f"It is not good for {host}, the name in listen.url, but for {shown}.", advice)
     if own:
-        with contextlib.suppress(TowpathError):
-            ends = read_certificate(tls_directory(settings) / "ca.pem").not_valid_after_utc.timestamp()
-            if ends - now < 365 * DAY:
-                sentence = f"The relay's own authority ends on {_date(ends)}; agents trust it by name."
-                yield Finding(
-                    "warning", sentence, "Plan for a certificate of a public authority before (docs/operating.md)."
-                )
+        yield from _check_authority(settings, now)
+
+
+def _check_authority(settings: Settings, now: float) -> Iterator[Finding]:
+    try:
+        ends = authority_of(settings).not_valid_after_utc.timestamp()
+    except TowpathError as error:
+        yield Finding("failure", error.sentence, "Restore it from a backup.")
+        return
+    sentence = f"The relay's own authority {'ended' if ends <= now else 'ends'} on {_date(ends)}"
+    advice = "Run `towpath-relay authority renew`, then give its new certificate to agents and clients"
+    if ends <= now:
+        yield Finding("failure", f"{sentence}: nobody who trusts it can connect.", f"{advice} at once.")
+    elif ends - now < AUTHORITY_WARNING * DAY:
+        yield Finding(
+            "warning", f"{sentence}; agents and clients trust it by file.", f"{advice} until then (docs/operating.md)."
+        )
 
 
 def check_clock(

@@ -104,6 +104,10 @@ METRICS: dict[tuple[str, str], tuple[Metric, str | None]] = {
         Metric("certificate_expiry_timestamp_seconds", "When the certificate of the port ends (Unix time)."),
         "",
     ),
+    ("certificate", "authority_expires"): (
+        Metric("authority_expiry_timestamp_seconds", "When the relay's own authority ends (Unix time)."),
+        "",
+    ),
     ("certificate", "self_made"): (
         Metric("certificate_self_made", "Whether the relay made its certificate itself, and renews it."),
         "",

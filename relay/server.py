@@ -54,7 +54,7 @@ from relay.services import Services
 from relay.settings import Settings
 from relay.store.database import Store
 from relay.store.migrate import require, upgrade
-from relay.tls import CertificateStatistics, ServerCertificate
+from relay.tls import AUTHORITY_WARNING, CertificateStatistics, ServerCertificate
 from relay.transfer import revocation
 from relay.transfer.nodes import DatabaseNodeDirectory
 from relay.transfer.steward import Steward
@@ -68,6 +68,7 @@ GRACE = 5.0
 _GOODBYE = 2.0
 _UPKEEP_INTERVAL = 60.0
 _CLEANING_INTERVAL = 3600.0
+_DAY = 86400.0
 # Days before the end of the certificate from which on the log says so, once an hour.
 CERTIFICATE_WARNING = 14.0
 # How often to look whether the wall clock has jumped, and by how much (seconds) it counts as such.
@@ -336,7 +337,7 @@ async def _upkeep(relay: Relay, settings: Settings) -> None:
     services = relay.services
     renew_keys = partial(services.keys.renew, key_life=settings.tickets.key_life, ticket_life=settings.tickets.life)
     # By a clock that nobody sets: one that was years ahead for a moment would put it off for years.
-    next_cleaning = trio.current_time()
+    next_cleaning = next_day = trio.current_time()
     while True:
         await _attempt("renew the ticket key", partial(_in_thread, renew_keys, services.clock()))
         renew_signing = partial(services.keys.renew_id_token_key, life=settings.sign_in.id_token_key_life)
@@ -352,6 +353,9 @@ async def _upkeep(relay: Relay, settings: Settings) -> None:
             await _attempt("forget old sessions and clients", partial(services.store.write, forget))
             _warn_of_end(relay.certificate.statistics(), services.clock())
             await _attempt("forget what closed tasks moved", partial(services.store.write, forget_items))
+        if trio.current_time() >= next_day:
+            next_day = trio.current_time() + _DAY
+            _warn_of_authoritys_end(relay.certificate.statistics(), services.clock())
         logger.debug("%s", relay.statistics())
         await trio.sleep(_UPKEEP_INTERVAL)
 
@@ -361,6 +365,19 @@ def _warn_of_end(certificate: CertificateStatistics, now: float) -> None:
     left = (certificate.expires - now) / 86400.0
     if left < CERTIFICATE_WARNING:
         logger.warning("The certificate of the port ends in %.1f days; nobody can connect afterwards.", max(left, 0.0))
+
+
+def _warn_of_authoritys_end(certificate: CertificateStatistics, now: float) -> None:
+    """Say in the log, once a day, that the relay's own authority ends: it is renewed by hand, and so are its copies."""
+    if certificate.authority_expires is None:
+        return
+    left = (certificate.authority_expires - now) / 86400.0
+    if left < AUTHORITY_WARNING:
+        logger.warning(
+            "The relay's own authority ends in %.0f days; agents that trust it cannot connect afterwards. Run "
+            "`towpath-relay authority renew`, and give its new certificate to agents and clients (docs/operating.md).",
+            max(left, 0.0),
+        )
 
 
 async def _watch_clock(relay: Relay, settings: Settings) -> None:

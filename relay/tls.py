@@ -29,6 +29,8 @@ _CA_LIFE = datetime.timedelta(days=3650)
 _LEAF_LIFE = datetime.timedelta(days=397)
 _RENEW_BEFORE = datetime.timedelta(days=60)
 _BACKDATE = datetime.timedelta(days=1)
+# Days before the end of the authority from which on that is said: its copies are with every agent and client.
+AUTHORITY_WARNING = 365.0
 
 
 class CertificateUnusable(NeedsPerson):
@@ -39,11 +41,13 @@ class CertificateUnusable(NeedsPerson):
 
 @dataclass(frozen=True)
 class CertificateStatistics:
-    """Which certificate the port shows. ``expires`` is Unix seconds."""
+    """Which certificate the port shows. Ends are Unix seconds; the authority is the relay's own, None beside a
+    certificate of the operator's."""
 
     names: tuple[str, ...]
     expires: float
     self_made: bool
+    authority_expires: float | None = None
 
 
 class ServerCertificate:
@@ -90,12 +94,15 @@ class ServerCertificate:
         return str(chain), None if key is None else str(key)
 
     def statistics(self) -> CertificateStatistics:
-        """Names and end of the certificate in use."""
+        """Names and end of the certificate in use, and when its authority ends as far as that can be read."""
         assert self._leaf is not None
+        own = self._settings.tls.certificate is None
+        authority_expires = None
+        if own:
+            with contextlib.suppress(CertificateUnusable):
+                authority_expires = authority_of(self._settings).not_valid_after_utc.timestamp()
         return CertificateStatistics(
-            tuple(sorted(names_of(self._leaf))),
-            self._leaf.not_valid_after_utc.timestamp(),
-            self._settings.tls.certificate is None,
+            tuple(sorted(names_of(self._leaf))), self._leaf.not_valid_after_utc.timestamp(), own, authority_expires
         )
 
 
@@ -108,6 +115,11 @@ def _context(least: ssl.TLSVersion) -> ssl.SSLContext:
 def tls_directory(settings: Settings) -> Path:
     """Where self-made certificates are."""
     return settings.directory_path / "tls"
+
+
+def authority_of(settings: Settings) -> x509.Certificate:
+    """The CA's certificate. Raises `CertificateUnusable`."""
+    return read_certificate(tls_directory(settings) / "ca.pem")
 
 
 def ca_certificate_pem(settings: Settings) -> str | None:
@@ -135,27 +147,61 @@ def create(settings: Settings, now: datetime.datetime) -> None:
     if not (directory / "ca.pem").exists():
         if not (directory / "ca.key").exists():
             write_private_file(directory / "ca.key", _pem(ec.generate_private_key(ec.SECP256R1())))
-        authority = _make_authority(_read_key(directory / "ca.key"), settings.name, now)
-        write_private_file(directory / "ca.pem", authority.public_bytes(serialization.Encoding.PEM))
-        (directory / "ca.pem").chmod(0o644)
-    authority = read_certificate(directory / "ca.pem")
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"{settings.name[:48]} CA")])
+        _write_authority(directory, _make_authority(_read_key(directory / "ca.key"), subject, now))
+    authority = authority_of(settings)
     path = directory / "server.pem"
     if path.exists():
         leaf = read_certificate(path)
-        lasts = leaf.not_valid_after_utc - now > _RENEW_BEFORE
+        # None lasts longer than the authority: making it again would gain nothing.
+        lasts = min(now + _RENEW_BEFORE, authority.not_valid_after_utc) <= leaf.not_valid_after_utc
         if lasts and names_of(leaf) >= set(settings.certificate_names):
             return
-    authority_key = _read_key(directory / "ca.key")
-    if authority_key.public_key() != authority.public_key():
-        # What another key signs, none of those who trust this CA would accept.
+    authority_key = _authority_key(directory, authority)
+    if authority.not_valid_after_utc <= now:
         raise CertificateUnusable(
-            f"{directory / 'ca.key'} is not the key of {directory / 'ca.pem'}; restore both from one backup.",
+            f"The relay's own authority {directory / 'ca.pem'} has ended; run `towpath-relay authority renew`.",
             who="relay operator",
         )
     key = ec.generate_private_key(ec.SECP256R1())
     leaf = _make_leaf(key, settings.certificate_names, authority, authority_key, now)
     # Key and certificate in one file: they are replaced together or not at all.
     write_private_file(path, leaf.public_bytes(serialization.Encoding.PEM) + _pem(key))
+
+
+def renew_authority(settings: Settings, now: datetime.datetime) -> datetime.datetime:
+    """Give the CA ten more years: the same key under the same name, in a certificate that ends later. Returns that end.
+
+    Who trusts the former certificate accepts what the key signs until that one ends (RFC 5280, section 6.1.1: of a
+    trust anchor, name and key count); so every copy of it is to be replaced until then, and none is cut off before.
+    Raises `CertificateUnusable` and OSError.
+    """
+    if settings.tls.certificate is not None:
+        raise CertificateUnusable(
+            "This relay shows a certificate of yours (`tls.certificate`); its authority is not the relay's to renew.",
+            who="you",
+        )
+    directory = tls_directory(settings)
+    former = authority_of(settings)
+    renewed = _make_authority(_authority_key(directory, former), former.subject, now)
+    _write_authority(directory, renewed)
+    return renewed.not_valid_after_utc
+
+
+def _write_authority(directory: Path, authority: x509.Certificate) -> None:
+    write_private_file(directory / "ca.pem", authority.public_bytes(serialization.Encoding.PEM))
+    (directory / "ca.pem").chmod(0o644)
+
+
+def _authority_key(directory: Path, authority: x509.Certificate) -> ec.EllipticCurvePrivateKey:
+    key = _read_key(directory / "ca.key")
+    if key.public_key() != authority.public_key():
+        # What another key signs, none of those who trust this CA would accept.
+        raise CertificateUnusable(
+            f"{directory / 'ca.key'} is not the key of {directory / 'ca.pem'}; restore both from one backup.",
+            who="relay operator",
+        )
+    return key
 
 
 def certificate_paths(settings: Settings) -> tuple[Path, Path | None]:
@@ -165,8 +211,7 @@ def certificate_paths(settings: Settings) -> tuple[Path, Path | None]:
     return settings.directory_path / settings.tls.certificate, settings.directory_path / settings.tls.key
 
 
-def _make_authority(key: ec.EllipticCurvePrivateKey, name: str, now: datetime.datetime) -> x509.Certificate:
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"{name[:48]} CA")])
+def _make_authority(key: ec.EllipticCurvePrivateKey, subject: x509.Name, now: datetime.datetime) -> x509.Certificate:
     identifier = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
     return (
         x509.CertificateBuilder()

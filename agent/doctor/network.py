@@ -9,6 +9,7 @@ import ssl
 import time
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
@@ -25,6 +26,8 @@ from protocol.interception import PORTAL
 TIMEOUT = 5.0
 # A clock that is further off than this makes tickets of two hours look wrong sooner or later (seconds).
 CLOCK_SLACK, CLOCK_LIMIT = 5.0, 110.0
+# Days before the end of the relay's own authority from which on that is said.
+AUTHORITY_WARNING = 365.0
 # Tasks that are over, of which the path is told.
 PATHS_OF_OVER = 3
 
@@ -141,6 +144,8 @@ def _https(examination: Examination, url: str) -> Iterator[Finding]:
         yield Finding(level="failure", sentence=sentence, advice=advice)
         return
     yield from _same_relay(examination, url, document)
+    if file is not None:
+        yield from _authority(file, document, examination.now)
     yield Finding(level="ok", sentence=f"HTTPS to the relay works (version {document.get('version', 'unknown')}).")
     said = email.utils.parsedate_tz(answer.headers.get("date", ""))
     if said is None:
@@ -199,6 +204,29 @@ def _same_relay(examination: Examination, url: str, document: dict[str, object])
             sentence=f"Another relay answers at {url} than the one this agent is enrolled with.",
             advice="Mend `relay.url`. To go to that relay, set this machine up anew with a state directory of its own.",
         )
+
+
+def _authority(file: Path, document: dict[str, object], now: float) -> Iterator[Finding]:
+    """Whether the relay's own authority, as it was given to this agent, ends soon; ``document`` was read with it."""
+    from cryptography import x509
+
+    try:
+        ends = max(one.not_valid_after_utc for one in x509.load_pem_x509_certificates(file.read_bytes()))
+        offered = x509.load_pem_x509_certificate(str(document.get("ca_certificate")).encode())
+    except (OSError, ValueError):
+        # A file of several forms, or a relay that shows another authority's certificate: nothing to compare.
+        return
+    if ends.timestamp() - now > AUTHORITY_WARNING * 86400:
+        return
+    renewed = offered.not_valid_after_utc > ends
+    yield Finding(
+        level="warning",
+        sentence=f"The relay's authority in {file} ends on {ends:%Y-%m-%d}; no connection works afterwards.",
+        advice="The relay has a newer one: put the `ca_certificate` of its /towpath/v1/relay, or the file that its "
+        "operator has, in that place, and start the agent again."
+        if renewed
+        else "Ask the relay's operator to renew it (`towpath-relay authority renew`) and for the new file.",
+    )
 
 
 def _proxy_url(configured: str) -> str:

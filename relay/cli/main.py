@@ -13,7 +13,7 @@ from typing import NoReturn
 
 import click
 
-from relay.cli import audit, people, programs, root_key, storage, upkeep
+from relay.cli import audit, authority, people, programs, root_key, storage, upkeep
 
 
 def main() -> NoReturn:
@@ -73,6 +73,7 @@ for _command in (
     upkeep.backup,
     upkeep.restore,
     root_key.root,
+    authority.authority,
     upkeep.config,
     upkeep.doctor,
 ):

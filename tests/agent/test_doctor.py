@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 import threading
 import time
@@ -10,6 +11,10 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
 from agent.cli import doctor as command
 from agent.cli.config import warnings_of
@@ -18,7 +23,7 @@ from agent.collections import MARKS_FILE, Collections, Marks, _Known
 from agent.config.keys import AgentConfig, CollectionConfig
 from agent.config.layers import load_config
 from agent.doctor.machine import check_collections
-from agent.doctor.network import _same_relay, check_paths
+from agent.doctor.network import _authority, _same_relay, check_paths
 from agent.doctor.registry import CHECKS, Entry, Examination, Finding
 from agent.identity_file import IDENTITY_FILE, KEY_FILE, Identity, save_identity
 from agent.storage.disks import Disk
@@ -210,6 +215,29 @@ def test_another_relay_than_the_one_of_the_enrolment_is_told(tmp_path: Path) -> 
     (finding,) = _same_relay(looked, "https://relay.example.org", {"relay_id": "another"})
     assert (finding.level, "Another relay answers" in finding.sentence) == ("failure", True)
     assert "relay.url" in finding.advice
+
+
+def authority(days: float) -> str:
+    """A certificate that ends so many days from now."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "Relay CA")])
+    start = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=9000)
+    ends = datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=days)
+    made = x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
+    made = made.serial_number(1).not_valid_before(start).not_valid_after(ends)
+    return made.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM).decode()
+
+
+def test_an_authority_that_ends_is_told_and_whether_the_relay_has_a_newer_one(tmp_path: Path) -> None:
+    file, now, old = tmp_path / "ca.pem", time.time(), authority(200)
+    file.write_text(old)
+    (finding,) = _authority(file, {"ca_certificate": old}, now)
+    assert (finding.level, "towpath-relay authority renew" in finding.advice) == ("warning", True)
+    (finding,) = _authority(file, {"ca_certificate": authority(3000)}, now)
+    assert "has a newer one" in finding.advice
+    assert not list(_authority(file, {"ca_certificate": None}, now)), "the relay shows a public authority's"
+    file.write_text(old + authority(3000))
+    assert not list(_authority(file, {"ca_certificate": old}, now))
 
 
 def test_an_unknown_check_is_refused(tmp_path: Path) -> None:

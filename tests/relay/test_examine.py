@@ -138,6 +138,9 @@ def test_certificates_that_do_not_fit(relay_directory: Path, relay_settings: Set
     assert "not good for moved.example.org" in the_one(examine.check_certificate(moved, now), "failure")
     old = [finding.sentence for finding in examine.check_certificate(relay_settings, now + 3300 * DAY)]
     assert "authority ends on" in old[-1]
+    gone = list(examine.check_certificate(relay_settings, now + 3660 * DAY))
+    assert ("authority ended on" in gone[-1].sentence, gone[-1].level) == (True, "failure")
+    assert "towpath-relay authority renew" in gone[-1].advice
     pem = (relay_directory / "tls" / "server.pem").read_bytes()
     own = msgspec.structs.replace(relay_settings.tls, certificate="mine.pem", key="mine.key")
     mine = msgspec.structs.replace(relay_settings, tls=own)

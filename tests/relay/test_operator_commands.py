@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sqlite3
+import ssl
 import subprocess
 import sys
 import time
@@ -142,6 +144,14 @@ def test_what_programs_read(operator: Operator, relay_directory: Path) -> None:
         (relay_directory / "keys" / "relay-id").read_text().strip(),
     )
     assert shown["ticket_key_expires"].endswith("+00:00")
+    before = (relay_directory / "tls" / "ca.pem").read_bytes()
+    renewed = operator.document("authority", "renew")
+    assert renewed["file"] == str(relay_directory / "tls" / "ca.pem")
+    assert hashlib.sha256(ssl.PEM_cert_to_DER_cert(Path(renewed["file"]).read_text())).hexdigest() == renewed["sha256"]
+    assert Path(renewed["file"]).read_bytes() != before
+    assert renewed["expires"] >= renewed["former_expires"]
+    assert "make new ones" in operator.run("authority", "renew")
+    assert "authority renew" in operator.run("audit", "show")
     verdict = operator.document("audit", "verify")
     assert (verdict["broken"], len(verdict["head"])) == (None, 64)
     with sqlite3.connect(relay_directory / "relay.sqlite") as connection:

@@ -118,6 +118,16 @@ def test_missing_and_damaged_files_are_named(directory: Path, name: str) -> None
         RelayKeys(directory)
 
 
+@pytest.mark.parametrize("key", ["no PEM", "-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n", "rsa"])
+def test_a_damaged_key_within_the_file_of_the_ticket_key_is_named(directory: Path, key: str) -> None:
+    file = directory / "ticket-key.json"
+    stored = msgspec.json.decode(file.read_bytes())
+    stored["key"] = (directory / keys.ID_TOKEN_KEY).read_text() if key == "rsa" else key
+    file.write_bytes(msgspec.json.encode(stored))
+    with pytest.raises(KeysUnusable, match=r"/ticket-key\.json .*(restore it from a backup|root certify)"):
+        RelayKeys(directory)
+
+
 # --- certificates ----------------------------------------------------------------------------------------
 
 
@@ -210,6 +220,59 @@ def test_an_authority_whose_key_is_away_or_another_is_not_replaced(settings: Set
         shown.renew(now + datetime.timedelta(days=390))
     write_private_file(key, kept)
     assert shown.renew(now + datetime.timedelta(days=390))
+
+
+def test_near_the_authoritys_end_nothing_is_made_over_and_over(settings: Settings) -> None:
+    """A certificate lasts no longer than its authority: there, one of 60 days is as good as can be had."""
+    made = datetime.datetime.now(datetime.UTC)
+    tls.create(settings, made)
+    shown = tls.ServerCertificate(settings)
+    for left in (59.0, 30.0, 0.5, -5.0):
+        now = made + datetime.timedelta(days=3650 - left)
+        assert shown.renew(now) == (left == 59.0)
+        assert not shown.renew(now + datetime.timedelta(minutes=1))
+    assert shown.statistics().expires == shown.statistics().authority_expires
+    (tls.tls_directory(settings) / "server.pem").unlink()
+    with pytest.raises(tls.CertificateUnusable, match=r"has ended; run `towpath-relay authority renew"):
+        shown.renew(made + datetime.timedelta(days=3660))
+
+
+def test_a_renewed_authority_is_believed_by_those_who_trust_the_former_one(settings: Settings) -> None:
+    now = datetime.datetime.now(datetime.UTC)
+    tls.create(settings, now - datetime.timedelta(days=3640))
+    shown = tls.ServerCertificate(settings)
+    former = tls.ca_certificate_pem(settings)
+    assert former is not None
+    assert shown.statistics().expires < (now + datetime.timedelta(days=11)).timestamp()
+    # What the relay is called now has no part in it: who trusts the authority knows it by its name of then.
+    renamed = msgspec.structs.replace(settings, name="Another name")
+    ends = tls.renew_authority(renamed, now)
+    assert ends > now + datetime.timedelta(days=3600)
+    assert shown.renew(now)
+    assert shown.statistics().expires > (now + datetime.timedelta(days=390)).timestamp()
+    assert shown.statistics().authority_expires == int(ends.timestamp())
+    renewed = tls.ca_certificate_pem(settings)
+    assert renewed is not None
+    assert renewed != former
+    for authority in (former, renewed, former + renewed):
+        assert hashlib.sha256(handshake(shown.context, authority, "localhost")).hexdigest() == shown.channel
+    assert (tls.tls_directory(settings) / "ca.pem").stat().st_mode & 0o777 == 0o644
+
+
+def test_an_authority_without_its_key_is_not_renewed(settings: Settings) -> None:
+    now = datetime.datetime.now(datetime.UTC)
+    tls.create(settings, now)
+    key, before = tls.tls_directory(settings) / "ca.key", tls.ca_fingerprint(settings)
+    write_private_file(key, tls._pem(ec.generate_private_key(ec.SECP256R1())))
+    with pytest.raises(tls.CertificateUnusable, match=r"ca\.key is not the key of .*ca\.pem; restore both"):
+        tls.renew_authority(settings, now)
+    key.unlink()
+    with pytest.raises(tls.CertificateUnusable, match=r"ca\.key: No such file"):
+        tls.renew_authority(settings, now)
+    assert tls.ca_fingerprint(settings) == before
+    own = msgspec.structs.replace(settings.tls, certificate="mine.pem", key="mine.key")
+    with pytest.raises(tls.CertificateUnusable, match=r"tls\.certificate"):
+        tls.renew_authority(msgspec.structs.replace(settings, tls=own), now)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")

@@ -57,6 +57,15 @@ def test_the_log_says_that_the_certificate_ends(left: float, said: str, caplog: 
     assert bool(caplog.text) == bool(said)
 
 
+@pytest.mark.parametrize(("left", "said"), [(366.0, ""), (200.0, "ends in 200 days"), (-3.0, "ends in 0 days")])
+def test_the_log_says_that_the_authority_ends(left: float, said: str, caplog: pytest.LogCaptureFixture) -> None:
+    server._warn_of_authoritys_end(CertificateStatistics((), START, True, START + left * 86400), START)
+    assert said in caplog.text
+    assert ("towpath-relay authority renew" in caplog.text) == bool(said)
+    server._warn_of_authoritys_end(CertificateStatistics((), START, False), START)
+    assert len(caplog.records) == bool(said)
+
+
 async def test_a_clock_that_was_ahead_for_a_moment_puts_no_cleaning_off(
     autojump_clock: MockClock, relay_settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
