@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,31 @@ def test_help_loads_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.splitlines()[-1] == "[]"
     assert "transfer" in done.stdout
+
+
+def interrupted_at(module: str, *words: str, before: str = "") -> subprocess.CompletedProcess[str]:
+    """The command, with Ctrl-C at the moment when it loads a module."""
+    script = (
+        "import os, runpy, signal, sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name == {module!r}: os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        f"sys.argv = ['towpath', *{words!r}]\n"
+        f"{before}\n"
+        "runpy.run_module('agent', run_name='__main__')\n"
+    )
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a process cannot press Ctrl-C for itself alone")
+def test_an_interruption_while_the_command_is_loaded_shows_no_traceback() -> None:
+    early = interrupted_at("click", "--version")
+    assert (early.returncode, early.stdout, early.stderr) == (-signal.SIGINT, "", ""), "130 to a shell"
+    late = interrupted_at("agent.cli.service", "status")
+    assert (late.returncode, late.stderr.strip()) == (130, "Interrupted.")
+    ignored = interrupted_at("click", "--version", before="signal.signal(signal.SIGINT, signal.SIG_IGN)")
+    assert (ignored.returncode, ignored.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
