@@ -6,6 +6,7 @@ neither works across the machines of a network file system (HPC home directories
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -40,6 +41,18 @@ def pragmas(directory: Path) -> tuple[str, ...]:
     if is_shared(directory):
         return ("PRAGMA locking_mode = EXCLUSIVE", "PRAGMA journal_mode = TRUNCATE", "PRAGMA synchronous = FULL")
     return ("PRAGMA journal_mode = WAL", "PRAGMA synchronous = FULL")
+
+
+def make_private(database: Path) -> None:
+    """Before a SQLite database is opened: make its file, or what a version of before made, its owner's alone. SQLite
+    gives its log the same mode. What cannot be done is left: the state directory keeps others out, too, and whoever
+    opens the file says what is wrong with it."""
+    with contextlib.suppress(OSError):
+        # Never opened when it is there: closing it would end the locks that this process may have on it.
+        if not database.exists():
+            os.close(os.open(database, os.O_RDWR | os.O_CREAT | os.O_EXCL | CLOEXEC, 0o600))
+        elif database.stat().st_mode & 0o077 and DIRECTORY:
+            database.chmod(0o600)
 
 
 def make_folder(path: Path) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import msgspec
 
-from agent.state_files import pragmas
+from agent.state_files import make_private, pragmas
 from agent.transfer.state_trouble import StateDamaged, StateTrouble, of_sqlite, put_aside
 from protocol.control import AgentEvent, SessionAnswer, SessionOrder, TaskObserved, TaskOrder
 
@@ -59,6 +59,7 @@ class TaskStore:
         self._lock = threading.Lock()
         self._path = path
         self._closed = False
+        make_private(path)
         try:
             self._connection = sqlite3.connect(path, timeout=10, check_same_thread=False, isolation_level=None)
         except sqlite3.OperationalError as error:

@@ -16,7 +16,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 
 import msgspec
 
-from agent.state_files import pragmas
+from agent.state_files import make_private, pragmas
 from agent.storage.folding import fold_key
 from agent.storage.node import Version
 from agent.watch.rule import Path as RelativePath
@@ -94,6 +94,7 @@ class Ledger:
     def __init__(self, path: Path) -> None:
         # One connection: what one rule writes in a transaction must not meet what another one does.
         self._lock = threading.RLock()
+        make_private(path)
         self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         for pragma in pragmas(path.parent):
             self._db.execute(pragma)

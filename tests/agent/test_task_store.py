@@ -46,6 +46,17 @@ def filled(folder: Path) -> Path:
     return path
 
 
+def test_the_list_is_its_owners_alone_also_one_of_a_version_before(tmp_path: Path) -> None:
+    path = filled(tmp_path)
+    assert path.stat().st_mode & 0o777 == 0o600
+    path.chmod(0o644)
+    store = TaskStore(path)
+    modes = {file.name: file.stat().st_mode & 0o777 for file in tmp_path.glob("tasks.sqlite*")}
+    store.close()
+    assert set(modes.values()) == {0o600}
+    assert len(modes) == 3, "SQLite's log and its index, too"
+
+
 def cut(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
