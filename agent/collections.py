@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 from agent.config.keys import CollectionConfig
 from protocol.control import CollectionReport
 from protocol.errors import NeedsPerson, TowpathError
-from protocol.identity import write_private_file
+from protocol.private_file import write_private_file
 
 if TYPE_CHECKING:
     from agent.storage.base import Root

@@ -45,7 +45,8 @@ from agent.identity_file import (
 from agent.system.file_lock import wait_for_lock
 from protocol.control import EnrolRequest
 from protocol.errors import ProtocolError, TowpathError
-from protocol.identity import NodeKey, write_private_file
+from protocol.identity import NodeKey
+from protocol.private_file import write_private_file
 
 SETUP_KEY_VARIABLE = "TOWPATH_SETUP_KEY"
 PREFIX = "twp-"

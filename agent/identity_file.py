@@ -9,7 +9,8 @@ import msgspec
 
 from protocol.control import Record
 from protocol.errors import TowpathError
-from protocol.identity import NodeKey, write_private_file
+from protocol.identity import NodeKey
+from protocol.private_file import write_private_file
 
 IDENTITY_FILE = "identity.json"
 KEY_FILE = "node.key"

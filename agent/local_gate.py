@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 
 from protocol.errors import AccessDenied
-from protocol.identity import write_private_file
+from protocol.private_file import write_private_file
 
 LOOPBACK_FILE = "local.loopback"
 UNIX_HOST = "agent"

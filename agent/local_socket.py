@@ -26,7 +26,7 @@ from agent.local_gate import LOOPBACK, LOOPBACK_FILE, UNIX_HOST, load_loopback
 from agent.state_files import is_shared
 from agent.system.accounts import own_number
 from protocol.errors import TowpathError
-from protocol.identity import write_private_file
+from protocol.private_file import write_private_file
 
 ADDRESS_FILE = "local.socket"
 DIRECTORY = "control"

@@ -7,11 +7,7 @@ SHA-256 of its SubjectPublicKeyInfo (RFC 7469's pin), which tickets carry.
 from __future__ import annotations
 
 import datetime
-import errno
 import hashlib
-import os
-import secrets
-import stat
 from pathlib import Path
 
 from cryptography import x509
@@ -20,49 +16,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from cryptography.x509.oid import NameOID
 
 from protocol.errors import ProtocolError
+from protocol.private_file import write_private_file
 
 MAX_CERTIFICATE = 16 * 1024
-
-
-def write_private_file(path: Path, data: bytes) -> None:
-    """Write a secret so that it appears whole, durable and readable by its owner alone.
-
-    Root, which may be an operator beside a service of another user, leaves it to whom the former one belonged: else the
-    service could not read its own key any more.
-    """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            _keep_owner(path, file.fileno())
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    except OSError as error:
-        # File systems without a sync of folders: shared folders of virtual machines, some file servers.
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
-            raise
-        os.sync()
-    finally:
-        os.close(directory)
-
-
-def _keep_owner(former: Path, descriptor: int) -> None:
-    if not hasattr(os, "fchown") or os.geteuid() != 0:
-        return
-    try:
-        status = os.lstat(former)
-    except OSError:
-        return
-    if stat.S_ISREG(status.st_mode):
-        os.fchown(descriptor, status.st_uid, status.st_gid)
 
 
 def public_key_fingerprint(key: Ed25519PublicKey) -> str:

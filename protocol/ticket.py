@@ -18,8 +18,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from protocol.control import Record
 from protocol.errors import ProtocolError
-from protocol.identity import load_private_key, private_key_pem, public_key_fingerprint, write_private_file
+from protocol.identity import load_private_key, private_key_pem, public_key_fingerprint
 from protocol.names import CollectionPath, parse_path_untrusted
+from protocol.private_file import write_private_file
 
 ALGORITHM = "EdDSA"
 MAX_TOKEN = 256 * 1024

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
 from protocol.errors import NeedsPerson
-from protocol.identity import write_private_file
+from protocol.private_file import write_private_file
 from relay.lock import LOCK, exclusive
 from relay.settings import Settings, parse
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from protocol.identity import write_private_file
+from protocol.private_file import write_private_file
 from relay import keys, settings, tls
 from relay.settings import Settings
 from relay.store.database import Store

@@ -24,7 +24,8 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from protocol.errors import NeedsPerson
-from protocol.identity import private_key_from_pem, private_key_pem, public_key_fingerprint, write_private_file
+from protocol.identity import private_key_from_pem, private_key_pem, public_key_fingerprint
+from protocol.private_file import write_private_file
 from protocol.ticket import LEEWAY, RelayRoot, TicketSigner
 
 ID_TOKEN_ALGORITHM = "RS512"  # noqa: S105 - the name of an algorithm

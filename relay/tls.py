@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from protocol.errors import NeedsPerson
-from protocol.identity import write_private_file
+from protocol.private_file import write_private_file
 from relay.settings import Settings
 
 _CA_LIFE = datetime.timedelta(days=3650)

@@ -10,10 +10,8 @@ from __future__ import annotations
 import hashlib
 import ipaddress
 import json
-import os
 import re
 import ssl
-import sys
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -21,7 +19,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from agent.cli.output import fail
-from agent.system.files import NOFOLLOW
+from protocol.private_file import write_private_file
 
 _PROFILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _GLOBUS_WORDS_FOR_TRUE = frozenset({"", "1", "true", "t", "yes", "y", "on"})
@@ -238,22 +236,5 @@ def save_profile(path: Path, profile: Profile) -> None:
         "ca_file": profile.ca_file,
         "tokens": None if profile.tokens is None else {name: vars(item) for name, item in profile.tokens.items()},
     }
-    write_private(path, json.dumps(document, indent=2) + "\n")
-
-
-def write_private(path: Path, text: str) -> None:
-    """Write a file that only its owner may read, so that readers see the old content or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | NOFOLLOW, 0o600)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            if sys.platform != "win32":
-                os.fchmod(file.fileno(), 0o600)
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    write_private_file(path, f"{json.dumps(document, indent=2)}\n".encode())

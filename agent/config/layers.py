@@ -36,7 +36,7 @@ from agent.config.keys import AgentConfig, default_state_dir, document, finished
 from agent.config.kinds import Wrong
 from agent.system.file_lock import wait_for_lock
 from protocol.errors import TowpathError
-from protocol.identity import write_private_file
+from protocol.private_file import write_private_file
 
 PREFIX = "TOWPATH_AGENT_"
 # What a profile sets where the owner says nothing else.

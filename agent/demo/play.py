@@ -15,13 +15,13 @@ import trio
 from globus_sdk import GlobusError
 
 from agent.cli.output import human_bytes
-from agent.cli.profile import write_private
 from agent.demo import sample
 from agent.demo.children import ChildFailed, warden
 from agent.demo.stage import Stage
 from agent.demo.trial import run_trial
 from agent.demo.verdict import KILLS, shortcomings, summary
 from agent.demo.world import AGENTS, World, open_world
+from protocol.private_file import write_private_file
 
 TREE = "demo"
 TRIAL_SECONDS = 300.0
@@ -217,7 +217,8 @@ def _check_space(place: Path, large_file_size: int, source: Path) -> None:
 
 def _publish(plan: Plan, world: World) -> None:
     if plan.json_file is not None:
-        write_private(plan.json_file.absolute(), json.dumps(world.document(), indent=2) + "\n")
+        plan.json_file.absolute().parent.mkdir(parents=True, exist_ok=True)
+        write_private_file(plan.json_file.absolute(), f"{json.dumps(world.document(), indent=2)}\n".encode())
 
 
 async def _keep(world: World, stage: Stage, ending: Ending) -> None:

@@ -25,7 +25,7 @@ from agent.system.file_lock import wait_for_lock
 from agent.system.files import sync_directory
 from agent.update.offer import UpdateRefused, version_key
 from protocol.errors import TowpathError
-from protocol.identity import write_private_file
+from protocol.private_file import write_private_file
 
 BUNDLE_FILE = "bundle.json"
 ROOT_FILE = "trust/root.json"

@@ -15,7 +15,7 @@ import trio
 from agent.state_files import make_folder
 from agent.storage import handles, libc
 from agent.storage.posix import open_root
-from protocol.identity import write_private_file
+from protocol.private_file import write_private_file
 from tests.agent.engine_inside import Engine, contents, quick_path
 
 __all__ = ["quick_path"]

@@ -15,7 +15,7 @@ import msgspec
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from protocol.identity import write_private_file
+from protocol.private_file import write_private_file
 from relay import examine, tls
 from relay.cli.main import main
 from relay.examine import Finding

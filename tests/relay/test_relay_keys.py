@@ -16,7 +16,7 @@ import trustme
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from protocol.errors import ProtocolError
-from protocol.identity import write_private_file
+from protocol.private_file import write_private_file
 from protocol.ticket import RelayRoot, TicketVerifier
 from relay import keys, tls
 from relay.keys import KeysUnusable, RelayKeys
