@@ -34,6 +34,7 @@ from relay.auth.clients import SecretChecker
 from relay.auth.guess_memory import INTERVAL, GuessMemory
 from relay.auth.guesses import GuessLimit
 from relay.auth.housekeeping import forget_old
+from relay.auth.passkeys import AnsweredChallenges
 from relay.auth.passwords import PasswordChecker
 from relay.auth.tokens import remove_expired
 from relay.auth.upstream import Upstream
@@ -190,6 +191,7 @@ def _services(
         steward=steward,
         secrets=SecretChecker(store),
         passwords=PasswordChecker(store),
+        passkey_answers=AnsweredChallenges(clock()),
         upstreams={provider.id: Upstream(provider, settings.directory_path, clock) for provider in sign_in.providers},
         guesses=GuessLimit(sign_in.failures, sign_in.failures_window),
         crowd_guesses=GuessLimit(sign_in.failures * _CROWD, sign_in.failures_window),

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from relay.audit.recorder import Recorder
     from relay.auth.clients import SecretChecker
     from relay.auth.guesses import GuessLimit
+    from relay.auth.passkeys import AnsweredChallenges
     from relay.auth.passwords import PasswordChecker
     from relay.auth.upstream import Upstream
     from relay.keys import RelayKeys
@@ -39,6 +40,7 @@ class Services:
     steward: Steward
     secrets: SecretChecker
     passwords: PasswordChecker
+    passkey_answers: AnsweredChallenges
     upstreams: Mapping[str, Upstream]
     guesses: GuessLimit
     crowd_guesses: GuessLimit

@@ -25,9 +25,11 @@ from relay.store.sign_in_tables import passkeys
 MAX_PASSKEYS = 20
 MAX_NAME = 100
 # A credential as a browser sends it; attestations are not asked for, so it stays small.
+MAX_CREDENTIAL = 32 * 1024
+# How long a challenge may be answered, in seconds.
+CHALLENGE_LIFE = 300.0
 # What reading a credential of a browser's making may raise.
 _UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
-MAX_CREDENTIAL = 32 * 1024
 # A passkey proves possession and, because user verification is required, a second factor (RFC 8176).
 METHODS = ("hwk", "user", "mfa")
 
@@ -36,6 +38,31 @@ class PasskeyRefused(ItemFailed):
     """The passkey is not taken; the sentence says why."""
 
     default_code = "PASSKEY_REFUSED"
+
+
+class AnsweredChallenges:
+    """Which challenges were answered rightly, so that each counts once (WebAuthn level 2, 13.4.3): passkeys that are
+    kept in the cloud count no uses, and an answer that somebody has seen would let them in, too.
+
+    Only right answers are kept, and no longer than challenges live, so that strangers fill no memory. What was answered
+    is forgotten with the process: challenges from before ``started`` (Unix seconds) count no more. `take` is for
+    writing transactions, of which there is one at a time.
+    """
+
+    def __init__(self, started: float) -> None:
+        self._started = started
+        self._answered: dict[bytes, float] = {}
+
+    def counts(self, since: float, now: float) -> bool:
+        """Whether a challenge that was offered then may still be answered."""
+        return self._started <= since and now - since <= CHALLENGE_LIFE
+
+    def take(self, challenge: bytes, now: float) -> None:
+        """A challenge was answered. Raises `PasskeyRefused` when it was before."""
+        self._answered = {key: end for key, end in self._answered.items() if end >= now}
+        if challenge in self._answered:
+            raise PasskeyRefused("This answer was used already; try the passkey again.")
+        self._answered[challenge] = now + CHALLENGE_LIFE
 
 
 @dataclass(frozen=True)

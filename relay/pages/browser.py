@@ -70,7 +70,9 @@ class Browser:
         text = mark.partition(".")[0]
         if not text.isdecimal() or len(text) > 12:
             return None
-        return float(text) if hmac.compare_digest(mark, self.mark(subject, float(text))) else None
+        if not mark.isascii() or not hmac.compare_digest(mark, self.mark(subject, float(text))):
+            return None
+        return float(text)
 
     async def form(self) -> Mapping[str, str]:
         """The fields of a form of ours. Raises `PageProblem` for a form that is not."""

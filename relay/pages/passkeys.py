@@ -1,16 +1,18 @@
-"""Passkeys at the pages. The challenge is derived from the form's own token and a mark of the time, so nothing is
-kept between offering it and getting the answer, and an answer counts for this browser and for five minutes alone.
+"""Passkeys at the pages. The challenge is derived from a mark of the time that this browser alone can hand back, and
+nothing is kept between offering it and its answer. An answer counts once, for this browser, for five minutes.
 """
 
 from __future__ import annotations
 
 import hashlib
+import secrets
 from urllib.parse import urlsplit
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from sqlalchemy import Connection
 
+from relay.api.client_authentication import address_of
 from relay.auth import passkeys
 from relay.auth.identities import Identity, select_by_ids
 from relay.auth.linked import set_of
@@ -23,7 +25,6 @@ from relay.services import Services, services_of
 
 router = APIRouter(include_in_schema=False)
 
-_LIFE = 300.0
 _MAKE, _USE = "make a passkey", "use a passkey"
 
 
@@ -36,10 +37,18 @@ def _challenge(mark: str) -> bytes:
     return hashlib.sha256(mark.encode()).digest()
 
 
+def _mark(browser: Browser, subject: str, now: float) -> str:
+    """What the browser hands back with its answer; another one each time."""
+    nonce = secrets.token_hex(16)
+    return f"{nonce}.{browser.mark(f'{subject} {nonce}', now)}"
+
+
 def _checked(browser: Browser, mark: str, subject: str) -> bytes:
     """The challenge of a mark of ours. Raises `PageProblem` for one that is too old or another browser's."""
-    since = browser.marked(mark, subject)
-    if since is None or services_of(browser.request).clock() - since > _LIFE:
+    nonce, _, rest = mark.partition(".")
+    services = services_of(browser.request)
+    since = browser.marked(rest, f"{subject} {nonce}") if nonce.isascii() else None
+    if since is None or not services.passkey_answers.counts(since, services.clock()):
         raise PageProblem(403, "That took too long", "Try the passkey again.")
     return _challenge(mark)
 
@@ -51,7 +60,7 @@ async def offer(request: Request) -> Response:
     await browser.form()
     services = services_of(request)
     present = await services.store.read(lambda c: passkeys.passkeys_of(c, [session.identity.id]))
-    mark = browser.mark(_MAKE, services.clock())
+    mark = _mark(browser, _MAKE, services.clock())
     options = passkeys.creation_options(_site(services), session.identity, present, _challenge(mark))
     return JSONResponse({"mark": mark, "options": options}, headers={"Cache-Control": "no-store"})
 
@@ -68,6 +77,7 @@ async def add(request: Request) -> Response:
     def work(connection: Connection) -> None:
         credential, name = form.get("credential", ""), form.get("name", "")
         passkeys.add_untrusted(connection, site, session.identity, credential, challenge, name, now)
+        services.passkey_answers.take(challenge, now)
 
     await change(request, session, work)
     return go("/account?done=passkey")
@@ -93,7 +103,7 @@ async def offer_sign_in(request: Request) -> Response:
     browser = await browser_of(request)
     await browser.form()
     services = services_of(request)
-    mark = browser.mark(_USE, services.clock())
+    mark = _mark(browser, _USE, services.clock())
     options = passkeys.request_options(_site(services), _challenge(mark))
     answer = JSONResponse({"mark": mark, "options": options}, headers={"Cache-Control": "no-store"})
     browser.keep(answer)
@@ -106,18 +116,21 @@ async def sign_in(request: Request) -> Response:
     browser = await browser_of(request)
     form = await browser.form()
     services = services_of(request)
-    limit_guesses(request, "passkey")
+    # Nobody guesses a passkey of somebody's: what is counted for all addresses together would only keep everybody out.
+    guesser = f"passkey from {address_of(request)}"
+    limit_guesses(request, guesser)
     challenge = _checked(browser, form.get("mark", ""), _USE)
     site, now = _site(services), services.clock()
 
     def work(connection: Connection) -> Identity | None:
         identity_id = passkeys.check_untrusted(connection, site, form.get("credential", ""), challenge, now)
+        services.passkey_answers.take(challenge, now)
         return select_by_ids(connection, [identity_id]).get(identity_id)
 
     try:
         identity = await services.store.write(work)
     except PasskeyRefused as error:
-        count_failure(request, "passkey")
+        count_failure(request, guesser)
         raise PageProblem(401, "That did not work", error.sentence) from error
     if identity is None:
         raise PageProblem(401, "That did not work", "This passkey is not known here.")
