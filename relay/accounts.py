@@ -31,7 +31,7 @@ from relay.auth.identities import (
     select_by_ids,
     select_by_usernames,
 )
-from relay.auth.linked import primary_of
+from relay.auth.linked import primary_of, set_of
 from relay.refusal import ApiError
 from relay.settings import Settings
 from relay.store import auth_tables as tables
@@ -166,11 +166,17 @@ def closing(settings: Settings, who: str) -> Callable[[Store], Awaitable[Identit
 
 
 def signing_out(settings: Settings, who: str) -> Callable[[Store], Awaitable[Identity]]:
-    """End all sessions and tokens of an identity, which may sign in again."""
+    """End all sessions and tokens of a person, named by any of their identities; they may sign in again."""
 
     async def work(store: Store) -> Identity:
         identity = await find_identity(store, settings, who)
-        await store.write(lambda connection: _sign_out(connection, identity.id))
+
+        def write(connection: Connection) -> None:
+            # Tokens stay with the identity that was the primary one when they were given.
+            for one in set_of(connection, identity.id):
+                _sign_out(connection, one.id)
+
+        await store.write(write)
         return identity
 
     return work

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from trio.testing import MockClock
 
 from relay import machines
 from relay.accounts import Refused
+from relay.auth import linked
 from relay.refusal import ApiError
 from relay.server import _disconnect_revoked
 from relay.store.database import Store
@@ -152,6 +154,16 @@ def test_a_user_is_signed_out_and_the_account_stays_open(operator: Operator, rel
     assert (alive(relay_store, hers), alive(relay_store, his)) == (False, True)
     assert {row["username"]: row["status"] for row in operator.document("user", "list")}[ada["username"]] == "used"
     assert alive(relay_store, make_token(relay_store, ada["id"], "new laptop", 90))
+
+
+def test_a_user_is_signed_out_under_all_their_names(operator: Operator, relay_store: Store) -> None:
+    """Tokens stay with the identity that was the primary one when they were given."""
+    ada, other, bob = (operator.document("user", "add", name, "--no-link") for name in ("ada", "other", "bob"))
+    first, second, his = (make_token(relay_store, one["id"], "laptop", 90) for one in (ada, other, bob))
+    with relay_store.writing_engine.begin() as connection:
+        linked.link(connection, ada["id"], other["id"], time.time())
+    operator.run("user", "sign-out", "ada")
+    assert [alive(relay_store, token) for token in (first, second, his)] == [False, False, True]
 
 
 def test_the_commands(operator: Operator) -> None:
