@@ -14,6 +14,8 @@ from agent.cli.location import Location, LocationType, Place, is_uuid
 from agent.cli.output import Column, CommandFailed, Output, fail, field, moment
 from agent.cli.relay_client import document_of
 from agent.cli.submission import parse_deadline
+from protocol.errors import ProtocolError
+from protocol.names import format_path, parse_path_untrusted
 
 if TYPE_CHECKING:
     from agent.cli.relay_client import Relay
@@ -107,10 +109,15 @@ def _checked_folder(relay: Relay, place: Place) -> str:
     from globus_sdk import TransferAPIError
 
     path = place.path or "/"
-    if not path.startswith("/"):
+    if not path.startswith("/") or path.lstrip("/").split("/")[0] == "~":
         fail(
             f"Write the folder from the collection's root, with a slash in front: {path!r} counts from somebody's home."
         )
+    try:
+        # As the relay keeps it, so that a rule for the same folder is found again however it was written.
+        folder = format_path(parse_path_untrusted(path), directory=True)
+    except ProtocolError as error:
+        fail(error.sentence)
     try:
         kind = relay.transfer.operation_stat(place.collection_id, path).get("type")
     except TransferAPIError as error:
@@ -120,13 +127,15 @@ def _checked_folder(relay: Relay, place: Place) -> str:
         kind = "dir"
     if kind != "dir":
         fail(f"{path} is a file, and only folders are shared: share the one it is in, or make one for it.")
-    return path if path.endswith("/") else path + "/"
+    return folder
 
 
 def identity_of(relay: Relay, user: str) -> tuple[str, str]:
     """The id and the username of somebody; without @, a name of one's own domain. Raises `CommandFailed`."""
     asked: dict[str, Any] = {"ids": user} if is_uuid(user) else {"usernames": _whole_name(relay, user)}
     rows = list(relay.auth.get_identities(**asked))
+    if len(rows) > 1 or "," in user:
+        raise CommandFailed(f"{user} names several people; give each a --with of its own. Nothing is shared.")
     if not rows:
         raise CommandFailed(
             f"Nobody here is called {next(iter(asked.values()))}; they have to be a user of this relay first. "

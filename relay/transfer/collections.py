@@ -14,6 +14,7 @@ from typing import Any
 
 from sqlalchemy import Connection, select, update
 
+from protocol.errors import ProtocolError
 from protocol.names import CollectionPath, parse_path_untrusted
 from relay.access.decisions import ROOT, Ability, CollectionFacts, RoleGrant, Rule, Spot, decide, live_rules, reach
 from relay.access.principals import subject_of
@@ -204,6 +205,11 @@ def read_description(document: Fields, *, creating: bool) -> dict[str, Any]:
     for key, longest in TEXT_FIELDS.items():
         if key in document:
             values[key] = document.text(key, longest=longest)
+    if values.get("default_directory"):
+        try:
+            parse_path_untrusted(values["default_directory"])
+        except ProtocolError as error:
+            raise bad_request(f"default_directory: {error.sentence}") from error
     for key in SWITCHES:
         if creating or (key in document and document.raw(key) is not None):
             values[key] = document.boolean(key, False)

@@ -133,7 +133,7 @@ def read_request(document: object, now: float) -> NewRule:
 
 
 def _folder(text: str) -> str:
-    if not text.startswith("/") or text.split("/")[1] == "~":
+    if not text.startswith("/") or text.lstrip("/").split("/")[0] == "~":
         raise bad_request("path must begin at the collection's root, with a slash; rules do not count from home.")
     try:
         path: CollectionPath = parse_path_untrusted(text)

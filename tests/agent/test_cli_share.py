@@ -60,6 +60,10 @@ def test_everybody_and_until_when(towpath: Run, relay: FakeRelay) -> None:
         (["alpha", "--with", "bob"], 2, "has no path"),
         (["alpha:data", "--with", "bob"], 1, "from the collection's root"),
         (["alpha:~/data", "--with", "bob"], 1, "from the collection's root"),
+        (["alpha:/~/data", "--with", "bob"], 1, "from the collection's root"),
+        (["alpha://~/data", "--with", "bob"], 1, "from the collection's root"),
+        (["alpha:/" + "x" * 300, "--with", "bob"], 1, "255 bytes at most"),
+        (["alpha:/data", "--with", "eve,bob"], 1, "several people"),
         (["alpha:/data.csv", "--with", "bob"], 1, "is a file, and only folders are shared"),
         (["alpha:/data", "--with", "bob", "--until", "soon"], 2, "neither a time"),
     ],
@@ -82,13 +86,14 @@ def test_a_folder_that_is_not_there_is_not_shared_and_one_that_cannot_be_seen_is
     assert len(made(relay)) == 1
 
 
-def test_sharing_again_changes_what_may_be_done(towpath: Run, relay: FakeRelay) -> None:
+@pytest.mark.parametrize("written", ["/data", "/data/", "//data", "/x/../data"])
+def test_sharing_again_changes_what_may_be_done(towpath: Run, relay: FakeRelay, written: str) -> None:
     relay.refusals[RULES] = Refusal(409, "Exists", "There is a rule")
     rule = {"id": RULE, "principal_type": "identity", "principal": BOB["id"], "path": "/data/", "permissions": "r"}
     other = {**rule, "id": "88888888-0000-4000-8000-000000000008", "path": "/"}
     role = {**rule, "id": None, "role_type": "administrator"}
     relay.rows["access_list"] = [role, other, rule]
-    assert towpath("share", "add", "alpha:/data", "--with", "bob", "--write")[0] == 0
+    assert towpath("share", "add", f"alpha:{written}", "--with", "bob", "--write")[0] == 0
     (change,) = relay.sent("PUT", f"{RULES}/{RULE}")
     assert (change.document["permissions"], change.document["expiration_date"]) == ("rw", None)
 

@@ -77,6 +77,7 @@ async def test_rules_are_made_shown_changed_and_removed(relay: TransferWorld) ->
     [
         {"path": "~/x"},
         {"path": "/~/x"},
+        {"path": "//~/x"},
         {"path": "x"},
         {"path": "/a\0b/"},
         {"permissions": "w"},

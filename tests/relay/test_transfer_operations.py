@@ -63,6 +63,12 @@ async def test_a_path_left_out_is_the_default_directory(laptop: Laptop) -> None:
     assert (await laptop.alice.get(f"{laptop.path}/ls"))["path"] == "/~/"
     await laptop.alice.put(f"/endpoint/{laptop.id}", {"default_directory": "/projects"})
     assert (await laptop.alice.get(f"{laptop.path}/ls"))["path"] == "/projects/"
+    # One that can be no path is refused where it is set, not to everybody who lists afterwards.
+    refused = await laptop.alice.put(f"/endpoint/{laptop.id}", {"default_directory": "/" + "x" * 300}, status=400)
+    assert refused["message"].startswith("default_directory: ")
+    assert (await laptop.alice.get(f"{laptop.path}/ls"))["path"] == "/projects/"
+    await laptop.alice.put(f"/endpoint/{laptop.id}", {"default_directory": None})
+    assert (await laptop.alice.get(f"{laptop.path}/ls"))["path"] == "/~/"
 
 
 async def test_what_a_client_asks_reaches_the_agent(laptop: Laptop, monkeypatch: pytest.MonkeyPatch) -> None:
