@@ -92,8 +92,11 @@ def _work_only(sock: socket.socket, work: Callable[[socket.socket], None], close
     except BaseException:
         sys.excepthook(*sys.exc_info())
     finally:
-        sys.stderr.flush()
-        os._exit(code)
+        try:
+            # Raises where there is none, and where what is left cannot be written (a full disk, a closed terminal).
+            sys.stderr.flush()
+        finally:
+            os._exit(code)
 
 
 @dataclass(frozen=True)
