@@ -59,12 +59,15 @@ class ForkedThere:
             self.returncode = collect(self._descriptor)
 
     def kill(self) -> None:
-        """End it now; nothing happens when it has ended."""
-        kill_process(self._descriptor)
+        """End it now; nothing happens when it has ended, or was let go of."""
+        if self._descriptor >= 0:
+            kill_process(self._descriptor)
 
     def close(self) -> None:
         """Let go of it."""
-        os.close(self._descriptor)
+        # Another file may get the number, while somebody is about to kill by it.
+        descriptor, self._descriptor = self._descriptor, -1
+        os.close(descriptor)
 
 
 class _Answer:
@@ -197,6 +200,7 @@ class ForkServerLink:
             raise
         finally:
             del self._answers[number]
+            self._leave_if_idle()
         return waiting.worker, ours
 
     def retire(self) -> None:

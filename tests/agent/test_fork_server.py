@@ -21,7 +21,7 @@ from agent.system.processes import in_words
 from agent.transfer import forker, worker_process
 from agent.transfer.channel import ChannelClosed, EventStored
 from agent.transfer.fork_messages import MOST, Ended, FromServer, Made, Refused, attached, packet, request
-from agent.transfer.forker import Forker, ForkServerLink
+from agent.transfer.forker import ForkedThere, Forker, ForkServerLink
 from agent.transfer.message_buffer import rights, room
 from agent.transfer.spawn import FORK_SERVER, Spawned
 from agent.transfer.worker_process import Workers
@@ -304,6 +304,37 @@ async def test_one_that_leaves_does_so_with_its_last_worker() -> None:
         worker.close()
         await server.link.over.wait()
         child.wait()
+
+
+async def test_one_that_leaves_does_so_when_the_last_request_is_refused() -> None:
+    async with played() as server, trio.open_nursery() as nursery:
+
+        async def refuse() -> None:
+            worker, end = await server.heard()
+            os.close(end)
+            server.link.retire()
+            server.say(Refused(worker=worker, errno=errno.EAGAIN))
+
+        nursery.start_soon(refuse)
+        assert await refusal(server.link) == errno.EAGAIN
+        with trio.fail_after(10):
+            await server.link.over.wait()
+
+
+def test_a_worker_that_was_let_go_of_is_not_killed_any_more() -> None:
+    """Whoever kills it after a while may be about to, when it ends at that very moment."""
+    with subprocess.Popen(["sleep", "60"]) as other:
+        worker = ForkedThere(other.pid, os.pidfd_open(other.pid))
+        number = worker._descriptor
+        worker.close()
+        # The number of its descriptor is another worker's by now.
+        descriptor = os.pidfd_open(other.pid)
+        os.dup2(descriptor, number)
+        worker.kill()
+        other.terminate()
+        for each in {descriptor, number}:
+            os.close(each)
+    assert other.returncode == -signal.SIGTERM
 
 
 # --- both, for real --------------------------------------------------------------------------------------------------
