@@ -183,7 +183,7 @@ class ItemPlanner:
             failures.append((index, path, _wrong_kind(item, "file", "NOT_A_DIRECTORY")))
         else:
             destination = parse_path_untrusted(item.destination_path)
-            if item.destination_path.endswith("/"):
+            if not destination or item.destination_path.endswith("/"):
                 failures.append((index, path, _names_a_folder(path, destination)))
             else:
                 files.setdefault(destination[:-1], []).append((index, path, row))

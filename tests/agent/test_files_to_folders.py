@@ -16,7 +16,14 @@ __all__ = ["quick_path"]
 @pytest.mark.parametrize("recursive", [None, False])
 @pytest.mark.parametrize(
     ("to", "meant"),
-    [("/results/", "/results/a b.dat"), ("/there/", "/there/a b.dat"), ("/there", "/there/a b.dat"), ("/", "/a b.dat")],
+    [
+        ("/results/", "/results/a b.dat"),
+        ("/there/", "/there/a b.dat"),
+        ("/there", "/there/a b.dat"),
+        ("/", "/a b.dat"),
+        ("/~", "/a b.dat"),
+        ("/there/..", "/a b.dat"),
+    ],
 )
 async def test_the_path_that_was_meant_is_named(quick_path: Path, to: str, meant: str, recursive: bool | None) -> None:
     items = [TaskItem(source_path="/a b.dat", destination_path=to, recursive=recursive)]
