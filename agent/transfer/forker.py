@@ -11,6 +11,7 @@ import socket
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+import msgspec
 import trio
 
 from agent.system.conditions import conditions
@@ -126,7 +127,15 @@ class ForkServerLink:
                 return
             if not data:
                 return
-            self._take(answer(data), attached(ancillary))
+            descriptors = attached(ancillary)
+            try:
+                message = answer(data)
+            except msgspec.DecodeError:
+                # It is of another version: the program was replaced on disk meanwhile.
+                for descriptor in descriptors:
+                    os.close(descriptor)
+                return
+            self._take(message, descriptors)
             self._leave_if_idle()
 
     async def _end(self) -> None:

@@ -321,6 +321,18 @@ async def test_one_that_leaves_does_so_when_the_last_request_is_refused() -> Non
             await server.link.over.wait()
 
 
+async def test_one_of_another_version_is_ended_and_the_agent_goes_on() -> None:
+    """As it is started where the program was replaced on disk under a running agent."""
+    async with played() as server:
+        server._socket.sendmsg([b"\x81\xa1t\xa5later"], rights([0]))
+        before = psutil.Process().num_fds()
+        with trio.fail_after(10):
+            await server.link.over.wait()
+        # It had two ends, and what was attached never stayed.
+        assert psutil.Process().num_fds() == before - 2
+        assert await refusal(server.link) == errno.EPIPE
+
+
 def test_a_worker_that_was_let_go_of_is_not_killed_any_more() -> None:
     """Whoever kills it after a while may be about to, when it ends at that very moment."""
     with subprocess.Popen(["sleep", "60"]) as other:
