@@ -86,15 +86,20 @@ def user_password(context: click.Context, name: str, password_file: IO[str] | No
 
 @user.command("close")
 @click.argument("name")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON document.")
 @click.pass_context
-def user_close(context: click.Context, name: str) -> None:
+def user_close(context: click.Context, name: str, as_json: bool) -> None:
     """Close an account: it cannot sign in any more, its tokens end and its tasks pause. Nothing is deleted."""
     from relay import accounts
 
     settings = settings_of(context)
     identity = with_store(settings, accounts.closing(settings, name))
-    click.echo(f"{identity.username} is closed. Tasks that run pause within a minute; `user open` lets them go on.")
     programs = with_store(settings, accounts.programs_of(identity.id))
+    if as_json:
+        rows = [{"id": program.id, "name": program.name} for program in programs]
+        show({"id": identity.id, "username": identity.username, "open": False, "programs": rows}, as_json)
+        return
+    click.echo(f"{identity.username} is closed. Tasks that run pause within a minute; `user open` lets them go on.")
     if programs:
         click.echo("Programs that were added for it are identities of their own and go on; close each by its id:")
     for program in programs:

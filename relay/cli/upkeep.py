@@ -64,13 +64,17 @@ def serve(context: click.Context) -> None:
 
 @click.command(cls=AuditedFileCommand)
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON document.")
 @click.pass_context
-def backup(context: click.Context, file: Path) -> None:
+def backup(context: click.Context, file: Path, as_json: bool) -> None:
     """Write database, keys and configuration to FILE. Works while the relay runs. FILE holds secrets."""
     from relay.backup import back_up
 
     settings = settings_of(context)
     size = back_up(settings, context.obj or default_configuration(), file)
+    if as_json:
+        click.echo(json.dumps({"file": str(file), "bytes": size}, indent=2))
+        return
     click.echo(f"Wrote {file} ({size} bytes). It holds the relay's secrets: keep it where only you can read it.")
 
 

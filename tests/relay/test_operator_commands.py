@@ -108,6 +108,8 @@ def test_closing_an_account_names_the_programs_that_go_on(operator: Operator) ->
     assert f"  {program}  beamline" in said
     operator.run("user", "close", program)
     operator.run("user", "open", "ada")
+    document = operator.document("user", "close", "ada")
+    assert (document["username"].partition("@")[0], document["open"], document["programs"]) == ("ada", False, [])
     assert program not in operator.run("user", "close", "ada")
 
 
@@ -152,6 +154,8 @@ def test_what_programs_read(operator: Operator, relay_directory: Path) -> None:
     assert renewed["expires"] >= renewed["former_expires"]
     assert "make new ones" in operator.run("authority", "renew")
     assert "authority renew" in operator.run("audit", "show")
+    made = operator.document("backup", str(relay_directory.parent / "backup.tar.gz"))
+    assert made["bytes"] == Path(made["file"]).stat().st_size
     verdict = operator.document("audit", "verify")
     assert (verdict["broken"], len(verdict["head"])) == (None, 64)
     with sqlite3.connect(relay_directory / "relay.sqlite") as connection:
