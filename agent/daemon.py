@@ -27,7 +27,7 @@ from agent.config.keys import ConfigError
 from agent.config.layers import load_config, overlay_file, waiting_for_start
 from agent.config.watch import changes
 from agent.connect.portmap import PortMapping
-from agent.data_side import PAUSED_FILE, DataSide
+from agent.data_side import DRAINS, PAUSED_FILE, DataSide
 from agent.identity_file import Identity
 from agent.link import Link
 from agent.link_app import LinkApp
@@ -46,6 +46,7 @@ from agent.watch.submitter import CommandSubmitter
 from protocol.control import ARRANGED, MEETS, TUNNELLED, RelayHello
 from protocol.errors import RetryLater
 from protocol.link import HelloFields
+from protocol.private_file import write_private_file
 
 logger = logging.getLogger("towpath.agent")
 
@@ -232,6 +233,8 @@ class Daemon:
         where = f"Linked to {link.relay_url}" if link.connected else f"Not linked ({link.last_error or 'connecting'})"
         active = sum(task.state == "ACTIVE" for task in self._tasks.tasks())
         paused = ", paused by its owner" if self._policy.paused else ""
+        if self._policy.draining:
+            paused = ", takes nothing new"
         return f"{where}{paused}; {active} of {len(self._tasks.tasks())} task(s) active."
 
     async def _watch_config(self) -> None:
@@ -268,6 +271,8 @@ class Daemon:
             "host": socket.gethostname(),
             "batch_job": process.batch_job(),
             "paused": self._policy.paused,
+            "draining": self._policy.draining,
+            "idle": self._tasks.idle,
             "data_port": self._tasks.port,
             "link": asdict(self._link.statistics()),
             "network": {**self._network.statistics(), "port_mapping": self._port_mapping.sentence},
@@ -326,18 +331,22 @@ class Daemon:
         self._tasks.announce_collections(await self._availability.look())
         return f"The configuration was read again: {len(config.collections)} collection(s).{rest}"
 
-    async def set_paused(self, paused: bool) -> None:
-        """Hold up all transfers, or let them go on; remembered over restarts. Raises `RetryLater`, with nothing
-        changed, when that cannot be written down."""
+    async def set_paused(self, paused: bool, *, drain: bool = False) -> None:
+        """Hold up all transfers, or with ``drain`` those that have not begun, or let them go on; remembered over
+        restarts. Raises `RetryLater`, with nothing changed, when that cannot be written down."""
         mark = self._config.state_dir / PAUSED_FILE
-        change = functools.partial(mark.touch, 0o600) if paused else functools.partial(mark.unlink, missing_ok=True)
+        change = (
+            functools.partial(write_private_file, mark, DRAINS if drain else b"")
+            if paused
+            else functools.partial(mark.unlink, missing_ok=True)
+        )
         try:
             await trio.to_thread.run_sync(change)
         except OSError as error:
             raise RetryLater(f"The pause could not be remembered: {error}.") from error
-        self._policy.paused = paused
+        self._policy.paused, self._policy.draining = paused and not drain, paused and drain
         await self._tasks.pause_changed()
-        if paused:
+        if self._policy.paused:
             # Sessions that others have with this machine as their source end; new ones are refused by the policy.
             await self._tasks.owner_changed({collection.id for collection in self._policy.collections})
         # The relay learns of it with the next hello.

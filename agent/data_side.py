@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import trio
@@ -32,8 +33,9 @@ from protocol.identity import NodeKey
 from protocol.ticket import TicketVerifier
 from protocol.websocket.carrier import Carrier
 
-# The owner has paused this machine; an empty file in the state directory, so that it outlives restarts.
-PAUSED_FILE = "paused"
+# The owner has paused this machine; a file in the state directory, so that it outlives restarts. It is empty, or holds
+# the word when what has begun may finish (to versions of before it is a pause of everything).
+PAUSED_FILE, DRAINS = "paused", b"drain\n"
 
 
 class DataSide:
@@ -51,7 +53,7 @@ class DataSide:
         self.config = config
         self.key = key
         self.policy = Policy(config.collections)
-        self.policy.paused = (config.state_dir / PAUSED_FILE).exists()
+        recall_pause(self.policy, config.state_dir)
         marks = Marks(config.state_dir / MARKS_FILE)
         self.collections = Collections(marks, own_places)
         self.relay_url = config.relay.url or identity.relay_url
@@ -125,6 +127,17 @@ class DataSide:
     def moves_data(self) -> bool:
         """Whether a task runs here, or somebody reads from here."""
         return self.tasks.sessions.count > 0 or any(task.state == "ACTIVE" for task in self.tasks.tasks())
+
+
+def recall_pause(policy: Policy, state_dir: Path) -> None:
+    """Take up what the owner said before a restart. A mark that cannot be read is a pause."""
+    try:
+        policy.draining = (state_dir / PAUSED_FILE).read_bytes() == DRAINS
+    except FileNotFoundError:
+        return
+    except OSError:
+        policy.draining = False
+    policy.paused = not policy.draining
 
 
 def _place_of(url: str, dialer: Dialer) -> tuple[str, int] | None:

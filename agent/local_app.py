@@ -81,8 +81,13 @@ class LocalApplication:
         await self._owner.set_paused(True)
         return {"message": "All transfers of this machine are paused."}
 
+    async def drain(self, _: Request) -> object:
+        """Finish what has begun, and begin nothing new."""
+        await self._owner.set_paused(True, drain=True)
+        return {"message": "What has begun is finished, and nothing new begins."}
+
     async def resume(self, _: Request) -> object:
-        """Undo `pause`."""
+        """Undo `pause` and `drain`."""
         await self._owner.set_paused(False)
         return {"message": "Transfers go on."}
 
@@ -128,6 +133,7 @@ class LocalApplication:
             ("POST", "/tasks/{id}/pause", self.pause_task),
             ("POST", "/tasks/{id}/resume", self.resume_task),
             ("POST", "/pause", self.pause),
+            ("POST", "/drain", self.drain),
             ("POST", "/resume", self.resume),
             ("POST", "/relay/reconnect", self.reconnect),
             ("POST", "/peers", self.peers),

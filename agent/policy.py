@@ -34,6 +34,8 @@ class Policy:
         self._collections = {collection.id: collection for collection in collections}
         # Set by the owner alone, through the local socket.
         self.paused = False
+        # Likewise: what has begun is finished, and nothing new begins.
+        self.draining = False
         # Why this machine holds back for the moment by itself (battery, load); empty if it does not.
         self.held_back = ""
 
@@ -99,3 +101,14 @@ class Policy:
             )
         if operation == "sessions" and self.held_back:
             raise RetryLater(f"The source holds back: {self.held_back}", code="SOURCE_BUSY")
+
+    def check_new_session(self) -> None:
+        """Whether a session may begin that was not known here. Raises `NeedsPerson` while the owner lets this machine
+        finish what has begun."""
+        if self.draining:
+            raise NeedsPerson(
+                "The owner of the source is draining it: what has begun is finished, and nothing new begins until it "
+                "is resumed.",
+                code="PAUSED_BY_OWNER",
+                who="source owner",
+            )

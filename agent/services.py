@@ -101,8 +101,8 @@ class Owner(Protocol):
     async def reload(self) -> str:
         """Read the configuration again; a sentence on what changed. Raises `ConfigError`."""
 
-    async def set_paused(self, paused: bool) -> None:
-        """Hold up all transfers of this machine, or let them go on."""
+    async def set_paused(self, paused: bool, *, drain: bool = False) -> None:
+        """Hold up all transfers of this machine, with ``drain`` those that have not begun, or let them go on."""
 
     async def accept_root(self, collection_id: str) -> None:
         """The root of a collection, or a disk below it, has moved for good: take them as they are now."""

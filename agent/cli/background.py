@@ -27,6 +27,7 @@ STOP_TIMEOUT = 15.0
 LOOK_EVERY = 0.2
 LOG_FILE = "agent.log"
 TAIL = 2000
+DRAIN_LOOK = 1.0
 
 
 def start_detached(config_file: Path, config: AgentConfig) -> int:
@@ -97,6 +98,24 @@ def _wait_ready(
             raise CommandFailed(f"The agent ended with code {process.returncode}; its log is {log}. {said()}")
     process.terminate()
     raise CommandFailed(f"The agent did not become ready within {START_TIMEOUT:g} seconds; its log is {log}.")
+
+
+def drained(state_dir: Path, say: Callable[[str], None]) -> bool:
+    """Have the running agent begin nothing new, and wait until what has begun is finished, which may take days. False
+    when none runs. ``say`` is told now and then what is waited for. Raises `TowpathError`."""
+    said = ""
+    try:
+        local_socket.ask(state_dir, "POST", "/drain")
+        while not (status := local_socket.ask(state_dir, "GET", "/status"))["idle"]:
+            transfer = status["transfer"]
+            sentence = f"{transfer['running']} task(s) run here and {transfer['sessions']} read from here."
+            if sentence != said:
+                say(f"Nothing new begins. {sentence}")
+                said = sentence
+            time.sleep(DRAIN_LOOK)
+    except local_socket.NotRunning:
+        return False
+    return True
 
 
 def stop_running(state_dir: Path) -> Holder | None:

@@ -192,7 +192,8 @@ def run(log_file: Path | None, assignments: tuple[str, ...], login_node: bool, c
 
 @click.command()
 @config_option
-def start(config_file: Path) -> None:
+@with_output
+def start(out: Output, config_file: Path) -> None:
     """Start the agent in the background and wait until it serves."""
     from agent.cli.background import LOG_FILE, start_detached
     from agent.identity_file import make_state_dir, require
@@ -206,19 +207,31 @@ def start(config_file: Path) -> None:
         if holder is not None:
             raise AlreadyRunning(config.state_dir, holder)
         pid = start_detached(config_file, config)
-    click.echo(f"The agent runs as process {pid}; its log is {config.state_dir / LOG_FILE}.")
+    log = config.state_dir / LOG_FILE
+    document = {"running": True, "pid": pid, "log_file": str(log), "state_dir": str(config.state_dir)}
+    out.result(document, f"The agent runs as process {pid}; its log is {log}.")
 
 
 @click.command()
+@click.option("--drain", is_flag=True, help="Begin nothing new, and stop when what has begun is finished.")
 @config_option
-def stop(config_file: Path) -> None:
-    """Stop the agent; running transfers are settled and go on at the next start."""
-    from agent.cli.background import stop_running
+@with_output
+def stop(out: Output, drain: bool, config_file: Path) -> None:
+    """Stop the agent; running transfers are settled and go on at the next start.
+
+    With --drain they finish first, and nothing new begins, also after the next start, until `towpath resume`. Ctrl-C
+    ends the waiting alone: the agent goes on draining.
+    """
+    from agent.cli.background import drained, stop_running
     from agent.config.layers import state_dir_of
 
+    state_dir = state_dir_of(config_file)
     with failing_plainly():
-        holder = stop_running(state_dir_of(config_file))
-    click.echo("No agent runs." if holder is None else f"The agent (process {holder.pid}) has stopped.")
+        if drain and drained(state_dir, out.remark):
+            out.remark("Nothing runs any more; after the next start `towpath resume` lets transfers begin again.")
+        holder = stop_running(state_dir)
+    said = "No agent runs." if holder is None else f"The agent (process {holder.pid}) has stopped."
+    out.result({"running": False, "stopped": holder is not None, "pid": holder and holder.pid}, said)
 
 
 @click.command()
@@ -290,6 +303,8 @@ def _print_status(document: dict[str, Any]) -> None:
         else f"not linked: {link['last_error'] or 'connecting'}"
     )
     paused = ", paused by its owner" if document["paused"] else ""
+    if document.get("draining"):
+        paused = ", nothing new begins and nothing runs" if document["idle"] else ", finishes what has begun"
     click.echo(f"Agent {document['version']}, process {document['pid']}{paused}, {terminal_safe(where)}")
     click.echo(f"Configuration {document['config_file']}, state in {document['state_dir']}")
     if document.get("held_back"):

@@ -52,11 +52,15 @@ def top(interval: float, once: bool, config_file: Path) -> None:
             raise
 
 
+def _pause(now: dict[str, Any]) -> str:
+    return ", PAUSED" if now["paused"] else ", DRAINING" if now.get("draining") else ""
+
+
 def lines_of(now: dict[str, Any], before: dict[str, Any], seconds: float) -> list[str]:
     """The screen as lines, from two statuses so many seconds apart."""
     link = now["link"]
     where = "linked" if link["connected"] else f"not linked: {link['last_error'] or 'connecting'}"
-    lines = [f"Agent {now['version']}, {terminal_safe(where)}{', PAUSED' if now['paused'] else ''}"]
+    lines = [f"Agent {now['version']}, {terminal_safe(where)}{_pause(now)}"]
     earlier = {row["task_id"]: row for row in before["tasks"]}
     tasks = sorted(now["tasks"], key=lambda row: (row["state"] in FINAL_STATES, row["task_id"]))
     moved = 0.0

@@ -61,14 +61,15 @@ def view_of(status: Mapping[str, Any] | None, relay_url: str = "") -> View:
 def _view_of(status: Mapping[str, Any], relay_url: str) -> View:
     active = [task for task in status["tasks"] if task["state"] == "ACTIVE"]
     problems = problems_of(status)
-    held = bool(status["paused"] or status.get("held_back"))
+    stopped = bool(status["paused"] or status.get("draining"))
+    held = bool(stopped or status.get("held_back"))
     look: Look = "trouble" if problems else "paused" if held else "busy" if active else "idle"
     title = f"Towpath: {_title(status, len(active), problems)}"
     menu = [
         Entry(_title(status, len(active), problems)),
         SEPARATOR,
-        *_transfers(active, [] if status["paused"] else _held(status)),
-        Entry("Let transfers go on", "resume") if status["paused"] else Entry("Pause transfers", "pause"),
+        *_transfers(active, [] if stopped else _held(status)),
+        Entry("Let transfers go on", "resume") if stopped else Entry("Pause transfers", "pause"),
         SEPARATOR,
         Entry("Shared folders", below=_folders(status) or (Entry("none"),)),
         *([Entry(f"Recent problems ({len(problems)})", below=tuple(problems))] if problems else []),
@@ -88,6 +89,8 @@ QUIT = Entry("Quit this menu", "quit")
 def _title(status: Mapping[str, Any], active: int, problems: list[Entry]) -> str:
     if status["paused"]:
         return "paused"
+    if status.get("draining"):
+        return f"{active} to finish, nothing new begins" if active else "nothing new begins"
     if status.get("held_back"):
         return _short(status["held_back"])
     if active:

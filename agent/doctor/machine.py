@@ -70,6 +70,9 @@ def check_agent(examination: Examination) -> Iterator[Finding]:
     yield Finding(level="ok", sentence=f"The agent runs as process {status['pid']}, version {status['version']}.")
     if status["paused"]:
         yield Finding(level="note", sentence="You have paused this machine.", advice="Run `towpath resume` to go on.")
+    if status.get("draining"):
+        sentence = "You have this machine finish what has begun, and nothing new begins."
+        yield Finding(level="note", sentence=sentence, advice="Run `towpath resume` to take new transfers again.")
     link = status["link"]
     if link["connected"]:
         yield Finding(level="ok", sentence=f"It is linked to {link['relay_url']}.")

@@ -15,10 +15,13 @@ _WAITS_FOR_TURN = ("", "OK", "QUEUED", "DESTINATION_BUSY")
 OWNER: Final = "destination owner"
 
 
-def why_held_up(policy: Policy, collection_id: str, *, held: bool, holds_back: bool) -> TowpathError | None:
+def why_held_up(
+    policy: Policy, collection_id: str, *, held: bool, holds_back: bool, begun: bool
+) -> TowpathError | None:
     """What keeps a task from running on a collection of this machine now; None when nothing does.
 
     ``held``: the owner has paused this task alone. ``holds_back``: the machine holds back by itself for the moment.
+    ``begun``: something of the task was done already.
     """
     try:
         policy.check(collection_id, (), "rw")
@@ -26,6 +29,12 @@ def why_held_up(policy: Policy, collection_id: str, *, held: bool, holds_back: b
         return error
     if policy.paused:
         sentence = "The owner of the destination has paused this machine; the task goes on when it is resumed."
+        return NeedsPerson(sentence, code="PAUSED_BY_OWNER", who=OWNER)
+    if policy.draining and not begun:
+        sentence = (
+            "The owner of the destination is draining this machine: what has begun is finished, and nothing new begins "
+            "until it is resumed."
+        )
         return NeedsPerson(sentence, code="PAUSED_BY_OWNER", who=OWNER)
     if held:
         sentence = "The owner of the destination has paused this task; it goes on when they resume it."

@@ -158,7 +158,9 @@ class RunningTask:
         """Why the owner of this machine does not let the task run now. The configuration may have changed since the
         order was taken, also while the agent was not running."""
         place = self.order.destination.collection_id
-        return why_held_up(self._node.policy, place, held=self.held, holds_back=self._node.holds_back)
+        seen = self.observed
+        begun = self.running or seen.state != "QUEUED" or bool(seen.path) or seen.counters != Counters()
+        return why_held_up(self._node.policy, place, held=self.held, holds_back=self._node.holds_back, begun=begun)
 
     @property
     def answer(self) -> SessionAnswer | None:

@@ -98,6 +98,11 @@ class TransferService:
             last_event=self._node.store.last_event(),
         )
 
+    @property
+    def idle(self) -> bool:
+        """Whether no task runs or is about to, and nobody reads from here."""
+        return self.sessions.count == 0 and not any(task.running or task.runnable for task in self._tasks.values())
+
     # --- running ---------------------------------------------------------------------------------------
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -367,6 +372,8 @@ class TransferService:
         """Serve as source of a session. Raises `TowpathError` when ticket or policy forbid it."""
         now = time.time()
         ticket = self._node.check_session(order, now)
+        if await trio.to_thread.run_sync(self._node.store.session, order.session_id) is None:
+            self._node.policy.check_new_session()
         kept = msgspec.structs.replace(order, arranged=None)
         self.sessions.check_room(order.session_id, ticket.source.collection_id if ticket.source else "")
         await trio.to_thread.run_sync(self._node.store.put_session, kept, ticket.expires, now)

@@ -80,6 +80,7 @@ def actions(view: View) -> set[str]:
         (status(tasks=[task()]), "busy"),
         (status(paused=True, tasks=[task()]), "paused"),
         (status(held_back="On battery."), "paused"),
+        (status(draining=True, tasks=[task()]), "paused"),
         (status(link={"connected": False, "last_error": "No route.", "relay_url": "x"}), "trouble"),
         (status(tasks=[task(state="FAILED", status_sentence="Broken.")]), "trouble"),
         (status(collections=[{"id": "c", "name": "N", "available": False, "reason": "Gone."}]), "trouble"),

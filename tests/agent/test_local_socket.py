@@ -39,8 +39,8 @@ class FakeOwner:
         self.calls.append("reload")
         return "Read again."
 
-    async def set_paused(self, paused: bool) -> None:
-        self.calls.append(f"paused {paused}")
+    async def set_paused(self, paused: bool, *, drain: bool = False) -> None:
+        self.calls.append(f"paused {paused}{' drain' * drain}")
 
     async def accept_root(self, collection_id: str) -> None:
         self.calls.append(f"accept {collection_id}")
@@ -100,11 +100,11 @@ async def test_the_owner_asks_and_the_agent_answers(state_dir: Path) -> None:
         assert (await world.ask("GET", "/collections")) == {"collections": []}
         (task,) = (await world.ask("GET", "/tasks"))["tasks"]
         assert task["task_id"] == TASK
-        for path in ("/pause", "/resume", "/relay/reconnect", "/reload", "/stop"):
+        for path in ("/pause", "/drain", "/resume", "/relay/reconnect", "/reload", "/stop"):
             assert (await world.ask("POST", path))["message"]
         await world.ask("POST", f"/tasks/{TASK}/pause")
         await world.ask("POST", f"/tasks/{TASK}/resume")
-        assert world.owner.calls == ["paused True", "paused False", "reconnect", "reload", "stop"]
+        assert world.owner.calls == ["paused True", "paused True drain", "paused False", "reconnect", "reload", "stop"]
         assert world.tasks.calls == [("pause_task", TASK), ("resume_task", TASK)]
 
 

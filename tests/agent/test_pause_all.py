@@ -9,13 +9,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 import trio
 
 from agent.daemon import Daemon
-from agent.policy import AccessDenied
+from agent.data_side import PAUSED_FILE, recall_pause
+from agent.policy import AccessDenied, Policy
 from agent.transfer.held_up import told
-from protocol.control import TaskItem, TaskObserved
+from protocol.control import Counters, SessionOrder, TaskItem, TaskObserved
+from protocol.errors import NeedsPerson
 from tests.agent.engine_world import World, world
 
 
@@ -38,7 +41,7 @@ async def two_tasks(directory: Path) -> AsyncIterator[tuple[World, str, str, tri
         nursery.cancel_scope.cancel()
 
 
-async def set_paused(made: World, paused: bool) -> None:
+async def set_paused(made: World, paused: bool, *, drain: bool = False) -> None:
     """What the daemon does."""
     daemon: Any = SimpleNamespace(
         _config=SimpleNamespace(state_dir=made.beta.state),
@@ -46,7 +49,7 @@ async def set_paused(made: World, paused: bool) -> None:
         _tasks=made.beta.service,
         _link=SimpleNamespace(kick=lambda: None),
     )
-    await Daemon.set_paused(daemon, paused)
+    await Daemon.set_paused(daemon, paused, drain=drain)
 
 
 async def test_letting_a_machine_go_on_lets_no_task_go_on_that_was_paused_alone(tmp_path: Path) -> None:
@@ -125,3 +128,65 @@ def test_whatever_held_a_task_up_is_not_said_any_more_when_nothing_does(state: A
     assert told(goes_on, None) is goes_on
     running = TaskObserved(task_id="t", revision=1, state="WAITING", status_code="NO_SPACE", who="destination owner")
     assert told(running, None) is running
+
+
+async def test_a_draining_machine_finishes_what_has_begun_and_begins_nothing_new(tmp_path: Path) -> None:
+    async with two_tasks(tmp_path) as (made, new, begun, _):
+        service = made.beta.service
+        assert service is not None
+        observed = service.get_task(begun)
+        service._tasks[begun].observed = msgspec.structs.replace(observed, counters=Counters(files=1))
+        await set_paused(made, True, drain=True)
+        await service.resume_task(new)
+        waits = service.get_task(new)
+        assert (waits.state, waits.status_code, waits.who) == ("QUEUED", "PAUSED_BY_OWNER", "destination owner")
+        assert "nothing new begins until it is resumed" in waits.status_sentence
+        await service.suspend(suspended=False)
+        assert not service.idle
+        assert (await made.wait(begun)).state == "SUCCEEDED"
+        with trio.fail_after(10):
+            while not service.idle:
+                await trio.sleep(0.02)
+        assert service.get_task(new).state == "QUEUED"
+        await set_paused(made, False)
+        assert (await made.wait(new)).state == "SUCCEEDED"
+
+
+async def test_a_draining_source_goes_on_with_sessions_it_knows_alone(tmp_path: Path) -> None:
+    async with world(tmp_path) as made:
+        assert made.alpha.service is not None
+        (made.alpha.root / "known").write_bytes(b"known")
+        known = await made.submit([TaskItem(source_path="/known", destination_path="/known")])
+        await made.wait(known)
+        made.alpha.policy.draining = True
+        await made.alpha.service.put_session(made.sessions[known])
+        order = made.order("new", "a new session", [TaskItem(source_path="/known", destination_path="/new")])
+        session = SessionOrder(session_id=order.session_id, task_id="new", ticket=order.ticket, peer=made.beta.party)
+        with pytest.raises(NeedsPerson, match="nothing new begin") as caught:
+            await made.alpha.service.put_session(session)
+        assert (caught.value.code, caught.value.who) == ("PAUSED_BY_OWNER", "source owner")
+        made.alpha.policy.draining = False
+        await made.alpha.service.put_session(session)
+
+
+async def test_what_was_begun_goes_on_over_a_restart_of_a_draining_machine(tmp_path: Path) -> None:
+    """Also where the machine has stopped it for a moment, so that it is queued again."""
+    async with two_tasks(tmp_path) as (made, _alone, other, scope):
+        service = made.beta.service
+        assert service is not None
+        await set_paused(made, True, drain=True)
+        assert service._tasks[other].held_up() is not None
+        row = service.get_task(other)
+        service._tasks[other].observed = msgspec.structs.replace(row, counters=Counters(files=1))
+        assert getattr(service._tasks[other].held_up(), "code", "") == "HELD_BACK"
+        scope.cancel()
+    found = Policy([])
+    recall_pause(found, made.beta.state)
+    assert (found.draining, found.paused) == (True, False)
+    (made.beta.state / PAUSED_FILE).write_bytes(b"")
+    recall_pause(found, made.beta.state)
+    assert (found.draining, found.paused) == (False, True)
+    (made.beta.state / PAUSED_FILE).unlink()
+    found = Policy([])
+    recall_pause(found, made.beta.state)
+    assert (found.draining, found.paused) == (False, False)

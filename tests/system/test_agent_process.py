@@ -207,18 +207,22 @@ def test_a_killed_agent_leaves_the_way_free(site: Site) -> None:
 
 
 def test_start_detaches_and_logs_to_a_private_file(site: Site) -> None:
-    started = site.call("start")
+    started = site.call("start", "-F", "json")
     assert started.returncode == 0, started.stderr
     status = site.status()
-    assert f"process {status['pid']}" in started.stdout
     log = site.state_dir / "agent.log"
-    assert str(log) in started.stdout
+    document = json.loads(started.stdout)
+    assert (document["running"], document["pid"], document["log_file"]) == (True, status["pid"], str(log))
     assert log.stat().st_mode & 0o777 == 0o600
     assert "INFO towpath.agent: Serving 1 collection(s)" in log.read_text()
     assert os.getsid(status["pid"]) == status["pid"]
     assert site.call("start").returncode == 1
-    assert site.call("stop").returncode == 0
-    assert "No agent runs" in site.call("stop").stdout
+    assert (status["draining"], status["idle"]) == (False, True)
+    assert json.loads(site.call("pause", "-F", "json").stdout)["state"] == "paused"
+    stopped = site.call("stop", "--drain", "-F", "json")
+    assert (json.loads(stopped.stdout)["stopped"], "Nothing runs any more" in stopped.stderr) == (True, True)
+    assert (site.state_dir / "paused").read_bytes() == b"drain\n", "for the next start"
+    assert "No agent runs" in site.call("stop", "--drain").stdout
 
 
 def test_start_says_what_went_wrong(site: Site) -> None:
