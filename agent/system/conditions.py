@@ -16,18 +16,23 @@ _LASTING = (b"Umask", b"Uid", b"Gid", b"Groups", b"Cap", b"NoNewPrivs", b"Seccom
 
 
 def conditions() -> tuple[bytes, ...]:
-    """Equal as long as nobody has changed any of them (`renice`, `prlimit`, `choom`, `taskset`, a move to another
-    control group). What the system does not tell counts as unchanged."""
+    """What `changed` compares; empty is what the system does not tell."""
     status = b"\n".join(line for line in _read("status").splitlines() if line.startswith(_LASTING))
-    priorities = str((os.getpriority(os.PRIO_PROCESS, 0), _disk_priority())).encode()
-    return _read("limits"), _read("cgroup"), _read("oom_score_adj"), status, priorities
+    priority = str(os.getpriority(os.PRIO_PROCESS, 0)).encode()
+    return _read("limits"), _read("cgroup"), _read("oom_score_adj"), status, priority, _disk_priority()
 
 
-def _disk_priority() -> object:
+def changed(before: tuple[bytes, ...], now: tuple[bytes, ...]) -> bool:
+    """Whether somebody has changed any of them (`renice`, `prlimit`, `choom`, `taskset`, a move to another control
+    group). What the system did not tell counts as unchanged: while no more files can be opened it tells little."""
+    return any(old != new for old, new in zip(before, now, strict=True) if old and new)
+
+
+def _disk_priority() -> bytes:
     if sys.platform == "linux":
         with contextlib.suppress(OSError, psutil.Error):
-            return psutil.Process().ionice()
-    return None
+            return str(psutil.Process().ionice()).encode()
+    return b""
 
 
 def _read(name: str) -> bytes:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import msgspec
 import trio
 
-from agent.system.conditions import conditions
+from agent.system.conditions import changed, conditions
 from agent.system.process_descriptor import collect, has_ended, kill_process
 from agent.system.processes import in_words
 from agent.transfer.fork_messages import MOST, Ended, Fork, FromServer, Made, Refused, answer, attached, packet
@@ -338,14 +338,14 @@ class Forker:
         ahead, server = self._ahead, self._server
         now = conditions()
         if ahead is not None:
-            if ahead.conditions == now and not ahead.process.has_ended():
+            if not changed(ahead.conditions, now) and not ahead.process.has_ended():
                 self._ahead = None
                 return ahead.process, ahead.sock
             await self._dismiss()
         if server is None or not server.loaded or server.leaving.is_set():
             self._missed.set()
             return None
-        if server.conditions != now:
+        if changed(server.conditions, now):
             # Its workers are to have what the daemon has now.
             server.retire()
             return None

@@ -16,7 +16,7 @@ import pytest
 import trio
 import trio.testing
 
-from agent.system.conditions import conditions
+from agent.system.conditions import changed, conditions
 from agent.system.processes import in_words
 from agent.transfer import forker, worker_process
 from agent.transfer.channel import ChannelClosed, EventStored
@@ -468,19 +468,55 @@ async def test_workers_have_the_conditions_that_the_daemon_has_now(monkeypatch: 
         nursery.cancel_scope.cancel()
 
 
+NO_MORE_FILES = """
+import os, resource, trio
+from agent.transfer import forker
+from agent.transfer.worker_process import Workers
+forker.FIRST_REST = 0.01
+
+async def main():
+    workers = Workers(spare=True)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(workers.run)
+        while not workers.ready:
+            await trio.sleep(0.01)
+        waiting, opened = workers._forker._ahead.process, []
+        try:
+            while True:
+                opened.append(os.open(os.devnull, os.O_RDONLY))
+        except OSError:
+            taken = await workers._forker.take()
+        for descriptor in opened:
+            os.close(descriptor)
+        assert taken is not None and taken[0] is waiting, taken
+        assert not workers._forker._server.leaving.is_set()
+        taken[1].close()
+        nursery.cancel_scope.cancel()
+
+resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
+trio.run(main)
+"""
+
+
+def test_the_worker_that_waits_serves_while_no_more_files_can_be_opened() -> None:
+    """The system tells no conditions then; both it and the fork server were thrown away."""
+    done = subprocess.run([sys.executable, "-c", NO_MORE_FILES], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
 def test_conditions_are_those_that_somebody_may_change() -> None:
     resource = pytest.importorskip("resource")
     before = conditions()
-    assert conditions() == before
+    assert not changed(before, conditions())
     soft, hard = resource.getrlimit(resource.RLIMIT_CORE)
     if hard == 0:
         pytest.skip("no limit here can be changed and put back")
     resource.setrlimit(resource.RLIMIT_CORE, (0 if soft else 1, hard))
     try:
-        assert conditions() != before
+        assert changed(before, conditions())
     finally:
         resource.setrlimit(resource.RLIMIT_CORE, (soft, hard))
-    assert conditions() == before
+    assert not changed(before, conditions())
 
 
 @pytest.mark.soak
