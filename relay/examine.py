@@ -276,13 +276,21 @@ def check_address(settings: Settings) -> Iterator[Finding]:
     except ssl.SSLCertVerificationError as error:
         advice = "Another server or a proxy has the address, or the certificate is not this relay's."
         yield Finding("failure", f"{settings.public_url} shows a wrong certificate: {error.verify_message}.", advice)
+    except TowpathError as error:
+        yield Finding("failure", f"It was not asked for: {error.sentence}", "Mend the certificate first.")
     except (OSError, http.client.HTTPException, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         advice = "Is the relay running, the port open in the firewall, and the name this machine's or its proxy's?"
         yield Finding("failure", f"Nobody answers at {settings.public_url} ({', '.join(found)}): {reason}.", advice)
     else:
-        mine = (settings.directory_path / "keys" / "relay-id").read_text().strip()
-        if relay_id == mine:
+        mine = ""
+        # What is wrong with the keys is told where they are looked at.
+        with contextlib.suppress(OSError, ValueError):
+            mine = (settings.directory_path / "keys" / "relay-id").read_text().strip()
+        if not mine:
+            sentence = f"A relay answers at {settings.public_url}; whether this one, nobody can tell."
+            yield Finding("warning", sentence, "Restore the folder `keys` from a backup.")
+        elif relay_id == mine:
             yield Finding("ok", f"{settings.public_url} ({', '.join(found)}) is this relay.")
         else:
             yield Finding("failure", f"Another relay ({relay_id}) answers at {settings.public_url}.", "See the DNS.")

@@ -159,6 +159,13 @@ def test_who_runs_here(relay_settings: Settings, monkeypatch: pytest.MonkeyPatch
     assert examine.running(relay_settings.directory_path) is None
 
 
+def test_an_authority_that_is_away_ends_no_examination(relay_directory: Path, relay_settings: Settings) -> None:
+    (relay_settings.directory_path / "tls" / "ca.pem").unlink()
+    found = dict(examine.examine(relay_directory / "relay.yaml", time.time()))
+    (said,) = found["Address"]
+    assert (said.level, "ca.pem" in said.sentence) == ("failure", True)
+
+
 def test_an_address_at_which_somebody_else_answers(relay_settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     def answers(outcome: Any) -> None:
         def who(*_: Any) -> str:
@@ -170,6 +177,9 @@ def test_an_address_at_which_somebody_else_answers(relay_settings: Settings, mon
 
     answers((relay_settings.directory_path / "keys" / "relay-id").read_text().strip())
     assert levels(examine.check_address(relay_settings)) == ["ok"]
+    (relay_settings.directory_path / "keys" / "relay-id").rename(relay_settings.directory_path / "away")
+    assert "nobody can tell" in the_one(examine.check_address(relay_settings), "warning")
+    (relay_settings.directory_path / "away").rename(relay_settings.directory_path / "keys" / "relay-id")
     answers("another")
     assert "Another relay (another)" in the_one(examine.check_address(relay_settings), "failure")
     answers(ConnectionRefusedError(111, "Connection refused"))
