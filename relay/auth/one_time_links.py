@@ -12,6 +12,7 @@ from typing import Literal
 
 from sqlalchemy import Connection, delete, insert, select
 
+from relay.auth.administrators import has_administrator
 from relay.auth.tokens import MAX_TOKEN, token_digest
 from relay.store.sign_in_tables import one_time_links
 
@@ -41,14 +42,17 @@ def make(connection: Connection, purpose: Purpose, identity_id: str | None, now:
 
 
 def look(connection: Connection, secret: str, now: float) -> OneTimeLink | None:
-    """What a link is for, without using it up; None when it is unknown, used or too old."""
+    """What a link is for, without using it up; None when it is unknown, used or too old, or makes a first administrator
+    where there is one by now."""
     if not 1 <= len(secret) <= MAX_TOKEN:
         return None
     link = one_time_links.c
     row = connection.execute(
         select(link.purpose, link.identity_id).where(link.digest == token_digest(secret), link.expires > now)
     ).first()
-    return None if row is None else OneTimeLink(row.purpose, row.identity_id)
+    if row is None or (row.purpose == "administrator" and has_administrator(connection)):
+        return None
+    return OneTimeLink(row.purpose, row.identity_id)
 
 
 def use(connection: Connection, secret: str, now: float) -> OneTimeLink | None:

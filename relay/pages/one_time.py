@@ -10,6 +10,7 @@ from fastapi.responses import HTMLResponse, Response
 from sqlalchemy import Connection
 
 from protocol.errors import ItemFailed
+from relay.api.client_authentication import address_of
 from relay.auth import administrators, browser_sessions, one_time_links, passwords
 from relay.auth.identities import Identity, add_identity, normal_username, select_by_ids, select_by_usernames
 from relay.auth.linked import primary_of
@@ -57,7 +58,9 @@ async def _page(
 
 async def _look(request: Request, key: str) -> tuple[OneTimeLink, Identity | None]:
     services = services_of(request)
-    limit_guesses(request, "link")
+    # Nobody guesses a link: what is counted for all addresses together would only keep everybody out.
+    guesser = f"link from {address_of(request)}"
+    limit_guesses(request, guesser)
 
     def look(connection: Connection) -> tuple[OneTimeLink, Identity | None] | None:
         link = one_time_links.look(connection, key, services.clock())
@@ -68,7 +71,7 @@ async def _look(request: Request, key: str) -> tuple[OneTimeLink, Identity | Non
 
     found = await services.store.read(look)
     if found is None:
-        count_failure(request, "link")
+        count_failure(request, guesser)
         raise _gone()
     return found
 

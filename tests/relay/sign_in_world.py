@@ -7,7 +7,9 @@ import hashlib
 import html
 import re
 import secrets
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlencode, urlsplit
 
@@ -132,6 +134,14 @@ class Person:
         page = await self.get(at)
         form = next(form for form in forms_of(page.text) if form.action == "/sign-in")
         return await self.post(form, username=name, password=password)
+
+
+@asynccontextmanager
+async def person_at(world: RelayWorld, address: str) -> AsyncIterator[Person]:
+    """Somebody who comes from an address."""
+    transport = httpx.ASGITransport(app=world.relay.app, client=(address, 1))
+    async with httpx.AsyncClient(transport=transport, base_url=world.http.base_url) as http:
+        yield Person(replace(world, http=http))
 
 
 @dataclass

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import cbor2
-import httpx
 import pytest
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -22,7 +18,7 @@ from relay.auth.passkeys import CHALLENGE_LIFE, AnsweredChallenges, PasskeyRefus
 from relay.pages.browser import SESSION_COOKIE
 from relay.store.sign_in_tables import passkeys
 from tests.relay.relay_world import START, RelayWorld
-from tests.relay.sign_in_world import Person, add_person, forms_of
+from tests.relay.sign_in_world import Person, add_person, forms_of, person_at
 
 # Present and verified (WebAuthn level 2, 6.1); the count of uses stays 0, as with passkeys that are kept in the cloud.
 _PRESENT = b"\x05" + bytes(4)
@@ -83,13 +79,6 @@ async def test_an_answer_counts_once(world: RelayWorld) -> None:
     # What was offered to another window in the same second is another challenge.
     answer = await person.post(form, credential=passkey.answer(other["options"]), mark=other["mark"])
     assert "Your account" in answer.text
-
-
-@asynccontextmanager
-async def person_at(world: RelayWorld, address: str) -> AsyncIterator[Person]:
-    transport = httpx.ASGITransport(app=world.relay.app, client=(address, 1))
-    async with httpx.AsyncClient(transport=transport, base_url=world.http.base_url) as http:
-        yield Person(dataclasses.replace(world, http=http))
 
 
 async def test_wrong_passkeys_keep_nobody_at_another_address_out(world: RelayWorld) -> None:

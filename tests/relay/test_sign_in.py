@@ -9,13 +9,13 @@ import trio
 from sqlalchemy import select
 
 from relay.auth import one_time_links, passwords
-from relay.auth.administrators import is_administrator
+from relay.auth.administrators import is_administrator, make_administrator
 from relay.auth.identities import select_by_usernames
 from relay.pages.browser import FRESH, SESSION_COOKIE
 from relay.pages.user_agents import in_words
 from relay.store import sign_in_tables as tables
 from relay.store.auth_tables import identities
-from tests.relay.sign_in_world import PASSWORD, Application, Person, add_person, forms_of
+from tests.relay.sign_in_world import PASSWORD, Application, Person, add_person, forms_of, person_at
 
 if TYPE_CHECKING:
     from tests.relay.relay_world import RelayWorld
@@ -219,6 +219,27 @@ async def test_the_first_administrator_comes_by_a_link(world: RelayWorld) -> Non
     made = (await world.store.read(lambda c: select_by_usernames(c, [name])))[name]
     assert await world.store.read(lambda c: is_administrator(c, made.id))
     assert (await Person(world).get(f"/welcome?key={key}")).status_code == 404
+
+
+async def test_a_first_administrators_link_is_worth_nothing_beside_another(world: RelayWorld) -> None:
+    key, ada, person = await link(world, "administrator"), await add_person(world), Person(world)
+    (form,) = forms_of((await person.get(f"/welcome?key={key}")).text)
+    await world.store.write(lambda c: make_administrator(c, ada.id, world.clock.now))
+    answer = await person.post(form, username="root", password=PASSWORD, again=PASSWORD)
+    assert (answer.status_code, "does not work" in answer.text) == (404, True)
+    assert not await world.store.read(lambda c: select_by_usernames(c, [f"root@{world.settings.user_domain}"]))
+
+
+async def test_wrong_links_keep_nobody_at_another_address_out(world: RelayWorld) -> None:
+    key, services = await link(world, "administrator"), world.relay.services
+    services.guesses.__init__(2, 60.0)  # type: ignore[misc]
+    services.crowd_guesses.__init__(3, 60.0)  # type: ignore[misc]
+    for number in range(4):
+        async with person_at(world, f"203.0.113.{number}") as stranger:
+            answers = [await stranger.get("/welcome?key=wrong") for _ in range(3)]
+            assert [answer.status_code for answer in answers] == [404, 404, 429]
+    async with person_at(world, "203.0.113.9") as person:
+        assert (await person.get(f"/welcome?key={key}")).status_code == 200
 
 
 async def test_of_a_hundred_uses_of_a_link_at_once_one_wins(world: RelayWorld) -> None:
