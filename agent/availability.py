@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import trio
 
-from agent.collections import Collections, report_of
+from agent.collections import Collections, for_others, report_of
 from agent.config.keys import CollectionConfig
 from agent.policy import Policy
 from protocol.control import CollectionReport
@@ -34,7 +34,11 @@ class Availability:
         self._limiters: dict[str, trio.CapacityLimiter] = {}
 
     def reports(self) -> list[CollectionReport]:
-        """What was seen last, in the owner's order."""
+        """What was seen last, in the owner's order, for the relay."""
+        return [for_others(report) for report in self.owners_reports()]
+
+    def owners_reports(self) -> list[CollectionReport]:
+        """The same with reasons that name places on this machine."""
         return [
             self._seen.get(config.id) or report_of(config, "It has not been looked at yet.")
             for config in self._policy.collections
@@ -51,12 +55,12 @@ class Availability:
         async with trio.open_nursery() as nursery:
             for config in self._policy.collections:
                 nursery.start_soon(self._look_at, config)
-        reports = self.reports()
+        reports = self.owners_reports()
         current = {report.id: report for report in reports}
         if current != self._seen:
             # Collections that the owner has removed are forgotten here.
             self._seen = current
-        return reports
+        return self.reports()
 
     async def _look_at(self, config: CollectionConfig) -> None:
         limiter = self._limiters.setdefault(config.id, trio.CapacityLimiter(1))

@@ -21,7 +21,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from agent.config.keys import CollectionConfig
+from agent.storage.unavailable import CollectionUnavailable
 from protocol.control import CollectionReport
 from protocol.errors import NeedsPerson, TowpathError
 from protocol.private_file import write_private_file
@@ -35,12 +38,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("towpath.collections")
 
 MARKS_FILE = "roots.json"
-
-
-class CollectionUnavailable(NeedsPerson):
-    """The root is not there now."""
-
-    default_code = "COLLECTION_UNAVAILABLE"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,19 +209,20 @@ class Collections:
         try:
             entry = self._take(config)
         except OSError as error:
-            raise CollectionUnavailable(
-                f"The root of collection {config.name!r} cannot be used: {error.strerror}.", subject=config.id
-            ) from error
+            sentence = f"The root of collection {config.name!r} cannot be used: {error.strerror}."
+            raise CollectionUnavailable(sentence, owners=sentence, subject=config.id) from error
         try:
             yield entry.root
         finally:
             self._give_back(entry)
 
     def report(self, config: CollectionConfig) -> CollectionReport:
-        """Look whether a collection can be used now."""
+        """Look whether a collection can be used now. The reason is for the owner (`for_others`)."""
         try:
             with self.using(config):
                 return report_of(config)
+        except CollectionUnavailable as error:
+            return report_of(config, error.owners)
         except NeedsPerson as error:
             return report_of(config, error.sentence)
 
@@ -285,10 +283,11 @@ class Collections:
             return
         # A folder that was made anew in the same place is the owner's doing; another disk may be an accident. Before
         # something is deleted there, `Root.check_original` looks more closely.
-        difference = mounts.difference(expected, found, strict=False)
-        if difference:
+        why, told = [mounts.difference(expected, found, strict=False, places=places) for places in (True, False)]
+        if why:
             raise CollectionUnavailable(
-                f"The root of collection {config.name!r} {difference}. Mount its disk; or, if it has moved for good, "
+                f"The root of collection {config.name!r} {told}; its owner mounts the disk, or accepts the root.",
+                owners=f"The root of collection {config.name!r} {why}. Mount its disk; or, if it has moved for good, "
                 f"run `towpath config accept-root {config.id}`.",
                 subject=config.id,
             )
@@ -315,7 +314,7 @@ class Collections:
 
 
 def report_of(config: CollectionConfig, reason: str = "") -> CollectionReport:
-    """What the relay is told about a collection; ``reason`` says why it is unavailable, if it is."""
+    """What there is to tell about a collection; ``reason`` says why it is unavailable, if it is."""
     return CollectionReport(
         id=config.id,
         name=config.name,
@@ -326,3 +325,10 @@ def report_of(config: CollectionConfig, reason: str = "") -> CollectionReport:
         home=config.home,
         reason=reason,
     )
+
+
+def for_others(report: CollectionReport) -> CollectionReport:
+    """A report as the relay gets it: where on this machine something is, is its owner's business."""
+    if not report.reason:
+        return report
+    return msgspec.structs.replace(report, reason="It cannot be used now; its owner's agent says why.")

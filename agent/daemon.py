@@ -203,7 +203,7 @@ class Daemon:
         return listener, state_dir / LOOPBACK_FILE, loopback
 
     async def _serve_local(self, listener: socket.socket, loopback: Loopback | None) -> None:
-        application = LocalApplication(self, self._tasks, self._policy, self._availability.reports)
+        application = LocalApplication(self, self._tasks, self._policy, self._availability.owners_reports)
         await serve_local(listener, local_app(application), loopback)
 
     async def _upkeep(self) -> None:
@@ -277,7 +277,7 @@ class Daemon:
             "link": asdict(self._link.statistics()),
             "network": {**self._network.statistics(), "port_mapping": self._port_mapping.sentence},
             "transfer": asdict(self._tasks.statistics()),
-            "collections": self._availability.reports(),
+            "collections": self._availability.owners_reports(),
             "tasks": self._tasks.tasks(),
         }
         return cast("dict[str, Any]", msgspec.to_builtins(document))

@@ -14,7 +14,7 @@ from agent.storage.mounts import Mark
 from agent.storage.node import Node
 from agent.storage.own_files import AgentsOwn, Around, HoldsOwn, OwnFiles
 from agent.storage.posix import PosixDirectory, PosixRoot, open_root
-from protocol.errors import NeedsPerson
+from agent.storage.unavailable import CollectionUnavailable
 from protocol.names import CollectionPath, escape
 
 
@@ -29,10 +29,10 @@ def open_guarded(
     try:
         files = OwnFiles(own, path)
         if files.are_above(path):
-            raise NeedsPerson(
-                f"The collection's folder {escape(os.fsencode(path))} belongs to the agent itself, which keeps its "
-                "state or configuration there; that is never offered. Choose another folder.",
-                code="COLLECTION_UNAVAILABLE",
+            why = "belongs to the agent itself, which keeps its state or configuration there; that is never offered."
+            raise CollectionUnavailable(
+                f"The collection's folder {why}",
+                owners=f"The collection's folder {escape(os.fsencode(path))} {why} Choose another folder.",
             )
         if files:
             root.guard(files, GuardedDirectory)

@@ -214,13 +214,15 @@ def _is_another_volume(expected: str, found: str) -> bool:
     return expected.startswith(_VOLUME) and found != expected
 
 
-def difference(expected: Mark, found: Mark, *, strict: bool = True) -> str:
-    """Why the folder found is not the one expected, as the end of a sentence; empty if it is.
+def difference(expected: Mark, found: Mark, *, strict: bool = True, places: bool = True) -> str:
+    """Why the folder found is not the one expected, as the end of a sentence; empty if it is. Without ``places`` it
+    names no path of this machine.
 
     Without ``strict`` only the disk counts: a folder that was made anew in the same place is its owner's doing.
     """
     if expected.mount_point != found.mount_point and not _same_folder(expected, found):
-        return f"is not on the disk mounted at {expected.mount_point} as when it was set up"
+        where = f"the disk mounted at {expected.mount_point} as" if places else "the disk that it was on"
+        return f"is not on {where} when it was set up"
     if expected.file_system != found.file_system:
         return f"is on a file system of type {found.file_system}, not {expected.file_system} as when it was set up"
     if _is_another_volume(expected.marker, found.marker):

@@ -19,9 +19,9 @@ from agent.storage.node import Node, node_from_stat
 from agent.storage.own_files import Around, OwnFiles
 from agent.storage.reach import Reach
 from agent.storage.rename import rename_no_replace
+from agent.storage.unavailable import changed, unavailable
 from agent.storage.walk import Walker, components, read_link
-from protocol.errors import NeedsPerson
-from protocol.names import RESERVED_PREFIX, CollectionPath, escape
+from protocol.names import RESERVED_PREFIX, CollectionPath
 
 
 def open_root(path: str, expected: mounts.Mark | None = None, disks: Iterable[Disk] = ()) -> PosixRoot:
@@ -33,16 +33,16 @@ def open_root(path: str, expected: mounts.Mark | None = None, disks: Iterable[Di
     `Root.check_original` says.
     """
     if not handles.USABLE:
-        raise _unavailable(path, "cannot be offered from this operating system, which does not open files safely")
+        raise unavailable(path, "cannot be offered from this operating system, which does not open files safely")
     try:
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
-        raise _unavailable(path, f"cannot be opened ({error.strerror})") from error
+        raise unavailable(path, f"cannot be opened ({error.strerror})") from error
     root = PosixRoot(fd, path, expected)
-    difference = mounts.difference(expected, root.mark(), strict=False) if expected is not None else ""
-    if difference:
+    found = root.mark()
+    if expected is not None and mounts.difference(expected, found, strict=False):
         root.close()
-        raise _unavailable(path, difference)
+        raise changed(path, expected, found, strict=False)
     root.walker.disks = Disks(disks)
     return root
 
@@ -133,17 +133,17 @@ class PosixRoot(Root):
 
     def check_original(self) -> None:
         self.check_present()
-        difference = mounts.difference(self._expected, self.mark()) if self._expected is not None else ""
-        if difference:
-            raise _unavailable(self._configured, difference, code="ROOT_CHANGED")
+        found = self.mark()
+        if self._expected is not None and mounts.difference(self._expected, found):
+            raise changed(self._configured, self._expected, found, strict=True, code="ROOT_CHANGED")
 
     def check_present(self) -> None:
         try:
             status = os.stat(self._configured)
         except OSError as error:
-            raise _unavailable(self._configured, f"cannot be found ({error.strerror})") from error
+            raise unavailable(self._configured, f"cannot be found ({error.strerror})") from error
         if (status.st_dev, status.st_ino) != self._identity:
-            raise _unavailable(self._configured, "is not the folder that was opened; its disk may have been unmounted")
+            raise unavailable(self._configured, "is not the folder that was opened; its disk may have been unmounted")
 
     def free_bytes(self) -> int:
         status = os.fstatvfs(self._fd)
@@ -490,12 +490,3 @@ def _is_link(fd: int, name: bytes) -> bool:
         return stat_bits.S_ISLNK(os.stat(name, dir_fd=fd, follow_symlinks=False).st_mode)
     except FileNotFoundError:
         return False
-
-
-def _unavailable(path: str, why: str, *, code: str = "COLLECTION_UNAVAILABLE") -> NeedsPerson:
-    shown = escape(os.fsencode(path))
-    return NeedsPerson(
-        f"The collection's folder {shown} {why}. Mount or restore it, or accept it as it is with "
-        "`towpath config accept-root`.",
-        code=code,
-    )

@@ -206,6 +206,10 @@ async def test_a_removed_root_is_unavailable_and_not_empty(link: Link) -> None:
     reports = (await link.ask("GET", "/link/collections")).json()["collections"]
     assert [(row["id"], row["available"]) for row in reports] == [(READ_WRITE, False), (READ_ONLY, True)]
     assert reports[0]["reason"]
+    assert str(link.folder) not in str(reports), "where it is on the machine is the owner's business"
+    refused = await link.ask("GET", at(READ_WRITE, "ls"), path="/")
+    assert str(link.folder) not in refused.text
+    assert str(link.folder / "rw") in link.availability.owners_reports()[0].reason
     # The other collection goes on, the first comes back by itself, and the relay hears of both changes.
     assert (await link.code("GET", at(READ_ONLY, "ls"), path="/"))[0] == 200
     (link.folder / "rw").mkdir()

@@ -20,6 +20,7 @@ import pytest
 from agent.storage import libc, mounts
 from agent.storage.base import Directory, NotRegularFile
 from agent.storage.posix import PosixRoot, open_root
+from agent.storage.unavailable import CollectionUnavailable
 from protocol.errors import NeedsPerson
 
 PROJECT = Path(__file__).parents[2]
@@ -276,7 +277,9 @@ def test_a_root_that_is_not_there(tmp_path: Path) -> None:
         with pytest.raises(NeedsPerson) as caught:
             open_root(str(tmp_path / name))
         assert caught.value.code == "COLLECTION_UNAVAILABLE"
-        assert name in caught.value.sentence
+        assert isinstance(caught.value, CollectionUnavailable)
+        assert name in caught.value.owners
+        assert str(tmp_path) not in str(caught.value.to_document()), "others are told of no place on this machine"
 
 
 def test_a_root_that_went_away_or_changed(tmp_path: Path) -> None:
@@ -312,8 +315,10 @@ def test_the_mark_knows_another_folder(tmp_path: Path) -> None:
     with open_root(str(tmp_path / "two"), mark) as root, pytest.raises(NeedsPerson) as caught:
         root.check_original()
     assert caught.value.code == "ROOT_CHANGED"
-    with pytest.raises(NeedsPerson):
+    with pytest.raises(CollectionUnavailable, match="not on the disk that it was on when it was set up") as changed:
         open_root(str(tmp_path / "two"), dataclasses.replace(mark, mount_point="/elsewhere"))
+    assert "/elsewhere" in changed.value.owners
+    assert "/elsewhere" not in str(changed.value.to_document())
     assert len(os.listdir("/proc/self/fd")) == before
 
 

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from agent.collections import MARKS_FILE, Collections, CollectionUnavailable, Marks
+from agent.collections import MARKS_FILE, Collections, Marks
 from agent.config.keys import CollectionConfig
 from agent.storage import mounts
 from agent.storage.disks import DISK_MISSING, DISK_REPLACED, DiskAway, verdict
 from agent.storage.mounts import Mark, Mount
 from agent.storage.posix import open_root
+from agent.storage.unavailable import CollectionUnavailable
 from protocol.errors import NeedsPerson
 from tests.agent.small_disks import Disk, needs_root, unmounting
 
