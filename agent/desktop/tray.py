@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import subprocess
 import sys
@@ -14,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from agent import local_socket
 from agent.config.layers import load_config, state_dir_of
-from agent.desktop.view import Entry, Look, View, view_of
+from agent.desktop.view import Entry, Look, View, failed_tasks, view_of
 from protocol.errors import TowpathError
+from protocol.private_file import write_private_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -31,6 +33,8 @@ COLOURS: dict[Look, str] = {
     "trouble": "#c5221f",
 }
 SIZE = 64
+# In the state directory: ids of failed tasks that the user has taken note of.
+SEEN_FILE = "tray-seen.json"
 
 
 def draw(look: Look) -> Image:
@@ -52,6 +56,15 @@ def draw(look: Look) -> Image:
     return image
 
 
+def _seen_before(state_dir: Path) -> frozenset[str]:
+    """Failures that the user took note of before. A file that cannot be read is none: they are shown again."""
+    try:
+        seen = json.loads((state_dir / SEEN_FILE).read_bytes())
+    except (OSError, ValueError):
+        return frozenset()
+    return frozenset(map(str, seen)) if isinstance(seen, list) else frozenset()
+
+
 class Tray:
     """Shows the view and does what is clicked. ``run`` blocks until the user quits."""
 
@@ -62,6 +75,7 @@ class Tray:
         self._state_dir = state_dir_of(config_file)
         self._look_every = look_every
         self._ended = threading.Event()
+        self._seen = _seen_before(self._state_dir)
         self._view: View = view_of(None)
         self._icon: Any = pystray.Icon("towpath", draw("off"), "Towpath", self._menu(pystray))
 
@@ -77,7 +91,7 @@ class Tray:
         import pystray
 
         while not self._ended.wait(0 if self._view.look == "off" and not self._icon.title else self._look_every):
-            view = view_of(self._status())
+            view = view_of(self._status(), seen=self._seen)
             if view == self._view:
                 continue
             if view.look != self._view.look:
@@ -126,6 +140,7 @@ class Tray:
             "resume": lambda _: self._ask("/resume"),
             "pause-task": lambda task: self._ask(f"/tasks/{task}/pause"),
             "resume-task": lambda task: self._ask(f"/tasks/{task}/resume"),
+            "seen": lambda tasks: self._take_note(tasks.split()),
             "stop": lambda _: self._ask("/stop"),
             "start": lambda _: self._command("start"),
             "update": lambda _: self._command("update", "install"),
@@ -134,6 +149,13 @@ class Tray:
             "folder": self._open_folder,
             "quit": lambda _: self.end(),
         }
+
+    def _take_note(self, tasks: list[str]) -> None:
+        """The user knows of these failures. Of those that the agent has forgotten nothing is kept."""
+        status = self._status()
+        known = set() if status is None else set(failed_tasks(status))
+        self._seen = frozenset(tasks) | (self._seen & known)
+        write_private_file(self._state_dir / SEEN_FILE, json.dumps(sorted(self._seen)).encode())
 
     def _ask(self, path: str) -> None:
         local_socket.ask(self._state_dir, "POST", path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -43,13 +43,14 @@ class View:
     menu: tuple[Entry, ...]
 
 
-def view_of(status: Mapping[str, Any] | None, relay_url: str = "") -> View:
-    """The view of a status document; None when the agent does not answer."""
+def view_of(status: Mapping[str, Any] | None, relay_url: str = "", seen: Collection[str] = ()) -> View:
+    """The view of a status document; None when the agent does not answer. ``seen`` are tasks whose failure the user has
+    taken note of: they trouble nobody any more, although the agent keeps them until the relay has closed them."""
     if status is None:
         start = Entry("Start the agent", "start")
         return View("off", "Towpath: the agent does not run", (Entry("The agent does not run"), start, SEPARATOR, QUIT))
     try:
-        return _view_of(status, relay_url)
+        return _view_of(status, relay_url, seen)
     except (KeyError, TypeError, ValueError, AttributeError):
         # An agent of another version than this menu, which may have been running for weeks.
         sentence = "The agent answers in a way this menu does not know"
@@ -58,9 +59,9 @@ def view_of(status: Mapping[str, Any] | None, relay_url: str = "") -> View:
         )
 
 
-def _view_of(status: Mapping[str, Any], relay_url: str) -> View:
+def _view_of(status: Mapping[str, Any], relay_url: str, seen: Collection[str]) -> View:
     active = [task for task in status["tasks"] if task["state"] == "ACTIVE"]
-    problems = problems_of(status)
+    problems, failed = problems_of(status, seen), failed_tasks(status, seen)
     stopped = bool(status["paused"] or status.get("draining"))
     held = bool(stopped or status.get("held_back"))
     look: Look = "trouble" if problems else "paused" if held else "busy" if active else "idle"
@@ -73,6 +74,7 @@ def _view_of(status: Mapping[str, Any], relay_url: str) -> View:
         SEPARATOR,
         Entry("Shared folders", below=_folders(status) or (Entry("none"),)),
         *([Entry(f"Recent problems ({len(problems)})", below=tuple(problems))] if problems else []),
+        *([Entry("I have seen what failed", "seen", " ".join(failed))] if failed else []),
         *([Entry(f"Install version {status['update_available']}", "update")] if status.get("update_available") else []),
         SEPARATOR,
         Entry("Open web page", "web", relay_url or status["link"]["relay_url"]),
@@ -152,7 +154,12 @@ def _folders(status: Mapping[str, Any]) -> tuple[Entry, ...]:
     return tuple(rows)
 
 
-def problems_of(status: Mapping[str, Any]) -> list[Entry]:
+def failed_tasks(status: Mapping[str, Any], seen: Collection[str] = ()) -> list[str]:
+    """Ids of the tasks that have failed and that the user has not taken note of."""
+    return [task["task_id"] for task in status["tasks"] if task["state"] == "FAILED" and task["task_id"] not in seen]
+
+
+def problems_of(status: Mapping[str, Any], seen: Collection[str] = ()) -> list[Entry]:
     """What is wrong, each with what to do about it below."""
     rows = []
     if not status["link"]["connected"] and status["link"]["last_error"]:
@@ -164,6 +171,8 @@ def problems_of(status: Mapping[str, Any]) -> list[Entry]:
             rows.append(_problem(f"{collection['name']} is not available", collection["reason"]))
     for task in status["tasks"]:
         if task["state"] == "FAILED":
+            if task["task_id"] in seen:
+                continue
             rows.append(_problem(_FAILED, task["status_sentence"] or task["error_code"]))
         elif task["state"] not in FINAL_STATES and task.get("who") and not _is_held(task):
             who = _WHO.get(task["who"], f"the {task['who']}")

@@ -90,6 +90,24 @@ def test_every_state_has_its_look(document: dict[str, Any] | None, look: str) ->
     assert view_of(document).look == look
 
 
+def test_a_failure_that_was_seen_troubles_nobody_any_more() -> None:
+    """The agent keeps failed tasks for days, until the relay has closed them."""
+    failures = [task(task_id=name, state="FAILED", status_sentence=f"Broken {name}.") for name in ("a", "b", "c")]
+    document = status(tasks=failures)
+    view = view_of(document, seen={"a"})
+    assert view.look == "trouble"
+    assert "Recent problems (2)" in texts(view)
+    assert "Broken a." not in texts(view)
+    (entry,) = [entry for entry in view.menu if entry.action == "seen"]
+    assert entry.argument == "b c"
+    seen = view_of(document, seen={"a", *entry.argument.split()})
+    assert (seen.look, seen.title) == ("idle", "Towpath: nothing to do")
+    assert "seen" not in actions(seen)
+    # Others are, as ever.
+    away = view_of(document | {"config_problem": "Line 3."}, seen={"a", "b", "c"})
+    assert (away.look, "seen" in actions(away)) == ("trouble", False)
+
+
 def test_a_source_that_others_read_from_has_something_to_do() -> None:
     assert view_of(status(transfer={"sessions": 0})).title == "Towpath: nothing to do"
     assert view_of(status(transfer={"sessions": 1})).title == "Towpath: others read from here"
@@ -452,6 +470,15 @@ def test_clicks_reach_the_agent(tmp_path: Path, screen: str, monkeypatch: pytest
     tray.do(Entry("x", "resume"))
     tray.do(Entry("x", "pause-task", TASK))
     assert agent.asked == ["/pause", "/resume", f"/tasks/{TASK}/pause"]
+    agent.document["tasks"] = [task(task_id=name, state="FAILED") for name in ("old", "new")]
+    tray.do(Entry("x", "seen", "old"))
+    tray.do(Entry("x", "seen", "new"))
+    assert Tray(tmp_path / "agent.yaml")._seen == {"old", "new"}, "over a restart"
+    agent.document["tasks"] = [task(task_id="newest", state="FAILED")]
+    tray.do(Entry("x", "seen", "newest"))
+    assert Tray(tmp_path / "agent.yaml")._seen == {"newest"}, "what the agent has forgotten is not kept"
+    (state_dir / "tray-seen.json").write_text("{")
+    assert not Tray(tmp_path / "agent.yaml")._seen
     agent.server.shutdown()
     agent.server.server_close()
     # Its window goes while there is a screen; later its library would complain from the garbage collector.
