@@ -372,7 +372,8 @@ class TransferService:
         """Serve as source of a session. Raises `TowpathError` when ticket or policy forbid it."""
         now = time.time()
         ticket = self._node.check_session(order, now)
-        if await trio.to_thread.run_sync(self._node.store.session, order.session_id) is None:
+        draining = self._node.policy.draining
+        if draining and await trio.to_thread.run_sync(self._node.store.session, order.session_id) is None:
             self._node.policy.check_new_session()
         kept = msgspec.structs.replace(order, arranged=None)
         self.sessions.check_room(order.session_id, ticket.source.collection_id if ticket.source else "")
