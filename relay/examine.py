@@ -235,7 +235,7 @@ def check_process(settings: Settings) -> Iterator[Finding]:
         return
     yield Finding("ok", f"The relay runs as process {holder or 'unknown'}.")
     with contextlib.suppress(OSError, ValueError, StopIteration):
-        limits = Path(f"/proc/{int(holder)}/limits").read_text().splitlines()
+        limits = Path(f"/proc/{int(holder)}/limits").read_text(encoding="utf-8").splitlines()
         most = next(line for line in limits if line.startswith("Max open files")).split()[3]
         wanted = settings.limits.connections + 2 * settings.tunnel.connections + _OTHER_FILES
         if most.isdigit() and int(most) < wanted:
@@ -286,7 +286,7 @@ def check_address(settings: Settings) -> Iterator[Finding]:
         mine = ""
         # What is wrong with the keys is told where they are looked at.
         with contextlib.suppress(OSError, ValueError):
-            mine = (settings.directory_path / "keys" / "relay-id").read_text().strip()
+            mine = (settings.directory_path / "keys" / "relay-id").read_text(encoding="utf-8").strip()
         if not mine:
             sentence = f"A relay answers at {settings.public_url}; whether this one, nobody can tell."
             yield Finding("warning", sentence, "Restore the folder `keys` from a backup.")
