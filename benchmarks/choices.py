@@ -27,7 +27,7 @@ from pathlib import Path
 
 import trio
 from ours import engine
-from run import FAST, MIB, cpu_used, rss
+from run import FAST, MIB, cpu_used, used_memory
 
 from agent.storage.access_lists import AccessList
 
@@ -74,7 +74,7 @@ async def cost(
                 preserve_acls=bool(lists),
             )
             while not made.destination.service.get_task(task).completion_time:
-                found.memory = max(found.memory, rss())
+                found.memory = max(found.memory, used_memory())
                 await trio.sleep(0.05)
             found.seconds, found.cpu = time.perf_counter() - began, cpu_used() - used
             observed = await made.wait(task)

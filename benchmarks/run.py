@@ -24,6 +24,7 @@ G5, long and lossy paths, and G5z, compression on one: `wan.py`, which makes net
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import queue
@@ -325,8 +326,9 @@ async def memory(place: Place, files: int, *, flat: bool) -> list[Measure]:
                 state = [path for path in (place.directory / "agents").rglob("*") if path.is_file()]
                 manifest = sum(path.stat().st_size for path in state if path.suffix == ".manifest")
                 total = sum(path.stat().st_size for path in state)
-                print(f"{done} files: {rss() / MIB:.0f} MiB, state {total / MIB:.1f} MiB", flush=True)
-                found.append(Measure(f"memory of all processes of both ends at {done} files", rss() / MIB, "MiB"))
+                used = used_memory() / MIB
+                print(f"{done} files: {used:.0f} MiB, state {total / MIB:.1f} MiB", flush=True)
+                found.append(Measure(f"memory of all processes of both ends at {done} files", used, "MiB"))
                 if done:
                     beside = (total - manifest) / done
                     found.append(Measure(f"state beside the manifest at {done} files", beside, "bytes a file", 120))
@@ -353,9 +355,15 @@ def make_empty(place: Place, files: int, in_one: int) -> str:
     return "empty"
 
 
-def rss() -> int:
-    own = psutil.Process()
-    return sum(process.memory_info().rss for process in [own, *own.children(recursive=True)])
+def used_memory() -> int:
+    """Bytes of this process and all below it. What forked processes share counts once, where the system can tell."""
+    own, used = psutil.Process(), 0
+    for process in [own, *own.children(recursive=True)]:
+        # It may have ended meanwhile.
+        with contextlib.suppress(psutil.NoSuchProcess):
+            memory = process.memory_full_info()
+            used += getattr(memory, "pss", memory.rss)
+    return used
 
 
 async def latency(place: Place, runs: int) -> list[Measure]:
