@@ -366,8 +366,8 @@ class Root(ABC):
     def is_part(self, fd: int, mark: PartMark) -> bool:
         """Whether an open file may be the one of that mark, which has grown since, perhaps: no other one that has its
         name, and not cut short. Raises OSError."""
-        inode, size = self.part_mark(fd)
-        return size >= mark[1] and (inode == mark[0] or not inode or not mark[0])
+        (inode, size), (inode_then, size_then) = self.part_mark(fd), mark
+        return size >= size_then and (inode == inode_then or not inode or not inode_then)
 
     def fchmod(self, fd: int, mode: int) -> None:
         """Set the permission bits of an open file; never setuid, setgid or sticky."""

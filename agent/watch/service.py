@@ -25,6 +25,7 @@ from agent.collections import Collections
 from agent.config.keys import WatchConfig
 from agent.policy import Policy
 from agent.storage.base import Directory, Root
+from agent.storage.unavailable import CollectionUnavailable
 from agent.system import notifications
 from agent.watch.ledger import LEDGER_FILE, MAX_NAMESAKES, Batch, Item, Ledger
 from agent.watch.rule import (
@@ -235,9 +236,11 @@ class RuleRunner:
             try:
                 await self._look()
             except TowpathError as error:
-                if self._problem != error.sentence:
-                    logger.warning("Watch %s: %s", self.rule.name, error.sentence)
-                self._problem = error.sentence
+                # Rules are told of on this machine only, so the folder may be named.
+                sentence = error.owners if isinstance(error, CollectionUnavailable) else error.sentence
+                if self._problem != sentence:
+                    logger.warning("Watch %s: %s", self.rule.name, sentence)
+                self._problem = sentence
             return await trio.to_thread.run_sync(self._delay, self._clock())
         except OSError as error:
             # No descriptor to look with, mostly.

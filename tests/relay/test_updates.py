@@ -9,6 +9,7 @@ import pytest
 from fastapi import FastAPI
 
 from relay.api import errors, updates
+from relay.pages import render
 from relay.settings import Settings
 
 
@@ -21,7 +22,7 @@ def client(directory: Path, offered: str | None = "releases") -> httpx.AsyncClie
     app = FastAPI()
     app.state.services = FakeServices(Settings(directory=str(directory), updates=offered))
     app.include_router(updates.router)
-    errors.install(app, frozenset({"towpath"}))
+    errors.install(app, frozenset({"towpath"}), render.not_found)
     return httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://relay.example")
 
 
