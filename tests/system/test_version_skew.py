@@ -95,7 +95,7 @@ async def test_old_and_new_agents_and_relays_transfer_with_each_other(
     roots = {name: tmp_path / f"{name}-root" for name in ("alpha", "beta")}
     for number, root in enumerate(roots.values()):
         root.mkdir()
-        fill(root, number, 400 * MIB if not number else 0)
+        fill(root, number, 2000 * MIB if not number else 0)
     async with warden() as guard, open_world(tmp_path, roots, guard, lambda _text: None) as made:
         # Begun by the old agent, killed, and gone on with by the new one.
         task = await submit(made, "alpha", "beta", "/huge", "/huge")
