@@ -16,8 +16,9 @@ Places = list[tuple[int, list[int]]]
 class Holder(Protocol):
     """The process that wrote temporaries. Any thread may call; nothing waits."""
 
-    def check(self, batch: int, places: Places) -> None:
-        """Have temporaries read back and closed; `HeldChecked` comes to the settler."""
+    def check(self, batch: int, places: Places, *, in_memory: bool) -> None:
+        """Have temporaries read back and closed; `HeldChecked` comes to the settler. ``in_memory``: they have no copy
+        but the one in the page cache."""
 
     def release(self, places: Places) -> None:
         """Have temporaries closed."""

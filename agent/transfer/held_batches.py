@@ -18,12 +18,13 @@ class HeldBatches:
     def __bool__(self) -> bool:
         return bool(self._asked)
 
-    def check(self, files: list[Temporary]) -> None:
-        """Have files read back and closed where they are held."""
+    def check(self, files: list[Temporary], *, in_memory: bool) -> None:
+        """Have files read back and closed where they are held. ``in_memory``: they have no copy but the one in the
+        page cache."""
         for holder, items in _by_holder(files).items():
             batch = next(self._numbers)
             self._asked[batch] = (holder, items)
-            holder.check(batch, places_of([(item.r, item.index) for item in items]))
+            holder.check(batch, places_of([(item.r, item.index) for item in items]), in_memory=in_memory)
 
     def release(self, files: list[Temporary]) -> None:
         """Have files closed where they are held."""

@@ -71,12 +71,13 @@ class HeldFiles:
         """Something is left to be read back."""
         return bool(self._asked)
 
-    def ask(self, number: int, files: Iterable[tuple[int, list[int]]]) -> None:
-        """Have a batch of temporaries read back by `check`, past the page cache where the system allows."""
+    def ask(self, number: int, files: Iterable[tuple[int, list[int]]], *, in_memory: bool) -> None:
+        """Have a batch of temporaries read back by `check`, past the page cache where the system allows and, but for
+        ``in_memory``, there is something behind it."""
         wanted = deque((r, index, self._held.pop((r, index), None)) for r, indices in files for index in indices)
         # All are dropped from the cache and asked for before the first is waited for, so that the disk sees a queue,
         # and works while more is received.
-        for step in (self._handed.forget, self._handed.want):
+        for step in () if in_memory else (self._handed.forget, self._handed.want):
             for _, _, held in wanted:
                 if held is not None and held.descriptor >= 0 and held.size:
                     with contextlib.suppress(OSError):

@@ -29,8 +29,8 @@ class _Holder:
         self._process = process
         self._token = token
 
-    def check(self, batch: int, places: Places) -> None:
-        self._ask(say.Check(batch=batch, files=places))
+    def check(self, batch: int, places: Places, *, in_memory: bool) -> None:
+        self._ask(say.Check(batch=batch, files=places, in_memory=in_memory))
 
     def release(self, places: Places) -> None:
         self._ask(say.Release(files=places))

@@ -114,10 +114,12 @@ class Withdraw(Message, tag="withdraw", frozen=True, kw_only=True):
 
 
 class Check(Message, tag="check", frozen=True, kw_only=True):
-    """Read temporaries back, which are durable now, and close them: pairs of a request and indices in it."""
+    """Read temporaries back, which are durable now, and close them: pairs of a request and indices in it. With
+    ``in_memory`` there is no other copy than the one in the page cache."""
 
     batch: int
     files: list[tuple[int, list[int]]]
+    in_memory: bool
 
 
 class Release(Message, tag="release", frozen=True, kw_only=True):

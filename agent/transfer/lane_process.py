@@ -204,7 +204,7 @@ class LaneProcess:
         elif isinstance(message, say.ExpectRange):
             self._expect(message.lane, message.r, RangeOrder(message.file, message.offset, message.length))
         elif isinstance(message, say.Check):
-            self._writing.held.ask(message.batch, message.files)
+            self._writing.held.ask(message.batch, message.files, in_memory=message.in_memory)
         elif isinstance(message, say.Release):
             self._writing.held.release(message.files)
         elif isinstance(message, say.GivenFolder):

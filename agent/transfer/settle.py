@@ -298,7 +298,9 @@ class Settler:
         if not self._verify:
             self._held.release(files)
         else:
-            self._held.check(files)
+            held = [item for item in files if item.holder is not None]
+            for in_memory, items in self._small.by_place(held):
+                self._held.check(items, in_memory=in_memory)
             files = [item for item in files if item.holder is None]
         self._finish(files)
 

@@ -158,20 +158,25 @@ class SmallFiles:
     def read_back(self, items: list[Temporary]) -> list[Temporary]:
         """Those that read back as they were sent, past the page cache where the system allows; the others fail."""
         # All are dropped from the cache and asked for before the first is waited for, so that the disk sees a queue.
-        on_disk = [item.descriptor for item in self._on_disk(items) if item.descriptor >= 0 and item.job.row.size]
+        on_disk = [item for in_memory, some in self.by_place(items) if not in_memory for item in some]
+        descriptors = [item.descriptor for item in on_disk if item.descriptor >= 0 and item.job.row.size]
         for step in (page_cache.forget, page_cache.want):
-            for descriptor in on_disk:
+            for descriptor in descriptors:
                 step(descriptor)
         return [item for item in items if self._reads_back(item)]
 
-    def _on_disk(self, items: list[Temporary]) -> list[Temporary]:
-        """What lives in memory alone has no other copy to read; a disk may be mounted below a root in memory."""
-        if not self._in_memory:
-            return items
-        groups = {id(item.job.group): item.job.group.handle for item in items}
+    def by_place(self, items: list[Temporary]) -> list[tuple[bool, list[Temporary]]]:
+        """Those that live in memory alone (True), where no other copy is to be read, and those on a disk, which may be
+        mounted below a root in memory."""
+        if not self._in_memory or not items:
+            return [(False, items)] if items else []
         device = self._root.identity()[0]
-        elsewhere = {key for key, handle in groups.items() if handle.disk() != device}
-        return [item for item in items if id(item.job.group) in elsewhere] if elsewhere else []
+        groups = {id(item.job.group): item.job.group.handle for item in items}
+        here = {key for key, handle in groups.items() if handle.disk() == device}
+        places: dict[bool, list[Temporary]] = {}
+        for item in items:
+            places.setdefault(id(item.job.group) in here, []).append(item)
+        return list(places.items())
 
     def _reads_back(self, item: Temporary) -> bool:
         try:

@@ -115,12 +115,13 @@ def test_a_disk_is_synced_by_one_handle_for_as_long_as_its_root_is_open(
                 os.fstat(handle)
 
 
+@pytest.mark.parametrize("processes", [0, 1])
 async def test_files_on_a_disk_below_a_root_in_memory_are_read_back_past_the_cache(
-    quick_path: Path, monkeypatch: pytest.MonkeyPatch
+    quick_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int
 ) -> None:
     forgotten: set[int] = set()
     monkeypatch.setattr(page_cache, "forget", lambda fd, *_: forgotten.add(os.fstat(fd).st_dev))
-    engine = Engine(quick_path, options=CHECKED)
+    engine = Engine(quick_path, options=CHECKED, processes=processes)
     for name in ("here", "below/there"):
         (engine.source / name).parent.mkdir(exist_ok=True)
         (engine.source / name).write_bytes(b"content")
