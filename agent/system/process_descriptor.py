@@ -4,43 +4,36 @@ had it was waited for; a descriptor never means another one, so whoever is not t
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
 import signal
 import sys
 
-if sys.platform == "linux":
 
-    def open_process(pid: int) -> int:
-        """A descriptor of a process that nobody has waited for yet. Raises OSError."""
+def open_process(pid: int) -> int:
+    """A descriptor of a process that nobody has waited for yet. Raises OSError, ENOSYS on other systems."""
+    if sys.platform == "linux":
         return os.pidfd_open(pid)
+    else:  # noqa: RET505 - mypy takes what follows an `if` of the platform for unreachable
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
-    def kill_process(descriptor: int) -> None:
-        """End it now; nothing happens when it has ended."""
+
+def kill_process(descriptor: int) -> None:
+    """End it now; nothing happens when it has ended."""
+    if sys.platform == "linux":
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(descriptor, signal.SIGKILL)
 
-    def collect(descriptor: int) -> int | None:
-        """How a process that has ended did so, if it became a child of this one when its parent died."""
+
+def collect(descriptor: int) -> int | None:
+    """How a process that has ended did so, if it became a child of this one when its parent died."""
+    if sys.platform == "linux":
         with contextlib.suppress(ChildProcessError):
             ended = os.waitid(os.P_PIDFD, descriptor, os.WEXITED | os.WNOHANG)
             if ended is not None:
                 return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
-        return None
-
-else:
-
-    def open_process(pid: int) -> int:
-        """There is none."""
-        raise NotImplementedError
-
-    def kill_process(descriptor: int) -> None:
-        """There is none."""
-        raise NotImplementedError
-
-    def collect(descriptor: int) -> int | None:
-        """There is none."""
-        raise NotImplementedError
+    return None
 
 
 def has_ended(descriptor: int) -> bool:
