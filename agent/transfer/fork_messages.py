@@ -5,11 +5,6 @@ Both ends are our own processes of one version.
 
 from __future__ import annotations
 
-import array
-import socket
-from collections.abc import Iterable
-from typing import Any
-
 import msgspec
 
 # Bytes of the longest message, and more.
@@ -71,13 +66,3 @@ def request(data: bytes) -> Fork:
 def answer(data: bytes) -> FromServer:
     """What the fork server says. Raises `msgspec.DecodeError`."""
     return _from_server.decode(data)
-
-
-def attached(ancillary: Iterable[tuple[int, int, Any]]) -> list[int]:
-    """The descriptors that came with a packet, the caller's from now on. The system leaves one out where the receiver
-    may open no more."""
-    numbers = array.array("i")
-    for level, kind, payload in ancillary:
-        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            numbers.frombytes(payload[: len(payload) - len(payload) % numbers.itemsize])
-    return numbers.tolist()

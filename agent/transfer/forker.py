@@ -17,8 +17,8 @@ import trio
 from agent.system.conditions import changed, conditions
 from agent.system.process_descriptor import collect, has_ended, kill_process
 from agent.system.processes import in_words
-from agent.transfer.fork_messages import MOST, Ended, Fork, FromServer, Made, Refused, answer, attached, packet
-from agent.transfer.message_buffer import rights, room
+from agent.transfer.fork_messages import MOST, Ended, Fork, FromServer, Made, Refused, answer, packet
+from agent.transfer.message_buffer import attached, rights, room
 from agent.transfer.spawn import Spawned, spawn_fork_server
 
 # A fork server that has not answered after this long (seconds) is ended.

@@ -47,6 +47,16 @@ def rights(descriptors: Iterable[int]) -> list[tuple[int, int, bytes]]:
     return [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors).tobytes())]
 
 
+def attached(ancillary: Iterable[tuple[int, int, bytes]]) -> list[int]:
+    """The descriptors in what ``recvmsg`` gave beside the data, the caller's from now on. The system leaves one out
+    where the receiver may open no more."""
+    numbers = array.array("i")
+    for level, kind, payload in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            numbers.frombytes(payload[: len(payload) - len(payload) % numbers.itemsize])
+    return numbers.tolist()
+
+
 class MessageBuffer:
     """What ``recvmsg`` gave, in; messages of the type ``receives``, of at most ``longest`` bytes, with their
     descriptors, out."""
@@ -60,11 +70,7 @@ class MessageBuffer:
     def feed(self, data: bytes, ancillary: Iterable[tuple[int, int, bytes]]) -> None:
         """Take in what has come."""
         self._buffer += data
-        for level, kind, payload in ancillary:
-            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                numbers = array.array("i")
-                numbers.frombytes(payload[: len(payload) - len(payload) % numbers.itemsize])
-                self._descriptors.extend(numbers)
+        self._descriptors.extend(attached(ancillary))
 
     def next(self) -> tuple[Any, list[int]] | None:
         """The next message and its descriptors, the caller's from now on; None until it is whole. Raises `Garbled`."""

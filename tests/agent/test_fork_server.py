@@ -35,8 +35,8 @@ PRELUDE = """
 import contextlib, errno, os, random, signal, socket, ssl, sys, tempfile, time, uuid
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from agent.transfer import fork_server
-from agent.transfer.fork_messages import MOST, Ended, Fork, Made, Ready, Refused, answer, attached, packet
-from agent.transfer.message_buffer import rights, room
+from agent.transfer.fork_messages import MOST, Ended, Fork, Made, Ready, Refused, answer, packet
+from agent.transfer.message_buffer import attached, rights, room
 from agent.transfer.spawn import fork_into
 
 def served(work, change=lambda: None):
