@@ -38,11 +38,12 @@ _COUNTS = {name: attrgetter(name) for name in Counts.__slots__ if name != "bytes
 
 
 class FolderMoved(RetryLater):
-    """A folder of the destination is not in its place any more: what was written into it is wherever that is now."""
+    """A folder of the destination (the sentence names the first of ``folders``) is not in its place any more: what was
+    written into it is wherever that is now."""
 
-    def __init__(self, folder: bytes) -> None:
-        self.folder = folder
-        subject = format_path(split_path(folder), directory=True)
+    def __init__(self, folders: Sequence[bytes]) -> None:
+        self.folders = folders
+        subject = format_path(split_path(folders[0]), directory=True)
         sentence = (
             f"{subject[:1000]} was renamed, removed or replaced at the destination while files were written into it; "
             "what belongs there is transferred again."
@@ -187,13 +188,17 @@ class Record:
         with self._lock:
             size = self._note_transferred(transferred, linked)
             self._note_outcomes(outcomes)
-            return self._commit_all([job for job, _ in transferred] + linked, outcomes, complete, listed, size)
+            settled = [job for job, _ in transferred] + linked
+            done, moved = self._commit_all(settled, outcomes, complete, listed, size)
+        if moved:
+            raise FolderMoved(moved)
+        return done
 
     def _commit_all(
         self, settled: list[FileJob], outcomes: list[Outcome], complete: list[LargeFile], listed: list[Group], size: int
-    ) -> list[Group]:
+    ) -> tuple[list[Group], list[bytes]]:
         """Count jobs in their groups, fold groups that are done, and make all of it durable: manifest first, then the
-        journal that says how long it is. The groups that are done now."""
+        journal that says how long it is. The groups that are done now, and folders that have left their places."""
         for manifest in self._unsynced:
             manifest.sync()
         self._unsynced.clear()
@@ -209,7 +214,7 @@ class Record:
 
     def _commit(
         self, settled: list[FileJob], outcomes: list[Outcome], complete: list[LargeFile], listed: list[Group]
-    ) -> list[Group]:
+    ) -> tuple[list[Group], list[bytes]]:
         groups: dict[int, Group] = {id(group): group for group in listed}
         for group in listed:
             group.listed = True
@@ -232,22 +237,23 @@ class Record:
             self.journal.drop_partial(*file.job.key)
         for group in done:
             self._fold(group)
-        for folder in moved.values():
+        folders = list(dict.fromkeys(moved.values()))
+        for folder in folders:
             self.journal.note_moved(folder)
         self.journal.put_counters(self.counters)
         self._put_settled()
         self.journal.put_lengths(self._transferred.length, self._skipped.length)
         self.journal.commit()
-        for folder in moved.values():
-            raise FolderMoved(folder)
-        return done
+        return done, folders
 
-    def forget_below(self, folder: bytes, groups: Iterable[Group]) -> None:
-        """What was settled of these groups, as far as they are at or below a folder that left its place, comes again;
+    def forget_below(self, folders: Sequence[bytes], groups: Iterable[Group]) -> None:
+        """What was settled of these groups, as far as they are at or below folders that left their places, comes again;
         none of them was done."""
+        left = [split_path(folder) for folder in folders]
         with self._lock, self.journal.together():
             for group in groups:
-                if not group.folded and is_within(split_path(group.destination), split_path(folder)):
+                path = split_path(group.destination)
+                if not group.folded and any(is_within(path, folder) for folder in left):
                     self.settle(-group.counts.bytes_transferred)
             self._put_settled()
 

@@ -258,9 +258,9 @@ class TransferRun:
             try:
                 await trio.to_thread.run_sync(self._settler.run)
             except FolderMoved as error:
-                self._settler.record.forget_below(error.folder, self._groups)
+                self._settler.record.forget_below(error.folders, self._groups)
                 # Below no path: other faults of the folder have a budget of their own.
-                passes = self.context.patience.is_passing(b"\1" + error.folder, error)
+                passes = self.context.patience.is_passing(b"\1" + error.folders[0], error)
                 self.stop(error if passes else TaskFailed(error.sentence, code=error.code, who=error.who))
             except TowpathError as error:
                 self.stop(error)

@@ -12,9 +12,13 @@ from pathlib import Path
 import pytest
 
 from agent.storage.faulty import Call
-from agent.transfer.jobs import Group
-from agent.transfer.record import Record
+from agent.storage.posix import open_root
+from agent.transfer.jobs import FileJob, Group
+from agent.transfer.journal import Journal
+from agent.transfer.manifest import ManifestWriter
+from agent.transfer.record import FolderMoved, Record
 from protocol.control import TaskItem
+from protocol.session import FILE, Row
 from tests.agent.engine_inside import Crashed, Engine, contents, quick_path, skipped, tree
 
 __all__ = ["quick_path"]
@@ -200,3 +204,32 @@ async def test_what_was_settled_in_a_folder_that_is_gone_in_the_next_run_comes_a
     for name in FILES:
         if not name.startswith("a/deep"):
             assert (engine.destination / name).read_bytes() == (engine.source / name).read_bytes(), name
+
+
+def test_what_was_settled_in_folders_that_left_their_places_counts_no_more_and_all_else_does(quick_path: Path) -> None:
+    """Two of them are noticed at once, and files of a third folder come into the books with theirs."""
+    (quick_path / "root").mkdir()
+    root, journal = open_root(str(quick_path / "root")), Journal(quick_path / "journal")
+    manifests = ManifestWriter(quick_path / "transferred", 0), ManifestWriter(quick_path / "skipped", 0)
+    record = Record(journal, manifests, verify=False, now=lambda: "", probe=lambda: b".towpath.probe")
+    names = [b"one", b"two", b"stays"]
+    journal.add_directories((0, name, name, 0, []) for name in names)
+    groups = [
+        Group(number, name, name, root.make_directories((name,)), [], planned=1) for number, name in enumerate(names, 1)
+    ]
+    jobs = [FileJob(group, 0, Row(b"file", FILE, 1000, 0, 0, 1, 1, 0o644), b"file", b"file", False) for group in groups]
+    for name in ("one", "two"):
+        (quick_path / "root" / name).rename(quick_path / "root" / f"{name}-elsewhere")
+    with pytest.raises(FolderMoved, match=r"^/one/ was renamed") as moved:
+        record.settled([(job, None) for job in jobs], [], [], [], groups)
+    assert [group.folded for group in groups] == [False, False, True]
+    assert journal.moved() == [b"one", b"two"]
+    assert record.settled_bytes == int(journal.get("settled") or b"") == 3000
+    record.forget_below(moved.value.folders, groups)
+    assert record.settled_bytes == int(journal.get("settled") or b"") == 1000
+    for group in groups:
+        group.handle.close()
+    for manifest in manifests:
+        manifest.close()
+    journal.close()
+    root.close()
