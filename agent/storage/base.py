@@ -121,7 +121,7 @@ class Directory(ABC):
         below the root: its listing is not the whole one then. Storage without disks below has nothing to look at."""
         return
 
-    def in_place(self, probe: bytes) -> int:
+    def components_in_place(self, probe: bytes) -> int:
         """How many components of `path` lead where they did when this was opened: all of them, unless it, or a folder
         above it, was renamed, removed or replaced. Where numbers of inodes say so, a temporary called ``probe`` is made
         here and looked for there: some file systems give one folder several. All where it cannot be told."""

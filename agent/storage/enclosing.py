@@ -43,9 +43,9 @@ def enclosing(handle: Directory) -> set[tuple[int, int]]:
         os.close(here)
 
 
-def in_place(handle: Directory, found_at: Callable[[CollectionPath], tuple[int, int]], probe: bytes) -> int:
-    """`Directory.in_place` of an open folder; ``found_at`` tells device and inode of what is at a path now, or raises
-    OSError."""
+def components_in_place(handle: Directory, found_at: Callable[[CollectionPath], tuple[int, int]], probe: bytes) -> int:
+    """`Directory.components_in_place` of an open folder; ``found_at`` tells device and inode of what is at a path now,
+    or raises OSError."""
     path = handle.path
     try:
         status = handle.status()

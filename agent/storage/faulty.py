@@ -316,8 +316,8 @@ class FaultyDirectory(Directory):
     def disk(self) -> int | None:
         return self.inner.disk()
 
-    def in_place(self, probe: bytes) -> int:
-        return self.inner.in_place(probe)
+    def components_in_place(self, probe: bytes) -> int:
+        return self.inner.components_in_place(probe)
 
     def sync_disk(self) -> None:
         self.script.before("sync_disk")

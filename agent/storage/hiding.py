@@ -199,8 +199,8 @@ class HidingDirectory(Directory):
     def disk(self) -> int | None:
         return self.inner.disk()
 
-    def in_place(self, probe: bytes) -> int:
-        return self.inner.in_place(probe)
+    def components_in_place(self, probe: bytes) -> int:
+        return self.inner.components_in_place(probe)
 
     def sync_disk(self) -> None:
         self.inner.sync_disk()

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from agent.storage import attributes, folding, handles, libc, mounts
 from agent.storage.base import PERMISSION_BITS, Directory, Features, IllegalName, PartMark, Root, component
 from agent.storage.disks import Disk, DiskAway, Disks, look
-from agent.storage.enclosing import in_place
+from agent.storage.enclosing import components_in_place
 from agent.storage.handles import os_error
 from agent.storage.node import Node, node_from_stat
 from agent.storage.own_files import Around, OwnFiles
@@ -308,8 +308,8 @@ class PosixDirectory(Directory):
             except FileNotFoundError:
                 raise DiskAway(disk) from None
 
-    def in_place(self, probe: bytes) -> int:
-        return in_place(self, self._root.found_at, probe)
+    def components_in_place(self, probe: bytes) -> int:
+        return components_in_place(self, self._root.found_at, probe)
 
     def lstat(self, name: bytes) -> Node:
         return self._node(name, os.stat(component(name), dir_fd=self._fd, follow_symlinks=False))

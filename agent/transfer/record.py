@@ -260,7 +260,7 @@ class Record:
     def _left(self, group: Group) -> bytes | None:
         """The folder that is not in its place any more, of those that lead to a group's and itself; None if all are."""
         handle, named = group.handle, split_path(group.destination)
-        gone = len(handle.path) - handle.in_place(self._probe())
+        gone = len(handle.path) - handle.components_in_place(self._probe())
         # The group's own name leads there by links, perhaps: what both have in common at the end is what was moved.
         while gone > 1 and named[-gone:] != handle.path[-gone:]:
             gone -= 1
