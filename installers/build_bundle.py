@@ -155,8 +155,13 @@ def copy_python(folder: Path) -> None:
     shutil.copytree(library, folder / "lib" / name, ignore=left_out, symlinks=True)
     shared = sysconfig.get_config_var("LDLIBRARY") or ""
     if ".so" in shared:
-        instance = sysconfig.get_config_var("INSTSONAME")
-        shutil.copy(Path(sys.base_prefix) / "lib" / instance, folder / "lib" / instance)
+        instance = Path(sys.base_prefix) / "lib" / str(sysconfig.get_config_var("INSTSONAME"))
+        if not instance.is_file():
+            sys.exit(
+                f"{sys.executable} has no library in {instance.parent}, as a distribution's Python has not, and cannot "
+                "be copied. Build with one that can: make bundle PYTHON=... VENV=... (docs/releases.md)."
+            )
+        shutil.copy(instance, folder / "lib" / instance.name)
     site_packages(folder).mkdir(exist_ok=True)
 
 
