@@ -232,9 +232,7 @@ def listing_tokens(settings: Settings, who: str | None) -> Callable[[Store], Awa
     """The tokens of long life, of everybody or of one person; never the secrets themselves, which nobody has."""
     now = time.time()
 
-    async def work(store: Store) -> list[dict[str, Any]]:
-        mine = None if who is None else (await find_identity(store, settings, who)).id
-        found = await store.read(lambda connection: service_tokens.all_tokens(connection, now, mine))
+    def tokens(connection: Connection, owner_id: str | None) -> list[dict[str, Any]]:
         return [
             {
                 "id": one.token.id,
@@ -244,8 +242,20 @@ def listing_tokens(settings: Settings, who: str | None) -> Callable[[Store], Awa
                 "expires": iso(one.token.expires),
                 "is_ending": one.token.is_ending(now),
             }
-            for one in found
+            for one in service_tokens.all_tokens(connection, now, owner_id)
         ]
+
+    return listing(settings, who, tokens)
+
+
+def listing(
+    settings: Settings, who: str | None, rows: Callable[[Connection, str | None], list[dict[str, Any]]]
+) -> Callable[[Store], Awaitable[list[dict[str, Any]]]]:
+    """Rows of everybody, or of one person, whose id ``rows`` is given. The work raises `Refused` for a stranger."""
+
+    async def work(store: Store) -> list[dict[str, Any]]:
+        owner_id = None if who is None else (await find_identity(store, settings, who)).id
+        return await store.read(lambda connection: rows(connection, owner_id))
 
     return work
 

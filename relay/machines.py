@@ -11,9 +11,9 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, delete, insert, select
+from sqlalchemy import ColumnElement, Connection, delete, select
 
-from relay.accounts import Refused, find_identity
+from relay.accounts import Refused, listing
 from relay.auth.identities import select_by_ids
 from relay.settings import Settings
 from relay.store import transfer_tables as tables
@@ -34,12 +34,7 @@ class Revoked:
 
 def listing_agents(settings: Settings, who: str | None) -> Callable[[Store], Awaitable[list[dict[str, Any]]]]:
     """All agents, or those of one person, the one that was linked last in front."""
-
-    async def work(store: Store) -> list[dict[str, Any]]:
-        mine = None if who is None else (await find_identity(store, settings, who)).id
-        return await store.read(lambda connection: _agents(connection, mine))
-
-    return work
+    return listing(settings, who, _agents)
 
 
 def _agents(connection: Connection, owner_id: str | None) -> list[dict[str, Any]]:
@@ -79,7 +74,7 @@ def _agents(connection: Connection, owner_id: str | None) -> list[dict[str, Any]
             "version": row.version,
             "state": "revoked" if row.revoked is not None else "paused" if row.paused else "enrolled",
             "enrolled": iso(row.created),
-            "last_linked": None if row.last_seen is None else iso(row.last_seen),
+            "last_linked": iso(row.last_seen),
             "collections": offered.get(row.id, []),
         }
         for row in rows
@@ -111,12 +106,7 @@ def revoking(wanted: str) -> Callable[[Store], Awaitable[Revoked]]:
 
 def listing_collections(settings: Settings, who: str | None) -> Callable[[Store], Awaitable[list[dict[str, Any]]]]:
     """The collections that were not deleted, all or those of one person, by name."""
-
-    async def work(store: Store) -> list[dict[str, Any]]:
-        mine = None if who is None else (await find_identity(store, settings, who)).id
-        return await store.read(lambda connection: _collections(connection, mine))
-
-    return work
+    return listing(settings, who, _collections)
 
 
 def _collections(connection: Connection, owner_id: str | None) -> list[dict[str, Any]]:
@@ -165,14 +155,7 @@ def replacing(
         connection.execute(
             delete(tables.setup_keys).where(unused.collection_id == collection_id, unused.redeemed.is_(None))
         )
-        connection.execute(
-            insert(tables.setup_keys).values(
-                digest=setup_keys.digest(key),
-                collection_id=collection_id,
-                created=moment,
-                expires=moment + settings.enrolment.setup_key_life,
-            )
-        )
+        setup_keys.add(connection, key, collection_id, now=moment, life=settings.enrolment.setup_key_life)
         return {"collection_id": collection_id, "setup_key": key, "name": row.display_name, "owner_id": row.owner_id}
 
     return lambda store: store.write(work)

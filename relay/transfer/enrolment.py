@@ -71,11 +71,8 @@ async def create_mapped_collection(
     work = functools.partial(
         _insert_collection,
         values={**_NEW, **values, "id": collection_id, "owner_id": owner_id, "created": moment},
-        key={
-            "digest": setup_keys.digest(setup_key),
-            "created": moment,
-            "expires": moment + settings.enrolment.setup_key_life,
-        },
+        setup_key=setup_key,
+        key_life=settings.enrolment.setup_key_life,
         grants=grants,
     )
     await store.write(work)
@@ -95,7 +92,8 @@ def _insert_collection(
     connection: Connection,
     *,
     values: dict[str, Any],
-    key: dict[str, Any],
+    setup_key: str,
+    key_life: float,
     grants: tuple[tuple[str, str], ...],
 ) -> None:
     people = {values["owner_id"], *(identity for identity, _ in grants)}
@@ -116,7 +114,7 @@ def _insert_collection(
             409, "Conflict", f"You have {MAX_UNUSED_KEYS} collections whose setup key was never used; delete some."
         )
     connection.execute(insert(tables.collections).values(**values))
-    connection.execute(insert(tables.setup_keys).values(**key, collection_id=values["id"]))
+    setup_keys.add(connection, setup_key, values["id"], now=values["created"], life=key_life)
     for identity_id, role in dict.fromkeys(grants):
         connection.execute(
             insert(tables.roles).values(

@@ -11,6 +11,10 @@ import hashlib
 import json
 import secrets
 
+from sqlalchemy import Connection, insert
+
+from relay.store import transfer_tables as tables
+
 PREFIX = "twp-"
 MAX_KEY = 2048
 
@@ -24,3 +28,12 @@ def make(relay_url: str, ca_fingerprint: str | None) -> str:
 def digest(setup_key: str) -> str:
     """What is stored of a key and what an agent's proof names: lower-case hex SHA-256 of its text."""
     return hashlib.sha256(setup_key.encode("utf-8", "replace")).hexdigest()
+
+
+def add(connection: Connection, setup_key: str, collection_id: str, *, now: float, life: float) -> None:
+    """Let a key enrol the agent of a collection for ``life`` seconds from ``now`` (Unix seconds) on."""
+    connection.execute(
+        insert(tables.setup_keys).values(
+            digest=digest(setup_key), collection_id=collection_id, created=now, expires=now + life
+        )
+    )
