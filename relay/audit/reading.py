@@ -7,12 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection
 
+from relay.audit import trail
 from relay.auth.identities import select_by_ids
-from relay.store.audit_tables import audit_log
-
-_PAGE = 500
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,20 +37,9 @@ class Question:
 
 def find(connection: Connection, question: Question) -> Iterator[dict[str, Any]]:
     """The entries that fit, oldest first, with the usernames of who did it (``username``, null for nobody known)."""
-    after = 0
-    while True:
-        query = (
-            select(audit_log)
-            .where(audit_log.c.n > after, audit_log.c.time >= question.since)
-            .order_by(audit_log.c.n)
-            .limit(_PAGE)
-        )
-        page = connection.execute(query).all()
+    for page in trail.pages(connection, since=question.since):
         fitting = [{"n": row.n, **json.loads(row.entry)} for row in page]
         fitting = [document for document in fitting if question.fits(document)]
         people = select_by_ids(connection, {one["who"] for one in fitting if one["who"]})
         for one in fitting:
             yield {**one, "username": people[one["who"]].username if one["who"] in people else None}
-        if len(page) < _PAGE:
-            return
-        after = page[-1].n

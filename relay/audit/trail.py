@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from sqlalchemy import Connection, insert, select
@@ -98,10 +99,15 @@ def verify(connection: Connection) -> Verdict:
 
 
 def _rows(connection: Connection, after: int) -> Iterator[Any]:
+    return chain.from_iterable(pages(connection, after))
+
+
+def pages(connection: Connection, after: int = 0, since: float = 0.0) -> Iterator[Sequence[Any]]:
+    """The rows after number ``after`` from the moment ``since`` (Unix seconds) on, oldest first, many at a time."""
     while True:
-        query = select(audit_log).where(audit_log.c.n > after).order_by(audit_log.c.n).limit(_PAGE)
-        page = connection.execute(query).all()
-        yield from page
+        wanted = select(audit_log).where(audit_log.c.n > after, audit_log.c.time >= since)
+        page = connection.execute(wanted.order_by(audit_log.c.n).limit(_PAGE)).all()
+        yield page
         if len(page) < _PAGE:
             return
         after = page[-1].n

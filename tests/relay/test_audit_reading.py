@@ -87,7 +87,7 @@ def test_reading_is_not_recorded_and_goes_over_pages(
     people: tuple[Operator, str, str], relay_store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     operator, ada, _ = people
-    monkeypatch.setattr(reading, "_PAGE", 2)
+    monkeypatch.setattr(trail, "_PAGE", 2)
 
     def numbers(**wanted: Any) -> list[int]:
         with relay_store.writing_engine.begin() as connection:
