@@ -9,7 +9,7 @@ import click
 
 from protocol.terminal import terminal_safe
 from relay.cli.audited import AuditedGroup
-from relay.cli.frame import settings_of, with_store
+from relay.cli.frame import as_document, settings_of, with_store
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -95,7 +95,7 @@ def audit_export(context: click.Context, after: int) -> None:
 
 
 @audit.command("verify")
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON document.")
+@as_document
 @click.pass_context
 def audit_verify(context: click.Context, as_json: bool) -> None:
     """Check that no entry was changed, left out or put in. Keep the last hash elsewhere to see a cut-off end."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from relay.cli.audited import AuditedFileCommand, AuditedGroup
-from relay.cli.frame import settings_of, show
+from relay.cli.frame import as_document, settings_of, show
 
 
 @click.group(cls=AuditedGroup)
@@ -17,7 +17,7 @@ def authority() -> None:
 
 
 @authority.command("renew", cls=AuditedFileCommand)
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON document.")
+@as_document
 @click.pass_context
 def authority_renew(context: click.Context, as_json: bool) -> None:
     """Give the authority ten more years. Its key stays, so nobody is cut off.

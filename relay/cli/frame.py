@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
 _EVERYWHERE = Path("/etc/towpath/relay.yaml")
 
+# Options that mean the same with every command that has them.
+as_document = click.option("--json", "as_json", is_flag=True, help="Print a JSON document.")
+of_one_user = click.option("--user", "name", help="Those of one user only.")
+
 
 def default_configuration() -> Path:
     """Where the configuration is when nobody says so."""

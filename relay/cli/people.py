@@ -7,7 +7,7 @@ from typing import IO
 import click
 
 from relay.cli.audited import AuditedGroup
-from relay.cli.frame import settings_of, show, show_rows, with_store
+from relay.cli.frame import as_document, of_one_user, settings_of, show, show_rows, with_store
 
 
 @click.group(cls=AuditedGroup)
@@ -21,7 +21,7 @@ def user() -> None:
 @click.option("--email")
 @click.option("--password-file", type=click.File(), help="Read a password from a file, or - for standard input.")
 @click.option("--no-link", is_flag=True, help="Make no link for choosing a password.")
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON document.")
+@as_document
 @click.pass_context
 def user_add(
     context: click.Context,
@@ -51,7 +51,7 @@ def user_add(
 
 @user.command("link")
 @click.argument("name")
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON document.")
+@as_document
 @click.pass_context
 def user_link(context: click.Context, name: str, as_json: bool) -> None:
     """Print a one-time link with which a user chooses a new password. It works for a week."""
@@ -86,7 +86,7 @@ def user_password(context: click.Context, name: str, password_file: IO[str] | No
 
 @user.command("close")
 @click.argument("name")
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON document.")
+@as_document
 @click.pass_context
 def user_close(context: click.Context, name: str, as_json: bool) -> None:
     """Close an account: it cannot sign in any more, its tokens end and its tasks pause. Nothing is deleted."""
@@ -162,7 +162,7 @@ def user_administrator(context: click.Context, add: str | None, remove: str | No
 
 
 @user.command("list")
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON document.")
+@as_document
 @click.pass_context
 def user_list(context: click.Context, as_json: bool) -> None:
     """List the users."""
@@ -179,8 +179,8 @@ def token() -> None:
 
 
 @token.command("list")
-@click.option("--user", "name", help="Those of one user only.")
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON document.")
+@of_one_user
+@as_document
 @click.pass_context
 def token_list(context: click.Context, name: str | None, as_json: bool) -> None:
     """List the tokens, the one that ends first in front."""

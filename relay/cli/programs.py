@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from relay.cli.audited import AuditedGroup
-from relay.cli.frame import settings_of, show, show_rows, with_store
+from relay.cli.frame import as_document, settings_of, show, show_rows, with_store
 
 
 @click.group(cls=AuditedGroup)
@@ -16,7 +16,7 @@ def client() -> None:
 @client.command("add")
 @click.argument("name")
 @click.option("--owner", help="The user this client belongs to.")
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON document.")
+@as_document
 @click.pass_context
 def client_add(context: click.Context, name: str, owner: str | None, as_json: bool) -> None:
     """Add a client and print its id and secret, this once."""
@@ -27,7 +27,7 @@ def client_add(context: click.Context, name: str, owner: str | None, as_json: bo
 
 
 @client.command("list")
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON document.")
+@as_document
 @click.pass_context
 def client_list(context: click.Context, as_json: bool) -> None:
     """List the clients and the ids of their secrets."""
@@ -39,7 +39,7 @@ def client_list(context: click.Context, as_json: bool) -> None:
 
 @client.command("add-secret")
 @click.argument("client_id")
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON document.")
+@as_document
 @click.pass_context
 def client_add_secret(context: click.Context, client_id: str, as_json: bool) -> None:
     """Give a client a further secret and print it, this once."""
@@ -79,7 +79,7 @@ def app() -> None:
 )
 @click.option("--redirect-uri", multiple=True, help="Where browsers come back to after sign-in. Repeatable.")
 @click.option("--project", help="The owner's project it goes to; made when missing, and called NAME by default.")
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON document.")
+@as_document
 @click.pass_context
 def app_add(
     context: click.Context,

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from relay.cli.audited import AuditedFileCommand, AuditedGroup
-from relay.cli.frame import settings_of, show
+from relay.cli.frame import as_document, settings_of, show
 
 
 @click.group(cls=AuditedGroup)
@@ -20,7 +20,7 @@ def root() -> None:
 
 
 @root.command("show")
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON document.")
+@as_document
 @click.pass_context
 def root_show(context: click.Context, as_json: bool) -> None:
     """Show the root's public half and the state of the ticket key."""

@@ -6,7 +6,7 @@ import click
 
 from protocol.terminal import terminal_safe
 from relay.cli.audited import AuditedGroup
-from relay.cli.frame import settings_of, show, show_rows, with_store
+from relay.cli.frame import as_document, of_one_user, settings_of, show, show_rows, with_store
 
 
 @click.group(cls=AuditedGroup)
@@ -15,8 +15,8 @@ def collection() -> None:
 
 
 @collection.command("list")
-@click.option("--user", "name", help="Those of one user only.")
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON document.")
+@of_one_user
+@as_document
 @click.pass_context
 def collection_list(context: click.Context, name: str | None, as_json: bool) -> None:
     """List the collections and the agents that serve them."""
@@ -32,7 +32,7 @@ def collection_list(context: click.Context, name: str | None, as_json: bool) -> 
 @click.option("--owner", required=True, help="The user it belongs to.")
 @click.option("--grant", multiple=True, metavar="IDENTITY:ROLE", help="Give a role, such as administrator. Repeatable.")
 @click.option("--public/--private", default=False, show_default=True, help="Whether everybody can find it.")
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON document.")
+@as_document
 @click.pass_context
 def collection_add(
     context: click.Context, name: str, owner: str, grant: tuple[str, ...], public: bool, as_json: bool
@@ -46,7 +46,7 @@ def collection_add(
 
 @collection.command("setup-key")
 @click.argument("collection_id")
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON document.")
+@as_document
 @click.pass_context
 def collection_setup_key(context: click.Context, collection_id: str, as_json: bool) -> None:
     """Print a new setup key for a collection that no agent serves.
@@ -66,8 +66,8 @@ def agent() -> None:
 
 
 @agent.command("list")
-@click.option("--user", "name", help="Those of one user only.")
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON document.")
+@of_one_user
+@as_document
 @click.pass_context
 def agent_list(context: click.Context, name: str | None, as_json: bool) -> None:
     """List the agents, the one that was linked last in front."""
@@ -80,7 +80,7 @@ def agent_list(context: click.Context, name: str | None, as_json: bool) -> None:
 
 @agent.command("revoke")
 @click.argument("agent_id", metavar="AGENT")
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON document.")
+@as_document
 @click.pass_context
 def agent_revoke(context: click.Context, agent_id: str, as_json: bool) -> None:
     """Have nothing more to do with an agent, whose machine was lost or stolen. For good.

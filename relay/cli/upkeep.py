@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from relay.cli.audited import AuditedCommand, AuditedFileCommand, AuditedGroup, record_inside, remember
-from relay.cli.frame import default_configuration, settings_of, with_store
+from relay.cli.frame import as_document, default_configuration, settings_of, with_store
 
 
 @click.command(cls=AuditedCommand)
@@ -64,7 +64,7 @@ def serve(context: click.Context) -> None:
 
 @click.command(cls=AuditedFileCommand)
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON document.")
+@as_document
 @click.pass_context
 def backup(context: click.Context, file: Path, as_json: bool) -> None:
     """Write database, keys and configuration to FILE. Works while the relay runs. FILE holds secrets."""
@@ -99,7 +99,7 @@ def restore(context: click.Context, file: Path, directory: Path | None, force: b
 
 
 @click.command(cls=AuditedCommand)
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON document.")
+@as_document
 @click.pass_context
 def doctor(context: click.Context, as_json: bool) -> None:
     """Look for what is wrong: configuration, files, database, keys, certificate, process, address.
