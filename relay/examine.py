@@ -30,6 +30,7 @@ from relay.settings import Settings, load
 from relay.store.migrate import newest_revision
 from relay.tls import (
     AUTHORITY_WARNING,
+    CERTIFICATE_WARNING,
     authority_of,
     ca_certificate_pem,
     certificate_paths,
@@ -183,7 +184,7 @@ def check_certificate(settings: Settings, now: float) -> Iterator[Finding]:
     advice = "Start the relay, which renews it." if own else "Renew it; the relay takes the new file up by itself."
     if left <= 0:
         yield Finding("failure", f"The certificate has ended ({until}): nobody can connect.", advice)
-    elif left < 14:
+    elif left < CERTIFICATE_WARNING:
         yield Finding("warning", f"The certificate ends on {until}.", advice)
     else:
         yield Finding("ok", f"The certificate lasts until {until}" + (" and renews itself." if own else "."))

@@ -55,7 +55,7 @@ from relay.services import Services
 from relay.settings import Settings
 from relay.store.database import Store
 from relay.store.migrate import require, upgrade
-from relay.tls import AUTHORITY_WARNING, CertificateStatistics, ServerCertificate
+from relay.tls import AUTHORITY_WARNING, CERTIFICATE_WARNING, CertificateStatistics, ServerCertificate
 from relay.transfer import revocation
 from relay.transfer.nodes import DatabaseNodeDirectory
 from relay.transfer.steward import Steward
@@ -70,8 +70,6 @@ _GOODBYE = 2.0
 _UPKEEP_INTERVAL = 60.0
 _CLEANING_INTERVAL = 3600.0
 _DAY = 86400.0
-# Days before the end of the certificate from which on the log says so, once an hour.
-CERTIFICATE_WARNING = 14.0
 # How often to look whether the wall clock has jumped, and by how much (seconds) it counts as such.
 _CLOCK_LOOK, _CLOCK_JUMP = 5.0, 60.0
 _BACKLOG = 4096
@@ -363,8 +361,8 @@ async def _upkeep(relay: Relay, settings: Settings) -> None:
 
 
 def _warn_of_end(certificate: CertificateStatistics, now: float) -> None:
-    """Say in the log that the certificate ends soon; the relay's own is renewed long before."""
-    left = (certificate.expires - now) / 86400.0
+    """Say in the log, once an hour, that the certificate ends soon."""
+    left = (certificate.expires - now) / _DAY
     if left < CERTIFICATE_WARNING:
         logger.warning("The certificate of the port ends in %.1f days; nobody can connect afterwards.", max(left, 0.0))
 
@@ -373,7 +371,7 @@ def _warn_of_authoritys_end(certificate: CertificateStatistics, now: float) -> N
     """Say in the log, once a day, that the relay's own authority ends: it is renewed by hand, and so are its copies."""
     if certificate.authority_expires is None:
         return
-    left = (certificate.authority_expires - now) / 86400.0
+    left = (certificate.authority_expires - now) / _DAY
     if left < AUTHORITY_WARNING:
         logger.warning(
             "The relay's own authority ends in %.0f days; agents that trust it cannot connect afterwards. Run "

@@ -31,6 +31,8 @@ _RENEW_BEFORE = datetime.timedelta(days=60)
 _BACKDATE = datetime.timedelta(days=1)
 # Days before the end of the authority from which on that is said: its copies are with every agent and client.
 AUTHORITY_WARNING = 365.0
+# The same for the certificate: the relay's own is renewed long before.
+CERTIFICATE_WARNING = 14.0
 
 
 class CertificateUnusable(NeedsPerson):
@@ -59,6 +61,7 @@ class ServerCertificate:
         self._settings = settings
         self.channel = ""
         self._leaf: x509.Certificate | None = None
+        self._authority: x509.Certificate | None = None
         self.renew(datetime.datetime.now(datetime.UTC))
 
     def renew(self, now: datetime.datetime) -> bool:
@@ -66,9 +69,8 @@ class ServerCertificate:
 
         Returns whether the port shows another certificate from now on. Raises `CertificateUnusable`.
         """
-        own = self._settings.tls.certificate is not None
-        if not own:
-            create(self._settings, now)
+        if self._settings.tls.certificate is None:
+            self._authority = create(self._settings, now)
         chain, key = certificate_paths(self._settings)
         leaf = read_certificate(chain)
         if self._leaf is not None and leaf == self._leaf:
@@ -94,15 +96,13 @@ class ServerCertificate:
         return str(chain), None if key is None else str(key)
 
     def statistics(self) -> CertificateStatistics:
-        """Names and end of the certificate in use, and when its authority ends as far as that can be read."""
+        """Names and end of the certificate in use, and when its authority ended as it was last looked at."""
         assert self._leaf is not None
-        own = self._settings.tls.certificate is None
-        authority_expires = None
-        if own:
-            with contextlib.suppress(CertificateUnusable):
-                authority_expires = authority_of(self._settings).not_valid_after_utc.timestamp()
         return CertificateStatistics(
-            tuple(sorted(names_of(self._leaf))), self._leaf.not_valid_after_utc.timestamp(), own, authority_expires
+            names=tuple(sorted(names_of(self._leaf))),
+            expires=self._leaf.not_valid_after_utc.timestamp(),
+            self_made=self._settings.tls.certificate is None,
+            authority_expires=None if self._authority is None else self._authority.not_valid_after_utc.timestamp(),
         )
 
 
@@ -139,8 +139,11 @@ def ca_fingerprint(settings: Settings) -> str | None:
     return None if pem is None else hashlib.sha256(ssl.PEM_cert_to_DER_cert(pem)).hexdigest()
 
 
-def create(settings: Settings, now: datetime.datetime) -> None:
-    """Make the CA if it is missing, and the server certificate if it is missing, near its end, or lacks a name."""
+def create(settings: Settings, now: datetime.datetime) -> x509.Certificate:
+    """Make the CA if it is missing, and the server certificate if it is missing, near its end, or lacks a name.
+
+    Returns the CA's certificate. Raises `CertificateUnusable` and OSError.
+    """
     directory = tls_directory(settings)
     directory.mkdir(mode=0o755, parents=True, exist_ok=True)
     # The key file is written first and `ca.pem` is made from it, so an interrupted start goes on where it was.
@@ -156,7 +159,7 @@ def create(settings: Settings, now: datetime.datetime) -> None:
         # None lasts longer than the authority: making it again would gain nothing.
         lasts = min(now + _RENEW_BEFORE, authority.not_valid_after_utc) <= leaf.not_valid_after_utc
         if lasts and names_of(leaf) >= set(settings.certificate_names):
-            return
+            return authority
     authority_key = _authority_key(directory, authority)
     if authority.not_valid_after_utc <= now:
         raise CertificateUnusable(
@@ -167,6 +170,7 @@ def create(settings: Settings, now: datetime.datetime) -> None:
     leaf = _make_leaf(key, settings.certificate_names, authority, authority_key, now)
     # Key and certificate in one file: they are replaced together or not at all.
     write_private_file(path, leaf.public_bytes(serialization.Encoding.PEM) + _pem(key))
+    return authority
 
 
 def renew_authority(settings: Settings, now: datetime.datetime) -> datetime.datetime:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from importlib import metadata
 from typing import Any, cast
 
+import trio
 from fastapi import APIRouter, Depends, Request, Response
 
 from relay.auth.administrators import is_administrator
@@ -36,9 +37,10 @@ async def _now(request: Request) -> dict[str, Mapping[str, Any]]:
     services = services_of(request)
     parts = cast("Callable[[], Mapping[str, Mapping[str, Any]]]", request.app.state.statistics)()
     rows = await services.store.read(numbers_of_rows)
-    settings = services.settings
-    kept = {**rows, **numbers_of_files(settings.directory_path / settings.database.file)}
-    return {**parts, "kept": kept, "process": numbers_of_process()}
+    # Both ask the kernel, of a disk that may be slow and of thousands of descriptors.
+    files = await trio.to_thread.run_sync(numbers_of_files, services.store.path)
+    process = await trio.to_thread.run_sync(numbers_of_process)
+    return {**parts, "kept": {**rows, **files}, "process": process}
 
 
 @router.get("/towpath/v1/statistics", dependencies=[Depends(administrator)])
