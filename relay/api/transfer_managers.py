@@ -18,7 +18,7 @@ from relay.refusal import ApiError
 from relay.store import transfer_tables as tables
 from relay.transfer import closed_owners, collections, event_log, task_filters, task_lists, task_rows
 from relay.transfer.collections import Collection
-from relay.transfer.fields import bad_request, is_uuid, query_integer
+from relay.transfer.fields import bad_request, is_uuid, query_boolean, query_integer
 from relay.transfer.task_documents import OFFLINE, Surroundings, holdup, task_document
 from relay.transfer.task_rows import Task
 
@@ -75,10 +75,11 @@ def _conditions(parameters: Any) -> list[ColumnElement[bool]]:
         held.append(_endpoint_condition(parameters["filter_endpoint"].lower(), parameters.get("filter_endpoint_use")))
     elif parameters.get("filter_endpoint_use"):
         raise bad_request("filter_endpoint_use needs filter_endpoint.")
-    if parameters.get("filter_is_paused"):
+    wanted = query_boolean(parameters.get("filter_is_paused"), "filter_is_paused")
+    if wanted is not None:
         # The same as `is_paused` of the documents.
         paused = (column.status == "ACTIVE") & ((column.state == "PAUSED") | (column.desired == "pause"))
-        held.append(paused if _switch("filter_is_paused", parameters["filter_is_paused"]) else ~paused)
+        held.append(paused if wanted else ~paused)
     if parameters.get("filter_min_faults"):
         least = query_integer(parameters["filter_min_faults"], "filter_min_faults", default=0, lowest=0, highest=10**9)
         held.append(func.coalesce(func.json_extract(column.observed, "$.counters.faults"), 0) >= least)
@@ -86,12 +87,6 @@ def _conditions(parameters: Any) -> list[ColumnElement[bool]]:
         # Each agent works in its owner's account: no task has a local user.
         held.append(false())
     return held
-
-
-def _switch(name: str, text: str) -> bool:
-    if text.lower() not in ("0", "1", "false", "true"):
-        raise bad_request(f"{name} must be true or false.")
-    return text.lower() in ("1", "true")
 
 
 def _endpoint_condition(endpoint_id: str, use: str | None) -> ColumnElement[bool]:
@@ -172,8 +167,7 @@ async def managed_event_list(request: Request, task_id: str, caller: CallerHere,
     parameters = request.query_params
     limit = query_integer(parameters.get("limit"), "limit", default=10, lowest=1, highest=task_lists.MAX_LIMIT)
     offset = query_integer(parameters.get("offset"), "offset", default=0, lowest=0, highest=task_lists.MAX_OFFSET)
-    wanted = parameters.get("filter_is_error")
-    kind = None if not wanted else _switch("filter_is_error", wanted)
+    kind = query_boolean(parameters.get("filter_is_error"), "filter_is_error")
 
     def work(connection: Connection) -> dict[str, Any]:
         return event_log.event_list(connection, task.id, is_error=kind, limit=limit, offset=offset)

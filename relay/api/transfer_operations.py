@@ -18,7 +18,7 @@ from relay.api.transfer_frame import (
 from relay.transfer import collections
 from relay.transfer.collections import Collection
 from relay.transfer.entitlement import reach_text
-from relay.transfer.fields import Fields, bad_request, query_integer
+from relay.transfer.fields import Fields, bad_request, query_boolean, query_integer
 from relay.transfer.filesystem import MAX_LIMIT, MAX_PATH, Filesystem, ListingRequest
 from relay.transfer.scopes import place
 
@@ -60,12 +60,9 @@ async def list_directory(request: Request, endpoint_id: str, caller: CallerHere,
     parameters = request.query_params
     collection, files = await _collection(services, caller, endpoint_id, Ability.READ, parameters.get("path"))
     _refuse_local_user(parameters.get("local_user"))
-    hidden = (parameters.get("show_hidden") or "1").lower()
-    if hidden not in ("0", "1", "true", "false"):
-        raise bad_request("show_hidden must be 0 or 1.")
     listing = ListingRequest(
         path=parameters.get("path") or None,
-        show_hidden=hidden in ("1", "true"),
+        show_hidden=query_boolean(parameters.get("show_hidden"), "show_hidden") is not False,
         order=parameters.get("orderby") or None,
         filters=[text for text in parameters.getlist("filter") if text],
         limit=query_integer(parameters.get("limit"), "limit", default=MAX_LIMIT, lowest=1, highest=MAX_LIMIT),

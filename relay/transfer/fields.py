@@ -95,8 +95,10 @@ class Fields:
 
     def required_name(self, key: str, *, longest: int) -> str:
         """A name that must be there and is not blank, in one line, without blanks around it."""
-        self.required_text(key, longest=longest)
-        name = (self.line(key, longest=longest) or "").strip()
+        value = self.line(key, longest=longest)
+        if value is None:
+            raise bad_request(f"{key} is missing in {self._what}.")
+        name = value.strip()
         if not name:
             raise bad_request(f"{key} must not be blank.")
         return name
@@ -169,3 +171,12 @@ def query_integer(value: str | None, name: str, *, default: int, lowest: int, hi
     if not value.isascii() or not value.isdigit() or len(value) > 12 or not lowest <= int(value) <= highest:
         raise bad_request(f"{name} must be a whole number from {lowest} to {highest}.")
     return int(value)
+
+
+def query_boolean(value: str | None, name: str) -> bool | None:
+    """``1`` or ``true``, ``0`` or ``false`` from the query string; None for nothing. Raises `ApiError` 400."""
+    if not value:
+        return None
+    if value.lower() not in ("0", "1", "false", "true"):
+        raise bad_request(f"{name} must be true or false.")
+    return value.lower() in ("1", "true")

@@ -12,7 +12,7 @@ from relay.store import transfer_tables as tables
 from relay.store.auth_tables import identities
 from relay.transfer.collection_documents import ENTITY_TYPE
 from relay.transfer.collections import Collection, load_many
-from relay.transfer.fields import bad_request, is_uuid
+from relay.transfer.fields import bad_request, is_uuid, query_boolean
 
 SCOPES = frozenset(
     {
@@ -62,16 +62,13 @@ def read(parameters: Any, *, limit: int, offset: int) -> Query:
     for name in ("filter_owner_id", "filter_host_endpoint"):
         if parameters.get(name) and not is_uuid(parameters[name]):
             raise bad_request(f"{name} must be a UUID.")
-    non_functional = parameters.get("filter_non_functional") or ""
-    if non_functional.lower() not in ("", "0", "1", "true", "false"):
-        raise bad_request("filter_non_functional must be 0 or 1.")
     return Query(
         scope=scope,
         text=text,
         owner_id=(parameters.get("filter_owner_id") or "").lower() or None,
         entity_type=parameters.get("filter_entity_type") or None,
         host_endpoint=parameters.get("filter_host_endpoint") or None,
-        non_functional=None if not non_functional else non_functional.lower() in ("1", "true"),
+        non_functional=query_boolean(parameters.get("filter_non_functional"), "filter_non_functional"),
         limit=limit,
         offset=offset,
     )
