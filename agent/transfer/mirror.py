@@ -32,6 +32,17 @@ from protocol.names import CollectionPath, format_path, is_reserved, split_path
 # Without a limit in the task, more than this many are deleted only when at least as many files and folders stay.
 ALWAYS_ALLOWED = 1000
 
+# Why something stays.
+_SOURCE = (
+    "{place} is, or holds, the very folder that the task copies: it is not deleted although the source does not have "
+    "it. If it is not wanted there, remove it by hand."
+)
+_SPARED = (
+    "The source does not have {place}, but in it there are names that the task's filters leave out, or that begin with "
+    "a dot, which the source's collection does not show: they and the folders they are in are not deleted. If they are "
+    "not wanted, remove them there by hand."
+)
+
 
 class Mirror:
     """One run over the extras that the journal remembers. `run` blocks; it may be called again after an error.
@@ -58,7 +69,9 @@ class Mirror:
         self._patience = patience
         self._on_fault = on_fault
         self._stop = threading.Event()
-        self._source_hides = self._told_of_spared = self._told_of_shared = self._told_of_source = False
+        self._source_hides = False
+        # What was told already: one place is named of each.
+        self._told: set[str] = set()
         # Device and inode of the folders that are copied, where they are on this machine, too; whether one was met.
         self._one_machine = one_machine
         self._sources: set[tuple[int, int]] = set()
@@ -101,17 +114,17 @@ class Mirror:
             if folder != last or not last:
                 last, shared = folder, any(map(filled.several, ways.of_folder(path)))
                 if shared:
-                    self._tell_of_shared(path)
+                    self._tell_once(SEVERAL, path)
             if shared or any(way[-1] in filled.names(way[:-1]) for way in ways.below((*path, name)) if way):
                 self._journal.drop_extra(folder, name)
 
-    def _tell_of_shared(self, path: CollectionPath) -> None:
-        if self._told_of_shared:
-            return
-        self._told_of_shared = True
-        place = format_path(path, directory=True)
-        sentence = SEVERAL.format(place=place[:1000])
-        self._on_fault(ItemFailed(sentence, code="EXTRA_NOT_DELETED", who="you", subject=place))
+    def _tell_once(self, why: str, path: CollectionPath) -> None:
+        """Tell why something stays, of the first place that it is so of."""
+        if why not in self._told:
+            self._told.add(why)
+            place = format_path(path, directory=True)
+            sentence = why.format(place=place[:1000])
+            self._on_fault(ItemFailed(sentence, code="EXTRA_NOT_DELETED", who="you", subject=place))
 
     def _go_on(self) -> None:
         if self._stop.is_set():
@@ -172,9 +185,9 @@ class Mirror:
             self._on_fault(problem)
             rows.append(SkippedRow(b"", path, -1, problem.code, problem.sentence, now_iso(), extra=True))
         if self._met_source:
-            self._tell_of_source(path)
+            self._tell_once(_SOURCE, split_path(path))
         elif removal.spared:
-            self._tell_of_spared(path)
+            self._tell_once(_SPARED, split_path(path))
         self._journal.drop_extra(folder, name)
         self._record.removed(removal.count, rows)
 
@@ -199,29 +212,6 @@ class Mirror:
         return (self._source_hides and is_hidden(node.name)) or not included(
             self._options.filter_rules, node.name, node.kind == "dir"
         )
-
-    def _tell_of_source(self, path: bytes) -> None:
-        if self._told_of_source:
-            return
-        self._told_of_source = True
-        place = format_path(split_path(path), directory=True)
-        sentence = (
-            f"{place[:1000]} is, or holds, the very folder that the task copies: it is not deleted although the source "
-            "does not have it. If it is not wanted there, remove it by hand."
-        )
-        self._on_fault(ItemFailed(sentence, code="EXTRA_NOT_DELETED", who="you", subject=place))
-
-    def _tell_of_spared(self, path: bytes) -> None:
-        if self._told_of_spared:
-            return
-        self._told_of_spared = True
-        place = format_path(split_path(path), directory=True)
-        sentence = (
-            f"The source does not have {place[:1000]}, but in it there are names that the task's filters leave out, or "
-            "that begin with a dot, which the source's collection does not show: they and the folders they are in are "
-            "not deleted. If they are not wanted, remove them there by hand."
-        )
-        self._on_fault(ItemFailed(sentence, code="EXTRA_NOT_DELETED", who="you", subject=place))
 
 
 def _entries(folder: Directory, enough: int, spares: Callable[[Node], bool] | None) -> int:
