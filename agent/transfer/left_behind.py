@@ -28,7 +28,7 @@ def sweep_temporaries(
     How many there were. In a folder that may be written to and not listed (a drop box) nobody can say, and they stay.
     """
     try:
-        left = [node.name for node in handle.scan(reserved=True) if node.name.startswith(prefix)]
+        left = [name for name in handle.reserved_names() if name.startswith(prefix)]
     except PermissionError:
         return 0
     names = [name for name in left if name not in keep and not (own is not None and name.startswith(own))]
