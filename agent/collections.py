@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from agent.config.keys import CollectionConfig
-from agent.storage.unavailable import CollectionUnavailable
+from agent.storage.unavailable import CollectionUnavailable, for_owner
 from protocol.control import CollectionReport
 from protocol.errors import NeedsPerson, TowpathError
 from protocol.private_file import write_private_file
@@ -221,10 +221,8 @@ class Collections:
         try:
             with self.using(config):
                 return report_of(config)
-        except CollectionUnavailable as error:
-            return report_of(config, error.owners)
         except NeedsPerson as error:
-            return report_of(config, error.sentence)
+            return report_of(config, for_owner(error))
 
     def accept(self, config: CollectionConfig) -> None:
         """The owner says that the root is right as it is now. Raises OSError or `NeedsPerson`."""

@@ -20,8 +20,9 @@ from starlette.routing import Route
 from agent.config.keys import is_uuid
 from agent.policy import Policy
 from agent.services import Owner, TaskService
+from agent.storage.unavailable import for_owner
 from protocol.control import CollectionReport, encode
-from protocol.errors import AccessDenied, ItemFailed, ProtocolError, RetryLater, TowpathError
+from protocol.errors import MAX_SENTENCE, AccessDenied, ItemFailed, ProtocolError, RetryLater, TowpathError
 
 Handler = Callable[[Request], Awaitable[object]]
 
@@ -171,7 +172,8 @@ def _answering(handler: Handler) -> Callable[[Request], Awaitable[Response]]:
             document = await handler(request)
             return document if isinstance(document, Response) else _json(200, document)
         except TowpathError as error:
-            return _json(_status_of(error), error.to_document())
+            # Who asks here may know where on this machine things are.
+            return _json(_status_of(error), error.to_document() | {"sentence": for_owner(error)[:MAX_SENTENCE]})
         except Exception:
             _logger.exception("A request on the local socket failed: %s %s", request.method, request.url.path)
             document = RetryLater("The agent failed to answer; its log says more.", code="INTERNAL_ERROR").to_document()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from agent.storage import mounts
-from protocol.errors import NeedsPerson
+from protocol.errors import NeedsPerson, TowpathError
 from protocol.names import escape
 
 
@@ -18,6 +18,11 @@ class CollectionUnavailable(NeedsPerson):
     def __init__(self, sentence: str, *, owners: str, code: str | None = None, subject: str = "") -> None:
         super().__init__(sentence, code=code, subject=subject)
         self.owners = owners
+
+
+def for_owner(error: TowpathError) -> str:
+    """The sentence of an error that the owner of this machine is told, on this machine and nowhere else."""
+    return error.owners if isinstance(error, CollectionUnavailable) else error.sentence
 
 
 def unavailable(path: str, why: str, *, told: str = "", code: str | None = None) -> CollectionUnavailable:

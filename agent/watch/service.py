@@ -25,7 +25,7 @@ from agent.collections import Collections
 from agent.config.keys import WatchConfig
 from agent.policy import Policy
 from agent.storage.base import Directory, Root
-from agent.storage.unavailable import CollectionUnavailable
+from agent.storage.unavailable import for_owner
 from agent.system import notifications
 from agent.watch.ledger import LEDGER_FILE, MAX_NAMESAKES, Batch, Item, Ledger
 from agent.watch.rule import (
@@ -236,8 +236,8 @@ class RuleRunner:
             try:
                 await self._look()
             except TowpathError as error:
-                # Rules are told of on this machine only, so the folder may be named.
-                sentence = error.owners if isinstance(error, CollectionUnavailable) else error.sentence
+                # Rules are told of on this machine only.
+                sentence = for_owner(error)
                 if self._problem != sentence:
                     logger.warning("Watch %s: %s", self.rule.name, sentence)
                 self._problem = sentence

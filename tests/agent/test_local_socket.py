@@ -21,6 +21,7 @@ from agent.local_app import LocalApplication, local_app
 from agent.local_server import serve_local
 from agent.local_socket import LocalRefused, NotRunning
 from agent.policy import Policy
+from agent.storage.unavailable import unavailable
 from protocol.control import TaskObserved
 from protocol.errors import TowpathError
 from tests.agent.recorded_tasks import RecordedTasks
@@ -259,6 +260,14 @@ async def test_errors_are_sentences(state_dir: Path) -> None:
             await world.ask("POST", f"/collections/{TASK}/accept-root")
         with pytest.raises(LocalRefused, match="404"):
             await world.ask("GET", "/nothing")
+
+        async def away() -> str:
+            raise unavailable("/srv/data", "cannot be found")
+
+        world.owner.reload = away  # type: ignore[method-assign]
+        # Others are told no path of this machine; who asks here is its owner.
+        with pytest.raises(LocalRefused, match="folder /srv/data cannot be found"):
+            await world.ask("POST", "/reload")
 
         async def broken() -> str:
             raise RuntimeError("inner details")
