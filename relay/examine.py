@@ -17,19 +17,17 @@ import ssl
 import stat
 import subprocess
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
 from urllib.parse import urlsplit
 
 from protocol.errors import TowpathError
+from protocol.findings import AUTHORITY_WARNING, Finding, Level
 from relay.keys import RelayKeys
 from relay.lock import LOCK
 from relay.settings import Settings, load
 from relay.store.migrate import newest_revision
 from relay.tls import (
-    AUTHORITY_WARNING,
     CERTIFICATE_WARNING,
     authority_of,
     ca_certificate_pem,
@@ -46,15 +44,6 @@ LITTLE_DISK, NO_DISK = 2 << 30, 256 << 20
 PATIENCE = 10.0
 # Descriptors that are no connections: database, logs, listening sockets, processes.
 _OTHER_FILES = 200
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One result. ``level`` "failure" means that something does not work or is open to others."""
-
-    level: Literal["ok", "note", "warning", "failure"]
-    sentence: str
-    advice: str = ""
 
 
 def examine(configuration: Path, now: float) -> Iterator[tuple[str, list[Finding]]]:
@@ -115,8 +104,7 @@ def check_files(settings: Settings) -> Iterator[Finding]:
     if fine:
         yield Finding("ok", f"Only user {owner} can read the secrets in {here}.")
     free = shutil.disk_usage(here).free
-    level: Literal["ok", "warning", "failure"]
-    level = "failure" if free < NO_DISK else "warning" if free < LITTLE_DISK else "ok"
+    level: Level = "failure" if free < NO_DISK else "warning" if free < LITTLE_DISK else "ok"
     yield Finding(level, f"{free >> 20} MiB are free in {here}.", "" if level == "ok" else "Free some, or move it.")
 
 
@@ -133,8 +121,8 @@ def check_database(settings: Settings) -> Iterator[Finding]:
             (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
             (revision,) = connection.execute("SELECT version_num FROM alembic_version").fetchone() or ("none",)
     except sqlite3.Error as error:
-        level: Literal["warning", "failure"]
-        level = "warning" if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY else "failure"
+        busy = getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY
+        level: Level = "warning" if busy else "failure"
         advice = "Stop the relay and restore a backup (`restore --force`)." if level == "failure" else "Try again."
         yield Finding(level, f"{file} cannot be read: {error}.", advice)
         return

@@ -23,6 +23,7 @@ import trio
 from fastapi import FastAPI
 
 from protocol.errors import TowpathError
+from protocol.findings import AUTHORITY_WARNING
 from protocol.ticket import TicketVerifier
 from protocol.websocket.carrier import Carrier
 from relay import sdnotify
@@ -55,7 +56,7 @@ from relay.services import Services
 from relay.settings import Settings
 from relay.store.database import Store
 from relay.store.migrate import require, upgrade
-from relay.tls import AUTHORITY_WARNING, CERTIFICATE_WARNING, CertificateStatistics, ServerCertificate
+from relay.tls import CERTIFICATE_WARNING, CertificateStatistics, ServerCertificate
 from relay.transfer import revocation
 from relay.transfer.nodes import DatabaseNodeDirectory
 from relay.transfer.steward import Steward

@@ -29,9 +29,7 @@ _CA_LIFE = datetime.timedelta(days=3650)
 _LEAF_LIFE = datetime.timedelta(days=397)
 _RENEW_BEFORE = datetime.timedelta(days=60)
 _BACKDATE = datetime.timedelta(days=1)
-# Days before the end of the authority from which on that is said: its copies are with every agent and client.
-AUTHORITY_WARNING = 365.0
-# The same for the certificate: the relay's own is renewed long before.
+# Days before its end from which on log and doctor warn of the certificate: the relay's own is renewed long before.
 CERTIFICATE_WARNING = 14.0
 
 

@@ -15,9 +15,8 @@ from agent.cli.output import Output
 from agent.cli.service import config_option
 
 if TYPE_CHECKING:
-    from agent.doctor.registry import Entry, Examination, Finding
-
-MARKS = {"ok": "ok", "note": "note", "warning": "WARNING", "failure": "FAILURE"}
+    from agent.doctor.registry import Entry, Examination
+    from protocol.findings import Finding
 
 
 @click.command()
@@ -30,6 +29,7 @@ def doctor(out: Output, checks: tuple[str, ...], config_file: Path) -> int:
     CHECKS are names of single checks; all of them if none is given.
     """
     from agent.doctor.registry import CHECKS
+    from protocol.findings import document_of, failed, lines_of
 
     known = {entry.name for entry in CHECKS}
     unknown = [name for name in checks if name not in known]
@@ -43,11 +43,11 @@ def doctor(out: Output, checks: tuple[str, ...], config_file: Path) -> int:
         findings = run_check(entry, examination)
         report.append((entry, findings))
         if findings and not out.is_json:
-            _print(out, entry, findings)
+            for line in lines_of(entry.title, findings):
+                out.line(line)
     if out.is_json:
-        out.document({"checks": [document_of(entry, findings) for entry, findings in report]})
-    failed = any(finding.level == "failure" for _, findings in report for finding in findings)
-    return ExitCode.OTHER if failed else ExitCode.DONE
+        out.document({"checks": [document_of(entry.name, findings) for entry, findings in report]})
+    return ExitCode.OTHER if any(failed(findings) for _, findings in report) else ExitCode.DONE
 
 
 def examine(config_file: Path) -> Examination:
@@ -70,8 +70,8 @@ def examine(config_file: Path) -> Examination:
 
 def run_check(entry: Entry, examination: Examination) -> list[Finding]:
     """Run one check within its time. A check that breaks or hangs is a finding too."""
-    from agent.doctor.registry import Finding
     from protocol import threads
+    from protocol.findings import Finding
 
     findings: list[Finding] = []
 
@@ -95,27 +95,3 @@ def run_check(entry: Entry, examination: Examination) -> list[Finding]:
         sentence = f"The check did not come to an end within {entry.seconds:g} seconds."
         found.append(Finding(level="failure", sentence=sentence, advice="Something it looked at hangs."))
     return found
-
-
-def _print(out: Output, entry: Entry, findings: list[Finding]) -> None:
-    out.line(entry.title)
-    for finding in findings:
-        out.line(f"  {MARKS[finding.level]:<8}{finding.sentence}")
-        if finding.advice:
-            out.line(f"  {'':<8}→ {finding.advice}")
-
-
-def document_of(entry: Entry, findings: list[Finding]) -> dict[str, object]:
-    """A check and what it found, for programs."""
-    return {
-        "name": entry.name,
-        "findings": [
-            {
-                "level": finding.level,
-                "sentence": finding.sentence,
-                "advice": finding.advice,
-                "details": finding.details or {},
-            }
-            for finding in findings
-        ],
-    }

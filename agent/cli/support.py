@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from agent.cli.background import LOG_FILE
-from agent.cli.doctor import document_of, examine, run_check
+from agent.cli.doctor import examine, run_check
 from agent.cli.logs import last_lines
 from agent.cli.service import config_option, failing_plainly
 
@@ -28,6 +28,7 @@ def support_bundle(target: Path | None, config_file: Path) -> None:
     from agent.doctor.registry import CHECKS
     from agent.redaction import Redactor
     from agent.support import MAX_LOG_TEXT, facts, known_secrets, state_listing, write_bundle
+    from protocol.findings import document_of
 
     target = target or Path(f"towpath-support-{time.strftime('%Y%m%d-%H%M%S')}.zip")
     state_dir = state_dir_of(config_file)
@@ -43,7 +44,7 @@ def support_bundle(target: Path | None, config_file: Path) -> None:
         "facts.json": facts(),
         "status.json": examination.status or {"running": False},
         "configuration.json": configuration,
-        "doctor.json": [document_of(entry, run_check(entry, examination)) for entry in CHECKS],
+        "doctor.json": [document_of(entry.name, run_check(entry, examination)) for entry in CHECKS],
         "state.json": state_listing(state_dir),
     }
     for file in (config_file, overlay_file(config_file)):

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from agent.config.exposure import exposures, unusable
 from agent.config.keys import CollectionConfig
-from agent.doctor.registry import Examination, Finding
+from agent.doctor.registry import Examination
+from protocol.findings import Finding
 
 LOW_DISK = 256 * 1024 * 1024
 

@@ -18,16 +18,15 @@ import trio
 from agent.connect.addresses import look
 from agent.connect.proxy import Dialer
 from agent.connect.stun_client import UdpBehaviour, udp_behaviour
-from agent.doctor.registry import Examination, Finding
+from agent.doctor.registry import Examination
 from protocol.control import FINAL_STATES
 from protocol.errors import TowpathError
+from protocol.findings import AUTHORITY_WARNING, Finding
 from protocol.interception import PORTAL
 
 TIMEOUT = 5.0
 # A clock that is further off than this makes tickets of two hours look wrong sooner or later (seconds).
 CLOCK_SLACK, CLOCK_LIMIT = 5.0, 110.0
-# Days before the end of the relay's own authority from which on that is said.
-AUTHORITY_WARNING = 365.0
 # Tasks that are over, of which the path is told.
 PATHS_OF_OVER = 3
 

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from agent import local_socket
-from agent.doctor.registry import Examination, Finding
+from agent.doctor.registry import Examination
 from protocol.errors import TowpathError
+from protocol.findings import Finding
 
 PATIENCE = 25.0
 

@@ -11,27 +11,12 @@ import importlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
+
+from protocol.findings import Finding
 
 if TYPE_CHECKING:
     from agent.config.keys import AgentConfig
-
-# ``ok``: looked at, as it should be. ``note``: worth knowing. ``warning``: works, but not well or not for long.
-# ``failure``: something does not work.
-Level = Literal["ok", "note", "warning", "failure"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Finding:
-    """What a check found: one sentence, and what to do about it (one sentence, empty if nothing is to be done).
-
-    ``details`` are facts for ``--format json``; they must hold no secret.
-    """
-
-    level: Level
-    sentence: str
-    advice: str = ""
-    details: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -107,26 +107,20 @@ def doctor(context: click.Context, as_json: bool) -> None:
     Changes nothing. Exit code 1 when something does not work or is open to others.
     """
     import time
-    from dataclasses import asdict
 
+    from protocol.findings import document_of, failed, lines_of
     from protocol.terminal import terminal_safe
     from relay.examine import examine
 
-    failed, documents = False, []
+    report = []
     for title, findings in examine(context.obj or default_configuration(), time.time()):
-        failed = failed or any(finding.level == "failure" for finding in findings)
-        documents.append({"name": title, "findings": [asdict(finding) for finding in findings]})
-        if as_json:
-            continue
-        click.echo(title)
-        for finding in findings:
-            mark = finding.level.upper() if finding.level in ("warning", "failure") else finding.level
-            click.echo(f"  {mark:<8}{terminal_safe(finding.sentence)}")
-            if finding.advice:
-                click.echo(f"  {'':<8}→ {terminal_safe(finding.advice)}")
+        report.append((title, findings))
+        if not as_json:
+            for line in lines_of(title, findings):
+                click.echo(terminal_safe(line))
     if as_json:
-        click.echo(json.dumps({"checks": documents}, indent=2))
-    if failed:
+        click.echo(json.dumps({"checks": [document_of(title, findings) for title, findings in report]}, indent=2))
+    if any(failed(findings) for _, findings in report):
         context.exit(1)
 
 

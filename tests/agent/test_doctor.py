@@ -24,10 +24,11 @@ from agent.config.keys import AgentConfig, CollectionConfig
 from agent.config.layers import load_config
 from agent.doctor.machine import check_collections
 from agent.doctor.network import _authority, _same_relay, check_paths
-from agent.doctor.registry import CHECKS, Entry, Examination, Finding
+from agent.doctor.registry import CHECKS, Entry, Examination
 from agent.identity_file import IDENTITY_FILE, KEY_FILE, Identity, save_identity
 from agent.storage.disks import Disk
 from agent.storage.mounts import Mark
+from protocol.findings import Finding
 from protocol.identity import NodeKey
 
 ID = "6c54cade-bde5-45c1-bdea-f4bd71dba2cc"

@@ -15,10 +15,10 @@ import msgspec
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from protocol.findings import Finding
 from protocol.private_file import write_private_file
 from relay import examine, tls
 from relay.cli.main import main
-from relay.examine import Finding
 from relay.lock import exclusive
 from relay.settings import Settings
 from tests.relay.test_operator_commands import Operator
