@@ -36,6 +36,18 @@ def needing(scope: str, *, optional: bool = False, lasting: bool = False) -> dic
     return {"dependent_scopes": [{"scope": scope, "optional": optional, "requires_refresh_token": lasting}]}
 
 
+async def shown_consent(world: Any, person: Person, application: Application, way: str) -> tuple[Form, str]:
+    """The form in which a person is asked, in the browser or for a device, and the device's code."""
+    if way == "browser":
+        (form,) = forms_of((await person.get(application.url())).text)
+        return form, ""
+    begin = {"client_id": application.client_id, "scope": application.scope}
+    made = (await world.http.post("/v2/oauth2/device_authorization", data=begin)).json()
+    (form,) = forms_of((await person.get("/device")).text)
+    (form,) = forms_of((await person.post(form, user_code=made["user_code"])).text)
+    return form, made["device_code"]
+
+
 async def test_a_scope_is_asked_for_consented_to_and_gives_its_service_dependent_tokens(world: Any) -> None:
     dev = await developer(world, "dev")
     client_id, secret = await service(dev)
@@ -108,20 +120,14 @@ async def test_what_is_optional_can_be_refused_alone(world: Any, way: str) -> No
     application = Application(scope=scope["scope_string"])
 
     async def given(*refused: str) -> list[str]:
-        if way == "browser":
-            (form,) = forms_of((await ada.get(application.url())).text)
-        else:
-            begin = {"client_id": application.client_id, "scope": application.scope}
-            made = (await world.http.post("/v2/oauth2/device_authorization", data=begin)).json()
-            (form,) = forms_of((await ada.get("/device")).text)
-            (form,) = forms_of((await ada.post(form, user_code=made["user_code"])).text)
+        form, device_code = await shown_consent(world, ada, application, way)
         assert "below-0" in form.fields, "the box is ticked at first"
         kept = {name: value for name, value in form.fields.items() if name not in refused}
         page = await ada.post(Form(form.action, kept), decision="allow")
         if way == "browser":
             document = (await application.redeem(world, application.answer(page)["code"])).json()
         else:
-            poll = {"grant_type": "urn:ietf:params:oauth:grant-type:device_code", "device_code": made["device_code"]}
+            poll = {"grant_type": "urn:ietf:params:oauth:grant-type:device_code", "device_code": device_code}
             poll["client_id"] = application.client_id
             document = (await world.http.post("/v2/oauth2/token", data=poll)).json()
         form_ = {"grant_type": DEPENDENT, "token": document["access_token"]}
@@ -143,13 +149,7 @@ async def test_nothing_is_allowed_that_was_not_on_the_page(world: Any, way: str)
     ada = Person(world)
     await ada.arrive(await add_person(world, "ada"))
     application = Application(scope=scope["scope_string"])
-    if way == "browser":
-        (form,) = forms_of((await ada.get(application.url())).text)
-    else:
-        begin = {"client_id": application.client_id, "scope": application.scope}
-        made = (await world.http.post("/v2/oauth2/device_authorization", data=begin)).json()
-        (form,) = forms_of((await ada.get("/device")).text)
-        (form,) = forms_of((await ada.post(form, user_code=made["user_code"])).text)
+    form, _ = await shown_consent(world, ada, application, way)
     await dev.done("PUT", f"/scopes/{scope['id']}", {"scope": needing(TRANSFER_ALL)})
     page = await ada.post(form, decision="allow")
     assert "has changed" in page.text
