@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -12,7 +12,6 @@ from agent.transfer.manifest import (
     SKIPPED_LIST,
     TRANSFERRED_LIST,
     ManifestDamaged,
-    ManifestPage,
     RowType,
     SkippedRow,
     TransferredRow,
@@ -20,7 +19,7 @@ from agent.transfer.manifest import (
 )
 from protocol.control import Page, SkippedError, SuccessfulTransfer
 from protocol.errors import ItemFailed
-from protocol.names import format_path
+from protocol.names import format_path, split_path
 from protocol.session import DIRECTORY, SYMLINK
 
 # Rows in one page, however many are asked for.
@@ -38,14 +37,12 @@ class ReadPage(Protocol):
 
 def successful_page(directory: Path, marker: str | None, limit: int, *, complete: bool) -> Page:
     """A page of what was transferred. See `ReadPage`."""
-    page = _read(directory / TRANSFERRED_LIST, TransferredRow, marker, limit, complete=complete)
-    return _page([_successful(row) for row in page.rows], page.next_marker)
+    return _page(directory / TRANSFERRED_LIST, TransferredRow, _successful, marker, limit, complete=complete)
 
 
 def skipped_page(directory: Path, marker: str | None, limit: int, *, complete: bool) -> Page:
     """A page of what was left out, and why. See `ReadPage`."""
-    page = _read(directory / SKIPPED_LIST, SkippedRow, marker, limit, complete=complete)
-    return _page([_skipped(row) for row in page.rows], page.next_marker)
+    return _page(directory / SKIPPED_LIST, SkippedRow, _skipped, marker, limit, complete=complete)
 
 
 def _successful(row: TransferredRow) -> SuccessfulTransfer:
@@ -73,17 +70,21 @@ def _skipped(row: SkippedRow) -> SkippedError:
     )
 
 
-def _page(rows: Sequence[SuccessfulTransfer | SkippedError], next_marker: str | None) -> Page:
-    return Page(rows=[msgspec.to_builtins(row) for row in rows], next_marker=next_marker)
-
-
 def _shown(path: bytes) -> str:
-    return format_path(tuple(path.split(b"/")) if path else ())
+    return format_path(split_path(path))
 
 
-def _read(path: Path, kind: type[RowType], marker: str | None, limit: int, *, complete: bool) -> ManifestPage[RowType]:
+def _page(
+    path: Path,
+    kind: type[RowType],
+    told: Callable[[RowType], SuccessfulTransfer | SkippedError],
+    marker: str | None,
+    limit: int,
+    *,
+    complete: bool,
+) -> Page:
     try:
-        return read_page(path, kind, marker, min(limit, MAX_PAGE), complete=complete)
+        page = read_page(path, kind, marker, min(limit, MAX_PAGE), complete=complete)
     except ManifestDamaged as error:
         raise ItemFailed(
             "From here on the task's list of files is damaged on the agent's disk and cannot be shown. What was "
@@ -93,3 +94,4 @@ def _read(path: Path, kind: type[RowType], marker: str | None, limit: int, *, co
         ) from error
     except ValueError as error:
         raise ItemFailed(str(error), code="BAD_MARKER") from error
+    return Page(rows=[msgspec.to_builtins(told(row)) for row in page.rows], next_marker=page.next_marker)
