@@ -7,11 +7,16 @@ import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from agent.config.exposure import exposures, unusable
 from agent.config.keys import CollectionConfig
 from agent.doctor.registry import Examination
 from protocol.findings import Finding
+
+if TYPE_CHECKING:
+    from agent.collections import Marks
+    from agent.config.keys import AgentConfig
 
 LOW_DISK = 256 * 1024 * 1024
 
@@ -132,39 +137,49 @@ def _kept(place: Path) -> Iterator[Finding]:
         # Before set-up there is nothing to be damaged; the configuration's check says what to do.
         if load_identity(place) is not None:
             require(place)
+    except TowpathError as error:
+        advice = (
+            "Where that is not to be had: have the agent revoked at the relay, move this directory away and set it "
+        )
+        yield Finding(level="failure", sentence=error.sentence, advice=f"{advice}up anew.")
+    try:
         Marks(place / MARKS_FILE)
     except TowpathError as error:
-        advice = "Without a backup: have the agent revoked at the relay, move this directory away and set it up anew."
+        advice = "Mount all disks before: every root is then taken as it is."
         yield Finding(level="failure", sentence=error.sentence, advice=advice)
 
 
-def _another_disk(examination: Examination, collection: CollectionConfig) -> str:
-    """A sentence if the root is there, but not on the disk it was set up on: an empty mount point."""
+def _marks(config: AgentConfig) -> Marks:
+    """What the agent has kept of its roots; nothing where that cannot be read, which `check_state` tells."""
     from agent.collections import MARKS_FILE, Marks
+    from protocol.errors import TowpathError
+
+    try:
+        return Marks(config.state_dir / MARKS_FILE)
+    except TowpathError:
+        return Marks(None)
+
+
+def _another_disk(marks: Marks, collection: CollectionConfig) -> str:
+    """A sentence if the root is there, but not on the disk it was set up on: an empty mount point."""
     from agent.storage import mounts, posix
 
-    assert examination.config is not None
-    expected = Marks(examination.config.state_dir / MARKS_FILE).expected(collection)
+    expected = marks.expected(collection)
     if expected is None or not os.path.isdir(collection.root) or not os.access(collection.root, os.R_OK | os.X_OK):
         return ""
-    root = posix.open_root(collection.root)
-    try:
+    with posix.open_root(collection.root) as root:
         difference = mounts.difference(expected, root.mark(), strict=False)
-    finally:
-        root.close()
     return f"The folder {collection.root} of {collection.name} {difference}." if difference else ""
 
 
-def _disks_away(examination: Examination, collection: CollectionConfig) -> list[str]:
+def _disks_away(marks: Marks, collection: CollectionConfig) -> list[str]:
     """Folders below a root where disks were mounted that are away."""
-    from agent.collections import MARKS_FILE, Marks
     from agent.storage import posix
     from agent.storage.disks import DiskAway
     from protocol.names import format_path
 
-    assert examination.config is not None
     away = []
-    disks = Marks(examination.config.state_dir / MARKS_FILE).disks(collection)
+    disks = marks.disks(collection)
     if not disks:
         return []
     with posix.open_root(collection.root, disks=disks) as root:
@@ -179,22 +194,19 @@ def _disks_away(examination: Examination, collection: CollectionConfig) -> list[
     return away
 
 
-def _alike(examination: Examination, collection: CollectionConfig) -> list[str]:
+def _alike(marks: Marks, collection: CollectionConfig) -> list[str]:
     """Where disks are mounted that could not be told from others in their place."""
-    from agent.collections import MARKS_FILE, Marks
     from agent.storage import mounts
 
-    assert examination.config is not None
-    marks = Marks(examination.config.state_dir / MARKS_FILE)
     expected = marks.expected(collection)
     known = [] if expected is None else [expected, *(disk.mark for disk in marks.disks(collection))]
     return [mark.mount_point for mark in known if mounts.is_alike(mark)]
 
 
-def _finding_of_root(examination: Examination, collection: CollectionConfig) -> Finding:
+def _finding_of_root(marks: Marks, collection: CollectionConfig) -> Finding:
     """The first thing that is the matter with a collection's root, or that nothing is."""
     root = Path(collection.root)
-    if other := _another_disk(examination, collection):
+    if other := _another_disk(marks, collection):
         return Finding(level="failure", sentence=other, advice="Mount its disk.")
     if not root.is_dir():
         return Finding(
@@ -214,7 +226,7 @@ def _finding_of_root(examination: Examination, collection: CollectionConfig) -> 
             sentence=f"Nobody can write to {collection.name}, because this user may not write in {root}.",
             advice="Mend its mode, or set `access: read-only`.",
         )
-    if away := _disks_away(examination, collection):
+    if away := _disks_away(marks, collection):
         return Finding(
             level="warning",
             sentence=f"In {collection.name}, the disks of these folders are not mounted: {', '.join(away)}.",
@@ -227,9 +239,10 @@ def check_collections(examination: Examination) -> Iterator[Finding]:
     """Whether every root is there, and none gives away the agent's own files."""
     if examination.config is None:
         return
+    marks = _marks(examination.config)
     for collection in examination.config.collections:
-        yield _finding_of_root(examination, collection)
-        for place in _alike(examination, collection):
+        yield _finding_of_root(marks, collection)
+        for place in _alike(marks, collection):
             yield Finding(
                 level="note",
                 sentence=f"Another disk mounted at {place} would be taken for the one of {collection.name}: no marker "

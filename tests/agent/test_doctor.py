@@ -158,6 +158,17 @@ def test_a_disk_below_a_root_that_is_not_mounted_is_named(tmp_path: Path) -> Non
     assert "accept-root" in finding["advice"]
 
 
+def test_collections_are_looked_at_also_where_the_marks_of_their_roots_are_damaged(tmp_path: Path) -> None:
+    config_file, _, _ = marked(tmp_path)
+    (tmp_path / "agent.state" / MARKS_FILE).write_bytes(b"{")
+    code, found = run(config_file, "state", "collections")
+    assert code == 1
+    assert [finding["level"] for finding in found["collections"]] == ["ok"]
+    failures = [finding for finding in found["state"] if finding["level"] == "failure"]
+    assert [MARKS_FILE in finding["sentence"] for finding in failures] == [True]
+    assert "revoked" not in failures[0]["advice"], "it may be removed, and the agent stays"
+
+
 def test_what_is_wrong_is_named_with_what_to_do(tmp_path: Path) -> None:
     config_file = tmp_path / "agent.yaml"
     (tmp_path / "agent.state").mkdir(mode=0o755)
