@@ -10,6 +10,7 @@ import msgspec
 
 from protocol.control import EnrolAnswer, EnrolRequest, decode_untrusted, encode
 from protocol.errors import ProtocolError, TowpathError
+from protocol.interception import certificate_error
 
 TIMEOUT = 20.0
 MAX_ANSWER = 256 * 1024
@@ -108,11 +109,9 @@ def _exchange(relay_url: str, context: ssl.SSLContext, method: str, path: str, b
 
 
 def _reason(error: httpx.HTTPError) -> str:
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, ssl.SSLCertVerificationError):
-            return f"its certificate cannot be trusted ({cause.verify_message})"
-        cause = cause.__cause__ or cause.__context__
+    refused = certificate_error(error)
+    if refused is not None:
+        return f"its certificate cannot be trusted ({refused.verify_message})"
     if isinstance(error, httpx.TimeoutException):
         return f"no answer within {TIMEOUT:.0f} seconds"
     return str(error) or type(error).__name__

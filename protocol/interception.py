@@ -5,9 +5,21 @@ from __future__ import annotations
 import ssl
 
 CODE = "INTERCEPTED"
-# X509_V_ERR_CERT_NOT_YET_VALID and X509_V_ERR_CERT_HAS_EXPIRED (openssl-verification-options(1)).
-_TIMES = (9, 10)
+# What OpenSSL finds wrong with a certificate (X509_V_ERR_…, openssl-verification-options(1)): not valid yet, no longer,
+# for another name or address.
+EARLY, LATE, NAMES = 9, 10, (62, 64)
 PORTAL = "On a network that asks you to sign in first (a hotel, a train), do that in a browser."
+PROXY = (
+    "If a proxy or firewall on this network opens encrypted connections, ask its operator to let those to the relay "
+    "through untouched."
+)
+
+
+def certificate_error(error: BaseException | None) -> ssl.SSLCertVerificationError | None:
+    """The certificate that was refused, where that is behind an error of a library."""
+    while error is not None and not isinstance(error, ssl.SSLCertVerificationError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def certificate_sentence(host: str, error: ssl.SSLCertVerificationError) -> str:
@@ -15,13 +27,12 @@ def certificate_sentence(host: str, error: ssl.SSLCertVerificationError) -> str:
     if is_about_time(error):
         return time_sentence(host, error)
     shown = f"The certificate shown for the relay {host} is not the expected one: {error.verify_message}."
-    proxy = "If a proxy on this network opens encrypted connections, ask its operator to let those to the relay through"
-    return f"{shown} {PORTAL} {proxy} untouched."
+    return f"{shown} {PORTAL} {PROXY}"
 
 
 def is_about_time(error: ssl.SSLCertVerificationError) -> bool:
     """Whether a certificate is right but for the time."""
-    return getattr(error, "verify_code", 0) in _TIMES
+    return getattr(error, "verify_code", 0) in (EARLY, LATE)
 
 
 def time_sentence(relay: str, error: ssl.SSLCertVerificationError) -> str:

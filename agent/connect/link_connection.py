@@ -11,7 +11,7 @@ import trio
 
 from agent.connect.relay_way import Blocked, CannotConnect, RelayWay, Way, tls_context
 from protocol.errors import ProtocolError, TowpathError
-from protocol.interception import CODE, certificate_sentence
+from protocol.interception import CODE, certificate_error, certificate_sentence
 from protocol.keep_alive import give_up_unacknowledged, keep_alive
 from protocol.link import ALPN
 
@@ -112,9 +112,9 @@ class LinkConnector:
             await stream.do_handshake()
         except trio.BrokenResourceError as error:
             await trio.aclose_forcefully(stream)
-            cause = error.__cause__
-            if isinstance(cause, ssl.SSLCertVerificationError):
-                raise CannotConnect(certificate_sentence(self._host, cause), code=CODE, who="you") from error
+            refused = certificate_error(error)
+            if refused is not None:
+                raise CannotConnect(certificate_sentence(self._host, refused), code=CODE, who="you") from error
             # Who inspects cuts at once. A relay that has too many agents to greet lets them wait, and then sends them
             # away; they must not all come back inside WebSocket.
             kind = Blocked if trio.current_time() - began < INSPECTION else CannotConnect

@@ -21,7 +21,7 @@ from agent.connect.relay_way import Blocked, RelayWay, Way, tls_context
 from agent.connect.transport import Connection, Greet, Path, Wish
 from protocol.candidates import Candidate, PathGo, PathOffer
 from protocol.errors import ProtocolError, RetryLater, TowpathError
-from protocol.interception import CODE, certificate_sentence
+from protocol.interception import CODE, certificate_error, certificate_sentence
 from protocol.tunnel.greeting import MAX_LINE, LineReader, Presented, encode_line, verdict_untrusted
 from protocol.tunnel.token import ALPN
 from protocol.websocket.carrier import Carrier, local_pair
@@ -178,9 +178,9 @@ async def enter_raw(dial: Dial, host: str, port: int, context: ssl.SSLContext) -
             raise Blocked("The relay offers no tunnel, or something between changes the connection to it.")
     except (trio.BrokenResourceError, OSError) as error:
         raw.socket.close()
-        cause = error if isinstance(error, ssl.SSLCertVerificationError) else error.__cause__
-        if isinstance(cause, ssl.SSLCertVerificationError):
-            raise TunnelFailed(certificate_sentence(host, cause), code=CODE) from error
+        refused = certificate_error(error)
+        if refused is not None:
+            raise TunnelFailed(certificate_sentence(host, refused), code=CODE) from error
         raise Blocked("The connection to the relay's tunnel broke.") from error
     except BaseException:
         raw.socket.close()

@@ -22,7 +22,7 @@ from agent.doctor.registry import Examination
 from protocol.control import FINAL_STATES
 from protocol.errors import TowpathError
 from protocol.findings import AUTHORITY_WARNING, Finding
-from protocol.interception import PORTAL
+from protocol.interception import EARLY, LATE, NAMES, PORTAL, PROXY, certificate_error
 
 TIMEOUT = 5.0
 # A clock that is further off than this makes tickets of two hours look wrong sooner or later (seconds).
@@ -166,26 +166,17 @@ def _https(examination: Examination, url: str) -> Iterator[Finding]:
         yield Finding(level="ok", sentence="The clock agrees with the relay's.", details=details)
 
 
-# What OpenSSL finds wrong with a certificate (X509_V_ERR_…): not valid yet, no longer, for another name or address.
-_EARLY, _LATE, _NAMES = 9, 10, (62, 64)
-
-
 def _what_to_do(error: BaseException) -> str:
     """Advice for trouble with HTTPS, by what is wrong with the certificate if that is it."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, ssl.SSLCertVerificationError):
-        cause = cause.__cause__ or cause.__context__
-    code = cause.verify_code if cause is not None else 0
-    if code == _LATE:
+    refused = certificate_error(error)
+    code = refused.verify_code if refused is not None else 0
+    if code == LATE:
         return "Compare this machine's clock; if it is right, the relay's operator has to renew the certificate."
-    if code == _EARLY:
+    if code == EARLY:
         return "Compare this machine's clock, which seems to be behind."
-    if code in _NAMES:
+    if code in NAMES:
         return "Compare `relay.url` with the address that the relay's operator gave you."
-    return (
-        f"{PORTAL} If a proxy or firewall opens encrypted connections, ask its operator to let those to the relay "
-        "through untouched."
-    )
+    return f"{PORTAL} {PROXY}"
 
 
 def _same_relay(examination: Examination, url: str, document: dict[str, object]) -> Iterator[Finding]:
