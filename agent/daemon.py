@@ -38,6 +38,7 @@ from agent.lock import RENEW_EVERY, InstanceLock
 from agent.manners import Manners
 from agent.meter.exposition import AgentNumbers, exposition
 from agent.meter.publish import Publisher
+from agent.policy import Pause
 from agent.sdnotify import Notifier
 from agent.system.processes import ENDING, RELOADING
 from agent.update.service import UpdateService
@@ -331,20 +332,20 @@ class Daemon:
         self._tasks.announce_collections(await self._availability.look())
         return f"The configuration was read again: {len(config.collections)} collection(s).{rest}"
 
-    async def set_paused(self, paused: bool, *, drain: bool = False) -> None:
-        """Hold up all transfers, or with ``drain`` those that have not begun, or let them go on; remembered over
-        restarts. Raises `RetryLater`, with nothing changed, when that cannot be written down."""
+    async def set_pause(self, pause: Pause) -> None:
+        """Hold up all transfers, or those that have not begun, or let them go on; remembered over restarts. Raises
+        `RetryLater`, with nothing changed, when that cannot be written down."""
         mark = self._config.state_dir / PAUSED_FILE
         change = (
-            functools.partial(write_private_file, mark, DRAINS if drain else b"")
-            if paused
-            else functools.partial(mark.unlink, missing_ok=True)
+            functools.partial(mark.unlink, missing_ok=True)
+            if pause == "none"
+            else functools.partial(write_private_file, mark, DRAINS if pause == "new" else b"")
         )
         try:
             await trio.to_thread.run_sync(change)
         except OSError as error:
             raise RetryLater(f"The pause could not be remembered: {error}.") from error
-        self._policy.paused, self._policy.draining = paused and not drain, paused and drain
+        self._policy.pause = pause
         await self._tasks.pause_changed()
         if self._policy.paused:
             # Sessions that others have with this machine as their source end; new ones are refused by the policy.

@@ -24,7 +24,7 @@ from agent.connect.relay_way import RelayWay
 from agent.connect.transport import Transports
 from agent.connect.tunnel import TunnelTransport
 from agent.identity_file import Identity, NotSetUp
-from agent.policy import Policy
+from agent.policy import Pause, Policy
 from agent.transfer.local_node import LocalNode
 from agent.transfer.service import TransferService
 from agent.transfer.spawn import Spawned
@@ -53,7 +53,7 @@ class DataSide:
         self.config = config
         self.key = key
         self.policy = Policy(config.collections)
-        recall_pause(self.policy, config.state_dir)
+        self.policy.pause = recall_pause(config.state_dir)
         marks = Marks(config.state_dir / MARKS_FILE)
         self.collections = Collections(marks, own_places)
         self.relay_url = config.relay.url or identity.relay_url
@@ -129,15 +129,14 @@ class DataSide:
         return self.tasks.sessions.count > 0 or any(task.state == "ACTIVE" for task in self.tasks.tasks())
 
 
-def recall_pause(policy: Policy, state_dir: Path) -> None:
-    """Take up what the owner said before a restart. A mark that cannot be read is a pause."""
+def recall_pause(state_dir: Path) -> Pause:
+    """What the owner said before a restart. A mark that cannot be read is a pause of everything."""
     try:
-        policy.draining = (state_dir / PAUSED_FILE).read_bytes() == DRAINS
+        return "new" if (state_dir / PAUSED_FILE).read_bytes() == DRAINS else "all"
     except FileNotFoundError:
-        return
+        return "none"
     except OSError:
-        policy.draining = False
-    policy.paused = not policy.draining
+        return "all"
 
 
 def _place_of(url: str, dialer: Dialer) -> tuple[str, int] | None:

@@ -79,17 +79,17 @@ class LocalApplication:
 
     async def pause(self, _: Request) -> object:
         """Hold up everything this machine takes part in."""
-        await self._owner.set_paused(True)
+        await self._owner.set_pause("all")
         return {"message": "All transfers of this machine are paused."}
 
     async def drain(self, _: Request) -> object:
         """Finish what has begun, and begin nothing new."""
-        await self._owner.set_paused(True, drain=True)
+        await self._owner.set_pause("new")
         return {"message": "What has begun is finished, and nothing new begins."}
 
     async def resume(self, _: Request) -> object:
         """Undo `pause` and `drain`."""
-        await self._owner.set_paused(False)
+        await self._owner.set_pause("none")
         return {"message": "Transfers go on."}
 
     async def reconnect(self, _: Request) -> object:

@@ -15,6 +15,8 @@ from protocol.errors import AccessDenied, ItemFailed, NeedsPerson, RetryLater
 from protocol.names import is_reserved
 
 Access = Literal["r", "rw"]
+# What the owner holds up on this machine: nothing; what has not begun, while the rest is finished; all transfers.
+Pause = Literal["none", "new", "all"]
 
 # What a relay may ask of the agent as such, whatever the collection. Settings, updates, support and anything
 # else that only the owner may do are not here and have no route on the link.
@@ -33,9 +35,7 @@ class Policy:
     def __init__(self, collections: Iterable[CollectionConfig]) -> None:
         self._collections = {collection.id: collection for collection in collections}
         # Set by the owner alone, through the local socket.
-        self.paused = False
-        # Likewise: what has begun is finished, and nothing new begins.
-        self.draining = False
+        self.pause: Pause = "none"
         # Why this machine holds back for the moment by itself (battery, load); empty if it does not.
         self.held_back = ""
 
@@ -43,6 +43,16 @@ class Policy:
     def collections(self) -> tuple[CollectionConfig, ...]:
         """What is offered now, in the owner's order."""
         return tuple(self._collections.values())
+
+    @property
+    def paused(self) -> bool:
+        """Whether the owner holds up all transfers."""
+        return self.pause == "all"
+
+    @property
+    def draining(self) -> bool:
+        """Whether what has begun is finished, and nothing new begins."""
+        return self.pause == "new"
 
     def replace(self, collections: Iterable[CollectionConfig]) -> None:
         """The owner changed the configuration: from now on only this counts, also for running transfers."""

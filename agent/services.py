@@ -10,6 +10,7 @@ from contextlib import AbstractAsyncContextManager
 from typing import Any, Protocol
 
 from agent.connect.peers import PeerPath
+from agent.policy import Pause
 from protocol.candidates import PathAnswer, PathGo, PathOffer
 from protocol.control import (
     AgentEvent,
@@ -101,8 +102,8 @@ class Owner(Protocol):
     async def reload(self) -> str:
         """Read the configuration again; a sentence on what changed. Raises `ConfigError`."""
 
-    async def set_paused(self, paused: bool, *, drain: bool = False) -> None:
-        """Hold up all transfers of this machine, with ``drain`` those that have not begun, or let them go on."""
+    async def set_pause(self, pause: Pause) -> None:
+        """Hold up all transfers of this machine, or those that have not begun, or let them go on."""
 
     async def accept_root(self, collection_id: str) -> None:
         """The root of a collection, or a disk below it, has moved for good: take them as they are now."""

@@ -76,7 +76,7 @@ def test_only_the_known_operations_are_the_relays(operation: str) -> None:
 
 def test_a_paused_machine_serves_no_new_session_and_everything_else() -> None:
     policy = Policy([])
-    policy.paused = True
+    policy.pause = "all"
     with pytest.raises(NeedsPerson) as caught:
         policy.check_operation("sessions")
     assert caught.value.code == "PAUSED_BY_OWNER"

@@ -275,7 +275,7 @@ async def test_an_unknown_task_is_missing(link: Link) -> None:
 
 
 async def test_a_paused_machine_takes_orders_and_holds_them_up(link: Link) -> None:
-    link.policy.paused = True
+    link.policy.pause = "all"
     assert (await link.ask("PUT", f"/link/tasks/{TASK}", order())).status_code == 202
     # All wait; what is paused alone is for its owner to say.
     assert ("pause_task", TASK) not in link.tasks.calls

@@ -20,7 +20,7 @@ from agent import local_socket
 from agent.local_app import LocalApplication, local_app
 from agent.local_server import serve_local
 from agent.local_socket import LocalRefused, NotRunning
-from agent.policy import Policy
+from agent.policy import Pause, Policy
 from agent.storage.unavailable import unavailable
 from protocol.control import TaskObserved
 from protocol.errors import TowpathError
@@ -40,8 +40,8 @@ class FakeOwner:
         self.calls.append("reload")
         return "Read again."
 
-    async def set_paused(self, paused: bool, *, drain: bool = False) -> None:
-        self.calls.append(f"paused {paused}{' drain' * drain}")
+    async def set_pause(self, pause: Pause) -> None:
+        self.calls.append(f"pause {pause}")
 
     async def accept_root(self, collection_id: str) -> None:
         self.calls.append(f"accept {collection_id}")
@@ -105,7 +105,7 @@ async def test_the_owner_asks_and_the_agent_answers(state_dir: Path) -> None:
             assert (await world.ask("POST", path))["message"]
         await world.ask("POST", f"/tasks/{TASK}/pause")
         await world.ask("POST", f"/tasks/{TASK}/resume")
-        assert world.owner.calls == ["paused True", "paused True drain", "paused False", "reconnect", "reload", "stop"]
+        assert world.owner.calls == ["pause all", "pause new", "pause none", "reconnect", "reload", "stop"]
         assert world.tasks.calls == [("pause_task", TASK), ("resume_task", TASK)]
 
 

@@ -15,7 +15,7 @@ import trio
 
 from agent.daemon import Daemon
 from agent.data_side import PAUSED_FILE, recall_pause
-from agent.policy import AccessDenied, Policy
+from agent.policy import AccessDenied, Pause
 from agent.transfer.held_up import told
 from protocol.control import Counters, SessionOrder, TaskItem, TaskObserved
 from protocol.errors import NeedsPerson
@@ -41,7 +41,7 @@ async def two_tasks(directory: Path) -> AsyncIterator[tuple[World, str, str, tri
         nursery.cancel_scope.cancel()
 
 
-async def set_paused(made: World, paused: bool, *, drain: bool = False) -> None:
+async def set_pause(made: World, pause: Pause) -> None:
     """What the daemon does."""
     daemon: Any = SimpleNamespace(
         _config=SimpleNamespace(state_dir=made.beta.state),
@@ -49,16 +49,16 @@ async def set_paused(made: World, paused: bool, *, drain: bool = False) -> None:
         _tasks=made.beta.service,
         _link=SimpleNamespace(kick=lambda: None),
     )
-    await Daemon.set_paused(daemon, paused, drain=drain)
+    await Daemon.set_pause(daemon, pause)
 
 
 async def test_letting_a_machine_go_on_lets_no_task_go_on_that_was_paused_alone(tmp_path: Path) -> None:
     async with two_tasks(tmp_path) as (made, alone, other, _):
         service = made.beta.service
-        await set_paused(made, True)
+        await set_pause(made, "all")
         await service.suspend(suspended=False)
         assert not service.statistics().running
-        await set_paused(made, False)
+        await set_pause(made, "none")
         assert (await made.wait(other)).state == "SUCCEEDED"
         assert service._tasks[alone].held
         assert not service._tasks[alone].running
@@ -70,14 +70,14 @@ async def test_letting_a_machine_go_on_lets_no_task_go_on_that_was_paused_alone(
 async def test_what_was_paused_alone_stays_so_over_a_restart(tmp_path: Path, *, before: bool) -> None:
     """Versions of before marked every task when the machine was paused: those go on with it."""
     async with two_tasks(tmp_path) as (made, alone, other, scope):
-        await set_paused(made, True)
+        await set_pause(made, "all")
         scope.cancel()
         await trio.sleep(0.2)
         if before:
             with closing(sqlite3.connect(made.beta.state / "tasks" / "tasks.sqlite")) as database, database:
                 database.execute("UPDATE tasks SET held = 1")
         await made.start(made.beta)
-        await set_paused(made, False)
+        await set_pause(made, "none")
         assert (await made.wait(other)).state == "SUCCEEDED"
         if before:
             assert (await made.wait(alone)).state == "SUCCEEDED"
@@ -88,11 +88,11 @@ async def test_what_was_paused_alone_stays_so_over_a_restart(tmp_path: Path, *, 
 async def test_tasks_that_come_while_the_machine_is_paused_wait_for_it(tmp_path: Path) -> None:
     async with world(tmp_path) as made:
         (made.alpha.root / "new").write_bytes(b"new")
-        await set_paused(made, True)
+        await set_pause(made, "all")
         task = await made.submit([TaskItem(source_path="/new", destination_path="/new")])
         await trio.testing.wait_all_tasks_blocked(0.05)
         assert not made.beta.service._tasks[task].running
-        await set_paused(made, False)
+        await set_pause(made, "none")
         assert (await made.wait(task)).state == "SUCCEEDED"
 
 
@@ -107,11 +107,11 @@ async def test_a_task_says_who_has_paused_it(tmp_path: Path) -> None:
         assert said(alone) == ("QUEUED", "PAUSED_BY_OWNER", "destination owner")
         assert "this task" in service.get_task(alone).status_sentence
         assert said(other) == ("QUEUED", "HELD_BACK", "")
-        await set_paused(made, True)
+        await set_pause(made, "all")
         assert said(other) == ("QUEUED", "PAUSED_BY_OWNER", "destination owner")
         assert "this machine" in service.get_task(other).status_sentence
         await service.suspend(suspended=False)
-        await set_paused(made, False)
+        await set_pause(made, "none")
         assert (await made.wait(other)).state == "SUCCEEDED"
         assert said(alone)[1] == "PAUSED_BY_OWNER"
 
@@ -136,7 +136,7 @@ async def test_a_draining_machine_finishes_what_has_begun_and_begins_nothing_new
         assert service is not None
         observed = service.get_task(begun)
         service._tasks[begun].observed = msgspec.structs.replace(observed, counters=Counters(files=1))
-        await set_paused(made, True, drain=True)
+        await set_pause(made, "new")
         await service.resume_task(new)
         waits = service.get_task(new)
         assert (waits.state, waits.status_code, waits.who) == ("QUEUED", "PAUSED_BY_OWNER", "destination owner")
@@ -148,7 +148,7 @@ async def test_a_draining_machine_finishes_what_has_begun_and_begins_nothing_new
             while not service.idle:
                 await trio.sleep(0.02)
         assert service.get_task(new).state == "QUEUED"
-        await set_paused(made, False)
+        await set_pause(made, "none")
         assert (await made.wait(new)).state == "SUCCEEDED"
 
 
@@ -158,14 +158,14 @@ async def test_a_draining_source_goes_on_with_sessions_it_knows_alone(tmp_path: 
         (made.alpha.root / "known").write_bytes(b"known")
         known = await made.submit([TaskItem(source_path="/known", destination_path="/known")])
         await made.wait(known)
-        made.alpha.policy.draining = True
+        made.alpha.policy.pause = "new"
         await made.alpha.service.put_session(made.sessions[known])
         order = made.order("new", "a new session", [TaskItem(source_path="/known", destination_path="/new")])
         session = SessionOrder(session_id=order.session_id, task_id="new", ticket=order.ticket, peer=made.beta.party)
         with pytest.raises(NeedsPerson, match="nothing new begin") as caught:
             await made.alpha.service.put_session(session)
         assert (caught.value.code, caught.value.who) == ("PAUSED_BY_OWNER", "source owner")
-        made.alpha.policy.draining = False
+        made.alpha.policy.pause = "none"
         await made.alpha.service.put_session(session)
 
 
@@ -174,19 +174,14 @@ async def test_what_was_begun_goes_on_over_a_restart_of_a_draining_machine(tmp_p
     async with two_tasks(tmp_path) as (made, _alone, other, scope):
         service = made.beta.service
         assert service is not None
-        await set_paused(made, True, drain=True)
+        await set_pause(made, "new")
         assert service._tasks[other].held_up() is not None
         row = service.get_task(other)
         service._tasks[other].observed = msgspec.structs.replace(row, counters=Counters(files=1))
         assert getattr(service._tasks[other].held_up(), "code", "") == "HELD_BACK"
         scope.cancel()
-    found = Policy([])
-    recall_pause(found, made.beta.state)
-    assert (found.draining, found.paused) == (True, False)
+    assert recall_pause(made.beta.state) == "new"
     (made.beta.state / PAUSED_FILE).write_bytes(b"")
-    recall_pause(found, made.beta.state)
-    assert (found.draining, found.paused) == (False, True)
+    assert recall_pause(made.beta.state) == "all"
     (made.beta.state / PAUSED_FILE).unlink()
-    found = Policy([])
-    recall_pause(found, made.beta.state)
-    assert (found.draining, found.paused) == (False, False)
+    assert recall_pause(made.beta.state) == "none"
