@@ -6,10 +6,8 @@ Each check yields findings and raises nothing for what it looks at; `examine` ru
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import http.client
 import json
-import os
 import shutil
 import socket
 import sqlite3
@@ -24,7 +22,7 @@ from urllib.parse import urlsplit
 from protocol.errors import TowpathError
 from protocol.findings import AUTHORITY_WARNING, Finding, Level
 from relay.keys import RelayKeys
-from relay.lock import LOCK
+from relay.lock import LOCK, holder_of
 from relay.settings import Settings, load
 from relay.store.migrate import newest_revision
 from relay.tls import (
@@ -218,7 +216,7 @@ def check_clock(
 
 def check_process(settings: Settings) -> Iterator[Finding]:
     """Whether a relay runs here, and may open as many files as it may have connections."""
-    holder = running(settings.directory_path)
+    holder = holder_of(settings.directory_path)
     if holder is None:
         yield Finding("failure", "No relay runs here.", "Start it: `systemctl start towpath-relay`, or `serve`.")
         return
@@ -233,22 +231,6 @@ def check_process(settings: Settings) -> Iterator[Finding]:
                 f"It may have {most} open files, and limits.connections and tunnel.connections ask for {wanted}.",
                 "Raise LimitNOFILE of its unit (or `ulimit -n`), or lower the two.",
             )
-
-
-def running(directory: Path) -> str | None:
-    """The process that serves this directory, "" when it does not say which, or None."""
-    try:
-        descriptor = os.open(directory / LOCK, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return None
-    try:
-        # Shared, so that two who look at once do not take each other for a relay.
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return os.pread(descriptor, 32, 0).decode(errors="replace").strip()
-    finally:
-        os.close(descriptor)
-    return None
 
 
 def check_address(settings: Settings) -> Iterator[Finding]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from protocol.findings import Finding
 from protocol.private_file import write_private_file
-from relay import examine, tls
+from relay import examine, lock, tls
 from relay.cli.main import main
 from relay.lock import exclusive
 from relay.settings import Settings
@@ -156,7 +157,17 @@ def test_who_runs_here(relay_settings: Settings, monkeypatch: pytest.MonkeyPatch
         assert "open files" in the_one(
             examine.check_process(msgspec.structs.replace(relay_settings, limits=few)), "warning"
         )
-    assert examine.running(relay_settings.directory_path) is None
+    assert lock.holder_of(relay_settings.directory_path) is None
+
+
+def test_a_relay_starts_also_while_somebody_looks_whether_one_runs(
+    relay_settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (relay_settings.directory_path / lock.LOCK).open("a") as looking:
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        monkeypatch.setattr("time.sleep", lambda seconds: fcntl.flock(looking, fcntl.LOCK_UN))
+        with exclusive(relay_settings.directory_path):
+            assert lock.holder_of(relay_settings.directory_path) == str(os.getpid())
 
 
 def test_an_authority_that_is_away_ends_no_examination(relay_directory: Path, relay_settings: Settings) -> None:
