@@ -10,7 +10,6 @@ from fastapi.responses import HTMLResponse, Response
 from sqlalchemy import Connection
 
 from protocol.errors import ItemFailed
-from relay.api.client_authentication import address_of
 from relay.auth import administrators, browser_sessions, one_time_links, passwords
 from relay.auth.identities import Identity, add_identity, normal_username, select_by_ids, select_by_usernames
 from relay.auth.linked import primary_of
@@ -18,7 +17,7 @@ from relay.auth.one_time_links import OneTimeLink
 from relay.pages.account import checked_digest
 from relay.pages.browser import Browser, again, browser_of
 from relay.pages.render import PageProblem, page
-from relay.pages.sign_in import PASSWORD, count_failure, limit_guesses, welcome
+from relay.pages.sign_in import PASSWORD, count_failure, guesser_of, limit_guesses, welcome
 from relay.pages.typed import NOTHING_TYPED, Typed
 from relay.services import Services, services_of
 
@@ -58,8 +57,7 @@ async def _page(
 
 async def _look(request: Request, key: str) -> tuple[OneTimeLink, Identity | None]:
     services = services_of(request)
-    # Nobody guesses a link: what is counted for all addresses together would only keep everybody out.
-    guesser = f"link from {address_of(request)}"
+    guesser = guesser_of(request, "link")
     limit_guesses(request, guesser)
 
     def look(connection: Connection) -> tuple[OneTimeLink, Identity | None] | None:

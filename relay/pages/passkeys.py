@@ -12,7 +12,6 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from sqlalchemy import Connection
 
-from relay.api.client_authentication import address_of
 from relay.auth import passkeys
 from relay.auth.identities import Identity, select_by_ids
 from relay.auth.linked import set_of
@@ -20,7 +19,7 @@ from relay.auth.passkeys import PasskeyRefused, Site
 from relay.pages.account import change, signed_in
 from relay.pages.browser import Browser, browser_of, destination_untrusted, go
 from relay.pages.render import PageProblem
-from relay.pages.sign_in import count_failure, limit_guesses, welcome
+from relay.pages.sign_in import count_failure, guesser_of, limit_guesses, welcome
 from relay.services import Services, services_of
 
 router = APIRouter(include_in_schema=False)
@@ -116,8 +115,7 @@ async def sign_in(request: Request) -> Response:
     browser = await browser_of(request)
     form = await browser.form()
     services = services_of(request)
-    # Nobody guesses a passkey of somebody's: what is counted for all addresses together would only keep everybody out.
-    guesser = f"passkey from {address_of(request)}"
+    guesser = guesser_of(request, "passkey")
     limit_guesses(request, guesser)
     challenge = _checked(browser, form.get("mark", ""), _USE)
     site, now = _site(services), services.clock()

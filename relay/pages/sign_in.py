@@ -131,6 +131,12 @@ async def check_password(request: Request, username: str, password: str) -> Iden
     return None
 
 
+def guesser_of(request: Request, what: str) -> str:
+    """The name for `limit_guesses` where there is nothing to guess at, as with a link or a passkey: what is counted for
+    all addresses together would only keep everybody out."""
+    return f"{what} from {address_of(request)}"
+
+
 def limit_guesses(request: Request, name: str) -> None:
     """Make those wait who have guessed too often: at one name from one address, at one name, or from one address.
 
