@@ -13,7 +13,7 @@ from relay.store import transfer_tables as tables
 
 
 def numbers_of_rows(connection: Connection) -> dict[str, Any]:
-    """Agents that may come, and tasks that are not over by what is to become of them; by indexes alone."""
+    """Agents that may come, and tasks that are not over by what is to become of them; those by an index alone."""
     node, task = tables.nodes.c, tables.tasks.c
     living = (
         select(task.desired, func.count().label("number"))

@@ -475,9 +475,13 @@ class Steward:
         renewal = task_turns.next_renewal(connection, now, self._ticket_life / 2)
         rule = rules.next_expiry(connection)
         # Accounts are closed and opened, and agents revoked, by a process of its own, so that nobody says when.
-        account = now if closed_owners.changed(connection) or task_turns.lost_linked_ones(connection, now) else None
-        account = now if revocation.changed(connection) else account
-        upcoming = min(moment for moment in (expiry, renewal, rule, account, math.inf) if moment is not None)
+        told = (
+            closed_owners.changed(connection)
+            or task_turns.lost_linked_ones(connection, now)
+            or revocation.changed(connection)
+        )
+        known = (expiry, renewal, rule, now if told else None, math.inf)
+        upcoming = min(moment for moment in known if moment is not None)
         return upcoming <= now, upcoming
 
     def _turn(self, connection: Connection, now: float, half_life: float) -> tuple[list[str], list[str]]:
