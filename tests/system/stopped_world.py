@@ -39,8 +39,8 @@ MOST_AGAIN = 64 * MIB
 PATIENCE = 60.0
 # How long after the end of its task an event may arrive (seconds).
 EVENTS_LATE = 10.0
-# Lane processes of each session at the destination, from the environment; none as the product has it.
-# As agents have it by themselves, unless the environment says another number.
+# Lane processes of a session at the destination that is sent a tree: as agents have it by themselves, unless the
+# environment says another number.
 LANE_PROCESSES = int(os.environ.get("LANE_PROCESSES", "1" if usable_processors() > 1 else "0"))
 
 
@@ -135,18 +135,10 @@ class StoppedWorld:
             for pid in doomed:
                 _kill(pid)
             return len(doomed), list(self.world.children)
-        if victims.endswith("'s workers"):
-            pids = self.workers(victims.removesuffix("'s workers"))
-            for pid in pids:
-                _kill(pid)
-            return len(pids), []
-        if victims.endswith("'s lane processes"):
-            pids = self.lane_processes(victims.removesuffix("'s lane processes"))
-            for pid in pids:
-                _kill(pid)
-            return len(pids), []
-        if victims.endswith("'s fork server"):
-            pids = self.fork_servers(victims.removesuffix("'s fork server"))
+        agent, _, kind = victims.partition("'s ")
+        if kind:
+            below = {"workers": self.workers, "lane processes": self.lane_processes, "fork server": self.fork_servers}
+            pids = below[kind](agent)
             for pid in pids:
                 _kill(pid)
             return len(pids), []
