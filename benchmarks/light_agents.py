@@ -184,7 +184,6 @@ def hold(
     rows: list[tuple[str, str, bytes]], port: int, channel: str, up: Synchronized[int], told: Synchronized[float]
 ) -> None:
     """Be these agents until the process is killed. ``up`` counts those that are linked; ``told`` is CPU seconds."""
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE

@@ -91,7 +91,7 @@ async def hold_links(
     links: list[Link] = []
     async with trio.open_nursery() as nursery:
         for number, (node_id, endpoint_id, key) in enumerate(rows):
-            identity = _identity(key)
+            identity = NodeKey.from_pem(key)
             link = Link(
                 f"https://localhost:{port}",
                 ca,
@@ -110,10 +110,6 @@ async def hold_links(
         while True:
             await trio.sleep(0.25)
             up.value = sum(link.statistics().connected for link in links)
-
-
-def _identity(key: bytes) -> NodeKey:
-    return NodeKey.from_pem(key)
 
 
 def agents(*arguments: Any) -> None:
