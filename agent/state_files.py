@@ -11,7 +11,8 @@ import os
 from pathlib import Path
 
 from agent.storage.mounts import is_local, mount_of
-from agent.system.files import CLOEXEC, DIRECTORY, NO_FOLDER_SYNC
+from agent.system.files import CLOEXEC, DIRECTORY
+from protocol.folder_sync import sync_names
 
 
 def file_system_of(directory: Path) -> str:
@@ -61,16 +62,3 @@ def make_folder(path: Path) -> None:
     """
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     sync_names(path.parent)
-
-
-def sync_names(folder: Path) -> None:
-    """Make the names in a folder durable. Raises OSError."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in NO_FOLDER_SYNC:
-            raise
-        os.sync()
-    finally:
-        os.close(descriptor)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import secrets
 import stat
-import sys
 from pathlib import Path
+
+from protocol.folder_sync import sync_names
 
 # Windows would change the ends of lines.
 _BINARY = getattr(os, "O_BINARY", 0)
@@ -31,19 +31,7 @@ def write_private_file(path: Path, data: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    if sys.platform == "win32":
-        # No folder can be opened there, nor need it be.
-        return
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    except OSError as error:
-        # File systems without a sync of folders: shared folders of virtual machines, some file servers.
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
-            raise
-        os.sync()
-    finally:
-        os.close(directory)
+    sync_names(path.parent)
 
 
 def _keep_owner(former: Path, descriptor: int) -> None:

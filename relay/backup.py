@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
 from protocol.errors import NeedsPerson
+from protocol.folder_sync import sync_names
 from protocol.private_file import write_private_file
 from relay.lock import LOCK, exclusive
 from relay.settings import Settings, parse
@@ -61,7 +62,7 @@ def back_up(settings: Settings, configuration: Path, target: Path) -> int:
         os.link(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
-    _sync_directory(target.parent)
+    sync_names(target.parent)
     return target.stat().st_size
 
 
@@ -105,7 +106,7 @@ def restore(
             )
             # The database last: without it nothing serves what is only half restored.
             (scratch / DATABASE).rename(database)
-            _sync_directory(place)
+            sync_names(place)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     return aside
@@ -178,13 +179,5 @@ def _move_aside(place: Path, present: list[Path]) -> Path:
     # In the order given, the database first: from then on there is no relay until the restored one is complete.
     for path in present:
         path.rename(aside / path.name)
-    _sync_directory(aside)
+    sync_names(aside)
     return aside
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from agent.storage import libc
 from agent.storage.base import PERMISSION_BITS, NotRegularFile, component
 from agent.storage.node import checked_time
-from agent.system.files import NO_FOLDER_SYNC
+from protocol.folder_sync import NO_FOLDER_SYNC
 
 # O_PATH needs no read permission on folders that are only passed through (0711 home directories).
 PATH_ONLY: int | None = getattr(os, "O_PATH", None)

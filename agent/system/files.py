@@ -6,7 +6,6 @@ them: `agent.storage.posix.open_root` refuses where they are missing.
 
 from __future__ import annotations
 
-import errno
 import os
 
 # Close on exec; do not follow a link in the last place; only if it is a folder.
@@ -15,8 +14,6 @@ NOFOLLOW: int = getattr(os, "O_NOFOLLOW", 0)
 DIRECTORY: int = getattr(os, "O_DIRECTORY", 0)
 # Windows would otherwise turn line ends of what is written into its own.
 BINARY: int = getattr(os, "O_BINARY", 0)
-# How file systems without a sync of folders refuse it (shared folders of virtual machines, some file servers).
-NO_FOLDER_SYNC = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS})
 
 
 def sync_directory(path: str | os.PathLike[str]) -> None:

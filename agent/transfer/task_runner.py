@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 import trio
 
-from agent.state_files import make_folder, sync_names
+from agent.state_files import make_folder
 from agent.storage.base import Root
 from agent.storage.faults import fault
 from agent.system.file_lock import try_lock
@@ -38,6 +38,7 @@ from agent.transfer.stopping import run_in_thread
 from agent.transfer.transfer_run import TransferRun
 from protocol.control import Counters, Flow, TaskObserved, TaskOrder, TaskState
 from protocol.errors import NeedsPerson, ProtocolError, TaskFailed, TowpathError
+from protocol.folder_sync import sync_names
 from protocol.names import RESERVED_PREFIX, format_path, parse_path_untrusted, split_path
 from protocol.threads import NoThread
 
