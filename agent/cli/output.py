@@ -133,20 +133,14 @@ def _rich_table(cells: Sequence[Sequence[str]], columns: Sequence[Column]) -> No
         # Text, not str: a name like "[red]" is a name, not markup.
         table.add_row(*(Text(cell) for cell in row))
     terminal = console()
-    if any(column.whole for column in columns) and _natural_width(cells, columns) > terminal.width:
+    # What it takes with nothing folded.
+    width = terminal.measure(table, options=terminal.options.update(max_width=sys.maxsize)).maximum
+    if width > terminal.width and any(column.whole for column in columns):
         # The terminal wraps whole lines, so that an id stays one word.
         for line in _plain_table(cells, columns):
             click.echo(line)
     else:
         terminal.print(table)
-
-
-def _natural_width(cells: Sequence[Sequence[str]], columns: Sequence[Column]) -> int:
-    """What a drawn table takes with nothing folded."""
-    from rich.cells import cell_len
-
-    lines = [[column.heading for column in columns], *cells]
-    return sum(max(cell_len(line[index]) for line in lines) for index in range(len(columns))) + 3 * len(columns) - 3
 
 
 def console(*, stderr: bool = False) -> Console:
