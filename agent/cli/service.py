@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -235,9 +234,9 @@ def stop(out: Output, drain: bool, config_file: Path) -> None:
 
 
 @click.command()
-@click.option("--format", "-F", "form", type=click.Choice(["text", "json"]), default="text", show_default=True)
 @config_option
-def status(form: str, config_file: Path) -> None:
+@with_output
+def status(out: Output, config_file: Path) -> None:
     """Say what the agent of this machine is doing. Exit code 1 when it does not run."""
     from agent import local_socket
     from agent.config.layers import state_dir_of
@@ -249,12 +248,12 @@ def status(form: str, config_file: Path) -> None:
         with failing_plainly():
             load_config(config_file)
         document = _not_running(config_file, state_dir)
-        if form == "text":
+        if not out.is_json:
             raise CommandFailed(_why_not(document) or error.sentence) from error
     except TowpathError as error:
         raise CommandFailed(error.sentence) from error
-    if form == "json":
-        click.echo(json.dumps(document, indent=2))
+    if out.is_json:
+        out.document(document)
     else:
         _print_status(document)
     if not document["running"]:
