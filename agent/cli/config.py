@@ -85,19 +85,15 @@ def show(out: Output, key: str | None, origin: bool, config_file: Path) -> None:
 
     The password of a proxy is shown by its own key (relay.proxy) alone.
     """
-    from dataclasses import replace
-
     from agent.config.layers import load
     from agent.config.show import rows_of
-    from agent.redaction import Redactor
 
     with failing_plainly():
         loaded = load(config_file)
-    rows = [row for row in rows_of(loaded) if key is None or row.key == key or row.key.startswith(f"{key}.")]
-    clean = Redactor().clean
     rows = [
-        replace(row, value=clean(row.value)) if row.key == "relay.proxy" != key and row.value is not None else row
-        for row in rows
+        row if row.key == key else row.without_password()
+        for row in rows_of(loaded)
+        if key is None or row.key == key or row.key.startswith(f"{key}.")
     ]
     if not rows and key is not None:
         raise CommandFailed(f"There is no setting {key}; `towpath config show` lists all.")

@@ -207,7 +207,7 @@ def _put(layer: Layer, key: str, text: str, source: Path, file: Path) -> None:
 # --- the overlay ---------------------------------------------------------------------------------------------
 
 
-def set_in_overlay(file: Path, key: str, text: str) -> Loaded:
+def set_in_overlay(file: Path, key: str, text: str) -> None:
     """Remember a value for a dotted key (``limits.lanes``, ``collections.ID.name``). ``text`` is YAML.
 
     Raises `UnknownSetting`, or `ConfigError` when the result would not do; nothing is written then.
@@ -220,7 +220,6 @@ def set_in_overlay(file: Path, key: str, text: str) -> Loaded:
             raise
         # YAML takes ``off`` for false; where a word is wanted it is a word.
         _set(file, key, text.strip())
-    return load(file)
 
 
 def _set(file: Path, key: str, value: Any) -> None:

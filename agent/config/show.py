@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from agent.config.document import Entries, Section, Setting, schema_of, settings
 from agent.config.keys import AgentConfig
 from agent.config.kinds import OrAuto, OrNull, Schema, Written
 from agent.config.layers import Loaded
+from agent.redaction import Redactor
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,12 @@ class Row:
             .split("\n...")[0]
             .strip()
         )
+
+    def without_password(self) -> Row:
+        """The same for who did not ask for this setting: an address of a proxy may hold a password."""
+        if self.key != "relay.proxy" or self.value is None:
+            return self
+        return replace(self, value=Redactor().clean(self.value))
 
 
 def rows_of(loaded: Loaded) -> Iterator[Row]:

@@ -73,9 +73,10 @@ def test_a_profile_is_below_what_the_owner_says(file: Path) -> None:
 
 
 def test_off_is_a_word_where_words_are_wanted_and_false_where_it_is_yes_or_no(file: Path) -> None:
-    assert set_in_overlay(file, "update.mode", "off").config.update.mode == "off"
-    assert set_in_overlay(file, "data.port_mapping", "off").config.data.port_mapping is False
-    assert load_config(file, environment={}).update.mode == "off"
+    set_in_overlay(file, "update.mode", "off")
+    set_in_overlay(file, "data.port_mapping", "off")
+    config = load_config(file, environment={})
+    assert (config.update.mode, config.data.port_mapping) == ("off", False)
     with pytest.raises(ConfigError, match="must be auto or notify or off"):
         set_in_overlay(file, "update.mode", "true")
 
