@@ -153,7 +153,7 @@ class Tray:
     def _take_note(self, tasks: list[str]) -> None:
         """The user knows of these failures. Of those that the agent has forgotten nothing is kept."""
         status = self._status()
-        known = set() if status is None else set(failed_tasks(status))
+        known = self._seen if status is None else frozenset(failed_tasks(status))
         self._seen = frozenset(tasks) | (self._seen & known)
         write_private_file(self._state_dir / SEEN_FILE, json.dumps(sorted(self._seen)).encode())
 

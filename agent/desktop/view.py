@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -65,9 +65,9 @@ def _view_of(status: Mapping[str, Any], relay_url: str, seen: Collection[str]) -
     stopped = bool(status["paused"] or status.get("draining"))
     held = bool(stopped or status.get("held_back"))
     look: Look = "trouble" if problems else "paused" if held else "busy" if active else "idle"
-    title = f"Towpath: {_title(status, len(active), problems)}"
+    title = _title(status, len(active), problems)
     menu = [
-        Entry(_title(status, len(active), problems)),
+        Entry(title),
         SEPARATOR,
         *_transfers(active, [] if stopped else _held(status)),
         Entry("Let transfers go on", "resume") if stopped else Entry("Pause transfers", "pause"),
@@ -82,7 +82,7 @@ def _view_of(status: Mapping[str, Any], relay_url: str, seen: Collection[str]) -
         Entry("Stop the agent", "stop"),
         QUIT,
     ]
-    return View(look, title[:MAX_LINE], tuple(menu))
+    return View(look, f"Towpath: {title}"[:MAX_LINE], tuple(menu))
 
 
 QUIT = Entry("Quit this menu", "quit")
@@ -113,27 +113,28 @@ def _title(status: Mapping[str, Any], active: int, problems: list[Entry]) -> str
 
 
 def _transfers(active: list[Mapping[str, Any]], held: list[Mapping[str, Any]]) -> list[Entry]:
-    rows = []
-    for task in active[:MAX_ROWS]:
-        rate = f", {human_bytes(task['rate'])}/s" if task.get("rate") else ""
-        pause = Entry("Pause this one", "pause-task", task["task_id"])
-        rows.append(Entry(_short(f"{_progress(task)}{rate}"), below=(Entry(_short(f"Task {task['task_id']}")), pause)))
-    if len(active) > MAX_ROWS:
-        rows.append(Entry(f"and {len(active) - MAX_ROWS} more"))
-    for task in held[:MAX_ROWS]:
-        resume = Entry("Let this one go on", "resume-task", task["task_id"])
-        below = (Entry(_short(f"Task {task['task_id']}")), resume)
-        rows.append(Entry(_short(f"Paused: {_progress(task)}"), below=below))
-    if len(held) > MAX_ROWS:
-        rows.append(Entry(f"and {len(held) - MAX_ROWS} more that are paused"))
+    rows = [
+        *_rows(active, "", ("Pause this one", "pause-task"), "more"),
+        *_rows(held, "Paused: ", ("Let this one go on", "resume-task"), "more that are paused"),
+    ]
     return [*rows, SEPARATOR] if rows else []
+
+
+def _rows(tasks: list[Mapping[str, Any]], prefix: str, button: tuple[str, str], more: str) -> Iterator[Entry]:
+    """As many as a menu shows, each with what a click below it does."""
+    for task in tasks[:MAX_ROWS]:
+        below = (Entry(_short(f"Task {task['task_id']}")), Entry(*button, task["task_id"]))
+        yield Entry(_short(f"{prefix}{_progress(task)}"), below=below)
+    if len(tasks) > MAX_ROWS:
+        yield Entry(f"and {len(tasks) - MAX_ROWS} {more}")
 
 
 def _progress(task: Mapping[str, Any]) -> str:
     counters = task["counters"]
     done, total = counters["bytes_transferred"], counters["bytes_total"]
     share = f"{100 * done // total} % of " if total and counters["scan_complete"] else ""
-    return f"{share}{human_bytes(total)}, {counters['files_transferred']} of {counters['files']} files"
+    rate = f", {human_bytes(task['rate'])}/s" if task.get("rate") else ""
+    return f"{share}{human_bytes(total)}, {counters['files_transferred']} of {counters['files']} files{rate}"
 
 
 def _is_held(task: Mapping[str, Any]) -> bool:
@@ -170,9 +171,7 @@ def problems_of(status: Mapping[str, Any], seen: Collection[str] = ()) -> list[E
         if not collection["available"]:
             rows.append(_problem(f"{collection['name']} is not available", collection["reason"]))
     for task in status["tasks"]:
-        if task["state"] == "FAILED":
-            if task["task_id"] in seen:
-                continue
+        if task["state"] == "FAILED" and task["task_id"] not in seen:
             rows.append(_problem(_FAILED, task["status_sentence"] or task["error_code"]))
         elif task["state"] not in FINAL_STATES and task.get("who") and not _is_held(task):
             who = _WHO.get(task["who"], f"the {task['who']}")
