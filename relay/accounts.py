@@ -37,8 +37,8 @@ from relay.settings import Settings
 from relay.store import auth_tables as tables
 from relay.store.application_tables import registrations
 from relay.store.database import Store
+from relay.times import iso
 from relay.transfer.enrolment import create_mapped_collection
-from relay.transfer.times import iso
 
 _GRANT = re.compile(r"(.+):([a-z_]+)")
 

@@ -18,9 +18,9 @@ from relay.auth.identities import select_by_ids
 from relay.settings import Settings
 from relay.store import transfer_tables as tables
 from relay.store.database import Store
+from relay.times import iso
 from relay.tls import ca_fingerprint
 from relay.transfer import revocation, setup_keys
-from relay.transfer.times import iso
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -20,6 +19,7 @@ from relay.auth.scopes import OPENID_SCOPES, VIEW_IDENTITY_SET
 from relay.keys import ID_TOKEN_ALGORITHM
 from relay.refusal import ApiError
 from relay.services import services_of
+from relay.times import iso
 
 router = APIRouter(tags=["Auth"])
 
@@ -105,7 +105,7 @@ async def make_copy(request: Request, wanted: Mapping[str, Any]) -> dict[str, An
         "id": secret_id,
         "name": "default",
         "client": client.id,
-        "created": datetime.datetime.fromtimestamp(now, datetime.UTC).isoformat(timespec="microseconds"),
+        "created": iso(now),
         "secret": secret,
     }
     return {"client": copy_document(client), "included": {"client_credential": credential}}

@@ -6,7 +6,6 @@ administrators of the client's project.
 
 from __future__ import annotations
 
-import datetime
 import json
 import uuid
 from collections.abc import Collection, Mapping
@@ -27,6 +26,7 @@ from relay.store import auth_tables
 from relay.store.application_tables import registrations
 from relay.store.sign_in_tables import scopes
 from relay.store.transfer_tables import collections
+from relay.times import iso
 from relay.transfer import task_turns
 
 MAX_CLIENTS = 500
@@ -371,11 +371,10 @@ def remove_secret(connection: Connection, found: Registered, secret_id: str) -> 
 
 
 def _secret_document(id_: str, client_id: str, name: str, created: float, secret: str | None) -> dict[str, Any]:
-    moment = datetime.datetime.fromtimestamp(created, datetime.UTC)
     return {
         "id": id_,
         "client": client_id,
         "name": name,
-        "created": moment.isoformat(timespec="microseconds"),
+        "created": iso(created),
         "secret": secret,
     }

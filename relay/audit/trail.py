@@ -17,7 +17,7 @@ from typing import Any
 from sqlalchemy import Connection, insert, select
 
 from relay.store.audit_tables import audit_log
-from relay.transfer.times import iso
+from relay.times import iso
 
 FIRST = "0" * 64
 MAX_VALUE = 2000

@@ -6,7 +6,6 @@ each node's path and look whether what they need is in it.
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from relay.auth.known_scopes import facts_of
 from relay.auth.scopes import Scope
 from relay.store.auth_tables import clients, sessions
 from relay.store.sign_in_tables import consents
+from relay.times import iso
 
 
 @dataclass(frozen=True)
@@ -196,15 +196,11 @@ def document(connection: Connection, consent: Consent, identity_id: str) -> Mapp
         "scope_name": consent.scope,
         "effective_identity": identity_id,
         "dependency_path": list(consent.path),
-        "created": _time(consent.created),
-        "updated": _time(consent.updated),
-        "last_used": _time(consent.last_used),
+        "created": iso(consent.created),
+        "updated": iso(consent.updated),
+        "last_used": iso(consent.last_used),
         "status": "approved",
         "allows_refresh": consent.allows_refresh,
         "auto_approved": False,
         "atomically_revocable": consent.optional,
     }
-
-
-def _time(moment: float) -> str:
-    return datetime.datetime.fromtimestamp(moment, datetime.UTC).isoformat(timespec="microseconds")

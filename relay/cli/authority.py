@@ -27,7 +27,7 @@ def authority_renew(context: click.Context, as_json: bool) -> None:
     from datetime import UTC, datetime
 
     from relay import tls
-    from relay.transfer.times import iso
+    from relay.times import iso
 
     settings = settings_of(context)
     file = tls.tls_directory(settings) / "ca.pem"

@@ -27,7 +27,7 @@ def root_show(context: click.Context, as_json: bool) -> None:
     from datetime import UTC, datetime
 
     from relay.keys import RelayKeys
-    from relay.transfer.times import iso
+    from relay.times import iso
 
     keys = RelayKeys(settings_of(context).directory_path / "keys")
     state = keys.statistics()

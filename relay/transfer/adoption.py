@@ -19,9 +19,10 @@ from sqlalchemy import Connection
 from protocol.control import FINAL_STATES, TaskObserved, TaskOrder
 from protocol.errors import AccessDenied, ProtocolError
 from protocol.ticket import Ticket, TicketVerifier, owner_digest
+from relay import times
 from relay.auth import identities
 from relay.refusal import ApiError
-from relay.transfer import event_log, task_reports, task_rows, times
+from relay.transfer import event_log, task_reports, task_rows
 from relay.transfer.collections import load_many
 from relay.transfer.event_log import TaskEvent
 from relay.transfer.submission import MAX_LABEL, changed_folders

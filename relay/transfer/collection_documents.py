@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from relay.access.decisions import Ability, Subject, abilities, effective_roles
+from relay.times import api_time
 from relay.transfer.collections import Collection
-from relay.transfer.times import api_time
 
 ENTITY_TYPE = "GCP_mapped_collection"
 

@@ -26,6 +26,7 @@ from protocol.control import (
 from protocol.errors import ItemFailed, ProtocolError, RetryLater, TowpathError
 from protocol.ticket import TicketSigner
 from relay.store.database import Store
+from relay.times import iso
 from relay.transfer import closed_owners, delivery_notes, task_rows
 from relay.transfer.agents import AgentLinks
 from relay.transfer.ahead import Ahead, Arranges, told_ahead
@@ -35,7 +36,6 @@ from relay.transfer.next_step import Situation, Step, next_step
 from relay.transfer.parties import Side, Sides, sign_ticket
 from relay.transfer.task_documents import OFFLINE
 from relay.transfer.task_rows import Scope, Task
-from relay.transfer.times import iso
 
 # Steps one visit may take; more would mean that two sides disagree for ever.
 MAX_STEPS = 8

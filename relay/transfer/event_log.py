@@ -8,7 +8,7 @@ from typing import Any, Final
 from sqlalchemy import Connection, func, insert, select, update
 
 from relay.store import transfer_tables as tables
-from relay.transfer.times import api_time
+from relay.times import api_time
 
 MAX_CODE = 64
 MAX_DESCRIPTION = 2000

@@ -7,8 +7,8 @@ import uuid
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from relay import times
 from relay.refusal import ApiError
-from relay.transfer import times
 
 BAD_REQUEST = "ClientError.BadRequest"
 

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from protocol.control import Entry, Listing, decode_untrusted
 from protocol.errors import ProtocolError, TowpathError
 from protocol.names import CollectionPath
+from relay.times import listing_time
 from relay.transfer.agents import AgentLinks
 from relay.transfer.collections import Collection
 from relay.transfer.fields import bad_request
@@ -27,7 +28,6 @@ from relay.transfer.operation_errors import (
     operation_error,
 )
 from relay.transfer.scopes import canonical, place
-from relay.transfer.times import listing_time
 
 MAX_LIMIT = 100_000
 MAX_FILTERS = 100

@@ -19,8 +19,8 @@ from relay.access.decisions import Rule
 from relay.auth.identities import select_by_ids
 from relay.refusal import ApiError
 from relay.store import transfer_tables as tables
+from relay.times import api_time
 from relay.transfer.fields import Fields, bad_request
-from relay.transfer.times import api_time
 
 MAX_RULES = 1000
 MAX_PATH = 4096

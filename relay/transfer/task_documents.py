@@ -20,11 +20,11 @@ from typing import Any
 
 import msgspec
 
+from relay.times import api_time
 from relay.transfer import closed_owners
 from relay.transfer.collection_documents import legacy_username
 from relay.transfer.collections import Collection
 from relay.transfer.task_rows import Task
-from relay.transfer.times import api_time
 
 COMMAND = "API 0.10"
 CANCELED = "CANCELED"

@@ -12,9 +12,9 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, and_, func, or_
 
+from relay import times
 from relay.refusal import ApiError
 from relay.store import transfer_tables as tables
-from relay.transfer import times
 from relay.transfer.fields import bad_request, is_uuid
 
 MAX_FILTER = 32_768

@@ -14,8 +14,9 @@ from sqlalchemy import Connection, select, update
 
 from protocol.candidates import PathOffer
 from protocol.control import FINAL_STATES, AgentEvent, Counters, Flow, TaskObserved
+from relay import times
 from relay.store import transfer_tables as tables
-from relay.transfer import event_log, task_rows, task_turns, times
+from relay.transfer import event_log, task_rows, task_turns
 from relay.transfer.event_log import TaskEvent
 from relay.transfer.nodes import record_reports
 from relay.transfer.task_rows import Task

@@ -21,7 +21,7 @@ from agent.transfer import outbox
 from agent.transfer.outbox import Outbox
 from agent.transfer.task_store import TaskStore
 from protocol.control import AgentEvent, Counters, TaskObserved, encode
-from relay.transfer.times import iso
+from relay.times import iso
 from tests.relay.steward_scene import MOMENT, Scene
 
 OUTAGE = 600

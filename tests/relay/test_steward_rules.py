@@ -14,8 +14,8 @@ from protocol.errors import AccessDenied, NeedsPerson, ProtocolError
 from protocol.ticket import TicketVerifier
 from relay.store import transfer_tables as tables
 from relay.store.auth_tables import identities, tokens
+from relay.times import iso
 from relay.transfer.steward import CLOCK_INTERVAL
-from relay.transfer.times import iso
 from tests.relay.fake_agents import once
 from tests.relay.relay_world import START
 from tests.relay.steward_scene import MOMENT, CountingStore, Scene

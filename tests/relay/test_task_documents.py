@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol.control import Counters, TaskObserved
-from relay.transfer import task_documents, times
+from relay import times
+from relay.transfer import task_documents
 from relay.transfer.task_filters import glob_to_like
 from relay.transfer.task_reports import merged
 from relay.transfer.task_rows import Task
