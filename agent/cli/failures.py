@@ -6,8 +6,6 @@ import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
-from urllib.request import getproxies, proxy_bypass
 
 from agent.cli.exit_codes import ExitCode
 from agent.cli.output import CommandFailed, sentence
@@ -104,12 +102,10 @@ def network_sentence(error: BaseException | None, relay: str, ca_file: str | Non
 
 def _proxy_on_the_way(relay: str) -> str:
     """The proxy that the environment (or the system) names for a relay, without a password in it; empty for none."""
-    parts = urlsplit(relay)
-    if not parts.hostname:
-        return ""
-    proxies = getproxies()
-    address = proxies.get(parts.scheme) or proxies.get("all") or ""
-    return "" if not address or proxy_bypass(parts.netloc) else address.rpartition("@")[2] or address
+    from requests.utils import get_environ_proxies, select_proxy
+
+    address = select_proxy(relay, get_environ_proxies(relay)) or ""
+    return address.rpartition("@")[2]
 
 
 def _certificate_sentence(relay: str, error: ssl.SSLCertVerificationError, ca_file: str | None) -> str:
