@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import yaml
 
-from agent.config.kinds import Kind, Schema, Wrong, tag
+from agent.config.kinds import Kind, OrAuto, OrNull, Schema, Written, Wrong, tag
 from protocol.errors import TowpathError
 
 MAX_CONFIG_BYTES = 1024 * 1024
@@ -305,6 +305,20 @@ def is_wanted(kind: Entries, entry: Mapping[str, Any]) -> bool:
     return not entry.get(REMOVED) and all(row.name in entry for row in settings(kind.record) if row.required)
 
 
+def as_written(row: Setting, value: Any) -> Any:
+    """A value of the records as the document has it."""
+    words = getattr(row.kind, "values", None)
+    if isinstance(words, Mapping):
+        return next((word for word, meaning in words.items() if meaning == value), value)
+    if isinstance(row.kind, OrNull) and isinstance(row.kind.kind, Written):
+        return row.kind.kind.written(value)
+    if isinstance(row.kind, OrAuto):
+        return row.kind.written(value)
+    if isinstance(value, Path):
+        return str(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
 # --- JSON Schema ---------------------------------------------------------------------------------------------
 
 
@@ -315,7 +329,7 @@ def schema_of(record: type[Any]) -> Schema:
     for row in settings(record):
         described = _schema_of_kind(row.kind)
         if not isinstance(row.kind, Section | Entries) and isinstance(row.default, str | int | bool | type(None)):
-            described["default"] = _word_for(row)
+            described["default"] = as_written(row, row.default)
         properties[row.key] = {"description": row.doc, **described}
         if row.required:
             required.append(row.key)
@@ -331,11 +345,3 @@ def _schema_of_kind(kind: Kind | Section | Entries) -> Schema:
     if isinstance(kind, Entries):
         return {"anyOf": [{"type": "array", "maxItems": kind.most, "items": schema_of(kind.record)}, {"type": "null"}]}
     return kind.schema()
-
-
-def _word_for(row: Setting) -> Any:
-    """A default as it would be written in the file."""
-    values = getattr(row.kind, "values", None)
-    if isinstance(values, Mapping):
-        return next((word for word, value in values.items() if value == row.default), row.default)
-    return row.default

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import yaml
 
-from agent.config.document import Entries, Section, Setting, schema_of, settings
+from agent.config.document import Entries, Section, as_written, schema_of, settings
 from agent.config.keys import AgentConfig
-from agent.config.kinds import OrAuto, OrNull, Schema, Written
+from agent.config.kinds import Schema
 from agent.config.layers import Loaded
 from agent.redaction import Redactor
 
@@ -59,20 +58,6 @@ def _rows(
                 yield from _rows(entry, row.kind.record, (*here, identity), f"{prefix}{row.key}.{identity}.", origins)
         else:
             yield Row(prefix + row.key, as_written(row, value), origins.get(here, "default"))
-
-
-def as_written(row: Setting, value: Any) -> Any:
-    """A value of the records as the document has it."""
-    words = getattr(row.kind, "values", None)
-    if isinstance(words, Mapping):
-        return next((word for word, meaning in words.items() if meaning == value), value)
-    if isinstance(row.kind, OrNull) and isinstance(row.kind.kind, Written):
-        return row.kind.kind.written(value)
-    if isinstance(row.kind, OrAuto):
-        return row.kind.written(value)
-    if isinstance(value, Path):
-        return str(value)
-    return list(value) if isinstance(value, tuple) else value
 
 
 def json_schema() -> Schema:

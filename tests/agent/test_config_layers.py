@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,23 @@ def test_the_published_schema_is_the_one_of_the_code() -> None:
     assert published == json_schema(), "run `towpath config schema > conf/agent.schema.json`"
     jsonschema.Draft202012Validator.check_schema(published)
     jsonschema.validate(yaml.safe_load(template()), published)
+
+
+def test_every_default_of_the_schema_is_one_that_it_takes() -> None:
+    def defaults(schema: Any) -> Iterator[dict[str, Any]]:
+        if isinstance(schema, dict):
+            if "default" in schema and "description" in schema:
+                yield schema
+            for below in schema.values():
+                yield from defaults(below)
+        elif isinstance(schema, list):
+            for below in schema:
+                yield from defaults(below)
+
+    found = list(defaults(json_schema()))
+    assert len(found) > 30
+    for one in found:
+        jsonschema.validate(one["default"], one)
 
 
 _WORDS = st.sampled_from(
