@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import metadata
-
 from fastapi import APIRouter, Request
 from pydantic import BaseModel
 
@@ -30,7 +28,7 @@ async def describe_relay(request: Request) -> RelayDescription:
     return RelayDescription(
         relay_id=services.keys.relay_id,
         name=services.settings.name,
-        version=metadata.version("towpath"),
+        version=request.app.version,
         ca_certificate=ca_certificate_pem(services.settings),
         relay_root=services.keys.root_public_pem,
     )

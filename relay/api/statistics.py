@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from importlib import metadata
 from typing import Any, cast
 
 import trio
@@ -52,5 +51,5 @@ async def statistics(request: Request) -> dict[str, dict[str, Any]]:
 @router.get("/metrics", dependencies=[Depends(administrator)])
 async def metrics(request: Request) -> Response:
     """The same numbers for Prometheus; scrape with a token of an administrator."""
-    text = exposition(metadata.version("towpath"), await _now(request))
+    text = exposition(request.app.version, await _now(request))
     return Response(text, media_type=EXPOSITION, headers={"Cache-Control": "no-store"})
