@@ -51,7 +51,7 @@ _COUNTERS = (
 def exposition(numbers: AgentNumbers, tasks: Iterable[TaskObserved]) -> str:
     """The whole text. Tasks that have ended are left out."""
     living = [task for task in tasks if task.state not in FINAL_STATES]
-    # Those that move something first. Series that come and go with what waits would be of no use.
+    # Those that run: series that come and go with what waits would be of no use.
     running = [task for task in living if task.flow is not None or task.state == "ACTIVE"][:MOST_TASKS]
     return "".join((*_agent(numbers), *_counts(living), *_tasks(running), *_flows(running)))
 
