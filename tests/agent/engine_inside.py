@@ -319,44 +319,8 @@ class Engine:
         assert observed is not None
         return observed
 
-    @contextlib.contextmanager
-    def _mortal(self) -> Iterator[None]:
-        """Journal and manifests die with the process: each durable step is a call of the plan, and after a crash
-        nothing is written any more. Pauses are short."""
-        engine = self
-        commit, close, sync = Journal.commit, Journal.close, ManifestWriter.sync
-
-        def committing(journal: Journal) -> None:
-            engine._step("journal_commit")
-            commit(journal)
-
-        def closing(journal: Journal) -> None:
-            if engine.dead:
-                journal.abandon()
-            else:
-                close(journal)
-
-        def syncing(manifest: ManifestWriter) -> None:
-            engine._step("manifest_sync")
-            sync(manifest)
-
-        pauses = [
-            (task_runner, "FIRST_PAUSE", 0.001),
-            (task_runner, "LONGEST_PAUSE", 0.01),
-            (task_runner, "LOOK_AGAIN", 0.01),
-            (patience, "FIRST_PAUSE", 0.001),
-            (patience, "LONGEST_PAUSE", 0.01),
-        ]
-        Journal.commit, Journal.close, ManifestWriter.sync = committing, closing, syncing  # type: ignore[method-assign]
-        before = [(module, name, getattr(module, name)) for module, name, _ in pauses]
-        for module, name, short in pauses:
-            setattr(module, name, short)
-        try:
-            yield
-        finally:
-            Journal.commit, Journal.close, ManifestWriter.sync = commit, close, sync  # type: ignore[method-assign]
-            for module, name, usual in before:
-                setattr(module, name, usual)
+    def _mortal(self) -> contextlib.AbstractContextManager[None]:
+        return mortal(lambda _path: self)
 
     def _step(self, name: str) -> None:
         code = self._planned(Call(0, name, 0, b""))
@@ -376,6 +340,42 @@ class Engine:
         after = Engine(self.base, self.options, self.items, self.type, plan, short=self.short, processes=self.processes)
         after.events = list(self.events)
         return after
+
+
+@contextlib.contextmanager
+def mortal(engine_of: Callable[[Path], Engine]) -> Iterator[None]:
+    """Journals and manifests die with the process: each durable step is a call of the plan of the engine whose file it
+    is, and after a crash nothing is written any more. Pauses are short."""
+    commit, close, sync = Journal.commit, Journal.close, ManifestWriter.sync
+
+    def committing(journal: Journal) -> None:
+        engine_of(journal.path)._step("journal_commit")
+        commit(journal)
+
+    def closing(journal: Journal) -> None:
+        if engine_of(journal.path).dead:
+            journal.abandon()
+        else:
+            close(journal)
+
+    def syncing(manifest: ManifestWriter) -> None:
+        engine_of(manifest._path)._step("manifest_sync")
+        sync(manifest)
+
+    changes: list[tuple[object, str, object]] = [
+        (Journal, "commit", committing),
+        (Journal, "close", closing),
+        (ManifestWriter, "sync", syncing),
+        (task_runner, "FIRST_PAUSE", 0.001),
+        (task_runner, "LONGEST_PAUSE", 0.01),
+        (task_runner, "LOOK_AGAIN", 0.01),
+        (patience, "FIRST_PAUSE", 0.001),
+        (patience, "LONGEST_PAUSE", 0.01),
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        for where, name, value in changes:
+            patch.setattr(where, name, value)
+        yield
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ import random
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
@@ -19,11 +18,8 @@ import trio
 
 from agent.limits.pace import Pace
 from agent.storage.faulty import Call, Plan
-from agent.transfer import patience, task_runner
-from agent.transfer.journal import Journal
-from agent.transfer.manifest import ManifestWriter
 from protocol.control import FilterRule, TaskItem, TaskObserved, TaskOptions, TaskOrder
-from tests.agent.engine_inside import Crashed, Engine, Line, quick_path, skipped
+from tests.agent.engine_inside import Crashed, Engine, Line, mortal, quick_path, skipped
 from tests.agent.task_model import Expected, expected, seen
 from tests.slices import chosen_seeds
 
@@ -257,53 +253,13 @@ class Task:
         return len({(self.destination / self.place / path).stat().st_ino for path in came})
 
 
-@contextlib.contextmanager
-def both_mortal(tasks: list[Task], patch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What `Engine._mortal` does, for several: a journal belongs to the engine in whose folder it lies."""
-    commit, close, sync = Journal.commit, Journal.close, ManifestWriter.sync
-
-    def engine_of(path: Path) -> Engine:
-        return next(task.engine for task in tasks if path.is_relative_to(task.base))
-
-    def committing(journal: Journal) -> None:
-        engine_of(journal.path)._step("journal_commit")
-        commit(journal)
-
-    def closing(journal: Journal) -> None:
-        if engine_of(journal.path).dead:
-            journal.abandon()
-        else:
-            close(journal)
-
-    def syncing(manifest: ManifestWriter) -> None:
-        engine_of(manifest._path)._step("manifest_sync")
-        sync(manifest)
-
-    changes: list[tuple[Any, str, Any]] = [
-        (Journal, "commit", committing),
-        (Journal, "close", closing),
-        (ManifestWriter, "sync", syncing),
-        (task_runner, "FIRST_PAUSE", 0.001),
-        (task_runner, "LONGEST_PAUSE", 0.01),
-        (task_runner, "LOOK_AGAIN", 0.01),
-        (patience, "FIRST_PAUSE", 0.001),
-        (patience, "LONGEST_PAUSE", 0.01),
-    ]
-    with patch.context() as within:
-        for where, name, value in changes:
-            within.setattr(where, name, value)
-        yield
-
-
 # Quick ones.
 ALWAYS = {3, 11}
 SEEDS = [pytest.param(seed, marks=() if seed in ALWAYS else pytest.mark.soak) for seed in chosen_seeds(range(400))]
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-async def test_two_tasks_at_once_leave_what_a_plain_walk_says(
-    quick_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
-) -> None:
+async def test_two_tasks_at_once_leave_what_a_plain_walk_says(quick_path: Path, seed: int) -> None:
     print(f"seed {seed}")
     tasks = [Task(number, seed, quick_path) for number in (1, 2)]
     beside = quick_path / "both" / "beside"
@@ -313,7 +269,10 @@ async def test_two_tasks_at_once_leave_what_a_plain_walk_says(
     async def run(task: Task) -> None:
         results[task.number] = await task.run()
 
-    with both_mortal(tasks, monkeypatch):
+    def engine_of(file: Path) -> Engine:
+        return next(task.engine for task in tasks if file.is_relative_to(task.base))
+
+    with mortal(engine_of):
         async with trio.open_nursery() as nursery:
             for task in tasks:
                 nursery.start_soon(run, task)
@@ -321,4 +280,5 @@ async def test_two_tasks_at_once_leave_what_a_plain_walk_says(
         task.check(results[task.number])
         print(f"  {task.place}: {results[task.number].state}, {len(task.expected.there)} names, {dict(task.counts)}")
     assert beside.read_bytes() == b"of nobody"
-    assert not [path for path in (quick_path / "both").rglob(".towpath.*") if not any(t.faults for t in tasks)]
+    # What could not be removed for a fault may stay.
+    assert any(task.faults for task in tasks) or not list((quick_path / "both").rglob(".towpath.*"))
