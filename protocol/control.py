@@ -18,6 +18,10 @@ from protocol.record import Record as Record
 
 MAX_DOCUMENT = 64 * 1024 * 1024
 MAX_ITEMS = 100_000
+# What a listing may be asked for: entries of one page, filters, and characters of each.
+MAX_ENTRIES = 100_000
+MAX_FILTERS = 32
+MAX_FILTER = 4096
 
 Desired = Literal["run", "pause", "cancel"]
 TaskType = Literal["TRANSFER", "DELETE"]

@@ -17,13 +17,10 @@ import msgspec
 
 from agent.storage import rules
 from agent.storage.node import Node
-from protocol.control import EntryType
+from protocol.control import MAX_ENTRIES, MAX_FILTER, MAX_FILTERS, EntryType
 from protocol.errors import ProtocolError
 from protocol.names import escape, unescape
 
-MAX_LIMIT = 100_000
-MAX_FILTERS = 32
-MAX_FILTER = 4096
 # In all filters together: every name in the folder is compared with each.
 MAX_GLOBS = 100
 
@@ -53,7 +50,7 @@ class Query:
 
     alternatives: tuple[tuple[Test, ...], ...] = ()
     order: tuple[tuple[str, bool], ...] = (("name", False),)
-    limit: int = MAX_LIMIT
+    limit: int = MAX_ENTRIES
     offset: int = 0
     show_hidden: bool = True
 
@@ -68,15 +65,15 @@ def parse_query_untrusted(
     *,
     filters: Sequence[str] = (),
     orderby: str = "",
-    limit: int = MAX_LIMIT,
+    limit: int = MAX_ENTRIES,
     offset: int = 0,
     show_hidden: bool = True,
 ) -> Query:
     """The query of a request. Raises `ProtocolError` (code BAD_REQUEST) with a sentence for whoever wrote it."""
     if len(filters) > MAX_FILTERS:
         raise _bad(f"A listing takes {MAX_FILTERS} filters at most; there are {len(filters)}.")
-    if not 1 <= limit <= MAX_LIMIT:
-        raise _bad(f"The limit of a listing is between 1 and {MAX_LIMIT}, not {limit}.")
+    if not 1 <= limit <= MAX_ENTRIES:
+        raise _bad(f"The limit of a listing is between 1 and {MAX_ENTRIES}, not {limit}.")
     if offset < 0:
         raise _bad(f"The offset of a listing cannot be negative, as {offset} is.")
     globs = sum(value.lstrip("!").startswith("~") for text in filters for value in re.split("[,:]", text))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Request, Response
 from sqlalchemy import Connection
 
+from protocol.control import MAX_ENTRIES
 from relay.access.decisions import Ability, Spot
 from relay.api.transfer_frame import (
     PREFIX,
@@ -19,7 +20,7 @@ from relay.transfer import collections
 from relay.transfer.collections import Collection
 from relay.transfer.entitlement import reach_text
 from relay.transfer.fields import Fields, bad_request, query_boolean, query_integer
-from relay.transfer.filesystem import MAX_LIMIT, MAX_PATH, Filesystem, ListingRequest
+from relay.transfer.filesystem import MAX_PATH, Filesystem, ListingRequest
 from relay.transfer.scopes import place
 
 router = APIRouter(prefix=f"{PREFIX}/operation/endpoint/{{endpoint_id}}", tags=["Transfer"])
@@ -65,7 +66,7 @@ async def list_directory(request: Request, endpoint_id: str, caller: CallerHere,
         show_hidden=query_boolean(parameters.get("show_hidden"), "show_hidden") is not False,
         order=parameters.get("orderby") or None,
         filters=[text for text in parameters.getlist("filter") if text],
-        limit=query_integer(parameters.get("limit"), "limit", default=MAX_LIMIT, lowest=1, highest=MAX_LIMIT),
+        limit=query_integer(parameters.get("limit"), "limit", default=MAX_ENTRIES, lowest=1, highest=MAX_ENTRIES),
         offset=query_integer(parameters.get("offset"), "offset", default=0, lowest=0, highest=10**9),
     )
     return await answer_large(await files.list(collection, listing))

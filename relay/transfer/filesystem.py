@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from protocol.control import Entry, Listing, decode_untrusted
+from protocol.control import MAX_FILTER, MAX_FILTERS, Entry, Listing, decode_untrusted
 from protocol.errors import ProtocolError, TowpathError
 from protocol.names import CollectionPath
 from relay.times import listing_time
@@ -29,9 +29,6 @@ from relay.transfer.operation_errors import (
 )
 from relay.transfer.scopes import canonical, place
 
-MAX_LIMIT = 100_000
-MAX_FILTERS = 100
-MAX_FILTER = 4096
 MAX_PATH = 16_384
 LISTING_TIMEOUT = 60.0
 

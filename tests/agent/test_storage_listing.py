@@ -16,13 +16,12 @@ from agent.storage.listing import Accounts, list_directory, stat_entry
 from agent.storage.posix import open_root
 from agent.storage.query import (
     MAX_GLOBS,
-    MAX_LIMIT,
     Query,
     parse_filter_untrusted,
     parse_orderby_untrusted,
     parse_query_untrusted,
 )
-from protocol.control import Listing
+from protocol.control import MAX_ENTRIES, Listing
 from protocol.errors import ItemFailed, NeedsPerson, ProtocolError
 
 SECOND = 1_000_000_000
@@ -165,7 +164,7 @@ def test_pages(root: Root) -> None:
     "options",
     [
         {"limit": 0},
-        {"limit": MAX_LIMIT + 1},
+        {"limit": MAX_ENTRIES + 1},
         {"offset": -1},
         {"orderby": "colour"},
         {"orderby": "name UP"},

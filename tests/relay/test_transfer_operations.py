@@ -10,7 +10,7 @@ import msgspec
 import pytest
 import trio
 
-from protocol.control import Entry
+from protocol.control import MAX_FILTERS, Entry
 from protocol.errors import AccessDenied, ItemFailed, NeedsPerson, ProtocolError, RetryLater
 from relay.transfer.collections import load
 from tests.relay.fake_agents import FakeAgent
@@ -101,6 +101,12 @@ async def test_what_a_client_asks_reaches_the_agent(laptop: Laptop, monkeypatch:
             "filter": ["type:dir", "name:~*.txt"],
         }
     ]
+    # No more than the agent would look at.
+    many = [("path", "~/a"), *[("filter", "type:dir")] * (MAX_FILTERS + 1)]
+    answer = await laptop.alice.ask("GET", f"{laptop.path}/ls", params=many)
+    assert (answer.status_code, str(MAX_FILTERS) in answer.json()["message"], len(seen)) == (400, True, 1)
+    answer = await laptop.alice.ask("GET", f"{laptop.path}/ls", params=many[:-1])
+    assert (answer.status_code, len(seen)) == (200, 2)
 
 
 async def test_stat_and_its_miss(laptop: Laptop) -> None:
