@@ -140,6 +140,11 @@ def parse_path_untrusted(text: str, home: CollectionPath = ()) -> CollectionPath
     return check_path_untrusted(tuple(path))
 
 
+def below_home(text: str) -> bool:
+    """Whether a path begins at home, by the rule of `parse_path_untrusted`."""
+    return not text.startswith("/") or text.lstrip("/").split("/", 1)[0] == "~"
+
+
 def check_path_untrusted(path: CollectionPath) -> CollectionPath:
     """The path itself if its length and depth are within bounds, else `ProtocolError`; components are not looked at."""
     if len(path) > MAX_COMPONENTS:

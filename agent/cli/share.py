@@ -15,7 +15,7 @@ from agent.cli.output import Column, CommandFailed, Output, fail, field, moment
 from agent.cli.relay_client import document_of
 from agent.cli.submission import parse_deadline
 from protocol.errors import ProtocolError
-from protocol.names import format_path, parse_path_untrusted
+from protocol.names import below_home, format_path, parse_path_untrusted
 
 if TYPE_CHECKING:
     from agent.cli.relay_client import Relay
@@ -109,7 +109,7 @@ def _checked_folder(relay: Relay, place: Place) -> str:
     from globus_sdk import TransferAPIError
 
     path = place.path or "/"
-    if not path.startswith("/") or path.lstrip("/").split("/")[0] == "~":
+    if below_home(path):
         fail(
             f"Write the folder from the collection's root, with a slash in front: {path!r} counts from somebody's home."
         )

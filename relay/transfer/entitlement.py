@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection
 
-from protocol.names import CollectionPath, format_path
+from protocol.names import CollectionPath, below_home, format_path
 from protocol.ticket import MAX_PATHS
 from relay.access.decisions import Ability, CollectionFacts, Spot, Subject, TaskNeeds, may_run, reach
 from relay.access.principals import subject_of
 from relay.transfer import collections, task_rows
-from relay.transfer.scopes import below_home, place
+from relay.transfer.scopes import place
 from relay.transfer.task_rows import Scope, Task
 
 

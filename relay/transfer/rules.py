@@ -14,7 +14,7 @@ from typing import Any
 from sqlalchemy import Connection, delete, func, insert, select, update
 
 from protocol.errors import ProtocolError
-from protocol.names import CollectionPath, format_path, parse_path_untrusted
+from protocol.names import CollectionPath, below_home, format_path, parse_path_untrusted
 from relay.access.decisions import Rule
 from relay.auth.identities import select_by_ids
 from relay.refusal import ApiError
@@ -133,7 +133,7 @@ def read_request(document: object, now: float) -> NewRule:
 
 
 def _folder(text: str) -> str:
-    if not text.startswith("/") or text.lstrip("/").split("/")[0] == "~":
+    if below_home(text):
         raise bad_request("path must begin at the collection's root, with a slash; rules do not count from home.")
     try:
         path: CollectionPath = parse_path_untrusted(text)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from protocol.errors import ProtocolError
-from protocol.names import CollectionPath, format_path, is_within, parse_path_untrusted
+from protocol.names import CollectionPath, below_home, format_path, is_within, parse_path_untrusted
 from protocol.ticket import MAX_PATHS
 from relay.refusal import ApiError
 from relay.transfer.fields import bad_request
@@ -36,11 +36,6 @@ def place(text: str, key: str, home: CollectionPath | None) -> CollectionPath:
             "first, or write the path from the root of the collection, beginning with '/'.",
         )
     return path
-
-
-def below_home(text: str) -> bool:
-    """Whether a path begins at home. The same rule as in `parse_path_untrusted`."""
-    return not text.startswith("/") or [part for part in text.split("/") if part][:1] == ["~"]
 
 
 def canonical(path: CollectionPath, text: str) -> str:

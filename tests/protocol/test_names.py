@@ -14,6 +14,7 @@ from protocol.names import (
     MAX_COMPONENTS,
     MAX_PATH,
     RESERVED_PREFIX,
+    below_home,
     check_component_untrusted,
     escape,
     format_path,
@@ -195,6 +196,12 @@ def test_what_is_a_component(raw: bytes) -> None:
 )
 def test_forms_of_paths(text: str, path: tuple[bytes, ...]) -> None:
     assert parse_path_untrusted(text, (b"h", b"i")) == path
+
+
+@given(st.lists(st.sampled_from(["/", "~", "x", "\N{SYMBOL FOR ESCAPE}7E"]), max_size=8).map("".join))
+def test_what_begins_at_home_leads_elsewhere_from_another_home(text: str) -> None:
+    elsewhere = parse_path_untrusted(text, (b"h",)) != parse_path_untrusted(text, (b"other",))
+    assert below_home(text) == elsewhere
 
 
 @pytest.mark.parametrize(
