@@ -215,30 +215,39 @@ async def test_deaths_of_workers_and_fork_servers(monkeypatch: pytest.MonkeyPatc
     assert not psutil.pid_exists(second.pid)
 
 
-DAEMON = """
-import os, sys, trio
+# A program with workers of its own: what it does when one waits is `then`.
+WITH_WORKERS = """
+import os, resource, trio
 from agent.transfer import forker
 from agent.transfer.worker_process import Workers
 forker.FIRST_REST = 0.01
+
+async def one_waits(workers):
+    while not workers.ready:
+        await trio.sleep(0.01)
 
 async def main():
     workers = Workers(spare=True)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(workers.run)
-        while not workers.ready:
-            await trio.sleep(0.01)
-        taken = await workers._forker.take()
-        while not workers.ready:
-            await trio.sleep(0.01)
-        print(workers._forker._server.process.pid, taken[0].pid, workers._forker._ahead.process.pid, flush=True)
-        await trio.sleep_forever()
+        await one_waits(workers)
+        await then(workers)
+        nursery.cancel_scope.cancel()
+"""
+
+DAEMON = """
+async def then(workers):
+    taken = await workers._forker.take()
+    await one_waits(workers)
+    print(workers._forker._server.process.pid, taken[0].pid, workers._forker._ahead.process.pid, flush=True)
+    await trio.sleep_forever()
 
 trio.run(main)
 """
 
 
 def test_a_daemon_that_is_killed_takes_them_all_along() -> None:
-    with subprocess.Popen([sys.executable, "-c", DAEMON], stdout=subprocess.PIPE, text=True) as daemon:
+    with subprocess.Popen([sys.executable, "-c", WITH_WORKERS + DAEMON], stdout=subprocess.PIPE, text=True) as daemon:
         assert daemon.stdout is not None
         below = [psutil.Process(int(word)) for word in daemon.stdout.readline().split()]
         assert [process.is_running() for process in below] == [True] * 3
@@ -267,29 +276,18 @@ async def test_workers_have_the_conditions_that_the_daemon_has_now(monkeypatch: 
 
 
 NO_MORE_FILES = """
-import os, resource, trio
-from agent.transfer import forker
-from agent.transfer.worker_process import Workers
-forker.FIRST_REST = 0.01
-
-async def main():
-    workers = Workers(spare=True)
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(workers.run)
-        while not workers.ready:
-            await trio.sleep(0.01)
-        waiting, opened = workers._forker._ahead.process, []
-        try:
-            while True:
-                opened.append(os.open(os.devnull, os.O_RDONLY))
-        except OSError:
-            taken = await workers._forker.take()
-        for descriptor in opened:
-            os.close(descriptor)
-        assert taken is not None and taken[0] is waiting, taken
-        assert not workers._forker._server.leaving.is_set()
-        taken[1].close()
-        nursery.cancel_scope.cancel()
+async def then(workers):
+    waiting, opened = workers._forker._ahead.process, []
+    try:
+        while True:
+            opened.append(os.open(os.devnull, os.O_RDONLY))
+    except OSError:
+        taken = await workers._forker.take()
+    for descriptor in opened:
+        os.close(descriptor)
+    assert taken is not None and taken[0] is waiting, taken
+    assert not workers._forker._server.leaving.is_set()
+    taken[1].close()
 
 resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
 trio.run(main)
@@ -298,7 +296,9 @@ trio.run(main)
 
 def test_the_worker_that_waits_serves_while_no_more_files_can_be_opened() -> None:
     """The system tells no conditions then; both it and the fork server were thrown away."""
-    done = subprocess.run([sys.executable, "-c", NO_MORE_FILES], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", WITH_WORKERS + NO_MORE_FILES], capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0, done.stderr
 
 
