@@ -29,6 +29,7 @@ from agent.transfer.hard_links import HardLinks
 from agent.transfer.items import ItemPlanner
 from agent.transfer.jobs import AllArrived, FileJob, Group, LargeFile, ListFate, Outcome
 from agent.transfer.lane_arrivals import RemoteArrivals
+from agent.transfer.lane_processes import LaneProcesses
 from agent.transfer.lanes import Lanes, OpenLane
 from agent.transfer.large_files import LargeFiles
 from agent.transfer.left_behind import remove_left_behind, sweep_temporaries
@@ -78,17 +79,7 @@ class TransferRun:
         self._error: TowpathError | None = None
         self._put_off: TowpathError | None = None
         self._token = trio.lowlevel.current_trio_token()
-        self._settler = Settler(
-            context.root,
-            context.journal,
-            context.manifests,
-            verify=self.options.verify_checksum,
-            preserve_timestamp=self.options.preserve_timestamp,
-            mode_mask=context.mode_mask,
-            reports=self,
-            temporary_name=self.temporary_name,
-            now=now_iso,
-        )
+        self._settler = self._new_settler()
         self.settle: queue.SimpleQueue[Any] = self._settler.queue
         self._pack: list[FileJob] = []
         self._pack_bytes = 0
@@ -117,19 +108,34 @@ class TransferRun:
             on_hungry=self._on_hungry,
         )
         session.on_unserved = self.fetcher.unserved
-        self._arrivals: RemoteArrivals | None = None
-        if context.processes is not None:
-            self._arrivals = RemoteArrivals(
-                context.processes,
-                self.fetcher,
-                self.settle,
-                self,
-                done=self._on_request_done,
-                names=self._temporary_names,
-                mode_mask=context.mode_mask,
-                preserve_timestamp=self.options.preserve_timestamp,
-            )
+        self._arrivals = None if context.processes is None else self._arrivals_from(context.processes)
         self.nursery: trio.Nursery
+
+    def _new_settler(self) -> Settler:
+        context = self.context
+        return Settler(
+            context.root,
+            context.journal,
+            context.manifests,
+            verify=self.options.verify_checksum,
+            preserve_timestamp=self.options.preserve_timestamp,
+            mode_mask=context.mode_mask,
+            reports=self,
+            temporary_name=self.temporary_name,
+            now=now_iso,
+        )
+
+    def _arrivals_from(self, processes: LaneProcesses) -> RemoteArrivals:
+        return RemoteArrivals(
+            processes,
+            self.fetcher,
+            self.settle,
+            self,
+            done=self._on_request_done,
+            names=self._temporary_names,
+            mode_mask=self.context.mode_mask,
+            preserve_timestamp=self.options.preserve_timestamp,
+        )
 
     def use_better_path(self) -> None:
         """Lanes opened from now on go a better way; move to them, one by one."""
