@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from agent.transfer.channel import Common, Desire, RunTask
 from agent.transfer.daemon_line import DaemonLine
 from agent.transfer.source_session import SessionLost
-from protocol.control import Party, TaskOrder
 from protocol.session import Message, RenewTicket
+from tests.agent.orders import order_of
 
 
 class _Session:
@@ -25,10 +26,7 @@ class _Session:
 
 
 def _line() -> DaemonLine:
-    party = Party(endpoint_id="e", node_id="n", collection_id="c", certificate="")
-    order = TaskOrder(
-        task_id="t", revision=1, desired="run", type="TRANSFER", ticket="old", session_id="s", destination=party
-    )
+    order = msgspec.structs.replace(order_of(), ticket="old")
     common = Common(node_id="n", node_key=b"", relay_id="r", relay_root="", collections=[])
     return DaemonLine(None, RunTask(common=common, order=order, state_dir="", lanes=1), None)  # type: ignore[arg-type]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any, cast
 
+import msgspec
 import pytest
 import trio
 from trio.testing import MockClock
@@ -12,8 +13,9 @@ from trio.testing import MockClock
 from agent.connect.finder import PathFinder
 from agent.transfer import task_paths
 from agent.transfer.task_paths import ANSWER_TIMEOUT, DIAL_AGAIN, TaskPaths
-from protocol.control import AgentEvent, Party, SessionAnswer, TaskOrder
+from protocol.control import AgentEvent, Party, SessionAnswer
 from protocol.errors import RetryLater
+from tests.agent.orders import order_of
 
 
 class Finder:
@@ -52,16 +54,7 @@ def paths(monkeypatch: pytest.MonkeyPatch, there_at: float, asked: list[AgentEve
         outbox=SimpleNamespace(passing=asked.append),
     )
     party = Party(endpoint_id="e", node_id="m", collection_id="c", certificate="certificate")
-    order = TaskOrder(
-        task_id="t",
-        revision=1,
-        desired="run",
-        type="TRANSFER",
-        ticket="",
-        session_id="s",
-        destination=party,
-        source=party,
-    )
+    order = msgspec.structs.replace(order_of(), source=party)
     return TaskPaths(cast(Any, node), order, answer(1), lambda _path: None), finder
 
 

@@ -7,28 +7,16 @@ import pytest
 
 from agent.transfer.session_processes import MANY_ITEMS, lane_processes
 from agent.transfer.spawn import AUTO, FORKS, session_processes
-from protocol.control import Party, TaskItem, TaskOptions, TaskOrder
+from protocol.control import TaskItem, TaskOptions, TaskOrder
+from tests.agent.orders import order_of
 
 FILE = TaskItem(source_path="/a", destination_path="/b", recursive=False)
 FOLDER = TaskItem(source_path="/a", destination_path="/b", recursive=True)
 LOOKED_AT = TaskItem(source_path="/a", destination_path="/b")
 
 
-PARTY = Party(endpoint_id="e", node_id="e", collection_id="c", certificate="")
-
-
 def order(*items: TaskItem, options: TaskOptions | None = None) -> TaskOrder:
-    return TaskOrder(
-        task_id="t",
-        revision=1,
-        desired="run",
-        type="TRANSFER",
-        ticket="",
-        session_id="s",
-        destination=PARTY,
-        items=list(items),
-        options=options or TaskOptions(),
-    )
+    return msgspec.structs.replace(order_of(options=options), items=list(items))
 
 
 @pytest.mark.parametrize(
