@@ -116,6 +116,16 @@ def test_whatever_is_done_to_the_log_shows(count: int, how: str, data: st.DataOb
         assert after.broken is not None or after.head != before.head
 
 
+def test_a_moment_that_was_changed_hides_no_entry() -> None:
+    """It stands beside what the hashes cover, for looking things up."""
+    with memory_log() as connection:
+        trail.append(connection, [Entry(time=float(i), action=f"a{i}", outcome="done") for i in range(3)])
+        before = trail.verify(connection)
+        connection.execute(text("UPDATE audit_log SET time = -1 WHERE n = 3"))
+        assert trail.verify(connection) == before
+        assert len(list(trail.lines(connection))) == 3
+
+
 @contextlib.contextmanager
 def memory_log() -> Iterator[Connection]:
     """A database of its own with nothing in it but an empty log."""
