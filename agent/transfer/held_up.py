@@ -56,7 +56,14 @@ def told(observed: TaskObserved, error: TowpathError | None) -> TaskObserved:
         # Errors of the policy name nobody: whatever is configured here is for the owner to change.
         who = "" if error.disposition == "retry" else OWNER
         return msgspec.structs.replace(
-            observed, state=state, status_code=error.code, status_sentence=error.sentence, who=who
+            observed,
+            state=state,
+            status_code=error.code,
+            status_sentence=error.sentence,
+            who=who,
+            # Nothing moves, whatever was measured last.
+            rate=0.0,
+            flow=None,
         )
     if observed.state == "PAUSED" or (observed.state == "QUEUED" and observed.status_code not in _WAITS_FOR_TURN):
         return msgspec.structs.replace(observed, state="QUEUED", status_code="QUEUED", status_sentence="", who="")

@@ -52,6 +52,8 @@ class Node:
     # What its workers are told to be mounted below the root, when they start.
     disks: tuple[Disk, ...] = ()
     service: TransferService | None = None
+    # Set when what `World.start` has begun is over.
+    ended: trio.Event = field(default_factory=trio.Event)
     policy: Policy = field(default_factory=lambda: Policy([]))
 
     @property
@@ -137,6 +139,7 @@ class World:
             )
         )
         node.service = service
+        node.ended = ended = trio.Event()
         scope = trio.CancelScope()
 
         async def run(*, task_status: trio.TaskStatus[None]) -> None:
@@ -145,6 +148,7 @@ class World:
                     await nursery.start(service.run)
                     nursery.start_soon(self._be_relay, node, service)
                     task_status.started()
+            ended.set()
 
         await self.nursery.start(run)
         return scope

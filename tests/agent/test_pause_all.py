@@ -17,7 +17,7 @@ from agent.daemon import Daemon
 from agent.data_side import PAUSED_FILE, recall_pause
 from agent.policy import AccessDenied, Pause
 from agent.transfer.held_up import told
-from protocol.control import Counters, SessionOrder, TaskItem, TaskObserved
+from protocol.control import Counters, Flow, SessionOrder, TaskItem, TaskObserved
 from protocol.errors import NeedsPerson
 from tests.agent.engine_world import World, world
 
@@ -72,7 +72,7 @@ async def test_what_was_paused_alone_stays_so_over_a_restart(tmp_path: Path, *, 
     async with two_tasks(tmp_path) as (made, alone, other, scope):
         await set_pause(made, "all")
         scope.cancel()
-        await trio.sleep(0.2)
+        await made.beta.ended.wait()
         if before:
             with closing(sqlite3.connect(made.beta.state / "tasks" / "tasks.sqlite")) as database, database:
                 database.execute("UPDATE tasks SET held = 1")
@@ -118,11 +118,12 @@ async def test_a_task_says_who_has_paused_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("state", ["QUEUED", "ACTIVE", "WAITING", "PAUSED"])
 def test_whatever_held_a_task_up_is_not_said_any_more_when_nothing_does(state: Any) -> None:
-    observed = TaskObserved(task_id="t", revision=1, state=state)
+    observed = TaskObserved(task_id="t", revision=1, state=state, rate=1e6, flow=Flow(goodput=1e6))
     refused = AccessDenied("The owner offers it for reading only.", code="READ_ONLY")
     held_up = told(observed, refused)
     assert (held_up.state, held_up.status_code) == ("QUEUED" if state == "QUEUED" else "PAUSED", "READ_ONLY")
     assert held_up.who == "destination owner"
+    assert (held_up.rate, held_up.flow) == (0.0, None)
     goes_on = told(held_up, None)
     assert (goes_on.state, goes_on.status_code, goes_on.status_sentence, goes_on.who) == ("QUEUED", "QUEUED", "", "")
     assert told(goes_on, None) is goes_on

@@ -17,6 +17,7 @@ from agent.storage.posix import open_root
 from agent.transfer import remove
 from agent.transfer.delete import DeleteRun
 from agent.transfer.mirror import Mirror
+from agent.transfer.progress import Progress
 from agent.transfer.remove import Removal
 from protocol.control import TaskItem, TaskOptions
 from tests.agent.engine_inside import Engine, Line, quick_path
@@ -88,8 +89,15 @@ async def test_a_paused_removal_goes_on_and_counts_everything_once(
 ) -> None:
     engine = _engine(quick_path, kind)
     _stopping(engine, monkeypatch, "pause", 5)
+
+    async def measure(progress: Progress) -> None:
+        progress.rate = 5.0
+        await trio.sleep_forever()
+
+    monkeypatch.setattr(Progress, "run", measure)
     observed = await engine.run()
     assert (observed.state, observed.counters.deleted) == ("PAUSED", 5)
+    assert observed.rate == 0.0, "nothing moves any more"
     assert _left(engine) == FILES - 5
     observed = await engine.revived().run()
     # Two folders besides.
