@@ -117,7 +117,11 @@ def test_without_kernel_locks_the_record_of_a_live_process_decides(
 @pytest.mark.parametrize("record", [b"", b"{", b"[]", b'{"host": 1}', b"\xff" * 5000])
 def test_a_damaged_record_does_not_keep_the_agent_from_starting(tmp_path: Path, record: bytes) -> None:
     (tmp_path / LOCK_FILE).write_bytes(record)
-    acquire(tmp_path).release()
+    lock = acquire(tmp_path)
+    holder = holder_of(tmp_path)
+    assert holder is not None
+    assert holder.pid == os.getpid()
+    lock.release()
 
 
 def test_a_symlink_in_place_of_the_lock_is_not_followed(tmp_path: Path) -> None:

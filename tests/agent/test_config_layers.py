@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,8 +12,6 @@ import jsonschema
 import pytest
 import yaml
 from click.testing import CliRunner
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from agent.cli.main import cli
 from agent.config.document import Problem, compose
@@ -200,39 +199,70 @@ def test_every_default_of_the_schema_is_one_that_it_takes() -> None:
         jsonschema.validate(one["default"], one)
 
 
-_WORDS = st.sampled_from(
-    f"{ONE},/data,~/x,x,read-only,read-write,https://r.example,http://r.example,0.0.0.0,a/b,/../x,/a/..,::1,login-node,"
-    "json,2001:db8::1,https://u@r.example,https://r.example/p,,a b,a\tb".split(",")
-)
-_SCALARS = st.one_of(st.none(), st.booleans(), st.integers(-1, 70000), _WORDS)
+# One entry of each list of entries, to be taken as it is.
+_ENTRIES = {
+    "collections": {"id": ONE, "name": "n", "root": "/data"},
+    "timetable": {"name": "n", "when": "sat,sun"},
+    "watch": {"name": "n", "collection": ONE, "destination": TWO},
+}
+_VALUES = [
+    *(ONE, "/data", "~/x", "x", "a/b", "/../x", "/a/..", "::1", "0.0.0.0", "/{path}", "a b", "a\tb", "é", ""),
+    *("https://r.example", "http://r.example", "https://u@r.example", "https://r.example/p", "http://r.example:3128"),
+    *("auto", "none", "off", "0 2 * * *", "10 MB/s", "sat", "x" * 65, "x" * 300),
+    *(None, True, False, -1, 0, 1, 20, 3600, 70000, 0.5, [], {}, ["x"], [1], {"x": 1}),
+]
 
 
-def _values(schema: dict[str, Any]) -> st.SearchStrategy[Any]:
-    """Documents that are nearly what the schema wants: the right keys with values right and wrong."""
-    if "anyOf" in schema:
-        return st.one_of([_values(row) for row in schema["anyOf"]])
-    if schema.get("type") == "object":
-        rows = {key: _values(row) for key, row in schema["properties"].items()}
-        required = {key: rows[key] for key in schema.get("required", ())}
-        return st.fixed_dictionaries(required, optional={k: v for k, v in rows.items() if k not in required})
-    if schema.get("type") == "array":
-        return st.one_of(_SCALARS, st.lists(_values(schema["items"]), max_size=2))
-    if schema.get("type") == "boolean":
-        return st.one_of(st.booleans(), _SCALARS)
-    if "enum" in schema:
-        return st.one_of(st.sampled_from(schema["enum"]), _SCALARS)
-    return _SCALARS
+def _places(schema: dict[str, Any], place: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
+    """Every setting of the schema, every section, and an entry of every list, each with what may stand there alone."""
+    for row in schema.get("anyOf", [schema]):
+        for key, below in row.get("properties", {}).items():
+            yield (*place, key)
+            yield from _places(below, (*place, key))
+        if row.get("type") == "array":
+            yield (*place, 0)
+            yield from _places(row["items"], (*place, 0))
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
-@given(_values(json_schema()))
-def test_what_the_reader_takes_the_schema_takes_too(document: dict[str, Any]) -> None:
-    text = yaml.safe_dump(document)
-    try:
-        parse_config(text.encode(), Path("/x/agent.yaml"))
-    except ConfigError:
-        return
-    jsonschema.validate(yaml.safe_load(text), json_schema())
+def _words(schema: Any) -> Iterator[Any]:
+    """What the schema names word by word."""
+    if isinstance(schema, dict):
+        yield from (word for word in (*schema.get("enum", ()), schema.get("const")) if isinstance(word, str))
+        schema = list(schema.values())
+    if isinstance(schema, list):
+        for below in schema:
+            yield from _words(below)
+
+
+def _document(place: tuple[str | int, ...], value: Any) -> Any:
+    """A document with nothing but this value in this place, and what an entry needs around it."""
+    for number in reversed(range(len(place))):
+        key = place[number]
+        if isinstance(key, str):
+            value = {key: value}
+        elif isinstance(value, dict):
+            value = [_ENTRIES.get(str(place[number - 1]), {}) | value]
+        else:
+            value = [value]
+    return value
+
+
+def test_what_the_reader_takes_the_schema_takes_too() -> None:
+    """Whatever the setting: each is taken with some value, so that none is passed over."""
+    schema = json_schema()
+    validator = jsonschema.Draft202012Validator(schema)
+    values = [*_VALUES, *dict.fromkeys(word for word in _words(schema) if word not in _VALUES)]
+    places = dict.fromkeys(_places(schema))
+    taken = set()
+    for place, value in itertools.product(places, values):
+        document = _document(place, value)
+        try:
+            parse_config(json.dumps(document).encode(), Path("/x/agent.yaml"))
+        except ConfigError:
+            continue
+        taken.add(place)
+        validator.validate(document)
+    assert [place for place in places if place not in taken] == []
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import msgspec
 import psutil
 import pytest
 import trio
+import trio.testing
 
 from protocol.control import TaskItem, TaskOptions
 from tests.agent import engine_world
@@ -235,7 +236,9 @@ async def test_tasks_wait_while_the_machine_holds_back_and_go_on_afterwards(tmp_
             [TaskItem(source_path="/data", destination_path="/copy", recursive=True)],
             TaskOptions(preserve_timestamp=True, recursive_symlinks="keep"),
         )
-        await trio.sleep(0.3)
+        await trio.testing.wait_all_tasks_blocked(0.02)
+        assert world.beta.service.get_task(task).status_code == "HELD_BACK"
+        assert not world.beta.service.statistics().running
         assert not (world.beta.root / "copy").exists()
         await world.beta.service.suspend(suspended=False)
         with trio.fail_after(60):

@@ -176,8 +176,10 @@ def test_prometheus_reads_it_and_it_does_not_grow_with_what_waits() -> None:
 class _Configured:
     def __init__(self) -> None:
         self.config = MetricsConfig()
+        self.looks = 0
 
     def __call__(self) -> MetricsConfig:
+        self.looks += 1
         return self.config
 
 
@@ -199,7 +201,7 @@ async def test_the_port_opens_and_closes_with_the_configuration() -> None:
     publisher = Publisher(configured, lambda: exposition(NUMBERS, [TASK]))
     async with trio.open_nursery() as nursery:
         nursery.start_soon(publisher.run)
-        await trio.sleep(0.05)
+        await _until(lambda: configured.looks > 4)
         assert publisher.port is None
         configured.config = MetricsConfig(port=free_port())
         await _until(lambda: publisher.port is not None)
@@ -227,7 +229,7 @@ async def test_the_file_is_written_whole_and_trouble_with_it_passes(tmp_path: Pa
     configured.config = MetricsConfig(textfile=folder / "towpath.prom")
     async with trio.open_nursery() as nursery:
         nursery.start_soon(Publisher(configured, lambda: exposition(NUMBERS, [TASK])).run)
-        await trio.sleep(0.1)
+        await _until(lambda: configured.looks > 4)
         # The folder was missing; now it is there.
         folder.mkdir()
         await _until((folder / "towpath.prom").exists)
