@@ -52,6 +52,8 @@ class ServedSessions:
         # Connections that have come for a session before the relay has ordered it.
         self._early = 0
         self._announced = trio.Event()
+        # How many sessions were withdrawn, whether or not they were served.
+        self._cuts = 0
         self.nursery: trio.Nursery
         self.refused = 0
 
@@ -62,26 +64,9 @@ class ServedSessions:
 
     async def deliver(self, session_id: str, kind: str, sock: trio.socket.SocketType) -> None:
         """Hand a connection to its session's worker; unknown and forbidden sessions are simply closed."""
-        node = self._node
-        try:
-            order = await self._ordered(session_id)
-        except StateTrouble as error:
-            # Whoever has the session comes again.
-            logger.warning("A connection could not be served: %s", error.sentence)
-            order = None
-        if order is None:
-            self.refused += 1
-            return
-        try:
-            # Checked anew for every connection: policy and ticket may have changed since the session was announced.
-            node.policy.check_operation("sessions")
-            ticket = node.check_session(order, time.time())
-        except TowpathError:
-            self.refused += 1
-            return
-        collection_id = ticket.source.collection_id if ticket.source else ""
         for _ in range(2):
-            served = self._worker_of(order, collection_id)
+            # Looked at anew each time: what ended the worker may have been that the session was withdrawn.
+            served = await self._admitted(session_id)
             if served is None:
                 return
             await served.ready.wait()
@@ -90,11 +75,37 @@ class ServedSessions:
             try:
                 await served.channel.send(Incoming(kind=kind, descriptors=1), (sock.fileno(),))
             except ChannelClosed:
-                self._served.pop(session_id, None)
+                if self._served.get(session_id) is served:
+                    del self._served[session_id]
                 continue
             if kind == "lane":
-                node.lane_begun.set()
+                self._node.lane_begun.set()
             return
+
+    async def _admitted(self, session_id: str) -> _Served | None:
+        """The worker of a session that may be served now; None, counted as refused, for every other one."""
+        while True:
+            cuts = self._cuts
+            try:
+                order = await self._ordered(session_id)
+            except StateTrouble as error:
+                # Whoever has the session comes again.
+                logger.warning("A connection could not be served: %s", error.sentence)
+                order = None
+            if order is None:
+                self.refused += 1
+                return None
+            if cuts == self._cuts:
+                break
+            # Something was cut while a thread read the order, perhaps this session, and then it has none by now.
+        try:
+            # Checked anew for every connection: policy and ticket may have changed since the session was announced.
+            self._node.policy.check_operation("sessions")
+            ticket = self._node.check_session(order, time.time())
+        except TowpathError:
+            self.refused += 1
+            return None
+        return self._worker_of(order, ticket.source.collection_id if ticket.source else "")
 
     async def _ordered(self, session_id: str) -> SessionOrder | None:
         """The order of a session, which may be about to come."""
@@ -184,7 +195,9 @@ class ServedSessions:
         return self._node.policy.has_room(collection_id, len(others - {session_id}))
 
     def cut(self, session_id: str) -> None:
-        """End a session's worker now, whatever it is doing."""
+        """End a session's worker now, whatever it is doing. Its order is gone from the store, or its collection's owner
+        has said no: whoever is about to be handed over is looked at again."""
+        self._cuts += 1
         served = self._served.pop(session_id, None)
         self._expected.pop(session_id, None)
         if served is not None:
