@@ -91,7 +91,7 @@ METRICS: dict[tuple[str, str], tuple[Metric, str | None]] = {
     ("guesses", "subjects"): (Metric("guessing_subjects", "Addresses and clients that were wrong lately."), ""),
     ("guesses", "failures"): (_GUESSES, ""),
     ("audit", "written"): (Metric("audit_entries_total", "Entries of the audit log."), ""),
-    ("audit", "suppressed"): (Metric("audit_entries_suppressed_total", "Refusals that were only counted."), ""),
+    ("audit", "suppressed"): (Metric("audit_entries_suppressed_total", "Strangers' requests, only counted."), ""),
     ("audit", "failed"): (Metric("audit_entries_failed_total", "Entries that could not be written."), ""),
     ("requests", "subjects"): (Metric("active_users", "People whose requests are counted now."), ""),
     ("requests", "refused"): (Metric("requests_refused_total", "Requests beyond limits.user_requests."), ""),

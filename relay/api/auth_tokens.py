@@ -201,8 +201,14 @@ async def end(request: Request) -> dict[str, bool]:
     if "authorization" in request.headers or "client_secret" in form:
         await authenticated_client(request, form)
     shown = form.get("token", "")
+
+    def work(connection: Connection) -> None:
+        owner = revoke(connection, shown)
+        if owner is not None:
+            note(request, identity=owner)
+
     if shown:
-        await services.store.write(lambda connection: revoke(connection, shown))
+        await services.store.write(work)
     return {"active": False}
 
 

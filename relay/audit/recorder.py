@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,13 +28,14 @@ logger = logging.getLogger("relay.audit")
 _READING = frozenset({"GET", "HEAD", "OPTIONS"})
 # Requests that look something up by POST.
 _LOOKING = frozenset({"/v2/oauth2/token/validate", "/v2/oauth2/token/introspect"})
-# Refused requests of nobody in particular are recorded up to this many a minute; the others are counted.
+# Requests of nobody in particular that were refused, or that tell nothing of what they did, are recorded up to this
+# many a minute; the others are counted.
 STRANGERS = 60
 
 
 @dataclass(frozen=True)
 class AuditStatistics:
-    """Entries written since the start, refusals only counted, entries that could not be written."""
+    """Entries written since the start, requests only counted, entries that could not be written."""
 
     written: int
     suppressed: int
@@ -104,9 +105,6 @@ class Recorder:
         route = scope.get("route")
         if route is None or told.get("quiet"):
             return None
-        who, client = told.get("who"), told.get("client")
-        if status >= 400 and who is None and client is None and not self._may_tell_of_stranger(facts):
-            return None
         template = str(getattr(route, "path", None) or scope["path"])
         parameters: Mapping[str, Any] = scope.get("path_params", {})
         peer = scope.get("client")
@@ -114,8 +112,8 @@ class Recorder:
             time=self._clock(),
             action=facts.pop("action", "") or getattr(scope.get("endpoint"), "__name__", "request"),
             outcome="done" if status < 400 else "refused" if status < 500 else "failed",
-            who=who,
-            client=client,
+            who=told.get("who"),
+            client=told.get("client"),
             origin=peer[0] if peer else "",
             request=scope["state"].get("request_id", ""),
             facts={
@@ -127,7 +125,13 @@ class Recorder:
             },
         )
 
-    def _may_tell_of_stranger(self, facts: MutableMapping[str, str]) -> bool:
+    def admitted(self, scope: Scope, entry: Entry) -> Entry | None:
+        """The entry as it is to be written; None for one that is only counted, or strangers could fill the disk. To be
+        asked once for each."""
+        if entry.who is not None or entry.client is not None:
+            return entry
+        if entry.outcome == "done" and notes(scope).get("facts"):
+            return entry
         now = self._clock()
         if not self._minute <= now < self._minute + 60:
             self._minute, self._strangers = now, 0
@@ -135,10 +139,11 @@ class Recorder:
         if self._strangers > STRANGERS:
             self._suppressed += 1
             self._untold += 1
-            return False
+            return None
         if self._untold:
-            facts["refusals_only_counted"], self._untold = str(self._untold), 0
-        return True
+            entry = replace(entry, facts={**entry.facts, "only_counted": str(self._untold)})
+            self._untold = 0
+        return entry
 
 
 class AuditMiddleware:
@@ -187,9 +192,11 @@ class _Deed:
         if entry is None or self._is_told(entry):
             return
         # Which status the answer will have is not known yet.
-        entry = replace(entry, facts=_without_status(entry))
-        trail.append(connection, [entry])
-        self._told = entry
+        self._told = entry = replace(entry, facts=_without_status(entry))
+        if (admitted := self._recorder.admitted(self._scope, entry)) is None:
+            self._over = True
+            return
+        trail.append(connection, [admitted])
         self._recorder.note_written(1)
 
     async def end(self, status: int) -> None:
@@ -198,8 +205,10 @@ class _Deed:
             return
         self._over = True
         entry = self._recorder.entry_of(self._scope, status)
-        if entry is not None and not self._is_told(entry):
-            await self._recorder.record(entry)
+        if entry is None or self._is_told(entry):
+            return
+        if (admitted := self._recorder.admitted(self._scope, entry)) is not None:
+            await self._recorder.record(admitted)
 
     def _is_told(self, entry: Entry) -> bool:
         told = self._told

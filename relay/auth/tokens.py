@@ -164,22 +164,24 @@ def _record(row: RowMapping) -> TokenRecord:
     return TokenRecord(scopes=scopes, **values)
 
 
-def revoke(connection: Connection, token: str) -> bool:
+def revoke(connection: Connection, token: str) -> str | None:
     """End a token at once; a refresh token takes the access tokens made from it along (RFC 7009, 2.1).
 
     Whoever holds a token may end it: a found token is then harmless, and clients that sign out without their secret
-    are served. Returns whether there was such a token.
+    are served. Returns whose it was, by the id of the identity; None when there was no such token.
     """
     if not 1 <= len(token) <= MAX_TOKEN:
-        return False
+        return None
     this = tokens.c.digest == token_digest(token)
-    row = connection.execute(select(tokens.c.kind, tokens.c.session_id, tokens.c.resource_server).where(this)).first()
+    wanted = select(tokens.c.kind, tokens.c.session_id, tokens.c.resource_server, tokens.c.identity_id)
+    row = connection.execute(wanted.where(this)).first()
     if row is None:
-        return False
+        return None
     if row.kind == "refresh":
         this = (tokens.c.session_id == row.session_id) & (tokens.c.resource_server == row.resource_server)
     connection.execute(delete(tokens).where(this))
-    return True
+    identity_id: str = row.identity_id
+    return identity_id
 
 
 def remove_expired(connection: Connection, now: float) -> int:

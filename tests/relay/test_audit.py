@@ -19,6 +19,7 @@ from sqlalchemy import Connection, text
 from relay.audit import trail
 from relay.audit.recorder import STRANGERS
 from relay.audit.trail import Entry
+from relay.auth.public_clients import TOWPATH_CLI
 from relay.auth.scopes import AUTH_SERVER, MANAGE_PROJECTS, TRANSFER_ALL
 from relay.cli import cli
 from tests.canary.sitecustomize import CANARIES
@@ -168,7 +169,37 @@ async def test_strangers_cannot_fill_the_disk(relay: TransferWorld) -> None:
     assert len(await log(relay)) == STRANGERS
     relay.base.clock.now += 61
     await relay.http.post("/v0.10/transfer", json={})
-    assert (await log(relay))[-1]["facts"]["refusals_only_counted"] == "40"
+    assert (await log(relay))[-1]["facts"]["only_counted"] == "40"
+
+
+async def test_strangers_cannot_fill_the_disk_with_what_changes_nothing(relay: TransferWorld) -> None:
+    """What succeeds without anybody having said who they are is no more worth telling than what is refused."""
+    for n in range(STRANGERS + 40):
+        answer = await relay.http.post("/v2/oauth2/token/revoke", data={"token": f"made-up-{n}"})
+        assert answer.status_code == 200
+    assert len(await log(relay)) == STRANGERS
+    # What does happen is always told, whoever did it, with whom it concerns.
+    ada = await relay.person("ada")
+    token = ada.headers["Authorization"].partition(" ")[2]
+    await relay.http.post("/v2/oauth2/token/revoke", data={"token": token})
+    last = (await log(relay))[-1]
+    assert (last["action"], last["outcome"], last["facts"]["identity"]) == ("end", "done", ada.id)
+    relay.base.clock.now += 61
+    await relay.http.post("/v2/oauth2/token/revoke", data={"token": "made up again"})
+    assert (await log(relay))[-1]["facts"]["only_counted"] == "40"
+
+
+async def test_what_strangers_begin_is_told_once_and_counted_once(relay: TransferWorld) -> None:
+    """Its entry is written with its row, and looked at again when it is answered."""
+    form = {"client_id": TOWPATH_CLI, "scope": "openid"}
+    for _ in range(10):
+        answer = await relay.http.post("/v2/oauth2/device_authorization", data=form)
+        assert answer.status_code == 200, answer.text
+    assert len(await log(relay)) == 10
+    assert relay.services.audit.statistics().suppressed == 0
+    for _ in range(STRANGERS - 10):
+        await relay.http.post("/v0.10/transfer", json={})
+    assert len(await log(relay)) == STRANGERS
 
 
 async def test_what_is_done_and_its_entry_are_one(relay: TransferWorld, monkeypatch: pytest.MonkeyPatch) -> None:
