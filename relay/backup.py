@@ -7,6 +7,7 @@ holds every secret of the relay; it is written with mode 0600 and appears under 
 from __future__ import annotations
 
 import contextlib
+import gzip
 import os
 import secrets
 import shutil
@@ -14,6 +15,7 @@ import sqlite3
 import tarfile
 import tempfile
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
@@ -44,6 +46,8 @@ def back_up(settings: Settings, configuration: Path, target: Path) -> int:
         raise BackupRefused(f"{database} does not exist; there is nothing to back up.", who="relay operator")
     if target.exists():
         raise BackupRefused(f"{target} exists already; choose another name.", who="you")
+    if not target.parent.is_dir():
+        raise BackupRefused(f"There is no folder {target.parent} to write {target.name} in; make it first.", who="you")
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
@@ -74,8 +78,9 @@ def restore(
     Returns where the former content was moved to, if there was any. Never touches a directory on which a relay runs;
     replaces the content of another only with ``force``, and keeps it. ``note`` is called with the database's file
     before it is put in place, and may write into it. Raises `AlreadyRunning`, `BackupRefused`, `SettingsError`,
-    OSError, tarfile.TarError.
+    OSError.
     """
+    _check_whole_untrusted(archive)
     text = _read_configuration_untrusted(archive)
     settings = parse(text, f"relay.yaml in {archive.name}")
     home = directory.resolve()
@@ -110,6 +115,23 @@ def restore(
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     return aside
+
+
+def _check_whole_untrusted(archive: Path) -> None:
+    """Read all of it once, up to the checksum behind the last byte: tarfile stops before, and takes damage for the end.
+
+    Raises `BackupRefused`.
+    """
+    try:
+        with gzip.open(archive) as plain:
+            while plain.read(1 << 20):
+                pass
+        with tarfile.open(archive, "r:gz") as source:
+            source.getmembers()
+    except EOFError as error:
+        raise BackupRefused(f"{archive} is cut short; use another copy of the backup.", who="you") from error
+    except (tarfile.TarError, gzip.BadGzipFile, zlib.error) as error:
+        raise BackupRefused(f"{archive} cannot be read as a backup: {error}.", who="you") from error
 
 
 def _read_configuration_untrusted(archive: Path) -> str:
@@ -150,17 +172,27 @@ def _unpack_untrusted(archive: Path, into: Path) -> None:
     with tarfile.open(archive, "r:gz") as source:
         for count, member in enumerate(source, start=1):
             parts = PurePosixPath(member.name).parts
-            known = parts[:1] and parts[0] in (DATABASE, CONFIGURATION, *_FOLDERS)
+            known = parts[:1] and parts[0] in (DATABASE, CONFIGURATION, *_FOLDERS) and ".." not in parts
             if count > _MAX_MEMBERS or not known or not (member.isfile() or member.isdir()):
                 raise BackupRefused(f"{archive} is no backup of a relay (it contains {member.name!r:.100}).")
-            source.extract(member, into, filter="data", set_attrs=False)
-    for path in into.rglob("*"):
-        path.chmod(0o700 if path.is_dir() else 0o600)
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+            _unpack_one_untrusted(source, member, into.joinpath(*parts))
     if not (into / DATABASE).is_file():
         raise BackupRefused(f"{archive} is no backup of a relay: it holds no database.")
+
+
+def _unpack_one_untrusted(source: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> None:
+    """Write a file or make a folder, readable by the owner alone. Tarfile's own filters came with Python 3.11.4 only,
+    and nothing of a member but name and content is wanted here."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    content = source.extractfile(member)
+    if content is None:
+        path.mkdir(mode=0o700, exist_ok=True)
+        return
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with content, os.fdopen(descriptor, "wb") as file:
+        shutil.copyfileobj(content, file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _give_to_owner_of(place: Path, restored: list[Path]) -> None:

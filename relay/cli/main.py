@@ -18,8 +18,6 @@ from relay.cli import audit, authority, people, programs, root_key, storage, upk
 
 def main() -> NoReturn:
     """Entry point of the command. Exit codes: 0 done, 1 failed, 2 wrong usage."""
-    import tarfile
-
     from protocol.errors import TowpathError
 
     # Nearly all files of a relay are secret; those that are not are opened up one by one.
@@ -34,8 +32,6 @@ def main() -> NoReturn:
         sys.exit(error.exit_code)
     except TowpathError as error:
         _fail(error.sentence)
-    except tarfile.TarError as error:
-        _fail(f"The backup cannot be read: {error}")
     except OSError as error:
         _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     sys.exit(outcome if isinstance(outcome, int) else 0)
