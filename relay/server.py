@@ -43,6 +43,7 @@ from relay.dispatch import MAX_PENDING, Dispatcher
 from relay.keys import RelayKeys
 from relay.listen import accept_all, open_port
 from relay.lock import exclusive
+from relay.pages.upstream import DEPARTURES, DEPARTURES_PERIOD
 from relay.process import collect_seldom, raise_file_limit
 from relay.quota.allowance import Allowance
 from relay.rendezvous.acceptor import REFUSED_RETRY, accept_link
@@ -197,6 +198,7 @@ def _services(
         audit=Recorder(store, clock),
         requests=Allowance(settings.limits.user_requests, settings.limits.user_requests_period),
         provisions=Allowance(PROVISIONS, PROVISIONS_PERIOD),
+        departures=Allowance(DEPARTURES, DEPARTURES_PERIOD),
         clock=clock,
     )
 

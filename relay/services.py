@@ -29,7 +29,8 @@ class Services:
     """Held in ``app.state.services``. ``clock`` gives Unix seconds.
 
     ``guesses`` counts wrong secrets by address and client, ``crowd_guesses`` by address alone;
-    ``requests`` counts what each person asks for, ``provisions`` whom they had an identity made for.
+    ``requests`` counts what each person asks for, ``provisions`` whom they had an identity made for, ``departures`` who
+    was sent to a provider from each address.
     """
 
     settings: Settings
@@ -47,6 +48,7 @@ class Services:
     audit: Recorder
     requests: Allowance
     provisions: Allowance
+    departures: Allowance
     clock: Callable[[], float]
 
     @property

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 from sqlalchemy import Connection
 
-from relay.api.client_authentication import address_of, authenticated_client
+from relay.api.client_authentication import authenticated_client, caller_of
 from relay.api.token_grants import DEVICE_CODE, GRANT_TYPES
 from relay.auth import public_clients
 from relay.auth.clients import Client
@@ -79,20 +79,20 @@ async def make_copy(request: Request, wanted: Mapping[str, Any]) -> dict[str, An
     ``wanted`` is Globus's document of a client.
     """
     services = services_of(request)
-    address, now = address_of(request), services.clock()
+    beginner, now = [f"{caller_of(request)} copies"], services.clock()
     template_id = wanted.get("template_id")
     if not isinstance(template_id, str) or template_id not in WELL_KNOWN:
         raise ApiError(403, "FORBIDDEN", "Without credentials, only copies of known native applications can be made.")
     name = wanted.get("name")
     if name is not None and (not isinstance(name, str) or not name.strip() or not name.isprintable()):
         raise ApiError(400, "INVALID_REQUEST", "name must be a text that can be shown.")
-    wait = services.crowd_guesses.retry_after([f"{address} copies"], now)
+    wait = services.crowd_guesses.retry_after(beginner, now)
     if wait > 0:
         seconds = str(math.ceil(wait))
         raise ApiError(
             429, "TOO_MANY_REQUESTS", "Too many clients were made from here.", headers={"Retry-After": seconds}
         )
-    services.crowd_guesses.failed([f"{address} copies"], now)
+    services.crowd_guesses.failed(beginner, now)
     secret, digest = await services.secrets.make()
 
     def work(connection: Connection) -> tuple[Client, str]:

@@ -14,6 +14,7 @@ from sqlalchemy import Connection
 from relay.api.client_authentication import (
     address_of,
     authenticated_client,
+    caller_of,
     form_description,
     form_untrusted,
     identified_client,
@@ -96,7 +97,7 @@ async def device_authorization(request: Request) -> JSONResponse:
     now, settings = services.clock(), services.settings
     scope, agent = form.get("scope", ""), request.headers.get("user-agent", "")
     # Nobody has shown who they are yet, and every request leaves a row behind.
-    beginner = [f"{address_of(request)} devices"]
+    beginner = [f"{caller_of(request)} devices"]
     wait = services.crowd_guesses.retry_after(beginner, now)
     if wait > 0:
         later = {"Retry-After": str(math.ceil(wait))}

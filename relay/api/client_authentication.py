@@ -6,14 +6,15 @@ import base64
 import binascii
 import math
 from collections.abc import Mapping
-from contextlib import aclosing
 from typing import Any
 from urllib.parse import parse_qsl, unquote_plus
 
 from fastapi import Request
 
+from relay.api.bodies import body_untrusted
 from relay.audit.notes import acting
 from relay.auth.clients import Client
+from relay.auth.guesses import neighbourhood
 from relay.auth.public_clients import client_for
 from relay.refusal import ApiError
 from relay.services import services_of
@@ -30,8 +31,13 @@ def form_description(*required: str, optional: tuple[str, ...] = ()) -> dict[str
 
 
 def address_of(request: Request) -> str:
-    """Where a request comes from, for limits and for people to see."""
+    """Where a request comes from, for people to see."""
     return request.client.host if request.client else "unknown"
+
+
+def caller_of(request: Request) -> str:
+    """As whom limits count whoever sent a request without having said who they are."""
+    return neighbourhood(address_of(request))
 
 
 async def identified_client(request: Request, form: Mapping[str, str]) -> Client:
@@ -57,10 +63,10 @@ async def authenticated_client(request: Request, form: Mapping[str, str]) -> Cli
     """
     client_id, secret = _credentials_untrusted(request.headers.get("authorization"), form)
     services = services_of(request)
-    address = address_of(request)
+    caller = caller_of(request)
     # By address and client, so that nobody locks a client out from elsewhere. An address gets more tries in all,
     # because many people may share one.
-    pair, crowd = f"{address} {client_id[:36]}", f"{address} *"
+    pair, crowd = f"{caller} {client_id[:36]}", f"{caller} *"
     now = services.clock()
     wait = max(services.guesses.retry_after([pair], now), services.crowd_guesses.retry_after([crowd], now))
     if wait > 0:
@@ -104,12 +110,9 @@ async def form_untrusted(request: Request) -> dict[str, str]:
     kind = request.headers.get("content-type", "application/x-www-form-urlencoded").partition(";")[0].strip().lower()
     if kind != "application/x-www-form-urlencoded":
         raise ApiError(400, "invalid_request", "The body must be application/x-www-form-urlencoded.")
-    body = bytearray()
-    async with aclosing(request.stream()) as chunks:
-        async for chunk in chunks:
-            body += chunk
-            if len(body) > MAX_FORM:
-                raise ApiError(413, "invalid_request", f"The form is larger than {MAX_FORM} bytes.")
+    body = await body_untrusted(request, MAX_FORM)
+    if body is None:
+        raise ApiError(413, "invalid_request", f"The form is larger than {MAX_FORM} bytes.")
     try:
         pairs = parse_qsl(body.decode("ascii"), keep_blank_values=True, max_num_fields=_MAX_FIELDS, errors="strict")
     except ValueError as error:

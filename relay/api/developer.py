@@ -11,6 +11,7 @@ from sqlalchemy import Connection
 
 from relay.access.decisions import Subject
 from relay.access.principals import subject_of
+from relay.api.bodies import body_untrusted
 from relay.applications.documents import invalid, wrapped
 from relay.auth.bearer import Caller, auth_caller
 from relay.auth.scopes import MANAGE_PROJECTS, VIEW_CLIENTS_AND_SCOPES
@@ -52,8 +53,8 @@ Developer = Annotated[Caller, Depends(developer)]
 
 async def body_of(request: Request, key: str) -> Any:
     """The object under the one key of the request's body. Raises `ApiError` 400, 413."""
-    body = await request.body()
-    if len(body) > MAX_BODY:
+    body = await body_untrusted(request, MAX_BODY)
+    if body is None:
         raise ApiError(413, "REQUEST_TOO_LARGE", f"The document is larger than {MAX_BODY} bytes.")
     try:
         return wrapped(msgspec.json.decode(body), key)

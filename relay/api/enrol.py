@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import aclosing
-
 from fastapi import APIRouter, Request, Response
 
 from protocol.control import EnrolAnswer, EnrolRequest, decode_untrusted, encode
 from protocol.errors import ProtocolError
+from relay.api.bodies import body_untrusted
 from relay.audit.notes import note
 from relay.refusal import ApiError
 from relay.services import services_of
@@ -23,12 +22,9 @@ MAX_BODY = 64 * 1024
 async def enrol(request: Request) -> Response:
     """Turn a setup key into a node; see docs/protocol.md."""
     services = services_of(request)
-    body = bytearray()
-    async with aclosing(request.stream()) as chunks:
-        async for chunk in chunks:
-            body += chunk
-            if len(body) > MAX_BODY:
-                raise ApiError(413, "RequestTooLarge", f"An enrolment request has at most {MAX_BODY} bytes.")
+    body = await body_untrusted(request, MAX_BODY)
+    if body is None:
+        raise ApiError(413, "RequestTooLarge", f"An enrolment request has at most {MAX_BODY} bytes.")
     try:
         document = decode_untrusted(body, EnrolRequest)
     except ProtocolError as error:

@@ -6,6 +6,7 @@ Every step reads the whole request again from its text; nothing is kept on the w
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from urllib.parse import parse_qsl, urlencode
@@ -48,7 +49,8 @@ router = APIRouter(tags=["Auth"])
 # The name under which the time of the request travels through the sign-in page and back.
 _MARK = "towpath_since"
 _MARK_LIFE = 3600.0
-_MAX_CODE = 2000
+# What `relay.auth.codes` makes: nothing that a terminal, or somebody who reads it, could take for an order.
+_CODE = re.compile(r"[A-Za-z0-9_-]{1,128}")
 
 
 @dataclass(frozen=True)
@@ -291,6 +293,6 @@ async def show_code(request: Request) -> HTMLResponse:
     code = request.query_params.get("code", "")
     if request.query_params.get("error") == "access_denied":
         raise PageProblem(200, "Not allowed", "Nothing was allowed. You can close this page.")
-    if "error" in request.query_params or not 1 <= len(code) <= _MAX_CODE:
+    if "error" in request.query_params or _CODE.fullmatch(code) is None:
         raise PageProblem(400, "There is no code here", "Start the sign-in again.")
     return page(request, "code.html", code=code)

@@ -108,6 +108,8 @@ async def _find(request: Request, session: BrowserSession, code: str) -> _Waitin
     services = services_of(request)
     name = f"device code by {session.identity.id}"
     limit_guesses(request, name)
+    # Before it is looked at, or as many as come at once would be.
+    forgive = count_failure(request, name)
 
     def look(connection: Connection) -> _Waiting | None:
         found = device.find_request(connection, code, services.clock())
@@ -126,10 +128,15 @@ async def _find(request: Request, session: BrowserSession, code: str) -> _Waitin
             raise PageProblem(403, "Not for you", str(error)) from error
         return _Waiting(found, client, expanded)
 
-    waiting = await services.store.read(look)
+    try:
+        waiting = await services.store.read(look)
+    except PageProblem:
+        # The code was right, whatever else is said of it.
+        forgive()
+        raise
     if waiting is None:
-        count_failure(request, name)
         raise PageProblem(404, "Unknown code", "This code is not known or has expired. Check it, or begin anew.")
+    forgive()
     return waiting
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from urllib.parse import parse_qsl, urlsplit
 
@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse, Response
 from sqlalchemy import Connection, delete
 
-from relay.api.client_authentication import address_of
+from relay.api.client_authentication import caller_of
 from relay.audit.notes import acting, note
 from relay.auth.browser_sessions import (
     Authentication,
@@ -123,18 +123,20 @@ async def check_password(request: Request, username: str, password: str) -> Iden
     if "@" not in name:
         name = f"{name}@{services.settings.user_domain}"
     limit_guesses(request, name)
+    # Before it is looked at, or as many as come at once would be.
+    forgive = count_failure(request, name)
     found = (await services.store.read(lambda connection: select_by_usernames(connection, [name]))).get(name)
     usable = found if found is not None and found.kind == "login" and found.status in ("used", "private") else None
     if await services.passwords.check(None if usable is None else usable.id, password):
+        forgive()
         return usable
-    count_failure(request, name)
     return None
 
 
 def guesser_of(request: Request, what: str) -> str:
     """The name for `limit_guesses` where there is nothing to guess at, as with a link or a passkey: what is counted for
     all addresses together would only keep everybody out."""
-    return f"{what} from {address_of(request)}"
+    return f"{what} from {caller_of(request)}"
 
 
 def limit_guesses(request: Request, name: str) -> None:
@@ -143,10 +145,10 @@ def limit_guesses(request: Request, name: str) -> None:
     Raises `PageProblem` 429.
     """
     services = services_of(request)
-    now, address = services.clock(), address_of(request)
+    now, caller = services.clock(), caller_of(request)
     wait = max(
-        services.guesses.retry_after([f"{address} {name}"], now),
-        services.crowd_guesses.retry_after([f"{address} *", f"account {name}"], now),
+        services.guesses.retry_after([f"{caller} {name}"], now),
+        services.crowd_guesses.retry_after([f"{caller} *", f"account {name}"], now),
     )
     if wait > 0:
         minutes = math.ceil(wait / 60)
@@ -154,12 +156,19 @@ def limit_guesses(request: Request, name: str) -> None:
         raise PageProblem(429, "Please wait", sentence, retry_after=math.ceil(wait))
 
 
-def count_failure(request: Request, name: str) -> None:
-    """A guess at a name was wrong."""
+def count_failure(request: Request, name: str) -> Callable[[], None]:
+    """A guess at a name was wrong. Returns what takes that back."""
     services = services_of(request)
-    now, address = services.clock(), address_of(request)
-    services.guesses.failed([f"{address} {name}"], now)
-    services.crowd_guesses.failed([f"{address} *", f"account {name}"], now)
+    now, caller = services.clock(), caller_of(request)
+    pair, crowd = [f"{caller} {name}"], [f"{caller} *", f"account {name}"]
+    services.guesses.failed(pair, now)
+    services.crowd_guesses.failed(crowd, now)
+
+    def forgive() -> None:
+        services.guesses.forgive(pair, now)
+        services.crowd_guesses.forgive(crowd, now)
+
+    return forgive
 
 
 async def welcome(browser: Browser, identity: Identity, methods: tuple[str, ...], destination: str) -> Response:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from sqlalchemy import Connection
 
 from protocol.errors import ItemFailed
+from relay.api.client_authentication import caller_of
 from relay.auth import linked
 from relay.auth.identities import Identity
 from relay.auth.outbound import OutboundFailed
@@ -21,6 +24,9 @@ from relay.services import services_of
 router = APIRouter(include_in_schema=False)
 
 _MAX_CODE = 4096
+# Whoever is sent to a provider leaves a row behind before they have shown who they are. So many in so many seconds may
+# leave from one address: enough for all who are behind one router.
+DEPARTURES, DEPARTURES_PERIOD = 600, 60.0
 
 
 def _upstream(request: Request, name: str) -> Upstream:
@@ -47,6 +53,11 @@ async def leave(request: Request, name: str) -> Response:
         link_to = session.identity.id
     destination = destination_untrusted(form.get("next", ""))
     services = services_of(request)
+    balance = services.departures.take(caller_of(request), services.clock())
+    if balance is not None and balance.wait:
+        raise PageProblem(
+            429, "Please wait", "Too many sign-ins were begun from here lately.", retry_after=math.ceil(balance.wait)
+        )
 
     def work(connection: Connection) -> tuple[str, Visit]:
         return begin_visit(connection, name, browser.digest, destination, link_to, services.clock())

