@@ -335,7 +335,7 @@ def adding_collection(
 ) -> Callable[[Store], Awaitable[dict[str, Any]]]:
     """Make a collection with its setup key; ``grants`` are ``identity:role``. Raises `Refused` for a grant of another
     form, and the work for people it does not know."""
-    wanted = [_grant(text) for text in grants]
+    wanted = [identity_and_role(text) for text in grants]
 
     async def work(store: Store) -> dict[str, Any]:
         owner_id = (await find_identity(store, settings, owner)).id
@@ -350,7 +350,8 @@ def adding_collection(
     return work
 
 
-def _grant(text: str) -> tuple[str, str]:
+def identity_and_role(text: str) -> tuple[str, str]:
+    """The parts of ``identity:role``. Raises `Refused` for another form and for roles that there are not."""
     match = _GRANT.fullmatch(text)
     if match is None or match[2] not in ROLES:
         raise Refused(f"{text!r} is no IDENTITY:ROLE; the roles are {', '.join(ROLES)}.")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import ipaddress
 import json
 import shutil
 import socket
@@ -34,6 +35,7 @@ from relay.tls import (
     read_certificate,
     tls_directory,
 )
+from relay.user_names import user_name
 
 DAY = 86400.0
 # Free bytes where the database is: below the first it will soon be full, below the second it as good as is.
@@ -42,6 +44,10 @@ LITTLE_DISK, NO_DISK = 2 << 30, 256 << 20
 PATIENCE = 10.0
 # Descriptors that are no connections: database, logs, listening sockets, processes.
 _OTHER_FILES = 200
+ONLY_HERE = "Only this machine reaches that address; agents and people elsewhere need one with a name that leads here."
+_CLOCK_UNKNOWN = Finding(
+    "note", "Whether something keeps the clock right cannot be told here: agents refuse tickets that are minutes off."
+)
 
 
 def examine(configuration: Path, now: float) -> Iterator[tuple[str, list[Finding]]]:
@@ -97,10 +103,11 @@ def check_files(settings: Settings) -> Iterator[Finding]:
                 yield Finding("failure", f"Other users can read {path} ({stat.filemode(status.st_mode)}).", advice)
             if status.st_uid != owner:
                 fine = False
-                advice = f"Run `chown -R {owner} {here}`, or the relay cannot read it."
-                yield Finding("failure", f"{path} belongs to user {status.st_uid}, {here} to {owner}.", advice)
+                names = user_name(status.st_uid), user_name(owner)
+                advice = f"Run `chown -R {names[1]} {here}`, or the relay cannot read it."
+                yield Finding("failure", f"{path} belongs to user {names[0]}, {here} to {names[1]}.", advice)
     if fine:
-        yield Finding("ok", f"Only user {owner} can read the secrets in {here}.")
+        yield Finding("ok", f"Only the user {user_name(owner)} can read the secrets in {here}.")
     free = shutil.disk_usage(here).free
     level: Level = "failure" if free < NO_DISK else "warning" if free < LITTLE_DISK else "ok"
     yield Finding(level, f"{free >> 20} MiB are free in {here}.", "" if level == "ok" else "Free some, or move it.")
@@ -206,12 +213,15 @@ def check_clock(
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
     except (OSError, subprocess.TimeoutExpired):
+        yield _CLOCK_UNKNOWN
         return
     if done.stdout.strip() == "yes":
         yield Finding("ok", "The clock is kept right.")
     elif done.stdout.strip() == "no":
         advice = "Run chrony or systemd-timesyncd: agents refuse tickets of a relay whose clock is minutes off."
         yield Finding("warning", "Nothing keeps the clock right.", advice)
+    else:
+        yield _CLOCK_UNKNOWN
 
 
 def check_process(settings: Settings) -> Iterator[Finding]:
@@ -263,8 +273,18 @@ def check_address(settings: Settings) -> Iterator[Finding]:
             yield Finding("warning", sentence, "Restore the folder `keys` from a backup.")
         elif relay_id == mine:
             yield Finding("ok", f"{settings.public_url} ({', '.join(found)}) is this relay.")
+            if names_this_machine(host):
+                yield Finding("note", ONLY_HERE, "See docs/operating.md about another name.")
         else:
             yield Finding("failure", f"Another relay ({relay_id}) answers at {settings.public_url}.", "See the DNS.")
+
+
+def names_this_machine(host: str) -> bool:
+    """Whether a host is each machine itself, so that nobody elsewhere gets here by it."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
 
 
 def _who_answers(settings: Settings, host: str, port: int) -> str:

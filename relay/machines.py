@@ -1,5 +1,5 @@
-"""What the operator does about machines: which agents and collections there are, revoking a lost one, and putting
-another in its place. Used by the command line.
+"""What the operator does about machines: which agents and collections there are, revoking a lost one, putting
+another in its place, and roles on collections. Used by the command line.
 
 Each function returns work for a `Store`; nothing here is reachable over the network.
 """
@@ -11,16 +11,17 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, delete, select
+from sqlalchemy import ColumnElement, Connection, Row, delete, select
 
-from relay.accounts import Refused, listing
+from relay.accounts import Refused, find_identity, listing
 from relay.auth.identities import select_by_ids
+from relay.refusal import ApiError
 from relay.settings import Settings
 from relay.store import transfer_tables as tables
 from relay.store.database import Store
 from relay.times import iso
 from relay.tls import ca_fingerprint
-from relay.transfer import revocation, setup_keys
+from relay.transfer import collections, revocation, roles, setup_keys, task_turns
 
 
 @dataclass(frozen=True)
@@ -131,8 +132,76 @@ def _collections(connection: Connection, owner_id: str | None) -> list[dict[str,
     ]
 
 
+def granting(wanted: str, who: str, role: str, settings: Settings) -> Callable[[Store], Awaitable[dict[str, Any]]]:
+    """Give somebody a role on a collection, as its owner could. The work raises `Refused` for what it does not know and
+    for a role that was given before."""
+    now = time.time()
+
+    async def work(store: Store) -> dict[str, Any]:
+        identity = await find_identity(store, settings, who)
+
+        def give(connection: Connection) -> dict[str, Any]:
+            row = _one_collection(connection, wanted)
+            collection = collections.load(connection, row.id)
+            assert collection is not None
+            roles.grant(connection, collection, identity.id, role, now)
+            return {"collection_id": row.id, "name": row.display_name, "username": identity.username, "role": role}
+
+        try:
+            return await store.write(give)
+        except ApiError as error:
+            raise Refused(error.message) from error
+
+    return work
+
+
+def removing(wanted: str) -> Callable[[Store], Awaitable[dict[str, Any]]]:
+    """Remove a collection that no agent serves: one that was made by mistake, or whose machine was revoked. What waits
+    for it ends. The work raises `Refused` while an agent serves it."""
+    now = time.time()
+
+    def work(connection: Connection) -> dict[str, Any]:
+        row = _one_collection(connection, wanted)
+        if row.node_id is not None:
+            raise Refused(
+                f"The agent {row.node_id} serves this collection. Its owner removes it with `towpath endpoint delete`; "
+                "if the machine is lost, revoke it with `towpath-relay agent revoke`."
+            )
+        collections.mark_deleted(connection, row.id, now)
+        reason = f"The collection “{row.display_name}” was removed by the relay's operator."
+        ended = task_turns.end_all_on(connection, row.id, reason, now)
+        return {"collection_id": row.id, "name": row.display_name, "tasks_ended": ended}
+
+    return lambda store: store.write(work)
+
+
+def namesakes(made: dict[str, Any]) -> Callable[[Store], Awaitable[list[str]]]:
+    """Ids of the other collections that the owner of a new one gave the same name."""
+
+    def work(connection: Connection) -> list[str]:
+        collection = tables.collections.c
+        same = (collection.owner_id == made["owner_id"]) & (collection.display_name == made["name"])
+        other = collection.deleted.is_(None) & (collection.id != made["collection_id"])
+        return list(connection.execute(select(collection.id).where(same & other)).scalars())
+
+    return lambda store: store.read(work)
+
+
+def _one_collection(connection: Connection, wanted: str) -> Row[Any]:
+    """The collection of an id, or of a name that only one has. Raises `Refused`."""
+    collection = tables.collections.c
+    there = select(tables.collections).where(collection.deleted.is_(None))
+    rows = connection.execute(there.where(collection.id == wanted)).all()
+    rows = rows or connection.execute(there.where(collection.display_name == wanted).limit(20)).all()
+    if not rows:
+        raise Refused(f"There is no collection {wanted!r}; `towpath-relay collection list` shows all.")
+    if len(rows) > 1:
+        raise Refused(f"Several collections are called {wanted!r}: write the id, {', '.join(row.id for row in rows)}.")
+    return rows[0]
+
+
 def replacing(
-    settings: Settings, collection_id: str, *, now: float | None = None
+    settings: Settings, wanted: str, *, now: float | None = None
 ) -> Callable[[Store], Awaitable[dict[str, Any]]]:
     """A new setup key for a collection that no agent serves: its first one got lost, or its machine was revoked. Roles,
     rules and bookmarks stay as they are. The work raises `Refused` while an agent serves it."""
@@ -140,22 +209,15 @@ def replacing(
     key = setup_keys.make(settings.public_url, ca_fingerprint(settings))
 
     def work(connection: Connection) -> dict[str, Any]:
-        collection = tables.collections.c
-        row = connection.execute(
-            select(tables.collections).where(collection.id == collection_id, collection.deleted.is_(None))
-        ).one_or_none()
-        if row is None:
-            raise Refused(f"There is no collection {collection_id!r}.")
+        row = _one_collection(connection, wanted)
         if row.node_id is not None:
             raise Refused(
                 f"The agent {row.node_id} serves this collection. If its machine is lost, revoke it with "
                 "`towpath-relay agent revoke`; the running relay takes the collection off it within a minute."
             )
         unused = tables.setup_keys.c
-        connection.execute(
-            delete(tables.setup_keys).where(unused.collection_id == collection_id, unused.redeemed.is_(None))
-        )
-        setup_keys.add(connection, key, collection_id, now=moment, life=settings.enrolment.setup_key_life)
-        return {"collection_id": collection_id, "setup_key": key, "name": row.display_name, "owner_id": row.owner_id}
+        connection.execute(delete(tables.setup_keys).where(unused.collection_id == row.id, unused.redeemed.is_(None)))
+        setup_keys.add(connection, key, row.id, now=moment, life=settings.enrolment.setup_key_life)
+        return {"collection_id": row.id, "setup_key": key, "name": row.display_name, "owner_id": row.owner_id}
 
     return lambda store: store.write(work)

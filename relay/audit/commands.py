@@ -12,6 +12,7 @@ from sqlalchemy import Connection
 from protocol.errors import TowpathError
 from relay.audit import trail
 from relay.audit.trail import Entry
+from relay.user_names import user_name
 
 # Commands that only show something.
 _SHOWING = frozenset({"list", "show", "check", "export", "verify", "serve", "doctor"})
@@ -30,7 +31,7 @@ def command_entry(context: click.Context) -> Entry | None:
         for name, value in context.params.items()
         if value not in (None, False, (), "") and name != "as_json"
     }
-    user = os.environ.get("SUDO_USER") or os.environ.get("USER") or str(os.getuid())
+    user = os.environ.get("SUDO_USER") or os.environ.get("USER") or user_name(os.getuid())
     return Entry(
         time=time.time(), action=" ".join(words), outcome="done", origin=f"command line, user {user}", facts=given
     )

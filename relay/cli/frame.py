@@ -69,11 +69,16 @@ def show(document: dict[str, Any], as_json: bool) -> None:
 
 
 def show_rows(rows: list[dict[str, Any]], columns: tuple[str, ...], as_json: bool) -> None:
-    """Print several results, one a line."""
+    """Print several results, one a line below the names of the columns."""
     if as_json:
         click.echo(json.dumps(rows, indent=2))
         return
-    for row in rows:
-        cells = (row[column] for column in columns)
-        texts = (",".join(cell) if isinstance(cell, list) else str(cell or "-") for cell in cells)
-        click.echo("  ".join(map(terminal_safe, texts)))
+    table = [tuple(column.replace("_", " ").capitalize() for column in columns)]
+    table += [tuple(_cell(row[column]) for column in columns) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for cells in table:
+        click.echo("  ".join(f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True)).rstrip())
+
+
+def _cell(value: object) -> str:
+    return terminal_safe(", ".join(value) if isinstance(value, list) else str(value or "-"))

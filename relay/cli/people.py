@@ -9,6 +9,8 @@ import click
 from relay.cli.audited import AuditedGroup
 from relay.cli.frame import as_document, of_one_user, settings_of, show, show_rows, with_store
 
+_OF_LINK = "With this link its user chooses a password. It works once and for a week."
+
 
 @click.group(cls=AuditedGroup)
 def user() -> None:
@@ -47,6 +49,8 @@ def user_add(
     elif not no_link and identity.username.endswith("@" + settings.user_domain):
         document["link"] = with_store(settings, accounts.inviting(settings, identity.id))
     show(document, as_json)
+    if "link" in document and not as_json:
+        click.echo(_OF_LINK, err=True)
 
 
 @user.command("link")
@@ -63,6 +67,7 @@ def user_link(context: click.Context, name: str, as_json: bool) -> None:
         show({"link": link}, as_json)
     else:
         click.echo(link)
+        click.echo(_OF_LINK, err=True)
 
 
 @user.command("password")

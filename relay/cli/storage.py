@@ -38,26 +38,80 @@ def collection_add(
     context: click.Context, name: str, owner: str, grant: tuple[str, ...], public: bool, as_json: bool
 ) -> None:
     """Make a collection and print the setup key for its agent, this once."""
-    from relay import accounts
+    from relay import accounts, machines
 
     settings = settings_of(context)
-    show(with_store(settings, accounts.adding_collection(settings, name, owner, grant, public)), as_json)
+    made = with_store(settings, accounts.adding_collection(settings, name, owner, grant, public))
+    show(made, as_json)
+    if as_json:
+        return
+    others = with_store(settings, machines.namesakes(made))
+    if others:
+        click.echo(
+            f"The same user has {', '.join(others)} of this name, so commands ask for the id. If that is the one you "
+            f"meant: towpath-relay collection remove {made['collection_id']}",
+            err=True,
+        )
+    click.echo("On its machine: TOWPATH_SETUP_KEY=THE_SETUP_KEY towpath setup --root FOLDER", err=True)
+
+
+@collection.command("grant")
+@click.argument("collection_name", metavar="COLLECTION")
+@click.argument("grant", metavar="IDENTITY:ROLE")
+@as_document
+@click.pass_context
+def collection_grant(context: click.Context, collection_name: str, grant: str, as_json: bool) -> None:
+    """Give a user or a program a role on a collection that is there.
+
+    COLLECTION is its id, or a name that only one has. An administrator reads, writes and manages it; the other roles
+    are access_manager, activity_manager and activity_monitor. Its owner can do the same, and take it back: `globus
+    endpoint role`.
+    """
+    from relay import accounts, machines
+
+    settings = settings_of(context)
+    who, role = accounts.identity_and_role(grant)
+    given = with_store(settings, machines.granting(collection_name, who, role, settings))
+    if as_json:
+        show(given, as_json)
+    else:
+        click.echo(f"{given['username']} has the role {role} on {terminal_safe(given['name'])}.")
+
+
+@collection.command("remove")
+@click.argument("collection_name", metavar="COLLECTION")
+@as_document
+@click.pass_context
+def collection_remove(context: click.Context, collection_name: str, as_json: bool) -> None:
+    """Remove a collection that no agent serves, made by mistake or left by a machine that was revoked.
+
+    COLLECTION is its id, or a name that only one has. Its setup key dies, its roles and rules count no more, and what
+    waits for it ends. One that an agent serves is its owner's to remove: `towpath endpoint delete`.
+    """
+    from relay import machines
+
+    removed = with_store(settings_of(context), machines.removing(collection_name))
+    if as_json:
+        show(removed, as_json)
+    else:
+        click.echo(f"The collection {terminal_safe(removed['name'])} ({removed['collection_id']}) is removed.")
 
 
 @collection.command("setup-key")
-@click.argument("collection_id")
+@click.argument("collection_name", metavar="COLLECTION")
 @as_document
 @click.pass_context
-def collection_setup_key(context: click.Context, collection_id: str, as_json: bool) -> None:
+def collection_setup_key(context: click.Context, collection_name: str, as_json: bool) -> None:
     """Print a new setup key for a collection that no agent serves.
 
-    For a first key that got lost or ran out, and for another machine in the place of one that was revoked: the
-    collection keeps its id, roles and access rules. Keys given before do not work any more.
+    COLLECTION is its id, or a name that only one has. For a first key that got lost or ran out, and for another machine
+    in the place of one that was revoked: the collection keeps its id, roles and access rules. Keys given before do not
+    work any more.
     """
     from relay import machines
 
     settings = settings_of(context)
-    show(with_store(settings, machines.replacing(settings, collection_id)), as_json)
+    show(with_store(settings, machines.replacing(settings, collection_name)), as_json)
 
 
 @click.group(cls=AuditedGroup)

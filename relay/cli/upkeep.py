@@ -19,13 +19,19 @@ from relay.cli.frame import as_document, default_configuration, settings_of, wit
 @click.option("--name", help="What the relay is called.")
 def init(directory: Path, host: str, port: int | None, url: str | None, name: str | None) -> None:
     """Make a relay: configuration, keys, certificate, database. Repeating it changes nothing."""
+    from urllib.parse import urlsplit
+
     from relay import accounts
+    from relay.examine import ONLY_HERE, names_this_machine
     from relay.initialise import initialise
 
     made = initialise(directory, host=host, port=port, url=url, name=name)
     if made.configuration_was_there:
         click.echo(f"{made.configuration} was there already and is unchanged; other options had no effect.")
     click.echo(f"The relay is ready in {made.settings.directory}. Its address is {made.settings.public_url}")
+    if names_this_machine(urlsplit(made.settings.public_url).hostname or ""):
+        how = "listen.url in its configuration" if made.configuration_was_there else "--url"
+        click.echo(f"{ONLY_HERE} Say which with {how}, before anybody is added.")
     link = with_store(made.settings, lambda store: accounts.first_administrator_link(made.settings, store))
     if link is not None:
         click.echo("Once it runs, become its administrator with this link, which works once and for a week:")

@@ -187,7 +187,8 @@ def test_an_address_at_which_somebody_else_answers(relay_settings: Settings, mon
         monkeypatch.setattr(examine, "_who_answers", who)
 
     answers((relay_settings.directory_path / "keys" / "relay-id").read_text().strip())
-    assert levels(examine.check_address(relay_settings)) == ["ok"]
+    assert levels(examine.check_address(relay_settings)) == ["ok", "note"]
+    assert "Only this machine reaches" in the_one(examine.check_address(relay_settings), "note")
     (relay_settings.directory_path / "keys" / "relay-id").rename(relay_settings.directory_path / "away")
     assert "nobody can tell" in the_one(examine.check_address(relay_settings), "warning")
     (relay_settings.directory_path / "away").rename(relay_settings.directory_path / "keys" / "relay-id")
@@ -199,7 +200,22 @@ def test_an_address_at_which_somebody_else_answers(relay_settings: Settings, mon
     assert "has no address: no name" in the_one(examine.check_address(relay_settings), "failure")
 
 
-@pytest.mark.parametrize(("said", "expected"), [("yes", ["ok"]), ("no", ["warning"]), ("", [])])
+@pytest.mark.parametrize(("said", "expected"), [("yes", ["ok"]), ("no", ["warning"]), ("", ["note"])])
 def test_the_clock(said: str, expected: list[str]) -> None:
     assert levels(examine.check_clock(("echo", said))) == expected
-    assert levels(examine.check_clock(("no-such-command-here",))) == []
+    assert levels(examine.check_clock(("no-such-command-here",))) == ["note"]
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [
+        ("localhost", True),
+        ("relay.localhost", True),
+        ("127.0.0.1", True),
+        ("::1", True),
+        ("relay.example.org", False),
+        ("192.0.2.7", False),
+    ],
+)
+def test_a_name_that_every_machine_has_leads_nobody_here(host: str, expected: bool) -> None:
+    assert examine.names_this_machine(host) is expected

@@ -164,3 +164,42 @@ def test_what_programs_read(operator: Operator, relay_directory: Path) -> None:
         connection.execute("UPDATE audit_log SET entry = '{}' WHERE n = 2")
     connection.close()
     assert json.loads(operator.run_anyhow("audit", "verify", "--json"))["broken"] == 2
+
+
+def test_lists_say_what_their_columns_are(operator: Operator) -> None:
+    operator.run("user", "add", "ada", "--no-link", "--full-name", "Ada Lovelace")
+    operator.run("user", "add", "b", "--no-link")
+    heading, first, second = operator.run("user", "list").splitlines()
+    assert heading.split() == ["Id", "Username", "Status", "Role", "Name"]
+    for column in ("Username", "Status", "Role", "Name"):
+        place = heading.index(column)
+        assert {line[place - 1] for line in (first, second)} == {" "}
+        assert " " not in {line[place] for line in (first, second)}
+    assert operator.run("agent", "list").split()[:2] == ["Node", "id"]
+
+
+def test_a_role_is_given_on_a_collection_that_is_there(operator: Operator) -> None:
+    operator.run("user", "add", "ada", "--no-link")
+    program = operator.document("client", "add", "nightly", "--owner", "ada")
+    made = operator.document("collection", "add", "Ada's server", "--owner", "ada")
+    wanted = f"{program['client_id']}:administrator"
+    assert "has the role administrator on Ada's server" in operator.run("collection", "grant", "Ada's server", wanted)
+    assert "already has the role" in operator.run("collection", "grant", made["collection_id"], wanted, code=1)
+    assert "no collection" in operator.run("collection", "grant", "Ada's servr", wanted, code=1)
+    assert "roles are" in operator.run("collection", "grant", "Ada's server", f"{program['client_id']}:king", code=1)
+    assert "no user" in operator.run("collection", "grant", "Ada's server", "eve:administrator", code=1)
+    assert len(operator.document("collection", "list")) == 1
+
+
+def test_a_collection_of_a_name_that_its_owner_has_is_pointed_out_and_taken_back(operator: Operator) -> None:
+    operator.run("user", "add", "ada", "--no-link")
+    operator.run("user", "add", "bob", "--no-link")
+    first = operator.document("collection", "add", "laptop", "--owner", "ada")["collection_id"]
+    assert "of this name" not in operator.run("collection", "add", "laptop", "--owner", "bob")
+    said = operator.run("collection", "add", "laptop", "--owner", "ada")
+    assert f"has {first} of this name" in said
+    second = said.partition("collection remove ")[2].split()[0]
+    assert "write the id" in operator.run("collection", "remove", "laptop", code=1)
+    assert "is removed" in operator.run("collection", "remove", second)
+    assert "no collection" in operator.run("collection", "remove", second, code=1)
+    assert [row["collection_id"] for row in operator.document("collection", "list", "--user", "ada")] == [first]

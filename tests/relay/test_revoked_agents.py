@@ -120,6 +120,23 @@ async def test_another_machine_takes_the_place_of_a_revoked_one(clock: MockClock
         await machines.replacing(settings, scene.alice.id)(scene.relay.store)
 
 
+async def test_a_collection_is_removed_when_no_agent_serves_it_and_what_waits_for_it_ends(
+    clock: MockClock, scene: Scene
+) -> None:
+    scene.up()
+    with pytest.raises(Refused, match=r"serves this collection.*endpoint delete.*agent revoke"):
+        await machines.removing(scene.a)(scene.relay.store)
+    await revoke(scene, scene.source.node_id)
+    task_id = await scene.task()
+    assert (await scene.show(task_id))["status"] == "ACTIVE"
+    removed = await machines.removing(scene.a)(scene.relay.store)
+    assert removed["tasks_ended"] == [task_id]
+    assert (await scene.show(task_id))["status"] == "FAILED"
+    assert "removed by the relay's operator" in str(await events(scene, task_id))
+    with pytest.raises(Refused, match="no collection"):
+        await machines.removing(scene.a)(scene.relay.store)
+
+
 async def test_the_link_of_a_revoked_agent_ends(world: RelayWorld, monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[str] = []
     registry = world.relay.registry
