@@ -109,9 +109,10 @@ def restore(
             _give_to_owner_of(
                 place, [home / CONFIGURATION, scratch / DATABASE, place / LOCK, *(place / name for name in _FOLDERS)]
             )
-            # The database last: without it nothing serves what is only half restored.
-            (scratch / DATABASE).rename(database)
             sync_names(place)
+            # The database last: without it nothing serves what is only half restored, after a power failure neither.
+            (scratch / DATABASE).rename(database)
+            sync_names(database.parent)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     return aside
@@ -176,6 +177,9 @@ def _unpack_untrusted(archive: Path, into: Path) -> None:
             if count > _MAX_MEMBERS or not known or not (member.isfile() or member.isdir()):
                 raise BackupRefused(f"{archive} is no backup of a relay (it contains {member.name!r:.100}).")
             _unpack_one_untrusted(source, member, into.joinpath(*parts))
+    for path in into.rglob("*"):
+        if path.is_dir():
+            sync_names(path)
     if not (into / DATABASE).is_file():
         raise BackupRefused(f"{archive} is no backup of a relay: it holds no database.")
 

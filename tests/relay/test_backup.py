@@ -121,6 +121,38 @@ def test_a_backup_never_replaces_a_file(relay_settings: Settings, relay_director
     assert (tmp_path / "precious").read_text() == "x"
 
 
+def test_what_is_backed_up_and_restored_outlives_a_power_failure(
+    relay_settings: Settings, relay_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The names of all files are durable, those of the rest before the database, without which there is no relay."""
+    steps: list[tuple[str, Path]] = []
+    rename = Path.rename
+
+    def renaming(path: Path, to: Path) -> Path:
+        steps.append(("name", to))
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", renaming)
+    monkeypatch.setattr("relay.backup.sync_names", lambda folder: steps.append(("sync", folder)))
+    configuration, archive = relay_directory / "relay.yaml", tmp_path / "backup.tgz"
+    configuration.write_text("directory: data\ndatabase: {file: db/main.sqlite}\n")
+    back_up(relay_settings, configuration, archive)
+    assert steps == [("sync", tmp_path)]
+    target = tmp_path / "new"
+    restore(archive, target, force=False)
+    steps.clear()
+    aside = restore(archive, target, force=True)
+    assert aside is not None
+    database = target / "data" / "db" / "main.sqlite"
+    assert steps[-3:] == [("sync", target / "data"), ("name", database), ("sync", database.parent)]
+    named = [to for step, to in steps if step == "name"]
+    assert named[0] == aside / "main.sqlite"
+    assert steps.index(("sync", aside)) < steps.index(("name", target / "data" / "keys"))
+    # Folders of the archive have their files' names before they have their own.
+    unpacked = [folder.name for step, folder in steps[: steps.index(("name", named[0]))] if step == "sync"]
+    assert {"keys", "tls"} <= set(unpacked)
+
+
 def archive_with(path: Path, members: dict[str, bytes], link: str | None = None) -> Path:
     with tarfile.open(path, "w:gz") as archive:
         for name, content in members.items():
