@@ -62,6 +62,8 @@ class Filesystem:
         path = self._path(LISTING, collection, text, "path")
         if len(request.filters) > MAX_FILTERS or any(len(text) > MAX_FILTER for text in request.filters):
             raise bad_request(f"There may be {MAX_FILTERS} filters of {MAX_FILTER} characters each.")
+        if len(request.order or "") > MAX_FILTER:
+            raise bad_request(f"orderby may have {MAX_FILTER} characters.")
         query = [
             ("path", path),
             ("show_hidden", "1" if request.show_hidden else "0"),
@@ -69,7 +71,7 @@ class Filesystem:
             ("offset", str(request.offset)),
         ]
         if request.order:
-            query.append(("orderby", request.order[:MAX_FILTER]))
+            query.append(("orderby", request.order))
         query.extend(("filter", text) for text in request.filters)
         listing = await self._ask(
             LISTING, collection, "GET", "ls", Listing, query=query, timeout=max(self._timeout, LISTING_TIMEOUT)
