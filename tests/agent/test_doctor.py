@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import ssl
 import threading
 import time
 from pathlib import Path
 
+import httpx
 import pytest
 from click.testing import CliRunner
 from cryptography import x509
@@ -23,7 +25,7 @@ from agent.collections import MARKS_FILE, Collections, Marks, _Known
 from agent.config.keys import AgentConfig, CollectionConfig
 from agent.config.layers import load_config
 from agent.doctor.machine import check_collections
-from agent.doctor.network import _authority, _same_relay, check_paths
+from agent.doctor.network import _authority, _same_relay, _what_to_do, check_paths
 from agent.doctor.registry import CHECKS, Entry, Examination
 from agent.identity_file import IDENTITY_FILE, KEY_FILE, Identity, save_identity
 from agent.storage.disks import Disk
@@ -238,6 +240,21 @@ def authority(days: float) -> str:
     made = x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
     made = made.serial_number(1).not_valid_before(start).not_valid_after(ends)
     return made.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM).decode()
+
+
+@pytest.mark.parametrize(
+    ("code", "advice"),
+    [(9, "clock, which seems to be behind"), (10, "clock; if it is right"), (62, "relay.url"), (64, "relay.url")],
+)
+def test_advice_for_https_goes_by_what_is_wrong_with_the_certificate(code: int, advice: str) -> None:
+    """The codes are OpenSSL's; the library that asks wraps the error."""
+    refused = ssl.SSLCertVerificationError()
+    refused.verify_code = code
+    error = httpx.ConnectError("no")
+    error.__cause__ = OSError("wrapped")
+    error.__cause__.__context__ = refused
+    assert advice in _what_to_do(error)
+    assert "opens encrypted connections" in _what_to_do(httpx.ConnectError("no"))
 
 
 def test_an_authority_that_ends_is_told_and_whether_the_relay_has_a_newer_one(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import errno
 import os
 import signal
@@ -29,7 +30,7 @@ from agent.transfer.held import PackHeld
 from agent.transfer.jobs import AllArrived
 from agent.transfer.lane_process import LaneProcess
 from agent.transfer.lane_processes import LaneProcesses, OneProcess, RemoteLane
-from agent.transfer.message_buffer import Garbled, MessageBuffer
+from agent.transfer.message_buffer import Garbled, MessageBuffer, attached
 from agent.transfer.settle import Settler
 from protocol.control import TaskItem, TaskOptions
 from tests.agent import engine_world
@@ -321,6 +322,13 @@ def test_messages_come_whole_however_they_are_cut(numbers: list[int], piece: int
         while (message := incoming.next()) is not None:
             found.append(message[0])
     assert found == [say.Withdrawn(r=number, lane=number % 7) for number in numbers]
+
+
+def test_of_descriptors_that_were_cut_off_the_whole_ones_are_there() -> None:
+    """The system leaves out what the receiver may not open, and may cut in the middle of a number."""
+    whole = array.array("i", [3, 4]).tobytes()
+    assert attached([(socket.SOL_SOCKET, socket.SCM_RIGHTS, whole + b"\1\0")]) == [3, 4]
+    assert attached([(socket.SOL_SOCKET, socket.SCM_RIGHTS + 1, whole), (1234, socket.SCM_RIGHTS, whole)]) == []
 
 
 @given(st.binary(max_size=200))

@@ -23,7 +23,7 @@ from agent.local_socket import LocalRefused, NotRunning
 from agent.policy import Pause, Policy
 from agent.storage.unavailable import unavailable
 from protocol.control import TaskObserved
-from protocol.errors import TowpathError
+from protocol.errors import MAX_SENTENCE, TowpathError
 from tests.agent.recorded_tasks import RecordedTasks
 
 TASK = "00000000-0000-4000-8000-0000000000b1"
@@ -263,6 +263,14 @@ async def test_errors_are_sentences(state_dir: Path) -> None:
 
         async def away() -> str:
             raise unavailable("/srv/data", "cannot be found")
+
+        async def far_away() -> str:
+            raise unavailable("/srv/data", "x" * 2 * MAX_SENTENCE)
+
+        world.owner.reload = far_away  # type: ignore[method-assign]
+        with pytest.raises(LocalRefused) as caught:
+            await world.ask("POST", "/reload")
+        assert len(caught.value.sentence) == MAX_SENTENCE
 
         world.owner.reload = away  # type: ignore[method-assign]
         # Others are told no path of this machine; who asks here is its owner.

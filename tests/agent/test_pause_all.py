@@ -18,7 +18,7 @@ from agent.data_side import PAUSED_FILE, recall_pause
 from agent.policy import AccessDenied, Pause
 from agent.transfer.held_up import told
 from protocol.control import Counters, Flow, SessionOrder, TaskItem, TaskObserved
-from protocol.errors import NeedsPerson
+from protocol.errors import NeedsPerson, RetryLater
 from tests.agent.engine_world import World, world
 
 
@@ -83,6 +83,16 @@ async def test_what_was_paused_alone_stays_so_over_a_restart(tmp_path: Path, *, 
             assert (await made.wait(alone)).state == "SUCCEEDED"
         else:
             assert not made.beta.service._tasks[alone].running
+
+
+async def test_what_cannot_be_written_down_changes_nothing(tmp_path: Path) -> None:
+    async with world(tmp_path) as made:
+        (made.beta.state / PAUSED_FILE).mkdir()
+        for before, wanted in (("none", "all"), ("none", "new"), ("all", "none")):
+            made.beta.policy.pause = before
+            with pytest.raises(RetryLater, match="could not be remembered"):
+                await set_pause(made, wanted)
+            assert made.beta.policy.pause == before
 
 
 async def test_tasks_that_come_while_the_machine_is_paused_wait_for_it(tmp_path: Path) -> None:
@@ -186,3 +196,6 @@ async def test_what_was_begun_goes_on_over_a_restart_of_a_draining_machine(tmp_p
     assert recall_pause(made.beta.state) == "all"
     (made.beta.state / PAUSED_FILE).unlink()
     assert recall_pause(made.beta.state) == "none"
+    # What cannot be read may have been a pause of everything.
+    (made.beta.state / PAUSED_FILE).mkdir()
+    assert recall_pause(made.beta.state) == "all"

@@ -18,6 +18,7 @@ from agent.connect.relay_way import DOUBTS, HEAD_START, REMEMBERED, Blocked, Can
 from agent.connect.transport import Wish
 from agent.connect.tunnel import TunnelFailed, TunnelTransport
 from protocol.candidates import RELAY_TUNNEL, Candidate, PathGo
+from protocol.interception import CODE
 from protocol.websocket.carrier import Carrier
 from relay.dispatch import Dispatcher
 from relay.rendezvous.registry import Registry
@@ -271,6 +272,19 @@ async def test_a_tunnel_behind_a_firewall_that_passes_only_https(passing: set[st
         assert kinds == ["tunnel websocket"]
         assert way.known == WEBSOCKET
         assert world.relay.statistics().carried == (1 if "http/1.0" in passing else 0)
+
+
+@pytest.mark.parametrize("way", [RAW, WEBSOCKET])
+async def test_a_tunnel_whose_certificate_is_another_ones_is_not_entered(way: str) -> None:
+    """And that is what is said, not that something is in the way: another wrapping would mend nothing."""
+    other = trustme.CA().cert_pem.bytes().decode()
+    async with tunnel_world(websocket=1) as world:
+        transport = TunnelTransport(f"https://localhost:{world.port}", other, dial, RelayWay(way), world.agents)
+        token = world.service.issue(SESSION, USER)[0]
+        go = PathGo(session_id=SESSION, generation=1, start_in=0.0, tunnel=_place(token))
+        with trio.fail_after(20), pytest.raises(TunnelFailed, match="is not the expected one") as failed:
+            await transport.connect(None, go)  # type: ignore[arg-type]
+    assert failed.value.code == CODE
 
 
 def _place(token: str) -> Candidate:

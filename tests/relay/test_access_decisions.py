@@ -23,6 +23,7 @@ from relay.access.decisions import (
     may_run,
     reach,
 )
+from relay.transfer import entitlement
 
 PEOPLE, GROUPS = ("ann", "bob", "cat"), ("lab", "team")
 people = st.sampled_from(PEOPLE)
@@ -209,3 +210,8 @@ def test_links_reach_exactly_what_may_be_read_or_written(
     folders = reach(facts, who, wanted)
     within = folders is None or any(place[: len(folder)] == folder for folder in folders)
     assert within == (wanted in abilities(facts, who, place))
+
+
+def test_what_began_at_home_in_an_older_task_could_be_anywhere() -> None:
+    """Where home was is not known any more: only who may do it everywhere may do it there."""
+    assert entitlement.spots(["/a/b/", "~/a", "/~/a", "a", ""]) == [(b"a", b"b"), None, None, None, None]

@@ -160,6 +160,12 @@ def test_who_runs_here(relay_settings: Settings, monkeypatch: pytest.MonkeyPatch
     assert lock.holder_of(relay_settings.directory_path) is None
 
 
+def test_two_who_look_at_once_take_each_other_for_no_relay(relay_settings: Settings) -> None:
+    with (relay_settings.directory_path / lock.LOCK).open("a") as looking:
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        assert lock.holder_of(relay_settings.directory_path) is None
+
+
 def test_a_relay_starts_also_while_somebody_looks_whether_one_runs(
     relay_settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
