@@ -59,3 +59,32 @@ class EventLog:
         if count <= TOLD_EACH or not count % TOLD_EVERY:
             sentence = error.sentence if not error.who else f"{error.sentence} ({error.who})"
             self.add(error.code, error.code.replace("_", " ").lower(), sentence, is_error=True)
+
+    def list_damaged(self) -> None:
+        """A list of files is not whole any more."""
+        self.add(
+            "LIST_DAMAGED",
+            "list damaged",
+            "Part of the list of files is gone from the agent's disk; what was transferred is not concerned.",
+            is_error=True,
+        )
+
+    def journal_rebuilt(self) -> None:
+        """The journal is another one now."""
+        self.add(
+            "JOURNAL_REBUILT",
+            "journal rebuilt",
+            "The journal of the task was damaged and is begun anew. What is at the destination is compared with the "
+            "source by digest, and only what differs is transferred again.",
+            is_error=True,
+        )
+
+    def root_replaced(self) -> None:
+        """The destination is another folder, or another disk, now."""
+        self.add(
+            "ROOT_REPLACED",
+            "root replaced",
+            "The destination's folder, or a disk mounted below it, is another one than when the task began, and its "
+            "owner has accepted that. What is there is compared with the source, and what is missing is transferred.",
+            is_error=True,
+        )

@@ -3,6 +3,7 @@ thread of a lane is a process."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import queue
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from agent.transfer.jobs import FileJob, Group, LargeFile, PackRequest, RangeReq
 from agent.transfer.lane_processes import LaneProcesses, OneProcess, RemoteLane
 from agent.transfer.message_buffer import Message
 from agent.transfer.small_files import OWNER_READS
+from agent.transfer.storage_probe import StorageProbe
 from protocol.errors import TowpathError, error_from_document_untrusted
 
 
@@ -64,6 +66,7 @@ class RemoteArrivals:
         self._mode_mask = mode_mask
         self._preserve_timestamp = preserve_timestamp
         self._books = BlockBooks(settle, reports)
+        self._probe, self._probes = StorageProbe(), itertools.count(1)
         token = trio.lowlevel.current_trio_token()
         self._holders: dict[OneProcess, Holder] = {each: _Holder(each, token) for each in processes.processes}
 
@@ -154,6 +157,12 @@ class RemoteArrivals:
 
     def checked(self, process: OneProcess, message: say.Checked) -> None:
         self._settle.put(HeldChecked(self._holders[process], message.batch, message.bad))
+
+    async def storage_answers(self, folder: Group) -> bool:
+        descriptor = folder.handle.fileno()
+        if descriptor is None:
+            return True
+        return await self._probe.answers(descriptor, b"%sp%x" % (self._names, next(self._probes)))
 
     def process_lost(self, process: OneProcess) -> None:
         orphans: list[tuple[Group, bytes]] = []

@@ -138,6 +138,10 @@ class EndRun(Message, tag="end", frozen=True, kw_only=True):
     """The session is over: close everything, then say so."""
 
 
+class AreYouThere(Message, tag="there", frozen=True, kw_only=True):
+    """Nothing was heard for a while: say so if you can."""
+
+
 # --- lane process to worker --------------------------------------------------------------------------------
 
 
@@ -241,6 +245,10 @@ class RunEnded(Message, tag="over", frozen=True, kw_only=True):
     """Answer to `EndRun`: nothing of that session is open here any more."""
 
 
+class Here(Message, tag="here", frozen=True, kw_only=True):
+    """Answer to `AreYouThere`."""
+
+
 ToLanes = (
     BeginRun
     | Secure
@@ -257,6 +265,7 @@ ToLanes = (
     | Release
     | Share
     | EndRun
+    | AreYouThere
 )
 FromLanes = (
     LaneSecured
@@ -269,6 +278,7 @@ FromLanes = (
     | Checked
     | Readings
     | RunEnded
+    | Here
 )
 
 

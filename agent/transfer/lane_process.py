@@ -231,6 +231,8 @@ class LaneProcess:
             self._identity = NodeKey.from_pem(message.node_key) if message.node_key else None
             self._session_id = message.session_id
             self._lock = descriptors[0] if descriptors else -1
+        elif isinstance(message, say.AreYouThere):
+            self._pair.send(say.Here())
         elif isinstance(message, say.EndRun):
             self._end_run()
             self._pair.send(say.RunEnded())

@@ -2,7 +2,7 @@
 
 They are forked from a worker when it has its task and no threads yet, so that they cost little time and share its
 memory, and wait until a session needs them. One that dies takes its lanes along, whose work goes to others; nothing
-takes its place.
+takes its place. One that stands still is ended where that can be done (`agent.transfer.lane_watch`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import logging
 import os
 import socket
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import msgspec
@@ -21,19 +22,24 @@ import trio
 
 from agent.connect.tls import HANDSHAKE_TIMEOUT
 from agent.limits.pace import Pace
+from agent.system.signs_of_life import Signs, signs_of
+from agent.system.with_parent import end_with
 from agent.transfer import lane_messages as say
 from agent.transfer.channel import Channel, ChannelClosed
 from agent.transfer.jobs import Group, LargeFile, Request
 from agent.transfer.lane_process import LaneProcess
+from agent.transfer.lane_watch import TellStandstill, stays, until_lost
 from agent.transfer.message_buffer import Message
+from agent.transfer.remote_meter import RemoteMeter
 from agent.transfer.spawn import FORKS, Forked, fork_into
-from protocol.congestion import TcpFacts, tcp_facts
 from protocol.errors import ProtocolError, RetryLater, TowpathError, error_from_document_untrusted
 
 # How often (seconds) the shares of a limit are looked at.
 SHARE_EVERY = 0.1
 # How long a lane process may take to close what a session had open, before it is killed.
 END_WITHIN = 10.0
+# How long one that was killed may take to be gone before people hear of it.
+GONE_WITHIN = 5.0
 # How long the source may take to greet a new lane.
 GREETED_WITHIN = 40.0
 _QUEUED = 100_000
@@ -54,32 +60,8 @@ class Arrivals(Protocol):
     def checked(self, process: OneProcess, message: say.Checked) -> None: ...
     def process_lost(self, process: OneProcess) -> None: ...
 
-
-class RemoteMeter:
-    """Stands for the `LaneMeter` of a lane in another process, as far as that has told."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self.content = 0
-        self.saved = 0
-        self.records = 0
-        self.times = self
-        self._totals = [0.0] * 5
-        self._socket = sock
-
-    def totals(self) -> list[float]:
-        """As `TimeShares.totals`."""
-        return list(self._totals)
-
-    def facts(self) -> TcpFacts | None:
-        """As `LaneMeter.facts`: the connection is known here, too."""
-        return tcp_facts(self._socket)
-
-    def note(self, reading: say.Reading) -> int:
-        """What the other process has measured; how many bytes have crossed the network since the last time."""
-        before = self.content - self.saved
-        self.content, self.saved, self._totals = reading.content, reading.saved, reading.times
-        self.records = reading.records
-        return max(0, self.content - self.saved - before)
+    async def storage_answers(self, folder: Group) -> bool:
+        """Whether the storage of a folder answers now."""
 
 
 class RemoteLane:
@@ -155,14 +137,23 @@ class Child(Forked):
         super().__init__(pid)
         self.sock = sock
 
+    def signs(self) -> Signs | None:
+        """What the system tells of it."""
+        return signs_of(self.pid)
+
 
 class OneProcess:
-    """The worker's end of the pair with one lane process. Methods are called in the trio thread."""
+    """The worker's end of the pair with one lane process. Methods are called in the trio thread. ``tell`` hears when
+    it stands still, and when it does not any more."""
 
-    def __init__(self, child: Child, pace: Pace) -> None:
+    def __init__(self, child: Child, pace: Pace, tell: TellStandstill = lambda _error: None) -> None:
         self.child = child
         self._pace = pace
+        self._tell = tell
         self.alive = True
+        # Set when it was told to end by force, and when it is no more.
+        self._killed, self.gone = trio.Event(), trio.Event()
+        self._heard = self._asked = False
         self.lanes: dict[int, RemoteLane] = {}
         self.arrivals: Arrivals | None = None
         self.processor = 0.0
@@ -200,14 +191,18 @@ class OneProcess:
     def kill(self) -> None:
         """End it now; like any death it costs nothing but the work it had not told of."""
         self.child.kill()
+        self._killed.set()
 
     async def run(self) -> None:
         """Talk with it until it is gone, or cancelled."""
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._write)
+                nursery.start_soon(self._look_after)
+                nursery.start_soon(self._until_killed)
                 while True:
                     message, _ = await self._channel.receive()
+                    self._heard, self._asked = True, False
                     self._handle(message)
         except* (ChannelClosed, OSError):
             _logger.info("The lane process %s is gone.", self.child.pid)
@@ -216,8 +211,53 @@ class OneProcess:
             self.kill()
             with trio.CancelScope(shield=True):
                 # Before anybody takes over its work: what it was about to write must not come later.
-                await trio.to_thread.run_sync(self.child.wait)
+                await self._until_gone()
             self._gone()
+
+    async def _look_after(self) -> None:
+        await until_lost(self, self._tell)
+        self.kill()
+
+    async def _until_killed(self) -> None:
+        """One that was killed mostly closes its end of the pair, behind what it has said before. One that hangs does
+        not."""
+        await self._killed.wait()
+        await trio.sleep(GONE_WITHIN)
+        raise ChannelClosed
+
+    async def _until_gone(self) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._tell_if_it_stays)
+            # With a limiter of its own: whoever waits here takes no thread from others.
+            await trio.to_thread.run_sync(self.child.wait, limiter=trio.CapacityLimiter(1))
+            nursery.cancel_scope.cancel()
+        self._tell(None)
+
+    async def _tell_if_it_stays(self) -> None:
+        await trio.sleep(GONE_WITHIN)
+        self._tell(stays())
+
+    # --- for `lane_watch` ------------------------------------------------------------------------------
+
+    def ask(self) -> None:
+        """Have it say something, unless it was asked already."""
+        if not self._asked:
+            self._asked = True
+            self.post(say.AreYouThere())
+
+    def was_heard(self) -> bool:
+        """Whether it has said anything since this was last called."""
+        heard, self._heard = self._heard, False
+        return heard
+
+    def signs(self) -> Signs | None:
+        """What the system tells of it."""
+        return self.child.signs()
+
+    async def storage_answers(self) -> bool:
+        """Whether the storage that it writes to answers others; also where it writes nothing."""
+        groups = [*self._folders, *(file.job.group for file in self._files)]
+        return not groups or self.arrivals is None or await self.arrivals.storage_answers(groups[-1])
 
     async def _write(self) -> None:
         async for message, descriptors in self._queue:
@@ -228,6 +268,7 @@ class OneProcess:
                     os.close(each)
 
     def _gone(self) -> None:
+        self.gone.set()
         self._channel.close()
         with contextlib.suppress(trio.WouldBlock):
             while True:
@@ -252,7 +293,7 @@ class OneProcess:
                 self.arrivals.checked(self, message)
         elif isinstance(message, say.RunEnded):
             self.run_ended.set()
-        else:
+        elif not isinstance(message, say.Here):
             lane = self.lanes.get(message.lane)
             if lane is not None:
                 self._of_lane(lane, message)
@@ -319,22 +360,26 @@ class OneProcess:
 
     async def end_run(self) -> None:
         """Have everything of the session closed: afterwards it writes nothing of it any more."""
-        if not self.alive:
-            return
-        self.post(say.EndRun())
-        with trio.move_on_after(END_WITHIN):
-            await self.run_ended.wait()
-        if not self.run_ended.is_set():
+        if self.alive:
+            self.post(say.EndRun())
+            with trio.move_on_after(END_WITHIN):
+                await self.run_ended.wait()
+            if self.run_ended.is_set():
+                return
             self.kill()
-            await self.run_ended.wait()
+        # One that was killed may hang in storage, and then write what it was writing.
+        await self.gone.wait()
 
 
 class LaneProcesses:
     """All lane processes of one worker; `run` while a task runs."""
 
     def __init__(self, forked: Sequence[Child], pace: Pace) -> None:
-        self.processes = [OneProcess(child, pace) for child in forked]
+        self.processes = [OneProcess(child, pace, partial(self._stands_still, child)) for child in forked]
         self._pace = pace
+        # Told why some of them stand still, and when none does any more.
+        self.on_standstill: TellStandstill = lambda _error: None
+        self._standing: dict[Child, TowpathError] = {}
         self._keys = itertools.count(1)
 
     @property
@@ -352,6 +397,13 @@ class LaneProcesses:
             for process in self.processes:
                 nursery.start_soon(process.run)
             nursery.start_soon(self._keep_pace)
+
+    def _stands_still(self, child: Child, error: TowpathError | None) -> None:
+        if error is not None:
+            self._standing[child] = error
+        elif self._standing.pop(child, None) is None:
+            return
+        self.on_standstill(next(iter(self._standing.values()), None))
 
     async def _keep_pace(self) -> None:
         while True:
@@ -377,7 +429,7 @@ class LaneProcesses:
     async def end_run(self) -> None:
         """The session is over; when this returns none of them writes anything of it any more."""
         async with trio.open_nursery() as nursery:
-            for process in self.alive:
+            for process in self.processes:
                 nursery.start_soon(process.end_run)
 
     def attach(self, arrivals: Arrivals | None) -> None:
@@ -418,12 +470,19 @@ def fork_lane_processes(count: int, *, close: int) -> list[Child]:
 
     for _ in range(count if FORKS else 0):
         try:
-            process, ours = fork_into(lambda sock: LaneProcess(sock).run(), let_go)
+            process, ours = fork_into(partial(_receive, os.getpid()), let_go)
         except OSError:
             # No process to be had: those that there are do the work.
             break
         forked.append(Child(process.pid, ours))
     return forked
+
+
+def _receive(worker: int, sock: socket.socket) -> None:
+    """In the forked process."""
+    # A stopped one would not notice that its end of the pair is closed, and hold the task's lock for ever.
+    if end_with(worker):
+        LaneProcess(sock).run()
 
 
 def dismiss(forked: Sequence[Child]) -> None:

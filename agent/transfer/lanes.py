@@ -15,8 +15,9 @@ from agent.meter.lane import LaneMeter
 from agent.meter.processors import Processors
 from agent.transfer.lane_count import LaneCount
 from agent.transfer.lane_keys import Succession
-from agent.transfer.lane_processes import RemoteLane, RemoteMeter
+from agent.transfer.lane_processes import RemoteLane
 from agent.transfer.receive import LaneReceiver
+from agent.transfer.remote_meter import RemoteMeter
 from agent.transfer.run import Run
 from agent.transfer.source_session import SessionLost
 from agent.transfer.stopping import call_on_cancel, first_error

@@ -22,6 +22,7 @@ from agent.transfer.journal import Journal
 from agent.transfer.kept_lists import ListPolicy
 from agent.transfer.lane_keys import KEY_RECORDS
 from agent.transfer.lane_processes import LaneProcesses
+from agent.transfer.lane_watch import TellStandstill
 from agent.transfer.manifest import ManifestWriter
 from agent.transfer.patience import Patience
 from agent.transfer.received import ReceivedCounter
@@ -44,6 +45,8 @@ class RunContext:
     lists: ListPolicy
     # In the trio thread only: it posts to the daemon.
     on_fault: Callable[[TowpathError], None]
+    # Told why the run stands still, and when it does not any more; in the trio thread.
+    on_standstill: TellStandstill
     patience: Patience
     pace: Pace
     # What receives beside the lanes' threads of this process, if anything does.

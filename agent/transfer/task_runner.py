@@ -7,6 +7,7 @@ import os
 import random
 from collections.abc import Awaitable, Callable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -79,6 +80,10 @@ class TaskRunner:
         self._counters = Counters()
         self._state: TaskState = "ACTIVE"
         self._status: TowpathError | None = None
+        # Why the task stands still, though it runs, by who has noticed.
+        self._standstills: dict[str, TowpathError] = {}
+        if line.processes is not None:
+            line.processes.on_standstill = partial(self._stands_still, "lanes")
         # The code of what somebody has to mend, once it was told, and how much had arrived then.
         self._told = ("", -1)
         self._events: EventLog | None = None
@@ -139,7 +144,7 @@ class TaskRunner:
                 os.close(descriptor)
                 raise StateTrouble(
                     "An earlier process of this task has not ended yet, perhaps because its disk or file server does "
-                    "not answer; the task goes on when it has.",
+                    "not answer, or because it was stopped; the task goes on when it has.",
                     code="STATE_BUSY",
                     who="destination owner",
                 )
@@ -180,12 +185,7 @@ class TaskRunner:
         self._events = EventLog(self._journal, self._tell, after=self._start.last_event)
         stack.callback(setattr, self._line, "on_event_stored", lambda _seq: None)
         if not rebuilt and any(manifest.lost for manifest in manifests):
-            self._events.add(
-                "LIST_DAMAGED",
-                "list damaged",
-                "Part of the list of files is gone from the agent's disk; what was transferred is not concerned.",
-                is_error=True,
-            )
+            self._events.list_damaged()
         return await self._run_journaled(self._events, manifests, received, rebuilt=rebuilt)
 
     def _received(self) -> ReceivedCounter:
@@ -212,13 +212,7 @@ class TaskRunner:
         self._line.on_event_stored = self._drop_event
         if rebuilt:
             self._journal.put("rebuilt", b"1")
-            events.add(
-                "JOURNAL_REBUILT",
-                "journal rebuilt",
-                "The journal of the task was damaged and is begun anew. What is at the destination is compared with "
-                "the source by digest, and only what differs is transferred again.",
-                is_error=True,
-            )
+            events.journal_rebuilt()
         elif self._journal.get("begun") is None:
             events.add("STARTED", "started")
         resumed = self._journal.get("begun") is not None or rebuilt
@@ -298,6 +292,7 @@ class TaskRunner:
                     mode_mask=self._mode_mask,
                     lists=self._lists,
                     on_fault=self._fault,
+                    on_standstill=partial(self._stands_still, "run"),
                     patience=self._patience,
                     pace=self._line.pace,
                     processes=self._line.processes,
@@ -316,6 +311,7 @@ class TaskRunner:
                     self._line.on_limits = lambda _lanes, _memory: None
                     self._counters = run.counters()
                     self._run = None
+                    self._stands_still("run", None)
 
     def _is_elsewhere(self, root: Root) -> bool:
         """Whether the root, or a disk below it, is another one than the task began in, and its owner has accepted that.
@@ -341,14 +337,7 @@ class TaskRunner:
         self._journal.put("rebuilt", b"1")
         received.reset()
         if self._events is not None:
-            self._events.add(
-                "ROOT_REPLACED",
-                "root replaced",
-                "The destination's folder, or a disk mounted below it, is another one than when the task began, and "
-                "its owner has accepted that. What is there is compared with the source, and what is missing is "
-                "transferred.",
-                is_error=True,
-            )
+            self._events.root_replaced()
         self._journal.commit()
 
     def _reopen(self) -> None:
@@ -388,6 +377,14 @@ class TaskRunner:
     def short_of_threads(self) -> None:
         """Say that what needs a thread waits until there is one."""
         self._fault(fault(NoThread(), "destination", b""))
+
+    def _stands_still(self, noticed: str, error: TowpathError | None) -> None:
+        if error is None:
+            self._standstills.pop(noticed, None)
+            return
+        if error.sentence not in {each.sentence for each in self._standstills.values()}:
+            self._fault(error)
+        self._standstills[noticed] = error
 
     def _no_trouble(self) -> None:
         self._status = None
@@ -470,8 +467,9 @@ class TaskRunner:
         """The task as it is now."""
         if self._run is not None:
             self._counters = self._run.counters()
-        error = self._status
-        waiting = error is not None and self._state == "ACTIVE"
+        active = self._state == "ACTIVE"
+        error = self._status or (next(iter(self._standstills.values()), None) if active else None)
+        waiting = error is not None and active
         return TaskObserved(
             task_id=self._order.task_id,
             revision=self._line.revision,

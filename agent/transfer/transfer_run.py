@@ -43,6 +43,7 @@ from agent.transfer.run import RunContext
 from agent.transfer.settle import Settler
 from agent.transfer.source_session import SourceSession
 from agent.transfer.stopping import call_on_cancel, first_error, first_system_error, run_in_thread
+from agent.transfer.storage_watch import watch_storage
 from protocol.control import Counters, Flow
 from protocol.errors import TaskFailed, TowpathError
 from protocol.names import format_path, split_path
@@ -71,7 +72,8 @@ class TransferRun:
         self._temporary_names = context.temporary_prefix + os.urandom(3).hex().encode()
         # Of earlier runs, whichever of its folders and items they are of: several may lead to one folder.
         self._parts = context.journal.all_partial_temporaries() if resumed else frozenset()
-        self._groups: set[Group] = set()
+        # In the order in which they were opened.
+        self._groups: dict[Group, None] = {}
         self._slots = trio.Semaphore(OPEN_GROUPS)
         self.budget = Budget()
         self._idle = trio.Event()
@@ -160,6 +162,13 @@ class TransferRun:
                 self._lanes.start(nursery)
                 nursery.start_soon(self._flow.run)
                 nursery.start_soon(self._watch_root)
+                nursery.start_soon(
+                    watch_storage,
+                    lambda: (self.context.received.value, self.counters()),
+                    lambda: [group.handle for group in self._groups],
+                    self._temporary_names,
+                    self.context.on_standstill,
+                )
                 self.large.start(nursery)
                 self._comparisons.start(nursery)
                 await ItemPlanner(self).run(self.session)
@@ -392,7 +401,7 @@ class TransferRun:
 
     def opened(self, group: Group) -> None:
         """A group is being worked on until the settler says it is done."""
-        self._groups.add(group)
+        self._groups[group] = None
 
     async def compare(self, job: FileJob) -> None:
         """Have a file compared by digest, and brought over when it differs."""
@@ -483,7 +492,7 @@ class TransferRun:
 
     def _on_groups_done(self, groups: list[Group]) -> None:
         for group in groups:
-            self._groups.discard(group)
+            self._groups.pop(group, None)
             if self._arrivals is not None:
                 self._arrivals.forget_group(group)
             group.handle.close()

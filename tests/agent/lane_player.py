@@ -6,11 +6,13 @@ import contextlib
 import os
 import socket
 import threading
+from collections.abc import Callable
 
 from agent.connect.lane_tls import SecuringLane
 from agent.storage.base import Bytes
 from agent.storage.faulty import Call, Plan
 from agent.storage.handed import Handed
+from agent.system.signs_of_life import Signs
 from agent.transfer.lane_keys import RECORD
 from agent.transfer.lane_process import LaneProcess
 from agent.transfer.lane_processes import Child
@@ -88,6 +90,12 @@ class LanePlayer(Child):
         process = LaneProcess(theirs, FaultyHanded(plan, short), PlainLane)
         self._thread = threading.Thread(target=self._play, args=(process,), name=LANE_PROCESS, daemon=True)
         self._thread.start()
+        # What the system would tell of it.
+        self.seen: Signs | None = None
+        self.on_kill: Callable[[], None] = lambda: None
+
+    def signs(self) -> Signs | None:
+        return self.seen
 
     def _play(self, process: LaneProcess) -> None:
         try:
@@ -99,6 +107,7 @@ class LanePlayer(Child):
                 os.close(process._lock)
 
     def kill(self) -> None:
+        self.on_kill()
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_RDWR)
 
