@@ -140,6 +140,10 @@ class EventStored(Message, tag="stored", frozen=True, kw_only=True):
     seq: int
 
 
+class AreYouThere(Message, tag="there", frozen=True, kw_only=True):
+    """Nothing was heard for a while: say so if you can."""
+
+
 # --- worker to daemon --------------------------------------------------------------------------------------
 
 
@@ -186,8 +190,23 @@ class Checkpointed(Message, tag="checkpointed", frozen=True, kw_only=True):
     observed: TaskObserved
 
 
-ToWorker = RunTask | ServeSession | Incoming | Connected | ConnectFailed | BetterPath | Desire | EventStored | Allowed
-ToDaemon = Connect | Event | Progress | Moved | Finished | Checkpointed
+class Here(Message, tag="here", frozen=True, kw_only=True):
+    """Answer to `AreYouThere`."""
+
+
+ToWorker = (
+    RunTask
+    | ServeSession
+    | Incoming
+    | Connected
+    | ConnectFailed
+    | BetterPath
+    | Desire
+    | EventStored
+    | Allowed
+    | AreYouThere
+)
+ToDaemon = Connect | Event | Progress | Moved | Finished | Checkpointed | Here
 
 
 class ChannelClosed(Exception):
@@ -205,6 +224,9 @@ class Channel:
         self._sending = trio.Lock()
         # How the process at the other end ended (exit status, or negative signal), as far as somebody has seen it.
         self.ended: int | None = None
+        # Its id while it is there, and how often something has come from it.
+        self.pid: int | None = None
+        self.heard = 0
 
     async def send(self, message: Message, descriptors: tuple[int, ...] = ()) -> None:
         """Send one message; descriptors are duplicated to the other process and stay open here.
@@ -233,6 +255,7 @@ class Channel:
                 self._incoming.feed(data, ancillary)
                 if not data:
                     raise ChannelClosed
+                self.heard += 1
             return message
         except (OSError, Garbled) as error:
             raise ChannelClosed from error

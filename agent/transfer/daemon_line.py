@@ -20,6 +20,7 @@ from agent.limits.processor import Governor
 from agent.transfer import compression
 from agent.transfer.channel import (
     Allowed,
+    AreYouThere,
     BetterPath,
     Channel,
     Checkpointed,
@@ -30,6 +31,7 @@ from agent.transfer.channel import (
     Event,
     EventStored,
     Finished,
+    Here,
     Moved,
     Progress,
     RunTask,
@@ -150,6 +152,8 @@ class DaemonLine:
             self._allow(message)
         elif isinstance(message, EventStored):
             self.on_event_stored(message.seq)
+        elif isinstance(message, AreYouThere):
+            self._post(Here())
 
     def _allow(self, message: Allowed) -> None:
         self.pace.set_rate(message.rate)
@@ -186,6 +190,9 @@ class DaemonLine:
 
     def post(self, message: Event) -> None:
         """Tell the daemon, in order. What does not fit now is told again at the next start."""
+        self._post(message)
+
+    def _post(self, message: Message) -> None:
         with contextlib.suppress(trio.WouldBlock):
             self._send_out.send_nowait(message)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import msgspec
 import trio
 
-from protocol.control import TaskObserved
+from protocol.control import Counters, TaskObserved
 
 # Seconds.
 EVERY = 0.25
@@ -63,3 +63,9 @@ def _details(observed: TaskObserved, seconds: float) -> str:
         details["lanes"] = len(observed.flow.lanes)
         details["limited_by"] = observed.flow.limited_by
     return msgspec.json.encode(details).decode()
+
+
+def merged(before: Counters, after: Counters) -> Counters:
+    """Counters only grow: a worker that lists a directory again begins a little below."""
+    names = [name for name in Counters.__struct_fields__ if name not in ("scan_complete", "retrying")]
+    return msgspec.structs.replace(after, **{name: max(getattr(before, name), getattr(after, name)) for name in names})

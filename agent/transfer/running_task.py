@@ -12,10 +12,8 @@ import msgspec
 import trio
 
 from agent.connect.transport import Path
-from agent.limits.allotment import Allowance
 from agent.system.processes import in_words
 from agent.transfer.channel import (
-    Allowed,
     BetterPath,
     Channel,
     ChannelClosed,
@@ -33,12 +31,14 @@ from agent.transfer.crash_pauses import CrashPauses
 from agent.transfer.held_up import told, why_held_up
 from agent.transfer.local_node import LocalNode
 from agent.transfer.plan import now_iso
+from agent.transfer.progress import merged
 from agent.transfer.state_trouble import StateTrouble
 from agent.transfer.task_log import TaskLog
 from agent.transfer.task_paths import TaskPaths
 from agent.transfer.task_store import StoredTask
 from agent.transfer.turns import Candidate
-from agent.transfer.worker_connections import give_connection
+from agent.transfer.worker_connections import allow, give_connection
+from agent.transfer.worker_watch import until_lost
 from protocol.candidates import Arrangement, PathAnswer, PathGo
 from protocol.control import FINAL_STATES, AgentEvent, Counters, Desired, SessionAnswer, TaskObserved, TaskOrder
 from protocol.errors import TowpathError
@@ -51,24 +51,8 @@ ARRANGED_LIFE = 15.0
 logger = logging.getLogger("towpath.tasks")
 
 
-def merged(before: Counters, after: Counters) -> Counters:
-    """Counters only grow: a worker that lists a directory again begins a little below."""
-    names = [name for name in Counters.__struct_fields__ if name not in ("scan_complete", "retrying")]
-    return msgspec.structs.replace(after, **{name: max(getattr(before, name), getattr(after, name)) for name in names})
-
-
-async def allow(channel: Channel, allowance: Allowance) -> None:
-    """Tell a worker what it may do; one that is ending hears it no more."""
-    with contextlib.suppress(ChannelClosed):
-        await channel.send(
-            Allowed(
-                rate=allowance.rate,
-                limited_by=allowance.source,
-                lanes=allowance.lanes,
-                cpu=allowance.cpu,
-                memory=allowance.memory,
-            )
-        )
+class _Lost(ChannelClosed):
+    """The worker stood still and was ended, which was said."""
 
 
 class RunningTask:
@@ -296,24 +280,20 @@ class RunningTask:
                 if not isinstance(error, ChannelClosed):
                     details = f"No process could be started for this task ({error.strerror}); it is tried again."
                 pause = pauses.after(trio.current_time() - started, before, self.observed.counters)
-                await self._record(
-                    AgentEvent(
-                        n=0,
-                        kind="event",
-                        time=now_iso(),
-                        task_id=self.order.task_id,
-                        code="WORKER_DIED",
-                        description="worker died",
-                        details=details,
-                        is_error=True,
-                    )
-                )
+                if not isinstance(error, _Lost):
+                    await self._record(self._trouble("WORKER_DIED", details))
                 await trio.sleep(pause)
 
         if self._moved:
             self.name_claim()
         if not self._stopping:
             await self.tell_why_not()
+
+    def _trouble(self, code: str, details: str) -> AgentEvent:
+        description = code.replace("_", " ").lower()
+        return self._line(
+            Event(seq=0, time=now_iso(), code=code, description=description, details=details, is_error=True)
+        )
 
     async def cancel_at_once(self) -> None:
         """End a cancelled task that no worker has begun, without waiting for its turn; any other one stays as it is."""
@@ -373,6 +353,7 @@ class RunningTask:
             memory=allowance.memory,
             last_event=await trio.to_thread.run_sync(node.store.last_worker_event, self.order.task_id),
         )
+        lost: list[TowpathError] = []
         async with node.workers.worker(start) as channel, trio.open_nursery() as nursery:
             self._channel = channel
             share = node.allotment.worker("receive", self._own_limit, allowance, partial(allow, channel))
@@ -382,6 +363,7 @@ class RunningTask:
                 better = self._better(channel, nursery)
                 self._paths = TaskPaths(node, self.order, self._answer, better, self._take_arranged())
                 await nursery.start(self._paths.run)
+            nursery.start_soon(self._look_after, channel, lost, nursery.cancel_scope)
             try:
                 with share as worker:
                     while True:
@@ -398,7 +380,29 @@ class RunningTask:
                 self._channel = None
             finally:
                 self._channel = self._paths = None
+        if lost:
+            raise _Lost
         raise ChannelClosed(f" ({in_words(channel.ended)})" if channel.ended else "")
+
+    async def _look_after(self, channel: Channel, lost: list[TowpathError], scope: trio.CancelScope) -> None:
+        """End a worker that stands still, and say so before: it may take long to be gone."""
+        lost.append(await until_lost(channel, self._stands_still))
+        await self._stands_still(lost[0])
+        scope.cancel()
+
+    async def _stands_still(self, error: TowpathError) -> None:
+        if (self.observed.state, self.observed.status_sentence) == ("WAITING", error.sentence):
+            return
+        await self._record(self._trouble(error.code, error.sentence))
+        waiting = msgspec.structs.replace(
+            self.observed,
+            state="WAITING",
+            status_code=error.code,
+            status_sentence=error.sentence,
+            who=error.who,
+            rate=0.0,
+        )
+        await self._observe(waiting, final=False)
 
     def _take_arranged(self) -> Arrangement | None:
         """What the relay has arranged, once, and if it can still be of use."""
@@ -412,7 +416,7 @@ class RunningTask:
     async def _handle(self, channel: Channel, message: object) -> bool:
         """Take a worker's message; whether it was its last."""
         if isinstance(message, Event):
-            await self._event(message)
+            await self._record(self._line(message), worker_seq=message.seq)
             # A worker that has said its last word does not listen any more; what it said still waits to be read.
             with contextlib.suppress(ChannelClosed):
                 await channel.send(EventStored(seq=message.seq))
@@ -425,18 +429,17 @@ class RunningTask:
             return True
         return False
 
-    async def _event(self, message: Event) -> None:
-        line = AgentEvent(
+    def _line(self, event: Event) -> AgentEvent:
+        return AgentEvent(
             n=0,
             kind="event",
-            time=message.time,
+            time=event.time,
             task_id=self.order.task_id,
-            code=message.code,
-            description=message.description,
-            details=message.details,
-            is_error=message.is_error,
+            code=event.code,
+            description=event.description,
+            details=event.details,
+            is_error=event.is_error,
         )
-        await self._record(line, worker_seq=message.seq)
 
     async def _record(
         self, line: AgentEvent, *, worker_seq: int | None = None, observed: TaskObserved | None = None

@@ -11,8 +11,9 @@ import trio
 
 from agent.transfer.channel import Channel, ChannelClosed, Incoming, Moved, ServeSession
 from agent.transfer.local_node import LocalNode
-from agent.transfer.running_task import allow
 from agent.transfer.state_trouble import StateTrouble
+from agent.transfer.worker_connections import allow
+from agent.transfer.worker_watch import until_lost
 from protocol.control import SessionOrder
 from protocol.errors import RetryLater, TowpathError
 
@@ -154,15 +155,16 @@ class ServedSessions:
         )
         try:
             with served.scope:
-                async with self._node.workers.worker(start) as channel:
+                async with self._node.workers.worker(start) as channel, trio.open_nursery() as nursery:
                     served.channel = channel
                     served.ready.set()
+                    nursery.start_soon(self._look_after, order.session_id, channel)
                     with allotment.worker("send", _no_limit, allowance, partial(allow, channel)) as worker:
                         while True:
                             message, _ = await channel.receive()
                             if isinstance(message, Moved):
                                 worker.note(message.content, message.waited)
-        except (ChannelClosed, OSError):
+        except* (ChannelClosed, OSError):
             # The worker ended, idle or by a crash; the next connection starts another.
             served.channel = None
         finally:
@@ -171,6 +173,17 @@ class ServedSessions:
             if self._served.get(order.session_id) is served:
                 del self._served[order.session_id]
                 self._expected.pop(order.session_id, None)
+
+    async def _look_after(self, session_id: str, channel: Channel) -> None:
+        """End a worker that stands still: what it read is read again by the next one. The destination notices that
+        nothing answers, and comes again."""
+
+        async def tell(error: TowpathError) -> None:
+            logger.warning("Session %s: %s", session_id, error.sentence)
+
+        error = await until_lost(channel, tell)
+        await tell(error)
+        self.cut(session_id)
 
     def check_room(self, session_id: str, collection_id: str) -> None:
         """Whether the owner's limit leaves room for one more session on a collection; it has a place for a while then.

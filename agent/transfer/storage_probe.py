@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 
 import trio
 
@@ -17,32 +18,59 @@ class StorageProbe:
     """Asks one question at a time; a call that hangs is not followed by another. Called in the trio thread."""
 
     def __init__(self) -> None:
-        self._hanging = False
+        self._last: _Call | None = None
 
     async def answers(self, folder: int, name: bytes) -> bool:
         """Whether the storage of the folder of this descriptor, which is duplicated, answers in time, if only with a
         refusal. ``name`` is reserved and new. Cancelling leaves the call to itself; it removes what it made."""
-        if self._hanging:
+        if self._last is not None and not self._last.over:
             return False
         try:
-            own = os.dup(folder)
+            call = _Call(os.dup(folder), name)
         except OSError:
             # Nothing can be learned now.
             return False
-        self._hanging = True
+        self._last = call
+        try:
+            with trio.move_on_after(ANSWERS_WITHIN):
+                # With a limiter of its own: whoever hangs here takes no thread from others.
+                await trio.to_thread.run_sync(call.make, abandon_on_cancel=True, limiter=trio.CapacityLimiter(1))
+                return True
+            return False
+        finally:
+            call.leave()
 
-        def ask() -> None:
+
+class _Call:
+    """One question. Its folder is closed by the thread that asks it, or where none begins, by whoever wanted that."""
+
+    def __init__(self, folder: int, name: bytes) -> None:
+        self._folder, self._name = folder, name
+        self._lock = threading.Lock()
+        self._taken = False
+        self.over = False
+
+    def make(self) -> None:
+        """In the thread."""
+        if self._take():
             try:
-                _write(own, name)
+                _write(self._folder, self._name)
             finally:
-                os.close(own)
-                self._hanging = False
+                self._close()
 
-        with trio.move_on_after(ANSWERS_WITHIN):
-            # With a limiter of its own: whoever hangs here takes no thread from others.
-            await trio.to_thread.run_sync(ask, abandon_on_cancel=True, limiter=trio.CapacityLimiter(1))
-            return True
-        return False
+    def leave(self) -> None:
+        """A call that has not begun does not begin any more."""
+        if self._take():
+            self._close()
+
+    def _take(self) -> bool:
+        with self._lock:
+            taken, self._taken = self._taken, True
+        return not taken
+
+    def _close(self) -> None:
+        os.close(self._folder)
+        self.over = True
 
 
 def _write(folder: int, name: bytes) -> None:

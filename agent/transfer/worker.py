@@ -32,11 +32,13 @@ from agent.storage.reach import Reach
 from agent.system.process_name import rename_process
 from agent.transfer.channel import (
     Allowed,
+    AreYouThere,
     Channel,
     ChannelClosed,
     Checkpointed,
     Common,
     Finished,
+    Here,
     Incoming,
     RunTask,
     ServeSession,
@@ -148,6 +150,8 @@ class _SourceWorker:
                 if isinstance(message, Allowed):
                     self._moving.pace.set_rate(message.rate)
                     self._moving.cpu = message.cpu
+                elif isinstance(message, AreYouThere):
+                    await self._channel.send(Here())
                 elif isinstance(message, Incoming):
                     sock = socket.socket(fileno=descriptors[0])
                     nursery.start_soon(self._connection, message.kind, sock)

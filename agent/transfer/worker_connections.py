@@ -1,12 +1,14 @@
-"""Connections to the source that a worker asks its daemon for: what comes of each wish, and the descriptor it gets."""
+"""What a worker has from its daemon: connections to the source, when it asks for them, and what it may do."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Awaitable, Callable
 
 from agent.connect.transport import Connection
-from agent.transfer.channel import Channel, Connect, Connected, ConnectFailed
+from agent.limits.allotment import Allowance
+from agent.transfer.channel import Allowed, Channel, ChannelClosed, Connect, Connected, ConnectFailed
 from agent.transfer.task_paths import TaskPaths
 from protocol.errors import RetryLater, TaskFailed, TowpathError
 
@@ -55,3 +57,17 @@ def _passed_on(connection: Connection) -> int:
             raise RetryLater(
                 f"The agent has no room for a connection: {error.strerror}.", code="CONNECT_FAILED"
             ) from error
+
+
+async def allow(channel: Channel, allowance: Allowance) -> None:
+    """Tell a worker what it may do; one that is ending hears it no more."""
+    with contextlib.suppress(ChannelClosed):
+        await channel.send(
+            Allowed(
+                rate=allowance.rate,
+                limited_by=allowance.source,
+                lanes=allowance.lanes,
+                cpu=allowance.cpu,
+                memory=allowance.memory,
+            )
+        )

@@ -83,6 +83,7 @@ class Workers:
         not is killed, like any crash it costs nothing but time."""
         one = await self._take() or await _start(self._processes)
         self._at_work.append(one)
+        one.channel.pid = one.process.pid
         try:
             await one.channel.send(start)
             yield one.channel

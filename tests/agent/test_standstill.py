@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 
 from agent.storage.faulty import Call, Plan
 from agent.system.signs_of_life import Posture, Signs, signs_of
-from agent.transfer import lane_processes, lane_watch, standstill, storage_probe, storage_watch
+from agent.transfer import lane_processes, lane_watch, standstill, storage_probe, storage_watch, worker_watch
+from agent.transfer.channel import AreYouThere
 from agent.transfer.lane_watch import until_lost
 from agent.transfer.spawn import FORKS
 from agent.transfer.standstill import HANGS_FOR, LOOK_EVERY, STOPPED_FOR, Standstill
@@ -259,6 +260,76 @@ async def test_a_silent_process_that_works_is_left_alone(autojump_clock: trio.te
     assert process.told == [""]
 
 
+# --- workers, as their daemon looks after them ------------------------------------------------------------------
+
+
+class _Worker(_Process):
+    """The daemon's end of the channel of a worker."""
+
+    pid = 1
+
+    def __init__(self, posture: Posture, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__(posture)
+        self._heard = 0
+        monkeypatch.setattr(worker_watch, "signs_of", lambda _pid: self.signs())
+
+    @property
+    def heard(self) -> int:
+        self._heard += self.says
+        return self._heard
+
+    async def send(self, message: object) -> None:
+        assert isinstance(message, AreYouThere)
+        self.asked += 1
+
+    async def tell_daemon(self, error: TowpathError) -> None:
+        self.tell(error)
+
+    async def watched(self, seconds: float) -> float | None:
+        began = trio.current_time()
+        with trio.move_on_after(seconds):
+            self.tell(await worker_watch.until_lost(self, self.tell_daemon))  # type: ignore[arg-type]
+            return trio.current_time() - began
+        return None
+
+
+@pytest.mark.parametrize(
+    ("posture", "least", "told"),
+    [
+        (Posture.STOPPED, STOPPED_FOR, ["PROCESS_STOPPED"]),
+        (Posture.TRACED, None, ["PROCESS_STOPPED"]),
+        (Posture.WAITS, 2 * HANGS_FOR, ["PROCESS_HANGS"]),
+        (Posture.IN_STORAGE, None, ["PROCESS_HANGS"]),
+        (Posture.RUNS, None, []),
+    ],
+)
+async def test_a_worker_that_stands_still(
+    autojump_clock: trio.testing.MockClock,
+    monkeypatch: pytest.MonkeyPatch,
+    posture: Posture,
+    least: float | None,
+    told: list[str],
+) -> None:
+    worker = _Worker(posture, monkeypatch)
+    ended = await worker.watched(10_000)
+    assert worker.told == told
+    assert worker.asked == 1
+    if least is None:
+        assert ended is None
+    else:
+        assert ended is not None
+        assert least < ended <= least + 2 * LOOK_EVERY
+
+
+async def test_a_worker_that_answers_is_left_alone(
+    autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = _Worker(Posture.STOPPED, monkeypatch)
+    worker.says = True
+    assert await worker.watched(10_000) is None
+    assert worker.told == []
+
+
 # --- the storage -----------------------------------------------------------------------------------------------
 
 
@@ -276,26 +347,47 @@ async def test_storage_is_asked_by_a_file_that_goes_again(tmp_path: Path) -> Non
 
 
 async def test_storage_that_hangs_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage_probe, "ANSWERS_WITHIN", 0.05)
-    asked, release = 0, threading.Event()
+    asked, release = [], threading.Event()
 
-    def hang(folder: int, name: bytes) -> None:
-        nonlocal asked
-        asked += 1
+    def hang(folder: int, _name: bytes) -> None:
+        asked.append(folder)
         assert release.wait(10)
 
     monkeypatch.setattr(storage_probe, "_write", hang)
     probe, folder = StorageProbe(), os.open(tmp_path, os.O_RDONLY)
     try:
+        with trio.move_on_after(10) as scope:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(probe.answers, folder, b"x")
+                while not asked:
+                    await trio.sleep(0.01)
+                # As when the run ends meanwhile.
+                scope.cancel()
         assert not await probe.answers(folder, b"x")
-        assert not await probe.answers(folder, b"x")
-        assert asked == 1
+        assert len(asked) == 1
         release.set()
         with trio.fail_after(10):
             while not await probe.answers(folder, b"x"):
                 await trio.sleep(0.01)
+        # Nothing of it is left open.
+        for each in asked:
+            with pytest.raises(OSError, match="Bad file descriptor"):
+                os.fstat(each)
     finally:
         release.set()
+        os.close(folder)
+
+
+async def test_a_question_that_never_begins_leaves_nothing_open(tmp_path: Path) -> None:
+    probe, folder = StorageProbe(), os.open(tmp_path, os.O_RDONLY)
+    before = len(os.listdir("/dev/fd"))
+    try:
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await probe.answers(folder, b"x")
+        assert len(os.listdir("/dev/fd")) == before
+        assert await probe.answers(folder, b"x")
+    finally:
         os.close(folder)
 
 
@@ -481,6 +573,38 @@ async def _said(world: engine_world.World, task: str, codes: set[str], seconds: 
 
 def _codes(world: engine_world.World) -> set[str]:
     return {event.code for event in world.events if event.kind == "event"}
+
+
+def _worker_of(node: engine_world.Node) -> psutil.Process:
+    assert node.service is not None
+    (one,) = node.service._node.workers._at_work
+    return psutil.Process(one.process.pid)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("stopped", ["destination", "destination and its lane process", "source"])
+async def test_a_real_worker_that_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: str) -> None:
+    monkeypatch.setattr(standstill, "STOPPED_FOR", 2.0)
+    for where in (standstill, worker_watch):
+        monkeypatch.setattr(where, "LOOK_EVERY", 0.5)
+    async with engine_world.world(tmp_path, workers_per_session=2) as world:
+        task, lane = await _begun(world, "/data")
+        worker = _worker_of(world.alpha if stopped == "source" else world.beta)
+        if "lane" in stopped:
+            lane.suspend()
+        worker.suspend()
+        observed = await world.wait(task, seconds=120)
+        assert observed.state == "SUCCEEDED", observed
+        assert contents(world.beta.root / "data") == contents(world.alpha.root / "data")
+        assert not list(world.beta.root.rglob(".towpath.*"))
+        assert signs_of(worker.pid) is None
+        if stopped == "source":
+            # What the destination sees of it.
+            assert "CONNECTION_LOST" in _codes(world)
+        else:
+            assert "PROCESS_STOPPED" in _codes(world)
+            assert "WORKER_DIED" not in _codes(world)
+            assert "WAITING" in {event.observed.state for event in world.events if event.observed is not None}
 
 
 @pytest.mark.soak
