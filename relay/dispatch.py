@@ -28,6 +28,7 @@ from protocol.tunnel.token import ALPN as TUNNEL_ALPN
 from protocol.websocket.orders import ALPN as WEBSOCKET_ALPN
 from protocol.websocket.orders import SERVER_NAME
 from relay.link_stream import LinkStream
+from relay.places import Places
 from relay.turnstile import Turnstile, WaitedTooLong
 
 _logger = logging.getLogger("towpath.dispatch")
@@ -41,7 +42,7 @@ S = TypeVar("S")
 ALPN_PROTOCOLS = (LINK_ALPN, TUNNEL_ALPN, "h2", "http/1.1")
 PEEK_TIMEOUT = 10.0
 HANDSHAKE_TIMEOUT = 15.0
-# Connections that have not finished their handshake; more are closed at once.
+# Connections that have not finished their handshake; more are closed at once, and sooner those of who has many.
 MAX_PENDING = 2000
 # Agents have their handshakes this many at a time, the others wait: when all come back at once, each is served soon
 # after its turn begins, and people's requests do not wait behind them. An agent that has kept us waiting for ``TURN``
@@ -83,7 +84,7 @@ class DispatchStatistics:
 
 class Dispatcher:
     """Chooses who gets a connection. ``tls_context``, and ``link_context`` for agents' links, are prepared here; `use`
-    others when the certificate is renewed.
+    others when the certificate is renewed. There are ``places`` for connections that have not finished their handshake.
 
     Without ``tunnel`` agents that bring one are told so in the handshake. ``websocket`` gives who takes
     connections of agents with a tunnel inside WebSocket before their handshake, None when nobody can now.
@@ -99,7 +100,7 @@ class Dispatcher:
         tunnel: Handler | None = None,
         stun: PlainHandler | None = None,
         websocket: Callable[[], PlainHandler | None] = lambda: None,
-        max_pending: int = MAX_PENDING,
+        places: Places | None = None,
     ) -> None:
         self._own = (LINK_ALPN,) if tunnel is None else (LINK_ALPN, TUNNEL_ALPN)
         offered = [name for name in ALPN_PROTOCOLS if name != TUNNEL_ALPN or tunnel is not None]
@@ -110,9 +111,8 @@ class Dispatcher:
         self._web_handler = web
         self._stun_handler = stun
         self._websocket = websocket
-        self._max_pending = max_pending
+        self._places = places or Places(MAX_PENDING)
         self._links = Turnstile(HANDSHAKES_AT_ONCE, TURN, PATIENCE)
-        self._pending = 0
         self._taken: Counter[str] = Counter()
         self._web = self._websockets = self._stun = self._plain = self._refused = self._failed = 0
 
@@ -133,21 +133,21 @@ class Dispatcher:
             plain=self._plain,
             refused=self._refused,
             failed=self._failed,
-            pending=self._pending,
+            pending=self._places.taken,
         )
 
     async def handle(self, stream: trio.SocketStream) -> None:
         """Greet one connection and run its handler; closes it. Raises nothing for what a caller or a handler does."""
         try:
             async with stream:
-                if self._pending >= self._max_pending:
+                caller = self._places.caller_at(stream)
+                if not self._places.take(caller):
                     self._refused += 1
                     return
-                self._pending += 1
                 try:
                     run = await self._choose(stream)
                 finally:
-                    self._pending -= 1
+                    self._places.leave(caller)
                 await run()
         except NotTLS:
             self._plain += 1

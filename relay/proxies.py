@@ -3,7 +3,7 @@
 A proxy adds the address it was called from at the right end of ``X-Forwarded-For`` or ``Forwarded`` (RFC 7239); what
 stands further left came with the call and may be anything. So the list is read from the right, only as long as those
 who say it are proxies of the operator's own, and only in the one header that they are set up to write: the other one
-they pass on as their caller wrote it.
+they pass on as their caller wrote it. And as whom limits count an address, once it is known.
 """
 
 from __future__ import annotations
@@ -22,11 +22,26 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 # What is looked at of such a header, from the right: proxies in a row, and characters in all.
 MAX_HOPS = 16
 MAX_LENGTH = 4096
+# What one customer of a network has at least (RIPE-690): whoever has it may call from any of its addresses.
+_IPV6_CUSTOMER = 56
 
 
 def network_of(text: str) -> Network:
     """An address or a network such as ``10.0.0.0/8``. Raises ValueError."""
     return ipaddress.ip_network(text)
+
+
+def neighbourhood(address: str) -> str:
+    """As whom limits count a caller from this address: an IPv4 address, or the IPv6 network of one customer."""
+    try:
+        parsed = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return address
+    if isinstance(parsed, ipaddress.IPv4Address):
+        return address
+    if parsed.ipv4_mapped is not None:
+        return str(parsed.ipv4_mapped)
+    return str(ipaddress.ip_network((parsed, _IPV6_CUSTOMER), strict=False))
 
 
 class Proxies:

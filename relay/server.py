@@ -44,6 +44,7 @@ from relay.keys import RelayKeys
 from relay.listen import accept_all, open_port
 from relay.lock import exclusive
 from relay.pages.upstream import DEPARTURES, DEPARTURES_PERIOD
+from relay.places import Places
 from relay.process import collect_seldom, raise_file_limit
 from relay.quota.allowance import Allowance
 from relay.rendezvous.acceptor import REFUSED_RETRY, accept_link
@@ -135,13 +136,13 @@ def build(settings: Settings, store: Store, clock: Callable[[], float] = time.ti
     steward = Steward(store, registry, keys.signer, settings, clock, signalling, verifier, tunnel.cut_session)
     services = _services(settings, store, keys, registry, steward, clock)
     app = create_app(services, [*transfer_routers.ROUTERS, enrol.router])
-    web = WebServer(app, max_connections=settings.limits.connections)
+    proxies, most = settings.listen.front, settings.limits.connections
+    web = WebServer(app, max_connections=most, proxies=proxies)
     observer = Observer(signalling.seen)
     carrier = tunnel.carrier
     tunnels = WebSocketTunnels(tunnel.acceptor, carrier)
     accept = _link_handler(services, certificate, observer)
-    most = settings.limits.connections
-    upgrade = Upgrade(web.serve, accept, tunnels.carry if tunnel.enabled else None, most=most)
+    upgrade = Upgrade(web.serve, accept, tunnels.carry if tunnel.enabled else None, places=Places(most, proxies))
     dispatcher = Dispatcher(
         web=upgrade.serve,
         link=accept,
@@ -151,7 +152,7 @@ def build(settings: Settings, store: Store, clock: Callable[[], float] = time.ti
         tls_context=certificate.context,
         link_context=certificate.link_context,
         # Half of what may be open at all: the other half is for those who have come through.
-        max_pending=max(MAX_PENDING, raise_file_limit() // 2),
+        places=Places(max(MAX_PENDING, raise_file_limit() // 2), proxies),
     )
     limits = {"one": services.guesses, "crowd": services.crowd_guesses}
     relay = Relay(

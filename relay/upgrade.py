@@ -15,6 +15,7 @@ from protocol.errors import ProtocolError
 from protocol.websocket.core import Core
 from protocol.websocket.paths import LINK_PATH, PATHS
 from protocol.websocket.stream import WebSocketStream, open_stream
+from relay.places import Places
 
 _logger = logging.getLogger("towpath.websocket")
 
@@ -63,7 +64,7 @@ class Replayed(trio.abc.Stream):
 
 class Upgrade:
     """``web`` serves everybody else; ``link`` and ``tunnel`` agents. Without ``tunnel`` that path is not found.
-    ``most`` callers may be waited for who have not said yet what they want."""
+    There are ``places`` for callers who have not said yet what they want."""
 
     def __init__(
         self,
@@ -71,27 +72,26 @@ class Upgrade:
         link: WebSocketHandler,
         tunnel: WebSocketHandler | None,
         *,
-        most: int = 20_000,
+        places: Places | None = None,
     ) -> None:
         self._web = web
         self._link = link
         self._tunnel = tunnel
-        self._most = most
-        self._waiting = 0
+        self._places = places or Places(20_000)
 
     async def serve(self, stream: Secured) -> None:
         """Serve one connection; closes it."""
         if stream.selected_alpn_protocol() == "h2":
             await self._web(stream)
             return
-        if self._waiting >= self._most:
+        caller = self._places.caller_at(stream)
+        if not self._places.take(caller):
             await trio.aclose_forcefully(stream)
             return
-        self._waiting += 1
         try:
             first = await _begin(stream)
         finally:
-            self._waiting -= 1
+            self._places.leave(caller)
         if first.startswith(_START):
             await self._open(stream, first)
         elif first:

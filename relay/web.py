@@ -16,6 +16,8 @@ from hypercorn.typing import ASGIFramework
 from priority.priority import PriorityError
 from starlette.types import ASGIApp
 
+from relay.places import Places
+from relay.proxies import Proxies
 from relay.upgrade import Replayed
 
 logger = logging.getLogger("relay.web")
@@ -49,18 +51,18 @@ class WebStatistics:
 
 
 class WebServer:
-    """Serves an ASGI application on streams. ``max_connections`` bounds how many at a time."""
+    """Serves an ASGI application on streams. ``max_connections`` bounds how many at a time, of which one caller gets a
+    part; ``proxies`` are the operator's own."""
 
-    def __init__(self, app: ASGIApp, *, max_connections: int) -> None:
+    def __init__(self, app: ASGIApp, *, max_connections: int, proxies: Proxies | None = None) -> None:
         # Hypercorn has no setting for it.
         h2.StreamBuffer = HeldBack  # type: ignore[misc]
         # Two spellings of the same interface (ASGI 3).
         self._app = ASGIWrapper(cast("ASGIFramework", app))
-        self._max = max_connections
+        self._places = Places(max_connections, proxies)
         self._context = WorkerContext(None)
         self._stopping = trio.Event()
         self._idle = trio.Event()
-        self._open = 0
         self._taken = 0
         self._refused = 0
         self._config = Config()
@@ -72,11 +74,11 @@ class WebServer:
 
     async def serve(self, stream: trio.SSLStream[trio.SocketStream] | Replayed) -> None:
         """Answer requests on the stream until its end, and close it. Cancellation closes it at once."""
-        if self._stopping.is_set() or self._open >= self._max:
+        caller = self._places.caller_at(stream)
+        if self._stopping.is_set() or not self._places.take(caller):
             self._refused += 1
             await trio.aclose_forcefully(stream)
             return
-        self._open += 1
         self._taken += 1
         try:
             secured = cast("trio.SSLStream[trio.SocketStream]", stream)
@@ -85,8 +87,8 @@ class WebServer:
             # Hypercorn lets a flood of priorities end the connection so; that is the caller's doing.
             logger.debug("A connection to the web server was ended: it sets too many priorities.")
         finally:
-            self._open -= 1
-            if self._stopping.is_set() and not self._open:
+            self._places.leave(caller)
+            if self._stopping.is_set() and not self._places.taken:
                 self._idle.set()
 
     async def stop(self, grace: float) -> None:
@@ -94,9 +96,9 @@ class WebServer:
         self._stopping.set()
         await self._context.terminated.set()
         with trio.move_on_after(grace):
-            if self._open:
+            if self._places.taken:
                 await self._idle.wait()
 
     def statistics(self) -> WebStatistics:
         """How busy the server is."""
-        return WebStatistics(self._open, self._taken, self._refused)
+        return WebStatistics(self._places.taken, self._taken, self._refused)

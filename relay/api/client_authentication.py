@@ -14,8 +14,8 @@ from fastapi import Request
 from relay.api.bodies import body_untrusted
 from relay.audit.notes import acting
 from relay.auth.clients import Client
-from relay.auth.guesses import neighbourhood
 from relay.auth.public_clients import client_for
+from relay.proxies import neighbourhood
 from relay.refusal import ApiError
 from relay.services import services_of
 

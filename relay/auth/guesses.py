@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import ipaddress
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 # Memory stays bounded however many names an attacker makes up; the oldest are forgotten first.
 _MAX_SUBJECTS = 20_000
-# What one customer of a network has at least (RIPE-690): whoever has it may call from any of its addresses.
-_IPV6_CUSTOMER = 56
 
 
 @dataclass(frozen=True)
@@ -20,19 +17,6 @@ class GuessStatistics:
 
     subjects: int
     failures: int
-
-
-def neighbourhood(address: str) -> str:
-    """As whom limits count a caller from this address: an IPv4 address, or the IPv6 network of one customer."""
-    try:
-        parsed = ipaddress.ip_address(address.partition("%")[0])
-    except ValueError:
-        return address
-    if isinstance(parsed, ipaddress.IPv4Address):
-        return address
-    if parsed.ipv4_mapped is not None:
-        return str(parsed.ipv4_mapped)
-    return str(ipaddress.ip_network((parsed, _IPV6_CUSTOMER), strict=False))
 
 
 class GuessLimit:

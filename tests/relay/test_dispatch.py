@@ -20,6 +20,7 @@ from protocol.stun import encode_request, new_transaction
 from protocol.websocket.orders import SERVER_NAME
 from relay.dispatch import Dispatcher, GreetingTimeout, _wants_websocket_tunnel, peek_client_hello
 from relay.listen import accept_all
+from relay.places import Places
 
 
 @dataclass
@@ -73,7 +74,7 @@ async def port(max_pending: int = 100) -> AsyncIterator[Port]:
         await stream.receive_some(100)
         raise LookupError("a handler's own fault")
 
-    dispatcher = Dispatcher(web=web, link=link, stun=stun, tls_context=server_context, max_pending=max_pending)
+    dispatcher = Dispatcher(web=web, link=link, stun=stun, tls_context=server_context, places=Places(max_pending))
     (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
     made = Port(listener.socket.getsockname()[1], dispatcher, ca)
     async with trio.open_nursery() as nursery:
@@ -343,6 +344,23 @@ async def test_more_unfinished_handshakes_than_allowed_are_turned_away() -> None
             while made.dispatcher.statistics().pending:
                 await trio.sleep(0.01)
         assert await made.ask(ALPN) == b"link"
+
+
+async def test_one_caller_with_idle_connections_keeps_nobody_else_out() -> None:
+    async with port(max_pending=8) as made:
+        idle = [await made.raw() for _ in range(30)]
+        with trio.fail_after(5):
+            while made.dispatcher.statistics().refused < 24:
+                await trio.sleep(0.01)
+        # Linux has all of 127.0.0.0/8.
+        raw = await trio.open_tcp_stream("127.0.0.1", made.number, local_address="127.0.0.2")
+        stream = trio.SSLStream(raw, made.context(ALPN), server_hostname="relay.example", https_compatible=True)
+        async with stream:
+            await stream.send_all(b"word")
+            with trio.fail_after(5):
+                assert await stream.receive_some(100) == b"link"
+        for each in idle:
+            await each.aclose()
 
 
 @pytest.mark.parametrize(

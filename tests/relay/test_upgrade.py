@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from protocol.websocket.core import Core
 from protocol.websocket.paths import LINK_PATH, TUNNEL_PATH
+from relay.places import Places
 from relay.upgrade import Upgrade
 
 
@@ -96,7 +97,7 @@ async def test_agents_reach_theirs(path: str, opened: list[str]) -> None:
 
 async def test_callers_that_say_nothing_are_bounded_in_number_and_time(autojump_clock: trio.testing.MockClock) -> None:
     served = Served()
-    upgrade = served.upgrade(most=2)
+    upgrade = served.upgrade(places=Places(2))
     async with trio.open_nursery() as nursery:
         ends = []
         for _ in range(3):
