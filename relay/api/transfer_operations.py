@@ -16,6 +16,7 @@ from relay.api.transfer_frame import (
     read_document,
     result,
 )
+from relay.refusal import ApiError
 from relay.transfer import collections
 from relay.transfer.collections import Collection
 from relay.transfer.entitlement import reach_text
@@ -34,17 +35,23 @@ async def _collection(
 
     Whoever may not even see the collection is told so before anything is said about their paths.
     """
-    now = services.clock()
 
     def work(connection: Connection) -> tuple[Collection, list[str] | None]:
+        now = services.clock()
         collection = collections.require(connection, endpoint_id, caller.identity_id, Ability.SEE, now=now)
         spots = [_spot(collection, path, above=above) for path in paths]
         found = collections.require(connection, collection.id, caller.identity_id, ability, now=now, spots=spots)
         return found, reach_text(collections.reach_of(connection, found, caller.identity_id, ability, now))
 
     collection, reach = await services.store.read(work)
+
+    async def decide_again() -> None:
+        """Whoever may do it no more, or comes less far by now, is refused, though it has begun."""
+        if (await services.store.read(work))[1] != reach:
+            raise ApiError(409, "Conflict", "What you may come to here has changed meanwhile; ask again.")
+
     timeout = float(services.settings.limits.call_timeout)
-    return collection, Filesystem(services.registry, timeout=timeout, reach=reach)
+    return collection, Filesystem(services.registry, timeout=timeout, reach=reach, decide_again=decide_again)
 
 
 def _spot(collection: Collection, path: object, *, above: bool) -> Spot:

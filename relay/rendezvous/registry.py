@@ -7,7 +7,7 @@ second relay machine can stand behind them later.
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -28,6 +28,8 @@ __all__ = ["CallTimeout", "LinkDown", "LinkUp", "NodeBusy", "NodeOffline", "Regi
 _logger = logging.getLogger("towpath.rendezvous")
 
 MAX_ERROR_BODY = 64 * 1024
+# What was decided about a call holds for so many seconds.
+DECISION_HOLDS = 1.0
 # An agent told that another took its place waits this long (seconds): two copies of one key must not fight.
 REPLACED_RETRY = 30.0
 # Signs of life that agents behind proxies may ask for: the more of them, the more seldom each new one asks. A PING
@@ -253,13 +255,16 @@ class Registry:
         query: Sequence[tuple[str, str]] = (),
         document: object | None = None,
         timeout: float = 30.0,  # noqa: ASYNC109 - part of the call, waiting for a turn included
+        decide_again: Callable[[], Awaitable[object]] | None = None,
     ) -> bytes:
         """Ask an agent; returns the body of a 2xx answer.
 
         ``path`` is plain text, encoded here; ``document`` travels as JSON. Raises the agent's own error, as
         `TowpathError` with ``status`` set, for any other answer; `NodeOffline`, `NodeBusy`, `CallTimeout`, and
-        `CallReset` when there is none. Cancelling gives up this call alone.
+        `CallReset` when there is none. Cancelling gives up this call alone. ``decide_again`` raises when the call may
+        not be made any more; it is asked where the turn came later than `DECISION_HOLDS`.
         """
+        came = trio.current_time()
         link = self._link(node_id)
         if link.waiting + link.under_way >= self._max_calls + self._max_waiting:
             self._refused += 1
@@ -269,6 +274,8 @@ class Registry:
         try:
             with trio.fail_after(timeout):
                 async with _turn(link):
+                    if decide_again is not None and trio.current_time() - came > DECISION_HOLDS:
+                        await decide_again()
                     self._link(node_id)
                     answer = await link.client.request(
                         method, _target(path, query), headers=headers, body=body, timeout=timeout

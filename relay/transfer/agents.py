@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
@@ -32,6 +32,7 @@ class AgentLinks(Protocol):
         query: Sequence[tuple[str, str]] = (),
         document: object | None = None,
         timeout: float = 30.0,  # noqa: ASYNC109 - part of the registry's interface
+        decide_again: Callable[[], Awaitable[object]] | None = None,
     ) -> bytes: ...
 
     def stream(

@@ -6,13 +6,16 @@ with a slash in it, which a client would join to a path elsewhere, is taken for 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
+
+import trio
 
 from protocol.control import MAX_FILTER, MAX_FILTERS, Entry, Listing, decode_untrusted
 from protocol.errors import ProtocolError, TowpathError
 from protocol.names import CollectionPath
+from relay.rendezvous.registry import DECISION_HOLDS
 from relay.times import listing_time
 from relay.transfer.agents import AgentLinks
 from relay.transfer.collections import Collection
@@ -49,12 +52,21 @@ class ListingRequest:
 
 class Filesystem:
     """File operations through the links. Whether the caller may do them was decided before; ``reach`` says in which
-    folders symlinks may end for this caller (None: anywhere)."""
+    folders symlinks may end for this caller (None: anywhere). ``decide_again`` raises `ApiError` when that is not so
+    any more: it is asked before what had to wait is done, and before what took long is shown."""
 
-    def __init__(self, links: AgentLinks, *, timeout: float, reach: list[str] | None = None) -> None:
+    def __init__(
+        self,
+        links: AgentLinks,
+        *,
+        timeout: float,
+        reach: list[str] | None = None,
+        decide_again: Callable[[], Awaitable[object]] | None = None,
+    ) -> None:
         self._links = links
         self._timeout = timeout
         self._reach = reach
+        self._decide_again = decide_again
 
     async def list(self, collection: Collection, request: ListingRequest) -> dict[str, Any]:
         """``ls``. Raises `ApiError`."""
@@ -114,6 +126,7 @@ class Filesystem:
         timeout: float | None = None,  # noqa: ASYNC109 - handed to the link
     ) -> T:
         node_id = self._node(operation, collection)
+        began = trio.current_time()
         try:
             answer = await self._links.call(
                 node_id,
@@ -121,7 +134,10 @@ class Filesystem:
                 f"/link/collections/{collection.id}/{verb}",
                 query=[*query, *(("reach", folder) for folder in self._reach or ())],
                 timeout=self._timeout if timeout is None else timeout,
+                decide_again=self._decide_again,
             )
+            if self._decide_again is not None and trio.current_time() - began > DECISION_HOLDS:
+                await self._decide_again()
             return check_names_untrusted(decode_untrusted(answer, kind))
         except TowpathError as error:
             raise operation_error(operation, error, collection.display_name) from error
@@ -131,7 +147,9 @@ class Filesystem:
         path = f"/link/collections/{collection.id}/{verb}"
         body = document if self._reach is None else {**document, "reach": self._reach}
         try:
-            await self._links.call(node_id, "POST", path, document=body, timeout=self._timeout)
+            await self._links.call(
+                node_id, "POST", path, document=body, timeout=self._timeout, decide_again=self._decide_again
+            )
         except TowpathError as error:
             raise operation_error(operation, error, collection.display_name) from error
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -296,6 +296,7 @@ class FakeRegistry:
         query: Sequence[tuple[str, str]] = (),
         document: object | None = None,
         timeout: float = 30.0,
+        decide_again: Callable[[], Awaitable[object]] | None = None,
     ) -> bytes:
         await trio.lowlevel.checkpoint()
         values: dict[str, list[str]] = {}

@@ -186,6 +186,30 @@ async def test_calls_under_way_are_bounded_and_served_in_order(autojump_clock: t
     assert order == sorted(order)
 
 
+async def test_what_waits_for_its_turn_is_decided_about_again(autojump_clock: trio.testing.MockClock) -> None:
+    asked, served = list[str](), list[str]()
+
+    async def slow(scope: Any, receive: Any, send: Any) -> None:
+        served.append(scope["path"])
+        await trio.sleep(3)
+        await Response()(scope, receive, send)
+
+    async def taken_back() -> None:
+        asked.append("again")
+        raise NeedsPerson("It is not allowed any more.")
+
+    registry = Registry(max_calls=1)
+    async with linked(registry, app=slow), trio.open_nursery() as nursery:
+        # One that is served at once was decided about a moment ago.
+        nursery.start_soon(lambda: registry.call(NODE, "GET", "/first", decide_again=taken_back))
+        await trio.testing.wait_all_tasks_blocked()
+        with pytest.raises(NeedsPerson, match="any more"):
+            await registry.call(NODE, "GET", "/second", decide_again=taken_back)
+        # It has given its turn back.
+        await registry.call(NODE, "GET", "/third")
+    assert (asked, served) == (["again"], ["/first", "/third"])
+
+
 async def test_too_many_waiting_calls_are_refused_clearly(autojump_clock: trio.testing.MockClock) -> None:
     registry = Registry(max_calls=1, max_waiting=2)
     async with linked(registry), linked(registry, OTHER), trio.open_nursery() as nursery:

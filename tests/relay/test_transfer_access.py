@@ -14,6 +14,7 @@ from trio.testing import MockClock
 from protocol.control import CollectionReport, Entry
 from protocol.ticket import TicketVerifier
 from relay.store.sign_in_tables import linked_identities
+from relay.transfer import filesystem
 from tests.relay.fake_agents import FakeAgent
 from tests.relay.steward_scene import MOMENT, Scene
 from tests.relay.transfer_world import TransferWorld, delete_document, open_world, transfer_document
@@ -313,3 +314,33 @@ async def test_no_ticket_is_signed_for_a_task_that_nobody_remembered_to_end(
     await trio.sleep(MOMENT)
     assert len(scene.source.sessions[scene.destination.orders[task_id][0].session_id]) == offered
     assert (await bob.get(f"/task/{task_id}"))["status"] == "FAILED"
+
+
+@pytest.mark.parametrize("how", ["removed", "narrowed", "kept"])
+async def test_a_listing_that_took_long_is_shown_to_those_who_may_still_see_it(
+    relay: TransferWorld, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    alice, bob, endpoint, _ = await opened(relay)
+    opening = f"/endpoint/{endpoint}/access"
+    made = await alice.post(opening, rule(bob.id), status=201)
+    other = await alice.post(opening, rule(bob.id, path="/elsewhere"), status=201)
+    call = relay.registry.call
+    monkeypatch.setattr(filesystem, "DECISION_HOLDS", -1.0)
+
+    async def slow(*arguments: Any, **options: Any) -> bytes:
+        answer = await call(*arguments, **options)
+        if how != "kept":
+            await alice.delete(f"{opening}/{(made if how == 'removed' else other)['access_id']}")
+        return answer
+
+    monkeypatch.setattr(relay.registry, "call", slow)
+    for asked in (f"ls?path={FOLDER}", f"stat?path={FOLDER}x"):
+        where = f"/operation/endpoint/{endpoint}/{asked}"
+        if how == "kept":
+            assert (await bob.ask("GET", where)).status_code == 200
+        elif how == "removed":
+            await bob.refused("GET", where, 403, "PermissionDenied")
+        else:
+            await bob.refused("GET", where, 409, "Conflict")
+        made = await alice.post(opening, rule(bob.id), status=201) if how == "removed" else made
+        other = await alice.post(opening, rule(bob.id, path="/elsewhere"), status=201) if how == "narrowed" else other
