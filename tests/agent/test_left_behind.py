@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from agent.storage.faulty import Call, Plan, fail_nth
+from agent.storage.posix import open_root
 from agent.transfer import journal as journals
 from agent.transfer.journal import Journal
+from agent.transfer.left_behind import sweep_temporaries
 from protocol.control import TaskItem
 from tests.agent.engine_inside import WHOLE, Crashed, Engine, contents, quick_path
 
@@ -30,6 +32,19 @@ def test_the_list_is_bounded_and_says_that_there_are_more(tmp_path: Path) -> Non
     journal.forget_left_behind()
     assert (journal.left_behind(), journal.left_behind_anywhere()) == ([], False)
     journal.close()
+
+
+def test_only_temporaries_of_this_task_are_swept(tmp_path: Path) -> None:
+    """Another task may be at work in the same folder."""
+    names = ["named", ".towpath.mine.1.old", ".towpath.mine.2.own", ".towpath.mine.1.kept", ".towpath.theirs.1.x"]
+    for name in names:
+        (tmp_path / name).write_bytes(b"x")
+    with open_root(str(tmp_path)) as root, root.open_directory(()) as handle:
+        kept = {b".towpath.mine.1.kept"}
+        assert sweep_temporaries(handle, b".towpath.mine.", kept, own=b".towpath.mine.2.") == 1
+        assert {path.name for path in tmp_path.iterdir()} == {*names} - {".towpath.mine.1.old"}
+        assert sweep_temporaries(handle, b".towpath.mine.") == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"named", ".towpath.theirs.1.x"}
 
 
 @pytest.mark.parametrize("most", [0, 3, 1000])
