@@ -28,8 +28,8 @@ from protocol.ticket import TicketVerifier
 from protocol.websocket.carrier import Carrier
 from relay import sdnotify
 from relay.api import enrol, transfer_routers
-from relay.api.app import create_app
 from relay.api.auth_identities import PROVISIONS, PROVISIONS_PERIOD
+from relay.app import create_app
 from relay.audit.recorder import Recorder
 from relay.auth.clients import SecretChecker
 from relay.auth.guess_memory import INTERVAL, GuessMemory

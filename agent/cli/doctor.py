@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import click
 
 from agent.cli.command import with_output
-from agent.cli.exit_codes import ExitCode
 from agent.cli.output import Output
 from agent.cli.service import config_option
+from agent.exit_codes import ExitCode
 
 if TYPE_CHECKING:
     from agent.doctor.registry import Entry, Examination

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from agent.cli.exit_codes import ExitCode
 from agent.cli.output import CommandFailed, sentence
+from agent.exit_codes import ExitCode
 from protocol.interception import PORTAL, is_about_time, time_sentence
 
 if TYPE_CHECKING:

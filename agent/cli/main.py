@@ -1,7 +1,7 @@
 """The ``towpath`` command: a table of subcommands, each imported only when it is called.
 
 `towpath --help` and shell completion answer from this table alone, so they stay fast however much the commands
-behind it need. One place turns every outcome into an exit code, see `agent.cli.exit_codes`.
+behind it need. One place turns every outcome into an exit code, see `agent.exit_codes`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import click
 
-from agent.cli.exit_codes import ExitCode
 from agent.cli.output import CommandFailed
+from agent.exit_codes import ExitCode
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from agent.cli.output import Output, console, human_bytes, human_seconds
+from agent.cli.output import Output, console
 from agent.cli.progress import Display, Progress, Silent, seconds_left
+from agent.quantities import human_bytes, human_seconds
 from protocol.terminal import terminal_safe
 
 if TYPE_CHECKING:

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from agent.cli.command import with_output
-from agent.cli.exit_codes import ExitCode
-from agent.cli.output import CommandFailed, Output, human_bytes
+from agent.cli.output import CommandFailed, Output
 from agent.config.keys import default_config_file
 from agent.config.layers import load_config
+from agent.exit_codes import ExitCode
+from agent.quantities import human_bytes
 from protocol.control import FINAL_STATES
 from protocol.errors import TowpathError
 from protocol.terminal import terminal_safe, terminal_safe_lines

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from agent.cli.exit_codes import ExitCode
 from agent.cli.failures import exit_with
 from agent.cli.output import Output
 from agent.cli.relay_client import document_of
 from agent.cli.waiting import Patience, Waited, outcome_sentence, troubles, watch
+from agent.exit_codes import ExitCode
 from agent.limits.rate import parse_rate
 
 if TYPE_CHECKING:

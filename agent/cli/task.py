@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from agent.cli.command import with_relay
-from agent.cli.exit_codes import who_can_mend
-from agent.cli.output import Column, Output, field, human_bytes, moment
+from agent.cli.output import Column, Output, field, moment
 from agent.cli.progress import beside, progress_of
 from agent.cli.relay_client import document_of
 from agent.cli.submission import bandwidth_option, deadline_option, finish, patience_from, waiting_options
 from agent.cli.waiting import watch
+from agent.exit_codes import who_can_mend
 from agent.limits.rate import rate_text
+from agent.quantities import human_bytes
 
 if TYPE_CHECKING:
     from agent.cli.relay_client import Relay

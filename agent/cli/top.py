@@ -9,8 +9,9 @@ from typing import Any
 
 import click
 
-from agent.cli.output import CommandFailed, console, human_bytes, human_seconds
+from agent.cli.output import CommandFailed, console
 from agent.cli.service import config_option, failing_plainly, read_from_here
+from agent.quantities import human_bytes, human_seconds
 from protocol.control import FINAL_STATES
 from protocol.terminal import terminal_safe
 

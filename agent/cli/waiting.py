@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from agent.cli.exit_codes import ExitCode, final_exit_code, needs_attention, who_can_mend
 from agent.cli.output import Output, sentence
 from agent.cli.progress import Display, RateMeter, progress_of
 from agent.cli.screen import display_for
+from agent.exit_codes import ExitCode, final_exit_code, needs_attention, who_can_mend
 
 if TYPE_CHECKING:
     from agent.cli.relay_client import Relay

@@ -14,13 +14,13 @@ from pathlib import Path
 import trio
 from globus_sdk import GlobusError
 
-from agent.cli.output import human_bytes
 from agent.demo import sample
 from agent.demo.children import ChildFailed, warden
 from agent.demo.stage import Stage
 from agent.demo.trial import run_trial
 from agent.demo.verdict import KILLS, shortcomings, summary
 from agent.demo.world import AGENTS, World, open_world
+from agent.quantities import human_bytes
 from protocol.private_file import write_private_file
 
 TREE = "demo"

@@ -16,7 +16,6 @@ import psutil
 import trio
 
 from agent import local_socket
-from agent.cli.exit_codes import final_exit_code
 from agent.cli.progress import RateMeter, beside, progress_of
 from agent.cli.relay_client import Relay, document_of
 from agent.cli.screen import describe
@@ -25,6 +24,7 @@ from agent.demo.compare import compare_trees
 from agent.demo.sample import Contents
 from agent.demo.verdict import Evidence, Kill, Watched, help_needed, kill_due
 from agent.demo.world import AGENTS, World
+from agent.exit_codes import final_exit_code
 from protocol.errors import TowpathError
 
 POLL_SECONDS = 0.1

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from agent.cli.exit_codes import needs_attention
-from agent.cli.output import human_bytes, human_seconds
 from agent.cli.progress import beside
 from agent.demo.compare import Comparison
 from agent.demo.sample import Contents
+from agent.exit_codes import needs_attention
+from agent.quantities import human_bytes, human_seconds
 
 MAX_SENT_AGAIN_PER_KILL = 64 * 1024 * 1024
 

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from agent.cli.output import human_bytes
+from agent.quantities import human_bytes
 from protocol.control import FINAL_STATES
 from protocol.terminal import terminal_safe
 

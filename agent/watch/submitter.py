@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import trio
 
-from agent.cli.exit_codes import ExitCode
+from agent.exit_codes import ExitCode
 from agent.watch.ledger import Batch
 from protocol.errors import RetryLater, TowpathError
 from protocol.names import escape

@@ -11,8 +11,8 @@ from fastapi import APIRouter, Depends, Query, Request
 from sqlalchemy import Connection
 
 from relay.api.auth_tokens import identity_in_set, seen_at
+from relay.api.bearer import Caller, auth_caller
 from relay.api.client_authentication import authenticated_client
-from relay.auth.bearer import Caller, auth_caller
 from relay.auth.browser_sessions import Authentication
 from relay.auth.codes import authentications_of
 from relay.auth.consents import consents_of, document

@@ -8,10 +8,10 @@ from fastapi import APIRouter, Depends, Request
 from sqlalchemy import Connection
 
 from relay.access.decisions import Subject
+from relay.api.bearer import Caller
 from relay.api.developer import Developer, body_of, reading, scope_reader, writing
 from relay.applications import custom_scopes
 from relay.applications.documents import MAX_LIST, invalid
-from relay.auth.bearer import Caller
 
 router = APIRouter(prefix="/v2/api", tags=["Auth"])
 

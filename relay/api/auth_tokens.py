@@ -11,6 +11,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 from sqlalchemy import Connection
 
+from relay.api.bearer import Caller
 from relay.api.client_authentication import (
     address_of,
     authenticated_client,
@@ -22,7 +23,6 @@ from relay.api.client_authentication import (
 from relay.api.token_grants import Giving, refusal
 from relay.audit.notes import note, quiet
 from relay.auth import device
-from relay.auth.bearer import Caller
 from relay.auth.browser_sessions import Authentication
 from relay.auth.codes import authentications_of
 from relay.auth.consents import below

@@ -11,9 +11,9 @@ from sqlalchemy import Connection
 
 from relay.access.decisions import Subject
 from relay.access.principals import subject_of
+from relay.api.bearer import Caller, auth_caller
 from relay.api.bodies import body_untrusted
 from relay.applications.documents import invalid, wrapped
-from relay.auth.bearer import Caller, auth_caller
 from relay.auth.scopes import MANAGE_PROJECTS, VIEW_CLIENTS_AND_SCOPES
 from relay.refusal import ApiError
 from relay.services import services_of

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel
 from sqlalchemy import Connection
 
-from relay.auth.bearer import Caller, transfer_caller
+from relay.api.bearer import Caller, transfer_caller
 from relay.services import services_of
 from relay.transfer.task_turns import count_of_owner
 

@@ -8,8 +8,8 @@ from typing import Any, cast
 import trio
 from fastapi import APIRouter, Depends, Request, Response
 
+from relay.api.bearer import Caller, transfer_caller
 from relay.auth.administrators import is_administrator
-from relay.auth.bearer import Caller, transfer_caller
 from relay.metrics import exposition
 from relay.process import numbers_of_process
 from relay.refusal import ApiError

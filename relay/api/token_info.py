@@ -8,7 +8,7 @@ from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel
 from sqlalchemy import Connection
 
-from relay.auth.bearer import Caller, transfer_caller
+from relay.api.bearer import Caller, transfer_caller
 from relay.auth.service_tokens import ServiceToken, tokens_of
 from relay.services import services_of
 

@@ -11,8 +11,8 @@ from sqlalchemy import Connection
 
 from relay.access.decisions import Subject
 from relay.access.principals import subject_of
+from relay.api.bearer import Caller, transfer_caller
 from relay.api.errors import request_id_of
-from relay.auth.bearer import Caller, transfer_caller
 from relay.auth.identities import select_by_ids
 from relay.services import Services, services_here
 from relay.transfer import collections, nodes

@@ -14,7 +14,10 @@ PART_OF_ANOTHER = frozenset({"relay/store/migrations", "relay/store/migrations/v
 
 # Rooms that the page takes apart file by file.
 ROOMS = ("agent/transfer", "agent/connect", "relay/transfer")
-FILE_BY_FILE = PAGE.split("## The largest rooms, file by file\n", 1)[1].split("\n## ", 1)[0]
+FILE_BY_FILE = PAGE.split("## The largest rooms, file by file\n", 1)[1].split("\n### ", 1)[0]
+# Packages whose own files, beside their rooms, it names one by one.
+PACKAGES = ("agent", "relay", "protocol")
+BESIDE = PAGE.split("### Files beside the rooms\n", 1)[1].split("\n## ", 1)[0]
 
 
 def test_every_place_named_is_there() -> None:
@@ -35,8 +38,12 @@ def test_every_package_has_its_place() -> None:
     assert unnamed == []
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_every_file_of_the_largest_rooms_has_its_place(room: str) -> None:
-    others = "|".join(f"`{other}/`" for other in ROOMS if other != room)
-    named = set(re.findall(r"`([a-z_]+)`", re.split(others, FILE_BY_FILE.split(f"`{room}/`", 1)[1])[0]))
-    assert named == {path.stem for path in (ROOT / room).glob("*.py")} - {"__init__"}
+@pytest.mark.parametrize(
+    ("text", "places", "place"),
+    [*((FILE_BY_FILE, ROOMS, room) for room in ROOMS), *((BESIDE, PACKAGES, package) for package in PACKAGES)],
+    ids=[*ROOMS, *PACKAGES],
+)
+def test_every_file_has_its_place(text: str, places: tuple[str, ...], place: str) -> None:
+    others = "|".join(f"`{other}/`" for other in places if other != place)
+    named = re.findall(r"`([a-z_]+)`", re.split(others, text.split(f"`{place}/`", 1)[1])[0])
+    assert sorted(named) == sorted({path.stem for path in (ROOT / place).glob("*.py")} - {"__init__", "__main__"})

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import pytest
 
-from agent.cli.exit_codes import final_exit_code, needs_attention
+from agent.exit_codes import final_exit_code, needs_attention
 from agent.storage.faults import fault
 from agent.transfer.patience import ATTEMPTS, DEFAULT_ATTEMPTS, FIRST_PAUSE, LONGEST_PAUSE
 from protocol import errors

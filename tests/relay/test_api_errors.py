@@ -10,9 +10,9 @@ import httpx
 import pytest
 from fastapi import APIRouter, Depends
 
-from relay.api.app import create_app
+from relay.api.bearer import Caller, transfer_caller
 from relay.api.errors import service_of
-from relay.auth.bearer import Caller, transfer_caller
+from relay.app import create_app
 from relay.auth.scopes import AUTH_SERVER, TRANSFER_ALL, TRANSFER_SERVER
 from relay.refusal import ApiError
 

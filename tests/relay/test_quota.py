@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.api.app import create_app
+from relay.app import create_app
 from relay.quota.allowance import Allowance
 from tests.relay.transfer_world import TransferWorld, open_world, transfer_document
 

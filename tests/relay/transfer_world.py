@@ -17,9 +17,9 @@ from sqlalchemy import Connection
 from protocol.control import CollectionReport, EnrolAnswer, EnrolRequest
 from protocol.identity import NodeKey
 from protocol.ticket import TicketVerifier
-from relay.api.app import create_app
 from relay.api.enrol import router as enrol_router
 from relay.api.transfer_routers import ROUTERS
+from relay.app import create_app
 from relay.audit.recorder import Recorder
 from relay.auth.identities import Identity
 from relay.services import Services
