@@ -203,11 +203,7 @@ class RunningTask:
             await self.tell_why_not()
             return
         self._moved = True
-        if self._channel is not None:
-            with contextlib.suppress(ChannelClosed):
-                await self._channel.send(
-                    Desire(desired="pause", ticket=self.order.ticket, deadline=self.order.deadline)
-                )
+        await self._tell_worker()
 
     async def tell_why_not(self) -> None:
         """Report what holds up a task that no worker runs, and who can mend it, or that nothing does any more."""
@@ -230,10 +226,13 @@ class RunningTask:
         await self._tell_worker()
 
     async def _tell_worker(self) -> None:
+        """Say what is wanted now. A worker that is still being started is told when it is there."""
+        # One whose collection is configured otherwise by now settles what has come, and ends.
+        desired = "pause" if self._moved else self.desired
         if self._channel is not None:
             try:
                 await self._channel.send(
-                    Desire(desired=self.desired, ticket=self.order.ticket, deadline=self.order.deadline)
+                    Desire(desired=desired, ticket=self.order.ticket, deadline=self.order.deadline)
                 )
             except ChannelClosed:
                 # `run` notices by itself and starts another worker where one is wanted.
@@ -357,7 +356,7 @@ class RunningTask:
         async with node.workers.worker(start) as channel, trio.open_nursery() as nursery:
             self._channel = channel
             share = node.allotment.worker("receive", self._own_limit, allowance, partial(allow, channel))
-            if self.desired != order.desired:
+            if self._moved or self.desired != order.desired:
                 await self._tell_worker()
             if order.source is not None and order.type == "TRANSFER":
                 better = self._better(channel, nursery)

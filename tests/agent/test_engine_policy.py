@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import msgspec
+import pytest
 import trio
 
 from agent.config.keys import CollectionConfig
+from agent.transfer.channel import Channel, Message, RunTask
 from agent.transfer.service import TransferService
+from agent.transfer.worker_process import Workers
 from protocol.control import TaskItem
 from tests.agent.engine_world import Node, World, world
 
@@ -105,6 +109,33 @@ async def test_a_moved_root_is_written_to_where_it_is_now(tmp_path: Path) -> Non
         assert (await made.wait(task)).state == "SUCCEEDED"
         assert (moved / "large").stat().st_size == SIZE
         assert not (made.beta.root / "large").exists()
+
+
+async def test_a_root_that_moves_while_the_worker_starts_is_written_to_where_it_is_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the first worker is told is what was configured before."""
+    moved, begun = tmp_path / "moved", list[RunTask]()
+    moved.mkdir()
+    worker = Workers.worker
+
+    @asynccontextmanager
+    async def changed_meanwhile(self: Workers, start: Message) -> AsyncIterator[Channel]:
+        if isinstance(start, RunTask):
+            begun.append(start)
+            if len(begun) == 1:
+                await owner_changes(made.beta, configured(made.beta, root=str(moved)))
+        async with worker(self, start) as channel:
+            yield channel
+
+    monkeypatch.setattr(Workers, "worker", changed_meanwhile)
+    async with world(tmp_path) as made:
+        (made.alpha.root / "small").write_bytes(b"content")
+        task = await made.submit([TaskItem(source_path="/small", destination_path="/small")])
+        assert (await made.wait(task)).state == "SUCCEEDED"
+        assert (moved / "small").read_bytes() == b"content"
+        assert not (made.beta.root / "small").exists()
+    assert [[row.root for row in start.common.collections] for start in begun] == [[str(made.beta.root)], [str(moved)]]
 
 
 async def test_a_collection_narrowed_while_the_agent_was_down_is_respected(tmp_path: Path) -> None:
