@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import TYPE_CHECKING
 
 import trio
@@ -19,6 +19,7 @@ from agent.transfer.compare import SMALL_FILE, Decision, decide, decide_link
 from agent.transfer.hard_links import is_shared, shared_name
 from agent.transfer.into_itself import into_itself
 from agent.transfer.jobs import FileJob, Group, GroupListed, LinkWanted, SharedName
+from agent.transfer.journal_rows import FAILED, LIST_FATE, SKIPPED
 from agent.transfer.plan import refusal
 from agent.transfer.run import Run
 from agent.transfer.take_ahead import LANE, MOST_BYTES, Awaited, takeable
@@ -59,6 +60,8 @@ class ItemPlanner:
         journal = self._run.context.journal
         self._note_wanted()
         resolved = journal.known_items()
+        if self._run.resumed:
+            resolved -= await trio.to_thread.run_sync(self._reopen, resolved)
         self._settled = journal.finished_items()
         waiting = [index for index in range(len(self._items)) if index not in resolved]
         for start in range(0, len(waiting), ITEMS_AT_ONCE):
@@ -67,6 +70,43 @@ class ItemPlanner:
                 indices = [index for index in chunk if self._items[index].symlink is links]
                 if indices:
                     await self._resolve(session, indices, follow=not links)
+
+    def _reopen(self, resolved: Set[int]) -> set[int]:
+        """Items that were brought into a folder to which others still come, and are not there any more: the folder may
+        be another one by now. They are brought again, as files are of a folder that is not done."""
+        unfinished = {self._folder(index) for index in range(len(self._items)) if index not in resolved}
+        brought: dict[CollectionPath, list[int]] = {}
+        for index in self._run.context.journal.done_items():
+            if (folder := self._folder(index)) is not None and folder in unfinished:
+                brought.setdefault(folder, []).append(index)
+        gone: set[int] = set()
+        for folder, indices in brought.items():
+            try:
+                with self._run.context.root.open_directory(folder) as handle:
+                    gone.update(index for index in indices if not self._is_there(handle, index))
+            except FileNotFoundError:
+                gone.update(indices)
+            except OSError:
+                # What is wrong with it is found out when something is to be written there.
+                continue
+        self._run.context.journal.reopen_items(gone)
+        return gone
+
+    def _folder(self, index: int) -> CollectionPath | None:
+        try:
+            return parse_path_untrusted(self._items[index].destination_path)[:-1]
+        except ProtocolError:
+            return None
+
+    def _is_there(self, handle: Directory, index: int) -> bool:
+        try:
+            handle.lstat(parse_path_untrusted(self._items[index].destination_path)[-1])
+        except FileNotFoundError:
+            return False
+        except OSError:
+            # Nobody can say.
+            return True
+        return True
 
     def _note_wanted(self) -> None:
         for index, item in enumerate(self._items):
@@ -329,8 +369,11 @@ class ItemPlanner:
     def _decide(self, group: Group, jobs: list[FileJob]) -> list[Decision | SharedName | TowpathError | int]:
         decisions: list[Decision | SharedName | TowpathError | int] = []
         for job in jobs:
-            if job.item in self._settled:
-                decisions.append(self._settled[job.item])
+            settled = self._settled.get(job.item)
+            if settled is not None and (
+                settled % LIST_FATE in (FAILED, SKIPPED) or self._is_there(group.handle, job.item)
+            ):
+                decisions.append(settled)
                 continue
             existing: Node | None = None
             try:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sqlite3
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,7 +21,7 @@ import msgspec
 from agent.storage.base import PartMark
 from agent.transfer import journal_format
 from agent.transfer.channel import Event
-from agent.transfer.journal_rows import DirectoryRow, HardLinkRow, PartialRow
+from agent.transfer.journal_rows import FAILED, LIST_FATE, SKIPPED, DirectoryRow, HardLinkRow, PartialRow
 from agent.transfer.state_trouble import StateDamaged, of_sqlite, put_aside
 from protocol.control import Counters
 from protocol.session import Version
@@ -32,6 +32,8 @@ BUSY_TIMEOUT = 5.0
 MOST_LEFT_BEHIND = 1000
 
 PENDING, ACTIVE, DONE = 0, 1, 2
+# Of single items: done is 1.
+_ENDED_WITHOUT = 2
 _SET_STATE = (
     "UPDATE directories SET state = ?1, crc = crc_of('directories', item, source, destination, mtime_ns, ancestry, ?1)"
 )
@@ -171,12 +173,29 @@ class Journal:
         with self._using():
             return {row[0] for row in self._connection.execute("SELECT id FROM items")}
 
-    def put_item(self, index: int, *, done: bool) -> None:
-        """Note a single item of the order as settled, or as begun."""
+    def put_item(self, index: int, *, done: bool, failed: bool = False) -> None:
+        """Note a single item of the order as settled (perhaps without its file), or as begun."""
+        state = _ENDED_WITHOUT if failed else int(done)
         with self._using():
             self._connection.execute(
-                "INSERT OR REPLACE INTO items VALUES (?1, ?2, crc_of('items', ?1, ?2))", (index, int(done))
+                "INSERT OR REPLACE INTO items VALUES (?1, ?2, crc_of('items', ?1, ?2))", (index, state)
             )
+
+    def failed_items(self, items: Sequence[int]) -> set[int]:
+        """Which of these single items have ended without their files, as far as they are not done."""
+        if not items:
+            return set()
+        with self._using():
+            rows = self._connection.execute(
+                "SELECT directory FROM finished WHERE directory BETWEEN ? AND ? AND outcome % ? IN (?, ?)",
+                (-1 - max(items), -1 - min(items), LIST_FATE, FAILED, SKIPPED),
+            )
+            return {-1 - directory for (directory,) in rows}
+
+    def reopen_items(self, items: Iterable[int]) -> None:
+        """What was brought for these single items is not there any more."""
+        with self._using():
+            self._connection.executemany("DELETE FROM items WHERE id = ?", ((item,) for item in items))
 
     # --- directories -----------------------------------------------------------------------------------
 

@@ -284,8 +284,9 @@ class Record:
         if group.id > 0:
             self._finish(group, group.id)
         else:
+            failed = self.journal.failed_items(group.items)
             for item in group.items:
-                self.journal.put_item(item, done=True)
+                self.journal.put_item(item, done=True, failed=item in failed)
                 self._finish(group, -1 - item)
 
     def _finish(self, group: Group, directory: int) -> None:

@@ -6,13 +6,16 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from agent.storage.faulty import Call
 from agent.storage.posix import open_root
+from agent.transfer import items
 from agent.transfer.jobs import FileJob, Group
 from agent.transfer.journal import Journal
 from agent.transfer.manifest import ManifestWriter
@@ -204,6 +207,58 @@ async def test_what_was_settled_in_a_folder_that_is_gone_in_the_next_run_comes_a
     for name in FILES:
         if not name.startswith("a/deep"):
             assert (engine.destination / name).read_bytes() == (engine.source / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("at_once", [250, 2], ids=["unfinished", "some done"])
+@pytest.mark.parametrize("how", ["renamed", "removed", "replaced"])
+async def test_items_that_were_settled_in_a_folder_that_is_gone_in_the_next_run_come_again(
+    quick_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, at_once: int
+) -> None:
+    """Also those that nothing was left to do about, in a folder to which some of the task still come; and nothing of
+    what failed comes twice, nor anything of a folder that was whole."""
+    monkeypatch.setattr(items, "ITEMS_AT_ONCE", at_once)
+    names = ["whole/0", "to/1", "to/missing", "to/2", "to/3", "to/4", "to/5"]
+    engine = Engine(
+        quick_path,
+        items=[TaskItem(source_path=f"/{name}", destination_path=f"/{name}", recursive=False) for name in names],
+    )
+    tree(engine.source, [name for name in names if "missing" not in name])
+
+    def durable() -> bool:
+        with closing(sqlite3.connect(engine.state / "journal.sqlite")) as journal:
+            done = {index for (index,) in journal.execute("SELECT id FROM items")}
+            settled = {-1 - directory for (directory,) in journal.execute("SELECT directory FROM finished")}
+        return 0 in done and done | settled >= set(range(6)) and done >= (set() if at_once == 250 else set(range(6)))
+
+    def plan(call: Call) -> int | None:
+        if (call.operation, call.name) == ("rename", b"5"):
+            if durable():
+                raise Crashed
+            return errno.EBUSY
+        return None
+
+    engine.plan = plan
+    with pytest.raises(Crashed):
+        await engine.run()
+    place = engine.destination / "to"
+    if how == "removed":
+        shutil.rmtree(place)
+    else:
+        place.rename(engine.destination / "elsewhere")
+    if how == "replaced":
+        place.mkdir()
+        (place / "of-somebody").write_bytes(b"stays")
+    (engine.destination / "whole" / "0").rename(quick_path / "taken")
+    after = engine.revived()
+    observed = await after.run()
+    assert (observed.state, observed.counters.failed) == ("FAILED", 1), observed
+    assert skipped(after) == {"to/missing": "FILE_NOT_FOUND"}
+    for name in names[1:]:
+        if "missing" not in name:
+            assert (engine.destination / name).read_bytes() == (engine.source / name).read_bytes(), name
+    assert not (engine.destination / "whole" / "0").exists()
+    # One that was left in the old folder went with it.
+    assert not list(place.rglob(".towpath.*"))
 
 
 def test_what_was_settled_in_folders_that_left_their_places_counts_no_more_and_all_else_does(quick_path: Path) -> None:
