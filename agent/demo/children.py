@@ -26,6 +26,14 @@ class ChildFailed(Exception):
     """A process of the demonstration did not do what it had to; the text ends with its last log lines."""
 
 
+def leaves(group: BaseExceptionGroup[Exception]) -> list[Exception]:
+    """The exceptions in a group and in the groups inside it, in their order."""
+    found: list[Exception] = []
+    for one in group.exceptions:
+        found += leaves(one) if isinstance(one, BaseExceptionGroup) else [one]
+    return found
+
+
 class Warden:
     """The process that ends our children should we be killed; see `agent.demo.warden`."""
 

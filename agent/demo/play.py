@@ -15,7 +15,7 @@ import trio
 from globus_sdk import GlobusError
 
 from agent.demo import sample
-from agent.demo.children import ChildFailed, warden
+from agent.demo.children import ChildFailed, leaves, warden
 from agent.demo.stage import Stage
 from agent.demo.trial import run_trial
 from agent.demo.verdict import KILLS, shortcomings, summary
@@ -95,6 +95,10 @@ def _place(plan: Plan, stage: Stage, ending: Ending) -> Iterator[Path]:
     try:
         yield directory
         failed = bool(ending.code) and not ending.signal_number
+    except CannotPlay:
+        # Nothing has begun, so nothing explains it better than the refusal.
+        failed = False
+        raise
     finally:
         shutil.rmtree(directory / "roots" if failed else directory, ignore_errors=True)
         if failed:
@@ -102,15 +106,19 @@ def _place(plan: Plan, stage: Stage, ending: Ending) -> Iterator[Path]:
 
 
 async def _play(plan: Plan, stage: Stage, directory: Path, ending: Ending) -> None:
-    async with _signals(ending):
-        try:
+    refusals: list[Exception] = []
+    try:
+        async with _signals(ending):
             await _acts(plan, stage, directory, ending)
-        except* CannotPlay as group:
-            raise group.exceptions[0] from None
-        except* (ChildFailed, GlobusError, OSError) as group:
-            ending.code = 1
-            for error in group.exceptions:
-                stage.say(f"The demonstration failed: {error}")
+    except* CannotPlay as group:
+        refusals = leaves(group)
+    except* (ChildFailed, GlobusError, OSError) as group:
+        ending.code = 1
+        for error in leaves(group):
+            stage.say(f"The demonstration failed: {error}")
+    # Not where it was caught: before Python 3.11.4, what is raised there is in a group again.
+    for refusal in refusals:
+        raise refusal
 
 
 @asynccontextmanager

@@ -20,7 +20,7 @@ import trio
 
 from agent.cli.profile import Profile
 from agent.cli.relay_client import Relay
-from agent.demo.children import Child, ChildFailed, Warden, run_tool
+from agent.demo.children import Child, ChildFailed, Warden, leaves, run_tool
 from agent.demo.free_port import free_port
 
 HOST = "127.0.0.1"
@@ -227,13 +227,16 @@ async def _set_up_agents(
         )
         made[name] = await _make_agent(directory, name, roots[name], key, environment, warden)
 
+    failures: list[Exception] = []
     try:
         async with trio.open_nursery() as nursery:
             for name in AGENTS:
                 nursery.start_soon(set_up, name)
     except* ChildFailed as group:
-        # One sentence for the user; the other agent's would be the same.
-        raise group.exceptions[0] from None
+        failures = leaves(group)
+    # One sentence for the user; the other agent's would be the same.
+    for failure in failures:
+        raise failure
     return {name: made[name] for name in AGENTS}
 
 
