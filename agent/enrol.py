@@ -181,6 +181,7 @@ def _set_up(
     state_dir = config.state_dir
     identity = load_identity(state_dir)
     known = None if identity is None else identity.collection_of(key.digest)
+    redeemed = known is not None
     if known is None:
         identity, known = _enrol(key, config, identity, wish.home, now)
     assert identity is not None
@@ -197,7 +198,7 @@ def _set_up(
         relay_url=identity.relay_url,
         config_file=config_file,
         state_dir=state_dir,
-        already=present is not None,
+        already=redeemed and present is not None,
     )
 
 

@@ -266,7 +266,11 @@ def load(path: Path) -> Settings:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         missing = isinstance(error, FileNotFoundError)
-        where = " Say where the configuration is with --config or TOWPATH_RELAY_CONFIG." if missing else ""
+        where = (
+            " Say where it is with --config or TOWPATH_RELAY_CONFIG, or make a relay: `towpath-relay init`."
+            if missing
+            else ""
+        )
         raise SettingsError(f"{path}: cannot be read: {error.strerror}.{where}", who="relay operator") from error
     except UnicodeDecodeError as error:
         raise SettingsError(f"{path}: is not UTF-8 text (byte {error.start}).", who="relay operator") from error

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from agent.cli.command import with_relay
+from agent.cli.command import Subcommands, with_relay
 from agent.cli.location import Location, LocationType, is_uuid
 from agent.cli.output import CommandFailed, Output, field
 from agent.cli.relay_client import document_of
@@ -24,7 +24,7 @@ COLUMNS = (
 )
 
 
-@click.group()
+@click.group(cls=Subcommands)
 def bookmark() -> None:
     """Name the places you use."""
 

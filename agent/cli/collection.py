@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from agent.cli.command import with_output
+from agent.cli.command import Subcommands, with_output
 from agent.cli.output import CommandFailed, Output, confirm, field
 from agent.cli.service import config_option, failing_plainly, tell_running_agent, warn_of_exposure
 from agent.config.keys import CollectionConfig
@@ -29,7 +29,7 @@ COLUMNS = (
 )
 
 
-@click.group()
+@click.group(cls=Subcommands)
 def collection() -> None:
     """Offer folders of this machine, change and withdraw them."""
 

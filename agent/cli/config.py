@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from agent.cli.command import with_output
+from agent.cli.command import Subcommands, with_output
 from agent.cli.output import CommandFailed, Output
 from agent.cli.service import config_option, failing_plainly, tell_running_agent
 from agent.config.exposure import exposures, unusable
@@ -21,7 +21,7 @@ from agent.exit_codes import ExitCode
 from protocol.errors import TowpathError
 
 
-@click.group()
+@click.group(cls=Subcommands)
 def config() -> None:
     """Show, change and check the agent's configuration."""
 

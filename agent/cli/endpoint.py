@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from agent.cli.command import with_relay
+from agent.cli.command import Subcommands, with_relay
 from agent.cli.location import Location, LocationType
 from agent.cli.output import Column, Output, confirm, field
 from agent.cli.relay_client import document_of
@@ -47,7 +47,7 @@ _TEXTS = (
 )
 
 
-@click.group()
+@click.group(cls=Subcommands)
 def endpoint() -> None:
     """Search and describe collections."""
 

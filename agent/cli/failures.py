@@ -45,7 +45,8 @@ def api_sentence(error: GlobusAPIError) -> str:
     if code == _AUTHENTICATION_CODE or error.http_status == 401:
         return "The relay does not accept these credentials any more; run `towpath login` again."
     if any(word in code for word in _OFFLINE_CODES):
-        return f"{message.partition(';')[0].rstrip('.')}; start it on its machine (`towpath start`) and try again."
+        start = "start it on its machine (`towpath start`) and try again."
+        return message if "setup key" in message else f"{message.partition(';')[0].rstrip('.')}; {start}"
     if not code or code == "Error":
         return sentence(message)
     if message.endswith(")"):

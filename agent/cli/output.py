@@ -46,6 +46,12 @@ class Column:
     whole: bool = False
 
 
+def person(who: str) -> str:
+    """Somebody who can mend something, as people say it: "destination owner" is "the destination's owner"."""
+    whose, _, role = who.partition(" ")
+    return f"the {whose}'s {role}" if role else who
+
+
 def field(heading: str, key: str, *, right: bool = False, whole: bool = False) -> Column:
     """A column that shows one key of the row; a missing or null value is shown as a dash."""
     return Column(heading, lambda row: "-" if row.get(key) is None else row[key], right, whole)

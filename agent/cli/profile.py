@@ -117,7 +117,7 @@ def choose_profile(environment: Mapping[str, str], stored: Profile | None) -> Pr
                 )
             base = Profile(url, checked_client_id(client_id), client_secret)
     if base is None:
-        fail("Nobody is signed in; run `towpath login --relay URL` first.")
+        fail("Nobody is signed in; run `towpath login` first (with --relay URL where no agent has been set up).")
     if client_id and checked_client_id(client_id) != base.client_id:
         if not client_secret:
             fail("TOWPATH_CLIENT_ID is set without TOWPATH_CLIENT_SECRET; set both or neither.")

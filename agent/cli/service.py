@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from agent.cli.command import with_output
-from agent.cli.output import CommandFailed, Output
+from agent.cli.output import CommandFailed, Output, person
 from agent.config.keys import default_config_file
 from agent.config.layers import load_config
 from agent.exit_codes import ExitCode
@@ -349,7 +349,7 @@ def _print_task(task: dict[str, Any]) -> None:
     files = f"{counters['files_transferred']} of {counters['files']} file(s)"
     if task["status_code"] not in ("OK", "QUEUED", task["state"]) or task["status_sentence"]:
         sentence = f"\n    {terminal_safe(task['status_sentence'] or task['status_code'])}"
-        sentence += f" ({task['who']})" if task["who"] else ""
+        sentence += f" (up to {person(task['who'])})" if task["who"] else ""
     moved = human_bytes(counters["bytes_transferred"])
     click.echo(f"  task {task['task_id']}: {task['state']}, {files}, {moved}{sentence}")
     if task["path"]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import click
 
+from agent.cli.command import Subcommands
 from agent.cli.output import CommandFailed
 from agent.cli.service import config_option, failing_plainly
 
@@ -18,7 +19,7 @@ UNIT = "towpath-agent.service"
 LABEL = "org.towpath.agent"
 
 
-@click.group()
+@click.group(cls=Subcommands)
 def service() -> None:
     """Have your service manager start the agent, also after a reboot."""
 

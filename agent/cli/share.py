@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from agent.cli.command import with_relay
+from agent.cli.command import Subcommands, with_relay
 from agent.cli.location import Location, LocationType, Place, is_uuid
 from agent.cli.output import Column, CommandFailed, Output, fail, field, moment
 from agent.cli.relay_client import document_of
@@ -31,7 +31,7 @@ COLUMNS = (
 )
 
 
-@click.group()
+@click.group(cls=Subcommands)
 def share() -> None:
     """Share folders with other people, and take that back."""
 
@@ -138,8 +138,8 @@ def identity_of(relay: Relay, user: str) -> tuple[str, str]:
         raise CommandFailed(f"{user} names several people; give each a --with of its own. Nothing is shared.")
     if not rows:
         raise CommandFailed(
-            f"Nobody here is called {next(iter(asked.values()))}; they have to be a user of this relay first. "
-            "Nothing is shared."
+            f"Nobody here is called {next(iter(asked.values()))}; they have to be a user of this relay first, "
+            "whom its operator adds (`towpath-relay user add`). Nothing is shared."
         )
     return str(rows[0]["id"]), str(rows[0]["username"])
 

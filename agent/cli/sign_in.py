@@ -274,7 +274,10 @@ def _object_untrusted(answer: httpx.Response) -> Mapping[str, Any]:
     try:
         return msgspec.json.decode(answer.content, type=dict[str, Any])
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise CommandFailed(f"The relay gave an answer that cannot be read (status {answer.status_code}).") from error
+        raise CommandFailed(
+            f"The relay gave an answer that cannot be read (status {answer.status_code}); check its address, which "
+            "begins with https:// as a rule."
+        ) from error
 
 
 def _said(document: Mapping[str, Any]) -> str:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from agent.cli.command import with_relay
-from agent.cli.output import Column, Output, field, moment
+from agent.cli.command import Subcommands, with_relay
+from agent.cli.output import Column, Output, field, moment, person
 from agent.cli.progress import beside, progress_of
 from agent.cli.relay_client import document_of
 from agent.cli.submission import bandwidth_option, deadline_option, finish, patience_from, waiting_options
@@ -77,7 +77,7 @@ def event_details(details: object) -> str:
     return " ".join(text.split())
 
 
-@click.group()
+@click.group(cls=Subcommands)
 def task() -> None:
     """List, watch, change and cancel tasks."""
 
@@ -149,7 +149,7 @@ def _task_rows(document: Mapping[str, Any]) -> list[tuple[str, object]]:
         ("Items left out", "subtasks_skipped_errors"),
         ("Faults", "faults"),
     ]
-    shown = {**document, "who": who_can_mend(document)}
+    shown = {**document, "who": person(who_can_mend(document))}
     rows: list[tuple[str, object]] = [(name, shown.get(key)) for name, key in names if key != "who" or shown[key]]
     progress = progress_of(document)
     total = "" if progress.bytes_total is None else f" of {human_bytes(progress.bytes_total)}"

@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from agent.cli.command import with_output
+from agent.cli.command import Subcommands, with_output
 from agent.cli.output import CommandFailed, Output
 from agent.cli.service import config_option, failing_plainly
 from agent.update.supervisor import LAUNCHD_JOB
@@ -22,7 +22,7 @@ from protocol.errors import TowpathError
 UNIT = "towpath-agent.service"
 
 
-@click.group()
+@click.group(cls=Subcommands)
 def update() -> None:
     """Look for updates, install them, go back. Only where towpath was installed by install.sh."""
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from agent.cli.output import Output, sentence
+from agent.cli.output import Output, person, sentence
 from agent.cli.progress import Display, RateMeter, progress_of
 from agent.cli.screen import display_for
 from agent.exit_codes import ExitCode, final_exit_code, needs_attention, who_can_mend
@@ -118,7 +118,7 @@ def outcome_sentence(task_id: str, waited: Waited) -> str:
             return f"Task {task_id} is done."
         case ExitCode.PARTIAL:
             count = task.get("subtasks_skipped_errors")
-            return f"Task {task_id} is done, but {count} items were left out."
+            return f"Task {task_id} is done, but {'1 item was' if count == 1 else f'{count} items were'} left out."
         case ExitCode.CANCELED:
             return f"Task {task_id} was cancelled."
         case ExitCode.TIMED_OUT:
@@ -126,7 +126,7 @@ def outcome_sentence(task_id: str, waited: Waited) -> str:
         case ExitCode.NEEDS_ATTENTION:
             who = who_can_mend(task)
             reason = details or task.get("nice_status") or "it is paused"
-            return f"Task {task_id} needs attention{f' of {who}' if who else ''}: {reason}"
+            return f"Task {task_id} needs attention{f' of {person(who)}' if who else ''}: {reason}"
         case _:
             error = task.get("fatal_error")
             reason = error.get("description") if isinstance(error, Mapping) else details

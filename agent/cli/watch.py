@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from agent.cli.command import with_output
+from agent.cli.command import Subcommands, with_output
 from agent.cli.output import Column, CommandFailed, Output, field
 from agent.cli.service import config_option, failing_plainly, tell_running_agent
 from agent.config.keys import AgentConfig, CollectionConfig, document
@@ -24,7 +24,7 @@ COLUMNS = (
 )
 
 
-@click.group()
+@click.group(cls=Subcommands)
 def watch() -> None:
     """Transfer new files by themselves, by rules."""
 

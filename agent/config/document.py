@@ -27,7 +27,7 @@ Record = TypeVar("Record")
 
 
 class Problem(NamedTuple):
-    """One thing wrong with a configuration file; ``line`` counts from 1."""
+    """One thing wrong with a configuration file; ``line`` counts from 1, and is 0 for the whole file."""
 
     line: int
     sentence: str
@@ -41,7 +41,11 @@ class ConfigError(TowpathError):
     def __init__(self, file: Path, problems: list[Problem]) -> None:
         self.file = file
         self.problems = sorted(problems)
-        super().__init__("\n".join(f"{file}:{line}: {sentence}" for line, sentence in self.problems), who="you")
+        super().__init__("\n".join(map(self.told, self.problems)), who="you")
+
+    def told(self, problem: Problem) -> str:
+        """One of the problems, with its place."""
+        return f"{self.file}{f':{problem.line}' if problem.line else ''}: {problem.sentence}"
 
 
 # --- the definition ------------------------------------------------------------------------------------------

@@ -118,9 +118,9 @@ def _owners_file(file: Path) -> bytes:
             return stream.read(MAX_CONFIG_BYTES + 1)
     except FileNotFoundError as error:
         sentence = "There is no configuration here yet. Run `towpath setup` with a setup key."
-        raise ConfigError(file, [Problem(1, sentence)]) from error
+        raise ConfigError(file, [Problem(0, sentence)]) from error
     except OSError as error:
-        raise ConfigError(file, [Problem(1, f"The file cannot be read: {error.strerror}.")]) from error
+        raise ConfigError(file, [Problem(0, f"The file cannot be read: {error.strerror}.")]) from error
 
 
 def _overlay_bytes(file: Path) -> bytes:
@@ -131,7 +131,7 @@ def _overlay_bytes(file: Path) -> bytes:
     except FileNotFoundError:
         return b""
     except OSError as error:
-        raise ConfigError(path, [Problem(1, f"The file cannot be read: {error.strerror}.")]) from error
+        raise ConfigError(path, [Problem(0, f"The file cannot be read: {error.strerror}.")]) from error
 
 
 def overlay_layer(file: Path, data: bytes) -> Layer:

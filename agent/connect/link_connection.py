@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import ssl
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -100,7 +101,9 @@ class LinkConnector:
         except trio.TooSlowError as error:
             raise self._silent(CONNECT_TIMEOUT) from error
         except OSError as error:
-            raise CannotConnect(f"The relay {self._host}:{self._port} cannot be reached: {_reason(error)}.") from error
+            raise CannotConnect(
+                f"The relay {self._host}:{self._port} cannot be reached: {reason_of(error)}."
+            ) from error
         if isinstance(raw, trio.SocketStream):
             keep_alive(raw.socket)
             give_up_unacknowledged(raw.socket)
@@ -132,12 +135,14 @@ class LinkConnector:
         return certificate
 
 
-def _reason(error: OSError) -> str:
+def reason_of(error: OSError) -> str:
     """Why nothing was reached; trio keeps what became of each address in the error's cause."""
     cause = error.__cause__
     if isinstance(cause, BaseExceptionGroup):
         cause = cause.exceptions[0]
-    return f"{error} ({cause.strerror})" if isinstance(cause, OSError) and cause.strerror else str(error)
+    # Trio's own words name the address again, as Python writes it.
+    words = os.strerror(cause.errno) if isinstance(cause, OSError) and cause.errno and cause.errno > 0 else ""
+    return words or getattr(cause, "strerror", None) or error.strerror or str(error)
 
 
 def _drop(stream: trio.abc.Stream) -> None:

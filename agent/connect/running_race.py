@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
@@ -34,6 +35,7 @@ from protocol.candidates import (
     is_inside,
     parse_address_untrusted,
     usable_untrusted,
+    verdict_untrusted,
 )
 from protocol.errors import TowpathError
 from protocol.reversal import is_token, new_token
@@ -47,6 +49,13 @@ MAX_READY = 32
 NO_RELAY = "the relay cannot be reached to arrange a path"
 # Characters of the relay's reason that are shown.
 MAX_REASON = 400
+
+
+def why_nobody_is_dialled(offered: Sequence[Candidate], rules: Rules) -> str:
+    """What the owners are told where a source offers nothing that leads to it from outside."""
+    if rules.same_site and any(verdict_untrusted(row.host, rules) == "own address" for row in offered):
+        return "both agents are on one machine, where both need `data.allow_loopback: true` for a direct path"
+    return "the source's address from outside is not known"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,7 +205,7 @@ class RunningRace:
         if self._udp_only:
             direct, targets = [], []
         elif not targets:
-            self._notes.append("the source's address from outside is not known")
+            self._notes.append(why_nobody_is_dialled(go.answer.candidates if go.answer else [], rules))
         if self._finder.subject.probe:
             transports = []
         self._race.go(trio.current_time(), go.start_in, direct, targets, len(self._slots), transports)

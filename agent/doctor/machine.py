@@ -30,10 +30,10 @@ def check_configuration(examination: Examination) -> Iterator[Finding]:
     try:
         config = load_config(file)
     except ConfigError as error:
-        for line, sentence in error.problems:
+        for problem in error.problems:
             # Where there is no file there is no line either, and the sentence says what to do.
-            advice = "Mend this line." if file.exists() else ""
-            yield Finding(level="failure", sentence=f"{error.file}:{line}: {sentence}", advice=advice)
+            advice = "Mend this line." if problem.line else ""
+            yield Finding(level="failure", sentence=error.told(problem), advice=advice)
         return
     yield Finding(level="ok", sentence=f"{file} has no mistakes.")
     if config.relay.url is None:
@@ -86,7 +86,7 @@ def check_agent(examination: Examination) -> Iterator[Finding]:
         yield Finding(
             level="failure",
             sentence=f"It is not linked to {link['relay_url']}: {link['last_error'] or 'it is still connecting'}",
-            advice="See the network checks below.",
+            advice="Do what it says; if it says nothing to do, see the network checks below.",
         )
 
 

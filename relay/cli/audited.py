@@ -10,6 +10,8 @@ import click
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from sqlalchemy.exc import SQLAlchemyError
+
     from relay.audit.commands import CommandRecord
     from relay.audit.trail import Entry
     from relay.settings import Settings
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 _SETTINGS = "towpath.settings"
 _RECORD = "towpath.record"
 _ANNOUNCED = "towpath.announced"
+# More characters than the first sentence of any command's help has.
+_WHOLE = 1000
 
 
 def remember(context: click.Context, settings: Settings) -> None:
@@ -39,7 +43,7 @@ def _announce(context: click.Context, url: str) -> None:
     try:
         _append(url, replace(record.entry, outcome="begun"))
     except exc.SQLAlchemyError as error:
-        raise click.ClickException(f"The audit log cannot be written ({error}), so nothing was done.") from error
+        raise click.ClickException(f"The audit log cannot be written, so nothing was done. {_why(error)}") from error
     context.meta[_ANNOUNCED] = True
 
 
@@ -82,7 +86,19 @@ class AuditedFileCommand(AuditedCommand):
     and told of again when it has ended, so that there is no change without an entry, whatever is killed when."""
 
 
-class AuditedGroup(click.Group):
+class Subcommands(click.Group):
+    """A group that tells what each of its commands does in a whole sentence; click cuts them off with dots."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write one row for each command, over several lines where need be."""
+        commands = {name: self.get_command(ctx, name) for name in self.list_commands(ctx)}
+        rows = [(name, one.get_short_help_str(_WHOLE)) for name, one in commands.items() if one and not one.hidden]
+        if rows:
+            with formatter.section("Commands"):
+                formatter.write_dl(rows)
+
+
+class AuditedGroup(Subcommands):
     """A group of such commands."""
 
     command_class = AuditedCommand
@@ -99,7 +115,22 @@ def _write(context: click.Context, entry: Entry) -> None:
     try:
         _append(settings.database_url, entry)
     except exc.SQLAlchemyError as error:
-        click.echo(f"towpath-relay: this is not in the audit log: {type(error).__name__}", err=True)
+        click.echo(f"towpath-relay: this is not in the audit log. {_why(error)}", err=True)
+
+
+def _why(error: SQLAlchemyError) -> str:
+    """What keeps the audit log from being written, as the store says it, or the kind of error."""
+    from sqlalchemy import exc
+
+    from protocol.errors import TowpathError
+    from relay.store.database import raise_explained
+
+    if isinstance(error, exc.DatabaseError):
+        try:
+            raise_explained(error)
+        except TowpathError as explained:
+            return explained.sentence
+    return type(error).__name__
 
 
 def _append(url: str, entry: Entry, *, bring_up_to_date: bool = False) -> None:

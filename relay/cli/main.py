@@ -14,6 +14,7 @@ from typing import NoReturn
 import click
 
 from relay.cli import audit, authority, people, programs, root_key, storage, upkeep
+from relay.cli.audited import Subcommands
 
 
 def main() -> NoReturn:
@@ -42,7 +43,7 @@ def _fail(sentence: str) -> NoReturn:
     sys.exit(1)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Subcommands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
     "--config",
     type=click.Path(path_type=Path, dir_okay=False),

@@ -150,7 +150,8 @@ async def _greet(
     certificate = await nodes.certificate_of(hello.node_id)
     if certificate is None:
         raise LinkRefused(
-            "This relay does not know the agent; it may have been removed. Set it up anew with a new setup key.",
+            "This relay does not know the agent, or its operator has revoked it. Set it up anew with a new setup key; "
+            "`towpath setup` says whether its state directory has to be moved away first.",
             who="you",
         )
     verify_agent_hello_untrusted(hello, certificate=certificate, nonce=nonce, channel=channel, relay_id=relay_id)

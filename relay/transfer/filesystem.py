@@ -160,7 +160,7 @@ class Filesystem:
 
     def _node(self, operation: Operation, collection: Collection) -> str:
         if collection.node_id is None or not self._links.is_connected(collection.node_id):
-            raise disconnected(operation, collection.display_name)
+            raise disconnected(operation, collection.display_name, served=collection.node_id is not None)
         return collection.node_id
 
 

@@ -58,7 +58,9 @@ def operation_error(operation: Operation, error: TowpathError, where: str) -> Ap
     return ApiError(502, f"ExternalError.{operation.word}.{detail}", message)
 
 
-def disconnected(operation: Operation, where: str) -> ApiError:
-    """The answer when no agent serves the collection now."""
+def disconnected(operation: Operation, where: str, *, served: bool) -> ApiError:
+    """The answer when no agent serves the collection now. ``served``: one was set up for it."""
     message = f"The agent of “{where}” is not connected; start it on its machine and try again."
+    if not served:
+        message = f"No agent has been set up for “{where}”; its owner does that with the collection's setup key."
     return ApiError(502, f"ExternalError.{operation.word}.GCDisconnected", message)

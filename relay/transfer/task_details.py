@@ -73,7 +73,7 @@ async def _ask(
 ) -> Page:
     name = "?" if worker is None else worker.display_name
     if worker is None or worker.node_id is None or not links.is_connected(worker.node_id):
-        raise disconnected(DETAILS, name)
+        raise disconnected(DETAILS, name, served=worker is None or worker.node_id is not None)
     query = [("limit", str(limit))]
     if marker:
         query.append(("marker", marker))

@@ -340,7 +340,9 @@ def test_task_list_and_show(towpath: Run, relay: FakeRelay) -> None:
 def test_task_show_names_who_can_mend_what_holds_it_up(towpath: Run, relay: FakeRelay) -> None:
     relay.task_answers = [task_document(nice_status="NO_SPACE", towpath={"who": "destination owner"})]
     _, out, _ = towpath("task", "show", TASK)
-    assert [line.split() for line in out.splitlines() if "owner" in line] == [["Mended", "by:", "destination", "owner"]]
+    assert [line.split() for line in out.splitlines() if "owner" in line] == [
+        ["Mended", "by:", "the", "destination's", "owner"]
+    ]
 
 
 def test_what_became_of_access_lists_is_shown(towpath: Run, relay: FakeRelay) -> None:

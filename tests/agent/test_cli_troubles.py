@@ -19,7 +19,7 @@ from globus_sdk import AuthAPIError
 
 from agent import local_socket
 from agent.cli.failures import explained, network_sentence
-from agent.cli.output import CommandFailed
+from agent.cli.output import CommandFailed, person
 from agent.cli.profile import Profile, Tokens
 from agent.config.layers import load_config
 from agent.doctor.network import check_relay
@@ -155,6 +155,27 @@ def test_an_agent_that_is_away_is_to_be_started_once(towpath: Run, relay: FakeRe
     _, _, said = towpath("ls", f"{ALPHA}:/x")
     sentence = "The agent of “alpha” is not connected; start it on its machine (`towpath start`) and try again."
     assert said == f"towpath: {sentence}\n"
+
+
+def test_a_collection_without_an_agent_is_not_one_whose_agent_is_away(towpath: Run, relay: FakeRelay) -> None:
+    message = "No agent has been set up for “alpha”; its owner does that with the collection's setup key."
+    relay.refusals[LISTING] = Refusal(502, "ExternalError.DirListingFailed.GCDisconnected", message)
+    assert towpath("ls", f"{ALPHA}:/x")[2] == f"towpath: {message}\n"
+
+
+@pytest.mark.parametrize(
+    "words", [("task",), ("config",), ("share",), ("watch",), ("endpoint",), ("service",), ("update",), ("bookmark",)]
+)
+def test_help_tells_what_each_command_does_in_a_whole_sentence(towpath: Run, words: tuple[str, ...]) -> None:
+    code, said, _ = towpath(*words, "--help")
+    assert code == 0
+    assert "..." not in said.partition("Commands:")[2]
+    assert len(said.partition("Commands:")[2].split()) > 10
+
+
+@pytest.mark.parametrize(("who", "said"), [("destination owner", "the destination's owner"), ("you", "you"), ("", "")])
+def test_who_can_mend_something_is_named_as_people_do(who: str, said: str) -> None:
+    assert person(who) == said
 
 
 def test_what_an_agent_refuses_has_one_code(towpath: Run, relay: FakeRelay) -> None:

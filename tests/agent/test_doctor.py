@@ -280,7 +280,7 @@ def test_both_formats(tmp_path: Path, form: str) -> None:
     result = CliRunner().invoke(
         cli, ["doctor", "--config", str(tmp_path / "agent.yaml"), "-F", form, *MINE], standalone_mode=False
     )
-    assert "There is no configuration here yet" in result.stdout
+    assert "agent.yaml: There is no configuration here yet" in result.stdout
 
 
 def test_a_collection_with_the_agents_own_files_in_it_is_found(tmp_path: Path) -> None:

@@ -85,6 +85,19 @@ def test_the_same_command_twice_changes_nothing_and_says_so(relay: SmallRelay, t
     assert len(relay.requests) == 1
 
 
+def test_a_new_key_for_a_collection_that_is_configured_is_not_called_one_from_before(
+    relay: SmallRelay, tmp_path: Path, root: Path
+) -> None:
+    """A machine whose key was revoked or lost is set up anew, beside the configuration it had."""
+    first = run_set_up(tmp_path, root, relay.new_key())
+    (tmp_path / "agent.state").rename(tmp_path / "old state")
+    key = relay.new_key()
+    relay.keys[key] = f"Data|{first.collection_id}"
+    second = run_set_up(tmp_path, root, key)
+    assert second.collection_id == first.collection_id
+    assert not second.already
+
+
 def test_a_lost_answer_is_asked_for_again(relay: SmallRelay, tmp_path: Path, root: Path) -> None:
     key = relay.new_key()
     relay.lose_answers = 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import trio.testing
 import trustme
 
 from agent import back_off
-from agent.connect.link_connection import DIAL_TIMEOUT
+from agent.connect.link_connection import DIAL_TIMEOUT, reason_of
 from agent.link import LINK_LIMITS
 from protocol.control import AgentHello, decode_untrusted
 from protocol.link import (
@@ -146,6 +147,18 @@ async def test_a_relay_that_lets_callers_wait_is_waited_for(autojump_clock: trio
         assert link.statistics().last_error == ""
         await trio.sleep(DIAL_TIMEOUT - PATIENCE)
         assert "did not answer within 45 seconds" in link.statistics().last_error
+
+
+async def test_a_relay_that_does_not_run_is_told_in_the_systems_words() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        with pytest.raises(OSError) as refused:
+            await trio.open_tcp_stream("127.0.0.1", taken.getsockname()[1])
+    assert reason_of(refused.value) == "Connection refused"
+    with pytest.raises(OSError) as unknown:
+        raise socket.gaierror(-2, "Name or service not known")
+    assert reason_of(unknown.value) == "Name or service not known"
+    assert reason_of(OSError("no route")) == "no route"
 
 
 async def test_the_back_off_grows_to_its_cap_with_full_jitter(autojump_clock: trio.testing.MockClock) -> None:

@@ -8,8 +8,9 @@ import trio
 
 from agent.connect.peers import Peer, PeerPath, PeerProbes
 from agent.connect.quic.transport import QuicTransport
+from agent.connect.running_race import why_nobody_is_dialled
 from agent.doctor.peers import finding_of
-from protocol.candidates import MAPPED_UDP, Candidate, PathAnswer, PathGo, PathOffer
+from protocol.candidates import HOST, MAPPED_UDP, Candidate, PathAnswer, PathGo, PathOffer, Rules
 from protocol.control import SessionAnswer
 from protocol.errors import RetryLater
 from protocol.identity import NodeKey
@@ -151,3 +152,12 @@ async def test_the_relay_passes_on_few_probes(autojump_clock: trio.testing.MockC
     assert not subject.admit(again)
     await trio.sleep(0.1)
     assert subject.admit(again)
+
+
+def test_two_agents_on_one_machine_are_told_how_they_get_a_direct_path() -> None:
+    rules = Rules(own=frozenset({"192.0.2.2"}), same_site=True)
+    mine, other = (Candidate(kind=HOST, host=host, port=1) for host in ("192.0.2.2", "192.0.2.3"))
+    assert "data.allow_loopback" in why_nobody_is_dialled([other, mine], rules)
+    assert "from outside" in why_nobody_is_dialled([other], rules)
+    # Private addresses are the same behind many routers.
+    assert "from outside" in why_nobody_is_dialled([mine], msgspec.structs.replace(rules, same_site=False))

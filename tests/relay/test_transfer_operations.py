@@ -226,6 +226,13 @@ async def test_an_offline_agent_is_an_error_that_clients_do_not_repeat(laptop: L
     assert (await laptop.alice.get(f"/endpoint/{laptop.id}"))["gcp_connected"] is False
 
 
+async def test_a_collection_that_no_agent_was_set_up_for_is_not_called_disconnected(laptop: Laptop) -> None:
+    made = await laptop.alice.post("/endpoint", {"display_name": "later", "is_globus_connect": True}, status=201)
+    path, code = f"/operation/endpoint/{made['id']}/ls?path=/x", "ExternalError.DirListingFailed.GCDisconnected"
+    said = await laptop.alice.refused("GET", path, 502, code)
+    assert said.startswith("No agent has been set up for “later”")
+
+
 async def test_an_agent_cannot_answer_with_names_that_lead_elsewhere(laptop: Laptop) -> None:
     for name in ("../up", "a/b", "..", "."):
         laptop.agent.entries = {"x": Entry(name=name, type="file")}
