@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -81,14 +82,23 @@ class Publisher:
     async def _serve(self, config: MetricsConfig) -> None:
         listener = socket.create_server(("127.0.0.1", config.port or 0))
         self.port = listener.getsockname()[1]
-        try:
-            places = trio.Semaphore(MAX_CLIENTS)
+        places = trio.Semaphore(MAX_CLIENTS)
 
-            async def serve(stream: trio.SocketStream) -> None:
-                async with places, stream:
+        async def serve(stream: trio.SocketStream) -> None:
+            # Every user of this machine may call. Nobody waits with an open connection: tasks need descriptors, too.
+            try:
+                places.acquire_nowait()
+            except trio.WouldBlock:
+                await trio.aclose_forcefully(stream)
+                return
+            try:
+                async with stream:
                     with trio.move_on_after(PATIENCE):
                         await self._answer(stream)
+            finally:
+                places.release()
 
+        try:
             await trio.serve_listeners(serve, [trio.SocketListener(trio.socket.from_stdlib_socket(listener))])
         finally:
             self.port = None
@@ -101,7 +111,10 @@ class Publisher:
             if not isinstance(event, h11.Request):
                 return
             known = event.method == b"GET" and event.target.split(b"?")[0] == b"/metrics"
-            body = self._text().encode() if known else b"Only GET /metrics is answered here.\n"
+            # A page of the browser, whose name was re-bound to this machine, says its own name.
+            names = [value.partition(b":")[0].lower() for name, value in event.headers if name == b"host"]
+            known = known and names in ([b"127.0.0.1"], [b"localhost"])
+            body = self._text().encode() if known else b"Only GET http://127.0.0.1/metrics is answered here.\n"
             headers = [
                 ("content-type", CONTENT_TYPE if known else "text/plain"),
                 ("content-length", str(len(body))),
@@ -116,9 +129,12 @@ class Publisher:
 
 def _replace(file: Path, text: str) -> None:
     """Write a whole file in the place of the old one, so that nobody reads half of it."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    temporary = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        # Others may write in that folder, too: what they have put there is neither followed nor filled.
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as written:
+            written.write(text)
         temporary.replace(file)
     finally:
         temporary.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -220,6 +221,37 @@ async def test_the_port_opens_and_closes_with_the_configuration() -> None:
         configured.config = MetricsConfig()
         await _until(lambda: publisher.port is None)
         nursery.cancel_scope.cancel()
+
+
+@pytest.mark.usefixtures("_quick")
+async def test_neither_web_pages_nor_other_users_get_at_more_than_the_port_offers() -> None:
+    publisher = Publisher(lambda: MetricsConfig(port=port), lambda: exposition(NUMBERS, [TASK]))
+    port = free_port()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(publisher.run)
+        await _until(lambda: publisher.port is not None)
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client:
+            # A page whose name was re-bound to this machine.
+            assert (await client.get("/metrics", headers={"Host": f"evil.example:{port}"})).status_code == 404
+            assert (await client.get("/metrics", headers={"Host": f"LOCALHOST:{port}"})).status_code == 200
+        # Connections that say nothing: as many as there are places stay, for a while, the others are closed at once.
+        idle = [await trio.open_tcp_stream("127.0.0.1", port) for _ in range(publish.MAX_CLIENTS + 20)]
+        closed = 0
+        with trio.fail_after(5):
+            for stream in idle[publish.MAX_CLIENTS :]:
+                closed += await stream.receive_some(1) == b""
+        assert closed == 20
+        for stream in idle:
+            await stream.aclose()
+        nursery.cancel_scope.cancel()
+
+
+def test_a_link_that_somebody_planted_beside_the_file_is_not_followed(tmp_path: Path) -> None:
+    precious, file = tmp_path / "precious", tmp_path / "towpath.prom"
+    precious.write_text("precious")
+    (tmp_path / f".towpath.prom.{os.getpid()}").symlink_to(precious)
+    publish._replace(file, "numbers")
+    assert (precious.read_text(), file.read_text()) == ("precious", "numbers")
 
 
 @pytest.mark.usefixtures("_quick")
