@@ -22,13 +22,14 @@ import trio
 from protocol.client_hello import MAX_CLIENT_HELLO, ClientHello, NotTLS, parse_client_hello_untrusted
 from protocol.errors import ProtocolError
 from protocol.link import ALPN as LINK_ALPN
+from protocol.places import Places
 from protocol.round_trip import has_left
 from protocol.stun import looks_like_stun
 from protocol.tunnel.token import ALPN as TUNNEL_ALPN
 from protocol.websocket.orders import ALPN as WEBSOCKET_ALPN
 from protocol.websocket.orders import SERVER_NAME
 from relay.link_stream import LinkStream
-from relay.places import Places
+from relay.proxies import Proxies
 from relay.turnstile import Turnstile, WaitedTooLong
 
 _logger = logging.getLogger("towpath.dispatch")
@@ -84,7 +85,8 @@ class DispatchStatistics:
 
 class Dispatcher:
     """Chooses who gets a connection. ``tls_context``, and ``link_context`` for agents' links, are prepared here; `use`
-    others when the certificate is renewed. There are ``places`` for connections that have not finished their handshake.
+    others when the certificate is renewed. There are ``places`` for connections that have not finished their handshake;
+    ``proxies`` are the operator's own.
 
     Without ``tunnel`` agents that bring one are told so in the handshake. ``websocket`` gives who takes
     connections of agents with a tunnel inside WebSocket before their handshake, None when nobody can now.
@@ -101,6 +103,7 @@ class Dispatcher:
         stun: PlainHandler | None = None,
         websocket: Callable[[], PlainHandler | None] = lambda: None,
         places: Places | None = None,
+        proxies: Proxies | None = None,
     ) -> None:
         self._own = (LINK_ALPN,) if tunnel is None else (LINK_ALPN, TUNNEL_ALPN)
         offered = [name for name in ALPN_PROTOCOLS if name != TUNNEL_ALPN or tunnel is not None]
@@ -112,6 +115,7 @@ class Dispatcher:
         self._stun_handler = stun
         self._websocket = websocket
         self._places = places or Places(MAX_PENDING)
+        self._proxies = proxies or Proxies()
         self._links = Turnstile(HANDSHAKES_AT_ONCE, TURN, PATIENCE)
         self._taken: Counter[str] = Counter()
         self._web = self._websockets = self._stun = self._plain = self._refused = self._failed = 0
@@ -140,7 +144,7 @@ class Dispatcher:
         """Greet one connection and run its handler; closes it. Raises nothing for what a caller or a handler does."""
         try:
             async with stream:
-                caller = self._places.caller_at(stream)
+                caller = self._proxies.caller_at(stream)
                 if not self._places.take(caller):
                     self._refused += 1
                     return

@@ -3,14 +3,16 @@
 A proxy adds the address it was called from at the right end of ``X-Forwarded-For`` or ``Forwarded`` (RFC 7239); what
 stands further left came with the call and may be anything. So the list is read from the right, only as long as those
 who say it are proxies of the operator's own, and only in the one header that they are set up to write: the other one
-they pass on as their caller wrote it. And as whom limits count an address, once it is known.
+they pass on as their caller wrote it.
 """
 
 from __future__ import annotations
 
 import ipaddress
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+from protocol.places import neighbourhood
 
 if TYPE_CHECKING:
     # The operator's commands read settings and need no web framework.
@@ -22,26 +24,11 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 # What is looked at of such a header, from the right: proxies in a row, and characters in all.
 MAX_HOPS = 16
 MAX_LENGTH = 4096
-# What one customer of a network has at least (RIPE-690): whoever has it may call from any of its addresses.
-_IPV6_CUSTOMER = 56
 
 
 def network_of(text: str) -> Network:
     """An address or a network such as ``10.0.0.0/8``. Raises ValueError."""
     return ipaddress.ip_network(text)
-
-
-def neighbourhood(address: str) -> str:
-    """As whom limits count a caller from this address: an IPv4 address, or the IPv6 network of one customer."""
-    try:
-        parsed = ipaddress.ip_address(address.partition("%")[0])
-    except ValueError:
-        return address
-    if isinstance(parsed, ipaddress.IPv4Address):
-        return address
-    if parsed.ipv4_mapped is not None:
-        return str(parsed.ipv4_mapped)
-    return str(ipaddress.ip_network((parsed, _IPV6_CUSTOMER), strict=False))
 
 
 class Proxies:
@@ -59,6 +46,19 @@ class Proxies:
         """Whether this is one of them."""
         parsed = _address_untrusted(address)
         return parsed is not None and self._has(parsed)
+
+    def caller_at(self, stream: Any) -> str:
+        """As whom limits count who opened a connection; empty for a proxy's, behind which may be anybody, and where
+        there is no address."""
+        while (sock := getattr(stream, "socket", None)) is None:
+            stream = getattr(stream, "transport_stream", None)
+            if stream is None:
+                return ""
+        try:
+            name = sock.getpeername()
+        except OSError:
+            return ""
+        return "" if not isinstance(name, tuple) or self.trusts(name[0]) else neighbourhood(name[0])
 
     def origin_untrusted(self, peer: str, values: Sequence[str]) -> str | None:
         """Who called, by who the connection comes from and the header's values in their order.

@@ -24,6 +24,7 @@ from fastapi import FastAPI
 
 from protocol.errors import TowpathError
 from protocol.findings import AUTHORITY_WARNING
+from protocol.places import Places
 from protocol.ticket import TicketVerifier
 from protocol.websocket.carrier import Carrier
 from relay import sdnotify
@@ -44,7 +45,6 @@ from relay.keys import RelayKeys
 from relay.listen import accept_all, open_port
 from relay.lock import exclusive
 from relay.pages.upstream import DEPARTURES, DEPARTURES_PERIOD
-from relay.places import Places
 from relay.process import collect_seldom, raise_file_limit
 from relay.quota.allowance import Allowance
 from relay.rendezvous.acceptor import REFUSED_RETRY, accept_link
@@ -142,7 +142,9 @@ def build(settings: Settings, store: Store, clock: Callable[[], float] = time.ti
     carrier = tunnel.carrier
     tunnels = WebSocketTunnels(tunnel.acceptor, carrier)
     accept = _link_handler(services, certificate, observer)
-    upgrade = Upgrade(web.serve, accept, tunnels.carry if tunnel.enabled else None, places=Places(most, proxies))
+    upgrade = Upgrade(
+        web.serve, accept, tunnels.carry if tunnel.enabled else None, places=Places(most), proxies=proxies
+    )
     dispatcher = Dispatcher(
         web=upgrade.serve,
         link=accept,
@@ -152,7 +154,8 @@ def build(settings: Settings, store: Store, clock: Callable[[], float] = time.ti
         tls_context=certificate.context,
         link_context=certificate.link_context,
         # Half of what may be open at all: the other half is for those who have come through.
-        places=Places(max(MAX_PENDING, raise_file_limit() // 2), proxies),
+        places=Places(max(MAX_PENDING, raise_file_limit() // 2)),
+        proxies=proxies,
     )
     limits = {"one": services.guesses, "crowd": services.crowd_guesses}
     relay = Relay(

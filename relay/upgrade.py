@@ -12,10 +12,11 @@ from collections.abc import Awaitable, Callable
 import trio
 
 from protocol.errors import ProtocolError
+from protocol.places import Places
 from protocol.websocket.core import Core
 from protocol.websocket.paths import LINK_PATH, PATHS
 from protocol.websocket.stream import WebSocketStream, open_stream
-from relay.places import Places
+from relay.proxies import Proxies
 
 _logger = logging.getLogger("towpath.websocket")
 
@@ -64,7 +65,8 @@ class Replayed(trio.abc.Stream):
 
 class Upgrade:
     """``web`` serves everybody else; ``link`` and ``tunnel`` agents. Without ``tunnel`` that path is not found.
-    There are ``places`` for callers who have not said yet what they want."""
+    There are ``places`` for callers who have not said yet what they want;
+    ``proxies`` are the operator's own."""
 
     def __init__(
         self,
@@ -73,18 +75,20 @@ class Upgrade:
         tunnel: WebSocketHandler | None,
         *,
         places: Places | None = None,
+        proxies: Proxies | None = None,
     ) -> None:
         self._web = web
         self._link = link
         self._tunnel = tunnel
         self._places = places or Places(20_000)
+        self._proxies = proxies or Proxies()
 
     async def serve(self, stream: Secured) -> None:
         """Serve one connection; closes it."""
         if stream.selected_alpn_protocol() == "h2":
             await self._web(stream)
             return
-        caller = self._places.caller_at(stream)
+        caller = self._proxies.caller_at(stream)
         if not self._places.take(caller):
             await trio.aclose_forcefully(stream)
             return

@@ -16,7 +16,7 @@ from hypercorn.typing import ASGIFramework
 from priority.priority import PriorityError
 from starlette.types import ASGIApp
 
-from relay.places import Places
+from protocol.places import Places
 from relay.proxies import Proxies
 from relay.upgrade import Replayed
 
@@ -59,7 +59,8 @@ class WebServer:
         h2.StreamBuffer = HeldBack  # type: ignore[misc]
         # Two spellings of the same interface (ASGI 3).
         self._app = ASGIWrapper(cast("ASGIFramework", app))
-        self._places = Places(max_connections, proxies)
+        self._places = Places(max_connections)
+        self._proxies = proxies or Proxies()
         self._context = WorkerContext(None)
         self._stopping = trio.Event()
         self._idle = trio.Event()
@@ -74,7 +75,7 @@ class WebServer:
 
     async def serve(self, stream: trio.SSLStream[trio.SocketStream] | Replayed) -> None:
         """Answer requests on the stream until its end, and close it. Cancellation closes it at once."""
-        caller = self._places.caller_at(stream)
+        caller = self._proxies.caller_at(stream)
         if self._stopping.is_set() or not self._places.take(caller):
             self._refused += 1
             await trio.aclose_forcefully(stream)

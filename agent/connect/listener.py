@@ -16,11 +16,12 @@ import trio
 from protocol.client_hello import MAX_CLIENT_HELLO, NotTLS, parse_client_hello_untrusted
 from protocol.errors import ProtocolError
 from protocol.keep_alive import keep_alive
+from protocol.places import Places, neighbourhood
 from protocol.reversal import LENGTH, parse_preamble_untrusted
 from protocol.session import ALPN_LANE, ALPNS_CONTROL, SNI_SUFFIX
 
 GREETING_TIMEOUT = 10.0
-# Connections that have not said what they want; more are closed at once.
+# Connections that have not said what they want; more are closed at once, and sooner those of who has many.
 MAX_STRANGERS = 128
 _BACKLOG = 256
 
@@ -102,7 +103,7 @@ class DataPort:
         self._sockets = sockets
         self._deliver = deliver
         self._expected: dict[str, Callable[[socket.socket], None]] = {}
-        self._strangers = 0
+        self._strangers = Places(MAX_STRANGERS)
 
     async def serve(self) -> None:
         """Accept until cancelled."""
@@ -130,9 +131,9 @@ class DataPort:
 
     async def greet(self, sock: trio.socket.SocketType) -> None:
         """Find out what one connection wants and hand it over. Raises nothing for what a peer does."""
-        if self._strangers >= MAX_STRANGERS:
+        caller = _caller(sock)
+        if not self._strangers.take(caller):
             return
-        self._strangers += 1
         wanted: tuple[str, str] | str | None = None
         try:
             if sock.type == socket.SOCK_STREAM:
@@ -142,7 +143,7 @@ class DataPort:
         except (ProtocolError, OSError):
             wanted = None
         finally:
-            self._strangers -= 1
+            self._strangers.leave(caller)
         if isinstance(wanted, str):
             await self._reversed(wanted, sock)
         elif wanted is not None:
@@ -163,6 +164,15 @@ class DataPort:
             arrived(taken)
         else:
             taken.close()
+
+
+def _caller(sock: trio.socket.SocketType) -> str:
+    """As whom a connection is counted; empty where it has no address, as those inside WebSocket."""
+    try:
+        name = sock.getpeername()
+    except OSError:
+        return ""
+    return neighbourhood(name[0]) if isinstance(name, tuple) else ""
 
 
 def detached(sock: trio.socket.SocketType) -> socket.socket:

@@ -11,11 +11,11 @@ from urllib.parse import parse_qsl, unquote_plus
 
 from fastapi import Request
 
+from protocol.places import neighbourhood
 from relay.api.bodies import body_untrusted
 from relay.audit.notes import acting
 from relay.auth.clients import Client
 from relay.auth.public_clients import client_for
-from relay.proxies import neighbourhood
 from relay.refusal import ApiError
 from relay.services import services_of
 

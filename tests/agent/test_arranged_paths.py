@@ -214,6 +214,6 @@ async def test_a_source_that_is_dialled_dials_in_vain_and_learns_it_at_once() ->
         made.source.introductions.arrange(order)
         with trio.fail_after(5):
             # They have dialled, and are not waited on: only what was dialled from here is.
-            while made.source.introductions._arranged or port._strangers > 2:
+            while made.source.introductions._arranged or port._strangers.taken > 2:
                 await trio.sleep(0.01)
         connection.sock.close()

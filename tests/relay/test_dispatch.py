@@ -16,11 +16,11 @@ import trustme
 from protocol.client_hello import MAX_CLIENT_HELLO, ClientHello, NotTLS
 from protocol.errors import ProtocolError
 from protocol.link import ALPN
+from protocol.places import Places
 from protocol.stun import encode_request, new_transaction
 from protocol.websocket.orders import SERVER_NAME
 from relay.dispatch import Dispatcher, GreetingTimeout, _wants_websocket_tunnel, peek_client_hello
 from relay.listen import accept_all
-from relay.places import Places
 
 
 @dataclass

@@ -9,11 +9,11 @@ import httpx
 import pytest
 import trio
 
+from protocol.places import neighbourhood
 from relay.api.developer import MAX_BODY
 from relay.auth.guesses import GuessLimit
 from relay.auth.passwords import PasswordChecker
 from relay.auth.public_clients import TOWPATH_CLI
-from relay.proxies import neighbourhood
 from tests.relay.relay_world import RelayWorld
 from tests.relay.sign_in_world import PASSWORD, Person, add_person, forms_of, person_at
 

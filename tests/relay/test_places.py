@@ -9,7 +9,7 @@ import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.places import Places
+from protocol.places import Places
 from relay.proxies import Proxies
 
 
@@ -33,7 +33,7 @@ def test_whoever_holds_none_gets_in_while_there_is_any(most: int, moves: list[tu
 
 
 async def test_connections_are_counted_by_address_and_those_of_proxies_are_not() -> None:
-    counted, trusted = Places(4), Places(4, Proxies(["127.0.0.1"]))
+    counted, trusted = Proxies(), Proxies(["127.0.0.1"])
     (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
     async with listener, await trio.open_tcp_stream("127.0.0.1", listener.socket.getsockname()[1]):
         async with await listener.accept() as stream:

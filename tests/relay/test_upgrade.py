@@ -10,9 +10,9 @@ import trio.testing
 from hypothesis import given
 from hypothesis import strategies as st
 
+from protocol.places import Places
 from protocol.websocket.core import Core
 from protocol.websocket.paths import LINK_PATH, TUNNEL_PATH
-from relay.places import Places
 from relay.upgrade import Upgrade
 
 

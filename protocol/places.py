@@ -6,27 +6,26 @@ queue length thresholds, 1998): one alone gets three quarters of all, and whoeve
 
 from __future__ import annotations
 
+import ipaddress
 from collections import Counter
 
-import trio
-
-from relay.proxies import Proxies, neighbourhood
-
 _FREE_SHARE = 3
+# What one customer of a network has at least (RIPE-690): whoever has it may call from any of its addresses.
+_IPV6_CUSTOMER = 56
 
 
 class Places:
-    """``most`` places. Callers behind ``proxies``, the operator's own, look all alike and take what there is."""
+    """``most`` places. Callers are told apart by a text (`neighbourhood`); those with an empty one look all alike, and
+    take what there is."""
 
-    def __init__(self, most: int, proxies: Proxies | None = None) -> None:
+    def __init__(self, most: int) -> None:
         self._most = most
-        self._proxies = proxies or Proxies()
         self._held: Counter[str] = Counter()
         self.taken = 0
 
     def take(self, caller: str) -> bool:
-        """Give a caller (`caller_at`) one more place; False when there is none for them. Whoever has got one gives it
-        back with `leave`."""
+        """Give a caller one more place; False when there is none for them. Whoever has got one gives it back with
+        `leave`."""
         free = self._most - self.taken
         if free <= 0 or (caller and self._held[caller] >= _FREE_SHARE * free):
             return False
@@ -43,16 +42,15 @@ class Places:
             if not self._held[caller]:
                 del self._held[caller]
 
-    def caller_at(self, stream: object) -> str:
-        """As whom a connection is counted, by its socket; empty for one that is like no other, or a proxy's."""
-        while not isinstance(stream, trio.SocketStream):
-            stream = getattr(stream, "transport_stream", None)
-            if stream is None:
-                return ""
-        try:
-            name = stream.socket.getpeername()
-        except OSError:
-            return ""
-        if not isinstance(name, tuple) or self._proxies.trusts(str(name[0])):
-            return ""
-        return neighbourhood(str(name[0]))
+
+def neighbourhood(address: str) -> str:
+    """As whom limits count a caller from this address: an IPv4 address, or the IPv6 network of one customer."""
+    try:
+        parsed = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return address
+    if isinstance(parsed, ipaddress.IPv4Address):
+        return address
+    if parsed.ipv4_mapped is not None:
+        return str(parsed.ipv4_mapped)
+    return str(ipaddress.ip_network((parsed, _IPV6_CUSTOMER), strict=False))
