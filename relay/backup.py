@@ -22,7 +22,7 @@ from pathlib import Path, PurePosixPath
 from protocol.errors import NeedsPerson
 from protocol.folder_sync import sync_names
 from protocol.private_file import write_private_file
-from relay.lock import LOCK, exclusive
+from relay.lock import LOCK, exclusive, lock_of
 from relay.settings import Settings, parse
 
 # Names inside the archive.
@@ -87,7 +87,7 @@ def restore(
     place = (home / Path(settings.directory).expanduser()).resolve()
     database = place / settings.database.file
     database.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with exclusive(place):
+    with exclusive(place, database):
         known = [database, *(database.with_name(database.name + end) for end in ("-wal", "-shm"))]
         known += [home / CONFIGURATION, *(place / folder for folder in _FOLDERS)]
         present = [path for path in known if path.exists()]
@@ -107,7 +107,14 @@ def restore(
                 if (scratch / folder).exists():
                     (scratch / folder).rename(place / folder)
             _give_to_owner_of(
-                place, [home / CONFIGURATION, scratch / DATABASE, place / LOCK, *(place / name for name in _FOLDERS)]
+                place,
+                [
+                    home / CONFIGURATION,
+                    scratch / DATABASE,
+                    place / LOCK,
+                    lock_of(database),
+                    *(place / name for name in _FOLDERS),
+                ],
             )
             sync_names(place)
             # The database last: without it nothing serves what is only half restored, after a power failure neither.

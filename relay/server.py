@@ -257,7 +257,9 @@ async def serve(settings: Settings) -> None:
 
     Raises `AlreadyRunning`, `NoDatabase`, the store's errors, what `build` raises, and `PortUnusable`.
     """
-    with exclusive(settings.directory_path):
+    database = settings.directory_path / settings.database.file
+    # Where there is no folder for it there is no database either, which is said below.
+    with exclusive(settings.directory_path, database if database.parent.is_dir() else None):
         store = Store(settings.database_url, readers=settings.database.readers)
         try:
             await trio.to_thread.run_sync(require, store.writing_engine, store.path)

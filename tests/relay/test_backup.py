@@ -9,6 +9,7 @@ import tarfile
 from functools import partial
 from pathlib import Path
 
+import msgspec
 import pytest
 import trio
 
@@ -17,6 +18,7 @@ from relay.auth.identities import add_identity, identities_by_username
 from relay.backup import BackupRefused, back_up, restore
 from relay.keys import RelayKeys
 from relay.lock import AlreadyRunning, exclusive
+from relay.server import serve
 from relay.settings import Settings
 from relay.settings import load as load_settings
 from relay.store.database import Store
@@ -85,6 +87,28 @@ def test_a_running_relay_is_never_touched(
     back_up(relay_settings, relay_directory / "relay.yaml", archive)
     with exclusive(relay_directory), pytest.raises(AlreadyRunning):
         restore(archive, relay_directory, force=force)
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_restore_elsewhere_leaves_the_database_of_a_running_relay_alone(
+    relay_settings: Settings, relay_directory: Path, tmp_path: Path, force: bool
+) -> None:
+    """The configuration in the backup names the database by its whole path."""
+    database = relay_directory / "relay.sqlite"
+    configuration = relay_directory / "relay.yaml"
+    configuration.write_text(f"directory: .\ndatabase: {{file: {tmp_path / 'db' / 'main.sqlite'}}}\n")
+    (tmp_path / "db").mkdir()
+    database = database.rename(tmp_path / "db" / "main.sqlite")
+    settings, archive = load_settings(configuration), tmp_path / "backup.tgz"
+    back_up(settings, configuration, archive)
+    inode = database.stat().st_ino
+    (tmp_path / "elsewhere").mkdir()
+    with exclusive(settings.directory_path, database), pytest.raises(AlreadyRunning, match=r"database .*main\.sqlite"):
+        restore(archive, tmp_path / "elsewhere", force=force)
+    assert database.stat().st_ino == inode
+    # Nor does a second relay serve it, which a copied configuration would make.
+    with exclusive(settings.directory_path, database), pytest.raises(AlreadyRunning):
+        trio.run(serve, msgspec.structs.replace(settings, directory=str(tmp_path / "elsewhere")))
 
 
 def test_places_named_in_the_configuration_are_obeyed(
