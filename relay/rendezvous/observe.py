@@ -17,6 +17,7 @@ import trio
 
 from protocol import stun
 from protocol.errors import ProtocolError
+from protocol.places import neighbourhood
 
 _logger = logging.getLogger("relay.observe")
 
@@ -71,10 +72,11 @@ class Observer:
             peer = _plain(stream.socket.getpeername())
         except OSError:
             return
-        if self._streams.total() >= MAX_STREAMS or self._streams[peer[0]] >= MAX_STREAMS_OF_ADDRESS:
+        caller = neighbourhood(peer[0])
+        if self._streams.total() >= MAX_STREAMS or self._streams[caller] >= MAX_STREAMS_OF_ADDRESS:
             self._refused += 1
             return
-        self._streams[peer[0]] += 1
+        self._streams[caller] += 1
         try:
             with trio.move_on_after(STREAM_LIFE):
                 await self._answer_stream(stream, peer)
@@ -83,9 +85,9 @@ class Observer:
         except (trio.BrokenResourceError, trio.ClosedResourceError, OSError):
             return
         finally:
-            self._streams[peer[0]] -= 1
-            if not self._streams[peer[0]]:
-                del self._streams[peer[0]]
+            self._streams[caller] -= 1
+            if not self._streams[caller]:
+                del self._streams[caller]
 
     async def _answer_stream(self, stream: trio.SocketStream, peer: stun.Endpoint) -> None:
         buffer = bytearray()
@@ -172,7 +174,7 @@ class Observer:
         except ProtocolError:
             self._malformed += 1
             return
-        if not self._permit(peer[0]):
+        if not self._permit(neighbourhood(peer[0])):
             self._refused += 1
             return
         self._udp += 1
@@ -185,15 +187,15 @@ class Observer:
             answer = stun.encode_answer(request.transaction, peer, named)
         await self._sockets[other if request.change_port else index].sendto(answer, source)
 
-    def _permit(self, address: str) -> bool:
+    def _permit(self, caller: str) -> bool:
         now = trio.current_time()
         if now - self._window > WINDOW:
             self._answers.clear()
             self._window = now
-        if len(self._answers) >= _MAX_ADDRESSES and address not in self._answers:
+        if len(self._answers) >= _MAX_ADDRESSES and caller not in self._answers:
             return False
-        self._answers[address] += 1
-        return self._answers[address] <= MAX_ANSWERS
+        self._answers[caller] += 1
+        return self._answers[caller] <= MAX_ANSWERS
 
 
 def _plain(source: tuple[str, int] | tuple[str, int, int, int]) -> stun.Endpoint:

@@ -175,6 +175,30 @@ async def test_noise_gets_no_answer_and_harms_nobody(data: bytes) -> None:
         assert mapped[0] == "127.0.0.1"
 
 
+async def test_who_has_a_network_of_addresses_holds_no_more_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(observe, "MAX_STREAMS_OF_ADDRESS", 3)
+    observer, ends = Observer(), list[trio.SocketStream]()
+
+    async def come(nursery: trio.Nursery, address: str) -> bool:
+        """Whether a connection from there is kept."""
+        ours, theirs = socket.socketpair()
+        stream = trio.SocketStream(trio.socket.from_stdlib_socket(theirs))
+        monkeypatch.setattr(stream.socket, "getpeername", lambda: (address, 1, 0, 0))
+        ends.extend((stream, trio.SocketStream(trio.socket.from_stdlib_socket(ours))))
+        before = observer.statistics().refused
+        nursery.start_soon(observer.serve_stream, stream)
+        await trio.testing.wait_all_tasks_blocked()
+        return observer.statistics().refused == before
+
+    async with trio.open_nursery() as nursery:
+        assert [await come(nursery, f"2001:db8::{n}") for n in range(1, 6)] == [True] * 3 + [False] * 2
+        assert await come(nursery, "2001:db8:1::1")
+        nursery.cancel_scope.cancel()
+    assert observer.statistics().streams == 0
+    for end in ends:
+        await end.aclose()
+
+
 async def test_a_connection_answers_a_bounded_number_of_questions() -> None:
     async with serving() as (_, port):
         stream = await trio.open_tcp_stream("127.0.0.1", port)
