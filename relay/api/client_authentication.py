@@ -67,17 +67,19 @@ async def authenticated_client(request: Request, form: Mapping[str, str]) -> Cli
     # By address and client, so that nobody locks a client out from elsewhere. An address gets more tries in all,
     # because many people may share one.
     pair, crowd = f"{caller} {client_id[:36]}", f"{caller} *"
-    now = services.clock()
-    wait = max(services.guesses.retry_after([pair], now), services.crowd_guesses.retry_after([crowd], now))
-    if wait > 0:
-        seconds = math.ceil(wait)
-        sentence = f"Too many wrong secrets were tried; try again in {seconds} seconds."
-        raise ApiError(429, "too_many_requests", sentence, headers={"Retry-After": str(seconds)})
-    client = await services.secrets.check(client_id, secret)
-    if client is None:
-        services.guesses.failed([pair], now)
-        services.crowd_guesses.failed([crowd], now)
-        raise _invalid_client("The client is unknown or its secret is wrong.")
+    # Whoever has many waiting holds up themselves alone, and those behind as many wrong ones are not looked at.
+    async with services.secrets.turns.of(caller):
+        now = services.clock()
+        wait = max(services.guesses.retry_after([pair], now), services.crowd_guesses.retry_after([crowd], now))
+        if wait > 0:
+            seconds = math.ceil(wait)
+            sentence = f"Too many wrong secrets were tried; try again in {seconds} seconds."
+            raise ApiError(429, "too_many_requests", sentence, headers={"Retry-After": str(seconds)})
+        client = await services.secrets.check(client_id, secret)
+        if client is None:
+            services.guesses.failed([pair], now)
+            services.crowd_guesses.failed([crowd], now)
+            raise _invalid_client("The client is unknown or its secret is wrong.")
     acting(request, None, client.id)
     return client
 

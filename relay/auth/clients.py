@@ -22,6 +22,7 @@ from sqlalchemy import Connection, delete, insert, select
 
 from protocol.errors import ItemFailed
 from relay.auth.identities import CLIENT_DOMAIN, CLIENT_PROVIDER_ID, add_identity
+from relay.quota.turns import Turns
 from relay.store.auth_tables import client_secrets, clients
 from relay.store.database import Store
 
@@ -137,13 +138,19 @@ def insert_client(connection: Connection, client: Client) -> None:
     connection.execute(insert(clients).values(**values))
 
 
+# Checks of secrets under way.
+_CHECKS = 2
+
+
 class SecretChecker:
     """Makes clients' secrets, and checks them against the store; few at once, because each costs memory and time."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
         # 16 MiB and one processor core for each check under way.
-        self._limit = trio.CapacityLimiter(2)
+        self._limit = trio.CapacityLimiter(_CHECKS)
+        # To be taken before a check: no caller has more than that waiting for those.
+        self.turns = Turns(_CHECKS)
 
     async def make(self) -> tuple[str, str]:
         """A new random secret and its digest, made when its turn comes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import MutableMapping
 from typing import Any
 
@@ -11,6 +12,7 @@ import trio
 
 from protocol.places import neighbourhood
 from relay.api.developer import MAX_BODY
+from relay.auth import clients
 from relay.auth.guesses import GuessLimit
 from relay.auth.passwords import PasswordChecker
 from relay.auth.public_clients import TOWPATH_CLI
@@ -121,6 +123,42 @@ async def test_what_nobody_has_asked_for_is_not_taken_into_memory(world: RelayWo
     await world.relay.app(scope, receive, send)
     assert answers[0] == 413
     assert taken <= MAX_BODY + 2 * len(chunk)
+
+
+async def test_wrong_secrets_of_one_caller_hold_up_nobody_else(
+    world: RelayWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each costs memory and a processor for a while, and they come hundreds at once."""
+    client_id, secret = await world.client()
+    looked_at, many, answers = list[str](), 60, list[int]()
+
+    def look(shown: str, _digests: object) -> bool:
+        looked_at.append(shown)
+        time.sleep(0.005)
+        return shown == secret
+
+    monkeypatch.setattr(clients, "_matches_any", look)
+    form = {"grant_type": "client_credentials", "scope": "openid"}
+
+    async def ask(address: str, shown: str) -> int:
+        transport = httpx.ASGITransport(app=world.relay.app, client=(address, 1))
+        async with httpx.AsyncClient(transport=transport, base_url=world.settings.public_url) as http:
+            return (await http.post("/v2/oauth2/token", data=form, auth=(client_id, shown))).status_code
+
+    async def attack() -> None:
+        answers.append(await ask("192.0.2.66", "wrong"))
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(many):
+            nursery.start_soon(attack)
+        while not looked_at:
+            await trio.sleep(0.001)
+        assert await ask("192.0.2.7", secret) == 200
+        assert len(answers) < 10
+    # Nor are those that waited behind as many wrong ones looked at.
+    assert looked_at.count("wrong") <= world.settings.sign_in.failures + 1
+    assert set(answers) == {401, 429}
+    assert not world.relay.services.secrets.turns._callers
 
 
 async def test_device_codes_are_no_more_often_guessed_at_once(world: RelayWorld) -> None:
