@@ -1,11 +1,24 @@
-"""What the README tells people to set sends nothing of theirs to anybody but their relay."""
+"""What the README tells people to set sends nothing of theirs to anybody but their relay, and every command that a page
+names is there, with its options."""
 
 from __future__ import annotations
 
+import re
+import shlex
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
-README = Path(__file__).parents[2] / "README.md"
+import click
+import pytest
+
+from agent.cli.main import cli as agent
+from relay.cli.main import cli as relay
+
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "conf").glob("*.yaml"))]
+PROGRAMS: dict[str, click.Command] = {"towpath": agent, "towpath-relay": relay}
 # What unmodified clients look for at Globus where nothing else is named, and send their tokens to.
 SERVICES = ("AUTH", "TRANSFER", "GROUPS", "SEARCH", "TIMER", "FLOWS")
 
@@ -19,3 +32,53 @@ def test_the_environment_of_the_readme_names_the_relay_for_every_service() -> No
     named = dict(line.split("=", 1) for line in told.splitlines() if line.startswith("GLOBUS_SDK_SERVICE_URL_"))
     assert {name.removeprefix("GLOBUS_SDK_SERVICE_URL_") for name in named} == set(SERVICES)
     assert {address.rstrip("/") for address in named.values()} == {"https://relay.example.org:8443"}
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """The commands in a page: indented lines, as far as a shell would give them to one program, and code in sentences,
+    where ``a b | c`` names two."""
+    lines = re.findall(
+        r"^ {4}(?:[A-Z_]+=\S+ )?((?:towpath|towpath-relay) .+?)(?:  +#.*| [&|>].*)?$", text, re.MULTILINE
+    )
+    for command in lines + re.findall(r"`([^`]+)`", re.sub(r"^ {4}.*$", "", text, flags=re.MULTILINE)):
+        first, *others = command.split(" | ")
+        # What the shell puts in is one word.
+        words = shlex.split(re.sub(r"\$\([^)]*\)", "X", first)) if first.startswith("towpath") else [""]
+        if words[0] in PROGRAMS and words[1:2] != ["…"]:
+            yield words
+            yield from ([*words[:-1], *other.split()] for other in others)
+
+
+def taken(program: click.Command, name: str, arguments: list[str]) -> None:
+    """Go down to the command and have it look at its options, running nothing. Raises `click.UsageError`."""
+    context = click.Context(program, info_name=name)
+    _, rest, _ = program.make_parser(context).parse_args(list(arguments))
+    if isinstance(program, click.Group):
+        if rest:
+            below = program.get_command(context, rest[0])
+            if below is None:
+                raise click.UsageError(f"{name} has no command {rest[0]}.")
+            taken(below, rest[0], rest[1:])
+    elif rest:
+        raise click.UsageError(f"{name} takes no {rest[0]}.")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_command_of_a_page_is_there(page: Path) -> None:
+    wrong = []
+    for words in commands(page.read_text()):
+        try:
+            taken(PROGRAMS[words[0]], words[0], words[1:])
+        except click.BadOptionUsage:
+            # An option named without its value.
+            continue
+        except click.UsageError as error:
+            wrong.append(f"{shlex.join(words)}: {error.format_message()}")
+    assert wrong == []
+
+
+def test_commands_are_found_in_pages() -> None:
+    assert sum(len(list(commands(page.read_text()))) for page in PAGES) > 120
+    for words in ("nothing", "status --nothing", "status nothing", "task nothing"):
+        with pytest.raises(click.UsageError):
+            taken(agent, "towpath", words.split())
