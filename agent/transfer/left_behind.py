@@ -13,7 +13,7 @@ from agent.transfer.journal import Journal
 from agent.transfer.patience import Patience
 from protocol.control import TaskItem
 from protocol.errors import ProtocolError
-from protocol.names import parse_path_untrusted, split_path
+from protocol.names import CollectionPath, parse_path_untrusted, split_path
 from protocol.session import join_path
 
 # Seconds after which a temporary that nothing has changed is an orphan: longer than tasks are held up or kept.
@@ -55,6 +55,19 @@ def collect_orphans(handle: Directory, now_ns: int) -> int:
     return removed
 
 
+def unfinished_folders(journal: Journal, items: Iterable[TaskItem]) -> set[CollectionPath]:
+    """Where a task that ends before it is done may have temporaries: folders that are not finished, and those that its
+    items lie in."""
+    return {split_path(path) for path in journal.unfinished_destinations()} | _parents_of(items)
+
+
+def sweep_folders(root: Root, folders: Iterable[CollectionPath], prefix: bytes) -> None:
+    """Remove the temporaries of a task in these folders, as far as those can be reached now."""
+    for folder in folders:
+        with contextlib.suppress(OSError), root.open_directory(folder) as handle:
+            sweep_temporaries(handle, prefix)
+
+
 def remove_left_behind(
     root: Root, journal: Journal, prefix: bytes, items: Iterable[TaskItem], patience: Patience
 ) -> None:
@@ -85,10 +98,14 @@ def _folders_of(journal: Journal, items: Iterable[TaskItem]) -> Iterator[bytes]:
     """All folders at the destination in which a task makes temporaries."""
     for destination, _, _ in journal.directories_deepest_first():
         yield destination
+    for parent in _parents_of(items):
+        yield join_path(parent)
+
+
+def _parents_of(items: Iterable[TaskItem]) -> set[CollectionPath]:
     parents = set()
     for item in items:
         # One whose name cannot be has failed by itself.
         with contextlib.suppress(ProtocolError):
             parents.add(parse_path_untrusted(item.destination_path)[:-1])
-    for parent in parents:
-        yield join_path(parent)
+    return parents

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from agent.state_files import make_folder
 from agent.storage.base import Root
 from agent.storage.faults import fault
 from agent.system.file_lock import try_lock
+from agent.transfer.begun_place import is_elsewhere
 from agent.transfer.channel import Event, RunTask
 from agent.transfer.compare import CHECKSUM
 from agent.transfer.daemon_line import DaemonLine
@@ -25,7 +26,7 @@ from agent.transfer.events import EventLog
 from agent.transfer.filled_places import items_into
 from agent.transfer.journal import Journal, open_or_rebuild
 from agent.transfer.kept_lists import ListPolicy
-from agent.transfer.left_behind import sweep_temporaries
+from agent.transfer.left_behind import sweep_folders, unfinished_folders
 from agent.transfer.manifest import SKIPPED_LIST, TRANSFERRED_LIST, ManifestWriter
 from agent.transfer.patience import Patience
 from agent.transfer.plan import now_iso
@@ -33,14 +34,13 @@ from agent.transfer.progress import Progress
 from agent.transfer.received import ReceivedCounter
 from agent.transfer.remove import Stopped
 from agent.transfer.run import RunContext
-from agent.transfer.source_session import SourceSession
 from agent.transfer.state_trouble import StateTrouble, of_system
 from agent.transfer.stopping import run_in_thread
 from agent.transfer.transfer_run import TransferRun
 from protocol.control import Counters, Flow, TaskObserved, TaskOrder, TaskState
-from protocol.errors import NeedsPerson, ProtocolError, TaskFailed, TowpathError
+from protocol.errors import NeedsPerson, TaskFailed, TowpathError
 from protocol.folder_sync import sync_names
-from protocol.names import RESERVED_PREFIX, format_path, parse_path_untrusted, split_path
+from protocol.names import RESERVED_PREFIX, split_path
 from protocol.threads import NoThread
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 15.0
@@ -54,8 +54,6 @@ LOCK_PATIENCE = 5.0
 # What a task's folder holds.
 JOURNAL, RECEIVED = "journal.sqlite", "received"
 FILES = (RECEIVED, TRANSFERRED_LIST, SKIPPED_LIST)
-
-Connect = Callable[[str], Awaitable[SourceSession]]
 
 
 class TaskRunner:
@@ -277,7 +275,7 @@ class TaskRunner:
             if self._order.type == "DELETE":
                 await self._run_delete(root, manifests[1])
                 return
-            if await trio.to_thread.run_sync(self._is_elsewhere, root):
+            if await trio.to_thread.run_sync(is_elsewhere, root, self._journal):
                 self._begin_elsewhere(received)
                 resumed = True
             await trio.to_thread.run_sync(self._reopen)
@@ -312,25 +310,6 @@ class TaskRunner:
                     self._counters = run.counters()
                     self._run = None
                     self._stands_still("run", None)
-
-    def _is_elsewhere(self, root: Root) -> bool:
-        """Whether the root, or a disk below it, is another one than the task began in, and its owner has accepted that.
-
-        Raises `NeedsPerson` (ROOT_CHANGED) for one that was not accepted: what has arrived is on the other one.
-        """
-        token, known = root.token().encode(), self._journal.get("root")
-        moved = bool(token) and known is not None and token != known
-        if moved:
-            root.check_original()
-        if token and token != known:
-            self._journal.put("root", token)
-        # Of a disk below, only what was accepted is remembered, which may be that there is none any more.
-        disks = {format_path(path): disk for path, disk in root.disk_tokens().items()}
-        began = self._journal.get("disks")
-        before = msgspec.json.decode(began, type=dict[str, str]) if began is not None else {}
-        if disks != before:
-            self._journal.put("disks", msgspec.json.encode(disks))
-        return moved or any(disks.get(path) != disk for path, disk in before.items())
 
     def _begin_elsewhere(self, received: ReceivedCounter) -> None:
         self._journal.start_over()
@@ -437,17 +416,13 @@ class TaskRunner:
         return self.observed()
 
     def _sweep(self) -> None:
-        """Remove what a cancelled task leaves under reserved names, as far as it can be reached now."""
+        """Remove what a task that ends here leaves under reserved names, as far as it can be reached now."""
         if self._order.type == "DELETE":
             return
-        folders = {split_path(path) for path in self._journal.unfinished_destinations()}
-        for item in self._order.items or []:
-            with contextlib.suppress(ProtocolError):
-                folders.add(parse_path_untrusted(item.destination_path)[:-1])
+        # Before the root is opened: trouble with the state is to be waited for.
+        folders = unfinished_folders(self._journal, self._order.items or ())
         with contextlib.suppress(OSError, NeedsPerson), self._open_root() as root:
-            for folder in folders:
-                with contextlib.suppress(OSError), root.open_directory(folder) as handle:
-                    sweep_temporaries(handle, self._prefix)
+            sweep_folders(root, folders, self._prefix)
 
     @property
     def _prefix(self) -> bytes:

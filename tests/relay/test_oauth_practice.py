@@ -37,7 +37,7 @@ _SECRET = re.compile(r"(?:[a-z_]*_)?(?:secret|token|password|verifier|challenge|
 _HARMLESS = {
     ("agent/cli/screen.py", "state != self._last"),  # a picture of a terminal
     ("agent/storage/access_lists.py", "tag == USER"),  # the kind of an entry, from <sys/acl.h>
-    ("agent/transfer/task_runner.py", "token != known"),  # the name of a disk, in a journal beside it
+    ("agent/transfer/begun_place.py", "token != known"),  # the name of a disk, in a journal beside it
     ("agent/connect/port_control.py", "data[24:36] != nonce"),  # the router's answer to a question of this process
     ("protocol/link.py", "claims.get('nonce') != hello.nonce"),  # both sides of a signed statement, seen by its sender
 }
