@@ -26,9 +26,10 @@ class Holder(Protocol):
 
 @dataclass(slots=True, eq=False)
 class PackHeld:
-    """To the settler: small files lie whole in temporaries of these names, each of which matched its digest."""
+    """To the settler: small files lie whole in temporaries of these names, each of which matched its digest. ``holder``
+    None: nobody has them open."""
 
-    holder: Holder
+    holder: Holder | None
     r: int
     jobs: list[FileJob]
     indices: list[int]

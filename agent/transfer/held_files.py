@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from agent.storage.handed import Handed
-from agent.transfer.lane_messages import ExpectedFile, temporary_name
+from agent.transfer.lane_messages import ExpectedFile
 from protocol.lane import digest as content_digest
 from protocol.session import MAX_BLOCK
 
@@ -48,22 +48,30 @@ class HeldFiles:
         self._held: dict[tuple[int, int], _Held] = {}
         # Batches that are to be read back, the oldest first.
         self._asked: deque[_Asked] = deque()
-        self._buffer = memoryview(bytearray(MAX_BLOCK // 8))
+        # Made when the first file is read back: filling it with zeros takes half a millisecond of a task's beginning.
+        self._buffer = memoryview(bytearray())
 
     def write(
-        self, r: int, index: int, expected: ExpectedFile, folder: int, names: bytes, content: memoryview, digest: bytes
+        self,
+        place: tuple[int, int],
+        folder: int,
+        name: bytes,
+        expected: ExpectedFile,
+        content: memoryview,
+        digest: bytes | None,
     ) -> int:
-        """Write one file of request ``r`` to its temporary; the system's number of what went wrong, or 0."""
-        name = temporary_name(names, r, index)
+        """Write one file to its temporary; the number of what went wrong, or 0. ``place`` is its request and its
+        index in that; with no digest it is not held."""
         try:
             descriptor = self._handed.write_whole(folder, name, expected.mode, content, expected.mtime_ns)
-            if self._open >= self._keep:
-                held, descriptor = descriptor, -1
-                self._handed.close_file(held)
+            if digest is None or self._open >= self._keep:
+                written, descriptor = descriptor, -1
+                self._handed.close_file(written)
         except OSError as error:
             return error.errno or errno.EIO
-        self._open += descriptor >= 0
-        self._held[r, index] = _Held(folder, name, len(content), digest, descriptor)
+        if digest is not None:
+            self._open += descriptor >= 0
+            self._held[place] = _Held(folder, name, len(content), digest, descriptor)
         return 0
 
     @property
@@ -117,7 +125,7 @@ class HeldFiles:
     def _reads_back(self, held: _Held) -> bool:
         size = held.size
         if len(self._buffer) <= size:
-            self._buffer = memoryview(bytearray(size + 1))
+            self._buffer = memoryview(bytearray(max(size + 1, MAX_BLOCK // 8)))
         # One byte more than there should be, so that a file that grew is noticed.
         view = self._buffer[: size + 1]
         read = self._handed.preadv(held.descriptor, view, 0)

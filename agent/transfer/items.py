@@ -364,7 +364,7 @@ class ItemPlanner:
         handle = context.root.make_directories(parent)
         if self._run.resumed:
             self._run.sweep(handle)
-        return Group(-1 - items[0], b"", join_path(parent), handle, items)
+        return Group(-1 - items[0], b"", join_path(parent), handle, items, local=handle.disk() is not None)
 
     def _decide(self, group: Group, jobs: list[FileJob]) -> list[Decision | SharedName | TowpathError | int]:
         decisions: list[Decision | SharedName | TowpathError | int] = []

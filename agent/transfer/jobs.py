@@ -96,6 +96,8 @@ class Group:
     planned: int = 0
     settled: int = 0
     listed: bool = False
+    # Whether it is known to lie on a file system of this machine.
+    local: bool = False
     # Whether nothing was in it when it was opened.
     empty: bool = False
     # Whether folders were made in it, so that it has to be synced although no file came into it.

@@ -53,6 +53,7 @@ class RemoteArrivals:
         *,
         done: Callable[[int, int], object],
         names: bytes,
+        verify: bool,
         mode_mask: int,
         preserve_timestamp: bool,
     ) -> None:
@@ -63,6 +64,7 @@ class RemoteArrivals:
         # Told of the lane and the number of a request that has arrived whole.
         self._done = done
         self._names = names
+        self._verify = verify
         self._mode_mask = mode_mask
         self._preserve_timestamp = preserve_timestamp
         self._books = BlockBooks(settle, reports)
@@ -77,17 +79,19 @@ class RemoteArrivals:
         if isinstance(request, RangeRequest):
             number = process.file(request.file)
             return say.ExpectRange(r=request.r, lane=lane, file=number, offset=request.offset, length=request.length)
-        mask, preserve = self._mode_mask, self._preserve_timestamp
+        mask, preserve, hold = self._mode_mask, self._preserve_timestamp, self._verify
         files = []
         group: Group | None = None
         folder = 0
         for job in request.jobs:
             if job.group is not group:
                 group, folder = job.group, process.folder(job.group)
+                # To close a file of a server writes what is left of it, for which the lane would wait.
+                hold = hold or not group.local
             row = job.row
             mtime_ns = row.mtime_ns if preserve else None
             files.append(say.ExpectedFile(folder, row.size, row.mode & mask | OWNER_READS, mtime_ns))
-        return say.ExpectPack(r=request.r, lane=lane, names=self._names, files=files)
+        return say.ExpectPack(r=request.r, lane=lane, names=self._names, files=files, hold=hold)
 
     def forget_group(self, group: Group) -> None:
         """A group is done; its folder is about to be closed."""
@@ -109,14 +113,17 @@ class RemoteArrivals:
             # Nobody wants it any more, and nobody will know of it.
             holder.release([(message.r, [index for index, _ in message.done])])
             return
-        held = PackHeld(holder, message.r, [], [], [], [])
-        for index, digest in message.done:
-            request.seen.add(index)
-            request.owners[index] = request.r
-            held.jobs.append(request.jobs[index])
-            held.indices.append(index)
-            held.names.append(say.temporary_name(self._names, message.r, index))
-            held.digests.append(digest)
+        indices, jobs = [index for index, _ in message.done], request.jobs
+        held = PackHeld(
+            holder if message.held else None,
+            message.r,
+            [jobs[index] for index in indices],
+            indices,
+            say.temporary_names(self._names, message.r, indices),
+            [digest for _, digest in message.done],
+        )
+        request.seen.update(indices)
+        request.owners.update(dict.fromkeys(indices, request.r))
         for each in message.failed:
             request.seen.add(each.index)
             request.owners[each.index] = request.r

@@ -7,7 +7,7 @@ the worker opened. No content crosses the pair.
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import msgspec
@@ -81,12 +81,14 @@ class ExpectedFile(msgspec.Struct, array_like=True, frozen=True, gc=False):
 
 
 class ExpectPack(Message, tag="pack", frozen=True, kw_only=True):
-    """These files will come on a lane as request ``r``. Their temporaries are called as `temporary_name` says."""
+    """These files will come on a lane as request ``r``. Their temporaries are called as `temporary_name` says, and stay
+    open with ``hold`` until they are read back or released."""
 
     r: int
     lane: int
     names: bytes
     files: list[ExpectedFile]
+    hold: bool
 
 
 class ExpectRange(Message, tag="range", frozen=True, kw_only=True):
@@ -187,13 +189,15 @@ class NotWritten(msgspec.Struct, array_like=True, frozen=True):
 
 
 class PackWritten(Message, tag="written", frozen=True, kw_only=True):
-    """Files of a pack lie whole in their temporaries (indices and digests), or do not. ``received`` counts bytes."""
+    """Files of a pack lie whole in their temporaries (indices and digests), which are open with ``held``, or do not.
+    ``received`` counts bytes."""
 
     r: int
     lane: int
     received: int
     done: list[tuple[int, bytes]]
     failed: list[NotWritten]
+    held: bool
     last: bool
 
 
@@ -285,6 +289,12 @@ FromLanes = (
 def temporary_name(names: bytes, r: int, index: int) -> bytes:
     """The reserved name of one file of a pack; no other request and no counter gives it."""
     return b"%sr%x.%x" % (names, r, index)
+
+
+def temporary_names(names: bytes, r: int, indices: Iterable[int]) -> list[bytes]:
+    """The same of several."""
+    first = b"%sr%x." % (names, r)
+    return [b"%s%x" % (first, index) for index in indices]
 
 
 class PairClosed(Exception):

@@ -200,7 +200,7 @@ class LaneProcess:
 
     def _handle(self, message: Any, descriptors: list[int]) -> None:
         if isinstance(message, say.ExpectPack):
-            self._expect(message.lane, message.r, PackOrder(message.names, message.files))
+            self._expect(message.lane, message.r, PackOrder(message.names, message.files, message.hold))
         elif isinstance(message, say.ExpectRange):
             self._expect(message.lane, message.r, RangeOrder(message.file, message.offset, message.length))
         elif isinstance(message, say.Check):

@@ -21,10 +21,11 @@ Note = Callable[[Doing], None]
 
 @dataclass(slots=True)
 class PackOrder:
-    """Small files that will come. Their temporaries' names begin with ``names``."""
+    """Small files that will come. Their temporaries' names begin with ``names``, and they stay open with ``hold``."""
 
     names: bytes
     files: list[say.ExpectedFile]
+    hold: bool
     seen: set[int] = field(default_factory=set)
 
 
@@ -150,6 +151,7 @@ class PackWriting:
             received=len(self._content),
             done=self._done,
             failed=self._failed,
+            held=self._order.hold,
             last=self._whole and self._header.last,
         )
 
@@ -172,7 +174,9 @@ class PackWriting:
             return packed.size
         self._note(Doing.STORAGE)
         folder = self._writing.folders.get(expected.folder, -1)
-        number = self._writing.held.write(header.r, index, expected, folder, order.names, content, packed.digest)
+        name = say.temporary_name(order.names, header.r, index)
+        held, digest = self._writing.held, packed.digest if order.hold else None
+        number = held.write((header.r, index), folder, name, expected, content, digest)
         if number:
             self._failed.append(say.NotWritten(index, number))
         else:

@@ -119,6 +119,7 @@ class DirectoryPlanner:
                 # What an earlier run found missing may be at the source by now, and this listing not come to its end.
                 self._journal.put_extras(join_path(handle.path), ())
             self.folds = handle.folds(self._prefix)
+            self.group.local = handle.disk() is not None
             self._fresh = self.group.empty and not self._finished
         except BaseException:
             handle.close()

@@ -135,6 +135,7 @@ class TransferRun:
             self,
             done=self._on_request_done,
             names=self._temporary_names,
+            verify=self.options.verify_checksum,
             mode_mask=self.context.mode_mask,
             preserve_timestamp=self.options.preserve_timestamp,
         )

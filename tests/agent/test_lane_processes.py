@@ -22,6 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.storage.faulty import Call, Plan, fail_nth
+from agent.storage.posix import PosixDirectory
 from agent.system.file_lock import try_lock
 from agent.transfer import end_game, lane_count, lane_process, lanes
 from agent.transfer import lane_messages as say
@@ -90,6 +91,44 @@ async def test_the_settler_hears_that_everything_has_come(quick_path: Path, monk
     assert (await engine.run()).state == "SUCCEEDED"
     assert AllArrived in told[told.index(PackHeld) :]
     assert PackHeld not in told[told.index(AllArrived) :]
+
+
+@pytest.mark.parametrize(("verify", "local", "held"), [(True, True, True), (False, True, False), (False, False, True)])
+async def test_only_what_is_looked_at_again_stays_open(
+    quick_path: Path, monkeypatch: pytest.MonkeyPatch, verify: bool, local: bool, held: bool
+) -> None:
+    """Or what a server would have to write before it can be closed."""
+    if not local:
+        monkeypatch.setattr(PosixDirectory, "disk", lambda _folder: None)
+    engine = Engine(quick_path, TaskOptions(verify_checksum=verify), processes=1)
+    tree(engine.source, [f"a/{name}" for name in range(40)])
+    assert (await engine.run()).state == "SUCCEEDED"
+    _same(engine)
+    steps = [call.operation for call in engine.calls if call.operation in ("create_temporary", "close_file")]
+    assert steps.count("create_temporary") == 40
+    one_by_one = ["create_temporary", "close_file"] * 40
+    assert steps[:80] == (["create_temporary"] * 40 + ["close_file"] * 40 if held else one_by_one)
+
+
+async def test_what_cannot_be_closed_after_writing_is_written_again(quick_path: Path) -> None:
+    """A disk may say then that it did not take what was written."""
+    failed = 0
+
+    def plan(call: Call) -> int | None:
+        nonlocal failed
+        if threading.current_thread().name == LANE_PROCESS and call.operation == "close_file" and not failed:
+            failed += 1
+            return errno.EIO
+        return None
+
+    engine = Engine(quick_path, TaskOptions(verify_checksum=False), plan=plan, processes=1)
+    tree(engine.source, [f"a/{name}" for name in range(40)])
+    observed = await engine.run()
+    assert observed.state == "SUCCEEDED", observed
+    assert failed == 1
+    assert observed.counters.faults == 1
+    assert sum(call.operation == "create_temporary" for call in engine.calls) == 41
+    _same(engine)
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EACCES], ids=errno.errorcode.get)
@@ -177,12 +216,21 @@ def _dies(operation: str, nth: int) -> Plan:
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize(
     ("operation", "nth"),
-    [("create_temporary", 1), ("create_temporary", 50), ("pwrite", 10), ("pwrite", 90), ("preadv", 3)],
+    [
+        ("create_temporary", 1),
+        ("create_temporary", 50),
+        ("pwrite", 10),
+        ("pwrite", 90),
+        ("preadv", 3),
+        ("close_file", 60),
+    ],
 )
 async def test_the_death_of_a_process_costs_what_it_had_not_told(
     quick_path: Path, processes: int, operation: str, nth: int
 ) -> None:
-    engine = Engine(quick_path, plan=_dies(operation, nth), processes=processes, lanes_wanted=2)
+    # What is not read back is closed when it is written.
+    options = TaskOptions(verify_checksum=operation != "close_file")
+    engine = Engine(quick_path, options, plan=_dies(operation, nth), processes=processes, lanes_wanted=2)
     _fill(engine)
     observed = await engine.run()
     assert observed.state == "SUCCEEDED", observed
