@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import socket
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
@@ -233,7 +234,15 @@ class Channel:
 
         Raises `ChannelClosed`. A cancelled send closes the channel: half a message is no message.
         """
-        data = memoryview(framed(message))
+        await self._send(framed(message), descriptors)
+
+    async def send_together(self, messages: Iterable[Message], descriptors: tuple[int, ...]) -> None:
+        """As `send`, several in their order with one call of the system; all their descriptors, in this order, are no
+        more than `MOST_DESCRIPTORS`."""
+        await self._send(b"".join(map(framed, messages)), descriptors)
+
+    async def _send(self, together: bytes, descriptors: tuple[int, ...]) -> None:
+        data = memoryview(together)
         async with self._sending:
             try:
                 with trio.CancelScope(shield=True) as scope:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import itertools
 import os
 import queue
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import trio
@@ -93,10 +93,10 @@ class RemoteArrivals:
             files.append(say.ExpectedFile(folder, row.size, row.mode & mask | OWNER_READS, mtime_ns))
         return say.ExpectPack(r=request.r, lane=lane, names=self._names, files=files, hold=hold)
 
-    def forget_group(self, group: Group) -> None:
-        """A group is done; its folder is about to be closed."""
+    def forget_groups(self, groups: Sequence[Group]) -> None:
+        """Groups are done; their folders are about to be closed."""
         for process in self._processes.alive:
-            process.forget_group(group)
+            process.forget_groups(groups)
 
     def forget_file(self, file: LargeFile) -> None:
         """No range of a file is under way."""

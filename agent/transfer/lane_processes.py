@@ -13,7 +13,7 @@ import itertools
 import logging
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -29,7 +29,7 @@ from agent.transfer.channel import Channel, ChannelClosed
 from agent.transfer.jobs import Group, LargeFile, Request
 from agent.transfer.lane_process import LaneProcess
 from agent.transfer.lane_watch import TellStandstill, stays, until_lost
-from agent.transfer.message_buffer import Message
+from agent.transfer.message_buffer import MOST_DESCRIPTORS, Message
 from agent.transfer.remote_meter import RemoteMeter
 from agent.transfer.spawn import FORKS, Forked, fork_into
 from protocol.errors import ProtocolError, RetryLater, TowpathError, error_from_document_untrusted
@@ -43,6 +43,8 @@ GONE_WITHIN = 5.0
 # How long the source may take to greet a new lane.
 GREETED_WITHIN = 40.0
 _QUEUED = 100_000
+# Messages that are sent with one call.
+_TOGETHER = 64
 
 _logger = logging.getLogger("towpath.worker")
 
@@ -261,8 +263,17 @@ class OneProcess:
 
     async def _write(self) -> None:
         async for message, descriptors in self._queue:
+            messages = [message]
             try:
-                await self._channel.send(message, descriptors)
+                # Each call, and each time the process is woken, costs as much as receiving several files.
+                while len(messages) < _TOGETHER and len(descriptors) < MOST_DESCRIPTORS:
+                    try:
+                        message, more = self._queue.receive_nowait()
+                    except (trio.WouldBlock, trio.EndOfChannel):
+                        break
+                    messages.append(message)
+                    descriptors += more
+                await self._channel.send_together(messages, descriptors)
             finally:
                 for each in descriptors:
                     os.close(each)
@@ -339,11 +350,11 @@ class OneProcess:
             self._files[file] = number
         return number
 
-    def forget_group(self, group: Group) -> None:
-        """The group is done."""
-        number = self._folders.pop(group, None)
-        if number is not None:
-            self.post(say.Forget(folders=[number]))
+    def forget_groups(self, groups: Iterable[Group]) -> None:
+        """The groups are done."""
+        numbers = [number for group in groups if (number := self._folders.pop(group, None)) is not None]
+        if numbers:
+            self.post(say.Forget(folders=numbers))
 
     def forget_file(self, file: LargeFile) -> None:
         """Nothing of the file is under way."""

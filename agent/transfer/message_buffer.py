@@ -16,7 +16,7 @@ import msgspec
 
 # What one read asks for, in bytes; descriptors come beside them.
 CHUNK = 256 * 1024
-_MAX_DESCRIPTORS = 16
+MOST_DESCRIPTORS = 16
 
 _encoder = msgspec.msgpack.Encoder()
 
@@ -33,7 +33,7 @@ class Garbled(Exception):
 
 def room() -> int:
     """How much ``recvmsg`` is to keep free for descriptors. Windows knows none of this, and imports the module."""
-    return socket.CMSG_SPACE(_MAX_DESCRIPTORS * array.array("i").itemsize)
+    return socket.CMSG_SPACE(MOST_DESCRIPTORS * array.array("i").itemsize)
 
 
 def framed(message: Message) -> bytes:

@@ -492,10 +492,10 @@ class TransferRun:
         self.large.idle(file)
 
     def _on_groups_done(self, groups: list[Group]) -> None:
+        if self._arrivals is not None:
+            self._arrivals.forget_groups(groups)
         for group in groups:
             self._groups.pop(group, None)
-            if self._arrivals is not None:
-                self._arrivals.forget_group(group)
             group.handle.close()
             self._slots.release()
         self._look_whether_done()

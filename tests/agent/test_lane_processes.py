@@ -21,6 +21,7 @@ import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agent.limits.pace import Pace
 from agent.storage.faulty import Call, Plan, fail_nth
 from agent.storage.posix import PosixDirectory
 from agent.system.file_lock import try_lock
@@ -30,7 +31,7 @@ from agent.transfer.channel import Channel
 from agent.transfer.held import PackHeld
 from agent.transfer.jobs import AllArrived
 from agent.transfer.lane_process import LaneProcess
-from agent.transfer.lane_processes import LaneProcesses, OneProcess, RemoteLane
+from agent.transfer.lane_processes import Child, LaneProcesses, OneProcess, RemoteLane
 from agent.transfer.message_buffer import Garbled, MessageBuffer, attached
 from agent.transfer.settle import Settler
 from protocol.control import TaskItem, TaskOptions
@@ -377,6 +378,43 @@ def test_of_descriptors_that_were_cut_off_the_whole_ones_are_there() -> None:
     whole = array.array("i", [3, 4]).tobytes()
     assert attached([(socket.SOL_SOCKET, socket.SCM_RIGHTS, whole + b"\1\0")]) == [3, 4]
     assert attached([(socket.SOL_SOCKET, socket.SCM_RIGHTS + 1, whole), (1234, socket.SCM_RIGHTS, whole)]) == []
+
+
+class _Nobody(Child):
+    """No process at the other end of the pair, but this test."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        super().__init__(0, sock)
+        self.returncode = 0
+
+
+async def test_what_is_said_at_once_is_sent_at_once(tmp_path: Path, nursery: trio.Nursery) -> None:
+    """With the descriptors, each for its own message."""
+    ours, theirs = socket.socketpair()
+    process = OneProcess(_Nobody(ours), Pace(None))
+    folders = {}
+    for number in range(40):
+        (tmp_path / str(number)).mkdir()
+        folder = os.open(tmp_path / str(number), os.O_RDONLY)
+        folders[number] = os.fstat(folder).st_ino
+        process.post(say.GivenFolder(folder=number), folder)
+        os.close(folder)
+        process.post(say.Forget(folders=[number]))
+    nursery.start_soon(process.run)
+    end, found, reads = say.PairEnd(theirs), [], 0
+    while len(found) < 80:
+        await trio.lowlevel.wait_readable(theirs)
+        found += list(end.receive())
+        reads += 1
+    for number, (handed, forgotten) in enumerate(zip(found[::2], found[1::2], strict=True)):
+        assert handed[0] == say.GivenFolder(folder=number, descriptors=1)
+        assert forgotten == (say.Forget(folders=[number]), [])
+        (descriptor,) = handed[1]
+        assert os.fstat(descriptor).st_ino == folders[number]
+        os.close(descriptor)
+    # As many descriptors at once as a message may bring.
+    assert reads <= 4
+    end.close()
 
 
 @given(st.binary(max_size=200))
