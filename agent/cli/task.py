@@ -164,6 +164,8 @@ def _task_rows(document: Mapping[str, Any]) -> list[tuple[str, object]]:
         rows += flow_rows(flow)
     rows.append(("Rate", f"{human_bytes(int(document.get('effective_bytes_per_second') or 0))}/s"))
     rows.append(("Sent again", human_bytes(int(beside(document).get("bytes_sent_again") or 0))))
+    if document.get("delete_destination_extra"):
+        rows.append(("Deleted at the destination", beside(document).get("deleted")))
     kept = beside(document).get("hard_links_kept")
     if kept:
         rows.append(("Names that are hard links", kept))

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from agent.cli.output import Output, person, sentence
-from agent.cli.progress import Display, RateMeter, progress_of
+from agent.cli.progress import Display, RateMeter, beside, progress_of
 from agent.cli.screen import display_for
 from agent.exit_codes import ExitCode, final_exit_code, needs_attention, who_can_mend
 
@@ -115,10 +115,11 @@ def outcome_sentence(task_id: str, waited: Waited) -> str:
     details = str(task.get("nice_status_details") or task.get("nice_status_short_description") or "")
     match waited.code:
         case ExitCode.DONE:
-            return f"Task {task_id} is done."
+            return f"Task {task_id} is done{_deleted(task)}."
         case ExitCode.PARTIAL:
             count = task.get("subtasks_skipped_errors")
-            return f"Task {task_id} is done, but {'1 item was' if count == 1 else f'{count} items were'} left out."
+            left_out = "1 item was" if count == 1 else f"{count} items were"
+            return f"Task {task_id} is done{_deleted(task)}, but {left_out} left out."
         case ExitCode.CANCELED:
             return f"Task {task_id} was cancelled."
         case ExitCode.TIMED_OUT:
@@ -131,6 +132,12 @@ def outcome_sentence(task_id: str, waited: Waited) -> str:
             error = task.get("fatal_error")
             reason = error.get("description") if isinstance(error, Mapping) else details
             return f"Task {task_id} failed: {sentence(str(reason or 'no reason was given'))}"
+
+
+def _deleted(task: Mapping[str, Any]) -> str:
+    """What a mirror has deleted, which nothing else of its numbers tells."""
+    count = beside(task).get("deleted") if task.get("delete_destination_extra") else None
+    return "" if count is None else f", {count} deleted at the destination"
 
 
 def troubles(relay: Relay, task_id: str) -> list[str]:

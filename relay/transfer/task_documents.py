@@ -236,6 +236,8 @@ def _ours(task: Task, now: float, holding: Holdup) -> dict[str, Any]:
         "elapsed": round(_elapsed(task, now), 6),
         "bytes_total": counters.bytes_total,
         "bytes_sent_again": counters.bytes_sent_again,
+        # Files and folders: of a delete, or what a mirror found only at its destination.
+        "deleted": counters.deleted,
         "preserve_hard_links": options.preserve_hard_links,
         "hard_links": counters.hard_links,
         "hard_links_kept": counters.hard_links_kept,

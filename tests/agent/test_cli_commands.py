@@ -277,6 +277,20 @@ def test_the_exit_code_tells_how_the_task_ended(
         assert (found, json.loads(out)["status"]) == (code, answer["status"])
 
 
+def test_a_mirror_tells_how_much_it_has_deleted(towpath: Run, relay: FakeRelay) -> None:
+    relay.task_answers = [task_document("SUCCEEDED", delete_destination_extra=True, towpath={"deleted": 3})]
+    assert f"Task {TASK} is done, 3 deleted at the destination." in towpath("task", "wait", TASK)[1]
+    assert ["Deleted", "at", "the", "destination:", "3"] in [
+        line.split() for line in towpath("task", "show", TASK)[1].splitlines()
+    ]
+    # A relay of before, and a transfer that deletes nothing.
+    relay.task_answers = [task_document("SUCCEEDED", delete_destination_extra=True)]
+    assert f"Task {TASK} is done." in towpath("task", "wait", TASK)[1]
+    relay.task_answers = [task_document("SUCCEEDED", towpath={"deleted": 0})]
+    assert f"Task {TASK} is done." in towpath("task", "wait", TASK)[1]
+    assert "Deleted" not in towpath("task", "show", TASK)[1]
+
+
 def test_waiting_stops_in_time_with_exit_code_6(towpath: Run, relay: FakeRelay) -> None:
     relay.task_answers = [task_document()]
     code, out, _ = towpath("task", "wait", "--timeout", "0", TASK)

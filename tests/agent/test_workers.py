@@ -210,7 +210,7 @@ async def test_a_spare_worker_keeps_no_lane_processes() -> None:
         waiting = psutil.Process(first.pid)
         with trio.fail_after(20):
             # Until it has loaded everything, rehearsed, and computes nothing any more.
-            while (before := sum(waiting.cpu_times()[:2])) < 0.2 or not await _rests(waiting, before):
+            while (before := sum(waiting.cpu_times()[:2])) < 0.1 or not await _rests(waiting, before):
                 await trio.sleep(0.02)
         assert not waiting.children()
         nursery.cancel_scope.cancel()

@@ -372,13 +372,14 @@ async def test_progress_is_shown_and_written_about_once_a_second(clock: MockCloc
     assert isinstance(store, CountingStore)
     before = store.written
     for number in range(1000):
-        counters = Counters(files=1000, files_transferred=number)
+        counters = Counters(files=1000, files_transferred=number, deleted=3)
         scene.destination.observe(task_id, "ACTIVE", durable=False, counters=counters, rate=12.5, current="x")
         await trio.sleep(0.005)
     await trio.sleep(MOMENT)
     assert 3 <= store.written - before <= 8
     shown = await scene.show(task_id)
     assert (shown["files_transferred"], shown["towpath"]["rate"], shown["towpath"]["current"]) == (999, 12.5, "x")
+    assert shown["towpath"]["deleted"] == 3
 
 
 async def test_a_closed_task_is_forgotten_by_the_agent_after_its_retention(clock: MockClock, scene: Scene) -> None:
