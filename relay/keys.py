@@ -194,6 +194,8 @@ def move_root(directory: Path, target: Path) -> None:
     Raises `KeysUnusable` when it is not here or ``target`` exists, and OSError.
     """
     root = directory / "root.pem"
+    if not root.exists() and (directory / "root-public.pem").exists():
+        raise KeysUnusable("The root key is not on this machine any more; it was moved before.", who="relay operator")
     data = _read(root)
     if target.exists():
         raise KeysUnusable(f"{target} exists already; choose another name.", who="you")

@@ -86,7 +86,7 @@ def check_agent(examination: Examination) -> Iterator[Finding]:
         yield Finding(
             level="failure",
             sentence=f"It is not linked to {link['relay_url']}: {link['last_error'] or 'it is still connecting'}",
-            advice="Do what it says; if it says nothing to do, see the network checks below.",
+            advice="Where this does not say what to do, the network checks below do.",
         )
 
 

@@ -203,3 +203,10 @@ def test_a_collection_of_a_name_that_its_owner_has_is_pointed_out_and_taken_back
     assert "is removed" in operator.run("collection", "remove", second)
     assert "no collection" in operator.run("collection", "remove", second, code=1)
     assert [row["collection_id"] for row in operator.document("collection", "list", "--user", "ada")] == [first]
+
+
+def test_a_root_key_that_was_moved_is_asked_for(operator: Operator, tmp_path: Path) -> None:
+    operator.run("root", "move", str(tmp_path / "root.pem"))
+    assert "with --root FILE" in operator.run("root", "certify", code=1)
+    assert "moved before" in operator.run("root", "move", str(tmp_path / "again.pem"), code=1)
+    assert "is certified" in operator.run("root", "certify", "--root", str(tmp_path / "root.pem"))
