@@ -67,7 +67,8 @@ def root_certify(context: click.Context, file: Path | None) -> None:
     settings = settings_of(context)
     directory = settings.directory_path / "keys"
     if file is None and not (directory / "root.pem").exists():
-        raise click.UsageError("The root key is not on this machine; name the file it was moved to with --root FILE.")
+        sentence = "The root key is not on this machine; name the file it was moved to with --root FILE."
+        raise keys.KeysUnusable(sentence, who="relay operator")
     try:
         root_key = RelayRoot.load(file or directory / "root.pem")
     except ValueError as error:
