@@ -69,6 +69,18 @@ COMMANDS: dict[str, Entry] = {
     "completion": Entry("agent.cli.completion:completion", "Print the completion script of a shell.", MACHINE),
 }
 
+# What things are called elsewhere.
+OTHER_WORDS = {
+    "cp": "transfer",
+    "copy": "transfer",
+    "sync": "transfer --sync-level",
+    "mirror": "transfer --delete",
+    "mv": "rename",
+    "cancel": "task cancel",
+    "wait": "task wait",
+    "search": "endpoint search",
+}
+
 
 class LazyGroup(click.Group):
     """A click group whose members come from `COMMANDS` and are imported on use."""
@@ -87,6 +99,21 @@ class LazyGroup(click.Group):
         if not isinstance(command, click.Command):
             raise TypeError(f"{entry.target} is not a command.")
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command that is called. Raises `click.UsageError`, with what was perhaps meant."""
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            from difflib import get_close_matches
+
+            meant = [OTHER_WORDS[args[0]]] if args[0] in OTHER_WORDS else get_close_matches(args[0], COMMANDS)
+            if not meant:
+                raise
+            found = " or ".join(f"`towpath {name}`" for name in meant)
+            raise click.UsageError(f"No such command {args[0]!r}; did you mean {found}?", ctx) from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the help of the subcommands from the table, without importing any."""

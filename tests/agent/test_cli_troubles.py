@@ -178,6 +178,23 @@ def test_who_can_mend_something_is_named_as_people_do(who: str, said: str) -> No
     assert person(who) == said
 
 
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [
+        ("lst", "did you mean `towpath ls`?"),
+        ("transfr", "did you mean `towpath transfer`?"),
+        ("log", "`towpath logs`"),
+        ("cp", "did you mean `towpath transfer`?"),
+        ("cancel", "did you mean `towpath task cancel`?"),
+        ("zzz", "No such command 'zzz'."),
+    ],
+)
+def test_a_command_that_there_is_not_is_answered_with_what_was_meant(towpath: Run, word: str, meant: str) -> None:
+    code, _, said = towpath(word, "x")
+    assert code == 2
+    assert meant in said
+
+
 def test_what_an_agent_refuses_has_one_code(towpath: Run, relay: FakeRelay) -> None:
     message = "/x does not exist (endpoint “alpha”, NOT_FOUND)"
     relay.refusals[LISTING] = Refusal(404, "ClientError.NotFound", message)
