@@ -477,6 +477,10 @@ def test_clicks_reach_the_agent(tmp_path: Path, screen: str, monkeypatch: pytest
     agent.document["tasks"] = [task(task_id="newest", state="FAILED")]
     tray.do(Entry("x", "seen", "newest"))
     assert Tray(tmp_path / "agent.yaml")._seen == {"newest"}, "what the agent has forgotten is not kept"
+    with monkeypatch.context() as patch:
+        patch.setattr(tray, "_status", lambda: None)
+        tray.do(Entry("x", "seen", "other"))
+    assert Tray(tmp_path / "agent.yaml")._seen == {"newest", "other"}, "an agent that is away has forgotten nothing"
     (state_dir / "tray-seen.json").write_text("{")
     assert not Tray(tmp_path / "agent.yaml")._seen
     agent.server.shutdown()

@@ -8,6 +8,7 @@ import json
 import ssl
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -99,6 +100,17 @@ def run(config_file: Path, *arguments: str) -> tuple[int, dict[str, list[dict[st
     )
     document = json.loads(result.stdout)
     return result.return_value, {entry["name"]: entry["findings"] for entry in document["checks"]}
+
+
+def terminal(_examination: Examination) -> Iterator[Finding]:
+    yield Finding("warning", "Named \x1b[2J by a peer.", "Look at \x1b]0;x.")
+
+
+def test_what_is_found_acts_on_no_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agent.doctor.registry.CHECKS", [Entry("x", "Title", f"{__name__}:terminal")])
+    result = CliRunner().invoke(cli, ["doctor", "--config", str(tmp_path / "agent.yaml")], standalone_mode=False)
+    said = result.stdout.splitlines()
+    assert said == ["Title", "  WARNING Named ␛1B[2J by a peer.", "          → Look at ␛1B]0;x."]
 
 
 MINE = ("configuration", "agent", "state", "collections")

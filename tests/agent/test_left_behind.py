@@ -6,6 +6,7 @@ import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ from agent.transfer import journal as journals
 from agent.transfer.journal import Journal
 from agent.transfer.left_behind import sweep_temporaries
 from protocol.control import TaskItem
-from tests.agent.engine_inside import WHOLE, Crashed, Engine, contents, quick_path
+from tests.agent.engine_inside import WHOLE, Crashed, Engine, Line, contents, quick_path
 
 __all__ = ["quick_path"]
 
@@ -150,6 +151,24 @@ async def _half_arrived(base: Path, items: list[TaskItem] = WHOLE) -> Engine:
     with pytest.raises(Crashed):
         await engine.run()
     return engine
+
+
+@pytest.mark.parametrize("items", [IN_FOLDER, SINGLE], ids=["folder", "item"])
+async def test_a_task_that_is_cancelled_between_its_runs_leaves_nothing(
+    quick_path: Path, monkeypatch: pytest.MonkeyPatch, items: list[TaskItem]
+) -> None:
+    engine = await _half_arrived(quick_path, items)
+    assert engine.temporaries()
+    begin = Line.__init__
+
+    def cancelled(line: Line, *arguments: Any) -> None:
+        begin(line, *arguments)
+        line.desired = "cancel"
+
+    monkeypatch.setattr(Line, "__init__", cancelled)
+    after = engine.revived()
+    assert (await after.run()).state == "CANCELED"
+    assert after.temporaries() == []
 
 
 async def test_a_passing_fault_does_not_cost_what_has_arrived(quick_path: Path) -> None:

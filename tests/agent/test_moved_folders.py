@@ -267,21 +267,22 @@ def test_what_was_settled_in_folders_that_left_their_places_counts_no_more_and_a
     root, journal = open_root(str(quick_path / "root")), Journal(quick_path / "journal")
     manifests = ManifestWriter(quick_path / "transferred", 0), ManifestWriter(quick_path / "skipped", 0)
     record = Record(journal, manifests, verify=False, now=lambda: "", probe=lambda: b".towpath.probe")
-    names = [b"one", b"two", b"stays"]
+    names = [b"one", b"two", b"stays", b"not done"]
     journal.add_directories((0, name, name, 0, []) for name in names)
     groups = [
-        Group(number, name, name, root.make_directories((name,)), [], planned=1) for number, name in enumerate(names, 1)
+        Group(number, name, name, root.make_directories((name,)), [], planned=2 if name == b"not done" else 1)
+        for number, name in enumerate(names, 1)
     ]
     jobs = [FileJob(group, 0, Row(b"file", FILE, 1000, 0, 0, 1, 1, 0o644), b"file", b"file", False) for group in groups]
     for name in ("one", "two"):
         (quick_path / "root" / name).rename(quick_path / "root" / f"{name}-elsewhere")
     with pytest.raises(FolderMoved, match=r"^/one/ was renamed") as moved:
         record.settled([(job, None) for job in jobs], [], [], [], groups)
-    assert [group.folded for group in groups] == [False, False, True]
+    assert [group.folded for group in groups] == [False, False, True, False]
     assert journal.moved() == [b"one", b"two"]
-    assert record.settled_bytes == int(journal.get("settled") or b"") == 3000
+    assert record.settled_bytes == int(journal.get("settled") or b"") == 4000
     record.forget_below(moved.value.folders, groups)
-    assert record.settled_bytes == int(journal.get("settled") or b"") == 1000
+    assert record.settled_bytes == int(journal.get("settled") or b"") == 2000
     for group in groups:
         group.handle.close()
     for manifest in manifests:

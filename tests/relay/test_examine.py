@@ -57,6 +57,13 @@ def test_the_command(relay_directory: Path) -> None:
     assert "line 1: there is no key nonsense" in operator.run_anyhow("doctor")
 
 
+def test_what_is_found_acts_on_no_terminal(relay_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = Finding("warning", "Named \x1b[2J by a peer.", "Look at \x1b]0;x.")
+    monkeypatch.setattr(examine, "examine", lambda *_: iter([("Title \x1b[1m", [found])]))
+    said = Operator(relay_directory).run("doctor")
+    assert said.splitlines() == ["Title ␛1B[1m", "  WARNING Named ␛1B[2J by a peer.", "          → Look at ␛1B]0;x."]
+
+
 def test_the_process_ends_with_what_the_command_found(relay_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "umask", lambda _mask: 0)
     for words, code in ((["doctor"], 1), (["config", "check"], 0), (["--version"], 0), (["doctor", "--nonsense"], 2)):
