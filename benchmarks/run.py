@@ -326,9 +326,10 @@ async def memory(place: Place, files: int, *, flat: bool) -> list[Measure]:
                 state = [path for path in (place.directory / "agents").rglob("*") if path.is_file()]
                 manifest = sum(path.stat().st_size for path in state if path.suffix == ".manifest")
                 total = sum(path.stat().st_size for path in state)
-                used = used_memory() / MIB
-                print(f"{done} files: {used:.0f} MiB, state {total / MIB:.1f} MiB", flush=True)
-                found.append(Measure(f"memory of all processes of both ends at {done} files", used, "MiB"))
+                both, larger = used_memory() / MIB, larger_end() / MIB
+                print(f"{done} files: {both:.0f} MiB, state {total / MIB:.1f} MiB", flush=True)
+                found.append(Measure(f"memory of all processes of both ends at {done} files", both, "MiB"))
+                found.append(Measure(f"memory of the larger end at {done} files", larger, "MiB", 250))
                 if done:
                     beside = (total - manifest) / done
                     found.append(Measure(f"state beside the manifest at {done} files", beside, "bytes a file", 120))
@@ -356,9 +357,21 @@ def make_empty(place: Place, files: int, in_one: int) -> str:
 
 
 def used_memory() -> int:
-    """Bytes of this process and all below it. What forked processes share counts once, where the system can tell."""
-    own, used = psutil.Process(), 0
-    for process in [own, *own.children(recursive=True)]:
+    """Bytes of this process and all below it, as `_memory` counts them."""
+    own = psutil.Process()
+    return _memory([own, *own.children(recursive=True)])
+
+
+def larger_end() -> int:
+    """Bytes of this process, in which both daemons run, and of the processes of one end: the end with more."""
+    own = psutil.Process()
+    return _memory([own]) + max((_memory([each, *each.children(recursive=True)]) for each in own.children()), default=0)
+
+
+def _memory(processes: list[psutil.Process]) -> int:
+    """What forked processes share counts once, where the system can tell."""
+    used = 0
+    for process in processes:
         # It may have ended meanwhile.
         with contextlib.suppress(psutil.NoSuchProcess):
             memory = process.memory_full_info()
