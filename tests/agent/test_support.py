@@ -214,4 +214,4 @@ def test_status_says_who_can_mend_what_and_that_others_read_from_here(capsys: py
     lines = capsys.readouterr().out.splitlines()
     assert "  2 transfers to other machines read from here." in lines
     at = lines.index("  task 00000000-0000-4000-8000-0000000000b1: WAITING, 3 of 10 file(s), 3.00 MiB")
-    assert lines[at + 1] == "    The disk is full. (source owner)"
+    assert lines[at + 1] == "    The disk is full. (up to the source's owner)"
