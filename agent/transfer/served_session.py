@@ -178,11 +178,15 @@ class ServedSessions:
         """End a worker that stands still: what it read is read again by the next one. The destination notices that
         nothing answers, and comes again."""
 
-        async def tell(error: TowpathError) -> None:
-            logger.warning("Session %s: %s", session_id, error.sentence)
+        said = ""
 
-        error = await until_lost(channel, tell)
-        await tell(error)
+        async def tell(error: TowpathError) -> None:
+            nonlocal said
+            if error.sentence != said:
+                said = error.sentence
+                logger.warning("Session %s: %s", session_id, said)
+
+        await tell(await until_lost(channel, tell))
         self.cut(session_id)
 
     def check_room(self, session_id: str, collection_id: str) -> None:

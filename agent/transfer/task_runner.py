@@ -358,7 +358,8 @@ class TaskRunner:
         self._fault(fault(NoThread(), "destination", b""))
 
     def _stands_still(self, noticed: str, error: TowpathError | None) -> None:
-        if error is None:
+        if error is None or self._state != "ACTIVE":
+            # What ends has no more to say.
             self._standstills.pop(noticed, None)
             return
         if error.sentence not in {each.sentence for each in self._standstills.values()}:

@@ -1,0 +1,291 @@
+"""Tasks whose processes stand still, or whose storage does not answer: they say so, and lose nothing."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import psutil
+import pytest
+import trio
+import trio.testing
+
+from agent.storage.faulty import Call, Plan
+from agent.system.signs_of_life import Posture, Signs, signs_of
+from agent.transfer import lane_processes, lane_watch, standstill, storage_probe, storage_watch, worker_watch
+from agent.transfer.standstill import HANGS_FOR, STOPPED_FOR
+from protocol.control import TaskItem, TaskObserved
+from tests.agent import engine_world
+from tests.agent.engine_inside import Engine, Line, contents, quick_path, tree
+from tests.agent.lane_player import LANE_PROCESS, LaneProcessDied
+from tests.agent.standing_scene import STILL
+
+__all__ = ["quick_path"]
+
+# --- in the engine ---------------------------------------------------------------------------------------------
+
+
+class _Stops:
+    """A lane process stands still before one of its calls, as long as nobody ends it; ``clings`` says that even then it
+    stays until `let_go`."""
+
+    def __init__(self, operation: str, nth: int, *, clings: bool = False) -> None:
+        self.operation, self.left, self.clings = operation, nth, clings
+        self.standing = threading.Event()
+        self.killed = threading.Event()
+        self.let_go = threading.Event()
+
+    @property
+    def plan(self) -> Plan:
+        def plan(call: Call) -> int | None:
+            if threading.current_thread().name == LANE_PROCESS and call.operation == self.operation:
+                self.left -= 1
+                if not self.left:
+                    self.standing.set()
+                    assert self.killed.wait(20)
+                    if self.clings:
+                        assert self.let_go.wait(20)
+                        # What it was doing is done before it is gone.
+                        return None
+                    raise LaneProcessDied
+            return None
+
+        return plan
+
+    def watch(self, line: Line, _observed: TaskObserved) -> None:
+        """What the system tells of it."""
+        for player in line.players:
+            player.on_kill = self.killed.set
+            player.seen = Signs(Posture.STOPPED, STILL) if self.standing.is_set() else None
+
+
+@pytest.fixture
+def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    for where in (standstill, lane_watch):
+        monkeypatch.setattr(where, "LOOK_EVERY", 0.02)
+    monkeypatch.setattr(standstill, "STOPPED_FOR", 0.05)
+    monkeypatch.setattr(lane_processes, "GONE_WITHIN", 0.05)
+    monkeypatch.setattr("agent.transfer.progress.EVERY", 0.01)
+
+
+def _fill(engine: Engine) -> None:
+    tree(engine.source, [f"{folder}/{name}" for folder in "ab" for name in range(40)])
+    (engine.source / "large").write_bytes(os.urandom(20 * 1024 * 1024 + 5))
+
+
+@pytest.mark.usefixtures("_soon")
+@pytest.mark.parametrize(("operation", "nth"), [("create_temporary", 50), ("pwrite", 90), ("preadv", 3)])
+async def test_what_a_stopped_process_had_is_fetched_by_others(quick_path: Path, operation: str, nth: int) -> None:
+    stops = _Stops(operation, nth)
+    engine = Engine(quick_path, plan=stops.plan, processes=1, on_report=stops.watch)
+    _fill(engine)
+    observed = await engine.run()
+    assert observed.state == "SUCCEEDED", observed
+    assert stops.killed.is_set()
+    assert contents(engine.destination) == contents(engine.source)
+    assert not engine.temporaries()
+    assert engine.codes().count("PROCESS_STOPPED") == 1
+    assert {report.status_code for report in engine.reports} <= {"OK", "PROCESS_STOPPED"}
+    assert engine.sessions == 1
+
+
+@pytest.mark.usefixtures("_soon")
+@pytest.mark.parametrize("cancelled", [False, True])
+async def test_nothing_is_taken_over_from_a_process_that_may_still_write(quick_path: Path, cancelled: bool) -> None:
+    """It was ended, and hangs in a call that cannot be broken off."""
+    stops = _Stops("create_temporary", 50, clings=True)
+    told = 0
+    settled: set[int] = set()
+
+    def look(line: Line, observed: TaskObserved) -> None:
+        nonlocal told
+        stops.watch(line, observed)
+        if observed.status_code == "PROCESS_HANGS":
+            assert observed.state == "WAITING"
+            told += 1
+            settled.add(engine.opened)
+            if cancelled and told == 1:
+                line.want("cancel")
+            if told == 10:
+                stops.let_go.set()
+
+    engine = Engine(quick_path, plan=stops.plan, processes=1, on_report=look)
+    _fill(engine)
+    observed = await engine.run()
+    assert told >= 10
+    # No other lane was opened meanwhile, and the run did not end either.
+    assert settled == {1}
+    assert "PROCESS_HANGS" in engine.codes()
+    assert not engine.temporaries()
+    if cancelled:
+        assert observed.state == "CANCELED"
+    else:
+        assert observed.state == "SUCCEEDED", observed
+        assert contents(engine.destination) == contents(engine.source)
+
+
+@pytest.mark.usefixtures("_soon")
+@pytest.mark.parametrize("silent", [True, False])
+async def test_storage_that_hangs_in_the_worker_itself_is_told(
+    quick_path: Path, monkeypatch: pytest.MonkeyPatch, silent: bool
+) -> None:
+    """The settler waits in a sync; others may be answered or not."""
+    monkeypatch.setattr(storage_watch, "LOOK_EVERY", 0.02)
+    monkeypatch.setattr(storage_watch, "HANGS_FOR", 0.06)
+    monkeypatch.setattr(storage_probe, "ANSWERS_WITHIN", 0.02)
+    hangs, back = threading.Event(), threading.Event()
+    asked = 0
+
+    def plan(call: Call) -> int | None:
+        if call.operation == "rename" and call.nth == 3:
+            hangs.set()
+            assert back.wait(20)
+        return None
+
+    def write(folder: int, name: bytes) -> None:
+        nonlocal asked
+        asked += 1
+        assert stat.S_ISDIR(os.fstat(folder).st_mode)
+        if not hangs.is_set():
+            return
+        if silent:
+            assert back.wait(20)
+        elif asked > 3:
+            back.set()
+
+    monkeypatch.setattr(storage_probe, "_write", write)
+
+    def look(_line: Line, observed: TaskObserved) -> None:
+        if observed.status_code == "STORAGE_SILENT":
+            assert observed.state == "WAITING"
+            back.set()
+
+    engine = Engine(quick_path, plan=plan, processes=0, on_report=look)
+    _fill(engine)
+    observed = await engine.run()
+    assert observed.state == "SUCCEEDED", observed
+    assert ("STORAGE_SILENT" in engine.codes()) is silent
+    assert observed.status_code != "STORAGE_SILENT"
+    assert contents(engine.destination) == contents(engine.source)
+    assert not engine.temporaries()
+
+
+# --- real processes --------------------------------------------------------------------------------------------
+
+
+def _lane_process() -> psutil.Process | None:
+    """The one below a worker that has some work."""
+    below = [lane for child in psutil.Process().children() for lane in child.children()]
+    return below[0] if below else None
+
+
+async def _begun(world: engine_world.World, into: str) -> tuple[str, psutil.Process]:
+    """A task of some hundred megabytes in the middle, and its lane process."""
+    folder = world.alpha.root / "data"
+    folder.mkdir()
+    for number in range(600):
+        (folder / str(number)).write_bytes(os.urandom(5000))
+    (folder / "large").write_bytes(os.urandom(128 * 1024 * 1024))
+    task = await world.submit([TaskItem(source_path="/data", destination_path=into, recursive=True)])
+    assert world.beta.service is not None
+    with trio.fail_after(30):
+        while not world.beta.service.get_task(task).counters.bytes_transferred or (found := _lane_process()) is None:
+            await trio.sleep(0.002)
+    return task, found
+
+
+async def _said(world: engine_world.World, task: str, codes: set[str], seconds: float) -> TaskObserved:
+    assert world.beta.service is not None
+    with trio.fail_after(seconds):
+        while (observed := world.beta.service.get_task(task)).status_code not in codes:
+            await trio.sleep(0.1)
+    return observed
+
+
+def _codes(world: engine_world.World) -> set[str]:
+    return {event.code for event in world.events if event.kind == "event"}
+
+
+def _worker_of(node: engine_world.Node) -> psutil.Process:
+    assert node.service is not None
+    (one,) = node.service._node.workers._at_work
+    return psutil.Process(one.process.pid)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("stopped", ["destination", "destination and its lane process", "source"])
+async def test_a_real_worker_that_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: str) -> None:
+    monkeypatch.setattr(standstill, "STOPPED_FOR", 2.0)
+    for where in (standstill, worker_watch):
+        monkeypatch.setattr(where, "LOOK_EVERY", 0.5)
+    async with engine_world.world(tmp_path, workers_per_session=2) as world:
+        task, lane = await _begun(world, "/data")
+        worker = _worker_of(world.alpha if stopped == "source" else world.beta)
+        if "lane" in stopped:
+            lane.suspend()
+        worker.suspend()
+        observed = await world.wait(task, seconds=120)
+        assert observed.state == "SUCCEEDED", observed
+        assert contents(world.beta.root / "data") == contents(world.alpha.root / "data")
+        assert not list(world.beta.root.rglob(".towpath.*"))
+        assert signs_of(worker.pid) is None
+        if stopped == "source":
+            # What the destination sees of it.
+            assert "CONNECTION_LOST" in _codes(world)
+        else:
+            assert "PROCESS_STOPPED" in _codes(world)
+            assert "WORKER_DIED" not in _codes(world)
+            assert "WAITING" in {event.observed.state for event in world.events if event.observed is not None}
+
+
+@pytest.mark.soak
+async def test_a_real_lane_process_that_is_stopped(tmp_path: Path) -> None:
+    async with engine_world.world(tmp_path, workers_per_session=2) as world:
+        task, lane = await _begun(world, "/data")
+        lane.suspend()
+        observed = await world.wait(task, seconds=STOPPED_FOR + 60)
+        assert observed.state == "SUCCEEDED", observed
+        assert contents(world.beta.root / "data") == contents(world.alpha.root / "data")
+        assert not list(world.beta.root.rglob(".towpath.*"))
+        assert "PROCESS_STOPPED" in _codes(world)
+        assert observed.status_code == "SUCCEEDED" or not observed.status_sentence, observed
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("killed", [False, True])
+async def test_a_real_disk_that_hangs(tmp_path: Path, killed: bool) -> None:
+    """Frozen in the middle: whoever writes waits in a call that no signal breaks off."""
+    if os.geteuid() or sys.platform != "linux":
+        pytest.skip("mounting a disk takes root (Linux)")
+    disk = tmp_path / "disk"
+    image = tmp_path / "image"
+    disk.mkdir()
+    with image.open("wb") as file:
+        file.truncate(512 * 1024 * 1024)
+    subprocess.run(["mkfs.ext4", "-q", str(image)], check=True)
+    if subprocess.run(["mount", "-o", "loop", str(image), str(disk)], check=False).returncode:
+        pytest.skip("no loop device here")
+    try:
+        async with engine_world.world(tmp_path, workers_per_session=2) as world:
+            world.beta.root.rmdir()
+            world.beta.root.symlink_to(disk)
+            task, lane = await _begun(world, "/data")
+            subprocess.run(["fsfreeze", "-f", str(disk)], check=True)
+            try:
+                if killed:
+                    await trio.sleep(1)
+                    lane.kill()
+                observed = await _said(world, task, {"PROCESS_HANGS", "STORAGE_SILENT"}, HANGS_FOR + 60)
+                assert observed.state == "WAITING"
+            finally:
+                subprocess.run(["fsfreeze", "-u", str(disk)], check=True)
+            observed = await world.wait(task, seconds=60)
+            assert observed.state == "SUCCEEDED", observed
+            assert contents(disk / "data") == contents(world.alpha.root / "data")
+            assert not list(disk.rglob(".towpath.*"))
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
