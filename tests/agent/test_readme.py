@@ -17,7 +17,8 @@ from relay.cli.main import cli as relay
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
-PAGES = [README, *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "conf").glob("*.yaml"))]
+# What has changed (docs/changes) also tells of commands that are not there.
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "conf").glob("*.yaml"))]
 PROGRAMS: dict[str, click.Command] = {"towpath": agent, "towpath-relay": relay}
 # What unmodified clients look for at Globus where nothing else is named, and send their tokens to.
 SERVICES = ("AUTH", "TRANSFER", "GROUPS", "SEARCH", "TIMER", "FLOWS")
@@ -78,7 +79,7 @@ def test_every_command_of_a_page_is_there(page: Path) -> None:
 
 
 def test_commands_are_found_in_pages() -> None:
-    assert sum(len(list(commands(page.read_text()))) for page in PAGES) > 120
+    assert sum(len(list(commands(page.read_text()))) for page in PAGES) > 80
     for words in ("nothing", "status --nothing", "status nothing", "task nothing"):
         with pytest.raises(click.UsageError):
             taken(agent, "towpath", words.split())
