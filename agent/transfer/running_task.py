@@ -168,6 +168,9 @@ class RunningTask:
         if order.arranged is not None:
             self._arranged = (trio.current_time(), order.arranged)
             order = msgspec.structs.replace(order, arranged=None)
+        if self.running and order.desired == "run" and self._reach(order) != self._reach(self.order):
+            # Links that it has followed may lead where they must not any more.
+            self._moved = True
         changed = order.items is not self.order.items
         self.order = order
         if changed:
@@ -176,6 +179,10 @@ class RunningTask:
         self._node.allotment.changed()
         if order.session is not None:
             self.take_answer(order.session)
+
+    def _reach(self, order: TaskOrder) -> list[str] | None:
+        """How far links may lead the task at its destination."""
+        return self._node.verifier.at_any_time_untrusted(order.ticket).destination.reach
 
     async def tell_order(self) -> None:
         """Tell a running worker what is ordered now."""

@@ -23,7 +23,7 @@ from relay.store.auth_tables import identities
 from relay.store.sign_in_tables import linked_identities
 from relay.transfer import collections, event_log, rules, task_rows
 from relay.transfer.collections import Collection
-from relay.transfer.entitlement import entitled, spots
+from relay.transfer.entitlement import entitled, entitlement, spots
 from relay.transfer.event_log import TaskEvent
 from relay.transfer.submission import Submission
 from relay.transfer.task_documents import CANCELED, DEADLINE_EXPIRED
@@ -220,18 +220,20 @@ def update(connection: Connection, task: Task, changes: dict[str, Any]) -> None:
 
 
 def end_where_access_is_gone(connection: Connection, collection_id: str, reason: str, now: float) -> list[str]:
-    """End every active task on a collection whose owner lost a permission it needs; returns their ids.
+    """End every active task on a collection whose owner lost a permission it needs, and have new tickets made for those
+    that go on where rules say how far links may lead them; returns the ids of all these.
 
     Called in the transaction that takes the permission away, so no task outlives it.
     """
     column = tables.tasks.c
     there = or_(column.source_id == collection_id, column.destination_id == collection_id)
-    return _end_unentitled(connection, there, reason, now)
+    return [*_end_unentitled(connection, there, reason, now), *_renew_reach(connection, there, now)]
 
 
 def end_of_people_without_access(connection: Connection, owners: Iterable[str], reason: str, now: float) -> list[str]:
     """The same for the active tasks of some people, who are another person's identities no longer."""
-    return _end_unentitled(connection, tables.tasks.c.owner_id.in_(list(owners)), reason, now)
+    theirs = tables.tasks.c.owner_id.in_(list(owners))
+    return [*_end_unentitled(connection, theirs, reason, now), *_renew_reach(connection, theirs, now)]
 
 
 def end_all_on(connection: Connection, collection_id: str, reason: str, now: float) -> list[str]:
@@ -300,6 +302,19 @@ def _end_unentitled(connection: Connection, which: ColumnElement[bool], reason: 
             end_now(connection, task, code=CANCELED, sentence=reason, now=now)
             ended.append(task.id)
     return ended
+
+
+def _renew_reach(connection: Connection, which: ColumnElement[bool], now: float) -> list[str]:
+    """Their tickets may let links lead into folders that are closed to them by now, for as long as these last."""
+    renewed = []
+    for task in _active(connection, which):
+        if not task.attempted or task.desired != "run":
+            continue
+        may = entitlement(connection, task, task_rows.load_scope(connection, task.id), now)
+        if (may.source_reach, may.destination_reach) != (None, None):
+            task_rows.change(connection, task.id, revision=task.revision + 1)
+            renewed.append(task.id)
+    return renewed
 
 
 def end_where_rules_ran_out(connection: Connection, now: float) -> list[str]:

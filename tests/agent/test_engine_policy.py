@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 
 import msgspec
@@ -136,6 +136,37 @@ async def test_a_root_that_moves_while_the_worker_starts_is_written_to_where_it_
         assert (moved / "small").read_bytes() == b"content"
         assert not (made.beta.root / "small").exists()
     assert [[row.root for row in start.common.collections] for start in begun] == [[str(made.beta.root)], [str(moved)]]
+
+
+async def test_a_task_whose_links_may_lead_less_far_goes_on_with_another_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The root of a running one was opened for the ticket of before."""
+    worker, begun = Workers.worker, list[str]()
+
+    def noted(self: Workers, start: Message) -> AbstractAsyncContextManager[Channel]:
+        if isinstance(start, RunTask):
+            begun.append(start.order.ticket)
+        return worker(self, start)
+
+    monkeypatch.setattr(Workers, "worker", noted)
+    async with world(tmp_path) as made:
+        task = await submit_large(made)
+        service = service_of(made.beta)
+        order = service._tasks[task].order
+        source = made.alpha.grant("r", ["/"])
+        tickets = [
+            made.ticket(task, order.session_id, source, made.beta.grant("rw", ["/large"], reach))
+            for reach in (["/"], ["/large"])
+        ]
+        for revision, ticket in enumerate(tickets, 2):
+            await service.put_task(msgspec.structs.replace(order, revision=revision, ticket=ticket, items=None))
+            await until(lambda: begun[-1] == ticket)  # noqa: B023
+        # One that reaches as far is taken up by the worker that there is.
+        again = made.ticket(task, order.session_id, source, made.beta.grant("rw", ["/large"], ["/large"]))
+        await service.put_task(msgspec.structs.replace(order, revision=9, ticket=again, items=None))
+        assert (await made.wait(task)).state == "SUCCEEDED"
+    assert begun[-2:] == tickets
 
 
 async def test_a_collection_narrowed_while_the_agent_was_down_is_respected(tmp_path: Path) -> None:
