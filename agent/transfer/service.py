@@ -29,6 +29,7 @@ from agent.transfer.plan import now_iso
 from agent.transfer.results import ReadPage, skipped_page, successful_page
 from agent.transfer.running_task import RunningTask
 from agent.transfer.served_session import ServedSessions
+from agent.transfer.source_policy import reads_elsewhere
 from agent.transfer.state_trouble import StateTrouble
 from agent.transfer.turns import Turns, next_turns
 from protocol.candidates import PathAnswer, PathGo, PathOffer
@@ -42,7 +43,8 @@ from protocol.control import (
     TaskObserved,
     TaskOrder,
 )
-from protocol.errors import ItemFailed, NeedsPerson
+from protocol.errors import ItemFailed, NeedsPerson, ProtocolError
+from protocol.ticket import Ticket
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -372,12 +374,16 @@ class TransferService:
         """Serve as source of a session. Raises `TowpathError` when ticket or policy forbid it."""
         now = time.time()
         ticket = self._node.check_session(order, now)
-        draining = self._node.policy.draining
-        if draining and await trio.to_thread.run_sync(self._node.store.session, order.session_id) is None:
+        before = await trio.to_thread.run_sync(self._node.store.session, order.session_id)
+        if before is None and self._node.policy.draining:
             self._node.policy.check_new_session()
         kept = msgspec.structs.replace(order, arranged=None)
         self.sessions.check_room(order.session_id, ticket.source.collection_id if ticket.source else "")
         await trio.to_thread.run_sync(self._node.store.put_session, kept, ticket.expires, now)
+        if before is not None and before.ticket != order.ticket and self._narrows(before.ticket, ticket):
+            # Whoever goes on with the ticket of before is shown out; the one that counts now is on its way to them.
+            self.sessions.cut(order.session_id)
+            self.sessions.check_room(order.session_id, ticket.source.collection_id if ticket.source else "")
         own = order.peer.node_id == self._node.node_id
         self.sessions.announce()
         if not own:
@@ -390,6 +396,14 @@ class TransferService:
             certificate=self._node.identity.certificate_pem,
             instance=self._node.network.instance,
         )
+
+    def _narrows(self, before: str, now: Ticket) -> bool:
+        """Whether a session may read other files, or links lead to others, than by its ticket of before."""
+        try:
+            former = self._node.verifier.at_any_time_untrusted(before)
+        except ProtocolError:
+            return True
+        return former.source is None or now.source is None or reads_elsewhere(former.source, now.source)
 
     async def peer_certificate(self, session_id: str) -> str | None:
         """The certificate of the other node of a session, None for one that is not known here."""

@@ -4,18 +4,29 @@ from __future__ import annotations
 
 from protocol.errors import AccessDenied, ProtocolError, RetryLater
 from protocol.names import CollectionPath, is_within, parse_path_untrusted
-from protocol.ticket import LEEWAY, TICKET_EXPIRED, Ticket, TicketVerifier
+from protocol.ticket import LEEWAY, TICKET_EXPIRED, Grant, Ticket, TicketVerifier
 
 
 class SourcePolicy:
-    """Decides for one session. `accept` must have said yes before `check` says anything but no."""
+    """Decides for one session. `accept` must have said yes before `check` says anything but no. ``ordered`` is the
+    ticket that the relay has given to this source, if it was."""
 
-    def __init__(self, *, session_id: str, task_id: str, node_id: str, fingerprint: str, collection_id: str) -> None:
+    def __init__(
+        self,
+        *,
+        session_id: str,
+        task_id: str,
+        node_id: str,
+        fingerprint: str,
+        collection_id: str,
+        ordered: Ticket | None = None,
+    ) -> None:
         self._session_id = session_id
         self._task_id = task_id
         self._node_id = node_id
         self._fingerprint = fingerprint
         self._collection_id = collection_id
+        self._ordered = ordered
         self._prefixes: tuple[CollectionPath, ...] = ()
         # Where symlinks may lead; None is anywhere in the collection.
         self.reach: tuple[CollectionPath, ...] | None = ()
@@ -37,6 +48,15 @@ class SourcePolicy:
             raise AccessDenied("The ticket names another collection.", code="TICKET_REFUSED")
         if ticket.destination.fingerprint != peer_fingerprint:
             raise AccessDenied("The ticket was given to another node.", code="TICKET_REFUSED")
+        if (
+            self._ordered is not None
+            and ticket.issued <= self._ordered.issued
+            and _differ(source, self._ordered.source)
+        ):
+            raise RetryLater(
+                "The relay has narrowed what the task may read since it gave this ticket; the newer one counts.",
+                code=TICKET_EXPIRED,
+            )
         self._prefixes = tuple(parse_path_untrusted(path) for path in source.paths)
         self.reach = source.folders()
         self._expires = ticket.expires
@@ -63,3 +83,12 @@ class SourcePolicy:
     def covers(self, path: CollectionPath) -> bool:
         """Whether the ticket covers this path, and so everything below it."""
         return any(is_within(path, prefix) for prefix in self._prefixes)
+
+
+def _differ(one: Grant, other: Grant | None) -> bool:
+    return other is None or reads_elsewhere(one, other)
+
+
+def reads_elsewhere(one: Grant, other: Grant) -> bool:
+    """Whether two grants for one source are for other paths, or let links lead to others."""
+    return (one.paths, one.reach) != (other.paths, other.reach)

@@ -131,6 +131,7 @@ class _SourceWorker:
             node_id=start.common.node_id,
             fingerprint=self._identity.fingerprint,
             collection_id=collection_id,
+            ordered=ticket,
         )
         self._collection = collection
         self._policy, self._verifier = policy, verifier

@@ -5,14 +5,15 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import msgspec
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from agent.transfer.source_policy import SourcePolicy
-from protocol.errors import AccessDenied, ProtocolError, TowpathError
+from protocol.errors import AccessDenied, ProtocolError, RetryLater, TowpathError
 from protocol.identity import NodeKey
 from protocol.names import parse_path_untrusted
-from protocol.ticket import Grant, RelayRoot, Ticket, TicketSigner, TicketVerifier
+from protocol.ticket import TICKET_EXPIRED, Grant, RelayRoot, Ticket, TicketSigner, TicketVerifier
 
 NODES = {name: NodeKey.generate() for name in ("source", "destination", "third")}
 
@@ -144,3 +145,20 @@ def test_a_ticket_without_paths_opens_nothing() -> None:
     for path in ("/", "/shared", "/shared/x"):
         with pytest.raises(AccessDenied):
             one.check(parse_path_untrusted(path), time.time())
+
+
+def test_an_older_ticket_for_other_folders_counts_no_more() -> None:
+    """The relay has given the source a newer one since, and what only the older one opens was taken away."""
+    verifier, now = TicketVerifier("relay", ROOT.public_pem), time.time()
+    narrow = {"source": msgspec.structs.replace(grant("source", "collection", "r", "/shared"), reach=["/shared"])}
+    one = policy(ordered=verifier.verify_untrusted(ticket(issued=now, **narrow), now))
+    for issued in (now - 60, now):
+        with pytest.raises(RetryLater) as caught:
+            accept(one, ticket(issued=issued))
+        assert caught.value.code == TICKET_EXPIRED
+        with pytest.raises(TowpathError):
+            one.check(parse_path_untrusted("/shared/x"), now)
+    # One for the same may be older: both agents get theirs anew now and then, one after the other.
+    accept(one, ticket(issued=now - 60, **narrow))
+    # One that is newer is on its way to the source, too.
+    accept(policy(ordered=one._ordered), ticket(issued=now + 2))

@@ -167,6 +167,28 @@ async def test_requests_before_the_ticket_was_accepted_are_not_answered(scene: S
         assert b"shown-name" not in received
 
 
+async def test_who_reads_with_a_ticket_that_was_narrowed_is_shown_out(scene: Scene) -> None:
+    """The relay orders the session again, with less: the destination may have heard of it or not."""
+    service, context = scene.made.alpha.service, scene.context(scene.made.beta.key)
+    assert service is not None
+    wide = scene.ticket
+    before = await trio.to_thread.run_sync(converse, scene, context, scene.session, wide)
+    assert isinstance(before[0], session.HelloAnswer)
+    served = service.sessions._served[scene.session]
+    narrow = scene.ticket_for(source=scene.made.alpha.grant("r", ["/open"], ["/open/deep"]))
+    order = SessionOrder(session_id=scene.session, task_id=scene.task, ticket=narrow, peer=scene.made.beta.party)
+    await service.put_session(order)
+    assert served.scope.cancel_called
+    for shown, kind in ((wide, session.Failed), (narrow, session.HelloAnswer)):
+        answers = await trio.to_thread.run_sync(converse, scene, context, scene.session, shown)
+        assert isinstance(answers[0], kind)
+    # A ticket for the same disturbs nobody.
+    served = service.sessions._served[scene.session]
+    again = scene.ticket_for(source=scene.made.alpha.grant("r", ["/open"], ["/open/deep"]))
+    await service.put_session(msgspec.structs.replace(order, ticket=again))
+    assert not served.scope.cancel_called
+
+
 # --- for which paths -------------------------------------------------------------------------------------------------
 
 
@@ -252,7 +274,9 @@ async def test_links_lead_no_farther_than_the_ticket_says(scene: Scene) -> None:
         session.ReadPack(4, 0, b"open/folder", [session.PackFile(b"hidden-name", version)], follow=True),
     ]
     context = scene.context(scene.made.beta.key)
-    whole, narrow = scene.ticket, scene.ticket_for(source=scene.made.alpha.grant("r", ["/open"], ["/open"]))
+    # Of the same second as the one that the source was given it would be taken for one from before.
+    later, confined = time.time() + 2, scene.made.alpha.grant("r", ["/open"], ["/open"])
+    whole, narrow = scene.ticket, scene.ticket_for(source=confined, issued=later)
     for ticket, served in ((whole, True), (narrow, False), (whole, True)):
         # The first time before anything else that shows this ticket.
         for lane_first in (True, False):
