@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -115,13 +116,21 @@ async def test_a_part_of_a_file_that_is_large_no_more_goes_with_it(
         change(engine.source / "large")
         after = engine.revived()
     else:
+        changed = threading.Event()
 
         def change_it(call: Call) -> int | None:
             if call.operation == "preadv" and call.nth == 30:
                 change(after.source / "large")
+                changed.set()
             return None
 
-        after = Engine(quick_path, items=items, plan=change_it)
+        def wait_for_it(call: Call) -> int | None:
+            # The last MiB: read before, the old file would have arrived as a whole.
+            if call.operation == "preadv" and call.nth == SIZE // 2**20:
+                assert changed.wait(20)
+            return None
+
+        after = Engine(quick_path, items=items, plan=change_it, source_plan=wait_for_it)
         (after.source / "large").write_bytes(os.urandom(SIZE))
     observed = await after.run()
     assert observed.state in ("SUCCEEDED", "FAILED"), observed
