@@ -140,7 +140,7 @@ def build(settings: Settings, store: Store, clock: Callable[[], float] = time.ti
     web = WebServer(app, max_connections=most, proxies=proxies)
     observer = Observer(signalling.seen)
     carrier = tunnel.carrier
-    tunnels = WebSocketTunnels(tunnel.acceptor, carrier)
+    tunnels = WebSocketTunnels(tunnel.acceptor, carrier, settings.listen.front)
     accept = _link_handler(services, certificate, observer)
     upgrade = Upgrade(
         web.serve, accept, tunnels.carry if tunnel.enabled else None, places=Places(most), proxies=proxies

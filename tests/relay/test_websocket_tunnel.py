@@ -59,22 +59,29 @@ async def test_those_that_wait_to_be_handed_over_are_bounded(monkeypatch: pytest
             await trio.sleep_forever()
             raise AssertionError
 
-    monkeypatch.setattr("relay.rendezvous.tunnel.websocket.MAX_PENDING", 3)
+    monkeypatch.setattr("relay.rendezvous.tunnel.websocket.MAX_PENDING", 8)
     busy: Any = Busy()
     async with tunnel_world() as world, trio.open_nursery() as nursery:
         tunnels = WebSocketTunnels(world.service.acceptor, busy)
 
-        async def come() -> None:
+        async def come(address: str) -> None:
             ours, theirs = trio.socket.socketpair()
+            monkeypatch.setattr(ours, "getpeername", lambda: (address, 1))
             with theirs:
                 async with trio.SocketStream(ours) as stream:
                     await tunnels.take(stream)
 
-        for _ in range(5):
-            nursery.start_soon(come)
+        for _ in range(10):
+            nursery.start_soon(come, "192.0.2.1")
         await trio.testing.wait_all_tasks_blocked()
-        assert busy.waiting == 3
+        # Not all places are one caller's, who has shown nothing yet.
+        assert busy.waiting == 6
+        for n in range(4):
+            nursery.start_soon(come, f"192.0.2.{2 + n}")
+        await trio.testing.wait_all_tasks_blocked()
+        assert busy.waiting == 8
         nursery.cancel_scope.cancel()
+    assert tunnels._places.taken == 0
 
 
 async def test_a_receiver_that_takes_nothing_holds_the_sender_back() -> None:
