@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import msgspec
@@ -19,10 +19,10 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
 
 from agent.collections import Collections
 from agent.config.keys import CollectionConfig, is_uuid
+from agent.link_events import EventLines, until_disconnected
 from agent.policy import Access, Policy
 from agent.services import TaskService
 from agent.storage.base import Directory, Root
@@ -34,8 +34,9 @@ from agent.storage.reach import Reach
 from protocol.candidates import PathAnswer, PathGo, PathOffer
 from protocol.control import (
     MAX_DOCUMENT,
-    AgentEvent,
     CollectionReport,
+    Entry,
+    Listing,
     Record,
     SessionAnswer,
     SessionOrder,
@@ -72,6 +73,7 @@ _STATUS = {
 
 R = TypeVar("R", bound=Record)
 T = TypeVar("T")
+AskAgain = Callable[[], None]
 Handler = Callable[[Request], Awaitable[Response]]
 
 logger = logging.getLogger("towpath.link")
@@ -97,6 +99,20 @@ class _RenameBody(_Body, frozen=True, kw_only=True):
 class _SymlinkBody(_Body, frozen=True, kw_only=True):
     path: str
     symlink_target: str
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What was allowed: an access to one or more paths of a collection, as it is set up then."""
+
+    config: CollectionConfig
+    access: Access
+    paths: tuple[CollectionPath, ...]
+
+    @property
+    def path(self) -> CollectionPath:
+        """The only path, or the first one."""
+        return self.paths[0]
 
 
 def status_of(error: TowpathError) -> int:
@@ -196,7 +212,7 @@ class LinkApp:
     async def _events(self, request: Request) -> Response:
         after = _number(request, "after", 0)
 
-        return _EventLines(self._tasks.events(after))
+        return EventLines(self._tasks.events(after))
 
     async def _acknowledge(self, request: Request) -> Response:
         await self._tasks.acknowledge((await _body(request, _Acknowledgement)).n)
@@ -208,37 +224,67 @@ class LinkApp:
         return _answer({"collections": await self._look()})
 
     async def _on(
-        self, config: CollectionConfig, path: CollectionPath, reach: Sequence[str] | None, work: Callable[[Root], T]
+        self, request: Request, asked: _Asked, reach: Sequence[str] | None, work: Callable[[Root, AskAgain], T]
     ) -> T:
-        """Do something to a collection's root, in a thread. A call that the relay gave up runs to its end there.
+        """Do something to a collection's root, in a thread. ``work`` gets the root, and what it calls right before it
+        changes or shows anything: after waiting for a turn or a disk it may be allowed no more, or wanted by nobody.
 
-        ``reach`` names the folders in which symlinks may end; None is the whole collection.
+        ``reach`` names the folders in which symlinks may end; None is the whole collection. Raises `TowpathError`.
         """
         narrow = None if reach is None else Reach(tuple(parse_path_untrusted(folder) for folder in reach))
+        left = False
 
-        def in_thread() -> T:
-            with self._collections.using(config) as whole:
-                try:
+        def ask_again() -> None:
+            if left:
+                raise ProtocolError("The request was broken off.")
+            self._check_again(asked)
+
+        def in_thread() -> T | TowpathError:
+            try:
+                with self._collections.using(asked.config) as whole:
                     if narrow is None:
-                        return work(whole)
+                        return work(whole, ask_again)
                     with whole.narrowed(narrow) as root:
-                        return work(root)
-                except OSError as error:
-                    raise fault(error, "", path) from error
+                        return work(root, ask_again)
+            except OSError as error:
+                return fault(error, "", asked.path)
+            except TowpathError as error:
+                return error
 
-        limiter = self._limiters.setdefault(config.id, trio.CapacityLimiter(CALLS_AT_ONCE))
-        return await trio.to_thread.run_sync(in_thread, limiter=limiter, abandon_on_cancel=True)
+        limiter = self._limiters.setdefault(asked.config.id, trio.CapacityLimiter(CALLS_AT_ONCE))
+        # What the relay wants no more: nothing else would tell before the time for it has run out.
+        done: T | TowpathError = ProtocolError("The request was broken off.")
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(until_disconnected, request.receive, nursery.cancel_scope)
+                done = await trio.to_thread.run_sync(in_thread, limiter=limiter, abandon_on_cancel=True)
+                nursery.cancel_scope.cancel()
+        finally:
+            # A thread that waits for a disk cannot be stopped; it does nothing more once it goes on.
+            left = True
+        if isinstance(done, TowpathError):
+            raise done
+        return done
 
-    def _allowed(self, request: Request, text: str, access: Access) -> tuple[CollectionConfig, CollectionPath]:
-        """A path of the relay, parsed and decided about. Raises `TowpathError`."""
+    def _allowed(self, request: Request, access: Access, *texts: str) -> _Asked:
+        """Paths of the relay, parsed and decided about. Raises `TowpathError`."""
         config = self._policy.collection(request.path_params["collection"])
         home = parse_path_untrusted(config.home)
-        path = parse_path_untrusted(text, home)
-        return self._policy.check(config.id, path, access), path
+        paths = tuple(parse_path_untrusted(text, home) for text in texts)
+        for path in paths:
+            config = self._policy.check(config.id, path, access)
+        return _Asked(config, access, paths)
+
+    def _check_again(self, asked: _Asked) -> None:
+        """Whether what was allowed still is. May be called from any thread. Raises `TowpathError`."""
+        for path in asked.paths:
+            now = self._policy.check(asked.config.id, path, asked.access)
+            if (now.root, now.hidden) != (asked.config.root, asked.config.hidden):
+                raise RetryLater("The owner has changed this collection; ask again.", code="COLLECTION_CHANGED")
 
     async def _ls(self, request: Request) -> Response:
         query = request.query_params
-        config, path = self._allowed(request, query.get("path") or "~", "r")
+        asked = self._allowed(request, "r", query.get("path") or "~")
         wanted = parse_query_untrusted(
             filters=query.getlist("filter"),
             orderby=query.get("orderby", ""),
@@ -246,39 +292,50 @@ class LinkApp:
             offset=_number(request, "offset", 0),
             show_hidden=query.get("show_hidden", "1") != "0",
         )
-        reach = query.getlist("reach") or None
-        listing = await self._on(config, path, reach, lambda root: list_directory(root, path, wanted, self._accounts))
-        return _answer(listing)
+
+        def work(root: Root, ask_again: AskAgain) -> Listing:
+            ask_again()
+            listing = list_directory(root, asked.path, wanted, self._accounts)
+            ask_again()
+            return listing
+
+        return _answer(await self._on(request, asked, query.getlist("reach") or None, work))
 
     async def _stat(self, request: Request) -> Response:
         query = request.query_params
-        config, path = self._allowed(request, query.get("path") or "~", "r")
-        reach = query.getlist("reach") or None
-        return _answer(await self._on(config, path, reach, lambda root: stat_entry(root, path, self._accounts)))
+        asked = self._allowed(request, "r", query.get("path") or "~")
+
+        def work(root: Root, ask_again: AskAgain) -> Entry:
+            entry = stat_entry(root, asked.path, self._accounts)
+            ask_again()
+            return entry
+
+        return _answer(await self._on(request, asked, query.getlist("reach") or None, work))
 
     async def _mkdir(self, request: Request) -> Response:
         body = await _body(request, _PathBody)
-        config, path = self._allowed(request, body.path, "rw")
-        if not path:
+        asked = self._allowed(request, "rw", body.path)
+        if not asked.path:
             raise ItemFailed("The root of the collection exists already.", code="EXISTS")
 
-        def work(root: Root) -> None:
-            parent, name = _open_parent(root, path)
+        def work(root: Root, ask_again: AskAgain) -> None:
+            parent, name = _open_parent(root, asked.path)
             with parent:
+                ask_again()
                 parent.mkdir(name)
                 parent.sync()
 
-        await self._on(config, path, body.reach, work)
+        await self._on(request, asked, body.reach, work)
         return Response(status_code=201)
 
     async def _rename(self, request: Request) -> Response:
         body = await _body(request, _RenameBody)
-        config, old = self._allowed(request, body.old_path, "rw")
-        _, new = self._allowed(request, body.new_path, "rw")
+        asked = self._allowed(request, "rw", body.old_path, body.new_path)
+        old, new = asked.paths
         if old and len(new) > len(old) and new[: len(old)] == old:
             raise ItemFailed(f"{format_path(old)} cannot be moved into itself.", code="ILLEGAL_NAME", who="you")
 
-        def work(root: Root) -> None:
+        def work(root: Root, ask_again: AskAgain) -> None:
             source, old_name = root.open_parent(old)
             with source:
                 # What is missing or in the way is named by the path it concerns.
@@ -286,6 +343,7 @@ class LinkApp:
                 try:
                     target, new_name = _open_parent(root, new)
                     with target:
+                        ask_again()
                         source.rename_no_replace(old_name, new_name, target)
                         target.sync()
                 except HoldsOwn:
@@ -294,23 +352,24 @@ class LinkApp:
                     raise fault(error, "", new) from error
                 source.sync()
 
-        await self._on(config, old, body.reach, work)
+        await self._on(request, asked, body.reach, work)
         return _answer({})
 
     async def _symlink(self, request: Request) -> Response:
         body = await _body(request, _SymlinkBody)
-        config, path = self._allowed(request, body.path, "rw")
+        asked = self._allowed(request, "rw", body.path)
         target = unescape(body.symlink_target)
         if not target or len(target) > MAX_LINK_TARGET or b"\0" in target:
             raise ProtocolError("The target of the symlink is no path.", code="ILLEGAL_NAME")
 
-        def work(root: Root) -> None:
-            parent, name = _open_parent(root, path)
+        def work(root: Root, ask_again: AskAgain) -> None:
+            parent, name = _open_parent(root, asked.path)
             with parent:
+                ask_again()
                 parent.symlink(name, target)
                 parent.sync()
 
-        await self._on(config, path, body.reach, work)
+        await self._on(request, asked, body.reach, work)
         return Response(status_code=201)
 
     # --- tasks -----------------------------------------------------------------------------------------
@@ -382,35 +441,6 @@ class LinkApp:
     async def _withdraw(self, request: Request) -> Response:
         await self._tasks.withdraw_session(request.path_params["session"])
         return Response(status_code=204)
-
-
-class _EventLines(Response):
-    """Event lines without end, until the relay leaves. Whichever way that is noticed, the reader has ended when this
-    returns; an iterator handed to a streaming response would end when it is collected."""
-
-    media_type = "application/x-ndjson"
-
-    def __init__(self, events: AbstractAsyncContextManager[AsyncIterator[AgentEvent]]) -> None:
-        super().__init__()
-        del self.headers["content-length"]
-        self._events = events
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(_until_disconnected, receive, nursery.cancel_scope)
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            async with self._events as events:
-                async for event in events:
-                    line = encode(event) + b"\n"
-                    await send({"type": "http.response.body", "body": line, "more_body": True})
-            await send({"type": "http.response.body", "body": b""})
-            nursery.cancel_scope.cancel()
-
-
-async def _until_disconnected(receive: Receive, scope: trio.CancelScope) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    scope.cancel()
 
 
 def _open_parent(root: Root, path: CollectionPath) -> tuple[Directory, bytes]:

@@ -10,6 +10,7 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 from urllib.parse import quote, urlencode
 
@@ -18,7 +19,7 @@ import trio
 
 from protocol.control import AgentHello, encode
 from protocol.errors import RetryLater, TowpathError, error_from_document_untrusted
-from protocol.reverse_http import CallReset, CallTimeout, Client, LinkLost, StreamingResponse
+from protocol.reverse_http import CallReset, CallTimeout, Client, LinkLost, Response, StreamingResponse
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -262,7 +263,8 @@ class Registry:
         ``path`` is plain text, encoded here; ``document`` travels as JSON. Raises the agent's own error, as
         `TowpathError` with ``status`` set, for any other answer; `NodeOffline`, `NodeBusy`, `CallTimeout`, and
         `CallReset` when there is none. Cancelling gives up this call alone. ``decide_again`` raises when the call may
-        not be made any more; it is asked where the turn came later than `DECISION_HOLDS`.
+        not be made any more; it is asked where the turn came later than `DECISION_HOLDS`, and every so often while the
+        agent has not answered: the call is given up then, and an agent to which it waits for a disk does not do it.
         """
         came = trio.current_time()
         link = self._link(node_id)
@@ -277,9 +279,10 @@ class Registry:
                     if decide_again is not None and trio.current_time() - came > DECISION_HOLDS:
                         await decide_again()
                     self._link(node_id)
-                    answer = await link.client.request(
-                        method, _target(path, query), headers=headers, body=body, timeout=timeout
+                    ask = partial(
+                        link.client.request, method, _target(path, query), headers=headers, body=body, timeout=timeout
                     )
+                    answer = await (ask() if decide_again is None else _while_allowed(ask, decide_again))
         except (trio.TooSlowError, CallTimeout) as error:
             self._timeouts += 1
             raise CallTimeout(f"The endpoint's agent did not answer within {timeout:g} seconds.") from error
@@ -339,6 +342,37 @@ async def _turn(link: _Link) -> AsyncIterator[None]:
     finally:
         link.under_way -= 1
         link.calls.release()
+
+
+async def _while_allowed(
+    ask: Callable[[], Awaitable[Response]], decide_again: Callable[[], Awaitable[object]]
+) -> Response:
+    """What is asked, unless it is allowed no more before there is an answer. Raises what either of them does."""
+    answer: Response | None = None
+    trouble: Exception | None = None
+
+    async def watch() -> None:
+        nonlocal trouble
+        try:
+            while True:
+                await trio.sleep(DECISION_HOLDS)
+                await decide_again()
+        except Exception as error:
+            # Carried past the nursery, which would wrap it in a group.
+            trouble = error
+            nursery.cancel_scope.cancel()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(watch)
+        try:
+            answer = await ask()
+        except Exception as error:
+            trouble = error
+        nursery.cancel_scope.cancel()
+    if answer is not None:
+        return answer
+    assert trouble is not None
+    raise trouble
 
 
 class _Chunks:

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import AsyncIterator, MutableMapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import trio.testing
 
 from agent.config.keys import CollectionConfig
 from agent.policy import LINK_OPERATIONS, Policy
-from protocol.control import AgentEvent, SessionOrder
+from protocol.control import AgentEvent, SessionOrder, encode
 from protocol.errors import AccessDenied
 from tests.agent.link_scene import (
     DOCUMENT,
@@ -318,3 +318,95 @@ async def test_a_hanging_collection_holds_up_nothing_else(link: Link, monkeypatc
             nursery.cancel_scope.cancel()
     finally:
         released.set()
+
+
+# --- permissions that go while something waits -----------------------------------------------------------------
+
+
+WAITING = [
+    ("GET", "ls", {"path": "/"}, None),
+    ("GET", "stat", {"path": "/file"}, None),
+    ("POST", "mkdir", {}, {"path": "/new"}),
+    ("POST", "rename", {}, {"old_path": "/file", "new_path": "/renamed"}),
+    ("POST", "symlink", {}, {"path": "/link", "symlink_target": "file"}),
+]
+
+
+@pytest.mark.parametrize("how", ["taken away", "moved", "kept"])
+@pytest.mark.parametrize(("method", "verb", "query", "body"), WAITING)
+async def test_what_waited_for_its_disk_is_decided_about_again(
+    link: Link,
+    monkeypatch: pytest.MonkeyPatch,
+    how: str,
+    method: str,
+    verb: str,
+    query: dict[str, object],
+    body: object,
+) -> None:
+    """The root answers only after the owner has changed what is allowed."""
+    real = link.collections.using
+    (link.folder / "other").mkdir()
+    now = CollectionConfig(id=READ_WRITE, name="rw", root=str(link.folder / "other"))
+
+    @contextmanager
+    def using(config: CollectionConfig) -> Any:
+        with real(config) as root:
+            if how != "kept":
+                link.policy.replace([now] if how == "moved" else [])
+            yield root
+
+    monkeypatch.setattr(link.collections, "using", using)
+    before = link.tree()
+    status, code = await link.code(method, at(READ_WRITE, verb), body, **query)
+    if how == "kept":
+        assert status in (200, 201)
+        return
+    assert code == ("COLLECTION_CHANGED" if how == "moved" else "UNKNOWN_COLLECTION")
+    assert link.tree() == before
+
+
+@pytest.mark.parametrize(("method", "verb", "query", "body"), WAITING[2:])
+async def test_what_the_relay_has_given_up_is_not_done_when_the_disk_answers(
+    link: Link, monkeypatch: pytest.MonkeyPatch, method: str, verb: str, query: dict[str, object], body: object
+) -> None:
+    import threading
+
+    released, over = threading.Event(), threading.Event()
+    real = link.collections.using
+
+    @contextmanager
+    def using(config: CollectionConfig) -> Any:
+        try:
+            with real(config) as root:
+                released.wait()
+                yield root
+        finally:
+            over.set()
+
+    monkeypatch.setattr(link.collections, "using", using)
+    before = link.tree()
+    parts = [{"type": "http.request", "body": encode(body), "more_body": False}]
+    leave = trio.Event()
+
+    async def receive() -> dict[str, Any]:
+        if parts:
+            return parts.pop()
+        await leave.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        sent.append(message)
+
+    sent: list[MutableMapping[str, Any]] = []
+    scope = {"type": "http", "method": method, "path": at(READ_WRITE, verb), "query_string": b"", "headers": []}
+    try:
+        with trio.fail_after(5):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(link.link_app.application(), scope, receive, send)
+                await trio.testing.wait_all_tasks_blocked(0.01)
+                # It answers at once, whatever the disk does.
+                leave.set()
+    finally:
+        released.set()
+    assert await trio.to_thread.run_sync(over.wait, 5)
+    assert link.tree() == before

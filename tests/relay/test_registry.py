@@ -200,14 +200,44 @@ async def test_what_waits_for_its_turn_is_decided_about_again(autojump_clock: tr
 
     registry = Registry(max_calls=1)
     async with linked(registry, app=slow), trio.open_nursery() as nursery:
-        # One that is served at once was decided about a moment ago.
-        nursery.start_soon(lambda: registry.call(NODE, "GET", "/first", decide_again=taken_back))
+        nursery.start_soon(lambda: registry.call(NODE, "GET", "/first"))
         await trio.testing.wait_all_tasks_blocked()
         with pytest.raises(NeedsPerson, match="any more"):
             await registry.call(NODE, "GET", "/second", decide_again=taken_back)
         # It has given its turn back.
         await registry.call(NODE, "GET", "/third")
     assert (asked, served) == (["again"], ["/first", "/third"])
+
+
+async def test_what_the_agent_has_not_answered_is_given_up_once_it_is_allowed_no_more(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """Else what waits there for a disk would be done up to the end of its time."""
+    left = list[float]()
+
+    async def waits(scope: Any, receive: Any, send: Any) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        left.append(trio.current_time())
+
+    until = 4.5
+
+    async def decide_again() -> None:
+        if trio.current_time() > until:
+            raise NeedsPerson("It is not allowed any more.")
+
+    registry = Registry()
+    async with linked(registry, app=waits):
+        with pytest.raises(NeedsPerson, match="any more"):
+            await registry.call(NODE, "POST", "/mkdir", document={}, decide_again=decide_again)
+        await trio.testing.wait_all_tasks_blocked()
+        assert until < left[0] < until + 2
+    async with linked(registry):
+        # What is answered at once is answered without asking, and errors stay what they are.
+        until = -1.0
+        assert await registry.call(NODE, "GET", "/x", decide_again=decide_again)
+        with pytest.raises(TowpathError, match="The disk is full"):
+            await registry.call(NODE, "GET", "/fails", decide_again=decide_again)
 
 
 async def test_too_many_waiting_calls_are_refused_clearly(autojump_clock: trio.testing.MockClock) -> None:
