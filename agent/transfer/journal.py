@@ -32,6 +32,8 @@ BUSY_TIMEOUT = 5.0
 MOST_LEFT_BEHIND = 1000
 
 PENDING, ACTIVE, DONE = 0, 1, 2
+# Parameters of one question; SQLite before 3.32 takes no more than 999.
+_NAMES_AT_ONCE = 500
 # Of single items: done is 1.
 _ENDED_WITHOUT = 2
 _SET_STATE = (
@@ -314,12 +316,26 @@ class Journal:
 
     # --- files -----------------------------------------------------------------------------------------
 
-    def finished(self, directory: int) -> dict[bytes, int]:
-        """Names in a directory that are settled already, with their outcome."""
+    def has_finished(self, directory: int) -> bool:
+        """Whether anything in a directory is settled already that is not done."""
         with self._using():
-            return dict(
-                self._connection.execute("SELECT name, outcome FROM finished WHERE directory = ?", (directory,))
-            )
+            found = self._connection.execute("SELECT 1 FROM finished WHERE directory = ? LIMIT 1", (directory,))
+            return found.fetchone() is not None
+
+    def finished(self, directory: int, names: Sequence[bytes]) -> dict[bytes, int]:
+        """Which of these names in a directory are settled already, with their outcome."""
+        found: dict[bytes, int] = {}
+        for start in range(0, len(names), _NAMES_AT_ONCE):
+            some = names[start : start + _NAMES_AT_ONCE]
+            marks = ", ".join("?" * len(some))
+            with self._using():
+                found.update(
+                    self._connection.execute(
+                        f"SELECT name, outcome FROM finished WHERE directory = ? AND name IN ({marks})",  # noqa: S608 - marks
+                        (directory, *some),
+                    )
+                )
+        return found
 
     def finished_items(self) -> dict[int, int]:
         """Single items that are settled while their group was not, with their outcome."""

@@ -86,6 +86,8 @@ class DirectoryPlanner:
         self._journal = journal
         self._options = options
         self._row = row
+        # Whether an earlier run has settled anything here, and what of the rows that are being planned.
+        self._has_finished = False
         self._finished: dict[bytes, int] = {}
         self._fresh = False
         self._names: set[bytes] | None = set() if options.delete_destination_extra else None
@@ -112,7 +114,7 @@ class DirectoryPlanner:
         try:
             if self._sweep is not None:
                 # In the first run of a task nothing is settled before its folder is planned.
-                self._finished = _still_there(handle, self._journal.finished(self._row.id))
+                self._has_finished = self._journal.has_finished(self._row.id)
             # Most folders are new: nothing is looked for in them.
             self.group.empty = _is_empty(handle) or self._clean(handle)
             if self._names is not None:
@@ -120,7 +122,7 @@ class DirectoryPlanner:
                 self._journal.put_extras(join_path(handle.path), ())
             self.folds = handle.folds(self._prefix)
             self.group.local = handle.disk() is not None
-            self._fresh = self.group.empty and not self._finished
+            self._fresh = self.group.empty and not self._has_finished
         except BaseException:
             handle.close()
             raise
@@ -149,6 +151,7 @@ class DirectoryPlanner:
         # Where nothing is, there is nothing to decide about a file: what most files of large trees come to.
         plain = self._fresh and not losers and not self._options.preserve_hard_links
         group, item = self.group, self._row.item
+        self._finished = self._finished_of(rows) if self._has_finished else {}
         for row in rows:
             name = row.name
             if is_reserved(check_component_untrusted(name)):
@@ -167,6 +170,27 @@ class DirectoryPlanner:
         self.group.planned += len(planned.copies) + len(planned.comparisons)
         self.group.planned += len(planned.links) + len(planned.failures) + len(planned.shared)
         return planned
+
+    def _finished_of(self, rows: list[Row]) -> dict[bytes, int]:
+        """What an earlier run settled of these rows, but for names that are gone: the folder may be another one by now.
+        Asked for by the message, since a folder may have more names than memory holds. Raises OSError."""
+        finished = self._journal.finished(self._row.id, [row.name for row in rows])
+        ended = (FAILED, SKIPPED)
+        return {
+            name: outcome
+            for name, outcome in finished.items()
+            if outcome % LIST_FATE in ended or self._is_there(check_component_untrusted(name))
+        }
+
+    def _is_there(self, name: bytes) -> bool:
+        try:
+            self.group.handle.lstat(name)
+        except FileNotFoundError:
+            return False
+        except PermissionError:
+            # Nobody can say.
+            return True
+        return True
 
     def _losers(self, rows: list[Row]) -> dict[bytes, bytes]:
         rules = self._options.filter_rules
@@ -352,21 +376,6 @@ def refusal(row: Row, decision: Decision) -> TowpathError:
         code="IS_A_DIRECTORY" if row.kind != DIRECTORY else "NOT_A_DIRECTORY",
         who="destination owner",
     )
-
-
-def _still_there(handle: Directory, finished: dict[bytes, int]) -> dict[bytes, int]:
-    """What an earlier run settled in a folder, but for names that are gone: the folder may be another one by now."""
-    if not finished:
-        return finished
-    try:
-        names = {fold_key(node.name) for node in handle.scan()}
-    except PermissionError:
-        # Nobody can say.
-        return finished
-    failed = (FAILED, SKIPPED)
-    return {
-        name: outcome for name, outcome in finished.items() if outcome % LIST_FATE in failed or fold_key(name) in names
-    }
 
 
 def _is_empty(handle: Directory) -> bool:

@@ -22,6 +22,7 @@ __all__ = ["quick_path"]
 
 SEED = 20_260
 FLIPS = 400
+NAMES = [b"file-%d" % n for n in range(60)]
 
 
 def written(path: Path) -> None:
@@ -32,7 +33,7 @@ def written(path: Path) -> None:
     assert taken is not None
     for number in range(3):
         journal.finish_directory(number + 1)
-    journal.put_finished((taken.id, b"file-%d" % n, FAILED if n % 7 == 0 else TRANSFERRED) for n in range(60))
+    journal.put_finished((taken.id, name, FAILED if n % 7 == 0 else TRANSFERRED) for n, name in enumerate(NAMES))
     for number in range(5):
         row = PartialRow(b".towpath.x.%d" % number, (1, 2, 3, 4, number), 2**20, bytearray(b"\x55" * 100))
         journal.put_partial(taken.id, b"large-%d" % number, row)
@@ -52,7 +53,7 @@ def told(journal: Journal) -> list[object]:
     return [
         directories,
         journal.unfinished_destinations(),
-        [journal.finished(number) for number in range(1, 41)],
+        [journal.finished(number, NAMES) for number in range(1, 41)],
         [journal.partial(number, b"large-%d" % n) for number in range(1, 41) for n in range(5)],
         journal.done_items(),
         journal.known_items(),

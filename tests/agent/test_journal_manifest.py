@@ -64,6 +64,17 @@ def test_a_journal_knows_whether_anything_goes_below_a_folder(tmp_path: Path) ->
     journal.close()
 
 
+def test_a_journal_is_asked_for_the_names_that_are_wanted(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal")
+    names = [b"%d" % number for number in range(1234)]
+    journal.put_finished((1, name, TRANSFERRED) for name in names)
+    journal.put_finished([(2, b"elsewhere", TRANSFERRED)])
+    assert journal.finished(1, [*names[::2], b"elsewhere"]) == dict.fromkeys(names[::2], TRANSFERRED)
+    assert journal.finished(1, []) == {}
+    assert [journal.has_finished(directory) for directory in (1, 2, 3)] == [True, True, False]
+    journal.close()
+
+
 def test_a_journal_is_found_again_as_it_was_committed(tmp_path: Path) -> None:
     path = tmp_path / "journal"
     journal = Journal(path)
@@ -87,7 +98,8 @@ def test_a_journal_is_found_again_as_it_was_committed(tmp_path: Path) -> None:
     assert journal.counters() == counters
     assert journal.lengths() == (100, 7)
     assert (journal.done_items(), journal.known_items()) == ({3}, {3, 4})
-    assert journal.finished(taken.id) == {b"\xff name": TRANSFERRED}
+    assert journal.has_finished(taken.id)
+    assert journal.finished(taken.id, [b"other", b"\xff name"]) == {b"\xff name": TRANSFERRED}
     assert journal.partial(taken.id, b"large") == PARTIAL
     assert journal.partial_temporaries(taken.id) == {b".temporary"}
     assert [event.seq for event in journal.events()] == [5]
@@ -95,7 +107,8 @@ def test_a_journal_is_found_again_as_it_was_committed(tmp_path: Path) -> None:
     assert journal.reopen_directories() == 1
     assert journal.next_directory() == taken
     journal.finish_directory(taken.id)
-    assert journal.finished(taken.id) == {}
+    assert not journal.has_finished(taken.id)
+    assert journal.finished(taken.id, [b"\xff name"]) == {}
     assert journal.partial(taken.id, b"large") is None
     assert journal.unfinished_destinations() == [b"d"]
     assert [row[0] for row in journal.directories_deepest_first()] == [b"d/x", b"d"]
