@@ -7,6 +7,7 @@ holds every secret of the relay; it is written with mode 0600 and appears under 
 from __future__ import annotations
 
 import contextlib
+import errno
 import gzip
 import os
 import secrets
@@ -86,7 +87,8 @@ def restore(
     home = directory.resolve()
     place = (home / Path(settings.directory).expanduser()).resolve()
     database = place / settings.database.file
-    database.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for folder in (place, database.parent):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     with exclusive(place, database):
         known = [database, *(database.with_name(database.name + end) for end in ("-wal", "-shm"))]
         known += [home / CONFIGURATION, *(place / folder for folder in _FOLDERS)]
@@ -96,21 +98,24 @@ def restore(
             raise BackupRefused(f"{place} holds a relay already ({names}); --force moves it aside.", who="you")
         scratch = place / f".restore-{secrets.token_hex(4)}"
         scratch.mkdir(mode=0o700)
+        # Beside its place, which may be on another disk than all else: there it is put in place by a rename.
+        ready = database.with_name(f".{database.name}.{secrets.token_hex(4)}")
         try:
             _unpack_untrusted(archive, scratch)
             _check_database(scratch / DATABASE)
             note(scratch / DATABASE)
+            _move(scratch / DATABASE, ready)
             aside = _move_aside(place, present) if present else None
             home.mkdir(mode=0o700, parents=True, exist_ok=True)
             write_private_file(home / CONFIGURATION, text.encode())
-            for folder in _FOLDERS:
-                if (scratch / folder).exists():
-                    (scratch / folder).rename(place / folder)
+            for name in _FOLDERS:
+                if (scratch / name).exists():
+                    (scratch / name).rename(place / name)
             _give_to_owner_of(
                 place,
                 [
                     home / CONFIGURATION,
-                    scratch / DATABASE,
+                    ready,
                     place / LOCK,
                     lock_of(database),
                     *(place / name for name in _FOLDERS),
@@ -118,9 +123,10 @@ def restore(
             )
             sync_names(place)
             # The database last: without it nothing serves what is only half restored, after a power failure neither.
-            (scratch / DATABASE).rename(database)
+            ready.rename(database)
             sync_names(database.parent)
         finally:
+            ready.unlink(missing_ok=True)
             shutil.rmtree(scratch, ignore_errors=True)
     return aside
 
@@ -217,10 +223,53 @@ def _give_to_owner_of(place: Path, restored: list[Path]) -> None:
 
 
 def _move_aside(place: Path, present: list[Path]) -> Path:
+    """Raises OSError; what could not be moved is where it was then, and whole."""
     aside = place / time.strftime("replaced-%Y%m%dT%H%M%S", time.gmtime())
     aside.mkdir(mode=0o700)
     # In the order given, the database first: from then on there is no relay until the restored one is complete.
     for path in present:
-        path.rename(aside / path.name)
+        _move(path, aside / path.name)
     sync_names(aside)
     return aside
+
+
+def _move(path: Path, target: Path) -> None:
+    """Rename a file or folder, or copy it where it goes to another file system; nothing is removed before the copy is
+    on the disk. Raises OSError."""
+    try:
+        path.rename(target)
+        return
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+    try:
+        for source in [path, *path.rglob("*")]:
+            _copy_one(source, target / source.relative_to(path))
+        sync_names(target.parent)
+    except BaseException:
+        _remove(target)
+        raise
+    _remove(path)
+
+
+def _copy_one(source: Path, target: Path) -> None:
+    """Readable by the owner alone, whoever that is at the source."""
+    status = source.stat()
+    if source.is_dir():
+        target.mkdir(mode=0o700)
+    else:
+        descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with source.open("rb") as content, os.fdopen(descriptor, "wb") as file:
+            shutil.copyfileobj(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+    if os.geteuid() == 0:
+        os.chown(target, status.st_uid, status.st_gid)
+    sync_names(target.parent)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

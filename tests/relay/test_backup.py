@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
+import shutil
 import sqlite3
 import tarfile
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -170,11 +173,73 @@ def test_what_is_backed_up_and_restored_outlives_a_power_failure(
     database = target / "data" / "db" / "main.sqlite"
     assert steps[-3:] == [("sync", target / "data"), ("name", database), ("sync", database.parent)]
     named = [to for step, to in steps if step == "name"]
-    assert named[0] == aside / "main.sqlite"
+    assert named[0].parent == database.parent
+    assert named[0] != database
+    assert named[1] == aside / "main.sqlite"
     assert steps.index(("sync", aside)) < steps.index(("name", target / "data" / "keys"))
     # Folders of the archive have their files' names before they have their own.
     unpacked = [folder.name for step, folder in steps[: steps.index(("name", named[0]))] if step == "sync"]
     assert {"keys", "tls"} <= set(unpacked)
+
+
+def two_disks(monkeypatch: pytest.MonkeyPatch, disk: Path) -> None:
+    """What is below a folder is on another file system than all else."""
+    rename = Path.rename
+
+    def renaming(path: Path, to: Path) -> Path:
+        if path.is_relative_to(disk) != to.is_relative_to(disk):
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", renaming)
+
+
+def test_a_database_on_another_disk_is_restored_and_the_old_one_kept(
+    relay_settings: Settings, relay_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = tmp_path / "disk"
+    configuration, archive = relay_directory / "relay.yaml", tmp_path / "backup.tgz"
+    configuration.write_text(f"directory: .\ndatabase: {{file: {disk / 'main.sqlite'}}}\n")
+    back_up(relay_settings, configuration, archive)
+    two_disks(monkeypatch, disk)
+    target = tmp_path / "new"
+    assert restore(archive, target, force=False) is None
+    first = (disk / "main.sqlite").read_bytes()
+    (disk / "main.sqlite-wal").write_bytes(b"log")
+    aside = restore(archive, target, force=True)
+    assert aside is not None
+    assert (aside / "main.sqlite").read_bytes() == first == (disk / "main.sqlite").read_bytes()
+    assert (aside / "main.sqlite-wal").read_bytes() == b"log"
+    assert {path.stat().st_mode & 0o077 for path in aside.rglob("*")} == {0}
+    assert {path.name for path in disk.iterdir()} <= {"main.sqlite", "main.sqlite.lock"}
+
+
+def test_a_disk_that_does_not_hold_the_database_fails_before_anything_is_replaced(
+    relay_settings: Settings, relay_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = tmp_path / "disk"
+    configuration, archive = relay_directory / "relay.yaml", tmp_path / "backup.tgz"
+    configuration.write_text(f"directory: .\ndatabase: {{file: {disk / 'main.sqlite'}}}\n")
+    back_up(relay_settings, configuration, archive)
+    target = tmp_path / "new"
+    restore(archive, target, force=False)
+    two_disks(monkeypatch, disk)
+
+    def contents() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for place in (target, disk) for path in place.rglob("*") if path.is_file()}
+
+    before = contents()
+    copy = shutil.copyfileobj
+
+    def full(source: Any, written: Any, *more: int) -> None:
+        if Path(os.readlink(f"/proc/self/fd/{written.fileno()}")).is_relative_to(disk):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        copy(source, written, *more)
+
+    monkeypatch.setattr(shutil, "copyfileobj", full)
+    with pytest.raises(OSError, match="No space"):
+        restore(archive, target, force=True)
+    assert contents() == before
 
 
 def archive_with(path: Path, members: dict[str, bytes], link: str | None = None) -> Path:
