@@ -20,10 +20,16 @@ from protocol.names import MAX_COMPONENT, escape
 def losers(root: Root, handle: Directory, names: Iterable[bytes], prefix: bytes) -> dict[bytes, bytes]:
     """For every name that is left out, the name that has its place. The folder itself is asked which of them are one
     name to it, with temporaries that begin with ``prefix``. Raises OSError."""
-    by_key: dict[bytes, set[bytes]] = defaultdict(set)
+    # Nearly all names are alone with their key, and there may be millions: a set for each would cost most of all.
+    first: dict[bytes, bytes] = {}
+    several: dict[bytes, set[bytes]] = defaultdict(set)
     for name in names:
-        by_key[fold_key(name)].add(name)
-    suspects = [sorted(group) for group in by_key.values() if len(group) > 1]
+        key = fold_key(name)
+        other = first.setdefault(key, name)
+        if other != name:
+            several[key] |= {other, name}
+    del first
+    suspects = [sorted(group) for group in several.values()]
     if not suspects:
         return {}
     there = {node.name for node in handle.scan()}

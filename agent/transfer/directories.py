@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import aclosing
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, aclosing
 from functools import partial
 
 import trio
@@ -13,6 +14,7 @@ from agent.storage.node import mtime_of
 from agent.transfer.budget import charge
 from agent.transfer.checksum import file_digest
 from agent.transfer.filled_places import SEVERAL, FilledPlaces
+from agent.transfer.gathered_names import GatheredNames
 from agent.transfer.items import ItemPlanner
 from agent.transfer.jobs import FileJob, Group, GroupListed, LinkWanted, Outcome
 from agent.transfer.journal_rows import DirectoryRow
@@ -64,6 +66,7 @@ class DirectoryWalk:
         items = run.context.order.items or () if run.options.delete_destination_extra else ()
         self._filled = FilledPlaces(items)
         self._told_of_kept: set[KeptExtra] = set()
+        self._large_folder = trio.Lock()
 
     async def run(self) -> None:
         """Returns when everything is handed out."""
@@ -101,15 +104,12 @@ class DirectoryWalk:
         try:
             listing_of = run.session.list_directory
             async with aclosing(listing_of(row.source, follow=follow, on_changed=planner.note_changed)) as batches:
-                gathered: list[Row] = []
                 async for rows in batches:
                     planned = None if planner.folds else await self._take_rows(planner, rows)
                     if planned is None:
-                        gathered += rows
+                        await self._gather(planner, rows, batches, listing)
                     else:
                         await self._planned(planned, listing)
-                if gathered:
-                    await self._planned(await self._threads.run(partial(planner.plan, gathered)), listing)
         except _NotOpened as problem:
             await self._not_opened(row, fault(problem.error, "destination", row.destination))
             return
@@ -119,6 +119,22 @@ class DirectoryWalk:
         if run.options.delete_destination_extra:
             await self._note_extra(planner.group, row, planner)
         run.settle.put(GroupListed(planner.group))
+
+    async def _gather(
+        self, planner: DirectoryPlanner, rows: list[Row], batches: AsyncIterator[list[Row]], listing: Listing
+    ) -> None:
+        """Plan a folder whose names may be one name here, once they are all known. Raises `ItemFailed` for one with
+        more than can be held; of large ones, one at a time is held."""
+        gathered = GatheredNames()
+        gathered.add_untrusted(rows)
+        async with AsyncExitStack() as stack:
+            async for more in batches:
+                gathered.add_untrusted(more)
+                if gathered.are_many and self._large_folder.statistics().owner is not trio.lowlevel.current_task():
+                    await stack.enter_async_context(self._large_folder)
+            await self._threads.run(partial(planner.compare_names, gathered.rows))
+            for some in gathered.taken():
+                await self._planned(await self._threads.run(partial(planner.plan, some)), listing)
 
     def _top_of(self, row: DirectoryRow) -> CollectionPath:
         """Where the item of a folder leads to."""

@@ -96,8 +96,9 @@ class DirectoryPlanner:
         self._inside: Collection[tuple[int, int]] | None = None if one_machine else ()
         self._prefix = prefix
         self._sweep = sweep
-        # Whether names may be one name at the destination: all rows must then come to `plan` at once.
+        # Whether names may be one name at the destination: all rows must then come to `compare_names` before `plan`.
         self.folds = False
+        self._left_out: dict[bytes, bytes] = {}
         self._patience = patience
         # Whether names changed at the source while they were listed.
         self.source_changed = False
@@ -137,7 +138,7 @@ class DirectoryPlanner:
         return (self._sweep is not None or removed > 0) and _is_empty(handle)
 
     def take(self, rows: list[Row]) -> Planned | None:
-        """`open`, at the first call, and `plan`; None when all rows must come to `plan` at once (see ``folds``).
+        """`open`, at the first call, and `plan`; None when all rows are to come to `compare_names` (see ``folds``).
         ``opened`` says how far it came when it raises."""
         if not self.opened:
             self.open()
@@ -146,7 +147,7 @@ class DirectoryPlanner:
     def plan(self, rows: list[Row]) -> Planned:
         """Decide about some rows. Folders are made here, everything else is left to others. Raises OSError."""
         planned = Planned()
-        losers = self._losers(rows) if self.folds else {}
+        losers = self._left_out
         rules, follow = self._options.filter_rules, self._options.recursive_symlinks == "copy"
         # Where nothing is, there is nothing to decide about a file: what most files of large trees come to.
         plain = self._fresh and not losers and not self._options.preserve_hard_links
@@ -192,12 +193,13 @@ class DirectoryPlanner:
             return True
         return True
 
-    def _losers(self, rows: list[Row]) -> dict[bytes, bytes]:
+    def compare_names(self, rows: list[Row]) -> None:
+        """Find out which of all the names of a folder that folds them cannot be beside another one. Raises OSError."""
         rules = self._options.filter_rules
         names = (
             check_component_untrusted(row.name) for row in rows if included(rules, row.name, row.kind == DIRECTORY)
         )
-        return losers(self._root, self.group.handle, names, self._prefix)
+        self._left_out = losers(self._root, self.group.handle, names, self._prefix)
 
     def _plan_row(self, row: Row, planned: Planned, winner: bytes | None) -> None:
         counts = self.group.counts

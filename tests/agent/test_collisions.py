@@ -17,7 +17,9 @@ from agent.storage import folding
 from agent.storage.faulty import Call
 from agent.storage.folding import ask, by_attribute, fold_key
 from agent.storage.posix import open_root
+from agent.transfer import gathered_names
 from protocol.control import TaskItem, TaskOptions
+from protocol.session import Row
 from tests.agent.engine_inside import CHECKED, Crashed, Engine, contents, quick_path, skipped, tree
 from tests.agent.folding_root import FoldingRoot, folded
 
@@ -51,6 +53,42 @@ async def test_collisions_are_found_decided_and_told(quick_path: Path) -> None:
     assert probes
     assert probes[-1] < first_file
     assert engine.temporaries() == []
+
+
+async def test_a_folder_with_more_names_than_can_be_compared_fails_alone(
+    quick_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a source could fill the memory of a destination that has to know all names before it takes one."""
+    monkeypatch.setattr(gathered_names, "MOST", 10_000)
+    monkeypatch.setattr(gathered_names, "MANY", 100)
+    engine = Engine(quick_path, wrap=FoldingRoot.around)
+    tree(engine.source, [*(f"many/{number}" for number in range(30)), "few/A", "few/a", "few/b", "other/c"])
+    observed = await engine.run()
+    assert (observed.state, observed.counters.failed) == ("FAILED", 2)
+    assert skipped(engine) == {"many/.": "TOO_MANY_NAMES", "few/a": "NAME_COLLISION"}
+    assert set(contents(engine.destination)) == {"many", "few", "few/A", "few/b", "other", "other/c"}
+
+
+async def test_a_folder_is_planned_in_pieces_once_its_names_are_compared(
+    quick_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gathered_names, "_PIECE", 2)
+    monkeypatch.setattr(gathered_names, "MANY", 100)
+    engine = Engine(quick_path, wrap=FoldingRoot.around)
+    tree(engine.source, [*(f"{name}{number}" for name in "aAb" for number in range(7)), "d/x", "d/X", "e/y"])
+    observed = await engine.run()
+    assert observed.counters.failed == 8
+    wanted = {f"{name}{number}" for name in "Ab" for number in range(7)} | {"d", "d/X", "e", "e/y"}
+    assert set(contents(engine.destination)) == wanted
+
+
+def test_rows_are_taken_in_their_order_and_let_go() -> None:
+    gathered = gathered_names.GatheredNames()
+    rows = [Row(b"%d" % number, 0, 0, 0, 0, 0, 0, 0) for number in range(2500)]
+    gathered.add_untrusted(rows[:1200])
+    gathered.add_untrusted(rows[1200:])
+    assert [row for piece in gathered.taken() for row in piece] == rows
+    assert gathered.rows == []
 
 
 async def test_the_same_names_are_different_where_case_counts(quick_path: Path) -> None:
