@@ -21,7 +21,7 @@ from agent.transfer.remote_meter import RemoteMeter
 from agent.transfer.run import Run
 from agent.transfer.source_session import SessionLost
 from agent.transfer.stopping import call_on_cancel, first_error
-from protocol.errors import ProtocolError, RetryLater
+from protocol.errors import ProtocolError, RetryLater, TowpathError
 
 # A secured socket, whose thread will be here, or a lane that another process has secured.
 OpenLane = Callable[[], Awaitable[SecuredLane | RemoteLane]]
@@ -177,6 +177,7 @@ class Lanes:
         # Shutting a duplicate down ends the blocking read.
         duplicate = socket.socket(fileno=os.dup(sock.fileno()))
         self._shut_down[number] = partial(_shut_down, duplicate)
+        broken: TowpathError | None = None
         try:
             async with trio.open_nursery() as nursery:
                 await nursery.start(call_on_cancel, lambda: _stop(receiver, duplicate))
@@ -188,17 +189,20 @@ class Lanes:
                 self._is_up(number)
                 await trio.to_thread.run_sync(receiver.run)
         except* (OSError, RetryLater) as group:
-            _raise_broken_rules(group)
+            broken = _broken_rules(group)
         finally:
             left = self._drop(number)
             duplicate.close()
             sock.close()
+        if broken is not None:
+            raise broken
         return left
 
     async def _use_elsewhere(self, number: int, lane: RemoteLane) -> bool:
         """The same for one that another process receives on."""
         run = self._run
         self._shut_down[number] = lane.shut_down
+        broken: TowpathError | None = None
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._end, number)
@@ -208,10 +212,12 @@ class Lanes:
                 self._is_up(number)
                 await lane.ended()
         except* (OSError, RetryLater) as group:
-            _raise_broken_rules(group)
+            broken = _broken_rules(group)
         finally:
             left = self._drop(number)
             lane.close()
+        if broken is not None:
+            raise broken
         return left
 
     def _drop(self, number: int) -> bool:
@@ -223,11 +229,11 @@ class Lanes:
         return self._run.fetcher.drop_lane(number)
 
 
-def _raise_broken_rules(group: BaseExceptionGroup[BaseException]) -> None:
-    """A broken lane is not a broken session: what it had goes to the others. Broken rules are another matter."""
+def _broken_rules(group: BaseExceptionGroup[BaseException]) -> TowpathError | None:
+    """A broken lane is not a broken session: what it had goes to the others. Broken rules are another matter, to be
+    raised where no `except*` is: before Python 3.11.4, what is raised there is in a group again."""
     broken = group.subgroup(ProtocolError)
-    if broken is not None:
-        raise first_error(broken) from None
+    return None if broken is None else first_error(broken)
 
 
 def _stop(receiver: LaneReceiver, sock: socket.socket) -> None:

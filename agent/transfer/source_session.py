@@ -15,6 +15,7 @@ import trio
 
 from agent.transfer.holes import check_extents_untrusted
 from agent.transfer.outgoing import send_queued
+from agent.transfer.stopping import first_error
 from protocol import session
 from protocol.errors import ProtocolError, RetryLater, TowpathError, error_from_document_untrusted
 from protocol.session_checks import check_readings_untrusted
@@ -106,15 +107,19 @@ class SourceSession:
     async def run(self) -> None:
         """Read, write and keep alive until the stream ends. Raises `SessionLost`."""
         self._heard = trio.current_time()
+        lost: TowpathError | None = None
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._write)
                 nursery.start_soon(self._keep_alive)
                 await self._read()
         except* (trio.BrokenResourceError, trio.ClosedResourceError, OSError):
-            raise self._lose(SessionLost("The connection to the source broke.")) from None
+            lost = SessionLost("The connection to the source broke.")
         except* TowpathError as group:
-            raise self._lose(_first(group)) from None
+            lost = first_error(group)
+        # Not where it was caught: before Python 3.11.4, what is raised there is in a group again.
+        if lost is not None:
+            raise self._lose(lost)
 
     def _lose(self, error: TowpathError) -> TowpathError:
         self._lost = error
@@ -319,11 +324,3 @@ async def _received(receive: trio.MemoryReceiveChannel[session.Answer], seconds:
     with trio.move_on_after(seconds):
         return await receive.receive()
     return None
-
-
-def _first(group: BaseExceptionGroup[TowpathError]) -> TowpathError:
-    found: BaseException = group
-    while isinstance(found, BaseExceptionGroup):
-        found = found.exceptions[0]
-    assert isinstance(found, TowpathError)  # except* gave us nothing else
-    return found
