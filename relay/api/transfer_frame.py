@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any
 
 import msgspec
@@ -25,6 +26,11 @@ PREFIX = "/v0.10"
 # Larger documents are read and written in a thread, so that nobody else waits for them.
 _LARGE = 64 * 1024
 _MANY = 200
+# The longest task has a million values; three bytes of JSON may become eighty of memory.
+_MAX_VALUES = 4_000_000
+_SEPARATORS = (b",", b"{", b"[")
+# Once no quotation mark inside is left; one that does not end is as long as the document.
+_STRING = re.compile(rb'"[^"]*+"?+')
 
 CallerHere = Annotated[Caller, Depends(transfer_caller)]
 ServicesHere = Annotated[Services, Depends(services_here)]
@@ -41,10 +47,22 @@ async def read_document(request: Request) -> Any:
 
 
 def _decode(body: bytes) -> Any:
+    if len(body) > _MAX_VALUES and _values(body) > _MAX_VALUES:
+        raise bad_request(f"The document has more than {_MAX_VALUES} values.")
     try:
         return msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise bad_request("The body of the request is not JSON.") from error
+
+
+def _values(body: bytes) -> int:
+    """How many values a document has at most: before all but the first is one of three characters. Those in names do
+    not count where that matters."""
+    count = sum(map(body.count, _SEPARATORS))
+    if count > _MAX_VALUES:
+        body = _STRING.sub(b"", body.replace(b"\\\\", b"").replace(b'\\"', b""))
+        count = sum(map(body.count, _SEPARATORS))
+    return count + 1
 
 
 def answer(document: dict[str, Any], status: int = 200) -> Response:
