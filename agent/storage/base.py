@@ -87,6 +87,11 @@ class Features:
     modes: bool = True
     sparse: bool = True
 
+    @property
+    def in_memory(self) -> bool:
+        """Whether the root lives in memory alone: there is nothing behind the page cache."""
+        return self.file_system in ("ramfs", "tmpfs")
+
 
 class Directory(ABC):
     """An open folder. A context manager; names are single components.

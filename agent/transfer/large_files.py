@@ -11,7 +11,7 @@ import trio
 from agent.storage.faults import fault
 from agent.transfer.arrivals import damaged
 from agent.transfer.compare import block_size, missing_ranges
-from agent.transfer.fetch import LONG_RANGE
+from agent.transfer.fetch import MEMORY_RANGE
 from agent.transfer.holes import WORTH_ASKING, mark_holes, sparse_block
 from agent.transfer.jobs import Abandoned, FileJob, LargeFile, PartDropped, count_done, empty_bitmap
 from agent.transfer.journal_rows import PartialRow, bytes_done
@@ -96,7 +96,7 @@ class LargeFiles:
     def _ranges(self, file: LargeFile, have: bytes | bytearray) -> Iterator[tuple[int, int]]:
         """Offset and length of what is missing, each as long as suits at the time it is asked for."""
         run, block = self._run, file.block
-        for offset, length in missing_ranges(have, file.job.row.size, block, max(LONG_RANGE, block)):
+        for offset, length in missing_ranges(have, file.job.row.size, block, max(MEMORY_RANGE, block)):
             end = offset + length
             while offset < end:
                 piece = min(end - offset, max(run.fetcher.range_bytes(run.budget.total), block))

@@ -102,7 +102,7 @@ class SmallFiles:
         self._keep = max(0, open_files() - _OTHER_DESCRIPTORS)
         # Made when the first file is read back: filling it with zeros takes half a millisecond of a task's beginning.
         self._buffer = memoryview(bytearray())
-        self._in_memory = root.features.file_system in ("tmpfs", "ramfs")
+        self._in_memory = root.features.in_memory
 
     def write(self, pack: PackArrived, into: list[Temporary]) -> int:
         """Write every file of a pack to a temporary; those that could be written are added to ``into``. Their bytes."""

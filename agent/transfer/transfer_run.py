@@ -108,6 +108,7 @@ class TransferRun:
             on_file_idle=self._on_file_idle,
             on_job_failed=self.retries.job_failed,
             on_hungry=self._on_hungry,
+            in_memory=context.root.features.in_memory,
         )
         session.on_unserved = self.fetcher.unserved
         self._arrivals = None if context.processes is None else self._arrivals_from(context.processes)

@@ -47,7 +47,7 @@ class Scene:
     """A fetcher, its lanes' receivers, and a source that delivers one frame when it is told to. It is the fetcher's
     session and the receivers' reports, too."""
 
-    def __init__(self, *, honours_abandon: bool) -> None:
+    def __init__(self, *, honours_abandon: bool, in_memory: bool = False) -> None:
         self.disk = Disk()
         self.now = 0.0
         self.lost = self.given_back = 0
@@ -66,6 +66,7 @@ class Scene:
             on_file_idle=self._on_idle,
             on_job_failed=lambda job, _error: self.failed_jobs.append(job),
             on_hungry=lambda: None,
+            in_memory=in_memory,
         )
         self.file = LargeFile(None, b"t", 3, BLOCK, bytearray(), 0)  # type: ignore[arg-type]
 

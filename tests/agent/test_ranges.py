@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.transfer.budget import UNSETTLED_BYTES, Budget
-from agent.transfer.fetch import LANE_WINDOW, LONG_RANGE, RANGE_BYTES
+from agent.transfer.fetch import LANE_WINDOW, LONG_RANGE, MEMORY_RANGE, MEMORY_WINDOW, RANGE_BYTES
 from agent.transfer.large_files import LargeFiles
 from tests.agent.test_end_game import Scene
 
@@ -47,6 +47,25 @@ def test_long_ranges_are_for_lanes_that_bring_them_soon() -> None:
         assert scene.fetcher.range_bytes(UNSETTLED_BYTES) == wanted
     fast.rate = slow.rate = None
     assert scene.fetcher.range_bytes(UNSETTLED_BYTES) == RANGE_BYTES, "neither has brought anything yet"
+
+
+@pytest.mark.parametrize(
+    ("lanes", "budget", "rate", "wanted"),
+    [
+        (1, UNSETTLED_BYTES, 64, MEMORY_RANGE),
+        (1, UNSETTLED_BYTES, 63, LONG_RANGE),
+        (1, UNSETTLED_BYTES, 31, RANGE_BYTES),
+        (1, MEMORY_WINDOW - 1, 1000, LONG_RANGE),
+        (2, UNSETTLED_BYTES, 1000, LONG_RANGE),
+        (3, UNSETTLED_BYTES, 1000, RANGE_BYTES),
+    ],
+)
+def test_the_longest_ranges_are_for_storage_in_memory(lanes: int, budget: int, rate: int, wanted: int) -> None:
+    scene = Scene(honours_abandon=True, in_memory=True)
+    for number in range(1, lanes + 1):
+        scene.open(number)
+        scene.fetcher._lanes[number].speed.rate = rate * MIB
+    assert scene.fetcher.range_bytes(budget) == wanted
 
 
 @given(
