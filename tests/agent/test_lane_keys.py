@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.transfer import lanes
-from agent.transfer.fetch import LANE_WINDOW
+from agent.transfer.fetch import MEMORY_WINDOW
 from agent.transfer.lane_keys import AT_MOST, KEY_RECORDS, LAST_RECORD, RECORD, Succession, records_of
 from protocol.control import TaskItem
 from tests.agent import engine_inside, engine_world
@@ -26,7 +26,7 @@ def test_the_limits_are_those_of_the_standard() -> None:
     """RFC 8446 section 5.5, with what may be on its way of a lane that gets no more work."""
     assert LAST_RECORD == 23_726_566
     assert KEY_RECORDS * RECORD == 256 * 1024 * MIB
-    assert KEY_RECORDS * AT_MOST + 2 * LANE_WINDOW // RECORD < LAST_RECORD
+    assert KEY_RECORDS * AT_MOST + 2 * MEMORY_WINDOW // RECORD < LAST_RECORD
     assert [records_of(size) for size in (0, 1, RECORD, RECORD + 1)] == [0, 1, 1, 2]
 
 

@@ -44,7 +44,7 @@ def _one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LargeFile, "take_unchecked", first_of_unchecked)
     monkeypatch.setattr(arrivals, "CHECK_AFTER", MIB)
     monkeypatch.setattr("agent.transfer.settle.BATCH_BYTES", MIB)
-    monkeypatch.setattr("agent.transfer.large_files.LONG_RANGE", 2 * MIB)
+    monkeypatch.setattr("agent.transfer.large_files.MEMORY_RANGE", 2 * MIB)
 
 
 def received(engine: Engine) -> int:
