@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from agent.cli.command import Subcommands, with_output
+from agent.cli.command import with_output
 from agent.cli.output import CommandFailed, Output, confirm, field
 from agent.cli.service import config_option, failing_plainly, tell_running_agent, warn_of_exposure
 from agent.config.keys import CollectionConfig
 from agent.config.layers import load_config
+from protocol.subcommands import Subcommands
 from protocol.terminal import terminal_safe
 
 if TYPE_CHECKING:

@@ -17,9 +17,6 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# More characters than the first sentence of any command's help has.
-_WHOLE = 1000
-
 _format_option = click.option(
     "-F",
     "--format",
@@ -29,18 +26,6 @@ _format_option = click.option(
     show_default=True,
     help="How results are written.",
 )
-
-
-class Subcommands(click.Group):
-    """A group that tells what each of its commands does in a whole sentence; click cuts them off with dots."""
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write one row for each command, over several lines where need be."""
-        commands = {name: self.get_command(ctx, name) for name in self.list_commands(ctx)}
-        rows = [(name, one.get_short_help_str(_WHOLE)) for name, one in commands.items() if one and not one.hidden]
-        if rows:
-            with formatter.section("Commands"):
-                formatter.write_dl(rows)
 
 
 def with_output(function: Callable[Concatenate[Output, P], R]) -> Callable[..., R]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from agent.cli.command import Subcommands, with_output
+from agent.cli.command import with_output
 from agent.cli.output import CommandFailed, Output
 from agent.cli.service import config_option, failing_plainly, tell_running_agent
 from agent.config.exposure import exposures, unusable
@@ -19,6 +19,7 @@ from agent.config.keys import AgentConfig, ConfigError
 from agent.config.layers import load_config
 from agent.exit_codes import ExitCode
 from protocol.errors import TowpathError
+from protocol.subcommands import Subcommands
 
 
 @click.group(cls=Subcommands)

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from agent.cli.command import Subcommands, with_relay
+from agent.cli.command import with_relay
 from agent.cli.location import Location, LocationType
 from agent.cli.output import Column, Output, confirm, field
 from agent.cli.relay_client import document_of
+from protocol.subcommands import Subcommands
 
 if TYPE_CHECKING:
     from agent.cli.relay_client import Relay

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import click
 
-from agent.cli.command import Subcommands
 from agent.cli.output import CommandFailed
 from agent.cli.service import config_option, failing_plainly
+from protocol.subcommands import Subcommands
 
 UNIT = "towpath-agent.service"
 LABEL = "org.towpath.agent"

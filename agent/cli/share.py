@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from agent.cli.command import Subcommands, with_relay
+from agent.cli.command import with_relay
 from agent.cli.location import Location, LocationType, Place, is_uuid
 from agent.cli.output import Column, CommandFailed, Output, fail, field, moment
 from agent.cli.relay_client import document_of
 from agent.cli.submission import parse_deadline
 from protocol.errors import ProtocolError
 from protocol.names import below_home, format_path, parse_path_untrusted
+from protocol.subcommands import Subcommands
 
 if TYPE_CHECKING:
     from agent.cli.relay_client import Relay

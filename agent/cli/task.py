@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from agent.cli.command import Subcommands, with_relay
+from agent.cli.command import with_relay
 from agent.cli.output import Column, Output, field, moment, person
 from agent.cli.progress import beside, progress_of
 from agent.cli.relay_client import document_of
@@ -18,6 +18,7 @@ from agent.cli.waiting import watch
 from agent.exit_codes import who_can_mend
 from agent.limits.rate import rate_text
 from agent.quantities import human_bytes
+from protocol.subcommands import Subcommands
 
 if TYPE_CHECKING:
     from agent.cli.relay_client import Relay

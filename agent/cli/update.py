@@ -13,11 +13,12 @@ from typing import Any
 
 import click
 
-from agent.cli.command import Subcommands, with_output
+from agent.cli.command import with_output
 from agent.cli.output import CommandFailed, Output
 from agent.cli.service import config_option, failing_plainly
 from agent.update.supervisor import LAUNCHD_JOB
 from protocol.errors import TowpathError
+from protocol.subcommands import Subcommands
 
 UNIT = "towpath-agent.service"
 

@@ -9,11 +9,12 @@ from typing import Any
 
 import click
 
-from agent.cli.command import Subcommands, with_output
+from agent.cli.command import with_output
 from agent.cli.output import Column, CommandFailed, Output, field
 from agent.cli.service import config_option, failing_plainly, tell_running_agent
 from agent.config.keys import AgentConfig, CollectionConfig, document
 from agent.config.layers import load_config
+from protocol.subcommands import Subcommands
 
 COLUMNS = (
     field("Name", "name"),

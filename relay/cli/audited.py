@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from protocol.subcommands import Subcommands
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -19,8 +21,6 @@ if TYPE_CHECKING:
 _SETTINGS = "towpath.settings"
 _RECORD = "towpath.record"
 _ANNOUNCED = "towpath.announced"
-# More characters than the first sentence of any command's help has.
-_WHOLE = 1000
 
 
 def remember(context: click.Context, settings: Settings) -> None:
@@ -84,18 +84,6 @@ class AuditedCommand(click.Command):
 class AuditedFileCommand(AuditedCommand):
     """A command about files, which no transaction of the database holds: it is announced before it changes anything
     and told of again when it has ended, so that there is no change without an entry, whatever is killed when."""
-
-
-class Subcommands(click.Group):
-    """A group that tells what each of its commands does in a whole sentence; click cuts them off with dots."""
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write one row for each command, over several lines where need be."""
-        commands = {name: self.get_command(ctx, name) for name in self.list_commands(ctx)}
-        rows = [(name, one.get_short_help_str(_WHOLE)) for name, one in commands.items() if one and not one.hidden]
-        if rows:
-            with formatter.section("Commands"):
-                formatter.write_dl(rows)
 
 
 class AuditedGroup(Subcommands):

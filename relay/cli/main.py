@@ -13,8 +13,8 @@ from typing import NoReturn
 
 import click
 
+from protocol.subcommands import Subcommands
 from relay.cli import audit, authority, people, programs, root_key, storage, upkeep
-from relay.cli.audited import Subcommands
 
 
 def main() -> NoReturn:
