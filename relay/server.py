@@ -56,10 +56,12 @@ from relay.rendezvous.tunnel.service import TunnelService
 from relay.rendezvous.tunnel.websocket import WebSocketTunnels
 from relay.services import Services
 from relay.settings import Settings
+from relay.store.batch import Batch
 from relay.store.database import Store
 from relay.store.migrate import require, upgrade
 from relay.tls import CERTIFICATE_WARNING, CertificateStatistics, ServerCertificate
 from relay.transfer import revocation
+from relay.transfer.collections import decide_all
 from relay.transfer.nodes import DatabaseNodeDirectory
 from relay.transfer.steward import Steward
 from relay.transfer.task_rows import forget_items
@@ -76,6 +78,8 @@ _DAY = 86400.0
 # How often to look whether the wall clock has jumped, and by how much (seconds) it counts as such.
 _CLOCK_LOOK, _CLOCK_JUMP = 5.0, 60.0
 _BACKLOG = 4096
+# A call that was just answered waits for no more than so many decisions about others.
+_DECISIONS_AT_ONCE = 64
 # How many more tries an address has than one client at that address.
 _CROWD = 10
 # Agents that lose their relay on purpose come back after this many seconds, spread by their own jitter.
@@ -140,7 +144,7 @@ def build(settings: Settings, store: Store, clock: Callable[[], float] = time.ti
     web = WebServer(app, max_connections=most, proxies=proxies)
     observer = Observer(signalling.seen)
     carrier = tunnel.carrier
-    tunnels = WebSocketTunnels(tunnel.acceptor, carrier, settings.listen.front)
+    tunnels = WebSocketTunnels(tunnel.acceptor, carrier, proxies)
     accept = _link_handler(services, certificate, observer)
     upgrade = Upgrade(
         web.serve, accept, tunnels.carry if tunnel.enabled else None, places=Places(most), proxies=proxies
@@ -203,6 +207,7 @@ def _services(
         requests=Allowance(settings.limits.user_requests, settings.limits.user_requests_period),
         provisions=Allowance(PROVISIONS, PROVISIONS_PERIOD),
         departures=Allowance(DEPARTURES, DEPARTURES_PERIOD),
+        decisions=Batch(store.read, decide_all, most=_DECISIONS_AT_ONCE),
         clock=clock,
     )
 

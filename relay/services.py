@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, cast
 from fastapi import Request
 
 if TYPE_CHECKING:
+    from sqlalchemy import Connection
+
     from protocol.ticket import TicketSigner
     from relay.audit.recorder import Recorder
     from relay.auth.clients import SecretChecker
@@ -18,9 +20,12 @@ if TYPE_CHECKING:
     from relay.auth.upstream import Upstream
     from relay.keys import RelayKeys
     from relay.quota.allowance import Allowance
+    from relay.refusal import ApiError
     from relay.rendezvous.registry import Registry
     from relay.settings import Settings
+    from relay.store.batch import Batch
     from relay.store.database import Store
+    from relay.transfer.collections import Decision
     from relay.transfer.steward import Steward
 
 
@@ -30,7 +35,8 @@ class Services:
 
     ``guesses`` counts wrong secrets by address and client, ``crowd_guesses`` by address alone;
     ``requests`` counts what each person asks for, ``provisions`` whom they had an identity made for, ``departures`` who
-    was sent to a provider from each address.
+    was sent to a provider from each address. ``decisions`` decides again about calls to agents that take long: few at a
+    time, so that requests find the database free however many wait.
     """
 
     settings: Settings
@@ -49,6 +55,7 @@ class Services:
     requests: Allowance
     provisions: Allowance
     departures: Allowance
+    decisions: Batch[Callable[[Connection], Decision], Decision | ApiError]
     clock: Callable[[], float]
 
     @property

@@ -18,7 +18,7 @@ from relay.api.transfer_frame import (
 )
 from relay.refusal import ApiError
 from relay.transfer import collections
-from relay.transfer.collections import Collection
+from relay.transfer.collections import Collection, Decision
 from relay.transfer.entitlement import reach_text
 from relay.transfer.fields import Fields, bad_request, query_boolean, query_integer
 from relay.transfer.filesystem import MAX_PATH, Filesystem, ListingRequest
@@ -36,18 +36,20 @@ async def _collection(
     Whoever may not even see the collection is told so before anything is said about their paths.
     """
 
-    def work(connection: Connection) -> tuple[Collection, list[str] | None]:
-        now = services.clock()
-        collection = collections.require(connection, endpoint_id, caller.identity_id, Ability.SEE, now=now)
+    def work(connection: Connection) -> Decision:
+        sight = collections.look(connection, endpoint_id, caller.identity_id, services.clock())
+        collection = sight.require(Ability.SEE)
         spots = [_spot(collection, path, above=above) for path in paths]
-        found = collections.require(connection, collection.id, caller.identity_id, ability, now=now, spots=spots)
-        return found, reach_text(collections.reach_of(connection, found, caller.identity_id, ability, now))
+        return sight.require(ability, spots), reach_text(sight.reach(ability))
 
     collection, reach = await services.store.read(work)
 
     async def decide_again() -> None:
         """Whoever may do it no more, or comes less far by now, is refused, though it has begun."""
-        if (await services.store.read(work))[1] != reach:
+        answer = await services.decisions.ask(work)
+        if isinstance(answer, ApiError):
+            raise answer
+        if answer[1] != reach:
             raise ApiError(409, "Conflict", "What you may come to here has changed meanwhile; ask again.")
 
     timeout = float(services.settings.limits.call_timeout)

@@ -8,7 +8,7 @@ All functions work on a connection inside the store's transaction.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -16,7 +16,18 @@ from sqlalchemy import Connection, select, update
 
 from protocol.errors import ProtocolError
 from protocol.names import CollectionPath, parse_path_untrusted
-from relay.access.decisions import ROOT, Ability, CollectionFacts, RoleGrant, Rule, Spot, decide, live_rules, reach
+from relay.access.decisions import (
+    ROOT,
+    Ability,
+    CollectionFacts,
+    RoleGrant,
+    Rule,
+    Spot,
+    Subject,
+    decide,
+    live_rules,
+    reach,
+)
 from relay.access.principals import subject_of
 from relay.refusal import ApiError
 from relay.store import transfer_tables as tables
@@ -142,6 +153,36 @@ def load(connection: Connection, collection_id: str) -> Collection | None:
     return load_many(connection, [collection_id]).get(collection_id)
 
 
+@dataclass(frozen=True)
+class Sight:
+    """A collection, None for an unknown one, and somebody who asks for it: read once for all that is decided in one
+    transaction. This is the one place where the API decides about collections."""
+
+    asked_for: str
+    collection: Collection | None
+    subject: Subject
+
+    def require(self, ability: Ability, spots: Iterable[Spot] = (ROOT,)) -> Collection:
+        """The collection, if they may do that with it now, at all these places of it.
+
+        Raises `ApiError`: 404 EndpointNotFound or EndpointDeleted, 403 PermissionDenied.
+        """
+        verdict = decide(None if self.collection is None else self.collection.facts, self.subject, ability, spots)
+        if self.collection is not None and verdict == "allowed":
+            return self.collection
+        raise refusal(self.asked_for, verdict)
+
+    def reach(self, ability: Ability) -> tuple[CollectionPath, ...] | None:
+        """The folders in which they may do that, None for everywhere: where symlinks may lead them."""
+        return () if self.collection is None else reach(self.collection.facts, self.subject, ability)
+
+
+def look(connection: Connection, collection_id: str, identity_id: str, now: float) -> Sight:
+    """A collection, and an identity as it is at a moment (Unix seconds)."""
+    collection = load(connection, collection_id.lower()) if is_uuid(collection_id) else None
+    return Sight(collection_id, collection, subject_of(connection, identity_id, now))
+
+
 def require(
     connection: Connection,
     collection_id: str,
@@ -151,24 +192,26 @@ def require(
     now: float,
     spots: Iterable[Spot] = (ROOT,),
 ) -> Collection:
-    """The collection, if this identity may do that with it now, at all these places of it.
-
-    Raises `ApiError`: 404 EndpointNotFound or EndpointDeleted, 403 PermissionDenied. This is the one place where the
-    API decides about collections.
-    """
-    collection = load(connection, collection_id.lower()) if is_uuid(collection_id) else None
-    subject = subject_of(connection, identity_id, now)
-    verdict = decide(None if collection is None else collection.facts, subject, ability, spots)
-    if collection is not None and verdict == "allowed":
-        return collection
-    raise refusal(collection_id, verdict)
+    """What `Sight.require` says where nothing else is asked. Raises `ApiError` as it does."""
+    return look(connection, collection_id, identity_id, now).require(ability, spots)
 
 
-def reach_of(
-    connection: Connection, collection: Collection, identity_id: str, ability: Ability, now: float
-) -> tuple[CollectionPath, ...] | None:
-    """The folders in which this identity may do that, None for everywhere: where symlinks may lead them."""
-    return reach(collection.facts, subject_of(connection, identity_id, now), ability)
+# Where somebody may do what they want to, and the folders they may come to by symlinks there (None: anywhere).
+Decision = tuple[Collection, list[str] | None]
+
+
+def decide_all(
+    connection: Connection, questions: Sequence[Callable[[Connection], Decision]]
+) -> list[Decision | ApiError]:
+    """What was decided of each, or why it is refused."""
+    return [_decide(connection, question) for question in questions]
+
+
+def _decide(connection: Connection, question: Callable[[Connection], Decision]) -> Decision | ApiError:
+    try:
+        return question(connection)
+    except ApiError as error:
+        return error
 
 
 def homes(connection: Connection, ids: Iterable[str], identity_id: str, now: float) -> dict[str, CollectionPath | None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from typing import Any
 
@@ -12,8 +12,9 @@ import trio
 
 from protocol.control import MAX_ENTRIES, MAX_FILTER, MAX_FILTERS, Entry
 from protocol.errors import AccessDenied, ItemFailed, NeedsPerson, ProtocolError, RetryLater
+from relay.refusal import ApiError
 from relay.transfer.collections import load
-from tests.relay.fake_agents import FakeAgent
+from tests.relay.fake_agents import FakeAgent, FakeRegistry
 from tests.relay.transfer_world import Person, TransferWorld, open_world
 
 
@@ -248,6 +249,37 @@ async def test_times_that_no_calendar_has_do_not_break_a_listing(laptop: Laptop)
     first, second = (await laptop.alice.get(f"{laptop.path}/ls"))["DATA"]
     assert first["last_modified"] == "2116-02-20 23:53:38+00:00"
     assert second["last_modified"].endswith("+00:00")
+
+
+async def test_calls_that_wait_are_decided_about_together(laptop: Laptop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many wait, the database is asked about them in few transactions, one at a time."""
+    asked: list[Callable[[], Awaitable[object]]] = []
+    call = FakeRegistry.call
+
+    async def noting(self: FakeRegistry, *arguments: Any, **options: Any) -> bytes:
+        asked.append(options["decide_again"])
+        return await call(self, *arguments, **options)
+
+    monkeypatch.setattr(FakeRegistry, "call", noting)
+    await laptop.alice.get(f"{laptop.path}/ls")
+    refused: list[str] = []
+
+    async def decide() -> None:
+        try:
+            await asked[0]()
+        except ApiError as error:
+            refused.append(error.code)
+
+    before = laptop.relay.store.statistics().reads
+    for gone in (False, True):
+        async with trio.open_nursery() as nursery:
+            for _ in range(150):
+                nursery.start_soon(decide)
+        if not gone:
+            assert refused == []
+            await laptop.alice.delete(f"/endpoint/{laptop.id}")
+    assert refused == ["EndpointDeleted"] * 150
+    assert laptop.relay.store.statistics().reads - before < 20
 
 
 async def test_home_is_resolved_alike_for_calls_and_tasks(laptop: Laptop) -> None:

@@ -165,6 +165,8 @@ def _without_decision(text: str, call: ast.Call) -> str | None:
     arguments = [ast.get_source_segment(text, argument) or "" for argument in call.args]
     if callee == "collections.require":
         return f"collections.unchecked({arguments[0]}, {arguments[1]})"
+    if callee == "sight.require":
+        return "sight.collection"
     if callee.endswith("require_own"):
         return f"task_rows.load({arguments[0]}, {arguments[1]})"
     if callee in ("_require", "_collection") and len(arguments) == 4:
