@@ -17,7 +17,17 @@ import trio
 from agent.storage.disks import Disk
 from agent.storage.mounts import Mark
 from agent.transfer.lane_keys import KEY_RECORDS
-from agent.transfer.message_buffer import CHUNK, Garbled, Message, MessageBuffer, framed, rights, room
+from agent.transfer.message_buffer import (
+    CHUNK,
+    AreYouThere,
+    Garbled,
+    Here,
+    Message,
+    MessageBuffer,
+    framed,
+    rights,
+    room,
+)
 from protocol.control import Desired, TaskObserved, TaskOrder
 
 MAX_CHANNEL_MESSAGE = 128 * 1024 * 1024
@@ -141,10 +151,6 @@ class EventStored(Message, tag="stored", frozen=True, kw_only=True):
     seq: int
 
 
-class AreYouThere(Message, tag="there", frozen=True, kw_only=True):
-    """Nothing was heard for a while: say so if you can."""
-
-
 # --- worker to daemon --------------------------------------------------------------------------------------
 
 
@@ -189,10 +195,6 @@ class Checkpointed(Message, tag="checkpointed", frozen=True, kw_only=True):
     """Paused: everything that arrived is settled; the worker ends now."""
 
     observed: TaskObserved
-
-
-class Here(Message, tag="here", frozen=True, kw_only=True):
-    """Answer to `AreYouThere`."""
 
 
 ToWorker = (

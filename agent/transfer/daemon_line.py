@@ -20,7 +20,6 @@ from agent.limits.processor import Governor
 from agent.transfer import compression
 from agent.transfer.channel import (
     Allowed,
-    AreYouThere,
     BetterPath,
     Channel,
     Checkpointed,
@@ -31,14 +30,13 @@ from agent.transfer.channel import (
     Event,
     EventStored,
     Finished,
-    Here,
     Moved,
     Progress,
     RunTask,
 )
 from agent.transfer.lane_ahead import LaneAhead
 from agent.transfer.lane_processes import Child, LaneProcesses, RemoteLane
-from agent.transfer.message_buffer import Message
+from agent.transfer.message_buffer import AreYouThere, Here, Message
 from agent.transfer.source_session import SourceSession
 from protocol.control import TaskObserved
 from protocol.errors import RetryLater, TowpathError, error_from_document_untrusted

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from agent.transfer.message_buffer import CHUNK, Garbled, Message, MessageBuffer, framed, room
+from agent.transfer.message_buffer import CHUNK, AreYouThere, Garbled, Here, Message, MessageBuffer, framed, room
 
 # Far more than the largest message, which tells of one pack.
 MAX_MESSAGE = 4 * 1024 * 1024
@@ -140,10 +140,6 @@ class EndRun(Message, tag="end", frozen=True, kw_only=True):
     """The session is over: close everything, then say so."""
 
 
-class AreYouThere(Message, tag="there", frozen=True, kw_only=True):
-    """Nothing was heard for a while: say so if you can."""
-
-
 # --- lane process to worker --------------------------------------------------------------------------------
 
 
@@ -247,10 +243,6 @@ class Readings(Message, tag="readings", frozen=True, kw_only=True):
 
 class RunEnded(Message, tag="over", frozen=True, kw_only=True):
     """Answer to `EndRun`: nothing of that session is open here any more."""
-
-
-class Here(Message, tag="here", frozen=True, kw_only=True):
-    """Answer to `AreYouThere`."""
 
 
 ToLanes = (

@@ -30,6 +30,7 @@ from agent.system.limits import open_files
 from agent.transfer import lane_messages as say
 from agent.transfer.lane_frames import Frame, FrameReader
 from agent.transfer.lane_writing import GivenLargeFile, PackOrder, PackWriting, RangeOrder, Writing
+from agent.transfer.message_buffer import AreYouThere, Here
 from protocol import lane
 from protocol.errors import ProtocolError, RetryLater, TowpathError
 from protocol.identity import NodeKey
@@ -231,8 +232,8 @@ class LaneProcess:
             self._identity = NodeKey.from_pem(message.node_key) if message.node_key else None
             self._session_id = message.session_id
             self._lock = descriptors[0] if descriptors else -1
-        elif isinstance(message, say.AreYouThere):
-            self._pair.send(say.Here())
+        elif isinstance(message, AreYouThere):
+            self._pair.send(Here())
         elif isinstance(message, say.EndRun):
             self._end_run()
             self._pair.send(say.RunEnded())

@@ -29,7 +29,7 @@ from agent.transfer.channel import Channel, ChannelClosed
 from agent.transfer.jobs import Group, LargeFile, Request
 from agent.transfer.lane_process import LaneProcess
 from agent.transfer.lane_watch import TellStandstill, stays, until_lost
-from agent.transfer.message_buffer import MOST_DESCRIPTORS, Message
+from agent.transfer.message_buffer import MOST_DESCRIPTORS, AreYouThere, Here, Message
 from agent.transfer.remote_meter import RemoteMeter
 from agent.transfer.spawn import FORKS, Forked, fork_into
 from protocol.errors import ProtocolError, RetryLater, TowpathError, error_from_document_untrusted
@@ -155,7 +155,6 @@ class OneProcess:
         self.alive = True
         # Set when it was told to end by force, and when it is no more.
         self._killed, self.gone = trio.Event(), trio.Event()
-        self._heard = self._asked = False
         self.lanes: dict[int, RemoteLane] = {}
         self.arrivals: Arrivals | None = None
         self.processor = 0.0
@@ -204,7 +203,6 @@ class OneProcess:
                 nursery.start_soon(self._until_killed)
                 while True:
                     message, _ = await self._channel.receive()
-                    self._heard, self._asked = True, False
                     self._handle(message)
         except* (ChannelClosed, OSError):
             _logger.info("The lane process %s is gone.", self.child.pid)
@@ -241,16 +239,14 @@ class OneProcess:
 
     # --- for `lane_watch` ------------------------------------------------------------------------------
 
-    def ask(self) -> None:
-        """Have it say something, unless it was asked already."""
-        if not self._asked:
-            self._asked = True
-            self.post(say.AreYouThere())
+    @property
+    def heard(self) -> int:
+        """How often something has come from it."""
+        return self._channel.heard
 
-    def was_heard(self) -> bool:
-        """Whether it has said anything since this was last called."""
-        heard, self._heard = self._heard, False
-        return heard
+    async def ask(self) -> None:
+        """Have it say something."""
+        self.post(AreYouThere())
 
     def signs(self) -> Signs | None:
         """What the system tells of it."""
@@ -304,7 +300,7 @@ class OneProcess:
                 self.arrivals.checked(self, message)
         elif isinstance(message, say.RunEnded):
             self.run_ended.set()
-        elif not isinstance(message, say.Here):
+        elif not isinstance(message, Here):
             lane = self.lanes.get(message.lane)
             if lane is not None:
                 self._of_lane(lane, message)

@@ -10,42 +10,27 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-import trio
-
-from agent.system.signs_of_life import Posture, Signs
-from agent.transfer.standstill import HANGS_FOR, LOOK_EVERY, STOPPED_FOR, Standstill
+from agent.system.signs_of_life import Posture
+from agent.transfer.looks import Looks, Watched
+from agent.transfer.standstill import HANGS_FOR, STOPPED_FOR
 from protocol.errors import RetryLater, TowpathError
 
 # What stands still, or None once nothing does any more.
 TellStandstill = Callable[[TowpathError | None], None]
 
 
-class Watched(Protocol):
+class WatchedLanes(Watched, Protocol):
     """A lane process, as it is looked at."""
-
-    def ask(self) -> None:
-        """Have it say something."""
-
-    def was_heard(self) -> bool:
-        """Whether it has said anything since this was last called."""
-
-    def signs(self) -> Signs | None:
-        """What the system tells of it."""
 
     async def storage_answers(self) -> bool:
         """Whether the storage that it writes to answers others."""
 
 
-async def until_lost(process: Watched, tell: TellStandstill) -> None:
+async def until_lost(process: WatchedLanes, tell: TellStandstill) -> None:
     """Return when the process is to be ended."""
-    standstill = Standstill(trio.current_time())
-    answered = False
+    looks, answered = Looks(process), False
     while True:
-        await trio.sleep(LOOK_EVERY)
-        heard = process.was_heard()
-        if not heard:
-            process.ask()
-        posture = standstill.look(trio.current_time(), heard=heard, signs=None if heard else process.signs())
+        posture = await looks.next()
         if posture is None:
             answered = False
             tell(None)

@@ -1,4 +1,5 @@
-"""Messages of private socket pairs that also carry descriptors: msgpack behind a four-byte length. Sans I/O.
+"""Messages of private socket pairs that also carry descriptors: msgpack behind a four-byte length, and the two that
+are said on each of them. Sans I/O.
 
 Both ends are our own processes of one version, so nothing here is hostile, but lengths are bounded all the same.
 """
@@ -25,6 +26,14 @@ class Message(msgspec.Struct, tag_field="t", frozen=True, kw_only=True):
     """Base of all messages. ``descriptors`` says how many descriptors come with it."""
 
     descriptors: int = 0
+
+
+class AreYouThere(Message, tag="there", frozen=True, kw_only=True):
+    """Nothing was heard for a while: say so if you can."""
+
+
+class Here(Message, tag="here", frozen=True, kw_only=True):
+    """Answer to `AreYouThere`."""
 
 
 class Garbled(Exception):

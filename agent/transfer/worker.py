@@ -32,13 +32,11 @@ from agent.storage.reach import Reach
 from agent.system.process_name import rename_process
 from agent.transfer.channel import (
     Allowed,
-    AreYouThere,
     Channel,
     ChannelClosed,
     Checkpointed,
     Common,
     Finished,
-    Here,
     Incoming,
     RunTask,
     ServeSession,
@@ -47,6 +45,7 @@ from agent.transfer.channel import (
 )
 from agent.transfer.daemon_line import DaemonLine, Moving
 from agent.transfer.lane_processes import Child, dismiss, fork_lane_processes
+from agent.transfer.message_buffer import AreYouThere, Here
 from agent.transfer.rehearsal import rehearse
 from agent.transfer.serve import JOIN_PATIENCE, SourceSide, serve_lane
 from agent.transfer.session_processes import lane_processes

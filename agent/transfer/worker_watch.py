@@ -12,9 +12,11 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
-from agent.system.signs_of_life import Posture, signs_of
-from agent.transfer.channel import AreYouThere, Channel, ChannelClosed
-from agent.transfer.standstill import HANGS_FOR, LOOK_EVERY, STOPPED_FOR, Standstill
+from agent.system.signs_of_life import Posture, Signs, signs_of
+from agent.transfer.channel import Channel, ChannelClosed
+from agent.transfer.looks import Looks
+from agent.transfer.message_buffer import AreYouThere
+from agent.transfer.standstill import HANGS_FOR, LOOK_EVERY, STOPPED_FOR
 from protocol.errors import RetryLater, TowpathError
 
 # How often one that hangs counts as one that will hang for ever.
@@ -23,27 +25,36 @@ HANGS_FOR_EVER = 2
 TellStandstill = Callable[[TowpathError], Awaitable[None]]
 
 
+class _Worker:
+    """The process at the other end of a channel, as it is looked at."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+
+    @property
+    def heard(self) -> int:
+        return self._channel.heard
+
+    async def ask(self) -> None:
+        # One that is gone is noticed by whoever listens to it. Somebody else may have waited to send for long.
+        with contextlib.suppress(ChannelClosed), trio.move_on_after(LOOK_EVERY / 2):
+            await self._channel.send(AreYouThere())
+
+    def signs(self) -> Signs | None:
+        return None if self._channel.pid is None else signs_of(self._channel.pid)
+
+
 async def until_lost(channel: Channel, tell: TellStandstill) -> TowpathError:
     """Return when the worker at the other end is to be ended, and why. ``tell`` hears, at every look, why it stands
     still and goes on to do so; what it says itself after that holds again."""
-    standstill, heard, asked = Standstill(trio.current_time()), channel.heard, False
+    looks = Looks(_Worker(channel))
     while True:
-        await trio.sleep(LOOK_EVERY)
-        said, heard = channel.heard != heard, channel.heard
-        if said:
-            asked = False
-        elif not asked:
-            asked = True
-            # One that is gone is noticed by whoever listens to it. Somebody else may have waited to send for long.
-            with contextlib.suppress(ChannelClosed), trio.move_on_after(LOOK_EVERY / 2):
-                await channel.send(AreYouThere())
-        signs = None if said or channel.pid is None else signs_of(channel.pid)
-        posture = standstill.look(trio.current_time(), heard=said, signs=signs)
+        posture = await looks.next()
         if posture is Posture.STOPPED:
             return _stopped()
         if posture is Posture.TRACED:
             await tell(_traced())
-        elif posture is Posture.WAITS and standstill.seconds >= HANGS_FOR_EVER * HANGS_FOR:
+        elif posture is Posture.WAITS and looks.seconds >= HANGS_FOR_EVER * HANGS_FOR:
             return _hung()
         elif posture is not None:
             await tell(_hangs())

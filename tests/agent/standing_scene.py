@@ -30,14 +30,16 @@ class Played:
         self.posture, self.storage = posture, storage
         self.marks = STILL
         self.says = False
-        self.asked = 0
+        self.asked = self._heard = 0
         self.told: list[str] = []
 
-    def ask(self) -> None:
-        self.asked += 1
+    @property
+    def heard(self) -> int:
+        self._heard += self.says
+        return self._heard
 
-    def was_heard(self) -> bool:
-        return self.says
+    async def ask(self) -> None:
+        self.asked += 1
 
     def signs(self) -> Signs:
         return Signs(self.posture, self.marks)

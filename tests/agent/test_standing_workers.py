@@ -15,9 +15,9 @@ import trio
 import trio.testing
 
 from agent.system.signs_of_life import Posture
-from agent.transfer import standstill, worker_watch
-from agent.transfer.channel import AreYouThere, Channel, Finished, RunTask, ToDaemon, ToWorker
-from agent.transfer.message_buffer import Message
+from agent.transfer import looks, standstill, worker_watch
+from agent.transfer.channel import Channel, Finished, RunTask, ToDaemon, ToWorker
+from agent.transfer.message_buffer import AreYouThere, Message
 from agent.transfer.standstill import HANGS_FOR, LOOK_EVERY, STOPPED_FOR
 from protocol.control import SessionOrder, TaskItem, TaskObserved
 from protocol.errors import TowpathError
@@ -32,13 +32,7 @@ class _Worker(Played):
 
     def __init__(self, posture: Posture, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__(posture)
-        self._heard = 0
         monkeypatch.setattr(worker_watch, "signs_of", lambda _pid: self.signs())
-
-    @property
-    def heard(self) -> int:
-        self._heard += self.says
-        return self._heard
 
     async def send(self, message: object) -> None:
         assert isinstance(message, AreYouThere)
@@ -118,7 +112,7 @@ class _Workers:
 @pytest.fixture
 def stopped(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """The id of a process that was stopped, which is noticed at once."""
-    for where in (standstill, worker_watch):
+    for where in (standstill, looks):
         monkeypatch.setattr(where, "LOOK_EVERY", 0.02)
     monkeypatch.setattr(standstill, "STOPPED_FOR", 0.05)
     with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as process:

@@ -143,7 +143,7 @@ async def test_a_process_that_was_stopped_is_ended(autojump_clock: trio.testing.
     assert ended is not None
     assert STOPPED_FOR < ended <= STOPPED_FOR + 2 * LOOK_EVERY
     assert process.told == ["", "PROCESS_STOPPED"]
-    assert process.asked
+    assert process.asked == 1
 
 
 async def test_a_process_that_is_looked_at_by_a_debugger_is_not(autojump_clock: trio.testing.MockClock) -> None:

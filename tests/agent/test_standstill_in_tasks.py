@@ -16,7 +16,7 @@ import trio.testing
 
 from agent.storage.faulty import Call, Plan
 from agent.system.signs_of_life import Posture, Signs, signs_of
-from agent.transfer import lane_processes, lane_watch, standstill, storage_probe, storage_watch, worker_watch
+from agent.transfer import lane_processes, looks, standstill, storage_probe, storage_watch
 from agent.transfer.standstill import HANGS_FOR, STOPPED_FOR
 from protocol.control import TaskItem, TaskObserved
 from tests.agent import engine_world
@@ -65,7 +65,7 @@ class _Stops:
 
 @pytest.fixture
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    for where in (standstill, lane_watch):
+    for where in (standstill, looks):
         monkeypatch.setattr(where, "LOOK_EVERY", 0.02)
     monkeypatch.setattr(standstill, "STOPPED_FOR", 0.05)
     monkeypatch.setattr(lane_processes, "GONE_WITHIN", 0.05)
@@ -220,7 +220,7 @@ def _worker_of(node: engine_world.Node) -> psutil.Process:
 @pytest.mark.parametrize("stopped", ["destination", "destination and its lane process", "source"])
 async def test_a_real_worker_that_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: str) -> None:
     monkeypatch.setattr(standstill, "STOPPED_FOR", 2.0)
-    for where in (standstill, worker_watch):
+    for where in (standstill, looks):
         monkeypatch.setattr(where, "LOOK_EVERY", 0.5)
     async with engine_world.world(tmp_path, workers_per_session=2) as world:
         task, lane = await _begun(world, "/data")
