@@ -139,9 +139,10 @@ def _kept(place: Path) -> Iterator[Finding]:
             require(place)
     except TowpathError as error:
         advice = (
-            "Where that is not to be had: have the agent revoked at the relay, move this directory away and set it "
+            "Where that is not to be had: have the agent revoked at the relay, move this directory away and set it up "
+            "anew."
         )
-        yield Finding(level="failure", sentence=error.sentence, advice=f"{advice}up anew.")
+        yield Finding(level="failure", sentence=error.sentence, advice=advice)
     try:
         Marks(place / MARKS_FILE)
     except TowpathError as error:

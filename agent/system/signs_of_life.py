@@ -47,6 +47,7 @@ def signs_of(pid: int) -> Signs | None:
         with process.oneshot():
             status, times, switches = process.status(), process.cpu_times(), process.num_ctx_switches()
     except (psutil.Error, OSError, NotImplementedError):
+        # The last one is psutil's where a kernel does not count switches, the one before for want of a descriptor.
         return None
     if status in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
         return None

@@ -190,9 +190,10 @@ class Fetcher:
         what a range has brought is only seen at its end."""
         # One that has had nothing to do yet is not known.
         rates = [lane.speed.rate for lane in self._lanes.values() if lane.speed.rate is not None]
-        fastest = min(rates, default=0.0) * LONG_TIME
+        # What each of them brings in time.
+        brought = min(rates, default=0.0) * LONG_TIME
         for length, window in self._long:
-            if len(self._lanes) * window <= budget and length <= fastest:
+            if len(self._lanes) * window <= budget and length <= brought:
                 return length
         return RANGE_BYTES
 

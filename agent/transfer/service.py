@@ -403,7 +403,7 @@ class TransferService:
             former = self._node.verifier.at_any_time_untrusted(before)
         except ProtocolError:
             return True
-        return former.source is None or now.source is None or reads_elsewhere(former.source, now.source)
+        return reads_elsewhere(former.source, now.source)
 
     async def peer_certificate(self, session_id: str) -> str | None:
         """The certificate of the other node of a session, None for one that is not known here."""

@@ -48,11 +48,8 @@ class SourcePolicy:
             raise AccessDenied("The ticket names another collection.", code="TICKET_REFUSED")
         if ticket.destination.fingerprint != peer_fingerprint:
             raise AccessDenied("The ticket was given to another node.", code="TICKET_REFUSED")
-        if (
-            self._ordered is not None
-            and ticket.issued <= self._ordered.issued
-            and _differ(source, self._ordered.source)
-        ):
+        ordered = self._ordered
+        if ordered is not None and ticket.issued <= ordered.issued and reads_elsewhere(source, ordered.source):
             raise RetryLater(
                 "The relay has narrowed what the task may read since it gave this ticket; the newer one counts.",
                 code=TICKET_EXPIRED,
@@ -85,10 +82,6 @@ class SourcePolicy:
         return any(is_within(path, prefix) for prefix in self._prefixes)
 
 
-def _differ(one: Grant, other: Grant | None) -> bool:
-    return other is None or reads_elsewhere(one, other)
-
-
-def reads_elsewhere(one: Grant, other: Grant) -> bool:
-    """Whether two grants for one source are for other paths, or let links lead to others."""
-    return (one.paths, one.reach) != (other.paths, other.reach)
+def reads_elsewhere(one: Grant | None, other: Grant | None) -> bool:
+    """Whether two grants for one source are for other paths, or let links lead to others, or one is missing."""
+    return one is None or other is None or (one.paths, one.reach) != (other.paths, other.reach)
