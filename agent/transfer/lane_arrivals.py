@@ -3,7 +3,6 @@ thread of a lane is a process."""
 
 from __future__ import annotations
 
-import itertools
 import os
 import queue
 from collections.abc import Callable, Sequence
@@ -68,7 +67,7 @@ class RemoteArrivals:
         self._mode_mask = mode_mask
         self._preserve_timestamp = preserve_timestamp
         self._books = BlockBooks(settle, reports)
-        self._probe, self._probes = StorageProbe(), itertools.count(1)
+        self._probe = StorageProbe(names + b"p")
         token = trio.lowlevel.current_trio_token()
         self._holders: dict[OneProcess, Holder] = {each: _Holder(each, token) for each in processes.processes}
 
@@ -167,9 +166,7 @@ class RemoteArrivals:
 
     async def storage_answers(self, folder: Group) -> bool:
         descriptor = folder.handle.fileno()
-        if descriptor is None:
-            return True
-        return await self._probe.answers(descriptor, b"%sp%x" % (self._names, next(self._probes)))
+        return descriptor is None or await self._probe.answers(descriptor)
 
     def process_lost(self, process: OneProcess) -> None:
         orphans: list[tuple[Group, bytes]] = []

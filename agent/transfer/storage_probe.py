@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import threading
 
@@ -15,18 +16,20 @@ ANSWERS_WITHIN = 10.0
 
 
 class StorageProbe:
-    """Asks one question at a time; a call that hangs is not followed by another. Called in the trio thread."""
+    """Asks one question at a time; a call that hangs is not followed by another. The names of its files begin with
+    ``names``, which is reserved and nobody else's. Called in the trio thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, names: bytes) -> None:
+        self._names, self._numbers = names, itertools.count(1)
         self._last: _Call | None = None
 
-    async def answers(self, folder: int, name: bytes) -> bool:
+    async def answers(self, folder: int) -> bool:
         """Whether the storage of the folder of this descriptor, which is duplicated, answers in time, if only with a
-        refusal. ``name`` is reserved and new. Cancelling leaves the call to itself; it removes what it made."""
+        refusal. Cancelling leaves the call to itself; it removes what it made."""
         if self._last is not None and not self._last.over:
             return False
         try:
-            call = _Call(os.dup(folder), name)
+            call = _Call(os.dup(folder), b"%s%x" % (self._names, next(self._numbers)))
         except OSError:
             # Nothing can be learned now.
             return False

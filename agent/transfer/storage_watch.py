@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 
 import trio
@@ -18,7 +17,7 @@ async def watch_storage(
 ) -> None:
     """While ``progress`` gives the same for long, try whether a file can be made in one of ``folders``, which are
     written to now. Until cancelled; what was told last then still holds. ``names`` begins the names of such files."""
-    probe, numbers = StorageProbe(), itertools.count(1)
+    probe = StorageProbe(names)
     before, looked, still = progress(), trio.current_time(), 0.0
     while True:
         await trio.sleep(LOOK_EVERY)
@@ -35,7 +34,7 @@ async def watch_storage(
         folder = next((handle for each in folders() if (handle := each.fileno()) is not None), None)
         if folder is None:
             continue
-        if await probe.answers(folder, b"%sq%x" % (names, next(numbers))):
+        if await probe.answers(folder):
             # It is something else that is waited for.
             still = 0.0
             tell(None)

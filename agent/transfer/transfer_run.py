@@ -168,7 +168,7 @@ class TransferRun:
                     watch_storage,
                     lambda: (self.context.received.value, self.counters()),
                     lambda: [group.handle for group in self._groups],
-                    self._temporary_names,
+                    self._temporary_names + b"q",
                     self.context.on_standstill,
                 )
                 self.large.start(nursery)

@@ -206,16 +206,16 @@ async def test_a_silent_process_that_works_is_left_alone(autojump_clock: trio.te
 
 
 async def test_storage_is_asked_by_a_file_that_goes_again(tmp_path: Path) -> None:
-    probe, folder = StorageProbe(), os.open(tmp_path, os.O_RDONLY)
+    probe, folder = StorageProbe(b".towpath.x"), os.open(tmp_path, os.O_RDONLY)
     try:
-        assert await probe.answers(folder, b".towpath.x")
+        assert await probe.answers(folder)
         assert not list(tmp_path.iterdir())
         # A refusal is an answer.
         (tmp_path / "taken").write_bytes(b"")
-        assert await probe.answers(folder, b"taken/below")
+        assert await StorageProbe(b"taken/below").answers(folder)
     finally:
         os.close(folder)
-    assert not await probe.answers(folder, b".towpath.x")
+    assert not await probe.answers(folder)
 
 
 async def test_storage_that_hangs_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,20 +226,20 @@ async def test_storage_that_hangs_is_asked_once(tmp_path: Path, monkeypatch: pyt
         assert release.wait(10)
 
     monkeypatch.setattr(storage_probe, "_write", hang)
-    probe, folder = StorageProbe(), os.open(tmp_path, os.O_RDONLY)
+    probe, folder = StorageProbe(b"x"), os.open(tmp_path, os.O_RDONLY)
     try:
         with trio.move_on_after(10) as scope:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(probe.answers, folder, b"x")
+                nursery.start_soon(probe.answers, folder)
                 while not asked:
                     await trio.sleep(0.01)
                 # As when the run ends meanwhile.
                 scope.cancel()
-        assert not await probe.answers(folder, b"x")
+        assert not await probe.answers(folder)
         assert len(asked) == 1
         release.set()
         with trio.fail_after(10):
-            while not await probe.answers(folder, b"x"):
+            while not await probe.answers(folder):
                 await trio.sleep(0.01)
         # Nothing of it is left open.
         for each in asked:
@@ -251,13 +251,13 @@ async def test_storage_that_hangs_is_asked_once(tmp_path: Path, monkeypatch: pyt
 
 
 async def test_a_question_that_never_begins_leaves_nothing_open(tmp_path: Path) -> None:
-    probe, folder = StorageProbe(), os.open(tmp_path, os.O_RDONLY)
+    probe, folder = StorageProbe(b"x"), os.open(tmp_path, os.O_RDONLY)
     before = len(os.listdir("/dev/fd"))
     try:
         with trio.CancelScope() as scope:
             scope.cancel()
-            await probe.answers(folder, b"x")
+            await probe.answers(folder)
         assert len(os.listdir("/dev/fd")) == before
-        assert await probe.answers(folder, b"x")
+        assert await probe.answers(folder)
     finally:
         os.close(folder)
