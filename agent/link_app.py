@@ -34,6 +34,7 @@ from agent.storage.reach import Reach
 from protocol.candidates import PathAnswer, PathGo, PathOffer
 from protocol.control import (
     MAX_DOCUMENT,
+    MAX_ENTRIES,
     CollectionReport,
     Entry,
     Listing,
@@ -288,7 +289,7 @@ class LinkApp:
         wanted = parse_query_untrusted(
             filters=query.getlist("filter"),
             orderby=query.get("orderby", ""),
-            limit=_number(request, "limit", 100_000),
+            limit=_number(request, "limit", MAX_ENTRIES),
             offset=_number(request, "offset", 0),
             show_hidden=query.get("show_hidden", "1") != "0",
         )
