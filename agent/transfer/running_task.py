@@ -406,7 +406,9 @@ class RunningTask:
             status_code=error.code,
             status_sentence=error.sentence,
             who=error.who,
+            # As of one that is held up: nothing moves, whatever was measured last.
             rate=0.0,
+            flow=None,
         )
         await self._observe(waiting, final=False)
 

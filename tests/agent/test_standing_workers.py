@@ -16,10 +16,10 @@ import trio.testing
 
 from agent.system.signs_of_life import Posture
 from agent.transfer import looks, standstill, worker_watch
-from agent.transfer.channel import Channel, Finished, RunTask, ToDaemon, ToWorker
+from agent.transfer.channel import Channel, Finished, Progress, RunTask, ToDaemon, ToWorker
 from agent.transfer.message_buffer import AreYouThere, Message
 from agent.transfer.standstill import HANGS_FOR, LOOK_EVERY, STOPPED_FOR
-from protocol.control import SessionOrder, TaskItem, TaskObserved
+from protocol.control import Flow, SessionOrder, TaskItem, TaskObserved
 from protocol.errors import TowpathError
 from tests.agent import engine_world
 from tests.agent.standing_scene import Played, until_seen
@@ -99,6 +99,11 @@ class _Workers:
         self.started += 1
         if self.started == 1:
             channel.pid = self._pid
+            if isinstance(start, RunTask):
+                moves = TaskObserved(
+                    task_id=start.order.task_id, revision=1, state="ACTIVE", rate=5.0, flow=Flow(goodput=5.0)
+                )
+                await far.send(Progress(observed=moves))
         elif isinstance(start, RunTask):
             done = TaskObserved(task_id=start.order.task_id, revision=1, state="SUCCEEDED", status_code="SUCCEEDED")
             await far.send(Finished(observed=done))
@@ -140,6 +145,8 @@ async def test_a_task_whose_worker_was_stopped_says_so_and_goes_on(tmp_path: Pat
         assert [line.code for line in told] == ["PROCESS_STOPPED"]
         waiting = [line.observed for line in world.events if line.observed is not None and line.kind == "state"]
         assert ("WAITING", "PROCESS_STOPPED") in {(each.state, each.status_code) for each in waiting}
+        # Nothing is left of what was measured before.
+        assert not [each for each in waiting if each.state == "WAITING" and (each.rate or each.flow is not None)]
         nursery.cancel_scope.cancel()
 
 
