@@ -4,26 +4,22 @@ but each file is whole and of one of the sources, and nothing of either is left 
 
 from __future__ import annotations
 
-import errno
 import os
 import random
 from collections import Counter
 from pathlib import Path
 
 import pytest
-import trio
 
-from agent.storage.faulty import Call, Plan
-from protocol.control import TaskItem, TaskObserved, TaskOptions
-from tests.agent.engine_inside import Crashed, Engine, Line, mortal, quick_path, skipped
-from tests.agent.test_two_tasks_by_seed import OneOfTwo
+from protocol.control import TaskOptions
+from tests.agent.engine_inside import Engine, quick_path, skipped
+from tests.agent.one_of_two import Disturbed, run_at_once
 from tests.slices import chosen_seeds
 
 __all__ = ["quick_path"]
 
 MIB = 1024 * 1024
 SIZES = [0, 1, 5000, 60_000, MIB, MIB + 1, 5 * MIB]
-FAULTS = [errno.EIO, errno.ESTALE, errno.EBUSY]
 TIME = 1_700_000_000 * 10**9
 
 
@@ -68,58 +64,22 @@ class _Names:
         os.utime(place, ns=(when, when))
 
 
-class _Task:
-    """One of the two: killed, paused and disturbed on its own."""
+class _Task(Disturbed):
+    """One of the two."""
+
+    place = "to"
 
     def __init__(self, number: int, seed: int, base: Path, options: TaskOptions, faults: float) -> None:
-        self.random = random.Random(f"{seed} {number}")
-        self.number, self.base, self.options, self.faults = number, base / str(number), options, faults
-        self.folder = base / "both"
-        self.folder.mkdir(exist_ok=True, parents=True)
+        super().__init__(number, seed, base)
+        self.options, self.faults = options, faults
+        self.destination.mkdir(exist_ok=True, parents=True)
         self.deaths = [self.random.randint(1, 300) for _ in range(self.random.randint(0, 3))]
         self.pauses = self.random.randint(0, 1)
-        self.engine = self._engine()
+        self.start()
 
-    def _engine(self) -> OneOfTwo:
-        items = [TaskItem(source_path="/", destination_path="/to", recursive=True)]
-        engine = OneOfTwo(self.base, self.options, items, plan=self._plan())
-        engine.task_id = f"{self.number}1111111-2222-4333-8444-555555555555"
-        engine.destination = self.folder
+    def arrange(self, engine: Engine) -> None:
         engine.lanes_wanted = self.random.choice([1, 2])
         engine.processes = self.random.choice([0, 1])
-        engine.on_report = self._paused
-        return engine
-
-    def _plan(self) -> Plan:
-        death, count = self.deaths.pop() if self.deaths else 0, 0
-
-        def plan(call: Call) -> int | None:
-            nonlocal count
-            count += 1
-            if count == death:
-                raise Crashed
-            if call.operation in ("preadv", "close_file", "check_original") or self.random.random() >= self.faults:
-                return None
-            return self.random.choice(FAULTS)
-
-        return plan
-
-    def _paused(self, line: Line, observed: TaskObserved) -> None:
-        if self.pauses and observed.state == "ACTIVE" and self.random.random() < 0.3:
-            self.pauses -= 1
-            line.want("pause")
-
-    async def run(self) -> TaskObserved:
-        while True:
-            events = self.engine.events
-            try:
-                observed = await self.engine.run(60)
-            except Crashed:
-                observed = None
-            if observed is not None and observed.state != "PAUSED":
-                return observed
-            self.engine = self._engine()
-            self.engine.events = list(events)
 
 
 ALWAYS = {1, 2}
@@ -143,18 +103,7 @@ async def test_each_file_is_whole_and_of_one_of_the_sources(quick_path: Path, se
     for source in sources:
         source.rmdir()
     names = _Names(chance, sources, unlike=unlike)
-    results: dict[int, TaskObserved] = {}
-
-    async def run(task: _Task) -> None:
-        results[task.number] = await task.run()
-
-    def engine_of(file: Path) -> Engine:
-        return next(task.engine for task in tasks if file.is_relative_to(task.base))
-
-    with mortal(engine_of):
-        async with trio.open_nursery() as nursery:
-            for task in tasks:
-                nursery.start_soon(run, task)
+    results = await run_at_once(tasks)
     left = [skipped(task.engine) for task in tasks]
     print(f"seed {seed}: {options}, faults {faults}, unlike {unlike}")
     print(f"  {[result.state for result in results.values()]}, {left}, {[Counter(t.engine.codes()) for t in tasks]}")

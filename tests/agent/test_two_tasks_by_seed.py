@@ -4,22 +4,16 @@ both trees says (`tests/agent/task_model`), and nothing of the other's was touch
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import os
 import random
-from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 
-import msgspec
 import pytest
-import trio
 
 from agent.limits.pace import Pace
-from agent.storage.faulty import Call, Plan
-from protocol.control import FilterRule, TaskItem, TaskObserved, TaskOptions, TaskOrder
-from tests.agent.engine_inside import Crashed, Engine, Line, mortal, quick_path, skipped
+from protocol.control import FilterRule, TaskObserved, TaskOptions
+from tests.agent.engine_inside import Engine, quick_path, skipped
+from tests.agent.one_of_two import Disturbed, run_at_once
 from tests.agent.task_model import Expected, expected, seen
 from tests.slices import chosen_seeds
 
@@ -28,7 +22,6 @@ __all__ = ["quick_path"]
 MIB = 1024 * 1024
 SIZES = [0, 1, 700, 5000, MIB, MIB + 1, 5 * MIB]
 NAMES = ["a", "b", "c", "keep.tmp", "d.tmp", ".hidden", "caf\u00e9", "x" * 255, "deep", "twin"]
-PASSING = [errno.EIO, errno.ESTALE, errno.EBUSY]
 BASE_TIME = 1_700_000_000 * 10**9
 
 
@@ -130,26 +123,11 @@ def options(chance: random.Random) -> TaskOptions:
     )
 
 
-class OneOfTwo(Engine):
-    """A task among others in one process: who dies is found by its journal, and nothing else dies with it."""
-
-    task_id = ""
-
-    def order(self) -> TaskOrder:
-        return msgspec.structs.replace(super().order(), task_id=self.task_id)
-
-    @contextlib.contextmanager
-    def _mortal(self) -> Iterator[None]:
-        yield
-
-
-class Task:
-    """One of the two: its trees, what is to become of them, and what happens to it on the way."""
+class Task(Disturbed):
+    """One of the two: its trees, and what is to become of them."""
 
     def __init__(self, number: int, seed: int, base: Path) -> None:
-        self.random = random.Random(f"{seed} {number}")
-        self.number, self.base = number, base / str(number)
-        self.destination = base / "both"
+        super().__init__(number, seed, base)
         self.place = self.random.choice([f"{number}", f"shared/{number}", f"shared/deep/er/{number}"])
         self.options = options(self.random)
         self.source = self.base / "source"
@@ -158,56 +136,13 @@ class Task:
         self.faults = self.random.choice([0.0, 0.0, 0.01, 0.03])
         self.deaths = [self.random.randint(1, 400) for _ in range(self.random.randint(0, 3))]
         self.pauses = self.random.randint(0, 2)
-        self.counts: defaultdict[str, int] = defaultdict(int)
-        self.engine = self._engine()
+        self.start()
 
-    def _engine(self) -> OneOfTwo:
-        items = [TaskItem(source_path="/", destination_path=f"/{self.place}", recursive=True)]
-        engine = OneOfTwo(self.base, self.options, items, plan=self._plan())
-        engine.task_id = f"{self.number}1111111-2222-4333-8444-555555555555"
-        engine.destination = self.destination
+    def arrange(self, engine: Engine) -> None:
         engine.lanes_wanted = self.random.choice([1, 1, 3])
         engine.processes = self.random.choice([0, 0, 1])
-        engine.on_report = self._paused
         if self.random.random() < 0.3:
             engine.pace = Pace(self.random.choice([3 * MIB, 40 * MIB]))
-        return engine
-
-    def _plan(self) -> Plan:
-        death = self.deaths.pop() if self.deaths else 0
-        count = 0
-
-        def plan(call: Call) -> int | None:
-            nonlocal count
-            count += 1
-            if count == death:
-                self.counts["deaths"] += 1
-                raise Crashed
-            # Content that reads back wrongly is tried again less often; the root answers for itself.
-            if call.operation in ("preadv", "close_file", "check_original") or self.random.random() >= self.faults:
-                return None
-            self.counts["faults"] += 1
-            return self.random.choice(PASSING)
-
-        return plan
-
-    def _paused(self, line: Line, observed: TaskObserved) -> None:
-        if self.pauses and observed.state == "ACTIVE" and self.random.random() < 0.3:
-            self.pauses -= 1
-            self.counts["pauses"] += 1
-            line.want("pause")
-
-    async def run(self) -> TaskObserved:
-        while True:
-            events = self.engine.events
-            try:
-                observed = await self.engine.run(60)
-            except Crashed:
-                observed = None
-            if observed is not None and observed.state != "PAUSED":
-                return observed
-            self.engine = self._engine()
-            self.engine.events = list(events)
 
     def check(self, observed: TaskObserved) -> None:
         """Against the model; what failed for a fault that came too often is passed over, and has what it had."""
@@ -264,18 +199,7 @@ async def test_two_tasks_at_once_leave_what_a_plain_walk_says(quick_path: Path, 
     tasks = [Task(number, seed, quick_path) for number in (1, 2)]
     beside = quick_path / "both" / "beside"
     beside.write_bytes(b"of nobody")
-    results: dict[int, TaskObserved] = {}
-
-    async def run(task: Task) -> None:
-        results[task.number] = await task.run()
-
-    def engine_of(file: Path) -> Engine:
-        return next(task.engine for task in tasks if file.is_relative_to(task.base))
-
-    with mortal(engine_of):
-        async with trio.open_nursery() as nursery:
-            for task in tasks:
-                nursery.start_soon(run, task)
+    results = await run_at_once(tasks)
     for task in tasks:
         task.check(results[task.number])
         print(f"  {task.place}: {results[task.number].state}, {len(task.expected.there)} names, {dict(task.counts)}")
