@@ -35,6 +35,16 @@ def source(engine: Engine) -> None:
     (engine.source / "a" / "large").write_bytes(os.urandom(3 * MIB))
 
 
+def taken_from_its_place(folder: Path, how: str) -> None:
+    if how == "removed":
+        shutil.rmtree(folder)
+    else:
+        folder.rename(folder.parent / "elsewhere")
+    if how == "replaced":
+        folder.mkdir()
+        (folder / "of-somebody").write_bytes(b"stays")
+
+
 def at(engine: Engine, operation: str, name: bytes, what: Callable[[], object], *, times: int = 1) -> None:
     """Have something done just before a call of the destination."""
     left = times
@@ -54,16 +64,10 @@ def at(engine: Engine, operation: str, name: bytes, what: Callable[[], object], 
 async def test_a_folder_that_leaves_its_place_gets_everything_once_more(quick_path: Path, file: str, how: str) -> None:
     engine = Engine(quick_path)
     source(engine)
-    place, elsewhere = engine.destination / "a", engine.destination / "elsewhere"
+    place = engine.destination / "a"
 
     def move() -> None:
-        if how == "removed":
-            shutil.rmtree(place)
-            return
-        place.rename(elsewhere)
-        if how == "replaced":
-            place.mkdir()
-            (place / "of-somebody").write_bytes(b"stays")
+        taken_from_its_place(place, how)
         if how == "linked":
             (engine.destination / "inside").mkdir()
             place.symlink_to("inside")
@@ -195,13 +199,7 @@ async def test_what_was_settled_in_a_folder_that_is_gone_in_the_next_run_comes_a
     with pytest.raises(Crashed):
         await engine.run()
     place = engine.destination / "a"
-    if how == "removed":
-        shutil.rmtree(place)
-    else:
-        place.rename(engine.destination / "elsewhere")
-    if how == "replaced":
-        place.mkdir()
-        (place / "of-somebody").write_bytes(b"stays")
+    taken_from_its_place(place, how)
     observed = await engine.revived().run()
     assert observed.state == "SUCCEEDED", observed
     for name in FILES:
@@ -241,13 +239,7 @@ async def test_items_that_were_settled_in_a_folder_that_is_gone_in_the_next_run_
     with pytest.raises(Crashed):
         await engine.run()
     place = engine.destination / "to"
-    if how == "removed":
-        shutil.rmtree(place)
-    else:
-        place.rename(engine.destination / "elsewhere")
-    if how == "replaced":
-        place.mkdir()
-        (place / "of-somebody").write_bytes(b"stays")
+    taken_from_its_place(place, how)
     (engine.destination / "whole" / "0").rename(quick_path / "taken")
     after = engine.revived()
     observed = await after.run()

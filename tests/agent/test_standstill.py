@@ -137,12 +137,22 @@ def test_a_stopped_lane_process_ends_with_its_worker() -> None:
 # --- what is done ----------------------------------------------------------------------------------------------
 
 
-async def test_a_process_that_was_stopped_is_ended(autojump_clock: trio.testing.MockClock) -> None:
-    process = Played(Posture.STOPPED)
+@pytest.mark.parametrize(
+    ("posture", "bound", "looks", "code"),
+    [
+        (Posture.STOPPED, STOPPED_FOR, 2, "PROCESS_STOPPED"),
+        # Its storage is asked first.
+        (Posture.IN_STORAGE, HANGS_FOR, 3, "PROCESS_HANGS"),
+    ],
+)
+async def test_a_process_that_stands_still_alone_is_ended(
+    autojump_clock: trio.testing.MockClock, posture: Posture, bound: float, looks: int, code: str
+) -> None:
+    process = Played(posture)
     ended = await process.watched(1000)
     assert ended is not None
-    assert STOPPED_FOR < ended <= STOPPED_FOR + 2 * LOOK_EVERY
-    assert process.told == ["", "PROCESS_STOPPED"]
+    assert bound < ended <= bound + looks * LOOK_EVERY
+    assert process.told == ["", code]
     assert process.asked == 1
 
 
@@ -150,14 +160,6 @@ async def test_a_process_that_is_looked_at_by_a_debugger_is_not(autojump_clock: 
     process = Played(Posture.TRACED)
     assert await process.watched(100_000) is None
     assert process.told == ["", "PROCESS_STOPPED"]
-
-
-async def test_a_process_that_hangs_alone_is_ended(autojump_clock: trio.testing.MockClock) -> None:
-    process = Played(Posture.IN_STORAGE)
-    ended = await process.watched(1000)
-    assert ended is not None
-    assert HANGS_FOR < ended <= HANGS_FOR + 3 * LOOK_EVERY
-    assert process.told == ["", "PROCESS_HANGS"]
 
 
 async def test_a_process_that_hangs_with_its_storage_is_waited_for(autojump_clock: trio.testing.MockClock) -> None:

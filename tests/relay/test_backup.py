@@ -194,13 +194,19 @@ def two_disks(monkeypatch: pytest.MonkeyPatch, disk: Path) -> None:
     monkeypatch.setattr(Path, "rename", renaming)
 
 
+def backed_up_from(disk: Path, settings: Settings, directory: Path, folder: Path) -> Path:
+    """An archive of a relay whose database lies on a disk of its own."""
+    configuration, archive = directory / "relay.yaml", folder / "backup.tgz"
+    configuration.write_text(f"directory: .\ndatabase: {{file: {disk / 'main.sqlite'}}}\n")
+    back_up(settings, configuration, archive)
+    return archive
+
+
 def test_a_database_on_another_disk_is_restored_and_the_old_one_kept(
     relay_settings: Settings, relay_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk = tmp_path / "disk"
-    configuration, archive = relay_directory / "relay.yaml", tmp_path / "backup.tgz"
-    configuration.write_text(f"directory: .\ndatabase: {{file: {disk / 'main.sqlite'}}}\n")
-    back_up(relay_settings, configuration, archive)
+    archive = backed_up_from(disk, relay_settings, relay_directory, tmp_path)
     two_disks(monkeypatch, disk)
     target = tmp_path / "new"
     assert restore(archive, target, force=False) is None
@@ -218,9 +224,7 @@ def test_a_disk_that_does_not_hold_the_database_fails_before_anything_is_replace
     relay_settings: Settings, relay_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk = tmp_path / "disk"
-    configuration, archive = relay_directory / "relay.yaml", tmp_path / "backup.tgz"
-    configuration.write_text(f"directory: .\ndatabase: {{file: {disk / 'main.sqlite'}}}\n")
-    back_up(relay_settings, configuration, archive)
+    archive = backed_up_from(disk, relay_settings, relay_directory, tmp_path)
     target = tmp_path / "new"
     restore(archive, target, force=False)
     two_disks(monkeypatch, disk)
