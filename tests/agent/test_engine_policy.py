@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import socket
 import uuid
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import msgspec
@@ -13,10 +14,11 @@ import pytest
 import trio
 
 from agent.config.keys import CollectionConfig
-from agent.transfer.channel import Channel, Message, RunTask
+from agent.transfer.channel import Channel, Checkpointed, Desire, Finished, RunTask, ToDaemon, ToWorker
+from agent.transfer.message_buffer import Message
 from agent.transfer.service import TransferService
 from agent.transfer.worker_process import Workers
-from protocol.control import TaskItem
+from protocol.control import TaskItem, TaskObserved, TaskOrder
 from tests.agent.engine_world import Node, World, world
 
 SIZE = 192 * 1024 * 1024
@@ -138,35 +140,62 @@ async def test_a_root_that_moves_while_the_worker_starts_is_written_to_where_it_
     assert [[row.root for row in start.common.collections] for start in begun] == [[str(made.beta.root)], [str(moved)]]
 
 
-async def test_a_task_whose_links_may_lead_less_far_goes_on_with_another_worker(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+class _Obedient:
+    """Workers that stop when they are told to, and are through when they get a new ticket."""
+
+    def __init__(self) -> None:
+        self.begun, self.told = list[str](), list[str]()
+
+    @asynccontextmanager
+    async def worker(self, start: Message) -> AsyncIterator[Channel]:
+        assert isinstance(start, RunTask)
+        ours, theirs = socket.socketpair()
+        channel, far = Channel(ours, ToDaemon), Channel(theirs, ToWorker)
+        self.begun.append(start.order.ticket)
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._obey, far, start.order)
+                yield channel
+                nursery.cancel_scope.cancel()
+        finally:
+            channel.close()
+            far.close()
+
+    async def _obey(self, far: Channel, order: TaskOrder) -> None:
+        while True:
+            message, _ = await far.receive()
+            if not isinstance(message, Desire):
+                continue
+            observed = TaskObserved(task_id=order.task_id, revision=order.revision, state="PAUSED", status_code="")
+            if message.desired == "pause":
+                await far.send(Checkpointed(observed=observed))
+                return
+            self.told.append(message.ticket)
+            await far.send(Finished(observed=msgspec.structs.replace(observed, state="SUCCEEDED")))
+
+
+async def test_a_task_whose_links_may_lead_less_far_goes_on_with_another_worker(tmp_path: Path) -> None:
     """The root of a running one was opened for the ticket of before."""
-    worker, begun = Workers.worker, list[str]()
-
-    def noted(self: Workers, start: Message) -> AbstractAsyncContextManager[Channel]:
-        if isinstance(start, RunTask):
-            begun.append(start.order.ticket)
-        return worker(self, start)
-
-    monkeypatch.setattr(Workers, "worker", noted)
     async with world(tmp_path) as made:
-        task = await submit_large(made)
-        service = service_of(made.beta)
+        service, workers = service_of(made.beta), _Obedient()
+        service._node.workers = workers  # type: ignore[assignment]
+        task = await made.submit([TaskItem(source_path="/large", destination_path="/large")])
         order = service._tasks[task].order
         source = made.alpha.grant("r", ["/"])
         tickets = [
             made.ticket(task, order.session_id, source, made.beta.grant("rw", ["/large"], reach))
             for reach in (["/"], ["/large"])
         ]
+        await until(lambda: workers.begun == [order.ticket])
         for revision, ticket in enumerate(tickets, 2):
             await service.put_task(msgspec.structs.replace(order, revision=revision, ticket=ticket, items=None))
-            await until(lambda: begun[-1] == ticket)  # noqa: B023
+            await until(lambda: workers.begun[-1] == ticket)  # noqa: B023
         # One that reaches as far is taken up by the worker that there is.
         again = made.ticket(task, order.session_id, source, made.beta.grant("rw", ["/large"], ["/large"]))
         await service.put_task(msgspec.structs.replace(order, revision=9, ticket=again, items=None))
         assert (await made.wait(task)).state == "SUCCEEDED"
-    assert begun[-2:] == tickets
+    assert workers.begun == [order.ticket, *tickets]
+    assert workers.told == [again]
 
 
 async def test_a_collection_narrowed_while_the_agent_was_down_is_respected(tmp_path: Path) -> None:
