@@ -14,6 +14,9 @@ from agent.transfer.patience import Patience
 from agent.transfer.plan import DirectoryPlanner
 from protocol.control import TaskOptions
 from protocol.session import FILE, Row
+from tests.agent.engine_inside import quick_path
+
+__all__ = ["quick_path"]
 
 NAMES = [b"%06d" % number for number in range(20_000)]
 MESSAGE = 500
@@ -24,15 +27,15 @@ def messages() -> Iterator[list[Row]]:
         yield [Row(name, FILE, 7, 0, 0, 1, int(name) + 1, 0o644) for name in NAMES[start : start + MESSAGE]]
 
 
-def test_what_is_settled_is_told_apart_without_holding_its_names(tmp_path: Path) -> None:
+def test_what_is_settled_is_told_apart_without_holding_its_names(quick_path: Path) -> None:
     """Of every ten names two are not settled, one has failed, and one was settled and is gone."""
-    place = tmp_path / "place"
+    place = quick_path / "place"
     place.mkdir()
     outcomes = {name: FAILED if int(name) % 10 == 2 else TRANSFERRED for name in NAMES if int(name) % 10 > 1}
     for name, outcome in outcomes.items():
         if outcome == TRANSFERRED and int(name) % 10 != 3:
             (place / name.decode()).write_bytes(b"content")
-    journal = Journal(tmp_path / "journal.sqlite")
+    journal = Journal(quick_path / "journal.sqlite")
     with closing(journal), open_root(str(place)) as root:
         journal.add_directories([(0, b"", b"", 0, [])])
         row = journal.next_directory()
