@@ -19,6 +19,7 @@ import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
+from typing import IO
 
 from protocol.errors import NeedsPerson
 from protocol.folder_sync import sync_names
@@ -81,7 +82,6 @@ def restore(
     before it is put in place, and may write into it. Raises `AlreadyRunning`, `BackupRefused`, `SettingsError`,
     OSError.
     """
-    _check_whole_untrusted(archive)
     text = _read_configuration_untrusted(archive)
     settings = parse(text, f"relay.yaml in {archive.name}")
     home = directory.resolve()
@@ -131,33 +131,27 @@ def restore(
     return aside
 
 
-def _check_whole_untrusted(archive: Path) -> None:
-    """Read all of it once, up to the checksum behind the last byte: tarfile stops before, and takes damage for the end.
-
-    Raises `BackupRefused`.
-    """
+def _read_configuration_untrusted(archive: Path) -> str:
+    """The configuration of an archive, all of which is read, up to the checksum behind the last byte: tarfile stops
+    before, and takes damage for the end. Raises `BackupRefused`."""
+    content = None
     try:
         with gzip.open(archive) as plain:
+            with tarfile.open(fileobj=plain, mode="r:") as source:
+                for member in source:
+                    if member.name == CONFIGURATION:
+                        fits = member.isfile() and member.size <= _MAX_CONFIGURATION
+                        file = source.extractfile(member) if fits else None
+                        content = None if file is None else file.read()
             while plain.read(1 << 20):
                 pass
-        with tarfile.open(archive, "r:gz") as source:
-            source.getmembers()
     except EOFError as error:
         raise BackupRefused(f"{archive} is cut short; use another copy of the backup.", who="you") from error
     except (tarfile.TarError, gzip.BadGzipFile, zlib.error) as error:
         raise BackupRefused(f"{archive} cannot be read as a backup: {error}.", who="you") from error
-
-
-def _read_configuration_untrusted(archive: Path) -> str:
-    with tarfile.open(archive, "r:gz") as source:
-        try:
-            member = source.getmember(CONFIGURATION)
-            file = source.extractfile(member) if member.isfile() and member.size <= _MAX_CONFIGURATION else None
-        except KeyError:
-            file = None
-        if file is None:
-            raise BackupRefused(f"{archive} is no backup of a relay: it holds no configuration.")
-        return file.read().decode(errors="replace")
+    if content is None:
+        raise BackupRefused(f"{archive} is no backup of a relay: it holds no configuration.")
+    return content.decode(errors="replace")
 
 
 def _copy_database(source: Path, target: Path) -> None:
@@ -205,8 +199,14 @@ def _unpack_one_untrusted(source: tarfile.TarFile, member: tarfile.TarInfo, path
     if content is None:
         path.mkdir(mode=0o700, exist_ok=True)
         return
+    with content:
+        _write(content, path)
+
+
+def _write(content: IO[bytes], path: Path) -> None:
+    """Make a file that its owner alone can read, and have it on the disk."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with content, os.fdopen(descriptor, "wb") as file:
+    with os.fdopen(descriptor, "wb") as file:
         shutil.copyfileobj(content, file)
         file.flush()
         os.fsync(file.fileno())
@@ -258,11 +258,8 @@ def _copy_one(source: Path, target: Path) -> None:
     if source.is_dir():
         target.mkdir(mode=0o700)
     else:
-        descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with source.open("rb") as content, os.fdopen(descriptor, "wb") as file:
-            shutil.copyfileobj(content, file)
-            file.flush()
-            os.fsync(file.fileno())
+        with source.open("rb") as content:
+            _write(content, target)
     if os.geteuid() == 0:
         os.chown(target, status.st_uid, status.st_gid)
     sync_names(target.parent)
