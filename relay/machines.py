@@ -161,12 +161,7 @@ def removing(wanted: str) -> Callable[[Store], Awaitable[dict[str, Any]]]:
     now = time.time()
 
     def work(connection: Connection) -> dict[str, Any]:
-        row = _one_collection(connection, wanted)
-        if row.node_id is not None:
-            raise Refused(
-                f"The agent {row.node_id} serves this collection. Its owner removes it with `towpath endpoint delete`; "
-                "if the machine is lost, revoke it with `towpath-relay agent revoke`."
-            )
+        row = _one_unserved(connection, wanted, " Its owner removes it with `towpath endpoint delete`.")
         collections.mark_deleted(connection, row.id, now)
         reason = f"The collection “{row.display_name}” was removed by the relay's operator."
         ended = task_turns.end_all_on(connection, row.id, reason, now)
@@ -200,6 +195,17 @@ def _one_collection(connection: Connection, wanted: str) -> Row[Any]:
     return rows[0]
 
 
+def _one_unserved(connection: Connection, wanted: str, advice: str = "") -> Row[Any]:
+    """The same, of a collection that no agent serves. Raises `Refused`; ``advice`` is told where one does."""
+    row = _one_collection(connection, wanted)
+    if row.node_id is not None:
+        raise Refused(
+            f"The agent {row.node_id} serves this collection.{advice} If its machine is lost, revoke it with "
+            "`towpath-relay agent revoke`; the running relay takes the collection off it within a minute."
+        )
+    return row
+
+
 def replacing(
     settings: Settings, wanted: str, *, now: float | None = None
 ) -> Callable[[Store], Awaitable[dict[str, Any]]]:
@@ -209,12 +215,7 @@ def replacing(
     key = setup_keys.make(settings.public_url, ca_fingerprint(settings))
 
     def work(connection: Connection) -> dict[str, Any]:
-        row = _one_collection(connection, wanted)
-        if row.node_id is not None:
-            raise Refused(
-                f"The agent {row.node_id} serves this collection. If its machine is lost, revoke it with "
-                "`towpath-relay agent revoke`; the running relay takes the collection off it within a minute."
-            )
+        row = _one_unserved(connection, wanted)
         unused = tables.setup_keys.c
         connection.execute(delete(tables.setup_keys).where(unused.collection_id == row.id, unused.redeemed.is_(None)))
         setup_keys.add(connection, key, row.id, now=moment, life=settings.enrolment.setup_key_life)
