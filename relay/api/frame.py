@@ -8,9 +8,11 @@ from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from protocol.places import Places, neighbourhood
+from protocol.places import Places
+from relay.api.client_authentication import caller_of
 from relay.api.errors import new_request_id, render
 from relay.audit.notes import notes
 from relay.quota.requests import add_headers
@@ -112,8 +114,7 @@ class _Exchange:
         """The person, where they have shown who they are, or else where they call from."""
         if who := notes(self._scope).get("who"):
             return str(who)
-        client = self._scope.get("client")
-        return neighbourhood(client[0]) if client else ""
+        return caller_of(Request(self._scope))
 
     def let_go(self) -> None:
         """Nothing of the body is held any more."""
