@@ -48,12 +48,16 @@ def _fail(sentence: str) -> NoReturn:
     "--config",
     type=click.Path(path_type=Path, dir_okay=False),
     envvar="TOWPATH_RELAY_CONFIG",
+    show_envvar=True,
     help="The relay's configuration file; without it relay.yaml here, then /etc/towpath/relay.yaml.",
 )
 @click.version_option(package_name="towpath")
 @click.pass_context
 def cli(context: click.Context, config: Path | None) -> None:
-    """Set up, run and look after a Towpath relay."""
+    """Set up, run and look after a Towpath relay.
+
+    Exit codes: 0 done, 1 failed, 2 wrong usage.
+    """
     context.obj = config
 
 
