@@ -227,13 +227,12 @@ def end_where_access_is_gone(connection: Connection, collection_id: str, reason:
     """
     column = tables.tasks.c
     there = or_(column.source_id == collection_id, column.destination_id == collection_id)
-    return [*_end_unentitled(connection, there, reason, now), *_renew_reach(connection, there, now)]
+    return _end_unentitled(connection, there, reason, now, renew=True)
 
 
 def end_of_people_without_access(connection: Connection, owners: Iterable[str], reason: str, now: float) -> list[str]:
     """The same for the active tasks of some people, who are another person's identities no longer."""
-    theirs = tables.tasks.c.owner_id.in_(list(owners))
-    return [*_end_unentitled(connection, theirs, reason, now), *_renew_reach(connection, theirs, now)]
+    return _end_unentitled(connection, tables.tasks.c.owner_id.in_(list(owners)), reason, now, renew=True)
 
 
 def end_all_on(connection: Connection, collection_id: str, reason: str, now: float) -> list[str]:
@@ -295,26 +294,26 @@ def _active(connection: Connection, which: ColumnElement[bool]) -> list[Task]:
     return [Task(**row._mapping) for row in connection.execute(statement)]
 
 
-def _end_unentitled(connection: Connection, which: ColumnElement[bool], reason: str, now: float) -> list[str]:
-    ended = []
+def _end_unentitled(
+    connection: Connection, which: ColumnElement[bool], reason: str, now: float, *, renew: bool = False
+) -> list[str]:
+    """End those whose owner may not run them any more; returns their ids. With ``renew`` also of those that go on, but
+    whose tickets may let links lead into folders that are closed to them by now: these get new ones."""
+    changed = []
     for task in _active(connection, which):
-        if not entitled(connection, task, now):
-            end_now(connection, task, code=CANCELED, sentence=reason, now=now)
-            ended.append(task.id)
-    return ended
-
-
-def _renew_reach(connection: Connection, which: ColumnElement[bool], now: float) -> list[str]:
-    """Their tickets may let links lead into folders that are closed to them by now, for as long as these last."""
-    renewed = []
-    for task in _active(connection, which):
-        if not task.attempted or task.desired != "run":
-            continue
         may = entitlement(connection, task, task_rows.load_scope(connection, task.id), now)
-        if (may.source_reach, may.destination_reach) != (None, None):
+        if not may.runs:
+            end_now(connection, task, code=CANCELED, sentence=reason, now=now)
+        elif renew and _has_tickets(task) and (may.source_reach, may.destination_reach) != (None, None):
             task_rows.change(connection, task.id, revision=task.revision + 1)
-            renewed.append(task.id)
-    return renewed
+        else:
+            continue
+        changed.append(task.id)
+    return changed
+
+
+def _has_tickets(task: Task) -> bool:
+    return task.attempted and task.desired == "run"
 
 
 def end_where_rules_ran_out(connection: Connection, now: float) -> list[str]:
