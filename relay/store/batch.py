@@ -26,13 +26,17 @@ SPACING = 0.05
 
 
 class _Question(Generic[Q, A]):
-    __slots__ = ("answer", "asked", "failure")
+    __slots__ = ("answer", "asked", "failure", "left", "turn")
 
     def __init__(self, asked: Q) -> None:
         self.asked = asked
         # Of one element once it is there: the answer itself may be None.
         self.answer: tuple[A] | None = None
         self.failure: Exception | None = None
+        # Set when it is answered, or may ask for everybody who waits.
+        self.turn = trio.Event()
+        # Whoever asked is gone.
+        self.left = False
 
 
 class Batch(Generic[Q, A]):
@@ -58,7 +62,6 @@ class Batch(Generic[Q, A]):
         self._spacing = spacing
         self._begun = -math.inf
         self._busy = False
-        self._turn = trio.lowlevel.ParkingLot()
 
     async def ask(self, asked: Q) -> A:
         """The answer to one question. Raises what ``work`` raises for it, and the store's errors.
@@ -73,13 +76,17 @@ class Batch(Generic[Q, A]):
                 if question.failure is not None:
                     raise question.failure
                 if self._busy:
-                    await self._turn.park()
+                    question.turn = trio.Event()
+                    await question.turn.wait()
                 else:
                     # Whoever finds the database free asks for everybody who waits.
                     await self._serve()
         finally:
-            if question in self._waiting:
+            question.left = True
+            # Those that are settled are not among them: no need to look through thousands.
+            if question.answer is None and question.failure is None and question in self._waiting:
                 self._waiting.remove(question)
+                self._wake_next()
         return question.answer[0]
 
     async def _serve(self) -> None:
@@ -100,10 +107,19 @@ class Batch(Generic[Q, A]):
         finally:
             # After a cancellation the others still want to know.
             self._waiting.extendleft(
-                question for question in reversed(taken) if question.answer is None and question.failure is None
+                question
+                for question in reversed(taken)
+                if question.answer is None and question.failure is None and not question.left
             )
             self._busy = False
-            self._turn.unpark_all()
+            # Nobody else: to wake thousands each time would cost more than their answers do.
+            for question in taken:
+                question.turn.set()
+            self._wake_next()
+
+    def _wake_next(self) -> None:
+        if not self._busy and self._waiting:
+            self._waiting[0].turn.set()
 
     async def _one_by_one(self, questions: Sequence[_Question[Q, A]]) -> None:
         for question in questions:

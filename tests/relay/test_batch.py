@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from itertools import chain
+from random import Random
 from typing import Any, cast
 
 import pytest
@@ -135,3 +138,53 @@ async def test_one_who_waits_may_leave(database: Database, autojump_clock: trio.
             await batch.ask(2)
         nursery.start_soon(batch.ask, 3)
     assert list(chain(*database.rounds)) == [1, 3]
+
+
+async def test_a_question_whose_asker_has_left_holds_up_nobody(
+    database: Database, autojump_clock: trio.testing.MockClock
+) -> None:
+    batch = Batch(database.transact, database.work, most=2)
+    answers: list[int | None] = []
+    leaving = {question: trio.CancelScope() for question in range(1, 7)}
+
+    async def ask(question: int) -> None:
+        with leaving[question]:
+            answers.append(await batch.ask(question))
+
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery:
+            for question in leaving:
+                nursery.start_soon(ask, question)
+                await trio.testing.wait_all_tasks_blocked()
+            await trio.sleep(1.5)
+            # Two and three are being asked, by two for both.
+            for question in (3, 2):
+                leaving[question].cancel()
+                await trio.testing.wait_all_tasks_blocked()
+    assert answers == [10, 40, 50, 60]
+    assert 3 not in chain(*database.rounds)
+
+
+@pytest.mark.parametrize("seed", range(20))
+async def test_everybody_who_stays_is_answered(
+    database: Database, autojump_clock: trio.testing.MockClock, seed: int
+) -> None:
+    random, answers = Random(seed), dict[int, int | None]()
+    batch = Batch(database.transact, database.work, most=random.choice((1, 2, 5)))
+    database.poison = {7} if seed % 2 else set()
+    stays: set[int] = set()
+
+    async def ask(question: int, patience: float) -> None:
+        await trio.sleep(random.uniform(0, 5))
+        with trio.move_on_after(patience), suppress(LookupError):
+            answers[question] = await batch.ask(question)
+
+    with trio.fail_after(300):
+        async with trio.open_nursery() as nursery:
+            for question in range(1, 31):
+                patience = random.choice((0.3, 2.0, math.inf))
+                if patience == math.inf and question not in database.poison:
+                    stays.add(question)
+                nursery.start_soon(ask, question, patience)
+    assert stays <= answers.keys()
+    assert all(answer == question * 10 for question, answer in answers.items())
