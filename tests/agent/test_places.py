@@ -257,6 +257,7 @@ async def test_a_place_is_whose_who_came_first_also_if_it_takes_longer_to_look_a
         first = await made.submit([TaskItem(source_path="/one", destination_path="/link/same")], SLOWLY)
         second = await made.submit([TaskItem(source_path="/two", destination_path="/real/same")])
         await waits_for(made, second, first)
+        assert not made.beta.service._tasks[second].running
 
 
 async def test_a_task_that_waits_names_the_one_that_has_its_place_now(tmp_path: Path) -> None:

@@ -55,16 +55,24 @@ async def test_one_thread_does_what_several_ask_of_a_fast_file_system() -> None:
     assert len(set(idents)) == 1
 
 
-async def _side_by_side(threads: StorageThreads) -> None:
+async def _side_by_side(threads: StorageThreads) -> int:
+    """In how many threads four calls are that wait for each other."""
     barrier = threading.Barrier(4)
+    idents = set[int]()
+
+    def meet() -> None:
+        barrier.wait(PATIENCE)
+        idents.add(threading.get_ident())
+
     with trio.fail_after(PATIENCE):
         async with trio.open_nursery() as nursery:
             for _ in range(4):
-                nursery.start_soon(threads.run, partial(barrier.wait, PATIENCE))
+                nursery.start_soon(threads.run, meet)
+    return len(idents)
 
 
 async def test_a_thread_each_for_what_may_have_to_be_waited_for() -> None:
-    await _side_by_side(StorageThreads("nfs4"))
+    assert await _side_by_side(StorageThreads("nfs4")) == 4
 
 
 async def test_more_threads_once_the_disk_was_waited_for_and_one_again_later(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,7 +81,7 @@ async def test_more_threads_once_the_disk_was_waited_for_and_one_again_later(mon
     with monkeypatch.context() as patch:
         patch.setattr(storage_threads, "_reads", lambda: next(reads))
         await threads.run(lambda: None)
-    await _side_by_side(threads)
+    assert await _side_by_side(threads) == 4
     for _ in range(CALM):
         await threads.run(lambda: None)
     idents: list[int] = []

@@ -8,13 +8,14 @@ import os
 import subprocess
 import sys
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tuf.api.exceptions import DownloadError, SlowRetrievalError
 
@@ -228,21 +229,40 @@ def test_only_web_addresses_are_asked() -> None:
         HttpFetcher().fetch("file:///etc/passwd")
 
 
-@given(st.binary(max_size=200))
-def test_offers_are_offers_or_protocol_errors(data: bytes) -> None:
-    try:
-        parse_offer_untrusted(data)
-    except ProtocolError:
-        pass
+GOOD_OFFER = {"version": "1.0.0", "platform": "p", "channel": "stable", "bundle": "b"}
+
+
+def test_offers_are_offers_or_protocol_errors() -> None:
+    outcomes: Counter[str] = Counter()
+    good = json.dumps(GOOD_OFFER).encode()
+
+    @given(st.binary(max_size=200) | st.builds(changed_byte, st.just(good), st.integers(0), st.integers(0, 255)))
+    @example(good)
+    def parse(data: bytes) -> None:
+        try:
+            offer = parse_offer_untrusted(data)
+        except ProtocolError:
+            outcomes["refused"] += 1
+        else:
+            assert version_key(offer.version) > version_key("")
+            outcomes["taken"] += 1
+
+    parse()
+    assert outcomes["refused"]
+    assert outcomes["taken"]
+
+
+def changed_byte(data: bytes, place: int, byte: int) -> bytes:
+    place %= len(data)
+    return data[:place] + bytes([byte]) + data[place + 1 :]
 
 
 @pytest.mark.parametrize(
     "changes", [{"version": "../../x"}, {"bundle": "../x"}, {"bundle": "/x"}, {"share": 101}, {"version": "1" * 99}]
 )
 def test_offers_with_tricks_are_refused(changes: dict[str, Any]) -> None:
-    good = {"version": "1.0.0", "platform": "p", "channel": "stable", "bundle": "b"}
     with pytest.raises(ProtocolError):
-        parse_offer_untrusted(json.dumps(good | changes).encode())
+        parse_offer_untrusted(json.dumps(GOOD_OFFER | changes).encode())
 
 
 def tar_with(path: Path, info: tarfile.TarInfo) -> Path:

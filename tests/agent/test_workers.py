@@ -155,7 +155,9 @@ async def test_beside_one_that_computes_for_long_a_spare_worker_waits_again(monk
     async with trio.open_nursery() as nursery:
         nursery.start_soon(workers.run)
         async with workers.worker(EventStored(seq=1)):
-            await _spare(workers)
+            spare = await _spare(workers)
+            (at_work,) = workers._at_work
+            assert spare.pid != at_work.process.pid
         nursery.cancel_scope.cancel()
 
 

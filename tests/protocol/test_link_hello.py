@@ -79,7 +79,8 @@ def test_both_sides_prove_themselves() -> None:
 
 
 def test_a_hello_for_this_node_by_name_is_accepted() -> None:
-    check(relay_hello(node_id=NODE))
+    hello = relay_hello(node_id=NODE)
+    assert check(hello) == hello
 
 
 def test_a_hello_for_another_node_is_refused() -> None:

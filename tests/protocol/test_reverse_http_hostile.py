@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -292,19 +293,28 @@ def mutated(seed: int) -> bytes:
 
 
 async def test_a_server_survives_mutated_conversations(autojump_clock: trio.testing.MockClock) -> None:
+    outcomes: Counter[str] = Counter()
+
     async def app(scope: Any, receive: Any, send: Any) -> None:
+        outcomes["requests"] += 1
         while (await receive()).get("more_body"):
             pass
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b"x" * 100})
 
+    async def served(stream: trio.abc.Stream) -> None:
+        ending = await serve(stream, app)
+        outcomes["whole" if ending.sentence == "The other side closed the connection." else "refused"] += 1
+
     for seed in range(150):
         ours, theirs = trio.testing.memory_stream_pair()
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(serve, ours, app)
+            nursery.start_soon(served, ours)
             await theirs.send_all(mutated(seed))
             await trio.testing.wait_all_tasks_blocked()
             await theirs.aclose()
+    assert outcomes["whole"] + outcomes["refused"] == 150
+    assert all(outcomes[each] > 10 for each in ("whole", "refused", "requests")), outcomes
 
 
 @pytest.mark.parametrize("garbage", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"\x16\x03\x01", bytes(range(256)) * 300])
