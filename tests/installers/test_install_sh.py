@@ -290,7 +290,7 @@ def test_a_changed_bundle_installs_nothing(machine: Machine, same_length: bool) 
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(bytes(data) if same_length else bytes(data) + b"more")
-    refused(machine, "not what was signed" if same_length else "")
+    refused(machine, "not what was signed" if same_length else "longer than it should be")
 
 
 def test_a_manifest_of_long_ago_installs_nothing(machine: Machine) -> None:

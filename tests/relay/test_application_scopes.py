@@ -14,7 +14,7 @@ from relay.auth.scopes import AUTH_SERVER, MANAGE_PROJECTS, TRANSFER_ALL, VIEW_C
 from relay.store.auth_tables import identities
 from relay.store.sign_in_tables import consents
 from tests.relay.sign_in_world import Application, Form, Person, add_person, forms_of
-from tests.relay.test_applications import Developer, developer
+from tests.relay.test_applications import Developer, developer, fields_of, words_of
 
 DEPENDENT = "urn:globus:auth:grant_type:dependent_token"
 
@@ -288,8 +288,10 @@ async def test_a_new_suffix_is_a_new_scope(world: Any) -> None:
 async def test_what_is_no_scope(world: Any, wrong: dict[str, Any]) -> None:
     dev = await developer(world, "dev")
     client = await dev.client(await dev.project())
-    body = {"name": "n", "description": "d", "scope_suffix": "fine", **wrong}
-    await dev.refused("POST", f"/clients/{client['id']}/scopes", 400, {"scope": body})
+    path, right = f"/clients/{client['id']}/scopes", {"name": "n", "description": "d", "scope_suffix": "fine"}
+    said = await dev.refused("POST", path, 400, {"scope": right | wrong})
+    assert words_of(said) & fields_of(wrong), said
+    await dev.done("POST", path, {"scope": right}, status=201)
 
 
 async def test_a_token_that_may_look_may_not_change(world: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import globus_sdk.testing
@@ -55,6 +56,15 @@ async def developer(world: Any, name: str) -> Developer:
     client_id, _ = await world.client(f"{name}'s tool")
     issued = await world.tokens(identity.id, client_id, {AUTH_SERVER: [MANAGE_PROJECTS]})
     return Developer(identity.id, issued[AUTH_SERVER].access_token, world.http)
+
+
+def words_of(sentence: str) -> set[str]:
+    return set(re.findall(r"\w+", sentence))
+
+
+def fields_of(document: dict[str, Any]) -> set[str]:
+    """The names of its fields, also of those within."""
+    return set(re.findall(r'"(\w+)":', json.dumps(document)))
 
 
 def same_shape(ours: Any, theirs: Any, where: str = "") -> None:
@@ -192,8 +202,10 @@ async def test_without_the_scope_or_a_token_nothing_is_answered(world: Any) -> N
 )
 async def test_what_cannot_be_registered(world: Any, wrong: dict[str, Any]) -> None:
     dev = await developer(world, "dev")
-    body = {"name": "x", "project": await dev.project(), "client_type": "confidential_client", **wrong}
-    await dev.refused("POST", "/clients", 400, {"client": body})
+    right = {"name": "x", "project": await dev.project(), "client_type": "confidential_client"}
+    said = await dev.refused("POST", "/clients", 400, {"client": right | wrong})
+    assert words_of(said) & fields_of(wrong), said
+    await dev.done("POST", "/clients", {"client": right}, status=201)
 
 
 async def test_projects_keep_an_administrator_and_what_they_hold(world: Any) -> None:
