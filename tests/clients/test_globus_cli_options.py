@@ -8,7 +8,6 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -283,9 +282,13 @@ def _on_loopback(text: str) -> str:
 
 def test_two_agents_of_one_key_are_refused(lab: Lab, tmp_path: Path) -> None:
     made = lab.json("gcp", "create", "mapped", "once")
-    words: Any = ("--root", tmp_path)
+    said = []
     for number, code in ((1, 0), (2, 1)):
         config = tmp_path / str(number) / "agent.yaml"
         os.makedirs(config.parent)
-        lab.towpath("setup", "--config", config, *words, code=code, TOWPATH_SETUP_KEY=made["globus_connect_setup_key"])
+        key = made["globus_connect_setup_key"]
+        said.append(lab.towpath("setup", "--config", config, "--root", tmp_path, code=code, TOWPATH_SETUP_KEY=key))
+    assert "is set up" in said[0]
+    assert "was already used" in said[1]
+    assert not (tmp_path / "2" / "agent.yaml").exists()
     lab.run("endpoint", "delete", made["id"])
