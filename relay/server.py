@@ -78,8 +78,6 @@ _DAY = 86400.0
 # How often to look whether the wall clock has jumped, and by how much (seconds) it counts as such.
 _CLOCK_LOOK, _CLOCK_JUMP = 5.0, 60.0
 _BACKLOG = 4096
-# A call that was just answered waits for no more than so many decisions about others.
-_DECISIONS_AT_ONCE = 64
 # How many more tries an address has than one client at that address.
 _CROWD = 10
 # Agents that lose their relay on purpose come back after this many seconds, spread by their own jitter.
@@ -207,7 +205,7 @@ def _services(
         requests=Allowance(settings.limits.user_requests, settings.limits.user_requests_period),
         provisions=Allowance(PROVISIONS, PROVISIONS_PERIOD),
         departures=Allowance(DEPARTURES, DEPARTURES_PERIOD),
-        decisions=Batch(store.read, decide_all, most=_DECISIONS_AT_ONCE),
+        decisions=Batch(store.read, lambda connection, asked: decide_all(connection, asked, clock())),
         clock=clock,
     )
 

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, cast
 from fastapi import Request
 
 if TYPE_CHECKING:
-    from sqlalchemy import Connection
-
     from protocol.ticket import TicketSigner
     from relay.audit.recorder import Recorder
     from relay.auth.clients import SecretChecker
@@ -25,7 +23,7 @@ if TYPE_CHECKING:
     from relay.settings import Settings
     from relay.store.batch import Batch
     from relay.store.database import Store
-    from relay.transfer.collections import Decision
+    from relay.transfer.collections import Decision, Question
     from relay.transfer.steward import Steward
 
 
@@ -55,7 +53,7 @@ class Services:
     requests: Allowance
     provisions: Allowance
     departures: Allowance
-    decisions: Batch[Callable[[Connection], Decision], Decision | ApiError]
+    decisions: Batch[Question, Decision | ApiError]
     clock: Callable[[], float]
 
     @property

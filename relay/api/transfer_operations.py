@@ -18,7 +18,7 @@ from relay.api.transfer_frame import (
 )
 from relay.refusal import ApiError
 from relay.transfer import collections
-from relay.transfer.collections import Collection, Decision
+from relay.transfer.collections import Collection, Decision, Question, Sight
 from relay.transfer.entitlement import reach_text
 from relay.transfer.fields import Fields, bad_request, query_boolean, query_integer
 from relay.transfer.filesystem import MAX_PATH, Filesystem, ListingRequest
@@ -36,17 +36,19 @@ async def _collection(
     Whoever may not even see the collection is told so before anything is said about their paths.
     """
 
-    def work(connection: Connection) -> Decision:
-        sight = collections.look(connection, endpoint_id, caller.identity_id, services.clock())
+    def decide(sight: Sight) -> Decision:
         collection = sight.require(Ability.SEE)
         spots = [_spot(collection, path, above=above) for path in paths]
         return sight.require(ability, spots), reach_text(sight.reach(ability))
+
+    def work(connection: Connection) -> Decision:
+        return decide(collections.look(connection, endpoint_id, caller.identity_id, services.clock()))
 
     collection, reach = await services.store.read(work)
 
     async def decide_again() -> None:
         """Whoever may do it no more, or comes less far by now, is refused, though it has begun."""
-        answer = await services.decisions.ask(work)
+        answer = await services.decisions.ask(Question(endpoint_id, caller.identity_id, decide))
         if isinstance(answer, ApiError):
             raise answer
         if answer[1] != reach:

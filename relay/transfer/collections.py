@@ -200,18 +200,27 @@ def require(
 Decision = tuple[Collection, list[str] | None]
 
 
-def decide_all(
-    connection: Connection, questions: Sequence[Callable[[Connection], Decision]]
-) -> list[Decision | ApiError]:
-    """What was decided of each, or why it is refused."""
-    return [_decide(connection, question) for question in questions]
+@dataclass(frozen=True)
+class Question:
+    """What an identity wants of a collection; ``decide`` raises `ApiError` where they may not."""
+
+    collection_id: str
+    identity_id: str
+    decide: Callable[[Sight], Decision]
 
 
-def _decide(connection: Connection, question: Callable[[Connection], Decision]) -> Decision | ApiError:
-    try:
-        return question(connection)
-    except ApiError as error:
-        return error
+def decide_all(connection: Connection, questions: Sequence[Question], now: float) -> list[Decision | ApiError]:
+    """What is decided of each, or why it is refused; each collection and each identity is read once for all."""
+    known = load_many(connection, {one.collection_id.lower() for one in questions if is_uuid(one.collection_id)})
+    people = {identity: subject_of(connection, identity, now) for identity in {one.identity_id for one in questions}}
+    answers: list[Decision | ApiError] = []
+    for one in questions:
+        sight = Sight(one.collection_id, known.get(one.collection_id.lower()), people[one.identity_id])
+        try:
+            answers.append(one.decide(sight))
+        except ApiError as error:
+            answers.append(error)
+    return answers
 
 
 def homes(connection: Connection, ids: Iterable[str], identity_id: str, now: float) -> dict[str, CollectionPath | None]:

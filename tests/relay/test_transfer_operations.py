@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from typing import Any
@@ -9,11 +10,13 @@ from typing import Any
 import msgspec
 import pytest
 import trio
+from sqlalchemy import Connection
 
 from protocol.control import MAX_ENTRIES, MAX_FILTER, MAX_FILTERS, Entry
 from protocol.errors import AccessDenied, ItemFailed, NeedsPerson, ProtocolError, RetryLater
+from relay.access.decisions import Ability
 from relay.refusal import ApiError
-from relay.transfer.collections import load
+from relay.transfer.collections import Decision, Question, Sight, decide_all, load
 from tests.relay.fake_agents import FakeAgent, FakeRegistry
 from tests.relay.transfer_world import Person, TransferWorld, open_world
 
@@ -280,6 +283,25 @@ async def test_calls_that_wait_are_decided_about_together(laptop: Laptop, monkey
             await laptop.alice.delete(f"/endpoint/{laptop.id}")
     assert refused == ["EndpointDeleted"] * 150
     assert laptop.relay.store.statistics().reads - before < 20
+
+
+async def test_what_is_decided_together_is_what_is_decided_of_each(laptop: Laptop) -> None:
+    bob = await laptop.relay.person("bob")
+    asked = [
+        (id_, person.id)
+        for id_ in (laptop.id, laptop.id.upper(), "none", str(uuid.uuid4()))
+        for person in (bob, laptop.alice)
+    ]
+
+    def decide(sight: Sight) -> Decision:
+        return sight.require(Ability.READ), None
+
+    def work(connection: Connection) -> list[Decision | ApiError]:
+        return decide_all(connection, [Question(id_, person, decide) for id_, person in asked], 1e9)
+
+    answers = await laptop.relay.store.read(work)
+    told = [answer.code if isinstance(answer, ApiError) else answer[0].id for answer in answers]
+    assert told == ["EndpointNotFound", laptop.id] * 2 + ["EndpointNotFound"] * 4
 
 
 async def test_home_is_resolved_alike_for_calls_and_tasks(laptop: Laptop) -> None:
