@@ -101,11 +101,12 @@ async def test_a_journal_of_a_newer_agent_is_said_and_waited_for(quick_path: Pat
     assert contents(engine.destination) == contents(engine.source)
 
 
-async def goes_on_with_its_journal(engine: Engine) -> None:
-    """A new run ends well, by the journal there is."""
+async def goes_on_with_its_journal(engine: Engine, done: int) -> None:
+    """A new run ends well, by the journal there is: none of the files that were done comes again."""
     after = engine.revived()
     observed = await after.run()
     assert observed.state == "SUCCEEDED", observed
+    assert sum(call.operation == "rename" for call in after.calls) == 1200 - done
     assert "JOURNAL_REBUILT" not in after.codes()
     assert contents(engine.destination) == contents(engine.source)
 
@@ -113,7 +114,7 @@ async def goes_on_with_its_journal(engine: Engine) -> None:
 async def test_a_journal_of_the_first_format_is_upgraded_and_gone_on_with(quick_path: Path) -> None:
     import sqlite3
 
-    engine, _ = await interrupted(quick_path)
+    engine, done = await interrupted(quick_path)
     connection = sqlite3.connect(engine.state / "journal.sqlite")
     for table in ("meta", "items", "directories", "finished", "partial", "events"):
         connection.execute(f"ALTER TABLE {table} DROP COLUMN crc")
@@ -121,20 +122,20 @@ async def test_a_journal_of_the_first_format_is_upgraded_and_gone_on_with(quick_
         "DELETE FROM meta WHERE key = 'format'; DROP TABLE extras; DROP TABLE hard_links; PRAGMA user_version = 1;"
     )
     connection.close()
-    await goes_on_with_its_journal(engine)
+    await goes_on_with_its_journal(engine, done)
 
 
 async def test_a_journal_of_the_format_before_hard_links_is_upgraded_and_gone_on_with(quick_path: Path) -> None:
     import sqlite3
 
-    engine, _ = await interrupted(quick_path)
+    engine, done = await interrupted(quick_path)
     connection = sqlite3.connect(engine.state / "journal.sqlite")
     connection.create_function("crc_of", 3, lambda *values: zlib.crc32(msgspec.msgpack.encode(values)))
     connection.execute("UPDATE meta SET value = ?1, crc = crc_of('meta', key, ?1) WHERE key = 'format'", (b"3",))
     connection.commit()
     connection.executescript("DROP TABLE hard_links; PRAGMA user_version = 3;")
     connection.close()
-    await goes_on_with_its_journal(engine)
+    await goes_on_with_its_journal(engine, done)
 
 
 async def test_a_journal_that_another_program_holds_is_said_and_waited_for(
