@@ -15,7 +15,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +23,7 @@ import msgspec
 from agent.system.file_lock import wait_for_lock
 from agent.system.files import sync_directory
 from agent.update.offer import UpdateRefused, version_key
+from agent.update.unpack import unpack_untrusted
 from protocol.errors import TowpathError
 from protocol.private_file import write_private_file
 
@@ -33,8 +33,6 @@ STATE_FILE = "state.json"
 # How often the launcher has started a version that has not proved itself; see `installers/build_bundle.py`.
 STARTS_FILE = "starts"
 COMMAND = "bin/towpath"
-MAX_UNPACKED = 4 * 1024 * 1024 * 1024
-MAX_MEMBERS = 200_000
 SELF_TEST_TIMEOUT = 60.0
 
 
@@ -147,7 +145,7 @@ class Installation:
         temporary = self.versions / f".unpacking-{version}"
         shutil.rmtree(temporary, ignore_errors=True)
         try:
-            _extract(bundle, temporary)
+            unpack_untrusted(bundle, temporary)
             self._check(temporary, version, platform)
             _sync_tree(temporary)
             os.rename(temporary, target)
@@ -202,21 +200,6 @@ class Installation:
         for name in removed:
             shutil.rmtree(self.versions / name, ignore_errors=True)
         return removed
-
-
-def _extract(bundle: Path, target: Path) -> None:
-    """Unpack without trusting names, links, sizes or modes (PEP 706's data filter). Raises `UpdateRefused`."""
-    target.mkdir(mode=0o700)
-    total = 0
-    try:
-        with tarfile.open(bundle, "r:*") as archive:
-            for count, member in enumerate(archive):
-                total += member.size
-                if count > MAX_MEMBERS or total > MAX_UNPACKED:
-                    raise UpdateRefused("The bundle holds too much.")
-                archive.extract(member, target, filter="data")
-    except tarfile.TarError as error:
-        raise UpdateRefused(f"The bundle cannot be unpacked: {error}.") from error
 
 
 def _sync_tree(folder: Path) -> None:

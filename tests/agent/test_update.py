@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from datetime import timedelta
@@ -263,27 +262,6 @@ def changed_byte(data: bytes, place: int, byte: int) -> bytes:
 def test_offers_with_tricks_are_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ProtocolError):
         parse_offer_untrusted(json.dumps(GOOD_OFFER | changes).encode())
-
-
-def tar_with(path: Path, info: tarfile.TarInfo) -> Path:
-    with tarfile.open(path, "w:gz") as archive:
-        archive.addfile(info)
-    return path
-
-
-@pytest.mark.parametrize("name", ["../evil", "/tmp/evil-absolute", "a/../../evil"])
-def test_bundles_cannot_write_elsewhere(world: World, name: str) -> None:
-    path = tar_with(world.folder / "evil.tar.gz", tarfile.TarInfo(name))
-    with pytest.raises(UpdateRefused):
-        world.installation.unpack(path, "0.2.0", PLATFORM)
-    assert sorted(os.listdir(world.installation.versions)) == ["0.1.0"]
-
-
-def test_links_out_of_a_bundle_are_refused(world: World) -> None:
-    info = tarfile.TarInfo("link")
-    info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
-    with pytest.raises(UpdateRefused):
-        world.installation.unpack(tar_with(world.folder / "evil.tar.gz", info), "0.2.0", PLATFORM)
 
 
 # --- versions and shares -----------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ import shutil
 import ssl
 import subprocess
 import sys
-import tarfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ import httpx
 
 from agent.demo.free_port import free_port
 from agent.update.offer import this_platform
+from agent.update.unpack import unpack_untrusted
 from installers import build_bundle
 from installers.release import add
 from installers.repository import Keys, Repository
@@ -34,8 +34,7 @@ PROGRAMS = Path(sys.executable).parent
 def variant(base: Path, target: Path, version: str, root: Path, *, broken: bool = False) -> Path:
     """The same bundle under another version, with a pinned root; a broken one says its version and cannot run."""
     shutil.rmtree(target, ignore_errors=True)
-    with tarfile.open(base) as archive:
-        archive.extractall(target, filter="data")
+    unpack_untrusted(base, target)
     (target / "bundle.json").write_text(json.dumps({"version": version, "platform": this_platform()}))
     (target / "trust").mkdir()
     shutil.copy(root, target / "trust" / "root.json")
