@@ -274,6 +274,7 @@ class Daemon:
             "paused": self._policy.paused,
             "draining": self._policy.draining,
             "idle": self._tasks.idle,
+            "drained": self._tasks.drained,
             "data_port": self._tasks.port,
             "link": asdict(self._link.statistics()),
             "network": {**self._network.statistics(), "port_mapping": self._port_mapping.sentence},

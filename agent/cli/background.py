@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 import socket
 import subprocess
@@ -12,15 +13,17 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from agent import local_socket
-from agent.cli.output import CommandFailed
+from agent.cli.output import CommandFailed, person
 from agent.config.keys import AgentConfig
 from agent.lock import Holder, holder_of
 from agent.sdnotify import VARIABLE
 from agent.system.processes import detached, tell_to_end
 from agent.update.supervisor import DETACHED
 from protocol.errors import TowpathError
+from protocol.terminal import terminal_safe
 
 START_TIMEOUT = 30.0
 STOP_TIMEOUT = 15.0
@@ -100,22 +103,38 @@ def _wait_ready(
     raise CommandFailed(f"The agent did not become ready within {START_TIMEOUT:g} seconds; its log is {log}.")
 
 
-def drained(state_dir: Path, say: Callable[[str], None]) -> bool:
-    """Have the running agent begin nothing new, and wait until what has begun is finished, which may take days. False
-    when none runs. ``say`` is told now and then what is waited for. Raises `TowpathError`."""
-    said = ""
+def drained(state_dir: Path, say: Callable[[str], None], timeout: float | None) -> list[dict[str, Any]] | None:
+    """Have the running agent begin nothing new, and wait until what has begun is finished, which may take days, but
+    not for tasks that wait for a person, nor for longer than ``timeout`` (seconds). None when no agent runs, else what
+    has not finished, as `towpath status` shows tasks. ``say`` is told now and then what is waited for, and in the end
+    what is not. Raises `TowpathError`."""
+    said, ends = "", math.inf if timeout is None else time.monotonic() + timeout
     try:
         local_socket.ask(state_dir, "POST", "/drain")
-        while not (status := local_socket.ask(state_dir, "GET", "/status"))["idle"]:
+        status = local_socket.ask(state_dir, "GET", "/status")
+        while not _is_drained(status) and time.monotonic() < ends:
             transfer = status["transfer"]
             sentence = f"{transfer['running']} task(s) run here and {transfer['sessions']} read from here."
             if sentence != said:
                 say(f"Nothing new begins. {sentence}")
                 said = sentence
-            time.sleep(DRAIN_LOOK)
+            time.sleep(min(DRAIN_LOOK, max(0.0, ends - time.monotonic())))
+            status = local_socket.ask(state_dir, "GET", "/status")
     except local_socket.NotRunning:
-        return False
-    return True
+        return None
+    if not _is_drained(status):
+        say("The time is up; what still runs goes on after the next start.")
+    unfinished = [task for task in status["tasks"] if task["state"] in ("ACTIVE", "WAITING")]
+    for task in unfinished:
+        if task["state"] == "WAITING" and task["who"]:
+            why = task["status_sentence"] or task["status_code"]
+            say(f"Not waited for: task {task['task_id']} waits for {person(task['who'])}. {terminal_safe(why)}")
+    return unfinished
+
+
+def _is_drained(status: dict[str, Any]) -> bool:
+    # An agent of before that still runs does not tell who waits for people.
+    return bool(status.get("drained", status["idle"]))
 
 
 def stop_running(state_dir: Path) -> Holder | None:

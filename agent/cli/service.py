@@ -214,24 +214,33 @@ def start(out: Output, config_file: Path) -> None:
 
 @click.command()
 @click.option("--drain", is_flag=True, help="Begin nothing new, and stop when what has begun is finished.")
+@click.option("--timeout", type=click.FloatRange(min=0), help="With --drain: stop all the same after so many seconds.")
 @config_option
 @with_output
-def stop(out: Output, drain: bool, config_file: Path) -> None:
+def stop(out: Output, drain: bool, timeout: float | None, config_file: Path) -> None:
     """Stop the agent; running transfers are settled and go on at the next start.
 
-    With --drain they finish first, and nothing new begins, also after the next start, until `towpath resume`. Ctrl-C
-    ends the waiting alone: the agent goes on draining.
+    With --drain they finish first, and nothing new begins, also after the next start, until `towpath resume`. Tasks
+    that wait for a person (a full disk, say) are named and not waited for. What has not finished goes on at the next
+    start. Ctrl-C ends the waiting alone: the agent goes on draining.
     """
+    if timeout is not None and not drain:
+        raise click.UsageError("--timeout is for --drain; without it the agent stops within seconds.")
     from agent.cli.background import drained, stop_running
     from agent.config.layers import state_dir_of
 
     state_dir = state_dir_of(config_file)
     with failing_plainly():
-        if drain and drained(state_dir, out.remark):
-            out.remark("Nothing runs any more; after the next start `towpath resume` lets transfers begin again.")
+        unfinished = drained(state_dir, out.remark, timeout) if drain else None
+        if unfinished is not None:
+            left = "What has begun goes on after the next start." if unfinished else "Nothing runs any more."
+            out.remark(f"{left} New transfers wait for `towpath resume`, also then.")
         holder = stop_running(state_dir)
     said = "No agent runs." if holder is None else f"The agent (process {holder.pid}) has stopped."
-    out.result({"running": False, "stopped": holder is not None, "pid": holder and holder.pid}, said)
+    document: dict[str, object] = {"running": False, "stopped": holder is not None, "pid": holder and holder.pid}
+    if drain:
+        document["unfinished"] = [task["task_id"] for task in unfinished or ()]
+    out.result(document, said)
 
 
 @click.command()
@@ -294,6 +303,14 @@ def read_from_here(sessions: int) -> str:
     return f"{sessions} transfers to other machines read from here."
 
 
+def _how_far_drained(document: dict[str, Any]) -> str:
+    if document["idle"]:
+        return ", nothing new begins and nothing runs"
+    if document.get("drained"):
+        return ", nothing new begins and what has begun waits for people"
+    return ", finishes what has begun"
+
+
 def _print_status(document: dict[str, Any]) -> None:
     link = document["link"]
     inside = " (inside WebSocket)" if link.get("wrapping") == "websocket" else ""
@@ -304,7 +321,7 @@ def _print_status(document: dict[str, Any]) -> None:
     )
     paused = ", paused by its owner" if document["paused"] else ""
     if document.get("draining"):
-        paused = ", nothing new begins and nothing runs" if document["idle"] else ", finishes what has begun"
+        paused = _how_far_drained(document)
     click.echo(f"Agent {document['version']}, process {document['pid']}{paused}, {terminal_safe(where)}")
     click.echo(f"Configuration {document['config_file']}, state in {document['state_dir']}")
     if document.get("held_back"):

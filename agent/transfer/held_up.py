@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Iterable
+from typing import Final, Protocol
 
 import msgspec
 
@@ -13,6 +14,32 @@ from protocol.errors import NeedsPerson, RetryLater, TowpathError
 # What a task says that has not begun and that nobody holds up.
 _WAITS_FOR_TURN = ("", "OK", "QUEUED", "DESTINATION_BUSY")
 OWNER: Final = "destination owner"
+
+
+class Going(Protocol):
+    """A task of this machine."""
+
+    @property
+    def observed(self) -> TaskObserved: ...
+
+    @property
+    def running(self) -> bool: ...
+
+    @property
+    def runnable(self) -> bool: ...
+
+
+def waits_for_person(observed: TaskObserved) -> bool:
+    """Whether a task goes on when somebody has done something about it, and not before."""
+    return observed.state == "WAITING" and observed.who != ""
+
+
+def is_drained(tasks: Iterable[Going]) -> bool:
+    """Whether of what runs, or would, all waits for people, or for the place of one that does."""
+    going = [task for task in tasks if task.running or task.runnable]
+    behind = [task for task in going if not task.running and task.observed.status_code == "DESTINATION_BUSY"]
+    waiting = [task for task in going if waits_for_person(task.observed)]
+    return len(waiting) + (len(behind) if waiting else 0) == len(going)
 
 
 def why_held_up(

@@ -22,7 +22,7 @@ import trio
 from agent.connect import listener
 from agent.connect.introductions import Introductions
 from agent.connect.peers import PeerPath, PeerProbes
-from agent.transfer.held_up import told
+from agent.transfer.held_up import is_drained, told
 from agent.transfer.known_sources import sources_of
 from agent.transfer.local_node import LocalNode
 from agent.transfer.plan import now_iso
@@ -104,6 +104,12 @@ class TransferService:
     def idle(self) -> bool:
         """Whether no task runs or is about to, and nobody reads from here."""
         return self.sessions.count == 0 and not any(task.running or task.runnable for task in self._tasks.values())
+
+    @property
+    def drained(self) -> bool:
+        """Whether nothing more ends by itself, with nothing new: nobody reads from here, and no task runs or is about
+        to but those that wait for a person, who may come in days."""
+        return self.sessions.count == 0 and is_drained(self._tasks.values())
 
     # --- running ---------------------------------------------------------------------------------------
 
