@@ -16,12 +16,12 @@ from agent.storage.faults import fault
 from agent.storage.hiding import is_hidden
 from agent.storage.node import Node
 from agent.storage.own_files import HoldsOwn
+from agent.storage.real_places import Ways
 from agent.storage.rules import included
 from agent.transfer.filled_places import SEVERAL, FilledPlaces
 from agent.transfer.journal import Journal
 from agent.transfer.manifest import SkippedRow
 from agent.transfer.patience import Patience
-from agent.transfer.places import Ways
 from agent.transfer.plan import now_iso
 from agent.transfer.record import Record
 from agent.transfer.remove import Removal, Stopped
