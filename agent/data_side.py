@@ -25,9 +25,9 @@ from agent.connect.transport import Transports
 from agent.connect.tunnel import TunnelTransport
 from agent.identity_file import Identity, NotSetUp
 from agent.policy import Pause, Policy
-from agent.transfer.local_node import LocalNode
-from agent.transfer.service import TransferService
-from agent.transfer.spawn import Spawned
+from agent.transfer.processes.spawn import Spawned
+from agent.transfer.tasks.local_node import LocalNode
+from agent.transfer.tasks.service import TransferService
 from protocol.errors import TowpathError
 from protocol.identity import NodeKey
 from protocol.ticket import TicketVerifier

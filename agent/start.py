@@ -21,7 +21,7 @@ from agent.config.layers import load_config
 from agent.identity_file import make_state_dir, require
 from agent.lock import InstanceLock, held
 from agent.sdnotify import Notifier
-from agent.transfer.spawn import FORK_SERVER, FORKS, Spawned, session_processes, spawn
+from agent.transfer.processes.spawn import FORK_SERVER, FORKS, Spawned, session_processes, spawn
 
 if TYPE_CHECKING:
     from agent.daemon import Daemon

@@ -18,8 +18,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from agent.config.keys import AgentConfig, CollectionConfig, DataConfig, LimitsConfig
 from agent.policy import Policy
-from agent.transfer.local_node import LocalNode
-from agent.transfer.service import TransferService
+from agent.transfer.tasks.local_node import LocalNode
+from agent.transfer.tasks.service import TransferService
 from protocol.control import (
     FINAL_STATES,
     Compression,

@@ -1,11 +1,11 @@
 """TLS of a control stream, at the destination: pyOpenSSL over memory, as it lets us choose the cipher suite.
 
 A control stream lives as long as its session and cannot be followed by another as a lane can (see
-`agent.transfer.lane_keys`): requests and listings are under way on it at any time. With ChaCha20-Poly1305 it need not
-be, as no number of records that TLS can count wears its keys out (RFC 8446 section 5.5). Python's `ssl` has no choice
-of TLS 1.3's suites before 3.15. The source's end stays with `ssl`, which can answer which ALPN name it chose without a
-callback (`agent.connect.lane_tls` says why that matters), and takes what we prefer (`agent.connect.tls`). A source of
-an older release takes AES-256-GCM.
+`agent.transfer.basis.lane_keys`): requests and listings are under way on it at any time. With ChaCha20-Poly1305 it
+need not be, as no number of records that TLS can count wears its keys out (RFC 8446 section 5.5). Python's `ssl` has
+no choice of TLS 1.3's suites before 3.15. The source's end stays with `ssl`, which can answer which ALPN name it chose
+without a callback (`agent.connect.lane_tls` says why that matters), and takes what we prefer (`agent.connect.tls`). A
+source of an older release takes AES-256-GCM.
 """
 
 from __future__ import annotations

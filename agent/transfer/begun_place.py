@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from agent.storage.base import Root
-from agent.transfer.journal import Journal
+from agent.transfer.books.journal import Journal
 from protocol.names import format_path
 
 

@@ -17,8 +17,11 @@ from agent.connect.tls import HANDSHAKE_TIMEOUT
 from agent.connect.transport import send_at_once
 from agent.limits.pace import Pace
 from agent.limits.processor import Governor
-from agent.transfer import compression
-from agent.transfer.channel import (
+from agent.transfer.asking.source_session import SourceSession
+from agent.transfer.basis import compression
+from agent.transfer.lane_processes.lane_ahead import LaneAhead
+from agent.transfer.lane_processes.pool import Child, LaneProcesses, RemoteLane
+from agent.transfer.processes.channel import (
     Allowed,
     BetterPath,
     Channel,
@@ -34,10 +37,7 @@ from agent.transfer.channel import (
     Progress,
     RunTask,
 )
-from agent.transfer.lane_ahead import LaneAhead
-from agent.transfer.lane_processes import Child, LaneProcesses, RemoteLane
-from agent.transfer.message_buffer import AreYouThere, Here, Message
-from agent.transfer.source_session import SourceSession
+from agent.transfer.processes.message_buffer import AreYouThere, Here, Message
 from protocol.control import TaskObserved
 from protocol.errors import RetryLater, TowpathError, error_from_document_untrusted
 from protocol.identity import NodeKey

@@ -6,10 +6,10 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable
 
-from agent.transfer.channel import Event
-from agent.transfer.journal import Journal
-from agent.transfer.plan import now_iso
-from agent.transfer.state_trouble import StateTrouble
+from agent.transfer.books.journal import Journal
+from agent.transfer.books.state_trouble import StateTrouble
+from agent.transfer.planning.plan import now_iso
+from agent.transfer.processes.channel import Event
 from protocol.errors import TowpathError
 
 # After so many events of one code only every hundredth is told; all are counted.

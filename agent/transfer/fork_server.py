@@ -26,10 +26,10 @@ from functools import partial
 
 from agent.system.process_descriptor import open_process
 from agent.system.process_name import rename_process
-from agent.transfer.fork_messages import MOST, Ended, Fork, FromServer, Made, Ready, Refused, packet, request
-from agent.transfer.message_buffer import attached, rights, room
+from agent.transfer.processes.fork_messages import MOST, Ended, Fork, FromServer, Made, Ready, Refused, packet, request
+from agent.transfer.processes.message_buffer import attached, rights, room
+from agent.transfer.processes.spawn import Spawned, fork_into, fork_with
 from agent.transfer.rehearsal import rehearse
-from agent.transfer.spawn import Spawned, fork_into, fork_with
 from agent.transfer.worker import leave_behind, work_as_forked
 from protocol.threads import NoThread
 

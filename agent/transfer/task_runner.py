@@ -17,25 +17,25 @@ from agent.state_files import make_folder
 from agent.storage.base import Root
 from agent.storage.faults import fault
 from agent.system.file_lock import try_lock
+from agent.transfer.basis.compare import CHECKSUM
+from agent.transfer.basis.kept_lists import ListPolicy
+from agent.transfer.basis.patience import Patience
+from agent.transfer.basis.stopping import run_in_thread
 from agent.transfer.begun_place import is_elsewhere
-from agent.transfer.channel import Event, RunTask
-from agent.transfer.compare import CHECKSUM
+from agent.transfer.books.journal import Journal, open_or_rebuild
+from agent.transfer.books.manifest import SKIPPED_LIST, TRANSFERRED_LIST, ManifestWriter
+from agent.transfer.books.state_trouble import StateTrouble, of_system
+from agent.transfer.course.progress import Progress
+from agent.transfer.course.received import ReceivedCounter
+from agent.transfer.course.run import RunContext
 from agent.transfer.daemon_line import DaemonLine
-from agent.transfer.delete import DeleteRun
+from agent.transfer.deleting.delete import DeleteRun
+from agent.transfer.deleting.remove import Stopped
 from agent.transfer.events import EventLog
-from agent.transfer.filled_places import items_into
-from agent.transfer.journal import Journal, open_or_rebuild
-from agent.transfer.kept_lists import ListPolicy
-from agent.transfer.left_behind import sweep_folders, unfinished_folders
-from agent.transfer.manifest import SKIPPED_LIST, TRANSFERRED_LIST, ManifestWriter
-from agent.transfer.patience import Patience
-from agent.transfer.plan import now_iso
-from agent.transfer.progress import Progress
-from agent.transfer.received import ReceivedCounter
-from agent.transfer.remove import Stopped
-from agent.transfer.run import RunContext
-from agent.transfer.state_trouble import StateTrouble, of_system
-from agent.transfer.stopping import run_in_thread
+from agent.transfer.planning.filled_places import items_into
+from agent.transfer.planning.left_behind import sweep_folders, unfinished_folders
+from agent.transfer.planning.plan import now_iso
+from agent.transfer.processes.channel import Event, RunTask
 from agent.transfer.transfer_run import TransferRun
 from protocol.control import Counters, Flow, TaskObserved, TaskOrder, TaskState
 from protocol.errors import NeedsPerson, TaskFailed, TowpathError

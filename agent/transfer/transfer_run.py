@@ -20,30 +20,30 @@ import trio
 from agent.storage.base import Directory
 from agent.storage.disks import DiskAway
 from agent.storage.faults import fault
-from agent.transfer.attributes import Attributes, attributes_size
-from agent.transfer.budget import Budget, charge
-from agent.transfer.directories import Comparisons, DirectoryWalk
-from agent.transfer.fetch import Fetcher
-from agent.transfer.flow_watch import FlowWatch
-from agent.transfer.hard_links import HardLinks
-from agent.transfer.items import ItemPlanner
-from agent.transfer.jobs import AllArrived, FileJob, Group, LargeFile, ListFate, Outcome
-from agent.transfer.lane_arrivals import RemoteArrivals
-from agent.transfer.lane_processes import LaneProcesses
-from agent.transfer.lanes import Lanes, OpenLane
-from agent.transfer.large_files import LargeFiles
-from agent.transfer.left_behind import remove_left_behind, sweep_temporaries
-from agent.transfer.mirror import Mirror
-from agent.transfer.packs import PACK_BYTES, packs
-from agent.transfer.patience import counted, named
-from agent.transfer.plan import UNSUPPORTED, count_finished, now_iso, set_directory_times
-from agent.transfer.record import FolderMoved, add_counts
-from agent.transfer.retries import Retries
-from agent.transfer.run import RunContext
-from agent.transfer.settle import Settler
-from agent.transfer.source_session import SourceSession
-from agent.transfer.stopping import call_on_cancel, first_error, first_system_error, run_in_thread
-from agent.transfer.storage_watch import watch_storage
+from agent.transfer.asking.budget import Budget, charge
+from agent.transfer.asking.fetch import Fetcher
+from agent.transfer.asking.source_session import SourceSession
+from agent.transfer.basis.jobs import AllArrived, FileJob, Group, LargeFile, ListFate, Outcome
+from agent.transfer.basis.patience import counted, named
+from agent.transfer.basis.stopping import call_on_cancel, first_error, first_system_error, run_in_thread
+from agent.transfer.books.record import FolderMoved, add_counts
+from agent.transfer.course.run import RunContext
+from agent.transfer.deleting.mirror import Mirror
+from agent.transfer.lane_processes.pool import LaneProcesses
+from agent.transfer.planning.attributes import Attributes, attributes_size
+from agent.transfer.planning.directories import Comparisons, DirectoryWalk
+from agent.transfer.planning.hard_links import HardLinks
+from agent.transfer.planning.items import ItemPlanner
+from agent.transfer.planning.left_behind import remove_left_behind, sweep_temporaries
+from agent.transfer.planning.packs import PACK_BYTES, packs
+from agent.transfer.planning.plan import UNSUPPORTED, count_finished, now_iso, set_directory_times
+from agent.transfer.receiving.flow_watch import FlowWatch
+from agent.transfer.receiving.lane_arrivals import RemoteArrivals
+from agent.transfer.receiving.lanes import Lanes, OpenLane
+from agent.transfer.receiving.large_files import LargeFiles
+from agent.transfer.receiving.retries import Retries
+from agent.transfer.settling.settle import Settler
+from agent.transfer.stalls.storage_watch import watch_storage
 from protocol.control import Counters, Flow
 from protocol.errors import TaskFailed, TowpathError
 from protocol.names import format_path, split_path

@@ -30,7 +30,10 @@ from agent.storage.guarded import open_guarded
 from agent.storage.hiding import offered
 from agent.storage.reach import Reach
 from agent.system.process_name import rename_process
-from agent.transfer.channel import (
+from agent.transfer.daemon_line import DaemonLine, Moving
+from agent.transfer.lane_processes.pool import Child, dismiss, fork_lane_processes
+from agent.transfer.lane_processes.session_processes import lane_processes
+from agent.transfer.processes.channel import (
     Allowed,
     Channel,
     ChannelClosed,
@@ -43,15 +46,12 @@ from agent.transfer.channel import (
     ToWorker,
     WorkerCollection,
 )
-from agent.transfer.daemon_line import DaemonLine, Moving
-from agent.transfer.lane_processes import Child, dismiss, fork_lane_processes
-from agent.transfer.message_buffer import AreYouThere, Here
+from agent.transfer.processes.message_buffer import AreYouThere, Here
+from agent.transfer.processes.spawn import Spawned, fork_into, usable_processors
 from agent.transfer.rehearsal import rehearse
-from agent.transfer.serve import JOIN_PATIENCE, SourceSide, serve_lane
-from agent.transfer.session_processes import lane_processes
-from agent.transfer.small_files import raise_descriptor_limit
-from agent.transfer.source_policy import SourcePolicy
-from agent.transfer.spawn import Spawned, fork_into, usable_processors
+from agent.transfer.settling.small_files import raise_descriptor_limit
+from agent.transfer.source.serve import JOIN_PATIENCE, SourceSide, serve_lane
+from agent.transfer.source.source_policy import SourcePolicy
 from agent.transfer.task_runner import TaskRunner
 from protocol.congestion import tune_sender
 from protocol.control import FINAL_STATES

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import trio
 
-from agent.transfer.serve import Control
+from agent.transfer.source.serve import Control
 from protocol import session
 
 

@@ -26,16 +26,17 @@ from agent.limits.pace import Pace
 from agent.storage.base import Root
 from agent.storage.faulty import Call, FaultyRoot, Plan, no_faults
 from agent.storage.posix import open_root
-from agent.transfer import patience, task_runner
-from agent.transfer.channel import Common, Event, RunTask
-from agent.transfer.compression import offered
-from agent.transfer.journal import Journal
-from agent.transfer.lane_keys import KEY_RECORDS, LAST_RECORD, RECORD
-from agent.transfer.lane_processes import LaneProcesses, RemoteLane
-from agent.transfer.manifest import ManifestWriter, SkippedRow, read_page
-from agent.transfer.serve import SourceSide, serve_lane
-from agent.transfer.source_session import SourceSession
-from agent.transfer.state_trouble import of_system
+from agent.transfer import task_runner
+from agent.transfer.asking.source_session import SourceSession
+from agent.transfer.basis import patience
+from agent.transfer.basis.compression import offered
+from agent.transfer.basis.lane_keys import KEY_RECORDS, LAST_RECORD, RECORD
+from agent.transfer.books.journal import Journal
+from agent.transfer.books.manifest import ManifestWriter, SkippedRow, read_page
+from agent.transfer.books.state_trouble import of_system
+from agent.transfer.lane_processes.pool import LaneProcesses, RemoteLane
+from agent.transfer.processes.channel import Common, Event, RunTask
+from agent.transfer.source.serve import SourceSide, serve_lane
 from agent.transfer.task_runner import TaskRunner
 from protocol.control import Party, TaskItem, TaskObserved, TaskOptions, TaskOrder
 from protocol.errors import TowpathError

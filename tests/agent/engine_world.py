@@ -17,9 +17,9 @@ from msgspec.structs import replace
 from agent.config.keys import AgentConfig, CollectionConfig, DataConfig, LimitsConfig
 from agent.policy import Policy
 from agent.storage.disks import Disk
-from agent.transfer.lane_keys import KEY_RECORDS
-from agent.transfer.local_node import LocalNode
-from agent.transfer.service import TransferService
+from agent.transfer.basis.lane_keys import KEY_RECORDS
+from agent.transfer.tasks.local_node import LocalNode
+from agent.transfer.tasks.service import TransferService
 from protocol.control import (
     FINAL_STATES,
     AgentEvent,

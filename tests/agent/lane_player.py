@@ -13,9 +13,9 @@ from agent.storage.base import Bytes
 from agent.storage.faulty import Call, Plan
 from agent.storage.handed import Handed
 from agent.system.signs_of_life import Signs
-from agent.transfer.lane_keys import RECORD
-from agent.transfer.lane_process import LaneProcess
-from agent.transfer.lane_processes import Child
+from agent.transfer.basis.lane_keys import RECORD
+from agent.transfer.lane_processes.lane_process import LaneProcess
+from agent.transfer.lane_processes.pool import Child
 
 # The name of the threads.
 LANE_PROCESS = "lane process"

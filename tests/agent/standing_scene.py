@@ -8,7 +8,7 @@ import trio
 import trio.testing
 
 from agent.system.signs_of_life import Posture, Signs, signs_of
-from agent.transfer.lane_watch import until_lost
+from agent.transfer.stalls.lane_watch import until_lost
 from protocol.errors import TowpathError
 
 STILL = (1.0, 1.0, 1.0, 1.0)

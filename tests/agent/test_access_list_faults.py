@@ -19,13 +19,13 @@ from agent.storage.access_lists import (
 from agent.storage.faulty import Call, Plan, fail_nth
 from agent.storage.node import version_of
 from agent.storage.posix import PosixRoot, open_root
-from agent.transfer.attributes import read_attributes
-from agent.transfer.budget import SMALLEST_CHARGE, Budget
-from agent.transfer.jobs import FileJob
-from agent.transfer.kept_lists import within_folder
-from agent.transfer.patience import ATTEMPTS
-from agent.transfer.retries import Retries
-from agent.transfer.source_session import ANSWER_TIMEOUT
+from agent.transfer.asking.budget import SMALLEST_CHARGE, Budget
+from agent.transfer.asking.source_session import ANSWER_TIMEOUT
+from agent.transfer.basis.jobs import FileJob
+from agent.transfer.basis.kept_lists import within_folder
+from agent.transfer.basis.patience import ATTEMPTS
+from agent.transfer.planning.attributes import read_attributes
+from agent.transfer.receiving.retries import Retries
 from protocol import session
 from protocol.control import TaskItem, TaskOptions
 from protocol.errors import TowpathError
@@ -189,7 +189,7 @@ def test_a_source_answers_before_the_destination_gives_up(tmp_path: Path, monkey
         raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
 
     monkeypatch.setattr(PosixRoot, "get_access_lists", slow)
-    monkeypatch.setattr("agent.transfer.attributes.time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr("agent.transfer.planning.attributes.time", SimpleNamespace(monotonic=lambda: now))
     request = session.ReadAttributes(1, files, False, False, True)
     with open_root(str(tmp_path)) as root:
         answer = read_attributes(root, request, lambda path: (path,))

@@ -21,9 +21,9 @@ from agent.storage.access_lists import (
     parse_untrusted,
     with_owner,
 )
-from agent.transfer.attributes import check_attributes_untrusted
-from agent.transfer.jobs import ListFate
-from agent.transfer.kept_lists import ListPolicy
+from agent.transfer.basis.jobs import ListFate
+from agent.transfer.basis.kept_lists import ListPolicy
+from agent.transfer.planning.attributes import check_attributes_untrusted
 from protocol.errors import ProtocolError
 from protocol.session import FileAttributes
 from tests.agent.access_list_scene import (

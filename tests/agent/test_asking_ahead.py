@@ -22,15 +22,15 @@ from hypothesis import strategies as st
 from agent.limits.pace import Pace
 from agent.meter.lane import LaneMeter
 from agent.storage.posix import open_root
-from agent.transfer import serve
-from agent.transfer.compare import SMALL_FILE
-from agent.transfer.fetch import Fetcher
-from agent.transfer.jobs import FileJob, Group, PackRequest
-from agent.transfer.receive import LaneReceiver
-from agent.transfer.send import Joined
-from agent.transfer.serve import SourceSide
-from agent.transfer.source_session import SourceSession
-from agent.transfer.take_ahead import LANE, MOST_FILES, Awaited, takeable
+from agent.transfer.asking.fetch import Fetcher
+from agent.transfer.asking.source_session import SourceSession
+from agent.transfer.asking.take_ahead import LANE, MOST_FILES, Awaited, takeable
+from agent.transfer.basis.compare import SMALL_FILE
+from agent.transfer.basis.jobs import FileJob, Group, PackRequest
+from agent.transfer.receiving.receive import LaneReceiver
+from agent.transfer.source import serve
+from agent.transfer.source.send import Joined
+from agent.transfer.source.serve import SourceSide
 from protocol import session
 from protocol.control import TaskItem, TaskOptions
 from protocol.errors import ProtocolError, RetryLater, TaskFailed, TowpathError

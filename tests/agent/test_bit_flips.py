@@ -11,10 +11,10 @@ from random import Random
 
 import pytest
 
-from agent.transfer.channel import Event
-from agent.transfer.journal import Journal, open_or_rebuild
-from agent.transfer.journal_rows import FAILED, TRANSFERRED, PartialRow
-from agent.transfer.state_trouble import StateTrouble
+from agent.transfer.basis.journal_rows import FAILED, TRANSFERRED, PartialRow
+from agent.transfer.books.journal import Journal, open_or_rebuild
+from agent.transfer.books.state_trouble import StateTrouble
+from agent.transfer.processes.channel import Event
 from protocol.control import Counters
 from tests.agent.engine_inside import quick_path
 

@@ -19,7 +19,7 @@ import trio
 from agent.storage.base import Root
 from agent.storage.faulty import FaultyRoot
 from agent.storage.posix import open_root
-from agent.transfer import send
+from agent.transfer.source import send
 from protocol import lane, session
 from protocol.control import TaskItem, TaskOptions
 from tests.agent.engine_inside import CHECKED, Engine, contents, quick_path
@@ -222,7 +222,7 @@ async def test_a_source_cannot_talk_a_destination_out_of_comparing(
         def digested(_root: Any, _path: Any, _request: session.DigestFile, answer: str = answer) -> str:
             return answer
 
-        monkeypatch.setattr("agent.transfer.source_files.digest", digested)
+        monkeypatch.setattr("agent.transfer.source.source_files.digest", digested)
         again = Engine(quick_path / f"digest-{len(answer)}", engine.options)
         again.source, again.destination = engine.source, engine.destination
         (engine.destination / "file").write_bytes(b"old content")
@@ -238,8 +238,8 @@ async def test_abilities_that_would_weaken_the_session_mean_nothing(
     def welcome(**fields: Any) -> session.HelloAnswer:
         return original(**{**fields, "abilities": ["no digests", "md5", "digests optional", *fields["abilities"]]})
 
-    monkeypatch.setattr("agent.transfer.serve.session.HelloAnswer", welcome)
-    monkeypatch.setattr("agent.transfer.source_session.session.HelloAnswer", original)
+    monkeypatch.setattr("agent.transfer.source.serve.session.HelloAnswer", welcome)
+    monkeypatch.setattr("agent.transfer.asking.source_session.session.HelloAnswer", original)
     spoiler = Spoiler(monkeypatch, 1)
     engine = Engine(quick_path)
     fill(engine.source)

@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.storage import page_cache
-from agent.transfer.arrivals import CHECK_AFTER, BlockBooks
-from agent.transfer.block_check import BlockChecker, CheckLine, _runs
-from agent.transfer.jobs import Abandoned, BlocksChecked, LargeFile, RangeRequest
-from agent.transfer.side_thread import Broken
+from agent.transfer.asking.arrivals import CHECK_AFTER, BlockBooks
+from agent.transfer.basis.jobs import Abandoned, BlocksChecked, LargeFile, RangeRequest
+from agent.transfer.settling.block_check import BlockChecker, CheckLine, _runs
+from agent.transfer.settling.side_thread import Broken
 from protocol.errors import RetryLater
 from protocol.lane import digest
 from protocol.threads import NoThread

@@ -12,8 +12,8 @@ import pytest
 import trio
 import trio.testing
 
-from agent.transfer.running_task import RunningTask
-from agent.transfer.service import TransferService
+from agent.transfer.tasks.running_task import RunningTask
+from agent.transfer.tasks.service import TransferService
 from protocol.control import TaskItem, TaskOrder
 from tests.agent.engine_world import World
 

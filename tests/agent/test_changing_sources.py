@@ -19,8 +19,8 @@ from agent.limits.pace import Pace
 from agent.storage.faulty import Call
 from agent.storage.node import version_of
 from agent.storage.posix import open_root
-from agent.transfer import send, source_files
-from agent.transfer.manifest import SkippedRow, read_page
+from agent.transfer.books.manifest import SkippedRow, read_page
+from agent.transfer.source import send, source_files
 from protocol import session
 from protocol.control import TaskItem, TaskOptions
 from tests.agent.engine_inside import CHECKED, Engine, contents, quick_path, skipped
@@ -234,7 +234,7 @@ def test_a_file_that_was_changed_a_moment_ago_is_let_rest(age: int, pause: float
 async def test_fresh_files_are_read_after_their_tick(quick_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rests: list[float] = []
     monkeypatch.setattr(send, "CLOCK_TICK", 10**15)
-    monkeypatch.setattr("agent.transfer.send.time.sleep", rests.append)
+    monkeypatch.setattr("agent.transfer.source.send.time.sleep", rests.append)
     engine = Engine(quick_path)
     (engine.source / "small").write_bytes(b"small")
     (engine.source / "large").write_bytes(bytes(3 * MIB))
@@ -250,7 +250,7 @@ async def test_what_is_asked_of_fresh_files_is_looked_at_after_their_tick(
     the two has to show."""
     rests: list[float] = []
     monkeypatch.setattr(send, "CLOCK_TICK", 10**15)
-    monkeypatch.setattr("agent.transfer.send.time.sleep", rests.append)
+    monkeypatch.setattr("agent.transfer.source.send.time.sleep", rests.append)
     engine = Engine(quick_path, TaskOptions(verify_checksum=True, sync_level=3 if asks == "digest" else None))
     large = engine.source / "large"
     with large.open("wb") as file:
@@ -278,7 +278,7 @@ def test_a_file_that_is_open_already_is_let_rest_for_each_version(
 ) -> None:
     rests: list[float] = []
     monkeypatch.setattr(send, "CLOCK_TICK", 10**15)
-    monkeypatch.setattr("agent.transfer.send.time.sleep", rests.append)
+    monkeypatch.setattr("agent.transfer.source.send.time.sleep", rests.append)
     path = quick_path / "file"
     with open_root(str(quick_path)) as root:
         sender = send.LaneSender(_Sink(), lambda *_: None, Pace())  # type: ignore[arg-type]

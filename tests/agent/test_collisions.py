@@ -17,7 +17,7 @@ from agent.storage import folding
 from agent.storage.faulty import Call
 from agent.storage.folding import ask, by_attribute, fold_key
 from agent.storage.posix import open_root
-from agent.transfer import gathered_names
+from agent.transfer.planning import gathered_names
 from protocol.control import TaskItem, TaskOptions
 from protocol.session import Row
 from tests.agent.engine_inside import CHECKED, Crashed, Engine, contents, quick_path, skipped, tree

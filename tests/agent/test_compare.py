@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from agent.storage.node import Kind, Node
-from agent.transfer.compare import Decision, block_count, block_size, decide, decide_link
+from agent.transfer.basis.compare import Decision, block_count, block_size, decide, decide_link
 from protocol.control import TaskOptions
 from protocol.session import DIRECTORY, FILE, OTHER, SYMLINK, Row
 

@@ -18,9 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.limits.pace import Pace
-from agent.transfer import compression
-from agent.transfer.compression import Compression, Mode, compress, inflate_untrusted, offered, wanted
-from agent.transfer.receive import LaneReceiver
+from agent.transfer.basis import compression
+from agent.transfer.basis.compression import Compression, Mode, compress, inflate_untrusted, offered, wanted
+from agent.transfer.receiving.receive import LaneReceiver
 from protocol import lane
 from protocol.control import SessionAnswer, TaskItem, TaskOptions
 from protocol.errors import ProtocolError

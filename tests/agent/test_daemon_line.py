@@ -5,9 +5,9 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from agent.transfer.channel import Common, Desire, RunTask
+from agent.transfer.asking.source_session import SessionLost
 from agent.transfer.daemon_line import DaemonLine
-from agent.transfer.source_session import SessionLost
+from agent.transfer.processes.channel import Common, Desire, RunTask
 from protocol.session import Message, RenewTicket
 from tests.agent.orders import order_of
 

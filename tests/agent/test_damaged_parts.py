@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from agent.storage.faulty import Call, Plan
-from agent.transfer.jobs import count_done
-from agent.transfer.journal import Journal
-from agent.transfer.journal_rows import PartialRow
+from agent.transfer.basis.jobs import count_done
+from agent.transfer.basis.journal_rows import PartialRow
+from agent.transfer.books.journal import Journal
 from agent.transfer.task_runner import JOURNAL
 from tests.agent.engine_inside import Crashed, Engine, contents, quick_path
 

@@ -11,8 +11,8 @@ import trio
 from trio.testing import MockClock
 
 from agent.connect.finder import PathFinder
-from agent.transfer import task_paths
-from agent.transfer.task_paths import ANSWER_TIMEOUT, DIAL_AGAIN, TaskPaths
+from agent.transfer.tasks import task_paths
+from agent.transfer.tasks.task_paths import ANSWER_TIMEOUT, DIAL_AGAIN, TaskPaths
 from protocol.control import AgentEvent, Party, SessionAnswer
 from protocol.errors import RetryLater
 from tests.agent.orders import order_of

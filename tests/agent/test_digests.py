@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from agent.storage.posix import PosixRoot, open_root
-from agent.transfer.checksum import ALGORITHMS, file_digest, normalised_algorithm
+from agent.transfer.basis.checksum import ALGORITHMS, file_digest, normalised_algorithm
 from protocol.control import TaskItem
 from protocol.errors import ItemFailed
 from tests.agent.engine_inside import CHECKED, Engine, quick_path

@@ -11,7 +11,7 @@ import pytest
 from agent.storage import handles, libc, mounts, page_cache, posix
 from agent.storage.posix import open_root
 from agent.storage.reach import Reach
-from agent.transfer.settling import SYNCFS_FROM
+from agent.transfer.settling.batch import SYNCFS_FROM
 from tests.agent.engine_inside import CHECKED, Engine, contents, quick_path
 from tests.agent.small_disks import memory_disk, needs_root
 

@@ -12,7 +12,7 @@ import trio
 
 from agent import local_socket
 from agent.cli.background import drained
-from agent.transfer.held_up import is_drained
+from agent.transfer.tasks.held_up import is_drained
 from protocol.control import TaskItem, TaskObserved, TaskState
 from protocol.errors import Who
 from tests.agent.engine_world import world

@@ -17,10 +17,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from agent.limits.pace import Pace
-from agent.transfer import end_game, lane_count, lanes
-from agent.transfer.fetch import Fetcher
-from agent.transfer.jobs import FileJob, LargeFile, PackArrived
-from agent.transfer.receive import LaneReceiver
+from agent.transfer.asking import end_game
+from agent.transfer.asking.fetch import Fetcher
+from agent.transfer.basis.jobs import FileJob, LargeFile, PackArrived
+from agent.transfer.receiving import lane_count, lanes
+from agent.transfer.receiving.receive import LaneReceiver
 from protocol import lane
 from protocol.errors import RetryLater, TowpathError
 from protocol.session import Abandon, ReadPack, ReadRange, Row

@@ -26,8 +26,8 @@ import trio
 
 from agent.storage.base import Root
 from agent.storage.posix import PosixRoot, open_root
-from agent.transfer import spawn
-from agent.transfer.manifest import TransferredRow, read_page
+from agent.transfer.books.manifest import TransferredRow, read_page
+from agent.transfer.processes import spawn
 from protocol.control import TaskOrder
 from tests.agent.disk_trace import CALLS, Change, CrashState, Sync, Trace, before, crash_states, put, read_trace
 from tests.agent.engine_inside import CHECKED, WHOLE, Engine, contents, quick_path
@@ -39,7 +39,7 @@ __all__ = ["quick_path"]
 MIB = 1024 * 1024
 OLD = b"an older version"
 SEED = 20260
-# One process does all, or another one receives and writes (`agent.transfer.lane_process`).
+# One process does all, or another one receives and writes (`agent.transfer.lane_processes.lane_process`).
 PROCESSES = [1, 2]
 
 

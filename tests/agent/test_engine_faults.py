@@ -17,7 +17,8 @@ import pytest
 import trio
 
 from agent.storage.faulty import Call, fail_nth
-from agent.transfer import arrivals, patience
+from agent.transfer.asking import arrivals
+from agent.transfer.basis import patience
 from protocol.control import TaskOptions
 from tests.agent.engine_inside import Crashed, Engine, contents, open_files, quick_path
 from tests.slices import chosen_seeds
@@ -369,7 +370,7 @@ async def gave_up(
     shutil.rmtree(engine.state)
     # A folder that was given up keeps what a crash left in it, until that is so old that its task must be dead.
     with monkeypatch.context() as later:
-        later.setattr("agent.transfer.left_behind.ORPHAN_AGE", -1)
+        later.setattr("agent.transfer.planning.left_behind.ORPHAN_AGE", -1)
         assert (await Engine(engine.base).run()).state == "SUCCEEDED", f"seed {seed}"
     assert contents(engine.destination) == wanted, f"seed {seed}"
 

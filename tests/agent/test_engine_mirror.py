@@ -14,11 +14,11 @@ from agent.storage.base import Root
 from agent.storage.faulty import Call, fail_nth
 from agent.storage.hiding import offered
 from agent.storage.posix import open_root
-from agent.transfer.journal import Journal
-from agent.transfer.mirror import Mirror
-from agent.transfer.patience import Patience
-from agent.transfer.plan import DirectoryPlanner
-from agent.transfer.remove import MAX_OPEN
+from agent.transfer.basis.patience import Patience
+from agent.transfer.books.journal import Journal
+from agent.transfer.deleting.mirror import Mirror
+from agent.transfer.deleting.remove import MAX_OPEN
+from agent.transfer.planning.plan import DirectoryPlanner
 from protocol.control import FilterRule, TaskItem, TaskOptions
 from protocol.session import FILE, Row
 from tests.agent.engine_inside import Crashed, Engine, contents, quick_path

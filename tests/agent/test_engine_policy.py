@@ -14,10 +14,10 @@ import pytest
 import trio
 
 from agent.config.keys import CollectionConfig
-from agent.transfer.channel import Channel, Checkpointed, Desire, Finished, RunTask, ToDaemon, ToWorker
-from agent.transfer.message_buffer import Message
-from agent.transfer.service import TransferService
-from agent.transfer.worker_process import Workers
+from agent.transfer.processes.channel import Channel, Checkpointed, Desire, Finished, RunTask, ToDaemon, ToWorker
+from agent.transfer.processes.message_buffer import Message
+from agent.transfer.processes.worker_process import Workers
+from agent.transfer.tasks.service import TransferService
 from protocol.control import TaskItem, TaskObserved, TaskOrder
 from tests.agent.engine_world import Node, World, world
 

@@ -18,8 +18,8 @@ from agent.storage.base import Root
 from agent.storage.faulty import Call, fail_nth
 from agent.storage.mounts import Mark
 from agent.storage.posix import open_root
-from agent.transfer.manifest import SkippedRow, read_page
-from agent.transfer.remove import Removal
+from agent.transfer.books.manifest import SkippedRow, read_page
+from agent.transfer.deleting.remove import Removal
 from protocol.control import TaskItem, TaskObserved, TaskOptions
 from protocol.session import DIRECTORY
 from tests.agent.engine_inside import Engine, Line, contents, quick_path, when
@@ -428,7 +428,7 @@ async def test_temporaries_of_dead_tasks_are_collected_and_young_ones_are_not(
         os.utime(orphan, (0, 0))
     assert (await engine.run()).state == "SUCCEEDED"
     assert all(orphan.exists() for orphan in orphans)
-    monkeypatch.setattr("agent.transfer.left_behind.ORPHAN_AGE", -1)
+    monkeypatch.setattr("agent.transfer.planning.left_behind.ORPHAN_AGE", -1)
     again = Engine(quick_path / "again", TaskOptions(sync_level=1))
     again.source, again.destination = engine.source, engine.destination
     assert (await again.run()).state == "SUCCEEDED"
@@ -439,7 +439,7 @@ async def test_temporaries_of_dead_tasks_are_collected_and_young_ones_are_not(
 
 async def test_orphans_are_nobodys_extras(quick_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A mirror counts no temporary of a dead task among what it deletes, and nothing lists one."""
-    monkeypatch.setattr("agent.transfer.left_behind.ORPHAN_AGE", -1)
+    monkeypatch.setattr("agent.transfer.planning.left_behind.ORPHAN_AGE", -1)
     options = TaskOptions(delete_destination_extra=True, delete_destination_extra_limit=1)
     engine = Engine(quick_path, options)
     (engine.source / "file").write_bytes(b"content")

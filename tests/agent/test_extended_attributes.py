@@ -16,9 +16,9 @@ from agent.storage import attributes
 from agent.storage.attributes import Found
 from agent.storage.faulty import Call
 from agent.storage.posix import PosixRoot
-from agent.transfer.attributes import check_attributes_untrusted
-from agent.transfer.budget import Budget
-from agent.transfer.patience import ATTEMPTS
+from agent.transfer.asking.budget import Budget
+from agent.transfer.basis.patience import ATTEMPTS
+from agent.transfer.planning.attributes import check_attributes_untrusted
 from protocol import session
 from protocol.control import TaskItem
 from protocol.errors import ProtocolError
@@ -188,7 +188,7 @@ async def test_a_source_that_cannot_read_them_is_named(quick_path: Path, monkeyp
     def never(*_: Any) -> Any:
         raise AssertionError("asked without the ability")
 
-    monkeypatch.setattr("agent.transfer.serve.read_attributes", never)
+    monkeypatch.setattr("agent.transfer.source.serve.read_attributes", never)
     engine = Engine(quick_path, WANTED)
     scene(engine)
     observed = await engine.run()

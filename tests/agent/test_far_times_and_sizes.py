@@ -14,7 +14,7 @@ from agent.storage.listing import Accounts, list_directory
 from agent.storage.node import Node, node_from_stat
 from agent.storage.posix import open_root
 from agent.storage.query import Query
-from agent.transfer import source_rows
+from agent.transfer.source import source_rows
 from protocol import session
 from protocol.control import encode
 from protocol.errors import ProtocolError

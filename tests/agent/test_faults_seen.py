@@ -16,8 +16,8 @@ from agent.storage.base import Root
 from agent.storage.faulty import Call, FaultyRoot
 from agent.storage.mounts import Mark
 from agent.storage.posix import open_root
-from agent.transfer import patience
-from agent.transfer.manifest import SkippedRow, read_page
+from agent.transfer.basis import patience
+from agent.transfer.books.manifest import SkippedRow, read_page
 from protocol.control import TaskObserved, TaskOptions
 from protocol.errors import NeedsPerson, RetryLater, TowpathError
 from protocol.session import MAX_PACK_FILES

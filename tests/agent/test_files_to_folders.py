@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.transfer.manifest import SkippedRow, read_page
+from agent.transfer.books.manifest import SkippedRow, read_page
 from protocol.control import TaskItem
 from tests.agent.engine_inside import CHECKED, Engine, contents, quick_path, skipped
 

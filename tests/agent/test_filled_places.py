@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from agent.transfer.filled_places import FilledPlaces
+from agent.transfer.planning.filled_places import FilledPlaces
 from protocol.control import TaskItem
 
 

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from agent.transfer.source_policy import SourcePolicy
+from agent.transfer.source.source_policy import SourcePolicy
 from protocol.errors import AccessDenied, ProtocolError, RetryLater, TowpathError
 from protocol.identity import NodeKey
 from protocol.names import parse_path_untrusted

@@ -14,10 +14,10 @@ import trio.testing
 
 from agent.system.conditions import changed, conditions
 from agent.system.processes import in_words
-from agent.transfer import forker, worker_process
-from agent.transfer.channel import ChannelClosed, EventStored
-from agent.transfer.spawn import FORK_SERVER
-from agent.transfer.worker_process import Workers
+from agent.transfer.processes import forker, worker_process
+from agent.transfer.processes.channel import ChannelClosed, EventStored
+from agent.transfer.processes.spawn import FORK_SERVER
+from agent.transfer.processes.worker_process import Workers
 
 pytestmark = pytest.mark.skipif(not FORK_SERVER, reason="this system has no descriptors of processes")
 
@@ -35,9 +35,9 @@ PRELUDE = """
 import contextlib, errno, os, random, signal, socket, ssl, sys, tempfile, time, uuid
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from agent.transfer import fork_server
-from agent.transfer.fork_messages import MOST, Ended, Fork, Made, Ready, Refused, answer, packet
-from agent.transfer.message_buffer import attached, rights, room
-from agent.transfer.spawn import fork_into
+from agent.transfer.processes.fork_messages import MOST, Ended, Fork, Made, Ready, Refused, answer, packet
+from agent.transfer.processes.message_buffer import attached, rights, room
+from agent.transfer.processes.spawn import fork_into
 
 def served(work, change=lambda: None):
     def serve(sock):
@@ -218,8 +218,8 @@ async def test_deaths_of_workers_and_fork_servers(monkeypatch: pytest.MonkeyPatc
 # A program with workers of its own: what it does when one waits is `then`.
 WITH_WORKERS = """
 import os, resource, trio
-from agent.transfer import forker
-from agent.transfer.worker_process import Workers
+from agent.transfer.processes import forker
+from agent.transfer.processes.worker_process import Workers
 forker.FIRST_REST = 0.01
 
 async def one_waits(workers):

@@ -15,11 +15,11 @@ import pytest
 import trio
 import trio.testing
 
-from agent.transfer import forker
-from agent.transfer.fork_messages import MOST, Ended, FromServer, Made, Refused, packet, request
-from agent.transfer.forker import ForkedThere, Forker, ForkServerLink
-from agent.transfer.message_buffer import attached, rights, room
-from agent.transfer.spawn import FORK_SERVER, Spawned
+from agent.transfer.processes import forker
+from agent.transfer.processes.fork_messages import MOST, Ended, FromServer, Made, Refused, packet, request
+from agent.transfer.processes.forker import ForkedThere, Forker, ForkServerLink
+from agent.transfer.processes.message_buffer import attached, rights, room
+from agent.transfer.processes.spawn import FORK_SERVER, Spawned
 
 pytestmark = pytest.mark.skipif(not FORK_SERVER, reason="this system has no descriptors of processes")
 

@@ -15,10 +15,10 @@ import msgspec
 import pytest
 
 from agent.storage.faulty import Call
-from agent.transfer import directories, hard_links
-from agent.transfer.budget import UNSETTLED_BYTES
-from agent.transfer.jobs import HardLinkWanted, LinkWanted
-from agent.transfer.journal import Journal
+from agent.transfer.asking.budget import UNSETTLED_BYTES
+from agent.transfer.basis.jobs import HardLinkWanted, LinkWanted
+from agent.transfer.books.journal import Journal
+from agent.transfer.planning import directories, hard_links
 from protocol.control import TaskItem
 from tests.agent.engine_inside import CHECKED, WHOLE, Crashed, Engine, contents, quick_path
 from tests.agent.engine_world import world

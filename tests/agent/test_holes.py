@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent.storage.faulty import Call
-from agent.transfer import arrivals
-from agent.transfer.compare import block_count, block_size, missing_ranges
-from agent.transfer.holes import check_extents_untrusted, data_extents, mark_holes, sparse_block
-from agent.transfer.jobs import empty_bitmap
+from agent.transfer.asking import arrivals
+from agent.transfer.basis.compare import block_count, block_size, missing_ranges
+from agent.transfer.basis.holes import check_extents_untrusted, data_extents, mark_holes, sparse_block
+from agent.transfer.basis.jobs import empty_bitmap
 from protocol.errors import ProtocolError
 from tests.agent.engine_inside import Crashed, Engine, quick_path
 
@@ -219,7 +219,7 @@ async def test_a_file_of_nothing_but_a_hole(quick_path: Path) -> None:
 
 async def test_a_source_without_the_ability_is_not_asked(quick_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An older source would take the question for a breach of the rules."""
-    monkeypatch.setattr("agent.transfer.large_files.EXTENTS", "an ability nobody has")
+    monkeypatch.setattr("agent.transfer.receiving.large_files.EXTENTS", "an ability nobody has")
     engine = Engine(quick_path)
     sparse(engine.source / "file", 65 * MIB, {1000: b"data"})
     assert (await engine.run()).state == "SUCCEEDED"

@@ -13,7 +13,7 @@ import pytest
 
 from agent.log_lines import formatter
 from agent.storage.faulty import Call
-from agent.transfer.manifest import SkippedRow, read_page
+from agent.transfer.books.manifest import SkippedRow, read_page
 from protocol.names import escape, parse_path_untrusted
 from relay.logs import _JsonFormatter, _TextFormatter
 from tests.agent.engine_inside import Engine, quick_path

@@ -151,7 +151,7 @@ SEEDS = [pytest.param(seed, marks=() if seed in ALWAYS else pytest.mark.soak) fo
 @pytest.mark.parametrize("seed", SEEDS)
 async def test_items_of_all_shapes_arrive(quick_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     play = Play(seed, quick_path)
-    monkeypatch.setattr("agent.transfer.items.ITEMS_AT_ONCE", play.random.choice([1, 2, 5, 250]))
+    monkeypatch.setattr("agent.transfer.planning.items.ITEMS_AT_ONCE", play.random.choice([1, 2, 5, 250]))
     faults = play.random.choice([0.0, 0.0, 0.005, 0.02])
     processes, lanes = play.random.choice([0, 0, 1]), play.random.choice([1, 1, 3])
     plan = play.destination_plan(faults)
@@ -170,7 +170,7 @@ async def test_sources_that_change_give_versions_that_there_were(
     quick_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     play = Play(seed, quick_path)
-    monkeypatch.setattr("agent.transfer.items.ITEMS_AT_ONCE", play.random.choice([1, 3, 250]))
+    monkeypatch.setattr("agent.transfer.planning.items.ITEMS_AT_ONCE", play.random.choice([1, 3, 250]))
     processes, lanes = play.random.choice([0, 0, 1]), play.random.choice([1, 2])
     plan, source_plan = play.destination_plan(0.0), play.source_plan(play.random.randint(1, 6))
     engine = Engine(quick_path, play.options(), play.items, plan=plan, source_plan=source_plan, processes=processes)

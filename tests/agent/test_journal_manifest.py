@@ -11,14 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent.transfer.channel import Event
-from agent.transfer.compare import block_count, block_size, missing_ranges
-from agent.transfer.events import EventLog
-from agent.transfer.jobs import FileJob, Group, LargeFile
-from agent.transfer.journal import Journal, open_or_rebuild
-from agent.transfer.journal_format import VERSION
-from agent.transfer.journal_rows import TRANSFERRED, PartialRow
-from agent.transfer.manifest import (
+from agent.transfer.basis.compare import block_count, block_size, missing_ranges
+from agent.transfer.basis.jobs import FileJob, Group, LargeFile
+from agent.transfer.basis.journal_rows import TRANSFERRED, PartialRow
+from agent.transfer.books.journal import Journal, open_or_rebuild
+from agent.transfer.books.journal_format import VERSION
+from agent.transfer.books.manifest import (
     ROWS_IN_FRAME,
     ManifestDamaged,
     ManifestPage,
@@ -26,8 +24,10 @@ from agent.transfer.manifest import (
     TransferredRow,
     read_page,
 )
-from agent.transfer.record import Record
-from agent.transfer.state_trouble import StateTrouble
+from agent.transfer.books.record import Record
+from agent.transfer.books.state_trouble import StateTrouble
+from agent.transfer.events import EventLog
+from agent.transfer.processes.channel import Event
 from protocol.control import Counters
 from protocol.session import FILE, Row
 

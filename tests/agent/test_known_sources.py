@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from agent.connect.transport import Path
-from agent.transfer.known_sources import sources_of
+from agent.transfer.tasks.known_sources import sources_of
 from protocol.control import Party
 from tests.agent.orders import order_of
 

@@ -9,7 +9,7 @@ import pytest
 import trio
 import trio.testing
 
-from agent.transfer.lane_ahead import LaneAhead
+from agent.transfer.lane_processes.lane_ahead import LaneAhead
 from protocol.errors import RetryLater
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.meter.processors import Processors, ProcessorTimes, processor_times
-from agent.transfer.lane_count import SPAN, LaneCount
+from agent.transfer.receiving.lane_count import SPAN, LaneCount
 from protocol.congestion import round_trip_time, tune_sender
 
 

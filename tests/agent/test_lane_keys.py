@@ -10,9 +10,9 @@ import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.transfer import lanes
-from agent.transfer.fetch import MEMORY_WINDOW
-from agent.transfer.lane_keys import AT_MOST, KEY_RECORDS, LAST_RECORD, RECORD, Succession, records_of
+from agent.transfer.asking.fetch import MEMORY_WINDOW
+from agent.transfer.basis.lane_keys import AT_MOST, KEY_RECORDS, LAST_RECORD, RECORD, Succession, records_of
+from agent.transfer.receiving import lanes
 from protocol.control import TaskItem
 from tests.agent import engine_inside, engine_world
 from tests.agent.engine_inside import Engine, contents, quick_path, tree
@@ -73,7 +73,7 @@ async def test_lanes_follow_one_another_and_nothing_comes_twice(
     quick_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int
 ) -> None:
     monkeypatch.setattr(lanes, "MEASURE_EVERY", 0.02)
-    monkeypatch.setattr("agent.transfer.lane_process.TELL_EVERY", 0.02)
+    monkeypatch.setattr("agent.transfer.lane_processes.lane_process.TELL_EVERY", 0.02)
     engine = Engine(quick_path, processes=processes, key_records=3 * MIB // RECORD)
     # What a lane has been asked for when it is due, its window, it still carries.
     (engine.source / "large").write_bytes(os.urandom(96 * MIB + 5))

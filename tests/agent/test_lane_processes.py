@@ -25,15 +25,17 @@ from agent.limits.pace import Pace
 from agent.storage.faulty import Call, Plan, fail_nth
 from agent.storage.posix import PosixDirectory
 from agent.system.file_lock import try_lock
-from agent.transfer import end_game, lane_count, lane_process, lanes
-from agent.transfer import lane_messages as say
-from agent.transfer.channel import Channel
-from agent.transfer.held import PackHeld
-from agent.transfer.jobs import AllArrived
-from agent.transfer.lane_process import LaneProcess
-from agent.transfer.lane_processes import Child, LaneProcesses, OneProcess, RemoteLane
-from agent.transfer.message_buffer import Garbled, MessageBuffer, attached
-from agent.transfer.settle import Settler
+from agent.transfer.asking import end_game
+from agent.transfer.basis.jobs import AllArrived
+from agent.transfer.lane_processes import lane_messages as say
+from agent.transfer.lane_processes import lane_process
+from agent.transfer.lane_processes.lane_process import LaneProcess
+from agent.transfer.lane_processes.pool import Child, LaneProcesses, OneProcess, RemoteLane
+from agent.transfer.processes.channel import Channel
+from agent.transfer.processes.message_buffer import Garbled, MessageBuffer, attached
+from agent.transfer.receiving import lane_count, lanes
+from agent.transfer.settling.held import PackHeld
+from agent.transfer.settling.settle import Settler
 from protocol.control import TaskItem, TaskOptions
 from tests.agent import engine_world
 from tests.agent.engine_inside import (
@@ -313,7 +315,7 @@ async def test_what_a_slow_process_has_is_taken_over(quick_path: Path, monkeypat
     monkeypatch.setattr(lane_count, "SPAN", 0.02)
     monkeypatch.setattr(lane_count, "GAIN", 0.0)
     monkeypatch.setattr(end_game, "LEAST_WAIT", 0.1)
-    monkeypatch.setattr("agent.transfer.lane_process.TELL_EVERY", 0.02)
+    monkeypatch.setattr("agent.transfer.lane_processes.lane_process.TELL_EVERY", 0.02)
     cut, threads, opened = threading.Event(), [], 0
     plain = LaneProcesses.open
 

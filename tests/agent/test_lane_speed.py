@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from agent.transfer.end_game import LEAST_WAIT, NEWEST, WORTH, LaneSpeed, remaining, slowest, twin_of
-from agent.transfer.jobs import PackRequest, RangeRequest
+from agent.transfer.asking.end_game import LEAST_WAIT, NEWEST, WORTH, LaneSpeed, remaining, slowest, twin_of
+from agent.transfer.basis.jobs import PackRequest, RangeRequest
 
 FILE: Any = object()
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from agent.transfer.jobs import Abandoned, LargeFile
-from agent.transfer.large_files import LargeFiles
+from agent.transfer.basis.jobs import Abandoned, LargeFile
+from agent.transfer.receiving.large_files import LargeFiles
 from protocol.errors import RetryLater, TowpathError
 
 

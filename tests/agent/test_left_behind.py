@@ -13,9 +13,9 @@ import pytest
 
 from agent.storage.faulty import Call, Plan, fail_nth
 from agent.storage.posix import open_root
-from agent.transfer import journal as journals
-from agent.transfer.journal import Journal
-from agent.transfer.left_behind import sweep_temporaries
+from agent.transfer.books import journal as journals
+from agent.transfer.books.journal import Journal
+from agent.transfer.planning.left_behind import sweep_temporaries
 from protocol.control import TaskItem
 from tests.agent.engine_inside import WHOLE, Crashed, Engine, Line, contents, quick_path
 
@@ -218,7 +218,7 @@ async def test_what_an_earlier_run_left_is_swept_and_nothing_of_this_one(
     quick_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     """Several parts of a task come to one folder, one after the other; each sweeps it when the task goes on."""
-    monkeypatch.setattr("agent.transfer.items.ITEMS_AT_ONCE", 1)
+    monkeypatch.setattr("agent.transfer.planning.items.ITEMS_AT_ONCE", 1)
     count = 60
     engine = Engine(quick_path, items=_into_one_folder(kind, count), plan=_dies_once())
     for number in range(count):

@@ -65,7 +65,8 @@ async def test_every_route_asks_the_owners_policy_first(tmp_path: Path, method: 
 
 
 # Routes that name no path of a collection themselves. `PUT /link/sessions` names one in its ticket, which the engine
-# checks against the same policy (see the tests of `agent.transfer.order_check`), and so do offers to such a session.
+# checks against the same policy (see the tests of `agent.transfer.tasks.order_check`), and so do offers to such a
+# session.
 WITHOUT_PATH = {
     ("GET", "/link/events"),
     ("POST", "/link/events/acknowledge"),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.transfer.manifest import SkippedRow, read_page
+from agent.transfer.books.manifest import SkippedRow, read_page
 from protocol.control import TaskOptions
 from tests.agent.engine_inside import Engine, contents, quick_path, tree
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import trio
 
-from agent.transfer.journal import Journal
-from agent.transfer.plan import Listing
+from agent.transfer.books.journal import Journal
+from agent.transfer.planning.plan import Listing
 
 
 class Counting(Journal):

@@ -8,9 +8,9 @@ from typing import cast
 
 import pytest
 
-from agent.transfer.fetch import Fetcher
-from agent.transfer.items import ITEMS_AT_ONCE
-from agent.transfer.jobs import FileJob
+from agent.transfer.asking.fetch import Fetcher
+from agent.transfer.basis.jobs import FileJob
+from agent.transfer.planning.items import ITEMS_AT_ONCE
 from protocol import session
 from protocol.errors import MAX_SENTENCE, ItemFailed
 from protocol.names import MAX_COMPONENT, MAX_PATH

@@ -44,8 +44,8 @@ async def test_a_name_is_given_to_what_has_its_mode_durably(
     if not whole:
         monkeypatch.setattr(libc, "has_syncfs", lambda: False)
     if not keep:
-        monkeypatch.setattr("agent.transfer.small_files._OTHER_DESCRIPTORS", 1 << 30)
-        monkeypatch.setattr("agent.transfer.lane_process._OTHER_DESCRIPTORS", 1 << 30)
+        monkeypatch.setattr("agent.transfer.settling.small_files._OTHER_DESCRIPTORS", 1 << 30)
+        monkeypatch.setattr("agent.transfer.lane_processes.lane_process._OTHER_DESCRIPTORS", 1 << 30)
     options = msgspec.structs.replace(CHECKED, preserve_xattrs=attributes)
     synced: dict[int, int] = {}
     fsync = os.fsync

@@ -15,11 +15,11 @@ import pytest
 
 from agent.storage.faulty import Call
 from agent.storage.posix import open_root
-from agent.transfer import items
-from agent.transfer.jobs import FileJob, Group
-from agent.transfer.journal import Journal
-from agent.transfer.manifest import ManifestWriter
-from agent.transfer.record import FolderMoved, Record
+from agent.transfer.basis.jobs import FileJob, Group
+from agent.transfer.books.journal import Journal
+from agent.transfer.books.manifest import ManifestWriter
+from agent.transfer.books.record import FolderMoved, Record
+from agent.transfer.planning import items
 from protocol.control import TaskItem
 from protocol.session import FILE, Row
 from tests.agent.engine_inside import Crashed, Engine, contents, quick_path, skipped, tree

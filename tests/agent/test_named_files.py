@@ -17,18 +17,19 @@ import pytest
 from agent.storage import attributes
 from agent.storage.access_lists import AccessList
 from agent.storage.faulty import Call, Plan, no_faults
-from agent.transfer import arrivals, holes
-from agent.transfer.jobs import LargeFile
-from agent.transfer.journal import Journal
-from agent.transfer.manifest import TransferredRow, read_page
-from agent.transfer.source_session import SourceSession
+from agent.transfer.asking import arrivals
+from agent.transfer.asking.source_session import SourceSession
+from agent.transfer.basis import holes
+from agent.transfer.basis.jobs import LargeFile
+from agent.transfer.books.journal import Journal
+from agent.transfer.books.manifest import TransferredRow, read_page
 from protocol.control import Counters, TaskItem, TaskOptions
 from tests.agent.engine_inside import CHECKED, WHOLE, Crashed, Engine, contents, quick_path
 
 __all__ = ["quick_path"]
 
 MIB = 1024 * 1024
-# Below what `agent.transfer.reuse` asks about, so that whatever is not recognised is sent.
+# Below what `agent.transfer.receiving.reuse` asks about, so that whatever is not recognised is sent.
 SIZE = 12 * MIB + 17
 
 
@@ -43,8 +44,8 @@ def _one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(LargeFile, "take_unchecked", first_of_unchecked)
     monkeypatch.setattr(arrivals, "CHECK_AFTER", MIB)
-    monkeypatch.setattr("agent.transfer.settle.BATCH_BYTES", MIB)
-    monkeypatch.setattr("agent.transfer.large_files.MEMORY_RANGE", 2 * MIB)
+    monkeypatch.setattr("agent.transfer.settling.settle.BATCH_BYTES", MIB)
+    monkeypatch.setattr("agent.transfer.receiving.large_files.MEMORY_RANGE", 2 * MIB)
 
 
 def received(engine: Engine) -> int:
@@ -334,7 +335,7 @@ async def test_a_list_of_somebody_else_is_not_this_files(quick_path: Path) -> No
 
 async def test_a_source_that_says_no_digests_sends_it_again(quick_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = await named(quick_path)
-    monkeypatch.setattr("agent.transfer.named_files.BLOCK_DIGESTS", "an ability nobody has")
+    monkeypatch.setattr("agent.transfer.receiving.named_files.BLOCK_DIGESTS", "an ability nobody has")
     await finished(engine, again=True)
 
 

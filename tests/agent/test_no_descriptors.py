@@ -26,8 +26,8 @@ from agent.connect.relay_way import CannotConnect, RelayWay
 from agent.link import dial_tcp
 from agent.manners import Conditions, Manners, Observer
 from agent.sdnotify import Notifier
-from agent.transfer.channel import Channel, Connect, ConnectFailed, ToDaemon, ToWorker
-from agent.transfer.running_task import RunningTask
+from agent.transfer.processes.channel import Channel, Connect, ConnectFailed, ToDaemon, ToWorker
+from agent.transfer.tasks.running_task import RunningTask
 from agent.watch.submitter import CommandSubmitter
 from protocol.errors import RetryLater
 from tests.agent.dialled_relay import FakeRelay, greet_and_stay, running
@@ -91,7 +91,7 @@ async def test_a_connection_that_cannot_be_handed_over_is_refused_in_words(monke
     with far:
         try:
             with monkeypatch.context() as shortage:
-                shortage.setattr("agent.transfer.worker_connections.os.dup", none_left)
+                shortage.setattr("agent.transfer.tasks.worker_connections.os.dup", none_left)
                 await task._connect(daemon, Connect(request=7, kind="lane"))
             answer, _ = await worker.receive()
             assert isinstance(answer, ConnectFailed)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from agent.transfer import lane_processes
+from agent.transfer.lane_processes import pool as lane_processes
 from protocol import threads
 from protocol.threads import NoThread, check_room, wait_for_threads
 from tests.agent.engine_inside import Engine, contents, quick_path

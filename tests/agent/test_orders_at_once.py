@@ -10,7 +10,7 @@ import pytest
 import trio
 import trio.testing
 
-from agent.transfer.running_task import RunningTask
+from agent.transfer.tasks.running_task import RunningTask
 from protocol.control import TaskItem, TaskObserved, TaskOrder
 from tests.agent.engine_world import World
 

@@ -9,7 +9,7 @@ import pytest
 import trio
 import trio.testing
 
-from agent.transfer.outbox import MAX_UNREAD, PROGRESS_EVERY, UNREAD_LIFE, Outbox
+from agent.transfer.tasks.outbox import MAX_UNREAD, PROGRESS_EVERY, UNREAD_LIFE, Outbox
 from protocol.control import AgentEvent
 
 

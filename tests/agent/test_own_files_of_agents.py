@@ -10,8 +10,8 @@ from agent.collections import Collections, Marks
 from agent.config.exposure import exposures, own_places, unusable
 from agent.config.keys import AgentConfig, CollectionConfig
 from agent.policy import Policy
-from agent.transfer.channel import Common, WorkerCollection
-from agent.transfer.local_node import LocalNode
+from agent.transfer.processes.channel import Common, WorkerCollection
+from agent.transfer.tasks.local_node import LocalNode
 from agent.transfer.worker import _root_of
 from protocol.errors import NeedsPerson
 from protocol.identity import NodeKey

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from agent.transfer.patience import ATTEMPTS, DEFAULT_ATTEMPTS, LONGEST_PAUSE, Patience, attempts, counted, pause
+from agent.transfer.basis.patience import ATTEMPTS, DEFAULT_ATTEMPTS, LONGEST_PAUSE, Patience, attempts, counted, pause
 from protocol.errors import (
     AccessDenied,
     ItemFailed,

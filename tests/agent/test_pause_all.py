@@ -16,7 +16,7 @@ import trio
 from agent.daemon import Daemon
 from agent.data_side import PAUSED_FILE, recall_pause
 from agent.policy import AccessDenied, Pause
-from agent.transfer.held_up import told
+from agent.transfer.tasks.held_up import told
 from protocol.control import Counters, Flow, SessionOrder, TaskItem, TaskObserved
 from protocol.errors import NeedsPerson, RetryLater
 from tests.agent.engine_world import World, world

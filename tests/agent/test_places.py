@@ -14,9 +14,9 @@ import trio
 
 from agent.config.keys import CollectionConfig
 from agent.storage.bind_mounts import BindMounts, Shown
-from agent.transfer import places as places_module
-from agent.transfer.places import Places
-from agent.transfer.turns import Candidate, Claim, next_turns
+from agent.transfer.tasks import places as places_module
+from agent.transfer.tasks.places import Places
+from agent.transfer.tasks.turns import Candidate, Claim, next_turns
 from protocol.control import AgentEvent, TaskItem, TaskOptions, TaskOrder
 from protocol.names import CollectionPath
 from tests.agent.engine_world import World, world

@@ -10,8 +10,8 @@ import pytest
 import trio
 import trio.testing
 
-from agent.transfer import progress
-from agent.transfer.progress import EVERY, FIRST_PAUSE, LONGEST_PAUSE, Progress
+from agent.transfer.course import progress
+from agent.transfer.course.progress import EVERY, FIRST_PAUSE, LONGEST_PAUSE, Progress
 from protocol.control import Counters, Flow, TaskObserved
 
 ACTIVE = TaskObserved(task_id="t", revision=1, state="ACTIVE", counters=Counters())

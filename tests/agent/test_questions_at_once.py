@@ -11,8 +11,8 @@ import trio
 import trio.testing
 
 from agent.storage.posix import open_root
-from agent.transfer import serve
-from agent.transfer.serve import QUESTIONS_AT_ONCE, Control, SourceSide
+from agent.transfer.source import serve
+from agent.transfer.source.serve import QUESTIONS_AT_ONCE, Control, SourceSide
 from protocol import session
 from protocol.errors import ProtocolError
 from tests.agent.engine_inside import OpenPolicy

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.transfer.budget import UNSETTLED_BYTES, Budget
-from agent.transfer.fetch import LANE_WINDOW, LONG_RANGE, MEMORY_RANGE, MEMORY_WINDOW, RANGE_BYTES
-from agent.transfer.large_files import LargeFiles
+from agent.transfer.asking.budget import UNSETTLED_BYTES, Budget
+from agent.transfer.asking.fetch import LANE_WINDOW, LONG_RANGE, MEMORY_RANGE, MEMORY_WINDOW, RANGE_BYTES
+from agent.transfer.receiving.large_files import LargeFiles
 from tests.agent.test_end_game import Scene
 
 MIB = 1024 * 1024

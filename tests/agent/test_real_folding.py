@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 from agent.storage.access_lists import ACCESS, DEFAULT, AccessList
-from agent.transfer.hard_links import CODE as NOT_LINKED
+from agent.transfer.planning.hard_links import CODE as NOT_LINKED
 from protocol.control import TaskOptions
 from tests.agent.engine_inside import CHECKED, Engine, contents, skipped, tree
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from agent.transfer import received
-from agent.transfer.received import ReceivedCounter
+from agent.transfer.course import received
+from agent.transfer.course.received import ReceivedCounter
 from tests.agent.small_disks import memory_disk, needs_root
 
 
@@ -87,7 +87,7 @@ def test_a_count_that_was_not_written_whole_is_no_count(tmp_path: Path, monkeypa
 def test_a_full_disk_is_an_error_and_kills_nobody(tmp_path: Path) -> None:
     """Stored to a hole of a memory-mapped file, it killed the worker."""
     code = (
-        "import errno, sys; from pathlib import Path; from agent.transfer.received import ReceivedCounter\n"
+        "import errno, sys; from pathlib import Path; from agent.transfer.course.received import ReceivedCounter\n"
         "try: ReceivedCounter(Path(sys.argv[1])).add(1)\n"
         "except OSError as error: sys.exit(3 if error.errno == errno.ENOSPC else 4)\n"
     )

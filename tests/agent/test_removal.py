@@ -11,7 +11,7 @@ import pytest
 from agent.storage.guarded import open_guarded
 from agent.storage.own_files import HoldsOwn
 from agent.storage.posix import open_root
-from agent.transfer.remove import Removal
+from agent.transfer.deleting.remove import Removal
 from tests.agent.engine_inside import contents, tree
 
 

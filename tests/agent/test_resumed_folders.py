@@ -8,10 +8,10 @@ from contextlib import closing
 from pathlib import Path
 
 from agent.storage.posix import open_root
-from agent.transfer.journal import Journal
-from agent.transfer.journal_rows import FAILED, TRANSFERRED
-from agent.transfer.patience import Patience
-from agent.transfer.plan import DirectoryPlanner
+from agent.transfer.basis.journal_rows import FAILED, TRANSFERRED
+from agent.transfer.basis.patience import Patience
+from agent.transfer.books.journal import Journal
+from agent.transfer.planning.plan import DirectoryPlanner
 from protocol.control import TaskOptions
 from protocol.session import FILE, Row
 from tests.agent.engine_inside import quick_path

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from agent.storage.base import Features, Root
 from agent.storage.faulty import Call, FaultyRoot, fail_nth
-from agent.transfer.jobs import LargeFile
-from agent.transfer.reuse import SAMPLES, Reuse, spread
-from agent.transfer.run import Run
+from agent.transfer.basis.jobs import LargeFile
+from agent.transfer.course.run import Run
+from agent.transfer.receiving.reuse import SAMPLES, Reuse, spread
 from tests.agent.engine_inside import CHECKED, Crashed, Engine, contents, open_files, quick_path
 from tests.agent.small_disks import Disk, needs_root, unmounting
 

@@ -22,8 +22,8 @@ from agent.log_lines import formatter
 from agent.process import batch_job, raise_file_limit
 from agent.sdnotify import Notifier
 from agent.state_files import is_shared, pragmas
-from agent.transfer.journal import Journal
-from agent.transfer.task_store import TaskStore
+from agent.transfer.books.journal import Journal
+from agent.transfer.tasks.task_store import TaskStore
 
 UNITS = Path(__file__).parents[2] / "systemd"
 

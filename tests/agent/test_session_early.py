@@ -7,8 +7,8 @@ import uuid
 import pytest
 import trio
 
-from agent.transfer import served_session
-from agent.transfer.state_trouble import StateTrouble
+from agent.transfer.books.state_trouble import StateTrouble
+from agent.transfer.tasks import served_session
 from protocol import session
 from protocol.control import SessionOrder
 from tests.agent.session_scene import INSTANCE, PATIENCE, Scene, messages_in, scene, visit

@@ -5,8 +5,8 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from agent.transfer.session_processes import MANY_ITEMS, lane_processes
-from agent.transfer.spawn import AUTO, FORKS, session_processes
+from agent.transfer.lane_processes.session_processes import MANY_ITEMS, lane_processes
+from agent.transfer.processes.spawn import AUTO, FORKS, session_processes
 from protocol.control import TaskItem, TaskOptions, TaskOrder
 from tests.agent.orders import order_of
 

@@ -10,7 +10,7 @@ import trio
 
 from agent.config.keys import CollectionConfig, CollectionLimits
 from agent.policy import Policy
-from agent.transfer.served_session import PLACE_KEPT, ServedSessions
+from agent.transfer.tasks.served_session import PLACE_KEPT, ServedSessions
 from protocol.errors import RetryLater
 
 ONE = "6c54cade-bde5-45c1-bdea-f4bd71dba2cc"

@@ -13,8 +13,8 @@ import trio
 
 from agent.config.keys import CollectionConfig
 from agent.policy import Policy
-from agent.transfer import served_session
-from agent.transfer.served_session import ServedSessions, _Served
+from agent.transfer.tasks import served_session
+from agent.transfer.tasks.served_session import ServedSessions, _Served
 
 COLLECTION = "6c54cade-bde5-45c1-bdea-f4bd71dba2cc"
 SESSION = "0d4a9a6e-3c31-4d1c-9a3a-1f6f0c6a9d11"

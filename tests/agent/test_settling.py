@@ -6,7 +6,7 @@ import errno
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
-from agent.transfer.settling import FSYNCS_AT_ONCE, sync_each
+from agent.transfer.settling.batch import FSYNCS_AT_ONCE, sync_each
 
 
 def test_no_sync_waits_for_the_one_before() -> None:

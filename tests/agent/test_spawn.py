@@ -8,13 +8,13 @@ import sys
 
 import pytest
 
-from agent.transfer.spawn import FORKS
+from agent.transfer.processes.spawn import FORKS
 
 pytestmark = pytest.mark.skipif(not FORKS, reason="processes are not forked on this system")
 
 SCRIPT = """
 import os, sys
-from agent.transfer.spawn import fork_into
+from agent.transfer.processes.spawn import fork_into
 
 def work(sock):
     {work}

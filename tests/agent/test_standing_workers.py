@@ -15,10 +15,10 @@ import trio
 import trio.testing
 
 from agent.system.signs_of_life import Posture
-from agent.transfer import looks, standstill, worker_watch
-from agent.transfer.channel import Channel, Finished, Progress, RunTask, ToDaemon, ToWorker
-from agent.transfer.message_buffer import AreYouThere, Message
-from agent.transfer.standstill import HANGS_FOR, LOOK_EVERY, STOPPED_FOR
+from agent.transfer.processes.channel import Channel, Finished, Progress, RunTask, ToDaemon, ToWorker
+from agent.transfer.processes.message_buffer import AreYouThere, Message
+from agent.transfer.stalls import looks, standstill, worker_watch
+from agent.transfer.stalls.standstill import HANGS_FOR, LOOK_EVERY, STOPPED_FOR
 from protocol.control import Flow, SessionOrder, TaskItem, TaskObserved
 from protocol.errors import TowpathError
 from tests.agent import engine_world

@@ -18,10 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.system.signs_of_life import Posture, Signs, signs_of
-from agent.transfer import storage_probe
-from agent.transfer.spawn import FORKS
-from agent.transfer.standstill import HANGS_FOR, LOOK_EVERY, STOPPED_FOR, Standstill
-from agent.transfer.storage_probe import StorageProbe
+from agent.transfer.processes.spawn import FORKS
+from agent.transfer.stalls import storage_probe
+from agent.transfer.stalls.standstill import HANGS_FOR, LOOK_EVERY, STOPPED_FOR, Standstill
+from agent.transfer.stalls.storage_probe import StorageProbe
 from tests.agent.standing_scene import STILL, Played, until_seen
 
 # --- when it counts -------------------------------------------------------------------------------------------
@@ -104,7 +104,7 @@ def test_signs_of_a_real_process() -> None:
 
 _WORKER = """
 import socket, sys, time
-from agent.transfer.lane_processes import fork_lane_processes
+from agent.transfer.lane_processes.pool import fork_lane_processes
 ours, theirs = socket.socketpair()
 forked = fork_lane_processes(1, close=theirs.fileno())
 print(forked[0].pid, flush=True)

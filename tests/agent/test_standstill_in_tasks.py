@@ -16,8 +16,9 @@ import trio.testing
 
 from agent.storage.faulty import Call, Plan
 from agent.system.signs_of_life import Posture, Signs, signs_of
-from agent.transfer import lane_processes, looks, standstill, storage_probe, storage_watch
-from agent.transfer.standstill import HANGS_FOR, STOPPED_FOR
+from agent.transfer.lane_processes import pool as lane_processes
+from agent.transfer.stalls import looks, standstill, storage_probe, storage_watch
+from agent.transfer.stalls.standstill import HANGS_FOR, STOPPED_FOR
 from protocol.control import TaskItem, TaskObserved
 from tests.agent import engine_world
 from tests.agent.engine_inside import Engine, Line, contents, quick_path, tree
@@ -69,7 +70,7 @@ def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(where, "LOOK_EVERY", 0.02)
     monkeypatch.setattr(standstill, "STOPPED_FOR", 0.05)
     monkeypatch.setattr(lane_processes, "GONE_WITHIN", 0.05)
-    monkeypatch.setattr("agent.transfer.progress.EVERY", 0.01)
+    monkeypatch.setattr("agent.transfer.course.progress.EVERY", 0.01)
 
 
 def _fill(engine: Engine) -> None:

@@ -12,8 +12,8 @@ import msgspec
 import pytest
 import trio
 
-from agent.transfer import service as services
-from agent.transfer.spawn import FORKS
+from agent.transfer.processes.spawn import FORKS
+from agent.transfer.tasks import service as services
 from protocol.control import SessionOrder, TaskItem
 from tests.agent import engine_world
 

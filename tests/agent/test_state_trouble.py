@@ -14,7 +14,7 @@ import pytest
 from agent.storage.faulty import Call
 from agent.system.file_lock import try_lock
 from agent.transfer import task_runner
-from agent.transfer.journal_format import VERSION
+from agent.transfer.books.journal_format import VERSION
 from protocol.control import TaskObserved, TaskOptions
 from tests.agent.engine_inside import Engine, Line, contents, quick_path, when
 from tests.agent.small_disks import memory_disk, needs_root
@@ -143,7 +143,7 @@ async def test_a_journal_that_another_program_holds_is_said_and_waited_for(
 ) -> None:
     import sqlite3
 
-    monkeypatch.setattr("agent.transfer.journal.BUSY_TIMEOUT", 0.01)
+    monkeypatch.setattr("agent.transfer.books.journal.BUSY_TIMEOUT", 0.01)
     engine, _ = await interrupted(quick_path)
     holder = sqlite3.connect(engine.state / "journal.sqlite", isolation_level=None)
     holder.execute("PRAGMA locking_mode = EXCLUSIVE")

@@ -10,7 +10,7 @@ import pytest
 
 from agent.exit_codes import final_exit_code, needs_attention
 from agent.storage.faults import fault
-from agent.transfer.patience import ATTEMPTS, DEFAULT_ATTEMPTS, FIRST_PAUSE, LONGEST_PAUSE
+from agent.transfer.basis.patience import ATTEMPTS, DEFAULT_ATTEMPTS, FIRST_PAUSE, LONGEST_PAUSE
 from protocol import errors
 from protocol.control import FINAL_STATES, TaskState
 

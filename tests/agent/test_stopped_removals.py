@@ -14,11 +14,11 @@ import trio
 from agent.storage.base import Directory
 from agent.storage.faulty import Call, fail_nth
 from agent.storage.posix import open_root
-from agent.transfer import remove
-from agent.transfer.delete import DeleteRun
-from agent.transfer.mirror import Mirror
-from agent.transfer.progress import Progress
-from agent.transfer.remove import Removal
+from agent.transfer.course.progress import Progress
+from agent.transfer.deleting import remove
+from agent.transfer.deleting.delete import DeleteRun
+from agent.transfer.deleting.mirror import Mirror
+from agent.transfer.deleting.remove import Removal
 from protocol.control import TaskItem, TaskOptions
 from tests.agent.engine_inside import Engine, Line, quick_path
 

@@ -11,8 +11,8 @@ import pytest
 import trio
 import trio.testing
 
-from agent.transfer import storage_threads
-from agent.transfer.storage_threads import CALM, StorageThreads
+from agent.transfer.basis import storage_threads
+from agent.transfer.basis.storage_threads import CALM, StorageThreads
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux counts reads by thread")
 PATIENCE = 10.0

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from agent.transfer.task_log import TaskLog
+from agent.transfer.tasks.task_log import TaskLog
 from protocol.control import Counters, TaskObserved
 
 TASK = "00000000-0000-4000-8000-0000000000b1"

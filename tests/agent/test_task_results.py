@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from agent.transfer.manifest import SKIPPED_LIST, TRANSFERRED_LIST, ManifestWriter, SkippedRow, TransferredRow
-from agent.transfer.results import MAX_PAGE, ReadPage, skipped_page, successful_page
+from agent.transfer.books.manifest import SKIPPED_LIST, TRANSFERRED_LIST, ManifestWriter, SkippedRow, TransferredRow
+from agent.transfer.tasks.results import MAX_PAGE, ReadPage, skipped_page, successful_page
 from protocol.errors import ItemFailed
 from protocol.names import escape
 from protocol.session import DIRECTORY, FILE, SYMLINK

@@ -12,8 +12,8 @@ from random import Random
 import msgspec
 import pytest
 
-from agent.transfer.state_trouble import StateTrouble
-from agent.transfer.task_store import VERSION, TaskStore, open_or_begin
+from agent.transfer.books.state_trouble import StateTrouble
+from agent.transfer.tasks.task_store import VERSION, TaskStore, open_or_begin
 from protocol.control import AgentEvent, Party, SessionOrder, TaskItem, TaskObserved, TaskOptions, TaskOrder
 
 SEED = 5

@@ -15,8 +15,8 @@ from random import Random
 
 import pytest
 
-from agent.transfer.state_trouble import StateTrouble
-from agent.transfer.task_store import TaskStore
+from agent.transfer.books.state_trouble import StateTrouble
+from agent.transfer.tasks.task_store import TaskStore
 from tests.agent.database_states import TREE, Fact, broken_pages, strace_trouble, wrong_states
 from tests.agent.disk_trace import CALLS, Trace, before, crash_states, read_trace
 from tests.agent.engine_inside import quick_path
@@ -28,7 +28,7 @@ SEED = 44
 PROGRAM = """
 import json, sys, time
 from pathlib import Path
-from agent.transfer.task_store import TaskStore
+from agent.transfer.tasks.task_store import TaskStore
 from protocol.control import AgentEvent, Party, TaskObserved, TaskOrder
 
 facts = []

@@ -13,8 +13,8 @@ import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent.transfer.places import Places
-from agent.transfer.turns import WAITING_FOR_EACH, Candidate, Claim, next_turns
+from agent.transfer.tasks.places import Places
+from agent.transfer.tasks.turns import WAITING_FOR_EACH, Candidate, Claim, next_turns
 from protocol.control import TaskItem
 from protocol.names import CollectionPath
 from tests.agent.engine_world import world

@@ -10,7 +10,7 @@ import pytest
 
 from agent.storage import handles
 from agent.storage.faulty import Call
-from agent.transfer import small_files
+from agent.transfer.settling import small_files
 from protocol.control import TaskOptions
 from tests.agent.engine_inside import CHECKED, Engine, contents, quick_path, skipped
 

@@ -17,7 +17,7 @@ from agent.collections import Collections, Marks
 from agent.config.keys import CollectionConfig, WatchConfig
 from agent.policy import Policy
 from agent.storage.posix import open_root
-from agent.transfer.remove import Removal
+from agent.transfer.deleting.remove import Removal
 from agent.watch.ledger import Batch, Ledger
 from agent.watch.rule import next_time
 from agent.watch.service import LOOK_EVERY, RuleRunner, WatchService

@@ -14,13 +14,13 @@ import pytest
 import trio
 
 from agent.system.limits import raise_open_files
-from agent.transfer import worker_process
-from agent.transfer.channel import Channel, ChannelClosed, EventStored, ToWorker
-from agent.transfer.crash_pauses import CrashPauses
-from agent.transfer.forker import ForkedThere
-from agent.transfer.message_buffer import framed
-from agent.transfer.spawn import Forked, Spawned, spawn
-from agent.transfer.worker_process import processor_time
+from agent.transfer.processes import worker_process
+from agent.transfer.processes.channel import Channel, ChannelClosed, EventStored, ToWorker
+from agent.transfer.processes.forker import ForkedThere
+from agent.transfer.processes.message_buffer import framed
+from agent.transfer.processes.spawn import Forked, Spawned, spawn
+from agent.transfer.processes.worker_process import processor_time
+from agent.transfer.tasks.crash_pauses import CrashPauses
 from protocol.control import Counters
 
 

@@ -17,9 +17,9 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from agent.transfer import outbox
-from agent.transfer.outbox import Outbox
-from agent.transfer.task_store import TaskStore
+from agent.transfer.tasks import outbox
+from agent.transfer.tasks.outbox import Outbox
+from agent.transfer.tasks.task_store import TaskStore
 from protocol.control import AgentEvent, Counters, TaskObserved, encode
 from relay.times import iso
 from tests.relay.steward_scene import MOMENT, Scene

@@ -28,7 +28,7 @@ from agent import local_socket
 from agent.cli.relay_client import Relay, document_of
 from agent.demo.children import Child, warden
 from agent.demo.world import AGENTS, World, open_world
-from agent.transfer.spawn import usable_processors
+from agent.transfer.processes.spawn import usable_processors
 from tests.agent.engine_inside import contents
 
 STOPS = Path(__file__).with_name("stops")

@@ -22,7 +22,7 @@ from agent.config.edit import append_collection, set_value
 from agent.demo.free_port import free_port
 from agent.enrol import template
 from agent.identity_file import KEY_FILE, Identity, make_state_dir, save_identity
-from agent.transfer.spawn import FORK_SERVER
+from agent.transfer.processes.spawn import FORK_SERVER
 from protocol.identity import NodeKey
 from protocol.ticket import RelayRoot
 

@@ -21,8 +21,8 @@ import pytest
 import trio
 
 from agent import local_socket
-from agent.transfer.state_trouble import StateTrouble
-from agent.transfer.task_store import TaskStore
+from agent.transfer.books.state_trouble import StateTrouble
+from agent.transfer.tasks.task_store import TaskStore
 from tests.agent.database_states import TREE, Fact, Look, broken_pages, strace_trouble, wrong_states
 from tests.agent.disk_trace import CALLS, Trace, _Reader, before, crash_states, read_trace
 from tests.agent.engine_inside import quick_path

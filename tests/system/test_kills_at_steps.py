@@ -21,7 +21,7 @@ from types import ModuleType
 import pytest
 import trio
 
-from agent.transfer.spawn import FORK_SERVER
+from agent.transfer.processes.spawn import FORK_SERVER
 from tests.system.stopped_world import LANE_PROCESSES, MIB, Outcome, Step, fill, stopped_world
 
 

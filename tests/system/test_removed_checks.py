@@ -61,7 +61,11 @@ class Removal:
 
 
 # File, the check, what stands there without it, tests that must notice.
-_POLICY, _SERVE, _TICKET = "agent/transfer/source_policy.py", "agent/transfer/serve.py", "protocol/ticket.py"
+_POLICY, _SERVE, _TICKET = (
+    "agent/transfer/source/source_policy.py",
+    "agent/transfer/source/serve.py",
+    "protocol/ticket.py",
+)
 _UNSIGNED = "options={'verify_signature': False})"
 NAMED: list[tuple[str, str, str, tuple[str, ...]]] = [
     ("agent/connect/tls.py", "presented != fingerprint", "False", STRANGERS),

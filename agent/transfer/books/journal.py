@@ -1,0 +1,515 @@
+"""The journal of one task: what is planned, settled and still in flight, so that any interruption costs little.
+
+It lies beside nothing but itself (one SQLite file per task, used by one worker process). What it says is done is done:
+content is on disk and verified before `commit` is called. What it does not say is found again by listing
+and comparing. Planner and settler threads share one connection behind a lock; everything since the last commit may be
+lost in a crash and is then simply planned again.
+
+Every row carries a checksum over its table and values (`agent.transfer.books.journal_format`).
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+
+from agent.storage.base import PartMark
+from agent.transfer.basis.journal_rows import FAILED, LIST_FATE, SKIPPED, DirectoryRow, HardLinkRow, PartialRow
+from agent.transfer.books import journal_format
+from agent.transfer.books.state_trouble import StateDamaged, of_sqlite, put_aside
+from agent.transfer.processes.channel import Event
+from protocol.control import Counters
+from protocol.session import Version
+
+# Seconds that another program may hold the journal before the task says so and waits.
+BUSY_TIMEOUT = 5.0
+# Temporaries that could not be removed and are remembered by name.
+MOST_LEFT_BEHIND = 1000
+
+PENDING, ACTIVE, DONE = 0, 1, 2
+# Parameters of one question; SQLite before 3.32 takes no more than 999.
+_NAMES_AT_ONCE = 500
+# Of single items: done is 1.
+_ENDED_WITHOUT = 2
+_SET_STATE = (
+    "UPDATE directories SET state = ?1, crc = crc_of('directories', item, source, destination, mtime_ns, ancestry, ?1)"
+)
+
+
+class Journal:
+    """One open journal. Every method raises `StateTrouble` when the file cannot be used: the caller then closes
+    everything and opens it again later."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = threading.RLock()
+        self._closed = False
+        try:
+            self._connection = sqlite3.connect(
+                path, timeout=BUSY_TIMEOUT, check_same_thread=False, isolation_level=None
+            )
+            try:
+                journal_format.prepare(self._connection, path)
+                self._connection.execute("BEGIN")
+            except BaseException:
+                self._connection.close()
+                raise
+        except sqlite3.DatabaseError as error:
+            raise of_sqlite(error, path) from error
+        except UnicodeDecodeError as error:
+            # SQLite names what it cannot read, in the bytes it found.
+            raise StateDamaged(f"The agent's state file {path} is damaged.", who="destination owner") from error
+
+    @contextmanager
+    def _using(self) -> Iterator[None]:
+        """Hold the journal; trouble with it comes out as what it means. Raises `StateTrouble`."""
+        with self._lock:
+            try:
+                yield
+            except sqlite3.DatabaseError as error:
+                raise of_sqlite(error, self.path) from error
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What one thread writes within becomes durable in one step, whoever else commits."""
+        with self._lock:
+            yield
+
+    def commit(self) -> None:
+        """Make everything written so far durable."""
+        with self._using():
+            self._connection.execute("COMMIT")
+            self._connection.execute("BEGIN")
+
+    def close(self) -> None:
+        """Commit and close. Safe to call twice.
+
+        Raises `StateTrouble` when the commit failed: what was not committed before is planned again.
+        """
+        with self._using():
+            if self._closed:
+                return
+            self._closed = True
+            try:
+                if self._connection.in_transaction:
+                    self._connection.execute("COMMIT")
+            finally:
+                self._connection.close()
+
+    def abandon(self) -> None:
+        """Close without a commit, after trouble: only what was committed before counts. Safe to call twice."""
+        with self._lock:
+            self._closed = True
+            self._connection.close()
+
+    # --- meta ------------------------------------------------------------------------------------------
+
+    def get(self, key: str) -> bytes | None:
+        """One of the task's own values, None for one that was never put."""
+        with self._using():
+            row = self._connection.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+        return None if row is None else row[0]
+
+    def put(self, key: str, value: bytes) -> None:
+        """Set one of the task's own values; durable with the next commit."""
+        with self._using():
+            self._connection.execute(
+                "INSERT OR REPLACE INTO meta VALUES (?1, ?2, crc_of('meta', ?1, ?2))", (key, value)
+            )
+
+    def counters(self) -> Counters:
+        """What all finished directories and items add up to."""
+        value = self.get("counters")
+        return Counters() if value is None else msgspec.msgpack.decode(value, type=Counters)
+
+    def put_counters(self, counters: Counters) -> None:
+        """What the task has done so far; durable with the next commit."""
+        self.put("counters", msgspec.msgpack.encode(counters))
+
+    def lengths(self) -> tuple[int, int]:
+        """How long the two manifests were at the last commit."""
+        value = self.get("lengths")
+        return (0, 0) if value is None else msgspec.msgpack.decode(value, type=tuple[int, int])
+
+    def put_lengths(self, transferred: int, skipped: int) -> None:
+        """How long the two manifests are now, in bytes; durable with the next commit."""
+        self.put("lengths", msgspec.msgpack.encode((transferred, skipped)))
+
+    def left_behind(self) -> list[tuple[bytes, bytes]]:
+        """Folder and name of temporaries that could not be removed."""
+        value = self.get("left_behind")
+        return [] if value is None else msgspec.msgpack.decode(value, type=list[tuple[bytes, bytes]])
+
+    def add_left_behind(self, folder: bytes, name: bytes) -> None:
+        """Note one. Beyond the bound only that there are more is noted: all folders are looked at then."""
+        with self._using():
+            known = self.left_behind()
+            if len(known) < MOST_LEFT_BEHIND:
+                self.put("left_behind", msgspec.msgpack.encode([*known, (folder, name)]))
+            else:
+                self.put("left_behind_anywhere", b"1")
+
+    def left_behind_anywhere(self) -> bool:
+        """Whether there are more of them than `left_behind` names."""
+        return self.get("left_behind_anywhere") is not None
+
+    def forget_left_behind(self) -> None:
+        """All of them are gone, or not ours to remove."""
+        with self._using():
+            self._connection.execute("DELETE FROM meta WHERE key IN ('left_behind', 'left_behind_anywhere')")
+
+    # --- items -----------------------------------------------------------------------------------------
+
+    def done_items(self) -> set[int]:
+        """Indices of items that need nothing more."""
+        with self._using():
+            return {row[0] for row in self._connection.execute("SELECT id FROM items WHERE done = 1")}
+
+    def known_items(self) -> set[int]:
+        """Indices of items that were resolved to directories."""
+        with self._using():
+            return {row[0] for row in self._connection.execute("SELECT id FROM items")}
+
+    def put_item(self, index: int, *, done: bool, failed: bool = False) -> None:
+        """Note a single item of the order as settled (perhaps without its file), or as begun."""
+        state = _ENDED_WITHOUT if failed else int(done)
+        with self._using():
+            self._connection.execute(
+                "INSERT OR REPLACE INTO items VALUES (?1, ?2, crc_of('items', ?1, ?2))", (index, state)
+            )
+
+    def failed_items(self, items: Sequence[int]) -> set[int]:
+        """Which of these single items have ended without their files, as far as they are not done."""
+        if not items:
+            return set()
+        with self._using():
+            rows = self._connection.execute(
+                "SELECT directory FROM finished WHERE directory BETWEEN ? AND ? AND outcome % ? IN (?, ?)",
+                (-1 - max(items), -1 - min(items), LIST_FATE, FAILED, SKIPPED),
+            )
+            return {-1 - directory for (directory,) in rows}
+
+    def reopen_items(self, items: Iterable[int]) -> None:
+        """What was brought for these single items is not there any more."""
+        with self._using():
+            self._connection.executemany("DELETE FROM items WHERE id = ?", ((item,) for item in items))
+
+    # --- directories -----------------------------------------------------------------------------------
+
+    def start_over(self) -> None:
+        """Forget what is planned and settled: it was for another place. Events stay."""
+        with self._using():
+            for table in ("items", "directories", "finished", "partial", "extras", "hard_links"):
+                self._connection.execute(f"DELETE FROM {table}")  # noqa: S608
+            self.put_counters(Counters())
+            self.put("settled", b"0")
+            self.forget_left_behind()
+
+    def moved(self) -> list[bytes]:
+        """Folders of the destination that were not in their places any more when all had arrived in them."""
+        value = self.get("moved")
+        return [] if value is None else msgspec.msgpack.decode(value, type=list[bytes])
+
+    def note_moved(self, destination: bytes) -> None:
+        """Note one, for the beginning of the next run."""
+        with self._using():
+            self.put("moved", msgspec.msgpack.encode([*self.moved(), destination]))
+
+    def reopen_below(self, destination: bytes, items: Iterable[int]) -> None:
+        """What was settled in a folder and below it, and of these ``items``, is there no more: all of that is listed
+        again. Only between two runs."""
+        known = "SELECT id FROM directories WHERE destination = ? OR (destination > ? AND destination < ?)"
+        with self._using():
+            rows = self._connection.execute(known, (destination, destination + b"/", destination + b"0")).fetchall()
+            for directory in (row[0] for row in rows):
+                self._connection.execute(f"{_SET_STATE} WHERE id = ?2", (PENDING, directory))
+                self._connection.execute("DELETE FROM finished WHERE directory = ?", (directory,))
+            for item in items:
+                self._connection.execute("DELETE FROM items WHERE id = ?", (item,))
+                self._connection.execute("DELETE FROM finished WHERE directory = ?", (-1 - item,))
+
+    def forget_moved(self) -> None:
+        """All of them are listed again."""
+        with self._using():
+            self._connection.execute("DELETE FROM meta WHERE key = 'moved'")
+
+    def reopen_directories(self) -> int:
+        """At the start of a run: directories that were being worked on must be listed again."""
+        with self._using():
+            cursor = self._connection.execute(f"{_SET_STATE} WHERE state = ?2", (PENDING, ACTIVE))
+            return cursor.rowcount
+
+    def add_directories(self, rows: Iterable[tuple[int, bytes, bytes, int, list[tuple[int, int]]]]) -> None:
+        """Remember directories to list: item, source, destination, mtime_ns, ancestry. Known ones stay as they are."""
+        encode = msgspec.msgpack.encode
+        with self._using():
+            self._connection.executemany(
+                "INSERT OR IGNORE INTO directories (item, source, destination, mtime_ns, ancestry, state, crc) "
+                "VALUES (?1, ?2, ?3, ?4, ?5, 0, crc_of('directories', ?1, ?2, ?3, ?4, ?5, 0))",
+                ((item, source, destination, mtime, encode(up)) for item, source, destination, mtime, up in rows),
+            )
+
+    def next_directory(self) -> DirectoryRow | None:
+        """Take the newest directory that waits (depth first keeps few waiting), or None."""
+        with self._using():
+            row = self._connection.execute(
+                "SELECT id, item, source, destination, mtime_ns, ancestry FROM directories "
+                "WHERE state = 0 ORDER BY id DESC LIMIT 1"
+            ).fetchone()
+            if row is None:
+                return None
+            self._connection.execute(f"{_SET_STATE} WHERE id = ?2", (ACTIVE, row[0]))
+        ancestry = msgspec.msgpack.decode(row[5], type=list[tuple[int, int]])
+        return DirectoryRow(row[0], row[1], row[2], row[3], row[4], ancestry)
+
+    def item_folders(self) -> set[tuple[int, int]]:
+        """Device and inode, at the source, of the folders that items name."""
+        with self._using():
+            rows = self._connection.execute("SELECT ancestry, MIN(id) FROM directories GROUP BY item").fetchall()
+        return {msgspec.msgpack.decode(row[0], type=list[tuple[int, int]])[0] for row in rows}
+
+    def has_directory(self, destination: bytes) -> bool:
+        """Whether a directory of the destination, or one below it, is among those to list."""
+        with self._using():
+            row = self._connection.execute(
+                "SELECT 1 FROM directories WHERE destination = ? OR destination > ? AND destination < ? LIMIT 1",
+                (destination, destination + b"/", destination + b"0"),
+            ).fetchone()
+            return row is not None
+
+    def unfinished_destinations(self) -> list[bytes]:
+        """Destination directories in which temporaries of this task may lie."""
+        with self._using():
+            rows = self._connection.execute("SELECT destination FROM directories WHERE state != ?", (DONE,))
+            return [row[0] for row in rows]
+
+    def finish_directory(self, directory: int) -> None:
+        """A directory is done: what was noted of its files is of no use any more."""
+        with self._using():
+            self._connection.execute(f"{_SET_STATE} WHERE id = ?2", (DONE, directory))
+            self._connection.execute("DELETE FROM finished WHERE directory = ?", (directory,))
+            self._forget_marks(
+                self._connection.execute(
+                    "DELETE FROM partial WHERE directory = ? RETURNING temporary", (directory,)
+                ).fetchall()
+            )
+
+    def directories_deepest_first(self) -> Iterator[tuple[bytes, int, int]]:
+        """Destination path, mtime_ns and item of every directory, children before parents."""
+        last = None
+        while True:
+            with self._using():
+                rows = self._connection.execute(
+                    "SELECT id, destination, mtime_ns, item FROM directories WHERE id < ? ORDER BY id DESC LIMIT 1000",
+                    (last if last is not None else 2**62,),
+                ).fetchall()
+            if not rows:
+                return
+            for row in rows:
+                yield row[1], row[2], row[3]
+            last = rows[-1][0]
+
+    # --- files -----------------------------------------------------------------------------------------
+
+    def has_finished(self, directory: int) -> bool:
+        """Whether anything in a directory is settled already that is not done."""
+        with self._using():
+            found = self._connection.execute("SELECT 1 FROM finished WHERE directory = ? LIMIT 1", (directory,))
+            return found.fetchone() is not None
+
+    def finished(self, directory: int, names: Sequence[bytes]) -> dict[bytes, int]:
+        """Which of these names in a directory are settled already, with their outcome."""
+        found: dict[bytes, int] = {}
+        for start in range(0, len(names), _NAMES_AT_ONCE):
+            some = names[start : start + _NAMES_AT_ONCE]
+            marks = ", ".join("?" * len(some))
+            with self._using():
+                found.update(
+                    self._connection.execute(
+                        f"SELECT name, outcome FROM finished WHERE directory = ? AND name IN ({marks})",  # noqa: S608 - marks
+                        (directory, *some),
+                    )
+                )
+        return found
+
+    def finished_items(self) -> dict[int, int]:
+        """Single items that are settled while their group was not, with their outcome."""
+        with self._using():
+            rows = self._connection.execute("SELECT directory, outcome FROM finished WHERE directory < 0")
+            return {-1 - directory: outcome for directory, outcome in rows}
+
+    def put_finished(self, rows: Iterable[tuple[int, bytes, int]]) -> None:
+        """Note files as settled (directory, name, outcome) whose directory is not done yet."""
+        with self._using():
+            self._connection.executemany(
+                "INSERT OR REPLACE INTO finished VALUES (?1, ?2, ?3, crc_of('finished', ?1, ?2, ?3))", rows
+            )
+
+    def partial(self, directory: int, name: bytes) -> PartialRow | None:
+        """The large file in flight under this name, if there is one."""
+        with self._using():
+            row = self._connection.execute(
+                "SELECT temporary, version, block, done FROM partial WHERE directory = ? AND name = ?",
+                (directory, name),
+            ).fetchone()
+        if row is None:
+            return None
+        mark = self.get(_mark_of(row[0]))
+        return msgspec.structs.replace(
+            _partial(row), mark=None if mark is None else msgspec.msgpack.decode(mark, type=PartMark)
+        )
+
+    def partials(self, directory: int) -> list[PartialRow]:
+        """All large files in flight in a directory."""
+        with self._using():
+            rows = self._connection.execute(
+                "SELECT temporary, version, block, done FROM partial WHERE directory = ?", (directory,)
+            ).fetchall()
+        return list(map(_partial, rows))
+
+    def partial_temporaries(self, directory: int) -> set[bytes]:
+        """Temporaries in a directory that hold blocks worth keeping."""
+        return {row.temporary for row in self.partials(directory)}
+
+    def all_partial_temporaries(self) -> frozenset[bytes]:
+        """Those in all directories."""
+        with self._using():
+            return frozenset(row[0] for row in self._connection.execute("SELECT temporary FROM partial"))
+
+    def put_partial(self, directory: int, name: bytes, row: PartialRow) -> None:
+        """Note which blocks of a large file are written, checked and worth keeping."""
+        with self._using():
+            self._connection.execute(
+                "INSERT OR REPLACE INTO partial VALUES "
+                "(?1, ?2, ?3, ?4, ?5, ?6, crc_of('partial', ?1, ?2, ?3, ?4, ?5, ?6))",
+                (directory, name, row.temporary, msgspec.msgpack.encode(row.version), row.block, bytes(row.done)),
+            )
+            if row.mark is not None:
+                self.put(_mark_of(row.temporary), msgspec.msgpack.encode(row.mark))
+
+    def drop_partial(self, directory: int, name: bytes) -> None:
+        """Nothing is in flight under this name any more."""
+        with self._using():
+            rows = self._connection.execute(
+                "DELETE FROM partial WHERE directory = ? AND name = ? RETURNING temporary", (directory, name)
+            ).fetchall()
+            self._forget_marks(rows)
+
+    def _forget_marks(self, temporaries: list[tuple[bytes]]) -> None:
+        for (temporary,) in temporaries:
+            self._connection.execute("DELETE FROM meta WHERE key = ?", (_mark_of(temporary),))
+
+    # --- files with several names ----------------------------------------------------------------------
+
+    def hard_links(self, sources: Iterable[tuple[int, int]]) -> dict[tuple[int, int], HardLinkRow]:
+        """Which of these files (device and inode at the source) are here already."""
+        found = {}
+        with self._using():
+            for source in sources:
+                row = self._connection.execute(
+                    "SELECT body FROM hard_links WHERE source = ?", (msgspec.msgpack.encode(source),)
+                ).fetchone()
+                if row is not None:
+                    found[source] = msgspec.msgpack.decode(row[0], type=HardLinkRow)
+        return found
+
+    def put_hard_link(self, source: tuple[int, int], row: HardLinkRow) -> None:
+        """Note where a file with several names is, for those of them that come later."""
+        with self._using():
+            self._connection.execute(
+                "INSERT OR REPLACE INTO hard_links VALUES (?1, ?2, crc_of('hard_links', ?1, ?2))",
+                (msgspec.msgpack.encode(source), msgspec.msgpack.encode(row)),
+            )
+
+    # --- extras ----------------------------------------------------------------------------------------
+
+    def put_extras(self, destination: bytes, names: Iterable[bytes]) -> None:
+        """What a destination directory has and its source does not; what was noted before no longer counts."""
+        with self._using():
+            self._connection.execute("DELETE FROM extras WHERE destination = ?", (destination,))
+            self._connection.executemany(
+                "INSERT OR IGNORE INTO extras VALUES (?1, ?2, crc_of('extras', ?1, ?2))",
+                ((destination, name) for name in names),
+            )
+
+    def extras(self) -> Iterator[tuple[bytes, bytes]]:
+        """Directory and name of everything a mirror is to delete. Rows may be dropped meanwhile."""
+        last = (b"", b"")
+        while True:
+            with self._using():
+                rows = self._connection.execute(
+                    "SELECT destination, name FROM extras WHERE (destination, name) > (?, ?) "
+                    "ORDER BY destination, name LIMIT 1000",
+                    last,
+                ).fetchall()
+            if not rows:
+                return
+            yield from rows
+            last = rows[-1]
+
+    def note_source_hides(self) -> None:
+        """The source does not show names that begin with a dot: those below what it lacks are none of a mirror's."""
+        self.put("source_hides", b"1")
+
+    def source_hides(self) -> bool:
+        """Whether that was noted."""
+        return self.get("source_hides") is not None
+
+    def drop_extra(self, destination: bytes, name: bytes) -> None:
+        """It is deleted, or is not to be."""
+        with self._using():
+            self._connection.execute("DELETE FROM extras WHERE destination = ? AND name = ?", (destination, name))
+
+    # --- events ----------------------------------------------------------------------------------------
+
+    def last_event(self) -> int:
+        """The number of the newest event, 0 before there is one."""
+        value = self.get("last_event")
+        return 0 if value is None else int(value)
+
+    def put_event(self, event: Event) -> None:
+        """Keep an event until the daemon has it; events that must outlive a crash need a `commit`."""
+        with self._using():
+            self._connection.execute(
+                "INSERT OR REPLACE INTO events VALUES (?1, ?2, crc_of('events', ?1, ?2))",
+                (event.seq, msgspec.msgpack.encode(event)),
+            )
+            self.put("last_event", str(event.seq).encode())
+
+    def events(self) -> list[Event]:
+        """Events the daemon has not confirmed, in order."""
+        with self._using():
+            rows = self._connection.execute("SELECT body FROM events ORDER BY seq").fetchall()
+        return [msgspec.msgpack.decode(row[0], type=Event) for row in rows]
+
+    def drop_event(self, seq: int) -> None:
+        """The daemon has this one; an earlier one may not have come to it."""
+        with self._using():
+            self._connection.execute("DELETE FROM events WHERE seq = ?", (seq,))
+
+
+def _mark_of(temporary: bytes) -> str:
+    """Under which key a temporary's mark is kept: agents of before pass it over."""
+    return f"part {temporary.decode('latin-1')}"
+
+
+def _partial(row: tuple[bytes, bytes, int, bytes]) -> PartialRow:
+    return PartialRow(row[0], msgspec.msgpack.decode(row[1], type=Version), row[2], bytearray(row[3]))
+
+
+def open_or_rebuild(path: Path) -> tuple[Journal, bool]:
+    """Open the journal; one that is damaged is put aside and begun anew (True): the task then lists and compares
+    everything again instead of trusting it, and nothing under a final name is touched.
+
+    Raises `StateTrouble` for everything that is no damage: a full disk, a newer format, another program.
+    """
+    try:
+        return Journal(path), False
+    except StateDamaged:
+        put_aside(path)
+        return Journal(path), True

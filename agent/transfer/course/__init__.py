@@ -1,0 +1,1 @@
+"""One run of a transfer as its parts know it, and how far it has come."""

@@ -1,0 +1,340 @@
+"""Listing the directories of a run side by side, and comparing files by digest where that was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, aclosing
+from functools import partial
+
+import trio
+
+from agent.storage.disks import DISK_MISSING, DISK_REPLACED
+from agent.storage.faults import fault
+from agent.storage.node import mtime_of
+from agent.transfer.asking.budget import charge
+from agent.transfer.asking.source_session import SessionLost
+from agent.transfer.basis.checksum import file_digest
+from agent.transfer.basis.jobs import FileJob, Group, GroupListed, LinkWanted, Outcome
+from agent.transfer.basis.journal_rows import DirectoryRow
+from agent.transfer.basis.storage_threads import StorageThreads
+from agent.transfer.course.run import Run
+from agent.transfer.planning.filled_places import SEVERAL, FilledPlaces
+from agent.transfer.planning.gathered_names import GatheredNames
+from agent.transfer.planning.items import ItemPlanner
+from agent.transfer.planning.plan import DirectoryPlanner, KeptExtra, Listing, Planned
+from protocol.errors import ItemFailed, NeedsPerson, RetryLater, TaskFailed, TowpathError
+from protocol.names import CollectionPath, format_path, parse_path_untrusted, split_path
+from protocol.session import Row
+
+# Round trips that overlap while directories are listed.
+LISTERS = 16
+COMPARISONS_AT_ONCE = 2
+# What is said, once, where a mirror leaves something that the source has not listed.
+_KEPT = {
+    KeptExtra.SHARED: SEVERAL,
+    KeptExtra.HIDDEN: "In {place} there are names that begin with a dot, and the source's collection does not show "
+    "such names, so that nobody can tell whether the source has them: they are not deleted. If they are not wanted, "
+    "remove them there by hand.",
+    KeptExtra.CHANGED: "Names changed in the source's folder of {place} while they were listed, so that one may be "
+    "missing in the list that was there all the time: nothing is deleted in such folders now. The next mirror "
+    "finds what is left.",
+    KeptExtra.LINKED: "{place} is reached by a link that leads out of the mirrored folder: what the source has goes "
+    "there, as the link says, but nothing is deleted there. Replace the link by a folder, or mirror into the folder "
+    "that it leads to.",
+}
+
+
+class _NotOpened(Exception):
+    """The destination directory cannot be opened or made."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__(error)
+        self.error = error
+
+
+def _disk_is_away(error: TowpathError) -> bool:
+    """Whether a folder waits for its disk, at either side, while the others are transferred."""
+    return isinstance(error, NeedsPerson) and error.code in (DISK_MISSING, DISK_REPLACED)
+
+
+class DirectoryWalk:
+    """Lists every directory the journal knows of, until none waits."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._threads = StorageThreads(run.context.root.features.file_system)
+        items = run.context.order.items or () if run.options.delete_destination_extra else ()
+        self._filled = FilledPlaces(items)
+        self._told_of_kept: set[KeptExtra] = set()
+        self._large_folder = trio.Lock()
+
+    async def run(self) -> None:
+        """Returns when everything is handed out."""
+        listing = Listing(self._run.context.journal)
+        async with trio.open_nursery() as nursery:
+            for _ in range(LISTERS):
+                nursery.start_soon(self._take, listing)
+
+    async def _take(self, listing: Listing) -> None:
+        while row := await listing.take():
+            try:
+                await self._list(row, listing)
+            finally:
+                listing.finished()
+
+    async def _list(self, row: DirectoryRow, listing: Listing) -> None:
+        run = self._run
+        await run.slot()
+        context = run.context
+        planner = DirectoryPlanner(
+            context.root,
+            context.journal,
+            run.options,
+            row,
+            prefix=context.temporary_prefix,
+            sweep=run.sweep if run.resumed else None,
+            patience=context.patience,
+            filled=self._filled,
+            top=self._top_of(row),
+            one_machine=context.one_machine,
+        )
+        follow = run.options.recursive_symlinks == "copy"
+        if (run.options.preserve_xattrs or run.options.preserve_acls) and not await self._prepare(planner, row):
+            return
+        try:
+            listing_of = run.session.list_directory
+            async with aclosing(listing_of(row.source, follow=follow, on_changed=planner.note_changed)) as batches:
+                async for rows in batches:
+                    planned = None if planner.folds else await self._take_rows(planner, rows)
+                    if planned is None:
+                        await self._gather(planner, rows, batches, listing)
+                    else:
+                        await self._planned(planned, listing)
+        except _NotOpened as problem:
+            await self._not_opened(row, fault(problem.error, "destination", row.destination))
+            return
+        except TowpathError as error:
+            await self._at_source(planner, row, error)
+            return
+        if run.options.delete_destination_extra:
+            await self._note_extra(planner.group, row, planner)
+        run.settle.put(GroupListed(planner.group))
+
+    async def _gather(
+        self, planner: DirectoryPlanner, rows: list[Row], batches: AsyncIterator[list[Row]], listing: Listing
+    ) -> None:
+        """Plan a folder whose names may be one name here, once they are all known. Raises `ItemFailed` for one with
+        more than can be held; of large ones, one at a time is held."""
+        gathered = GatheredNames()
+        gathered.add_untrusted(rows)
+        async with AsyncExitStack() as stack:
+            async for more in batches:
+                gathered.add_untrusted(more)
+                if gathered.are_many and self._large_folder.statistics().owner is not trio.lowlevel.current_task():
+                    await stack.enter_async_context(self._large_folder)
+            await self._threads.run(partial(planner.compare_names, gathered.rows))
+            for some in gathered.taken():
+                await self._planned(await self._threads.run(partial(planner.plan, some)), listing)
+
+    def _top_of(self, row: DirectoryRow) -> CollectionPath:
+        """Where the item of a folder leads to."""
+        return parse_path_untrusted((self._run.context.order.items or [])[row.item].destination_path)
+
+    async def _at_source(self, planner: DirectoryPlanner, row: DirectoryRow, error: TowpathError) -> None:
+        """The source cannot list or look at the folder: left to a later run, or failed by itself. Raises the error
+        where the run is to begin anew."""
+        if _disk_is_away(error) and not (planner.opened and planner.group.planned):
+            self._put_off(error, planner.group if planner.opened else None)
+            return
+        may_pass = isinstance(error, RetryLater | NeedsPerson | TaskFailed)
+        if may_pass and not self._run.context.patience.lasts_at_source(row.source, error):
+            raise error
+        await self._not_listed(planner, row, error)
+
+    async def _prepare(self, planner: DirectoryPlanner, row: DirectoryRow) -> bool:
+        """Give the folder here its attributes and access lists before anything is in it: a list that it has from the
+        folder above may let others look. False when that cannot be, which is settled then."""
+        try:
+            await self._take_rows(planner, [])
+        except _NotOpened as problem:
+            await self._not_opened(row, fault(problem.error, "destination", row.destination))
+            return False
+        run = self._run
+        try:
+            unread = await run.read_folder_attributes(planner.group)
+        except OSError as error:
+            reason = fault(error, "destination", row.destination)
+            if run.context.patience.is_passing(row.destination, reason):
+                raise reason from error
+            self._failed(planner.group, row, reason)
+            run.settle.put(GroupListed(planner.group))
+            return False
+        if unread is not None:
+            await self._at_source(planner, row, unread)
+        return unread is None
+
+    async def _take_rows(self, planner: DirectoryPlanner, rows: list[Row]) -> Planned | None:
+        """Plan some rows; None when they are to be planned with all others. The directory here is opened in the hop
+        that plans the first of them, since each hop to a thread costs as much as planning some dozens of files."""
+        opened = planner.opened
+        try:
+            return await self._threads.run(partial(planner.take, rows))
+        except OSError as error:
+            if planner.opened:
+                raise
+            raise _NotOpened(error) from error
+        finally:
+            if planner.opened and not opened:
+                self._run.opened(planner.group)
+
+    async def _not_listed(self, planner: DirectoryPlanner, row: DirectoryRow, error: TowpathError) -> None:
+        """The source's directory cannot be listed to its end; the one here is there all the same."""
+        if not planner.opened:
+            try:
+                await self._take_rows(planner, [])
+            except _NotOpened as problem:
+                await self._not_opened(row, fault(problem.error, "destination", row.destination))
+                return
+        self._failed(planner.group, row, error)
+        self._run.settle.put(GroupListed(planner.group))
+
+    async def _planned(self, planned: Planned, listing: Listing) -> None:
+        if planned.directories:
+            listing.added()
+        await self._hand_out(planned)
+        await self._run.offer()
+
+    async def _note_extra(self, group: Group, row: DirectoryRow, planner: DirectoryPlanner) -> None:
+        """What cannot be looked through for a mirror's sake is an error of its own; nothing in it is deleted."""
+        # The greeting's answer is there: the listing came after it.
+        note = partial(planner.note_extra, source_hides=self._run.session.hides)
+        try:
+            kept = await self._threads.run(note)
+        except OSError as error:
+            problem = fault(error, "destination", row.destination)
+            if self._run.context.patience.is_passing(row.destination, problem):
+                raise problem from error
+            self._failed(group, row, problem)
+            return
+        if kept is not KeptExtra.NONE:
+            self._tell_of_kept(kept, row)
+
+    def _tell_of_kept(self, why: KeptExtra, row: DirectoryRow) -> None:
+        if why in self._told_of_kept:
+            return
+        self._told_of_kept.add(why)
+        subject = format_path(split_path(row.destination), directory=True)
+        sentence = _KEPT[why].format(place=subject[:1000])
+        self._run.context.on_fault(ItemFailed(sentence, code="EXTRA_NOT_DELETED", who="you", subject=subject))
+
+    async def _not_opened(self, row: DirectoryRow, error: TowpathError) -> None:
+        """The destination directory cannot be used: an error of its own, unless it concerns the whole task."""
+        run = self._run
+        if _disk_is_away(error):
+            self._put_off(error)
+            return
+        if run.context.patience.is_passing(row.destination, error):
+            run.release_slot()
+            raise error
+        handle = await trio.to_thread.run_sync(run.context.root.open_directory, ())
+        group = Group(row.id, row.source, row.destination, handle, [])
+        run.opened(group)
+        self._failed(group, row, error)
+        run.settle.put(GroupListed(group))
+
+    def _put_off(self, error: TowpathError, opened: Group | None = None) -> None:
+        """A disk is away, at either side, and no file of this folder was begun: the journal gives it again in the next
+        run."""
+        self._run.put_off(error)
+        if opened is None:
+            self._run.release_slot()
+        else:
+            self._run.groups_done([opened])
+
+    def _failed(self, group: Group, row: DirectoryRow, error: TowpathError) -> None:
+        """A directory of the source cannot be listed: an error of its own, the others go on."""
+        job = ItemPlanner.directory_job(group, row.item)
+        group.planned += 1
+        self._run.give_up(job, error)
+
+    async def _hand_out(self, planned: Planned) -> None:
+        run = self._run
+        for job, error in planned.failures:
+            run.give_up(job, error)
+        for job in planned.links:
+            if job.row.target is None:
+                run.retries.unknown_link(job)
+            else:
+                # Listing is faster than making links.
+                job.charged = charge(0)
+                await run.budget.acquire(job.charged)
+                run.settle.put(LinkWanted(job, job.row.target))
+        for job in planned.comparisons:
+            await run.compare(job)
+        copies = planned.copies
+        for name in await run.hard_links.take(planned.shared) if planned.shared else ():
+            if name.decision == "copy":
+                copies.append(name.job)
+            else:
+                await run.hard_links.hand_out(name)
+        while copies:
+            # A few at a time, so that never many wait with all their attributes.
+            ready = await run.read_attributes(copies)
+            await run.copy_all(copies[:ready])
+            copies = copies[ready:]
+        if planned.shared:
+            await run.offer()
+            await run.hard_links.room()
+
+
+class Comparisons:
+    """Compares files with the source by digest; those that differ are brought over."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._waiting_in, self._waiting_out = trio.open_memory_channel[FileJob](64)
+
+    def start(self, nursery: trio.Nursery) -> None:
+        """Begin to take files; ends with the nursery."""
+        for _ in range(COMPARISONS_AT_ONCE):
+            nursery.start_soon(self._feed)
+
+    async def compare(self, job: FileJob) -> None:
+        """Have a file compared; waits while enough others are waiting."""
+        await self._waiting_in.send(job)
+
+    async def _feed(self) -> None:
+        async for job in self._waiting_out.clone():
+            await self._compare(job)
+
+    async def _compare(self, job: FileJob) -> None:
+        run = self._run
+        try:
+            theirs = await run.session.digest(job.source_path, "BLAKE3", job.row.version, follow=job.follow)
+            ours = await trio.to_thread.run_sync(self._own_digest, job)
+        except OSError as error:
+            run.retries.job_failed(job, fault(error, "destination", job.destination_path))
+            return
+        except SessionLost:
+            raise
+        except TowpathError as error:
+            run.retries.job_failed(job, error)
+            return
+        if theirs == ours:
+            run.settle.put(Outcome(job, None))
+            return
+        job.place = None
+        await run.copy(job)
+        await run.offer()
+
+    def _own_digest(self, job: FileJob) -> str:
+        root = self._run.context.root
+        descriptor = job.group.handle.open_read(job.name)
+        try:
+            digest = file_digest(root, descriptor, "BLAKE3")
+            if job.shared:
+                status = root.fstat(descriptor)
+                job.place = (status.st_dev, status.st_ino, status.st_size, mtime_of(status))
+            return digest
+        finally:
+            root.close_file(descriptor)

@@ -1,0 +1,488 @@
+"""Planning: lists the source, compares with the destination, and hands out what has to be done, a little ahead of it.
+
+Directories are listed by a few tasks at once, depth first, so that round trips overlap and few directories wait. What
+blocks (comparing, making folders) happens in worker threads.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+
+import trio
+
+from agent.storage.base import Directory, Root
+from agent.storage.enclosing import enclosing
+from agent.storage.faults import fault
+from agent.storage.folding import fold_key
+from agent.storage.hiding import is_hidden
+from agent.storage.node import Node, nearest_time
+from agent.storage.rules import included
+from agent.transfer.basis.compare import Decision, decide
+from agent.transfer.basis.jobs import FileJob, Group, ListFate, SharedName
+from agent.transfer.basis.journal_rows import BARE, FAILED, KEPT, LINKED, LIST_FATE, SKIPPED, UNCHANGED, DirectoryRow
+from agent.transfer.basis.patience import Patience
+from agent.transfer.books.journal import Journal
+from agent.transfer.planning.collisions import collision, losers
+from agent.transfer.planning.filled_places import FilledPlaces
+from agent.transfer.planning.hard_links import is_shared, shared_name
+from agent.transfer.planning.into_itself import into_itself
+from agent.transfer.planning.left_behind import collect_orphans
+from protocol.control import TaskOptions
+from protocol.errors import ItemFailed, ProtocolError, TowpathError
+from protocol.names import MAX_COMPONENT, CollectionPath, check_component_untrusted, is_reserved, split_path
+from protocol.session import DIRECTORY, FILE, MAX_PATH, SYMLINK, Row, join_path
+
+# The code of a device, pipe or socket.
+UNSUPPORTED = "UNSUPPORTED_TYPE"
+_ENDLESS = "A symlink leads back to a folder above it: who follows it comes to no end."
+
+
+@dataclass
+class Planned:
+    """What comes of one batch of rows."""
+
+    copies: list[FileJob] = field(default_factory=list)
+    comparisons: list[FileJob] = field(default_factory=list)
+    links: list[FileJob] = field(default_factory=list)
+    shared: list[SharedName] = field(default_factory=list)
+    failures: list[tuple[FileJob, TowpathError]] = field(default_factory=list)
+    directories: list[tuple[int, bytes, bytes, int, list[tuple[int, int]]]] = field(default_factory=list)
+
+
+class KeptExtra(Enum):
+    """Why a mirror leaves something in a folder that the source has not listed."""
+
+    NONE = "nothing stays"
+    SHARED = "it may be another item's"
+    HIDDEN = "the source shows no names that begin with a dot"
+    LINKED = "a link leads out of the mirror"
+    CHANGED = "names changed at the source while they were listed"
+
+
+class DirectoryPlanner:
+    """Plans one directory. Its methods block and run in worker threads, one at a time."""
+
+    def __init__(
+        self,
+        root: Root,
+        journal: Journal,
+        options: TaskOptions,
+        row: DirectoryRow,
+        *,
+        prefix: bytes,
+        sweep: Callable[[Directory], object] | None,
+        patience: Patience,
+        filled: FilledPlaces | None = None,
+        top: CollectionPath = (),
+        one_machine: bool = False,
+    ) -> None:
+        self._root = root
+        # Where the item leads to, as it is named.
+        self._top = top
+        self._journal = journal
+        self._options = options
+        self._row = row
+        # Whether an earlier run has settled anything here, and what of the rows that are being planned.
+        self._has_finished = False
+        self._finished: dict[bytes, int] = {}
+        self._fresh = False
+        self._names: set[bytes] | None = set() if options.delete_destination_extra else None
+        self._filled = filled or FilledPlaces(())
+        # Device and inode of the folders in which this one lies, once they are wanted.
+        self._inside: Collection[tuple[int, int]] | None = None if one_machine else ()
+        self._prefix = prefix
+        self._sweep = sweep
+        # Whether names may be one name at the destination: all rows must then come to `compare_names` before `plan`.
+        self.folds = False
+        self._left_out: dict[bytes, bytes] = {}
+        self._patience = patience
+        # Whether names changed at the source while they were listed.
+        self.source_changed = False
+        self.group: Group
+        self.opened = False
+
+    def open(self) -> Group:
+        """Open (or make) the destination directory. Raises OSError."""
+        path = split_path(self._row.destination)
+        handle = self._root.make_directories(path)
+        self.group = Group(self._row.id, self._row.source, self._row.destination, handle, [])
+        # The directory itself, so that its count and its parts are folded together.
+        self.group.counts.directories = 1
+        try:
+            if self._sweep is not None:
+                # In the first run of a task nothing is settled before its folder is planned.
+                self._has_finished = self._journal.has_finished(self._row.id)
+            # Most folders are new: nothing is looked for in them.
+            self.group.empty = _is_empty(handle) or self._clean(handle)
+            if self._names is not None:
+                # What an earlier run found missing may be at the source by now, and this listing not come to its end.
+                self._journal.put_extras(join_path(handle.path), ())
+            self.folds = handle.folds(self._prefix)
+            self.group.local = handle.disk() is not None
+            self._fresh = self.group.empty and not self._has_finished
+        except BaseException:
+            handle.close()
+            raise
+        self.opened = True
+        return self.group
+
+    def _clean(self, handle: Directory) -> bool:
+        """Remove what dead runs have left in a folder; whether nothing is in it after that."""
+        if self._sweep is not None:
+            self._sweep(handle)
+        removed = collect_orphans(handle, time.time_ns())
+        return (self._sweep is not None or removed > 0) and _is_empty(handle)
+
+    def take(self, rows: list[Row]) -> Planned | None:
+        """`open`, at the first call, and `plan`; None when all rows are to come to `compare_names` (see ``folds``).
+        ``opened`` says how far it came when it raises."""
+        if not self.opened:
+            self.open()
+        return None if self.folds else self.plan(rows)
+
+    def plan(self, rows: list[Row]) -> Planned:
+        """Decide about some rows. Folders are made here, everything else is left to others. Raises OSError."""
+        planned = Planned()
+        losers = self._left_out
+        rules, follow = self._options.filter_rules, self._options.recursive_symlinks == "copy"
+        # Where nothing is, there is nothing to decide about a file: what most files of large trees come to.
+        plain = self._fresh and not losers and not self._options.preserve_hard_links
+        group, item = self.group, self._row.item
+        self._finished = self._finished_of(rows) if self._has_finished else {}
+        for row in rows:
+            name = row.name
+            if is_reserved(check_component_untrusted(name)):
+                # Our own sources never list these; what another one calls so must not pass for a temporary.
+                raise ProtocolError("The source lists a reserved name.", code="ILLEGAL_NAME")
+            if self._names is not None:
+                self._names.add(name)
+            if rules and not included(rules, name, row.kind == DIRECTORY):
+                continue
+            if plain and row.kind == FILE:
+                group.counts.add_file(row)
+                planned.copies.append(FileJob(group, item, row, name, name, follow))
+            else:
+                self._plan_row(row, planned, losers.get(name))
+        self._journal.add_directories(planned.directories)
+        self.group.planned += len(planned.copies) + len(planned.comparisons)
+        self.group.planned += len(planned.links) + len(planned.failures) + len(planned.shared)
+        return planned
+
+    def _finished_of(self, rows: list[Row]) -> dict[bytes, int]:
+        """What an earlier run settled of these rows, but for names that are gone: the folder may be another one by now.
+        Asked for by the message, since a folder may have more names than memory holds. Raises OSError."""
+        finished = self._journal.finished(self._row.id, [row.name for row in rows])
+        ended = (FAILED, SKIPPED)
+        return {
+            name: outcome
+            for name, outcome in finished.items()
+            if outcome % LIST_FATE in ended or self._is_there(check_component_untrusted(name))
+        }
+
+    def _is_there(self, name: bytes) -> bool:
+        try:
+            self.group.handle.lstat(name)
+        except FileNotFoundError:
+            return False
+        except PermissionError:
+            # Nobody can say.
+            return True
+        return True
+
+    def compare_names(self, rows: list[Row]) -> None:
+        """Find out which of all the names of a folder that folds them cannot be beside another one. Raises OSError."""
+        rules = self._options.filter_rules
+        names = (
+            check_component_untrusted(row.name) for row in rows if included(rules, row.name, row.kind == DIRECTORY)
+        )
+        self._left_out = losers(self._root, self.group.handle, names, self._prefix)
+
+    def _plan_row(self, row: Row, planned: Planned, winner: bytes | None) -> None:
+        counts = self.group.counts
+        job = FileJob(self.group, self._row.item, row, row.name, row.name, self._options.recursive_symlinks == "copy")
+        job.shared = is_shared(row, self._options)
+        if row.kind == FILE:
+            counts.add_file(row, shared=job.shared)
+        outcome = self._finished.get(row.name)
+        if outcome is not None:
+            count_finished(self.group, row, outcome, verified=self._options.verify_checksum, shared=job.shared)
+            return
+        if winner is not None:
+            planned.failures.append((job, collision(row.name, winner)))
+            return
+        decision = self._decide(row, job, planned)
+        if decision == "copy":
+            planned.copies.append(job)
+        elif decision == "compare digests":
+            planned.comparisons.append(job)
+        elif decision == "skip":
+            counts.files_skipped += row.kind == FILE
+            counts.symlinks += row.kind == SYMLINK
+        elif decision == "link":
+            counts.symlinks += 1
+            planned.links.append(job)
+        elif decision == "ignore" and row.kind == SYMLINK:
+            # Found and left out: by the task's policy, or because it leads nowhere or out of the collection.
+            counts.symlinks += 1
+        elif decision == "directory":
+            self._plan_directory(row, job, planned)
+        elif decision in ("conflict", "unsupported"):
+            planned.failures.append((job, refusal(row, decision)))
+
+    def _decide(self, row: Row, job: FileJob, planned: Planned) -> Decision:
+        existing: Node | None = None
+        if not self._fresh:
+            try:
+                existing = self.group.handle.lstat(row.name)
+            except FileNotFoundError:
+                existing = None
+            except OSError as error:
+                planned.failures.append((job, self._lasting(job, error)))
+                return "ignore"
+        decision = decide(row, existing, self._options)
+        name = shared_name(job, decision, existing, self._options)
+        if name is None:
+            return decision
+        planned.shared.append(name)
+        return "ignore"
+
+    def _plan_directory(self, row: Row, job: FileJob, planned: Planned) -> None:
+        identity = (row.device, row.inode)
+        ancestry = self._row.ancestry if self._options.recursive_symlinks == "copy" else []
+        if identity in ancestry:
+            planned.failures.append((job, ItemFailed(_ENDLESS, code="SYMLINK_LOOP", who="source owner")))
+            return
+        if identity in self._enclosing():
+            planned.failures.append((job, into_itself(job.destination_path)))
+            return
+        if len(job.source_path) + MAX_COMPONENT >= MAX_PATH:
+            # What lies in it could not be asked about.
+            sentence = "This folder lies too deep: its path, with a name in it, is longer than what may be asked about."
+            planned.failures.append((job, ItemFailed(sentence, code="ILLEGAL_NAME", who="source owner")))
+            return
+        try:
+            self.group.handle.mkdir(row.name)
+            self.group.made_folders = True
+        except FileExistsError:
+            pass
+        except OSError as error:
+            planned.failures.append((job, self._lasting(job, error)))
+            return
+        above = [*ancestry, identity] if self._options.recursive_symlinks == "copy" else []
+        mtime_ns = nearest_time(row.mtime_ns)
+        planned.directories.append((self._row.item, job.source_path, job.destination_path, mtime_ns, above))
+
+    def _enclosing(self) -> Collection[tuple[int, int]]:
+        """Folders in which this one lies, where the source is on this machine, too."""
+        if self._inside is None:
+            self._inside = enclosing(self.group.handle)
+        return self._inside
+
+    def _lasting(self, job: FileJob, error: OSError) -> TowpathError:
+        """The error of a job that ends with it. One that may pass is raised: the run begins anew."""
+        problem = fault(error, "destination", job.destination_path)
+        if self._patience.is_passing(job.destination_path, problem):
+            raise problem from error
+        return problem
+
+    def note_changed(self) -> None:
+        """The source says that names changed while it listed them."""
+        self.source_changed = True
+
+    def note_extra(self, *, source_hides: bool = False) -> KeptExtra:
+        """After the last row: remember what the source does not have (`agent.transfer.deleting.mirror` deletes it). Why
+        something stays that it has not listed either. Raises OSError."""
+        if self._names is None:
+            return KeptExtra.NONE
+        rules = self._options.filter_rules
+        # What may be a name of the source in another spelling is not deleted.
+        spelled = fold_key if self.folds else bytes
+        names = {spelled(name) for name in self._names}
+        path, real = split_path(self._row.destination), self.group.handle.path
+        others = self._filled.names(path) | self._filled.names(real)
+        extras = [
+            node.name
+            for node in self.group.handle.scan()
+            if spelled(node.name) not in names
+            and fold_key(node.name) not in others
+            and included(rules, node.name, node.kind == "dir")
+        ]
+        if extras and (self._filled.several(path) or self._filled.several(real)):
+            return KeptExtra.SHARED
+        if extras and not self._is_below_top(path, real):
+            return KeptExtra.LINKED
+        if extras and self.source_changed:
+            # A file that was given another name meanwhile may have been listed under neither.
+            return KeptExtra.CHANGED
+        # Nobody here knows whether the source has those.
+        known = [name for name in extras if not is_hidden(name)] if source_hides else extras
+        if source_hides and known:
+            self._journal.note_source_hides()
+        # By where the folder is: what has taken its name when they are deleted may be another one.
+        self._journal.put_extras(join_path(real), known)
+        return KeptExtra.NONE if len(known) == len(extras) else KeptExtra.HIDDEN
+
+    def _is_below_top(self, path: CollectionPath, real: CollectionPath) -> bool:
+        """Whether the folder is where the item leads to, by whatever links, and no link below that has led elsewhere.
+        Raises OSError."""
+        if path == real:
+            return True
+        with self._root.open_directory(self._top) as top:
+            return real == (*top.path, *path[len(self._top) :])
+
+
+def count_finished(group: Group, row: Row, outcome: int, *, verified: bool, shared: bool = False) -> None:
+    """Settled in an earlier run: only the counts of this group must know."""
+    counts = group.counts
+    fate, outcome = divmod(outcome, LIST_FATE)
+    counts.add_list(ListFate(fate))
+    if shared and outcome not in (LINKED, KEPT):
+        counts.bytes_total += row.size
+    if outcome == FAILED:
+        counts.failed += 1
+    elif outcome == SKIPPED:
+        counts.skipped_errors += 1
+    elif outcome in (UNCHANGED, KEPT):
+        counts.files_skipped += 1
+        counts.hard_links_kept += outcome == KEPT
+    elif outcome == LINKED:
+        counts.files_transferred += 1
+        counts.hard_links_kept += 1
+    elif row.kind == SYMLINK:
+        counts.symlinks += 1
+        counts.symlinks_transferred += 1
+    else:
+        counts.files_transferred += 1
+        counts.xattrs_left_out += outcome == BARE
+        counts.bytes_transferred += row.size
+        if verified:
+            counts.bytes_checksummed += row.size
+
+
+def refusal(row: Row, decision: Decision) -> TowpathError:
+    """Why a row that cannot be transferred is refused."""
+    if decision == "unsupported":
+        return ItemFailed(
+            "This is a device, pipe or socket; only files, folders and links are transferred.",
+            code=UNSUPPORTED,
+            who="source owner",
+        )
+    here, there = ("folder", "file") if row.kind == DIRECTORY else ("file", "folder")
+    return ItemFailed(
+        f"The source has a {here} where the destination has a {there} of the same name; move one of them away, or name "
+        "another destination.",
+        code="IS_A_DIRECTORY" if row.kind != DIRECTORY else "NOT_A_DIRECTORY",
+        who="destination owner",
+    )
+
+
+def _is_empty(handle: Directory) -> bool:
+    """Whether nothing is in a folder, as far as it may be listed."""
+    try:
+        return next(handle.scan(reserved=True), None) is None
+    except PermissionError:
+        return False
+
+
+def set_directory_times(root: Root, rows: Iterator[tuple[bytes, int, int]], patience: Patience) -> None:
+    """Give directories the times of their sources, children before parents. One that is gone, or is no folder of the
+    collection any more, is left out.
+
+    Raises `TowpathError`; to be called again then.
+    """
+    parent: Directory | None = None
+    above: CollectionPath = ()
+    try:
+        for destination, mtime_ns, _ in rows:
+            path = split_path(destination)
+            if not path:
+                continue
+            try:
+                if parent is None or path[:-1] != above:
+                    # Folders of one folder mostly come one after the other.
+                    if parent is not None:
+                        parent.close()
+                        parent = None
+                    (parent, _name), above = root.open_parent(path), path[:-1]
+                parent.set_times(path[-1], mtime_ns)
+            except OSError as error:
+                problem = fault(error, "destination", destination)
+                if patience.is_passing(destination, problem):
+                    raise problem from error
+    finally:
+        if parent is not None:
+            parent.close()
+
+
+class Listing:
+    """Who lists which directory: several tasks take from the journal until nothing waits and nobody is listing.
+
+    Directories are fetched from the journal a few at a time, by one task, and only when there may be any: each look
+    costs a hop to another thread.
+    """
+
+    AT_ONCE = 16
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+        self._taken: deque[DirectoryRow] = deque()
+        # Whether the journal may have directories that wait.
+        self._may_wait = True
+        # Tasks that are listing or looking.
+        self._busy = 0
+        self._changed = trio.Event()
+
+    async def take(self) -> DirectoryRow | None:
+        """The next directory, or None when all are listed. Call `finished` for each one taken."""
+        while True:
+            if self._taken:
+                self._busy += 1
+                return self._taken.popleft()
+            if self._may_wait:
+                await self._look()
+            elif not self._busy:
+                return None
+            else:
+                await self._changed.wait()
+
+    async def _look(self) -> None:
+        self._may_wait = False
+        self._busy += 1
+        try:
+            rows = await trio.to_thread.run_sync(self._fetch)
+        finally:
+            self._busy -= 1
+        self._taken.extend(rows)
+        self._may_wait = self._may_wait or len(rows) == self.AT_ONCE
+        self._wake()
+
+    def _fetch(self) -> list[DirectoryRow]:
+        rows: list[DirectoryRow] = []
+        while len(rows) < self.AT_ONCE and (row := self._journal.next_directory()) is not None:
+            rows.append(row)
+        return rows
+
+    def added(self) -> None:
+        """New directories wait."""
+        self._may_wait = True
+        self._wake()
+
+    def finished(self) -> None:
+        """One of those taken is listed."""
+        self._busy -= 1
+        if not self._busy:
+            self._wake()
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
+
+
+def now_iso() -> str:
+    """The time of day as the wire has it: UTC, microseconds."""
+    seconds, nanoseconds = divmod(time.time_ns(), 10**9)
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + f".{nanoseconds // 1000:06d}+00:00"

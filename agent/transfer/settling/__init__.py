@@ -1,0 +1,1 @@
+"""What has come becomes durable: temporaries, syncs, reading back, names, books."""
