@@ -167,6 +167,8 @@ def _task_rows(document: Mapping[str, Any]) -> list[tuple[str, object]]:
     rows.append(("Sent again", human_bytes(int(beside(document).get("bytes_sent_again") or 0))))
     if document.get("delete_destination_extra"):
         rows.append(("Deleted at the destination", beside(document).get("deleted")))
+    if document.get("symlinks") and "symlinks_transferred" in beside(document):
+        rows.append(("Symlinks", f"{document['symlinks']}, {beside(document)['symlinks_transferred']} transferred"))
     kept = beside(document).get("hard_links_kept")
     if kept:
         rows.append(("Names that are hard links", kept))

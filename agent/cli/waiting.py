@@ -115,11 +115,11 @@ def outcome_sentence(task_id: str, waited: Waited) -> str:
     details = str(task.get("nice_status_details") or task.get("nice_status_short_description") or "")
     match waited.code:
         case ExitCode.DONE:
-            return f"Task {task_id} is done{_deleted(task)}."
+            return f"Task {task_id} is done{_deleted(task)}{_links_left_out(task)}."
         case ExitCode.PARTIAL:
             count = task.get("subtasks_skipped_errors")
             left_out = "1 item was" if count == 1 else f"{count} items were"
-            return f"Task {task_id} is done{_deleted(task)}, but {left_out} left out."
+            return f"Task {task_id} is done{_deleted(task)}{_links_left_out(task)}, but {left_out} left out."
         case ExitCode.CANCELED:
             return f"Task {task_id} was cancelled."
         case ExitCode.TIMED_OUT:
@@ -138,6 +138,16 @@ def _deleted(task: Mapping[str, Any]) -> str:
     """What a mirror has deleted, which nothing else of its numbers tells."""
     count = beside(task).get("deleted") if task.get("delete_destination_extra") else None
     return "" if count is None else f", {count} deleted at the destination"
+
+
+def _links_left_out(task: Mapping[str, Any]) -> str:
+    """Symlinks that are not at the destination though nobody chose that: it is so where nothing is said of them."""
+    if task.get("recursive_symlinks") != "ignore":
+        return ""
+    count = int(task.get("symlinks") or 0) - int(beside(task).get("symlinks_transferred") or 0)
+    if count <= 0 or "symlinks_transferred" not in beside(task):
+        return ""
+    return f", {count} symlink{'' if count == 1 else 's'} left out (see `towpath transfer --symlinks`)"
 
 
 def troubles(relay: Relay, task_id: str) -> list[str]:

@@ -238,6 +238,7 @@ def _ours(task: Task, now: float, holding: Holdup) -> dict[str, Any]:
         "bytes_sent_again": counters.bytes_sent_again,
         # Files and folders: of a delete, or what a mirror found only at its destination.
         "deleted": counters.deleted,
+        "symlinks_transferred": counters.symlinks_transferred,
         "preserve_hard_links": options.preserve_hard_links,
         "hard_links": counters.hard_links,
         "hard_links_kept": counters.hard_links_kept,

@@ -291,6 +291,24 @@ def test_a_mirror_tells_how_much_it_has_deleted(towpath: Run, relay: FakeRelay) 
     assert "Deleted" not in towpath("task", "show", TASK)[1]
 
 
+@pytest.mark.parametrize(("found", "brought", "said"), [(1, 0, "1 symlink"), (5, 2, "3 symlinks"), (2, 2, "")])
+def test_symlinks_that_were_left_out_are_told(
+    towpath: Run, relay: FakeRelay, found: int, brought: int, said: str
+) -> None:
+    """They are when a task says nothing of links, and it succeeds without a row of errors."""
+    beside = {"symlinks_transferred": brought}
+    relay.task_answers = [task_document("SUCCEEDED", recursive_symlinks="ignore", symlinks=found, towpath=beside)]
+    told = f", {said} left out (see `towpath transfer --symlinks`)" if said else ""
+    assert f"Task {TASK} is done{told}.\n" in towpath("task", "wait", TASK)[1]
+    assert ["Symlinks:", f"{found},", str(brought), "transferred"] in [
+        line.split() for line in towpath("task", "show", TASK)[1].splitlines()
+    ]
+    # Of a relay of before it is not known how many were brought, and links that a sync level left are there.
+    for document in ({"recursive_symlinks": "ignore"}, {"recursive_symlinks": "keep", "towpath": beside}):
+        relay.task_answers = [task_document("SUCCEEDED", symlinks=found, **document)]
+        assert f"Task {TASK} is done.\n" in towpath("task", "wait", TASK)[1]
+
+
 def test_waiting_stops_in_time_with_exit_code_6(towpath: Run, relay: FakeRelay) -> None:
     relay.task_answers = [task_document()]
     code, out, _ = towpath("task", "wait", "--timeout", "0", TASK)
