@@ -221,19 +221,20 @@ def _condition(task: Task, around: Surroundings) -> dict[str, Any]:
         document["nice_status"] = holding.code
         document["nice_status_short_description"] = holding.code.replace("_", " ").lower().capitalize()
         document["nice_status_details"] = holding.sentence or None
-    document["towpath"] = _ours(task, around.now, holding)
+    document["towpath"] = _ours(task, around, holding)
     return document
 
 
-def _ours(task: Task, now: float, holding: Holdup) -> dict[str, Any]:
+def _ours(task: Task, around: Surroundings, holding: Holdup) -> dict[str, Any]:
     """What stands beside the fields of Globus: live progress, and who can mend what holds the task up."""
     observed, options, counters = task.last_observed, task.task_options, task.counters
-    live = None if task.finished else observed
+    # What an agent that is away said last of its speed holds no more.
+    live = None if task.finished or around.offline(task.worker_id) else observed
     return {
         "state": task.state,
         "who": holding.who,
         # Seconds since it was requested, or until it was over.
-        "elapsed": round(_elapsed(task, now), 6),
+        "elapsed": round(_elapsed(task, around.now), 6),
         "bytes_total": counters.bytes_total,
         "bytes_sent_again": counters.bytes_sent_again,
         # Files and folders: of a delete, or what a mirror found only at its destination.

@@ -8,7 +8,7 @@ import trio
 from sqlalchemy import Connection, update
 from trio.testing import MockClock
 
-from protocol.control import Counters, TaskObserved
+from protocol.control import Counters, Flow, LaneFlow, TaskObserved
 from protocol.errors import ItemFailed, RetryLater
 from relay.store import transfer_tables as tables
 from relay.transfer.steward import CANCEL_GRACE, Steward
@@ -57,6 +57,31 @@ async def test_a_source_that_is_offline_is_offered_when_it_comes(clock: MockCloc
     # By which the destination knows a source that was started again.
     assert answer.instance == "this start"
     assert (await scene.show(task_id))["nice_status"] == "Queued"
+
+
+async def test_the_speed_that_an_agent_told_holds_no_more_while_it_is_away(clock: MockClock, scene: Scene) -> None:
+    scene.up()
+    task_id = await scene.task()
+    flow = Flow(goodput=5e7, limited_by="network", lanes=[LaneFlow(lane=1, goodput=5e7)])
+    told: dict[str, Any] = {
+        "counters": Counters(files=2),
+        "flow": flow,
+        "rate": 5e7,
+        "current": "/data/a",
+        "path": "direct tcp",
+    }
+    scene.destination.observe(task_id, "ACTIVE", **told)
+    await trio.sleep(MOMENT)
+    shown = await scene.show(task_id)
+    assert (shown["towpath"]["rate"], shown["towpath"]["current"]) == (5e7, "/data/a")
+    assert shown["towpath"]["flow"]["goodput"] == 5e7
+    scene.relay.registry.down(scene.destination)
+    shown = await scene.show(task_id)
+    assert (shown["nice_status"], shown["files"]) == ("GC_NOT_CONNECTED", 2)
+    assert (shown["towpath"]["flow"], shown["towpath"]["rate"], shown["towpath"]["current"]) == (None, 0, "")
+    scene.relay.registry.up(scene.destination)
+    await trio.sleep(MOMENT)
+    assert (await scene.show(task_id))["towpath"]["flow"]["goodput"] == 5e7
 
 
 async def test_cancelled_while_offline_before_the_agent_ever_heard_of_it(clock: MockClock, scene: Scene) -> None:
