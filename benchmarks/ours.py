@@ -130,6 +130,7 @@ class Engine:
         preserve_hard_links: bool = False,
         preserve_xattrs: bool = False,
         preserve_acls: bool = False,
+        mirror: bool = False,
     ) -> str:
         """Submit; the task's id."""
         task, session, now = str(uuid.uuid4()), str(uuid.uuid4()), time.time()
@@ -169,6 +170,7 @@ class Engine:
                     preserve_hard_links=preserve_hard_links,
                     preserve_xattrs=preserve_xattrs,
                     preserve_acls=preserve_acls,
+                    delete_destination_extra=mirror,
                 ),
                 items=[TaskItem(source_path=source, destination_path=destination, recursive=recursive)],
             )

@@ -309,13 +309,14 @@ def _reference(source: Path, destination: Path) -> dict[str, float]:
     return dict(json.loads(done.stdout))
 
 
-async def memory(place: Place, files: int, *, flat: bool) -> list[Measure]:
+async def memory(place: Place, files: int, *, flat: bool, mirror: bool) -> list[Measure]:
     """G6: the memory of all processes, the destination's state on disk, and the manifest, as files go by. ``flat``: all
-    of them are in one directory."""
+    of them are in one directory. ``mirror``: what the destination has and the source has not is deleted at the end."""
     name = make_empty(place, files, 1000 if not flat else files)
     found = []
     async with engine(place.directory / "agents", place.source, place.destination) as made:
-        task = await made.transfer(f"/{name}", "/copy", recursive=True)
+        used = cpu_used()
+        task = await made.transfer(f"/{name}", "/copy", recursive=True, mirror=mirror)
         step = max(files // 10, 1)
         shown = 0
         while True:
@@ -327,7 +328,8 @@ async def memory(place: Place, files: int, *, flat: bool) -> list[Measure]:
                 manifest = sum(path.stat().st_size for path in state if path.suffix == ".manifest")
                 total = sum(path.stat().st_size for path in state)
                 both, larger = used_memory() / MIB, larger_end() / MIB
-                print(f"{done} files: {both:.0f} MiB, state {total / MIB:.1f} MiB", flush=True)
+                each = f"{(cpu_used() - used) / max(done, 1) * 1e6:.1f} us of CPU a file"
+                print(f"{done} files: {both:.0f} MiB, state {total / MIB:.1f} MiB, {each}", flush=True)
                 found.append(Measure(f"memory of all processes of both ends at {done} files", both, "MiB"))
                 found.append(Measure(f"memory of the larger end at {done} files", larger, "MiB", 250))
                 if done:
@@ -464,7 +466,7 @@ async def measure(key: str, place: Place, options: argparse.Namespace) -> Result
         files = sum(path.is_file() for path in (place.source / mixed).rglob("*"))
         return Result(key, await compare(Work(key, mixed, files, "files", ENCRYPTED, read_back=None), place, runs))
     if key == "G6":
-        return Result(key, [], await memory(place, options.files, flat=options.flat))
+        return Result(key, [], await memory(place, options.files, flat=options.flat, mirror=options.mirror))
     if key == "G7":
         return Result(key, [], await latency(place, max(runs, 5)))
     return Result(key, [], await trio.to_thread.run_sync(listing_under_load, place.directory, options))
@@ -477,6 +479,7 @@ def main() -> None:
     parser.add_argument("--large-mib", type=int, default=4096)
     parser.add_argument("--files", type=int, default=20_000)
     parser.add_argument("--flat", action="store_true", help="G6: all files in one directory")
+    parser.add_argument("--mirror", action="store_true", help="G6: as a mirror")
     parser.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()), help="on the disk to measure")
     parser.add_argument("--json", type=Path, help="add the results to this file")
     options = parser.parse_args()

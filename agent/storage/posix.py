@@ -291,10 +291,12 @@ class PosixDirectory(Directory):
             os.close(fd)
 
     def reserved_names(self) -> list[bytes]:
-        # Names alone: looking at every file of a large folder would cost as much as planning it.
+        # Names alone: looking at every file of a large folder would cost as much as planning it. And one after the
+        # other, since it may have more than memory should hold.
         fd = os.open(b".", handles.FOLDER, dir_fd=self._fd)
         try:
-            return [name for entry in os.listdir(fd) if (name := os.fsencode(entry)).startswith(RESERVED_PREFIX)]
+            with os.scandir(fd) as entries:
+                return [name for each in entries if (name := os.fsencode(each.name)).startswith(RESERVED_PREFIX)]
         finally:
             os.close(fd)
 

@@ -39,7 +39,7 @@ def written(path: Path) -> None:
         journal.put_partial(taken.id, b"large-%d" % number, row)
     for number in range(20):
         journal.put_item(number, done=number % 2 == 0)
-    journal.put_extras(b"destination", [b"extra-%d" % n for n in range(30)])
+    journal.add_extras(b"destination", [b"extra-%d" % n for n in range(30)])
     for number in range(10):
         journal.put_event(Event(seq=number, code="X", description="d", details="", is_error=False, time="now"))
     journal.put_counters(Counters(files=7, bytes_transferred=2**40))

@@ -4,6 +4,7 @@ told; and nothing is overwritten or deleted for their sake."""
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 from pathlib import Path
 from typing import Any
@@ -55,14 +56,15 @@ async def test_collisions_are_found_decided_and_told(quick_path: Path) -> None:
     assert engine.temporaries() == []
 
 
-async def test_a_folder_with_more_names_than_can_be_compared_fails_alone(
+async def test_a_folder_with_more_names_of_one_key_than_can_be_compared_fails_alone(
     quick_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else a source could fill the memory of a destination that has to know all names before it takes one."""
-    monkeypatch.setattr(gathered_names, "MOST", 10_000)
-    monkeypatch.setattr(gathered_names, "MANY", 100)
+    """Else a source could fill the memory of a destination that has to know such names before it takes one."""
+    monkeypatch.setattr(gathered_names, "MOST", 5_000)
+    monkeypatch.setattr(gathered_names, "MANY", 2_000)
     engine = Engine(quick_path, wrap=FoldingRoot.around)
-    tree(engine.source, [*(f"many/{number}" for number in range(30)), "few/A", "few/a", "few/b", "other/c"])
+    spelt = {"".join(letters) for letters in itertools.product("aA", "bB", "cC", "dD")}
+    tree(engine.source, [*(f"many/{name}" for name in spelt), "few/A", "few/a", "few/b", "other/c"])
     observed = await engine.run()
     assert (observed.state, observed.counters.failed) == ("FAILED", 2)
     assert skipped(engine) == {"many/.": "TOO_MANY_NAMES", "few/a": "NAME_COLLISION"}
@@ -73,7 +75,6 @@ async def test_a_folder_is_planned_in_pieces_once_its_names_are_compared(
     quick_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gathered_names, "_PIECE", 2)
-    monkeypatch.setattr(gathered_names, "MANY", 100)
     engine = Engine(quick_path, wrap=FoldingRoot.around)
     tree(engine.source, [*(f"{name}{number}" for name in "aAb" for number in range(7)), "d/x", "d/X", "e/y"])
     observed = await engine.run()
@@ -83,12 +84,10 @@ async def test_a_folder_is_planned_in_pieces_once_its_names_are_compared(
 
 
 def test_rows_are_taken_in_their_order_and_let_go() -> None:
-    gathered = gathered_names.GatheredNames()
     rows = [Row(b"%d" % number, 0, 0, 0, 0, 0, 0, 0) for number in range(2500)]
-    gathered.add_untrusted(rows[:1200])
-    gathered.add_untrusted(rows[1200:])
-    assert [row for piece in gathered.taken() for row in piece] == rows
-    assert gathered.rows == []
+    taken = list(rows)
+    assert [row for piece in gathered_names.pieces(taken) for row in piece] == rows
+    assert taken == []
 
 
 async def test_the_same_names_are_different_where_case_counts(quick_path: Path) -> None:

@@ -428,14 +428,18 @@ class Journal:
 
     # --- extras ----------------------------------------------------------------------------------------
 
-    def put_extras(self, destination: bytes, names: Iterable[bytes]) -> None:
-        """What a destination directory has and its source does not; what was noted before no longer counts."""
+    def add_extras(self, destination: bytes, names: Iterable[bytes]) -> None:
+        """Some of what a destination directory has and its source does not."""
         with self._using():
-            self._connection.execute("DELETE FROM extras WHERE destination = ?", (destination,))
             self._connection.executemany(
                 "INSERT OR IGNORE INTO extras VALUES (?1, ?2, crc_of('extras', ?1, ?2))",
                 ((destination, name) for name in names),
             )
+
+    def drop_extras(self, destination: bytes) -> None:
+        """Whatever was noted of a destination directory no longer counts."""
+        with self._using():
+            self._connection.execute("DELETE FROM extras WHERE destination = ?", (destination,))
 
     def extras(self) -> Iterator[tuple[bytes, bytes]]:
         """Directory and name of everything a mirror is to delete. Rows may be dropped meanwhile."""

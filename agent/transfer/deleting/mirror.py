@@ -228,6 +228,8 @@ def _entries(folder: Directory, enough: int, spares: Callable[[Node], bool] | No
             if spares is not None and spares(node):
                 continue
             count += 1
+            if count > enough:
+                return count
             if node.kind == "dir" and len(waiting) < 32:
                 below.append(node.name)
         if below:

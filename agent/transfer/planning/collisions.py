@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from agent.storage.base import Directory, Root
 from agent.storage.faults import fault
@@ -17,9 +17,16 @@ from protocol.errors import ItemFailed
 from protocol.names import MAX_COMPONENT, escape
 
 
-def losers(root: Root, handle: Directory, names: Iterable[bytes], prefix: bytes) -> dict[bytes, bytes]:
+def losers(
+    root: Root,
+    handle: Directory,
+    names: Iterable[bytes],
+    prefix: bytes,
+    there: Callable[[set[bytes]], set[bytes]] | None = None,
+) -> dict[bytes, bytes]:
     """For every name that is left out, the name that has its place. The folder itself is asked which of them are one
-    name to it, with temporaries that begin with ``prefix``. Raises OSError."""
+    name to it, with temporaries that begin with ``prefix``. ``there`` says which of some names it has, spelled like
+    this; without, it is looked through. Raises OSError."""
     # Nearly all names are alone with their key, and there may be millions: a set for each would cost most of all.
     first: dict[bytes, bytes] = {}
     several: dict[bytes, set[bytes]] = defaultdict(set)
@@ -32,11 +39,12 @@ def losers(root: Root, handle: Directory, names: Iterable[bytes], prefix: bytes)
     suspects = [sorted(group) for group in several.values()]
     if not suspects:
         return {}
-    there = {node.name for node in handle.scan()}
+    wanted = {name for group in suspects for name in group}
+    kept = {node.name for node in handle.scan() if node.name in wanted} if there is None else there(wanted)
     found: dict[bytes, bytes] = {}
     for group in suspects:
         for same in _same(root, handle, group, prefix):
-            winner = next((name for name in same if name in there), same[0])
+            winner = next((name for name in same if name in kept), same[0])
             found.update((name, winner) for name in same if name != winner)
     return found
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, aclosing
+from contextlib import AsyncExitStack, aclosing, closing
 from functools import partial
 
 import trio
@@ -18,10 +18,11 @@ from agent.transfer.basis.jobs import FileJob, Group, GroupListed, LinkWanted, O
 from agent.transfer.basis.journal_rows import DirectoryRow
 from agent.transfer.basis.storage_threads import StorageThreads
 from agent.transfer.course.run import Run
+from agent.transfer.planning.extras import KeptExtra
 from agent.transfer.planning.filled_places import SEVERAL, FilledPlaces
-from agent.transfer.planning.gathered_names import GatheredNames
+from agent.transfer.planning.gathered_names import GatheredNames, SpelledThere, pieces
 from agent.transfer.planning.items import ItemPlanner
-from agent.transfer.planning.plan import DirectoryPlanner, KeptExtra, Listing, Planned
+from agent.transfer.planning.plan import DirectoryPlanner, Listing, Planned
 from protocol.errors import ItemFailed, NeedsPerson, RetryLater, TaskFailed, TowpathError
 from protocol.names import CollectionPath, format_path, parse_path_untrusted, split_path
 from protocol.session import Row
@@ -83,10 +84,13 @@ class DirectoryWalk:
                 listing.finished()
 
     async def _list(self, row: DirectoryRow, listing: Listing) -> None:
-        run = self._run
-        await run.slot()
-        context = run.context
-        planner = DirectoryPlanner(
+        await self._run.slot()
+        with closing(self._planner(row)) as planner:
+            await self._list_with(planner, row, listing)
+
+    def _planner(self, row: DirectoryRow) -> DirectoryPlanner:
+        run, context = self._run, self._run.context
+        return DirectoryPlanner(
             context.root,
             context.journal,
             run.options,
@@ -98,6 +102,9 @@ class DirectoryWalk:
             top=self._top_of(row),
             one_machine=context.one_machine,
         )
+
+    async def _list_with(self, planner: DirectoryPlanner, row: DirectoryRow, listing: Listing) -> None:
+        run = self._run
         follow = run.options.recursive_symlinks == "copy"
         if (run.options.preserve_xattrs or run.options.preserve_acls) and not await self._prepare(planner, row):
             return
@@ -123,18 +130,25 @@ class DirectoryWalk:
     async def _gather(
         self, planner: DirectoryPlanner, rows: list[Row], batches: AsyncIterator[list[Row]], listing: Listing
     ) -> None:
-        """Plan a folder whose names may be one name here, once they are all known. Raises `ItemFailed` for one with
-        more than can be held; of large ones, one at a time is held."""
-        gathered = GatheredNames()
-        gathered.add_untrusted(rows)
+        """Plan a folder whose names may be one name here, once they are all known; of those with more than are held in
+        memory, one at a time. Raises `ItemFailed` for names that cannot be compared."""
+        run = self._threads.run
         async with AsyncExitStack() as stack:
+            gathered = stack.enter_context(closing(GatheredNames(self._run.context.journal.path.parent)))
+            await run(partial(gathered.add_untrusted, rows))
             async for more in batches:
-                gathered.add_untrusted(more)
-                if gathered.are_many and self._large_folder.statistics().owner is not trio.lowlevel.current_task():
-                    await stack.enter_async_context(self._large_folder)
-            await self._threads.run(partial(planner.compare_names, gathered.rows))
-            for some in gathered.taken():
-                await self._planned(await self._threads.run(partial(planner.plan, some)), listing)
+                await run(partial(gathered.add_untrusted, more))
+            there = None
+            if gathered.are_many:
+                await stack.enter_async_context(self._large_folder)
+                there = stack.enter_context(closing(SpelledThere(planner.group.handle, gathered.directory)))
+            portions = gathered.portions()
+            while portion := await run(partial(next, portions, [])):
+                await run(partial(planner.compare_names, portion, there.of if there else None))
+                for some in pieces(portion):
+                    await self._planned(await run(partial(planner.plan, some)), listing)
+            # What was large on disk takes a moment to go.
+            await run(gathered.close)
 
     def _top_of(self, row: DirectoryRow) -> CollectionPath:
         """Where the item of a folder leads to."""

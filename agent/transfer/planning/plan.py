@@ -10,15 +10,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
-from enum import Enum
 
 import trio
 
 from agent.storage.base import Directory, Root
 from agent.storage.enclosing import enclosing
 from agent.storage.faults import fault
-from agent.storage.folding import fold_key
-from agent.storage.hiding import is_hidden
 from agent.storage.node import Node, nearest_time
 from agent.storage.rules import included
 from agent.transfer.basis.compare import Decision, decide
@@ -27,6 +24,7 @@ from agent.transfer.basis.journal_rows import BARE, FAILED, KEPT, LINKED, LIST_F
 from agent.transfer.basis.patience import Patience
 from agent.transfer.books.journal import Journal
 from agent.transfer.planning.collisions import collision, losers
+from agent.transfer.planning.extras import Extras, KeptExtra
 from agent.transfer.planning.filled_places import FilledPlaces
 from agent.transfer.planning.hard_links import is_shared, shared_name
 from agent.transfer.planning.into_itself import into_itself
@@ -51,16 +49,6 @@ class Planned:
     shared: list[SharedName] = field(default_factory=list)
     failures: list[tuple[FileJob, TowpathError]] = field(default_factory=list)
     directories: list[tuple[int, bytes, bytes, int, list[tuple[int, int]]]] = field(default_factory=list)
-
-
-class KeptExtra(Enum):
-    """Why a mirror leaves something in a folder that the source has not listed."""
-
-    NONE = "nothing stays"
-    SHARED = "it may be another item's"
-    HIDDEN = "the source shows no names that begin with a dot"
-    LINKED = "a link leads out of the mirror"
-    CHANGED = "names changed at the source while they were listed"
 
 
 class DirectoryPlanner:
@@ -90,7 +78,7 @@ class DirectoryPlanner:
         self._has_finished = False
         self._finished: dict[bytes, int] = {}
         self._fresh = False
-        self._names: set[bytes] | None = set() if options.delete_destination_extra else None
+        self._extras: Extras | None = None
         self._filled = filled or FilledPlaces(())
         # Device and inode of the folders in which this one lies, once they are wanted.
         self._inside: Collection[tuple[int, int]] | None = None if one_machine else ()
@@ -118,17 +106,31 @@ class DirectoryPlanner:
                 self._has_finished = self._journal.has_finished(self._row.id)
             # Most folders are new: nothing is looked for in them.
             self.group.empty = _is_empty(handle) or self._clean(handle)
-            if self._names is not None:
+            if self._options.delete_destination_extra:
                 # What an earlier run found missing may be at the source by now, and this listing not come to its end.
-                self._journal.put_extras(join_path(handle.path), ())
+                self._journal.drop_extras(join_path(handle.path))
             self.folds = handle.folds(self._prefix)
             self.group.local = handle.disk() is not None
             self._fresh = self.group.empty and not self._has_finished
         except BaseException:
             handle.close()
             raise
+        if self._options.delete_destination_extra:
+            self._extras = self._new_extras(handle, path)
         self.opened = True
         return self.group
+
+    def _new_extras(self, handle: Directory, path: CollectionPath) -> Extras:
+        return Extras(
+            self._root,
+            self._journal,
+            handle,
+            path,
+            top=self._top,
+            filled=self._filled,
+            rules=self._options.filter_rules,
+            folds=self.folds,
+        )
 
     def _clean(self, handle: Directory) -> bool:
         """Remove what dead runs have left in a folder; whether nothing is in it after that."""
@@ -153,13 +155,13 @@ class DirectoryPlanner:
         plain = self._fresh and not losers and not self._options.preserve_hard_links
         group, item = self.group, self._row.item
         self._finished = self._finished_of(rows) if self._has_finished else {}
+        if self._extras is not None:
+            self._extras.add(row.name for row in rows)
         for row in rows:
             name = row.name
             if is_reserved(check_component_untrusted(name)):
                 # Our own sources never list these; what another one calls so must not pass for a temporary.
                 raise ProtocolError("The source lists a reserved name.", code="ILLEGAL_NAME")
-            if self._names is not None:
-                self._names.add(name)
             if rules and not included(rules, name, row.kind == DIRECTORY):
                 continue
             if plain and row.kind == FILE:
@@ -193,13 +195,14 @@ class DirectoryPlanner:
             return True
         return True
 
-    def compare_names(self, rows: list[Row]) -> None:
-        """Find out which of all the names of a folder that folds them cannot be beside another one. Raises OSError."""
+    def compare_names(self, rows: list[Row], there: Callable[[set[bytes]], set[bytes]] | None = None) -> None:
+        """Find out which names of a folder that folds them cannot be beside another one, of all or of all that may be
+        one name; only these may come to `plan` next. ``there`` as for `losers`. Raises OSError."""
         rules = self._options.filter_rules
         names = (
             check_component_untrusted(row.name) for row in rows if included(rules, row.name, row.kind == DIRECTORY)
         )
-        self._left_out = losers(self._root, self.group.handle, names, self._prefix)
+        self._left_out = losers(self._root, self.group.handle, names, self._prefix, there)
 
     def _plan_row(self, row: Row, planned: Planned, winner: bytes | None) -> None:
         counts = self.group.counts
@@ -296,43 +299,14 @@ class DirectoryPlanner:
     def note_extra(self, *, source_hides: bool = False) -> KeptExtra:
         """After the last row: remember what the source does not have (`agent.transfer.deleting.mirror` deletes it). Why
         something stays that it has not listed either. Raises OSError."""
-        if self._names is None:
+        if self._extras is None:
             return KeptExtra.NONE
-        rules = self._options.filter_rules
-        # What may be a name of the source in another spelling is not deleted.
-        spelled = fold_key if self.folds else bytes
-        names = {spelled(name) for name in self._names}
-        path, real = split_path(self._row.destination), self.group.handle.path
-        others = self._filled.names(path) | self._filled.names(real)
-        extras = [
-            node.name
-            for node in self.group.handle.scan()
-            if spelled(node.name) not in names
-            and fold_key(node.name) not in others
-            and included(rules, node.name, node.kind == "dir")
-        ]
-        if extras and (self._filled.several(path) or self._filled.several(real)):
-            return KeptExtra.SHARED
-        if extras and not self._is_below_top(path, real):
-            return KeptExtra.LINKED
-        if extras and self.source_changed:
-            # A file that was given another name meanwhile may have been listed under neither.
-            return KeptExtra.CHANGED
-        # Nobody here knows whether the source has those.
-        known = [name for name in extras if not is_hidden(name)] if source_hides else extras
-        if source_hides and known:
-            self._journal.note_source_hides()
-        # By where the folder is: what has taken its name when they are deleted may be another one.
-        self._journal.put_extras(join_path(real), known)
-        return KeptExtra.NONE if len(known) == len(extras) else KeptExtra.HIDDEN
+        return self._extras.note(source_hides=source_hides, source_changed=self.source_changed)
 
-    def _is_below_top(self, path: CollectionPath, real: CollectionPath) -> bool:
-        """Whether the folder is where the item leads to, by whatever links, and no link below that has led elsewhere.
-        Raises OSError."""
-        if path == real:
-            return True
-        with self._root.open_directory(self._top) as top:
-            return real == (*top.path, *path[len(self._top) :])
+    def close(self) -> None:
+        """Let go what is known of the source's names; the folder's group goes on. Safe to call twice."""
+        if self._extras is not None:
+            self._extras.close()
 
 
 def count_finished(group: Group, row: Row, outcome: int, *, verified: bool, shared: bool = False) -> None:
