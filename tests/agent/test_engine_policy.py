@@ -17,8 +17,10 @@ from agent.config.keys import CollectionConfig
 from agent.transfer.processes.channel import Channel, Checkpointed, Desire, Finished, RunTask, ToDaemon, ToWorker
 from agent.transfer.processes.message_buffer import Message
 from agent.transfer.processes.worker_process import Workers
+from agent.transfer.tasks.running_task import RunningTask
 from agent.transfer.tasks.service import TransferService
 from protocol.control import TaskItem, TaskObserved, TaskOrder
+from protocol.names import format_path
 from tests.agent.engine_world import Node, World, world
 
 SIZE = 192 * 1024 * 1024
@@ -196,6 +198,36 @@ async def test_a_task_whose_links_may_lead_less_far_goes_on_with_another_worker(
         assert (await made.wait(task)).state == "SUCCEEDED"
     assert workers.begun == [order.ticket, *tickets]
     assert workers.told == [again]
+
+
+async def test_a_root_that_moves_right_after_a_task_was_chosen_has_its_place_looked_at_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else another task may write to the same place at once."""
+    moved, begun, places = tmp_path / "moved", list[RunningTask](), list[str]()
+    moved.mkdir()
+    run, worker = RunningTask.run, Workers.worker
+
+    async def moved_before(self: RunningTask) -> None:
+        if not begun:
+            begun.append(self)
+            await owner_changes(made.beta, configured(made.beta, root=str(moved)))
+        await run(self)
+
+    @asynccontextmanager
+    async def begins(self: Workers, start: Message) -> AsyncIterator[Channel]:
+        if isinstance(start, RunTask):
+            places.extend(format_path(path) for path in service_of(made.beta)._tasks[task].claim.paths)
+        async with worker(self, start) as channel:
+            yield channel
+
+    monkeypatch.setattr(RunningTask, "run", moved_before)
+    monkeypatch.setattr(Workers, "worker", begins)
+    async with world(tmp_path) as made:
+        (made.alpha.root / "small").write_bytes(b"content")
+        task = await made.submit([TaskItem(source_path="/small", destination_path="/small")])
+        assert (await made.wait(task)).state == "SUCCEEDED"
+    assert places == [str(moved / "small")]
 
 
 async def test_a_collection_narrowed_while_the_agent_was_down_is_respected(tmp_path: Path) -> None:

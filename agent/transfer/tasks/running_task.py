@@ -268,7 +268,6 @@ class RunningTask:
         """Run workers until the task is finished, held, or its collection another one; one that dies is followed by
         another."""
         pauses = CrashPauses()
-        self._moved = False
         while self.desired != "pause" and not self._moved and self.observed.state not in FINAL_STATES:
             if self.order.desired == "cancel" and (
                 await self._cancel_without_collection() or await self._cancel_untouched()
@@ -291,6 +290,8 @@ class RunningTask:
                 await trio.sleep(pause)
 
         if self._moved:
+            # Only now: it may have moved between the choice of this task and the first step here.
+            self._moved = False
             self.name_claim()
         if not self._stopping:
             await self.tell_why_not()
