@@ -17,6 +17,7 @@ import trio.testing
 
 from agent.config.keys import CollectionConfig
 from agent.policy import LINK_OPERATIONS, Policy
+from agent.storage.listing import list_directory
 from protocol.control import AgentEvent, SessionOrder, encode
 from protocol.errors import AccessDenied
 from tests.agent.link_scene import (
@@ -364,6 +365,21 @@ async def test_what_waited_for_its_disk_is_decided_about_again(
         return
     assert code == ("COLLECTION_CHANGED" if how == "moved" else "UNKNOWN_COLLECTION")
     assert link.tree() == before
+
+
+async def test_a_listing_during_which_the_permission_goes_is_not_shown(
+    link: Link, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = list_directory
+
+    def takes_long(*arguments: Any) -> Any:
+        listing = real(*arguments)
+        link.policy.replace([])
+        return listing
+
+    monkeypatch.setattr("agent.link_app.list_directory", takes_long)
+    _status, code = await link.code("GET", at(READ_WRITE, "ls"), path="/")
+    assert code == "UNKNOWN_COLLECTION"
 
 
 @pytest.mark.parametrize(("method", "verb", "query", "body"), WAITING[2:])

@@ -27,6 +27,9 @@ LINK = ("tests/agent/test_link_app.py", "tests/agent/test_hostile_relay.py", "te
 ROUTES = ("tests/relay/test_transfer_authorization.py",)
 OPERATIONS = (*ROUTES, "tests/relay/test_transfer_operations.py", "tests/relay/test_transfer_access.py")
 WATCHED = (*ROUTES, "tests/relay/test_transfer_tasks.py", "tests/relay/test_task_managers.py")
+AGAIN = (*OPERATIONS, "tests/relay/test_registry.py")
+TAKEN = (*ROUTES, "tests/relay/test_transfer_access.py")
+REACH = ("tests/agent/test_engine_policy.py",)
 SUBMISSIONS = (*ROUTES, "tests/relay/test_transfer_endpoints.py", "tests/relay/test_transfer_submission.py")
 
 # What a removed demand for a token becomes: everybody is the same nobody.
@@ -66,6 +69,7 @@ _POLICY, _SERVE, _TICKET = (
     "agent/transfer/source/serve.py",
     "protocol/ticket.py",
 )
+_REGISTRY, _TURNS = "relay/rendezvous/registry.py", "relay/transfer/task_turns.py"
 _UNSIGNED = "options={'verify_signature': False})"
 NAMED: list[tuple[str, str, str, tuple[str, ...]]] = [
     ("agent/connect/tls.py", "presented != fingerprint", "False", STRANGERS),
@@ -107,6 +111,19 @@ NAMED: list[tuple[str, str, str, tuple[str, ...]]] = [
     ("agent/link_app.py", 'self._policy.check(order.destination.collection_id, (), "rw")', "pass", LINK),
     ("agent/link_app.py", 'order.task_id != request.path_params["task"]', "False", LINK),
     ("agent/link_app.py", 'order.session_id != request.path_params["session"]', "False", LINK),
+    ("agent/link_app.py", "self._check_again(asked)", "pass", LINK),
+    ("agent/link_app.py", "if left:", "if False:", LINK),
+    (
+        "agent/link_app.py",
+        "(now.root, now.hidden) != (asked.config.root, asked.config.hidden)",
+        "False",
+        LINK,
+    ),
+    ("agent/link_app.py", "ask_again()\n            return listing", "return listing", LINK),
+    ("agent/link_app.py", "ask_again()\n            return entry", "return entry", LINK),
+    ("agent/link_app.py", "ask_again()\n                parent.mkdir(name)", "parent.mkdir(name)", LINK),
+    ("agent/link_app.py", "ask_again()\n                        source.rename", "source.rename", LINK),
+    ("agent/link_app.py", "ask_again()\n                parent.symlink", "parent.symlink", LINK),
     ("agent/policy.py", 'access == "rw" and collection.read_only', "False", LINK),
     ("agent/policy.py", 'component in (b"", b".", b"..") or b"/" in component or b"\\0" in component', "False", LINK),
     ("relay/access/decisions.py", "if all(wanted in at_one for at_one in held):", "if True:", ROUTES),
@@ -119,6 +136,26 @@ NAMED: list[tuple[str, str, str, tuple[str, ...]]] = [
     ("relay/transfer/task_rows.py", "task is None or task.owner_id != identity_id", "task is None", ROUTES),
     ("relay/transfer/task_lists.py", "held = [column.owner_id == identity_id, ", "held = [", ROUTES),
     ("relay/transfer/search.py", "_visible(subject), ", "", ROUTES),
+    # What was decided before a call waited is decided again.
+    ("relay/api/transfer_operations.py", "            raise answer\n", "            return\n", AGAIN),
+    ("relay/api/transfer_operations.py", "if answer[1] != reach:", "if False:", AGAIN),
+    (
+        "relay/transfer/filesystem.py",
+        "self._decide_again is not None and trio.current_time() - began > DECISION_HOLDS",
+        "False",
+        AGAIN,
+    ),
+    (_REGISTRY, "decide_again is not None and trio.current_time() - came > DECISION_HOLDS", "False", AGAIN),
+    (_REGISTRY, "ask() if decide_again is None else _while_allowed(ask, decide_again)", "ask()", AGAIN),
+    # Running tasks when a permission is taken away.
+    (_TURNS, "if not may.runs:", "if False:", TAKEN),
+    (
+        _TURNS,
+        "renew and _has_tickets(task) and (may.source_reach, may.destination_reach) != (None, None)",
+        "False",
+        TAKEN,
+    ),
+    ("agent/transfer/tasks/running_task.py", "self._reach(order) != self._reach(self.order)", "False", REACH),
 ]
 
 
