@@ -25,18 +25,17 @@ from relay.rendezvous.signalling import Signalling
 from relay.settings import Settings
 from relay.store.batch import Batch
 from relay.store.database import Store
-from relay.transfer import arrivals, closed_owners, revocation, rules, task_reports, task_turns
+from relay.transfer import arrivals, task_reports
 from relay.transfer.agents import AgentLinks
 from relay.transfer.arrivals import Arrival
 from relay.transfer.delivery import Courier
+from relay.transfer.duties import Duties
 from relay.transfer.event_stream import LineReader
 from relay.transfer.latest_progress import LatestProgress
 from relay.transfer.take_over import TakeOver
 
 logger = logging.getLogger("relay.steward")
 
-# An agent that was asked to stop and is away has this long to confirm; then the relay ends the task itself.
-CANCEL_GRACE = 600.0
 CLOCK_INTERVAL, CLOCK_PAUSE = 60.0, 0.2
 # Links that come back this soon are not worth an event in every task.
 AWAY_BEFORE_NOTICE = 15.0
@@ -83,14 +82,15 @@ class Steward:
         self._clock = clock
         self._signalling = signalling or Signalling(registry)
         self._nursery: trio.Nursery | None = None
-        self._ticket_life = float(settings.tickets.life)
         self._keep = float(settings.tasks.retention)
+        ticket_life = float(settings.tickets.life)
+        self._duties = Duties(ticket_life)
         self._courier = Courier(
             store,
             registry,
             signer,
             self._signalling,
-            ticket_life=self._ticket_life,
+            ticket_life=ticket_life,
             keep=self._keep,
             timeout=float(settings.limits.call_timeout),
             since=clock(),
@@ -441,7 +441,7 @@ class Steward:
         while True:
             self._clock_event = trio.Event()
             try:
-                upcoming = await self._duties()
+                upcoming = await self._do_what_is_due()
             except TowpathError as error:
                 logger.warning("Deadlines could not be looked at: %s", error.sentence)
                 upcoming = math.inf
@@ -450,46 +450,26 @@ class Steward:
             # Many wake-ups in a row are one look.
             await trio.sleep(CLOCK_PAUSE)
 
-    async def _duties(self) -> float:
+    async def _do_what_is_due(self) -> float:
         """All that is due now; returns when the next thing will be."""
         now = self._clock()
         for task_id in [task_id for task_id, when in self._retries.items() if when <= now]:
             del self._retries[task_id]
             self._due[task_id] = None
             self._due_event.set()
-        due, upcoming = await self._store.read(lambda connection: self._look_ahead(connection, now))
-        all_tickets, self._clock_set = self._clock_set, False
-        if due or all_tickets:
-            half_life = -math.inf if all_tickets else self._ticket_life / 2
-            cut, changed = await self._store.write(lambda connection: self._turn(connection, now, half_life))
-            for task_id in cut:
+        upcoming = await self._store.read(lambda connection: self._duties.next(connection, now))
+        if upcoming <= now or self._clock_set:
+            all_tickets, self._clock_set = self._clock_set, False
+            try:
+                done = await self._store.write(lambda c: self._duties.do(c, now, all_tickets=all_tickets))
+            except BaseException:
+                self._clock_set = self._clock_set or all_tickets
+                raise
+            self._duties.note(done)
+            for task_id in done.cut:
                 self.cut(task_id)
-            for task_id in cut + changed:
+            for task_id in done.cut + done.changed:
                 self._announce_finished(task_id)
                 self._due[task_id] = None
             self._due_event.set()
         return min([upcoming, *self._retries.values()])
-
-    def _look_ahead(self, connection: Connection, now: float) -> tuple[bool, float]:
-        expiry = task_turns.next_expiry(connection, CANCEL_GRACE)
-        renewal = task_turns.next_renewal(connection, now, self._ticket_life / 2)
-        rule = rules.next_expiry(connection)
-        # Accounts are closed and opened, and agents revoked, by a process of its own, so that nobody says when.
-        told = (
-            closed_owners.changed(connection)
-            or task_turns.lost_linked_ones(connection, now)
-            or revocation.changed(connection)
-        )
-        known = (expiry, renewal, rule, now if told else None, math.inf)
-        upcoming = min(moment for moment in known if moment is not None)
-        return upcoming <= now, upcoming
-
-    def _turn(self, connection: Connection, now: float, half_life: float) -> tuple[list[str], list[str]]:
-        """Ids of the tasks that have lost their permission by now, or whose owner's account was closed or opened, or
-        an agent of which was revoked, and of others that have changed."""
-        cut = task_turns.end_where_rules_ran_out(connection, now)
-        cut += closed_owners.follow(connection, now)
-        cut += revocation.follow(connection, now)
-        cut += task_turns.end_where_linked_ones_were_closed(connection, now)
-        expired = task_turns.expire(connection, now, CANCEL_GRACE)
-        return cut, [*expired, *task_turns.renew(connection, now, half_life)]

@@ -23,7 +23,7 @@ from relay.store.auth_tables import identities
 from relay.store.sign_in_tables import linked_identities
 from relay.transfer import collections, event_log, rules, task_rows
 from relay.transfer.collections import Collection
-from relay.transfer.entitlement import entitled, entitlement, spots
+from relay.transfer.entitlement import entitlement, spots
 from relay.transfer.event_log import TaskEvent
 from relay.transfer.submission import Submission
 from relay.transfer.task_documents import CANCELED, DEADLINE_EXPIRED
@@ -227,12 +227,12 @@ def end_where_access_is_gone(connection: Connection, collection_id: str, reason:
     """
     column = tables.tasks.c
     there = or_(column.source_id == collection_id, column.destination_id == collection_id)
-    return _end_unentitled(connection, there, reason, now, renew=True)
+    return _end_unentitled(connection, there, reason, now)
 
 
 def end_of_people_without_access(connection: Connection, owners: Iterable[str], reason: str, now: float) -> list[str]:
     """The same for the active tasks of some people, who are another person's identities no longer."""
-    return _end_unentitled(connection, tables.tasks.c.owner_id.in_(list(owners)), reason, now, renew=True)
+    return _end_unentitled(connection, tables.tasks.c.owner_id.in_(list(owners)), reason, now)
 
 
 def end_all_on(connection: Connection, collection_id: str, reason: str, now: float) -> list[str]:
@@ -252,22 +252,22 @@ def end_all_of(connection: Connection, owner_id: str, reason: str, now: float) -
     return [task.id for task in tasks]
 
 
+def closed_linked_ones(connection: Connection) -> frozenset[str]:
+    """The identities that are closed and belong to people who have others besides."""
+    link = linked_identities.c
+    one_of_several = identities.c.id.in_(select(link.identity_id)) | identities.c.id.in_(select(link.primary_id))
+    closed = select(identities.c.id).where(identities.c.status == "closed", one_of_several)
+    return frozenset(connection.execute(closed).scalars())
+
+
 def end_where_linked_ones_were_closed(connection: Connection, now: float) -> list[str]:
-    """End the tasks that need what was granted to a closed identity which is linked to their owner's."""
+    """The same for the tasks of people who have such identities: what those were granted counts no more."""
     return _end_unentitled(
         connection,
         _has_closed_one(),
         "The permission that this task needs was given to an identity that is closed.",
         now,
     )
-
-
-def lost_linked_ones(connection: Connection, now: float) -> bool:
-    """Whether `end_where_linked_ones_were_closed` has anything to do."""
-    # Nearly always nobody's is: then no task is looked at.
-    if connection.execute(_people_with_closed_ones().limit(1)).first() is None:
-        return False
-    return any(not entitled(connection, task, now) for task in _active(connection, _has_closed_one()))
 
 
 def _has_closed_one() -> ColumnElement[bool]:
@@ -294,17 +294,15 @@ def _active(connection: Connection, which: ColumnElement[bool]) -> list[Task]:
     return [Task(**row._mapping) for row in connection.execute(statement)]
 
 
-def _end_unentitled(
-    connection: Connection, which: ColumnElement[bool], reason: str, now: float, *, renew: bool = False
-) -> list[str]:
-    """End those whose owner may not run them any more; returns their ids. With ``renew`` also of those that go on, but
-    whose tickets may let links lead into folders that are closed to them by now: these get new ones."""
+def _end_unentitled(connection: Connection, which: ColumnElement[bool], reason: str, now: float) -> list[str]:
+    """End those whose owner may not run them any more; returns their ids, and of those that go on, but whose tickets
+    may let links lead into folders that are closed to them by now: these get new ones."""
     changed = []
     for task in _active(connection, which):
         may = entitlement(connection, task, task_rows.load_scope(connection, task.id), now)
         if not may.runs:
             end_now(connection, task, code=CANCELED, sentence=reason, now=now)
-        elif renew and _has_tickets(task) and (may.source_reach, may.destination_reach) != (None, None):
+        elif _has_tickets(task) and (may.source_reach, may.destination_reach) != (None, None):
             task_rows.change(connection, task.id, revision=task.revision + 1)
         else:
             continue

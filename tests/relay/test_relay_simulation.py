@@ -24,7 +24,8 @@ from protocol.errors import RetryLater
 from protocol.ticket import TicketVerifier
 from relay.store import transfer_tables as tables
 from relay.store.metadata import metadata
-from relay.transfer.steward import CANCEL_GRACE, Steward
+from relay.transfer.duties import CANCEL_GRACE
+from relay.transfer.steward import Steward
 from tests.relay.fake_agents import FakeAgent, lost_answer, once
 from tests.relay.steward_scene import Scene, open_scene
 from tests.slices import chosen_seeds

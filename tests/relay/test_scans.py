@@ -100,7 +100,7 @@ def steps(connection: Connection, work: Callable[[Connection], Any]) -> tuple[in
         (lambda c: task_turns.count_of_owner(c, "ada"), 1),
         (lambda c: task_turns.next_expiry(c, 60.0), NOW + 60),
         (lambda c: task_turns.next_renewal(c, NOW + MANY, 3600.0), NOW + 3600),
-        (lambda c: task_turns.lost_linked_ones(c, NOW), False),
+        (task_turns.closed_linked_ones, frozenset()),
         (closed_owners.changed, False),
         (rules.next_expiry, None),
     ],

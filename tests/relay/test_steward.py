@@ -11,7 +11,8 @@ from trio.testing import MockClock
 from protocol.control import Counters, Flow, LaneFlow, TaskObserved
 from protocol.errors import ItemFailed, RetryLater
 from relay.store import transfer_tables as tables
-from relay.transfer.steward import CANCEL_GRACE, Steward
+from relay.transfer.duties import CANCEL_GRACE
+from relay.transfer.steward import Steward
 from tests.relay.fake_agents import lost_answer, once
 from tests.relay.steward_scene import MOMENT, Scene
 

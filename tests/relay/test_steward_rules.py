@@ -14,6 +14,7 @@ from protocol.errors import AccessDenied, NeedsPerson, ProtocolError
 from protocol.ticket import TicketVerifier
 from relay.store import transfer_tables as tables
 from relay.store.auth_tables import identities, tokens
+from relay.store.database import StoreBusy
 from relay.times import iso
 from relay.transfer.steward import CLOCK_INTERVAL
 from tests.relay.fake_agents import once
@@ -68,6 +69,28 @@ async def test_a_clock_that_jumped_gives_running_tasks_new_tickets(
     # Once is enough.
     await trio.sleep(2 * CLOCK_INTERVAL)
     assert len(orders) == 2
+
+
+async def test_tickets_are_renewed_for_a_clock_that_was_set_while_the_database_was_busy(
+    clock: MockClock, scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene.up()
+    task_id = await scene.task()
+    steward = scene.relay.services.steward
+    busy = [True]
+    write = scene.relay.store.write
+
+    async def refusing(work: Any, *, aside: bool = False) -> Any:
+        if busy:
+            raise StoreBusy("The database is busy.")
+        return await write(work, aside=aside)
+
+    monkeypatch.setattr(scene.relay.store, "write", refusing)
+    steward.clock_was_set()
+    await trio.sleep(MOMENT)
+    busy.clear()
+    await trio.sleep(CLOCK_INTERVAL + MOMENT)
+    assert len(scene.destination.orders[task_id]) == 2
 
 
 async def test_a_destination_that_asks_on_and_on_does_not_flood_the_source(clock: MockClock, scene: Scene) -> None:

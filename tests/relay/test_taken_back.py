@@ -25,7 +25,7 @@ from tests.relay.relay_world import RelayWorld
 from tests.relay.sign_in_world import PASSWORD, Application, Form, Person, add_person, forms_of
 from tests.relay.steward_scene import MOMENT, Scene
 from tests.relay.test_applications import developer
-from tests.relay.test_transfer_access import bobs_task, rule
+from tests.relay.test_transfer_access import bobs_task, rule, source_reaches
 from tests.relay.transfer_world import transfer_document
 
 
@@ -99,14 +99,49 @@ async def test_what_a_closed_identity_was_granted_counts_for_nobody(clock: MockC
     bob, other, task_id = await linked_task(scene)
     place = f"/operation/endpoint/{scene.a}/ls"
     await bob.get(place, path="/shared/")
-    this = identities.c.id == other.id
-    await scene.relay.store.write(lambda c: c.execute(update(identities).where(this).values(status="closed")))
+    await set_status(scene, other, "closed")
     await bob.refused("GET", place, 404, "EndpointNotFound", params={"path": "/shared/"})
     # The operator's command is a process of its own, so that the relay finds out when it looks.
     await trio.sleep(CLOCK_INTERVAL + MOMENT)
     assert await stopped(scene, bob, task_id)
-    await scene.relay.store.write(lambda c: c.execute(update(identities).where(this).values(status="used")))
+    await set_status(scene, other, "used")
     await bob.get(place, path="/shared/")
+
+
+async def test_links_lead_a_running_task_no_longer_where_a_closed_identity_may(clock: MockClock, scene: Scene) -> None:
+    """The task needs what its owner may, and goes on; a ticket that was given before lasts for hours."""
+    hers = scene.destination
+    bob, _, task_id = await bobs_task(scene)
+    scene.relay.registry.up(hers)
+    other = await scene.person("bob.elsewhere")
+    link = {"identity_id": other.id, "primary_id": bob.id, "created": 1.0}
+    await scene.relay.store.write(lambda connection: connection.execute(insert(linked_identities).values(**link)))
+    await scene.alice.post(f"/endpoint/{scene.a}/access", rule(other.id, path="/elsewhere"), status=201)
+    mine = await scene.task()
+    scene.relay.steward.clock_was_set()
+    await trio.sleep(MOMENT)
+    assert source_reaches(scene, task_id) == [["/elsewhere", "/shared"]] * 2
+    for again in (False, True):
+        await set_status(scene, other, "closed")
+        # The operator's command is a process of its own, so that the relay finds out when it looks.
+        await trio.sleep(CLOCK_INTERVAL + MOMENT)
+        assert source_reaches(scene, task_id) == [["/shared"]] * 2, again
+        assert (await bob.get(f"/task/{task_id}"))["status"] == "ACTIVE"
+        # Once is enough, and nobody else's task is concerned.
+        orders = len(scene.destination.orders[task_id]), len(hers.orders[mine])
+        await trio.sleep(3 * CLOCK_INTERVAL)
+        assert (len(scene.destination.orders[task_id]), len(hers.orders[mine])) == orders
+        await set_status(scene, other, "used")
+        await trio.sleep(CLOCK_INTERVAL + MOMENT)
+        scene.relay.steward.clock_was_set()
+        await trio.sleep(MOMENT)
+        assert source_reaches(scene, task_id) == [["/elsewhere", "/shared"]] * 2
+
+
+async def set_status(scene: Scene, person: Any, status: str) -> None:
+    """What the operator's commands do that close an account and open it again."""
+    this = identities.c.id == person.id
+    await scene.relay.store.write(lambda c: c.execute(update(identities).where(this).values(status=status)))
 
 
 async def test_the_tunnel_of_a_task_ends_with_its_permission_though_its_source_cannot_be_told(

@@ -265,6 +265,16 @@ async def test_a_task_ends_with_the_rule_it_needs(clock: MockClock, scene: Scene
     assert scene.destination.orders[task_id][-1].desired == "cancel"
 
 
+def source_reaches(scene: Scene, task_id: str) -> list[object]:
+    """Where links may lead a task at its source, by the newest tickets of both agents."""
+    keys = scene.relay.services.keys
+    verifier = TicketVerifier(keys.relay_id, keys.root_public_pem)
+    session_id = scene.destination.orders[task_id][-1].session_id
+    newest = scene.destination.orders[task_id][-1].ticket, scene.source.sessions[session_id][-1].ticket
+    tickets = [verifier.verify_untrusted(one, scene.relay.services.clock()) for one in newest]
+    return [None if ticket.source is None else ticket.source.reach for ticket in tickets]
+
+
 async def test_links_lead_a_running_task_no_longer_into_a_folder_that_was_closed(
     clock: MockClock, scene: Scene
 ) -> None:
@@ -274,21 +284,11 @@ async def test_links_lead_a_running_task_no_longer_into_a_folder_that_was_closed
     other = await scene.alice.post(opening, rule(bob.id, path="/elsewhere"), status=201)
     scene.relay.steward.clock_was_set()
     await trio.sleep(MOMENT)
-    keys = scene.relay.services.keys
-    verifier = TicketVerifier(keys.relay_id, keys.root_public_pem)
-
-    def reaches() -> list[object]:
-        """Of the newest tickets of both agents."""
-        session_id = scene.destination.orders[task_id][-1].session_id
-        newest = scene.destination.orders[task_id][-1].ticket, scene.source.sessions[session_id][-1].ticket
-        tickets = [verifier.verify_untrusted(one, scene.relay.services.clock()) for one in newest]
-        return [None if ticket.source is None else ticket.source.reach for ticket in tickets]
-
-    assert reaches() == [["/elsewhere", "/shared"]] * 2
+    assert source_reaches(scene, task_id) == [["/elsewhere", "/shared"]] * 2
     await scene.alice.delete(f"{opening}/{other['access_id']}")
     await trio.sleep(MOMENT)
     assert (await bob.get(f"/task/{task_id}"))["status"] == "ACTIVE"
-    assert reaches() == [["/shared"]] * 2
+    assert source_reaches(scene, task_id) == [["/shared"]] * 2
 
 
 async def test_an_order_to_stop_carries_no_permission(clock: MockClock, scene: Scene) -> None:
