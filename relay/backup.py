@@ -7,11 +7,10 @@ holds every secret of the relay; it is written with mode 0600 and appears under 
 from __future__ import annotations
 
 import contextlib
-import errno
 import gzip
+import itertools
 import os
 import secrets
-import shutil
 import sqlite3
 import tarfile
 import tempfile
@@ -19,12 +18,25 @@ import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
-from typing import IO
 
 from protocol.errors import NeedsPerson
 from protocol.folder_sync import sync_names
 from protocol.private_file import write_private_file
 from relay.lock import LOCK, exclusive, lock_of
+from relay.replacement import (
+    PLAN,
+    Plan,
+    Unfinished,
+    beside,
+    clear,
+    clear_left_beside,
+    give_to_owner_of,
+    move,
+    moves,
+    put_back,
+    replace,
+    write_private,
+)
 from relay.settings import Settings, parse
 
 # Names inside the archive.
@@ -32,6 +44,7 @@ DATABASE = "relay.sqlite"
 CONFIGURATION = "relay.yaml"
 _FOLDERS = ("keys", "tls")
 _MAX_MEMBERS = 1000
+_SCRATCH = ".restore-"
 _MAX_CONFIGURATION = 1 << 20
 
 
@@ -78,57 +91,61 @@ def restore(
     """Put a backup in place: the configuration into ``directory``, everything else where it says.
 
     Returns where the former content was moved to, if there was any. Never touches a directory on which a relay runs;
-    replaces the content of another only with ``force``, and keeps it. ``note`` is called with the database's file
-    before it is put in place, and may write into it. Raises `AlreadyRunning`, `BackupRefused`, `SettingsError`,
-    OSError.
+    replaces the content of another only with ``force``, and keeps it. What fails leaves all as it was; what was killed
+    is undone first by the next call (`relay.replacement`). ``note`` is called with the database's file before it is put
+    in place, and may write into it. Raises `AlreadyRunning`, `BackupRefused`, `Unfinished`, `SettingsError`, OSError.
     """
     text = _read_configuration_untrusted(archive)
     settings = parse(text, f"relay.yaml in {archive.name}")
     home = directory.resolve()
+    put_back(home)
     place = (home / Path(settings.directory).expanduser()).resolve()
     database = place / settings.database.file
     for folder in (place, database.parent):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     with exclusive(place, database):
+        configuration = home / CONFIGURATION
+        # Of a restore that was killed while it unpacked.
+        clear(*place.glob(f"{_SCRATCH}*"))
+        for path in (database, configuration, home / PLAN):
+            clear_left_beside(path)
         known = [database, *(database.with_name(database.name + end) for end in ("-wal", "-shm"))]
-        known += [home / CONFIGURATION, *(place / folder for folder in _FOLDERS)]
+        known += [configuration, *(place / folder for folder in _FOLDERS)]
         present = [path for path in known if path.exists()]
         if present and not force:
             names = ", ".join(path.name for path in present)
             raise BackupRefused(f"{place} holds a relay already ({names}); --force moves it aside.", who="you")
-        scratch = place / f".restore-{secrets.token_hex(4)}"
+        scratch = place / f"{_SCRATCH}{secrets.token_hex(4)}"
         scratch.mkdir(mode=0o700)
-        # Beside its place, which may be on another disk than all else: there it is put in place by a rename.
-        ready = database.with_name(f".{database.name}.{secrets.token_hex(4)}")
+        # Each beside its place, which may be on another disk than all else: there it is put in place by a rename.
+        ready = {path: beside(path) for path in (configuration, database)}
         try:
             _unpack_untrusted(archive, scratch)
             _check_database(scratch / DATABASE)
             note(scratch / DATABASE)
-            _move(scratch / DATABASE, ready)
-            aside = _move_aside(place, present) if present else None
+            move(scratch / DATABASE, ready[database])
             home.mkdir(mode=0o700, parents=True, exist_ok=True)
-            write_private_file(home / CONFIGURATION, text.encode())
-            for name in _FOLDERS:
-                if (scratch / name).exists():
-                    (scratch / name).rename(place / name)
-            _give_to_owner_of(
-                place,
-                [
-                    home / CONFIGURATION,
-                    ready,
-                    place / LOCK,
-                    lock_of(database),
-                    *(place / name for name in _FOLDERS),
-                ],
-            )
-            sync_names(place)
-            # The database last: without it nothing serves what is only half restored, after a power failure neither.
-            ready.rename(database)
-            sync_names(database.parent)
-        finally:
-            ready.unlink(missing_ok=True)
-            shutil.rmtree(scratch, ignore_errors=True)
-    return aside
+            write_private_file(ready[configuration], text.encode())
+            folders = [(scratch / name, place / name) for name in _FOLDERS if (scratch / name).exists()]
+            give_to_owner_of(place, [*ready.values(), *(made for made, _ in folders), place / LOCK, lock_of(database)])
+            aside = _name_of_aside(place)
+            new = [*folders, *((path, target) for target, path in ready.items())]
+            old = [(path, aside / path.name) for path in present]
+            replace(home, Plan(place, aside, scratch, moves(old), moves(new)))
+        except Unfinished:
+            # Putting back what was there goes on from these.
+            raise
+        except BaseException:
+            clear(scratch, *ready.values())
+            raise
+        clear(scratch)
+    return aside if present else None
+
+
+def _name_of_aside(place: Path) -> Path:
+    name = time.strftime("replaced-%Y%m%dT%H%M%S", time.gmtime())
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    return next(place / name for name in names if not os.path.lexists(place / name))
 
 
 def _read_configuration_untrusted(archive: Path) -> str:
@@ -200,73 +217,4 @@ def _unpack_one_untrusted(source: tarfile.TarFile, member: tarfile.TarInfo, path
         path.mkdir(mode=0o700, exist_ok=True)
         return
     with content:
-        _write(content, path)
-
-
-def _write(content: IO[bytes], path: Path) -> None:
-    """Make a file that its owner alone can read, and have it on the disk."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        shutil.copyfileobj(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _give_to_owner_of(place: Path, restored: list[Path]) -> None:
-    """What root has restored belongs to whom the directory does: the service runs as that user."""
-    status = place.stat()
-    if os.geteuid() != 0 or status.st_uid == 0:
-        return
-    for top in restored:
-        for path in [top, *top.rglob("*")] if top.exists() else []:
-            os.chown(path, status.st_uid, status.st_gid, follow_symlinks=False)
-
-
-def _move_aside(place: Path, present: list[Path]) -> Path:
-    """Raises OSError; what could not be moved is where it was then, and whole."""
-    aside = place / time.strftime("replaced-%Y%m%dT%H%M%S", time.gmtime())
-    aside.mkdir(mode=0o700)
-    # In the order given, the database first: from then on there is no relay until the restored one is complete.
-    for path in present:
-        _move(path, aside / path.name)
-    sync_names(aside)
-    return aside
-
-
-def _move(path: Path, target: Path) -> None:
-    """Rename a file or folder, or copy it where it goes to another file system; nothing is removed before the copy is
-    on the disk. Raises OSError."""
-    try:
-        path.rename(target)
-        return
-    except OSError as error:
-        if error.errno != errno.EXDEV:
-            raise
-    try:
-        for source in [path, *path.rglob("*")]:
-            _copy_one(source, target / source.relative_to(path))
-        sync_names(target.parent)
-    except BaseException:
-        _remove(target)
-        raise
-    _remove(path)
-
-
-def _copy_one(source: Path, target: Path) -> None:
-    """Readable by the owner alone, whoever that is at the source."""
-    status = source.stat()
-    if source.is_dir():
-        target.mkdir(mode=0o700)
-    else:
-        with source.open("rb") as content:
-            _write(content, target)
-    if os.geteuid() == 0:
-        os.chown(target, status.st_uid, status.st_gid)
-    sync_names(target.parent)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+        write_private(content, path)

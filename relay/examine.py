@@ -24,6 +24,7 @@ from protocol.errors import TowpathError
 from protocol.findings import AUTHORITY_WARNING, Finding, Level
 from relay.keys import RelayKeys
 from relay.lock import LOCK, holder_of
+from relay.replacement import check_finished
 from relay.settings import Settings, load
 from relay.store.migrate import newest_revision
 from relay.tls import (
@@ -53,6 +54,7 @@ _CLOCK_UNKNOWN = Finding(
 def examine(configuration: Path, now: float) -> Iterator[tuple[str, list[Finding]]]:
     """Titles with findings. ``now`` is Unix seconds."""
     try:
+        check_finished(configuration.absolute().parent)
         settings = load(configuration)
     except TowpathError as error:
         yield "Configuration", [Finding("failure", error.sentence, "Mend it; the relay does not start like this.")]

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 from protocol.private_file import write_private_file
 from relay import keys, settings, tls
+from relay.replacement import check_finished
 from relay.settings import Settings
 from relay.store.database import Store
 from relay.store.migrate import upgrade
@@ -32,8 +33,10 @@ class Initialised:
 def initialise(directory: Path, *, host: str, port: int | None, url: str | None, name: str | None) -> Initialised:
     """Make what is missing in ``directory``; an existing configuration is left as it is and obeyed.
 
-    Raises OSError, `SettingsError`, `KeysUnusable`, `CertificateUnusable` and the store's errors.
+    Raises OSError, `SettingsError`, `KeysUnusable`, `CertificateUnusable`, `Unfinished` for half a restored relay, and
+    the store's errors.
     """
+    check_finished(directory.resolve())
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     configuration = directory.resolve() / CONFIGURATION
     was_there = configuration.exists()

@@ -25,15 +25,19 @@ of_one_user = click.option("--user", "name", help="Those of one user only.")
 
 def default_configuration() -> Path:
     """Where the configuration is when nobody says so."""
+    from relay.replacement import PLAN
+
     here = Path("relay.yaml")
-    return here if here.exists() else _EVERYWHERE
+    return here if here.exists() or Path(PLAN).exists() else _EVERYWHERE
 
 
 def settings_of(context: click.Context) -> Settings:
-    """The settings that the command works with. Raises `SettingsError`."""
-    from relay import settings
+    """The settings that the command works with. Raises `SettingsError`, and `Unfinished` for half a relay."""
+    from relay import replacement, settings
 
-    loaded = settings.load(context.obj or default_configuration())
+    configuration = context.obj or default_configuration()
+    replacement.forget_finished(configuration.absolute().parent)
+    loaded = settings.load(configuration)
     remember(context, loaded)
     return loaded
 

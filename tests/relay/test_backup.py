@@ -160,7 +160,8 @@ def test_what_is_backed_up_and_restored_outlives_a_power_failure(
         return rename(path, to)
 
     monkeypatch.setattr(Path, "rename", renaming)
-    monkeypatch.setattr("relay.backup.sync_names", lambda folder: steps.append(("sync", folder)))
+    for module in ("backup", "replacement"):
+        monkeypatch.setattr(f"relay.{module}.sync_names", lambda folder: steps.append(("sync", folder)))
     configuration, archive = relay_directory / "relay.yaml", tmp_path / "backup.tgz"
     configuration.write_text("directory: data\ndatabase: {file: db/main.sqlite}\n")
     back_up(relay_settings, configuration, archive)
@@ -171,14 +172,18 @@ def test_what_is_backed_up_and_restored_outlives_a_power_failure(
     aside = restore(archive, target, force=True)
     assert aside is not None
     database = target / "data" / "db" / "main.sqlite"
-    assert steps[-3:] == [("sync", target / "data"), ("name", database), ("sync", database.parent)]
-    named = [to for step, to in steps if step == "name"]
-    assert named[0].parent == database.parent
-    assert named[0] != database
-    assert named[1] == aside / "main.sqlite"
+    last = steps.index(("name", database))
+    assert ("sync", database.parent) in steps[last:]
+    named = [(at, to) for at, (step, to) in enumerate(steps) if step == "name"]
+    assert [to for at, to in named if at > last] == []
+    for at, to in named[:-1]:
+        assert ("sync", to.parent) in steps[at:last], to
+    assert named[0][1].parent == database.parent
+    assert named[0][1] != database
+    assert named[1][1] == aside / "main.sqlite"
     assert steps.index(("sync", aside)) < steps.index(("name", target / "data" / "keys"))
     # Folders of the archive have their files' names before they have their own.
-    unpacked = [folder.name for step, folder in steps[: steps.index(("name", named[0]))] if step == "sync"]
+    unpacked = [folder.name for step, folder in steps[: named[0][0]] if step == "sync"]
     assert {"keys", "tls"} <= set(unpacked)
 
 
