@@ -151,7 +151,7 @@ NAMED: list[tuple[str, str, str, tuple[str, ...]]] = [
     (_TURNS, "if not may.runs:", "if False:", TAKEN),
     (
         _TURNS,
-        "renew and _has_tickets(task) and (may.source_reach, may.destination_reach) != (None, None)",
+        "_has_tickets(task) and (may.source_reach, may.destination_reach) != (None, None)",
         "False",
         TAKEN,
     ),
