@@ -309,19 +309,25 @@ def _reference(source: Path, destination: Path) -> dict[str, float]:
     return dict(json.loads(done.stdout))
 
 
-async def memory(place: Place, files: int, *, flat: bool, mirror: bool) -> list[Measure]:
+async def memory(place: Place, files: int, *, flat: bool, mirror: bool, there: bool) -> list[Measure]:
     """G6: the memory of all processes, the destination's state on disk, and the manifest, as files go by. ``flat``: all
-    of them are in one directory. ``mirror``: what the destination has and the source has not is deleted at the end."""
-    name = make_empty(place, files, 1000 if not flat else files)
+    of them are in one directory. ``mirror``: what the destination has and the source has not is deleted at the end.
+    ``there``: the destination has all of them."""
+    in_one = 1000 if not flat else files
+    name = make_empty(place.source, files, in_one)
+    if there:
+        make_empty(place.destination / "copy", files, in_one)
     found = []
     async with engine(place.directory / "agents", place.source, place.destination) as made:
         used = cpu_used()
-        task = await made.transfer(f"/{name}", "/copy", recursive=True, mirror=mirror)
+        task = await made.transfer(
+            f"/{name}", f"/copy/{name}", recursive=True, mirror=mirror, sync_level=0 if there else None
+        )
         step = max(files // 10, 1)
         shown = 0
         while True:
             observed = made.destination.service.get_task(task)
-            done = observed.counters.files_transferred
+            done = observed.counters.files_skipped if there else observed.counters.files_transferred
             if done >= shown + step or observed.completion_time:
                 shown = done
                 state = [path for path in (place.directory / "agents").rglob("*") if path.is_file()]
@@ -340,14 +346,15 @@ async def memory(place: Place, files: int, *, flat: bool, mirror: bool) -> list[
             await trio.sleep(0.1)
 
 
-def make_empty(place: Place, files: int, in_one: int) -> str:
+def make_empty(place: Path, files: int, in_one: int) -> str:
     """Empty files, so many in a directory, made in no order of their names, as where a directory has grown for years.
     A thousand of them are one inode with many names, so that ten million need no room."""
     order = list(range(in_one))
     random.Random(in_one).shuffle(order)
-    first = place.source / "first"
+    place.mkdir(exist_ok=True)
+    first = place / "first"
     for start in range(0, files, in_one):
-        folder = place.source / "empty" / f"{start // in_one:06d}"
+        folder = place / "empty" / f"{start // in_one:06d}"
         folder.mkdir(parents=True)
         for number, place_in_folder in enumerate(order[: files - start]):
             if not (start + number) % 1000:
@@ -466,7 +473,9 @@ async def measure(key: str, place: Place, options: argparse.Namespace) -> Result
         files = sum(path.is_file() for path in (place.source / mixed).rglob("*"))
         return Result(key, await compare(Work(key, mixed, files, "files", ENCRYPTED, read_back=None), place, runs))
     if key == "G6":
-        return Result(key, [], await memory(place, options.files, flat=options.flat, mirror=options.mirror))
+        return Result(
+            key, [], await memory(place, options.files, flat=options.flat, mirror=options.mirror, there=options.there)
+        )
     if key == "G7":
         return Result(key, [], await latency(place, max(runs, 5)))
     return Result(key, [], await trio.to_thread.run_sync(listing_under_load, place.directory, options))
@@ -480,6 +489,7 @@ def main() -> None:
     parser.add_argument("--files", type=int, default=20_000)
     parser.add_argument("--flat", action="store_true", help="G6: all files in one directory")
     parser.add_argument("--mirror", action="store_true", help="G6: as a mirror")
+    parser.add_argument("--there", action="store_true", help="G6: the destination has all files already")
     parser.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()), help="on the disk to measure")
     parser.add_argument("--json", type=Path, help="add the results to this file")
     options = parser.parse_args()

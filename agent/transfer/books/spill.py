@@ -25,8 +25,8 @@ from agent.transfer.books.state_trouble import StateDamaged, of_system
 T = TypeVar("T")
 
 PARTS = 256
-# Bytes that wait in memory before they are written: some 8 KiB for each part, which is what one piece then has.
-BUFFERED = 2 << 20
+# Bytes that wait in memory before they are written: some 4 KiB for each part, which is what one piece then has.
+BUFFERED = 1 << 20
 _AT_ONCE = 1000
 # Where the piece before this one is, its length and checksum, and the number of records in this one.
 _HEAD = struct.Struct("<QIII")
