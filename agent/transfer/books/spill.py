@@ -65,6 +65,11 @@ class Spill(Generic[T]):
             if sum(map(len, buffers.values())) >= BUFFERED:
                 self._write()
 
+    @property
+    def on_disk(self) -> int:
+        """Bytes of the file."""
+        return self._end
+
     def count(self, part: int) -> int:
         """How many records a part has."""
         return self._counts[part] + self._waiting[part]

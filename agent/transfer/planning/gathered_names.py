@@ -41,6 +41,11 @@ class GatheredNames:
         """Whether no other folder like this should be planned beside it."""
         return self._many is not None
 
+    @property
+    def on_disk(self) -> int:
+        """Bytes put aside so far."""
+        return 0 if self._many is None else self._many.on_disk
+
     def add_untrusted(self, rows: list[Row]) -> None:
         """Hold some more."""
         if self._many is None:

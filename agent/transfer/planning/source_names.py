@@ -31,6 +31,11 @@ class SourceNames:
         # Whether every name that was added is held: what is not would be deleted at the destination.
         self._whole = True
 
+    @property
+    def on_disk(self) -> int:
+        """Bytes put aside so far."""
+        return 0 if self._many is None else self._many.on_disk
+
     def add(self, names: Iterable[bytes]) -> None:
         """The source has these."""
         whole, self._whole = self._whole, False
