@@ -104,7 +104,9 @@ class Daemon:
             identity.endpoint_id,
             identity.relay_id,
             identity.relay_root,
-            LinkApp(data.policy, data.collections, data.tasks, self._availability.look).application(),
+            LinkApp(
+                data.policy, data.collections, data.tasks, self._availability.look, self._availability.relay_lacks
+            ).application(),
             self._hello,
             dial=data.dialer.dial,
             way=data.way,
@@ -116,6 +118,7 @@ class Daemon:
 
     def _take_hello(self, hello: RelayHello) -> None:
         self._network.take_hello(hello)
+        self._availability.is_linked_anew()
         if self._data.way.known == "websocket":
             # A tunnel will want it, and then without waiting for a process to start.
             self._data.carrier.want()

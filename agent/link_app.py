@@ -38,6 +38,7 @@ from protocol.control import (
     CollectionReport,
     Entry,
     Listing,
+    MissingCollections,
     Record,
     SessionAnswer,
     SessionOrder,
@@ -138,7 +139,8 @@ def _answer(document: object, status: int = 200) -> Response:
 class LinkApp:
     """The routes. Create one, take `application`.
 
-    ``look`` looks at all collections and answers with their reports.
+    ``look`` looks at all collections and answers with their reports; ``lacks`` is told which of them the relay does not
+    have.
     """
 
     def __init__(
@@ -147,11 +149,13 @@ class LinkApp:
         collections: Collections,
         tasks: TaskService,
         look: Callable[[], Awaitable[list[CollectionReport]]],
+        lacks: Callable[[list[str]], None],
     ) -> None:
         self._policy = policy
         self._collections = collections
         self._tasks = tasks
         self._look = look
+        self._lacks = lacks
         self._accounts = Accounts()
         self._limiters: dict[str, trio.CapacityLimiter] = {}
 
@@ -162,6 +166,7 @@ class LinkApp:
             ("GET", "/link/events", "events", self._events),
             ("POST", "/link/events/acknowledge", "events", self._acknowledge),
             ("GET", "/link/collections", "collections", self._list_collections),
+            ("POST", "/link/collections/missing", "collections", self._note_missing),
             ("GET", f"{one}/ls", "collections", self._ls),
             ("GET", f"{one}/stat", "collections", self._stat),
             ("POST", f"{one}/mkdir", "collections", self._mkdir),
@@ -223,6 +228,10 @@ class LinkApp:
 
     async def _list_collections(self, _request: Request) -> Response:
         return _answer({"collections": await self._look()})
+
+    async def _note_missing(self, request: Request) -> Response:
+        self._lacks((await _body(request, MissingCollections)).ids)
+        return Response(status_code=204)
 
     async def _on(
         self, request: Request, asked: _Asked, reach: Sequence[str] | None, work: Callable[[Root, AskAgain], T]

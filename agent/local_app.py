@@ -7,7 +7,7 @@ link, whose routes are in `agent.link_app`; the two applications share services,
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 import msgspec
 from starlette.applications import Starlette
@@ -33,7 +33,7 @@ class LocalApplication:
     """The handlers; `local_app` makes them an application."""
 
     def __init__(
-        self, owner: Owner, tasks: TaskService, policy: Policy, reports: Callable[[], list[CollectionReport]]
+        self, owner: Owner, tasks: TaskService, policy: Policy, reports: Callable[[], Sequence[CollectionReport]]
     ) -> None:
         self._owner = owner
         self._tasks = tasks

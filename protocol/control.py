@@ -72,6 +72,12 @@ class CollectionReport(Record, frozen=True, kw_only=True):
     reason: str = ""
 
 
+class MissingCollections(Record, frozen=True, kw_only=True):
+    """Of the collections that an agent has named, those that the relay does not have as this agent's (any more)."""
+
+    ids: list[str]
+
+
 class AgentHello(Record, frozen=True, kw_only=True):
     """The agent's answer: who it is (signed over nonce and channel), what it has, which events it holds.
 

@@ -40,18 +40,24 @@ def collection() -> None:
 @with_output
 def list_collections(out: Output, config_file: Path) -> None:
     """List what this machine offers."""
+    with failing_plainly():
+        config = load_config(config_file)
+    states = {
+        row["id"]: "available" if row["available"] else row["reason"] for row in _reports_of_agent(config.state_dir)
+    }
+    rows = [_row(row, states.get(row.id, "unknown (the agent does not run)")) for row in config.collections]
+    out.table({"collections": rows}, rows, COLUMNS)
+
+
+def _reports_of_agent(state_dir: Path) -> list[dict[str, Any]]:
+    """What the running agent says of its collections; nothing when none runs."""
     from agent import local_socket
     from protocol.errors import TowpathError
 
-    with failing_plainly():
-        config = load_config(config_file)
     try:
-        reports = local_socket.ask(config.state_dir, "GET", "/collections")["collections"]
+        return list(local_socket.ask(state_dir, "GET", "/collections")["collections"])
     except TowpathError:
-        reports = []
-    states = {row["id"]: "available" if row["available"] else row["reason"] for row in reports}
-    rows = [_row(row, states.get(row.id, "unknown (the agent does not run)")) for row in config.collections]
-    out.table({"collections": rows}, rows, COLUMNS)
+        return []
 
 
 def _row(config: CollectionConfig, state: str) -> dict[str, Any]:
@@ -190,13 +196,16 @@ def remove(out: Output, name_or_id: str, delete_at_relay: bool, yes: bool, confi
         found = _find(name_or_id, config_file)
         if not yes:
             confirm(terminal_safe(f"Withdraw {found.name} ({found.root})?"))
+        state_dir = load_config(config_file).state_dir
+        is_gone = any(row["id"] == found.id and row.get("missing") for row in _reports_of_agent(state_dir))
         owners = read_layer(document(config_file.read_bytes(), config_file), AgentConfig, config_file).values
         with editing(config_file) as content:
             remove_entry(content, "collections", found.id, owners=found.id in owners.get("collections", {}))
-        said = tell_running_agent(load_config(config_file).state_dir)
+        said = tell_running_agent(state_dir)
     if delete_at_relay:
         _deleted_at_relay(found.id)
-    rest = "" if delete_at_relay else " The relay still knows it; `towpath endpoint delete` removes it there."
+    is_gone = is_gone or delete_at_relay
+    rest = "" if is_gone else " The relay still knows it; `towpath endpoint delete` removes it there."
     out.result({"id": found.id}, f"Collection {found.name} is no longer offered.{rest} {said}".strip())
 
 

@@ -236,13 +236,27 @@ def _finding_of_root(marks: Marks, collection: CollectionConfig) -> Finding:
     return Finding(level="ok", sentence=f"{collection.name}: {root}")
 
 
+def _missing_at_relay(examination: Examination) -> set[str]:
+    """Ids of what the relay has told the running agent that it does not have."""
+    rows = [] if examination.status is None else examination.status["collections"]
+    return {row["id"] for row in rows if row.get("missing")}
+
+
 def check_collections(examination: Examination) -> Iterator[Finding]:
     """Whether every root is there, and none gives away the agent's own files."""
     if examination.config is None:
         return
     marks = _marks(examination.config)
+    missing = _missing_at_relay(examination)
     for collection in examination.config.collections:
         yield _finding_of_root(marks, collection)
+        if collection.id in missing:
+            yield Finding(
+                level="failure",
+                sentence=f"The relay does not have {collection.name} any more: nobody can use it.",
+                advice="It was deleted there, or another machine serves it. Take it out of the configuration with "
+                f"`towpath collection remove {collection.id}`, or offer the folder anew with `towpath collection add`.",
+            )
         for place in _alike(marks, collection):
             yield Finding(
                 level="note",

@@ -142,14 +142,17 @@ async def delete_endpoint(request: Request, endpoint_id: str, caller: CallerHere
     """Delete a collection. Files stay; active tasks on it end."""
     now = services.clock()
 
-    def work(connection: Connection) -> list[str]:
+    def work(connection: Connection) -> tuple[Collection, list[str]]:
         collection = collections.require(connection, endpoint_id, caller.identity_id, Ability.MANAGE, now=now)
         collections.mark_deleted(connection, collection.id, now)
         reason = f"The collection “{collection.display_name}” was deleted."
-        return task_turns.end_where_access_is_gone(connection, collection.id, reason, now)
+        return collection, task_turns.end_where_access_is_gone(connection, collection.id, reason, now)
 
-    for task_id in await services.store.write(work):
+    deleted, ended = await services.store.write(work)
+    for task_id in ended:
         services.steward.cut(task_id)
+    if deleted.node_id is not None:
+        services.steward.tell_missing(deleted.node_id, [deleted.id])
     return result(request, "Deleted", "Endpoint deleted successfully")
 
 

@@ -22,23 +22,25 @@ class Arrival:
 
     ``rebooted``: it is another process than the one before. ``last_event`` is the number of the last of its events that
     is stored. ``stopping`` are ids of tasks that it must be told to stop before anything else; ``others`` are tasks to
-    be looked at, with whether it is their source.
+    be looked at, with whether it is their source. ``missing`` are collections that it has named and that are not its.
     """
 
     rebooted: bool = False
     last_event: int = 0
     stopping: list[str] = field(default_factory=list)
     others: list[tuple[str, bool]] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
 
 
 def record(
     connection: Connection, hellos: Sequence[AgentHello], now: float, forgettable: float
 ) -> list[Arrival | None]:
     """Store what these agents say as they come; None for one whose node is gone. See `tasks_of` for the rest."""
-    greeted = nodes.record_hellos(connection, hellos, now)
+    greeted, recorded = nodes.record_hellos(connection, hellos, now)
     found = look_up(connection, list(greeted), forgettable)
     for node_id, rebooted in greeted.items():
         found[node_id].rebooted = rebooted
+        found[node_id].missing = recorded.missing.get(node_id, [])
     return [found.get(hello.node_id) for hello in hellos]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from sqlalchemy import Connection, bindparam, select, update
 
@@ -12,6 +13,7 @@ from protocol.names import format_path, parse_path_untrusted
 from relay.store import transfer_tables as tables
 from relay.store.batch import Batch
 from relay.store.database import Store
+from relay.transfer.fields import is_uuid
 
 MAX_REPORTS = 1000
 MAX_DIRECTORY = 4096
@@ -44,9 +46,9 @@ def paused(connection: Connection, ids: Iterable[str]) -> set[str]:
     return set(connection.execute(select(node.id).where(node.id.in_(sorted(ids)), node.paused)).scalars())
 
 
-def record_hellos(connection: Connection, hellos: Iterable[AgentHello], now: float) -> dict[str, bool]:
+def record_hellos(connection: Connection, hellos: Iterable[AgentHello], now: float) -> tuple[dict[str, bool], Recorded]:
     """Store what nodes say at link-up, and from where their events are wanted; for each node that is known, whether it
-    is a new process. Of several hellos of one node the last one counts.
+    is a new process, and what came of its collections. Of several hellos of one node the last one counts.
 
     When an agent's numbering ends before what is stored here (its state was restored or lost), everything it keeps is
     wanted again: events have ids of their own, so a repetition changes nothing.
@@ -75,8 +77,7 @@ def record_hellos(connection: Connection, hellos: Iterable[AgentHello], now: flo
         names = ("last_seen", "version", "paused", "journal", "last_event")
         statement = update(tables.nodes).where(node.id == bindparam("node"))
         connection.execute(statement.values({name: bindparam(name) for name in names}), changes)
-    record_reports(connection, {node_id: said[node_id].collections for node_id in greeted})
-    return greeted
+    return greeted, record_reports(connection, {node_id: said[node_id].collections for node_id in greeted})
 
 
 def of_collection(connection: Connection, collection_id: str) -> str | None:
@@ -101,9 +102,17 @@ def checked_home(text: str) -> str:
         return "/"
 
 
-def record_reports(connection: Connection, reports: Mapping[str, list[CollectionReport]]) -> list[str]:
-    """Store what the owners' configurations say of the collections of some nodes, by node; returns the ids of those
-    that are shared no longer.
+@dataclass(frozen=True)
+class Recorded:
+    """What came of reports: ids of collections that are shared no longer, and of those that nodes have named and that
+    are not theirs, or were deleted, by node."""
+
+    unshared: list[str]
+    missing: dict[str, list[str]]
+
+
+def record_reports(connection: Connection, reports: Mapping[str, list[CollectionReport]]) -> Recorded:
+    """Store what the owners' configurations say of the collections of some nodes, by node.
 
     Only collections that the relay itself has given to a node are touched; those its agent no longer names are not
     available.
@@ -111,15 +120,18 @@ def record_reports(connection: Connection, reports: Mapping[str, list[Collection
     unshared = []
     collection = tables.collections.c
     named = {node_id: {report.id: report for report in mine[:MAX_REPORTS]} for node_id, mine in reports.items()}
-    stored = select(collection.id, collection.node_id, *(collection[name] for name in _REPORTED))
+    missing = {node_id: set(filter(is_uuid, mine)) for node_id, mine in named.items()}
+    stored = select(collection.id, collection.node_id, collection.deleted, *(collection[name] for name in _REPORTED))
     for row in connection.execute(stored.where(collection.node_id.in_(named))).all():
+        if row.deleted is None:
+            missing[row.node_id].discard(row.id)
         values = _reported(named[row.node_id].get(row.id))
         changed = {name: value for name, value in values.items() if row._mapping[name] != value}
         if changed:
             connection.execute(update(tables.collections).where(collection.id == row.id).values(**changed))
         if changed.get("shareable") is False:
             unshared.append(row.id)
-    return unshared
+    return Recorded(unshared, {node_id: sorted(mine) for node_id, mine in missing.items() if mine})
 
 
 _REPORTED = ("available", "read_only", "shareable", "reported_directory", "home")

@@ -17,7 +17,7 @@ import trio
 from sqlalchemy import Connection
 
 from protocol.candidates import PathAnswer, PathOffer
-from protocol.control import AgentEvent, AgentHello
+from protocol.control import AgentEvent, AgentHello, MissingCollections
 from protocol.errors import TowpathError
 from protocol.ticket import TicketSigner, TicketVerifier
 from relay.rendezvous.registry import LinkUp
@@ -157,6 +157,21 @@ class Steward:
         except Exception:
             logger.exception("The session of task %s could not be withdrawn at once; a visit does it.", task_id)
 
+    def tell_missing(self, node_id: str, ids: Sequence[str]) -> None:
+        """Have an agent say to its owner that these collections are not this relay's any more, or not the agent's.
+        Returns at once; an agent that is away hears of it at its next link."""
+        if ids and self._nursery is not None:
+            self._nursery.start_soon(self._tell_missing, node_id, MissingCollections(ids=list(ids)))
+
+    async def _tell_missing(self, node_id: str, missing: MissingCollections) -> None:
+        try:
+            await self._links.call(node_id, "POST", "/link/collections/missing", document=missing)
+        except TowpathError as error:
+            # Older agents have no such route.
+            logger.info("Node %s was not told of collections that are gone: %s", node_id, error.sentence)
+        except Exception:
+            logger.exception("Telling node %s of collections that are gone failed.", node_id)
+
     async def wait_finished(self, task_id: str, seconds: float) -> None:
         """Return when a task has ended, or after that time. The caller looks at the task itself."""
         event = self._finished.setdefault(task_id, trio.Event())
@@ -291,6 +306,7 @@ class Steward:
         what holds for the agent after that.
         """
         node_id = hello.node_id
+        self.tell_missing(node_id, arrival.missing)
         await self._stop(arrival)
         take_over = self._take_over if hello.tasks != 0 else None
         if take_over is not None and await take_over.look(node_id, self._clock()):
@@ -354,6 +370,7 @@ class Steward:
         for offer in applied.offers:
             if self._nursery is not None and self._signalling.admit(offer):
                 self._nursery.start_soon(self._introduce, node_id, offer)
+        self.tell_missing(node_id, applied.missing)
         for task_id in applied.unshared:
             self._announce_finished(task_id)
             self.cut(task_id)

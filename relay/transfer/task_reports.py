@@ -30,11 +30,12 @@ _UNSHARED = "The owner's configuration does not share a collection of this task 
 class Applied:
     """What a batch of lines has changed. ``wants_session`` maps tasks to the generation their agent has;
     ``offers`` are for sessions of running tasks that this node drives. ``unshared`` are tasks that ended because a
-    collection is shared no longer."""
+    collection is shared no longer, ``missing`` the collections that the node has named and that are not its."""
 
     last_event: int = 0
     finished: set[str] = field(default_factory=set)
     unshared: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
     wants_session: dict[str, int] = field(default_factory=dict)
     offers: list[PathOffer] = field(default_factory=list)
     dropped: int = 0
@@ -49,7 +50,9 @@ def apply_lines(connection: Connection, node_id: str, lines: Iterable[AgentEvent
         applied.last_event = max(applied.last_event, line.n)
         if line.kind == "collections":
             if line.collections is not None:
-                for collection_id in record_reports(connection, {node_id: line.collections}):
+                recorded = record_reports(connection, {node_id: line.collections})
+                applied.missing = recorded.missing.get(node_id, [])
+                for collection_id in recorded.unshared:
                     applied.unshared += task_turns.end_where_access_is_gone(connection, collection_id, _UNSHARED, now)
             continue
         task = tasks.get(line.task_id)

@@ -48,7 +48,9 @@ class Link:
         self.tasks = RecordedTasks()
         self.collections = Collections(Marks(folder / "roots.json"))
         self.availability = Availability(self.policy, self.collections, self.tasks.announce_collections)
-        self.link_app = LinkApp(self.policy, self.collections, self.tasks, self.availability.look)
+        self.link_app = LinkApp(
+            self.policy, self.collections, self.tasks, self.availability.look, self.availability.relay_lacks
+        )
         self._transport = httpx.ASGITransport(self.link_app.application())
 
     async def ask(self, method: str, address: str, body: object = None, /, **query: object) -> httpx.Response:
@@ -102,6 +104,7 @@ GOOD: dict[tuple[str, str], tuple[dict[str, object], object]] = {
     ("GET", "/link/events"): ({"after": 0}, None),
     ("POST", "/link/events/acknowledge"): ({}, {"n": 3}),
     ("GET", "/link/collections"): ({}, None),
+    ("POST", "/link/collections/missing"): ({}, {"ids": [READ_WRITE]}),
     ("GET", "/link/collections/{collection}/ls"): ({"path": "/"}, None),
     ("GET", "/link/collections/{collection}/stat"): ({"path": "/file"}, None),
     ("POST", "/link/collections/{collection}/mkdir"): ({}, {"path": "/new"}),
@@ -136,5 +139,5 @@ def filled(path: str) -> str:
 
 def routes() -> list[tuple[str, str]]:
     nobody: Callable[[], Awaitable[Any]] = trio.lowlevel.checkpoint
-    table = LinkApp(Policy([]), Collections(Marks(None)), RecordedTasks(), nobody).table()
+    table = LinkApp(Policy([]), Collections(Marks(None)), RecordedTasks(), nobody, list.clear).table()
     return [(method, path) for method, path, _, _ in table]

@@ -72,6 +72,7 @@ WITHOUT_PATH = {
     ("GET", "/link/events"),
     ("POST", "/link/events/acknowledge"),
     ("GET", "/link/collections"),
+    ("POST", "/link/collections/missing"),
     ("GET", "/link/task-list"),
     ("GET", "/link/tasks/{task}"),
     ("GET", "/link/tasks/{task}/order"),

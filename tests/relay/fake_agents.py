@@ -19,6 +19,7 @@ from protocol.control import (
     Counters,
     Entry,
     Listing,
+    MissingCollections,
     Page,
     SessionAnswer,
     SessionOrder,
@@ -49,6 +50,7 @@ class FakeAgent:
     withdrawn: list[str] = field(default_factory=list)
     closed: list[str] = field(default_factory=list)
     lines: list[AgentEvent] = field(default_factory=list)
+    missing: list[list[str]] = field(default_factory=list)
     acknowledged: list[int] = field(default_factory=list)
     asked_after: list[int] = field(default_factory=list)
     calls: list[tuple[str, str]] = field(default_factory=list)
@@ -193,6 +195,9 @@ class FakeAgent:
     def acknowledge(self, *, document: dict[str, int], **_: Any) -> None:
         self.acknowledged.append(document["n"])
 
+    def note_missing(self, *, document: MissingCollections, **_: Any) -> None:
+        self.missing.append(document.ids)
+
     def ls(self, collection_id: str, *, query: dict[str, list[str]], **_: Any) -> Listing:
         path = query["path"][0]
         if path.rstrip("/").endswith("missing"):
@@ -233,6 +238,7 @@ _ROUTES = (
     (r"PUT /link/sessions/([^/]+)", "put_session"),
     (r"DELETE /link/sessions/([^/]+)", "withdraw"),
     (r"POST /link/events/acknowledge", "acknowledge"),
+    (r"POST /link/collections/missing", "note_missing"),
     (r"GET /link/collections/([^/]+)/ls", "ls"),
     (r"GET /link/collections/([^/]+)/stat", "stat"),
     (r"POST /link/collections/([^/]+)/(mkdir|rename|symlink)", "write"),
