@@ -21,7 +21,7 @@ from relay.api.client_authentication import (
     identified_client,
 )
 from relay.api.token_grants import Giving, refusal
-from relay.audit.notes import note, quiet
+from relay.audit.notes import acting, note, quiet
 from relay.auth import device
 from relay.auth.browser_sessions import Authentication
 from relay.auth.codes import authentications_of
@@ -67,6 +67,9 @@ async def token(request: Request) -> JSONResponse:
         outcome = giving.run(connection)
         if not isinstance(outcome, GrantRefused):
             note(request, grant=form["grant_type"], scope=_scopes(outcome))
+            # In whose name the client acts with it.
+            given = find(connection, _documents(outcome)[0]["access_token"], giving.now) if outcome else None
+            acting(request, None if given is None else given.identity_id, client.id)
         elif outcome.code in WAITING:
             quiet(request)
         return outcome
@@ -82,8 +85,11 @@ async def token(request: Request) -> JSONResponse:
 
 def _scopes(outcome: Any) -> str:
     """All scopes of an answer with tokens, for the audit log."""
-    documents = outcome if isinstance(outcome, list) else [outcome, *outcome.get("other_tokens", ())]
-    return " ".join(document["scope"] for document in documents)
+    return " ".join(document["scope"] for document in _documents(outcome))
+
+
+def _documents(outcome: Any) -> list[dict[str, Any]]:
+    return outcome if isinstance(outcome, list) else [outcome, *outcome.get("other_tokens", ())]
 
 
 @router.post("/device_authorization", openapi_extra=form_description(optional=("client_id", "scope", "access_type")))

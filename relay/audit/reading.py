@@ -10,6 +10,7 @@ from typing import Any
 from sqlalchemy import Connection
 
 from relay.audit import trail
+from relay.auth.clients import client_names
 from relay.auth.identities import select_by_ids
 
 
@@ -36,10 +37,13 @@ class Question:
 
 
 def find(connection: Connection, question: Question) -> Iterator[dict[str, Any]]:
-    """The entries that fit, oldest first, with the usernames of who did it (``username``, null for nobody known)."""
+    """The entries that fit, oldest first, with the names of who did it (``username``) and of the program used
+    (``program``): null for nobody known."""
     for page in trail.pages(connection, since=question.since):
         fitting = [{"n": row.n, **json.loads(row.entry)} for row in page]
         fitting = [document for document in fitting if question.fits(document)]
         people = select_by_ids(connection, {one["who"] for one in fitting if one["who"]})
+        programs = client_names(connection, {one["client"] for one in fitting if one["client"]})
         for one in fitting:
-            yield {**one, "username": people[one["who"]].username if one["who"] in people else None}
+            username = people[one["who"]].username if one["who"] in people else None
+            yield {**one, "username": username, "program": programs.get(one["client"])}

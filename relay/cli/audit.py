@@ -72,9 +72,11 @@ def _moment(since: str, now: float) -> float:
 
 
 def _line(entry: dict[str, Any]) -> str:
-    who = (
-        entry["username"] or entry["who"] or ("operator" if entry["origin"].startswith("command line") else "somebody")
-    )
+    who = entry["username"] or entry["who"]
+    if not who and entry["client"]:
+        who = f"the program {entry['program'] or entry['client']}"
+    elif not who:
+        who = "operator" if entry["origin"].startswith("command line") else "somebody"
     facts = " ".join(f"{key}={value}" for key, value in sorted(entry["facts"].items()))
     parts = (entry["time"][:19].replace("T", " "), who, entry["action"], entry["outcome"], entry["origin"], facts)
     return terminal_safe("  ".join(parts))

@@ -264,14 +264,19 @@ async def test_consents_tell_which_application_and_what(world: Any) -> None:
 
 
 async def test_a_stolen_code_that_ends_tokens_is_recorded_as_refused(world: Any) -> None:
-    person = Person(world)
-    await person.arrive(await add_person(world, "ada"))
+    person, ada = Person(world), await add_person(world, "ada")
+    await person.arrive(ada)
     application = Application()
     code = await application.code(person)
     await application.redeem(world, code)
     assert (await application.redeem(world, code)).status_code == 401
     rows = [row for row in await log(world) if row["action"] == "token"]
     assert [row["outcome"] for row in rows] == ["done", "refused"]
+    # Who let the program have it is said of the one that was given.
+    assert [(row["who"], row["client"]) for row in rows] == [
+        (ada.id, application.client_id),
+        (None, None),
+    ]
 
 
 def test_commands_that_failed_and_those_about_files_are_recorded(relay_directory: Any, tmp_path: Any) -> None:

@@ -21,7 +21,7 @@ DAY = 86400.0
 NOW = time.time() + 100 * DAY
 
 
-def entries(ada: str, bob: str) -> list[Entry]:
+def entries(ada: str, bob: str, program: str) -> list[Entry]:
     return [
         Entry(time=NOW - 40 * DAY, action="sign_in", outcome="done", who=ada, origin="192.0.2.1"),
         Entry(
@@ -31,7 +31,7 @@ def entries(ada: str, bob: str) -> list[Entry]:
         Entry(
             time=NOW - DAY, action="user close", outcome="done", origin="command line, user eve", facts={"name": "bob"}
         ),
-        Entry(time=NOW - 60, action="token", outcome="refused", client=ada),
+        Entry(time=NOW - 60, action="token", outcome="refused", client=program),
     ]
 
 
@@ -40,8 +40,9 @@ def people(relay_directory: Path, relay_store: Store, monkeypatch: pytest.Monkey
     """Ada and Bob, and a log of what happened before ``NOW`` with nothing else in it."""
     operator = Operator(relay_directory)
     ada, bob = (operator.document("user", "add", name, "--no-link")["id"] for name in ("ada", "bob"))
+    program = operator.document("client", "add", "nightly", "--owner", "ada")["client_id"]
     with relay_store.writing_engine.begin() as connection:
-        trail.append(connection, entries(ada, bob))
+        trail.append(connection, entries(ada, bob, program))
     monkeypatch.setattr(time, "time", lambda: NOW)
     return operator, ada, bob
 
@@ -58,8 +59,10 @@ def test_questions(people: tuple[Operator, str, str]) -> None:
     date = time.strftime("%Y-%m-%d", time.gmtime(NOW - 50 * DAY))
     assert actions(operator, "--since", date, "--by", "ada")[:2] == ["sign_in", "create_rule"]
     assert actions(operator, "--by", "bob") == ["sign_in"]
+    assert actions(operator, "--by", "ada") == ["create_rule"]
     # A program is the client of what it did.
-    assert actions(operator, "--by", "ada") == ["create_rule", "token"]
+    program = operator.document("client", "list")[0]["client_id"]
+    assert actions(operator, "--by", program) == ["token"]
     assert actions(operator, "--failed") == ["sign_in", "token"]
     assert actions(operator, "--about", bob) == ["create_rule"]
     assert actions(operator, "--about", "CLOSE") == ["user close"]
@@ -74,7 +77,18 @@ def test_lines_name_people_and_cannot_hurt_a_terminal(people: tuple[Operator, st
     assert "\x1b" not in refused
     assert closed.split("  ")[1] == "operator"
     assert "user eve" in closed
-    assert token.split("  ")[1] == "somebody"
+    assert token.split("  ")[1] == "the program nightly"
+
+
+def test_a_program_that_is_gone_is_told_by_its_id_and_nobody_is_somebody(
+    people: tuple[Operator, str, str], relay_store: Store
+) -> None:
+    operator, _, _ = people
+    with relay_store.writing_engine.begin() as connection:
+        gone = Entry(time=NOW - 9, action="token", outcome="refused", client="gone", origin="192.0.2.1")
+        trail.append(connection, [gone, Entry(time=NOW - 8, action="sign_in", outcome="refused", origin="192.0.2.1")])
+    told = [line.split("  ")[1] for line in operator.run("audit", "show", "--since", "30s").splitlines()]
+    assert told == ["the program gone", "somebody"]
 
 
 def test_a_moment_that_is_none_is_wrong_usage(relay_directory: Path) -> None:
@@ -95,6 +109,6 @@ def test_reading_is_not_recorded_and_goes_over_pages(
 
     everything = numbers()
     assert everything == list(range(1, len(everything) + 1))
-    assert len(numbers(by=ada)) == 3
+    assert len(numbers(by=ada)) == 2
     operator.run("audit", "show")
     assert numbers() == everything
