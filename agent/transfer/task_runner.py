@@ -22,6 +22,7 @@ from agent.transfer.basis.kept_lists import ListPolicy
 from agent.transfer.basis.patience import Patience
 from agent.transfer.basis.stopping import run_in_thread
 from agent.transfer.begun_place import is_elsewhere
+from agent.transfer.books.counted import uncount
 from agent.transfer.books.journal import Journal, open_or_rebuild
 from agent.transfer.books.manifest import SKIPPED_LIST, TRANSFERRED_LIST, ManifestWriter
 from agent.transfer.books.state_trouble import StateTrouble, of_system
@@ -322,7 +323,9 @@ class TaskRunner:
     def _reopen(self) -> None:
         """Have everything listed again that is not done, or was done in folders that have left their places."""
         for folder in self._journal.moved():
-            self._journal.reopen_below(folder, items_into(self._order.items or (), split_path(folder)))
+            items = items_into(self._order.items or (), split_path(folder))
+            self._journal.reopen_below(folder, items)
+            uncount(self._journal, items)
         self._journal.forget_moved()
         self._journal.reopen_directories()
 

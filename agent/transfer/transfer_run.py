@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import os
 import queue
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -26,7 +26,8 @@ from agent.transfer.asking.source_session import SourceSession
 from agent.transfer.basis.jobs import AllArrived, FileJob, Group, LargeFile, ListFate, Outcome
 from agent.transfer.basis.patience import counted, named
 from agent.transfer.basis.stopping import call_on_cancel, first_error, first_system_error, run_in_thread
-from agent.transfer.books.record import FolderMoved, add_counts
+from agent.transfer.books.counted import add_counts
+from agent.transfer.books.record import FolderMoved
 from agent.transfer.course.run import RunContext
 from agent.transfer.deleting.mirror import Mirror
 from agent.transfer.lane_processes.pool import LaneProcesses
@@ -290,7 +291,8 @@ class TransferRun:
 
     def counters(self) -> Counters:
         """The task's counters now; never more than what is true."""
-        counters = add_counts(self._settler.record.counters, [group for group in self._groups if not group.folded])
+        going = (group for group in self._groups if not group.folded)
+        counters = add_counts(self._settler.record.counters, [each for group in going for each in group.all_counts])
         # Blocks of large files count as they settle, not only when their file is whole.
         settled = self._settler.record.settled_bytes
         again = max(0, self.context.received.value - settled - self.budget.used)
@@ -411,7 +413,14 @@ class TransferRun:
 
     def count_finished(self, job: FileJob, outcome: int) -> None:
         """A single item that an earlier run settled."""
-        count_finished(job.group, job.row, outcome, verified=self.options.verify_checksum, shared=job.shared)
+        counts = job.group.counts_of(job.item)
+        count_finished(counts, job.row, outcome, verified=self.options.verify_checksum, shared=job.shared)
+
+    def brought_again(self, items: Collection[int]) -> None:
+        self._settler.record.reopen_items(items)
+
+    def settled_is_gone(self, size: int) -> None:
+        self._settler.record.gone(size)
 
     def give_up(self, job: FileJob, error: TowpathError, discard: LargeFile | None = None) -> None:
         """End a job with an error: it is listed, counted, and the rest goes on."""

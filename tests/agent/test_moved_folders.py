@@ -15,12 +15,13 @@ import pytest
 
 from agent.storage.faulty import Call
 from agent.storage.posix import open_root
-from agent.transfer.basis.jobs import FileJob, Group
+from agent.transfer.basis.jobs import Counts, FileJob, Group
+from agent.transfer.books.counted import add_counts, keep_counted, uncount
 from agent.transfer.books.journal import Journal
 from agent.transfer.books.manifest import ManifestWriter
 from agent.transfer.books.record import FolderMoved, Record
 from agent.transfer.planning import items
-from protocol.control import TaskItem
+from protocol.control import Counters, TaskItem
 from protocol.session import FILE, Row
 from tests.agent.engine_inside import Crashed, Engine, contents, quick_path, skipped, tree
 
@@ -96,6 +97,9 @@ async def test_a_folder_of_items_that_leaves_its_place_gets_them_once_more(quick
     assert "FOLDER_MOVED" in engine.codes()
     for name in FILES:
         assert (engine.destination / "to" / name).read_bytes() == (engine.source / name).read_bytes(), name
+    counters, total = observed.counters, sum((engine.source / name).stat().st_size for name in FILES)
+    assert (counters.files, counters.files_transferred) == (len(FILES), len(FILES))
+    assert (counters.bytes_total, counters.bytes_transferred) == (total, total)
 
 
 async def test_a_link_out_of_the_collection_in_a_folders_place_gets_nothing(quick_path: Path) -> None:
@@ -205,6 +209,8 @@ async def test_what_was_settled_in_a_folder_that_is_gone_in_the_next_run_comes_a
     for name in FILES:
         if not name.startswith("a/deep"):
             assert (engine.destination / name).read_bytes() == (engine.source / name).read_bytes(), name
+    total = sum((engine.source / name).stat().st_size for name in [*FILES, "a/large"])
+    assert (observed.counters.bytes_total, observed.counters.bytes_transferred) == (total, total)
 
 
 @pytest.mark.parametrize("at_once", [250, 2], ids=["unfinished", "some done"])
@@ -251,6 +257,12 @@ async def test_items_that_were_settled_in_a_folder_that_is_gone_in_the_next_run_
     assert not (engine.destination / "whole" / "0").exists()
     # One that was left in the old folder went with it.
     assert not list(place.rglob(".towpath.*"))
+    counters, total = (
+        observed.counters,
+        sum((engine.source / name).stat().st_size for name in names if "miss" not in name),
+    )
+    assert (counters.files, counters.files_transferred, counters.files_skipped) == (6, 6, 0)
+    assert (counters.bytes_total, counters.bytes_transferred, counters.bytes_checksummed) == (total, total, total)
 
 
 def test_what_was_settled_in_folders_that_left_their_places_counts_no_more_and_all_else_does(quick_path: Path) -> None:
@@ -281,3 +293,30 @@ def test_what_was_settled_in_folders_that_left_their_places_counts_no_more_and_a
         manifest.close()
     journal.close()
     root.close()
+
+
+def test_an_item_counts_once_however_often_it_comes_again(quick_path: Path) -> None:
+    with closing(Journal(quick_path / "journal")) as journal:
+        first = {
+            index: Counts(files=1, bytes_total=10, files_transferred=1, bytes_transferred=10) for index in (0, 3, 5)
+        }
+        journal.put_counters(add_counts(Counters(deleted=7), list(first.values())))
+        journal.put_settled(30)
+        keep_counted(journal, first)
+        uncount(journal, [])
+        uncount(journal, [0, 4])
+        uncount(journal, [0])
+        assert journal.counters() == Counters(
+            files=2, bytes_total=20, files_transferred=2, bytes_transferred=20, deleted=7
+        )
+        assert journal.settled() == 20
+        again = {0: Counts(files=1, bytes_total=99, skipped_errors=1)}
+        journal.put_counters(add_counts(journal.counters(), list(again.values())))
+        keep_counted(journal, again)
+        uncount(journal, [5, 0, 3])
+        assert (journal.counters(), journal.settled()) == (Counters(deleted=7), 0)
+        keep_counted(journal, first)
+        journal.start_over()
+        journal.put_counters(Counters(files=9))
+        uncount(journal, [0, 3, 5])
+        assert journal.counters() == Counters(files=9)

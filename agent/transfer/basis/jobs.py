@@ -43,7 +43,8 @@ class ListWanted:
 
 @dataclass(slots=True)
 class Counts:
-    """What one group adds to the task's counters once it is done."""
+    """What one group, or one single item, adds to the task's counters once it is done. In this order in journals: what
+    comes new comes last."""
 
     files: int = 0
     directories: int = 0
@@ -93,6 +94,8 @@ class Group:
     handle: Directory
     items: list[int]
     counts: Counts = field(default_factory=Counts)
+    # Of single items, each on its own: one may have to be brought again later, and counts once.
+    each: dict[int, Counts] = field(init=False, default_factory=dict)
     planned: int = 0
     settled: int = 0
     listed: bool = False
@@ -107,6 +110,19 @@ class Group:
     # Whether the folder itself has extended attributes that it does not have here; what became of its access lists.
     attributes_left_out: bool = False
     list_fate: ListFate = ListFate.NONE
+
+    def __post_init__(self) -> None:
+        if self.id < 0:
+            self.each = {item: Counts() for item in self.items}
+
+    def counts_of(self, item: int) -> Counts:
+        """Where what comes of an item, or of a file in this folder, is counted."""
+        return self.each.get(item, self.counts)
+
+    @property
+    def all_counts(self) -> list[Counts]:
+        """What it adds to the task's counters."""
+        return [self.counts, *self.each.values()]
 
     @property
     def complete(self) -> bool:

@@ -36,6 +36,9 @@ PENDING, ACTIVE, DONE = 0, 1, 2
 _NAMES_AT_ONCE = 500
 # Of single items: done is 1.
 _ENDED_WITHOUT = 2
+# Under what begins so, the task's own values tell what single items were counted as; and what comes after those.
+COUNTED = "counted "
+_BEGIN_WITH_COUNTED = (COUNTED, "counted!")
 _SET_STATE = (
     "UPDATE directories SET state = ?1, crc = crc_of('directories', item, source, destination, mtime_ns, ancestry, ?1)"
 )
@@ -115,6 +118,12 @@ class Journal:
             row = self._connection.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
         return None if row is None else row[0]
 
+    def all_counted(self) -> list[tuple[str, bytes]]:
+        """Keys that begin with `COUNTED`, and their values."""
+        with self._using():
+            like = "SELECT key, value FROM meta WHERE key >= ? AND key < ?"
+            return self._connection.execute(like, _BEGIN_WITH_COUNTED).fetchall()
+
     def put(self, key: str, value: bytes) -> None:
         """Set one of the task's own values; durable with the next commit."""
         with self._using():
@@ -130,6 +139,14 @@ class Journal:
     def put_counters(self, counters: Counters) -> None:
         """What the task has done so far; durable with the next commit."""
         self.put("counters", msgspec.msgpack.encode(counters))
+
+    def settled(self) -> int:
+        """Bytes of files, whole or not, that are durable."""
+        return int(self.get("settled") or b"0")
+
+    def put_settled(self, size: int) -> None:
+        """How many there are now; durable with the next commit."""
+        self.put("settled", str(size).encode())
 
     def lengths(self) -> tuple[int, int]:
         """How long the two manifests were at the last commit."""
@@ -207,7 +224,8 @@ class Journal:
             for table in ("items", "directories", "finished", "partial", "extras", "hard_links"):
                 self._connection.execute(f"DELETE FROM {table}")  # noqa: S608
             self.put_counters(Counters())
-            self.put("settled", b"0")
+            self.put_settled(0)
+            self._connection.execute("DELETE FROM meta WHERE key >= ? AND key < ?", _BEGIN_WITH_COUNTED)
             self.forget_left_behind()
 
     def moved(self) -> list[bytes]:
@@ -220,7 +238,7 @@ class Journal:
         with self._using():
             self.put("moved", msgspec.msgpack.encode([*self.moved(), destination]))
 
-    def reopen_below(self, destination: bytes, items: Iterable[int]) -> None:
+    def reopen_below(self, destination: bytes, items: Sequence[int]) -> None:
         """What was settled in a folder and below it, and of these ``items``, is there no more: all of that is listed
         again. Only between two runs."""
         known = "SELECT id FROM directories WHERE destination = ? OR (destination > ? AND destination < ?)"
@@ -230,8 +248,8 @@ class Journal:
                 self._connection.execute(f"{_SET_STATE} WHERE id = ?2", (PENDING, directory))
                 self._connection.execute("DELETE FROM finished WHERE directory = ?", (directory,))
             for item in items:
-                self._connection.execute("DELETE FROM items WHERE id = ?", (item,))
                 self._connection.execute("DELETE FROM finished WHERE directory = ?", (-1 - item,))
+            self.reopen_items(items)
 
     def forget_moved(self) -> None:
         """All of them are listed again."""

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
-from operator import attrgetter
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import msgspec
 
 from agent.transfer.basis.compare import SMALL_FILE
-from agent.transfer.basis.jobs import Counts, FileJob, Group, LargeFile, Outcome
+from agent.transfer.basis.jobs import FileJob, Group, LargeFile, Outcome
 from agent.transfer.basis.journal_rows import (
     BARE,
     FAILED,
@@ -24,17 +23,12 @@ from agent.transfer.basis.journal_rows import (
     Place,
     bytes_done,
 )
+from agent.transfer.books.counted import add_counts, keep_counted, uncount
 from agent.transfer.books.journal import Journal
 from agent.transfer.books.manifest import ManifestWriter, SkippedRow, TransferredRow
-from protocol.control import Counters
 from protocol.errors import RetryLater
 from protocol.names import format_path, is_within, split_path
 from protocol.session import join_path
-
-# What files have together may be more than can be written down: a sparse one may be of this size by itself.
-MOST_BYTES = (1 << 63) - 1
-# What a group adds to the task's counters, by name.
-_COUNTS = {name: attrgetter(name) for name in Counts.__slots__ if name != "bytes_shared"}
 
 
 class FolderMoved(RetryLater):
@@ -69,7 +63,7 @@ class Record:
         self._probe = probe
         self.journal = journal
         self.counters = journal.counters()
-        self.settled_bytes = int(journal.get("settled") or b"0")
+        self.settled_bytes = journal.settled()
         self._transferred, self._skipped = manifests
         self._verify = verify
         self._now = now
@@ -106,7 +100,7 @@ class Record:
                 self.journal.drop_partial(*job.key)
 
     def _put_settled(self) -> None:
-        self.journal.put("settled", str(self.settled_bytes).encode())
+        self.journal.put_settled(self.settled_bytes)
 
     def _note_transferred(self, done: list[tuple[FileJob, str | None]], linked: list[FileJob]) -> int:
         """Files (with a published checksum, where one was asked for) and links that have their final names. The bytes
@@ -115,7 +109,7 @@ class Record:
         settled = 0
         verify, group, source, destination = self._verify, None, b"", b""
         for job, checksum in done:
-            counts, size = job.group.counts, job.row.size
+            counts, size = job.group.counts_of(job.item), job.row.size
             counts.files_transferred += 1
             if job.linked:
                 counts.hard_links_kept += 1
@@ -140,7 +134,7 @@ class Record:
             algorithm = (job.algorithm or "MD5") if checksum else None
             rows.append(TransferredRow(source + job.source_name, destination + job.name, size, checksum, algorithm))
         for job in linked:
-            job.group.counts.symlinks_transferred += 1
+            job.group.counts_of(job.item).symlinks_transferred += 1
             rows.append(TransferredRow(job.source_path, job.destination_path, 0))
         self._append(self._transferred, rows)
         return settled
@@ -150,16 +144,17 @@ class Record:
         rows = []
         for outcome in outcomes:
             job, error = outcome.job, outcome.error
+            counts = job.group.counts_of(job.item)
             if error is None:
-                job.group.counts.files_skipped += 1
-                job.group.counts.hard_links_kept += job.linked
+                counts.files_skipped += 1
+                counts.hard_links_kept += job.linked
                 if job.place is not None:
                     self._note_place(job, job.place)
                 continue
             if outcome.skipped:
-                job.group.counts.skipped_errors += 1
+                counts.skipped_errors += 1
             else:
-                job.group.counts.failed += 1
+                counts.failed += 1
             rows.append(skipped_row(job, error, self._now()))
         self._append(self._skipped, rows)
 
@@ -246,6 +241,23 @@ class Record:
         self.journal.commit()
         return done, folders
 
+    def reopen_items(self, items: Collection[int]) -> None:
+        """What was brought for these single items, which were done, is not there any more: it comes again, and is
+        counted with what comes then."""
+        with self._lock, self.journal.together():
+            self.journal.put_counters(self.counters)
+            self._put_settled()
+            self.journal.reopen_items(items)
+            uncount(self.journal, items)
+            self.counters = self.journal.counters()
+            self.settled_bytes = self.journal.settled()
+
+    def gone(self, size: int) -> None:
+        """So many bytes of files that were settled, and had not been counted yet, are not there any more."""
+        with self._lock:
+            self.settle(-size)
+            self._put_settled()
+
     def forget_below(self, folders: Sequence[bytes], groups: Iterable[Group]) -> None:
         """What was settled of these groups, as far as they are at or below folders that left their places, comes again;
         none of them was done."""
@@ -254,7 +266,7 @@ class Record:
             for group in groups:
                 path = split_path(group.destination)
                 if not group.folded and any(is_within(path, folder) for folder in left):
-                    self.settle(-group.counts.bytes_transferred)
+                    self.settle(-sum(counts.bytes_transferred for counts in group.all_counts))
             self._put_settled()
 
     def _left(self, group: Group) -> bytes | None:
@@ -280,10 +292,11 @@ class Record:
         group.folded = True
         group.counts.xattrs_left_out += group.attributes_left_out
         group.counts.add_list(group.list_fate)
-        self.counters = add_counts(self.counters, (group,))
+        self.counters = add_counts(self.counters, group.all_counts)
         if group.id > 0:
             self._finish(group, group.id)
         else:
+            keep_counted(self.journal, group.each)
             failed = self.journal.failed_items(group.items)
             for item in group.items:
                 self.journal.put_item(item, done=True, failed=item in failed)
@@ -311,15 +324,6 @@ def skipped_row(job: FileJob, error: dict[str, object], now: str) -> SkippedRow:
         job.external_checksum,
         job.algorithm,
     )
-
-
-def add_counts(counters: Counters, groups: Sequence[Group]) -> Counters:
-    """Task counters with the counts of groups added; counts of errors met during the scan are part of the group."""
-    counts = [group.counts for group in groups]
-    changes = {name: getattr(counters, name) + sum(map(count, counts)) for name, count in _COUNTS.items()}
-    total = changes["bytes_total"] + sum(count.bytes_shared for count in counts)
-    changes["bytes_total"] = max(0, min(total, MOST_BYTES))
-    return msgspec.structs.replace(counters, **changes)
 
 
 def _settled_code(job: FileJob) -> int:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -162,6 +162,13 @@ class Run(Reports, Protocol):
 
     def count_finished(self, job: FileJob, outcome: int) -> None:
         """A single item that an earlier run settled."""
+
+    def brought_again(self, items: Collection[int]) -> None:
+        """Nothing is there any more of what was brought for these single items; any thread may call."""
+
+    def settled_is_gone(self, size: int) -> None:
+        """So many bytes of files that an earlier run has settled, in what was not done, are not there any more; any
+        thread may call."""
 
     def give_up(self, job: FileJob, error: TowpathError, discard: LargeFile | None = None) -> None:
         """End a job with an error: it is listed, counted, and the rest goes on."""

@@ -215,6 +215,8 @@ class DirectoryWalk:
     async def _planned(self, planned: Planned, listing: Listing) -> None:
         if planned.directories:
             listing.added()
+        if planned.gone:
+            self._run.settled_is_gone(planned.gone)
         await self._hand_out(planned)
         await self._run.offer()
 

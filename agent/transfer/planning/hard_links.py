@@ -141,7 +141,7 @@ class HardLinks:
             return None
         leader = self._release(waiting)
         self._leaders[leader.job] = source
-        leader.job.group.counts.bytes_shared += leader.job.row.size
+        leader.job.group.counts_of(leader.job.item).bytes_shared += leader.job.row.size
         return leader
 
     def _join(self, source: tuple[int, int], waiting: _Waiting, row: HardLinkRow) -> SharedName | None:

@@ -22,7 +22,7 @@ from agent.transfer.course.run import Run
 from agent.transfer.planning.collisions import collision, losers, twice
 from agent.transfer.planning.hard_links import is_shared, shared_name
 from agent.transfer.planning.into_itself import into_itself
-from agent.transfer.planning.plan import refusal
+from agent.transfer.planning.plan import bytes_settled, refusal
 from protocol.control import TaskItem
 from protocol.errors import (
     ItemFailed,
@@ -89,7 +89,7 @@ class ItemPlanner:
             except OSError:
                 # What is wrong with it is found out when something is to be written there.
                 continue
-        self._run.context.journal.reopen_items(gone)
+        self._run.brought_again(gone)
         return gone
 
     def _folder(self, index: int) -> CollectionPath | None:
@@ -352,9 +352,9 @@ class ItemPlanner:
         checked = item.external_checksum is not None or item.checksum_algorithm is not None
         shared = is_shared(row, self._run.options) and not checked
         if row.kind == FILE:
-            group.counts.add_file(row, shared=shared)
+            group.each[index].add_file(row, shared=shared)
         elif row.kind == SYMLINK:
-            group.counts.symlinks += 1
+            group.each[index].symlinks += 1
         job = FileJob(group, index, row, path, name, not item.symlink, item.external_checksum, item.checksum_algorithm)
         job.shared = shared
         return job
@@ -370,11 +370,11 @@ class ItemPlanner:
         decisions: list[Decision | SharedName | TowpathError | int] = []
         for job in jobs:
             settled = self._settled.get(job.item)
-            if settled is not None and (
-                settled % LIST_FATE in (FAILED, SKIPPED) or self._is_there(group.handle, job.item)
-            ):
-                decisions.append(settled)
-                continue
+            if settled is not None:
+                if settled % LIST_FATE in (FAILED, SKIPPED) or self._is_there(group.handle, job.item):
+                    decisions.append(settled)
+                    continue
+                self._run.settled_is_gone(bytes_settled(job.row, settled))
             existing: Node | None = None
             try:
                 taken = self._taken(group, job)
@@ -412,7 +412,7 @@ class ItemPlanner:
                 await run.copy(job)
         elif decision == "skip":
             job.group.planned -= 1
-            job.group.counts.files_skipped += job.row.kind == FILE
+            job.group.each[job.item].files_skipped += job.row.kind == FILE
         elif decision == "compare digests":
             await run.compare(job)
         elif decision == "link":

@@ -19,8 +19,18 @@ from agent.storage.faults import fault
 from agent.storage.node import Node, nearest_time
 from agent.storage.rules import included
 from agent.transfer.basis.compare import Decision, decide
-from agent.transfer.basis.jobs import FileJob, Group, ListFate, SharedName
-from agent.transfer.basis.journal_rows import BARE, FAILED, KEPT, LINKED, LIST_FATE, SKIPPED, UNCHANGED, DirectoryRow
+from agent.transfer.basis.jobs import Counts, FileJob, Group, ListFate, SharedName
+from agent.transfer.basis.journal_rows import (
+    BARE,
+    FAILED,
+    KEPT,
+    LINKED,
+    LIST_FATE,
+    SKIPPED,
+    TRANSFERRED,
+    UNCHANGED,
+    DirectoryRow,
+)
 from agent.transfer.basis.patience import Patience
 from agent.transfer.books.journal import Journal
 from agent.transfer.planning.collisions import collision, losers
@@ -49,6 +59,8 @@ class Planned:
     shared: list[SharedName] = field(default_factory=list)
     failures: list[tuple[FileJob, TowpathError]] = field(default_factory=list)
     directories: list[tuple[int, bytes, bytes, int, list[tuple[int, int]]]] = field(default_factory=list)
+    # Bytes of files that an earlier run settled and that are not there any more.
+    gone: int = 0
 
 
 class DirectoryPlanner:
@@ -154,7 +166,7 @@ class DirectoryPlanner:
         # Where nothing is, there is nothing to decide about a file: what most files of large trees come to.
         plain = self._fresh and not losers and not self._options.preserve_hard_links
         group, item = self.group, self._row.item
-        self._finished = self._finished_of(rows) if self._has_finished else {}
+        self._finished = self._finished_of(rows, planned) if self._has_finished else {}
         if self._extras is not None:
             self._extras.add(row.name for row in rows)
         for row in rows:
@@ -174,16 +186,20 @@ class DirectoryPlanner:
         self.group.planned += len(planned.links) + len(planned.failures) + len(planned.shared)
         return planned
 
-    def _finished_of(self, rows: list[Row]) -> dict[bytes, int]:
+    def _finished_of(self, rows: list[Row], planned: Planned) -> dict[bytes, int]:
         """What an earlier run settled of these rows, but for names that are gone: the folder may be another one by now.
         Asked for by the message, since a folder may have more names than memory holds. Raises OSError."""
         finished = self._journal.finished(self._row.id, [row.name for row in rows])
         ended = (FAILED, SKIPPED)
-        return {
+        there = {
             name: outcome
             for name, outcome in finished.items()
             if outcome % LIST_FATE in ended or self._is_there(check_component_untrusted(name))
         }
+        if len(there) < len(finished):
+            gone = finished.keys() - there.keys()
+            planned.gone = sum(bytes_settled(row, finished[row.name]) for row in rows if row.name in gone)
+        return there
 
     def _is_there(self, name: bytes) -> bool:
         try:
@@ -212,7 +228,7 @@ class DirectoryPlanner:
             counts.add_file(row, shared=job.shared)
         outcome = self._finished.get(row.name)
         if outcome is not None:
-            count_finished(self.group, row, outcome, verified=self._options.verify_checksum, shared=job.shared)
+            count_finished(counts, row, outcome, verified=self._options.verify_checksum, shared=job.shared)
             return
         if winner is not None:
             planned.failures.append((job, collision(row.name, winner)))
@@ -309,9 +325,13 @@ class DirectoryPlanner:
             self._extras.close()
 
 
-def count_finished(group: Group, row: Row, outcome: int, *, verified: bool, shared: bool = False) -> None:
-    """Settled in an earlier run: only the counts of this group must know."""
-    counts = group.counts
+def bytes_settled(row: Row, outcome: int) -> int:
+    """What a file that an earlier run has ended with ``outcome`` counts among the bytes that are durable."""
+    return row.size if outcome % LIST_FATE in (TRANSFERRED, BARE) and row.kind == FILE else 0
+
+
+def count_finished(counts: Counts, row: Row, outcome: int, *, verified: bool, shared: bool = False) -> None:
+    """Settled in an earlier run: only the counts of its group must know."""
     fate, outcome = divmod(outcome, LIST_FATE)
     counts.add_list(ListFate(fate))
     if shared and outcome not in (LINKED, KEPT):

@@ -113,7 +113,7 @@ class Retries:
         """Ask what the source holds now; False when the job has ended, or is tried again, without that."""
         run = self._run
         (result,) = await run.session.stat([job.source_path], follow=job.follow)
-        row, counts = result.row, job.group.counts
+        row, counts = result.row, job.group.counts_of(job.item)
         if row is None:
             self.job_failed(job, ItemPlanner.source_error(result))
             return False
