@@ -7,9 +7,9 @@ import time
 import trio
 import trio.testing
 
-from agent.system.signs_of_life import Posture, Signs, signs_of
 from agent.transfer.stalls.lane_watch import until_lost
 from protocol.errors import TowpathError
+from protocol.signs_of_life import Posture, Signs, signs_of
 
 STILL = (1.0, 1.0, 1.0, 1.0)
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import signal
+import sys
 
+import psutil
 import pytest
 import trio
 import trio.testing
@@ -16,6 +19,7 @@ from agent.connect.quic.transport import AHEAD_LIFE, MAX_AHEAD, QuicTransport, _
 from agent.connect.transport import Connection, Wish
 from protocol.candidates import MAPPED_UDP, Candidate, PathAnswer, PathGo, PathOffer
 from protocol.identity import NodeKey
+from protocol.standstill import LOOK_EVERY, STOPPED_FOR
 from tests.agent.quic_pair import CLIENT, SERVER, SESSION
 
 TASK = "33333333-3333-4333-8333-333333333333"
@@ -235,5 +239,47 @@ async def test_streams_are_greeted_although_the_offer_was_replaced_while_quic_ca
                 await trio.sleep(0.01)
         assert replaced.cancelled_caught
         for connection in (first, second, third, *greeted):
+            connection.sock.close()
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(120)
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+async def test_processes_that_were_stopped_are_ended_and_others_take_their_place() -> None:
+    """With SIGSTOP, at both ends: until then the connection opens no more streams."""
+    client, server = transport(CLIENT, SERVER), transport(SERVER, CLIENT)
+    greeted: list[Connection] = []
+
+    async def greet(connection: Connection) -> None:
+        await trio.lowlevel.checkpoint()
+        greeted.append(connection)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(client.run)
+        nursery.start_soon(server.run)
+        await trio.testing.wait_all_tasks_blocked()
+
+        async def connected() -> Connection:
+            offer, go = await arranged(client, server)
+            nursery.start_soon(server.serve, offer, go, greet)
+            with trio.fail_after(40):
+                return await client.connect(WISH, go)
+
+        first = await connected()
+        stopped = [child for child in psutil.Process().children() if "agent.connect.quic.process" in child.cmdline()]
+        assert len(stopped) == 2
+        for process in stopped:
+            process.send_signal(signal.SIGSTOP)
+        with trio.fail_after(STOPPED_FOR + 4 * LOOK_EVERY):
+            while client._live or server._live:
+                await trio.sleep(0.1)
+        # Who reads from a stream of it hears of that at once.
+        assert first.sock.recv(1) == b""
+        again = await connected()
+        with trio.fail_after(10):
+            while len(greeted) < 2:
+                await trio.sleep(0.01)
+        for connection in (first, again, *greeted):
             connection.sock.close()
         nursery.cancel_scope.cancel()

@@ -14,13 +14,14 @@ import pytest
 import trio
 import trio.testing
 
-from agent.system.signs_of_life import Posture
 from agent.transfer.processes.channel import Channel, Finished, Progress, RunTask, ToDaemon, ToWorker
 from agent.transfer.processes.message_buffer import AreYouThere, Message
-from agent.transfer.stalls import looks, standstill, worker_watch
-from agent.transfer.stalls.standstill import HANGS_FOR, LOOK_EVERY, STOPPED_FOR
+from agent.transfer.stalls import looks, worker_watch
+from protocol import standstill
 from protocol.control import Flow, SessionOrder, TaskItem, TaskObserved
 from protocol.errors import TowpathError
+from protocol.signs_of_life import Posture
+from protocol.standstill import HANGS_FOR, LOOK_EVERY, STOPPED_FOR
 from tests.agent import engine_world
 from tests.agent.standing_scene import Played, until_seen
 

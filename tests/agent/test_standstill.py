@@ -17,11 +17,11 @@ import trio.testing
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.system.signs_of_life import Posture, Signs, signs_of
 from agent.transfer.processes.spawn import FORKS
 from agent.transfer.stalls import storage_probe
-from agent.transfer.stalls.standstill import HANGS_FOR, LOOK_EVERY, STOPPED_FOR, Standstill
 from agent.transfer.stalls.storage_probe import StorageProbe
+from protocol.signs_of_life import Posture, Signs, signs_of
+from protocol.standstill import HANGS_FOR, LOOK_EVERY, STOPPED_FOR, Standstill
 from tests.agent.standing_scene import STILL, Played, until_seen
 
 # --- when it counts -------------------------------------------------------------------------------------------

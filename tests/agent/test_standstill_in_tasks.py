@@ -15,11 +15,12 @@ import trio
 import trio.testing
 
 from agent.storage.faulty import Call, Plan
-from agent.system.signs_of_life import Posture, Signs, signs_of
 from agent.transfer.lane_processes import pool as lane_processes
-from agent.transfer.stalls import looks, standstill, storage_probe, storage_watch
-from agent.transfer.stalls.standstill import HANGS_FOR, STOPPED_FOR
+from agent.transfer.stalls import looks, storage_probe, storage_watch
+from protocol import standstill
 from protocol.control import TaskItem, TaskObserved
+from protocol.signs_of_life import Posture, Signs, signs_of
+from protocol.standstill import HANGS_FOR, STOPPED_FOR
 from tests.agent import engine_world
 from tests.agent.engine_inside import Engine, Line, contents, quick_path, tree
 from tests.agent.lane_player import LANE_PROCESS, LaneProcessDied

@@ -22,7 +22,6 @@ import trio
 
 from agent.connect.tls import HANDSHAKE_TIMEOUT
 from agent.limits.pace import Pace
-from agent.system.signs_of_life import Signs, signs_of
 from agent.system.with_parent import end_with
 from agent.transfer.basis.jobs import Group, LargeFile, Request
 from agent.transfer.lane_processes import lane_messages as say
@@ -33,6 +32,7 @@ from agent.transfer.processes.message_buffer import MOST_DESCRIPTORS, AreYouTher
 from agent.transfer.processes.spawn import FORKS, Forked, fork_into
 from agent.transfer.stalls.lane_watch import TellStandstill, stays, until_lost
 from protocol.errors import ProtocolError, RetryLater, TowpathError, error_from_document_untrusted
+from protocol.signs_of_life import Signs, signs_of
 
 # How often (seconds) the shares of a limit are looked at.
 SHARE_EVERY = 0.1

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from agent.system.signs_of_life import Posture
 from agent.transfer.stalls.looks import Looks, Watched
-from agent.transfer.stalls.standstill import HANGS_FOR, STOPPED_FOR
 from protocol.errors import RetryLater, TowpathError
+from protocol.signs_of_life import Posture
+from protocol.standstill import HANGS_FOR, STOPPED_FOR
 
 # What stands still, or None once nothing does any more.
 TellStandstill = Callable[[TowpathError | None], None]

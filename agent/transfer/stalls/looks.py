@@ -1,4 +1,4 @@
-"""Looks at one process every so often, and asks it when it says nothing; `agent.transfer.stalls.standstill` decides."""
+"""Looks at one process every so often, and asks it when it says nothing; `protocol.standstill` decides."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import Protocol
 
 import trio
 
-from agent.system.signs_of_life import Posture, Signs
-from agent.transfer.stalls.standstill import LOOK_EVERY, Standstill
+from protocol.signs_of_life import Posture, Signs
+from protocol.standstill import LOOK_EVERY, Standstill
 
 
 class Watched(Protocol):

@@ -8,8 +8,8 @@ import trio
 
 from agent.storage.base import Directory
 from agent.transfer.stalls.lane_watch import TellStandstill, storage_silent
-from agent.transfer.stalls.standstill import HANGS_FOR, LOOK_EVERY
 from agent.transfer.stalls.storage_probe import StorageProbe
+from protocol.standstill import HANGS_FOR, LOOK_EVERY
 
 
 async def watch_storage(

@@ -12,12 +12,12 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
-from agent.system.signs_of_life import Posture, Signs, signs_of
 from agent.transfer.processes.channel import Channel, ChannelClosed
 from agent.transfer.processes.message_buffer import AreYouThere
 from agent.transfer.stalls.looks import Looks
-from agent.transfer.stalls.standstill import HANGS_FOR, LOOK_EVERY, STOPPED_FOR
 from protocol.errors import RetryLater, TowpathError
+from protocol.signs_of_life import Posture, Signs, signs_of
+from protocol.standstill import HANGS_FOR, LOOK_EVERY, STOPPED_FOR
 
 # How often one that hangs counts as one that will hang for ever.
 HANGS_FOR_EVER = 2

@@ -8,7 +8,7 @@ batch system does that), makes anybody late.
 
 from __future__ import annotations
 
-from agent.system.signs_of_life import Posture, Signs
+from protocol.signs_of_life import Posture, Signs
 
 # How often (seconds) to look; who has said nothing since the last look is asked.
 LOOK_EVERY = 5.0
