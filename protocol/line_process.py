@@ -13,9 +13,11 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 
 import trio
 
+from protocol.beside import beside
 from protocol.signs_of_life import Posture, signs_of
 from protocol.standstill import LOOK_EVERY, Standstill
 
@@ -35,7 +37,6 @@ async def line_process(module: str, *, room: int | None = None) -> AsyncIterator
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.setblocking(False)
-    failed: Exception | None = None
     with trio.socket.from_stdlib_socket(ours) as line:
         with theirs:
             if room is not None:
@@ -47,14 +48,8 @@ async def line_process(module: str, *, room: int | None = None) -> AsyncIterator
                 stdin=subprocess.DEVNULL,
             )
         try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(_end_when_it_stands_still, process, module)
-                try:
-                    yield line
-                except Exception as error:
-                    # Not in a group with whatever else ends here.
-                    failed = error
-                nursery.cancel_scope.cancel()
+            async with beside(partial(_end_when_it_stands_still, process, module)):
+                yield line
         finally:
             line.close()
             with trio.CancelScope(shield=True):
@@ -63,8 +58,6 @@ async def line_process(module: str, *, room: int | None = None) -> AsyncIterator
                 if process.returncode is None:
                     process.kill()
                     await process.wait()
-    if failed is not None:
-        raise failed
 
 
 async def _end_when_it_stands_still(process: trio.Process, module: str) -> None:

@@ -362,12 +362,13 @@ class LaneReading(msgspec.Struct, array_like=True, frozen=True):
 
 class LaneReadings(Message, tag="readings", frozen=True):
     """Answer to `ReadLanes`. ``processor``: seconds of processor time of the source's process so far, ``now``: its
-    clock."""
+    clock. ``silent``: its storage is waited for and does not answer."""
 
     r: int
     now: float
     processor: float
     lanes: list[LaneReading]
+    silent: bool = False
 
 
 class Failed(Message, tag="failed", frozen=True):

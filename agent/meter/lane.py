@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Mapping
+
+import msgspec
+
 from agent.meter.time_shares import TimeShares
 from protocol.congestion import Connection, TcpFacts, tcp_facts
+from protocol.session import LaneReading, LaneReadings
 
 
 class LaneMeter:
@@ -24,3 +30,21 @@ class LaneMeter:
     def facts(self) -> TcpFacts | None:
         """What the system knows of its connection; None where it is none of TCP, or gone."""
         return tcp_facts(self.sock)
+
+
+def readings_of(r: int, meters: Mapping[int, LaneMeter], *, silent: bool = False) -> LaneReadings:
+    """What is measured of the lanes now."""
+    lanes = []
+    for number, meter in sorted(meters.items()):
+        facts = meter.facts()
+        reading = LaneReading(number, meter.content, meter.times.totals())
+        if facts is not None:
+            reading = msgspec.structs.replace(
+                reading,
+                rtt=facts.rtt,
+                retransmissions=facts.retransmissions,
+                busy=facts.busy,
+                window=facts.window,
+            )
+        lanes.append(reading)
+    return LaneReadings(r, time.monotonic(), time.process_time(), lanes, silent)

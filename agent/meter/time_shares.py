@@ -40,6 +40,11 @@ class TimeShares:
         self._since = moment
         self._doing = doing
 
+    @property
+    def doing(self) -> Doing:
+        """What it does now."""
+        return self._doing
+
     def totals(self) -> list[float]:
         """Seconds for each `Doing` so far, the present step included."""
         totals = list(self._totals)

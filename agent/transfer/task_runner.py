@@ -37,7 +37,9 @@ from agent.transfer.planning.filled_places import items_into
 from agent.transfer.planning.left_behind import sweep_folders, unfinished_folders
 from agent.transfer.planning.plan import now_iso
 from agent.transfer.processes.channel import Event, RunTask
+from agent.transfer.stalls.storage_watch import watch_deletions, watch_opening
 from agent.transfer.transfer_run import TransferRun
+from protocol.beside import beside
 from protocol.control import Counters, Flow, TaskObserved, TaskOrder, TaskState
 from protocol.errors import NeedsPerson, TaskFailed, TowpathError
 from protocol.folder_sync import sync_names
@@ -272,7 +274,7 @@ class TaskRunner:
     async def _one_run(
         self, manifests: tuple[ManifestWriter, ManifestWriter], received: ReceivedCounter, *, resumed: bool
     ) -> None:
-        with await trio.to_thread.run_sync(self._open_root) as root:
+        with await self._opened_root() as root:
             if self._order.type == "DELETE":
                 await self._run_delete(root, manifests[1])
                 return
@@ -291,7 +293,7 @@ class TaskRunner:
                     mode_mask=self._mode_mask,
                     lists=self._lists,
                     on_fault=self._fault,
-                    on_standstill=partial(self._stands_still, "run"),
+                    on_standstill=self._stands_still,
                     patience=self._patience,
                     pace=self._line.pace,
                     processes=self._line.processes,
@@ -310,7 +312,14 @@ class TaskRunner:
                     self._line.on_limits = lambda _lanes, _memory: None
                     self._counters = run.counters()
                     self._run = None
-                    self._stands_still("run", None)
+                    self._stands_no_more()
+
+    async def _opened_root(self) -> Root:
+        try:
+            async with beside(partial(watch_opening, self._on_storage)):
+                return await trio.to_thread.run_sync(self._open_root)
+        finally:
+            self._on_storage(None)
 
     def _begin_elsewhere(self, received: ReceivedCounter) -> None:
         self._journal.start_over()
@@ -342,12 +351,14 @@ class TaskRunner:
         )
         self._run = run
         try:
-            await run_in_thread(run.run, run.stop)
+            async with beside(partial(watch_deletions, run, root, self._prefix + b"q", self._on_storage)):
+                await run_in_thread(run.run, run.stop)
         except Stopped:
             await trio.lowlevel.checkpoint_if_cancelled()
         finally:
             self._counters = run.counters()
             self._run = None
+            self._stands_no_more()
 
     def _fault_from_thread(self, error: TowpathError) -> None:
         self._token.run_sync_soon(self._fault, error)
@@ -368,6 +379,14 @@ class TaskRunner:
         if error.sentence not in {each.sentence for each in self._standstills.values()}:
             self._fault(error)
         self._standstills[noticed] = error
+
+    def _on_storage(self, error: TowpathError | None) -> None:
+        self._stands_still("storage", error)
+
+    def _stands_no_more(self) -> None:
+        """A run has ended."""
+        for noticed in ("storage", "source"):
+            self._stands_still(noticed, None)
 
     def _no_trouble(self) -> None:
         self._status = None

@@ -44,7 +44,8 @@ from agent.transfer.receiving.lanes import Lanes, OpenLane
 from agent.transfer.receiving.large_files import LargeFiles
 from agent.transfer.receiving.retries import Retries
 from agent.transfer.settling.settle import Settler
-from agent.transfer.stalls.storage_watch import watch_storage
+from agent.transfer.stalls.storage_watch import watch_deletions, watch_storage
+from protocol.beside import beside
 from protocol.control import Counters, Flow
 from protocol.errors import TaskFailed, TowpathError
 from protocol.names import format_path, split_path
@@ -170,7 +171,7 @@ class TransferRun:
                     lambda: (self.context.received.value, self.counters()),
                     lambda: [group.handle for group in self._groups],
                     self._temporary_names + b"q",
-                    self.context.on_standstill,
+                    partial(self.context.on_standstill, "storage"),
                 )
                 self.large.start(nursery)
                 self._comparisons.start(nursery)
@@ -199,7 +200,10 @@ class TransferRun:
         context = self.context
         if self.options.delete_destination_extra:
             # Cancelling ends that before the next file.
-            await run_in_thread(self._mirror.run, self._mirror.stop)
+            names = self._temporary_names + b"q"
+            tell = partial(context.on_standstill, "storage")
+            async with beside(partial(watch_deletions, self._mirror, context.root, names, tell)):
+                await run_in_thread(self._mirror.run, self._mirror.stop)
         await trio.to_thread.run_sync(
             remove_left_behind,
             context.root,

@@ -14,11 +14,13 @@ import pytest
 import trio
 import trio.testing
 
+from agent.storage.base import Root
 from agent.storage.faulty import Call, Plan
 from agent.transfer.lane_processes import pool as lane_processes
+from agent.transfer.receiving import flow_watch
 from agent.transfer.stalls import looks, storage_probe, storage_watch
 from protocol import standstill
-from protocol.control import TaskItem, TaskObserved
+from protocol.control import TaskItem, TaskObserved, TaskOptions
 from protocol.signs_of_life import Posture, Signs, signs_of
 from protocol.standstill import HANGS_FOR, STOPPED_FOR
 from tests.agent import engine_world
@@ -174,6 +176,119 @@ async def test_storage_that_hangs_in_the_worker_itself_is_told(
     assert observed.status_code != "STORAGE_SILENT"
     assert contents(engine.destination) == contents(engine.source)
     assert not engine.temporaries()
+
+
+@pytest.fixture
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Storage that says nothing is asked after moments."""
+    monkeypatch.setattr(storage_watch, "LOOK_EVERY", 0.02)
+    monkeypatch.setattr(storage_watch, "HANGS_FOR", 0.06)
+    monkeypatch.setattr(storage_probe, "ANSWERS_WITHIN", 0.05)
+    monkeypatch.setattr(flow_watch, "INTERVAL", 0.01)
+    monkeypatch.setattr("agent.transfer.course.progress.EVERY", 0.01)
+
+
+class _Hangs:
+    """Storage hangs in one call, and ``silent``, in all that come then, until the task says so, or else for a while."""
+
+    def __init__(self, operation: str, nth: int, *, silent: bool) -> None:
+        self.operation, self.left, self.silent = operation, nth, silent
+        self.hangs, self.back = threading.Event(), threading.Event()
+        self.said: list[str] = []
+
+    def plan(self, call: Call) -> int | None:
+        if self.hangs.is_set():
+            assert not self.silent or self.back.wait(20)
+        elif call.operation == self.operation:
+            self.left -= 1
+            if not self.left:
+                self.hangs.set()
+                # What is slow, and does not hang, takes this long.
+                assert self.back.wait(20 if self.silent else 0.4) is self.silent
+        return None
+
+    def write(self, _folder: int, _name: bytes) -> None:
+        """What a file is made in that asks storage whether it answers."""
+        assert not (self.hangs.is_set() and self.silent) or self.back.wait(20)
+
+    def look(self, _line: Line, observed: TaskObserved) -> None:
+        if observed.status_code == "STORAGE_SILENT":
+            assert (observed.state, self.silent) == ("WAITING", True)
+            self.said.append(observed.status_sentence)
+            self.back.set()
+
+    def check(self, engine: Engine, observed: TaskObserved, side: str) -> None:
+        assert observed.state == "SUCCEEDED", observed
+        assert self.hangs.is_set()
+        assert engine.codes().count("STORAGE_SILENT") == self.silent
+        assert all(f"The {side}'s storage does not answer" in sentence for sentence in self.said)
+        assert bool(self.said) is self.silent
+
+
+@pytest.mark.usefixtures("_impatient")
+@pytest.mark.parametrize("silent", [True, False], ids=["silent", "slow"])
+@pytest.mark.parametrize(("operation", "nth"), [("scan", 2), ("open_read", 30), ("preadv", 2), ("stat", 1)])
+async def test_a_source_whose_storage_hangs_is_told_of(
+    quick_path: Path, operation: str, nth: int, silent: bool
+) -> None:
+    """While folders are listed, or files read; one that is slow, as from a tape, is nobody's affair."""
+    hangs = _Hangs(operation, nth, silent=silent)
+    engine = Engine(quick_path, source_plan=hangs.plan, on_report=hangs.look)
+    if operation == "stat":
+        engine.items = [TaskItem(source_path="/large", destination_path="/large")]
+    _fill(engine)
+    observed = await engine.run()
+    hangs.check(engine, observed, "source")
+    assert (engine.destination / "large").read_bytes() == (engine.source / "large").read_bytes()
+
+
+@pytest.mark.usefixtures("_impatient")
+@pytest.mark.parametrize("silent", [True, False], ids=["silent", "slow"])
+@pytest.mark.parametrize(("operation", "nth"), [("check_original", 1), ("open_parent", 1), ("unlink", 20)])
+async def test_a_delete_task_whose_storage_hangs_says_so(
+    quick_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str, nth: int, silent: bool
+) -> None:
+    hangs = _Hangs(operation, nth, silent=silent)
+    monkeypatch.setattr(storage_probe, "_write", hangs.write)
+    items = [TaskItem(source_path="/a", destination_path="")]
+    engine = Engine(
+        quick_path, TaskOptions(recursive=True), items, type="DELETE", plan=hangs.plan, on_report=hangs.look
+    )
+    tree(engine.destination, [f"{folder}/{name}" for folder in "ab" for name in range(40)])
+    observed = await engine.run()
+    hangs.check(engine, observed, "destination")
+    assert {path.name for path in engine.destination.iterdir()} == {"b"}
+    assert observed.counters.deleted == 41
+
+
+@pytest.mark.usefixtures("_impatient")
+@pytest.mark.parametrize("silent", [True, False], ids=["silent", "slow"])
+async def test_a_mirror_whose_storage_hangs_while_it_deletes_says_so(
+    quick_path: Path, monkeypatch: pytest.MonkeyPatch, silent: bool
+) -> None:
+    hangs = _Hangs("unlink", 20, silent=silent)
+    monkeypatch.setattr(storage_probe, "_write", hangs.write)
+    options = TaskOptions(delete_destination_extra=True, preserve_timestamp=True)
+    engine = Engine(quick_path, options, plan=hangs.plan, on_report=hangs.look)
+    tree(engine.source, ["kept"])
+    tree(engine.destination, [f"extra/{name}" for name in range(40)])
+    observed = await engine.run()
+    hangs.check(engine, observed, "destination")
+    assert contents(engine.destination) == contents(engine.source)
+
+
+@pytest.mark.usefixtures("_impatient")
+async def test_a_root_that_cannot_be_opened_for_long_is_told_of(quick_path: Path) -> None:
+    hangs = _Hangs("", 0, silent=True)
+    hangs.hangs.set()
+
+    def opened(root: Root) -> Root:
+        assert hangs.back.wait(20)
+        return root
+
+    engine = Engine(quick_path, wrap=opened, on_report=hangs.look)
+    _fill(engine)
+    hangs.check(engine, await engine.run(), "destination")
 
 
 # --- real processes --------------------------------------------------------------------------------------------

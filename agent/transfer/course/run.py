@@ -26,7 +26,6 @@ from agent.transfer.books.journal import Journal
 from agent.transfer.books.manifest import ManifestWriter
 from agent.transfer.course.received import ReceivedCounter
 from agent.transfer.lane_processes.pool import LaneProcesses
-from agent.transfer.stalls.lane_watch import TellStandstill
 from protocol.control import TaskOptions, TaskOrder
 from protocol.errors import TowpathError
 
@@ -45,8 +44,8 @@ class RunContext:
     lists: ListPolicy
     # In the trio thread only: it posts to the daemon.
     on_fault: Callable[[TowpathError], None]
-    # Told why the run stands still, and when it does not any more; in the trio thread.
-    on_standstill: TellStandstill
+    # Told, by who has noticed, why the run stands still, and when it does not any more; in the trio thread.
+    on_standstill: Callable[[str, TowpathError | None], None]
     patience: Patience
     pace: Pace
     # What receives beside the lanes' threads of this process, if anything does.

@@ -21,7 +21,7 @@ from agent.transfer.deleting.remove import Removal, Stopped
 from agent.transfer.planning.plan import now_iso
 from protocol.control import Counters, TaskItem, TaskOptions
 from protocol.errors import ItemFailed, NeedsPerson, ProtocolError, RetryLater, TowpathError
-from protocol.names import parse_path_untrusted
+from protocol.names import CollectionPath, parse_path_untrusted
 from protocol.session import DIRECTORY, join_path
 
 
@@ -44,6 +44,10 @@ class DeleteRun:
         self._options = options
         self._on_fault = on_fault
         self._stop = threading.Event()
+        # Where it is (see `agent.transfer.stalls.storage_watch.Deletes`).
+        self.folder: Directory | None = None
+        self.path: CollectionPath = ()
+        self.steps = 0
         self.deleted = 0
         self.failed = 0
 
@@ -68,6 +72,7 @@ class DeleteRun:
                 continue
             if self._stop.is_set():
                 raise Stopped
+            self.steps += 1
             self._journal.put_item(index, done=False)
             if index not in begun:
                 # Written before anything is removed: a repeated run must not take the missing for an error.
@@ -90,6 +95,7 @@ class DeleteRun:
             path = parse_path_untrusted(item.source_path)
             if not path:
                 raise ItemFailed("The root of a collection cannot be deleted.", code="PERMISSION_DENIED", who="you")
+            self.path = path
             self._remove(path, missing_is_fine=begun or self._options.ignore_missing)
         except OSError as error:
             self._fail(item, fault(error, "destination", item.source_path, alone=True))
@@ -97,6 +103,8 @@ class DeleteRun:
             self._fail(item, ItemFailed(error.sentence, code="ILLEGAL_NAME", who="you"))
         except ItemFailed as error:
             self._fail(item, error)
+        finally:
+            self.folder = None
 
     def _remove(self, path: tuple[bytes, ...], *, missing_is_fine: bool) -> None:
         try:
@@ -107,6 +115,7 @@ class DeleteRun:
             raise
         stays: HoldsOwn | None = None
         with parent:
+            self.folder = parent
             nodes = list(self._matching(parent, last))
             if not nodes and not missing_is_fine:
                 raise FileNotFoundError(2, "there is no such file or folder")
@@ -125,6 +134,7 @@ class DeleteRun:
 
     def _gone(self) -> None:
         self.deleted += 1
+        self.steps += 1
         if self._stop.is_set():
             raise Stopped
 

@@ -78,6 +78,10 @@ class Mirror:
         self._met_source = False
         # What of an extra is to stay, if anything is.
         self._spares: Callable[[Node], bool] | None = None
+        # Where it is (see `agent.transfer.stalls.storage_watch.Deletes`).
+        self.folder: Directory | None = None
+        self.path: CollectionPath = ()
+        self.steps = 0
 
     def stop(self) -> None:
         """Have `run` return before the next removal. Any thread may call."""
@@ -127,6 +131,7 @@ class Mirror:
             self._on_fault(ItemFailed(sentence, code="EXTRA_NOT_DELETED", who="you", subject=place))
 
     def _go_on(self) -> None:
+        self.steps += 1
         if self._stop.is_set():
             raise Stopped
 
@@ -164,11 +169,13 @@ class Mirror:
 
     def _remove(self, folder: bytes, name: bytes) -> None:
         path = folder + b"/" + name if folder else name
+        self.path = split_path(path)
         removal, rows = Removal(self._go_on, self._spares), []
         try:
             with self._root.open_directory(split_path(folder)) as parent:
                 # A link that has taken the folder's place since leads to what was never compared.
                 if parent.path == split_path(folder):
+                    self.folder = parent
                     self._remove_from(parent, name, removal)
                     parent.sync()
         except (FileNotFoundError, HoldsOwn):
@@ -184,6 +191,8 @@ class Mirror:
                 raise problem from error
             self._on_fault(problem)
             rows.append(SkippedRow(b"", path, -1, problem.code, problem.sentence, now_iso(), extra=True))
+        finally:
+            self.folder = None
         if self._met_source:
             self._tell_once(_SOURCE, split_path(path))
         elif removal.spared:

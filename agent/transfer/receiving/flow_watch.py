@@ -13,6 +13,7 @@ from agent.meter.flow import Reading, flow_between
 from agent.transfer.asking.source_session import SessionLost
 from agent.transfer.course.run import Run
 from agent.transfer.receiving.lanes import Lanes
+from agent.transfer.stalls.lane_watch import source_silent
 from protocol.control import Flow
 from protocol.session import LANE_READINGS, LaneReadings
 
@@ -60,5 +61,7 @@ class FlowWatch:
         if LANE_READINGS in self._run.session.abilities:
             # What is measured is never worth the session: when it ends, whoever runs it says why.
             with suppress(SessionLost), trio.move_on_after(ANSWER_PATIENCE):
-                return await self._run.session.read_lanes()
+                readings = await self._run.session.read_lanes()
+                self._run.context.on_standstill("source", source_silent() if readings.silent else None)
+                return readings
         return None

@@ -66,6 +66,8 @@ class LaneQueue(queue.SimpleQueue["LaneRequest | None"]):
         super().__init__()
         # Each is counted by one thread.
         self._came = self._went = 0
+        # What the lane works on, or has just done.
+        self.taken: LaneRequest | None = None
 
     @property
     def size(self) -> int:
@@ -81,6 +83,7 @@ class LaneQueue(queue.SimpleQueue["LaneRequest | None"]):
         """As of any queue."""
         item = super().get(block, timeout)
         self._went += 0 if item is None else item.size
+        self.taken = item
         return item
 
 

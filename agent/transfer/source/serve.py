@@ -10,15 +10,15 @@ import hmac
 import socket
 import threading
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
-import msgspec
 import trio
 
 from agent.connect.lane_tls import SecuredLane
 from agent.limits.pace import Pace
-from agent.meter.lane import LaneMeter
+from agent.meter.lane import LaneMeter, readings_of
+from agent.meter.time_shares import Doing
 from agent.storage import access_lists, attributes
 from agent.storage.base import Root
 from agent.storage.faults import fault
@@ -32,6 +32,7 @@ from agent.transfer.source import source_files
 from agent.transfer.source.send import Joined, LaneQueue, LaneRequest, LaneSender
 from agent.transfer.source.source_policy import SourcePolicy
 from agent.transfer.source.source_rows import Listing
+from agent.transfer.source.under_way import UnderWay, paths_of
 from protocol import session
 from protocol.errors import ProtocolError, RetryLater, TowpathError
 from protocol.names import CollectionPath
@@ -152,6 +153,7 @@ class Control:
         self._send_out, self._receive_out = trio.open_memory_channel[bytes](1024)
         self._digests = trio.CapacityLimiter(2)
         self._listing_threads = StorageThreads(side.root.features.file_system)
+        self._under_way = UnderWay()
         self._scope = trio.CancelScope()
 
     def end(self) -> None:
@@ -226,6 +228,9 @@ class Control:
             with self._scope:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._write)
+                    nursery.start_soon(
+                        self._under_way.watch, lambda: self._side.root, self._allowed, self._read_by_lanes, self._sent
+                    )
                     await self._read(nursery)
                     nursery.cancel_scope.cancel()
         except* (trio.BrokenResourceError, trio.ClosedResourceError, OSError):
@@ -277,7 +282,7 @@ class Control:
             await self._questions.acquire()
             nursery.start_soon(self._question, answer, request)
         elif isinstance(request, session.ReadLanes):
-            await self._answer(readings_of(request.r, self._meters))
+            await self._answer(readings_of(request.r, self._meters, silent=self._under_way.silent))
         elif isinstance(request, session.RenewTicket):
             self._side.policy.renew(self._side.verifier, request.ticket, time.time())
         elif isinstance(request, session.Ping):
@@ -287,9 +292,23 @@ class Control:
 
     async def _question(self, answer: Callable[[Control, Any], Awaitable[None]], request: session.Request) -> None:
         try:
-            await answer(self, request)
+            with self._under_way.waiting(*paths_of(request)):
+                await answer(self, request)
         finally:
             self._questions.release()
+
+    def _read_by_lanes(self) -> list[CollectionPath]:
+        """What lanes wait for storage for."""
+        taken = [
+            work
+            for number, lane in list(self._lanes.items())
+            if (meter := self._meters.get(number)) is not None and meter.times.doing is Doing.STORAGE
+            if (work := lane.taken) is not None
+        ]
+        return [path for work in taken for path in (work.paths or (work.path,))]
+
+    def _sent(self) -> int:
+        return sum(meter.content for meter in list(self._meters.values()))
 
     # --- metadata --------------------------------------------------------------------------------------
 
@@ -321,7 +340,8 @@ class Control:
                     credit.acquire_nowait()
                 except trio.WouldBlock:
                     await credit.acquire()
-                message = await self._listing_threads.run(listing.message)
+                with self._under_way.waiting(request.path):
+                    message = await self._listing_threads.run(listing.message)
                 try:
                     self._send_out.send_nowait(message)
                 except trio.WouldBlock:
@@ -465,24 +485,6 @@ def _abilities() -> list[str]:
     always = [session.EXTENTS, session.BLOCK_DIGESTS, session.LANE_READINGS]
     extended = [session.ATTRIBUTES, *([session.ACCESS_LISTS] if access_lists.usable() else [])]
     return [*always, *extended] if attributes.usable() else always
-
-
-def readings_of(r: int, meters: Mapping[int, LaneMeter]) -> session.LaneReadings:
-    """What is measured of the lanes now."""
-    lanes = []
-    for number, meter in sorted(meters.items()):
-        facts = meter.facts()
-        reading = session.LaneReading(number, meter.content, meter.times.totals())
-        if facts is not None:
-            reading = msgspec.structs.replace(
-                reading,
-                rtt=facts.rtt,
-                retransmissions=facts.retransmissions,
-                busy=facts.busy,
-                window=facts.window,
-            )
-        lanes.append(reading)
-    return session.LaneReadings(r, time.monotonic(), time.process_time(), lanes)
 
 
 def serve_lane(

@@ -83,6 +83,14 @@ def storage_silent() -> TowpathError:
     )
 
 
+def source_silent() -> RetryLater:
+    """Of storage that a source waits for, as it says."""
+    return RetryLater(
+        "The source's storage does not answer: its disk or file server is waited for. The task goes on when it does.",
+        code="STORAGE_SILENT",
+    )
+
+
 def stays() -> TowpathError:
     """Of a process that was ended and is still there."""
     return RetryLater(

@@ -1,4 +1,5 @@
-"""Whether a folder's storage takes anything at the moment: a file is made in it, synced and removed."""
+"""Whether storage answers at the moment: one that is written to by a file that is made in it, synced and removed, any
+other by a name that is looked for in a folder of it."""
 
 from __future__ import annotations
 
@@ -9,7 +10,10 @@ import threading
 
 import trio
 
+from agent.storage.base import Root
 from agent.storage.handed import Handed
+from protocol.errors import TowpathError
+from protocol.names import CollectionPath
 
 # How long (seconds) storage may take for that.
 ANSWERS_WITHIN = 10.0
@@ -17,22 +21,33 @@ ANSWERS_WITHIN = 10.0
 
 class StorageProbe:
     """Asks one question at a time; a call that hangs is not followed by another. The names of its files begin with
-    ``names``, which is reserved and nobody else's. Called in the trio thread."""
+    ``names``, which is reserved and nobody else's. Called in the trio thread. Cancelling leaves a call to itself."""
 
     def __init__(self, names: bytes) -> None:
         self._names, self._numbers = names, itertools.count(1)
         self._last: _Call | None = None
 
     async def answers(self, folder: int) -> bool:
-        """Whether the storage of the folder of this descriptor, which is duplicated, answers in time, if only with a
-        refusal. Cancelling leaves the call to itself; it removes what it made."""
-        if self._last is not None and not self._last.over:
+        """Whether the storage of the folder of this descriptor, which is duplicated, takes a file in time, or refuses
+        it. Whatever becomes of the call, it removes what it made."""
+        if self._hangs:
             return False
         try:
-            call = _Call(os.dup(folder), b"%s%x" % (self._names, next(self._numbers)))
+            call = _Write(os.dup(folder), b"%s%x" % (self._names, next(self._numbers)))
         except OSError:
             # Nothing can be learned now.
             return False
+        return await self._ask(call)
+
+    async def looks(self, root: Root, path: CollectionPath) -> bool:
+        """Whether it can be told in time what is at a path and beside it, or that nothing is. Nothing is written."""
+        return not self._hangs and await self._ask(_Look(root, path))
+
+    @property
+    def _hangs(self) -> bool:
+        return self._last is not None and not self._last.over
+
+    async def _ask(self, call: _Call) -> bool:
         self._last = call
         try:
             with trio.move_on_after(ANSWERS_WITHIN):
@@ -45,10 +60,9 @@ class StorageProbe:
 
 
 class _Call:
-    """One question. Its folder is closed by the thread that asks it, or where none begins, by whoever wanted that."""
+    """One question. What it holds is let go by the thread that asks it, or where none begins, by whoever wanted it."""
 
-    def __init__(self, folder: int, name: bytes) -> None:
-        self._folder, self._name = folder, name
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self._taken = False
         self.over = False
@@ -57,23 +71,50 @@ class _Call:
         """In the thread."""
         if self._take():
             try:
-                _write(self._folder, self._name)
+                self._do()
             finally:
-                self._close()
+                self._end()
 
     def leave(self) -> None:
         """A call that has not begun does not begin any more."""
         if self._take():
-            self._close()
+            self._end()
 
     def _take(self) -> bool:
         with self._lock:
             taken, self._taken = self._taken, True
         return not taken
 
-    def _close(self) -> None:
-        os.close(self._folder)
+    def _end(self) -> None:
+        self._let_go()
         self.over = True
+
+    def _do(self) -> None:
+        raise NotImplementedError
+
+    def _let_go(self) -> None:
+        """Nothing, mostly."""
+
+
+class _Write(_Call):
+    def __init__(self, folder: int, name: bytes) -> None:
+        super().__init__()
+        self._folder, self._name = folder, name
+
+    def _do(self) -> None:
+        _write(self._folder, self._name)
+
+    def _let_go(self) -> None:
+        os.close(self._folder)
+
+
+class _Look(_Call):
+    def __init__(self, root: Root, path: CollectionPath) -> None:
+        super().__init__()
+        self._root, self._path = root, path
+
+    def _do(self) -> None:
+        _look(self._root, self._path)
 
 
 def _write(folder: int, name: bytes) -> None:
@@ -87,3 +128,11 @@ def _write(folder: int, name: bytes) -> None:
                 os.close(descriptor)
         finally:
             os.unlink(name, dir_fd=folder)
+
+
+def _look(root: Root, path: CollectionPath) -> None:
+    # A name that nobody remembers: for one that was looked for before, a file server need not be asked.
+    name = b"towpath-looks-" + os.urandom(8).hex().encode()
+    for folder in (path, path[:-1]):
+        with contextlib.suppress(OSError, TowpathError), root.open_directory(folder) as handle:
+            handle.lstat(name)
