@@ -198,6 +198,12 @@ def _one_collection(connection: Connection, wanted: str) -> Row[Any]:
 def _one_unserved(connection: Connection, wanted: str, advice: str = "") -> Row[Any]:
     """The same, of a collection that no agent serves. Raises `Refused`; ``advice`` is told where one does."""
     row = _one_collection(connection, wanted)
+    if row.node_id is not None and row.node_id in revocation.revoked(connection):
+        # Not here: the relay that runs has to cut the sessions of its tasks as well.
+        raise Refused(
+            f"The agent {row.node_id} is revoked, and the running relay takes the collection off it within a minute: "
+            "ask again then."
+        )
     if row.node_id is not None:
         raise Refused(
             f"The agent {row.node_id} serves this collection.{advice} If its machine is lost, revoke it with "
