@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
 
-import msgspec
 from fastapi import Depends, Request
 from sqlalchemy import Connection
 
@@ -13,6 +12,7 @@ from relay.access.decisions import Subject
 from relay.access.principals import subject_of
 from relay.api.bearer import Caller, auth_caller
 from relay.api.bodies import body_untrusted
+from relay.api.documents import NOT_JSON, decoded_untrusted
 from relay.applications.documents import invalid, wrapped
 from relay.auth.scopes import MANAGE_PROJECTS, VIEW_CLIENTS_AND_SCOPES
 from relay.refusal import ApiError
@@ -52,13 +52,13 @@ Developer = Annotated[Caller, Depends(developer)]
 
 
 async def body_of(request: Request, key: str) -> Any:
-    """The object under the one key of the request's body. Raises `ApiError` 400, 413."""
+    """The object under the one key of the request's body. Raises `ApiError` 400, 413, 503."""
     body = await body_untrusted(request, MAX_BODY)
     if body is None:
         raise ApiError(413, "REQUEST_TOO_LARGE", f"The document is larger than {MAX_BODY} bytes.")
     try:
-        return wrapped(msgspec.json.decode(body), key)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        return wrapped(await decoded_untrusted(request, body), key)
+    except NOT_JSON as error:
         raise invalid("The body of the request is not JSON.") from error
 
 

@@ -8,24 +8,16 @@ from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from protocol.places import Places
-from relay.api.client_authentication import caller_of
 from relay.api.errors import new_request_id, render
-from relay.audit.notes import notes
+from relay.api.holding import Holding, Memory
 from relay.quota.requests import add_headers
 from relay.refusal import ApiError
 
 logger = logging.getLogger("relay.api")
 
 TRANSFER_API_VERSION = "0.10"
-# Bodies are counted in pieces of so many bytes; the first one is not, which is all that most requests have.
-PIECE = 64 * 1024
-# So many of the largest bodies are held at a time, of all people together, until their requests are answered.
-BODIES_AT_ONCE = 4
-_RETRY_AFTER = 5
 _TRANSFER_PREFIX = "/v0.10"
 # Answers with tokens or personal data must not stay in caches on the way.
 _NEVER_CACHED = ("/v2/", "/v0.10/", "/towpath/")
@@ -37,7 +29,7 @@ class Frame:
     def __init__(self, app: ASGIApp, *, max_body: int, clock: Callable[[], float]) -> None:
         self._app = app
         self._max_body = max_body
-        self._held = Places(max(1, BODIES_AT_ONCE * max_body // PIECE))
+        self._memory = Memory.of(max_body)
         self._clock = clock
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -48,7 +40,8 @@ class Frame:
         scope["path"] = "/" + scope["path"].lstrip("/")
         request_id = new_request_id()
         scope.setdefault("state", {})["request_id"] = request_id
-        exchange = _Exchange(scope, receive, send, self._max_body, self._held)
+        holding = Holding(scope, self._memory)
+        exchange = _Exchange(scope, receive, send, self._max_body, holding)
         started = self._clock()
         try:
             exchange.check_announced_length()
@@ -62,7 +55,7 @@ class Frame:
             sentence = f"The relay made a mistake; its operator finds it in the log under request {request_id}."
             await exchange.fail(ApiError(500, "InternalError", sentence), request_id)
         finally:
-            exchange.let_go()
+            holding.let_go()
             took = (self._clock() - started) * 1000
             logger.debug("%s %s %s %.0f ms %s", scope["method"], scope["path"], exchange.status, took, request_id)
 
@@ -70,16 +63,13 @@ class Frame:
 class _Exchange:
     """One request and its answer."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, max_body: int, held: Places) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, max_body: int, holding: Holding) -> None:
         self._scope = scope
         self._receive = receive
         self._send = send
         self._max_body = max_body
         self._received = 0
-        self._held = held
-        self._pieces = 0
-        # As whom the pieces are counted, from the first one on.
-        self._holder = ""
+        self._holding = holding
         self.status: int | None = None
 
     def check_announced_length(self) -> None:
@@ -97,30 +87,8 @@ class _Exchange:
             self._received += len(message.get("body", b""))
             if self._received > self._max_body:
                 raise self.too_large()
-            self._hold()
+            self._holding.body(self._received)
         return message
-
-    def _hold(self) -> None:
-        """Count what has come, and the caller keeps until the answer. Raises `ApiError` 503 where too much is held."""
-        while self._received > (self._pieces + 1) * PIECE:
-            if not self._pieces:
-                self._holder = self._caller()
-            if not self._held.take(self._holder):
-                sentence = f"The relay holds too many large requests at the moment; ask again in {_RETRY_AFTER} s."
-                raise ApiError(503, "ServiceUnavailable", sentence, headers={"Retry-After": str(_RETRY_AFTER)})
-            self._pieces += 1
-
-    def _caller(self) -> str:
-        """The person, where they have shown who they are, or else where they call from."""
-        if who := notes(self._scope).get("who"):
-            return str(who)
-        return caller_of(Request(self._scope))
-
-    def let_go(self) -> None:
-        """Nothing of the body is held any more."""
-        for _ in range(self._pieces):
-            self._held.leave(self._holder)
-        self._pieces = 0
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":

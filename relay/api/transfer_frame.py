@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any
 
 import msgspec
@@ -13,6 +12,7 @@ from sqlalchemy import Connection
 from relay.access.decisions import Subject
 from relay.access.principals import subject_of
 from relay.api.bearer import Caller, transfer_caller
+from relay.api.documents import NOT_JSON, decoded_untrusted
 from relay.api.errors import request_id_of
 from relay.auth.identities import select_by_ids
 from relay.services import Services, services_here
@@ -23,46 +23,22 @@ from relay.transfer.fields import bad_request
 from relay.transfer.task_documents import Surroundings
 
 PREFIX = "/v0.10"
-# Larger documents are read and written in a thread, so that nobody else waits for them.
-_LARGE = 64 * 1024
+# Longer answers are written in a thread, so that nobody else waits for them.
 _MANY = 200
-# The longest task has a million values; three bytes of JSON may become eighty of memory.
-_MAX_VALUES = 4_000_000
-_SEPARATORS = (b",", b"{", b"[")
-# Once no quotation mark inside is left; one that does not end is as long as the document.
-_STRING = re.compile(rb'"[^"]*+"?+')
 
 CallerHere = Annotated[Caller, Depends(transfer_caller)]
 ServicesHere = Annotated[Services, Depends(services_here)]
 
 
 async def read_document(request: Request) -> Any:
-    """The JSON of a request's body. Raises `ApiError` 400."""
+    """The JSON of a request's body. Raises `ApiError`: 400, and 503 while too much is held of such documents."""
     body = await request.body()
     if not body:
         raise bad_request("The request needs a JSON document.")
-    if len(body) > _LARGE:
-        return await trio.to_thread.run_sync(_decode, body)
-    return _decode(body)
-
-
-def _decode(body: bytes) -> Any:
-    if len(body) > _MAX_VALUES and _values(body) > _MAX_VALUES:
-        raise bad_request(f"The document has more than {_MAX_VALUES} values.")
     try:
-        return msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        return await decoded_untrusted(request, body)
+    except NOT_JSON as error:
         raise bad_request("The body of the request is not JSON.") from error
-
-
-def _values(body: bytes) -> int:
-    """How many values a document has at most: before all but the first is one of three characters. Those in names do
-    not count where that matters."""
-    count = sum(map(body.count, _SEPARATORS))
-    if count > _MAX_VALUES:
-        body = _STRING.sub(b"", body.replace(b"\\\\", b"").replace(b'\\"', b""))
-        count = sum(map(body.count, _SEPARATORS))
-    return count + 1
 
 
 def answer(document: dict[str, Any], status: int = 200) -> Response:

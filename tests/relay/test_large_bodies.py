@@ -9,7 +9,8 @@ import pytest
 import trio
 import trio.testing
 
-from relay.api.frame import PIECE, Frame
+from relay.api.frame import Frame
+from relay.api.holding import PIECE
 from relay.audit.notes import notes
 
 MAX_BODY = 10 * PIECE

@@ -8,7 +8,8 @@ import msgspec
 import pytest
 from starlette.requests import Request
 
-from relay.api import transfer_frame
+from relay.api import documents
+from relay.api.holding import Holding, Memory
 from relay.api.transfer_frame import read_document
 from relay.refusal import ApiError
 
@@ -17,14 +18,16 @@ MOST = 400_000
 
 @pytest.fixture
 def _fewer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transfer_frame, "_MAX_VALUES", MOST)
+    monkeypatch.setattr(documents, "_MAX_VALUES", MOST)
 
 
 async def read(body: bytes) -> Any:
     async def receive() -> dict[str, Any]:
         return {"type": "http.request", "body": body}
 
-    return await read_document(Request({"type": "http", "method": "POST", "headers": []}, receive))
+    scope: dict[str, Any] = {"type": "http", "method": "POST", "headers": [], "client": ("192.0.2.1", 1)}
+    Holding(scope, Memory.of(64 << 20))
+    return await read_document(Request(scope, receive))
 
 
 async def refusal(body: bytes) -> tuple[int, str]:
@@ -33,8 +36,8 @@ async def refusal(body: bytes) -> tuple[int, str]:
     return problem.value.status, problem.value.message
 
 
-async def test_a_document_has_four_million_values_at_most() -> None:
-    assert await refusal(b"[" + b"1," * 3_999_999 + b"1]") == (400, "The document has more than 4000000 values.")
+async def test_a_document_has_so_many_values_at_most() -> None:
+    assert await refusal(b"[" + b"1," * 2_499_999 + b"1]") == (400, "The document has more than 2500000 values.")
 
 
 @pytest.mark.usefixtures("_fewer")
