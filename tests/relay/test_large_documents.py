@@ -195,10 +195,11 @@ async def test_what_developers_send_counts_as_well(relay: Relay) -> None:
 
         scope: dict[str, Any] = {"type": "http", "method": "POST", "headers": [], "client": ("192.0.2.1", 1)}
         notes(scope)["who"] = who
-        holding.Holding(scope, memory)
+        held = holding.Holding(scope, memory)
         try:
             return len((await body_of(Request(scope, receive), "client"))["x"])
         except ApiError as error:
+            held.let_go()
             return error.status
 
     assert [await ask("ada") for _ in range(4)] == [20_000, 20_000, 503, 503]
