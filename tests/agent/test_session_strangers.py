@@ -109,10 +109,18 @@ def foreign(scene: Scene) -> str:
 
 
 def tampered(scene: Scene) -> str:
-    """The real ticket with a wider scope pasted in."""
-    head, _, signature = scene.ticket.split(".")
-    wider = scene.ticket_for(source=scene.made.alpha.grant("r", ["/"])).split(".")[1]
-    return f"{head}.{wider}.{signature}"
+    """The real ticket with a wider scope pasted in, which the order does not have either."""
+    return pasted(scene, scene.ticket_for(source=scene.made.alpha.grant("r", ["/"])))
+
+
+def prolonged(scene: Scene) -> str:
+    """The real ticket with a later end pasted in: nothing but its signature is wrong."""
+    return pasted(scene, scene.ticket_for(expires=time.time() + 86400))
+
+
+def pasted(scene: Scene, other: str) -> str:
+    (head, _, signature), claims = scene.ticket.split("."), other.split(".")[1]
+    return f"{head}.{claims}.{signature}"
 
 
 def other_node(scene: Scene) -> Grant:
@@ -131,6 +139,7 @@ TICKETS: dict[str, Callable[[Scene], str]] = {
     "not valid yet": lambda scene: scene.ticket_for(issued=time.time() + 3600, expires=time.time() + 7200),
     "of another relay": foreign,
     "tampered with": tampered,
+    "prolonged by its holder": prolonged,
     "of another session": lambda scene: scene.ticket_for(session_id=str(uuid.uuid4())),
     "of another task": lambda scene: scene.ticket_for(task_id=str(uuid.uuid4())),
     "for another destination": lambda scene: scene.ticket_for(destination=other_node(scene)),
