@@ -30,6 +30,14 @@ def test_every_place_named_is_there() -> None:
     assert missing == []
 
 
+@pytest.mark.parametrize("name", ["performance", "experiments", "network", "states", "protocol"])
+def test_other_pages_name_places_that_are_there(name: str) -> None:
+    page = (ROOT / "docs" / f"{name}.md").read_text()
+    named = set(re.findall(r"`(?:python )?((?:agent|relay|protocol|tests|benchmarks)/[\w./-]*)", page))
+    assert named
+    assert [one for one in sorted(named) if not (ROOT / one).exists() and not (ROOT / f"{one}.py").exists()] == []
+
+
 def test_every_package_has_its_place() -> None:
     packages = {
         str(path.parent.relative_to(ROOT))
