@@ -13,7 +13,7 @@ import pytest
 
 from agent.storage.faulty import Call, Plan, fail_nth
 from agent.storage.posix import open_root
-from agent.transfer.books import journal as journals
+from agent.transfer.books import journal_file as journals
 from agent.transfer.books.journal import Journal
 from agent.transfer.planning.left_behind import sweep_temporaries
 from protocol.control import TaskItem

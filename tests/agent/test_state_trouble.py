@@ -143,7 +143,7 @@ async def test_a_journal_that_another_program_holds_is_said_and_waited_for(
 ) -> None:
     import sqlite3
 
-    monkeypatch.setattr("agent.transfer.books.journal.BUSY_TIMEOUT", 0.01)
+    monkeypatch.setattr("agent.transfer.books.journal_file.BUSY_TIMEOUT", 0.01)
     engine, _ = await interrupted(quick_path)
     holder = sqlite3.connect(engine.state / "journal.sqlite", isolation_level=None)
     holder.execute("PRAGMA locking_mode = EXCLUSIVE")

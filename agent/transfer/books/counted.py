@@ -8,7 +8,8 @@ from operator import attrgetter
 import msgspec
 
 from agent.transfer.basis.jobs import Counts
-from agent.transfer.books.journal import COUNTED, Journal
+from agent.transfer.books.journal import Journal
+from agent.transfer.books.journal_file import COUNTED
 from protocol.control import Counters
 
 # What files have together may be more than can be written down: a sparse one may be of this size by itself.

@@ -10,175 +10,31 @@ Every row carries a checksum over its table and values (`agent.transfer.books.jo
 
 from __future__ import annotations
 
-import sqlite3
-import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
 
 from agent.storage.base import PartMark
 from agent.transfer.basis.journal_rows import FAILED, LIST_FATE, SKIPPED, DirectoryRow, HardLinkRow, PartialRow
-from agent.transfer.books import journal_format
-from agent.transfer.books.state_trouble import StateDamaged, of_sqlite, put_aside
+from agent.transfer.books.journal_file import JournalFile
+from agent.transfer.books.state_trouble import StateDamaged, put_aside
 from agent.transfer.processes.channel import Event
 from protocol.control import Counters
 from protocol.session import Version
-
-# Seconds that another program may hold the journal before the task says so and waits.
-BUSY_TIMEOUT = 5.0
-# Temporaries that could not be removed and are remembered by name.
-MOST_LEFT_BEHIND = 1000
 
 PENDING, ACTIVE, DONE = 0, 1, 2
 # Parameters of one question; SQLite before 3.32 takes no more than 999.
 _NAMES_AT_ONCE = 500
 # Of single items: done is 1.
 _ENDED_WITHOUT = 2
-# Under what begins so, the task's own values tell what single items were counted as; and what comes after those.
-COUNTED = "counted "
-_BEGIN_WITH_COUNTED = (COUNTED, "counted!")
 _SET_STATE = (
     "UPDATE directories SET state = ?1, crc = crc_of('directories', item, source, destination, mtime_ns, ancestry, ?1)"
 )
 
 
-class Journal:
-    """One open journal. Every method raises `StateTrouble` when the file cannot be used: the caller then closes
-    everything and opens it again later."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._lock = threading.RLock()
-        self._closed = False
-        try:
-            self._connection = sqlite3.connect(
-                path, timeout=BUSY_TIMEOUT, check_same_thread=False, isolation_level=None
-            )
-            try:
-                journal_format.prepare(self._connection, path)
-                self._connection.execute("BEGIN")
-            except BaseException:
-                self._connection.close()
-                raise
-        except sqlite3.DatabaseError as error:
-            raise of_sqlite(error, path) from error
-        except UnicodeDecodeError as error:
-            # SQLite names what it cannot read, in the bytes it found.
-            raise StateDamaged(f"The agent's state file {path} is damaged.", who="destination owner") from error
-
-    @contextmanager
-    def _using(self) -> Iterator[None]:
-        """Hold the journal; trouble with it comes out as what it means. Raises `StateTrouble`."""
-        with self._lock:
-            try:
-                yield
-            except sqlite3.DatabaseError as error:
-                raise of_sqlite(error, self.path) from error
-
-    @contextmanager
-    def together(self) -> Iterator[None]:
-        """What one thread writes within becomes durable in one step, whoever else commits."""
-        with self._lock:
-            yield
-
-    def commit(self) -> None:
-        """Make everything written so far durable."""
-        with self._using():
-            self._connection.execute("COMMIT")
-            self._connection.execute("BEGIN")
-
-    def close(self) -> None:
-        """Commit and close. Safe to call twice.
-
-        Raises `StateTrouble` when the commit failed: what was not committed before is planned again.
-        """
-        with self._using():
-            if self._closed:
-                return
-            self._closed = True
-            try:
-                if self._connection.in_transaction:
-                    self._connection.execute("COMMIT")
-            finally:
-                self._connection.close()
-
-    def abandon(self) -> None:
-        """Close without a commit, after trouble: only what was committed before counts. Safe to call twice."""
-        with self._lock:
-            self._closed = True
-            self._connection.close()
-
-    # --- meta ------------------------------------------------------------------------------------------
-
-    def get(self, key: str) -> bytes | None:
-        """One of the task's own values, None for one that was never put."""
-        with self._using():
-            row = self._connection.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
-        return None if row is None else row[0]
-
-    def all_counted(self) -> list[tuple[str, bytes]]:
-        """Keys that begin with `COUNTED`, and their values."""
-        with self._using():
-            like = "SELECT key, value FROM meta WHERE key >= ? AND key < ?"
-            return self._connection.execute(like, _BEGIN_WITH_COUNTED).fetchall()
-
-    def put(self, key: str, value: bytes) -> None:
-        """Set one of the task's own values; durable with the next commit."""
-        with self._using():
-            self._connection.execute(
-                "INSERT OR REPLACE INTO meta VALUES (?1, ?2, crc_of('meta', ?1, ?2))", (key, value)
-            )
-
-    def counters(self) -> Counters:
-        """What all finished directories and items add up to."""
-        value = self.get("counters")
-        return Counters() if value is None else msgspec.msgpack.decode(value, type=Counters)
-
-    def put_counters(self, counters: Counters) -> None:
-        """What the task has done so far; durable with the next commit."""
-        self.put("counters", msgspec.msgpack.encode(counters))
-
-    def settled(self) -> int:
-        """Bytes of files, whole or not, that are durable."""
-        return int(self.get("settled") or b"0")
-
-    def put_settled(self, size: int) -> None:
-        """How many there are now; durable with the next commit."""
-        self.put("settled", str(size).encode())
-
-    def lengths(self) -> tuple[int, int]:
-        """How long the two manifests were at the last commit."""
-        value = self.get("lengths")
-        return (0, 0) if value is None else msgspec.msgpack.decode(value, type=tuple[int, int])
-
-    def put_lengths(self, transferred: int, skipped: int) -> None:
-        """How long the two manifests are now, in bytes; durable with the next commit."""
-        self.put("lengths", msgspec.msgpack.encode((transferred, skipped)))
-
-    def left_behind(self) -> list[tuple[bytes, bytes]]:
-        """Folder and name of temporaries that could not be removed."""
-        value = self.get("left_behind")
-        return [] if value is None else msgspec.msgpack.decode(value, type=list[tuple[bytes, bytes]])
-
-    def add_left_behind(self, folder: bytes, name: bytes) -> None:
-        """Note one. Beyond the bound only that there are more is noted: all folders are looked at then."""
-        with self._using():
-            known = self.left_behind()
-            if len(known) < MOST_LEFT_BEHIND:
-                self.put("left_behind", msgspec.msgpack.encode([*known, (folder, name)]))
-            else:
-                self.put("left_behind_anywhere", b"1")
-
-    def left_behind_anywhere(self) -> bool:
-        """Whether there are more of them than `left_behind` names."""
-        return self.get("left_behind_anywhere") is not None
-
-    def forget_left_behind(self) -> None:
-        """All of them are gone, or not ours to remove."""
-        with self._using():
-            self._connection.execute("DELETE FROM meta WHERE key IN ('left_behind', 'left_behind_anywhere')")
+class Journal(JournalFile):
+    """One open journal: its tables. As `JournalFile`, every method raises `StateTrouble`."""
 
     # --- items -----------------------------------------------------------------------------------------
 
@@ -225,7 +81,7 @@ class Journal:
                 self._connection.execute(f"DELETE FROM {table}")  # noqa: S608
             self.put_counters(Counters())
             self.put_settled(0)
-            self._connection.execute("DELETE FROM meta WHERE key >= ? AND key < ?", _BEGIN_WITH_COUNTED)
+            self.forget_counted()
             self.forget_left_behind()
 
     def moved(self) -> list[bytes]:
