@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from io import FileIO
@@ -87,6 +88,8 @@ _NAMELESS = spill._nameless
 def with_small_limits(patch: pytest.MonkeyPatch, faults: Faults) -> Faults:
     """Have names put aside that are a few, in files with these faults."""
     patch.setattr(spill, "_nameless", faults.nameless)
+    # The same in every process.
+    patch.setattr(spill, "hash", zlib.crc32, raising=False)
     patch.setattr(spill, "PARTS", 3)
     patch.setattr(source_names, "PARTS", 3)
     patch.setattr(gathered_names, "PARTS", 3)

@@ -26,9 +26,14 @@ class FoldingDirectory(FaultyDirectory):
         wanted = folded(name)
         descriptor = self.fileno()
         assert descriptor is not None
-        for entry in os.listdir(descriptor):
-            if folded(os.fsencode(entry)) == wanted:
-                return os.fsencode(entry)
+        # A handle of its own: the reading position belongs to the open file, and other threads look, too.
+        own = os.open(".", os.O_RDONLY, dir_fd=descriptor)
+        try:
+            for entry in os.listdir(own):
+                if folded(os.fsencode(entry)) == wanted:
+                    return os.fsencode(entry)
+        finally:
+            os.close(own)
         return name
 
     def folds(self, prefix: bytes) -> bool:
