@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final, Literal, NamedTuple, TypeAlias
 
-from protocol.names import CollectionPath, is_within
+from protocol.names import CollectionPath
 
 Role = Literal["administrator", "access_manager", "activity_manager", "activity_monitor"]
 Verdict = Literal["allowed", "forbidden", "unknown", "deleted"]
@@ -58,6 +58,7 @@ _OF_RULE: Final[dict[str, frozenset[Ability]]] = {
     "r": frozenset({Ability.SEE, Ability.READ}),
     "rw": frozenset({Ability.SEE, Ability.READ, Ability.WRITE}),
 }
+_SEEN: Final = frozenset({Ability.SEE})
 
 
 @dataclass(frozen=True)
@@ -112,46 +113,78 @@ def effective_roles(facts: CollectionFacts, subject: Subject) -> list[Role]:
     return [role for role in ROLES if role in held]
 
 
+class Held:
+    """What a person holds in one collection (None: there is no such one), gathered once for all that is asked about it:
+    there may be a thousand rules, as many places, and as many calls that wait."""
+
+    def __init__(self, facts: CollectionFacts | None, subject: Subject) -> None:
+        self._facts, self._subject = facts, subject
+        self.everywhere: frozenset[Ability] = frozenset()
+        self.in_folders: dict[CollectionPath, frozenset[Ability]] = {}
+        if facts is not None:
+            self._gather(facts, subject)
+        self._depths = sorted({len(folder) for folder in self.in_folders})
+
+    def _gather(self, facts: CollectionFacts, subject: Subject) -> None:
+        if facts.public and subject.identities:
+            self.everywhere = _SEEN
+        for role in effective_roles(facts, subject):
+            self.everywhere |= _OF_ROLE[role]
+        for rule in live_rules(facts, subject):
+            allowed = _OF_RULE.get(rule.permissions, frozenset())
+            if rule.principal_type == "anonymous" and not facts.anonymous_writes:
+                allowed -= {Ability.WRITE}
+            self.everywhere |= allowed & _SEEN
+            self.in_folders[rule.path] = self.in_folders.get(rule.path, frozenset()) | allowed
+
+    def at(self, spot: Spot) -> frozenset[Ability]:
+        """All that they may do at one place."""
+        place = ROOT if spot is None else spot
+        held = self.everywhere
+        for depth in self._depths:
+            if depth > len(place):
+                break
+            held |= self.in_folders.get(place[:depth], frozenset())
+        return held
+
+    def decide(self, wanted: Ability, spots: Iterable[Spot] = (ROOT,)) -> Verdict:
+        """May this be done at all these places? No places at all means the whole collection.
+
+        ``deleted`` is told only to those who had a role on the collection; to others it never existed.
+        """
+        if self._facts is None:
+            return "unknown"
+        if self._facts.deleted:
+            return "deleted" if effective_roles(self._facts, self._subject) else "unknown"
+        if all(wanted in self.at(spot) for spot in list(spots) or [ROOT]):
+            return "allowed"
+        return "forbidden" if Ability.SEE in self.everywhere else "unknown"
+
+    def reach(self, wanted: Ability) -> tuple[CollectionPath, ...] | None:
+        """The folders in which they may do something at all; None is the whole collection.
+
+        What lies there by name may be a symlink to somewhere else: this says how far it counts.
+        """
+        if wanted in self.at(ROOT):
+            return None
+        return tuple(sorted(folder for folder, allowed in self.in_folders.items() if wanted in allowed))
+
+
 def abilities(facts: CollectionFacts, subject: Subject, spot: Spot = ROOT) -> frozenset[Ability]:
     """All that a person may do at one place of a collection that exists; by default at its root, so everywhere."""
-    held: frozenset[Ability] = frozenset({Ability.SEE}) if facts.public and subject.identities else frozenset()
-    for role in effective_roles(facts, subject):
-        held |= _OF_ROLE[role]
-    for rule in live_rules(facts, subject):
-        allowed = _OF_RULE.get(rule.permissions, frozenset())
-        if rule.principal_type == "anonymous" and not facts.anonymous_writes:
-            allowed -= {Ability.WRITE}
-        held |= allowed if _covers(rule.path, spot) else allowed & {Ability.SEE}
-    return held
+    return Held(facts, subject).at(spot)
 
 
 def decide(
     facts: CollectionFacts | None, subject: Subject, wanted: Ability, spots: Iterable[Spot] = (ROOT,)
 ) -> Verdict:
-    """One question about one collection (None: there is no such collection): may this be done at all these places?
-
-    No places at all means the whole collection. ``deleted`` is told only to those who had a role on the collection; to
-    others it never existed.
-    """
-    if facts is None:
-        return "unknown"
-    if facts.deleted:
-        return "deleted" if effective_roles(facts, subject) else "unknown"
-    held = [abilities(facts, subject, spot) for spot in spots] or [abilities(facts, subject)]
-    if all(wanted in at_one for at_one in held):
-        return "allowed"
-    return "forbidden" if all(Ability.SEE in at_one for at_one in held) else "unknown"
+    """One question about one collection: `Held.decide`."""
+    return Held(facts, subject).decide(wanted, spots)
 
 
 def reach(facts: CollectionFacts, subject: Subject, wanted: Ability) -> tuple[CollectionPath, ...] | None:
-    """The folders of a collection in which somebody may do something at all; None is the whole collection.
-
-    What lies there by name may be a symlink to somewhere else: this says how far it counts.
-    """
-    folders = {rule.path for rule in live_rules(facts, subject) if wanted in abilities(facts, subject, rule.path)}
-    if wanted in abilities(facts, subject):
-        return None
-    return tuple(sorted(folders))
+    """One question about one collection: `Held.reach`."""
+    return Held(facts, subject).reach(wanted)
 
 
 def live_rules(facts: CollectionFacts, subject: Subject) -> list[Rule]:
@@ -174,10 +207,6 @@ def _concerns(principal_type: str, principal: str, subject: Subject) -> bool:
 
 def _includes(principal_type: str, subject: Subject) -> bool:
     return principal_type == "anonymous" or (principal_type == "all_authenticated_users" and bool(subject.identities))
-
-
-def _covers(folder: CollectionPath, spot: Spot) -> bool:
-    return is_within(ROOT if spot is None else spot, folder)
 
 
 @dataclass(frozen=True)

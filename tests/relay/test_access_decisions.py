@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from itertools import product
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -215,3 +218,35 @@ def test_links_reach_exactly_what_may_be_read_or_written(
 def test_what_began_at_home_in_an_older_task_could_be_anywhere() -> None:
     """Where home was is not known any more: only who may do it everywhere may do it there."""
     assert entitlement.spots(["/a/b/", "~/a", "/~/a", "a", ""]) == [(b"a", b"b"), None, None, None, None]
+
+
+def calls_of(work: Callable[[], object]) -> int:
+    """How many functions are called for something."""
+    counted = 0
+
+    def count(_frame: object, event: str, _argument: object) -> None:
+        nonlocal counted
+        counted += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return counted
+
+
+@pytest.mark.parametrize("principal", [("identity", "ann"), ("all_authenticated_users", "")])
+@pytest.mark.parametrize("who", ["ann", "owner"])
+def test_the_work_grows_with_the_rules_and_not_with_their_square(principal: tuple[str, str], who: str) -> None:
+    """Anybody may give a collection of theirs a thousand rules; each call to it, and each second that one waits, is
+    decided about by all of them, beside the calls of others."""
+    many = 1000
+    rules = tuple(Rule(*principal, (b"d%d" % number,), "r") for number in range(many))
+    facts = CollectionFacts(owner_id="owner", public=False, deleted=False, rules=rules, shareable=True)
+    subject = Subject(frozenset({who}), now=1.0)
+    places = [(b"d%d" % number, b"x") for number in range(many)]
+    assert calls_of(lambda: reach(facts, subject, Ability.READ)) < 20 * many
+    assert calls_of(lambda: decide(facts, subject, Ability.READ, places)) < 20 * many
+    assert decide(facts, subject, Ability.READ, places) == "allowed"
+    assert len(reach(facts, subject, Ability.READ) or places) == many
