@@ -19,7 +19,6 @@ from relay.api.transfer_frame import (
 from relay.refusal import ApiError
 from relay.transfer import collections
 from relay.transfer.collections import Collection, Decision, Question, Sight
-from relay.transfer.entitlement import reach_text
 from relay.transfer.fields import Fields, bad_request, query_boolean, query_integer
 from relay.transfer.filesystem import MAX_PATH, Filesystem, ListingRequest
 from relay.transfer.scopes import place
@@ -39,7 +38,7 @@ async def _collection(
     def decide(sight: Sight) -> Decision:
         collection = sight.require(Ability.SEE)
         spots = [_spot(collection, path, above=above) for path in paths]
-        return sight.require(ability, spots), reach_text(sight.reach(ability))
+        return sight.require(ability, spots), sight.reach(ability)
 
     def work(connection: Connection) -> Decision:
         return decide(collections.look(connection, endpoint_id, caller.identity_id, services.clock()))

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection
 
-from protocol.names import CollectionPath, below_home, format_path
-from protocol.ticket import MAX_PATHS
+from protocol.names import below_home
 from relay.access.decisions import Ability, CollectionFacts, Spot, Subject, TaskNeeds, may_run, reach
 from relay.access.principals import subject_of
 from relay.transfer import collections, task_rows
-from relay.transfer.scopes import place
+from relay.transfer.scopes import place, reach_text
 from relay.transfer.task_rows import Scope, Task
 
 
@@ -57,11 +56,6 @@ def entitlement(connection: Connection, task: Task, scope: Scope, now: float) ->
 
 def _reach(facts: CollectionFacts | None, subject: Subject, wanted: Ability) -> list[str] | None:
     return [] if facts is None else reach_text(reach(facts, subject, wanted))
-
-
-def reach_text(folders: Iterable[CollectionPath] | None) -> list[str] | None:
-    """Folders as they travel. Never more than a ticket takes: what does not fit is not reached."""
-    return None if folders is None else [format_path(folder) for folder in folders][:MAX_PATHS]
 
 
 def entitled(connection: Connection, task: Task, now: float) -> bool:

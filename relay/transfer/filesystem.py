@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
+from urllib.parse import quote, urlencode
 
 import trio
 
@@ -33,6 +34,8 @@ from relay.transfer.operation_errors import (
 from relay.transfer.scopes import canonical, place
 
 MAX_PATH = 16_384
+# Bytes of a question on the link, which are in the header of a request there (`protocol.reverse_http.limits`).
+MAX_QUERY = 60 * 1024
 LISTING_TIMEOUT = 60.0
 
 T = TypeVar("T")
@@ -132,7 +135,7 @@ class Filesystem:
                 node_id,
                 method,
                 f"/link/collections/{collection.id}/{verb}",
-                query=[*query, *(("reach", folder) for folder in self._reach or ())],
+                query=narrowed(query, self._reach),
                 timeout=self._timeout if timeout is None else timeout,
                 decide_again=self._decide_again,
             )
@@ -162,6 +165,29 @@ class Filesystem:
         if collection.node_id is None or not self._links.is_connected(collection.node_id):
             raise disconnected(operation, collection.display_name, served=collection.node_id is not None)
         return collection.node_id
+
+
+def narrowed(query: Sequence[tuple[str, str]], reach: Sequence[str] | None) -> list[tuple[str, str]]:
+    """A question about a path, which comes first in it, with the folders in which symlinks may end for whoever asks, as
+    many as the link takes; none would mean anywhere, so that where no other is known or fits the path itself is named.
+
+    Raises `ApiError` 400 for a question that is too long by itself.
+    """
+    left = MAX_QUERY - len(urlencode(query, quote_via=quote))
+    if left < 0:
+        raise bad_request("The path, the filters and the order are too long together.")
+    if reach is None:
+        return list(query)
+    asked = list(query)
+    for folder in reach or [query[0][1]]:
+        one = ("reach", folder)
+        left -= len(urlencode([one], quote_via=quote)) + 1
+        if left < 0:
+            break
+        asked.append(one)
+    if len(asked) == len(query):
+        raise bad_request("The path is too long.")
+    return asked
 
 
 def check_names_untrusted(answer: T) -> T:

@@ -6,6 +6,7 @@ relay resolves it once: from there on, in tasks, tickets and calls on the link, 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 
 from protocol.errors import ProtocolError
@@ -14,8 +15,10 @@ from protocol.ticket import MAX_PATHS
 from relay.refusal import ApiError
 from relay.transfer.fields import bad_request
 
-# Prefixes of one side together, so that the signed ticket stays well under its own limit.
+# Prefixes of one side together, and folders that symlinks may lead to, in bytes of a ticket: two of each, a third more
+# in the ticket's alphabet, stay under its limit (`protocol.ticket.MAX_TOKEN`).
 MAX_SCOPE_TEXT = 60_000
+MAX_REACH_TEXT = 24_000
 GLOB_CHARACTERS = frozenset(b"*?[")
 
 
@@ -61,10 +64,30 @@ def prefixes(places: Iterable[CollectionPath]) -> list[str]:
     depth = max(map(len, paths), default=0)
     while True:
         found = [format_path(path) for path in sorted(paths)]
-        if len(found) <= MAX_PATHS and sum(map(len, found)) <= MAX_SCOPE_TEXT:
+        if len(found) <= MAX_PATHS and sum(map(_size_in_ticket, found)) <= MAX_SCOPE_TEXT:
             return found
         depth -= 1
         paths = _outermost({path[:depth] for path in paths})
+
+
+def reach_text(folders: Iterable[CollectionPath] | None) -> list[str] | None:
+    """Folders in which symlinks may end, as they travel; None is anywhere. What takes too much is not reached."""
+    if folders is None:
+        return None
+    found: list[str] = []
+    left = MAX_REACH_TEXT
+    for folder in sorted(_outermost(set(folders))):
+        text = format_path(folder)
+        left -= _size_in_ticket(text)
+        if left < 0 or len(found) == MAX_PATHS:
+            break
+        found.append(text)
+    return found
+
+
+def _size_in_ticket(text: str) -> int:
+    """Tickets are ASCII: letters of other alphabets take six bytes or twelve."""
+    return len(json.dumps(text)) + 1
 
 
 def _outermost(paths: set[CollectionPath]) -> set[CollectionPath]:

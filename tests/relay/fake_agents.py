@@ -31,7 +31,9 @@ from protocol.control import (
 )
 from protocol.errors import ItemFailed, RetryLater, TowpathError
 from protocol.identity import NodeKey
-from relay.rendezvous.registry import LinkDown, LinkUp, NodeOffline
+from protocol.reverse_http import DEFAULT_LIMITS
+from protocol.reverse_http.headers import request_headers
+from relay.rendezvous.registry import LinkDown, LinkUp, NodeOffline, _target
 
 
 @dataclass
@@ -305,6 +307,8 @@ class FakeRegistry:
         decide_again: Callable[[], Awaitable[object]] | None = None,
     ) -> bytes:
         await trio.lowlevel.checkpoint()
+        # As long as a request of the real link may be.
+        request_headers(method, _target(path, query), [], None, DEFAULT_LIMITS.max_header_list)
         values: dict[str, list[str]] = {}
         for key, value in query:
             values.setdefault(key, []).append(value)

@@ -118,6 +118,8 @@ async def test_what_a_client_asks_reaches_the_agent(laptop: Laptop, monkeypatch:
         ([("filter", "name:".ljust(MAX_FILTER, "x"))], ""),
         ([("filter", "name:".ljust(MAX_FILTER + 1, "x"))], f"{MAX_FILTER} characters"),
         ([("orderby", ("name," * MAX_FILTER)[: MAX_FILTER + 1])], "orderby"),
+        ([("filter", "name:".ljust(MAX_FILTER, "x"))] * 14, ""),
+        ([("filter", "name:".ljust(MAX_FILTER, "x"))] * 15, "too long together"),
         ([("limit", str(MAX_ENTRIES))], ""),
         ([("limit", str(MAX_ENTRIES + 1))], "limit"),
         ([("show_hidden", "yes")], "show_hidden must be true or false"),
