@@ -126,7 +126,19 @@ NAMED: list[tuple[str, str, str, tuple[str, ...]]] = [
     ("agent/link_app.py", "ask_again()\n                parent.symlink", "parent.symlink", LINK),
     ("agent/policy.py", 'access == "rw" and collection.read_only', "False", LINK),
     ("agent/policy.py", 'component in (b"", b".", b"..") or b"/" in component or b"\\0" in component', "False", LINK),
-    ("relay/access/decisions.py", "if all(wanted in at_one for at_one in held):", "if True:", ROUTES),
+    (
+        "relay/access/decisions.py",
+        "if all(wanted in self.at(spot) for spot in list(spots) or [ROOT]):",
+        "if True:",
+        ROUTES,
+    ),
+    (
+        "relay/transfer/filesystem.py",
+        "for folder in reach or [query[0][1]]:",
+        "for folder in reach:",
+        ("tests/relay/test_narrow_questions.py",),
+    ),
+    ("relay/transfer/duties.py", "if closed - self._closed:", "if False:", ("tests/relay/test_taken_back.py",)),
     (
         "relay/transfer/bookmarks.py",
         "_bookmark.owner_id == owner_id, _bookmark.id == bookmark_id.lower()",
