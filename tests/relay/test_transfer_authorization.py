@@ -16,10 +16,11 @@ from fastapi.routing import APIRoute
 from sqlalchemy import Connection, select
 
 from protocol.control import Entry
+from relay.access.decisions import Held
 from relay.api.transfer_routers import ROUTERS
 from relay.auth.scopes import AUTH_SERVER, TRANSFER_SERVER
 from relay.store import transfer_tables as tables
-from relay.transfer import collections, task_rows
+from relay.transfer import task_rows
 from tests.relay.fake_agents import FakeAgent
 from tests.relay.transfer_world import Person, TransferWorld, delete_document, open_world, transfer_document, until
 
@@ -238,7 +239,7 @@ async def test_a_decision_that_cannot_be_made_is_no(estate: Estate, monkeypatch:
 
     before = await estate.state()
     undecided = 0
-    monkeypatch.setattr(collections, "decide", unmade)
+    monkeypatch.setattr(Held, "decide", unmade)
     for method, template in ROUTES:
         if "{endpoint_id}" not in template:
             continue
@@ -254,7 +255,7 @@ async def test_a_decision_that_cannot_be_made_is_no(estate: Estate, monkeypatch:
 async def test_the_walk_notices_when_the_decision_about_collections_is_gone(
     estate: Estate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(collections, "decide", lambda facts, subject, wanted, spots: "allowed")
+    monkeypatch.setattr(Held, "decide", lambda held, wanted, spots=(): "allowed")
     found = " ".join(await estate.find_leaks())
     about_roles_only = ("{role_id}", "{rule_id}", "{server_id}")
     reading = [
