@@ -57,6 +57,28 @@ def test_a_client_that_has_gone_on_to_quic_is_found_although_it_never_answered()
     assert server.found == ("a", 1)
 
 
+def test_a_server_that_has_heard_the_client_waits_until_its_quic_has_started() -> None:
+    """On a busy machine that takes seconds; the server gave up meanwhile and said that UDP does not get through."""
+    client = Punch(client=True, secret="s", targets=[("b", 1)], now=0.0)
+    server = Punch(client=False, secret="s", targets=[("a", 1)], now=0.0)
+    for side in (client, server):
+        list(side.due(0.0))
+    assert (client.is_heard, server.is_heard) == (False, False)
+    early = client.deadline
+    assert server.deadline == early
+    (probe,) = client.due(0.2)
+    (answer,) = server.receive_untrusted(probe.data, ("a", 1))
+    assert server.is_heard
+    assert server.deadline >= early + 10
+    # The client goes on at once, and has nothing to wait for.
+    list(client.receive_untrusted(answer.data, ("b", 1)))
+    assert (client.is_heard, client.deadline) == (True, early)
+    # What keeps the way open meanwhile is little, and the client's QUIC is still known.
+    sent = sum(len(list(server.due(early + step / 100))) for step in range(1000))
+    assert 10 <= sent <= 25
+    assert server.is_start_untrusted(b"\xc0" + bytes(1199), ("a", 1))
+
+
 @given(st.binary(max_size=60))
 def test_datagrams_of_strangers_are_not_answered(data: bytes) -> None:
     side = Punch(client=True, secret="s", targets=[("b", 1)], now=0.0)

@@ -4,6 +4,8 @@ Both sides know the other's candidates and a secret of the offer. First each sen
 that its own NAT has a mapping before anything of the peer arrives there (an early datagram makes some NATs move the
 mapping). Then both probe, and answer probes; what answers a probe is reached in both directions. The client goes on to
 QUIC with the first answer, and its QUIC says to a server whose own probes were not answered that its answer has come.
+Its QUIC is a process of its own, which a busy machine takes seconds to start: a server that has heard the client waits
+for that, longer than two sides look for one another.
 """
 
 from __future__ import annotations
@@ -20,6 +22,9 @@ OPEN_AHEAD = 0.1
 INTERVAL = 0.05
 # After so long there is no way.
 GIVE_UP = 4.0
+# A server waits so long for the QUIC of a client that it has heard, and sends seldom when the client must have gone on.
+START_PATIENCE = 15.0
+LATE_INTERVAL = 0.5
 MAX_TARGETS = 8
 # Far enough to leave a site's own NATs, not far enough to reach the peer's.
 OPENING_TTL = 4
@@ -41,6 +46,7 @@ class Punch:
     """One side. ``client`` is the destination. Feed it datagrams and time; `found` is where the peer was reached."""
 
     def __init__(self, *, client: bool, secret: str, targets: Iterable[Address], now: float) -> None:
+        self._client = client
         self._ours = _tag(secret, client)
         self._theirs = _tag(secret, not client)
         self._targets = list(dict.fromkeys(targets))[:MAX_TARGETS]
@@ -53,8 +59,13 @@ class Punch:
 
     @property
     def deadline(self) -> float:
-        """When to give up."""
-        return self._begin + GIVE_UP
+        """When to give up, as far as is known by now."""
+        return self._begin + (START_PATIENCE if self.is_heard and not self._client else GIVE_UP)
+
+    @property
+    def is_heard(self) -> bool:
+        """Whether the peer's datagrams come through: a probe that was answered, or an answer."""
+        return bool(self._answered) or self.found is not None
 
     def next_time(self) -> float:
         """When `due` has something to send next."""
@@ -70,7 +81,7 @@ class Punch:
             for target in self._targets:
                 yield Send(_MAGIC, target, opening=True)
             return
-        self._next = now + INTERVAL
+        self._next = now + (INTERVAL if now < self._begin + GIVE_UP else LATE_INTERVAL)
         for target in self._targets if self.found is None else [self.found]:
             yield Send(_MAGIC + _PROBE + self._ours, target)
 

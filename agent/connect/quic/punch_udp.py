@@ -42,6 +42,8 @@ async def punch(sock: trio.socket.SocketType, *, client: bool, secret: str, targ
                 await _send_probe(sock, send)
         if client and machine.found is not None:
             return machine.found
+    if machine.is_heard:
+        raise QuicFailed("UDP gets through, but the peer began no QUIC.")
     raise QuicFailed("UDP does not get through between the two machines.")
 
 
