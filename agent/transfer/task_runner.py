@@ -79,6 +79,8 @@ class TaskRunner:
         self._directory = Path(start.state_dir)
         self._run: TransferRun | DeleteRun | None = None
         self._counters = Counters()
+        # Whether the run before wants another one to follow.
+        self._list_again = False
         self._state: TaskState = "ACTIVE"
         self._status: TowpathError | None = None
         # Why the task stands still, though it runs, by who has noticed.
@@ -246,7 +248,8 @@ class TaskRunner:
                     await self._one_run(manifests, received, resumed=resumed)
                 if scope.cancelled_caught:
                     return await self._stopped()
-                return self._finish()
+                if not self._list_again:
+                    return self._finish()
             except StateTrouble:
                 raise
             except TaskFailed as error:
@@ -310,7 +313,7 @@ class TaskRunner:
                 finally:
                     self._line.on_better_path = lambda: None
                     self._line.on_limits = lambda _lanes, _memory: None
-                    self._counters = run.counters()
+                    self._counters, self._list_again = run.counters(), run.list_again
                     self._run = None
                     self._stands_no_more()
 

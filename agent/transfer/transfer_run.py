@@ -81,6 +81,7 @@ class TransferRun:
         self._idle = trio.Event()
         self._planning = True
         self._error: TowpathError | None = None
+        self.list_again = False
         self._put_off: TowpathError | None = None
         self._token = trio.lowlevel.current_trio_token()
         self._settler = self._new_settler()
@@ -155,7 +156,8 @@ class TransferRun:
     # --- the run ---------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Bring everything over. Raises `TowpathError`; cancelling settles what arrived, then stops."""
+        """Bring everything over. Raises `TowpathError`; cancelling settles what arrived, then stops. Afterwards
+        ``list_again`` says that another run is to follow, for folders that changed at the source meanwhile."""
         if self.context.processes is not None:
             self.context.processes.attach(self._arrivals)
         try:
@@ -176,7 +178,8 @@ class TransferRun:
                 self.large.start(nursery)
                 self._comparisons.start(nursery)
                 await ItemPlanner(self).run(self.session)
-                await DirectoryWalk(self).run()
+                walk = DirectoryWalk(self)
+                await walk.run()
                 self.session.forget_ahead()
                 self._planning = False
                 self._look_whether_all_arrived()
@@ -184,6 +187,7 @@ class TransferRun:
                 await self._idle.wait()
                 await trio.to_thread.run_sync(self._check_place)
                 self._error = self._error or self._put_off
+                self.list_again = self._error is None and await walk.second_look.look()
                 nursery.cancel_scope.cancel()
         except* TowpathError as group:
             self._error = self._error or first_error(group)
@@ -197,6 +201,8 @@ class TransferRun:
             self._close_groups()
         if self._error is not None:
             raise self._error
+        if self.list_again:
+            return
         context = self.context
         if self.options.delete_destination_extra:
             # Cancelling ends that before the next file.

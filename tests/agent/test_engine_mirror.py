@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from agent.storage.base import Root
-from agent.storage.faulty import Call, fail_nth
+from agent.storage.faulty import Call, fail_nth, no_faults
 from agent.storage.hiding import offered
 from agent.storage.posix import open_root
 from agent.transfer.basis.patience import Patience
@@ -19,6 +19,7 @@ from agent.transfer.books.journal import Journal
 from agent.transfer.deleting.mirror import Mirror
 from agent.transfer.deleting.remove import MAX_OPEN
 from agent.transfer.planning.plan import DirectoryPlanner
+from agent.transfer.planning.second_look import LOOKS
 from protocol.control import FilterRule, TaskItem, TaskOptions
 from protocol.session import FILE, Row
 from tests.agent.engine_inside import Crashed, Engine, contents, quick_path
@@ -397,30 +398,40 @@ async def test_a_folder_that_became_a_link_before_the_mirror_deletes_is_left_alo
     assert observed.counters.deleted == 0
 
 
-async def test_nothing_is_deleted_where_names_changed_while_they_were_listed(quick_path: Path) -> None:
-    """A file that gets another name meanwhile may be listed under neither, and would be deleted and not copied."""
+@pytest.mark.parametrize("rests", [True, False], ids=["once", "at every listing"])
+async def test_nothing_is_deleted_where_names_changed_while_they_were_listed(quick_path: Path, *, rests: bool) -> None:
+    """A file that gets another name meanwhile may be listed under neither, and would be deleted and not copied. The
+    folder is listed again, but not for ever."""
     engine = Engine(quick_path, TaskOptions(delete_destination_extra=True))
     _fill(engine.source, "busy/file", "busy/old", "calm/file")
     _fill(engine.destination, "busy/extra", "busy/old", "calm/extra")
     (engine.source / "busy" / "file").chmod(0o640)
-    renamed = False
+    renamed = 0
 
     def plan(call: Call) -> int | None:
         nonlocal renamed
         # The folder is being listed: of a file with such a mode the access list is looked at.
-        if not renamed and (call.operation, call.name) == ("mode_without_list", b"file"):
-            renamed = True
-            (engine.source / "busy" / "old").rename(engine.source / "busy" / "new")
+        if (call.operation, call.name) == ("mode_without_list", b"file") and not (rests and renamed):
+            renamed += 1
+            names = [engine.source / "busy" / name for name in ("old", "new")]
+            before, after = names if renamed % 2 else reversed(names)
+            before.rename(after)
         return None
 
     engine.source_plan = plan
     observed = await engine.run()
-    assert renamed
+    assert not (engine.destination / "calm" / "extra").exists()
+    told = [event.details for event in engine.events if event.code == "EXTRA_NOT_DELETED"]
+    if rests:
+        assert (renamed, told, observed.counters.deleted) == (1, [], 3)
+        assert contents(engine.destination) == contents(engine.source)
+        return
+    assert renamed == 1 + LOOKS
     assert observed.counters.deleted == 1
     assert {path.name for path in (engine.destination / "busy").iterdir()} >= {"extra", "old"}
-    assert not (engine.destination / "calm" / "extra").exists()
-    (told,) = [event.details for event in engine.events if event.code == "EXTRA_NOT_DELETED"]
-    assert told.startswith("Names changed in the source's folder of /busy/ while they were listed")
+    assert len(told) == 1
+    assert told[0].startswith("Names changed in the source's folder of /busy/ while they were listed")
+    engine.source_plan = no_faults
     # The next one knows again what is there.
     again = Engine(quick_path, engine.options)
     again.state = quick_path / "again"

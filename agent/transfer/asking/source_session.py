@@ -291,11 +291,11 @@ class SourceSession:
         return r, receive
 
     async def list_directory(
-        self, path: bytes, *, follow: bool, on_changed: Callable[[], None] = lambda: None
+        self, path: bytes, *, follow: bool, on_end: Callable[[session.Rows], None] = lambda _answer: None
     ) -> AsyncGenerator[list[session.Row], None]:
         """The rows of a directory, some at a time; the source sends no faster than they are taken, and stops when the
-        generator is closed. ``on_changed`` is called when it ends for one whose names changed meanwhile. Raises what
-        the source says of the directory, `SessionLost`, or `ProtocolError`."""
+        generator is closed. ``on_end`` is given the last answer, which says whether names changed. Raises what the
+        source says of the directory, `SessionLost`, or `ProtocolError`."""
         wanted = (path, follow)
         r, receive = self._ahead.pop(wanted) if wanted in self._ahead else self._begin_listing(path, follow=follow)
         ended = False
@@ -305,8 +305,8 @@ class SourceSession:
                 if not isinstance(answer, session.Rows):
                     raise ProtocolError("The source answered a question that was not asked.")
                 ended = answer.last
-                if ended and answer.changed:
-                    on_changed()
+                if ended:
+                    on_end(answer)
                 yield answer.rows
                 if not ended:
                     self.post(session.MoreRows(r))

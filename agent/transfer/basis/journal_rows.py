@@ -13,11 +13,14 @@ from protocol.session import Version
 TRANSFERRED, FAILED, SKIPPED, UNCHANGED, LINKED, KEPT, BARE = 1, 2, 3, 4, 5, 6, 7
 # Added to them, so many times what became of the file's access list (`agent.transfer.basis.jobs.ListFate`).
 LIST_FATE = 16
+# Added to what failed in a folder that was done since, and is counted.
+COUNTED_BEFORE = 1024
 
 
 class DirectoryRow(msgspec.Struct, frozen=True):
     """A directory to be listed. Paths are session paths (components joined by ``/``); ``ancestry`` holds
-    (device, inode) of the directories above, by which a loop of followed links is noticed."""
+    (device, inode) of the directories above, by which a loop of followed links is noticed. ``again``: it is done, and
+    listed once more for what is missing here."""
 
     id: int
     item: int
@@ -25,6 +28,7 @@ class DirectoryRow(msgspec.Struct, frozen=True):
     destination: bytes
     mtime_ns: int
     ancestry: list[tuple[int, int]] = []
+    again: bool = False
 
 
 class PartialRow(msgspec.Struct, frozen=True):

@@ -16,14 +16,23 @@ from pathlib import Path
 import msgspec
 
 from agent.storage.base import PartMark
-from agent.transfer.basis.journal_rows import FAILED, LIST_FATE, SKIPPED, DirectoryRow, HardLinkRow, PartialRow
+from agent.transfer.basis.journal_rows import (
+    COUNTED_BEFORE,
+    FAILED,
+    LIST_FATE,
+    SKIPPED,
+    DirectoryRow,
+    HardLinkRow,
+    PartialRow,
+)
 from agent.transfer.books.journal_file import JournalFile
 from agent.transfer.books.state_trouble import StateDamaged, put_aside
 from agent.transfer.processes.channel import Event
 from protocol.control import Counters
 from protocol.session import Version
 
-PENDING, ACTIVE, DONE = 0, 1, 2
+# The last two are of folders that are done, and listed once more for what is missing.
+PENDING, ACTIVE, DONE, AGAIN, ACTIVE_AGAIN = range(5)
 # Parameters of one question; SQLite before 3.32 takes no more than 999.
 _NAMES_AT_ONCE = 500
 # Of single items: done is 1.
@@ -116,6 +125,7 @@ class Journal(JournalFile):
         """At the start of a run: directories that were being worked on must be listed again."""
         with self._using():
             cursor = self._connection.execute(f"{_SET_STATE} WHERE state = ?2", (PENDING, ACTIVE))
+            self._connection.execute(f"{_SET_STATE} WHERE state = ?2", (AGAIN, ACTIVE_AGAIN))
             return cursor.rowcount
 
     def add_directories(self, rows: Iterable[tuple[int, bytes, bytes, int, list[tuple[int, int]]]]) -> None:
@@ -131,15 +141,21 @@ class Journal(JournalFile):
     def next_directory(self) -> DirectoryRow | None:
         """Take the newest directory that waits (depth first keeps few waiting), or None."""
         with self._using():
-            row = self._connection.execute(
-                "SELECT id, item, source, destination, mtime_ns, ancestry FROM directories "
-                "WHERE state = 0 ORDER BY id DESC LIMIT 1"
-            ).fetchone()
+            row = None
+            for state, taken in ((PENDING, ACTIVE), (AGAIN, ACTIVE_AGAIN)):
+                row = (
+                    row
+                    or self._connection.execute(
+                        "SELECT id, item, source, destination, mtime_ns, ancestry, ?2 FROM directories "
+                        "WHERE state = ?1 ORDER BY id DESC LIMIT 1",
+                        (state, taken),
+                    ).fetchone()
+                )
             if row is None:
                 return None
-            self._connection.execute(f"{_SET_STATE} WHERE id = ?2", (ACTIVE, row[0]))
+            self._connection.execute(f"{_SET_STATE} WHERE id = ?2", (row[6], row[0]))
         ancestry = msgspec.msgpack.decode(row[5], type=list[tuple[int, int]])
-        return DirectoryRow(row[0], row[1], row[2], row[3], row[4], ancestry)
+        return DirectoryRow(row[0], row[1], row[2], row[3], row[4], ancestry, again=row[6] == ACTIVE_AGAIN)
 
     def item_folders(self) -> set[tuple[int, int]]:
         """Device and inode, at the source, of the folders that items name."""
@@ -156,17 +172,49 @@ class Journal(JournalFile):
             ).fetchone()
             return row is not None
 
+    def listed(self) -> Iterator[list[tuple[int, bytes, int]]]:
+        """Id, source path and mtime_ns of every directory, some at a time. States may be changed meanwhile."""
+        last = 0
+        while True:
+            with self._using():
+                rows = self._connection.execute(
+                    "SELECT id, source, mtime_ns FROM directories WHERE id > ? ORDER BY id LIMIT 250", (last,)
+                ).fetchall()
+            if not rows:
+                return
+            yield rows
+            last = rows[-1][0]
+
+    def list_again(self, directories: Iterable[tuple[int, int]]) -> None:
+        """Directories that are done, and have this mtime_ns by now, are to be listed once more in the next run."""
+        with self._using():
+            self._connection.executemany(
+                "UPDATE directories SET state = ?3, mtime_ns = ?2, "
+                "crc = crc_of('directories', item, source, destination, ?2, ancestry, ?3) WHERE id = ?1",
+                ((directory, mtime_ns, AGAIN) for directory, mtime_ns in directories),
+            )
+
     def unfinished_destinations(self) -> list[bytes]:
         """Destination directories in which temporaries of this task may lie."""
         with self._using():
             rows = self._connection.execute("SELECT destination FROM directories WHERE state != ?", (DONE,))
             return [row[0] for row in rows]
 
-    def finish_directory(self, directory: int) -> None:
-        """A directory is done: what was noted of its files is of no use any more."""
+    def finish_directory(self, directory: int, *, failures: bool = False) -> None:
+        """A directory is done: what was noted of its files is of no use any more, but for failures, which are not tried
+        once more when it is listed again."""
         with self._using():
             self._connection.execute(f"{_SET_STATE} WHERE id = ?2", (DONE, directory))
-            self._connection.execute("DELETE FROM finished WHERE directory = ?", (directory,))
+            if failures:
+                self._connection.execute(
+                    "UPDATE finished SET outcome = outcome + ?2, "
+                    "crc = crc_of('finished', directory, name, outcome + ?2) "
+                    "WHERE directory = ?1 AND outcome < ?2 AND outcome % ?3 IN (?4, ?5)",
+                    (directory, COUNTED_BEFORE, LIST_FATE, FAILED, SKIPPED),
+                )
+            self._connection.execute(
+                "DELETE FROM finished WHERE directory = ? AND outcome < ?", (directory, COUNTED_BEFORE)
+            )
             self._forget_marks(
                 self._connection.execute(
                     "DELETE FROM partial WHERE directory = ? RETURNING temporary", (directory,)

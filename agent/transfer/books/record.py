@@ -225,7 +225,9 @@ class Record:
         done_ids = {group.id for group in done if group.id > 0}
         finished = [(*job.key, _settled_code(job)) for job in settled if job.group.id not in done_ids]
         finished += [
-            (*outcome.job.key, _outcome_code(outcome)) for outcome in outcomes if outcome.job.group.id not in done_ids
+            (*outcome.job.key, _outcome_code(outcome))
+            for outcome in outcomes
+            if outcome.job.group.id not in done_ids or outcome.error is not None
         ]
         self.journal.put_finished(finished)
         for file in complete:
@@ -294,7 +296,7 @@ class Record:
         group.counts.add_list(group.list_fate)
         self.counters = add_counts(self.counters, group.all_counts)
         if group.id > 0:
-            self._finish(group, group.id)
+            self._finish(group, group.id, failures=bool(group.counts.failed or group.counts.skipped_errors))
         else:
             keep_counted(self.journal, group.each)
             failed = self.journal.failed_items(group.items)
@@ -302,13 +304,13 @@ class Record:
                 self.journal.put_item(item, done=True, failed=item in failed)
                 self._finish(group, -1 - item)
 
-    def _finish(self, group: Group, directory: int) -> None:
+    def _finish(self, group: Group, directory: int, *, failures: bool = False) -> None:
         """Mark a directory, or what stands for an item, as done. Parts of large files that are left of it are of no
         use any more: the source has a small file there by now, something else, or nothing."""
         for part in self.journal.partials(directory):
             self.settle(-bytes_done(part))
             self._remove(group, part.temporary)
-        self.journal.finish_directory(directory)
+        self.journal.finish_directory(directory, failures=failures)
 
 
 def skipped_row(job: FileJob, error: dict[str, object], now: str) -> SkippedRow:

@@ -23,6 +23,7 @@ from agent.transfer.planning.filled_places import SEVERAL, FilledPlaces
 from agent.transfer.planning.gathered_names import GatheredNames, SpelledThere, pieces
 from agent.transfer.planning.items import ItemPlanner
 from agent.transfer.planning.plan import DirectoryPlanner, Listing, Planned
+from agent.transfer.planning.second_look import SecondLook
 from protocol.errors import ItemFailed, NeedsPerson, RetryLater, TaskFailed, TowpathError
 from protocol.names import CollectionPath, format_path, parse_path_untrusted, split_path
 from protocol.session import Row
@@ -68,6 +69,7 @@ class DirectoryWalk:
         self._filled = FilledPlaces(items)
         self._told_of_kept: set[KeptExtra] = set()
         self._large_folder = trio.Lock()
+        self.second_look = SecondLook(run)
 
     async def run(self) -> None:
         """Returns when everything is handed out."""
@@ -110,7 +112,7 @@ class DirectoryWalk:
             return
         try:
             listing_of = run.session.list_directory
-            async with aclosing(listing_of(row.source, follow=follow, on_changed=planner.note_changed)) as batches:
+            async with aclosing(listing_of(row.source, follow=follow, on_end=planner.note_end)) as batches:
                 async for rows in batches:
                     planned = None if planner.folds else await self._take_rows(planner, rows)
                     if planned is None:
@@ -123,6 +125,7 @@ class DirectoryWalk:
         except TowpathError as error:
             await self._at_source(planner, row, error)
             return
+        self.second_look.listed(recent=planner.source_recent, changed=planner.source_changed)
         if run.options.delete_destination_extra:
             await self._note_extra(planner.group, row, planner)
         run.settle.put(GroupListed(planner.group))
@@ -209,7 +212,8 @@ class DirectoryWalk:
             except _NotOpened as problem:
                 await self._not_opened(row, fault(problem.error, "destination", row.destination))
                 return
-        self._failed(planner.group, row, error)
+        if not row.again:
+            self._failed(planner.group, row, error)
         self._run.settle.put(GroupListed(planner.group))
 
     async def _planned(self, planned: Planned, listing: Listing) -> None:
@@ -232,7 +236,9 @@ class DirectoryWalk:
                 raise problem from error
             self._failed(group, row, problem)
             return
-        if kept is not KeptExtra.NONE:
+        if kept is KeptExtra.CHANGED and self.second_look.left:
+            self.second_look.list_again(row.id, row.mtime_ns)
+        elif kept is not KeptExtra.NONE:
             self._tell_of_kept(kept, row)
 
     def _tell_of_kept(self, why: KeptExtra, row: DirectoryRow) -> None:

@@ -22,6 +22,7 @@ from agent.transfer.basis.compare import Decision, decide
 from agent.transfer.basis.jobs import Counts, FileJob, Group, ListFate, SharedName
 from agent.transfer.basis.journal_rows import (
     BARE,
+    COUNTED_BEFORE,
     FAILED,
     KEPT,
     LINKED,
@@ -42,7 +43,7 @@ from agent.transfer.planning.left_behind import collect_orphans
 from protocol.control import TaskOptions
 from protocol.errors import ItemFailed, ProtocolError, TowpathError
 from protocol.names import MAX_COMPONENT, CollectionPath, check_component_untrusted, is_reserved, split_path
-from protocol.session import DIRECTORY, FILE, MAX_PATH, SYMLINK, Row, join_path
+from protocol.session import DIRECTORY, FILE, MAX_PATH, SYMLINK, Row, Rows, join_path
 
 # The code of a device, pipe or socket.
 UNSUPPORTED = "UNSUPPORTED_TYPE"
@@ -100,8 +101,9 @@ class DirectoryPlanner:
         self.folds = False
         self._left_out: dict[bytes, bytes] = {}
         self._patience = patience
-        # Whether names changed at the source while they were listed.
+        # Whether names changed at the source while they were listed, or shortly before, as far as it tells.
         self.source_changed = False
+        self.source_recent: bool | None = None
         self.group: Group
         self.opened = False
 
@@ -111,7 +113,7 @@ class DirectoryPlanner:
         handle = self._root.make_directories(path)
         self.group = Group(self._row.id, self._row.source, self._row.destination, handle, [])
         # The directory itself, so that its count and its parts are folded together.
-        self.group.counts.directories = 1
+        self.group.counts.directories = 0 if self._row.again else 1
         try:
             if self._sweep is not None:
                 # In the first run of a task nothing is settled before its folder is planned.
@@ -169,7 +171,7 @@ class DirectoryPlanner:
         self._finished = self._finished_of(rows, planned) if self._has_finished else {}
         if self._extras is not None:
             self._extras.add(row.name for row in rows)
-        for row in rows:
+        for row in self._missing(rows) if self._row.again else rows:
             name = row.name
             if is_reserved(check_component_untrusted(name)):
                 # Our own sources never list these; what another one calls so must not pass for a temporary.
@@ -200,6 +202,17 @@ class DirectoryPlanner:
             gone = finished.keys() - there.keys()
             planned.gone = sum(bytes_settled(row, finished[row.name]) for row in rows if row.name in gone)
         return there
+
+    def _missing(self, rows: list[Row]) -> list[Row]:
+        """Of a folder that is listed again, folders, and what is not here and was not given up. Raises OSError."""
+        return [
+            row
+            for row in rows
+            if row.kind == DIRECTORY
+            # What the run before has brought, and not counted yet, is not passed over.
+            or (row.name in self._finished and self._finished[row.name] < COUNTED_BEFORE)
+            or not (row.name in self._finished or self._is_there(check_component_untrusted(row.name)))
+        ]
 
     def _is_there(self, name: bytes) -> bool:
         try:
@@ -308,9 +321,9 @@ class DirectoryPlanner:
             raise problem from error
         return problem
 
-    def note_changed(self) -> None:
-        """The source says that names changed while it listed them."""
-        self.source_changed = True
+    def note_end(self, answer: Rows) -> None:
+        """What the source says with the last of its rows."""
+        self.source_changed, self.source_recent = answer.changed, answer.recent
 
     def note_extra(self, *, source_hides: bool = False) -> KeptExtra:
         """After the last row: remember what the source does not have (`agent.transfer.deleting.mirror` deletes it). Why

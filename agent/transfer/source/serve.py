@@ -154,6 +154,7 @@ class Control:
         self._digests = trio.CapacityLimiter(2)
         self._listing_threads = StorageThreads(side.root.features.file_system)
         self._under_way = UnderWay()
+        self._began = time.time_ns()
         self._scope = trio.CancelScope()
 
     def end(self) -> None:
@@ -332,7 +333,7 @@ class Control:
 
     async def _send_rows(self, request: session.ListDirectory, path: CollectionPath, credit: trio.Semaphore) -> None:
         # A hop to another thread for each message and none besides: opening, reading, encoding, closing.
-        listing = Listing(self._side.root, path, request)
+        listing = Listing(self._side.root, path, request, self._began)
         try:
             while not listing.ended:
                 # Each turn of the event loop that is not needed costs as much as listing ten files.

@@ -14,6 +14,9 @@ from protocol import session
 from protocol.errors import ItemFailed
 from protocol.names import CollectionPath
 
+# Nanoseconds by which the time of a change may be behind our clock: a tick of the kernel's; file servers have theirs.
+CLOCK_TICK, OTHER_CLOCKS = 20_000_000, 60 * 10**9
+_OWN_CLOCK = frozenset({"btrfs", "ext2", "ext3", "ext4", "f2fs", "ramfs", "tmpfs", "xfs", "zfs"})
 _KINDS = {"file": session.FILE, "dir": session.DIRECTORY, "symlink": session.SYMLINK}
 
 
@@ -36,14 +39,15 @@ def row_of(node: Node, target: bytes | None = None, mode: int | None = None) -> 
 class Listing:
     """One directory on its way to a destination, a message at a time."""
 
-    def __init__(self, root: Root, path: CollectionPath, request: session.ListDirectory) -> None:
+    def __init__(self, root: Root, path: CollectionPath, request: session.ListDirectory, began_ns: int = 0) -> None:
         self._root = root
         self._path = path
         self._request = request
         self._handle: Directory | None = None
         self._rows: Iterator[session.Row] = iter(())
-        # When its names were last changed, as it was opened.
+        # When its names were last changed, as it was opened; and when the session began.
         self._version = (0, 0)
+        self._began = began_ns
         self.ended = False
 
     def message(self) -> bytes:
@@ -57,9 +61,11 @@ class Listing:
             # What lies beyond a folder that went with its disk must not pass for what the source does not have.
             self._handle.check_disks()
             self.ended = True
-            changed = _names_of(self._handle) != self._version
+            names = _names_of(self._handle)
+            margin = CLOCK_TICK if self._root.features.file_system in _OWN_CLOCK else OTHER_CLOCKS
+            recent = max(names) >= self._began - margin
             self.close()
-            return session.encode(session.Rows(self._request.r, batch, self.ended, changed))
+            return session.encode(session.Rows(self._request.r, batch, self.ended, names != self._version, recent))
         return session.encode(session.Rows(self._request.r, batch))
 
     def close(self) -> None:

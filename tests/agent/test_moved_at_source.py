@@ -1,0 +1,192 @@
+"""Files that somebody moves from one folder of the source to another one while both are listed: nothing of them is
+missing, and no mirror deletes what the source has."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from agent.storage.faulty import Call
+from agent.transfer.planning.second_look import LOOKS
+from agent.transfer.source import source_rows
+from protocol import session
+from protocol.control import TaskItem, TaskOptions
+from tests.agent.engine_inside import CHECKED, Crashed, Engine, contents, quick_path, skipped, tree
+
+__all__ = ["quick_path"]
+
+MIRROR = msgspec.structs.replace(CHECKED, delete_destination_extra=True)
+FILES = [f"{folder}/{name}" for folder in ("a", "b") for name in ("one", "two")]
+
+
+class Mover:
+    """When the second of two folders is about to be listed, does something with it and the one that was listed."""
+
+    def __init__(self, engine: Engine, move: Callable[[Path, Path], None], *, times: int = 1) -> None:
+        self._engine, self._move, self._left = engine, move, times
+        self._seen: list[bytes] = []
+        self.listings = 0
+
+    def plan(self, call: Call) -> int | None:
+        if call.operation == "open_directory" and call.name in (b"a", b"b"):
+            self.listings += 1
+            self._seen.append(call.name)
+            if len(self._seen) == 2:
+                first, second = (self._engine.source / name.decode() for name in self._seen)
+                self._seen = [self._seen[1]]
+                if first != second and self._left:
+                    self._left -= 1
+                    self._move(second, first)
+        return None
+
+
+def engine_with(base: Path, move: Callable[[Path, Path], None], options: TaskOptions, *, times: int = 1) -> Engine:
+    engine = Engine(base, options)
+    tree(engine.source, FILES)
+    engine.source_plan = Mover(engine, move, times=times).plan
+    return engine
+
+
+def move_file(second: Path, first: Path) -> None:
+    (second / "one").rename(first / "moved")
+
+
+@pytest.mark.parametrize("options", [CHECKED, MIRROR], ids=["copy", "mirror"])
+@pytest.mark.parametrize("there", [False, True], ids=["new", "was there"])
+async def test_a_file_that_is_moved_into_a_folder_that_was_listed_arrives(
+    quick_path: Path, options: TaskOptions, *, there: bool
+) -> None:
+    engine = engine_with(quick_path, move_file, options)
+    if there:
+        # As the run before has left it: a mirror has the file where it was.
+        tree(engine.destination, FILES)
+        tree(engine.destination, ["a/extra"])
+    observed = await engine.run()
+    assert observed.state == "SUCCEEDED", observed
+    found, wanted = contents(engine.destination), contents(engine.source)
+    assert wanted.keys() <= found.keys()
+    assert {name: found[name] for name in wanted} == wanted
+    if options is MIRROR:
+        assert found == wanted
+    counters = observed.counters
+    total = sum(len(content) for content in wanted.values() if content != "folder")
+    assert (counters.files, counters.files_transferred, counters.directories) == (4, 4, 3)
+    assert (counters.bytes_total, counters.bytes_transferred) == (total, total)
+    assert engine.sessions == 2
+    assert not engine.temporaries()
+
+
+async def test_a_folder_that_is_moved_arrives_with_all_that_is_in_it(quick_path: Path) -> None:
+    def move(second: Path, first: Path) -> None:
+        (second / "inner").rename(first / "inner")
+
+    engine = engine_with(quick_path, move, MIRROR)
+    tree(engine.source, ["a/inner/deep/file", "b/inner/deep/file"])
+    for name in ("a", "b"):
+        (engine.source / name / "inner").rename(engine.source / name / f"inner-{name}")
+
+    def move_own(second: Path, first: Path) -> None:
+        (second / f"inner-{second.name}").rename(first / "moved")
+
+    engine.source_plan = Mover(engine, move_own).plan
+    tree(engine.destination, ["a/inner-a/deep/file", "b/inner-b/deep/file"])
+    observed = await engine.run()
+    assert observed.state == "SUCCEEDED", observed
+    assert contents(engine.destination) == contents(engine.source)
+
+
+async def test_what_failed_is_neither_tried_nor_counted_once_more(quick_path: Path) -> None:
+    options = msgspec.structs.replace(MIRROR, recursive_symlinks="copy")
+
+    def move(second: Path, first: Path) -> None:
+        (second / "one").rename(first / "moved")
+
+    engine = engine_with(quick_path, move, options)
+    for name in ("a", "b"):
+        (engine.source / name / "broken").symlink_to("nowhere")
+        (engine.source / name / "loop").symlink_to("loop")
+    observed = await engine.run()
+    failed = skipped(engine)
+    assert observed.counters.failed + observed.counters.skipped_errors == len(failed)
+    assert (engine.destination / "a" / "moved").exists() or (engine.destination / "b" / "moved").exists()
+
+
+async def test_a_source_that_never_rests_is_not_followed_for_ever(quick_path: Path) -> None:
+    """A file goes back and forth at every listing; the task ends, and a mirror as well."""
+
+    def swap(second: Path, first: Path) -> None:
+        (second / "one").rename(first / "one-from-there")
+        (first / "one-from-there").rename(first / "one")
+
+    engine = engine_with(quick_path, swap, MIRROR, times=1000)
+    observed = await engine.run()
+    assert observed.state in ("SUCCEEDED", "FAILED"), observed
+    assert engine.sessions <= 1 + LOOKS
+
+
+async def test_a_source_at_rest_is_not_asked_again(quick_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[session.StatPaths] = []
+    from agent.transfer.source import serve
+
+    def counted(control: serve.Control, request: session.StatPaths) -> list[session.StatResult]:
+        asked.append(request)
+        return stat_all(control, request)
+
+    stat_all = serve.Control._stat_all
+    monkeypatch.setattr(serve.Control, "_stat_all", counted)
+    # As if the tree had been made long ago.
+    monkeypatch.setattr(source_rows, "CLOCK_TICK", -(10**12))
+    monkeypatch.setattr(source_rows, "OTHER_CLOCKS", -(10**12))
+    engine = Engine(quick_path, MIRROR)
+    tree(engine.source, FILES)
+    observed = await engine.run()
+    assert (observed.state, engine.sessions, len(asked)) == ("SUCCEEDED", 1, 1)
+    asked.clear()
+    monkeypatch.setattr(source_rows, "CLOCK_TICK", 10**12)
+    monkeypatch.setattr(source_rows, "OTHER_CLOCKS", 10**12)
+    again = Engine(quick_path / "again", MIRROR)
+    tree(again.source, FILES)
+    assert (await again.run()).state == "SUCCEEDED"
+    assert (again.sessions, len(asked)) == (1, 2)
+
+
+async def test_a_crash_while_folders_are_listed_again_loses_nothing(quick_path: Path) -> None:
+    for nth in range(1, 40):
+        base = quick_path / str(nth)
+        engine = engine_with(base, move_file, MIRROR)
+        tree(engine.destination, FILES)
+        after, crashed = engine, False
+        steps = itertools.count(1)
+
+        def plan(call: Call, nth: int = nth, engine: Engine = engine, steps: Iterator[int] = steps) -> int | None:
+            durable = call.operation in ("rename", "journal_commit", "unlink", "lstat")
+            if engine.sessions == 2 and durable and next(steps) == nth:
+                raise Crashed
+            return None
+
+        engine.plan = plan
+        try:
+            observed = await engine.run()
+        except Crashed:
+            crashed = True
+            after = engine.revived()
+            observed = await after.run()
+        assert observed.state == "SUCCEEDED", observed
+        assert contents(after.destination) == contents(engine.source)
+        # One that had just been given its name, and was not in the books yet, counts among what is there already.
+        assert observed.counters.files in ((3, 4) if crashed else (4,))
+        if not crashed:
+            assert nth > 3
+            return
+    raise AssertionError("it never came to its end")
+
+
+async def test_single_items_are_not_listed(quick_path: Path) -> None:
+    engine = Engine(quick_path, items=[TaskItem(source_path="/a/one", destination_path="/one")])
+    tree(engine.source, FILES)
+    assert (await engine.run()).state == "SUCCEEDED"
+    assert engine.sessions == 1
