@@ -7,8 +7,11 @@ import stat
 import subprocess
 import sys
 import threading
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import psutil
 import pytest
 import trio
@@ -372,37 +375,71 @@ async def test_a_real_lane_process_that_is_stopped(tmp_path: Path) -> None:
         assert observed.status_code == "SUCCEEDED" or not observed.status_sentence, observed
 
 
-@pytest.mark.soak
-@pytest.mark.parametrize("killed", [False, True])
-async def test_a_real_disk_that_hangs(tmp_path: Path, killed: bool) -> None:
-    """Frozen in the middle: whoever writes waits in a call that no signal breaks off."""
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """One that can be frozen: whoever writes waits in a call then that no signal breaks off."""
     if os.geteuid() or sys.platform != "linux":
         pytest.skip("mounting a disk takes root (Linux)")
-    disk = tmp_path / "disk"
-    image = tmp_path / "image"
-    disk.mkdir()
+    place, image = tmp_path / "disk", tmp_path / "image"
+    place.mkdir()
     with image.open("wb") as file:
         file.truncate(512 * 1024 * 1024)
     subprocess.run(["mkfs.ext4", "-q", str(image)], check=True)
-    if subprocess.run(["mount", "-o", "loop", str(image), str(disk)], check=False).returncode:
+    if subprocess.run(["mount", "-o", "loop", str(image), str(place)], check=False).returncode:
         pytest.skip("no loop device here")
-    try:
-        async with engine_world.world(tmp_path, workers_per_session=2) as world:
-            world.beta.root.rmdir()
-            world.beta.root.symlink_to(disk)
-            task, lane = await _begun(world, "/data")
-            subprocess.run(["fsfreeze", "-f", str(disk)], check=True)
-            try:
-                if killed:
-                    await trio.sleep(1)
-                    lane.kill()
-                observed = await _said(world, task, {"PROCESS_HANGS", "STORAGE_SILENT"}, HANGS_FOR + 60)
-                assert observed.state == "WAITING"
-            finally:
-                subprocess.run(["fsfreeze", "-u", str(disk)], check=True)
-            observed = await world.wait(task, seconds=60)
-            assert observed.state == "SUCCEEDED", observed
-            assert contents(disk / "data") == contents(world.alpha.root / "data")
-            assert not list(disk.rglob(".towpath.*"))
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("killed", [False, True])
+async def test_a_real_disk_that_hangs(tmp_path: Path, disk: Path, killed: bool) -> None:
+    """Frozen in the middle."""
+    async with engine_world.world(tmp_path, workers_per_session=2) as world:
+        world.beta.root.rmdir()
+        world.beta.root.symlink_to(disk)
+        task, lane = await _begun(world, "/data")
+        subprocess.run(["fsfreeze", "-f", str(disk)], check=True)
+        try:
+            if killed:
+                await trio.sleep(1)
+                lane.kill()
+            observed = await _said(world, task, {"PROCESS_HANGS", "STORAGE_SILENT"}, HANGS_FOR + 60)
+            assert observed.state == "WAITING"
+        finally:
+            subprocess.run(["fsfreeze", "-u", str(disk)], check=True)
+        observed = await world.wait(task, seconds=60)
+        assert observed.state == "SUCCEEDED", observed
+        assert contents(disk / "data") == contents(world.alpha.root / "data")
+        assert not list(disk.rglob(".towpath.*"))
+
+
+@pytest.mark.soak
+async def test_a_real_delete_task_whose_disk_hangs(tmp_path: Path, disk: Path) -> None:
+    async with engine_world.world(tmp_path) as world:
+        world.beta.root.rmdir()
+        world.beta.root.symlink_to(disk)
+        tree(disk, [f"gone/{number // 100}/{number}" for number in range(30_000)])
+        (disk / "kept").write_bytes(b"kept")
+        task, session = str(uuid.uuid4()), str(uuid.uuid4())
+        order = msgspec.structs.replace(
+            world.order(task, session, [TaskItem(source_path="/gone", destination_path="")]),
+            type="DELETE",
+            source=None,
+            options=TaskOptions(recursive=True),
+            ticket=world.ticket(task, session, None, world.beta.grant("rw", ["/"])),
+        )
+        assert world.beta.service is not None
+        await world.beta.service.put_task(order)
+        with trio.fail_after(30):
+            while not world.beta.service.get_task(task).counters.deleted:
+                await trio.sleep(0.002)
+        subprocess.run(["fsfreeze", "-f", str(disk)], check=True)
+        try:
+            observed = await _said(world, task, {"STORAGE_SILENT"}, HANGS_FOR + 60)
+            assert observed.state == "WAITING"
+            assert "destination" in observed.status_sentence
+        finally:
+            subprocess.run(["fsfreeze", "-u", str(disk)], check=True)
+        assert (await world.wait(task, seconds=60)).state == "SUCCEEDED"
+        assert {path.name for path in disk.iterdir()} == {"kept", "lost+found"}
