@@ -14,15 +14,21 @@ class LineReader:
     """Splits chunks into lines. ``feed_untrusted`` raises only `ProtocolError`."""
 
     def __init__(self) -> None:
-        self._rest = b""
+        self._rest = bytearray()
 
     def feed_untrusted(self, chunk: bytes) -> list[AgentEvent]:
         """The lines that are complete with this chunk. Empty lines keep a connection alive and mean nothing.
 
         Raises `ProtocolError` for a line that is too long or no event; the reader is of no use then."""
-        *lines, self._rest = (self._rest + chunk).split(b"\n")
+        first, *others = chunk.split(b"\n")
+        # What is there already is not copied for each piece of a line: a peer may send it in a million.
+        self._rest += first
         if len(self._rest) > MAX_LINE:
             raise ProtocolError(f"An event of the agent is longer than {MAX_LINE} bytes.")
+        if not others:
+            return []
+        lines = [bytes(self._rest), *others[:-1]]
+        self._rest = bytearray(others[-1])
         return [_line_untrusted(line) for line in lines if line.strip()]
 
 
