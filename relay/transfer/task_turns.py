@@ -225,9 +225,7 @@ def end_where_access_is_gone(connection: Connection, collection_id: str, reason:
 
     Called in the transaction that takes the permission away, so no task outlives it.
     """
-    column = tables.tasks.c
-    there = or_(column.source_id == collection_id, column.destination_id == collection_id)
-    return _end_unentitled(connection, there, reason, now)
+    return _end_unentitled(connection, _on(collection_id), reason, now)
 
 
 def end_of_people_without_access(connection: Connection, owners: Iterable[str], reason: str, now: float) -> list[str]:
@@ -237,16 +235,16 @@ def end_of_people_without_access(connection: Connection, owners: Iterable[str], 
 
 def end_all_on(connection: Connection, collection_id: str, reason: str, now: float) -> list[str]:
     """End every active task on a collection, whoever owns it; returns their ids."""
-    column = tables.tasks.c
-    tasks = _active(connection, or_(column.source_id == collection_id, column.destination_id == collection_id))
-    for task in tasks:
-        end_now(connection, task, code=CANCELED, sentence=reason, now=now)
-    return [task.id for task in tasks]
+    return _end_all(connection, _on(collection_id), reason, now)
 
 
 def end_all_of(connection: Connection, owner_id: str, reason: str, now: float) -> list[str]:
     """End every active task of an identity that is about to be deleted; returns their ids."""
-    tasks = _active(connection, tables.tasks.c.owner_id == owner_id)
+    return _end_all(connection, tables.tasks.c.owner_id == owner_id, reason, now)
+
+
+def _end_all(connection: Connection, which: ColumnElement[bool], reason: str, now: float) -> list[str]:
+    tasks = _active(connection, which)
     for task in tasks:
         end_now(connection, task, code=CANCELED, sentence=reason, now=now)
     return [task.id for task in tasks]
@@ -287,6 +285,10 @@ def _people_with_closed_ones() -> Select[tuple[str]]:
 def _is_closed(identity_id: ColumnElement[str]) -> ColumnElement[bool]:
     person = identities.alias().c
     return exists(select(person.id).where(person.id == identity_id, person.status == "closed"))
+
+
+def _on(collection_id: str) -> ColumnElement[bool]:
+    return or_(tables.tasks.c.source_id == collection_id, tables.tasks.c.destination_id == collection_id)
 
 
 def _active(connection: Connection, which: ColumnElement[bool]) -> list[Task]:
