@@ -82,10 +82,10 @@ class Batch(Generic[Q, A]):
                     # Whoever finds the database free asks for everybody who waits.
                     await self._serve()
         finally:
+            # One that waits stays in the queue, and is passed over: thousands may leave at once, and to look for each
+            # among the others would take seconds.
             question.left = True
-            # Those that are settled are not among them: no need to look through thousands.
-            if question.answer is None and question.failure is None and question in self._waiting:
-                self._waiting.remove(question)
+            if question.answer is None and question.failure is None:
                 self._wake_next()
         return question.answer[0]
 
@@ -96,9 +96,11 @@ class Batch(Generic[Q, A]):
             if (moment := self._begun + self._spacing) > trio.current_time():
                 await trio.sleep_until(moment)
             self._begun = trio.current_time()
-            taken = [self._waiting.popleft() for _ in range(min(len(self._waiting), self._most))]
+            while len(taken) < self._most and self._pass_over_left():
+                taken.append(self._waiting.popleft())
             try:
-                await self._answer(taken)
+                if taken:
+                    await self._answer(taken)
             except Exception as error:
                 if len(taken) == 1:
                     taken[0].failure = error
@@ -118,8 +120,14 @@ class Batch(Generic[Q, A]):
             self._wake_next()
 
     def _wake_next(self) -> None:
-        if not self._busy and self._waiting:
+        if not self._busy and self._pass_over_left():
             self._waiting[0].turn.set()
+
+    def _pass_over_left(self) -> bool:
+        """Whether somebody is still waiting, who is the first one now."""
+        while self._waiting and self._waiting[0].left:
+            self._waiting.popleft()
+        return bool(self._waiting)
 
     async def _one_by_one(self, questions: Sequence[_Question[Q, A]]) -> None:
         for question in questions:

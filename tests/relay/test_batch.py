@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import chain
@@ -163,6 +164,37 @@ async def test_a_question_whose_asker_has_left_holds_up_nobody(
                 await trio.testing.wait_all_tasks_blocked()
     assert answers == [10, 40, 50, 60]
     assert 3 not in chain(*database.rounds)
+
+
+async def test_thousands_who_leave_at_once_are_not_looked_for(
+    database: Database, autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever has many calls under way may hang up on all of them; to find each in the queue took the relay seconds."""
+
+    class Queue(deque[Any]):
+        def __contains__(self, _: object) -> bool:
+            raise AssertionError("all who wait are looked through")
+
+        def remove(self, _: object) -> None:
+            raise AssertionError("all who wait are looked through")
+
+    batch = Batch(database.transact, database.work)
+    batch._waiting = Queue()
+    answers: list[int | None] = []
+
+    async def ask(question: int) -> None:
+        answers.append(await batch.ask(question))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(ask, 1)
+        await trio.sleep(0.5)
+        async with trio.open_nursery() as leaving:
+            for question in range(2, 2000):
+                (leaving if question % 100 else nursery).start_soon(ask, question)
+            await trio.sleep(0.1)
+            leaving.cancel_scope.cancel()
+    assert sorted(cast("list[int]", answers)) == [10, *range(1000, 20_000, 1000)]
+    assert [len(together) for together in database.rounds] == [1, 19]
 
 
 @pytest.mark.parametrize("seed", range(20))
