@@ -14,6 +14,8 @@ from typing import Any, Generic, TypeVar
 import trio
 from sqlalchemy import Connection
 
+from relay.store.database import StoreBroken, StoreBusy
+
 Q = TypeVar("Q")
 A = TypeVar("A")
 
@@ -66,7 +68,8 @@ class Batch(Generic[Q, A]):
     async def ask(self, asked: Q) -> A:
         """The answer to one question. Raises what ``work`` raises for it, and the store's errors.
 
-        A question that fails takes no other down: the others of its transaction are asked again one by one.
+        A question that fails takes no other down: the others of its transaction are asked again one by one. Where the
+        database cannot be used all of them are told so at once.
         Cancellation may leave the question asked.
         """
         question: _Question[Q, A] = _Question(asked)
@@ -101,6 +104,10 @@ class Batch(Generic[Q, A]):
             try:
                 if taken:
                     await self._answer(taken)
+            except (StoreBusy, StoreBroken) as error:
+                # No question's doing: each would wait for the database again, one after the other.
+                for question in taken:
+                    question.failure = error
             except Exception as error:
                 if len(taken) == 1:
                     taken[0].failure = error

@@ -16,6 +16,7 @@ import trio.testing
 from sqlalchemy import Connection
 
 from relay.store.batch import Batch
+from relay.store.database import StoreBroken, StoreBusy
 
 NO_CONNECTION = cast("Connection", None)
 
@@ -106,6 +107,35 @@ async def test_a_question_that_fails_fails_alone(database: Database, autojump_cl
         for question in range(1, 6):
             nursery.start_soon(ask, question)
     assert outcomes == {1: 10, 2: 20, 3: "failed", 4: 40, 5: 50}
+
+
+@pytest.mark.parametrize("error", [StoreBusy("It is busy."), StoreBroken("It is full.")])
+async def test_a_database_that_cannot_be_used_is_not_waited_for_by_one_after_the_other(
+    autojump_clock: trio.testing.MockClock, error: Exception
+) -> None:
+    """Each would wait for its lock for a quarter of a minute."""
+    asked: list[int] = []
+
+    async def transact(_: object) -> Any:
+        asked.append(1)
+        await trio.sleep(15)
+        raise error
+
+    batch: Batch[int, int] = Batch(transact, lambda _connection, questions: questions)
+    failed: list[float] = []
+
+    async def ask(question: int) -> None:
+        with pytest.raises(type(error)):
+            await batch.ask(question)
+        failed.append(trio.current_time())
+
+    start = trio.current_time()
+    async with trio.open_nursery() as nursery:
+        for question in range(100):
+            nursery.start_soon(ask, question)
+    assert len(failed) == 100
+    assert len(asked) <= 2
+    assert max(failed) - start <= 31
 
 
 async def test_whoever_asks_for_all_may_leave(database: Database, autojump_clock: trio.testing.MockClock) -> None:
