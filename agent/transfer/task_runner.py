@@ -468,6 +468,9 @@ class TaskRunner:
         """The task as it is now."""
         if self._run is not None:
             self._counters = self._run.counters()
+        if isinstance(self._run, DeleteRun) and self._run.steps:
+            # Whatever held it up is over: its root is there, and items are looked at.
+            self._no_trouble()
         active = self._state == "ACTIVE"
         error = self._status or (next(iter(self._standstills.values()), None) if active else None)
         waiting = error is not None and active

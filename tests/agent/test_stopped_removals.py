@@ -19,7 +19,7 @@ from agent.transfer.deleting import remove
 from agent.transfer.deleting.delete import DeleteRun
 from agent.transfer.deleting.mirror import Mirror
 from agent.transfer.deleting.remove import Removal
-from protocol.control import TaskItem, TaskOptions
+from protocol.control import TaskItem, TaskObserved, TaskOptions
 from tests.agent.engine_inside import Engine, Line, quick_path
 
 __all__ = ["quick_path"]
@@ -177,3 +177,26 @@ async def test_two_that_remove_one_large_folder_both_end_well(
         monkeypatch.setattr(type(parent), "scan", scanning)
         removal.entry(parent, parent.lstat(b"large"), recursive=True)
     assert not folder.exists()
+
+
+async def test_a_delete_that_goes_on_after_trouble_says_so(quick_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agent.transfer.course.progress.EVERY", 0.01)
+    failed, goes_on = threading.Event(), threading.Event()
+
+    def plan(call: Call) -> int | None:
+        if (call.operation, call.nth) == ("unlink", 5):
+            failed.set()
+            return errno.EIO
+        if (call.operation, call.nth) == ("unlink", 20):
+            assert goes_on.wait(10)
+        return None
+
+    def look(_line: Line, observed: TaskObserved) -> None:
+        if failed.is_set() and observed.state == "ACTIVE" and observed.counters.deleted > 4:
+            goes_on.set()
+
+    engine = _engine(quick_path, "delete")
+    engine.plan, engine.on_report = plan, look
+    observed = await engine.run()
+    assert (observed.state, _left(engine)) == ("SUCCEEDED", 0)
+    assert "IO_ERROR" in engine.codes()
