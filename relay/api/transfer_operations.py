@@ -53,8 +53,13 @@ async def _collection(
         if answer[1] != reach:
             raise ApiError(409, "Conflict", "What you may come to here has changed meanwhile; ask again.")
 
-    timeout = float(services.settings.limits.call_timeout)
-    return collection, Filesystem(services.registry, timeout=timeout, reach=reach, decide_again=decide_again)
+    return collection, Filesystem(
+        services.registry,
+        timeout=float(services.settings.limits.call_timeout),
+        caller=caller.identity_id,
+        reach=reach,
+        decide_again=decide_again,
+    )
 
 
 def _spot(collection: Collection, path: object, *, above: bool) -> Spot:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -19,7 +19,9 @@ import trio
 
 from protocol.control import AgentHello, encode
 from protocol.errors import RetryLater, TowpathError, error_from_document_untrusted
+from protocol.places import Places
 from protocol.reverse_http import CallReset, CallTimeout, Client, LinkLost, Response, StreamingResponse
+from relay.quota.turns import Turns
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -93,6 +95,7 @@ class _Link:
         hello: AgentHello,
         client: Client,
         max_calls: int,
+        max_waiting: int,
         address: str,
         measure: Callable[[], float | None],
     ) -> None:
@@ -102,15 +105,22 @@ class _Link:
         self.hello = hello
         self.client = client
         self.streams = 0
-        # First come, first served: one caller with many calls only delays itself by as many.
+        # First come, first served, among the relay's own calls and those of people who have their turn.
         self.calls = trio.Semaphore(max_calls, max_value=max_calls)
+        # However many people ask for a thing, the relay itself comes through: it has permissions to take away. And
+        # however much one of them asks for, so do the others.
+        self.people = trio.Semaphore(max(1, max_calls * 3 // 4))
+        self.turns = Turns(max(1, max_calls // 2))
+        self.asked = Places(max_calls + max_waiting)
         self.waiting = 0
         self.under_way = 0
 
 
 class Registry:
     """Links by node id. At most ``max_calls`` calls to one agent are under way, ``max_waiting`` more may wait;
-    beyond that callers get `NodeBusy`. Safe to use from many tasks of one trio run."""
+    beyond that callers get `NodeBusy`. Three quarters of the calls under way may be people's, half one person's; their
+    calls that wait are as many besides, of which one person never has all. Safe to use from many tasks of one trio
+    run."""
 
     def __init__(self, *, max_calls: int = 32, max_waiting: int = 512, max_streams: int = 16) -> None:
         self._links: dict[str, _Link] = {}
@@ -213,7 +223,9 @@ class Registry:
                 "set one of them up anew.",
                 retry_after=REPLACED_RETRY,
             )
-        link = self._links[node_id] = _Link(node_id, hello, client, self._max_calls, address, measure)
+        link = self._links[node_id] = _Link(
+            node_id, hello, client, self._max_calls, self._max_waiting, address, measure
+        )
         self._total += 1
         self._watched += hello.watch > 0
         self._announce(LinkUp(node_id, hello))
@@ -257,8 +269,9 @@ class Registry:
         document: object | None = None,
         timeout: float = 30.0,  # noqa: ASYNC109 - part of the call, waiting for a turn included
         decide_again: Callable[[], Awaitable[object]] | None = None,
+        caller: str = "",
     ) -> bytes:
-        """Ask an agent; returns the body of a 2xx answer.
+        """Ask an agent; returns the body of a 2xx answer. ``caller`` is who asks, empty for the relay itself.
 
         ``path`` is plain text, encoded here; ``document`` travels as JSON. Raises the agent's own error, as
         `TowpathError` with ``status`` set, for any other answer; `NodeOffline`, `NodeBusy`, `CallTimeout`, and
@@ -268,14 +281,11 @@ class Registry:
         """
         came = trio.current_time()
         link = self._link(node_id)
-        if link.waiting + link.under_way >= self._max_calls + self._max_waiting:
-            self._refused += 1
-            raise NodeBusy("Too many requests wait for this endpoint already; try again in a moment.")
         headers, body = ([], b"") if document is None else ([(b"content-type", b"application/json")], encode(document))
         self._calls += 1
         try:
             with trio.fail_after(timeout):
-                async with _turn(link):
+                async with self._turn(link, caller):
                     if decide_again is not None and trio.current_time() - came > DECISION_HOLDS:
                         await decide_again()
                     self._link(node_id)
@@ -296,6 +306,32 @@ class Registry:
             self._failed += 1
             raise _error_untrusted(answer.status, answer.body)
         return answer.body
+
+    @asynccontextmanager
+    async def _turn(self, link: _Link, caller: str) -> AsyncIterator[None]:
+        """Wait for a turn, and have it inside. Raises `NodeBusy`."""
+        own = link.waiting + link.under_way - link.asked.taken
+        if not link.asked.take(caller) if caller else own >= self._max_calls + self._max_waiting:
+            self._refused += 1
+            raise NodeBusy("Too many requests wait for this endpoint already; try again in a moment.")
+        try:
+            async with AsyncExitStack() as held:
+                link.waiting += 1
+                try:
+                    if caller:
+                        await held.enter_async_context(link.turns.of(caller))
+                        await held.enter_async_context(link.people)
+                    await held.enter_async_context(link.calls)
+                finally:
+                    link.waiting -= 1
+                link.under_way += 1
+                try:
+                    yield
+                finally:
+                    link.under_way -= 1
+        finally:
+            if caller:
+                link.asked.leave(caller)
 
     @asynccontextmanager
     async def stream(
@@ -327,21 +363,6 @@ class Registry:
             raise NodeOffline(error.sentence) from error
         finally:
             link.streams -= 1
-
-
-@asynccontextmanager
-async def _turn(link: _Link) -> AsyncIterator[None]:
-    link.waiting += 1
-    try:
-        await link.calls.acquire()
-    finally:
-        link.waiting -= 1
-    link.under_way += 1
-    try:
-        yield
-    finally:
-        link.under_way -= 1
-        link.calls.release()
 
 
 async def _while_allowed(

@@ -33,6 +33,7 @@ class AgentLinks(Protocol):
         document: object | None = None,
         timeout: float = 30.0,  # noqa: ASYNC109 - part of the registry's interface
         decide_again: Callable[[], Awaitable[object]] | None = None,
+        caller: str = "",
     ) -> bytes: ...
 
     def stream(

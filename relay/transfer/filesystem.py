@@ -63,11 +63,13 @@ class Filesystem:
         links: AgentLinks,
         *,
         timeout: float,
+        caller: str,
         reach: list[str] | None = None,
         decide_again: Callable[[], Awaitable[object]] | None = None,
     ) -> None:
         self._links = links
         self._timeout = timeout
+        self._caller = caller
         self._reach = reach
         self._decide_again = decide_again
 
@@ -138,6 +140,7 @@ class Filesystem:
                 query=narrowed(query, self._reach),
                 timeout=self._timeout if timeout is None else timeout,
                 decide_again=self._decide_again,
+                caller=self._caller,
             )
             if self._decide_again is not None and trio.current_time() - began > DECISION_HOLDS:
                 await self._decide_again()
@@ -151,7 +154,13 @@ class Filesystem:
         body = document if self._reach is None else {**document, "reach": self._reach}
         try:
             await self._links.call(
-                node_id, "POST", path, document=body, timeout=self._timeout, decide_again=self._decide_again
+                node_id,
+                "POST",
+                path,
+                document=body,
+                timeout=self._timeout,
+                decide_again=self._decide_again,
+                caller=self._caller,
             )
         except TowpathError as error:
             raise operation_error(operation, error, collection.display_name) from error

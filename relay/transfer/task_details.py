@@ -78,7 +78,9 @@ async def _ask(
     if marker:
         query.append(("marker", marker))
     try:
-        answer = await links.call(worker.node_id, "GET", f"/link/tasks/{task.id}/{kind}", query=query)
+        answer = await links.call(
+            worker.node_id, "GET", f"/link/tasks/{task.id}/{kind}", query=query, caller=task.owner_id
+        )
         page = decode_untrusted(answer, Page)
     except TowpathError as error:
         raise operation_error(DETAILS, error, name) from error

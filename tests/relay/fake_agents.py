@@ -305,6 +305,7 @@ class FakeRegistry:
         document: object | None = None,
         timeout: float = 30.0,
         decide_again: Callable[[], Awaitable[object]] | None = None,
+        caller: str = "",
     ) -> bytes:
         await trio.lowlevel.checkpoint()
         # As long as a request of the real link may be.

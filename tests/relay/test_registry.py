@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -184,6 +185,43 @@ async def test_calls_under_way_are_bounded_and_served_in_order(autojump_clock: t
         assert registry.statistics().waiting == 16
     assert most == 4
     assert order == sorted(order)
+
+
+@pytest.mark.parametrize("crowd", [["bob"], ["bob", "eve"], ["bob", "eve", "mallory"]])
+async def test_however_much_people_ask_for_the_relay_comes_through(
+    autojump_clock: trio.testing.MockClock, crowd: list[str]
+) -> None:
+    """Among its own calls is the one that closes a source to somebody who lost a permission, within two seconds."""
+    registry = Registry(max_calls=8, max_waiting=32)
+    busy: Counter[str] = Counter()
+    answered: list[str] = []
+
+    async def ask(who: str) -> None:
+        try:
+            await registry.call(NODE, "GET", "/never", caller=who, timeout=60)
+        except NodeBusy:
+            busy[who] += 1
+        except CallTimeout:
+            pass
+
+    async def short(who: str) -> None:
+        await registry.call(NODE, "DELETE", "/link/sessions/x", caller=who, timeout=100)
+        answered.append(who)
+
+    async with linked(registry), trio.open_nursery() as nursery:
+        for _ in range(50):
+            for who in crowd:
+                nursery.start_soon(ask, who)
+        await trio.testing.wait_all_tasks_blocked()
+        assert all(busy[who] > 0 for who in crowd)
+        with trio.fail_after(1):
+            await short("")
+        nursery.start_soon(short, "carol")
+        await trio.sleep(1)
+        # One person holds no more than half; where several hold all that people may have, another waits for them.
+        assert answered == (["", "carol"] if len(crowd) == 1 else [""])
+    assert answered == ["", "carol"]
+    assert all(busy[who] < 50 for who in crowd)
 
 
 async def test_what_waits_for_its_turn_is_decided_about_again(autojump_clock: trio.testing.MockClock) -> None:

@@ -256,6 +256,25 @@ async def test_times_that_no_calendar_has_do_not_break_a_listing(laptop: Laptop)
     assert second["last_modified"].endswith("+00:00")
 
 
+async def test_calls_of_people_are_made_as_theirs(laptop: Laptop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that one person's leave room at the agent for those of others, and the relay's own for both."""
+    callers: list[str] = []
+    call = FakeRegistry.call
+
+    async def noting(self: FakeRegistry, *arguments: Any, **options: Any) -> bytes:
+        if "/collections/" in arguments[2]:
+            callers.append(options["caller"])
+        return await call(self, *arguments, **options)
+
+    monkeypatch.setattr(FakeRegistry, "call", noting)
+    await laptop.alice.get(f"{laptop.path}/ls", path="/~/data")
+    await laptop.alice.get(f"{laptop.path}/stat", path="/~/1M.dat")
+    await laptop.alice.post(f"{laptop.path}/mkdir", {"path": "/~/new"}, status=202)
+    await laptop.alice.post(f"{laptop.path}/rename", {"old_path": "/a", "new_path": "/b"})
+    await laptop.alice.post(f"{laptop.path}/symlink", {"path": "/l", "symlink_target": "../t"})
+    assert callers == [laptop.alice.id] * 5
+
+
 async def test_calls_that_wait_are_decided_about_together(laptop: Laptop, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many wait, the database is asked about them in few transactions, one at a time."""
     asked: list[Callable[[], Awaitable[object]]] = []
