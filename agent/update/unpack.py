@@ -16,8 +16,18 @@ from pathlib import Path
 
 from agent.update.offer import UpdateRefused
 
+try:
+    from lzma import LZMAError
+except ImportError:
+    # A Python that was built without it reads no such archives either.
+    _DAMAGED: tuple[type[Exception], ...] = (tarfile.TarError, EOFError, zlib.error)
+else:
+    _DAMAGED = (tarfile.TarError, EOFError, zlib.error, LZMAError)
+
 MAX_UNPACKED = 4 * 1024 * 1024 * 1024
 MAX_MEMBERS = 200_000
+# Folders in one another.
+MAX_DEPTH = 100
 
 
 def unpack_untrusted(bundle: Path, target: Path) -> None:
@@ -29,11 +39,12 @@ def unpack_untrusted(bundle: Path, target: Path) -> None:
     try:
         with tarfile.open(bundle, "r:*") as archive:
             for count, member in enumerate(archive):
-                total += member.size
+                # Sizes below zero can be written down, too.
+                total += abs(member.size)
                 if count >= MAX_MEMBERS or total > MAX_UNPACKED:
                     raise UpdateRefused("The bundle holds too much.")
                 unpacking.take(archive, member)
-    except (tarfile.TarError, EOFError, zlib.error) as error:
+    except _DAMAGED as error:
         raise UpdateRefused(f"The bundle cannot be unpacked: {error}.") from error
     unpacking.check_links()
 
@@ -78,9 +89,10 @@ class _Unpacking:
         self._folders.add(parts)
 
     def _link(self, member: tarfile.TarInfo, path: Path) -> None:
-        if posixpath.isabs(member.linkname) or os.path.isabs(member.linkname):
+        leads = member.linkname
+        if posixpath.isabs(leads) or os.path.isabs(leads) or "\0" in leads:
             raise UpdateRefused(f"A link of the bundle leads out of it ({member.name!r:.100}).")
-        os.symlink(member.linkname, path)
+        os.symlink(leads, path)
         self._links.append(path)
 
     def _second_name(self, member: tarfile.TarInfo, path: Path) -> None:
@@ -101,7 +113,7 @@ class _Unpacking:
 def _parts(name: str) -> tuple[str, ...]:
     """The components of a name that stays where it is unpacked."""
     parts = tuple(part for part in name.split("/") if part not in ("", "."))
-    if name.startswith("/") or not all(_is_name(part) for part in parts):
+    if name.startswith("/") or len(parts) > MAX_DEPTH or not all(_is_name(part) for part in parts):
         raise UpdateRefused(f"The bundle holds a name that leads out of it ({name!r:.100}).")
     return parts
 

@@ -30,6 +30,12 @@ def odd(name: str) -> tuple[tarfile.TarInfo, bytes]:
     return info, content
 
 
+def odd_link(name: str, leads: str) -> tuple[tarfile.TarInfo, bytes]:
+    info, content = link(name, "short")
+    info.pax_headers = {"linkpath": leads}
+    return info, content
+
+
 def other(kind: bytes, name: str, leads: str = "") -> tuple[tarfile.TarInfo, bytes]:
     info = tarfile.TarInfo(name)
     info.type, info.linkname = kind, leads
@@ -103,6 +109,8 @@ HOSTILE = {
     "a file through its link": [file("a"), link("b", "a"), file("b", b"other")],
     "a folder in place of a file": [file("a"), file("a/b")],
     "a NUL": [odd("a\0b")],
+    "a link to a NUL": [odd_link("a", "b\0c")],
+    "folders without end": [odd("a/" * 5000 + "b")],
 }
 
 
@@ -160,6 +168,35 @@ def test_a_bundle_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bo
         unpack_untrusted(path, tmp_path / "out")
     monkeypatch.setattr(unpack, bound, most + 1)
     unpack_untrusted(path, tmp_path / "other")
+
+
+def test_a_size_below_zero_makes_room_for_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    less, content = file("less", b"")
+    less.pax_headers = {"size": "-512"}
+    path = tar_of(tmp_path / "large.tar.gz", [(less, content), file("a"), file("b")])
+    monkeypatch.setattr(unpack, "MAX_UNPACKED", 5)
+    with pytest.raises(UpdateRefused, match="too much"):
+        unpack_untrusted(path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["gz", "xz"])
+def test_a_bundle_that_is_damaged_is_refused(tmp_path: Path, kind: str) -> None:
+    """Whatever it is compressed with."""
+    path = tmp_path / "bundle"
+    with tarfile.open(path, f"w:{kind}") as archive:  # type: ignore[call-overload]
+        for name in "abc":
+            info, content = file(name, bytes(range(256)) * 2000 + os.urandom(100_000))
+            archive.addfile(info, io.BytesIO(content))
+    whole, refused = path.read_bytes(), 0
+    for at in range(0, len(whole), len(whole) // 20):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x55]) + whole[at + 1 :])
+        try:
+            unpack_untrusted(path, tmp_path / f"out{at}")
+        except (UpdateRefused, OSError):
+            refused += 1
+    print(f"damaged {kind}: {refused} refused")
+    # Only who has signed the bundle vouches for its bytes.
+    assert refused
 
 
 def test_a_bundle_that_is_cut_short_is_refused(tmp_path: Path) -> None:
