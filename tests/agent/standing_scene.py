@@ -26,7 +26,7 @@ def until_seen(pid: int, posture: Posture) -> Signs:
 class Played:
     """A lane process that is seen as it is told to be."""
 
-    def __init__(self, posture: Posture, *, storage: bool = True) -> None:
+    def __init__(self, posture: Posture, *, storage: bool | None = True) -> None:
         self.posture, self.storage = posture, storage
         self.marks = STILL
         self.says = False
@@ -44,7 +44,7 @@ class Played:
     def signs(self) -> Signs:
         return Signs(self.posture, self.marks)
 
-    async def storage_answers(self) -> bool:
+    async def storage_answers(self) -> bool | None:
         return self.storage
 
     def tell(self, error: TowpathError | None) -> None:

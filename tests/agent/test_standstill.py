@@ -17,6 +17,7 @@ import trio.testing
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agent.storage.posix import open_root
 from agent.transfer.processes.spawn import FORKS
 from agent.transfer.stalls import storage_probe
 from agent.transfer.stalls.storage_probe import StorageProbe
@@ -217,7 +218,37 @@ async def test_storage_is_asked_by_a_file_that_goes_again(tmp_path: Path) -> Non
         assert await StorageProbe(b"taken/below").answers(folder)
     finally:
         os.close(folder)
-    assert not await probe.answers(folder)
+
+
+async def test_storage_that_cannot_be_asked_is_not_said_to_be_silent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For want of a descriptor, or of a thread: both are told as what they are, by whoever waits for them."""
+    probe, folder = StorageProbe(b"x"), os.open(tmp_path, os.O_RDONLY)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(storage_probe, "ANSWERS_WITHIN", 0.02)
+            patch.setattr(trio.to_thread, "run_sync", _no_thread)
+            assert await probe.answers(folder) is None
+            with open_root(str(tmp_path)) as root:
+                assert await probe.looks(root, ()) is None
+        assert await probe.answers(folder) is True
+    finally:
+        os.close(folder)
+    assert await probe.answers(folder) is None
+
+
+async def _no_thread(*_: object, **__: object) -> None:
+    """As while none can be started."""
+    await trio.sleep_forever()
+
+
+async def test_a_process_whose_storage_cannot_be_asked_is_left_alone(autojump_clock: trio.testing.MockClock) -> None:
+    process = Played(Posture.IN_STORAGE, storage=None)
+    assert await process.watched(100_000) is None
+    assert process.told == [""]
+    process.storage = True
+    assert await process.watched(1000) is not None
 
 
 async def test_storage_that_hangs_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,8 +62,8 @@ class Arrivals(Protocol):
     def checked(self, process: OneProcess, message: say.Checked) -> None: ...
     def process_lost(self, process: OneProcess) -> None: ...
 
-    async def storage_answers(self, folder: Group) -> bool:
-        """Whether the storage of a folder answers now."""
+    async def storage_answers(self, folder: Group) -> bool | None:
+        """Whether the storage of a folder answers now; None when it cannot be asked."""
 
 
 class RemoteLane:
@@ -252,10 +252,13 @@ class OneProcess:
         """What the system tells of it."""
         return self.child.signs()
 
-    async def storage_answers(self) -> bool:
-        """Whether the storage that it writes to answers others; also where it writes nothing."""
+    async def storage_answers(self) -> bool | None:
+        """Whether the storage that it writes to answers others (None: it cannot be asked now); also where it writes
+        nothing."""
         groups = [*self._folders, *(file.job.group for file in self._files)]
-        return not groups or self.arrivals is None or await self.arrivals.storage_answers(groups[-1])
+        if not groups or self.arrivals is None:
+            return True
+        return await self.arrivals.storage_answers(groups[-1])
 
     async def _write(self) -> None:
         async for message, descriptors in self._queue:

@@ -164,9 +164,9 @@ class RemoteArrivals:
     def checked(self, process: OneProcess, message: say.Checked) -> None:
         self._settle.put(HeldChecked(self._holders[process], message.batch, message.bad))
 
-    async def storage_answers(self, folder: Group) -> bool:
+    async def storage_answers(self, folder: Group) -> bool | None:
         descriptor = folder.handle.fileno()
-        return descriptor is None or await self._probe.answers(descriptor)
+        return True if descriptor is None else await self._probe.answers(descriptor)
 
     def process_lost(self, process: OneProcess) -> None:
         orphans: list[tuple[Group, bytes]] = []

@@ -58,12 +58,12 @@ class UnderWay:
                 with suppress(TowpathError):
                     yield allowed(raw)
 
-        async def answers() -> bool:
+        async def answers() -> bool | None:
             # One of each folder.
             beside = {path[:-1]: path for path in waited_for()}
             for path in list(beside.values())[:_MOST_FOLDERS]:
-                if not await probe.looks(root(), path):
-                    return False
+                if not (answered := await probe.looks(root(), path)):
+                    return answered
             return True
 
         def tell(error: TowpathError | None) -> None:

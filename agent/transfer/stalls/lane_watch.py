@@ -22,8 +22,8 @@ TellStandstill = Callable[[TowpathError | None], None]
 class WatchedLanes(Watched, Protocol):
     """A lane process, as it is looked at."""
 
-    async def storage_answers(self) -> bool:
-        """Whether the storage that it writes to answers others."""
+    async def storage_answers(self) -> bool | None:
+        """Whether the storage that it writes to answers others; None when it cannot be asked now."""
 
 
 async def until_lost(process: WatchedLanes, tell: TellStandstill) -> None:
@@ -39,9 +39,10 @@ async def until_lost(process: WatchedLanes, tell: TellStandstill) -> None:
             return
         elif posture is Posture.TRACED:
             tell(_traced())
-        elif not await process.storage_answers():
+        elif not (answers := await process.storage_answers()):
             answered = False
-            tell(storage_silent())
+            if answers is not None:
+                tell(storage_silent())
         elif answered:
             tell(_hangs())
             return

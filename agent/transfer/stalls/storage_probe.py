@@ -27,36 +27,38 @@ class StorageProbe:
         self._names, self._numbers = names, itertools.count(1)
         self._last: _Call | None = None
 
-    async def answers(self, folder: int) -> bool:
+    async def answers(self, folder: int) -> bool | None:
         """Whether the storage of the folder of this descriptor, which is duplicated, takes a file in time, or refuses
-        it. Whatever becomes of the call, it removes what it made."""
+        it; None when it cannot be asked now. Whatever becomes of the call, it removes what it made."""
         if self._hangs:
             return False
         try:
             call = _Write(os.dup(folder), b"%s%x" % (self._names, next(self._numbers)))
         except OSError:
-            # Nothing can be learned now.
-            return False
+            # It was closed meanwhile, or descriptors are short.
+            return None
         return await self._ask(call)
 
-    async def looks(self, root: Root, path: CollectionPath) -> bool:
-        """Whether it can be told in time what is at a path and beside it, or that nothing is. Nothing is written."""
-        return not self._hangs and await self._ask(_Look(root, path))
+    async def looks(self, root: Root, path: CollectionPath) -> bool | None:
+        """Whether it can be told in time what is at a path and beside it, or that nothing is; None when that cannot be
+        asked now. Nothing is written."""
+        return False if self._hangs else await self._ask(_Look(root, path))
 
     @property
     def _hangs(self) -> bool:
         return self._last is not None and not self._last.over
 
-    async def _ask(self, call: _Call) -> bool:
+    async def _ask(self, call: _Call) -> bool | None:
         self._last = call
         try:
             with trio.move_on_after(ANSWERS_WITHIN):
                 # With a limiter of its own: whoever hangs here takes no thread from others.
                 await trio.to_thread.run_sync(call.make, abandon_on_cancel=True, limiter=trio.CapacityLimiter(1))
                 return True
-            return False
         finally:
             call.leave()
+        # Nobody can tell what storage is like while there is no thread to ask it.
+        return False if call.begun else None
 
 
 class _Call:
@@ -65,11 +67,12 @@ class _Call:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._taken = False
-        self.over = False
+        self.begun = self.over = False
 
     def make(self) -> None:
         """In the thread."""
         if self._take():
+            self.begun = True
             try:
                 self._do()
             finally:

@@ -75,7 +75,7 @@ async def watch_deletions(work: Deletes, root: Root, names: bytes, tell: TellSta
     """Of the storage in which something is deleted. ``names`` as of `watch_storage`."""
     probe = StorageProbe(names)
 
-    async def answers() -> bool:
+    async def answers() -> bool | None:
         folder = work.folder
         handle = None if folder is None else folder.fileno()
         return await probe.looks(root, work.path) if handle is None else await probe.answers(handle)
