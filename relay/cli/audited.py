@@ -23,10 +23,18 @@ _RECORD = "towpath.record"
 _ANNOUNCED = "towpath.announced"
 
 
+class NotAnnounced(click.ClickException):
+    """A command about files cannot be announced in the audit log; ``why`` is a sentence."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(f"The audit log cannot be written, so nothing was done. {why}")
+        self.why = why
+
+
 def remember(context: click.Context, settings: Settings) -> None:
     """Say which relay the command is about, for its entry; before the command changes any of its files.
 
-    Raises `click.ClickException` when a command about files cannot be announced in the audit log.
+    Raises `NotAnnounced`.
     """
     context.meta[_SETTINGS] = settings
     if not isinstance(context.command, AuditedFileCommand) or _ANNOUNCED in context.meta:
@@ -43,8 +51,20 @@ def _announce(context: click.Context, url: str) -> None:
     try:
         _append(url, replace(record.entry, outcome="begun"))
     except exc.SQLAlchemyError as error:
-        raise click.ClickException(f"The audit log cannot be written, so nothing was done. {_why(error)}") from error
+        raise NotAnnounced(_why(error)) from error
     context.meta[_ANNOUNCED] = True
+
+
+def remember_former(context: click.Context, configuration: Path) -> None:
+    """The same of a relay that a backup takes the place of, as far as it can be read and written: damage is what
+    backups are for. What is put in place tells of the command in any case (`record_inside`)."""
+    from relay.settings import SettingsError, load
+
+    try:
+        remember(context, load(configuration))
+    except (SettingsError, NotAnnounced) as error:
+        why = error.why if isinstance(error, NotAnnounced) else error.sentence
+        click.echo(f"towpath-relay: the relay that is there cannot tell of this in its audit log. {why}", err=True)
 
 
 def record_inside(context: click.Context, database: Path) -> None:

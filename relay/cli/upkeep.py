@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from relay.cli.audited import AuditedCommand, AuditedFileCommand, AuditedGroup, record_inside, remember
+from relay.cli.audited import AuditedCommand, AuditedFileCommand, AuditedGroup, record_inside, remember_former
 from relay.cli.frame import as_document, default_configuration, settings_of, with_store
 
 
@@ -91,13 +91,12 @@ def backup(context: click.Context, file: Path, as_json: bool) -> None:
 @click.pass_context
 def restore(context: click.Context, file: Path, directory: Path | None, force: bool) -> None:
     """Put a backup in place. The relay must not be running."""
-    from relay import settings
     from relay.backup import restore as restore_archive
 
     if directory is None:
         directory = (context.obj or default_configuration()).parent
     if (directory / "relay.yaml").exists():
-        remember(context, settings.load(directory / "relay.yaml"))
+        remember_former(context, directory / "relay.yaml")
     aside = restore_archive(file, directory, force=force, note=lambda database: record_inside(context, database))
     if aside is not None:
         click.echo(f"What was there before is in {aside}.")

@@ -372,6 +372,27 @@ def test_a_restored_database_tells_who_put_it_there(relay_directory: Any, tmp_pa
     ]
 
 
+@pytest.mark.parametrize("name", ["relay.sqlite", "relay.yaml"])
+@pytest.mark.parametrize("content", ["a: [", "no such\n" * 10_000], ids=["short", "long"])
+def test_a_relay_that_is_damaged_is_replaced_by_its_backup(
+    relay_directory: Any, tmp_path: Any, name: str, content: str
+) -> None:
+    """It cannot be announced there, which is told; the relay itself advises to restore in that case."""
+    run, config = CliRunner(), ["--config", str(relay_directory / "relay.yaml")]
+    archive = tmp_path / "backup"
+    assert run.invoke(cli, [*config, "backup", str(archive)]).exit_code == 0
+    (relay_directory / name).write_text(content)
+    refused = run.invoke(cli, [*config, "restore", str(archive)])
+    assert "--force moves it aside" in str(refused.exception)
+    assert (relay_directory / name).read_text() == content
+    done = run.invoke(cli, [*config, "restore", str(archive), "--force"])
+    assert done.exit_code == 0, done.output
+    assert "cannot tell of this in its audit log" in done.stderr
+    assert _told(config) == [("backup", "begun"), ("restore", "done")]
+    (aside,) = relay_directory.glob("replaced-*")
+    assert (aside / name).read_text() == content
+
+
 def test_the_operators_own_deeds_and_the_export(relay_directory: Any) -> None:
     run = CliRunner()
     config = ["--config", str(relay_directory / "relay.yaml")]
