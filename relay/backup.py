@@ -63,6 +63,7 @@ def back_up(settings: Settings, configuration: Path, target: Path) -> int:
         raise BackupRefused(f"{target} exists already; choose another name.", who="you")
     if not target.parent.is_dir():
         raise BackupRefused(f"There is no folder {target.parent} to write {target.name} in; make it first.", who="you")
+    before = database.stat()
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
@@ -77,6 +78,9 @@ def back_up(settings: Settings, configuration: Path, target: Path) -> int:
                         archive.add(settings.directory_path / folder, folder)
             file.flush()
             os.fsync(file.fileno())
+        # A restore takes the database away first and puts its own in place last.
+        if not database.exists() or not os.path.samestat(before, database.stat()):
+            raise BackupRefused("A restore has replaced this relay meanwhile; take the backup again.", who="you")
         # Unlike a rename, a link does not replace what somebody else put there meanwhile.
         os.link(temporary, target)
     finally:
@@ -111,10 +115,7 @@ def restore(
             clear_left_beside(path)
         known = [database, *(database.with_name(database.name + end) for end in ("-wal", "-shm"))]
         known += [configuration, *(place / folder for folder in _FOLDERS)]
-        present = [path for path in known if path.exists()]
-        if present and not force:
-            names = ", ".join(path.name for path in present)
-            raise BackupRefused(f"{place} holds a relay already ({names}); --force moves it aside.", who="you")
+        _find_present(place, known, force=force)
         scratch = place / f"{_SCRATCH}{secrets.token_hex(4)}"
         scratch.mkdir(mode=0o700)
         # Each beside its place, which may be on another disk than all else: there it is put in place by a rename.
@@ -129,6 +130,9 @@ def restore(
             folders = [(scratch / name, place / name) for name in _FOLDERS if (scratch / name).exists()]
             give_to_owner_of(place, [*ready.values(), *(made for made, _ in folders), place / LOCK, lock_of(database)])
             aside = _name_of_aside(place)
+            # Only now: a command that looks into the database meanwhile leaves a log beside it, which is not to be
+            # taken for that of the new one.
+            present = _find_present(place, known, force=force)
             new = [*folders, *((path, target) for target, path in ready.items())]
             old = [(path, aside / path.name) for path in present]
             replace(home, Plan(place, aside, scratch, moves(old), moves(new)))
@@ -140,6 +144,15 @@ def restore(
             raise
         clear(scratch)
     return aside if present else None
+
+
+def _find_present(place: Path, known: list[Path], *, force: bool) -> list[Path]:
+    """Those that are there, symlinks that lead nowhere among them. Raises `BackupRefused` without ``force``."""
+    present = [path for path in known if os.path.lexists(path)]
+    if present and not force:
+        names = ", ".join(path.name for path in present)
+        raise BackupRefused(f"{place} holds a relay already ({names}); --force moves it aside.", who="you")
+    return present
 
 
 def _name_of_aside(place: Path) -> Path:

@@ -33,7 +33,7 @@ class Initialised:
 def initialise(directory: Path, *, host: str, port: int | None, url: str | None, name: str | None) -> Initialised:
     """Make what is missing in ``directory``; an existing configuration is left as it is and obeyed.
 
-    Raises OSError, `SettingsError`, `KeysUnusable`, `CertificateUnusable`, `Unfinished` for half a restored relay, and
+    Raises OSError, `SettingsError`, `KeysUnusable`, `CertificateUnusable`, what `check_finished` raises, and
     the store's errors.
     """
     check_finished(directory.resolve())

@@ -23,7 +23,7 @@ import msgspec
 from protocol.errors import NeedsPerson
 from protocol.folder_sync import sync_names
 from protocol.private_file import write_private_file
-from relay.lock import exclusive
+from relay.lock import AlreadyRunning, exclusive, holder_of
 
 PLAN = "relay.restoring"
 
@@ -35,17 +35,18 @@ class Unfinished(NeedsPerson):
 
 
 class Move(msgspec.Struct, frozen=True):
-    """From where to where, absolute. ``identity``, device and inode, tells what goes there from what was there."""
+    """From where to where, absolute. ``inode`` tells what goes there from what was there; the number of the disk, which
+    both have in common, may be another after a restart of the machine."""
 
     path: Path
     target: Path
-    identity: tuple[int, int]
+    inode: int
 
     @property
     def is_made(self) -> bool:
         """Whether what was to be moved by a rename is at its target."""
         try:
-            return _identity(self.target) == self.identity
+            return self.target.lstat().st_ino == self.inode
         except OSError:
             return False
 
@@ -77,7 +78,7 @@ class Plan(msgspec.Struct, frozen=True):
 
 def moves(pairs: Iterable[tuple[Path, Path]]) -> list[Move]:
     """What is at these places now, and where it is to go. Raises OSError."""
-    return [Move(path, target, _identity(path)) for path, target in pairs]
+    return [Move(path, target, path.lstat().st_ino) for path, target in pairs]
 
 
 def replace(home: Path, plan: Plan) -> None:
@@ -85,6 +86,8 @@ def replace(home: Path, plan: Plan) -> None:
 
     Raises OSError, when all is as it was before (or, for a fault of the last step, done), and `Unfinished`.
     """
+    # Of one that ended after we had looked for it, while we waited for the lock.
+    _check(home, _plan_of(home))
     write_private_file(home / PLAN, msgspec.json.encode(plan, enc_hook=str))
     give_to_owner_of(plan.place, [home / PLAN])
     try:
@@ -113,8 +116,16 @@ def replace(home: Path, plan: Plan) -> None:
 
 
 def check_finished(home: Path) -> None:
-    """Raises `Unfinished` where neither the relay of before nor the restored one is whole."""
+    """Raises `Unfinished` where neither the relay of before nor the restored one is whole, `AlreadyRunning` while
+    somebody sees to that."""
     plan = _plan_of(home)
+    if plan is not None and plan.half_done and (holder := holder_of(plan.place)) is not None:
+        who = holder or "unknown"
+        raise AlreadyRunning(f"A backup is being restored in {plan.place} (process {who}); wait for it.", who="you")
+    _check(home, plan)
+
+
+def _check(home: Path, plan: Plan | None) -> None:
     if plan is not None and plan.half_done:
         raise Unfinished(f"A restore was interrupted. {_advice(home, plan)}", who="relay operator")
 
@@ -122,9 +133,13 @@ def check_finished(home: Path) -> None:
 def forget_finished(home: Path) -> None:
     """The same, and what came to an end is not held against what becomes of these files later on."""
     check_finished(home)
-    # Not everybody may remove that.
-    with contextlib.suppress(OSError):
-        _forget(home)
+    plan = _plan_of(home)
+    if plan is None:
+        return
+    # Not everybody may remove that, and nobody while it is being carried out: it may not have moved anything yet.
+    with contextlib.suppress(OSError, AlreadyRunning), exclusive(plan.place, plan.database):
+        if not plan.half_done:
+            _forget(home)
 
 
 def put_back(home: Path) -> None:
@@ -197,11 +212,6 @@ def _forget(home: Path) -> None:
     if (home / PLAN).exists():
         (home / PLAN).unlink()
         sync_names(home)
-
-
-def _identity(path: Path) -> tuple[int, int]:
-    status = path.lstat()
-    return status.st_dev, status.st_ino
 
 
 def _sync_all(moved: Sequence[Move]) -> None:

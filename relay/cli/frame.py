@@ -32,7 +32,7 @@ def default_configuration() -> Path:
 
 
 def settings_of(context: click.Context) -> Settings:
-    """The settings that the command works with. Raises `SettingsError`, and `Unfinished` for half a relay."""
+    """The settings that the command works with. Raises `SettingsError`, and what `check_finished` raises."""
     from relay import replacement, settings
 
     configuration = context.obj or default_configuration()

@@ -17,6 +17,7 @@ import pytest
 import trio
 
 from protocol.errors import NeedsPerson
+from relay import backup
 from relay.auth.identities import add_identity, identities_by_username
 from relay.backup import BackupRefused, back_up, restore
 from relay.keys import RelayKeys
@@ -346,3 +347,59 @@ def test_a_backup_into_a_folder_that_is_not_there_names_the_folder(
 ) -> None:
     with pytest.raises(BackupRefused, match=f"no folder {tmp_path}/missing to write backup.tgz in; make it first"):
         back_up(relay_settings, relay_directory / "relay.yaml", tmp_path / "missing" / "backup.tgz")
+
+
+def test_a_log_that_another_command_leaves_meanwhile_is_not_taken_for_that_of_the_restored_database(
+    relay_settings: Settings, relay_directory: Path, tmp_path: Path
+) -> None:
+    archive, log = tmp_path / "backup.tgz", relay_directory / "relay.sqlite-wal"
+    back_up(relay_settings, relay_directory / "relay.yaml", archive)
+    log.unlink()
+    aside = restore(archive, relay_directory, force=True, note=lambda _database: log.touch())
+    assert aside is not None
+    assert (aside / log.name).exists()
+    assert not log.exists()
+
+
+def test_a_relay_that_is_made_while_a_backup_is_unpacked_is_not_replaced(
+    relay_settings: Settings, relay_directory: Path, tmp_path: Path
+) -> None:
+    archive, place = tmp_path / "backup.tgz", tmp_path / "restored"
+    back_up(relay_settings, relay_directory / "relay.yaml", archive)
+    with pytest.raises(BackupRefused, match="--force"):
+        restore(archive, place, force=False, note=lambda _database: (place / "relay.yaml").touch())
+    assert {path.name for path in place.iterdir()} == {"relay.yaml", "relay.lock"}
+
+
+def test_symlinks_that_lead_nowhere_are_moved_aside(
+    relay_settings: Settings, relay_directory: Path, tmp_path: Path
+) -> None:
+    """Their disk may be mounted again."""
+    archive, place = tmp_path / "backup.tgz", tmp_path / "restored"
+    back_up(relay_settings, relay_directory / "relay.yaml", archive)
+    place.mkdir()
+    for name in ("keys", "relay.yaml"):
+        (place / name).symlink_to(tmp_path / "nowhere" / name)
+    with pytest.raises(BackupRefused, match=r"\(relay\.yaml, keys\)"):
+        restore(archive, place, force=False)
+    aside = restore(archive, place, force=True)
+    assert aside is not None
+    assert {path.name for path in aside.iterdir() if path.is_symlink()} == {"keys", "relay.yaml"}
+    assert (place / "keys" / "root.pem").is_file()
+
+
+def test_no_backup_is_made_of_two_relays(
+    relay_settings: Settings, relay_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = tmp_path / "first.tgz", tmp_path / "second.tgz"
+    back_up(relay_settings, relay_directory / "relay.yaml", first)
+    copy = backup._copy_database
+
+    def copy_and_restore(source: Path, target: Path) -> None:
+        copy(source, target)
+        restore(first, relay_directory, force=True)
+
+    monkeypatch.setattr(backup, "_copy_database", copy_and_restore)
+    with pytest.raises(BackupRefused, match="meanwhile"):
+        back_up(relay_settings, relay_directory / "relay.yaml", second)
+    assert {path.name for path in tmp_path.glob("*.tgz")} == {"first.tgz"}

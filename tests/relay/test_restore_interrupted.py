@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from relay import backup
 from relay.backup import BackupRefused, restore
 from relay.cli.main import cli
+from relay.lock import AlreadyRunning, exclusive
 from relay.replacement import PLAN, Unfinished, check_finished, forget_finished
 from tests.relay.test_backup import archive_with
 
@@ -268,3 +270,68 @@ def test_a_plan_that_came_to_its_end_is_not_held_against_the_relay_later(make: M
     other.write_bytes(b"another")
     other.replace(place.database)
     check_finished(place.home)
+
+
+def killed(make: Make, *, half: bool) -> Place:
+    """A restore that was killed with its plan written down: half way, or before it moved anything."""
+    step = 0
+    while True:
+        step, place = step + 1, make("one disk")
+        with place.faults.failing(step, KilledHere, forever=True), pytest.raises(KilledHere):
+            place.restore()
+        if (place.home / PLAN).exists() and place.is_old() is not half:
+            return place
+
+
+def test_the_number_of_a_disk_may_be_another_after_a_restart_of_the_machine(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of Btrfs, NFS or the device mapper is given at each mount."""
+    real, moved = Path.lstat, 0
+
+    def lstat(path: Path) -> os.stat_result:
+        found = real(path)
+        return os.stat_result((found.st_mode, found.st_ino, found.st_dev + moved, *found[3:]))
+
+    steps = make("one disk").steps()
+    for step in range(steps // 2, steps + 1):
+        place = make("one disk")
+        monkeypatch.setattr(Path, "lstat", lstat)
+        moved = 0
+        with place.faults.failing(step, KilledHere, forever=True), pytest.raises(KilledHere):
+            place.restore()
+        moved = 1
+        if not place.is_new():
+            place.restore()
+        else:
+            check_finished(place.home)
+        assert place.is_new(), step
+        kept = {name for aside in place.home.glob("replaced-*") for name in OLD if (aside / name).exists()}
+        assert kept == set(OLD), step
+
+
+def test_a_restore_that_goes_on_is_left_alone_by_other_commands(make: Make) -> None:
+    """Its plan is what undoes it when it is killed, also while it copies the first file to another disk."""
+    place = killed(make, half=False)
+    with exclusive(place.home):
+        forget_finished(place.home)
+        assert (place.home / PLAN).exists()
+    forget_finished(place.home)
+    assert not (place.home / PLAN).exists()
+    place = killed(make, half=True)
+    with exclusive(place.home), pytest.raises(AlreadyRunning, match="is being restored"):
+        forget_finished(place.home)
+    assert (place.home / PLAN).exists()
+
+
+def test_one_that_was_killed_while_another_waited_for_it_is_not_built_upon(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = killed(make, half=True)
+    with monkeypatch.context() as patch:
+        # It had looked before.
+        patch.setattr(backup, "put_back", lambda _home: None)
+        with pytest.raises(Unfinished):
+            place.restore()
+    place.restore()
+    place.check_restored()
