@@ -18,8 +18,9 @@ from agent.storage import folding
 from agent.storage.faulty import Call
 from agent.storage.folding import ask, by_attribute, fold_key
 from agent.storage.posix import open_root
-from agent.transfer.planning import gathered_names
+from agent.transfer.planning import collisions, gathered_names
 from protocol.control import TaskItem, TaskOptions
+from protocol.errors import ItemFailed
 from protocol.session import Row
 from tests.agent.engine_inside import CHECKED, Crashed, Engine, contents, quick_path, skipped, tree
 from tests.agent.folding_root import FoldingRoot, folded
@@ -69,6 +70,30 @@ async def test_a_folder_with_more_names_of_one_key_than_can_be_compared_fails_al
     assert (observed.state, observed.counters.failed) == ("FAILED", 2)
     assert skipped(engine) == {"many/.": "TOO_MANY_NAMES", "few/a": "NAME_COLLISION"}
     assert set(contents(engine.destination)) == {"many", "few", "few/A", "few/b", "other", "other/c"}
+
+
+def test_names_of_one_key_that_all_differ_are_not_all_asked_about(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each with each other one: a source could have a destination make files for days."""
+    asked = 0
+
+    def differ(*_: object) -> bool:
+        nonlocal asked
+        asked += 1
+        return False
+
+    monkeypatch.setattr(collisions, "_are_one", differ)
+    spelt = [bytes(letters) for letters in itertools.product(*[b"aA"] * 9)]
+    with open_root(str(tmp_path)) as root, root.open_directory(()) as handle:
+        assert collisions.losers(root, handle, spelt[:40], b".probe.") == {}
+        assert asked == 40 * 39 // 2
+        asked = 0
+        with pytest.raises(ItemFailed) as caught:
+            collisions.losers(root, handle, spelt, b".probe.")
+    print(f"asked {asked} times about {len(spelt)} names")
+    assert caught.value.code == "TOO_MANY_NAMES"
+    assert asked < 20 * len(spelt)
 
 
 async def test_a_folder_is_planned_in_pieces_once_its_names_are_compared(

@@ -16,6 +16,10 @@ from agent.storage.folding import fold_key
 from protocol.errors import ItemFailed
 from protocol.names import MAX_COMPONENT, escape
 
+# How many questions about names with one key are worth it: some, and so many for each name. They are few where such
+# names are one name; where each is another one, each would have to be compared with all others.
+_QUESTIONS, _QUESTIONS_EACH = 1000, 16
+
 
 def losers(
     root: Root,
@@ -26,7 +30,7 @@ def losers(
 ) -> dict[bytes, bytes]:
     """For every name that is left out, the name that has its place. The folder itself is asked which of them are one
     name to it, with temporaries that begin with ``prefix``. ``there`` says which of some names it has, spelled like
-    this; without, it is looked through. Raises OSError."""
+    this; without, it is looked through. Raises OSError, and `ItemFailed` when too many may be one name."""
     # Nearly all names are alone with their key, and there may be millions: a set for each would cost most of all.
     first: dict[bytes, bytes] = {}
     several: dict[bytes, set[bytes]] = defaultdict(set)
@@ -53,11 +57,15 @@ def _same(root: Root, handle: Directory, names: list[bytes], prefix: bytes) -> l
     """Names that are one name to this folder, together, in the order given."""
     groups: list[list[bytes]] = []
     too_long: list[bytes] = []
+    left = _QUESTIONS + _QUESTIONS_EACH * len(names)
     for serial, name in enumerate(names):
         if len(prefix) + len(b"%x.%x." % (serial, len(groups))) + len(name) > MAX_COMPONENT:
             too_long.append(name)
             continue
         for number, group in enumerate(groups):
+            left -= 1
+            if left < 0:
+                raise too_many(name)
             if _are_one(root, handle, group[0], name, prefix + b"%x.%x." % (serial, number)):
                 group.append(name)
                 break
@@ -105,6 +113,17 @@ def collision(name: bytes, winner: bytes) -> ItemFailed:
         code="NAME_COLLISION",
         who="source owner",
         subject=escape(name),
+    )
+
+
+def too_many(name: bytes) -> ItemFailed:
+    """The error of a folder whose names cannot be compared."""
+    return ItemFailed(
+        f"The folder has more names like {escape(name)[:100]} than can be compared with each other, which the "
+        "destination needs, as its file system does not tell case or Unicode forms apart. Divide it into several "
+        "folders at the source, or choose a destination whose file system does.",
+        code="TOO_MANY_NAMES",
+        who="source owner",
     )
 
 

@@ -12,8 +12,7 @@ from pathlib import Path
 from agent.storage.base import Directory
 from agent.storage.folding import fold_key
 from agent.transfer.books.spill import PARTS, Spill, division_of, part_of
-from protocol.errors import ItemFailed
-from protocol.names import escape
+from agent.transfer.planning.collisions import too_many
 from protocol.session import Row
 
 # Bytes of memory, as they are reckoned here: what is held before rows are put aside; what a portion has then, more or
@@ -81,7 +80,7 @@ class GatheredNames:
                     continue
                 held += _cost([row])
                 if held > MOST:
-                    raise _too_many(row.name)
+                    raise too_many(row.name)
                 yield row
 
     def close(self) -> None:
@@ -131,13 +130,3 @@ def pieces(rows: list[Row]) -> Iterator[list[Row]]:
 def _cost(rows: list[Row]) -> int:
     # The name is there twice while names are compared: as it is and as its key.
     return sum(_ROW + 2 * len(row.name) + len(row.target or b"") for row in rows)
-
-
-def _too_many(name: bytes) -> ItemFailed:
-    return ItemFailed(
-        f"The folder has more names like {escape(name)[:100]} than can be compared with each other, which the "
-        "destination needs, as its file system does not tell case or Unicode forms apart. Divide it into several "
-        "folders at the source, or choose a destination whose file system does.",
-        code="TOO_MANY_NAMES",
-        who="source owner",
-    )

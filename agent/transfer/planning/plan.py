@@ -226,7 +226,7 @@ class DirectoryPlanner:
 
     def compare_names(self, rows: list[Row], there: Callable[[set[bytes]], set[bytes]] | None = None) -> None:
         """Find out which names of a folder that folds them cannot be beside another one, of all or of all that may be
-        one name; only these may come to `plan` next. ``there`` as for `losers`. Raises OSError."""
+        one name; only these may come to `plan` next. ``there`` and what is raised as for `losers`."""
         rules = self._options.filter_rules
         names = (
             check_component_untrusted(row.name) for row in rows if included(rules, row.name, row.kind == DIRECTORY)
