@@ -323,7 +323,8 @@ class Flow(Record, frozen=True, kw_only=True):
 
 
 class TaskObserved(Record, frozen=True, kw_only=True):
-    """The agent's observed state of a task. ``status_code`` is OK, QUEUED or the code of what holds it up."""
+    """The agent's observed state of a task. ``status_code`` is OK, QUEUED or the code of what holds it up; with
+    ``needs_person`` it goes on when ``who`` has done something about that, and not by itself."""
 
     task_id: str
     revision: int
@@ -338,6 +339,7 @@ class TaskObserved(Record, frozen=True, kw_only=True):
     error_code: str = ""
     completion_time: str | None = None
     flow: Flow | None = None
+    needs_person: bool = False
 
 
 class TaskList(Record, frozen=True, kw_only=True):

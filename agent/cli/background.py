@@ -126,7 +126,7 @@ def drained(state_dir: Path, say: Callable[[str], None], timeout: float | None) 
         say("The time is up; what still runs goes on after the next start.")
     unfinished = [task for task in status["tasks"] if task["state"] in ("ACTIVE", "WAITING")]
     for task in unfinished:
-        if task["state"] == "WAITING" and task["who"]:
+        if task["state"] == "WAITING" and task.get("needs_person"):
             why = task["status_sentence"] or task["status_code"]
             say(f"Not waited for: task {task['task_id']} waits for {person(task['who'])}. {terminal_safe(why)}")
     return unfinished

@@ -481,6 +481,7 @@ class TaskRunner:
             status_code=error.code if error else "OK",
             status_sentence=error.sentence if error else "",
             who=error.who if error else "",
+            needs_person=isinstance(error, NeedsPerson),
             counters=msgspec.structs.replace(self._counters, faults=self._events.faults if self._events else 0),
             rate=self._progress.rate if self._state == "ACTIVE" else 0.0,
             error_code=error.code if error and self._state == "FAILED" else "",

@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import Connection
 
 from protocol.control import FINAL_STATES, AgentHello, TaskObserved
-from protocol.errors import TowpathError
+from protocol.errors import NeedsPerson, TowpathError
 from relay.transfer import closed_owners, event_log, task_reports, task_rows, task_turns
 from relay.transfer.entitlement import Entitlement, entitled, entitlement
 from relay.transfer.event_log import TaskEvent
@@ -151,6 +151,7 @@ def note_trouble(connection: Connection, task_id: str, error: TowpathError, now:
         status_code=error.code,
         status_sentence=error.sentence,
         who=error.who,
+        needs_person=isinstance(error, NeedsPerson),
     )
     task_reports.store_observed(connection, task, observed, now)
     event = TaskEvent(code=error.code, description=error.sentence, time=now, is_error=True)

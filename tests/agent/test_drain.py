@@ -26,7 +26,8 @@ class Task:
 
 
 def task(state: TaskState, who: Who = "", *, code: str = "", running: bool = True, runnable: bool = False) -> Task:
-    observed = TaskObserved(task_id="t", revision=1, state=state, status_code=code, who=who)
+    needs = code in ("NO_SPACE", "PAUSED_BY_OWNER")
+    observed = TaskObserved(task_id="t", revision=1, state=state, status_code=code, who=who, needs_person=needs)
     return Task(observed, running, runnable)
 
 
@@ -44,6 +45,8 @@ HELD = task("QUEUED", "destination owner", code="PAUSED_BY_OWNER", running=False
         ([WAITS], True),
         ([WAITS, task("ACTIVE")], False),
         ([task("WAITING", code="CONNECT_FAILED")], False),
+        # It says whose that is, and goes on by itself in a moment.
+        ([task("WAITING", "destination owner", code="FOLDER_MOVED")], False),
         ([WAITS, BEHIND, HELD], True),
         # Its place is free by now: it is about to begin.
         ([BEHIND], False),
@@ -66,7 +69,8 @@ async def test_a_machine_is_drained_while_its_last_task_waits_for_its_owner(tmp_
         with trio.fail_after(20):
             while service.get_task(task_id).state != "WAITING":
                 await trio.sleep(0.02)
-        assert service.get_task(task_id).who == "destination owner"
+        seen = service.get_task(task_id)
+        assert (seen.who, seen.needs_person) == ("destination owner", True)
         assert (service.drained, service.idle) == (True, False)
 
 
@@ -105,6 +109,7 @@ FULL = {
     "status_code": "NO_SPACE",
     "status_sentence": "The disk is \x1b[31mfull.",
     "who": "destination owner",
+    "needs_person": True,
 }
 
 

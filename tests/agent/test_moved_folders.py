@@ -95,6 +95,7 @@ async def test_a_folder_of_items_that_leaves_its_place_gets_them_once_more(quick
     observed = await engine.run()
     assert observed.state == "SUCCEEDED", observed
     assert "FOLDER_MOVED" in engine.codes()
+    assert not any(report.needs_person for report in engine.reports)
     for name in FILES:
         assert (engine.destination / "to" / name).read_bytes() == (engine.source / name).read_bytes(), name
     counters, total = observed.counters, sum((engine.source / name).stat().st_size for name in FILES)

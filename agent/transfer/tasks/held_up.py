@@ -31,7 +31,7 @@ class Going(Protocol):
 
 def waits_for_person(observed: TaskObserved) -> bool:
     """Whether a task goes on when somebody has done something about it, and not before."""
-    return observed.state == "WAITING" and observed.who != ""
+    return observed.state == "WAITING" and observed.needs_person
 
 
 def is_drained(tasks: Iterable[Going]) -> bool:
@@ -88,10 +88,13 @@ def told(observed: TaskObserved, error: TowpathError | None) -> TaskObserved:
             status_code=error.code,
             status_sentence=error.sentence,
             who=who,
+            needs_person=who != "",
             # Nothing moves, whatever was measured last.
             rate=0.0,
             flow=None,
         )
     if observed.state == "PAUSED" or (observed.state == "QUEUED" and observed.status_code not in _WAITS_FOR_TURN):
-        return msgspec.structs.replace(observed, state="QUEUED", status_code="QUEUED", status_sentence="", who="")
+        return msgspec.structs.replace(
+            observed, state="QUEUED", status_code="QUEUED", status_sentence="", who="", needs_person=False
+        )
     return observed

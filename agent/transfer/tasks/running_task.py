@@ -41,7 +41,7 @@ from agent.transfer.tasks.turns import Candidate
 from agent.transfer.tasks.worker_connections import allow, give_connection
 from protocol.candidates import Arrangement, PathAnswer, PathGo
 from protocol.control import FINAL_STATES, AgentEvent, Counters, Desired, SessionAnswer, TaskObserved, TaskOrder
-from protocol.errors import TowpathError
+from protocol.errors import NeedsPerson, TowpathError
 
 # How often to try again to write down what a task has told.
 STATE_PAUSE = 2.0
@@ -133,7 +133,12 @@ class RunningTask:
             return
         await self._observe(
             msgspec.structs.replace(
-                self.observed, state="QUEUED", status_code="DESTINATION_BUSY", status_sentence=sentence, who=""
+                self.observed,
+                state="QUEUED",
+                status_code="DESTINATION_BUSY",
+                status_sentence=sentence,
+                who="",
+                needs_person=False,
             ),
             final=False,
         )
@@ -341,6 +346,7 @@ class RunningTask:
             status_code="CANCELED",
             status_sentence="",
             who="",
+            needs_person=False,
             completion_time=now_iso(),
         )
         await self._observe(canceled, final=True)
@@ -407,6 +413,7 @@ class RunningTask:
             status_code=error.code,
             status_sentence=error.sentence,
             who=error.who,
+            needs_person=isinstance(error, NeedsPerson),
             # As of one that is held up: nothing moves, whatever was measured last.
             rate=0.0,
             flow=None,
