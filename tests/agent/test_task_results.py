@@ -49,6 +49,16 @@ def test_what_was_left_out_is_told_with_its_kind_and_why(tmp_path: Path) -> None
         (False, False, True),
     ]
     assert {(row["error_code"], row["error_details"], row["error_time"]) for row in told} == {("CODE", "Why.", WHEN)}
+    assert {(row["source_path"], row["destination_path"]) for row in told} == {("/a", "/b")}
+    assert {(row["external_checksum"], row["checksum_algorithm"]) for row in told} == {(None, None)}
+
+
+def test_what_was_left_out_for_its_checksum_is_told_with_it(tmp_path: Path) -> None:
+    write(
+        tmp_path / SKIPPED_LIST, [SkippedRow(b"a", b"b", FILE, "CODE", "Why.", WHEN, checksum="0f", algorithm="SHA256")]
+    )
+    (row,) = skipped_page(tmp_path, None, 10, complete=True).rows
+    assert (row["external_checksum"], row["checksum_algorithm"]) == ("0f", "SHA256")
 
 
 def test_pages_go_on_where_the_last_one_ended_and_are_bounded(tmp_path: Path) -> None:
@@ -70,3 +80,4 @@ def test_a_damaged_list_and_a_made_up_marker_are_told_apart(tmp_path: Path, read
     with pytest.raises(ItemFailed) as unknown:
         read(tmp_path, "made up", 10, complete=True)
     assert (damaged.value.code, unknown.value.code) == ("LIST_DAMAGED", "BAD_MARKER")
+    assert (damaged.value.who, unknown.value.who) == ("destination owner", "")

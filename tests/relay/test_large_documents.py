@@ -16,7 +16,7 @@ from starlette.requests import Request
 from relay.api import documents, holding
 from relay.api.developer import body_of
 from relay.api.frame import Frame
-from relay.api.holding import PIECE
+from relay.api.holding import PIECE, Holding, Memory
 from relay.api.transfer_frame import read_document
 from relay.audit.notes import notes
 from relay.refusal import ApiError
@@ -100,6 +100,18 @@ async def test_what_was_held_is_free_once_it_is_answered_or_refused(relay: Relay
     assert relay.answers == [("alice", 200 if number % 2 else 400) for number in range(40)]
 
 
+def test_what_is_let_go_is_let_go_once() -> None:
+    memory = Memory.of(64 << 20)
+    one, other = ({"type": "http", "client": (f"192.0.2.{number}", 1)} for number in (1, 2))
+    first, second = Holding(one, memory), Holding(other, memory)
+    first.body(3 * PIECE)
+    second.body(2 * PIECE)
+    assert memory.bodies.taken == 3
+    for _ in range(2):
+        first.let_go()
+        assert memory.bodies.taken == 1
+
+
 async def test_many_small_ones_count_together(relay: Relay) -> None:
     """Of a few hundred bytes each, and many times that in memory."""
     small = b"[" + b",".join([b"{}"] * 2000) + b"]"
@@ -163,7 +175,9 @@ def test_no_document_takes_more_than_it_was_thought_to(value: str) -> None:
         assert taken <= thought + 1024
 
 
-@pytest.mark.parametrize("last", ["", "é", "€", "😀", r"\u00e9", r"\ud83d\ude00"])
+@pytest.mark.parametrize(
+    "last", ["", "é", "€", "😀", *map(chr, (0x4_0000, 0x8_0000, 0xC_0000, 0x10_0000)), r"\u00e9", r"\ud83d\ude00"]
+)
 def test_one_character_that_makes_all_others_wide_is_thought_of(last: str) -> None:
     taken, thought = sizes(f'["{"a" * 100_000}{last}"]'.encode())
     assert taken <= thought + 1024
