@@ -13,6 +13,7 @@ import trio
 
 from agent.config.keys import CollectionConfig
 from agent.policy import Policy
+from agent.transfer.processes.channel import ChannelClosed, Incoming
 from agent.transfer.tasks import served_session
 from agent.transfer.tasks.served_session import ServedSessions, _Served
 
@@ -27,6 +28,7 @@ class Grounds:
         self.policy = Policy([CollectionConfig(id=COLLECTION, name="One", root="/data")])
         self.orders: dict[str, Any] = {SESSION: SimpleNamespace(session_id=SESSION)}
         self.begun: list[_Served] = []
+        self.lane_begun = trio.Event()
         self.store = SimpleNamespace(session=self.session)
         self.sessions = ServedSessions(cast("Any", self))
         self.sessions.nursery = cast("trio.Nursery", SimpleNamespace(start_soon=self._begin))
@@ -93,6 +95,39 @@ async def test_one_whose_worker_died_as_it_started_gets_another(grounds: Grounds
                 await trio.sleep(0.001)
         nursery.cancel_scope.cancel()
     assert grounds.sessions.refused == 0
+
+
+class _Worker:
+    """Keeps what it is handed over, or is gone already."""
+
+    def __init__(self, *, gone: bool) -> None:
+        self.gone, self.taken = gone, list[Incoming]()
+
+    async def send(self, message: Incoming, descriptors: tuple[int, ...]) -> None:
+        await trio.lowlevel.checkpoint()
+        assert len(descriptors) == message.descriptors == 1
+        if self.gone:
+            raise ChannelClosed
+        self.taken.append(message)
+
+
+@pytest.mark.parametrize("kind", ["control", "lane"])
+async def test_one_that_is_gone_when_the_connection_is_handed_over_gets_another(
+    grounds: Grounds, connection: Any, kind: str
+) -> None:
+    """The connection is the source's to keep until a worker has it; the destination knows of none that was lost."""
+    workers = [_Worker(gone=True), _Worker(gone=False)]
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(grounds.sessions.deliver, SESSION, kind, connection)
+        with trio.fail_after(5):
+            for number, worker in enumerate(workers, 1):
+                while len(grounds.begun) < number:
+                    await trio.sleep(0.001)
+                grounds.begun[-1].channel = cast("Any", worker)
+                grounds.begun[-1].ready.set()
+    assert [[message.kind for message in worker.taken] for worker in workers] == [[], [kind]]
+    assert (grounds.sessions.count, grounds.sessions.refused) == (1, 0)
+    assert grounds.lane_begun.is_set() == (kind == "lane")
 
 
 async def test_what_is_withdrawn_while_it_is_looked_up_is_not_served(grounds: Grounds, connection: Any) -> None:
