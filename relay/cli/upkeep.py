@@ -90,7 +90,11 @@ def backup(context: click.Context, file: Path, as_json: bool) -> None:
 @click.option("--force", is_flag=True, help="Move a relay that is there already aside.")
 @click.pass_context
 def restore(context: click.Context, file: Path, directory: Path | None, force: bool) -> None:
-    """Put a backup in place. The relay must not be running."""
+    """Put a backup in place. The relay must not be running.
+
+    What fails leaves everything as it was. After a restore that was killed, call it again: it first puts back what was
+    there, and until then the other commands refuse to use what is half a relay.
+    """
     from relay.backup import restore as restore_archive
 
     if directory is None:
