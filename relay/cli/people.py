@@ -94,7 +94,10 @@ def user_password(context: click.Context, name: str, password_file: IO[str] | No
 @as_document
 @click.pass_context
 def user_close(context: click.Context, name: str, as_json: bool) -> None:
-    """Close an account: it cannot sign in any more, its tokens end and its tasks pause. Nothing is deleted."""
+    """Close an account: it cannot sign in any more, its tokens end and its tasks pause. Nothing is deleted.
+
+    What it was granted counts no more for identities that are linked to it; within a minute, for their tasks neither.
+    """
     from relay import accounts
 
     settings = settings_of(context)
