@@ -33,6 +33,11 @@ class ApiError(Exception):
         self.headers: dict[str, str] = dict(headers or {})
 
 
+def unavailable(sentence: str) -> ApiError:
+    """The answer where it is the relay that cannot do its part now, and may soon."""
+    return ApiError(503, "ServiceUnavailable", sentence, headers={"Retry-After": "5"})
+
+
 def too_many(sentence: str, seconds: int) -> ApiError:
     """The refusal of somebody who asks for too much, and may ask again in so many seconds."""
     return ApiError(429, "TooManyRequests", sentence, headers={"Retry-After": str(seconds)})

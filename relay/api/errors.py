@@ -18,7 +18,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from relay.refusal import ApiError
+from relay.refusal import ApiError, unavailable
 from relay.store.database import StoreBroken, StoreBusy
 
 Service = Literal["auth", "transfer", "groups", "search", "timers", "flows", "compute", "tunnels", "towpath"]
@@ -208,8 +208,7 @@ def install(app: FastAPI, offered: frozenset[Service], for_people: Callable[[Req
 
     async def on_store(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, StoreBusy | StoreBroken)
-        answer = ApiError(503, "ServiceUnavailable", error.sentence, headers={"Retry-After": "5"})
-        return render(answer, request.scope["path"], request_id_of(request))
+        return render(unavailable(error.sentence), request.scope["path"], request_id_of(request))
 
     app.add_exception_handler(ApiError, on_api_error)
     app.add_exception_handler(HTTPException, on_http)

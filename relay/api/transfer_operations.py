@@ -16,7 +16,8 @@ from relay.api.transfer_frame import (
     read_document,
     result,
 )
-from relay.refusal import ApiError
+from relay.refusal import ApiError, unavailable
+from relay.store.database import StoreBroken, StoreBusy
 from relay.transfer import collections
 from relay.transfer.collections import Collection, Decision, Question, Sight
 from relay.transfer.fields import Fields, bad_request, query_boolean, query_integer
@@ -47,7 +48,11 @@ async def _collection(
 
     async def decide_again() -> None:
         """Whoever may do it no more, or comes less far by now, is refused, though it has begun."""
-        answer = await services.decisions.ask(Question(endpoint_id, caller.identity_id, decide))
+        try:
+            answer = await services.decisions.ask(Question(endpoint_id, caller.identity_id, decide))
+        except (StoreBusy, StoreBroken) as error:
+            # Else it would be told as the agent's own.
+            raise unavailable(error.sentence) from error
         if isinstance(answer, ApiError):
             raise answer
         if answer[1] != reach:

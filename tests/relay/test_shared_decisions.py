@@ -11,9 +11,11 @@ import trio
 import trio.testing
 from sqlalchemy import Connection
 
+from protocol.errors import TowpathError
 from relay.access.decisions import Ability
 from relay.refusal import ApiError
 from relay.store.batch import Batch
+from relay.store.database import StoreBroken, StoreBusy
 from relay.transfer import collections
 from relay.transfer.collections import Decision, Question, Sight
 from tests.relay.fake_agents import FakeRegistry
@@ -78,6 +80,7 @@ async def waiting(world: Any, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[
         yield scene
 
 
+MKDIR = {"DATA_TYPE": "mkdir", "path": "/new"}
 GO_ON = dict.fromkeys(["bob", "carol", "dave", "alice"], "goes on")
 
 
@@ -111,6 +114,28 @@ async def test_a_decision_that_fails_fails_its_own_call_alone(
 
     monkeypatch.setattr(Sight, "require", failing)
     assert await waiting.decide() == {**GO_ON, "bob": "RuntimeError"}
+
+
+@pytest.mark.parametrize("trouble", [StoreBusy("It is busy."), StoreBroken("It is full.")])
+async def test_trouble_of_the_relays_database_is_not_told_as_the_agents(
+    waiting: Waiting, monkeypatch: pytest.MonkeyPatch, trouble: TowpathError
+) -> None:
+    """Clients repeat what the relay fails at, and not what an endpoint fails at."""
+
+    async def busy(*_: object) -> None:
+        raise trouble
+
+    async def deciding(_registry: FakeRegistry, *_arguments: Any, **options: Any) -> bytes:
+        with monkeypatch.context() as patch:
+            patch.setattr(Batch, "ask", busy)
+            await options["decide_again"]()
+        raise AssertionError("It was not asked again.")
+
+    monkeypatch.setattr(FakeRegistry, "call", deciding)
+    place = f"/operation/endpoint/{waiting.endpoint}"
+    for method, verb, more in (("GET", "ls", {"params": {"path": "/"}}), ("POST", "mkdir", {"json": MKDIR})):
+        said = await waiting.alice.refused(method, f"{place}/{verb}", 503, "ServiceUnavailable", **more)
+        assert said == trouble.sentence
 
 
 async def test_one_persons_calls_are_looked_at_once_however_many_wait(
