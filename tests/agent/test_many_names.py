@@ -10,11 +10,13 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import trio
 
 from agent.storage.base import Root
 from agent.storage.faulty import Call
 from protocol.control import TaskOptions
-from tests.agent.engine_inside import Crashed, Engine, contents, open_files, quick_path, skipped, tree, when
+from tests.agent import engine_inside
+from tests.agent.engine_inside import Crashed, Engine, Line, contents, open_files, quick_path, skipped, tree, when
 from tests.agent.faulty_spill import DAMAGES, Faults, with_small_limits
 from tests.agent.folding_root import FoldingRoot, folded
 
@@ -163,6 +165,45 @@ async def test_a_task_that_is_killed_while_names_are_aside_lists_again(
         check(engine)
     print(f"deaths: {deaths}")
     assert deaths > 3
+
+
+@WRAPS
+async def test_a_task_that_is_paused_while_names_are_aside_lists_again(
+    quick_path: Path, wrap: Callable[[Root], Root], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread is in the middle of a call to the file meanwhile: nobody closes it before that is over."""
+    paused = 0
+    lines: list[Line] = []
+
+    class KeptLine(Line):
+        def __init__(self, engine: Engine, nursery: trio.Nursery) -> None:
+            super().__init__(engine, nursery)
+            lines.append(self)
+
+    monkeypatch.setattr(engine_inside, "Line", KeptLine)
+    for number in range(1, 180, 13):
+        engine = scene(quick_path / str(number), wrap)
+        with pytest.MonkeyPatch.context() as patch:
+            faults = with_small_limits(patch, Faults())
+
+            def pause(_operation: str, _nth: int, faults: Faults = faults, number: int = number) -> None:
+                if sum(faults.counts.values()) == number:
+                    trio.from_thread.run_sync(lines[-1].want, "pause")
+
+            faults.plan = pause
+            observed = await engine.run()
+            assert faults.open == 0
+            if observed.state == "PAUSED":
+                paused += 1
+                assert open_files(engine.state) == []
+                before, engine = engine.calls, engine.revived()
+                engine.wrap = wrap
+                observed = await engine.run()
+                engine.calls = [*before, *engine.calls]
+        assert observed.state == "SUCCEEDED", observed
+        check(engine)
+    print(f"paused: {paused}")
+    assert paused > 5
 
 
 async def test_collisions_among_many_names_are_those_of_few(quick_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
