@@ -3,6 +3,7 @@ missing, and no mirror deletes what the source has."""
 
 from __future__ import annotations
 
+import errno
 import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -78,6 +79,27 @@ async def test_a_file_that_is_moved_into_a_folder_that_was_listed_arrives(
     assert (counters.bytes_total, counters.bytes_transferred) == (total, total)
     assert engine.sessions == 2
     assert not engine.temporaries()
+
+
+async def test_a_source_that_cannot_say_for_a_moment_whether_a_folder_changed_is_asked_again(quick_path: Path) -> None:
+    """Else the folder would pass for one that did not, and the mirror delete what it has of the file."""
+    engine = engine_with(quick_path, move_file, MIRROR)
+    tree(engine.destination, FILES)
+    mover = Mover(engine, move_file)
+    faults: list[bytes] = []
+
+    def plan(call: Call) -> int | None:
+        if call.operation == "stat" and call.name in (b"a", b"b") and mover.listings >= 2 and len(faults) < 2:
+            faults.append(call.name)
+            return errno.EIO
+        return mover.plan(call)
+
+    engine.source_plan = plan
+    observed = await engine.run()
+    assert observed.state == "SUCCEEDED", observed
+    assert sorted(faults) == [b"a", b"b"]
+    assert contents(engine.destination) == contents(engine.source)
+    assert engine.codes().count("IO_ERROR") == 1
 
 
 async def test_a_folder_that_is_moved_arrives_with_all_that_is_in_it(quick_path: Path) -> None:

@@ -14,7 +14,8 @@ import trio
 
 from agent.storage.node import nearest_time
 from agent.transfer.course.run import Run
-from protocol.session import DIRECTORY
+from protocol.errors import NeedsPerson, RetryLater, error_from_document_untrusted
+from protocol.session import DIRECTORY, StatResult
 
 # How often in the course of a task: whoever moves one file back and forth is not followed for ever.
 LOOKS = 2
@@ -49,7 +50,8 @@ class SecondLook:
         self._again.append((directory, mtime_ns))
 
     async def look(self) -> bool:
-        """Whether some folders are to be listed again, which the journal knows then. Raises `SessionLost`."""
+        """Whether some folders are to be listed again, which the journal knows then. Raises `SessionLost`, and what may
+        pass and keeps the source from telling."""
         if not (self._wanted and await trio.to_thread.run_sync(lambda: self.left)):
             return False
         journal = self._run.context.journal
@@ -76,7 +78,9 @@ class SecondLook:
 
     async def _changed(self, listed: _Listed) -> Iterator[tuple[int, int]]:
         results = await self._run.session.stat([source for _, source, _ in listed], follow=True)
-        # One that is gone, or cannot be looked at, is not listed again either.
+        for (_, source, _), result in zip(listed, results, strict=True):
+            self._check(source, result)
+        # One that is gone, or can never be looked at, is not listed again either.
         return (
             (directory, now)
             for (directory, _, mtime_ns), result in zip(listed, results, strict=True)
@@ -84,6 +88,13 @@ class SecondLook:
             and result.row.kind == DIRECTORY
             and (now := nearest_time(result.row.mtime_ns)) != mtime_ns
         )
+
+    def _check(self, source: bytes, result: StatResult) -> None:
+        """Raise what kept the source from looking at a folder, if that may pass: it has perhaps changed."""
+        error = None if result.error is None else error_from_document_untrusted(result.error)
+        may_pass = isinstance(error, RetryLater | NeedsPerson)
+        if error and may_pass and not self._run.context.patience.lasts_at_source(source, error):
+            raise error
 
     def _write_down(self) -> None:
         journal = self._run.context.journal
