@@ -56,6 +56,9 @@ def finding_of(row: dict[str, Any]) -> Finding:
         # A direct way all the same.
         return Finding(level="ok", sentence=sentence, details=row)
     reach = "One side in reach is enough: a port mapping, IPv6, or an open data port named in `data.advertise`."
+    if "data.allow_loopback" in why:
+        # No router stands between two agents of one machine.
+        reach = "`towpath config set data.allow_loopback true` with both agents lets them meet."
     if row.get("tunnel") is False:
         return Finding(
             level="failure", sentence=sentence, advice=f"Nothing can be transferred now. {reach}", details=row

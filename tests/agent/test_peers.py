@@ -134,6 +134,7 @@ def test_the_doctor_says_it_in_words() -> None:
         "No direct way to c was found over TCP: nothing came through.",
     )
     assert missed.advice
+    assert "port mapping" in missed.advice
     assert finding_of({"name": "Lab", "kind": "", "udp": True}).level == "ok"
     assert finding_of({"name": "Lab", "kind": "", "udp": False, "tunnel": False}).level == "failure"
 
@@ -160,7 +161,11 @@ async def test_the_relay_passes_on_few_probes(autojump_clock: trio.testing.MockC
 def test_two_agents_on_one_machine_are_told_how_they_get_a_direct_path() -> None:
     rules = Rules(own=frozenset({"192.0.2.2"}), same_site=True)
     mine, other = (Candidate(kind=HOST, host=host, port=1) for host in ("192.0.2.2", "192.0.2.3"))
-    assert "data.allow_loopback" in why_nobody_is_dialled([other, mine], rules)
+    why = why_nobody_is_dialled([other, mine], rules)
+    assert "data.allow_loopback" in why
+    # No port mapping helps them.
+    advice = finding_of({"name": "Lab", "kind": "", "why": why}).advice
+    assert ("`towpath config set data.allow_loopback true` with both" in advice, "mapping" in advice) == (True, False)
     assert "from outside" in why_nobody_is_dialled([other], rules)
     # Private addresses are the same behind many routers.
     assert "from outside" in why_nobody_is_dialled([mine], msgspec.structs.replace(rules, same_site=False))
