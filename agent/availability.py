@@ -24,8 +24,9 @@ logger = logging.getLogger("towpath.collections")
 LOOK_EVERY = 30.0
 PATIENCE = 10.0
 MISSING = (
-    "The relay does not have it any more: it was deleted there, or another machine serves it. Nothing was touched "
-    "here; `towpath collection remove` takes it out of the configuration."
+    "The relay does not have it any more: it was deleted there, another machine serves it, or the relay was restored "
+    "from a backup older than it. Nothing was touched here; `towpath collection remove` takes it out of the "
+    "configuration."
 )
 
 

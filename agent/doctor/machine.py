@@ -254,7 +254,8 @@ def check_collections(examination: Examination) -> Iterator[Finding]:
             yield Finding(
                 level="failure",
                 sentence=f"The relay does not have {collection.name} any more: nobody can use it.",
-                advice="It was deleted there, or another machine serves it. Take it out of the configuration with "
+                advice="It was deleted there, another machine serves it, or the relay was restored from a backup older "
+                "than it: then ask its operator first, who may have a newer one. Take it out of the configuration with "
                 f"`towpath collection remove {collection.id}`, or offer the folder anew with `towpath collection add`.",
             )
         for place in _alike(marks, collection):
