@@ -334,12 +334,13 @@ class TaskRunner:
 
     def _reopen(self) -> None:
         """Have everything listed again that is not done, or was done in folders that have left their places."""
-        for folder in self._journal.moved():
-            items = items_into(self._order.items or (), split_path(folder))
-            self._journal.reopen_below(folder, items)
-            uncount(self._journal, items)
-        self._journal.forget_moved()
-        self._journal.reopen_directories()
+        with self._journal.together():
+            for folder in self._journal.moved():
+                items = items_into(self._order.items or (), split_path(folder))
+                self._journal.reopen_below(folder, items)
+                uncount(self._journal, items)
+            self._journal.forget_moved()
+            self._journal.reopen_directories()
 
     def _effective_order(self) -> TaskOrder:
         """The order; after the loss of a journal files that are there are compared instead of sent once more."""

@@ -152,6 +152,8 @@ class DirectoryWalk:
                     await self._planned(await run(partial(planner.plan, some)), listing)
             # What was large on disk takes a moment to go.
             await run(gathered.close)
+            if there is not None:
+                await run(there.close)
 
     def _top_of(self, row: DirectoryRow) -> CollectionPath:
         """Where the item of a folder leads to."""
