@@ -137,6 +137,19 @@ async def test_what_failed_is_neither_tried_nor_counted_once_more(quick_path: Pa
     assert (engine.destination / "a" / "moved").exists() or (engine.destination / "b" / "moved").exists()
 
 
+async def test_a_folder_that_failed_is_neither_tried_nor_counted_once_more(quick_path: Path) -> None:
+    engine = engine_with(quick_path, move_file, CHECKED)
+    for name in ("a", "b"):
+        tree(engine.source, [f"{name}/inner/file"])
+        # A file has its place.
+        tree(engine.destination, [f"{name}/inner"])
+    observed = await engine.run()
+    assert engine.sessions == 2
+    assert (observed.state, observed.counters.failed) == ("FAILED", 2), observed
+    assert skipped(engine) == {"a/inner": "NOT_A_DIRECTORY", "b/inner": "NOT_A_DIRECTORY"}
+    assert sum((engine.destination / name / "moved").exists() for name in ("a", "b")) == 1
+
+
 async def test_a_source_that_never_rests_is_not_followed_for_ever(quick_path: Path) -> None:
     """A file goes back and forth at every listing; the task ends, and a mirror as well."""
 

@@ -204,15 +204,15 @@ class DirectoryPlanner:
         return there
 
     def _missing(self, rows: list[Row]) -> list[Row]:
-        """Of a folder that is listed again, folders, and what is not here and was not given up. Raises OSError."""
-        return [
-            row
-            for row in rows
-            if row.kind == DIRECTORY
+        """Of a folder that is listed again, folders, and what is not here; nothing that was given up. Raises OSError."""
+        return [row for row in rows if self._is_missing(row)]
+
+    def _is_missing(self, row: Row) -> bool:
+        outcome = self._finished.get(row.name)
+        if outcome is not None:
             # What the run before has brought, and not counted yet, is not passed over.
-            or (row.name in self._finished and self._finished[row.name] < COUNTED_BEFORE)
-            or not (row.name in self._finished or self._is_there(check_component_untrusted(row.name)))
-        ]
+            return outcome < COUNTED_BEFORE
+        return row.kind == DIRECTORY or not self._is_there(check_component_untrusted(row.name))
 
     def _is_there(self, name: bytes) -> bool:
         try:
