@@ -150,6 +150,15 @@ async def test_a_folder_that_failed_is_neither_tried_nor_counted_once_more(quick
     assert sum((engine.destination / name / "moved").exists() for name in ("a", "b")) == 1
 
 
+async def test_links_that_are_left_out_are_counted_once(quick_path: Path) -> None:
+    engine = engine_with(quick_path, move_file, msgspec.structs.replace(CHECKED, recursive_symlinks="ignore"))
+    for name in ("a", "b"):
+        (engine.source / name / "link").symlink_to("two")
+    observed = await engine.run()
+    assert engine.sessions == 2
+    assert (observed.state, observed.counters.symlinks) == ("SUCCEEDED", 2), observed
+
+
 async def test_a_source_that_never_rests_is_not_followed_for_ever(quick_path: Path) -> None:
     """A file goes back and forth at every listing; the task ends, and a mirror as well."""
 

@@ -204,7 +204,7 @@ class DirectoryPlanner:
         return there
 
     def _missing(self, rows: list[Row]) -> list[Row]:
-        """Of a folder that is listed again, folders, and what is not here; nothing that was given up. Raises OSError."""
+        """Of a folder listed again, folders and what is not here; nothing that was given up. Raises OSError."""
         return [row for row in rows if self._is_missing(row)]
 
     def _is_missing(self, row: Row) -> bool:
@@ -258,8 +258,9 @@ class DirectoryPlanner:
             counts.symlinks += 1
             planned.links.append(job)
         elif decision == "ignore" and row.kind == SYMLINK:
-            # Found and left out: by the task's policy, or because it leads nowhere or out of the collection.
-            counts.symlinks += 1
+            # Found and left out: by the task's policy, or because it leads nowhere or out of the collection. Where
+            # the folder is listed again they are counted already.
+            counts.symlinks += not self._row.again
         elif decision == "directory":
             self._plan_directory(row, job, planned)
         elif decision in ("conflict", "unsupported"):
