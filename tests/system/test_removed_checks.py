@@ -28,7 +28,7 @@ ROUTES = ("tests/relay/test_transfer_authorization.py",)
 OPERATIONS = (*ROUTES, "tests/relay/test_transfer_operations.py", "tests/relay/test_transfer_access.py")
 WATCHED = (*ROUTES, "tests/relay/test_transfer_tasks.py", "tests/relay/test_task_managers.py")
 AGAIN = (*OPERATIONS, "tests/relay/test_registry.py")
-TAKEN = (*ROUTES, "tests/relay/test_transfer_access.py")
+TAKEN = ("tests/relay/test_taken_back.py", "tests/relay/test_transfer_access.py")
 REACH = ("tests/agent/test_engine_policy.py",)
 SUBMISSIONS = (*ROUTES, "tests/relay/test_transfer_endpoints.py", "tests/relay/test_transfer_submission.py")
 
