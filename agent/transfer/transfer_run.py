@@ -82,6 +82,7 @@ class TransferRun:
         self._planning = True
         self._error: TowpathError | None = None
         self.list_again = False
+        self.missed = False
         self._put_off: TowpathError | None = None
         self._token = trio.lowlevel.current_trio_token()
         self._settler = self._new_settler()
@@ -435,6 +436,7 @@ class TransferRun:
     def give_up(self, job: FileJob, error: TowpathError, discard: LargeFile | None = None) -> None:
         """End a job with an error: it is listed, counted, and the rest goes on."""
         at_source = error.code in SKIPPABLE and error.who != "destination owner"
+        self.missed |= at_source
         may_skip = self.options.skip_source_errors and at_source
         # What has no content is no loss in a folder, where nobody asked for it by name.
         may_skip = may_skip or (error.code == UNSUPPORTED and job.group.id > 0)

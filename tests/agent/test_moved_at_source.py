@@ -12,11 +12,13 @@ import msgspec
 import pytest
 
 from agent.storage.faulty import Call
-from agent.transfer.planning.second_look import LOOKS
+from agent.transfer.planning import second_look
+from agent.transfer.planning.second_look import LOOKS, SecondLook
 from agent.transfer.source import source_rows
 from protocol import session
 from protocol.control import TaskItem, TaskOptions
 from tests.agent.engine_inside import CHECKED, Crashed, Engine, contents, quick_path, skipped, tree
+from tests.agent.folding_root import FoldingRoot
 
 __all__ = ["quick_path"]
 
@@ -234,3 +236,114 @@ async def test_single_items_are_not_listed(quick_path: Path) -> None:
     tree(engine.source, FILES)
     assert (await engine.run()).state == "SUCCEEDED"
     assert engine.sessions == 1
+
+
+@pytest.fixture
+def long_ago(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No folder says that it changed lately."""
+    monkeypatch.setattr(source_rows, "CLOCK_TICK", -(10**12))
+    monkeypatch.setattr(source_rows, "OTHER_CLOCKS", -(10**12))
+
+
+def moved_at_the_end(monkeypatch: pytest.MonkeyPatch, move: Callable[[], object]) -> None:
+    """Do something at the source when all has arrived."""
+    look = SecondLook.look
+    moved: list[object] = []
+
+    async def moved_before(self: SecondLook) -> bool:
+        if not moved:
+            moved.append(move())
+        return await look(self)
+
+    monkeypatch.setattr(SecondLook, "look", moved_before)
+
+
+async def test_what_is_moved_to_a_name_that_a_mirror_had_before_is_compared(quick_path: Path) -> None:
+    """Else the old file would stay there, and what the mirror has of the moved one be deleted."""
+    engine = engine_with(quick_path, move_file, MIRROR)
+    tree(engine.destination, [*FILES, "a/moved", "b/moved"])
+    assert (await engine.run()).state == "SUCCEEDED"
+    assert contents(engine.destination) == contents(engine.source)
+
+
+@pytest.mark.usefixtures("long_ago")
+async def test_what_is_moved_before_a_mirror_deletes_is_not_deleted(
+    quick_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(quick_path, MIRROR)
+    tree(engine.source, FILES)
+    tree(engine.destination, [*FILES, "a/moved"])
+    moved_at_the_end(monkeypatch, lambda: (engine.source / "b/one").rename(engine.source / "a/moved"))
+    assert (await engine.run()).state == "SUCCEEDED"
+    assert contents(engine.destination) == contents(engine.source)
+
+
+@pytest.mark.usefixtures("long_ago")
+async def test_a_mirror_deletes_nothing_in_folders_that_changed_and_are_not_listed_any_more(
+    quick_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(second_look, "LOOKS", 0)
+    engine = Engine(quick_path, MIRROR)
+    tree(engine.source, FILES)
+    tree(engine.destination, [*FILES, "a/moved", "extra"])
+    moved_at_the_end(monkeypatch, lambda: (engine.source / "b/one").rename(engine.source / "a/moved"))
+    assert (await engine.run()).state == "SUCCEEDED"
+    assert set(contents(engine.destination)) == {*FILES, "a", "b", "a/moved"}
+    assert (engine.sessions, engine.codes().count("EXTRA_NOT_DELETED")) == (1, 1)
+
+
+@pytest.mark.usefixtures("long_ago")
+async def test_what_is_moved_before_it_is_read_arrives_under_its_new_name(quick_path: Path) -> None:
+    engine = Engine(quick_path, msgspec.structs.replace(CHECKED, skip_source_errors=True))
+    tree(engine.source, FILES)
+    moved: list[bytes] = []
+
+    def plan(call: Call) -> int | None:
+        if call.operation == "open_read" and not moved:
+            moved.append(call.name)
+            (engine.source / "a/two").rename(engine.source / "b/from-a")
+            (engine.source / "b/two").rename(engine.source / "a/from-b")
+        return None
+
+    engine.source_plan = plan
+    assert (await engine.run()).state == "SUCCEEDED"
+    assert {"content of a/two", "content of b/two"} <= {path.read_text() for path in engine.destination.glob("*/*")}
+
+
+async def test_a_folder_that_could_not_be_listed_counts_once(quick_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(quick_path, CHECKED)
+    tree(engine.source, FILES)
+    refuse = ("open_directory", b"b")
+    engine.source_plan = lambda call: errno.EACCES if (call.operation, call.name) == refuse else None
+    moved_at_the_end(monkeypatch, lambda: tree(engine.source, ["a/three", "b/three"]))
+    observed = await engine.run()
+    assert (observed.state, observed.counters.failed, engine.sessions) == ("FAILED", 1, 2)
+    assert (engine.destination / "a/three").exists()
+
+
+async def test_a_folder_that_cannot_be_listed_again_is_an_error(
+    quick_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was moved into it is missing, and nothing of it is deleted."""
+    engine = Engine(quick_path, MIRROR)
+    tree(engine.source, FILES)
+    tree(engine.destination, [*FILES, "b/three"])
+    moved_at_the_end(monkeypatch, lambda: (engine.source / "a/one").rename(engine.source / "b/three"))
+    refuse = ("open_directory", b"b")
+    engine.source_plan = lambda call: (
+        errno.EACCES if engine.sessions == 2 and (call.operation, call.name) == refuse else None
+    )
+    observed = await engine.run()
+    assert (observed.state, observed.counters.failed, engine.sessions) == ("FAILED", 1, 2)
+    assert (engine.destination / "b/three").exists()
+
+
+async def test_what_is_moved_beside_a_name_that_is_the_same_here_fails(
+    quick_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(quick_path, MIRROR, wrap=FoldingRoot.around)
+    tree(engine.source, FILES)
+    moved_at_the_end(monkeypatch, lambda: (engine.source / "b/one").rename(engine.source / "a/TWO"))
+    assert (await engine.run()).state == "FAILED"
+    assert skipped(engine) == {"a/TWO": "NAME_COLLISION"}
+    assert (engine.destination / "a/two").read_text() == "content of a/two"

@@ -60,6 +60,23 @@ def _by_sync_level(row: Row, existing: Node, level: int) -> Decision:
     return "compare digests"
 
 
+def is_another(row: Row, existing: Node, options: TaskOptions) -> bool:
+    """Whether what has a row's name here, in a folder that is listed again, cannot be what this task brought or left
+    there: it was there before, and the source gave its name to a file meanwhile, or has another one there by now. Told
+    without looking into files, since there may be many."""
+    if row.kind == SYMLINK:
+        return options.recursive_symlinks == "keep" and existing.kind != "symlink"
+    if row.kind != FILE or existing.kind == "dir":
+        return True
+    decision = decide(row, existing, options)
+    if decision == "skip":
+        return False
+    if existing.kind != "file" or row.size != existing.size or options.sync_level == MTIME:
+        return True
+    # Some file systems keep times in steps of two seconds.
+    return options.preserve_timestamp and abs(row.mtime_ns - existing.mtime_ns) >= 2 * 10**9
+
+
 # Blocks of a large file: big enough to cost little, small enough that one lost block costs little.
 SMALL_FILE = 1024 * 1024
 _MIB = 1024 * 1024

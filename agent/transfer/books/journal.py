@@ -172,27 +172,30 @@ class Journal(JournalFile):
             ).fetchone()
             return row is not None
 
-    def listed(self) -> Iterator[list[tuple[int, bytes, int]]]:
-        """Id, source path and mtime_ns of every directory, some at a time. States may be changed meanwhile."""
+    def listed(self) -> Iterator[list[tuple[int, bytes, bytes, int]]]:
+        """Id, source, destination and mtime_ns of every directory, some at a time. States may be changed meanwhile."""
         last = 0
         while True:
             with self._using():
                 rows = self._connection.execute(
-                    "SELECT id, source, mtime_ns FROM directories WHERE id > ? ORDER BY id LIMIT 250", (last,)
+                    "SELECT id, source, destination, mtime_ns FROM directories WHERE id > ? ORDER BY id LIMIT 250",
+                    (last,),
                 ).fetchall()
             if not rows:
                 return
             yield rows
             last = rows[-1][0]
 
-    def list_again(self, directories: Iterable[tuple[int, int]]) -> None:
-        """Directories that are done, and have this mtime_ns by now, are to be listed once more in the next run."""
+    def list_again(self, directories: Iterable[tuple[int, int]]) -> int:
+        """Directories that are done, and have this mtime_ns by now, are to be listed once more in the next run, but for
+        those that could not be listed and count as failed: so many."""
         with self._using():
-            self._connection.executemany(
+            return self._connection.executemany(
                 "UPDATE directories SET state = ?3, mtime_ns = ?2, "
-                "crc = crc_of('directories', item, source, destination, ?2, ancestry, ?3) WHERE id = ?1",
+                "crc = crc_of('directories', item, source, destination, ?2, ancestry, ?3) WHERE id = ?1 "
+                "AND NOT EXISTS (SELECT 1 FROM finished WHERE directory = ?1 AND name = x'2e')",
                 ((directory, mtime_ns, AGAIN) for directory, mtime_ns in directories),
-            )
+            ).rowcount
 
     def unfinished_destinations(self) -> list[bytes]:
         """Destination directories in which temporaries of this task may lie."""
@@ -358,10 +361,10 @@ class Journal(JournalFile):
                 ((destination, name) for name in names),
             )
 
-    def drop_extras(self, destination: bytes) -> None:
-        """Whatever was noted of a destination directory no longer counts."""
+    def drop_extras(self, destination: bytes) -> int:
+        """Whatever was noted of a destination directory no longer counts: so many names."""
         with self._using():
-            self._connection.execute("DELETE FROM extras WHERE destination = ?", (destination,))
+            return self._connection.execute("DELETE FROM extras WHERE destination = ?", (destination,)).rowcount
 
     def extras(self) -> Iterator[tuple[bytes, bytes]]:
         """Directory and name of everything a mirror is to delete. Rows may be dropped meanwhile."""

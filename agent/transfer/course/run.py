@@ -98,6 +98,8 @@ class Run(Reports, Protocol):
     options: TaskOptions
     session: SourceSession
     resumed: bool
+    # Whether something that the source had listed, or that an item names, was not there any more.
+    missed: bool
     budget: Budget
     fetcher: Fetcher
     settle: queue.SimpleQueue[Any]

@@ -23,7 +23,7 @@ from agent.transfer.planning.filled_places import SEVERAL, FilledPlaces
 from agent.transfer.planning.gathered_names import GatheredNames, SpelledThere, pieces
 from agent.transfer.planning.items import ItemPlanner
 from agent.transfer.planning.plan import DirectoryPlanner, Listing, Planned
-from agent.transfer.planning.second_look import SecondLook
+from agent.transfer.planning.second_look import GONE, SecondLook
 from protocol.errors import ItemFailed, NeedsPerson, RetryLater, TaskFailed, TowpathError
 from protocol.names import CollectionPath, format_path, parse_path_untrusted, split_path
 from protocol.session import Row
@@ -69,7 +69,7 @@ class DirectoryWalk:
         self._filled = FilledPlaces(items)
         self._told_of_kept: set[KeptExtra] = set()
         self._large_folder = trio.Lock()
-        self.second_look = SecondLook(run)
+        self.second_look = SecondLook(run, partial(self._tell_of_kept, KeptExtra.CHANGED))
 
     async def run(self) -> None:
         """Returns when everything is handed out."""
@@ -214,7 +214,8 @@ class DirectoryWalk:
             except _NotOpened as problem:
                 await self._not_opened(row, fault(problem.error, "destination", row.destination))
                 return
-        if not row.again:
+        # One that was listed before and is gone now, or something else, has been brought as it was.
+        if not (row.again and error.code in GONE):
             self._failed(planner.group, row, error)
         self._run.settle.put(GroupListed(planner.group))
 
@@ -241,13 +242,13 @@ class DirectoryWalk:
         if kept is KeptExtra.CHANGED and self.second_look.left:
             self.second_look.list_again(row.id, row.mtime_ns)
         elif kept is not KeptExtra.NONE:
-            self._tell_of_kept(kept, row)
+            self._tell_of_kept(kept, row.destination)
 
-    def _tell_of_kept(self, why: KeptExtra, row: DirectoryRow) -> None:
+    def _tell_of_kept(self, why: KeptExtra, destination: bytes) -> None:
         if why in self._told_of_kept:
             return
         self._told_of_kept.add(why)
-        subject = format_path(split_path(row.destination), directory=True)
+        subject = format_path(split_path(destination), directory=True)
         sentence = _KEPT[why].format(place=subject[:1000])
         self._run.context.on_fault(ItemFailed(sentence, code="EXTRA_NOT_DELETED", who="you", subject=subject))
 

@@ -18,7 +18,7 @@ from agent.storage.enclosing import enclosing
 from agent.storage.faults import fault
 from agent.storage.node import Node, nearest_time
 from agent.storage.rules import included
-from agent.transfer.basis.compare import Decision, decide
+from agent.transfer.basis.compare import Decision, decide, is_another
 from agent.transfer.basis.jobs import Counts, FileJob, Group, ListFate, SharedName
 from agent.transfer.basis.journal_rows import (
     BARE,
@@ -204,7 +204,8 @@ class DirectoryPlanner:
         return there
 
     def _missing(self, rows: list[Row]) -> list[Row]:
-        """Of a folder listed again, folders and what is not here; nothing that was given up. Raises OSError."""
+        """Of a folder listed again, folders and what is not here, or another file; nothing that was given up. Raises
+        OSError."""
         return [row for row in rows if self._is_missing(row)]
 
     def _is_missing(self, row: Row) -> bool:
@@ -212,7 +213,17 @@ class DirectoryPlanner:
         if outcome is not None:
             # What the run before has brought, and not counted yet, is not passed over.
             return outcome < COUNTED_BEFORE
-        return row.kind == DIRECTORY or not self._is_there(check_component_untrusted(row.name))
+        name = check_component_untrusted(row.name)
+        if row.kind == DIRECTORY or name in self._left_out:
+            return True
+        try:
+            existing = self.group.handle.lstat(name)
+        except FileNotFoundError:
+            return True
+        except PermissionError:
+            # Nobody can say.
+            return False
+        return is_another(row, existing, self._options)
 
     def _is_there(self, name: bytes) -> bool:
         try:

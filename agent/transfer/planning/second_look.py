@@ -3,19 +3,23 @@
 A file that somebody moves from a folder that is still to be listed into one that was listed already is in neither list:
 it would be missing here, and what a mirror has of it be deleted. So folders that changed since are listed once more,
 for what is not here; what is here, is not brought again. Nothing is asked where the source says that no folder
-had changed since the session began: a file that was moved leaves the folder behind changed.
+had changed since the session began, nothing was missed there, and nothing is to be deleted: a file that was moved
+leaves the folder behind changed. When they are not listed again any more, a mirror deletes nothing in folders that
+changed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable
 
 import trio
 
+from agent.storage.faults import fault
 from agent.storage.node import nearest_time
 from agent.transfer.course.run import Run
 from protocol.errors import NeedsPerson, RetryLater, error_from_document_untrusted
-from protocol.session import DIRECTORY, StatResult
+from protocol.names import split_path
+from protocol.session import DIRECTORY, StatResult, join_path
 
 # How often in the course of a task: whoever moves one file back and forth is not followed for ever.
 LOOKS = 2
@@ -23,14 +27,20 @@ LOOKS = 2
 _AT_ONCE = 8
 _LOOKS = "second looks"
 
-_Listed = list[tuple[int, bytes, int]]
+# Of the source's answers: it has no folder there, so that there is nothing to be missed either.
+GONE = frozenset({"FILE_NOT_FOUND", "NOT_FOUND", "NOT_A_DIRECTORY"})
+
+# Id, source, destination and mtime_ns.
+_Listed = tuple[int, bytes, bytes, int]
 
 
 class SecondLook:
-    """Of one run; all methods are called in the trio thread."""
+    """Of one run; all methods are called in the trio thread. ``on_kept`` is told of folders of the destination in which
+    a mirror leaves what it was to delete, since the source's may have it by now."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, on_kept: Callable[[bytes], None]) -> None:
         self._run = run
+        self._on_kept = on_kept
         # An earlier run may have listed some folders long ago.
         self._wanted = run.resumed
         self._again: list[tuple[int, int]] = []
@@ -51,50 +61,92 @@ class SecondLook:
 
     async def look(self) -> bool:
         """Whether some folders are to be listed again, which the journal knows then. Raises `SessionLost`, and what may
-        pass and keeps the source from telling."""
-        if not (self._wanted and await trio.to_thread.run_sync(lambda: self.left)):
+        pass and keeps the source, or the destination, from telling."""
+        left = await trio.to_thread.run_sync(lambda: self.left)
+        # Before anything is deleted, always: what a folder lacked when it was listed may have been moved into it.
+        deletes = await trio.to_thread.run_sync(self._deletes)
+        if not (deletes or (left and (self._wanted or self._run.missed))):
             return False
-        journal = self._run.context.journal
-        batches, turn, found = journal.listed(), trio.Lock(), bool(self._again)
+        found = bool(self._again)
+
+        async def list_again(changed: list[_Listed]) -> None:
+            nonlocal found
+            rows = [(directory, mtime_ns) for directory, _, _, mtime_ns in changed]
+            if await trio.to_thread.run_sync(self._run.context.journal.list_again, rows):
+                found = True
+
+        await self._look_at_all(list_again if left else self._keep)
+        if found:
+            await trio.to_thread.run_sync(self._write_down)
+        return found
+
+    def _deletes(self) -> bool:
+        extra = self._run.options.delete_destination_extra
+        return extra and next(self._run.context.journal.extras(), None) is not None
+
+    async def _look_at_all(self, on_changed: Callable[[list[_Listed]], Awaitable[None]]) -> None:
+        """What is done about folders that changed."""
+        batches, turn = self._run.context.journal.listed(), trio.Lock()
 
         async def take() -> None:
-            nonlocal found
             while True:
                 async with turn:
                     listed = await trio.to_thread.run_sync(next, batches, None)
                 if listed is None:
                     return
-                changed = list(await self._changed(listed))
+                changed, unknown = await self._changed(listed)
                 if changed:
-                    found = True
-                    await trio.to_thread.run_sync(journal.list_again, changed)
+                    await on_changed(changed)
+                if unknown:
+                    await self._keep(unknown)
 
         async with trio.open_nursery() as nursery:
             for _ in range(_AT_ONCE):
                 nursery.start_soon(take)
-        if found:
-            await trio.to_thread.run_sync(self._write_down)
-        return found
 
-    async def _changed(self, listed: _Listed) -> Iterator[tuple[int, int]]:
-        results = await self._run.session.stat([source for _, source, _ in listed], follow=True)
-        for (_, source, _), result in zip(listed, results, strict=True):
-            self._check(source, result)
-        # One that is gone, or can never be looked at, is not listed again either.
-        return (
-            (directory, now)
-            for (directory, _, mtime_ns), result in zip(listed, results, strict=True)
-            if result.row is not None
-            and result.row.kind == DIRECTORY
-            and (now := nearest_time(result.row.mtime_ns)) != mtime_ns
-        )
+    async def _changed(self, listed: list[_Listed]) -> tuple[list[_Listed], list[_Listed]]:
+        """Those that changed, with their times of now; and those of which the source will never say. One that is gone
+        is neither."""
+        results = await self._run.session.stat([source for _, source, _, _ in listed], follow=True)
+        changed, unknown = [], []
+        for row, result in zip(listed, results, strict=True):
+            directory, source, destination, mtime_ns = row
+            if result.row is None:
+                if self._lasts(source, result):
+                    unknown.append(row)
+            elif result.row.kind == DIRECTORY and (now := nearest_time(result.row.mtime_ns)) != mtime_ns:
+                changed.append((directory, source, destination, now))
+        return changed, unknown
 
-    def _check(self, source: bytes, result: StatResult) -> None:
-        """Raise what kept the source from looking at a folder, if that may pass: it has perhaps changed."""
+    def _lasts(self, source: bytes, result: StatResult) -> bool:
+        """Whether a folder cannot be looked at, and is not gone. Raises what kept the source from it, if that may pass:
+        it has perhaps changed."""
         error = None if result.error is None else error_from_document_untrusted(result.error)
         may_pass = isinstance(error, RetryLater | NeedsPerson)
         if error and may_pass and not self._run.context.patience.lasts_at_source(source, error):
             raise error
+        return error is None or error.code not in GONE
+
+    async def _keep(self, changed: list[_Listed]) -> None:
+        """Delete nothing in these folders."""
+        if not self._run.options.delete_destination_extra:
+            return
+        for _, _, destination, _ in changed:
+            if await trio.to_thread.run_sync(self._drop_extras, destination):
+                self._on_kept(destination)
+
+    def _drop_extras(self, destination: bytes) -> bool:
+        """Forget those of a folder; whether there were any. They are noted by where it is, by whatever links."""
+        context = self._run.context
+        places = {destination}
+        try:
+            with context.root.open_directory(split_path(destination)) as handle:
+                places.add(join_path(handle.path))
+        except OSError as error:
+            problem = fault(error, "destination", destination)
+            if context.patience.is_passing(destination, problem):
+                raise problem from error
+        return sum(map(context.journal.drop_extras, places)) > 0
 
     def _write_down(self) -> None:
         journal = self._run.context.journal
