@@ -25,27 +25,27 @@ from agent.transfer.asking.fetch import Fetcher
 from agent.transfer.asking.source_session import SourceSession
 from agent.transfer.basis.jobs import AllArrived, FileJob, Group, LargeFile, ListFate, Outcome
 from agent.transfer.basis.patience import counted, named
-from agent.transfer.basis.stopping import call_on_cancel, first_error, first_system_error, run_in_thread
+from agent.transfer.basis.stopping import call_on_cancel, first_error, first_system_error
 from agent.transfer.books.counted import add_counts
 from agent.transfer.books.record import FolderMoved
 from agent.transfer.course.run import RunContext
 from agent.transfer.deleting.mirror import Mirror
 from agent.transfer.lane_processes.pool import LaneProcesses
+from agent.transfer.last_steps import last_steps
 from agent.transfer.planning.attributes import Attributes, attributes_size
 from agent.transfer.planning.directories import Comparisons, DirectoryWalk
 from agent.transfer.planning.hard_links import HardLinks
 from agent.transfer.planning.items import ItemPlanner
-from agent.transfer.planning.left_behind import remove_left_behind, sweep_temporaries
+from agent.transfer.planning.left_behind import sweep_temporaries
 from agent.transfer.planning.packs import PACK_BYTES, packs
-from agent.transfer.planning.plan import UNSUPPORTED, count_finished, now_iso, set_directory_times
+from agent.transfer.planning.plan import UNSUPPORTED, count_finished, now_iso
 from agent.transfer.receiving.flow_watch import FlowWatch
 from agent.transfer.receiving.lane_arrivals import RemoteArrivals
 from agent.transfer.receiving.lanes import Lanes, OpenLane
 from agent.transfer.receiving.large_files import LargeFiles
 from agent.transfer.receiving.retries import Retries
 from agent.transfer.settling.settle import Settler
-from agent.transfer.stalls.storage_watch import watch_deletions, watch_storage
-from protocol.beside import beside
+from agent.transfer.stalls.storage_watch import watch_storage
 from protocol.control import Counters, Flow
 from protocol.errors import TaskFailed, TowpathError
 from protocol.names import format_path, split_path
@@ -204,25 +204,7 @@ class TransferRun:
             raise self._error
         if self.list_again:
             return
-        context = self.context
-        if self.options.delete_destination_extra:
-            # Cancelling ends that before the next file.
-            names = self._temporary_names + b"q"
-            tell = partial(context.on_standstill, "storage")
-            async with beside(partial(watch_deletions, self._mirror, context.root, names, tell)):
-                await run_in_thread(self._mirror.run, self._mirror.stop)
-        await trio.to_thread.run_sync(
-            remove_left_behind,
-            context.root,
-            context.journal,
-            context.temporary_prefix,
-            context.order.items or [],
-            context.patience,
-        )
-        # Last, because everything else changes them.
-        if self.options.preserve_timestamp:
-            rows = context.journal.directories_deepest_first()
-            await trio.to_thread.run_sync(set_directory_times, context.root, rows, context.patience)
+        await last_steps(self.context, self._mirror, self._temporary_names + b"q")
 
     async def _end_elsewhere(self) -> None:
         """Afterwards no other process writes anything of this run."""
