@@ -141,21 +141,19 @@ class Journal(JournalFile):
     def next_directory(self) -> DirectoryRow | None:
         """Take the newest directory that waits (depth first keeps few waiting), or None."""
         with self._using():
-            row = None
-            for state, taken in ((PENDING, ACTIVE), (AGAIN, ACTIVE_AGAIN)):
-                row = (
-                    row
-                    or self._connection.execute(
-                        "SELECT id, item, source, destination, mtime_ns, ancestry, ?2 FROM directories "
-                        "WHERE state = ?1 ORDER BY id DESC LIMIT 1",
-                        (state, taken),
-                    ).fetchone()
-                )
-            if row is None:
-                return None
-            self._connection.execute(f"{_SET_STATE} WHERE id = ?2", (row[6], row[0]))
+            return self._take_directory(PENDING, ACTIVE) or self._take_directory(AGAIN, ACTIVE_AGAIN)
+
+    def _take_directory(self, waits: int, taken: int) -> DirectoryRow | None:
+        row = self._connection.execute(
+            "SELECT id, item, source, destination, mtime_ns, ancestry FROM directories "
+            "WHERE state = ? ORDER BY id DESC LIMIT 1",
+            (waits,),
+        ).fetchone()
+        if row is None:
+            return None
+        self._connection.execute(f"{_SET_STATE} WHERE id = ?2", (taken, row[0]))
         ancestry = msgspec.msgpack.decode(row[5], type=list[tuple[int, int]])
-        return DirectoryRow(row[0], row[1], row[2], row[3], row[4], ancestry, again=row[6] == ACTIVE_AGAIN)
+        return DirectoryRow(row[0], row[1], row[2], row[3], row[4], ancestry, again=taken == ACTIVE_AGAIN)
 
     def item_folders(self) -> set[tuple[int, int]]:
         """Device and inode, at the source, of the folders that items name."""

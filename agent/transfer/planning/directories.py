@@ -239,7 +239,7 @@ class DirectoryWalk:
                 raise problem from error
             self._failed(group, row, problem)
             return
-        if kept is KeptExtra.CHANGED and self.second_look.left:
+        if kept is KeptExtra.CHANGED and await self.second_look.may_follow():
             self.second_look.list_again(row.id, row.mtime_ns)
         elif kept is not KeptExtra.NONE:
             self._tell_of_kept(kept, row.destination)

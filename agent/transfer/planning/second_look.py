@@ -44,11 +44,15 @@ class SecondLook:
         # An earlier run may have listed some folders long ago.
         self._wanted = run.resumed
         self._again: list[tuple[int, int]] = []
+        # Those of earlier runs, once they are known.
+        self._before: int | None = None
 
-    @property
-    def left(self) -> bool:
-        """Whether there may be another one."""
-        return int(self._run.context.journal.get(_LOOKS) or b"0") < LOOKS
+    async def may_follow(self) -> bool:
+        """Whether after this run folders may be listed again."""
+        if self._before is None:
+            value = await trio.to_thread.run_sync(self._run.context.journal.get, _LOOKS)
+            self._before = int(value or b"0")
+        return self._before < LOOKS
 
     def listed(self, *, recent: bool | None, changed: bool) -> None:
         """What the source says of a folder that it has listed."""
@@ -62,10 +66,12 @@ class SecondLook:
     async def look(self) -> bool:
         """Whether some folders are to be listed again, which the journal knows then. Raises `SessionLost`, and what may
         pass and keeps the source, or the destination, from telling."""
-        left = await trio.to_thread.run_sync(lambda: self.left)
         # Before anything is deleted, always: what a folder lacked when it was listed may have been moved into it.
-        deletes = await trio.to_thread.run_sync(self._deletes)
-        if not (deletes or (left and (self._wanted or self._run.missed))):
+        deletes = self._run.options.delete_destination_extra and await trio.to_thread.run_sync(self._has_extras)
+        if not (deletes or self._wanted or self._run.missed):
+            return False
+        may_follow = await self.may_follow()
+        if not (deletes or may_follow):
             return False
         found = bool(self._again)
 
@@ -75,14 +81,13 @@ class SecondLook:
             if await trio.to_thread.run_sync(self._run.context.journal.list_again, rows):
                 found = True
 
-        await self._look_at_all(list_again if left else self._keep)
+        await self._look_at_all(list_again if may_follow else self._keep)
         if found:
             await trio.to_thread.run_sync(self._write_down)
         return found
 
-    def _deletes(self) -> bool:
-        extra = self._run.options.delete_destination_extra
-        return extra and next(self._run.context.journal.extras(), None) is not None
+    def _has_extras(self) -> bool:
+        return next(self._run.context.journal.extras(), None) is not None
 
     async def _look_at_all(self, on_changed: Callable[[list[_Listed]], Awaitable[None]]) -> None:
         """What is done about folders that changed."""
@@ -152,5 +157,5 @@ class SecondLook:
         journal = self._run.context.journal
         with journal.together():
             journal.list_again(self._again)
-            journal.put(_LOOKS, b"%d" % (int(journal.get(_LOOKS) or b"0") + 1))
+            journal.put(_LOOKS, b"%d" % ((self._before or 0) + 1))
             journal.commit()
