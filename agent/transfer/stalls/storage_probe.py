@@ -7,6 +7,8 @@ import contextlib
 import itertools
 import os
 import threading
+from collections.abc import Callable
+from functools import partial
 
 import trio
 
@@ -33,16 +35,17 @@ class StorageProbe:
         if self._hangs:
             return False
         try:
-            call = _Write(os.dup(folder), b"%s%x" % (self._names, next(self._numbers)))
+            own = os.dup(folder)
         except OSError:
             # It was closed meanwhile, or descriptors are short.
             return None
-        return await self._ask(call)
+        name = b"%s%x" % (self._names, next(self._numbers))
+        return await self._ask(_Call(partial(_write, own, name), partial(os.close, own)))
 
     async def looks(self, root: Root, path: CollectionPath) -> bool | None:
         """Whether it can be told in time what is at a path and beside it, or that nothing is; None when that cannot be
         asked now. Nothing is written."""
-        return False if self._hangs else await self._ask(_Look(root, path))
+        return False if self._hangs else await self._ask(_Call(partial(_look, root, path), _nothing))
 
     @property
     def _hangs(self) -> bool:
@@ -62,9 +65,11 @@ class StorageProbe:
 
 
 class _Call:
-    """One question. What it holds is let go by the thread that asks it, or where none begins, by whoever wanted it."""
+    """One question: ``ask``, and then ``let_go`` of what it holds, by the thread that asks it, or where none begins, by
+    whoever wanted it."""
 
-    def __init__(self) -> None:
+    def __init__(self, ask: Callable[[], None], let_go: Callable[[], None]) -> None:
+        self._ask, self._let_go = ask, let_go
         self._lock = threading.Lock()
         self._taken = False
         self.begun = self.over = False
@@ -74,7 +79,7 @@ class _Call:
         if self._take():
             self.begun = True
             try:
-                self._do()
+                self._ask()
             finally:
                 self._end()
 
@@ -92,32 +97,9 @@ class _Call:
         self._let_go()
         self.over = True
 
-    def _do(self) -> None:
-        raise NotImplementedError
 
-    def _let_go(self) -> None:
-        """Nothing, mostly."""
-
-
-class _Write(_Call):
-    def __init__(self, folder: int, name: bytes) -> None:
-        super().__init__()
-        self._folder, self._name = folder, name
-
-    def _do(self) -> None:
-        _write(self._folder, self._name)
-
-    def _let_go(self) -> None:
-        os.close(self._folder)
-
-
-class _Look(_Call):
-    def __init__(self, root: Root, path: CollectionPath) -> None:
-        super().__init__()
-        self._root, self._path = root, path
-
-    def _do(self) -> None:
-        _look(self._root, self._path)
+def _nothing() -> None:
+    """A look holds nothing."""
 
 
 def _write(folder: int, name: bytes) -> None:
