@@ -351,7 +351,13 @@ class TaskRunner:
 
     async def _run_delete(self, root: Root, skipped: ManifestWriter) -> None:
         run = DeleteRun(
-            root, self._journal, skipped, self._order.items or [], self._order.options, self._fault_from_thread
+            root,
+            self._journal,
+            skipped,
+            self._order.items or [],
+            self._order.options,
+            on_fault=partial(self._from_thread, self._fault),
+            on_begun=partial(self._from_thread, self._no_trouble),
         )
         self._run = run
         try:
@@ -364,8 +370,8 @@ class TaskRunner:
             self._run = None
             self._stands_no_more()
 
-    def _fault_from_thread(self, error: TowpathError) -> None:
-        self._token.run_sync_soon(self._fault, error)
+    def _from_thread(self, function: Callable[..., None], *arguments: object) -> None:
+        self._token.run_sync_soon(function, *arguments)
 
     def _fault(self, error: TowpathError) -> None:
         if self._events is not None:
@@ -469,9 +475,6 @@ class TaskRunner:
         """The task as it is now."""
         if self._run is not None:
             self._counters = self._run.counters()
-        if isinstance(self._run, DeleteRun) and self._run.steps:
-            # Whatever held it up is over: its root is there, and items are looked at.
-            self._no_trouble()
         active = self._state == "ACTIVE"
         error = self._status or (next(iter(self._standstills.values()), None) if active else None)
         waiting = error is not None and active

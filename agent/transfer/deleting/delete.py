@@ -26,7 +26,8 @@ from protocol.session import DIRECTORY, join_path
 
 
 class DeleteRun:
-    """One run of a delete task. `run` blocks; `stop` may be called from another thread."""
+    """One run of a delete task. `run` blocks; `stop` may be called from another thread. In the thread of `run`,
+    ``on_fault`` is told of what fails, and ``on_begun`` that the root and the books are there and items looked at."""
 
     def __init__(
         self,
@@ -36,6 +37,7 @@ class DeleteRun:
         items: list[TaskItem],
         options: TaskOptions,
         on_fault: Callable[[TowpathError], None],
+        on_begun: Callable[[], None],
     ) -> None:
         self._root = root
         self._journal = journal
@@ -43,6 +45,7 @@ class DeleteRun:
         self._items = items
         self._options = options
         self._on_fault = on_fault
+        self._on_begun = on_begun
         self._stop = threading.Event()
         # Where it is (see `agent.transfer.stalls.storage_watch.Deletes`).
         self.folder: Directory | None = None
@@ -67,6 +70,7 @@ class DeleteRun:
         previous = self._journal.counters()
         self.deleted, self.failed = previous.deleted, previous.failed
         done, begun = self._journal.done_items(), self._journal.known_items()
+        self._on_begun()
         for index, item in enumerate(self._items):
             if index in done:
                 continue
