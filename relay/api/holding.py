@@ -11,7 +11,7 @@ from starlette.types import Scope
 from protocol.places import Places
 from relay.api.client_authentication import caller_of
 from relay.audit.notes import notes
-from relay.refusal import ApiError
+from relay.refusal import ApiError, unavailable
 
 # Memory is counted in pieces of so many bytes. The first one of a request is not, which is all that most have.
 PIECE = 64 * 1024
@@ -20,7 +20,6 @@ BODIES_AT_ONCE = 4
 # What is made of bodies may be as much as this many of the largest ones, but this many bytes always.
 DOCUMENTS_AT_ONCE = 8
 _DOCUMENTS_AT_LEAST = 512 << 20
-_RETRY_AFTER = 5
 _KEY: Final = "holding"
 
 
@@ -69,8 +68,7 @@ class Holding:
         while size > (pieces + 1) * PIECE:
             caller = self._caller()
             if not places.take(caller):
-                sentence = f"The relay holds too many large requests at the moment; ask again in {_RETRY_AFTER} s."
-                raise ApiError(503, "ServiceUnavailable", sentence, headers={"Retry-After": str(_RETRY_AFTER)})
+                raise unavailable("The relay holds too many large requests at the moment; ask again in a few seconds.")
             self._pieces.append((places, caller))
             pieces += 1
         return pieces
