@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import random
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -12,11 +11,10 @@ from pathlib import Path
 import msgspec
 import trio
 
-from agent.storage.faulty import Call, Plan
+from agent.storage.faulty import Plan
 from protocol.control import TaskItem, TaskObserved, TaskOptions, TaskOrder
 from tests.agent.engine_inside import Crashed, Engine, Line, mortal
-
-PASSING = [errno.EIO, errno.ESTALE, errno.EBUSY]
+from tests.agent.misfortune import misfortune
 
 
 class OneOfTwo(Engine):
@@ -65,22 +63,7 @@ class Disturbed:
         return engine
 
     def _plan(self) -> Plan:
-        death = self.deaths.pop() if self.deaths else 0
-        count = 0
-
-        def plan(call: Call) -> int | None:
-            nonlocal count
-            count += 1
-            if count == death:
-                self.counts["deaths"] += 1
-                raise Crashed
-            # Content that reads back wrongly is tried again less often; the root answers for itself.
-            if call.operation in ("preadv", "close_file", "check_original") or self.random.random() >= self.faults:
-                return None
-            self.counts["faults"] += 1
-            return self.random.choice(PASSING)
-
-        return plan
+        return misfortune(self.random, self.deaths, self.faults, self.counts)
 
     def _paused(self, line: Line, observed: TaskObserved) -> None:
         if self.pauses and observed.state == "ACTIVE" and self.random.random() < 0.3:

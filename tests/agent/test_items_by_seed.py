@@ -5,9 +5,9 @@ never was, nothing is left under reserved names, and what was not touched arrive
 
 from __future__ import annotations
 
-import errno
 import os
 import random
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from hashlib import blake2b
@@ -18,6 +18,7 @@ import pytest
 from agent.storage.faulty import Call, Plan
 from protocol.control import TaskItem, TaskOptions
 from tests.agent.engine_inside import Crashed, Engine, contents, quick_path, skipped
+from tests.agent.misfortune import SPARED, misfortune
 from tests.slices import chosen_seeds
 
 __all__ = ["quick_path"]
@@ -25,7 +26,6 @@ __all__ = ["quick_path"]
 MIB = 1024 * 1024
 # Empty, small, and so large that some of it is settled while more comes.
 SIZES = [0, 10, 5000, 2 * MIB, 18 * MIB]
-PASSING = [errno.EIO, errno.ESTALE, errno.EBUSY]
 # What may become of files that somebody changes.
 EXPECTED = {"FILE_CHANGED", "FILE_NOT_FOUND", "IS_A_DIRECTORY", "NOT_A_DIRECTORY", "SYMLINK_LOOP", "NOT_A_FILE"}
 
@@ -87,19 +87,7 @@ class Play:
 
     def destination_plan(self, faults: float) -> Plan:
         """For one process: it dies at some call, if another death is to come, and calls fail now and then."""
-        death = self.deaths.pop() if self.deaths else 0
-        count = 0
-
-        def plan(call: Call) -> int | None:
-            nonlocal count
-            count += 1
-            if count == death:
-                raise Crashed
-            # Content that reads back wrongly is tried again less often than this would fail it.
-            fails = call.operation not in ("preadv", "close_file") and self.random.random() < faults
-            return self.random.choice(PASSING) if fails else None
-
-        return plan
+        return misfortune(self.random, self.deaths, faults, Counter(), SPARED - {"check_original"})
 
     def source_plan(self, changes: int) -> Plan:
         """The source is changed at some of its calls."""

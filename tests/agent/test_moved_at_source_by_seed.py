@@ -4,7 +4,6 @@ arrives when the task says that it succeeded, and no mirror deletes it where the
 
 from __future__ import annotations
 
-import errno
 import os
 import random
 import threading
@@ -22,13 +21,13 @@ from agent.transfer.planning.second_look import LOOKS, SecondLook
 from protocol.control import TaskItem, TaskObserved, TaskOptions
 from tests.agent.engine_inside import Crashed, Engine, contents, quick_path, skipped
 from tests.agent.folding_root import FoldingRoot
+from tests.agent.misfortune import misfortune
 from tests.slices import chosen_seeds
 
 __all__ = ["quick_path"]
 
 TOPS = ["a", "b", "c"]
 SIZES = [20, 700, 5000, 1_200_000]
-PASSING = [errno.EIO, errno.ESTALE, errno.EBUSY]
 # What may become of files that somebody moves away.
 MOVED_AWAY = {"FILE_CHANGED", "FILE_NOT_FOUND", "NOT_FOUND", "NOT_A_DIRECTORY", "IS_A_DIRECTORY"}
 # Where the source's calls come from that list or open files, and not from those that look whether folders changed.
@@ -59,8 +58,8 @@ class Play:
         self.replaced = False
         # What was done to the source since the run began, as text.
         self.done: list[str] = []
-        self.faults = 0
-        self.deaths_met = 0
+        # Deaths and faults.
+        self.met: Counter[str] = Counter()
         self._lock = threading.Lock()
         self.looking = False
         self.looks = 0
@@ -205,20 +204,7 @@ class Play:
             self.done.append(f"move {path} {folder / name}")
 
     def destination_plan(self, faults: float) -> Plan:
-        death = self.deaths.pop() if self.deaths else 0
-        count = 0
-
-        def plan(call: Call) -> int | None:
-            nonlocal count
-            count += 1
-            if count == death:
-                self.deaths_met += 1
-                raise Crashed
-            fails = call.operation not in ("preadv", "close_file", "check_original") and self.random.random() < faults
-            self.faults += fails
-            return self.random.choice(PASSING) if fails else None
-
-        return plan
+        return misfortune(self.random, self.deaths, faults, self.met)
 
     # --- what is right ---------------------------------------------------------------------------------
 
@@ -283,14 +269,14 @@ async def test_what_is_moved_while_it_is_listed_is_neither_missed_nor_deleted(
     check(play, engine, observed, before)
     sessions += engine.sessions
     # Sessions that end with a fault are followed by another one.
-    assert sessions <= 1 + LOOKS + play.deaths_met or play.faults, sessions
+    assert sessions <= 1 + LOOKS + play.met["deaths"] or play.met["faults"], sessions
 
 
 def check(play: Play, engine: Engine, observed: TaskObserved, before: dict[str, bytes | str]) -> None:
     found, failed = contents(engine.destination), skipped(engine)
     assert engine.temporaries() == []
     assert observed.state in ("SUCCEEDED", "FAILED")
-    unlucky = {"IO_ERROR", "STALE_HANDLE", "BUSY"} if play.faults else set()
+    unlucky = {"IO_ERROR", "STALE_HANDLE", "BUSY"} if play.met["faults"] else set()
     assert set(failed.values()) <= MOVED_AWAY | unlucky | ({"NAME_COLLISION"} if play.folding else set()), failed
     assert observed.state == "FAILED" or not unlucky & set(failed.values())
     wanted = {path: path.read_bytes() for path in play._files()}
@@ -312,7 +298,7 @@ def check(play: Play, engine: Engine, observed: TaskObserved, before: dict[str, 
                 assert isinstance(arrived, bytes), place
                 assert len(arrived) == len(content), place
                 assert play.options.sync_level == 1 or not play.options.preserve_timestamp, place
-    if not (play.faults or play.deaths_met):
+    if not (play.met["faults"] or play.met["deaths"]):
         count(play, engine, observed, failed)
 
 

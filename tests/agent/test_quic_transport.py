@@ -6,6 +6,7 @@ import contextlib
 import errno
 import signal
 import sys
+from collections.abc import AsyncIterator
 
 import psutil
 import pytest
@@ -38,6 +39,29 @@ def transport(identity: NodeKey, peer: NodeKey, looks: list[int] | None = None) 
         return [Candidate(kind=MAPPED_UDP, host="127.0.0.1", port=sock.getsockname()[1])]
 
     return QuicTransport(identity, peer_of, observe, lambda rows, _go: rows, instance="the server's")
+
+
+class Greeted:
+    """Who was greeted at the server's end."""
+
+    def __init__(self) -> None:
+        self.connections: list[Connection] = []
+
+    async def take(self, connection: Connection) -> None:
+        await trio.lowlevel.checkpoint()
+        self.connections.append(connection)
+
+
+@contextlib.asynccontextmanager
+async def both_running() -> AsyncIterator[tuple[QuicTransport, QuicTransport, trio.Nursery, Greeted]]:
+    """Client and server with their processes, until the end of the block, and a nursery that ends with them."""
+    client, server = transport(CLIENT, SERVER), transport(SERVER, CLIENT)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(client.run)
+        nursery.start_soon(server.run)
+        await trio.testing.wait_all_tasks_blocked()
+        yield client, server, nursery, Greeted()
+        nursery.cancel_scope.cancel()
 
 
 async def arranged(client: QuicTransport, server: QuicTransport, *, probe: bool = False) -> tuple[PathOffer, PathGo]:
@@ -200,23 +224,13 @@ async def test_sockets_for_offers_that_do_not_come_are_closed_and_bounded(
 
 @pytest.mark.timeout(60)
 async def test_streams_are_greeted_although_the_offer_was_replaced_while_quic_came_up() -> None:
-    client, server = transport(CLIENT, SERVER), transport(SERVER, CLIENT)
-    greeted: list[Connection] = []
-
-    async def greet(connection: Connection) -> None:
-        await trio.lowlevel.checkpoint()
-        greeted.append(connection)
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(client.run)
-        nursery.start_soon(server.run)
-        await trio.testing.wait_all_tasks_blocked()
+    async with both_running() as (client, server, nursery, greeted):
         offer, go = await arranged(client, server)
         replaced = trio.CancelScope()
 
         async def serve() -> None:
             with replaced:
-                await server.serve(offer, go, greet)
+                await server.serve(offer, go, greeted.take)
 
         async def replace() -> None:
             while not server._live:
@@ -235,12 +249,11 @@ async def test_streams_are_greeted_although_the_offer_was_replaced_while_quic_ca
             await trio.testing.wait_all_tasks_blocked()
             third = await client.another(WISH)
             assert third is not None
-            while len(greeted) < 3:
+            while len(greeted.connections) < 3:
                 await trio.sleep(0.01)
         assert replaced.cancelled_caught
-        for connection in (first, second, third, *greeted):
+        for connection in (first, second, third, *greeted.connections):
             connection.sock.close()
-        nursery.cancel_scope.cancel()
 
 
 @pytest.mark.soak
@@ -248,21 +261,11 @@ async def test_streams_are_greeted_although_the_offer_was_replaced_while_quic_ca
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 async def test_processes_that_were_stopped_are_ended_and_others_take_their_place() -> None:
     """With SIGSTOP, at both ends: until then the connection opens no more streams."""
-    client, server = transport(CLIENT, SERVER), transport(SERVER, CLIENT)
-    greeted: list[Connection] = []
-
-    async def greet(connection: Connection) -> None:
-        await trio.lowlevel.checkpoint()
-        greeted.append(connection)
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(client.run)
-        nursery.start_soon(server.run)
-        await trio.testing.wait_all_tasks_blocked()
+    async with both_running() as (client, server, nursery, greeted):
 
         async def connected() -> Connection:
             offer, go = await arranged(client, server)
-            nursery.start_soon(server.serve, offer, go, greet)
+            nursery.start_soon(server.serve, offer, go, greeted.take)
             with trio.fail_after(40):
                 return await client.connect(WISH, go)
 
@@ -278,8 +281,7 @@ async def test_processes_that_were_stopped_are_ended_and_others_take_their_place
         assert first.sock.recv(1) == b""
         again = await connected()
         with trio.fail_after(10):
-            while len(greeted) < 2:
+            while len(greeted.connections) < 2:
                 await trio.sleep(0.01)
-        for connection in (first, again, *greeted):
+        for connection in (first, again, *greeted.connections):
             connection.sock.close()
-        nursery.cancel_scope.cancel()
