@@ -6,9 +6,9 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable
 
+from agent.transfer.basis.times import now_iso
 from agent.transfer.books.journal import Journal
 from agent.transfer.books.state_trouble import StateTrouble
-from agent.transfer.planning.plan import now_iso
 from agent.transfer.processes.channel import Event
 from protocol.errors import TowpathError
 

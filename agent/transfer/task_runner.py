@@ -21,6 +21,7 @@ from agent.transfer.basis.compare import CHECKSUM
 from agent.transfer.basis.kept_lists import ListPolicy
 from agent.transfer.basis.patience import Patience
 from agent.transfer.basis.stopping import run_in_thread
+from agent.transfer.basis.times import now_iso
 from agent.transfer.begun_place import is_elsewhere
 from agent.transfer.books.counted import uncount
 from agent.transfer.books.journal import Journal, open_or_rebuild
@@ -35,7 +36,6 @@ from agent.transfer.deleting.remove import Stopped
 from agent.transfer.events import EventLog
 from agent.transfer.planning.filled_places import items_into
 from agent.transfer.planning.left_behind import sweep_folders, unfinished_folders
-from agent.transfer.planning.plan import now_iso
 from agent.transfer.processes.channel import Event, RunTask
 from agent.transfer.stalls.storage_watch import watch_deletions, watch_opening
 from agent.transfer.transfer_run import TransferRun

@@ -15,10 +15,10 @@ from agent.storage.faults import fault
 from agent.storage.node import Node
 from agent.storage.own_files import HoldsOwn
 from agent.transfer.basis.patience import named
+from agent.transfer.basis.times import now_iso
 from agent.transfer.books.journal import Journal
 from agent.transfer.books.manifest import ManifestWriter, SkippedRow
 from agent.transfer.deleting.remove import Removal, Stopped
-from agent.transfer.planning.plan import now_iso
 from protocol.control import Counters, TaskItem, TaskOptions
 from protocol.errors import ItemFailed, NeedsPerson, ProtocolError, RetryLater, TowpathError
 from protocol.names import CollectionPath, parse_path_untrusted

@@ -19,12 +19,12 @@ from agent.storage.own_files import HoldsOwn
 from agent.storage.real_places import Ways
 from agent.storage.rules import included
 from agent.transfer.basis.patience import Patience
+from agent.transfer.basis.times import now_iso
 from agent.transfer.books.journal import Journal
 from agent.transfer.books.manifest import SkippedRow
 from agent.transfer.books.record import Record
 from agent.transfer.deleting.remove import Removal, Stopped
 from agent.transfer.planning.filled_places import SEVERAL, FilledPlaces
-from agent.transfer.planning.plan import now_iso
 from protocol.control import TaskItem, TaskOptions
 from protocol.errors import ItemFailed, TaskFailed, TowpathError
 from protocol.names import CollectionPath, format_path, is_reserved, split_path

@@ -499,9 +499,3 @@ class Listing:
     def _wake(self) -> None:
         self._changed.set()
         self._changed = trio.Event()
-
-
-def now_iso() -> str:
-    """The time of day as the wire has it: UTC, microseconds."""
-    seconds, nanoseconds = divmod(time.time_ns(), 10**9)
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + f".{nanoseconds // 1000:06d}+00:00"

@@ -13,9 +13,9 @@ import trio
 
 from agent.connect.transport import Path
 from agent.system.processes import in_words
+from agent.transfer.basis.times import now_iso
 from agent.transfer.books.state_trouble import StateTrouble
 from agent.transfer.course.progress import merged
-from agent.transfer.planning.plan import now_iso
 from agent.transfer.processes.channel import (
     BetterPath,
     Channel,

@@ -22,8 +22,8 @@ import trio
 from agent.connect import listener
 from agent.connect.introductions import Introductions
 from agent.connect.peers import PeerPath, PeerProbes
+from agent.transfer.basis.times import now_iso
 from agent.transfer.books.state_trouble import StateTrouble
-from agent.transfer.planning.plan import now_iso
 from agent.transfer.source.source_policy import reads_elsewhere
 from agent.transfer.tasks.held_up import is_drained, told
 from agent.transfer.tasks.known_sources import sources_of

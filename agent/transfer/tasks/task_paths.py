@@ -10,7 +10,7 @@ import trio
 from agent.connect.finder import PathFinder, either
 from agent.connect.running_race import Subject
 from agent.connect.transport import Connection, Path
-from agent.transfer.planning.plan import now_iso
+from agent.transfer.basis.times import now_iso
 from agent.transfer.tasks.local_node import LocalNode
 from protocol.candidates import Arrangement, PathAnswer, PathGo, PathOffer
 from protocol.control import AgentEvent, SessionAnswer, TaskOrder
