@@ -8,7 +8,7 @@ import pytest
 import trio
 
 from agent.transfer.books.journal import Journal
-from agent.transfer.planning.plan import Listing
+from agent.transfer.planning.listing_queue import ListingQueue
 
 
 class Counting(Journal):
@@ -23,7 +23,7 @@ class Counting(Journal):
 async def test_every_directory_is_listed_once_and_seldom_looked_for(tmp_path: Path, listers: int) -> None:
     journal = Counting(tmp_path / "journal.sqlite")
     journal.add_directories([(0, b"", b"", 0, [])])
-    listing = Listing(journal)
+    queue = ListingQueue(journal)
     seen: list[bytes] = []
 
     def below(path: bytes) -> list[bytes]:
@@ -31,14 +31,14 @@ async def test_every_directory_is_listed_once_and_seldom_looked_for(tmp_path: Pa
         return [path + b"/%d" % number for number in range(3)] if path.count(b"/") < 4 else []
 
     async def lister() -> None:
-        while row := await listing.take():
+        while row := await queue.take():
             seen.append(row.destination)
             await trio.lowlevel.checkpoint()
             children = below(row.destination)
             journal.add_directories([(0, path, path, 0, []) for path in children])
             if children:
-                listing.added()
-            listing.finished()
+                queue.added()
+            queue.finished()
 
     with trio.fail_after(30):
         async with trio.open_nursery() as nursery:

@@ -22,7 +22,8 @@ from agent.transfer.planning.extras import KeptExtra
 from agent.transfer.planning.filled_places import SEVERAL, FilledPlaces
 from agent.transfer.planning.gathered_names import GatheredNames, SpelledThere, pieces
 from agent.transfer.planning.items import ItemPlanner
-from agent.transfer.planning.plan import DirectoryPlanner, Listing, Planned
+from agent.transfer.planning.listing_queue import ListingQueue
+from agent.transfer.planning.plan import DirectoryPlanner, Planned
 from agent.transfer.planning.second_look import GONE, SecondLook
 from protocol.errors import ItemFailed, NeedsPerson, RetryLater, TaskFailed, TowpathError
 from protocol.names import CollectionPath, format_path, parse_path_untrusted, split_path
@@ -73,22 +74,22 @@ class DirectoryWalk:
 
     async def run(self) -> None:
         """Returns when everything is handed out."""
-        listing = Listing(self._run.context.journal)
+        queue = ListingQueue(self._run.context.journal)
         async with trio.open_nursery() as nursery:
             for _ in range(LISTERS):
-                nursery.start_soon(self._take, listing)
+                nursery.start_soon(self._take, queue)
 
-    async def _take(self, listing: Listing) -> None:
-        while row := await listing.take():
+    async def _take(self, queue: ListingQueue) -> None:
+        while row := await queue.take():
             try:
-                await self._list(row, listing)
+                await self._list(row, queue)
             finally:
-                listing.finished()
+                queue.finished()
 
-    async def _list(self, row: DirectoryRow, listing: Listing) -> None:
+    async def _list(self, row: DirectoryRow, queue: ListingQueue) -> None:
         await self._run.slot()
         with closing(self._planner(row)) as planner:
-            await self._list_with(planner, row, listing)
+            await self._list_with(planner, row, queue)
 
     def _planner(self, row: DirectoryRow) -> DirectoryPlanner:
         run, context = self._run, self._run.context
@@ -105,7 +106,7 @@ class DirectoryWalk:
             one_machine=context.one_machine,
         )
 
-    async def _list_with(self, planner: DirectoryPlanner, row: DirectoryRow, listing: Listing) -> None:
+    async def _list_with(self, planner: DirectoryPlanner, row: DirectoryRow, queue: ListingQueue) -> None:
         run = self._run
         follow = run.options.recursive_symlinks == "copy"
         if (run.options.preserve_xattrs or run.options.preserve_acls) and not await self._prepare(planner, row):
@@ -116,9 +117,9 @@ class DirectoryWalk:
                 async for rows in batches:
                     planned = None if planner.folds else await self._take_rows(planner, rows)
                     if planned is None:
-                        await self._gather(planner, rows, batches, listing)
+                        await self._gather(planner, rows, batches, queue)
                     else:
-                        await self._planned(planned, listing)
+                        await self._planned(planned, queue)
         except _NotOpened as problem:
             await self._not_opened(row, fault(problem.error, "destination", row.destination))
             return
@@ -131,7 +132,7 @@ class DirectoryWalk:
         run.settle.put(GroupListed(planner.group))
 
     async def _gather(
-        self, planner: DirectoryPlanner, rows: list[Row], batches: AsyncIterator[list[Row]], listing: Listing
+        self, planner: DirectoryPlanner, rows: list[Row], batches: AsyncIterator[list[Row]], queue: ListingQueue
     ) -> None:
         """Plan a folder whose names may be one name here, once they are all known; of those with more than are held in
         memory, one at a time. Raises `ItemFailed` for names that cannot be compared."""
@@ -149,7 +150,7 @@ class DirectoryWalk:
             while portion := await run(partial(next, portions, [])):
                 await run(partial(planner.compare_names, portion, there.of if there else None))
                 for some in pieces(portion):
-                    await self._planned(await run(partial(planner.plan, some)), listing)
+                    await self._planned(await run(partial(planner.plan, some)), queue)
             # What was large on disk takes a moment to go.
             await run(gathered.close)
             if there is not None:
@@ -219,9 +220,9 @@ class DirectoryWalk:
             self._failed(planner.group, row, error)
         self._run.settle.put(GroupListed(planner.group))
 
-    async def _planned(self, planned: Planned, listing: Listing) -> None:
+    async def _planned(self, planned: Planned, queue: ListingQueue) -> None:
         if planned.directories:
-            listing.added()
+            queue.added()
         if planned.gone:
             self._run.settled_is_gone(planned.gone)
         await self._hand_out(planned)
