@@ -7,7 +7,7 @@ blocks (comparing, making folders) happens in worker threads.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from agent.storage.base import Directory, Root
@@ -402,33 +402,3 @@ def _is_empty(handle: Directory) -> bool:
         return next(handle.scan(reserved=True), None) is None
     except PermissionError:
         return False
-
-
-def set_directory_times(root: Root, rows: Iterator[tuple[bytes, int, int]], patience: Patience) -> None:
-    """Give directories the times of their sources, children before parents. One that is gone, or is no folder of the
-    collection any more, is left out.
-
-    Raises `TowpathError`; to be called again then.
-    """
-    parent: Directory | None = None
-    above: CollectionPath = ()
-    try:
-        for destination, mtime_ns, _ in rows:
-            path = split_path(destination)
-            if not path:
-                continue
-            try:
-                if parent is None or path[:-1] != above:
-                    # Folders of one folder mostly come one after the other.
-                    if parent is not None:
-                        parent.close()
-                        parent = None
-                    (parent, _name), above = root.open_parent(path), path[:-1]
-                parent.set_times(path[-1], mtime_ns)
-            except OSError as error:
-                problem = fault(error, "destination", destination)
-                if patience.is_passing(destination, problem):
-                    raise problem from error
-    finally:
-        if parent is not None:
-            parent.close()
