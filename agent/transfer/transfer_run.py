@@ -27,7 +27,7 @@ from agent.transfer.basis.jobs import AllArrived, FileJob, Group, LargeFile, Lis
 from agent.transfer.basis.patience import counted, named
 from agent.transfer.basis.stopping import call_on_cancel, first_error, first_system_error
 from agent.transfer.basis.times import now_iso
-from agent.transfer.books.counted import add_counts
+from agent.transfer.books.counted import add_counts, count_finished
 from agent.transfer.books.record import FolderMoved
 from agent.transfer.course.run import RunContext
 from agent.transfer.deleting.mirror import Mirror
@@ -39,7 +39,7 @@ from agent.transfer.planning.hard_links import HardLinks
 from agent.transfer.planning.items import ItemPlanner
 from agent.transfer.planning.left_behind import sweep_temporaries
 from agent.transfer.planning.packs import PACK_BYTES, packs
-from agent.transfer.planning.plan import UNSUPPORTED, count_finished
+from agent.transfer.planning.plan import UNSUPPORTED
 from agent.transfer.receiving.flow_watch import FlowWatch
 from agent.transfer.receiving.lane_arrivals import RemoteArrivals
 from agent.transfer.receiving.lanes import Lanes, OpenLane

@@ -1,4 +1,5 @@
-"""What groups and single items add to the task's counters, and how items are counted once that must come again."""
+"""What groups, single items and what earlier runs settled add to the task's counters, and how items are counted once
+that must come again."""
 
 from __future__ import annotations
 
@@ -7,10 +8,12 @@ from operator import attrgetter
 
 import msgspec
 
-from agent.transfer.basis.jobs import Counts
+from agent.transfer.basis.jobs import Counts, ListFate
+from agent.transfer.basis.journal_rows import BARE, FAILED, KEPT, LINKED, LIST_FATE, SKIPPED, TRANSFERRED, UNCHANGED
 from agent.transfer.books.journal import Journal
 from agent.transfer.books.journal_file import COUNTED
 from protocol.control import Counters
+from protocol.session import FILE, SYMLINK, Row
 
 # What files have together may be more than can be written down: a sparse one may be of this size by itself.
 MOST_BYTES = (1 << 63) - 1
@@ -53,3 +56,35 @@ def uncount(journal: Journal, items: Collection[int]) -> None:
         journal.put_counters(add_counts(journal.counters(), less))
         journal.put_settled(max(0, journal.settled() + sum(each.bytes_transferred for each in less)))
         journal.put(key, msgspec.msgpack.encode(rows))
+
+
+def bytes_settled(row: Row, outcome: int) -> int:
+    """What a file that an earlier run has ended with ``outcome`` counts among the bytes that are durable."""
+    return row.size if outcome % LIST_FATE in (TRANSFERRED, BARE) and row.kind == FILE else 0
+
+
+def count_finished(counts: Counts, row: Row, outcome: int, *, verified: bool, shared: bool = False) -> None:
+    """Settled in an earlier run: only the counts of its group must know."""
+    fate, outcome = divmod(outcome, LIST_FATE)
+    counts.add_list(ListFate(fate))
+    if shared and outcome not in (LINKED, KEPT):
+        counts.bytes_total += row.size
+    if outcome == FAILED:
+        counts.failed += 1
+    elif outcome == SKIPPED:
+        counts.skipped_errors += 1
+    elif outcome in (UNCHANGED, KEPT):
+        counts.files_skipped += 1
+        counts.hard_links_kept += outcome == KEPT
+    elif outcome == LINKED:
+        counts.files_transferred += 1
+        counts.hard_links_kept += 1
+    elif row.kind == SYMLINK:
+        counts.symlinks += 1
+        counts.symlinks_transferred += 1
+    else:
+        counts.files_transferred += 1
+        counts.xattrs_left_out += outcome == BARE
+        counts.bytes_transferred += row.size
+        if verified:
+            counts.bytes_checksummed += row.size

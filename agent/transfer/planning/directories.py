@@ -1,4 +1,8 @@
-"""Listing the directories of a run side by side, and comparing files by digest where that was asked for."""
+"""Listing the directories of a run, and handing out what is to be done in them, a little ahead of it.
+
+A few tasks list at once, depth first, so that round trips overlap and few directories wait. Also: comparing files by
+digest where that was asked for.
+"""
 
 from __future__ import annotations
 

@@ -18,11 +18,12 @@ from agent.transfer.basis.checksum import check_given, normalised_algorithm
 from agent.transfer.basis.compare import SMALL_FILE, Decision, decide, decide_link
 from agent.transfer.basis.jobs import FileJob, Group, GroupListed, LinkWanted, SharedName
 from agent.transfer.basis.journal_rows import FAILED, LIST_FATE, SKIPPED
+from agent.transfer.books.counted import bytes_settled
 from agent.transfer.course.run import Run
 from agent.transfer.planning.collisions import collision, losers, twice
 from agent.transfer.planning.hard_links import is_shared, shared_name
 from agent.transfer.planning.into_itself import into_itself
-from agent.transfer.planning.plan import bytes_settled, refusal
+from agent.transfer.planning.plan import refusal
 from protocol.control import TaskItem
 from protocol.errors import (
     ItemFailed,

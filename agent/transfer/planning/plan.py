@@ -1,7 +1,5 @@
-"""Planning: lists the source, compares with the destination, and hands out what has to be done, a little ahead of it.
-
-Directories are listed by a few tasks at once, depth first, so that round trips overlap and few directories wait. What
-blocks (comparing, making folders) happens in worker threads.
+"""Planning one folder: compares what the source has there with what the destination has, makes folders, and says what
+else is to be done. All of it blocks and runs in worker threads.
 """
 
 from __future__ import annotations
@@ -16,20 +14,10 @@ from agent.storage.faults import fault
 from agent.storage.node import Node, nearest_time
 from agent.storage.rules import included
 from agent.transfer.basis.compare import Decision, decide, is_another
-from agent.transfer.basis.jobs import Counts, FileJob, Group, ListFate, SharedName
-from agent.transfer.basis.journal_rows import (
-    BARE,
-    COUNTED_BEFORE,
-    FAILED,
-    KEPT,
-    LINKED,
-    LIST_FATE,
-    SKIPPED,
-    TRANSFERRED,
-    UNCHANGED,
-    DirectoryRow,
-)
+from agent.transfer.basis.jobs import FileJob, Group, SharedName
+from agent.transfer.basis.journal_rows import COUNTED_BEFORE, FAILED, LIST_FATE, SKIPPED, DirectoryRow
 from agent.transfer.basis.patience import Patience
+from agent.transfer.books.counted import bytes_settled, count_finished
 from agent.transfer.books.journal import Journal
 from agent.transfer.planning.collisions import collision, losers
 from agent.transfer.planning.extras import Extras, KeptExtra
@@ -345,38 +333,6 @@ class DirectoryPlanner:
         """Let go what is known of the source's names; the folder's group goes on. Safe to call twice."""
         if self._extras is not None:
             self._extras.close()
-
-
-def bytes_settled(row: Row, outcome: int) -> int:
-    """What a file that an earlier run has ended with ``outcome`` counts among the bytes that are durable."""
-    return row.size if outcome % LIST_FATE in (TRANSFERRED, BARE) and row.kind == FILE else 0
-
-
-def count_finished(counts: Counts, row: Row, outcome: int, *, verified: bool, shared: bool = False) -> None:
-    """Settled in an earlier run: only the counts of its group must know."""
-    fate, outcome = divmod(outcome, LIST_FATE)
-    counts.add_list(ListFate(fate))
-    if shared and outcome not in (LINKED, KEPT):
-        counts.bytes_total += row.size
-    if outcome == FAILED:
-        counts.failed += 1
-    elif outcome == SKIPPED:
-        counts.skipped_errors += 1
-    elif outcome in (UNCHANGED, KEPT):
-        counts.files_skipped += 1
-        counts.hard_links_kept += outcome == KEPT
-    elif outcome == LINKED:
-        counts.files_transferred += 1
-        counts.hard_links_kept += 1
-    elif row.kind == SYMLINK:
-        counts.symlinks += 1
-        counts.symlinks_transferred += 1
-    else:
-        counts.files_transferred += 1
-        counts.xattrs_left_out += outcome == BARE
-        counts.bytes_transferred += row.size
-        if verified:
-            counts.bytes_checksummed += row.size
 
 
 def refusal(row: Row, decision: Decision) -> TowpathError:
