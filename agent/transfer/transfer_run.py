@@ -34,7 +34,8 @@ from agent.transfer.deleting.mirror import Mirror
 from agent.transfer.lane_processes.pool import LaneProcesses
 from agent.transfer.last_steps import last_steps
 from agent.transfer.planning.attributes import Attributes, attributes_size
-from agent.transfer.planning.directories import Comparisons, DirectoryWalk
+from agent.transfer.planning.comparisons import Comparisons
+from agent.transfer.planning.directories import DirectoryWalk
 from agent.transfer.planning.hard_links import HardLinks
 from agent.transfer.planning.items import ItemPlanner
 from agent.transfer.planning.left_behind import sweep_temporaries

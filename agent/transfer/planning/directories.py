@@ -1,7 +1,6 @@
 """Listing the directories of a run, and handing out what is to be done in them, a little ahead of it.
 
-A few tasks list at once, depth first, so that round trips overlap and few directories wait. Also: comparing files by
-digest where that was asked for.
+A few tasks list at once, depth first, so that round trips overlap and few directories wait.
 """
 
 from __future__ import annotations
@@ -14,11 +13,8 @@ import trio
 
 from agent.storage.disks import DISK_MISSING, DISK_REPLACED
 from agent.storage.faults import fault
-from agent.storage.node import mtime_of
 from agent.transfer.asking.budget import charge
-from agent.transfer.asking.source_session import SessionLost
-from agent.transfer.basis.checksum import file_digest
-from agent.transfer.basis.jobs import FileJob, Group, GroupListed, LinkWanted, Outcome
+from agent.transfer.basis.jobs import Group, GroupListed, LinkWanted
 from agent.transfer.basis.journal_rows import DirectoryRow
 from agent.transfer.basis.storage_threads import StorageThreads
 from agent.transfer.course.run import Run
@@ -35,7 +31,6 @@ from protocol.session import Row
 
 # Round trips that overlap while directories are listed.
 LISTERS = 16
-COMPARISONS_AT_ONCE = 2
 # What is said, once, where a mirror leaves something that the source has not listed.
 _KEPT = {
     KeptExtra.SHARED: SEVERAL,
@@ -315,56 +310,3 @@ class DirectoryWalk:
         if planned.shared:
             await run.offer()
             await run.hard_links.room()
-
-
-class Comparisons:
-    """Compares files with the source by digest; those that differ are brought over."""
-
-    def __init__(self, run: Run) -> None:
-        self._run = run
-        self._waiting_in, self._waiting_out = trio.open_memory_channel[FileJob](64)
-
-    def start(self, nursery: trio.Nursery) -> None:
-        """Begin to take files; ends with the nursery."""
-        for _ in range(COMPARISONS_AT_ONCE):
-            nursery.start_soon(self._feed)
-
-    async def compare(self, job: FileJob) -> None:
-        """Have a file compared; waits while enough others are waiting."""
-        await self._waiting_in.send(job)
-
-    async def _feed(self) -> None:
-        async for job in self._waiting_out.clone():
-            await self._compare(job)
-
-    async def _compare(self, job: FileJob) -> None:
-        run = self._run
-        try:
-            theirs = await run.session.digest(job.source_path, "BLAKE3", job.row.version, follow=job.follow)
-            ours = await trio.to_thread.run_sync(self._own_digest, job)
-        except OSError as error:
-            run.retries.job_failed(job, fault(error, "destination", job.destination_path))
-            return
-        except SessionLost:
-            raise
-        except TowpathError as error:
-            run.retries.job_failed(job, error)
-            return
-        if theirs == ours:
-            run.settle.put(Outcome(job, None))
-            return
-        job.place = None
-        await run.copy(job)
-        await run.offer()
-
-    def _own_digest(self, job: FileJob) -> str:
-        root = self._run.context.root
-        descriptor = job.group.handle.open_read(job.name)
-        try:
-            digest = file_digest(root, descriptor, "BLAKE3")
-            if job.shared:
-                status = root.fstat(descriptor)
-                job.place = (status.st_dev, status.st_ino, status.st_size, mtime_of(status))
-            return digest
-        finally:
-            root.close_file(descriptor)
