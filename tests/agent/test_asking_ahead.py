@@ -28,7 +28,7 @@ from agent.transfer.asking.take_ahead import LANE, MOST_FILES, Awaited, takeable
 from agent.transfer.basis.compare import SMALL_FILE
 from agent.transfer.basis.jobs import FileJob, Group, PackRequest
 from agent.transfer.receiving.receive import LaneReceiver
-from agent.transfer.source import serve
+from agent.transfer.source import lane_queues, serve
 from agent.transfer.source.send import Joined
 from agent.transfer.source.serve import SourceSide
 from protocol import session
@@ -170,11 +170,12 @@ async def test_work_for_a_lane_that_has_not_come_waits_for_it(
     await ours.send_all(session.encode(session.Hello("", INSTANCE)))
     await _messages(ours, 1)
     pack = [session.PackFile(b"file", (0, 0, 7, 0, 0))]
-    for number in range(1, serve.MAX_EXPECTED + 2):
+    most = lane_queues.MAX_EXPECTED
+    for number in range(1, most + 2):
         await ours.send_all(session.encode(session.ReadPack(number, number, b"", pack)))
-    refused = [session.answer_untrusted(body) for body in await _messages(ours, 1 if ahead else serve.MAX_EXPECTED + 1)]
+    refused = [session.answer_untrusted(body) for body in await _messages(ours, 1 if ahead else most + 1)]
     numbers = {answer.r for answer in refused if isinstance(answer, session.Failed)}
-    assert numbers == ({serve.MAX_EXPECTED + 1} if ahead else set(range(1, serve.MAX_EXPECTED + 2)))
+    assert numbers == ({most + 1} if ahead else set(range(1, most + 2)))
     if ahead:
         work = (await trio.to_thread.run_sync(side.join, INSTANCE, 1, LaneMeter(None))).work  # type: ignore[arg-type]
         found = work.get_nowait()
@@ -191,7 +192,7 @@ async def test_what_a_lane_is_asked_for_before_it_is_expected_is_asked_for_again
     quick_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As with more lanes at once than a source expects; nobody heard that it refused, and the task stood still."""
-    monkeypatch.setattr(serve, "MAX_EXPECTED", 0)
+    monkeypatch.setattr(lane_queues, "MAX_EXPECTED", 0)
     join = SourceSide.join
 
     def slowly(side: SourceSide, instance: bytes, number: int, meter: LaneMeter) -> Joined:

@@ -21,6 +21,7 @@ from agent.storage.node import version_of
 from agent.storage.posix import open_root
 from agent.transfer.books.manifest import SkippedRow, read_page
 from agent.transfer.source import send, source_files
+from agent.transfer.source.lane_queues import LaneRequest
 from protocol import session
 from protocol.control import TaskItem, TaskOptions
 from tests.agent.engine_inside import CHECKED, Engine, contents, quick_path, skipped
@@ -287,7 +288,7 @@ def test_a_file_that_is_open_already_is_let_rest_for_each_version(
             path.write_bytes(content * MIB)
             version = version_of(path.stat())
             request = session.ReadRange(1, 0, b"file", version, 0, MIB, MIB)
-            work = send.LaneRequest(request, (b"file",), ())
+            work = LaneRequest(request, (b"file",), ())
             sender._serve(work)
         sender._close()
     assert len(rests) == 2

@@ -11,7 +11,7 @@ import trio
 import trio.testing
 
 from agent.storage.posix import open_root
-from agent.transfer.source import serve
+from agent.transfer.source import lane_queues, serve
 from agent.transfer.source.serve import QUESTIONS_AT_ONCE, Control, SourceSide
 from protocol import session
 from protocol.errors import ProtocolError
@@ -89,13 +89,13 @@ async def test_what_waits_for_lanes_is_bounded_by_the_memory_it_holds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A hundred thousand requests may each name a thousand files with long paths."""
-    monkeypatch.setattr(serve, "MAX_WAITING_BYTES", 1 << 20)
+    monkeypatch.setattr(lane_queues, "MAX_WAITING_BYTES", 1 << 20)
     version = (0, 0, 0, 0, 0)
     ours, theirs = trio.testing.memory_stream_pair()
     with open_root(os.fspath(tmp_path)) as root:
         side = SourceSide(root, OpenPolicy(), None)  # type: ignore[arg-type]
         control = Control(side, theirs, ahead=True)
-        lane = control.add_lane(1, None)  # type: ignore[arg-type]
+        lane = control.lanes.add(1, None)  # type: ignore[arg-type]
 
         async def fill(name: bytes) -> int:
             for number in range(10_000):

@@ -6,11 +6,10 @@ since it was listed is noticed and never sent as if it were what was listed.
 
 from __future__ import annotations
 
-import queue
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from agent.connect.lane_tls import SecuredLane
 from agent.limits.pace import Pace
@@ -21,6 +20,7 @@ from agent.storage.faults import fault
 from agent.storage.node import version_of
 from agent.transfer.basis.compression import Compression, Mode
 from agent.transfer.basis.lane_keys import LAST_RECORD, records_of
+from agent.transfer.source.lane_queues import LaneQueue, LaneRequest
 from agent.transfer.source.second_read import SecondRead
 from protocol import lane
 from protocol.errors import ProtocolError, RetryLater, TowpathError
@@ -42,49 +42,6 @@ def rest(ctime_ns: int, now_ns: int) -> float:
     clock of ours and not waited for."""
     age = now_ns - ctime_ns
     return (CLOCK_TICK - age) / 10**9 if 0 <= age < CLOCK_TICK else 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class LaneRequest:
-    """Checked work for a lane: the request with its paths, or the reason why it is refused."""
-
-    request: ReadRange | ReadPack
-    path: CollectionPath
-    paths: tuple[CollectionPath, ...]
-    refused: TowpathError | None = None
-    # Numbers of requests that the destination wants no more, shared by all of a session.
-    abandoned: set[int] = field(default_factory=set)
-    compression: Mode = "off"
-    # About how many bytes of memory it holds.
-    size: int = 0
-
-
-class LaneQueue(queue.SimpleQueue["LaneRequest | None"]):
-    """What waits for one lane: one thread puts, one takes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        # Each is counted by one thread.
-        self._came = self._went = 0
-        # What the lane works on, or has just done.
-        self.taken: LaneRequest | None = None
-
-    @property
-    def size(self) -> int:
-        """About how many bytes of memory all of it holds."""
-        return self._came - self._went
-
-    def put(self, item: LaneRequest | None, block: bool = True, timeout: float | None = None) -> None:
-        """As of any queue."""
-        self._came += 0 if item is None else item.size
-        super().put(item, block, timeout)
-
-    def get(self, block: bool = True, timeout: float | None = None) -> LaneRequest | None:
-        """As of any queue."""
-        item = super().get(block, timeout)
-        self._went += 0 if item is None else item.size
-        self.taken = item
-        return item
 
 
 @dataclass(frozen=True, slots=True)

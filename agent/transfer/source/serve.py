@@ -18,7 +18,6 @@ import trio
 from agent.connect.lane_tls import SecuredLane
 from agent.limits.pace import Pace
 from agent.meter.lane import LaneMeter, readings_of
-from agent.meter.time_shares import Doing
 from agent.storage import access_lists, attributes
 from agent.storage.base import Root
 from agent.storage.faults import fault
@@ -29,7 +28,8 @@ from agent.transfer.basis.lane_keys import LAST_RECORD
 from agent.transfer.basis.storage_threads import StorageThreads
 from agent.transfer.planning.attributes import read_attributes
 from agent.transfer.source import source_files
-from agent.transfer.source.send import Joined, LaneQueue, LaneRequest, LaneSender
+from agent.transfer.source.lane_queues import MAX_WAITING, LaneQueues, LaneRequest
+from agent.transfer.source.send import Joined, LaneSender
 from agent.transfer.source.source_policy import SourcePolicy
 from agent.transfer.source.source_rows import Listing
 from agent.transfer.source.under_way import UnderWay, paths_of
@@ -42,20 +42,13 @@ from protocol.ticket import TicketVerifier
 _CHUNK = 64 * 1024
 HELLO_TIMEOUT = 30.0
 LISTINGS_AT_ONCE = 32
-MAX_LANES = 64
 # Questions of one destination that are worked on, each of which may be large. More are not read from it meanwhile; an
 # honest one has fewer.
 QUESTIONS_AT_ONCE = 32
-# Requests of one destination that may wait for lanes; an honest one is held back by its own window long before.
-MAX_WAITING = 100_000
-# The memory that they may hold together; of an honest one 24,576 files at most are on their way.
-MAX_WAITING_BYTES = 512 * 1024 * 1024
 # About what one request holds, one of its files, one component of a path, and one that is not shared with others.
 REQUEST_BYTES, FILE_BYTES, COMPONENT_BYTES, OWN_COMPONENT_BYTES = 1000, 400, 8, 64
-# How long a lane waits for the greeting of its control stream (seconds), which comes on another connection; and lanes
-# that may have work before they have come.
+# How long a lane waits for the greeting of its control stream (seconds), which comes on another connection.
 JOIN_PATIENCE = 2.0
-MAX_EXPECTED = 4
 
 # A question about what is in one file, and what is found.
 R = TypeVar("R", session.DigestFile, session.FindExtents, session.DigestBlocks)
@@ -121,7 +114,7 @@ class SourceSide:
             control = self._names(instance)
         if control is None:
             raise ProtocolError("The lane names no live session.")
-        return Joined(control.add_lane(number, meter), control.root)
+        return Joined(control.lanes.add(number, meter), control.root)
 
     def _names(self, instance: bytes) -> Control | None:
         control = self.control
@@ -136,18 +129,14 @@ class Control:
         # As far as its ticket reaches, from `introduce` on.
         self.root = side.root
         self._ahead = ahead
+        self.lanes = LaneQueues(ahead=ahead)
         # What came with the greeting.
         self._early: list[bytes] = []
         self._side = side
         self._stream = stream
         self._reader = session.MessageReader()
-        self._lanes: dict[int, LaneQueue] = {}
-        # Those of them that have work and are not there yet. Threads of lanes take them out.
-        self._expected: set[int] = set()
-        self._joining = threading.Lock()
         self._abandoned: set[int] = set()
         self._compression: compression.Mode = "off"
-        self._meters: dict[int, LaneMeter] = {}
         self._listings: dict[int, tuple[trio.CancelScope, trio.Semaphore]] = {}
         self._questions = trio.Semaphore(QUESTIONS_AT_ONCE)
         self._send_out, self._receive_out = trio.open_memory_channel[bytes](1024)
@@ -160,32 +149,6 @@ class Control:
     def end(self) -> None:
         """A newer control stream took over."""
         self._scope.cancel()
-
-    def add_lane(self, number: int, meter: LaneMeter) -> LaneQueue:
-        """A lane of this number is there: where it finds its work; an older one of the number ends. Raises
-        `ProtocolError` for one too many; any thread may call."""
-        with self._joining:
-            if number not in self._lanes and len(self._lanes) >= MAX_LANES:
-                raise ProtocolError("The session has too many lanes.")
-            self._meters[number] = meter
-            old = self._lanes.get(number)
-            if old is not None and number in self._expected:
-                self._expected.discard(number)
-                return old
-            if old is not None:
-                old.put(None)
-            lane = LaneQueue()
-            self._lanes[number] = lane
-            return lane
-
-    def _lane(self, number: int) -> LaneQueue | None:
-        """Where a lane finds its work; of one that has not come yet only if the destination may ask ahead."""
-        with self._joining:
-            lane = self._lanes.get(number)
-            if lane is None and self._ahead and len(self._expected) < MAX_EXPECTED and len(self._lanes) < MAX_LANES:
-                self._expected.add(number)
-                lane = self._lanes[number] = LaneQueue()
-            return lane
 
     async def introduce(self, peer_fingerprint: str) -> None:
         """Check the greeting: ticket, session, both nodes. Raises `TowpathError` after telling the peer."""
@@ -229,8 +192,9 @@ class Control:
             with self._scope:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._write)
+                    lanes = self.lanes
                     nursery.start_soon(
-                        self._under_way.watch, lambda: self._side.root, self._allowed, self._read_by_lanes, self._sent
+                        self._under_way.watch, lambda: self._side.root, self._allowed, lanes.waited_for, lanes.sent
                     )
                     await self._read(nursery)
                     nursery.cancel_scope.cancel()
@@ -238,8 +202,7 @@ class Control:
             # The destination is gone; whether it comes back is its business.
             self._scope.cancel()
         finally:
-            for lane in self._lanes.values():
-                lane.put(None)
+            self.lanes.end()
 
     async def _write(self) -> None:
         await send_queued(self._stream, self._receive_out)
@@ -283,7 +246,7 @@ class Control:
             await self._questions.acquire()
             nursery.start_soon(self._question, answer, request)
         elif isinstance(request, session.ReadLanes):
-            await self._answer(readings_of(request.r, self._meters, silent=self._under_way.silent))
+            await self._answer(readings_of(request.r, self.lanes.meters, silent=self._under_way.silent))
         elif isinstance(request, session.RenewTicket):
             self._side.policy.renew(self._side.verifier, request.ticket, time.time())
         elif isinstance(request, session.Ping):
@@ -297,19 +260,6 @@ class Control:
                 await answer(self, request)
         finally:
             self._questions.release()
-
-    def _read_by_lanes(self) -> list[CollectionPath]:
-        """What lanes wait for storage for."""
-        taken = [
-            work
-            for number, lane in list(self._lanes.items())
-            if (meter := self._meters.get(number)) is not None and meter.times.doing is Doing.STORAGE
-            if (work := lane.taken) is not None
-        ]
-        return [path for work in taken for path in (work.paths or (work.path,))]
-
-    def _sent(self) -> int:
-        return sum(meter.content for meter in list(self._meters.values()))
 
     # --- metadata --------------------------------------------------------------------------------------
 
@@ -422,24 +372,12 @@ class Control:
                 )
             else:
                 work = self._pack(request)
-            lane = self._lane(request.lane)
-            if lane is None:
-                raise RetryLater("The lane is gone.", code="CONNECTION_LOST")
-            waiting = sum(each.size for each in list(self._lanes.values()))
-            if lane.qsize() > MAX_WAITING or waiting + work.size > MAX_WAITING_BYTES:
-                raise ProtocolError("The destination asks for more than it can take.")
+            self.lanes.submit(request.lane, work)
         except ProtocolError:
             raise
         except TowpathError as error:
-            failed = session.Failed(request.r, error.to_document())
-            lane = self._lanes.get(request.lane)
-            if lane is None:
-                await self._answer(failed)
-            else:
-                # In order with what the lane still sends for this request.
-                lane.put(LaneRequest(request, (), (), error))
-            return
-        lane.put(work)
+            if not self.lanes.refuse(request.lane, request, error):
+                await self._answer(session.Failed(request.r, error.to_document()))
 
     def _pack(self, request: session.ReadPack) -> LaneRequest:
         if not 0 < len(request.files) <= session.MAX_PACK_FILES:
