@@ -20,7 +20,9 @@ from agent.limits.processor import Governor
 from agent.transfer.asking.source_session import SourceSession
 from agent.transfer.basis import compression
 from agent.transfer.lane_processes.lane_ahead import LaneAhead
-from agent.transfer.lane_processes.pool import Child, LaneProcesses, RemoteLane
+from agent.transfer.lane_processes.lane_forks import Child
+from agent.transfer.lane_processes.one_process import RemoteLane
+from agent.transfer.lane_processes.pool import LaneProcesses
 from agent.transfer.processes.channel import (
     Allowed,
     BetterPath,

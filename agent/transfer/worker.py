@@ -31,7 +31,7 @@ from agent.storage.hiding import offered
 from agent.storage.reach import Reach
 from agent.system.process_name import rename_process
 from agent.transfer.daemon_line import DaemonLine, Moving
-from agent.transfer.lane_processes.pool import Child, dismiss, fork_lane_processes
+from agent.transfer.lane_processes.lane_forks import Child, dismiss, fork_lane_processes
 from agent.transfer.lane_processes.session_processes import lane_processes
 from agent.transfer.processes.channel import (
     Allowed,

@@ -34,7 +34,8 @@ from agent.transfer.basis.lane_keys import KEY_RECORDS, LAST_RECORD, RECORD
 from agent.transfer.books.journal import Journal
 from agent.transfer.books.manifest import ManifestWriter, SkippedRow, read_page
 from agent.transfer.books.state_trouble import of_system
-from agent.transfer.lane_processes.pool import LaneProcesses, RemoteLane
+from agent.transfer.lane_processes.one_process import RemoteLane
+from agent.transfer.lane_processes.pool import LaneProcesses
 from agent.transfer.processes.channel import Common, Event, RunTask
 from agent.transfer.source.serve import SourceSide, serve_lane
 from agent.transfer.task_runner import TaskRunner

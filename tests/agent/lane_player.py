@@ -13,8 +13,8 @@ from agent.storage.base import Bytes
 from agent.storage.faulty import Call, Plan
 from agent.storage.handed import Handed
 from agent.transfer.basis.lane_keys import RECORD
+from agent.transfer.lane_processes.lane_forks import Child
 from agent.transfer.lane_processes.lane_process import LaneProcess
-from agent.transfer.lane_processes.pool import Child
 from protocol.signs_of_life import Signs
 
 # The name of the threads.

@@ -29,8 +29,10 @@ from agent.transfer.asking import end_game
 from agent.transfer.basis.jobs import AllArrived
 from agent.transfer.lane_processes import lane_messages as say
 from agent.transfer.lane_processes import lane_process
+from agent.transfer.lane_processes.lane_forks import Child
 from agent.transfer.lane_processes.lane_process import LaneProcess
-from agent.transfer.lane_processes.pool import Child, LaneProcesses, OneProcess, RemoteLane
+from agent.transfer.lane_processes.one_process import OneProcess, RemoteLane
+from agent.transfer.lane_processes.pool import LaneProcesses
 from agent.transfer.processes.channel import Channel
 from agent.transfer.processes.message_buffer import Garbled, MessageBuffer, attached
 from agent.transfer.receiving import lane_count, lanes

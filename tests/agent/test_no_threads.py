@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from agent.transfer.lane_processes import pool as lane_processes
+from agent.transfer.lane_processes import lane_forks
 from protocol import threads
 from protocol.threads import NoThread, check_room, wait_for_threads
 from tests.agent.engine_inside import Engine, contents, quick_path
@@ -115,7 +115,7 @@ def test_a_session_has_as_many_lane_processes_as_there_are_to_be_had(monkeypatch
         asked.append(1)
         raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
-    monkeypatch.setattr(lane_processes, "fork_into", fork)
-    monkeypatch.setattr(lane_processes, "FORKS", True)
-    assert lane_processes.fork_lane_processes(3, close=-1) == []
+    monkeypatch.setattr(lane_forks, "fork_into", fork)
+    monkeypatch.setattr(lane_forks, "FORKS", True)
+    assert lane_forks.fork_lane_processes(3, close=-1) == []
     assert asked == [1]

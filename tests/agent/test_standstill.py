@@ -105,7 +105,7 @@ def test_signs_of_a_real_process() -> None:
 
 _WORKER = """
 import socket, sys, time
-from agent.transfer.lane_processes.pool import fork_lane_processes
+from agent.transfer.lane_processes.lane_forks import fork_lane_processes
 ours, theirs = socket.socketpair()
 forked = fork_lane_processes(1, close=theirs.fileno())
 print(forked[0].pid, flush=True)

@@ -19,7 +19,7 @@ import trio.testing
 
 from agent.storage.base import Root
 from agent.storage.faulty import Call, Plan
-from agent.transfer.lane_processes import pool as lane_processes
+from agent.transfer.lane_processes import one_process
 from agent.transfer.receiving import flow_watch
 from agent.transfer.stalls import looks, storage_probe, storage_watch
 from protocol import standstill
@@ -75,7 +75,7 @@ def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
     for where in (standstill, looks):
         monkeypatch.setattr(where, "LOOK_EVERY", 0.02)
     monkeypatch.setattr(standstill, "STOPPED_FOR", 0.05)
-    monkeypatch.setattr(lane_processes, "GONE_WITHIN", 0.05)
+    monkeypatch.setattr(one_process, "GONE_WITHIN", 0.05)
     monkeypatch.setattr("agent.transfer.course.progress.EVERY", 0.01)
 
 

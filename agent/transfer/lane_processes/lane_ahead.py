@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 import trio
 
 from agent.connect.lane_tls import SecuredLane
-from agent.transfer.lane_processes.pool import RemoteLane
+from agent.transfer.lane_processes.one_process import RemoteLane
 from protocol.errors import TowpathError
 
 # Opens a lane; the function it is given is to be called with the dialled socket before it is secured.

@@ -35,7 +35,7 @@ class _Process:
 class Workers:
     """All worker processes of an agent. With ``spare`` a fork server waits, where ``forks`` says that there may be one,
     else a worker, for the next piece of work. Each worker may use ``processes`` processes, itself included, for its
-    session (see `agent.transfer.lane_processes.pool`)."""
+    session (see `agent.transfer.lane_processes.lane_forks`)."""
 
     def __init__(self, *, spare: bool, processes: int = 1, forks: bool = FORK_SERVER) -> None:
         self._processes = processes

@@ -15,7 +15,8 @@ from agent.transfer.asking.arrivals import BlockBooks, Reports, damaged
 from agent.transfer.asking.fetch import Fetcher
 from agent.transfer.basis.jobs import FileJob, Group, LargeFile, PackRequest, RangeRequest, Request
 from agent.transfer.lane_processes import lane_messages as say
-from agent.transfer.lane_processes.pool import LaneProcesses, OneProcess, RemoteLane
+from agent.transfer.lane_processes.one_process import OneProcess, RemoteLane
+from agent.transfer.lane_processes.pool import LaneProcesses
 from agent.transfer.processes.message_buffer import Message
 from agent.transfer.settling.held import HeldChecked, Holder, HolderLost, PackHeld, Places
 from agent.transfer.settling.small_files import OWNER_READS

@@ -17,7 +17,7 @@ from agent.transfer.asking.source_session import SessionLost
 from agent.transfer.basis.lane_keys import Succession
 from agent.transfer.basis.stopping import call_on_cancel, first_error
 from agent.transfer.course.run import Run
-from agent.transfer.lane_processes.pool import RemoteLane
+from agent.transfer.lane_processes.one_process import RemoteLane
 from agent.transfer.lane_processes.remote_meter import RemoteMeter
 from agent.transfer.receiving.lane_count import LaneCount
 from agent.transfer.receiving.receive import LaneReceiver
