@@ -378,7 +378,7 @@ async def test_a_listing_during_which_the_permission_goes_is_not_shown(
         link.policy.replace([])
         return listing
 
-    monkeypatch.setattr("agent.link_app.list_directory", takes_long)
+    monkeypatch.setattr("agent.link_files.list_directory", takes_long)
     _status, code = await link.code("GET", at(READ_WRITE, "ls"), path="/")
     assert code == "UNKNOWN_COLLECTION"
 
