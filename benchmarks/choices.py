@@ -27,7 +27,8 @@ from pathlib import Path
 
 import trio
 from ours import engine
-from run import FAST, MIB, cpu_used, used_memory
+from trees import FAST, MIB
+from usage import cpu_used, used_memory
 
 from agent.storage.access_lists import AccessList
 

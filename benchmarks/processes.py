@@ -23,7 +23,7 @@ from pathlib import Path
 import psutil
 import trio
 from ours import Engine, engine
-from run import FAST, Place, make_large, make_mixed, make_small
+from trees import FAST, Place, make_large, make_mixed, make_small
 
 LOOK_EVERY = 0.01
 

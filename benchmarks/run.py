@@ -24,17 +24,12 @@ G5, long and lossy paths, and G5z, compression on one: `wan.py`, which makes net
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import queue
-import random
-import resource
-import shutil
 import statistics
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import threading
 import time
@@ -42,107 +37,15 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import trio
 from ours import Engine, engine
 from peers import Peer, peers
 from report import DISK, GOALS, LANE, NAME, Measure, Result, Row, store, table
+from trees import FAST, MIB, Place, make_empty, make_large, make_middle, make_mixed, make_small
+from usage import cpu_used, larger_end, used_memory
 
-MIB = 1024 * 1024
-FAST = Path("/dev/shm")
 # Goals that `wan.py` measures.
 ELSEWHERE = ("G5z",)
-
-
-def cpu_used() -> float:
-    """CPU-seconds of this process, its living descendants and those it has waited for."""
-    while True:
-        waited = _waited_for()
-        living = 0.0
-        for child in psutil.Process().children(recursive=True):
-            try:
-                times = child.cpu_times()
-            except psutil.NoSuchProcess:
-                continue
-            living += times.user + times.system + times.children_user + times.children_system
-        # One that ended meanwhile, as workers do when a task is over, would be in neither.
-        if _waited_for() == waited:
-            own = resource.getrusage(resource.RUSAGE_SELF)
-            return own.ru_utime + own.ru_stime + waited + living
-
-
-def _waited_for() -> float:
-    waited = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return waited.ru_utime + waited.ru_stime
-
-
-class Place:
-    """A directory to measure in: what is written goes below it and stays until the end."""
-
-    def __init__(self, directory: Path, *, durable: bool) -> None:
-        self.directory = directory
-        self.durable = durable
-        self.source = directory / "source"
-        self.destination = directory / "destination"
-        self.source.mkdir()
-        self.destination.mkdir()
-        self._number = 0
-
-    def fresh(self) -> Path:
-        self._number += 1
-        return self.destination / f"{self._number:03d}"
-
-    def settle(self) -> None:
-        if self.durable:
-            os.sync()
-
-    def warm(self, name: str) -> None:
-        """Read the source and touch as much memory as a copy needs."""
-        total = 0
-        for path in (self.source / name).rglob("*") if (self.source / name).is_dir() else [self.source / name]:
-            if path.is_file() and not path.is_symlink():
-                total += path.stat().st_size
-                with path.open("rb", buffering=0) as file:
-                    while file.read(MIB):
-                        continue
-        scratch = self.directory / "scratch"
-        block = bytes(MIB)
-        with scratch.open("wb", buffering=0) as file:
-            for _ in range(total // MIB + 1):
-                file.write(block)
-        scratch.unlink()
-        os.sync()
-
-
-def make_large(place: Place, mib: int) -> str:
-    block = os.urandom(64 * MIB)
-    with (place.source / "large").open("wb") as file:
-        for start in range(0, mib, 64):
-            file.write(block[: min(64, mib - start) * MIB])
-    return "large"
-
-
-def make_small(place: Place, files: int) -> str:
-    for number in range(files):
-        folder = place.source / "small" / f"{number // 100:05d}"
-        if not number % 100:
-            folder.mkdir(parents=True)
-        (folder / f"{number:07d}").write_bytes(os.urandom(4096))
-    return "small"
-
-
-def make_middle(place: Place) -> str:
-    (place.source / "middle").mkdir()
-    for number in range(100):
-        (place.source / "middle" / f"{number:03d}").write_bytes(os.urandom(10 * MIB))
-    return "middle"
-
-
-def make_mixed(place: Place) -> str:
-    """A real tree: this Python's standard library, without what is installed beside it."""
-    library = Path(sysconfig.get_paths()["stdlib"])
-    shutil.copytree(library, place.source / "mixed", symlinks=True, ignore=shutil.ignore_patterns("site-packages"))
-    return "mixed"
 
 
 async def timed(row: Row, work: Callable[[], Awaitable[None]]) -> None:
@@ -344,48 +247,6 @@ async def memory(place: Place, files: int, *, flat: bool, mirror: bool, there: b
             if observed.completion_time:
                 return found
             await trio.sleep(0.1)
-
-
-def make_empty(place: Path, files: int, in_one: int) -> str:
-    """Empty files, so many in a directory, made in no order of their names, as where a directory has grown for years.
-    A thousand of them are one inode with many names, so that ten million need no room."""
-    order = list(range(in_one))
-    random.Random(in_one).shuffle(order)
-    place.mkdir(exist_ok=True)
-    first = place / "first"
-    for start in range(0, files, in_one):
-        folder = place / "empty" / f"{start // in_one:06d}"
-        folder.mkdir(parents=True)
-        for number, place_in_folder in enumerate(order[: files - start]):
-            if not (start + number) % 1000:
-                first.unlink(missing_ok=True)
-                first.touch()
-            (folder / f"{place_in_folder:08d}").hardlink_to(first)
-    first.unlink()
-    return "empty"
-
-
-def used_memory() -> int:
-    """Bytes of this process and all below it, as `_memory` counts them."""
-    own = psutil.Process()
-    return _memory([own, *own.children(recursive=True)])
-
-
-def larger_end() -> int:
-    """Bytes of this process, in which both daemons run, and of the processes of one end: the end with more."""
-    own = psutil.Process()
-    return _memory([own]) + max((_memory([each, *each.children(recursive=True)]) for each in own.children()), default=0)
-
-
-def _memory(processes: list[psutil.Process]) -> int:
-    """What forked processes share counts once, where the system can tell."""
-    used = 0
-    for process in processes:
-        # It may have ended meanwhile.
-        with contextlib.suppress(psutil.NoSuchProcess):
-            memory = process.memory_full_info()
-            used += getattr(memory, "pss", memory.rss)
-    return used
 
 
 async def latency(place: Place, runs: int) -> list[Measure]:
