@@ -6,17 +6,14 @@ import contextlib
 import os
 import random
 from collections.abc import Callable
-from contextlib import closing
 from functools import partial
 from pathlib import Path
 
 import msgspec
 import trio
 
-from agent.state_files import make_folder
 from agent.storage.base import Root
 from agent.storage.faults import fault
-from agent.system.file_lock import try_lock
 from agent.transfer.basis.compare import CHECKSUM
 from agent.transfer.basis.kept_lists import ListPolicy
 from agent.transfer.basis.patience import Patience
@@ -24,9 +21,9 @@ from agent.transfer.basis.stopping import run_in_thread
 from agent.transfer.basis.times import now_iso
 from agent.transfer.begun_place import is_elsewhere
 from agent.transfer.books.counted import uncount
-from agent.transfer.books.journal import Journal, open_or_rebuild
-from agent.transfer.books.manifest import SKIPPED_LIST, TRANSFERRED_LIST, ManifestWriter
-from agent.transfer.books.state_trouble import StateTrouble, of_system
+from agent.transfer.books.journal import Journal
+from agent.transfer.books.manifest import ManifestWriter
+from agent.transfer.books.state_trouble import StateTrouble
 from agent.transfer.course.progress import Progress
 from agent.transfer.course.received import ReceivedCounter
 from agent.transfer.course.run import RunContext
@@ -38,11 +35,11 @@ from agent.transfer.planning.filled_places import items_into
 from agent.transfer.planning.left_behind import sweep_folders, unfinished_folders
 from agent.transfer.processes.channel import Event, RunTask
 from agent.transfer.stalls.storage_watch import watch_deletions, watch_opening
+from agent.transfer.task_folder import Books, lock_folder, opened_books
 from agent.transfer.transfer_run import TransferRun
 from protocol.beside import beside
 from protocol.control import Counters, Flow, TaskObserved, TaskOrder, TaskState
 from protocol.errors import NeedsPerson, TaskFailed, TowpathError
-from protocol.folder_sync import sync_names
 from protocol.names import RESERVED_PREFIX, split_path
 from protocol.threads import NoThread
 
@@ -51,12 +48,6 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.25, 15.0
 QUOTA_CODES = frozenset({"QUOTA_EXCEEDED", "NO_SPACE"})
 # How often to look whether a person has mended what holds a task up.
 LOOK_AGAIN = 5.0
-# How long (seconds) an earlier worker of the task may take to end before people hear of it.
-LOCK_PATIENCE = 5.0
-
-# What a task's folder holds.
-JOURNAL, RECEIVED = "journal.sqlite", "received"
-FILES = (RECEIVED, TRANSFERRED_LIST, SKIPPED_LIST)
 
 
 class TaskRunner:
@@ -115,110 +106,40 @@ class TaskRunner:
                     return self.observed()
 
     async def _with_state(self) -> TaskObserved:
-        try:
-            if not (self._directory / JOURNAL).exists():
-                # An earlier worker has come that far only after it had made the folder's name durable.
-                await trio.to_thread.run_sync(make_folder, self._directory)
-            lock = await self._alone()
-        except OSError as error:
-            raise of_system(error, self._directory) from error
+        lock = await lock_folder(self._directory)
         self._line.lock = lock
         try:
-            return await self._run_alone()
+            async with opened_books(self._directory) as books:
+                return await self._with_books(books)
         finally:
             self._line.lock = None
             os.close(lock)
 
-    async def _alone(self) -> int:
-        """Wait until no worker of an earlier daemon works on this task any more; it ends when its daemon does. Raises
-        OSError, and `StateTrouble` when that takes long."""
-        patience = trio.current_time() + LOCK_PATIENCE
-        descriptor = os.open(self._directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        while True:
-            try:
-                taken = try_lock(descriptor)
-            except OSError:
-                os.close(descriptor)
-                raise
-            # Where the file system has no locks, workers end with their daemon's channel all the same.
-            if taken is not False:
-                return descriptor
-            if trio.current_time() > patience:
-                os.close(descriptor)
-                raise StateTrouble(
-                    "An earlier process of this task has not ended yet, perhaps because its disk or file server does "
-                    "not answer, or because it was stopped; the task goes on when it has.",
-                    code="STATE_BUSY",
-                    who="destination owner",
-                )
-            await trio.sleep(0.05)
-
-    async def _run_alone(self) -> TaskObserved:
-        self._journal, rebuilt = await trio.to_thread.run_sync(open_or_rebuild, self._directory / JOURNAL)
+    async def _with_books(self, books: Books) -> TaskObserved:
+        self._journal = books.journal
+        self._events = EventLog(books.journal, self._tell, after=self._start.last_event)
         try:
-            with contextlib.ExitStack() as stack:
-                observed = await self._with_journal(stack, rebuilt=rebuilt)
-        except StateTrouble:
-            self._journal.abandon()
-            raise
-        except BaseException:
-            with contextlib.suppress(StateTrouble):
-                self._journal.close()
-            raise
-        self._journal.close()
-        return observed
-
-    async def _with_journal(self, stack: contextlib.ExitStack, *, rebuilt: bool) -> TaskObserved:
-        transferred, skipped = self._journal.lengths()
-        # That the task has begun is written down after the names of its files were made durable.
-        durable = self._journal.get("begun") is not None and all((self._directory / name).exists() for name in FILES)
-        manifests = (
-            stack.enter_context(closing(ManifestWriter(self._directory / TRANSFERRED_LIST, transferred))),
-            stack.enter_context(closing(ManifestWriter(self._directory / SKIPPED_LIST, skipped))),
-        )
-        received = stack.enter_context(closing(self._received()))
-        if rebuilt:
-            received.reset()
-        try:
-            # What is synced in these files from now on must not go with their names.
-            if not durable:
-                await trio.to_thread.run_sync(sync_names, self._directory)
-        except OSError as error:
-            raise of_system(error, self._directory) from error
-        self._events = EventLog(self._journal, self._tell, after=self._start.last_event)
-        stack.callback(setattr, self._line, "on_event_stored", lambda _seq: None)
-        if not rebuilt and any(manifest.lost for manifest in manifests):
-            self._events.list_damaged()
-        return await self._run_journaled(self._events, manifests, received, rebuilt=rebuilt)
-
-    def _received(self) -> ReceivedCounter:
-        try:
-            return ReceivedCounter(self._directory / RECEIVED)
-        except OSError as error:
-            raise of_system(error, self._directory) from error
+            return await self._run_journaled(self._events, books)
+        finally:
+            self._line.on_event_stored = lambda _seq: None
 
     def _drop_event(self, seq: int) -> None:
         # What stays in the journal is told again at the next start, and known by its number.
         with contextlib.suppress(StateTrouble):
             self._journal.drop_event(seq)
 
-    async def _run_journaled(
-        self,
-        events: EventLog,
-        manifests: tuple[ManifestWriter, ManifestWriter],
-        received: ReceivedCounter,
-        *,
-        rebuilt: bool,
-    ) -> TaskObserved:
+    async def _run_journaled(self, events: EventLog, books: Books) -> TaskObserved:
+        if not books.rebuilt and any(manifest.lost for manifest in books.manifests):
+            events.list_damaged()
         self._counters = self._journal.counters()
         events.tell_again()
         self._line.on_event_stored = self._drop_event
-        if rebuilt:
+        if books.rebuilt:
             self._journal.put("rebuilt", b"1")
             events.journal_rebuilt()
         elif self._journal.get("begun") is None:
             events.add("STARTED", "started")
-        resumed = self._journal.get("begun") is not None or rebuilt
+        resumed = self._journal.get("begun") is not None or books.rebuilt
         if self._journal.get("begun") is None:
             self._journal.put("begun", b"1")
         # Waits for the disk only where something is new: after a kill others may have much to write to it.
@@ -227,7 +148,7 @@ class TaskRunner:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._progress.run)
             try:
-                observed = await self._until_done(manifests, received, resumed=resumed)
+                observed = await self._until_done(books, resumed=resumed)
             except StateTrouble as error:
                 trouble = error
             nursery.cancel_scope.cancel()
@@ -237,15 +158,13 @@ class TaskRunner:
 
     # --- one run after the other -----------------------------------------------------------------------
 
-    async def _until_done(
-        self, manifests: tuple[ManifestWriter, ManifestWriter], received: ReceivedCounter, *, resumed: bool
-    ) -> TaskObserved:
+    async def _until_done(self, books: Books, *, resumed: bool) -> TaskObserved:
         pause = FIRST_PAUSE
         while True:
             progress = self._counters
             try:
                 with self._line.while_desired() as scope:
-                    await self._one_run(manifests, received, resumed=resumed)
+                    await self._one_run(books, resumed=resumed)
                 if scope.cancelled_caught:
                     return await self._stopped()
                 if not self._list_again:
@@ -274,15 +193,13 @@ class TaskRunner:
     def _progressed(self, before: Counters) -> bool:
         return self._counters.bytes_transferred > before.bytes_transferred or self._counters.files > before.files
 
-    async def _one_run(
-        self, manifests: tuple[ManifestWriter, ManifestWriter], received: ReceivedCounter, *, resumed: bool
-    ) -> None:
+    async def _one_run(self, books: Books, *, resumed: bool) -> None:
         with await self._opened_root() as root:
             if self._order.type == "DELETE":
-                await self._run_delete(root, manifests[1])
+                await self._run_delete(root, books.manifests[1])
                 return
             if await trio.to_thread.run_sync(is_elsewhere, root, self._journal):
-                self._begin_elsewhere(received)
+                self._begin_elsewhere(books.received)
                 resumed = True
             await trio.to_thread.run_sync(self._reopen)
             async with self._line.session(self._order.session_id) as session:
@@ -290,8 +207,8 @@ class TaskRunner:
                     order=self._effective_order(),
                     root=root,
                     journal=self._journal,
-                    manifests=manifests,
-                    received=received,
+                    manifests=books.manifests,
+                    received=books.received,
                     temporary_prefix=self._prefix,
                     mode_mask=self._mode_mask,
                     lists=self._lists,

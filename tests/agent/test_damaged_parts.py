@@ -14,7 +14,7 @@ from agent.storage.faulty import Call, Plan
 from agent.transfer.basis.jobs import count_done
 from agent.transfer.basis.journal_rows import PartialRow
 from agent.transfer.books.journal import Journal
-from agent.transfer.task_runner import JOURNAL
+from agent.transfer.task_folder import JOURNAL
 from tests.agent.engine_inside import Crashed, Engine, contents, quick_path
 
 __all__ = ["quick_path"]

@@ -13,7 +13,7 @@ import pytest
 
 from agent.storage.faulty import Call
 from agent.system.file_lock import try_lock
-from agent.transfer import task_runner
+from agent.transfer import task_folder, task_runner
 from agent.transfer.books.journal_format import VERSION
 from protocol.control import TaskObserved, TaskOptions
 from tests.agent.engine_inside import Engine, Line, contents, quick_path, when
@@ -181,7 +181,7 @@ async def test_an_earlier_worker_that_does_not_end_is_told_of_and_stands_in_nobo
     quick_path: Path, monkeypatch: pytest.MonkeyPatch, desired: str
 ) -> None:
     """It hangs in a file server: the task said nothing, and could be neither paused nor cancelled."""
-    monkeypatch.setattr(task_runner, "LOCK_PATIENCE", 0.05)
+    monkeypatch.setattr(task_folder, "LOCK_PATIENCE", 0.05)
     monkeypatch.setattr(task_runner, "LOOK_AGAIN", 0.05)
 
     def told(line: Line, observed: TaskObserved) -> None:
