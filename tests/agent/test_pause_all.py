@@ -16,7 +16,7 @@ import trio
 from agent.daemon import Daemon
 from agent.data_side import PAUSED_FILE, recall_pause
 from agent.policy import AccessDenied, Pause
-from agent.transfer.tasks.held_up import told
+from agent.transfer.tasks.observed_states import held_up_by
 from protocol.control import Counters, Flow, SessionOrder, TaskItem, TaskObserved
 from protocol.errors import NeedsPerson, RetryLater
 from tests.agent.engine_world import World, world
@@ -130,15 +130,15 @@ async def test_a_task_says_who_has_paused_it(tmp_path: Path) -> None:
 def test_whatever_held_a_task_up_is_not_said_any_more_when_nothing_does(state: Any) -> None:
     observed = TaskObserved(task_id="t", revision=1, state=state, rate=1e6, flow=Flow(goodput=1e6))
     refused = AccessDenied("The owner offers it for reading only.", code="READ_ONLY")
-    held_up = told(observed, refused)
+    held_up = held_up_by(observed, refused)
     assert (held_up.state, held_up.status_code) == ("QUEUED" if state == "QUEUED" else "PAUSED", "READ_ONLY")
     assert held_up.who == "destination owner"
     assert (held_up.rate, held_up.flow) == (0.0, None)
-    goes_on = told(held_up, None)
+    goes_on = held_up_by(held_up, None)
     assert (goes_on.state, goes_on.status_code, goes_on.status_sentence, goes_on.who) == ("QUEUED", "QUEUED", "", "")
-    assert told(goes_on, None) is goes_on
+    assert held_up_by(goes_on, None) is goes_on
     running = TaskObserved(task_id="t", revision=1, state="WAITING", status_code="NO_SPACE", who="destination owner")
-    assert told(running, None) is running
+    assert held_up_by(running, None) is running
 
 
 async def test_a_draining_machine_finishes_what_has_begun_and_begins_nothing_new(tmp_path: Path) -> None:

@@ -5,14 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final, Protocol
 
-import msgspec
-
 from agent.policy import Policy
 from protocol.control import TaskObserved
 from protocol.errors import NeedsPerson, RetryLater, TowpathError
 
-# What a task says that has not begun and that nobody holds up.
-_WAITS_FOR_TURN = ("", "OK", "QUEUED", "DESTINATION_BUSY")
 OWNER: Final = "destination owner"
 
 
@@ -71,30 +67,3 @@ def why_held_up(
             f"The destination holds back: {policy.held_back or 'its machine is in use.'}", code="HELD_BACK"
         )
     return None
-
-
-def told(observed: TaskObserved, error: TowpathError | None) -> TaskObserved:
-    """What is observed of a task that no worker runs, when this holds it up, or nothing does any more.
-
-    One that has not begun stays QUEUED, so that cancelling it takes no worker.
-    """
-    if error is not None:
-        state = "QUEUED" if observed.state == "QUEUED" else "PAUSED"
-        # Errors of the policy name nobody: whatever is configured here is for the owner to change.
-        who = "" if error.disposition == "retry" else OWNER
-        return msgspec.structs.replace(
-            observed,
-            state=state,
-            status_code=error.code,
-            status_sentence=error.sentence,
-            who=who,
-            needs_person=who != "",
-            # Nothing moves, whatever was measured last.
-            rate=0.0,
-            flow=None,
-        )
-    if observed.state == "PAUSED" or (observed.state == "QUEUED" and observed.status_code not in _WAITS_FOR_TURN):
-        return msgspec.structs.replace(
-            observed, state="QUEUED", status_code="QUEUED", status_sentence="", who="", needs_person=False
-        )
-    return observed

@@ -32,8 +32,9 @@ from agent.transfer.processes.channel import (
 )
 from agent.transfer.stalls.worker_watch import until_lost
 from agent.transfer.tasks.crash_pauses import CrashPauses
-from agent.transfer.tasks.held_up import told, why_held_up
+from agent.transfer.tasks.held_up import why_held_up
 from agent.transfer.tasks.local_node import LocalNode
+from agent.transfer.tasks.observed_states import behind, canceled, held_up_by, standing_still
 from agent.transfer.tasks.task_log import TaskLog
 from agent.transfer.tasks.task_paths import TaskPaths
 from agent.transfer.tasks.task_store import StoredTask
@@ -41,7 +42,7 @@ from agent.transfer.tasks.turns import Candidate
 from agent.transfer.tasks.worker_connections import allow, give_connection
 from protocol.candidates import Arrangement, PathAnswer, PathGo
 from protocol.control import FINAL_STATES, AgentEvent, Counters, Desired, SessionAnswer, TaskObserved, TaskOrder
-from protocol.errors import NeedsPerson, TowpathError
+from protocol.errors import TowpathError
 
 # How often to try again to write down what a task has told.
 STATE_PAUSE = 2.0
@@ -126,22 +127,9 @@ class RunningTask:
         """Report that another task has the place this one writes to."""
         if self.running or self.observed.state in FINAL_STATES:
             return
-        own = holder.order.owner_id == self.order.owner_id
-        name = f"Task {holder.order.task_id}" if own else "A task of somebody else"
-        sentence = f"{name} writes to the same place; this one follows when it has ended or is paused."
-        if (self.observed.status_code, self.observed.status_sentence) == ("DESTINATION_BUSY", sentence):
-            return
-        await self._observe(
-            msgspec.structs.replace(
-                self.observed,
-                state="QUEUED",
-                status_code="DESTINATION_BUSY",
-                status_sentence=sentence,
-                who="",
-                needs_person=False,
-            ),
-            final=False,
-        )
+        now = behind(self.observed, self.order, holder.order)
+        if (self.observed.status_code, self.observed.status_sentence) != (now.status_code, now.status_sentence):
+            await self._observe(now, final=False)
 
     def held_up(self) -> TowpathError | None:
         """Why the owner of this machine does not let the task run now. The configuration may have changed since the
@@ -221,7 +209,7 @@ class RunningTask:
         """Report what holds up a task that no worker runs, and who can mend it, or that nothing does any more."""
         if self.order.desired != "run" or self.observed.state in FINAL_STATES:
             return
-        before, now = self.observed, told(self.observed, self.held_up())
+        before, now = self.observed, held_up_by(self.observed, self.held_up())
         if now == before:
             return
         if (before.state, now.state) == ("QUEUED", "QUEUED"):
@@ -327,7 +315,7 @@ class RunningTask:
         folder = self._node.directory / self.order.task_id
         if await trio.to_thread.run_sync(os.path.lexists, folder):
             return False
-        await self._cancel_as_it_is()
+        await self._observe(canceled(self.observed), final=True)
         return True
 
     async def _cancel_without_collection(self) -> bool:
@@ -335,21 +323,9 @@ class RunningTask:
         try:
             self._node.policy.collection(self.order.destination.collection_id)
         except TowpathError:
-            await self._cancel_as_it_is()
+            await self._observe(canceled(self.observed), final=True)
             return True
         return False
-
-    async def _cancel_as_it_is(self) -> None:
-        canceled = msgspec.structs.replace(
-            self.observed,
-            state="CANCELED",
-            status_code="CANCELED",
-            status_sentence="",
-            who="",
-            needs_person=False,
-            completion_time=now_iso(),
-        )
-        await self._observe(canceled, final=True)
 
     async def _run_worker(self) -> None:
         node = self._node
@@ -407,18 +383,7 @@ class RunningTask:
         if (self.observed.state, self.observed.status_sentence) == ("WAITING", error.sentence):
             return
         await self._record(self._trouble(error.code, error.sentence))
-        waiting = msgspec.structs.replace(
-            self.observed,
-            state="WAITING",
-            status_code=error.code,
-            status_sentence=error.sentence,
-            who=error.who,
-            needs_person=isinstance(error, NeedsPerson),
-            # As of one that is held up: nothing moves, whatever was measured last.
-            rate=0.0,
-            flow=None,
-        )
-        await self._observe(waiting, final=False)
+        await self._observe(standing_still(self.observed, error), final=False)
 
     def _take_arranged(self) -> Arrangement | None:
         """What the relay has arranged, once, and if it can still be of use."""
@@ -441,7 +406,7 @@ class RunningTask:
         elif isinstance(message, Finished | Checkpointed):
             final = isinstance(message, Finished)
             why = not final and not self._stopping and self.order.desired == "run"
-            await self._observe(told(message.observed, self.held_up()) if why else message.observed, final=final)
+            await self._observe(held_up_by(message.observed, self.held_up()) if why else message.observed, final=final)
             return True
         return False
 

@@ -25,9 +25,10 @@ from agent.connect.peers import PeerPath, PeerProbes
 from agent.transfer.basis.times import now_iso
 from agent.transfer.books.state_trouble import StateTrouble
 from agent.transfer.source.source_policy import reads_elsewhere
-from agent.transfer.tasks.held_up import is_drained, told
+from agent.transfer.tasks.held_up import is_drained
 from agent.transfer.tasks.known_sources import sources_of
 from agent.transfer.tasks.local_node import LocalNode
+from agent.transfer.tasks.observed_states import held_up_by
 from agent.transfer.tasks.results import ReadPage, skipped_page, successful_page
 from agent.transfer.tasks.running_task import RunningTask
 from agent.transfer.tasks.served_session import ServedSessions
@@ -244,7 +245,7 @@ class TransferService:
             observed = TaskObserved(task_id=order.task_id, revision=order.revision, state="QUEUED")
             known = RunningTask.fresh(self._node, msgspec.structs.replace(order, arranged=None), observed)
             if order.desired == "run":
-                known.observed = observed = told(observed, known.held_up())
+                known.observed = observed = held_up_by(observed, known.held_up())
         else:
             observed = msgspec.structs.replace(known.observed, revision=order.revision)
         kept = msgspec.structs.replace(order, arranged=None)
