@@ -18,7 +18,6 @@ import msgspec
 import trio
 
 from agent.storage.base import Directory
-from agent.storage.disks import DiskAway
 from agent.storage.faults import fault
 from agent.transfer.asking.budget import Budget, charge
 from agent.transfer.asking.fetch import Fetcher
@@ -27,6 +26,7 @@ from agent.transfer.basis.jobs import AllArrived, FileJob, Group, LargeFile, Lis
 from agent.transfer.basis.patience import counted, named
 from agent.transfer.basis.stopping import call_on_cancel, first_error, first_system_error
 from agent.transfer.basis.times import now_iso
+from agent.transfer.begun_place import check_place, watch_root
 from agent.transfer.books.counted import add_counts, count_finished
 from agent.transfer.books.record import FolderMoved
 from agent.transfer.course.run import RunContext
@@ -51,13 +51,11 @@ from agent.transfer.stalls.storage_watch import watch_storage
 from protocol.control import Counters, Flow
 from protocol.errors import TaskFailed, TowpathError
 from protocol.names import format_path, split_path
-from protocol.session import MAX_PACK_FILES, join_path
+from protocol.session import MAX_PACK_FILES
 
 # Directories (and their handles) being worked on at once.
 OPEN_GROUPS = 200
 MIB = 1024 * 1024
-# How often (seconds) to look whether the destination's root is still where it was.
-LOOK_AT_ROOT = 2.0
 # What `skip_source_errors` skips, as in the Globus transfer document.
 SKIPPABLE = frozenset({"FILE_NOT_FOUND", "NOT_FOUND", "PERMISSION_DENIED"})
 
@@ -170,7 +168,7 @@ class TransferRun:
                 await nursery.start(self._run_settler)
                 self._lanes.start(nursery)
                 nursery.start_soon(self._flow.run)
-                nursery.start_soon(self._watch_root)
+                nursery.start_soon(watch_root, self.context.root, self.stop)
                 nursery.start_soon(
                     watch_storage,
                     lambda: (self.context.received.value, self.counters()),
@@ -188,7 +186,8 @@ class TransferRun:
                 self._look_whether_all_arrived()
                 self._look_whether_done()
                 await self._idle.wait()
-                await trio.to_thread.run_sync(self._check_place)
+                check = partial(check_place, self.context.root, self.context.journal, disks=self._put_off is None)
+                await trio.to_thread.run_sync(check)
                 self._error = self._error or self._put_off
                 self.list_again = self._error is None and await walk.second_look.look()
                 nursery.cancel_scope.cancel()
@@ -216,34 +215,10 @@ class TransferRun:
                 await processes.end_run()
             processes.attach(None)
 
-    async def _watch_root(self) -> None:
-        """End the run when the root's disk is taken away: what is opened would go on to be written where nobody sees
-        it, perhaps with another disk in its place."""
-        while True:
-            await trio.sleep(LOOK_AT_ROOT)
-            try:
-                # A file server that hangs must not hold up the end of the run.
-                await trio.to_thread.run_sync(self.context.root.check_present, abandon_on_cancel=True)
-            except TowpathError as error:
-                self.stop(error)
-                return
-
     def stop(self, error: TowpathError) -> None:
         """End the run with this error, or with the one it is ending with already."""
         self._error = self._error or error
         self.nursery.cancel_scope.cancel()
-
-    def _check_place(self) -> None:
-        """Everything has arrived: the root, and the disks below it that the task writes to, must be there still, or it
-        is where nobody sees it. Blocks; raises `NeedsPerson`, OSError."""
-        root = self.context.root
-        root.check_present()
-        for path in root.disk_tokens():
-            if self._put_off is None and self.context.journal.has_directory(join_path(path)):
-                try:
-                    root.open_directory(path).close()
-                except FileNotFoundError:
-                    raise DiskAway(path) from None
 
     def put_off(self, error: TowpathError) -> None:
         """Leave a folder to a later run: the others go on, and when they are done this run ends with the error."""

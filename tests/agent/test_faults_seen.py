@@ -235,7 +235,7 @@ async def test_a_disk_that_is_taken_away_in_the_middle_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, other: bool
 ) -> None:
     """Taken away while files arrive, with another disk or none in its place; then it comes back."""
-    monkeypatch.setattr("agent.transfer.transfer_run.LOOK_AT_ROOT", 0.02)
+    monkeypatch.setattr("agent.transfer.begun_place.LOOK_AT_ROOT", 0.02)
     place = tmp_path / "destination"
     ours, foreign = Disk(tmp_path / "ours"), Disk(tmp_path / "foreign")
     with unmounting(place):
