@@ -10,7 +10,7 @@ import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.transfer.asking.fetch import MEMORY_WINDOW
+from agent.transfer.asking.ranges import MEMORY_WINDOW
 from agent.transfer.basis.lane_keys import AT_MOST, KEY_RECORDS, LAST_RECORD, RECORD, Succession, records_of
 from agent.transfer.receiving import lanes
 from protocol.control import TaskItem

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.transfer.asking.budget import UNSETTLED_BYTES, Budget
-from agent.transfer.asking.fetch import LANE_WINDOW, LONG_RANGE, MEMORY_RANGE, MEMORY_WINDOW, RANGE_BYTES
+from agent.transfer.asking.ranges import LANE_WINDOW, LONG_RANGE, MEMORY_RANGE, MEMORY_WINDOW, RANGE_BYTES
 from agent.transfer.receiving.large_files import LargeFiles
 from tests.agent.test_end_game import Scene
 

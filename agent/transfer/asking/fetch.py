@@ -15,21 +15,13 @@ from typing import Protocol
 import trio
 
 from agent.transfer.asking.end_game import STALLED, LaneSpeed, Meter, slowest, twin_of
+from agent.transfer.asking.ranges import Ranges
 from agent.transfer.asking.source_session import SourceSession
 from agent.transfer.asking.take_ahead import LANE, Awaited
 from agent.transfer.basis.jobs import FileJob, LargeFile, PackRequest, RangeRequest, Request
 from protocol.errors import TowpathError
 from protocol.session import Abandon, PackFile, ReadPack, ReadRange
 
-# Bytes asked for on one lane and not yet arrived: enough that a lane always has work, at any round-trip time.
-LANE_WINDOW = 24 * 1024 * 1024
-RANGE_BYTES = 4 * 1024 * 1024
-# Each range costs both ends the same work beside their lanes, half a millisecond together. But what has arrived is
-# settled with the end of its range, and should not wait longer than so many seconds for that.
-LONG_RANGE, LONG_TIME = 2 * RANGE_BYTES, 0.25
-# Where storage is memory alone, what has come is settled, and gives its room back, at once: the longest ranges, and the
-# window of a lane, that leave it one while another is settled.
-MEMORY_RANGE, MEMORY_WINDOW = 4 * RANGE_BYTES, 8 * RANGE_BYTES
 # A lane with fewer bytes than this under way is about to have nothing to do.
 HUNGRY = 512 * 1024
 
@@ -77,10 +69,7 @@ class Fetcher:
         on_hungry: Callable[[], None],
         in_memory: bool = False,
     ) -> None:
-        # The longest ranges that are asked for, and the windows they want.
-        self._long = [(MEMORY_RANGE, MEMORY_WINDOW)] if in_memory else []
-        self._long.append((LONG_RANGE, LANE_WINDOW))
-        self._window = self._long[0][1]
+        self._ranges = Ranges(in_memory=in_memory)
         # Shared with lane threads, which only look requests up.
         self.requests: dict[int, Request | Awaited] = {}
         # What was asked for ahead, and is not decided about; and what was then, for a lane that is still to come.
@@ -185,17 +174,10 @@ class Fetcher:
         self._dispatch()
 
     def range_bytes(self, budget: int) -> int:
-        """How much of a large file to ask for at once, where so much may be on its way: less where that does not
-        fill the windows of all lanes, so that each gets some, and where a lane is slow or not known to be fast, since
-        what a range has brought is only seen at its end."""
+        """How much of a large file to ask for at once, where so much may be on its way."""
         # One that has had nothing to do yet is not known.
         rates = [lane.speed.rate for lane in self._lanes.values() if lane.speed.rate is not None]
-        # What each of them brings in time.
-        brought = min(rates, default=0.0) * LONG_TIME
-        for length, window in self._long:
-            if len(self._lanes) * window <= budget and length <= brought:
-                return length
-        return RANGE_BYTES
+        return self._ranges.length(len(self._lanes), min(rates, default=0.0), budget)
 
     @property
     def idle(self) -> bool:
@@ -387,7 +369,7 @@ class Fetcher:
         while self._ready:
             open_lanes = (lane for lane in self._lanes.values() if lane.drained is None)
             lane = min(open_lanes, key=self._busy_for, default=None)
-            if lane is None or (lane.outstanding and lane.size + self._ready[0].size > self._window):
+            if lane is None or (lane.outstanding and lane.size + self._ready[0].size > self._ranges.window):
                 return
             request = self._ready.popleft()
             if isinstance(request, RangeRequest) and request.file.failed:

@@ -10,7 +10,7 @@ import trio
 
 from agent.storage.faults import fault
 from agent.transfer.asking.arrivals import damaged
-from agent.transfer.asking.fetch import MEMORY_RANGE
+from agent.transfer.asking.ranges import MEMORY_RANGE
 from agent.transfer.asking.source_session import SessionLost
 from agent.transfer.basis.compare import block_size, missing_ranges
 from agent.transfer.basis.holes import WORTH_ASKING, mark_holes, sparse_block
