@@ -80,12 +80,6 @@ def tcp_facts(sock: Connection) -> TcpFacts | None:
     return TcpFacts(rtt / 1e6 or None, retransmissions, busy / 1e6, window / 1e6, least / 1e6 or None, at_least)
 
 
-def round_trip_time(sock: Connection) -> float | None:
-    """The smoothed round-trip time in seconds, or None where the system does not tell (or it is no TCP socket)."""
-    facts = tcp_facts(sock)
-    return None if facts is None else facts.rtt
-
-
 def trusts_least(facts: TcpFacts) -> bool:
     """Whether the least round trip of a connection is one of its path."""
     return facts.least is None or facts.at_least is None or facts.least >= ENOUGH * facts.at_least

@@ -83,9 +83,6 @@ class Features:
     file_system: str = ""
     local: bool = False
     rename_no_replace: bool = False
-    symlinks: bool = True
-    modes: bool = True
-    sparse: bool = True
 
     @property
     def in_memory(self) -> bool:

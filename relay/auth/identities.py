@@ -12,7 +12,6 @@ from sqlalchemy import ColumnElement, Connection, insert, select
 
 from protocol.errors import ItemFailed
 from relay.store.auth_tables import identities
-from relay.store.database import Store
 
 CLIENT_DOMAIN = "clients.auth.globus.org"
 # The provider of all client identities; fixed, so that it means the same on every relay.
@@ -107,10 +106,3 @@ def _select(connection: Connection, column: ColumnElement[str], values: Collecti
         rows = connection.execute(select(identities).where(column.in_(wanted[start : start + _BATCH])))
         found.extend(Identity(**row) for row in rows.mappings())
     return found
-
-
-async def identities_by_username(store: Store, usernames: Collection[str]) -> dict[str, Identity]:
-    """The identities with these usernames, by normal username; unknown ones are left out."""
-    if not usernames:
-        return {}
-    return await store.read(lambda connection: select_by_usernames(connection, usernames))

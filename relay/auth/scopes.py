@@ -188,27 +188,6 @@ def resource_server_of(name: str) -> str | None:
     return None
 
 
-def group_by_server(requested: Iterable[Scope]) -> dict[str, list[str]]:
-    """Top-level scope names for each resource server, `AUTH_SERVER` first: one token is issued for each.
-
-    Raises `InvalidScope` when one of them, or one of their dependencies, is unknown.
-    """
-    groups: dict[str, list[str]] = {}
-    for scope in requested:
-        _check_dependencies(scope)
-        server = resource_server_of(scope.name)
-        assert server is not None
-        groups.setdefault(server, []).append(scope.name)
-    return dict(sorted(groups.items(), key=lambda item: item[0] != AUTH_SERVER))
-
-
-def _check_dependencies(scope: Scope) -> None:
-    if resource_server_of(scope.name) is None:
-        raise InvalidScope(f"The scope {scope.name[:300]} is unknown here.")
-    for dependency in scope.dependencies.values():
-        _check_dependencies(dependency)
-
-
 def object_ids(servers: Iterable[str]) -> set[str]:
     """Those resource servers that are endpoints, collections or flows rather than services."""
     return {server for server in servers if _UUID.fullmatch(server) and server != TIMERS_ID}

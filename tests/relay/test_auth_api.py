@@ -71,6 +71,8 @@ async def test_id_and_secret_may_be_in_the_form(world: RelayWorld) -> None:
         ("   ", "invalid_scope"),
         ("a[", "invalid_scope"),
         ("nonsense", "invalid_scope"),
+        ("openid[nonsense]", "invalid_scope"),
+        (f"{TRANSFER_ALL}[openid[nonsense]]", "invalid_scope"),
         (f"https://auth.globus.org/scopes/{UNKNOWN}/https", "invalid_scope"),
         (f"urn:globus:auth:scope:{UNKNOWN}:manage_collections", "invalid_scope"),
     ],

@@ -18,7 +18,7 @@ import trio
 
 from protocol.errors import NeedsPerson
 from relay import backup
-from relay.auth.identities import add_identity, identities_by_username
+from relay.auth.identities import add_identity, select_by_usernames
 from relay.backup import BackupRefused, back_up, restore
 from relay.keys import RelayKeys
 from relay.lock import AlreadyRunning, exclusive
@@ -35,7 +35,7 @@ async def add(store: Store, name: str) -> None:
 async def users(settings: Settings, *names: str) -> set[str]:
     store = Store(settings.database_url)
     try:
-        return set(await identities_by_username(store, names))
+        return set(await store.read(lambda connection: select_by_usernames(connection, names)))
     finally:
         store.close()
 

@@ -16,7 +16,6 @@ from relay.auth.scopes import (
     TRANSFER_ALL,
     InvalidScope,
     Scope,
-    group_by_server,
     object_ids,
     parse_untrusted,
     resource_server_of,
@@ -108,21 +107,6 @@ def test_bounds() -> None:
 )
 def test_literal_scopes_belong_to_their_services(name: str, server: str | None) -> None:
     assert resource_server_of(name) == server
-
-
-def test_one_group_for_each_service_with_auth_first() -> None:
-    text = f"{TRANSFER_ALL}[*https://auth.globus.org/scopes/{ID}/data_access] profile openid {TRANSFER_ALL}"
-    groups = group_by_server(parse_untrusted(text).values())
-    assert list(groups.items()) == [
-        (AUTH_SERVER, ["profile", "openid"]),
-        ("transfer.api.globus.org", [TRANSFER_ALL]),
-    ]
-
-
-@pytest.mark.parametrize("text", ["nonsense", "openid[nonsense]", f"{TRANSFER_ALL}[openid[nonsense]]"])
-def test_unknown_scopes_are_refused_at_any_depth(text: str) -> None:
-    with pytest.raises(InvalidScope, match="nonsense"):
-        group_by_server(parse_untrusted(text).values())
 
 
 def test_objects_are_told_from_services() -> None:
