@@ -2,7 +2,7 @@
 
 A run ends in one of two ways: everything is settled, or an error. After an error nothing is lost that the journal
 knows; the task's runner decides whether a new run is worth it. Three kinds of threads work for a run: lanes (one each),
-one settler, and trio's workers for planning; all of them end before the run does.
+the settler with its side threads, and trio's workers for planning; all of them end before the run does.
 """
 
 from __future__ import annotations
