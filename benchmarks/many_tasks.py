@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from first_light import little_world
 from globus_sdk import TransferData
+from little_world import little_world
 
 from agent.cli.profile import Profile
 from agent.cli.relay_client import Relay

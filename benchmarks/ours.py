@@ -1,6 +1,6 @@
 """Towpath's engine under measurement: two agents' transfer services in this process, their workers as in real life.
 
-What is left out is the relay: this process orders the task and answers for it. `first_light.py` has the whole.
+What is left out is the relay: this process orders the task and answers for it. `little_world.py` has the whole.
 """
 
 from __future__ import annotations

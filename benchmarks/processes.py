@@ -114,9 +114,9 @@ async def once(way: Way, place: Place, name: str, books: Path, options: argparse
 
 async def measure(key: str, place: Place, options: argparse.Namespace) -> None:
     if key in ("G1", "G1d"):
-        name = make_large(place, options.large_mib)
+        name = make_large(place.source, options.large_mib)
     else:
-        name = make_mixed(place) if key == "G3m" else make_small(place, options.files)
+        name = make_mixed(place.source) if key == "G3m" else make_small(place.source, options.files)
     async with AsyncExitStack() as stack:
         ways = []
         for setting in ("1", options.beside):

@@ -269,15 +269,17 @@ async def latency(place: Place, runs: int) -> list[Measure]:
 
 def listing_under_load(directory: Path, options: argparse.Namespace) -> list[Measure]:
     """G8: `ls` through a real relay while a large transfer runs between the same agents."""
-    from first_light import little_world, make_sources
     from globus_sdk import TransferData
+    from little_world import little_world
 
     from agent.cli.profile import Profile
     from agent.cli.relay_client import Relay
 
     with little_world(directory) as world:
         ends = world["endpoints"]
-        make_sources(Path(ends["alpha"]["root"]), options.large_mib, 2000)
+        root = Path(ends["alpha"]["root"])
+        make_large(root, options.large_mib)
+        make_small(root, 2000)
         profile = Profile(
             relay_url=world["relay_url"],
             ca_file=world["ca_file"],
@@ -287,7 +289,7 @@ def listing_under_load(directory: Path, options: argparse.Namespace) -> list[Mea
         with Relay(profile) as relay:
             source, destination = ends["alpha"]["collection_id"], ends["beta"]["collection_id"]
             data = TransferData(source_endpoint=source, destination_endpoint=destination, verify_checksum=True)
-            data.add_item("/large", "/large-copy", recursive=True)
+            data.add_item("/large", "/large-copy")
             data.add_item("/small", "/small-copy", recursive=True)
             task = relay.transfer.submit_transfer(data)["task_id"]
             times: list[float] = []
@@ -312,7 +314,7 @@ SMALL = ("cp", "tar over TLS (socat)", "rsync over ssh", "rsync daemon", "GridFT
 async def measure(key: str, place: Place, options: argparse.Namespace) -> Result:
     runs = options.runs
     if key in ("G1", "G1d"):
-        name = make_large(place, options.large_mib)
+        name = make_large(place.source, options.large_mib)
         if key == "G1":
             chosen: tuple[str, ...] = ("curl from nginx", "GridFTP private", "scp")
         else:
@@ -321,16 +323,16 @@ async def measure(key: str, place: Place, options: argparse.Namespace) -> Result
         work = Work(key, name, options.large_mib, "MiB", chosen, lane=True, disk=key == "G1d", read_back=read_back)
         return Result(key, await compare(work, place, runs))
     if key in ("G2", "G2d", "G4"):
-        name = make_small(place, options.files)
+        name = make_small(place.source, options.files)
         chosen = ("rsync over ssh", "rsync daemon") if key == "G4" else SMALL
         read_back = True if key == "G4" else None
         work = Work(key, name, options.files, "files", chosen, again=key == "G4", read_back=read_back)
         return Result(key, await compare(work, place, runs))
     if key == "G3":
-        work = Work(key, make_middle(place), 1000, "MiB", ENCRYPTED, read_back=None)
+        work = Work(key, make_middle(place.source), 1000, "MiB", ENCRYPTED, read_back=None)
         return Result(key, await compare(work, place, runs))
     if key == "G3m":
-        mixed = make_mixed(place)
+        mixed = make_mixed(place.source)
         files = sum(path.is_file() for path in (place.source / mixed).rglob("*"))
         return Result(key, await compare(Work(key, mixed, files, "files", ENCRYPTED, read_back=None), place, runs))
     if key == "G6":

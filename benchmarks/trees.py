@@ -50,34 +50,34 @@ class Place:
         os.sync()
 
 
-def make_large(place: Place, mib: int) -> str:
+def make_large(source: Path, mib: int) -> str:
     block = os.urandom(64 * MIB)
-    with (place.source / "large").open("wb") as file:
+    with (source / "large").open("wb") as file:
         for start in range(0, mib, 64):
             file.write(block[: min(64, mib - start) * MIB])
     return "large"
 
 
-def make_small(place: Place, files: int) -> str:
+def make_small(source: Path, files: int) -> str:
     for number in range(files):
-        folder = place.source / "small" / f"{number // 100:05d}"
+        folder = source / "small" / f"{number // 100:05d}"
         if not number % 100:
             folder.mkdir(parents=True)
         (folder / f"{number:07d}").write_bytes(os.urandom(4096))
     return "small"
 
 
-def make_middle(place: Place) -> str:
-    (place.source / "middle").mkdir()
+def make_middle(source: Path) -> str:
+    (source / "middle").mkdir()
     for number in range(100):
-        (place.source / "middle" / f"{number:03d}").write_bytes(os.urandom(10 * MIB))
+        (source / "middle" / f"{number:03d}").write_bytes(os.urandom(10 * MIB))
     return "middle"
 
 
-def make_mixed(place: Place) -> str:
+def make_mixed(source: Path) -> str:
     """A real tree: this Python's standard library, without what is installed beside it."""
     library = Path(sysconfig.get_paths()["stdlib"])
-    shutil.copytree(library, place.source / "mixed", symlinks=True, ignore=shutil.ignore_patterns("site-packages"))
+    shutil.copytree(library, source / "mixed", symlinks=True, ignore=shutil.ignore_patterns("site-packages"))
     return "mixed"
 
 
