@@ -1,4 +1,4 @@
-"""Journals and manifests after every kind of damage, ranges still missing, and which addresses may be dialled."""
+"""Journals and manifests after every kind of damage; blocks of large files, and which of them are still missing."""
 
 from __future__ import annotations
 
