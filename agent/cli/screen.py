@@ -27,7 +27,7 @@ def describe(progress: Progress, rate: float) -> str:
     done = human_bytes(progress.bytes_done)
     total = f" of {human_bytes(progress.bytes_total)}" if progress.bytes_total is not None else ""
     files = f", {progress.files_done} of {progress.files_total} files" if progress.files_total else ""
-    left = seconds_left(progress, rate) if progress.status == "ACTIVE" else None
+    left = seconds_left(progress, rate) if progress.status == "ACTIVE" and not progress.held_up_by else None
     speed = f", {human_bytes(rate)}/s" if rate > 0 else ""
     rest = f", {human_seconds(left)} left" if left is not None else ""
     return f"{done}{total}{files}{speed}{rest}"

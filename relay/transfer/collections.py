@@ -10,12 +10,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Final
 
 from sqlalchemy import Connection, select, update
 
 from protocol.errors import ProtocolError
-from protocol.names import CollectionPath, parse_path_untrusted
+from protocol.names import CollectionPath, format_path, parse_path_untrusted
 from relay.access.decisions import (
     ROOT,
     Ability,
@@ -153,6 +153,10 @@ def load(connection: Connection, collection_id: str) -> Collection | None:
     return load_many(connection, [collection_id]).get(collection_id)
 
 
+# What is told of a deed that concerns a place.
+DEEDS: Final = {Ability.READ: "read", Ability.WRITE: "change"}
+
+
 class Sight:
     """A collection, None for an unknown one, and somebody who asks for it: read once for all that is decided in one
     transaction. This is the one place where the API decides about collections."""
@@ -168,10 +172,19 @@ class Sight:
 
         Raises `ApiError`: 404 EndpointNotFound or EndpointDeleted, 403 PermissionDenied.
         """
+        spots = list(spots)
         verdict = self._held.decide(ability, spots)
         if self._collection is not None and verdict == "allowed":
             return self._collection
-        raise refusal(self._asked_for, verdict)
+        raise refusal(self._asked_for, verdict, self._denied(ability, spots))
+
+    def _denied(self, ability: Ability, spots: Iterable[Spot]) -> str:
+        """What they may not do, with the place; no place for those who may look into none, since it may be the home."""
+        word = DEEDS.get(ability)
+        if word is None or self._held.reach(Ability.READ) == ():
+            return "do this"
+        place = next((spot for spot in spots if ability not in self._held.at(spot)), None)
+        return "do this" if place is None else f"{word} {format_path(place)}"
 
     def reach(self, ability: Ability) -> list[str] | None:
         """The folders in which they may do that, None for everywhere: where symlinks may lead them."""
@@ -240,11 +253,11 @@ def homes(connection: Connection, ids: Iterable[str], identity_id: str, now: flo
     }
 
 
-def refusal(collection_id: str, verdict: str) -> ApiError:
-    """The answer to a request that was not allowed; it says no more than the verdict does."""
+def refusal(collection_id: str, verdict: str, what: str = "do this") -> ApiError:
+    """The answer to a request that was not allowed; it says no more than the verdict and, if forbidden, ``what``."""
     shown = collection_id[:64]
     if verdict == "forbidden":
-        return ApiError(403, "PermissionDenied", f"You do not have permission to do this on endpoint '{shown}'.")
+        return ApiError(403, "PermissionDenied", f"You do not have permission to {what} on endpoint '{shown}'.")
     if verdict == "deleted":
         return ApiError(404, "EndpointDeleted", f"Endpoint '{shown}' has been deleted.")
     return ApiError(404, "EndpointNotFound", f"No such endpoint '{shown}'.")

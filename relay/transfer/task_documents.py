@@ -5,7 +5,8 @@ SUCCEEDED and FAILED are themselves; CANCELED is FAILED with an event CANCELED.
 
 Subtasks: one for each file, directory and symlink found so far (for deletes: each thing found). Of these
 
-- ``succeeded`` are copied, skipped because equal, made or deleted; when the task has succeeded, all the rest;
+- ``succeeded`` are copied, skipped because equal, made or deleted; when the task has come to its end (it has succeeded,
+  or some of its items have failed), all the rest;
 - ``skipped_errors`` and ``failed`` are those left out under ``skip_source_errors`` and those given up;
 - what remains is ``retrying`` and ``pending`` while the task runs, ``canceled``, ``expired`` or ``failed`` after it
   ended that way. The parts always add up to ``total``.
@@ -29,6 +30,7 @@ from relay.transfer.task_rows import Task
 COMMAND = "API 0.10"
 CANCELED = "CANCELED"
 DEADLINE_EXPIRED = "DEADLINE_EXPIRED"
+ITEMS_FAILED = "ITEMS_FAILED"
 OFFLINE = "GC_NOT_CONNECTED"
 
 
@@ -180,12 +182,12 @@ def subtasks(task: Task) -> dict[str, int]:
         + counters.deleted
     )
     found = counters.files + counters.directories + counters.symlinks
-    if task.status == "SUCCEEDED":
+    code = _failure_code(task)
+    if task.status == "SUCCEEDED" or code == ITEMS_FAILED:
         done = max(done, found - skipped - failed)
     total = max(found, done + skipped + failed)
     rest = total - done - skipped - failed
     retrying = min(counters.retrying, rest) if not task.finished else 0
-    code = _failure_code(task)
     ended = task.status == "FAILED"
     return {
         "subtasks_total": total,

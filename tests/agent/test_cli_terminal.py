@@ -47,3 +47,15 @@ def test_numbers_come_before_the_bar(
     assert "active" in written
     assert "512 B of 1.00 KiB, 1 of 2 files" in written
     assert ("━" in written) is bar
+
+
+def test_no_time_is_promised_for_what_is_held_up(capsys: pytest.CaptureFixture[str]) -> None:
+    """A full disk was told with "1 s left"."""
+    moves = task(bytes_transferred=20, towpath={"bytes_total": 30, "scan_complete": True}, nice_status="OK")
+    with display_for(Output()) as display:
+        display.show(progress_of(moves), 10)
+        display.show(progress_of({**moves, "nice_status": "NO_SPACE", "nice_status_details": "The disk is full."}), 10)
+    moving, waiting = capsys.readouterr().err.splitlines()
+    assert moving.endswith("10 B/s, 1 s left")
+    assert waiting.startswith("active (The disk is full.): 20 B of 30 B")
+    assert "left" not in waiting

@@ -119,6 +119,11 @@ async def test_a_rule_opens_its_folder_and_nothing_beside_it(relay: TransferWorl
     ):
         await bob.refused("POST", f"{base}/{verb}", 403, "PermissionDenied", json={"DATA_TYPE": verb, **body})
     assert len(agent.calls) == calls
+    # The sentence says which of several paths it is, and what may not be done there.
+    answer = await bob.ask("GET", f"{base}/ls", params={"path": "/other/x"})
+    assert "permission to read /other/x on" in answer.json()["message"]
+    answer = await bob.ask("POST", f"{base}/mkdir", json={"DATA_TYPE": "mkdir", "path": "/shared/new"})
+    assert "permission to change /shared/new on" in answer.json()["message"]
     # Elsewhere it stays invisible to everybody else.
     await (await relay.person("eve")).refused("GET", f"/endpoint/{endpoint}", 404, "EndpointNotFound")
 

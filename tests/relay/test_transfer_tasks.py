@@ -71,6 +71,20 @@ async def test_a_failure_tells_its_code_and_sentence(pair: Pair) -> None:
     assert shown["subtasks_failed"] == 1
 
 
+async def test_what_did_not_fail_of_a_task_that_came_to_its_end_has_succeeded(pair: Pair) -> None:
+    """Folders are not counted one by one as they are made: none of them counts for failed because a file did."""
+    task_id = await pair.running()
+    pair.destination.observe(
+        task_id,
+        "FAILED",
+        error_code="ITEMS_FAILED",
+        status_sentence="1 of the task's items failed; see its skipped errors.",
+        counters=Counters(files=6, directories=32, files_transferred=5, failed=1),
+    )
+    shown = await pair.finished(task_id)
+    assert (shown["subtasks_total"], shown["subtasks_succeeded"], shown["subtasks_failed"]) == (38, 37, 1)
+
+
 async def test_events_are_newest_first_and_filtered(pair: Pair) -> None:
     task_id = await pair.running()
     for number in range(5):

@@ -314,10 +314,11 @@ class Record:
 
 
 def skipped_row(job: FileJob, error: dict[str, object], now: str) -> SkippedRow:
-    """How a failed file is listed among the task's errors."""
+    """How a failed file, or a folder that failed as a whole, is listed among the task's errors."""
+    whole = job.name == b"."
     return SkippedRow(
-        job.source_path,
-        job.destination_path,
+        job.group.source if whole else job.source_path,
+        job.group.destination if whole else job.destination_path,
         job.row.kind,
         str(error["code"]),
         str(error["sentence"]),
