@@ -23,6 +23,7 @@ from agent.transfer.asking.budget import Budget, charge
 from agent.transfer.asking.fetch import Fetcher
 from agent.transfer.asking.source_session import SourceSession
 from agent.transfer.basis.jobs import AllArrived, FileJob, Group, LargeFile, ListFate, Outcome
+from agent.transfer.basis.kept_attributes import attributes_size
 from agent.transfer.basis.patience import counted, named
 from agent.transfer.basis.stopping import call_on_cancel, first_error, first_system_error
 from agent.transfer.basis.times import now_iso
@@ -33,7 +34,7 @@ from agent.transfer.course.run import RunContext
 from agent.transfer.deleting.mirror import Mirror
 from agent.transfer.lane_processes.pool import LaneProcesses
 from agent.transfer.last_steps import last_steps
-from agent.transfer.planning.attributes import Attributes, attributes_size
+from agent.transfer.planning.attributes import Attributes
 from agent.transfer.planning.comparisons import Comparisons
 from agent.transfer.planning.directories import DirectoryWalk
 from agent.transfer.planning.hard_links import HardLinks

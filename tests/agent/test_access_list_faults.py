@@ -24,8 +24,8 @@ from agent.transfer.asking.source_session import ANSWER_TIMEOUT
 from agent.transfer.basis.jobs import FileJob
 from agent.transfer.basis.kept_lists import within_folder
 from agent.transfer.basis.patience import ATTEMPTS
-from agent.transfer.planning.attributes import read_attributes
 from agent.transfer.receiving.retries import Retries
+from agent.transfer.source.source_attributes import read_attributes
 from protocol import session
 from protocol.control import TaskItem, TaskOptions
 from protocol.errors import TowpathError
@@ -189,7 +189,7 @@ def test_a_source_answers_before_the_destination_gives_up(tmp_path: Path, monkey
         raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
 
     monkeypatch.setattr(PosixRoot, "get_access_lists", slow)
-    monkeypatch.setattr("agent.transfer.planning.attributes.time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr("agent.transfer.source.source_attributes.time", SimpleNamespace(monotonic=lambda: now))
     request = session.ReadAttributes(1, files, False, False, True)
     with open_root(str(tmp_path)) as root:
         answer = read_attributes(root, request, lambda path: (path,))

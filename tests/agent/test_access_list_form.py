@@ -22,8 +22,8 @@ from agent.storage.access_lists import (
     with_owner,
 )
 from agent.transfer.basis.jobs import ListFate
+from agent.transfer.basis.kept_attributes import check_attributes_untrusted
 from agent.transfer.basis.kept_lists import ListPolicy
-from agent.transfer.planning.attributes import check_attributes_untrusted
 from protocol.errors import ProtocolError
 from protocol.session import FileAttributes
 from tests.agent.access_list_scene import (

@@ -17,8 +17,8 @@ from agent.storage.attributes import Found
 from agent.storage.faulty import Call
 from agent.storage.posix import PosixRoot
 from agent.transfer.asking.budget import Budget
+from agent.transfer.basis.kept_attributes import check_attributes_untrusted
 from agent.transfer.basis.patience import ATTEMPTS
-from agent.transfer.planning.attributes import check_attributes_untrusted
 from protocol import session
 from protocol.control import TaskItem
 from protocol.errors import ProtocolError

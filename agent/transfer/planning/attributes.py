@@ -1,5 +1,4 @@
-"""Extended attributes and access lists on their way: read at the source with the version of their file, asked for by
-the destination in batches, and set on temporaries before anything of these is durable. Only when the task asks for it.
+"""Asking the source for extended attributes and access lists, in batches, where the task wants them.
 
 What cannot be taken over is counted (`Counters.xattrs_left_out`, and three counts of access lists), and told once for
 each reason; no file fails by it. `agent.transfer.basis.kept_lists` says which lists are taken over.
@@ -8,154 +7,27 @@ each reason; no file fails by it. `agent.transfer.basis.kept_lists` says which l
 from __future__ import annotations
 
 import errno
-import os
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 
 import trio
 
-from agent.storage.access_lists import REFUSED, FoundLists
-from agent.storage.attributes import LONGEST_NAME, MOST_ATTRIBUTES, MOST_BYTES, Found, is_attribute
-from agent.storage.base import Root
 from agent.storage.faults import fault
-from agent.storage.node import version_of
 from agent.transfer.basis.jobs import FileJob, Group, ListFate
-from agent.transfer.basis.kept_lists import check_lists_untrusted, give_folder_lists, give_list, within_folder
-from agent.transfer.basis.refusal import is_refusal
+from agent.transfer.basis.kept_attributes import (
+    ATTRIBUTES_CODE,
+    LISTS_CODE,
+    check_attributes_untrusted,
+    write_attributes,
+)
+from agent.transfer.basis.kept_lists import give_folder_lists, within_folder
 from agent.transfer.course.run import Run
 from protocol import session
 from protocol.control import TaskItem
 from protocol.errors import ItemFailed, ProtocolError, TowpathError, Who, error_from_document_untrusted
-from protocol.names import CollectionPath, parse_path_untrusted
+from protocol.names import parse_path_untrusted
 from protocol.session import join_path
-
-# Seconds after which an answer has what was read by then: a file server that does not answer takes its time for each
-# file, and the destination does not wait for hundreds of them (`source_session.ANSWER_TIMEOUT`).
-ANSWER_WITHIN = 10.0
-CODE, LISTS_CODE = "ATTRIBUTES_LEFT_OUT", "ACCESS_LISTS_NOT_KEPT"
-# Told of each attribute or list that the destination did not take, with the code of its event. Any thread may call.
-Refused = Callable[[FileJob, OSError, str], None]
-
-# --- at the source -------------------------------------------------------------------------------------------
-
-
-def read_attributes(
-    root: Root, request: session.ReadAttributes, allowed: Callable[[bytes], CollectionPath]
-) -> session.Attributes:
-    """The answer to a request, or its beginning. ``allowed`` checks a path (`TowpathError`). Blocks.
-
-    What cannot be read, or is another version by now, has its attributes left out: reading the content says why, unless
-    it is a fault that may have passed by then, which is told here.
-    """
-    if not 0 < len(request.files) <= session.MAX_ATTRIBUTE_FILES:
-        raise ProtocolError("Attributes of an impossible number of files were asked for.")
-    found = []
-    size = 0
-    enough = time.monotonic() + ANSWER_WITHIN
-    for asked in request.files:
-        try:
-            file = _attributes_of(root, asked, allowed(asked.path), request)
-        except ProtocolError:
-            raise
-        except OSError as error:
-            lasts = error.errno in REFUSED
-            file = _unread(request, None if lasts else fault(error, "source", asked.path))
-        except TowpathError as error:
-            file = _unread(request, error)
-        found.append(file)
-        size += sum(len(name) + len(value) for name, value in file.attributes) + len(file.access) + len(file.default)
-        if size >= session.ATTRIBUTE_BYTES or time.monotonic() >= enough:
-            break
-    return session.Attributes(request.r, found)
-
-
-def _unread(request: session.ReadAttributes, error: TowpathError | None = None) -> session.FileAttributes:
-    # Destinations of before know only that something is left out.
-    document = None if error is None or isinstance(error, ItemFailed) else error.to_document()
-    return session.FileAttributes([], int(request.attributes), lists_left_out=int(request.lists), error=document)
-
-
-def _attributes_of(
-    root: Root, asked: session.AttributesOf, path: CollectionPath, request: session.ReadAttributes
-) -> session.FileAttributes:
-    with ExitStack() as stack:
-        if asked.version is None:
-            handle = stack.enter_context(root.open_directory(path)).fileno()
-            if handle is None:
-                return session.FileAttributes([])
-        else:
-            parent, name = root.open_parent(path)
-            with parent:
-                handle = parent.open_read(name, follow=request.follow)
-            stack.callback(root.close_file, handle)
-        found = root.get_attributes(handle) if request.attributes else Found()
-        lists = root.get_access_lists(handle) if request.lists else FoundLists()
-        if asked.version is not None and version_of(root.fstat(handle)) != tuple(asked.version):
-            return _unread(request)
-    rights = found.rights - found.lists if request.lists else found.rights
-    return session.FileAttributes(found.attributes, found.left_out, rights, lists.access, lists.default, lists.left_out)
-
-
-# --- at the destination --------------------------------------------------------------------------------------
-
-
-def check_attributes_untrusted(files: Sequence[session.FileAttributes], asked: int) -> None:
-    """Refuse what no honest source answers. Raises only `ProtocolError`."""
-    if not 0 < len(files) <= asked:
-        raise ProtocolError("The source sends extended attributes of other files than it was asked about.")
-    for file in files:
-        names = {name for name, _ in file.attributes}
-        size = sum(len(name) + len(value) for name, value in file.attributes)
-        if len(names) < len(file.attributes) or len(names) > MOST_ATTRIBUTES or size > MOST_BYTES:
-            raise ProtocolError("The source sends more extended attributes than a file may have.")
-        if not all(0 < len(name) <= LONGEST_NAME and b"\0" not in name for name in names):
-            raise ProtocolError("The source sends an extended attribute with an impossible name.")
-        if not (0 <= file.left_out < 2**31 and 0 <= file.rights < 2**31):
-            raise ProtocolError("The source left out an impossible number of extended attributes.")
-        check_lists_untrusted(file)
-
-
-def write_attributes(root: Root, fd: int, attributes: Sequence[tuple[bytes, bytes]]) -> list[OSError]:
-    """Set attributes of an open file or folder: why some cannot be set. Raises OSError for a fault that may pass, or
-    needs a person. Blocks."""
-    refusals: list[OSError] = []
-    for name, value in attributes:
-        if not is_attribute(name):
-            # What the agent keeps for itself.
-            refusals.append(OSError(errno.EPERM, os.strerror(errno.EPERM)))
-            continue
-        try:
-            root.set_attribute(fd, name, value)
-        except OSError as error:
-            if not is_refusal(root, error):
-                raise
-            refusals.append(error)
-    return refusals
-
-
-def attributes_size(job: FileJob) -> int:
-    """Bytes that a job's attributes and access list hold until it is settled."""
-    # Of nearly every file: nothing.
-    size = 0 if job.access is None else len(job.access.packed)
-    if job.attributes:
-        size += sum(len(name) + len(value) for name, value in job.attributes)
-    return size
-
-
-def give_attributes(root: Root, job: FileJob, fd: int, refused: Refused) -> None:
-    """Set the attributes of a job's temporary, as far as they can be. Raises OSError as `write_attributes` does."""
-    for error in write_attributes(root, fd, job.attributes or ()):
-        job.attributes_left_out += 1
-        refused(job, error, CODE)
-
-
-def give_access_list(root: Root, job: FileJob, fd: int, permitted: int, refused: Refused, *, owner: int = 0) -> None:
-    """Give a job's temporary the access list that is wanted. Raises OSError as `kept_lists.give_list` does."""
-    error = give_list(root, job, fd, permitted, owner=owner)
-    if error is not None:
-        refused(job, error, LISTS_CODE)
 
 
 class Attributes:
@@ -279,7 +151,7 @@ class Attributes:
             code=LISTS_CODE,
         )
 
-    def refused(self, path: bytes, error: OSError, code: str = CODE) -> None:
+    def refused(self, path: bytes, error: OSError, code: str = ATTRIBUTES_CODE) -> None:
         """The destination did not take an attribute, or an access list."""
         reason = fault(error, "destination", path).sentence
         if code == LISTS_CODE:
@@ -335,7 +207,7 @@ class Attributes:
         sentence = f"The access list of {subject} {reason}. Such files and folders are counted."
         self._tell(sentence, who=who, kind=kind, code=LISTS_CODE)
 
-    def _tell(self, sentence: str, *, who: Who, kind: str = "", code: str = CODE) -> None:
+    def _tell(self, sentence: str, *, who: Who, kind: str = "", code: str = ATTRIBUTES_CODE) -> None:
         if (code, kind) not in self._told:
             self._told.add((code, kind))
             self._run.context.on_fault(ItemFailed(sentence, code=code, who=who))

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from agent.transfer.asking.budget import charge
 from agent.transfer.basis.jobs import FileJob
-from agent.transfer.planning.attributes import attributes_size
+from agent.transfer.basis.kept_attributes import attributes_size
 
 # A pack is asked for when it has so many bytes of content, or of paths: a message holds eight times as much, and what
 # is longer than it needs to be only makes others wait.

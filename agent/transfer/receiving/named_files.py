@@ -20,8 +20,8 @@ from agent.transfer.basis.compare import missing_ranges
 from agent.transfer.basis.holes import WORTH_ASKING, data_extents, mark_holes
 from agent.transfer.basis.jobs import FileJob, LargeFile, NameFound, count_done, empty_bitmap
 from agent.transfer.basis.journal_rows import PartialRow, bytes_done
+from agent.transfer.basis.kept_attributes import give_access_list, give_attributes
 from agent.transfer.course.run import Run
-from agent.transfer.planning.attributes import give_access_list, give_attributes
 from agent.transfer.receiving.reuse import DIGESTS_AT_ONCE
 from agent.transfer.settling.small_files import OWNER_ACCESS
 from protocol.errors import TowpathError

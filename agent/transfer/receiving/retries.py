@@ -6,9 +6,9 @@ import msgspec
 import trio
 
 from agent.transfer.basis.jobs import FileJob, LinkWanted, ListFate
+from agent.transfer.basis.kept_attributes import LISTS_CODE
 from agent.transfer.basis.patience import attempts, counted, pause
 from agent.transfer.course.run import Run
-from agent.transfer.planning.attributes import LISTS_CODE
 from agent.transfer.planning.items import ItemPlanner
 from protocol.errors import ItemFailed, NeedsPerson, RetryLater, TaskFailed, TowpathError
 from protocol.names import escape

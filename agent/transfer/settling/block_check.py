@@ -15,8 +15,8 @@ from agent.storage import page_cache
 from agent.storage.base import Root
 from agent.transfer.basis.jobs import Abandoned, BlocksChecked, FileSealed, LargeFile
 from agent.transfer.basis.journal_rows import PartialRow
+from agent.transfer.basis.kept_attributes import Refused, give_access_list, give_attributes
 from agent.transfer.books.journal import Journal
-from agent.transfer.planning.attributes import Refused, give_access_list, give_attributes
 from agent.transfer.settling.side_thread import Answers, Broken, SideThread
 from agent.transfer.settling.small_files import OWNER_ACCESS, Remover, part_lost
 from protocol.lane import digest as block_digest

@@ -17,8 +17,8 @@ from agent.storage.base import Root
 from agent.storage.faults import fault
 from agent.system.limits import open_files, raise_open_files
 from agent.transfer.basis.jobs import FileJob, Group, PackArrived
+from agent.transfer.basis.kept_attributes import Refused, give_access_list, give_attributes
 from agent.transfer.books.journal import Journal
-from agent.transfer.planning.attributes import Refused, give_access_list, give_attributes
 from agent.transfer.settling.held import Holder
 from protocol.errors import RetryLater, TowpathError
 from protocol.lane import digest as content_digest

@@ -26,10 +26,10 @@ from agent.transfer.asking.outgoing import send_queued
 from agent.transfer.basis import compression
 from agent.transfer.basis.lane_keys import LAST_RECORD
 from agent.transfer.basis.storage_threads import StorageThreads
-from agent.transfer.planning.attributes import read_attributes
 from agent.transfer.source import source_files
 from agent.transfer.source.lane_queues import MAX_WAITING, LaneQueues, LaneRequest
 from agent.transfer.source.send import Joined, LaneSender
+from agent.transfer.source.source_attributes import read_attributes
 from agent.transfer.source.source_policy import SourcePolicy
 from agent.transfer.source.source_rows import Listing
 from agent.transfer.source.under_way import UnderWay, paths_of
