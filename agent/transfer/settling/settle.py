@@ -45,7 +45,6 @@ from agent.transfer.basis.jobs import (
 from agent.transfer.books.journal import Journal
 from agent.transfer.books.manifest import ManifestWriter
 from agent.transfer.books.record import Record
-from agent.transfer.planning.links import add_name, place_of
 from agent.transfer.settling.batch import (
     FSYNCS_AT_ONCE,
     Batch,
@@ -59,6 +58,7 @@ from agent.transfer.settling.batch import (
 from agent.transfer.settling.block_check import BlockChecker, CheckLine
 from agent.transfer.settling.held import HeldChecked, HolderLost, PackHeld
 from agent.transfer.settling.held_batches import HeldBatches
+from agent.transfer.settling.links import add_name, place_of
 from agent.transfer.settling.side_thread import AnswersFirst, Broken, LookAgain, SideThread
 from agent.transfer.settling.small_files import Remover, SmallFiles, Temporary, temporary_fault
 from protocol.errors import TowpathError
