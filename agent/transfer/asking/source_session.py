@@ -17,7 +17,7 @@ from agent.transfer.asking.outgoing import send_queued
 from agent.transfer.basis.holes import check_extents_untrusted
 from agent.transfer.basis.stopping import first_error
 from protocol import session
-from protocol.errors import ProtocolError, RetryLater, TowpathError, error_from_document_untrusted
+from protocol.errors import ItemFailed, ProtocolError, RetryLater, TowpathError, error_from_document_untrusted
 from protocol.session_checks import check_readings_untrusted
 
 A = TypeVar("A")
@@ -324,3 +324,10 @@ async def _received(receive: trio.MemoryReceiveChannel[session.Answer], seconds:
     with trio.move_on_after(seconds):
         return await receive.receive()
     return None
+
+
+def stat_error(result: session.StatResult) -> TowpathError:
+    """Why the source could not say what a path is; errors about a path are its owner's to mend."""
+    if result.error is None:
+        return ItemFailed("The source file was replaced by something else.", code="FILE_CHANGED", who="source owner")
+    return error_from_document_untrusted(result.error)

@@ -14,20 +14,19 @@ import trio
 from agent.storage.disks import DISK_MISSING, DISK_REPLACED
 from agent.storage.faults import fault
 from agent.transfer.asking.budget import charge
-from agent.transfer.basis.jobs import Group, GroupListed, LinkWanted
+from agent.transfer.basis.jobs import FileJob, Group, GroupListed, LinkWanted
 from agent.transfer.basis.journal_rows import DirectoryRow
 from agent.transfer.basis.storage_threads import StorageThreads
 from agent.transfer.course.run import Run
 from agent.transfer.planning.extras import KeptExtra
 from agent.transfer.planning.filled_places import SEVERAL, FilledPlaces
 from agent.transfer.planning.gathered_names import GatheredNames, SpelledThere, pieces
-from agent.transfer.planning.items import ItemPlanner
 from agent.transfer.planning.listing_queue import ListingQueue
 from agent.transfer.planning.plan import DirectoryPlanner, Planned
 from agent.transfer.planning.second_look import GONE, SecondLook
 from protocol.errors import ItemFailed, NeedsPerson, RetryLater, TaskFailed, TowpathError
 from protocol.names import CollectionPath, format_path, parse_path_untrusted, split_path
-from protocol.session import Row
+from protocol.session import DIRECTORY, Row
 
 # Round trips that overlap while directories are listed.
 LISTERS = 16
@@ -278,7 +277,8 @@ class DirectoryWalk:
 
     def _failed(self, group: Group, row: DirectoryRow, error: TowpathError) -> None:
         """A directory of the source cannot be listed: an error of its own, the others go on."""
-        job = ItemPlanner.directory_job(group, row.item)
+        # A stand-in for the directory as a whole.
+        job = FileJob(group, row.item, Row(b".", DIRECTORY, 0, 0, 0, 0, 0, 0), b".", b".", False)
         group.planned += 1
         self._run.give_up(job, error)
 

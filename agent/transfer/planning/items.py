@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence, Set
-from typing import TYPE_CHECKING
 
 import trio
 
@@ -13,6 +12,7 @@ from agent.storage.enclosing import enclosing
 from agent.storage.faults import fault
 from agent.storage.folding import fold_key
 from agent.storage.node import Node, nearest_time
+from agent.transfer.asking.source_session import SourceSession, stat_error
 from agent.transfer.asking.take_ahead import LANE, MOST_BYTES, Awaited, takeable
 from agent.transfer.basis.checksum import check_given, normalised_algorithm
 from agent.transfer.basis.compare import SMALL_FILE, Decision, decide, decide_link
@@ -31,13 +31,9 @@ from protocol.errors import (
     ProtocolError,
     RetryLater,
     TowpathError,
-    error_from_document_untrusted,
 )
 from protocol.names import CollectionPath, format_path, is_reserved, parse_path_untrusted, split_path
 from protocol.session import DIRECTORY, FILE, SYMLINK, Row, StatResult, join_path
-
-if TYPE_CHECKING:
-    from agent.transfer.asking.source_session import SourceSession
 
 ITEMS_AT_ONCE = 250
 # Folders that are listed before it is known what they are.
@@ -210,7 +206,7 @@ class ItemPlanner:
     ) -> None:
         item, row = self._items[index], result.row
         if row is None:
-            error = self.source_error(result)
+            error = stat_error(result)
             lasts = self._run.context.patience.lasts_at_source(path, error)
             if isinstance(error, RetryLater | NeedsPerson) and not lasts:
                 raise error
@@ -298,21 +294,6 @@ class ItemPlanner:
             for temporary in journal.partial_temporaries(-1 - index):
                 folder = parse_path_untrusted(self._items[index].destination_path)[:-1]
                 journal.add_left_behind(join_path(folder), temporary)
-
-    @staticmethod
-    def source_error(result: StatResult) -> TowpathError:
-        """Why the source could not say what a path is; errors about a path are its owner's to mend."""
-        if result.error is None:
-            return ItemFailed(
-                "The source file was replaced by something else.", code="FILE_CHANGED", who="source owner"
-            )
-        return error_from_document_untrusted(result.error)
-
-    @staticmethod
-    def directory_job(group: Group, item: int) -> FileJob:
-        """A stand-in for a directory that failed as a whole."""
-        row = Row(b".", DIRECTORY, 0, 0, 0, 0, 0, 0)
-        return FileJob(group, item, row, b".", b".", False)
 
     # --- files -----------------------------------------------------------------------------------------
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import msgspec
 import trio
 
+from agent.transfer.asking.source_session import stat_error
 from agent.transfer.basis.jobs import FileJob, LinkWanted, ListFate
 from agent.transfer.basis.kept_attributes import LISTS_CODE
 from agent.transfer.basis.patience import attempts, counted, pause
 from agent.transfer.course.run import Run
-from agent.transfer.planning.items import ItemPlanner
 from protocol.errors import ItemFailed, NeedsPerson, RetryLater, TaskFailed, TowpathError
 from protocol.names import escape
 from protocol.session import FILE, LOOK_AGAIN, SYMLINK
@@ -115,7 +115,7 @@ class Retries:
         (result,) = await run.session.stat([job.source_path], follow=job.follow)
         row, counts = result.row, job.group.counts_of(job.item)
         if row is None:
-            self.job_failed(job, ItemPlanner.source_error(result))
+            self.job_failed(job, stat_error(result))
             return False
         if row.kind == job.row.kind:
             counts.bytes_total += row.size - job.row.size
@@ -124,7 +124,7 @@ class Retries:
             counts.symlinks -= 1
             counts.add_file(row, shared=False)
         else:
-            run.give_up(job, ItemPlanner.source_error(result))
+            run.give_up(job, stat_error(result))
             return False
         job.row = msgspec.structs.replace(row, name=job.row.name)
         job.attributes, job.attributes_left_out, job.attributes_error = None, 0, None
