@@ -31,6 +31,7 @@ pytestmark = [pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT), pytest.mark.soa
 TRIP = 0.1
 ADDRESSES = ("198.51.100.1", "198.51.100.2")
 GREETING = b"x" * 500
+ALLOWED = Path("/proc/sys/net/ipv4/tcp_allowed_congestion_control")
 
 
 @pytest.fixture(scope="module")
@@ -104,5 +105,6 @@ def test_both_know_the_whole_round_trip_and_no_sender_believes_less(hosts: list[
         tune_sender(one.sock)
         if (told[0] or 0.0) < 0.35 * TRIP:
             assert chosen(one.sock) in (b"cubic", b"reno")
-        elif b"bbr" in Path("/proc/sys/net/ipv4/tcp_allowed_congestion_control").read_bytes().split():
+        elif (told[0] or 0.0) >= 0.6 * TRIP and b"bbr" in ALLOWED.read_bytes().split():
+            # In between it depends on how long the greetings took: the kernel's figure must be a part of that.
             assert chosen(one.sock) == b"bbr"
