@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import msgspec
 
 from agent.meter.time_shares import TimeShares
-from protocol.congestion import Connection, TcpFacts, tcp_facts
+from protocol.congestion import LONG_PATH, Connection, TcpFacts, tcp_facts
 from protocol.session import LaneReading, LaneReadings
 
 
@@ -30,6 +30,13 @@ class LaneMeter:
     def facts(self) -> TcpFacts | None:
         """What the system knows of its connection; None where it is none of TCP, or gone."""
         return tcp_facts(self.sock)
+
+    def held_back(self) -> float:
+        """Seconds since its beginning in which only the receiver kept it from sending. 0 where the system does not
+        tell, and on long paths, where a full window is mostly the path's: more than it holds is under way."""
+        facts = self.facts()
+        short = facts is not None and facts.least is not None and facts.least < LONG_PATH
+        return facts.window if facts is not None and short else 0.0
 
 
 def readings_of(r: int, meters: Mapping[int, LaneMeter], *, silent: bool = False) -> LaneReadings:

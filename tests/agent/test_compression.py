@@ -103,6 +103,37 @@ def test_it_stops_when_content_no_longer_compresses() -> None:
     assert path.send(100) == (0, 100 * MIB)
 
 
+def test_samples_that_promise_what_the_whole_does_not_keep_cost_little() -> None:
+    path = Road(145e6, 300e6, 0.3)
+    blocks, kept = 1000, 0
+    squeeze = path.decider._squeeze
+
+    def slower_when_whole(content: compression.Buffer) -> bytes:
+        path.compressor = 300e6 if len(content) <= compression.SAMPLE else 150e6
+        return squeeze(content)
+
+    path.decider._squeeze = slower_when_whole
+    kept, wire = path.send(blocks)
+    assert (kept, wire) == (0, blocks * MIB)
+    assert path.squeezed < 30 * MIB
+
+
+def test_where_it_hardly_pays_the_looks_cost_little() -> None:
+    """The machine's other work makes the compressor now fast, now slow."""
+    random = Random(7)
+    path = Road(145e6, 300e6, 0.3)
+    squeeze = path.decider._squeeze
+
+    def unsteady(content: compression.Buffer) -> bytes:
+        path.compressor = random.choice((100e6, 300e6))
+        return squeeze(content)
+
+    path.decider._squeeze = unsteady
+    blocks = 2000
+    kept, _ = path.send(blocks)
+    assert path.squeezed - kept * MIB < blocks * MIB // 10
+
+
 def test_always_and_never() -> None:
     assert Road(2e9, 300e6, 0.3).send(10, "on")[0] == 10
     assert Road(2e9, 300e6, 1.0).send(10, "on")[0] == 0

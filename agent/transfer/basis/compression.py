@@ -131,7 +131,11 @@ class Compression:
                 return None
             self.compressing = True
         self._since_probe = (self._since_probe + 1) % PROBE_EVERY
-        return self._worth(content) if self._since_probe else None
+        paid = self._worth(content) if self._since_probe else None
+        if paid is not None:
+            # What a sample promises and the whole does not keep is looked at ever more seldom all the same.
+            self._pause = max(1, self._pause // 2)
+        return paid
 
     def _worth(self, content: Buffer) -> bytes | None:
         started = self._clock()
@@ -142,5 +146,4 @@ class Compression:
             self.compressing = False
             self._skip, self._pause = self._pause, min(self._pause * 2, LONGEST_PAUSE)
             return None
-        self._pause = 1
         return packed

@@ -236,10 +236,12 @@ class LaneSender:
         if packed is not None:
             self._meter.saved += len(content) - len(packed)
             content = memoryview(packed)
-        started = time.perf_counter()
+        held_back, started = self._meter.held_back(), time.perf_counter()
         self._send(lane.encode_header(header, len(content)))
         self._send_paced(content)
-        self._compression.sent(len(content), time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        # A destination that is slower than the network is helped by nothing that makes less of the content.
+        self._compression.sent(len(content), max(0.0, seconds - (self._meter.held_back() - held_back)))
 
     def _send_paced(self, content: memoryview) -> None:
         self._pace.moved(len(content))
