@@ -193,7 +193,7 @@ class Daemon:
             task_status.started()
             async for number in signals:
                 if number in RELOADING:
-                    await self._reload_if_good()
+                    await self._reload_if_good(asked=True)
                 else:
                     self._stop.set()
 
@@ -247,11 +247,16 @@ class Daemon:
             async for _ in changed:
                 await self._reload_if_good()
 
-    async def _reload_if_good(self) -> None:
+    async def _reload_if_good(self, *, asked: bool = False) -> None:
+        """``asked``: somebody waits for it to be told in the log, also when nothing has changed."""
+        before = self._read
         try:
-            logger.info(await self.reload())
+            told = await self.reload()
         except ConfigError as error:
             logger.error("The changed configuration is not used: %s", error.sentence)
+            return
+        if asked and self._read is before:
+            logger.info(told)
 
     # --- for the owner ---------------------------------------------------------------------------------
 
@@ -304,7 +309,7 @@ class Daemon:
         return exposition(numbers, self._tasks.tasks())
 
     async def reload(self) -> str:
-        """Read the configuration again; a sentence on what changed. Transfers go on.
+        """Read the configuration again; a sentence on what changed, which the log tells as well. Transfers go on.
 
         Raises `ConfigError`, and goes on with what it had.
         """
@@ -334,7 +339,9 @@ class Daemon:
         self._update.config = config
         await self._tasks.owner_changed({collection.id for collection in before ^ after})
         self._tasks.announce_collections(await self._availability.look())
-        return f"The configuration was read again: {len(config.collections)} collection(s).{rest}"
+        told = f"The configuration was read again: {len(config.collections)} collection(s).{rest}"
+        logger.info(told)
+        return told
 
     async def set_pause(self, pause: Pause) -> None:
         """Hold up all transfers, or those that have not begun, or let them go on; remembered over restarts. Raises

@@ -367,7 +367,11 @@ def _print_task(task: dict[str, Any]) -> None:
     if task["status_code"] not in ("OK", "QUEUED", task["state"]) or task["status_sentence"]:
         sentence = f"\n    {terminal_safe(task['status_sentence'] or task['status_code'])}"
         sentence += f" (up to {person(task['who'])})" if task["who"] else ""
-    moved = human_bytes(counters["bytes_transferred"])
-    click.echo(f"  task {task['task_id']}: {task['state']}, {files}, {moved}{sentence}")
+    did = (
+        [human_bytes(counters["bytes_transferred"])] if counters["bytes_transferred"] or not counters["deleted"] else []
+    )
+    if counters["deleted"]:
+        did.append(f"{counters['deleted']} deleted")
+    click.echo(f"  task {task['task_id']}: {task['state']}, {files}, {', '.join(did)}{sentence}")
     if task["path"]:
         click.echo(f"    path: {terminal_safe(task['path'])}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import time
 from dataclasses import replace
@@ -27,7 +28,7 @@ def command_entry(context: click.Context) -> Entry | None:
     if not words or words[-1] in _SHOWING:
         return None
     given = {
-        name: " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        name: _text(value)
         for name, value in context.params.items()
         if value not in (None, False, (), "") and name != "as_json"
     }
@@ -35,6 +36,12 @@ def command_entry(context: click.Context) -> Entry | None:
     return Entry(
         time=time.time(), action=" ".join(words), outcome="done", origin=f"command line, user {user}", facts=given
     )
+
+
+def _text(value: object) -> str:
+    if isinstance(value, tuple):
+        return " ".join(map(str, value))
+    return str(value.name) if isinstance(value, io.IOBase) and hasattr(value, "name") else str(value)
 
 
 class CommandRecord:

@@ -28,9 +28,11 @@ def main() -> NoReturn:
         outcome = cli.main(prog_name="towpath-relay", standalone_mode=False)
     except click.Abort:
         _fail("Stopped.")
-    except click.ClickException as error:
+    except click.UsageError as error:
         error.show()
         sys.exit(error.exit_code)
+    except click.ClickException as error:
+        _fail(error.format_message())
     except TowpathError as error:
         _fail(error.sentence)
     except OSError as error:

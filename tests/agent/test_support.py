@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from agent.cli.logs import last_lines, new_lines
 from agent.cli.main import cli
-from agent.cli.service import _print_status
+from agent.cli.service import _print_status, _print_task
 from agent.cli.top import lines_of
 from agent.redaction import MARK, Redactor
 from protocol.identity import NodeKey
@@ -148,6 +148,7 @@ def test_logs_of_an_agent_that_never_ran_ask_no_journal(home: Path, monkeypatch:
 
 def status(done: int, **task: Any) -> dict[str, Any]:
     counters = {"files": 10, "files_transferred": 3, "bytes_total": 1000 << 20, "bytes_transferred": done << 20}
+    counters["deleted"] = 0
     row = {
         "task_id": "00000000-0000-4000-8000-0000000000b1",
         "state": "ACTIVE",
@@ -215,3 +216,15 @@ def test_status_says_who_can_mend_what_and_that_others_read_from_here(capsys: py
     assert "  2 transfers to other machines read from here." in lines
     at = lines.index("  task 00000000-0000-4000-8000-0000000000b1: WAITING, 3 of 10 file(s), 3.00 MiB")
     assert lines[at + 1] == "    The disk is full. (up to the source's owner)"
+
+
+def test_status_says_what_was_deleted(capsys: pytest.CaptureFixture[str]) -> None:
+    """A delete task that had done all it should was shown with 0 files and 0 bytes."""
+    document = status(0, state="SUCCEEDED", path="")
+    task = document["tasks"][0]
+    task["counters"] |= {"files": 1, "files_transferred": 0, "bytes_transferred": 0, "deleted": 83}
+    _print_task(task)
+    task["counters"] |= {"files_transferred": 1, "bytes_transferred": 1024}
+    _print_task(task)
+    lines = [line.partition(": ")[2] for line in capsys.readouterr().out.splitlines() if "task" in line]
+    assert lines == ["SUCCEEDED, 0 of 1 file(s), 83 deleted", "SUCCEEDED, 1 of 1 file(s), 1.00 KiB, 83 deleted"]

@@ -301,6 +301,7 @@ def test_commands_that_failed_and_those_about_files_are_recorded(relay_directory
         ("root certify", "done"),
     ]
     assert "no user" in rows[0]["facts"]["reason"]
+    assert rows[2]["facts"]["password_file"] == str(password)
     assert "canary" not in exported
     assert link.rpartition("=")[2] not in exported
     assert CANARIES.search(exported) is None

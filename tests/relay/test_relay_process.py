@@ -334,6 +334,7 @@ def test_mistakes_on_the_command_line_get_one_sentence(
     done = relay.run(*(argument.format(directory=relay.directory) for argument in arguments))
     assert done.returncode == 1
     assert complaint in done.stderr
+    assert done.stderr.startswith("towpath-relay: ")
     assert "Traceback" not in done.stderr
 
 

@@ -279,12 +279,15 @@ def test_settings_made_by_command_count_at_once_and_say_what_has_to_wait(site: S
         renamed = site.call("config", "set", f"collections.{COLLECTION}.name", "Renamed")
         assert "The configuration was read again" in renamed.stdout
         assert [row["name"] for row in site.status()["collections"]] == ["Renamed"]
+        # The log tells it as well, and not that nothing has changed because the watch of the file comes second.
+        assert "The configuration was read again: 1 collection(s)." in (site.folder / "output").read_text()
         later = site.call("config", "set", "data.port", "50123")
         assert "data.port will count from the next start on" in later.stdout
         assert site.call("config", "set", "log.level", "debug").returncode == 0
         refused = site.call("config", "set", "limits.lanes", "0")
         assert (refused.returncode, "between 1 and 32" in refused.stderr) == (1, True)
         assert site.status()["pid"] == process.pid
+        assert "nothing has changed" not in (site.folder / "output").read_text()
     assert site.config_file.read_text() == before
 
 
