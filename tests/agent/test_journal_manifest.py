@@ -43,6 +43,12 @@ def filled(path: Path, directories: int = 500) -> None:
     journal.close()
 
 
+def fill(journal: Journal, *, full: bool = True) -> None:
+    """Let the disk of a journal be full, or have room again."""
+    pages = journal._connection.execute("PRAGMA page_count").fetchone()[0] if full else 2**30
+    journal._connection.execute(f"PRAGMA max_page_count = {pages}")
+
+
 def set_format(path: Path, version: int) -> None:
     """What a newer agent does to a closed journal."""
     journal = Journal(path)
@@ -72,6 +78,33 @@ def test_a_journal_is_asked_for_the_names_that_are_wanted(tmp_path: Path) -> Non
     assert journal.finished(1, [*names[::2], b"elsewhere"]) == dict.fromkeys(names[::2], TRANSFERRED)
     assert journal.finished(1, []) == {}
     assert [journal.has_finished(directory) for directory in (1, 2, 3)] == [True, True, False]
+    journal.close()
+
+
+def test_a_journal_that_a_full_disk_has_taken_something_back_from_takes_no_more(tmp_path: Path) -> None:
+    """SQLite takes back the whole transaction. A folder must not be done by what is written after that, when those in
+    it are not to be listed any more."""
+    path = tmp_path / "journal"
+    journal = Journal(path)
+    journal.add_directories([(0, b"s", b"d", 0, [])])
+    journal.commit()
+    taken = journal.next_directory()
+    assert taken is not None
+    journal.add_directories([(0, b"s/x", b"d/x", 0, [])])
+    fill(journal)
+    with pytest.raises(StateTrouble) as full:
+        journal.put("key", bytes(100_000))
+    assert full.value.code == "NO_SPACE"
+    fill(journal, full=False)
+    for use in (lambda: journal.finish_directory(taken.id), journal.next_directory, journal.commit, journal.close):
+        with pytest.raises(StateTrouble) as after:
+            use()
+        assert after.value.code == "NO_SPACE"
+    journal.close()
+
+    journal = Journal(path)
+    assert journal.next_directory() == taken
+    assert journal.next_directory() is None
     journal.close()
 
 

@@ -14,9 +14,11 @@ import pytest
 from agent.storage.faulty import Call
 from agent.system.file_lock import try_lock
 from agent.transfer import task_folder, task_runner
+from agent.transfer.books.journal import Journal
 from agent.transfer.books.journal_format import VERSION
+from agent.transfer.books.state_trouble import StateTrouble
 from protocol.control import TaskObserved, TaskOptions
-from tests.agent.engine_inside import Engine, Line, contents, quick_path, when
+from tests.agent.engine_inside import Engine, Line, contents, quick_path, tree, when
 from tests.agent.small_disks import memory_disk, needs_root
 
 __all__ = ["quick_path"]
@@ -206,3 +208,38 @@ async def test_an_earlier_worker_that_does_not_end_is_told_of_and_stands_in_nobo
     assert bool(observed.status_sentence) is (desired == "pause")
     if desired != "run":
         os.close(earlier)
+
+
+@pytest.mark.parametrize("when_made", [1, 5, 15])
+async def test_no_folder_is_forgotten_when_the_journal_cannot_take_something(quick_path: Path, when_made: int) -> None:
+    """An event that finds the disk full for a moment takes all with it that was not committed: which folders are to be
+    listed. The folders above were done all the same, and the task succeeded without what is in them."""
+    journals: list[Journal] = []
+    trouble: list[StateTrouble] = []
+
+    def no_room(call: Call) -> int | None:
+        if (call.operation, call.nth) == ("mkdir", when_made):
+            limit = "PRAGMA max_page_count = "
+            with journals[-1].together():
+                journals[-1]._connection.execute(f"{limit}1")
+                try:
+                    journals[-1].put("event", bytes(100_000))
+                except StateTrouble as error:
+                    trouble.append(error)
+                journals[-1]._connection.execute(f"{limit}1000000")
+        return None
+
+    def note(journal: Journal, path: Path) -> None:
+        made(journal, path)
+        journals.append(journal)
+
+    made = Journal.__init__
+    engine = Engine(quick_path, TaskOptions(verify_checksum=True), plan=no_room)
+    tree(engine.source, [f"{one}/{two}/{three}" for one in range(4) for two in range(3) for three in range(2)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Journal, "__init__", note)
+        observed = await engine.run()
+    assert [error.code for error in trouble] == ["NO_SPACE"]
+    assert observed.state == "SUCCEEDED", observed
+    assert contents(engine.destination) == contents(engine.source)
+    assert observed.counters.files == 24

@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 
 from agent.transfer.books import journal_format
-from agent.transfer.books.state_trouble import StateDamaged, of_sqlite
+from agent.transfer.books.state_trouble import StateDamaged, StateTrouble, of_sqlite
 from protocol.control import Counters
 
 # Seconds that another program may hold the journal before the task says so and waits.
@@ -25,13 +25,15 @@ _BEGIN_WITH_COUNTED = (COUNTED, "counted!")
 
 
 class JournalFile:
-    """One open file. Every method raises `StateTrouble` when it cannot be used: the caller then closes everything and
-    opens it again later."""
+    """One open file. Every method raises `StateTrouble` when it cannot be used, and from then on for ever: the caller
+    closes everything and opens it again later."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock = threading.RLock()
         self._closed = False
+        # What has made it unusable.
+        self._trouble: StateTrouble | None = None
         try:
             self._connection = sqlite3.connect(
                 path, timeout=BUSY_TIMEOUT, check_same_thread=False, isolation_level=None
@@ -52,10 +54,15 @@ class JournalFile:
     def _using(self) -> Iterator[None]:
         """Hold the journal; trouble with it comes out as what it means. Raises `StateTrouble`."""
         with self._lock:
+            if self._trouble is not None:
+                raise self._trouble
             try:
                 yield
             except sqlite3.DatabaseError as error:
-                raise of_sqlite(error, self.path) from error
+                # SQLite has perhaps taken back all that was not committed, folders that are to be listed among it. What
+                # others write after that would be durable at once, and say that the folders above are done.
+                self._trouble = of_sqlite(error, self.path)
+                raise self._trouble from error
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -72,15 +79,16 @@ class JournalFile:
     def close(self) -> None:
         """Commit and close. Safe to call twice.
 
-        Raises `StateTrouble` when the commit failed: what was not committed before is planned again.
+        Raises `StateTrouble` when the commit failed, or anything before: what was not committed is planned again.
         """
-        with self._using():
+        with self._lock:
             if self._closed:
                 return
             self._closed = True
             try:
-                if self._connection.in_transaction:
-                    self._connection.execute("COMMIT")
+                with self._using():
+                    if self._connection.in_transaction:
+                        self._connection.execute("COMMIT")
             finally:
                 self._connection.close()
 
