@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import queue
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from agent.transfer.asking.budget import UNSETTLED_BYTES, Budget
+from agent.transfer.basis import patience
 from agent.transfer.basis.jobs import Abandoned, LargeFile
 from agent.transfer.receiving.large_files import LargeFiles
 from protocol.errors import RetryLater, TowpathError
+from tests.agent.engine_inside import Engine, quick_path
+
+__all__ = ["quick_path"]
+
+MIB = 1024 * 1024
 
 
 @pytest.mark.parametrize("lasting", [False, True])
@@ -51,3 +61,31 @@ def test_a_file_of_which_several_checks_fail_is_tried_again_or_given_up_once(las
         assert isinstance(item, Abandoned)
         assert (item.file, item.error) == (file, errors[0])
     assert settle.empty()
+
+
+@pytest.mark.parametrize("processes", [0, 1])
+async def test_what_had_come_of_a_file_that_failed_is_not_on_its_way_for_ever(
+    quick_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int
+) -> None:
+    """A few files of which the source cannot read the end, tried again and again, took all that there was to take, and
+    the task stood still without a word."""
+    budgets: list[Budget] = []
+    made = Budget.__init__
+
+    def noted(budget: Budget, total: int = UNSETTLED_BYTES) -> None:
+        made(budget, total)
+        budgets.append(budget)
+
+    monkeypatch.setattr(Budget, "__init__", noted)
+    engine = Engine(
+        quick_path,
+        processes=processes,
+        source_plan=lambda call: errno.EIO if call.operation == "preadv" and not call.nth % 4 else None,
+    )
+    for name in ("one", "two"):
+        (engine.source / name).write_bytes(os.urandom(4 * MIB))
+    observed = await engine.run()
+    assert (observed.state, observed.counters.failed) == ("FAILED", 2), observed
+    assert observed.counters.faults == 2 * patience.ATTEMPTS["IO_ERROR"]
+    assert [budget.used for budget in budgets] == [0]
+    assert engine.temporaries() == []

@@ -14,7 +14,15 @@ from agent.transfer.asking.ranges import MEMORY_RANGE
 from agent.transfer.asking.source_session import SessionLost
 from agent.transfer.basis.compare import block_size, missing_ranges
 from agent.transfer.basis.holes import WORTH_ASKING, mark_holes, sparse_block
-from agent.transfer.basis.jobs import Abandoned, FileJob, LargeFile, PartDropped, count_done, empty_bitmap
+from agent.transfer.basis.jobs import (
+    Abandoned,
+    BlocksWritten,
+    FileJob,
+    LargeFile,
+    PartDropped,
+    count_done,
+    empty_bitmap,
+)
 from agent.transfer.basis.journal_rows import PartialRow, bytes_done
 from agent.transfer.basis.patience import attempts, counted
 from agent.transfer.course.run import Run
@@ -206,6 +214,10 @@ class LargeFiles:
         # temporary, and to the file when one of them has given it its name.
         file.decided = True
         error, file.error = file.error, None
+        if file.waiting():
+            # Blocks at the beginning of a range that did not come to its end: they give back what they have of the
+            # budget.
+            self._run.settle.put(BlocksWritten(file))
         if self._run.retries.lasting(file.job, error):
             self._run.give_up(file.job, error, discard=file)
             return
