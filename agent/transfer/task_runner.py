@@ -273,6 +273,7 @@ class TaskRunner:
             skipped,
             self._order.items or [],
             self._order.options,
+            self._patience,
             on_fault=partial(self._from_thread, self._fault),
             on_begun=partial(self._from_thread, self._no_trouble),
         )

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+from pathlib import Path
+
 import pytest
 
+from agent.storage.faulty import Call
+from agent.transfer.basis import patience
 from agent.transfer.basis.patience import ATTEMPTS, DEFAULT_ATTEMPTS, LONGEST_PAUSE, Patience, attempts, counted, pause
+from protocol.control import TaskItem, TaskOptions
 from protocol.errors import (
     AccessDenied,
     ItemFailed,
@@ -14,6 +20,9 @@ from protocol.errors import (
     TaskFailed,
     TowpathError,
 )
+from tests.agent.engine_inside import Engine, contents, quick_path, skipped, tree
+
+__all__ = ["quick_path"]
 
 
 @pytest.mark.parametrize("code", [*ATTEMPTS, "CONNECT_FAILED"])
@@ -69,3 +78,38 @@ def test_attempts_are_told_with_how_many_there_are() -> None:
 def test_pauses_grow_to_a_bound() -> None:
     assert [pause(attempt) for attempt in range(1, 5)] == pytest.approx([0.2, 0.8, 3.2, 12.8])
     assert [pause(attempt) for attempt in (5, 50, 10**6)] == [LONGEST_PAUSE] * 3
+
+
+@pytest.mark.parametrize(("code", "name"), [(errno.EBUSY, "BUSY"), (errno.EIO, "IO_ERROR")])
+async def test_a_delete_ends_although_something_can_never_be_removed(quick_path: Path, code: int, name: str) -> None:
+    """A folder on which something is mounted is busy for ever, and so was the task."""
+    met: list[Call] = []
+
+    def busy(call: Call) -> int | None:
+        if (call.operation, call.name) != ("rmdir", b"mounted"):
+            return None
+        met.append(call)
+        return code
+
+    items = [TaskItem(source_path="/folder"), TaskItem(source_path="/other")]
+    engine = Engine(quick_path, TaskOptions(recursive=True), items, type="DELETE", plan=busy)
+    tree(engine.destination, ["folder/mounted/one", "other/two"])
+    observed = await engine.run(10)
+    assert (observed.state, observed.counters.failed) == ("FAILED", 1), observed
+    assert list(contents(engine.destination)) == ["folder", "folder/mounted"]
+    assert skipped(engine) == {"folder": name}
+    assert len(met) == patience.ATTEMPTS[name]
+
+
+async def test_a_delete_that_gets_further_each_time_is_not_given_up(quick_path: Path) -> None:
+    """A file server that is away now and then does not end it, however often."""
+
+    def away(call: Call) -> int | None:
+        return errno.EIO if call.operation == "unlink" and not call.nth % 3 else None
+
+    items = [TaskItem(source_path="/folder")]
+    engine = Engine(quick_path, TaskOptions(recursive=True), items, type="DELETE", plan=away)
+    tree(engine.destination, [f"folder/{number}" for number in range(20)])
+    observed = await engine.run(10)
+    assert (observed.state, observed.counters.deleted) == ("SUCCEEDED", 21), observed
+    assert list(engine.destination.iterdir()) == []

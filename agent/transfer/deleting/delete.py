@@ -14,7 +14,7 @@ from agent.storage.base import Directory, Root
 from agent.storage.faults import fault
 from agent.storage.node import Node
 from agent.storage.own_files import HoldsOwn
-from agent.transfer.basis.patience import named
+from agent.transfer.basis.patience import Patience, named
 from agent.transfer.basis.times import now_iso
 from agent.transfer.books.journal import Journal
 from agent.transfer.books.manifest import ManifestWriter, SkippedRow
@@ -36,6 +36,7 @@ class DeleteRun:
         skipped: ManifestWriter,
         items: list[TaskItem],
         options: TaskOptions,
+        patience: Patience,
         on_fault: Callable[[TowpathError], None],
         on_begun: Callable[[], None],
     ) -> None:
@@ -44,6 +45,7 @@ class DeleteRun:
         self._skipped = skipped
         self._items = items
         self._options = options
+        self._patience = patience
         self._on_fault = on_fault
         self._on_begun = on_begun
         self._stop = threading.Event()
@@ -152,7 +154,9 @@ class DeleteRun:
             return
 
     def _fail(self, item: TaskItem, error: TowpathError) -> None:
-        if isinstance(error, RetryLater | NeedsPerson):
+        # Who got further than the last time has not met the same fault again.
+        place = f"{item.source_path} {self.deleted}".encode("utf-8", "replace")
+        if isinstance(error, RetryLater | NeedsPerson) and self._patience.is_passing(place, error):
             raise error
         self._on_fault(named(error, item.source_path))
         self.failed += 1
