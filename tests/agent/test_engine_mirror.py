@@ -100,6 +100,26 @@ async def test_a_limit_counts_everything_below(quick_path: Path, limit: int, sta
     assert (engine.destination / "x" / "y" / "z").exists() is (state == "FAILED")
 
 
+@pytest.mark.parametrize(("deep", "closed"), [(100, False), (1, True)])
+async def test_a_limit_counts_what_lies_deep_and_beside_what_cannot_be_looked_into(
+    quick_path: Path, *, deep: int, closed: bool
+) -> None:
+    """Neither was counted: a folder of whatever size that holds one of somebody else's was one entry, and went."""
+    options = TaskOptions(delete_destination_extra=True, sync_level=1, delete_destination_extra_limit=deep + 4)
+    engine = Engine(quick_path, options, plan=lambda call: errno.EACCES if closed and call.name == b"theirs" else None)
+    lay_out(engine)
+    (engine.source / "x").mkdir()
+    (engine.source / "x" / "y").mkdir()
+    bottom = engine.destination.joinpath(*["extra"] * deep)
+    for name in ("one", "two", "closed/theirs", "three"):
+        (bottom / name).parent.mkdir(parents=True, exist_ok=True)
+        (bottom / name).write_bytes(b"content")
+    before = contents(engine.destination)
+    observed = await engine.run()
+    assert (observed.state, observed.error_code) == ("FAILED", "DELETE_REFUSED"), observed
+    assert before.items() <= contents(engine.destination).items()
+
+
 async def test_a_crash_at_every_other_call_of_a_mirror(quick_path: Path) -> None:
     plain = Engine(quick_path / "plain", MIRROR)
     lay_out(plain)

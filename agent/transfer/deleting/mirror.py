@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 from agent.storage.base import Directory, Root
 from agent.storage.faults import fault
@@ -224,33 +224,34 @@ class Mirror:
 
 
 def _entries(folder: Directory, enough: int, spares: Callable[[Node], bool] | None) -> int:
-    """Entries below a folder, but for those that stay. Breadth first, so that few handles are open."""
+    """Entries below a folder, but for those that stay; not counted much beyond ``enough``. What cannot be looked into
+    counts as one. However deep: few handles are open."""
     count = 0
-    waiting: list[Iterator[Directory]] = [iter([folder])]
-    while waiting and count <= enough:
-        current = next(waiting[-1], None)
-        if current is None:
-            waiting.pop()
-            continue
-        below = []
-        for node in current.scan():
-            if spares is not None and spares(node):
-                continue
-            count += 1
-            if count > enough:
-                return count
-            if node.kind == "dir" and len(waiting) < 32:
-                below.append(node.name)
-        if below:
-            waiting.append(_opened(current, below))
+    waiting: list[CollectionPath] = [()]
+    while waiting:
+        way = waiting.pop()
+        with suppress(OSError), _opened(folder, way) as current:
+            for node in current.scan():
+                if spares is not None and spares(node):
+                    continue
+                count += 1
+                if count > enough:
+                    return count
+                if node.kind == "dir":
+                    waiting.append((*way, node.name))
     return count
 
 
-def _opened(folder: Directory, names: list[bytes]) -> Iterator[Directory]:
-    for name in names:
-        try:
-            inner = folder.open_directory(name)
-        except OSError:
-            continue
-        with inner:
-            yield inner
+@contextmanager
+def _opened(folder: Directory, way: CollectionPath) -> Iterator[Directory]:
+    """What a way of folders leads to. Raises OSError."""
+    current = folder
+    try:
+        for name in way:
+            above, current = current, current.open_directory(name)
+            if above is not folder:
+                above.close()
+        yield current
+    finally:
+        if current is not folder:
+            current.close()
