@@ -79,7 +79,7 @@ class Writing:
         self, key: int, header: lane.Block, order: RangeOrder, content: memoryview, note: Note
     ) -> say.BlockWritten:
         """Write a block, if it is good. Raises `ProtocolError` for one that was not asked for."""
-        if header.offset != order.offset + order.arrived or len(content) > order.length - order.arrived:
+        if header.offset != order.offset + order.arrived or not 0 < len(content) <= order.length - order.arrived:
             raise ProtocolError("The source sent a block that was not asked for.")
         file = self.files.get(order.file)
         if file is None:

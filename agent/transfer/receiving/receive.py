@@ -166,7 +166,8 @@ class LaneReceiver:
             self._reports.request_done(self.number, header.r)
             return
         file = request.file
-        if header.offset != request.offset + request.arrived or len(payload) > request.length - request.arrived:
+        arrived, missing = request.arrived, request.length - request.arrived
+        if header.offset != request.offset + arrived or not 0 < len(payload) <= missing:
             raise ProtocolError("The source sent a block that was not asked for.")
         index, rest = divmod(header.offset, file.block)
         if rest or len(payload) != file.length_of(index):
