@@ -10,6 +10,7 @@ import threading
 import time
 from collections import Counter, deque
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,8 @@ from hypothesis import strategies as st
 from agent.limits.pace import Pace
 from agent.transfer.asking import end_game
 from agent.transfer.asking.fetch import Fetcher
-from agent.transfer.basis.jobs import FileJob, LargeFile, PackArrived
+from agent.transfer.asking.ranges import LANE_WINDOW
+from agent.transfer.basis.jobs import FileJob, LargeFile, PackArrived, PackRequest, RangeRequest
 from agent.transfer.receiving import lane_count, lanes
 from agent.transfer.receiving.receive import LaneReceiver
 from protocol import lane
@@ -436,3 +438,29 @@ async def test_the_tail_is_not_one_slow_lane(quick_path: Path, monkeypatch: pyte
     assert (engine.destination / "large").read_bytes() == content
     assert observed.counters.bytes_transferred == len(content)
     assert time.monotonic() - began < 60
+
+
+def test_what_waits_goes_on_when_a_request_is_left_whose_last_block_has_come() -> None:
+    """The last block and the word that the request is left cross, and the lane had nothing to do from then on, however
+    much there was."""
+    scene = Scene(honours_abandon=True)
+    scene.file.job = _Job  # type: ignore[assignment]
+    left: list[int] = []
+    elsewhere: Any = SimpleNamespace(expect=lambda _request: None, withdraw=left.append)
+    for number in (1, 2):
+        scene.asked[number] = deque()
+        scene.fetcher.add_lane(number, SimpleNamespace(content=0), elsewhere)
+        if number == 1:
+            scene.fetcher.submit_range(scene.file, 0, LANE_WINDOW)
+    while not left:
+        scene.tick()
+    scene.fetcher.drop_lane(2)
+    scene.fetcher.submit_pack(_small_jobs(2))
+    (request,) = scene.fetcher.outstanding(1)
+    assert left == [request.r]
+    assert isinstance(request, RangeRequest)
+    request.arrived = request.length
+    scene.fetcher.relinquished(1, request.r)
+    scene.fetcher.done(1, request.r)
+    assert [type(request) for request in scene.fetcher.outstanding(1)] == [PackRequest]
+    assert (scene.file.open_ranges, scene.idle_files) == (0, 1)

@@ -278,15 +278,14 @@ class Fetcher:
         to = self._withdrawing.pop(r, None)
         request = self._take(lane_number, r)
         rest = None if request is None else self._rest(request)
-        if rest is None:
-            return
-        self.rescued += 1
-        lane = self._lanes.get(to) if to is not None else None
-        if lane is not None and lane.drained is None:
-            self._give(lane, rest)
-        else:
-            self._ready.appendleft(rest)
-            self._dispatch()
+        if rest is not None:
+            self.rescued += 1
+            lane = self._lanes.get(to) if to is not None else None
+            if lane is not None and lane.drained is None:
+                self._give(lane, rest)
+            else:
+                self._ready.appendleft(rest)
+        self._dispatch()
 
     def _give(self, lane: LaneWork, request: Request) -> None:
         lane.outstanding[request.r] = request
