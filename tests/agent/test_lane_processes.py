@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import array
+import contextlib
 import errno
 import os
+import resource
 import signal
 import socket
 import sys
@@ -34,7 +36,7 @@ from agent.transfer.lane_processes.lane_process import LaneProcess
 from agent.transfer.lane_processes.one_process import OneProcess, RemoteLane
 from agent.transfer.lane_processes.pool import LaneProcesses
 from agent.transfer.processes.channel import Channel
-from agent.transfer.processes.message_buffer import Garbled, MessageBuffer, attached
+from agent.transfer.processes.message_buffer import Garbled, MessageBuffer, attached, framed, rights
 from agent.transfer.receiving import lane_count, lanes
 from agent.transfer.settling.held import PackHeld
 from agent.transfer.settling.settle import Settler
@@ -382,6 +384,37 @@ def test_of_descriptors_that_were_cut_off_the_whole_ones_are_there() -> None:
     whole = array.array("i", [3, 4]).tobytes()
     assert attached([(socket.SOL_SOCKET, socket.SCM_RIGHTS, whole + b"\1\0")]) == [3, 4]
     assert attached([(socket.SOL_SOCKET, socket.SCM_RIGHTS + 1, whole), (1234, socket.SCM_RIGHTS, whole)]) == []
+
+
+def test_no_message_gets_the_descriptor_of_a_later_one(tmp_path: Path) -> None:
+    """Where a process may open no more, descriptors are left out of what comes, and a message that comes in two pieces
+    found that of the next one: blocks of one file would have been written into another."""
+    paths = [tmp_path / str(number) for number in range(3)]
+    files = [os.open(path, os.O_RDWR | os.O_CREAT) for path in paths]
+    first, second, third = (framed(say.GivenFile(file=n, size=1, block=1, descriptors=1)) for n in range(3))
+    theirs, ours = socket.socketpair()
+    end, soft, taken = say.PairEnd(ours), resource.getrlimit(resource.RLIMIT_NOFILE), []
+    free = [os.dup(files[0]) for _ in range(2)]
+    for descriptor in free:
+        os.close(descriptor)
+    try:
+        theirs.sendmsg([first, second[:9]], rights(files[:2]))
+        # One more, and no other.
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free[1], soft[1]))
+        with contextlib.suppress(say.PairClosed):
+            taken += end.receive()
+            resource.setrlimit(resource.RLIMIT_NOFILE, soft)
+            theirs.sendall(second[9:])
+            theirs.sendmsg([third], rights(files[2:]))
+            taken += end.receive()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, soft)
+        end.close()
+        theirs.close()
+    got = {message.file: os.fstat(descriptors[0]).st_ino for message, descriptors in taken}
+    for descriptor in (*files, *(each for _, descriptors in taken for each in descriptors)):
+        os.close(descriptor)
+    assert got.items() <= {number: path.stat().st_ino for number, path in enumerate(paths)}.items()
 
 
 class _Nobody(Child):

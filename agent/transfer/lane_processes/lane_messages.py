@@ -323,8 +323,8 @@ class PairEnd:
     def receive(self) -> Iterator[tuple[Any, list[int]]]:
         """Read once (blocks if there is nothing) and give the messages that are whole. Raises `PairClosed`."""
         try:
-            data, ancillary, _, _ = self._socket.recvmsg(CHUNK, room())
-            self._incoming.feed(data, ancillary)
+            data, ancillary, flags, _ = self._socket.recvmsg(CHUNK, room())
+            self._incoming.feed(data, ancillary, flags)
             if not data:
                 raise PairClosed
             while (message := self._incoming.next()) is not None:

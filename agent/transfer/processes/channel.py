@@ -262,8 +262,8 @@ class Channel:
         """The next message and its descriptors, which the caller now owns. Raises `ChannelClosed` at the end."""
         try:
             while (message := self._incoming.next()) is None:
-                data, ancillary, _, _ = await self._socket.recvmsg(CHUNK, room())
-                self._incoming.feed(data, ancillary)
+                data, ancillary, flags, _ = await self._socket.recvmsg(CHUNK, room())
+                self._incoming.feed(data, ancillary, flags)
                 if not data:
                     raise ChannelClosed
                 self.heard += 1
@@ -277,8 +277,8 @@ class Channel:
         self._plain.setblocking(True)
         try:
             while (message := self._incoming.next()) is None:
-                data, ancillary, _, _ = self._plain.recvmsg(CHUNK, room())
-                self._incoming.feed(data, ancillary)
+                data, ancillary, flags, _ = self._plain.recvmsg(CHUNK, room())
+                self._incoming.feed(data, ancillary, flags)
                 if not data:
                     raise ChannelClosed
             return message

@@ -76,10 +76,13 @@ class MessageBuffer:
         self._buffer = bytearray()
         self._descriptors: deque[int] = deque()
 
-    def feed(self, data: bytes, ancillary: Iterable[tuple[int, int, bytes]]) -> None:
-        """Take in what has come."""
+    def feed(self, data: bytes, ancillary: Iterable[tuple[int, int, bytes]], flags: int = 0) -> None:
+        """Take in what has come. Raises `Garbled` when descriptors are missing from it, since those of later messages
+        would be taken for them."""
         self._buffer += data
         self._descriptors.extend(attached(ancillary))
+        if flags & socket.MSG_CTRUNC:
+            raise Garbled
 
     def next(self) -> tuple[Any, list[int]] | None:
         """The next message and its descriptors, the caller's from now on; None until it is whole. Raises `Garbled`."""
