@@ -281,13 +281,15 @@ class HelloAnswer(Message, tag="welcome", frozen=True):
 class Rows(Message, tag="rows", frozen=True):
     """Some rows of a listing; ``last`` ends it. Then ``changed`` says that names came, went or changed in the folder
     meanwhile, so that one of them may be missing that was there all the time under one name or the other; and
-    ``recent``, that they did since the session began, or shortly before (None: a source that does not tell)."""
+    ``recent``, that they did since the session began, or shortly before (None: a source that does not tell).
+    ``mtime_ns`` is the folder's time as the listing began (None, too)."""
 
     r: int
     rows: list[Row]
     last: bool = False
     changed: bool = False
     recent: bool | None = None
+    mtime_ns: int | None = None
 
 
 class StatResult(msgspec.Struct, array_like=True, frozen=True):

@@ -5,18 +5,25 @@ from __future__ import annotations
 
 import errno
 import itertools
+import os
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import pytest
 
+from agent.storage.access_lists import AccessList
 from agent.storage.faulty import Call
-from agent.transfer.planning import second_look
+from agent.storage.posix import open_root
+from agent.transfer.planning import items, second_look
 from agent.transfer.planning.second_look import LOOKS, SecondLook
-from agent.transfer.source import source_rows
+from agent.transfer.source import serve, source_rows
 from protocol import session
 from protocol.control import TaskItem, TaskOptions
+from tests.agent.access_list_scene import give
 from tests.agent.engine_inside import CHECKED, Crashed, Engine, contents, quick_path, skipped, tree
 from tests.agent.folding_root import FoldingRoot
 
@@ -176,7 +183,6 @@ async def test_a_source_that_never_rests_is_not_followed_for_ever(quick_path: Pa
 
 async def test_a_source_at_rest_is_not_asked_again(quick_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[session.StatPaths] = []
-    from agent.transfer.source import serve
 
     def counted(control: serve.Control, request: session.StatPaths) -> list[session.StatResult]:
         asked.append(request)
@@ -243,6 +249,12 @@ def long_ago(monkeypatch: pytest.MonkeyPatch) -> None:
     """No folder says that it changed lately."""
     monkeypatch.setattr(source_rows, "CLOCK_TICK", -(10**12))
     monkeypatch.setattr(source_rows, "OTHER_CLOCKS", -(10**12))
+
+
+@pytest.fixture
+def just_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every folder says that it did."""
+    monkeypatch.setattr(source_rows, "CLOCK_TICK", 10**12)
 
 
 def moved_at_the_end(monkeypatch: pytest.MonkeyPatch, move: Callable[[], object]) -> None:
@@ -347,3 +359,113 @@ async def test_what_is_moved_beside_a_name_that_is_the_same_here_fails(
     assert (await engine.run()).state == "FAILED"
     assert skipped(engine) == {"a/TWO": "NAME_COLLISION"}
     assert (engine.destination / "a/two").read_text() == "content of a/two"
+
+
+async def test_what_is_moved_between_a_list_asked_for_ahead_and_the_look_at_its_folder_arrives(
+    quick_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder's time is then one of after the move."""
+    monkeypatch.setattr(items, "LISTED_AHEAD", 1)
+    pairs = [TaskItem(source_path=f"/{name}", destination_path=f"/{name}", recursive=True) for name in ("a", "b")]
+    engine = Engine(quick_path, MIRROR, pairs)
+    tree(engine.source, FILES)
+    tree(engine.destination, [*FILES, "a/moved"])
+    listed = threading.Event()
+    stat_all, message = serve.Control._stat_all, source_rows.Listing.message
+
+    def listing(self: source_rows.Listing) -> bytes:
+        answer = message(self)
+        listed.set()
+        return answer
+
+    def stat(control: serve.Control, request: session.StatPaths | session.TakePaths) -> list[session.StatResult]:
+        assert listed.wait(10)
+        if (engine.source / "b/one").exists():
+            (engine.source / "b/one").rename(engine.source / "a/moved")
+        return stat_all(control, request)
+
+    monkeypatch.setattr(serve.Control, "_stat_all", stat)
+    monkeypatch.setattr(source_rows.Listing, "message", listing)
+    assert (await engine.run()).state == "SUCCEEDED"
+    assert contents(engine.destination) == contents(engine.source)
+
+
+@pytest.mark.usefixtures("just_now")
+@pytest.mark.parametrize("links", ["ignore", "copy"])
+async def test_folders_that_change_their_places_are_told_apart_though_they_have_one_time(
+    quick_path: Path, monkeypatch: pytest.MonkeyPatch, links: Literal["ignore", "copy"]
+) -> None:
+    engine = Engine(quick_path, msgspec.structs.replace(MIRROR, recursive_symlinks=links))
+    tree(engine.source, ["new/in/one", "old/in/two"])
+    for path in [*engine.source.rglob("in"), engine.source / "new", engine.source / "old"]:
+        os.utime(path, (1_600_000_000, 1_600_000_000))
+
+    def swap() -> None:
+        (engine.source / "new").rename(quick_path / "aside")
+        (engine.source / "old").rename(engine.source / "new")
+        (quick_path / "aside").rename(engine.source / "old")
+
+    moved_at_the_end(monkeypatch, swap)
+    assert (await engine.run()).state == "SUCCEEDED"
+    assert contents(engine.destination).items() >= contents(engine.source).items()
+    assert engine.sessions == 2
+
+
+@pytest.mark.usefixtures("just_now")
+async def test_a_link_that_is_put_where_another_one_was_arrives(
+    quick_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(quick_path, MIRROR)
+    tree(engine.source, FILES)
+    for folder in ("a", "b"):
+        (engine.source / folder / "link").symlink_to(f"from {folder}")
+    moved_at_the_end(monkeypatch, lambda: (engine.source / "b/link").rename(engine.source / "a/link"))
+    assert (await engine.run()).state == "SUCCEEDED"
+    assert contents(engine.destination) == contents(engine.source)
+
+
+@pytest.mark.usefixtures("just_now")
+async def test_access_lists_of_folders_that_are_listed_again_count_once(
+    quick_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(quick_path, msgspec.structs.replace(CHECKED, preserve_acls=True))
+    tree(engine.source, FILES)
+    for name in ("a", "b"):
+        give(engine.source / name, AccessList(7, 5, 0, mask=5))
+    moved_at_the_end(monkeypatch, lambda: (engine.source / "b/one").rename(engine.source / "a/moved"))
+    observed = await engine.run()
+    assert (observed.state, engine.sessions, observed.counters.acls_kept) == ("SUCCEEDED", 2, 2), observed
+
+
+async def test_a_clock_that_is_set_back_hides_no_change(quick_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SetBack()
+    monkeypatch.setattr(source_rows, "time", clock)
+
+    def move(second: Path, first: Path) -> None:
+        clock.ahead = 0
+        move_file(second, first)
+
+    engine = engine_with(quick_path, move, CHECKED)
+    assert (await engine.run()).state == "SUCCEEDED"
+    assert clock.ahead == 0
+    assert contents(engine.destination) == contents(engine.source)
+
+
+class SetBack:
+    """The times of a machine whose clock is an hour ahead until somebody sets it back."""
+
+    ahead = 3600 * 10**9
+
+    def time_ns(self) -> int:
+        return time.time_ns() + self.ahead
+
+    def monotonic_ns(self) -> int:
+        return time.monotonic_ns()
+
+
+def test_a_folder_whose_time_is_told_in_whole_seconds_may_have_changed_since(quick_path: Path) -> None:
+    with open_root(str(quick_path)) as root:
+        listing = source_rows.Listing(root, (), session.ListDirectory(1, b""), source_rows.SessionBegin())
+        second = time.time_ns() // 10**9 * 10**9
+        assert listing._is_recent(second)
+        assert not listing._is_recent(second - 10**9 + 1)

@@ -60,12 +60,14 @@ def _by_sync_level(row: Row, existing: Node, level: int) -> Decision:
     return "compare digests"
 
 
-def is_another(row: Row, existing: Node, options: TaskOptions) -> bool:
+def is_another(row: Row, existing: Node, options: TaskOptions, target: bytes | None = None) -> bool:
     """Whether what has a row's name here, in a folder that is listed again, cannot be what this task brought or left
     there: it was there before, and the source gave its name to a file meanwhile, or has another one there by now. Told
-    without looking into files, since there may be many."""
+    without looking into files, since there may be many; ``target`` is where a link here leads to."""
     if row.kind == SYMLINK:
-        return options.recursive_symlinks == "keep" and existing.kind != "symlink"
+        # One without a target could not be looked at.
+        same = existing.kind == "symlink" and row.target in (target, None)
+        return options.recursive_symlinks == "keep" and not same and options.sync_level != EXISTS
     if row.kind != FILE or existing.kind == "dir":
         return True
     decision = decide(row, existing, options)

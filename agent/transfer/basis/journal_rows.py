@@ -18,9 +18,9 @@ COUNTED_BEFORE = 1024
 
 
 class DirectoryRow(msgspec.Struct, frozen=True):
-    """A directory to be listed. Paths are session paths (components joined by ``/``); ``ancestry`` holds
-    (device, inode) of the directories above, by which a loop of followed links is noticed. ``again``: it is done, and
-    listed once more for what is missing here."""
+    """A directory to be listed. Paths are session paths (components joined by ``/``); ``ancestry`` ends with (device,
+    inode) of its source (empty in journals of before); where links are followed, those of the directories above come
+    first, by which a loop is noticed. ``again``: it is done, and listed once more for what is missing here."""
 
     id: int
     item: int

@@ -37,6 +37,7 @@ PENDING, ACTIVE, DONE, AGAIN, ACTIVE_AGAIN = range(5)
 _NAMES_AT_ONCE = 500
 # Of single items: done is 1.
 _ENDED_WITHOUT = 2
+_DIRECTORY = "id, item, source, destination, mtime_ns, ancestry"
 _SET_STATE = (
     "UPDATE directories SET state = ?1, crc = crc_of('directories', item, source, destination, mtime_ns, ancestry, ?1)"
 )
@@ -145,15 +146,14 @@ class Journal(JournalFile):
 
     def _take_directory(self, waits: int, taken: int) -> DirectoryRow | None:
         row = self._connection.execute(
-            "SELECT id, item, source, destination, mtime_ns, ancestry FROM directories "
+            f"SELECT {_DIRECTORY} FROM directories "  # noqa: S608 - names of this file
             "WHERE state = ? ORDER BY id DESC LIMIT 1",
             (waits,),
         ).fetchone()
         if row is None:
             return None
         self._connection.execute(f"{_SET_STATE} WHERE id = ?2", (taken, row[0]))
-        ancestry = msgspec.msgpack.decode(row[5], type=list[tuple[int, int]])
-        return DirectoryRow(row[0], row[1], row[2], row[3], row[4], ancestry, again=taken == ACTIVE_AGAIN)
+        return _directory(row, again=taken == ACTIVE_AGAIN)
 
     def item_folders(self) -> set[tuple[int, int]]:
         """Device and inode, at the source, of the folders that items name."""
@@ -170,29 +170,38 @@ class Journal(JournalFile):
             ).fetchone()
             return row is not None
 
-    def listed(self) -> Iterator[list[tuple[int, bytes, bytes, int]]]:
-        """Id, source, destination and mtime_ns of every directory, some at a time. States may be changed meanwhile."""
+    def listed(self) -> Iterator[list[DirectoryRow]]:
+        """Every directory, some at a time. States may be changed meanwhile."""
         last = 0
         while True:
             with self._using():
                 rows = self._connection.execute(
-                    "SELECT id, source, destination, mtime_ns FROM directories WHERE id > ? ORDER BY id LIMIT 250",
+                    f"SELECT {_DIRECTORY} FROM directories WHERE id > ? ORDER BY id LIMIT 250",  # noqa: S608 - as above
                     (last,),
                 ).fetchall()
             if not rows:
                 return
-            yield rows
+            yield list(map(_directory, rows))
             last = rows[-1][0]
 
-    def list_again(self, directories: Iterable[tuple[int, int]]) -> int:
-        """Directories that are done, and have this mtime_ns by now, are to be listed once more in the next run, but for
-        those that could not be listed and count as failed: so many."""
+    def put_time(self, directory: int, mtime_ns: int) -> None:
+        """A directory that is being listed has this mtime_ns."""
+        with self._using():
+            self._connection.execute(
+                "UPDATE directories SET mtime_ns = ?2, "
+                "crc = crc_of('directories', item, source, destination, ?2, ancestry, state) WHERE id = ?1",
+                (directory, mtime_ns),
+            )
+
+    def list_again(self, directories: Iterable[DirectoryRow]) -> int:
+        """Directories that are done, and have this mtime_ns and ancestry by now, are to be listed once more in the next
+        run, but for those that could not be listed and count as failed: so many."""
         with self._using():
             return self._connection.executemany(
-                "UPDATE directories SET state = ?3, mtime_ns = ?2, "
-                "crc = crc_of('directories', item, source, destination, ?2, ancestry, ?3) WHERE id = ?1 "
+                "UPDATE directories SET state = ?4, mtime_ns = ?2, ancestry = ?3, "
+                "crc = crc_of('directories', item, source, destination, ?2, ?3, ?4) WHERE id = ?1 "
                 "AND NOT EXISTS (SELECT 1 FROM finished WHERE directory = ?1 AND name = x'2e')",
-                ((directory, mtime_ns, AGAIN) for directory, mtime_ns in directories),
+                ((row.id, row.mtime_ns, msgspec.msgpack.encode(row.ancestry), AGAIN) for row in directories),
             ).rowcount
 
     def unfinished_destinations(self) -> list[bytes]:
@@ -418,6 +427,10 @@ class Journal(JournalFile):
         """The daemon has this one; an earlier one may not have come to it."""
         with self._using():
             self._connection.execute("DELETE FROM events WHERE seq = ?", (seq,))
+
+
+def _directory(row: tuple[int, int, bytes, bytes, int, bytes], *, again: bool = False) -> DirectoryRow:
+    return DirectoryRow(*row[:5], msgspec.msgpack.decode(row[5], type=list[tuple[int, int]]), again=again)
 
 
 def _mark_of(temporary: bytes) -> str:

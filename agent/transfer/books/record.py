@@ -292,8 +292,10 @@ class Record:
     def _fold(self, group: Group) -> None:
         """Add a finished group's counts to the task's and forget its details."""
         group.folded = True
-        group.counts.xattrs_left_out += group.attributes_left_out
-        group.counts.add_list(group.list_fate)
+        if group.counts.directories:
+            # One that is listed again was counted with all that before.
+            group.counts.xattrs_left_out += group.attributes_left_out
+            group.counts.add_list(group.list_fate)
         self.counters = add_counts(self.counters, group.all_counts)
         if group.id > 0:
             self._finish(group, group.id, failures=bool(group.counts.failed or group.counts.skipped_errors))

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, aclosing, closing
 from functools import partial
 
+import msgspec
 import trio
 
 from agent.storage.disks import DISK_MISSING, DISK_REPLACED
@@ -125,6 +126,8 @@ class DirectoryWalk:
             await self._at_source(planner, row, error)
             return
         self.second_look.listed(recent=planner.source_recent, changed=planner.source_changed)
+        if planner.source_mtime_ns != row.mtime_ns:
+            await self._threads.run(planner.note_time)
         if run.options.delete_destination_extra:
             await self._note_extra(planner.group, row, planner)
         run.settle.put(GroupListed(planner.group))
@@ -239,7 +242,7 @@ class DirectoryWalk:
             self._failed(group, row, problem)
             return
         if kept is KeptExtra.CHANGED and await self.second_look.may_follow():
-            self.second_look.list_again(row.id, row.mtime_ns)
+            self.second_look.list_again(msgspec.structs.replace(row, mtime_ns=planner.source_mtime_ns))
         elif kept is not KeptExtra.NONE:
             self._tell_of_kept(kept, row.destination)
 

@@ -89,6 +89,8 @@ class DirectoryPlanner:
         # Whether names changed at the source while they were listed, or shortly before, as far as it tells.
         self.source_changed = False
         self.source_recent: bool | None = None
+        # The time of the folder that was listed.
+        self.source_mtime_ns = row.mtime_ns
         self.group: Group
         self.opened = False
 
@@ -203,12 +205,14 @@ class DirectoryPlanner:
             return True
         try:
             existing = self.group.handle.lstat(name)
+            # A link is as quickly read as looked at.
+            target = self.group.handle.readlink(name) if existing.kind == "symlink" and row.kind == SYMLINK else None
         except FileNotFoundError:
             return True
         except PermissionError:
             # Nobody can say.
             return False
-        return is_another(row, existing, self._options)
+        return is_another(row, existing, self._options, target)
 
     def _is_there(self, name: bytes) -> bool:
         try:
@@ -301,9 +305,8 @@ class DirectoryPlanner:
         except OSError as error:
             planned.failures.append((job, self._lasting(job, error)))
             return
-        above = [*ancestry, identity] if self._options.recursive_symlinks == "copy" else []
-        mtime_ns = nearest_time(row.mtime_ns)
-        planned.directories.append((self._row.item, job.source_path, job.destination_path, mtime_ns, above))
+        mtime_ns, ancestry = nearest_time(row.mtime_ns), [*ancestry, identity]
+        planned.directories.append((self._row.item, job.source_path, job.destination_path, mtime_ns, ancestry))
 
     def _enclosing(self) -> Collection[tuple[int, int]]:
         """Folders in which this one lies, where the source is on this machine, too."""
@@ -321,6 +324,15 @@ class DirectoryPlanner:
     def note_end(self, answer: Rows) -> None:
         """What the source says with the last of its rows."""
         self.source_changed, self.source_recent = answer.changed, answer.recent
+        if answer.mtime_ns is not None:
+            self.source_mtime_ns = nearest_time(answer.mtime_ns)
+
+    def note_time(self) -> None:
+        """Have the folder known by the time that it had when its listing began: what else is known of it is from before
+        or, of one that was listed ahead, from after that. Where an earlier run has settled some of its names, their
+        files may be others by now: it stays one that changed."""
+        if not self._has_finished:
+            self._journal.put_time(self._row.id, self.source_mtime_ns)
 
     def note_extra(self, *, source_hides: bool = False) -> KeptExtra:
         """After the last row: remember what the source does not have (`agent.transfer.deleting.mirror` deletes it). Why

@@ -12,14 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 
+import msgspec
 import trio
 
 from agent.storage.faults import fault
 from agent.storage.node import nearest_time
+from agent.transfer.basis.journal_rows import DirectoryRow
 from agent.transfer.course.run import Run
 from protocol.errors import NeedsPerson, RetryLater, error_from_document_untrusted
 from protocol.names import split_path
-from protocol.session import DIRECTORY, StatResult, join_path
+from protocol.session import DIRECTORY, Row, StatResult, join_path
 
 # How often in the course of a task: whoever moves one file back and forth is not followed for ever.
 LOOKS = 2
@@ -29,9 +31,6 @@ _LOOKS = "second looks"
 
 # Of the source's answers: it has no folder there, so that there is nothing to be missed either.
 GONE = frozenset({"FILE_NOT_FOUND", "NOT_FOUND", "NOT_A_DIRECTORY"})
-
-# Id, source, destination and mtime_ns.
-_Listed = tuple[int, bytes, bytes, int]
 
 
 class SecondLook:
@@ -43,7 +42,7 @@ class SecondLook:
         self._on_kept = on_kept
         # An earlier run may have listed some folders long ago.
         self._wanted = run.resumed
-        self._again: list[tuple[int, int]] = []
+        self._again: list[DirectoryRow] = []
         # Those of earlier runs, once they are known.
         self._before: int | None = None
 
@@ -59,9 +58,9 @@ class SecondLook:
         # Of one that does not tell, deletions are worth the question.
         self._wanted |= changed or (self._run.options.delete_destination_extra if recent is None else recent)
 
-    def list_again(self, directory: int, mtime_ns: int) -> None:
+    def list_again(self, directory: DirectoryRow) -> None:
         """Whatever the second look shows of this folder."""
-        self._again.append((directory, mtime_ns))
+        self._again.append(directory)
 
     async def look(self) -> bool:
         """Whether some folders are to be listed again, which the journal knows then. Raises `SessionLost`, and what may
@@ -73,12 +72,12 @@ class SecondLook:
         may_follow = await self.may_follow()
         if not (deletes or may_follow):
             return False
-        found = bool(self._again)
+        # First, since the look has what is newer of them.
+        found = await trio.to_thread.run_sync(self._run.context.journal.list_again, self._again) > 0
 
-        async def list_again(changed: list[_Listed]) -> None:
+        async def list_again(changed: list[DirectoryRow]) -> None:
             nonlocal found
-            rows = [(directory, mtime_ns) for directory, _, _, mtime_ns in changed]
-            if await trio.to_thread.run_sync(self._run.context.journal.list_again, rows):
+            if await trio.to_thread.run_sync(self._run.context.journal.list_again, changed):
                 found = True
 
         await self._look_at_all(list_again if may_follow else self._keep)
@@ -89,7 +88,7 @@ class SecondLook:
     def _has_extras(self) -> bool:
         return next(self._run.context.journal.extras(), None) is not None
 
-    async def _look_at_all(self, on_changed: Callable[[list[_Listed]], Awaitable[None]]) -> None:
+    async def _look_at_all(self, on_changed: Callable[[list[DirectoryRow]], Awaitable[None]]) -> None:
         """What is done about folders that changed."""
         batches, turn = self._run.context.journal.listed(), trio.Lock()
 
@@ -109,18 +108,17 @@ class SecondLook:
             for _ in range(_AT_ONCE):
                 nursery.start_soon(take)
 
-    async def _changed(self, listed: list[_Listed]) -> tuple[list[_Listed], list[_Listed]]:
-        """Those that changed, with their times of now; and those of which the source will never say. One that is gone
-        is neither."""
-        results = await self._run.session.stat([source for _, source, _, _ in listed], follow=True)
+    async def _changed(self, listed: list[DirectoryRow]) -> tuple[list[DirectoryRow], list[DirectoryRow]]:
+        """Those that changed, as they are now; and those of which the source will never say. One that is gone is
+        neither."""
+        results = await self._run.session.stat([row.source for row in listed], follow=True)
         changed, unknown = [], []
         for row, result in zip(listed, results, strict=True):
-            directory, source, destination, mtime_ns = row
             if result.row is None:
-                if self._lasts(source, result):
+                if self._lasts(row.source, result):
                     unknown.append(row)
-            elif result.row.kind == DIRECTORY and (now := nearest_time(result.row.mtime_ns)) != mtime_ns:
-                changed.append((directory, source, destination, now))
+            elif result.row.kind == DIRECTORY and (now := _as_now(row, result.row)) != row:
+                changed.append(now)
         return changed, unknown
 
     def _lasts(self, source: bytes, result: StatResult) -> bool:
@@ -132,13 +130,13 @@ class SecondLook:
             raise error
         return error is None or error.code not in GONE
 
-    async def _keep(self, changed: list[_Listed]) -> None:
+    async def _keep(self, changed: list[DirectoryRow]) -> None:
         """Delete nothing in these folders."""
         if not self._run.options.delete_destination_extra:
             return
-        for _, _, destination, _ in changed:
-            if await trio.to_thread.run_sync(self._drop_extras, destination):
-                self._on_kept(destination)
+        for row in changed:
+            if await trio.to_thread.run_sync(self._drop_extras, row.destination):
+                self._on_kept(row.destination)
 
     def _drop_extras(self, destination: bytes) -> bool:
         """Forget those of a folder; whether there were any. They are noted by where it is, by whatever links."""
@@ -156,6 +154,12 @@ class SecondLook:
     def _write_down(self) -> None:
         journal = self._run.context.journal
         with journal.together():
-            journal.list_again(self._again)
             journal.put(_LOOKS, b"%d" % ((self._before or 0) + 1))
             journal.commit()
+
+
+def _as_now(row: DirectoryRow, found: Row) -> DirectoryRow:
+    """A folder with what it is by now: another one, perhaps, that was moved into its place."""
+    # Of an agent of before nothing is known but the time.
+    ancestry = [*row.ancestry[:-1], (found.device, found.inode)] if row.ancestry else []
+    return msgspec.structs.replace(row, mtime_ns=nearest_time(found.mtime_ns), ancestry=ancestry)

@@ -31,7 +31,7 @@ from agent.transfer.source.lane_queues import MAX_WAITING, LaneQueues, LaneReque
 from agent.transfer.source.send import Joined, LaneSender
 from agent.transfer.source.source_attributes import read_attributes
 from agent.transfer.source.source_policy import SourcePolicy
-from agent.transfer.source.source_rows import Listing
+from agent.transfer.source.source_rows import Listing, SessionBegin
 from agent.transfer.source.under_way import UnderWay, paths_of
 from protocol import session
 from protocol.errors import ProtocolError, RetryLater, TowpathError
@@ -143,7 +143,7 @@ class Control:
         self._digests = trio.CapacityLimiter(2)
         self._listing_threads = StorageThreads(side.root.features.file_system)
         self._under_way = UnderWay()
-        self._began = time.time_ns()
+        self._began = SessionBegin()
         self._scope = trio.CancelScope()
 
     def end(self) -> None:

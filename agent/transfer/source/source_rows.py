@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import time
 from collections.abc import Iterator
 from itertools import islice
 
@@ -16,6 +17,8 @@ from protocol.names import CollectionPath
 
 # Nanoseconds by which the time of a change may be behind our clock: a tick of the kernel's; file servers have theirs.
 CLOCK_TICK, OTHER_CLOCKS = 20_000_000, 60 * 10**9
+# And where it is told in whole seconds, or every other one.
+COARSE_CLOCK = 2 * 10**9
 _OWN_CLOCK = frozenset({"btrfs", "ext2", "ext3", "ext4", "f2fs", "ramfs", "tmpfs", "xfs", "zfs"})
 _KINDS = {"file": session.FILE, "dir": session.DIRECTORY, "symlink": session.SYMLINK}
 
@@ -36,18 +39,32 @@ def row_of(node: Node, target: bytes | None = None, mode: int | None = None) -> 
     )
 
 
+class SessionBegin:
+    """When a session began, by the clock that gives changes their times: one that is set back later gives a change
+    after it an earlier time than one before. Any thread may ask."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic_ns()
+        self._ahead = time.time_ns() - self._began
+
+    def earliest_ns(self) -> int:
+        """The earliest time that a change since then may have, as far as the clock was looked at."""
+        self._ahead = min(self._ahead, time.time_ns() - time.monotonic_ns())
+        return self._began + self._ahead
+
+
 class Listing:
     """One directory on its way to a destination, a message at a time."""
 
-    def __init__(self, root: Root, path: CollectionPath, request: session.ListDirectory, began_ns: int = 0) -> None:
+    def __init__(self, root: Root, path: CollectionPath, request: session.ListDirectory, began: SessionBegin) -> None:
         self._root = root
         self._path = path
         self._request = request
         self._handle: Directory | None = None
         self._rows: Iterator[session.Row] = iter(())
-        # When its names were last changed, as it was opened; and when the session began.
+        # When its names were last changed, as it was opened.
         self._version = (0, 0)
-        self._began = began_ns
+        self._began = began
         self.ended = False
 
     def message(self) -> bytes:
@@ -62,11 +79,17 @@ class Listing:
             self._handle.check_disks()
             self.ended = True
             names = _names_of(self._handle)
-            margin = CLOCK_TICK if self._root.features.file_system in _OWN_CLOCK else OTHER_CLOCKS
-            recent = max(names) >= self._began - margin
             self.close()
-            return session.encode(session.Rows(self._request.r, batch, self.ended, names != self._version, recent))
+            changed, mtime_ns = names != self._version, self._version[0]
+            rows = session.Rows(self._request.r, batch, self.ended, changed, self._is_recent(max(names)), mtime_ns)
+            return session.encode(rows)
         return session.encode(session.Rows(self._request.r, batch))
+
+    def _is_recent(self, names_ns: int) -> bool:
+        margin = CLOCK_TICK if self._root.features.file_system in _OWN_CLOCK else OTHER_CLOCKS
+        if names_ns % 10**9 == 0:
+            margin = max(margin, COARSE_CLOCK)
+        return names_ns >= self._began.earliest_ns() - margin
 
     def close(self) -> None:
         """Safe to call twice."""
