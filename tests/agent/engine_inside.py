@@ -225,6 +225,8 @@ class Engine:
         self.lane_errors: list[BaseException] = []
         self.calls: list[Call] = []
         self.sessions = 0
+        # Of the latest run.
+        self.line: Line | None = None
         # Lanes that were opened so far.
         self.opened = 0
         self.dead = False
@@ -308,7 +310,7 @@ class Engine:
         try:
             with trio.fail_after(seconds), self._mortal():
                 async with trio.open_nursery() as nursery:
-                    line = Line(self, nursery)
+                    line = self.line = Line(self, nursery)
                     runner = TaskRunner(start, line, self.permitted, self.open_destination, numbers=self.numbers)  # type: ignore[arg-type]
                     observed = await runner.run()
                     nursery.cancel_scope.cancel()
