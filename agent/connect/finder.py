@@ -137,9 +137,9 @@ class PathFinder:
             if found is not None:
                 self._use(found.path)
                 return found
-            if begins and self._running is not None and (self._running.has_given or self._improving):
-                # It goes on for something better than what it has given, or than what there was: of that, which is lost
-                # now, it would not ask for another.
+            if self._running is not None and not raced and self._brings_no_more(self._running, begins=begins):
+                # It goes on for something better than what it has given, or than what there was: of that it would not
+                # ask for another.
                 self._running.end()
                 self._running = None
             begins = False
@@ -149,6 +149,12 @@ class PathFinder:
                 self._start_race()
                 raced = True
             await self._news.wait()
+
+    def _brings_no_more(self, running: RunningRace, *, begins: bool) -> bool:
+        """Whether a race has nothing more to give of what is in use; all that is lost where a session begins."""
+        if self._improving and not running.has_given:
+            return True
+        return running.is_spent or (begins and running.has_given)
 
     async def _available(self) -> Connection | None:
         while self._pool:

@@ -344,6 +344,14 @@ class Race:
         return self._best == "tunnel"
 
     @property
+    def is_spent(self) -> bool:
+        """Whether all of its legs through the relay were given out, and nothing else: what it goes on for is better."""
+        coming = ("running", "standby")
+        return self.is_relayed and not any(
+            attempt.kind == "tunnel" and attempt.state in coming for attempt in self._attempts.values()
+        )
+
+    @property
     def is_direct(self) -> bool:
         """Whether a path that does not pass the relay was found."""
         return bool(self._best) and self._best != "tunnel"

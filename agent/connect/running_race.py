@@ -153,6 +153,11 @@ class RunningRace:
         """For a probe: what it saw of UDP and the tunnel (`Looks.found`)."""
         return {} if self._looks is None else self._looks.found
 
+    @property
+    def is_spent(self) -> bool:
+        """Whether it has given all its places at the tunnel, and nothing else: there will be no more of those."""
+        return self._race.is_spent and not self._ready
+
     def why(self) -> str:
         """Why there is no better path."""
         return "; ".join(dict.fromkeys([*self._notes, self._race.why])).strip("; ")

@@ -255,6 +255,34 @@ async def test_a_session_that_was_lost_in_the_tunnel_has_another_place_there_at_
         tunnel.close()
 
 
+@pytest.mark.parametrize("improving", [False, True])
+async def test_a_lane_more_in_the_tunnel_does_not_wait_for_what_only_looks_for_something_better(
+    monkeypatch: pytest.MonkeyPatch, improving: bool
+) -> None:
+    if improving:
+        monkeypatch.setattr(finder_module, "IMPROVE_FIRST", 0.1)
+    async with world() as made:
+        await hidden(made)
+        tunnel = Tunnel()
+        for side in (made.source, made.destination):
+            side.network.transports.tunnel = tunnel  # type: ignore[assignment]
+        # All that the first go has places for.
+        given = [await made.finder.connect(begins=True), await made.finder.connect()]
+        if improving:
+            made.finder._running.end()  # type: ignore[union-attr]
+            await made.finder.others()
+            while made.finder._running is None:
+                await trio.sleep(0.01)
+        assert made.finder._running is not None
+        await trio.sleep(0.35)
+        with trio.fail_after(1.5):
+            given.append(await made.finder.connect())
+        assert [each.path.kind for each in given] == ["tunnel"] * 3
+        for each in given:
+            each.sock.close()
+        tunnel.close()
+
+
 async def hidden(made: World) -> None:
     """Neither side is found by itself: no addresses, and no relay that says how its ports are seen."""
 
