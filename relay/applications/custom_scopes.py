@@ -17,11 +17,12 @@ from sqlalchemy import Connection, delete, func, insert, literal, select, update
 
 from relay.access.decisions import Subject
 from relay.applications import documents, projects, registration
+from relay.auth import consents
 from relay.auth.known_scopes import built_in, facts_of, names_with_ids
 from relay.auth.scopes import resource_server_of
 from relay.refusal import ApiError
 from relay.store.auth_tables import tokens
-from relay.store.sign_in_tables import consents, scope_dependencies, scopes
+from relay.store.sign_in_tables import scope_dependencies, scopes
 
 MAX_SCOPES = 100
 MAX_NEEDS = 50
@@ -203,7 +204,7 @@ def remove(connection: Connection, scope: CustomScope) -> None:
 
 
 def _forget(connection: Connection, scope: CustomScope) -> None:
-    connection.execute(delete(consents).where(consents.c.scope == scope.string))
+    consents.forget_scope(connection, scope.string)
     words = literal(" ").concat(tokens.c.scope).concat(" ")
     named = func.instr(words, f" {scope.string} ") > 0
     connection.execute(delete(tokens).where(tokens.c.resource_server == scope.client_id, named))

@@ -10,11 +10,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, delete, insert, select, update
+from sqlalchemy import ColumnElement, Connection, delete, exists, func, insert, literal, select, update
 
 from relay.auth.known_scopes import facts_of
 from relay.auth.scopes import Scope
-from relay.store.auth_tables import clients, sessions
+from relay.store.auth_tables import clients, sessions, tokens
 from relay.store.sign_in_tables import consents
 from relay.times import iso
 
@@ -115,13 +115,47 @@ def _record(
 def forget_refused(
     connection: Connection, identity_id: str, client_id: str, refused: Iterable[tuple[str, str]]
 ) -> None:
-    """Forget what somebody allowed before and has refused now: scopes, each with the one that it stands below."""
-    mine = (consents.c.identity_id == identity_id) & (consents.c.client_id == client_id)
+    """Forget what somebody allowed before and has refused now: scopes, each with the one that it stands below. Tokens
+    that a service has got by it end."""
     for above, below_it in refused:
         root = _node(connection, identity_id, client_id, None, above)
-        if root is not None:
-            this = mine & (consents.c.parent_id == root.id) & (consents.c.scope == below_it)
-            connection.execute(delete(consents).where(this))
+        if root is None:
+            continue
+        this = (consents.c.parent_id == root.id) & (consents.c.scope == below_it)
+        of_program = (sessions.c.identity_id == identity_id) & (sessions.c.client_id == client_id)
+        theirs = tokens.c.session_id.in_(select(sessions.c.id).where(of_program))
+        connection.execute(delete(tokens).where(theirs, _got_by(this)))
+        connection.execute(delete(consents).where(this))
+
+
+def forget_scope(connection: Connection, scope: str) -> None:
+    """Forget that anybody allowed a scope, which is about to be no more. Tokens that its service has got by it end."""
+    above = consents.alias().c
+    connection.execute(
+        delete(tokens).where(_got_by(consents.c.parent_id.in_(select(above.id).where(above.scope == scope))))
+    )
+    connection.execute(delete(consents).where(consents.c.scope == scope))
+
+
+def _got_by(these: ColumnElement[bool]) -> ColumnElement[bool]:
+    """Tokens that services have got in people's names because of these consents, each below another one: in the
+    session of the program that it was given to, and for that scope."""
+    above = consents.alias().c
+    words = literal(" ").concat(tokens.c.scope).concat(" ")
+    return (
+        exists()
+        .where(
+            these,
+            sessions.c.id == tokens.c.session_id,
+            sessions.c.identity_id == consents.c.identity_id,
+            sessions.c.client_id == consents.c.client_id,
+            func.instr(words, literal(" ").concat(consents.c.scope).concat(" ")) > 0,
+            # A scope's string names its service.
+            above.id == consents.c.parent_id,
+            func.instr(above.scope, tokens.c.client_id) > 0,
+        )
+        .correlate(tokens)
+    )
 
 
 def consents_of(connection: Connection, identity_id: str, client_id: str | None = None) -> list[Consent]:

@@ -63,8 +63,11 @@ async def test_a_scope_is_asked_for_consented_to_and_gives_its_service_dependent
     form = {"grant_type": DEPENDENT, "token": document["access_token"]}
     (given,) = (await world.http.post("/v2/oauth2/token", data=form, auth=(client_id, secret))).json()
     assert given["scope"] == TRANSFER_ALL
-    # What the scope stands for is gone: so is every token that carries it.
+    theirs = {"Authorization": f"Bearer {given['access_token']}"}
+    assert (await world.http.get("/v0.10/task_list", headers=theirs)).status_code == 200
+    # What the scope stands for is gone: so is every token that carries it, or that its service has got by it.
     await dev.done("DELETE", f"/scopes/{scope['id']}")
+    assert (await world.http.get("/v0.10/task_list", headers=theirs)).status_code == 401
     check = {"token": document["access_token"]}
     answer = await world.http.post("/v2/oauth2/token/introspect", data=check, auth=(client_id, secret))
     assert answer.json() == {"active": False}
@@ -132,12 +135,17 @@ async def test_what_is_optional_can_be_refused_alone(world: Any, way: str) -> No
             document = (await world.http.post("/v2/oauth2/token", data=poll)).json()
         form_ = {"grant_type": DEPENDENT, "token": document["access_token"]}
         answer = await world.http.post("/v2/oauth2/token", data=form_, auth=auth)
+        held.extend(token["access_token"] for token in answer.json())
         return [token["scope"] for token in answer.json()]
 
+    held: list[str] = []
     assert await given("below-0") == []
     assert await given() == [TRANSFER_ALL]
-    # Refused the next time, it does not count any more.
+    theirs = {"Authorization": f"Bearer {held[0]}"}
+    assert (await world.http.get("/v0.10/task_list", headers=theirs)).status_code == 200
+    # Refused the next time, it does not count any more, nor what the service has got by it.
     assert await given("below-0") == []
+    assert (await world.http.get("/v0.10/task_list", headers=theirs)).status_code == 401
 
 
 @pytest.mark.parametrize("way", ["browser", "device"])
