@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -24,7 +25,7 @@ from relay.transfer.collection_documents import only_fields
 from relay.transfer.collections import Collection
 from relay.transfer.fields import Fields, query_integer
 from relay.transfer.submission import read_bandwidth_limit, read_deadline, read_label
-from relay.transfer.task_documents import task_document
+from relay.transfer.task_documents import Surroundings, name_for_reader, task_document
 from relay.transfer.task_rows import Task
 
 router = APIRouter(prefix=PREFIX, tags=["Transfer"])
@@ -75,17 +76,12 @@ def _page(parameters: Any, *, default: int) -> tuple[int, int]:
     return limit, offset
 
 
-async def _own(services: ServicesHere, caller: CallerHere, task_id: str) -> tuple[Task, dict[str, Collection]]:
-    def work(connection: Connection) -> tuple[Task, dict[str, Collection]]:
-        task = task_rows.require_own(connection, task_id, caller.identity_id)
-        return task, task_lists.collections_of(connection, [task])
-
-    return await services.store.read(work)
+async def _own(services: ServicesHere, caller: CallerHere, task_id: str) -> Task:
+    return await services.store.read(partial(task_rows.require_own, task_id=task_id, identity_id=caller.identity_id))
 
 
-@router.get("/task/{task_id}")
-async def show_task(request: Request, task_id: str, caller: CallerHere, services: ServicesHere) -> Response:
-    """One task."""
+async def _seen(services: ServicesHere, caller: CallerHere, task_id: str) -> tuple[Task, Surroundings]:
+    """A task of the caller, with its collections as far as they may see them now."""
     now = services.clock()
 
     def work(connection: Connection) -> tuple[Task, dict[str, Collection], frozenset[str]]:
@@ -94,7 +90,14 @@ async def show_task(request: Request, task_id: str, caller: CallerHere, services
         return task, known, task_lists.unseen(connection, known, caller.identity_id, now)
 
     task, known, unseen = await services.store.read(work)
-    return answer(only_fields(task_document(task, surroundings(services, known, unseen)), wanted_fields(request)))
+    return task, surroundings(services, known, unseen)
+
+
+@router.get("/task/{task_id}")
+async def show_task(request: Request, task_id: str, caller: CallerHere, services: ServicesHere) -> Response:
+    """One task."""
+    task, around = await _seen(services, caller, task_id)
+    return answer(only_fields(task_document(task, around), wanted_fields(request)))
 
 
 @router.put("/task/{task_id}")
@@ -135,7 +138,7 @@ async def cancel_task(request: Request, task_id: str, caller: CallerHere, servic
     # An agent that is away confirms nothing; nobody needs to wait for it.
     if code == task_turns.CANCEL_ACCEPTED and node_id is not None and services.registry.is_connected(node_id):
         await services.steward.wait_finished(found, CANCEL_PATIENCE)
-        task, _ = await _own(services, caller, found)
+        task = await _own(services, caller, found)
         if task.finished:
             code = task_turns.CANCEL_DONE if task.state == "CANCELED" else task_turns.TASK_COMPLETE
     return result(request, code, _CANCEL_MESSAGES[code])
@@ -169,21 +172,23 @@ async def event_list(request: Request, task_id: str, caller: CallerHere, service
 @router.get("/task/{task_id}/successful_transfers")
 async def successful_transfers(request: Request, task_id: str, caller: CallerHere, services: ServicesHere) -> Response:
     """What has been transferred so far, also while the task runs."""
-    task, known = await _own(services, caller, task_id)
+    return await _details(request, task_id, caller, services, task_details.successful_transfers)
+
+
+async def _details(
+    request: Request, task_id: str, caller: CallerHere, services: ServicesHere, page: Callable[..., Any]
+) -> Response:
+    task, around = await _seen(services, caller, task_id)
     marker, limit = _marker(request)
-    document = await task_details.successful_transfers(
-        services.registry, task, known.get(task.worker_id), marker, limit
-    )
+    worker, name = around.collections.get(task.worker_id), name_for_reader(task, task.worker_id, around) or "?"
+    document = await page(services.registry, task, worker, name, marker, limit)
     return await answer_large(document)
 
 
 @router.get("/task/{task_id}/skipped_errors")
 async def skipped_errors(request: Request, task_id: str, caller: CallerHere, services: ServicesHere) -> Response:
     """What was left out, and why."""
-    task, known = await _own(services, caller, task_id)
-    marker, limit = _marker(request)
-    document = await task_details.skipped_errors(services.registry, task, known.get(task.worker_id), marker, limit)
-    return await answer_large(document)
+    return await _details(request, task_id, caller, services, task_details.skipped_errors)
 
 
 def _marker(request: Request) -> tuple[str | None, int]:
@@ -197,7 +202,7 @@ def _marker(request: Request) -> tuple[str | None, int]:
 @router.get("/task/{task_id}/pause_info")
 async def pause_info(task_id: str, caller: CallerHere, services: ServicesHere) -> Response:
     """Which pause rules hold a task up, and what its agents' owners say about it."""
-    task, _ = await _own(services, caller, task_id)
+    task = await _own(services, caller, task_id)
     observed = task.last_observed
     paused = task.state == "PAUSED" and not task.finished and observed is not None
     message = None if observed is None or not paused else observed.status_sentence or "The owner paused this task."

@@ -22,19 +22,19 @@ DETAILS = Operation("TaskDetailsFailed", "NotFound")
 
 
 async def successful_transfers(
-    links: AgentLinks, task: Task, worker: Collection | None, marker: str | None, limit: int
+    links: AgentLinks, task: Task, worker: Collection | None, name: str, marker: str | None, limit: int
 ) -> dict[str, Any]:
-    """``GET /task/<id>/successful_transfers``. Raises `ApiError`."""
+    """``GET /task/<id>/successful_transfers``; ``name`` is what the reader calls the worker. Raises `ApiError`."""
     if task.type != "TRANSFER":
         raise bad_request("Only transfer tasks have successful transfers.")
-    return await _page(links, task, worker, "successful", SuccessfulTransfer, marker, limit)
+    return await _page(links, task, worker, name, "successful", SuccessfulTransfer, marker, limit)
 
 
 async def skipped_errors(
-    links: AgentLinks, task: Task, worker: Collection | None, marker: str | None, limit: int
+    links: AgentLinks, task: Task, worker: Collection | None, name: str, marker: str | None, limit: int
 ) -> dict[str, Any]:
     """``GET /task/<id>/skipped_errors``. Raises `ApiError`."""
-    return await _page(links, task, worker, "skipped", SkippedError, marker, limit)
+    return await _page(links, task, worker, name, "skipped", SkippedError, marker, limit)
 
 
 _NAMES = {
@@ -47,6 +47,7 @@ async def _page(
     links: AgentLinks,
     task: Task,
     worker: Collection | None,
+    name: str,
     kind: str,
     row_type: type[Any],
     marker: str | None,
@@ -56,7 +57,7 @@ async def _page(
         raise bad_request("marker is not one that was given out.")
     page = Page(rows=[])
     if task.attempted:
-        page = await _ask(links, task, worker, kind, marker, limit)
+        page = await _ask(links, task, worker, name, kind, marker, limit)
     list_type, data_type = _NAMES[kind]
     # A delete goes nowhere.
     beside = {"destination_path": None} if task.type == "DELETE" else {}
@@ -69,9 +70,8 @@ async def _page(
 
 
 async def _ask(
-    links: AgentLinks, task: Task, worker: Collection | None, kind: str, marker: str | None, limit: int
+    links: AgentLinks, task: Task, worker: Collection | None, name: str, kind: str, marker: str | None, limit: int
 ) -> Page:
-    name = "?" if worker is None else worker.display_name
     if worker is None or worker.node_id is None or not links.is_connected(worker.node_id):
         raise disconnected(DETAILS, name, served=worker is None or worker.node_id is not None)
     query = [("limit", str(limit))]

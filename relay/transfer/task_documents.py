@@ -130,7 +130,8 @@ def _name(collection_id: str | None, around: Surroundings) -> str | None:
     return None if collection is None else collection.display_name
 
 
-def _name_for_reader(task: Task, collection_id: str | None, around: Surroundings) -> str | None:
+def name_for_reader(task: Task, collection_id: str | None, around: Surroundings) -> str | None:
+    """What a collection of a task is called to its reader."""
     if collection_id not in around.unseen:
         return _name(collection_id, around)
     name: str | None = task.echo.get("names", {}).get(collection_id)
@@ -142,7 +143,7 @@ def _places(task: Task, around: Surroundings) -> dict[str, Any]:
     for side, collection_id in (("source", task.source_id), ("destination", task.destination_id)):
         collection = around.collections.get(collection_id or "")
         document[f"{side}_endpoint_id"] = collection_id
-        document[f"{side}_endpoint_display_name"] = _name_for_reader(task, collection_id, around)
+        document[f"{side}_endpoint_display_name"] = name_for_reader(task, collection_id, around)
         document[f"{side}_endpoint"] = (
             None if collection is None else f"{legacy_username(collection.owner_id)}#{collection.id}"
         )

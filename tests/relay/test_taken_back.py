@@ -221,6 +221,27 @@ async def test_what_a_collection_is_called_later_is_for_those_who_may_see_it(clo
         assert "Secret" not in str(shown)
 
 
+async def test_the_details_of_a_task_call_its_place_what_their_reader_may_know(clock: MockClock, scene: Scene) -> None:
+    bob = await scene.person("bob")
+    scene.clock.autojump_threshold = 0.01
+    his, agent = await scene.relay.collection(bob, "Bob's", agent=FakeAgent())
+    scene.clock.autojump_threshold = 0
+    scene.up()
+    scene.relay.registry.up(agent)
+    await trio.sleep(MOMENT)
+    opened = rule(bob.id, permissions="rw", path="/drop")
+    made = await scene.alice.post(f"/endpoint/{scene.a}/access", opened, status=201)
+    item = {"DATA_TYPE": "transfer_item", "source_path": "/d", "destination_path": "/drop/d", "recursive": True}
+    task_id = await scene.relay.transfer(bob, his, scene.a, DATA=[item])
+    await trio.sleep(MOMENT)
+    await scene.alice.delete(f"/endpoint/{scene.a}/access/{made['access_id']}")
+    await scene.alice.put(f"/endpoint/{scene.a}", {"display_name": "Secret"})
+    scene.relay.registry.down(scene.source)
+    for kind in ("successful_transfers", "skipped_errors"):
+        told = await bob.ask("GET", f"/task/{task_id}/{kind}")
+        assert (told.status_code, "Secret" in told.text, "“A”" in told.json()["message"]) == (502, False, True)
+
+
 # --- people ----------------------------------------------------------------------------------------------------------
 
 
