@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import cast
 
 import trio
+from hypercorn import protocol as engine
 from hypercorn.app_wrappers import ASGIWrapper
 from hypercorn.config import Config
-from hypercorn.protocol import h2
+from hypercorn.protocol import h2, h11
 from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import ASGIFramework
@@ -41,6 +42,15 @@ class HeldBack(h2.StreamBuffer):
         return data
 
 
+class Plain(h11.H11Protocol):
+    """HTTP/1.1 that stays HTTP/1.1. Hypercorn's own goes over to HTTP/2 for whoever asks with ``Upgrade: h2c``: behind
+    a reverse proxy that passes upgrades on, which agents need, a caller would speak past it from there on, with
+    whatever addresses in its header they like."""
+
+    async def _check_protocol(self, event: object) -> None:
+        """HTTP/2 is agreed upon in the TLS greeting alone (RFC 9113, 3.1)."""
+
+
 @dataclass(frozen=True)
 class WebStatistics:
     """Connections open now, taken in all, and turned away because there were too many."""
@@ -57,6 +67,7 @@ class WebServer:
     def __init__(self, app: ASGIApp, *, max_connections: int, proxies: Proxies | None = None) -> None:
         # Hypercorn has no setting for it.
         h2.StreamBuffer = HeldBack  # type: ignore[misc]
+        engine.H11Protocol = Plain  # type: ignore[attr-defined]
         # Two spellings of the same interface (ASGI 3).
         self._app = ASGIWrapper(cast("ASGIFramework", app))
         self._places = Places(max_connections)

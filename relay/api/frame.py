@@ -8,6 +8,7 @@ from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from relay.api.errors import new_request_id, render
@@ -50,6 +51,8 @@ class Frame:
             await exchange.fail(ApiError(error.status_code, "RequestTooLarge", str(error.detail)), request_id)
         except ApiError as error:
             await exchange.fail(error, request_id)
+        except ClientDisconnect:
+            logger.debug("Whoever sent request %s left before its end.", request_id)
         except Exception:
             logger.exception("%s %s failed (request %s)", scope["method"], scope["path"], request_id)
             sentence = f"The relay made a mistake; its operator finds it in the log under request {request_id}."

@@ -104,6 +104,19 @@ async def ask(port: int) -> bytes:
             await stream.send_all(machine.data_to_send())
 
 
+async def test_nobody_goes_over_to_another_protocol_half_way() -> None:
+    """A reverse proxy that lets agents' WebSocket pass takes part in what is said no more after an upgrade."""
+    context = ssl.create_default_context()
+    CA.configure_trust(context)
+    asks = b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\n"
+    with trio.fail_after(10):
+        async with serving(Application()) as port:
+            raw = await trio.open_tcp_stream("127.0.0.1", port)
+            async with trio.SSLStream(raw, context, server_hostname="localhost", https_compatible=True) as stream:
+                await stream.send_all(asks + b"HTTP2-Settings: AAMAAABk\r\n\r\n")
+                assert (await stream.receive_some()).startswith(b"HTTP/1.1 200")
+
+
 def headers(number: int, *, ends: bool = True) -> bytes:
     frame = frames.HeadersFrame(number, b"\x82\x84\x87\x01\x09localhost")
     frame.flags.add("END_STREAM")
