@@ -8,13 +8,15 @@ from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from relay.api.client_authentication import caller_of
 from relay.api.errors import new_request_id, render
 from relay.api.holding import Holding, Memory
 from relay.quota.requests import add_headers
 from relay.refusal import ApiError
+from relay.store.database import asking
 
 logger = logging.getLogger("relay.api")
 
@@ -44,6 +46,7 @@ class Frame:
         holding = Holding(scope, self._memory)
         exchange = _Exchange(scope, receive, send, self._max_body, holding)
         started = self._clock()
+        before = asking.set(caller_of(Request(scope)))
         try:
             exchange.check_announced_length()
             await self._app(scope, exchange.receive, exchange.send)
@@ -59,6 +62,7 @@ class Frame:
             await exchange.fail(ApiError(500, "InternalError", sentence), request_id)
         finally:
             holding.let_go()
+            asking.reset(before)
             took = (self._clock() - started) * 1000
             logger.debug("%s %s %s %.0f ms %s", scope["method"], scope["path"], exchange.status, took, request_id)
 

@@ -7,6 +7,8 @@ from typing import Any, Final
 from starlette.requests import HTTPConnection
 from starlette.types import Scope
 
+from relay.store.database import asking
+
 _KEY: Final = "audit"
 
 
@@ -15,6 +17,7 @@ def acting(request: HTTPConnection, identity_id: str | None, client_id: str | No
     told = notes(request.scope)
     told["who"] = identity_id or told.get("who")
     told["client"] = client_id or told.get("client")
+    asking.set(told["who"] or told["client"] or asking.get())
 
 
 def note(request: HTTPConnection, **facts: str) -> None:

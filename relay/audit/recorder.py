@@ -21,7 +21,7 @@ from protocol.errors import TowpathError
 from relay.audit import trail
 from relay.audit.notes import notes
 from relay.audit.trail import Entry
-from relay.store.database import Store, companion
+from relay.store.database import Store, companion, for_all
 
 logger = logging.getLogger("relay.audit")
 
@@ -82,7 +82,8 @@ class Recorder:
 
     async def _write(self, entries: list[Entry]) -> None:
         try:
-            await self._store.write(lambda connection: trail.append(connection, entries))
+            with for_all():
+                await self._store.write(lambda connection: trail.append(connection, entries))
             self._written += len(entries)
         except TowpathError as error:
             self._failed += len(entries)

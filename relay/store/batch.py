@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar
 import trio
 from sqlalchemy import Connection
 
-from relay.store.database import StoreBroken, StoreBusy
+from relay.store.database import StoreBroken, StoreBusy, for_all
 
 Q = TypeVar("Q")
 A = TypeVar("A")
@@ -145,6 +145,7 @@ class Batch(Generic[Q, A]):
 
     async def _answer(self, questions: Sequence[_Question[Q, A]]) -> None:
         asked = [question.asked for question in questions]
-        answers = await self._transact(lambda connection: self._work(connection, asked))
+        with for_all():
+            answers = await self._transact(lambda connection: self._work(connection, asked))
         for question, answer in zip(questions, answers, strict=True):
             question.answer = (answer,)

@@ -9,7 +9,8 @@ SQLite runs with a write-ahead log and ``synchronous=FULL``: an acknowledged wri
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine import make_url
 
 from protocol.errors import NeedsPerson, RetryLater
+from relay.quota.turns import Turns
 
 # Longer than any transaction of ours takes; the administrator's commands write beside a running relay.
 BUSY_TIMEOUT_MS = 15_000
@@ -30,6 +32,9 @@ T = TypeVar("T")
 # What the request or command in progress adds to each of its transactions that change something, right before the
 # commit: it gets the connection and the result of the work, and its effect stands or falls with that of the work.
 companion: ContextVar[Callable[[Connection, object], None] | None] = ContextVar("companion", default=None)
+# For whom the request in progress asks: a person, a program, or as long as neither is known an address. Empty for the
+# relay's own work.
+asking: ContextVar[str] = ContextVar("asking", default="")
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,9 @@ class StoreStatistics:
 
 class Store:
     """A database under a SQLAlchemy URL. Only ``sqlite:///<file>`` is understood so far.
+
+    However much one of those asks for whom requests are answered (`asking`), half of the readers and the next turn to
+    write are for others.
 
     Opening makes no connection; the schema is put in place by `relay.store.migrate.upgrade`. Close it when no call is
     under way. Raises ValueError for a URL of another kind.
@@ -60,6 +68,8 @@ class Store:
         # SQLite has one writer at a time: a queue of one here costs less than waiting inside SQLite.
         self._write_limit = trio.CapacityLimiter(1)
         self._read_limit = trio.CapacityLimiter(readers)
+        self._read_turns = Turns(max(1, readers // 2))
+        self._write_turns = Turns(1)
         self._reads = 0
         self._writes = 0
 
@@ -69,7 +79,8 @@ class Store:
         Cancellation counts until the work has started. Raises what ``work`` raises, `StoreBusy` or `StoreBroken`.
         """
         self._reads += 1
-        return await trio.to_thread.run_sync(_transact, self._reader, work, limiter=self._read_limit)
+        async with _turn(self._read_turns):
+            return await trio.to_thread.run_sync(_transact, self._reader, work, limiter=self._read_limit)
 
     async def write(self, work: Callable[[Connection], T], *, aside: bool = False) -> T:
         """Run ``work`` in one writing transaction; when this returns, its effect is on disk.
@@ -80,7 +91,8 @@ class Store:
         """
         self._writes += 1
         beside = None if aside else companion.get()
-        return await trio.to_thread.run_sync(_transact, self._writer, work, beside, limiter=self._write_limit)
+        async with _turn(self._write_turns):
+            return await trio.to_thread.run_sync(_transact, self._writer, work, beside, limiter=self._write_limit)
 
     def statistics(self) -> StoreStatistics:
         """What the store has done and who waits for it."""
@@ -100,6 +112,21 @@ class Store:
         """Close all connections."""
         self._reader.dispose()
         self._writer.dispose()
+
+
+@contextmanager
+def for_all() -> Iterator[None]:
+    """What is asked inside is for everybody who waits: it is nobody's turn, whoever happens to ask."""
+    mine = asking.set("")
+    try:
+        yield
+    finally:
+        asking.reset(mine)
+
+
+def _turn(turns: Turns) -> AbstractAsyncContextManager[None]:
+    caller = asking.get()
+    return turns.of(caller) if caller else nullcontext()
 
 
 class StoreBusy(RetryLater):

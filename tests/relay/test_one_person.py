@@ -1,0 +1,81 @@
+"""What one person whose name is known may take of what all share: turns at the database, and what is read again and
+again."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+from sqlalchemy import Connection
+
+from relay.audit.recorder import Recorder
+from relay.audit.trail import Entry
+from relay.store.batch import Batch
+from relay.store.database import Store, asking
+from tests.relay.relay_world import RelayWorld
+from tests.relay.transfer_world import open_world
+
+
+@pytest.mark.parametrize("kind", ["read", "write"])
+async def test_who_asks_for_much_leaves_turns_at_the_database(relay_store: Store, kind: str) -> None:
+    go, order = threading.Event(), list[str]()
+
+    async def ask(who: str) -> None:
+        def work(_connection: Connection) -> None:
+            if who == "mallory":
+                go.wait(10)
+            order.append(who)
+
+        asking.set(who)
+        await getattr(relay_store, kind)(work)
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(20):
+            nursery.start_soon(ask, "mallory")
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.start_soon(ask, "bob")
+        await trio.testing.wait_all_tasks_blocked()
+        go.set()
+    assert len(order) == 21
+    # There are four readers.
+    assert order.index("bob") <= 4, order
+
+
+async def test_for_whom_the_database_is_asked(world: RelayWorld) -> None:
+    async with open_world(world, run=False) as relay:
+        alice = await relay.person("alice")
+        read, seen = relay.store.read, list[str]()
+
+        async def noting(work: Callable[[Connection], Any]) -> Any:
+            seen.append(asking.get())
+            return await read(work)
+
+        relay.store.read = noting  # type: ignore[method-assign]
+        await alice.get("/task_list")
+        # Before the token is known it is the address that asks.
+        assert seen == ["127.0.0.1", alice.id]
+        assert asking.get() == ""
+
+
+async def test_who_asks_for_all_who_wait_asks_in_nobodys_name() -> None:
+    async def transact(work: Callable[[Any], Any]) -> Any:
+        return [asking.get()]
+
+    batch: Batch[str, str] = Batch(transact, lambda _connection, asked: asked)
+    seen = list[str]()
+
+    class Log(Store):
+        async def write(self, work: Callable[[Connection], Any], *, aside: bool = False) -> Any:
+            seen.append(asking.get())
+
+    recorder = Recorder(Log("sqlite:////nowhere"), lambda: 0.0)
+    mine = asking.set("mallory")
+    assert await batch.ask("?") == ""
+    await recorder.record(Entry(time=0.0, action="look", outcome="done"))
+    assert seen == [""]
+    assert asking.get() == "mallory"
+    asking.reset(mine)
