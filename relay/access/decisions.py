@@ -217,10 +217,8 @@ class TaskNeeds:
     destination: tuple[Spot, ...]
 
 
-def may_run(
-    subject: Subject, needs: TaskNeeds, source: CollectionFacts | None, destination: CollectionFacts | None
-) -> bool:
-    """Whether a task may run (on): its owner must be allowed now all that it does."""
-    if decide(destination, subject, Ability.WRITE, needs.destination) != "allowed":
+def may_run(needs: TaskNeeds, source: Held, destination: Held) -> bool:
+    """Whether a task may run (on): its owner, who holds this, must be allowed now all that it does."""
+    if destination.decide(Ability.WRITE, needs.destination) != "allowed":
         return False
-    return needs.source is None or decide(source, subject, Ability.READ, needs.source) == "allowed"
+    return needs.source is None or source.decide(Ability.READ, needs.source) == "allowed"

@@ -25,7 +25,7 @@ from protocol.control import (
 )
 from protocol.errors import ItemFailed, ProtocolError, RetryLater, TowpathError
 from protocol.ticket import TicketSigner
-from relay.store.database import Store
+from relay.store.database import Store, for_all
 from relay.times import iso
 from relay.transfer import closed_owners, delivery_notes, task_rows
 from relay.transfer.agents import AgentLinks
@@ -39,6 +39,8 @@ from relay.transfer.task_rows import Scope, Task
 
 # Steps one visit may take; more would mean that two sides disagree for ever.
 MAX_STEPS = 8
+# Withdrawn tasks that are looked at in the database at a time.
+CUT_LOOKS = 2
 # Large orders take their time on a slow line, and on the agent's disk.
 _SECONDS_PER_ITEM = 0.005
 # Bytes of packed items that are not worth a thread.
@@ -87,6 +89,8 @@ class Courier:
         # When this relay was started.
         self._since = since
         self._cut_tunnel = cut_tunnel
+        # One withdrawal may concern thousands of tasks; requests find the database free meanwhile.
+        self._cut_looks = trio.CapacityLimiter(CUT_LOOKS)
         # Tasks whose agent asked for a session, with the generation it has; after a restart all are offered anew.
         self._wanted: dict[str, int] = {}
         # When the source of a task was last asked; an agent that asks on and on does not reach it more often.
@@ -194,22 +198,26 @@ class Courier:
         hello = self._links.hello(node_id)
         await self._store.write(lambda connection: delivery_notes.compared(connection, task_id, observed, hello, now))
 
-    async def cut(self, task_id: str, now: float) -> None:
+    async def cut(self, task_id: str) -> None:
         """Withdraw the session of a task at its source at once, beside any visit that is under way, and end what the
         relay's own tunnel moves of it, whether or not the source can be told.
 
         A visit repeats it, so that nothing is lost when this fails. Raises the link's errors.
         """
-        loaded = await self._store.read(lambda connection: delivery_notes.load(connection, task_id, now))
-        if loaded is None or (not loaded.task.finished and loaded.task.desired != "pause"):
+        async with self._cut_looks:
+            # Not in the turn of whoever took the permission away, who may be asking for much else.
+            with for_all():
+                found = await self._store.read(lambda connection: delivery_notes.stopped(connection, task_id))
+        if found is None:
             return
+        task, source = found
         if self._cut_tunnel is not None:
-            await self._cut_tunnel(loaded.task.session_id)
-        if not loaded.task.session_open or loaded.sides.source is None:
+            await self._cut_tunnel(task.session_id)
+        if not task.session_open or source is None:
             return
-        node_id = loaded.sides.source.node_id
+        node_id = source.node_id
         if self._links.is_connected(node_id):
-            path = f"/link/sessions/{loaded.task.session_id}"
+            path = f"/link/sessions/{task.session_id}"
             await self._links.call(node_id, "DELETE", path, timeout=self._timeout)
 
     def _situation(self, task: Task, sides: Sides) -> Situation:

@@ -13,7 +13,7 @@ from relay.transfer import closed_owners, event_log, task_reports, task_rows, ta
 from relay.transfer.entitlement import Entitlement, entitled, entitlement
 from relay.transfer.event_log import TaskEvent
 from relay.transfer.nodes import has_lines_to_come
-from relay.transfer.parties import Sides, load_sides
+from relay.transfer.parties import Side, Sides, load_sides
 from relay.transfer.task_documents import CANCELED, OFFLINE
 from relay.transfer.task_rows import Scope, Task
 
@@ -42,6 +42,14 @@ def load(connection: Connection, task_id: str, now: float) -> Loaded | None:
         entitlement=entitlement(connection, task, scope, now),
         owner_closed=not task.finished and closed_owners.is_closed(connection, task.owner_id),
     )
+
+
+def stopped(connection: Connection, task_id: str) -> tuple[Task, Side | None] | None:
+    """A task that is over or paused, and its source; None for one that goes on."""
+    task = task_rows.load(connection, task_id)
+    if task is None or (not task.finished and task.desired != "pause"):
+        return None
+    return task, load_sides(connection, task).source
 
 
 def end_unentitled(connection: Connection, task_id: str, now: float) -> None:

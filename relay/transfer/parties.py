@@ -5,14 +5,13 @@ from __future__ import annotations
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from sqlalchemy import Connection, select
 
 from protocol.control import Party
 from protocol.ticket import Grant, Ticket, TicketSigner, owner_digest
 from relay.store import transfer_tables as tables
-from relay.transfer.collections import Collection, load_many
 from relay.transfer.entitlement import Entitlement
 from relay.transfer.task_rows import Scope, Task
 
@@ -49,21 +48,22 @@ class Sides:
 
 def load_sides(connection: Connection, task: Task) -> Sides:
     """The sides of a task as they are now."""
-    ids = [task.source_id] if task.destination_id is None else [task.source_id, task.destination_id]
-    known = load_many(connection, ids)
-    nodes = tables.nodes.c
-    wanted = sorted({item.node_id for item in known.values() if item.node_id is not None})
+    collection, nodes = tables.collections.c, tables.nodes.c
+    # Without the rules on them, of which there may be a thousand.
+    columns = collection.id, collection.node_id, collection.endpoint_id, collection.display_name
+    rows = connection.execute(select(*columns).where(collection.id.in_([task.source_id, task.worker_id])))
+    known = {row.id: row for row in rows}
+    wanted = sorted({row.node_id for row in known.values() if row.node_id is not None})
     # A revoked one gets no ticket and is named in none, also where its collections were not taken off it yet.
     living = select(nodes.id, nodes.certificate, nodes.fingerprint).where(nodes.id.in_(wanted), nodes.revoked.is_(None))
-    rows = connection.execute(living)
-    certificates = {row.id: (row.certificate, row.fingerprint) for row in rows}
+    certificates = {row.id: (row.certificate, row.fingerprint) for row in connection.execute(living)}
     return Sides(
         source=None if task.destination_id is None else _side(known.get(task.source_id), certificates),
         worker=_side(known.get(task.worker_id), certificates),
     )
 
 
-def _side(collection: Collection | None, certificates: Mapping[str, tuple[str, str]]) -> Side | None:
+def _side(collection: Any, certificates: Mapping[str, tuple[str, str]]) -> Side | None:
     if collection is None or collection.node_id is None or collection.endpoint_id is None:
         return None
     if collection.node_id not in certificates:

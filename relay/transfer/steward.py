@@ -151,7 +151,7 @@ class Steward:
 
     async def _cut(self, task_id: str) -> None:
         try:
-            await self._courier.cut(task_id, self._clock())
+            await self._courier.cut(task_id)
         except TowpathError as error:
             logger.info("The session of task %s is withdrawn again later: %s", task_id, error.sentence)
         except Exception:

@@ -23,7 +23,7 @@ from relay.store.auth_tables import identities
 from relay.store.sign_in_tables import linked_identities
 from relay.transfer import collections, event_log, rules, task_rows
 from relay.transfer.collections import Collection
-from relay.transfer.entitlement import entitlement, spots
+from relay.transfer.entitlement import Entitlements, spots
 from relay.transfer.event_log import TaskEvent
 from relay.transfer.submission import Submission
 from relay.transfer.task_documents import CANCELED, DEADLINE_EXPIRED
@@ -300,8 +300,9 @@ def _end_unentitled(connection: Connection, which: ColumnElement[bool], reason: 
     """End those whose owner may not run them any more; returns their ids, and of those that go on, but whose tickets
     may let links lead into folders that are closed to them by now: these get new ones."""
     changed = []
+    entitlements = Entitlements(connection, now)
     for task in _active(connection, which):
-        may = entitlement(connection, task, task_rows.load_scope(connection, task.id), now)
+        may = entitlements.of(task)
         if not may.runs:
             end_now(connection, task, code=CANCELED, sentence=reason, now=now)
         elif _has_tickets(task) and (may.source_reach, may.destination_reach) != (None, None):

@@ -15,6 +15,7 @@ from relay.access.decisions import (
     ROLES,
     Ability,
     CollectionFacts,
+    Held,
     RoleGrant,
     Rule,
     Spot,
@@ -150,7 +151,7 @@ def test_a_task_runs_only_with_what_its_tickets_name(
     wanted = reference(destination, who, Ability.WRITE, written) == "allowed"
     if not delete:
         wanted = wanted and reference(source, who, Ability.READ, read) == "allowed"
-    assert may_run(who, needs, source, destination) == wanted
+    assert may_run(needs, Held(source, who), Held(destination, who)) == wanted
 
 
 def test_every_role_and_ability_by_hand() -> None:
