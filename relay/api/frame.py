@@ -77,6 +77,9 @@ class _Exchange:
         self._max_body = max_body
         self._received = 0
         self._holding = holding
+        # What begins an answer goes with the first bytes of it, or with none where there is no room for these.
+        self._beginning: Message | None = None
+        self._refused = False
         self.status: int | None = None
 
     def check_announced_length(self) -> None:
@@ -99,9 +102,25 @@ class _Exchange:
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
+            self._beginning = message
+        elif not self._refused:
+            if self._beginning is not None:
+                try:
+                    self._holding.answer(len(message.get("body", b"")))
+                except ApiError as error:
+                    self._beginning = None
+                    await self.fail(error, self._scope["state"]["request_id"])
+                    self._refused = True
+                    return
+            await self._begin()
+            await self._send(message)
+
+    async def _begin(self) -> None:
+        if self._beginning is not None:
+            message, self._beginning = self._beginning, None
             self.status = message["status"]
             self._add_headers(message)
-        await self._send(message)
+            await self._send(message)
 
     def _add_headers(self, message: MutableMapping[str, Any]) -> None:
         headers = MutableHeaders(scope=message)

@@ -20,15 +20,19 @@ BODIES_AT_ONCE = 4
 # What is made of bodies may be as much as this many of the largest ones, but this many bytes always.
 DOCUMENTS_AT_ONCE = 8
 _DOCUMENTS_AT_LEAST = 512 << 20
+# Bytes of all answers together that are not taken yet.
+_ANSWERS = 256 << 20
 _KEY: Final = "holding"
 
 
 @dataclass(frozen=True)
 class Memory:
-    """What all requests together may hold, for bodies of at most ``max_body`` bytes and for what is made of them."""
+    """What all requests together may hold, for bodies of at most ``max_body`` bytes, for what is made of them, and for
+    answers until they are taken."""
 
     bodies: Places
     documents: Places
+    answers: Places
     largest_document: int
 
     @classmethod
@@ -38,6 +42,7 @@ class Memory:
         return cls(
             bodies=Places(max(1, BODIES_AT_ONCE * max_body // PIECE)),
             documents=Places(documents // PIECE),
+            answers=Places(_ANSWERS // PIECE),
             largest_document=documents // 4 * 3 - PIECE,
         )
 
@@ -64,11 +69,15 @@ class Holding:
             raise ApiError(400, "ClientError.BadRequest", sentence)
         self._documents = self._grow(self._memory.documents, self._documents, size)
 
+    def answer(self, size: int) -> None:
+        """So many bytes are about to be sent at once. Raises `ApiError` 503 where too much waits to be taken."""
+        self._grow(self._memory.answers, 0, size)
+
     def _grow(self, places: Places, pieces: int, size: int) -> int:
         while size > (pieces + 1) * PIECE:
             caller = self._caller()
             if not places.take(caller):
-                raise unavailable("The relay holds too many large requests at the moment; ask again in a few seconds.")
+                raise unavailable("The relay holds too much for requests at the moment; ask again in a few seconds.")
             self._pieces.append((places, caller))
             pieces += 1
         return pieces
