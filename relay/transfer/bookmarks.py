@@ -18,6 +18,8 @@ from relay.transfer.scopes import place
 MAX_NAME = 128
 MAX_PATH = 16_384
 MAX_BOOKMARKS = 10_000
+# Characters of one person's paths together: all of them are in one answer.
+MAX_PATHS = 2_000_000
 
 _bookmark = tables.bookmarks.c
 
@@ -73,8 +75,7 @@ def create(connection: Connection, owner_id: str, document: object, now: float) 
         raise bad_request("path must be a directory and end with '/'.")
     collections.require(connection, endpoint_id, owner_id, Ability.SEE, now=now)
     _check_free(connection, owner_id, name, None)
-    if len(of(connection, owner_id)) >= MAX_BOOKMARKS:
-        raise ApiError(409, "Conflict", f"You have {MAX_BOOKMARKS} bookmarks, the most allowed.")
+    _check_room(connection, owner_id, path)
     bookmark = Bookmark(str(uuid.uuid4()), name, endpoint_id, path, fields.boolean("pinned", False))
     connection.execute(insert(tables.bookmarks).values(**vars(bookmark), owner_id=owner_id, created=now))
     return bookmark
@@ -95,6 +96,18 @@ def remove(connection: Connection, owner_id: str, bookmark_id: str) -> None:
     """Delete a bookmark. Raises `ApiError` 404."""
     bookmark = find(connection, owner_id, bookmark_id)
     connection.execute(delete(tables.bookmarks).where(_bookmark.id == bookmark.id))
+
+
+def _check_room(connection: Connection, owner_id: str, path: str) -> None:
+    mine = select(func.count(), func.coalesce(func.sum(func.length(_bookmark.path)), 0)).where(
+        _bookmark.owner_id == owner_id
+    )
+    count, characters = connection.execute(mine).one()
+    if count >= MAX_BOOKMARKS:
+        raise ApiError(409, "Conflict", f"You have {MAX_BOOKMARKS} bookmarks, the most allowed.")
+    if characters + len(path) > MAX_PATHS:
+        sentence = f"The paths of your bookmarks would have more than {MAX_PATHS} characters together; delete some."
+        raise ApiError(409, "Conflict", sentence)
 
 
 def _check_free(connection: Connection, owner_id: str, name: str, own_id: str | None) -> None:

@@ -24,6 +24,8 @@ from relay.transfer.fields import Fields, bad_request
 
 MAX_RULES = 1000
 MAX_PATH = 4096
+# Characters of the paths of all rules of a collection: whoever asks for it waits while they are read.
+MAX_PATHS = 200_000
 PRINCIPAL_TYPES = ("identity", "group", "all_authenticated_users", "anonymous")
 _rule = tables.access_rules.c
 
@@ -176,8 +178,13 @@ def add(connection: Connection, collection_id: str, new: NewRule, *, writable: b
     ).first()
     if present is not None:
         raise ApiError(409, "Exists", "There is a rule for this principal and this path already; change that one.")
-    if connection.execute(select(func.count()).select_from(tables.access_rules).where(mine)).scalar_one() >= MAX_RULES:
+    held = select(func.count(), func.coalesce(func.sum(func.length(_rule.path)), 0)).where(mine)
+    count, characters = connection.execute(held).one()
+    if count >= MAX_RULES:
         raise ApiError(409, "Conflict", f"An endpoint has at most {MAX_RULES} access rules.")
+    if characters + len(new.path) > MAX_PATHS:
+        sentence = f"The paths of an endpoint's access rules have at most {MAX_PATHS} characters together."
+        raise ApiError(409, "Conflict", sentence)
     rule = StoredRule(id=str(uuid.uuid4()), collection_id=collection_id, created=now, **vars(new))
     connection.execute(insert(tables.access_rules).values(**vars(rule)))
     return rule

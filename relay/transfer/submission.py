@@ -19,6 +19,8 @@ from relay.transfer.scopes import canonical, glob_base, overlapping, place, pref
 MAX_LABEL = 128
 MAX_FILTER_RULES = 1000
 MAX_PATTERN = 1024
+# Characters of all patterns of a task, which every list of tasks repeats.
+MAX_PATTERNS = 64 * 1024
 MAX_PATH_TEXT = 16_384
 NO_ITEMS = "ClientError.BadRequest.NoTransferItems"
 NO_DELETE_ITEMS = "ClientError.BadRequest.NoDeleteItems"
@@ -173,6 +175,8 @@ def read_label(fields: Fields) -> str | None:
 
 def _transfer_options(fields: Fields) -> TaskOptions:
     rules = [_filter_rule(rule) for rule in fields.items("filter_rules", MAX_FILTER_RULES)]
+    if sum(len(rule.name) for rule in rules) > MAX_PATTERNS:
+        raise bad_request(f"filter_rules may have {MAX_PATTERNS} characters of names together.")
     symlinks: Any = fields.choice("recursive_symlinks", ("ignore", "keep", "copy"), "ignore")
     # Ours, beside theirs: how the data may go.
     relay_path: Any = fields.choice("towpath_relay", ("allow", "until-direct", "never"), "allow")

@@ -16,8 +16,10 @@ from relay.audit.recorder import Recorder
 from relay.audit.trail import Entry
 from relay.store.batch import Batch
 from relay.store.database import Store, asking
+from relay.transfer import bookmarks, collections, rules
 from tests.relay.relay_world import RelayWorld
-from tests.relay.transfer_world import open_world
+from tests.relay.test_transfer_access import rule
+from tests.relay.transfer_world import open_world, transfer_document
 
 
 @pytest.mark.parametrize("kind", ["read", "write"])
@@ -79,3 +81,23 @@ async def test_who_asks_for_all_who_wait_asks_in_nobodys_name() -> None:
     assert seen == [""]
     assert asking.get() == "mallory"
     asking.reset(mine)
+
+
+async def test_what_every_list_repeats_is_bounded(world: RelayWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bookmarks, "MAX_PATHS", 100)
+    monkeypatch.setattr(rules, "MAX_PATHS", 100)
+    async with open_world(world, run=False) as relay:
+        alice = await relay.person("alice")
+        mine, _ = await relay.collection(alice, "A")
+        await relay.store.write(lambda connection: collections.change(connection, mine, {"shareable": True}))
+        path = f"/{'x' * 58}/"
+        bookmark = {"DATA_TYPE": "bookmark", "endpoint_id": mine, "path": path}
+        await alice.post("/bookmark", {**bookmark, "name": "one"}, status=201)
+        await alice.refused("POST", "/bookmark", 409, "Conflict", json={**bookmark, "name": "two"})
+        await alice.post(f"/endpoint/{mine}/access", rule(alice.id, path=path), status=201)
+        more = rule(alice.id, path=f"{path}y/")
+        await alice.refused("POST", f"/endpoint/{mine}/access", 409, "Conflict", json=more)
+        named = {"DATA_TYPE": "filter_rule", "method": "exclude", "name": "x" * 1024}
+        for count, status in ((64, 202), (65, 400)):
+            document = transfer_document(mine, mine, filter_rules=[named] * count)
+            assert (await alice.ask("POST", "/transfer", json=document)).status_code == status
