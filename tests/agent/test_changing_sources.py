@@ -300,6 +300,9 @@ class _Sink:
     def sendall(self, data: bytes | memoryview) -> None:
         return
 
+    def getsockopt(self, level: int, option: int, length: int) -> bytes:
+        raise OSError(errno.ENOPROTOOPT, "no TCP socket")
+
 
 @pytest.mark.parametrize("code", [errno.ENOENT, errno.EINVAL])
 async def test_a_link_that_is_gone_or_something_else_when_it_is_read_fails_nothing(quick_path: Path, code: int) -> None:

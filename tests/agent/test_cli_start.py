@@ -86,7 +86,7 @@ def test_words_are_completed(words: str, expected: set[str]) -> None:
 
 def test_of_tasks_that_are_over_few_are_told(capsys: pytest.CaptureFixture[str]) -> None:
     """They stay until the relay closes them, days later: there may be thousands."""
-    counters = {"files": 1, "files_transferred": 1, "bytes_transferred": 1}
+    counters = {"files": 1, "files_transferred": 1, "bytes_transferred": 1, "deleted": 0}
     state = ["SUCCEEDED"] * 30 + ["ACTIVE"] + ["FAILED"] * 30
     base = {"status_code": "OK", "status_sentence": "", "who": "", "path": "", "counters": counters}
     tasks = [{**base, "task_id": f"t{number}", "state": name} for number, name in enumerate(state)]
