@@ -225,6 +225,23 @@ class Tunnel:
             self.legs.pop().close()
 
 
+async def only_a_tunnel(made: World) -> Tunnel:
+    """Nothing leads to the source but a tunnel, which this plays."""
+    await hidden(made)
+    tunnel = Tunnel()
+    for side in (made.source, made.destination):
+        side.network.transports.tunnel = tunnel  # type: ignore[assignment]
+    return tunnel
+
+
+async def look_for_better(made: World) -> None:
+    """The first race is over; another looks for something better."""
+    made.finder._running.end()  # type: ignore[union-attr]
+    await made.finder.others()
+    while made.finder._running is None:
+        await trio.sleep(0.01)
+
+
 @pytest.mark.parametrize("improving", [False, True])
 async def test_a_session_that_was_lost_in_the_tunnel_has_another_place_there_at_once(
     monkeypatch: pytest.MonkeyPatch, improving: bool
@@ -232,17 +249,10 @@ async def test_a_session_that_was_lost_in_the_tunnel_has_another_place_there_at_
     if improving:
         monkeypatch.setattr(finder_module, "IMPROVE_FIRST", 0.1)
     async with world() as made:
-        await hidden(made)
-        tunnel = Tunnel()
-        for side in (made.source, made.destination):
-            side.network.transports.tunnel = tunnel  # type: ignore[assignment]
+        tunnel = await only_a_tunnel(made)
         lost = await made.finder.connect(begins=True)
         if improving:
-            # The first race is over; another looks for something better.
-            made.finder._running.end()  # type: ignore[union-attr]
-            await made.finder.others()
-            while made.finder._running is None:
-                await trio.sleep(0.01)
+            await look_for_better(made)
         assert made.finder._running is not None
         with lost.sock:
             tunnel.close()
@@ -262,17 +272,11 @@ async def test_a_lane_more_in_the_tunnel_does_not_wait_for_what_only_looks_for_s
     if improving:
         monkeypatch.setattr(finder_module, "IMPROVE_FIRST", 0.1)
     async with world() as made:
-        await hidden(made)
-        tunnel = Tunnel()
-        for side in (made.source, made.destination):
-            side.network.transports.tunnel = tunnel  # type: ignore[assignment]
+        tunnel = await only_a_tunnel(made)
         # All that the first go has places for.
         given = [await made.finder.connect(begins=True), await made.finder.connect()]
         if improving:
-            made.finder._running.end()  # type: ignore[union-attr]
-            await made.finder.others()
-            while made.finder._running is None:
-                await trio.sleep(0.01)
+            await look_for_better(made)
         assert made.finder._running is not None
         await trio.sleep(0.35)
         with trio.fail_after(1.5):

@@ -37,6 +37,18 @@ def scene(scene: Scene) -> Scene:
     return scene
 
 
+async def bob_with_a_collection(scene: Scene) -> tuple[Any, str, FakeAgent]:
+    """Bob, a collection of his own, and its agent; all agents are linked."""
+    bob = await scene.person("bob")
+    scene.clock.autojump_threshold = 0.01
+    his, agent = await scene.relay.collection(bob, "Bob's", agent=FakeAgent())
+    scene.clock.autojump_threshold = 0
+    scene.up()
+    scene.relay.registry.up(agent)
+    await trio.sleep(MOMENT)
+    return bob, his, agent
+
+
 async def stopped(scene: Scene, bob: Any, task_id: str) -> bool:
     """Whether the task is over and both its agents know."""
     assert (await bob.get(f"/task/{task_id}"))["status"] == "FAILED"
@@ -46,13 +58,7 @@ async def stopped(scene: Scene, bob: Any, task_id: str) -> bool:
 
 
 async def test_a_task_ends_when_only_those_who_are_named_may_write(clock: MockClock, scene: Scene) -> None:
-    bob = await scene.person("bob")
-    scene.clock.autojump_threshold = 0.01
-    his, agent = await scene.relay.collection(bob, "Bob's", agent=FakeAgent())
-    scene.clock.autojump_threshold = 0
-    scene.up()
-    scene.relay.registry.up(agent)
-    await trio.sleep(MOMENT)
+    bob, his, agent = await bob_with_a_collection(scene)
     for kind, folder in (("anonymous", "/drop"), ("all_authenticated_users", "/kept")):
         opened = rule(principal_type=kind, permissions="rw", path=folder)
         await scene.alice.post(f"/endpoint/{scene.a}/access", opened, status=201)
@@ -222,13 +228,7 @@ async def test_what_a_collection_is_called_later_is_for_those_who_may_see_it(clo
 
 
 async def test_the_details_of_a_task_call_its_place_what_their_reader_may_know(clock: MockClock, scene: Scene) -> None:
-    bob = await scene.person("bob")
-    scene.clock.autojump_threshold = 0.01
-    his, agent = await scene.relay.collection(bob, "Bob's", agent=FakeAgent())
-    scene.clock.autojump_threshold = 0
-    scene.up()
-    scene.relay.registry.up(agent)
-    await trio.sleep(MOMENT)
+    bob, his, _ = await bob_with_a_collection(scene)
     opened = rule(bob.id, permissions="rw", path="/drop")
     made = await scene.alice.post(f"/endpoint/{scene.a}/access", opened, status=201)
     item = {"DATA_TYPE": "transfer_item", "source_path": "/d", "destination_path": "/drop/d", "recursive": True}
