@@ -16,6 +16,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from protocol.python_build import is_unoptimised
+
 # What our rows begin with.
 NAME = "Towpath"
 LANE = "bare lane"
@@ -169,7 +171,7 @@ def machine() -> dict[str, Any]:
         "processor": platform.machine(),
         "memory_gib": round(memory),
         "system": f"{platform.system()} {'.'.join(platform.release().split('.')[:2])}",
-        "python": platform.python_version(),
+        "python": platform.python_version() + (" (built without optimisations)" if is_unoptimised() else ""),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
 

@@ -31,6 +31,7 @@ sys.path.insert(0, str(PROJECT))
 
 from agent.update.offer import this_platform  # noqa: E402 - the project need not be installed
 from installers.sbom import bill_of_materials, hashes_of_report, read_bill, requirements  # noqa: E402 - as above
+from protocol import python_build  # noqa: E402 - as above
 
 # Parts of the standard library that no agent needs.
 LEFT_OUT = {
@@ -85,6 +86,11 @@ def main() -> None:
     parser.add_argument("--desktop", action="store_true", help="with the tray application")
     parser.add_argument("--like", type=Path, help="bill of materials of a bundle whose libraries are to be taken")
     options = parser.parse_args()
+    if python_build.is_unoptimised():
+        print(
+            f"This Python was built without optimisations, and so is the bundle's. {python_build.ADVICE}",
+            file=sys.stderr,
+        )
     options.output.mkdir(parents=True, exist_ok=True)
     version, like = options.version or project_version(), read_bill(options.like) if options.like else None
     path = build(options.output, version, options.root, desktop=options.desktop, like=like)

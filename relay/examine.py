@@ -20,6 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from protocol import python_build
 from protocol.errors import TowpathError
 from protocol.findings import AUTHORITY_WARNING, Finding, Level
 from relay.keys import RelayKeys
@@ -233,6 +234,7 @@ def check_process(settings: Settings) -> Iterator[Finding]:
         yield Finding("failure", "No relay runs here.", "Start it: `systemctl start towpath-relay`, or `serve`.")
         return
     yield Finding("ok", f"The relay runs as process {holder or 'unknown'}.")
+    yield from python_build.findings()
     with contextlib.suppress(OSError, ValueError, StopIteration):
         limits = Path(f"/proc/{int(holder)}/limits").read_text(encoding="utf-8").splitlines()
         most = next(line for line in limits if line.startswith("Max open files")).split()[3]

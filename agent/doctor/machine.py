@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from agent.config.exposure import exposures, unusable
 from agent.config.keys import CollectionConfig
 from agent.doctor.registry import Examination
+from protocol import python_build
 from protocol.findings import Finding
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ def check_agent(examination: Examination) -> Iterator[Finding]:
             )
         return
     yield Finding(level="ok", sentence=f"The agent runs as process {status['pid']}, version {status['version']}.")
+    yield from python_build.findings()
     if status["paused"]:
         yield Finding(level="note", sentence="You have paused this machine.", advice="Run `towpath resume` to go on.")
     if status.get("draining"):

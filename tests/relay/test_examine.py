@@ -16,6 +16,7 @@ import msgspec
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from protocol import python_build
 from protocol.findings import Finding
 from protocol.private_file import write_private_file
 from relay import examine, lock, tls
@@ -158,6 +159,7 @@ def test_certificates_that_do_not_fit(relay_directory: Path, relay_settings: Set
 
 
 def test_who_runs_here(relay_settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(python_build, "is_unoptimised", lambda: False)
     assert "No relay runs" in the_one(examine.check_process(relay_settings), "failure")
     with exclusive(relay_settings.directory_path):
         few = msgspec.structs.replace(relay_settings.limits, connections=900_000)
