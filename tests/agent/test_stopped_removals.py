@@ -200,3 +200,31 @@ async def test_a_delete_that_goes_on_after_trouble_says_so(quick_path: Path, mon
     observed = await engine.run()
     assert (observed.state, _left(engine)) == ("SUCCEEDED", 0)
     assert "IO_ERROR" in engine.codes()
+
+
+@pytest.mark.parametrize("nth", [1, 5, FILES])
+@pytest.mark.parametrize("kind", ["delete", "mirror"])
+async def test_a_root_that_is_away_takes_nothing_for_removed(quick_path: Path, kind: str, nth: int) -> None:
+    """Where a file server goes by paths, everything in a root that was renamed there is not found, and comes back."""
+    engine = _engine(quick_path, kind)
+    away = quick_path / "away"
+
+    def plan(call: Call) -> int | None:
+        if (call.operation, call.nth) == ("unlink", nth):
+            engine.destination.rename(away)
+        # Not of what looks at the root itself, or of the books.
+        inside = call.operation in ("open_directory", "open_parent", "lstat", "scan", "unlink", "rmdir")
+        return errno.ENOENT if inside and away.exists() else None
+
+    def look(_line: Line, observed: TaskObserved) -> None:
+        if observed.status_code == "COLLECTION_UNAVAILABLE" and away.exists():
+            told.append(observed.counters.deleted)
+            away.rename(engine.destination)
+
+    told: list[int] = []
+    engine.plan, engine.on_report = plan, look
+    observed = await engine.run(10)
+    assert told == [nth - 1], "and said so, once"
+    assert (observed.state, observed.counters.deleted) == ("SUCCEEDED", FILES + 2)
+    assert not (engine.destination / "tree").exists()
+    assert observed.counters.failed == 0

@@ -116,27 +116,36 @@ class DeleteRun:
         try:
             parent, last = self._root.open_parent(path)
         except FileNotFoundError:
-            if missing_is_fine:
-                return
-            raise
+            self._missing(fine=missing_is_fine)
+            return
         stays: HoldsOwn | None = None
         with parent:
             self.folder = parent
             nodes = list(self._matching(parent, last))
-            if not nodes and not missing_is_fine:
-                raise FileNotFoundError(2, "there is no such file or folder")
+            if not nodes:
+                self._missing(fine=missing_is_fine)
             for node in nodes:
                 if node.kind == "dir" and not self._options.recursive:
                     raise ItemFailed(
                         "This is a folder; it is deleted only with --recursive.", code="IS_A_DIRECTORY", who="you"
                     )
+                removal = Removal(self._gone)
                 try:
-                    Removal(self._gone).entry(parent, node, recursive=True)
+                    removal.entry(parent, node, recursive=True)
                 except HoldsOwn as error:
                     stays = error
+                if removal.missed:
+                    self._missing(fine=True)
             parent.sync()
         if stays is not None:
             raise stays
+
+    def _missing(self, *, fine: bool) -> None:
+        """Something is not there: raises FileNotFoundError unless that is ``fine``, and `NeedsPerson` where it is the
+        root that is not there, since all may come back with it."""
+        self._root.check_present()
+        if not fine:
+            raise FileNotFoundError(2, "there is no such file or folder")
 
     def _gone(self) -> None:
         self.deleted += 1

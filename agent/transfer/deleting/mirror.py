@@ -178,9 +178,11 @@ class Mirror:
                     self.folder = parent
                     self._remove_from(parent, name, removal)
                     parent.sync()
-        except (FileNotFoundError, HoldsOwn):
-            # Somebody else was faster; or what is left are the agent's own files, which nobody sees.
+        except HoldsOwn:
+            # What is left are the agent's own files, which nobody sees.
             pass
+        except FileNotFoundError:
+            removal.missed = True
         except Stopped:
             self._record.removed(removal.count, [])
             raise
@@ -193,12 +195,22 @@ class Mirror:
             rows.append(SkippedRow(b"", path, -1, problem.code, problem.sentence, now_iso(), extra=True))
         finally:
             self.folder = None
+        if removal.missed:
+            self._check_root(removal)
         if self._met_source:
             self._tell_once(_SOURCE, split_path(path))
         elif removal.spared:
             self._tell_once(_SPARED, split_path(path))
         self._journal.drop_extra(folder, name)
         self._record.removed(removal.count, rows)
+
+    def _check_root(self, removal: Removal) -> None:
+        """Somebody else was faster, unless it is the root that is not there: then all may come back with it."""
+        try:
+            self._root.check_present()
+        except TowpathError:
+            self._record.removed(removal.count, [])
+            raise
 
     def _remove_from(self, parent: Directory, name: bytes, removal: Removal) -> None:
         node = parent.lstat(name)

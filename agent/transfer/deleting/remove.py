@@ -26,7 +26,8 @@ class Stopped(Exception):
 class Removal:
     """Removes entries and counts those that are gone. ``on_gone`` is called after each of them; what it raises ends the
     removal there, and comes out of `entry`. What ``spares`` says of an entry in a folder leaves it there, and with it
-    the folders that lead to it; ``spared`` tells that there was one."""
+    the folders that lead to it; ``spared`` tells that there was one, ``missed`` that something was gone already, or all
+    with its root."""
 
     def __init__(
         self, on_gone: Callable[[], None] = lambda: None, spares: Callable[[Node], bool] | None = None
@@ -36,6 +37,7 @@ class Removal:
         self._stays: HoldsOwn | None = None
         self.count = 0
         self.spared = False
+        self.missed = False
 
     def entry(self, parent: Directory, node: Node, *, recursive: bool) -> None:
         """Remove one entry, with ``recursive`` a folder and all below it.
@@ -56,6 +58,7 @@ class Removal:
         try:
             how(name)
         except FileNotFoundError:
+            self.missed = True
             return
         except HoldsOwn as error:
             self._stays = error
