@@ -37,7 +37,7 @@ class Peer:
 class PeerPath(Record, frozen=True, kw_only=True):
     """What was found. ``kind`` is that of the direct way over TCP, empty where there is none; ``rtt_ms`` is None where
     it is not known. ``udp``: whether UDP gets through and QUIC comes up on it; ``tunnel``: whether the relay joins the
-    two; None where that was not looked at."""
+    two; None where that was not looked at. ``answered``: whether the relay asked the peer and it answered."""
 
     collection_id: str
     name: str
@@ -50,6 +50,7 @@ class PeerPath(Record, frozen=True, kw_only=True):
     udp_why: str = ""
     tunnel: bool | None = None
     tunnel_why: str = ""
+    answered: bool = True
 
 
 class PeerProbes:
@@ -62,6 +63,8 @@ class PeerProbes:
         self._send_offer = send_offer
         self._generation = generation
         self._finders: dict[str, PathFinder] = {}
+        # Tasks whose probe was answered through the relay.
+        self._answered: set[str] = set()
         self._last = float("-inf")
 
     def take_go(self, task_id: str, go: PathGo) -> bool:
@@ -69,6 +72,7 @@ class PeerProbes:
         finder = self._finders.get(task_id)
         if finder is None:
             return False
+        self._answered.add(task_id)
         finder.take_go(go)
         return True
 
@@ -117,6 +121,7 @@ class PeerProbes:
             finder.take_answer(peer.answer)
         made = PeerPath(collection_id=peer.collection_id, name=peer.name, task_id=peer.task_id, kind="")
         self._finders[peer.task_id] = finder
+        self._answered.discard(peer.task_id)
         try:
             async with trio.open_nursery() as nursery:
                 await nursery.start(finder.run)
@@ -128,7 +133,7 @@ class PeerProbes:
                 nursery.cancel_scope.cancel()
         finally:
             del self._finders[peer.task_id]
-        return made
+        return msgspec.structs.replace(made, answered=peer.task_id in self._answered)
 
     async def _reached(self, finder: PathFinder, made: PeerPath) -> PeerPath:
         try:

@@ -59,6 +59,13 @@ def finding_of(row: dict[str, Any]) -> Finding:
     if "data.allow_loopback" in why:
         # No router stands between two agents of one machine.
         reach = "`towpath config set data.allow_loopback true` with both agents lets them meet."
+    if row.get("answered") is False:
+        return Finding(
+            level="warning",
+            sentence=f"{sentence} It did not answer through the relay either: it may be switched off or not linked.",
+            advice="Nothing can be transferred from it until it is linked: `towpath status` there says whether it is.",
+            details=row,
+        )
     if row.get("tunnel") is False:
         return Finding(
             level="failure", sentence=sentence, advice=f"Nothing can be transferred now. {reach}", details=row

@@ -62,6 +62,7 @@ async def test_without_a_known_address_a_way_is_arranged_through_the_relay() -> 
     async with world() as made:
         (found,) = await probes_of(made).probe([peer(None)])
         assert found.kind in ("direct", "reversed", "punched")
+        assert found.answered
         (offer,) = made.offers
         assert (offer.probe, offer.transports, offer.count) == (True, ["tcp"], 1)
         assert made.source.delivered == []
@@ -111,6 +112,23 @@ async def test_where_there_is_no_way_it_says_why(monkeypatch: pytest.MonkeyPatch
         (found,) = await probes_of(made).probe([peer(None)])
     assert (found.kind, found.rtt_ms) == ("", None)
     assert "address from outside is not known" in found.why
+
+
+async def test_a_peer_that_is_stopped_is_not_said_to_be_reached_through_the_relay(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("agent.connect.peers.PATIENCE", 0.3)
+    offers: list[PathOffer] = []
+    async with world() as made:
+        # The relay finds that it is not linked, and gives no go.
+        (found,) = await PeerProbes(made.destination.network, offers.append, lambda: 7).probe([peer(None)])
+    assert offers
+    assert (found.kind, found.answered) == ("", False)
+    told = finding_of(msgspec.to_builtins(found))
+    assert told.level == "warning"
+    assert "did not answer through the relay" in told.sentence
+    assert told.advice
+    assert "goes through the relay" not in told.advice
 
 
 def test_the_doctor_says_it_in_words() -> None:
