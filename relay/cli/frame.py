@@ -72,16 +72,27 @@ def show(document: dict[str, Any], as_json: bool) -> None:
         click.echo(f"{name.replace('_', ' '):<{width}}  {'' if value is None else terminal_safe(value)}")
 
 
-def show_rows(rows: list[dict[str, Any]], columns: tuple[str, ...], as_json: bool) -> None:
-    """Print several results, one a line below the names of the columns."""
+def show_rows(
+    rows: list[dict[str, Any]], columns: tuple[str, ...], as_json: bool, *, times: tuple[str, ...] = ()
+) -> None:
+    """Print several results, one a line below the names of the columns. Those in ``times`` are shown to the second,
+    in UTC."""
     if as_json:
         click.echo(json.dumps(rows, indent=2))
         return
     table = [tuple(column.replace("_", " ").capitalize() for column in columns)]
-    table += [tuple(_cell(row[column]) for column in columns) for row in rows]
+    table += [
+        tuple(_cell(_to_the_second(row[column]) if column in times else row[column]) for column in columns)
+        for row in rows
+    ]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for cells in table:
         click.echo("  ".join(f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True)).rstrip())
+
+
+def _to_the_second(time: str | None) -> str | None:
+    """A time of a document, short enough for a table."""
+    return time and time[:19].replace("T", " ")
 
 
 def _cell(value: object) -> str:

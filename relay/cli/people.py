@@ -196,7 +196,7 @@ def token_list(context: click.Context, name: str | None, as_json: bool) -> None:
 
     settings = settings_of(context)
     rows = with_store(settings, accounts.listing_tokens(settings, name))
-    show_rows(rows, ("id", "username", "expires", "name"), as_json)
+    show_rows(rows, ("id", "username", "expires", "name"), as_json, times=("expires",))
 
 
 @token.command("end")

@@ -129,7 +129,8 @@ def agent_list(context: click.Context, name: str | None, as_json: bool) -> None:
 
     settings = settings_of(context)
     rows = with_store(settings, machines.listing_agents(settings, name))
-    show_rows(rows, ("node_id", "owner", "state", "last_linked", "version", "hostname", "collections"), as_json)
+    columns = ("node_id", "owner", "state", "last_linked", "version", "hostname", "collections")
+    show_rows(rows, columns, as_json, times=("last_linked",))
 
 
 @agent.command("revoke")

@@ -16,6 +16,7 @@ import pytest
 from click.testing import CliRunner
 from sqlalchemy import Connection
 
+from relay import machines
 from relay.auth import service_tokens
 from relay.auth.tokens import find
 from relay.cli import cli
@@ -176,6 +177,23 @@ def test_lists_say_what_their_columns_are(operator: Operator) -> None:
         assert {line[place - 1] for line in (first, second)} == {" "}
         assert " " not in {line[place] for line in (first, second)}
     assert operator.run("agent", "list").split()[:2] == ["Node", "id"]
+
+
+def test_times_in_lists_are_given_to_the_second(operator: Operator, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {"owner": "ada", "state": "enrolled", "version": "1", "hostname": "h", "collections": ["c"]}
+    rows = [
+        {"node_id": "n", "last_linked": "2026-11-30T21:22:01.291996+00:00", **told},
+        {"node_id": "m", "last_linked": None, **told},
+    ]
+
+    async def work(_store: Store) -> Any:
+        return rows
+
+    monkeypatch.setattr(machines, "listing_agents", lambda _settings, _who: work)
+    first, second = operator.run("agent", "list").splitlines()[1:]
+    assert first.split() == ["n", "ada", "enrolled", "2026-11-30", "21:22:01", "1", "h", "c"]
+    assert second.split() == ["m", "ada", "enrolled", "-", "1", "h", "c"]
+    assert operator.document("agent", "list") == rows
 
 
 def test_a_role_is_given_on_a_collection_that_is_there(operator: Operator) -> None:
