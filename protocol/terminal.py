@@ -41,6 +41,15 @@ def terminal_safe_lines(text: object) -> str:
     return "\n".join(terminal_safe(line) for line in str(text).split("\n"))
 
 
+def ends_shown(text: object) -> str:
+    """The text with blanks at its ends as ``␛HH``, for where nobody would see them: with them, two names look alike."""
+    plain = str(text)
+    if plain == plain.strip():
+        return plain
+    begin, end = len(plain) - len(plain.lstrip()), len(plain.rstrip())
+    return "".join(c if begin <= at < end else _escaped(c) for at, c in enumerate(plain))
+
+
 def typed_path(text: str) -> str:
     """A path from the command line as it travels: bytes that are not UTF-8 in their escaped form."""
     return "".join(_escaped(c) if "\udc80" <= c <= "\udcff" else c for c in text)

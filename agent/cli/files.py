@@ -14,7 +14,7 @@ from agent.cli.command import with_relay
 from agent.cli.location import Location, LocationType, Place, parse_location
 from agent.cli.output import Column, CommandFailed, Output, fail, field
 from agent.cli.relay_client import document_of
-from protocol.terminal import typed_path
+from protocol.terminal import ends_shown, typed_path
 
 if TYPE_CHECKING:
     from agent.cli.relay_client import Relay
@@ -58,8 +58,9 @@ def orderby_parameter(values: Sequence[str]) -> str | None:
 
 
 def shown_name(entry: Mapping[str, Any]) -> str:
-    """The name as a listing shows it: directories end in a slash, symlinks tell their target."""
-    name = str(entry.get("name", ""))
+    """The name as a listing shows it: directories end in a slash, symlinks tell their target, and what is blank at its
+    ends can be seen."""
+    name = ends_shown(entry.get("name", ""))
     if entry.get("type") == "dir":
         name += "/"
     target = entry.get("link_target")

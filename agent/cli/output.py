@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal, NoReturn
 import click
 
 from agent.exit_codes import ExitCode
-from protocol.terminal import terminal_safe, terminal_safe_lines
+from protocol.terminal import ends_shown, terminal_safe, terminal_safe_lines
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -106,7 +106,7 @@ class Output:
         if self.is_json:
             self.document(document)
             return
-        cells = [[terminal_safe(column.cell(row)) for column in columns] for row in rows]
+        cells = [[terminal_safe(ends_shown(column.cell(row))) for column in columns] for row in rows]
         if sys.stdout.isatty():
             _rich_table(cells, columns)
         else:

@@ -7,10 +7,12 @@ import sys
 
 import pytest
 
+from agent.cli.files import LONG_COLUMNS, shown_name
 from agent.cli.output import Output
 from agent.cli.progress import progress_of
 from agent.cli.screen import display_for
 from agent.cli.task import TASK_COLUMNS
+from protocol.names import unescape
 from tests.agent.fake_relay import TASK, task
 
 
@@ -59,3 +61,15 @@ def test_no_time_is_promised_for_what_is_held_up(capsys: pytest.CaptureFixture[s
     assert moving.endswith("10 B/s, 1 s left")
     assert waiting.startswith("active (The disk is full.): 20 B of 30 B")
     assert "left" not in waiting
+
+
+@pytest.mark.parametrize("names", [["a", "a ", " a", "a\u00a0", " "], ["a b", "a  b"]])
+def test_names_that_differ_look_different(names: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Blanks at the ends of names, too; and what is shown can be typed."""
+    rows = [{"name": name, "type": "file", "link_target": None} for name in names]
+    for columns in (LONG_COLUMNS, LONG_COLUMNS[::-1]):
+        Output().table({}, rows, columns)
+        lines = capsys.readouterr().out.splitlines()[1:]
+        assert len({line.strip() for line in lines}) == len(names)
+    for row in rows:
+        assert unescape(shown_name(row)) == str(row["name"]).encode()
