@@ -102,9 +102,8 @@ async def managed_task_list(request: Request, caller: CallerHere, services: Serv
     """Tasks on collections that the caller watches over."""
     parameters = request.query_params
     limit = query_integer(parameters.get("limit"), "limit", default=100, lowest=1, highest=task_lists.MAX_LIMIT)
-    last_key = parameters.get("last_key") or None
-    if last_key is not None and not is_uuid(last_key):
-        raise bad_request("last_key is not one that was given out.")
+    last_key = parameters.get("last_key")
+    after = task_lists.place_untrusted(last_key) if last_key else None
     conditions = _conditions(parameters)
 
     now = services.clock()
@@ -115,7 +114,7 @@ async def managed_task_list(request: Request, caller: CallerHere, services: Serv
             collections.require(connection, watched, caller.identity_id, Ability.SEE_TASKS, now=now)
         subject = subject_of(connection, caller.identity_id, now)
         page, more = task_lists.watched_tasks(
-            connection, subject=subject, conditions=conditions, after=last_key, limit=limit
+            connection, subject=subject, conditions=conditions, after=after, limit=limit
         )
         return page, more, subject
 
@@ -129,7 +128,7 @@ async def managed_task_list(request: Request, caller: CallerHere, services: Serv
             "DATA_TYPE": "task_list",
             "DATA": rows,
             "has_next_page": more,
-            "last_key": page.tasks[-1].id if page.tasks else None,
+            "last_key": task_lists.place_of(page.tasks[-1]) if page.tasks else None,
         }
     )
 

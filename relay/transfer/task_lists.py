@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +14,7 @@ from relay.access.principals import subject_of
 from relay.store import transfer_tables as tables
 from relay.transfer import task_rows
 from relay.transfer.collections import Collection, load_many
-from relay.transfer.fields import bad_request
+from relay.transfer.fields import bad_request, is_uuid
 from relay.transfer.task_rows import Task
 
 MAX_LIMIT = 1000
@@ -81,12 +83,33 @@ def watched_sides(task: Task, known: dict[str, Collection], subject: Subject) ->
     )
 
 
+def place_of(task: Task) -> str:
+    """Where a task stands in `watched_tasks`, as clients hand it back to get what comes after it. It says so by
+    itself: if the task had to be looked up, whoever guesses an id would be shown that it exists."""
+    return f"{task.requested!r}_{task.id}"
+
+
+def place_untrusted(text: str) -> tuple[float, str]:
+    """What `place_of` said. Raises `ApiError` 400 for anything else."""
+    moment, _, task_id = text.partition("_")
+    with contextlib.suppress(ValueError):
+        if is_uuid(task_id) and math.isfinite(float(moment)):
+            return float(moment), task_id
+    # From the first page again, a client that asks for all of them would ask for ever.
+    raise bad_request("last_key is not one that was given out.")
+
+
 def watched_tasks(
-    connection: Connection, *, subject: Subject, conditions: list[ColumnElement[bool]], after: str | None, limit: int
+    connection: Connection,
+    *,
+    subject: Subject,
+    conditions: list[ColumnElement[bool]],
+    after: tuple[float, str] | None,
+    limit: int,
 ) -> tuple[TaskPage, bool]:
     """Tasks of anybody on collections that a person watches over, newest first, and whether there are more.
 
-    ``after`` is the id of the last task of the page before. Raises `ApiError` 400 when there is no such task.
+    ``after`` is the place of the last task of the page before.
     """
     column, collection, role = tables.tasks.c, tables.collections.c, tables.roles.c
     mine = select(collection.id).where(
@@ -106,13 +129,8 @@ def watched_tasks(
     )
     held = [or_(column.source_id.in_(mine), column.destination_id.in_(mine)), *conditions]
     if after is not None:
-        last = task_rows.load(connection, after)
-        if last is None:
-            # From the first page again, a client that asks for all of them would ask for ever.
-            raise bad_request("last_key is not one that was given out.")
-        held.append(
-            or_(column.requested < last.requested, (column.requested == last.requested) & (column.id > last.id))
-        )
+        requested, last = after
+        held.append(or_(column.requested < requested, (column.requested == requested) & (column.id > last)))
     rows = connection.execute(
         select(*task_rows.COLUMNS).where(*held).order_by(column.requested.desc(), column.id).limit(limit + 1)
     )

@@ -87,6 +87,27 @@ async def test_nobody_finds_out_by_filters_what_is_on_the_other_side(pair: Pair)
     assert len((await pair.alice.get(route, filter_endpoint=pair.a))["DATA"]) == 1
 
 
+async def test_a_page_after_a_task_tells_nothing_of_tasks_of_others(pair: Pair) -> None:
+    alice, bob, route = pair.alice, await pair.relay.person("bob"), "/endpoint_manager/task_list"
+    await alice.post(f"/endpoint/{pair.b}/role", {"principal": bob.id, "role": "activity_monitor"}, status=201)
+    seen = await pair.running()
+    c, _ = await pair.relay.collection(alice, "C")
+    hidden = await pair.relay.transfer(alice, pair.a, c)
+    assert [row["task_id"] for row in (await bob.get(route))["DATA"]] == [seen]
+    for unseen in (hidden, str(uuid.uuid4())):
+        await bob.refused("GET", route, 400, "ClientError.BadRequest", params={"last_key": unseen})
+
+
+async def test_a_page_comes_after_a_task_that_is_seen_no_more(pair: Pair) -> None:
+    route = "/endpoint_manager/task_list"
+    last = await pair.running()
+    c, _ = await pair.relay.collection(pair.alice, "C")
+    await pair.relay.transfer(pair.alice, c, c, path="/x")
+    first = await pair.alice.get(route, limit="1")
+    await pair.alice.delete(f"/endpoint/{c}")
+    assert [row["task_id"] for row in (await pair.alice.get(route, last_key=first["last_key"]))["DATA"]] == [last]
+
+
 async def test_every_filter_of_those_who_watch_counts(pair: Pair) -> None:
     alice, route = pair.alice, "/endpoint_manager/task_list"
     smooth, bumpy, paused = await pair.running(), await pair.running(), await pair.running()
@@ -110,6 +131,8 @@ async def test_every_filter_of_those_who_watch_counts(pair: Pair) -> None:
     for wrong in (
         {"last_key": str(uuid.uuid4())},
         {"last_key": "x"},
+        {"last_key": f"nan_{smooth}"},
+        {"last_key": f"1.0_{smooth}x"},
         {"filter_min_faults": "-1"},
         {"filter_is_paused": "maybe"},
     ):
