@@ -63,9 +63,10 @@ def _with_admins(connection: Connection, row: Any) -> Project:
 def create(connection: Connection, document: Mapping[str, Any], subject: Subject, caller_id: str) -> Project:
     """A new project; without ``admin_ids`` its maker administers it. Raises `ApiError` 400, 409."""
     admins = _admins(connection, document) or [caller_id]
-    mine = project_admins.c.identity_id.in_(subject.identities)
-    if connection.execute(select(func.count()).select_from(project_admins).where(mine)).scalar_one() >= MAX_PROJECTS:
-        raise ApiError(409, "CONFLICT", f"You have {MAX_PROJECTS} projects, the most allowed.")
+    # Not those that somebody administers: others name them for that without asking.
+    mine = projects.c.created_by.in_(subject.identities)
+    if connection.execute(select(func.count()).select_from(projects).where(mine)).scalar_one() >= MAX_PROJECTS:
+        raise ApiError(409, "CONFLICT", f"You have made {MAX_PROJECTS} projects, the most allowed.")
     project_id = str(uuid.uuid4())
     connection.execute(
         insert(projects).values(
@@ -73,6 +74,7 @@ def create(connection: Connection, document: Mapping[str, Any], subject: Subject
             display_name=documents.required(document, "display_name"),
             contact_email=documents.email(document, "contact_email"),
             created=subject.now,
+            created_by=caller_id,
         )
     )
     _set_admins(connection, project_id, admins)

@@ -13,6 +13,8 @@ projects = Table(
     Column("display_name", Text, nullable=False),
     Column("contact_email", Text, nullable=False),
     Column("created", Float, nullable=False),
+    # The identity for which it counts, also when that is no more; null where it was made before this was noted.
+    Column("created_by", String(36), index=True),
 )
 
 project_admins = Table(

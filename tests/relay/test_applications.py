@@ -11,7 +11,7 @@ import httpx
 import pytest
 from sqlalchemy import Connection, select
 
-from relay.applications import operator
+from relay.applications import operator, projects
 from relay.auth.clients import SecretChecker
 from relay.auth.scopes import AUTH_SERVER, MANAGE_PROJECTS
 from relay.auth.session_rules import rules_of
@@ -218,6 +218,23 @@ async def test_projects_keep_an_administrator_and_what_they_hold(world: Any) -> 
     await dev.done("DELETE", f"/clients/{client['id']}")
     await dev.done("DELETE", f"/projects/{project}")
     assert (await eve.done("GET", "/projects"))["projects"] == []
+
+
+async def test_projects_count_for_who_made_them(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(projects, "MAX_PROJECTS", 3)
+    eve, ada = await developer(world, "eve"), await developer(world, "ada")
+    given = [await eve.project(admin_ids=[ada.id]) for _ in range(2)]
+    moved = await eve.project()
+    await eve.done("PUT", f"/projects/{moved}", {"project": {"admin_ids": [ada.id]}})
+    for _ in range(3):
+        await ada.project()
+    body = {"project": {"display_name": "Portal", "contact_email": "dev@example.org"}}
+    assert "3 projects" in await ada.refused("POST", "/projects", 409, body)
+    # What was given away counts until it is gone.
+    assert "3 projects" in await eve.refused("POST", "/projects", 409, body)
+    await ada.done("DELETE", f"/projects/{given[0]}")
+    await eve.project()
+    await ada.refused("POST", "/projects", 409, body)
 
 
 async def test_policies_are_what_sign_in_demands(world: Any) -> None:
