@@ -244,17 +244,22 @@ def _needs(connection: Connection, document: Mapping[str, Any], subject: Subject
         return None
     if not isinstance(wanted, list) or len(wanted) > MAX_NEEDS or not all(isinstance(item, dict) for item in wanted):
         raise documents.invalid(f"dependent_scopes must be a list of at most {MAX_NEEDS} objects.")
-    return [_need(connection, item, subject) for item in wanted]
+    named = [documents.required(item, "scope") for item in wanted]
+    strings = {scope for scope in named if ":" in scope or scope.isalpha()}
+    # All at once: whatever is meant by an id is searched for among the scopes of all collections.
+    found = look_up(connection, subject, ids=set(named) - strings, strings=strings)
+    known = {one[key]: one for one in found for key in ("id", "scope_string")}
+    return [
+        _need(item, scope, known.get(scope) or known.get(scope.lower()[:36]))
+        for item, scope in zip(wanted, named, strict=True)
+    ]
 
 
-def _need(connection: Connection, item: Mapping[str, Any], subject: Subject) -> Need:
-    scope = documents.required(item, "scope")
-    by = {"strings": [scope]} if ":" in scope or scope.isalpha() else {"ids": [scope]}
-    found = look_up(connection, subject, **by)
-    if not found:
+def _need(item: Mapping[str, Any], scope: str, found: Mapping[str, Any] | None) -> Need:
+    if found is None:
         raise documents.invalid(f"dependent_scopes: there is no scope '{scope[:300]}'.")
-    string, lasting = str(found[0]["scope_string"]), documents.switch(item, "requires_refresh_token", False)
-    if lasting and not found[0]["allows_refresh_token"]:
+    string, lasting = str(found["scope_string"]), documents.switch(item, "requires_refresh_token", False)
+    if lasting and not found["allows_refresh_token"]:
         raise documents.invalid(
             f"dependent_scopes: {string} gives nobody a refresh token, so that none can require one of it."
         )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import pytest
-from sqlalchemy import select, update
+from sqlalchemy import Connection, select, update
 
+from relay.applications import custom_scopes
 from relay.auth.clients import SecretChecker
-from relay.auth.known_scopes import id_of
+from relay.auth.known_scopes import id_of, names_with_ids
 from relay.auth.providers import sign_in_provider_ids
 from relay.auth.scopes import AUTH_SERVER, MANAGE_PROJECTS, TRANSFER_ALL, VIEW_CLIENTS_AND_SCOPES
 from relay.store.auth_tables import identities
@@ -237,6 +239,27 @@ async def test_the_cache_id_of_dependent_tokens_changes_with_what_they_would_be(
     second = (await application.redeem(world, await application.code(ada))).json()
     assert await cache_id(second["access_token"]) != before
     assert await cache_id(first["access_token"]) != before
+
+
+async def test_all_needs_of_a_scope_are_looked_up_together(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    dev = await developer(world, "dev")
+    client_id, _ = await service(dev)
+    other = await scope_of(dev, client_id)
+    looked: list[set[str]] = []
+
+    def look(connection: Connection, ids: Collection[str]) -> dict[str, str]:
+        looked.append(set(ids))
+        return names_with_ids(connection, ids)
+
+    monkeypatch.setattr(custom_scopes, "names_with_ids", look)
+    named = [id_of(TRANSFER_ALL), id_of(MANAGE_PROJECTS).upper(), other["id"], "openid", VIEW_CLIENTS_AND_SCOPES]
+    needs = [{"scope": scope, "optional": scope == other["id"]} for scope in named]
+    made = await scope_of(dev, client_id, scope_suffix="more", dependent_scopes=needs)
+    strings = [TRANSFER_ALL, MANAGE_PROJECTS, other["scope_string"], "openid", VIEW_CLIENTS_AND_SCOPES]
+    held = {one["scope"]: one["optional"] for one in made["dependent_scopes"]}
+    assert held == {other["id"]: True, **{id_of(name): False for name in strings if name != other["scope_string"]}}
+    # Whoever looks for ids goes through all collections.
+    assert looked == [{id_of(TRANSFER_ALL), id_of(MANAGE_PROJECTS)}]
 
 
 async def test_scopes_of_others_are_seen_as_far_as_their_developer_wants(world: Any) -> None:
