@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Final
 
-from sqlalchemy import Connection, func, insert, select, update
+from sqlalchemy import Connection, delete, func, insert, select, update
 
 from relay.store import transfer_tables as tables
 from relay.times import api_time
@@ -13,7 +13,11 @@ from relay.times import api_time
 MAX_CODE = 64
 MAX_DESCRIPTION = 2000
 MAX_DETAILS = 16 * 1024
-# Further events of a task are dropped, except the one that ends it.
+# So many events of a task are kept at length: the first ones, and those that mark its turns. What comes after them is
+# cut to ``SHORT`` bytes each for description and details, so that all of a task's events have some 12 MiB at most.
+AT_LENGTH = 100
+SHORT = 500
+# Of more than these the first half is kept, and the newest.
 MAX_EVENTS = 10_000
 # These mark a turn of the task that comes once; relay and agent may both report it.
 ONCE: Final = frozenset({"STARTED", "SUCCEEDED", "FAILED", "CANCELED", "DEADLINE_EXPIRED"})
@@ -32,28 +36,42 @@ class TaskEvent:
 
 
 def add(connection: Connection, task_id: str, event: TaskEvent) -> bool:
-    """Store an event; returns False when it was there already, or the task has too many."""
+    """Store an event, in place of one from the middle where there are too many; False when it was there already."""
     column = tables.task_events.c
     code = event.code[:MAX_CODE] or "UNKNOWN"
     if event.seq is not None and _exists(connection, column.task_id == task_id, column.seq == event.seq):
         return False
-    if code in ONCE:
-        if _exists(connection, column.task_id == task_id, column.code == code):
-            return False
-    elif count(connection, task_id, None) >= MAX_EVENTS:
+    if code in ONCE and _exists(connection, column.task_id == task_id, column.code == code):
         return False
+    present = count(connection, task_id, None)
+    if present >= MAX_EVENTS:
+        _forget_one(connection, task_id)
+    short = present >= AT_LENGTH and code not in ONCE
     connection.execute(
         insert(tables.task_events).values(
             task_id=task_id,
             seq=event.seq,
             time=event.time,
             code=code,
-            description=event.description[:MAX_DESCRIPTION],
-            details=event.details[:MAX_DETAILS],
+            description=_cut(event.description, SHORT if short else MAX_DESCRIPTION),
+            details=_cut(event.details, SHORT if short else MAX_DETAILS),
             is_error=event.is_error,
         )
     )
     return True
+
+
+def _cut(text: str, size: int) -> str:
+    """The beginning of a text in at most ``size`` bytes."""
+    return text.encode()[:size].decode(errors="ignore")
+
+
+def _forget_one(connection: Connection, task_id: str) -> None:
+    """Forget the oldest event behind the first half, but none that marks a turn of the task."""
+    column = tables.task_events.c
+    later = select(column.id).where(column.task_id == task_id, column.code.not_in(ONCE))
+    oldest = later.order_by(column.time, column.id).limit(1).offset(MAX_EVENTS // 2)
+    connection.execute(delete(tables.task_events).where(column.id == oldest.scalar_subquery()))
 
 
 def _exists(connection: Connection, *conditions: Any) -> bool:

@@ -374,16 +374,22 @@ async def test_text_of_agents_is_cut_to_size_and_events_are_bounded(
     clock: MockClock, scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("relay.transfer.event_log.MAX_EVENTS", 20)
+    monkeypatch.setattr("relay.transfer.event_log.AT_LENGTH", 5, raising=False)
     scene.up()
     task_id = await scene.task()
-    for _ in range(30):
-        scene.destination.say("event", task_id, code="C" * 1000, description="d" * 100_000, details="e" * 100_000)
-    scene.destination.succeed(task_id)
+    for number in range(30):
+        scene.destination.say("event", task_id, code=f"{number:02}" * 500, description="d" * 9999, details="é" * 99_999)
+    scene.destination.observe(task_id, "FAILED", error_code="X", status_sentence="s" * 2000)
     await trio.sleep(MOMENT)
-    codes = await scene.codes(task_id)
-    assert len(codes) == 21
-    assert codes[0] == "C" * 64
-    assert "SUCCEEDED" in codes
+    shown = (await scene.alice.get(f"/task/{task_id}/event_list", limit="100"))["DATA"][::-1]
+    # The first and the newest, and all that mark a turn of the task.
+    numbers = [event["code"][:2] for event in shown]
+    assert numbers[-2:] == ["29", "FA"]
+    assert numbers == [*(f"{number:02}" for number in range(10)), *(f"{number:02}" for number in range(21, 30)), "FA"]
+    assert [len(event["details"].encode()) for event in shown[4:6]] == [16384, 500]
+    assert [len(event["description"].encode()) for event in shown[4:6]] == [2000, 500]
+    assert {event["code"] for event in shown[:-1]} == {number * 32 for number in numbers[:-1]}
+    assert len(shown[-1]["description"]) == 2000
 
 
 async def test_progress_is_shown_and_written_about_once_a_second(clock: MockClock, scene: Scene) -> None:
