@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -96,7 +95,7 @@ def _credentials_untrusted(header: str | None, form: Mapping[str, str]) -> tuple
         raise ApiError(400, "invalid_request", "The request shows the client's secret in two ways.")
     try:
         client_id, _, secret = base64.b64decode(encoded.strip(), validate=True).decode().partition(":")
-    except (binascii.Error, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise _invalid_client("The HTTP Basic header cannot be read.") from error
     if form.get("client_id", client_id) != client_id:
         raise ApiError(400, "invalid_request", "The request names two different clients.")

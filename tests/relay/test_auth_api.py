@@ -82,11 +82,12 @@ async def test_scopes_that_are_refused(world: RelayWorld, scope: str, code: str)
     assert (response.status_code, response.json()["error"]) == (400, code)
 
 
-@pytest.mark.parametrize("change", ["secret", "id", "empty", "none", "bearer", "garbage"])
+@pytest.mark.parametrize("change", ["secret", "id", "empty", "none", "bearer", "garbage", "bytes"])
 async def test_wrong_credentials_all_look_the_same(world: RelayWorld, change: str) -> None:
     client_id, secret = await world.client()
     form = {"grant_type": "client_credentials", "scope": "openid"}
-    headers, auth = {}, None
+    headers: dict[str, str | bytes] = {}
+    auth = None
     match change:
         case "secret":
             auth = (client_id, secret[:-1] + "x")
@@ -98,6 +99,8 @@ async def test_wrong_credentials_all_look_the_same(world: RelayWorld, change: st
             headers = {"Authorization": "Bearer x"}
         case "garbage":
             headers = {"Authorization": "Basic %%%"}
+        case "bytes":
+            headers = {"Authorization": b"Basic \xff\xc3"}
     response = await world.http.post("/v2/oauth2/token", data=form, auth=auth, headers=headers)
     assert (response.status_code, response.json()["error"]) == (401, "invalid_client")
     assert response.headers["www-authenticate"].startswith("Basic")
