@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from typing import cast
 
 import trio
-from hypercorn import protocol as engine
 from hypercorn.app_wrappers import ASGIWrapper
 from hypercorn.config import Config
-from hypercorn.protocol import h2, h11
 from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import ASGIFramework
@@ -18,6 +16,7 @@ from priority.priority import PriorityError
 from starlette.types import ASGIApp
 
 from protocol.places import Places
+from relay import web_protocols
 from relay.proxies import Proxies
 from relay.upgrade import Replayed
 
@@ -26,29 +25,6 @@ logger = logging.getLogger("relay.web")
 # A connection that says nothing for so long is closed, even in the middle of a request.
 _READ_TIMEOUT = 300
 _KEEP_ALIVE = 75
-
-
-class HeldBack(h2.StreamBuffer):
-    """What an HTTP/2 stream has still to send. Hypercorn's own lets the application go on whenever little was taken at
-    once, so that a caller with windows of one byte has whole answers, release files among them, kept in memory."""
-
-    async def pop(self, max_length: int) -> bytes:
-        data = bytes(self.buffer[:max_length])
-        del self.buffer[: len(data)]
-        if len(self.buffer) < h2.BUFFER_LOW_WATER:
-            await self._paused.set()
-        if not self.buffer:
-            await self._is_empty.set()
-        return data
-
-
-class Plain(h11.H11Protocol):
-    """HTTP/1.1 that stays HTTP/1.1. Hypercorn's own goes over to HTTP/2 for whoever asks with ``Upgrade: h2c``: behind
-    a reverse proxy that passes upgrades on, which agents need, a caller would speak past it from there on, with
-    whatever addresses in its header they like."""
-
-    async def _check_protocol(self, event: object) -> None:
-        """HTTP/2 is agreed upon in the TLS greeting alone (RFC 9113, 3.1)."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +41,7 @@ class WebServer:
     part; ``proxies`` are the operator's own."""
 
     def __init__(self, app: ASGIApp, *, max_connections: int, proxies: Proxies | None = None) -> None:
-        # Hypercorn has no setting for it.
-        h2.StreamBuffer = HeldBack  # type: ignore[misc]
-        engine.H11Protocol = Plain  # type: ignore[attr-defined]
+        web_protocols.install()
         # Two spellings of the same interface (ASGI 3).
         self._app = ASGIWrapper(cast("ASGIFramework", app))
         self._places = Places(max_connections)

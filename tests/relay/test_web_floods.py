@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ssl
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -115,6 +116,96 @@ async def test_nobody_goes_over_to_another_protocol_half_way() -> None:
             async with trio.SSLStream(raw, context, server_hostname="localhost", https_compatible=True) as stream:
                 await stream.send_all(asks + b"HTTP2-Settings: AAMAAABk\r\n\r\n")
                 assert (await stream.receive_some()).startswith(b"HTTP/1.1 200")
+
+
+def literal(name: bytes, value: bytes) -> bytes:
+    return b"\x00" + bytes([len(name)]) + name + bytes([len(value)]) + value
+
+
+def request(number: int, method: bytes, path: bytes | None, *, ends: bool = True) -> bytes:
+    where = b"" if path is None else literal(b":scheme", b"https") + literal(b":path", path)
+    frame = frames.HeadersFrame(number, literal(b":method", method) + where + literal(b":authority", b"localhost"))
+    frame.flags.add("END_HEADERS")
+    if ends:
+        frame.flags.add("END_STREAM")
+    return frame.serialize()
+
+
+# What a reverse proxy may pass on from one caller beside the requests of others.
+ODDITIES = {
+    "sends more after the answer": request(1, b"POST", b"/", ends=False),
+    "opens a tunnel": request(1, b"CONNECT", None, ends=False),
+    "opens a tunnel in small letters": request(1, b"connect", b"/", ends=False),
+    "has no ASCII in its path": request(1, b"GET", b"/\xff", ends=False),
+    "has no ASCII in its method": request(1, b"G\xc3\xa9T", b"/", ends=False),
+}
+
+
+@pytest.mark.parametrize("oddity", ODDITIES.values(), ids=ODDITIES)
+async def test_an_odd_request_ends_no_other_of_its_connection(oddity: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    with trio.fail_after(10):
+        async with serving(Application()) as port:
+            stream, machine = await connected(port)
+            async with stream:
+                # So that it expects the answers; what is sent is made by hand.
+                machine.send_headers(1, REQUEST)
+                await stream.send_all(oddity + frames.DataFrame(1, b"x").serialize())
+                await ended(stream, machine, 1)
+                await stream.send_all(frames.DataFrame(1, b"y").serialize() * 3)
+                machine.send_headers(3, REQUEST, end_stream=True)
+                await stream.send_all(headers(3))
+                await ended(stream, machine, 3)
+    assert "Traceback" not in caplog.text
+
+
+async def ended(stream: trio.SSLStream[trio.SocketStream], machine: h2.connection.H2Connection, number: int) -> None:
+    while True:
+        data = bytes(await stream.receive_some())
+        assert data, "the connection was ended"
+        happened = machine.receive_data(data)
+        if any(isinstance(event, h2.events.StreamEnded) and event.stream_id == number for event in happened):
+            return
+
+
+async def test_a_frame_longer_than_agreed_ends_the_connection_before_it_has_come() -> None:
+    """The length has 24 bits: waiting for the whole frame keeps 16 MiB of every connection in memory."""
+    with trio.fail_after(10):
+        async with serving(Application()) as port:
+            stream, _ = await connected(port)
+            async with stream:
+                # One of a kind that nobody knows, as long as is allowed; and the header of one that is longer, in two.
+                await stream.send_all(b"\x00\x40\x00\xfa\x00" + bytes(4 + 16384) + b"\x00\x40\x01")
+                await stream.send_all(b"\xfa\x00" + bytes(4))
+                with contextlib.suppress(trio.BrokenResourceError):
+                    while await stream.receive_some():
+                        pass
+
+
+@pytest.mark.parametrize(
+    ("asks", "answers"),
+    [
+        (b"Connection: upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: eA==\r\n", 2),
+        # RFC 9112, 6.1: whoever passed it on may have taken the other one for its end.
+        (b"Content-Length: 4\r\nTransfer-Encoding: chunked\r\n", 0),
+    ],
+    ids=["websocket", "two lengths"],
+)
+async def test_a_second_request_is_what_everybody_on_the_way_takes_for_one(
+    asks: bytes, answers: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    line = b"GET / HTTP/1.1\r\nHost: localhost\r\n"
+    body = b"0\r\n\r\n" if b"chunked" in asks else b""
+    context = ssl.create_default_context()
+    CA.configure_trust(context)
+    with trio.fail_after(10):
+        async with serving(Application()) as port:
+            raw = await trio.open_tcp_stream("127.0.0.1", port)
+            async with trio.SSLStream(raw, context, server_hostname="localhost", https_compatible=True) as stream:
+                await stream.send_all(line + asks + b"\r\n" + body + line + b"Connection: close\r\n\r\n")
+                got = b"".join([bytes(data) async for data in stream])
+    assert got.count(b"HTTP/1.1 200") == answers
+    assert got.count(b"HTTP/1.1 400") == (0 if answers else 1)
+    assert "Traceback" not in caplog.text
 
 
 def headers(number: int, *, ends: bool = True) -> bytes:
