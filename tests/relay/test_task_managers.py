@@ -101,6 +101,7 @@ async def test_a_page_after_a_task_tells_nothing_of_tasks_of_others(pair: Pair) 
 async def test_a_page_comes_after_a_task_that_is_seen_no_more(pair: Pair) -> None:
     route = "/endpoint_manager/task_list"
     last = await pair.running()
+    pair.relay.base.clock.now += 1
     c, _ = await pair.relay.collection(pair.alice, "C")
     await pair.relay.transfer(pair.alice, c, c, path="/x")
     first = await pair.alice.get(route, limit="1")
