@@ -29,6 +29,9 @@ _logger = logging.getLogger("towpath.link")
 HELLO_TIMEOUT = 30.0
 # A relay that has taken a connection and says nothing for so long (seconds) is said to let this agent wait.
 WORTH_TELLING = 2.0
+# A relay that refuses this agent hears of it first, and ends the connection within this (seconds); one that accepts it
+# asks something, mostly at once.
+ACCEPTED_AFTER = 1.0
 # The kernels at both ends notice at once when the way between them is gone (`protocol.keep_alive`). Pings are for what
 # they cannot see, proxies on the way and processes that hang; each ping of thousands of agents is work for their relay.
 LINK_LIMITS = Limits(ping_interval=25.0)
@@ -212,7 +215,7 @@ class Link:
         self._carrier = carrier
 
     async def _watch(self, gate: HelloGate) -> None:
-        """Mark the link up once the relay has proven itself, end it when it does not."""
+        """Mark the link up once the relay has proven itself and accepts this agent, end it when it does not."""
         with trio.move_on_after(HELLO_TIMEOUT):
             await gate.decided.wait()
         if gate.proven:
@@ -220,6 +223,8 @@ class Link:
                 self._on_hello(gate.hello)
             if gate.watch and self._carrier is not None:
                 self._carrier.watch(gate.watch)
+            with trio.move_on_after(ACCEPTED_AFTER):
+                await gate.used.wait()
             self._up()
             return
         if gate.refusal is None:

@@ -25,7 +25,8 @@ class HelloGate:
     """An ASGI application around another, for one connection.
 
     ``POST /link/hello`` is answered here, once; everything else is 403 until its proof was verified. ``decided`` is set
-    then, or with the first hello that does not verify, after which the gate stays shut.
+    then, or with the first hello that does not verify, after which the gate stays shut; ``used`` when the relay asks
+    something, so that it has accepted the agent.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class HelloGate:
         self._blind = blind
         self.watch = 0.0
         self.decided = trio.Event()
+        self.used = trio.Event()
         self.proven = False
         self.hello: RelayHello | None = None
         self.refusal: TowpathError | None = None
@@ -67,6 +69,7 @@ class HelloGate:
         if scope["path"] == HELLO_PATH:
             await self._hello(scope, receive, send)
         elif self.proven:
+            self.used.set()
             await self._app(scope, receive, send)
         else:
             await _answer_error(send, AccessDenied("The relay has not proven itself on this connection."))

@@ -199,6 +199,44 @@ async def test_a_relay_that_drops_links_at_once_is_not_hammered(autojump_clock: 
     assert len(relay.dialled) < 55
 
 
+async def test_an_agent_that_is_refused_was_never_linked(
+    autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One that was revoked hears of it after the relay has proven itself. It is told once, and not as a link."""
+    caplog.set_level("INFO", "towpath.link")
+    linked: list[bool] = []
+
+    async def serve(client: Client) -> None:
+        await greet(client, good_hello())
+        # The relay looks the agent up.
+        await trio.sleep(0.5)
+        linked.append(link.statistics().connected)
+        client.close("This relay does not know the agent.", retry_after=30)
+
+    async with running(FakeRelay(serve)) as link:
+        await trio.sleep(1000)
+        linked.append(link.statistics().connected)
+    assert len(linked) > 4
+    assert not any(linked)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
+async def test_a_relay_that_asks_has_accepted_the_agent(autojump_clock: trio.testing.MockClock) -> None:
+    async def serve(client: Client) -> None:
+        await greet(client, good_hello())
+        await trio.sleep(0.5)
+        await client.request("GET", "/anything")
+        await client.closed.wait()
+
+    async with running(FakeRelay(serve)) as link:
+        await link.wait_connected()
+        assert trio.current_time() < 0.9
+    async with running(FakeRelay(greet_and_stay)) as link:
+        before = trio.current_time()
+        await link.wait_connected()
+        assert trio.current_time() - before < 1.5
+
+
 async def test_the_relay_can_say_when_to_come_back(autojump_clock: trio.testing.MockClock) -> None:
     async def serve(client: Client) -> None:
         await greet(client, good_hello())
