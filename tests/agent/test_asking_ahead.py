@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 from agent.limits.pace import Pace
 from agent.meter.lane import LaneMeter
 from agent.storage.posix import open_root
-from agent.transfer.asking.fetch import Fetcher
-from agent.transfer.asking.source_session import SourceSession
+from agent.transfer.asking.fetch import UNSERVED_FOR, Fetcher
+from agent.transfer.asking.source_session import SessionLost, SourceSession
 from agent.transfer.asking.take_ahead import LANE, MOST_FILES, Awaited, takeable
 from agent.transfer.basis.compare import SMALL_FILE
 from agent.transfer.basis.jobs import FileJob, Group, PackRequest
@@ -373,6 +373,25 @@ def _fetcher() -> tuple[Fetcher, _Session]:
     awaited.answered([session.StatResult(session.Row(b"a", session.FILE, 1, 0, 0, 0, 0, 0))])
     fetcher.expect(awaited)
     return fetcher, line
+
+
+def test_what_a_source_has_no_lane_for_is_asked_again_when_lanes_are_measured_and_not_for_ever() -> None:
+    fetcher, line = _fetcher()
+    fetcher.discard_awaited()
+    fetcher.add_lane(2)
+    fetcher.submit_pack([_job(b"a")])
+    gone, now = RetryLater("The lane is gone.", code="CONNECTION_LOST"), 0.0
+    with pytest.raises(SessionLost, match="does not have them"):
+        for asked in range(1, 1000):
+            request = line.posted[-1]
+            assert isinstance(request, session.ReadPack)
+            fetcher.unserved(request.r, gone)
+            assert len(line.posted) == asked
+            # Its answer takes longer than that sometimes.
+            for _ in range(1 + asked % 3):
+                now += 0.5
+                fetcher.measure(now)
+    assert UNSERVED_FOR < now < UNSERVED_FOR + 3
 
 
 def test_what_was_asked_for_ahead_becomes_work_of_the_first_lane_before_or_after_it_is_there() -> None:

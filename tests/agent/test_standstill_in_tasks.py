@@ -19,11 +19,15 @@ import trio.testing
 
 from agent.storage.base import Root
 from agent.storage.faulty import Call, Plan
+from agent.transfer.asking import fetch
 from agent.transfer.lane_processes import one_process
-from agent.transfer.receiving import flow_watch
+from agent.transfer.receiving import flow_watch, lanes
+from agent.transfer.source.serve import Control
 from agent.transfer.stalls import looks, storage_probe, storage_watch
 from protocol import standstill
 from protocol.control import TaskItem, TaskObserved, TaskOptions
+from protocol.errors import RetryLater
+from protocol.session import Failed, ReadPack, ReadRange
 from protocol.signs_of_life import Posture, Signs, signs_of
 from protocol.standstill import HANGS_FOR, STOPPED_FOR
 from tests.agent import engine_world
@@ -292,6 +296,35 @@ async def test_a_root_that_cannot_be_opened_for_long_is_told_of(quick_path: Path
     engine = Engine(quick_path, wrap=opened, on_report=hangs.look)
     _fill(engine)
     hangs.check(engine, await engine.run(), "destination")
+
+
+async def test_a_source_that_says_for_ever_that_it_has_no_lane_is_told_of(
+    quick_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is asked of a lane that is up is answered on the control stream, as if the lane were gone there."""
+    queued, said = Control._queue_for_lane, list[str]()
+    denied = RetryLater("The lane is gone.", code="CONNECTION_LOST").to_document()
+
+    async def deny(control: Control, request: ReadRange | ReadPack) -> None:
+        if said:
+            await queued(control, request)
+            return
+        await control._answer(Failed(request.r, denied))
+
+    def look(_line: Line, observed: TaskObserved) -> None:
+        if observed.state == "WAITING":
+            said.append(observed.status_code)
+
+    monkeypatch.setattr(Control, "_queue_for_lane", deny)
+    monkeypatch.setattr(fetch, "UNSERVED_FOR", 0.1)
+    monkeypatch.setattr(lanes, "MEASURE_EVERY", 0.02)
+    engine = Engine(quick_path, on_report=look)
+    _fill(engine)
+    observed = await engine.run(10)
+    assert observed.state == "SUCCEEDED", observed
+    assert set(said) == {"CONNECTION_LOST"}
+    assert any("does not have them" in event.details for event in engine.events if event.code == "CONNECTION_LOST")
+    assert contents(engine.destination) == contents(engine.source)
 
 
 # --- real processes --------------------------------------------------------------------------------------------

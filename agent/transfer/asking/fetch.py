@@ -16,7 +16,7 @@ import trio
 
 from agent.transfer.asking.end_game import STALLED, LaneSpeed, Meter, slowest, twin_of
 from agent.transfer.asking.ranges import Ranges
-from agent.transfer.asking.source_session import SourceSession
+from agent.transfer.asking.source_session import SessionLost, SourceSession
 from agent.transfer.asking.take_ahead import LANE, Awaited
 from agent.transfer.basis.jobs import FileJob, LargeFile, PackRequest, RangeRequest, Request
 from protocol.errors import TowpathError
@@ -24,6 +24,8 @@ from protocol.session import Abandon, PackFile, ReadPack, ReadRange
 
 # A lane with fewer bytes than this under way is about to have nothing to do.
 HUNGRY = 512 * 1024
+# A source that has had so long (seconds) for a lane, brings nothing and says that there is none, is given up.
+UNSERVED_FOR = 20.0
 
 
 class Elsewhere(Protocol):
@@ -84,6 +86,10 @@ class Fetcher:
         self._leaving: dict[int, tuple[int, Request]] = {}
         # Requests that another process is asked to leave, and the lane that is to have them instead.
         self._withdrawing: dict[int, int] = {}
+        # Whether the source has said since the last measurement that it has no lane for something, and since when it
+        # has brought nothing and said so.
+        self._unserved = False
+        self._unserved_since: float | None = None
         # Requests that were asked for a second time, so far.
         self.rescued = 0
         self._on_range_lost = on_range_lost
@@ -224,9 +230,11 @@ class Fetcher:
         self._dispatch()
 
     def measure(self, now: float) -> list[int]:
-        """Look how fast the lanes are; have slow ones relieved when there is nothing else to do. Returns the lanes from
-        which nothing comes any more although they have work."""
+        """Look how fast the lanes are; have slow ones relieved when there is nothing else to do, and ask again for what
+        the source had no lane for. Returns the lanes from which nothing comes any more although they have work. Raises
+        `SessionLost` where the source says for long that it has no lane."""
         moving = {lane.number for lane in self._lanes.values() if lane.speed.measure(now, works=bool(lane.outstanding))}
+        self._look_whether_served(now, moving=bool(moving))
         stalled = [
             lane.number
             for lane in self._lanes.values()
@@ -237,6 +245,18 @@ class Fetcher:
                 self._rescue(lane)
             lane.idle = not lane.outstanding
         return stalled
+
+    def _look_whether_served(self, now: float, *, moving: bool) -> None:
+        unserved, self._unserved = self._unserved, False
+        if moving or self.idle:
+            self._unserved_since = None
+        elif unserved:
+            self._unserved_since = self._unserved_since or now
+            if now - self._unserved_since > UNSERVED_FOR:
+                raise SessionLost(
+                    "The source brings nothing, and says of lanes that are connected to it that it does not have them."
+                )
+        self._dispatch()
 
     def _rescue(self, lane: LaneWork) -> None:
         """Have a lane without work ask again for what another one is slow with."""
@@ -365,7 +385,7 @@ class Fetcher:
         return PackRequest(number, jobs, sum(job.row.size for job in jobs))
 
     def _dispatch(self) -> None:
-        while self._ready:
+        while self._ready and not self._unserved:
             open_lanes = (lane for lane in self._lanes.values() if lane.drained is None)
             lane = min(open_lanes, key=self._busy_for, default=None)
             if lane is None or (lane.outstanding and lane.size + self._ready[0].size > self._ranges.window):
@@ -452,7 +472,7 @@ class Fetcher:
 
     def unserved(self, r: int, error: TowpathError) -> None:
         """The source says, on the control stream, that it has no such lane for a request: one that it does not expect
-        so early, or one that is gone there. It is asked for again, unless the reason lies in the request."""
+        so early, or one that is gone there. It is asked for again soon, unless the reason lies in the request."""
         for number in [number for number, request in self._adopted.items() if request.r == r]:
             self._give_up_adopted(number)
         lane = next((each for each in self._lanes.values() if r in each.outstanding), None)
@@ -464,8 +484,9 @@ class Fetcher:
         request = self._take(lane.number, r)
         rest = None if request is None else self._rest(request)
         if rest is not None:
+            # Not at once, which would be as often as the source can say so: until lanes are measured nothing is asked.
             self._ready.appendleft(rest)
-        self._dispatch()
+            self._unserved = True
 
     def _take(self, lane_number: int, r: int) -> Request | None:
         self.requests.pop(r, None)
