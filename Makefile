@@ -58,7 +58,7 @@ unit: $(BIN)/towpath
 soak: $(BIN)/towpath
 	$(BIN)/python -m pytest -m soak --timeout 3600
 
-# A real JupyterHub; its proxy comes from the npm registry. The browser: installers/chromium.sh.
+# A real JupyterHub; its proxy comes from the npm registry. The browser: tests/install.sh.
 $(HUB)/bin/jupyterhub:
 	$(PYTHON) -m venv $(HUB)
 	$(HUB)/bin/python -m pip install --quiet --disable-pip-version-check jupyterhub oauthenticator globus-sdk
@@ -69,7 +69,7 @@ hub: $(BIN)/towpath $(HUB)/bin/jupyterhub
 	JUPYTERHUB_PROXY=$(CURDIR)/$(HUB)/node_modules/.bin/configurable-http-proxy \
 	$(BIN)/python -m pytest -m soak --timeout 900 tests/clients/test_jupyterhub.py
 
-# Look at every page in a real browser and keep the pictures. The browser: installers/chromium.sh.
+# Look at every page in a real browser and keep the pictures. The browser: tests/install.sh.
 SCREENSHOTS ?= build/screenshots
 screenshots: $(BIN)/towpath
 	TOWPATH_SCREENSHOTS=$(CURDIR)/$(SCREENSHOTS) $(BIN)/python -m pytest -m soak tests/clients/test_pages_seen.py

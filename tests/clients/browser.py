@@ -145,10 +145,10 @@ def missing_programs() -> str:
 
 @contextmanager
 def chromium(directory: Path, *, scripts: bool = True, width: int = 1000) -> Iterator[Chromium]:
-    """A browser of its own profile; skips the test where Chromium is not installed (installers/chromium.sh)."""
+    """A browser of its own profile; skips the test where Chromium is not installed (tests/install.sh)."""
     driver, binary = shutil.which("chromedriver"), shutil.which("chromium")
     if driver is None or binary is None:
-        pytest.skip("chromium and chromedriver are not installed; installers/chromium.sh installs them")
+        pytest.skip("chromium and chromedriver are not installed; tests/install.sh installs them")
     log = directory / "chromedriver.log"
     environment = {**os.environ, "HOME": str(directory)}
     with log.open("w") as file:
