@@ -16,8 +16,16 @@ from relay.initialise import initialise
 from relay.settings import Settings
 from relay.settings import load as load_settings
 from relay.store.database import Store
+from tests.relay.cheap_secrets import set_cheap
 from tests.relay.relay_world import RelayWorld, SetClock
 from tests.relay.steward_scene import Scene, open_scene
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cheap_secrets() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        set_cheap(patch)
+        yield
 
 
 @pytest.fixture(scope="session")
