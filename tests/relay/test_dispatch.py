@@ -191,7 +191,9 @@ async def test_the_handshake_does_not_stall_on_what_the_peek_left_behind() -> No
 @pytest.mark.parametrize(
     "word", [b"GET / HTTP/1.1\r\nHost: relay\r\n\r\n", b"SSH-2.0-OpenSSH\r\n", b"\0\1\2\3", b"PRI * HTTP/2.0"]
 )
-async def test_callers_without_tls_are_told_so(word: bytes) -> None:
+async def test_callers_without_tls_are_told_so(word: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Of a caller that sends too little to tell what it is, 16 looks are taken, with a pause between them.
+    monkeypatch.setattr("relay.dispatch._PAUSE_MOST", 0.01)
     async with port() as made:
         async with await made.raw() as raw:
             await raw.send_all(word)
