@@ -21,6 +21,8 @@ from tests.slices import part
 
 __all__ = ["quick_path"]
 
+pytestmark = pytest.mark.usefixtures("workers_forked")
+
 MIB = 1024 * 1024
 OPTIONS = TaskOptions(
     verify_checksum=True,

@@ -28,6 +28,8 @@ from tests.agent.flipping_proxy import FlippingProxy
 
 __all__ = ["quick_path"]
 
+pytestmark = pytest.mark.usefixtures("workers_forked")
+
 MIB = 1024 * 1024
 
 

@@ -17,6 +17,8 @@ from agent.transfer.tasks.service import TransferService
 from protocol.control import TaskItem, TaskOrder
 from tests.agent.engine_world import World
 
+pytestmark = pytest.mark.usefixtures("workers_forked")
+
 
 @asynccontextmanager
 async def queue(directory: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[tuple[World, list[str]]]:

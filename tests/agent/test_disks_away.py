@@ -27,6 +27,8 @@ from tests.agent.small_disks import ELSEWHERE, bound, config_for, memory_disk, n
 
 __all__ = ["quick_path"]
 
+pytestmark = pytest.mark.usefixtures("workers_forked")
+
 MIRROR = TaskOptions(delete_destination_extra=True, sync_level=1)
 
 # --- whether it is the same ----------------------------------------------------------------------------------

@@ -17,6 +17,8 @@ from protocol.control import TaskItem, TaskObserved, TaskState
 from protocol.errors import Who
 from tests.agent.engine_world import world
 
+pytestmark = pytest.mark.usefixtures("workers_forked")
+
 
 @dataclass
 class Task:

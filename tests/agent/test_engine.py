@@ -17,6 +17,8 @@ import trio.testing
 from protocol.control import TaskItem, TaskOptions
 from tests.agent import engine_world
 
+pytestmark = pytest.mark.usefixtures("workers_forked")
+
 
 def tree(root: Path) -> dict[str, tuple[str, bytes | str, int]]:
     """Everything below a folder: kind, content or target, mtime."""
@@ -139,7 +141,7 @@ async def test_a_ticket_for_one_folder_opens_no_other(tmp_path: Path) -> None:
 
 
 def workers() -> list[psutil.Process]:
-    alive = [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
+    alive = [child for child in psutil.Process().children(recursive=True) if child.status() != psutil.STATUS_ZOMBIE]
     return [child for child in alive if "agent.transfer.worker" in " ".join(child.cmdline())]
 
 

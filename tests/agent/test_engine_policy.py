@@ -23,6 +23,8 @@ from protocol.control import TaskItem, TaskObserved, TaskOrder
 from protocol.names import format_path
 from tests.agent.engine_world import Node, World, world
 
+pytestmark = pytest.mark.usefixtures("workers_forked")
+
 SIZE = 192 * 1024 * 1024
 
 

@@ -25,6 +25,8 @@ from tests.agent.engine_world import world
 
 __all__ = ["quick_path"]
 
+pytestmark = pytest.mark.usefixtures("workers_forked")
+
 MIB = 1024 * 1024
 KEPT = msgspec.structs.replace(CHECKED, preserve_hard_links=True)
 FILES, NAMES = 6, 4

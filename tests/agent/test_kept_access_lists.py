@@ -45,6 +45,8 @@ from tests.agent.small_disks import Disk, needs_root, unmounting
 
 __all__ = ["quick_path"]
 
+pytestmark = pytest.mark.usefixtures("workers_forked")
+
 
 @pytest.mark.parametrize("by_items", [False, True])
 async def test_lists_come_with_their_files_and_folders(quick_path: Path, *, by_items: bool) -> None:

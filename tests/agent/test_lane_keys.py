@@ -19,6 +19,8 @@ from tests.agent.engine_inside import Engine, contents, quick_path, tree
 
 __all__ = ["quick_path"]
 
+pytestmark = pytest.mark.usefixtures("workers_forked")
+
 MIB = 1024 * 1024
 
 

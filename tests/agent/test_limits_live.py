@@ -18,6 +18,8 @@ from agent.config.keys import BandwidthConfig
 from protocol.control import TaskItem, TaskOptions
 from tests.agent import engine_world
 
+pytestmark = pytest.mark.usefixtures("workers_forked")
+
 # At the limit this takes three minutes; without one a moment.
 SIZE = 60 * 1024 * 1024
 LIMIT = 350_000

@@ -14,6 +14,8 @@ from agent.transfer.tasks.running_task import RunningTask
 from protocol.control import TaskItem, TaskObserved, TaskOrder
 from tests.agent.engine_world import World
 
+pytestmark = pytest.mark.usefixtures("workers_forked")
+
 
 @pytest.mark.parametrize("second", ["the same once more", "a newer one"])
 async def test_orders_that_overtake_one_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, second: str) -> None:

@@ -21,6 +21,8 @@ from protocol.control import Counters, Flow, SessionOrder, TaskItem, TaskObserve
 from protocol.errors import NeedsPerson, RetryLater
 from tests.agent.engine_world import World, world
 
+pytestmark = pytest.mark.usefixtures("workers_forked")
+
 
 @asynccontextmanager
 async def two_tasks(directory: Path) -> AsyncIterator[tuple[World, str, str, trio.CancelScope]]:

@@ -22,6 +22,8 @@ from protocol.names import CollectionPath
 from tests.agent.engine_world import World, world
 from tests.agent.orders import order_of
 
+pytestmark = pytest.mark.usefixtures("workers_forked")
+
 
 def collection(root: Path | str) -> CollectionConfig:
     return CollectionConfig(id="c", name="c", root=str(root))

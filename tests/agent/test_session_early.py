@@ -15,6 +15,8 @@ from tests.agent.session_scene import INSTANCE, PATIENCE, Scene, messages_in, sc
 
 __all__ = ["scene"]
 
+pytestmark = pytest.mark.usefixtures("workers_forked")
+
 
 async def test_a_visit_while_the_state_cannot_be_read_is_refused_and_no_more(
     scene: Scene, monkeypatch: pytest.MonkeyPatch

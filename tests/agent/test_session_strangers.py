@@ -36,6 +36,8 @@ from tests.agent.session_scene import (
 
 __all__ = ["scene"]
 
+pytestmark = pytest.mark.usefixtures("workers_forked")
+
 # --- who may connect -------------------------------------------------------------------------------------------------
 
 

@@ -25,6 +25,8 @@ from protocol.standstill import HANGS_FOR, LOOK_EVERY, STOPPED_FOR
 from tests.agent import engine_world
 from tests.agent.standing_scene import Played, until_seen
 
+pytestmark = pytest.mark.usefixtures("workers_forked")
+
 
 class _Worker(Played):
     """The daemon's end of the channel of a worker."""

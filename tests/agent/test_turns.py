@@ -20,6 +20,8 @@ from protocol.names import CollectionPath
 from tests.agent.engine_world import world
 from tests.agent.orders import order_of
 
+pytestmark = pytest.mark.usefixtures("workers_forked")
+
 
 def claim(*paths: str, collection: str = "c") -> Claim:
     return Places().named(order_of(*paths, collection=collection), None)
