@@ -146,7 +146,7 @@ async def test_why_the_relay_gives_no_place_at_its_tunnel_is_told(monkeypatch: p
                 return await none()
 
         # Nothing can be dialled either way, and nobody punches.
-        monkeypatch.setattr(race_module, "RACE_TIME", 6.0)
+        monkeypatch.setattr(race_module, "RACE_TIME", 1.0)
         for side in (made.source, made.destination):
             side.network.host_candidates = none  # type: ignore[method-assign]
         made.destination.network.transports.tunnel = Tunnel()  # type: ignore[assignment]
