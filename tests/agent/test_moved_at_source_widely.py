@@ -26,7 +26,7 @@ from agent.transfer.basis.journal_rows import DirectoryRow
 from agent.transfer.books.manifest import SkippedRow, TransferredRow, read_page
 from agent.transfer.planning.second_look import LOOKS, SecondLook
 from protocol.control import FilterRule, TaskItem, TaskObserved
-from tests.agent.access_list_scene import give
+from tests.agent.access_list_scene import give, list_of
 from tests.agent.engine_inside import Crashed, Engine, contents, quick_path, skipped
 from tests.agent.folding_root import FoldingRoot
 from tests.agent.moving_source import MOVED_AWAY, Play
@@ -77,6 +77,9 @@ class WidePlay(Play):
             preserve_acls=choose([True, False]),
             sync_level=choose([None, None, None, 0, 1, 2, 3]),
         )
+        if self.options.preserve_xattrs or self.options.preserve_acls:
+            # As `agent.transfer.lane_processes.session_processes` has it.
+            self.processes = 0
         self.engine: Engine
 
     def _fill(self) -> None:
@@ -355,6 +358,8 @@ def check_places(
         path = play.source / source[1:]
         if path.is_file() and path.read_bytes() == content and source[1:] not in failed:
             assert spelled(play, destination[1:]) in there, destination
+            wanted[spelled(play, destination[1:])].append(path)
+    check_transferred(play, engine, wanted, there)
     if play.options.delete_destination_extra and "EXTRA_NOT_DELETED" not in engine.codes():
         singles = {spelled(play, destination[1:]) for _, destination, _ in play.singles}
         links = {spelled(play, place) for path in play.source.rglob("*") for place in play.places(path)}
@@ -364,6 +369,34 @@ def check_places(
             place for place in extra if all(included(play.rules, os.fsencode(part), False) for part in place.split("/"))
         }
         assert not extra or failed or len(play.pairs) > 1, extra
+
+
+def check_transferred(play: WidePlay, engine: Engine, wanted: dict[str, list[Path]], there: dict[str, str]) -> None:
+    """What the task brought has what its file has besides content, and is one file where that is one."""
+    rows = read_page(engine.state / "transferred.manifest", TransferredRow, None, 10000, complete=True).rows
+    brought = {spelled(play, os.fsdecode(row.destination)) for row in rows}
+    inodes = defaultdict(set)
+    for place, paths in wanted.items():
+        arrived = engine.destination / there.get(place, "")
+        if place not in brought or place not in there or arrived.is_symlink() or not arrived.is_file():
+            continue
+        same = [path for path in paths if path.is_file() and path.read_bytes() == arrived.read_bytes()]
+        if not same:
+            continue
+        # A name may have come to a file that a sync level leaves as it is.
+        whole = not play.options.preserve_hard_links or play.options.sync_level is None
+        if play.options.preserve_xattrs and whole:
+            assert os.getxattr(arrived, TAG) == os.getxattr(same[0], TAG), place
+        if play.options.preserve_acls and play.listed and whole:
+            assert list_of(arrived) == list_of(same[0]), place
+        # A link that is followed is no name of the file.
+        if not same[0].is_symlink():
+            inodes[same[0].stat().st_ino].add(arrived.stat().st_ino)
+    files = [inode for found in inodes.values() for inode in found]
+    assert len(files) == len(set(files)), "two files became one"
+    undisturbed = not play.done and not play.met["deaths"]
+    if play.options.preserve_hard_links and undisturbed and "HARD_LINK_NOT_KEPT" not in engine.codes():
+        assert all(len(found) == 1 for found in inodes.values()), inodes
 
 
 def above_of(play: WidePlay, path: Path) -> list[Path]:
