@@ -137,6 +137,8 @@ def _compute_shape(error: ApiError, _path: str, _request_id: str) -> dict[str, A
         "error_args": [],
         "http_status_code": error.status,
         "reason": error.message,
+        # globus-sdk looks for its sentence here, and else shows none.
+        "message": error.message,
     }
 
 

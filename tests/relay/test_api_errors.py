@@ -6,8 +6,10 @@ import logging
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
+import globus_sdk
 import httpx
 import pytest
+import requests
 from fastapi import APIRouter, Depends
 
 from relay.api.bearer import Caller, transfer_caller
@@ -152,7 +154,7 @@ async def test_without_a_live_token_for_auth_nobody_comes_in(world: RelayWorld, 
         ("/batch/runs", 501, {"error", "debug_id"}),
         ("/v2/tunnels", 501, {"code", "message", "request_id", "resource"}),
         ("/v2/stream_access_points", 501, {"code", "message", "request_id", "resource"}),
-        ("/v3/endpoints", 501, {"status", "code", "error_args", "http_status_code", "reason"}),
+        ("/v3/endpoints", 501, {"status", "code", "error_args", "http_status_code", "reason", "message"}),
     ],
 )
 async def test_unknown_routes_answer_in_their_services_shape(
@@ -162,6 +164,34 @@ async def test_unknown_routes_answer_in_their_services_shape(
     assert answer.status_code == status
     assert answer.headers["content-type"] == "application/json"
     assert set(answer.json()) == shape
+
+
+@pytest.mark.parametrize(
+    ("path", "error", "name"),
+    [
+        ("/v0.10/endpoint_manager/monitored_endpoints", globus_sdk.TransferAPIError, None),
+        ("/v2/tunnels", globus_sdk.TransferAPIError, "Tunnels"),
+        ("/v2/groups/my_groups", globus_sdk.GroupsAPIError, "Groups"),
+        ("/v2/timer", globus_sdk.TimersAPIError, "Timers"),
+        ("/v1/index_list", globus_sdk.SearchAPIError, "Search"),
+        ("/flows", globus_sdk.FlowsAPIError, "Flows"),
+        ("/v2/version", globus_sdk.ComputeAPIError, "Compute"),
+        ("/v3/endpoints", globus_sdk.ComputeAPIError, "Compute"),
+    ],
+)
+async def test_the_sdk_shows_what_is_not_offered(
+    world: RelayWorld, path: str, error: type[globus_sdk.GlobusAPIError], name: str | None
+) -> None:
+    client_id, _ = await world.client()
+    headers = await world.bearer(client_id, client_id)
+    answer = await world.http.get(path, headers=headers)
+    received = requests.Response()
+    received.status_code, received._content = 501, answer.content
+    received.headers.update(answer.headers)
+    received.request = requests.Request("GET", f"https://relay.example{path}").prepare()
+    part = f"the {name} service" if name else "this part of the endpoint manager yet"
+    assert answer.status_code == 501
+    assert f"This relay does not offer {part}." in str(error(received))
 
 
 def test_paths_belong_to_services() -> None:
