@@ -28,6 +28,8 @@ USER = "researcher"
 READY_SECONDS = 30.0
 CALL_SECONDS = 10.0
 AGENTS = ("alpha", "beta")
+# What globus-sdk looks for at Globus unless it is named. AUTH, which needs a slash, is not among them.
+_SERVICES = ("TRANSFER", "GROUPS", "SEARCH", "TIMER", "FLOWS", "COMPUTE")
 
 T = TypeVar("T")
 Say = Callable[[str], None]
@@ -95,7 +97,7 @@ class World:
             "TOWPATH_CLIENT_SECRET": profile.client_secret,
             # Clients join this one with their paths by plain concatenation, so it needs the slash.
             "GLOBUS_SDK_SERVICE_URL_AUTH": url + "/",
-            **{f"GLOBUS_SDK_SERVICE_URL_{name}": url for name in ("TRANSFER", "GROUPS", "SEARCH", "TIMER", "FLOWS")},
+            **{f"GLOBUS_SDK_SERVICE_URL_{name}": url for name in _SERVICES},
             "GLOBUS_SDK_VERIFY_SSL": profile.ca_file or "true",
             "GLOBUS_CLI_CLIENT_ID": profile.client_id,
             "GLOBUS_CLI_CLIENT_SECRET": profile.client_secret,

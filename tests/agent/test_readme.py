@@ -13,6 +13,7 @@ import click
 import pytest
 
 from agent.cli.main import cli as agent
+from agent.cli.transfer import _OWN_FIELDS
 from relay.cli.main import cli as relay
 
 ROOT = Path(__file__).parents[2]
@@ -21,7 +22,7 @@ README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "conf").glob("*.yaml"))]
 PROGRAMS: dict[str, click.Command] = {"towpath": agent, "towpath-relay": relay}
 # What unmodified clients look for at Globus where nothing else is named, and send their tokens to.
-SERVICES = ("AUTH", "TRANSFER", "GROUPS", "SEARCH", "TIMER", "FLOWS")
+SERVICES = ("AUTH", "TRANSFER", "GROUPS", "SEARCH", "TIMER", "FLOWS", "COMPUTE")
 
 
 def test_the_environment_of_the_readme_names_the_relay_for_every_service() -> None:
@@ -33,6 +34,13 @@ def test_the_environment_of_the_readme_names_the_relay_for_every_service() -> No
     named = dict(line.split("=", 1) for line in told.splitlines() if line.startswith("GLOBUS_SDK_SERVICE_URL_"))
     assert {name.removeprefix("GLOBUS_SDK_SERVICE_URL_") for name in named} == set(SERVICES)
     assert {address.rstrip("/") for address in named.values()} == {"https://relay.example.org:8443"}
+
+
+def test_programs_are_told_every_field_of_a_transfer_that_is_ours() -> None:
+    page = (ROOT / "docs" / "applications.md").read_text()
+    ours = {field for field in _OWN_FIELDS.values() if field.startswith(("towpath_", "delete_"))}
+    assert len(ours) == 8
+    assert not {field for field in ours if f"`{field}`" not in page}
 
 
 def commands(text: str) -> Iterator[list[str]]:

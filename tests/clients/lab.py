@@ -100,7 +100,7 @@ def open_lab(directory: Path, calls: Calls) -> Iterator[Lab]:
         url = document["relay_url"]
         home = directory / "home"
         home.mkdir()
-        services = ("TRANSFER", "GROUPS", "SEARCH", "TIMER", "FLOWS")
+        services = ("TRANSFER", "GROUPS", "SEARCH", "TIMER", "FLOWS", "COMPUTE")
         yield Lab(
             document,
             {

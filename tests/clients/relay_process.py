@@ -57,7 +57,7 @@ class RelayProcess:
     def environment(self, home: Path) -> dict[str, str]:
         """The variables that point Globus's clients here."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("GLOBUS_", "SSH_"))}
-        services = ("TRANSFER", "GROUPS", "SEARCH", "TIMER", "FLOWS")
+        services = ("TRANSFER", "GROUPS", "SEARCH", "TIMER", "FLOWS", "COMPUTE")
         return kept | {
             "HOME": str(home),
             "GLOBUS_SDK_SERVICE_URL_AUTH": f"{self.url}/",

@@ -73,7 +73,7 @@ async def test_a_hub_is_registered_with_one_form_and_signs_people_in(world: Any,
         assert "Hub" in page.text
         assert secret not in page.text
     # What is not named, clients look for at Globus.
-    for service in ("AUTH", "TRANSFER", "GROUPS", "SEARCH", "TIMER", "FLOWS"):
+    for service in ("AUTH", "TRANSFER", "GROUPS", "SEARCH", "TIMER", "FLOWS", "COMPUTE"):
         assert f"GLOBUS_SDK_SERVICE_URL_{service}=" in page.text
 
     def everything(connection: Connection) -> str:
