@@ -19,8 +19,10 @@ AT_LENGTH = 100
 SHORT = 500
 # Of more than these the first half is kept, and the newest.
 MAX_EVENTS = 10_000
+# A task ends in one of these ways.
+ENDINGS: Final = frozenset({"SUCCEEDED", "FAILED", "CANCELED"})
 # These mark a turn of the task that comes once; relay and agent may both report it.
-ONCE: Final = frozenset({"STARTED", "SUCCEEDED", "FAILED", "CANCELED", "DEADLINE_EXPIRED"})
+ONCE: Final = ENDINGS | {"STARTED", "DEADLINE_EXPIRED"}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -66,6 +66,9 @@ def apply_lines(connection: Connection, node_id: str, lines: Iterable[AgentEvent
             if wanted and line.offer is not None and line.offer.session_id == task.session_id:
                 applied.offers.append(msgspec.structs.replace(line.offer, task_id=task.id))
         elif line.kind == "event":
+            if task.finished and line.code in event_log.ENDINGS:
+                # How the task ended has been told; its agent also stops what the relay has ended.
+                continue
             event_log.add(connection, task.id, _event(connection, line, task, now))
         elif line.observed is not None and line.kind in ("state", "progress"):
             tasks[task.id] = _observe(connection, task, line, now)
