@@ -46,8 +46,9 @@ lint: $(BIN)/towpath
 
 # What real clients were called with is kept in a file, against which the table of docs/globus-cli.md is checked last.
 CALLED = GLOBUS_CLI=$(CURDIR)/$(CLIENTS)/bin/globus TOWPATH_CALLS=$(CURDIR)/build/calls
+# The files go to the workers in the order of tests/conftest.py.
 test: lint $(CLIENTS)/bin/globus
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not soak and not clients'
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not soak and not clients'
 	mkdir -p build && rm -f build/calls
 	$(CALLED) $(BIN)/python -m pytest -n 2 --dist loadfile -m 'clients and not soak' tests/clients
 	$(CALLED) $(BIN)/python -m pytest -m clients tests/clients/test_globus_cli_verdicts.py

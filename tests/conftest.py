@@ -37,6 +37,13 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["PYTHONPATH"] = str(_CANARY) + (os.pathsep + before if before else "")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Several workers begin with what runs whole systems: few tests a file, each of many seconds, which at the end
+    would keep one worker busy while the others have nothing to do."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: item.path.parent.name not in ("system", "network"))
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Fail every test after which a secret stands in the log or in what was printed."""
