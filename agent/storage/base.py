@@ -406,16 +406,16 @@ class Root(ABC):
     def read_whole(
         self, directory: Directory, name: bytes, into: memoryview, *, follow: bool = False
     ) -> tuple[int, os.stat_result]:
-        """Fill ``into`` from the beginning of a regular file: how many bytes there were, and its status after the
-        last was read. Raises what `Directory.open_read` does."""
+        """Fill ``into`` from the beginning of a regular file: how many bytes there were (one more than it holds: the
+        file goes on), and its status after the last was read. Raises what `Directory.open_read` does."""
         fd, _ = directory.open_read_status(name, follow=follow)
         try:
-            done = 0
-            while done < len(into):
-                count = self.preadv(fd, [into[done:]], done)
-                if not count:
-                    break
+            done, size, more = 0, len(into), bytearray(1)
+            while done <= size:
+                count = self.preadv(fd, [into[done:], more], done)
                 done += count
+                if not count or done == size:
+                    break
             return done, self.fstat(fd)
         finally:
             self.close_file(fd)

@@ -201,12 +201,13 @@ class PosixRoot(Root):
             return super().read_whole(directory, name, into, follow=follow)
         fd = directory.open_anything(name, follow=follow)
         try:
-            done, size = 0, len(into)
-            while done < size:
-                count = os.preadv(fd, (into[done:] if done else into,), done)
-                if not count:
-                    break
+            # One byte more costs no call: a read that ends before it has met the end of the file.
+            done, size, more = 0, len(into), bytearray(1)
+            while done <= size:
+                count = os.preadv(fd, (into[done:] if done else into, more), done)
                 done += count
+                if not count or done == size:
+                    break
             status = os.fstat(fd)
         except OSError:
             # A folder or a pipe refuses to be read; what it is comes first.

@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 import trio
 
 from agent.limits.pace import Pace
+from agent.storage.base import Root
 from agent.storage.faulty import Call
 from agent.storage.node import version_of
 from agent.storage.posix import open_root
@@ -331,3 +333,27 @@ async def test_a_link_that_is_gone_or_something_else_when_it_is_read_fails_nothi
     else:
         # It is named as what the source has replaced.
         assert skipped(engine) == {"link": "FILE_CHANGED"}
+
+
+@pytest.mark.skipif(not Path("/proc/sys/kernel/ostype").exists(), reason="needs files that say that they are empty")
+async def test_files_that_are_longer_than_they_say_do_not_arrive_as_empty_ones(quick_path: Path) -> None:
+    """So are files of /proc, and documents of an online service that a program mounts; they came as empty files."""
+    engine = Engine(quick_path, items=[TaskItem(source_path="/ostype", destination_path="/ostype")])
+    engine.source = Path("/proc/sys/kernel")
+    observed = await engine.run()
+    assert observed.state == "FAILED", observed
+    assert skipped(engine) == {"ostype": "FILE_CHANGED"}
+    assert contents(engine.destination) == {}
+    with open_root(str(engine.source)) as root, root.open_directory(()) as folder:
+        assert root.read_whole(folder, b"ostype", memoryview(bytearray(0)))[0] == 1
+
+
+def test_a_file_read_whole_tells_its_length_and_whether_there_is_more(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"12345")
+    (tmp_path / "empty").write_bytes(b"")
+    with open_root(str(tmp_path)) as root, root.open_directory(()) as folder:
+        for name, room, found in ((b"file", 4, 5), (b"file", 5, 5), (b"file", 9, 5), (b"empty", 0, 0)):
+            for read in (root.read_whole, partial(Root.read_whole, root)):
+                into = memoryview(bytearray(room))
+                assert read(folder, name, into)[0] == found
+                assert bytes(into) == b"12345"[:room].ljust(room, b"\0")

@@ -263,8 +263,10 @@ class LaneSender:
 
     def _whole_file(self, path: CollectionPath, version: Version, content: memoryview, *, follow: bool) -> None:
         read, status = self._root.read_whole(self._directory(path[:-1]), path[-1], content, follow=follow)
-        if read != len(content) or version_of(status) != version:
+        if version_of(status) != version:
             raise _changed(path)
+        if read != len(content):
+            raise _other_length(path)
         if self._second is not None:
             self._again(self._second, path, version, content, follow=follow)
 
@@ -335,3 +337,9 @@ def _changed(path: CollectionPath) -> RetryLater:
     return RetryLater(
         f"{name} changed at the source while it was read; it is read again.", code="FILE_CHANGED", who="source owner"
     )
+
+
+def _other_length(path: CollectionPath) -> RetryLater:
+    """Files of /proc, and documents that a program mounts whose length it does not know, are told to have 0 bytes."""
+    sentence = f"{format_path(path)} has another length at the source than its file system says; it is read again."
+    return RetryLater(sentence, code="FILE_CHANGED", who="source owner")
