@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from pathlib import Path
@@ -116,3 +117,16 @@ def test_a_temporary_that_goes_while_it_is_opened_is_gone(tmp_path: Path, monkey
             handles.open_temporary(folder, b"temporary")
     finally:
         os.close(folder)
+
+
+@pytest.mark.parametrize("processes", [0, 1])
+async def test_a_name_that_cannot_be_is_no_lost_part(quick_path: Path, processes: int) -> None:
+    """exfat-fuse says of names with a colon that there is no such file: people were told that somebody had removed
+    what had arrived, five times for each."""
+    engine = scene(quick_path, "rename", 0, processes=processes)
+    engine.plan = lambda call: errno.ENOENT if call.operation == "rename" else None
+    observed = await engine.run()
+    assert (observed.state, observed.counters.failed) == ("FAILED", 4), observed
+    assert skipped(engine) == dict.fromkeys([*FILES, "link"], "ILLEGAL_NAME")
+    assert not any("Attempt" in (event.details or "") for event in engine.events)
+    assert engine.temporaries() == []

@@ -363,7 +363,7 @@ class Settler:
             except TowpathError as error:
                 self._small.drop(item, error)
             except OSError as error:
-                self._small.drop(item, temporary_fault(error, job))
+                self._small.drop(item, temporary_fault(error, job, item.name))
             else:
                 job.place = place
                 transferred.append((job, checksum))
@@ -411,7 +411,7 @@ class Settler:
             place = place_of(job.group.handle, file.temporary) if job.shared else None
             job.group.handle.rename(file.temporary, job.name)
         except (TowpathError, OSError) as error:
-            problem = temporary_fault(error, job) if isinstance(error, OSError) else error
+            problem = temporary_fault(error, job, file.temporary) if isinstance(error, OSError) else error
             self.remover.remove(job.group, file.temporary)
             self.record.part_dropped(file)
             self._reports.job_failed(job, problem)
@@ -436,10 +436,10 @@ class Settler:
             if self._preserve_timestamp:
                 job.group.handle.set_times(job.name, job.row.mtime_ns)
         except OSError as error:
+            where = job.destination_path
+            problem = temporary_fault(error, job, temporary) if made else fault(error, "destination", where)
             self.remover.remove(job.group, temporary)
-            self._reports.job_failed(
-                job, temporary_fault(error, job) if made else fault(error, "destination", job.destination_path)
-            )
+            self._reports.job_failed(job, problem)
             return
         self._names.linked.append(job)
         self._names.touch(job.group)

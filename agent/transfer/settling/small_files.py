@@ -7,6 +7,7 @@ allows, so that nothing is opened twice. The settler's thread calls everything h
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Callable
 
@@ -15,6 +16,7 @@ import msgspec
 from agent.storage import page_cache
 from agent.storage.base import Root
 from agent.storage.faults import fault
+from agent.storage.handles import os_error
 from agent.system.limits import open_files, raise_open_files
 from agent.transfer.basis.jobs import FileJob, Group, PackArrived
 from agent.transfer.basis.kept_attributes import Refused, give_access_list, give_attributes
@@ -246,12 +248,23 @@ class SmallFiles:
         self._failed(item.job, error)
 
 
-def temporary_fault(error: OSError, job: FileJob) -> TowpathError:
+def temporary_fault(error: OSError, job: FileJob, renamed: bytes = b"") -> TowpathError:
     """What it means that something cannot be done to the temporary of a file. One that is gone was removed by somebody,
-    and the file is fetched anew; where its folder is gone, making another one says so."""
-    if not isinstance(error, FileNotFoundError):
-        return fault(error, "destination", job.destination_path)
-    return part_lost(job)
+    and the file is fetched anew; where its folder is gone, making another one says so. Where it was to be ``renamed``
+    and is there, its final name is one that cannot be: so exfat-fuse refuses those."""
+    if isinstance(error, FileNotFoundError):
+        if not renamed or not _is_there(job, renamed):
+            return part_lost(job)
+        error = os_error(errno.EILSEQ)
+    return fault(error, "destination", job.destination_path)
+
+
+def _is_there(job: FileJob, temporary: bytes) -> bool:
+    try:
+        job.group.handle.lstat(temporary)
+    except OSError:
+        return False
+    return True
 
 
 def part_lost(job: FileJob) -> RetryLater:
