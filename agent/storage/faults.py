@@ -116,7 +116,10 @@ def _refused_by_system(number: int, side: Side, what: str, subject: str) -> Towp
         mends = who if side == "destination" else ""
         return ItemFailed(f"{what} does not exist.", code=code, who=mends, subject=subject)
     if number == errno.ENOSPC:
-        sentence = f"The disk is full: {what} could not be written. Free some space; the work then goes on by itself."
+        sentence = (
+            f"The disk is full: {what} could not be written. Free some space, or remove files where `df -i` shows that "
+            "there can be no more of them; the work then goes on by itself."
+        )
         return NeedsPerson(sentence, code="NO_SPACE", who=who, subject=subject)
     if number == errno.EDQUOT:
         sentence = f"The quota is used up: {what} could not be written. Free some space or ask for a larger quota."

@@ -71,6 +71,12 @@ def test_sides_and_operations() -> None:
     assert "The collection" in fault(denied, "", b"").sentence
 
 
+def test_a_full_disk_may_be_one_with_room_and_no_names_left() -> None:
+    sentence = fault(OSError(errno.ENOSPC, "x"), "destination", (b"f",)).sentence
+    assert "Free some space" in sentence
+    assert "df -i" in sentence
+
+
 def test_our_own_errors() -> None:
     assert fault(LeavesCollection(), "source", (b"l",)).code == "PERMISSION_DENIED"
     assert fault(NotRegularFile(), "source", (b"l",)).code == "NOT_A_FILE"
