@@ -104,6 +104,11 @@ class FakeAgent:
         self.send(encode(line) + b"\n")
         return line
 
+    @property
+    def heard(self) -> bool:
+        """Whether anybody reads its event stream: what it sends raw before that is lost."""
+        return bool(self._readers)
+
     def send(self, data: bytes) -> None:
         """Raw bytes on every open event stream."""
         for reader in list(self._readers):

@@ -76,6 +76,7 @@ async def test_what_an_agent_cannot_mean_spoils_no_answer(pair: Pair) -> None:
             LineReader().feed_untrusted(line)
             taken.append(line)
     assert len(taken) > 100
+    await until(lambda: pair.destination.heard)
     for line in taken:
         pair.destination.send(line)
     await until(lambda: pair.relay.steward.statistics().lines >= len(taken))
