@@ -153,10 +153,15 @@ def _links_left_out(task: Mapping[str, Any]) -> str:
 def troubles(relay: Relay, task_id: str) -> list[str]:
     """The first things that went wrong with a finished task, for people, and where to read on."""
     rows = list(itertools.islice(relay.transfer.task_skipped_errors(task_id), MAX_TROUBLES))
-    shown = [f"  {row.get('source_path')}: {row.get('error_details') or row.get('error_code')}" for row in rows]
+    shown = [f"  {_path_of(row)}: {row.get('error_details') or row.get('error_code')}" for row in rows]
     if not shown:
         return [f"  `towpath task event-list {task_id}` tells more."]
     return [*shown, f"  `towpath task show --skipped-errors {task_id}` lists them all."]
+
+
+def _path_of(row: Mapping[str, Any]) -> object:
+    """What a skipped error is about; what a mirror could not remove is at the destination only."""
+    return row.get("source_path") or row.get("destination_path")
 
 
 def watch(relay: Relay, out: Output, task_id: str, patience: Patience) -> Waited:

@@ -98,4 +98,7 @@ def _row(row: dict[str, Any], row_type: type[Any]) -> dict[str, Any]:
         raise ApiError(
             502, "ExternalError.TaskDetailsFailed.EndpointError", "The agent answered with a row that cannot be read."
         ) from error
+    if document.get("is_delete_destination_extra"):
+        # It is only at the destination.
+        document["source_path"] = None
     return document

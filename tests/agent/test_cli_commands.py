@@ -333,11 +333,16 @@ def test_a_relay_that_is_away_is_waited_for(towpath: Run, relay: FakeRelay) -> N
 def test_a_failed_task_names_what_failed(towpath: Run, relay: FakeRelay) -> None:
     relay.task_answers = [task_document("FAILED", fatal_error={"code": "ITEMS_FAILED", "description": "One failed"})]
     relay.rows["skipped_errors"] = [
-        {"source_path": "/a\x1b[2J", "error_code": "FILE_NOT_FOUND", "error_details": "gone"}
+        {"source_path": "/a\x1b[2J", "error_code": "FILE_NOT_FOUND", "error_details": "gone"},
+        {"source_path": None, "destination_path": "/extra", "error_code": "PERMISSION_DENIED", "error_details": None},
     ]
     code, out, _ = towpath("task", "wait", TASK)
     assert code == 4
-    assert out.splitlines()[:2] == [f"Task {TASK} failed: One failed.", "  /a␛1B[2J: gone"]
+    assert out.splitlines()[:3] == [
+        f"Task {TASK} failed: One failed.",
+        "  /a␛1B[2J: gone",
+        "  /extra: PERMISSION_DENIED",
+    ]
 
 
 def test_ctrl_c_stops_watching_and_not_the_task(relay: FakeRelay) -> None:

@@ -161,6 +161,16 @@ async def test_what_a_delete_left_out_has_no_destination(pair: Pair) -> None:
     assert (shown["source_path"], shown["destination_path"]) == ("/x", None)
 
 
+async def test_what_a_mirror_could_not_remove_has_no_source(pair: Pair) -> None:
+    task_id = await pair.running()
+    row = {"error_code": "PERMISSION_DENIED", "error_details": "no", "error_time": "2027-01-15T08:00:00+00:00"}
+    row |= {"source_path": "/", "destination_path": "/x"}
+    pair.destination.pages["skipped"] = [{**row, "is_delete_destination_extra": True}, row]
+    shown, other = (await pair.alice.get(f"/task/{task_id}/skipped_errors"))["DATA"]
+    assert (shown["source_path"], shown["destination_path"]) == (None, "/x")
+    assert (other["source_path"], other["destination_path"]) == ("/", "/x")
+
+
 async def test_cancel_in_its_three_ways(pair: Pair) -> None:
     pair.relay.registry.down(pair.destination)
     never_sent = await pair.relay.transfer(pair.alice, pair.a, pair.b)

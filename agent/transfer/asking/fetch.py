@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Protocol
 
 import trio
 
 from agent.transfer.asking.end_game import STALLED, LaneSpeed, Meter, slowest, twin_of
+from agent.transfer.asking.lane_work import Elsewhere, LaneWork
 from agent.transfer.asking.ranges import Ranges
 from agent.transfer.asking.source_session import SessionLost, SourceSession
 from agent.transfer.asking.take_ahead import LANE, Awaited
@@ -26,36 +25,6 @@ from protocol.session import Abandon, PackFile, ReadPack, ReadRange
 HUNGRY = 512 * 1024
 # A source that has had so long (seconds) for a lane, brings nothing and says that there is none, is given up.
 UNSERVED_FOR = 20.0
-
-
-class Elsewhere(Protocol):
-    """A lane that another process receives on: what it writes is known when it says so."""
-
-    def expect(self, request: Request) -> None:
-        """Have it take what is about to be asked for."""
-
-    def discard(self, r: int) -> None:
-        """Have it leave lying what comes of a request."""
-
-    def withdraw(self, r: int) -> None:
-        """Have nothing more of a request written; `Fetcher.relinquished` follows."""
-
-
-@dataclass(eq=False)
-class LaneWork:
-    """What one lane has to do."""
-
-    number: int
-    outstanding: dict[int, Request] = field(default_factory=dict)
-    size: int = 0
-    speed: LaneSpeed = field(default_factory=LaneSpeed)
-    # It was without work at the last measurement, too.
-    idle: bool = False
-    # Set for a lane that gets no more work; the event says that it has nothing left.
-    drained: trio.Event | None = None
-    # What was asked of it is its own to the end: it is not slow, it only leaves.
-    keeps: bool = False
-    elsewhere: Elsewhere | None = None
 
 
 class Fetcher:

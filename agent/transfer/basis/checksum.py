@@ -18,6 +18,8 @@ _CHUNK = 1024 * 1024
 _HEX_DIGITS = {"MD5": 32, "SHA1": 40, "SHA256": 64, "SHA512": 128, "XXH3-128": 32, "BLAKE3": 64}
 _HEX = frozenset("0123456789abcdefABCDEF")
 ALGORITHMS = tuple(_HEX_DIGITS)
+# The code of content that is not what it should be.
+VERIFY_CHECKSUM = "VERIFY_CHECKSUM"
 
 
 def normalised_algorithm(name: str) -> str:
@@ -65,9 +67,9 @@ def unexpected_digest(job: FileJob, found: str, *, again: bool) -> TowpathError:
     subject = escape(job.source_path)
     if again:
         sentence = f"{difference}; it is read again."
-        return RetryLater(sentence, code="VERIFY_CHECKSUM", who="source owner", subject=subject)
+        return RetryLater(sentence, code=VERIFY_CHECKSUM, who="source owner", subject=subject)
     sentence = f"{difference}; the source holds other content than expected."
-    return ItemFailed(sentence, code="VERIFY_CHECKSUM", who="source owner", subject=subject)
+    return ItemFailed(sentence, code=VERIFY_CHECKSUM, who="source owner", subject=subject)
 
 
 def file_digest(root: Root, descriptor: int, algorithm: str) -> str:
@@ -79,6 +81,21 @@ def file_digest(root: Root, descriptor: int, algorithm: str) -> str:
         digest.update(buffer[:count])
         offset += count
     return str(digest.hexdigest()).rjust(_HEX_DIGITS[normalised_algorithm(algorithm)], "0")
+
+
+def published_digest(root: Root, job: FileJob, temporary: bytes) -> str:
+    """The digest of a file that is complete, as its user has asked for it. Raises OSError, and `TowpathError` where it
+    is not the one that was given."""
+    descriptor = job.group.handle.open_temporary(temporary)
+    try:
+        value = file_digest(root, descriptor, job.algorithm or "MD5")
+    finally:
+        root.close_file(descriptor)
+    if job.external_checksum is not None and value != job.external_checksum.lower():
+        again = job.found_digest != value
+        job.found_digest = value
+        raise unexpected_digest(job, value, again=again)
+    return value
 
 
 def block_digests(root: Root, descriptor: int, request: DigestBlocks) -> list[bytes]:

@@ -442,9 +442,17 @@ class AllArrived:
     """To the settler: nothing is under way any more, so that nothing need wait for company."""
 
 
+@dataclass(slots=True)
+class AllThere:
+    """To the settler: a large file of which an earlier attempt left every block, so that only its name is missing."""
+
+    file: LargeFile
+
+
 ToSettle = (
     PackArrived
     | AllArrived
+    | AllThere
     | BlocksWritten
     | Abandoned
     | PartDropped

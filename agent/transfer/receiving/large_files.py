@@ -16,6 +16,7 @@ from agent.transfer.basis.compare import block_size, missing_ranges
 from agent.transfer.basis.holes import WORTH_ASKING, mark_holes, sparse_block
 from agent.transfer.basis.jobs import (
     Abandoned,
+    AllThere,
     BlocksWritten,
     FileJob,
     LargeFile,
@@ -28,6 +29,7 @@ from agent.transfer.basis.patience import attempts, counted
 from agent.transfer.course.run import Run
 from agent.transfer.receiving.named_files import named_file
 from agent.transfer.receiving.reuse import Reuse
+from agent.transfer.settling.small_files import OWNER_ACCESS, PART_LOST
 from protocol.errors import ItemFailed, NeedsPerson, RetryLater, TaskFailed, TowpathError
 from protocol.names import escape
 from protocol.session import EXTENTS
@@ -86,6 +88,9 @@ class LargeFiles:
         if file is None:
             return
         self._open_files = {file, *(each for each in self._open_files if each.descriptor >= 0)}
+        if file.complete:
+            run.settle.put(AllThere(file))
+            return
         await self._leave_holes(file)
         reuse = Reuse(run, file)
         # Held open while ranges are being handed out, so that the file is not taken for idle in between.
@@ -142,6 +147,7 @@ class LargeFiles:
         if known.version != job.row.version:
             return self._begin_again(job, known)
         try:
+            self._let_write(job, known.temporary)
             descriptor = job.group.handle.open_temporary(known.temporary)
         except FileNotFoundError:
             return known
@@ -156,6 +162,13 @@ class LargeFiles:
         )
         file.mark = known.mark
         return file
+
+    def _let_write(self, job: FileJob, temporary: bytes) -> None:
+        """One that was stopped between its last blocks and its name may have a mode that forbids to write. Raises
+        OSError."""
+        handle = job.group.handle
+        if handle.lstat(temporary).mode & OWNER_ACCESS != OWNER_ACCESS:
+            handle.set_mode(temporary, OWNER_ACCESS)
 
     def _is_known(self, descriptor: int, known: PartialRow) -> bool:
         """Whether a temporary may be what the journal says of it; it is closed if not. Raises OSError."""
@@ -186,7 +199,7 @@ class LargeFiles:
         """A new temporary instead of one that is of no use, or ``lost``: gone, or no longer ours. Raises OSError."""
         if lost:
             sentence = "Part of a file that had arrived is gone; it is transferred again."
-            trio.from_thread.run_sync(self._run.context.on_fault, RetryLater(sentence, code="PART_LOST"))
+            trio.from_thread.run_sync(self._run.context.on_fault, RetryLater(sentence, code=PART_LOST))
         self._unlink(job, known.temporary)
         self._run.settle.put(PartDropped(job, known.temporary))
         return self._begin(job)

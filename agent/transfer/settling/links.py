@@ -1,4 +1,4 @@
-"""Making one more name of a file that is here already, and telling which file a name is of."""
+"""Making links, and one more name of a file that is here already, and telling which file a name is of."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import errno
 import os
 
 from agent.storage.base import Directory, Root
-from agent.transfer.basis.jobs import HardLinkWanted
+from agent.storage.faults import fault
+from agent.transfer.basis.jobs import HardLinkWanted, LinkWanted
 from agent.transfer.basis.journal_rows import Place
+from agent.transfer.settling.small_files import temporary_fault
+from protocol.errors import TowpathError
 
 
 def place_of(handle: Directory, name: bytes) -> Place:
@@ -30,3 +33,20 @@ def add_name(root: Root, link: HardLinkWanted, temporary: bytes) -> None:
     if place_of(handle, temporary) != link.place:
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
     handle.rename(temporary, link.job.name)
+
+
+def make_link(link: LinkWanted, temporary: bytes, *, preserve_timestamp: bool) -> TowpathError | None:
+    """Make a symlink, under a temporary name until it is complete. What kept it from that; the temporary name may be
+    there then."""
+    job, made = link.job, False
+    try:
+        job.group.handle.symlink(temporary, link.target)
+        made = True
+        job.group.handle.rename(temporary, job.name)
+        if preserve_timestamp:
+            job.group.handle.set_times(job.name, job.row.mtime_ns)
+    except OSError as error:
+        if made:
+            return temporary_fault(error, job, temporary)
+        return fault(error, "destination", job.destination_path)
+    return None

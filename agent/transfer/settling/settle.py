@@ -23,10 +23,11 @@ from typing import Protocol, TypeAlias
 
 from agent.storage.base import Root
 from agent.storage.faults import fault
-from agent.transfer.basis.checksum import file_digest, unexpected_digest
+from agent.transfer.basis.checksum import VERIFY_CHECKSUM, published_digest
 from agent.transfer.basis.jobs import (
     Abandoned,
     AllArrived,
+    AllThere,
     BlocksChecked,
     BlocksWritten,
     FileJob,
@@ -58,10 +59,10 @@ from agent.transfer.settling.batch import (
 from agent.transfer.settling.block_check import BlockChecker, CheckLine
 from agent.transfer.settling.held import HeldChecked, HolderLost, PackHeld
 from agent.transfer.settling.held_batches import HeldBatches
-from agent.transfer.settling.links import add_name, place_of
+from agent.transfer.settling.links import add_name, make_link, place_of
 from agent.transfer.settling.side_thread import AnswersFirst, Broken, LookAgain, SideThread
-from agent.transfer.settling.small_files import Remover, SmallFiles, Temporary, temporary_fault
-from protocol.errors import TowpathError
+from agent.transfer.settling.small_files import PART_LOST, Remover, SmallFiles, Temporary, temporary_fault
+from protocol.errors import ItemFailed, TowpathError
 
 # A batch is synced when it holds this much, or when nothing more has come for a moment (seconds).
 BATCH_BYTES = 12 * 1024 * 1024
@@ -241,6 +242,8 @@ class Settler:
             self._checks.check(item.file)
         elif isinstance(item, BlocksChecked):
             self._blocks_checked(item)
+        elif isinstance(item, AllThere):
+            self._checks.finish(partial(self._checker.seal, item.file))
         elif isinstance(item, FileSealed):
             self._file_sealed(item)
         elif isinstance(item, NameFound):
@@ -356,7 +359,7 @@ class Settler:
             handle, checksum = group.handle, None
             try:
                 if job.external_checksum is not None or job.algorithm is not None:
-                    checksum = self._published_digest(job, item.name)
+                    checksum = published_digest(self._root, job, item.name)
                 let_go(item)
                 place = place_of(handle, item.name) if job.shared else None
                 handle.rename(item.name, job.name)
@@ -407,17 +410,25 @@ class Settler:
             if item.error is not None:
                 raise item.error
             if job.external_checksum is not None or job.algorithm is not None:
-                checksum = self._published_digest(job, file.temporary)
+                checksum = published_digest(self._root, job, file.temporary)
             place = place_of(job.group.handle, file.temporary) if job.shared else None
             job.group.handle.rename(file.temporary, job.name)
         except (TowpathError, OSError) as error:
             problem = temporary_fault(error, job, file.temporary) if isinstance(error, OSError) else error
-            self.remover.remove(job.group, file.temporary)
-            self.record.part_dropped(file)
-            self._reports.job_failed(job, problem)
+            self._not_named(file, problem)
             return
         job.place = place
         self._has_name(file, checksum)
+
+    def _not_named(self, file: LargeFile, error: TowpathError) -> None:
+        """A complete file did not get its name. It waits for the next attempt, which may be much later, where there is
+        one and nothing is wrong with what is in it."""
+        if isinstance(error, ItemFailed) or error.code in (PART_LOST, VERIFY_CHECKSUM):
+            self.remover.remove(file.job.group, file.temporary)
+            self.record.part_dropped(file)
+        else:
+            self.record.part_settled(file, file.last_check)
+        self._reports.job_failed(file.job, error)
 
     def _has_name(self, file: LargeFile, checksum: str | None) -> None:
         """All that is missing is the sync of its folder, and its place in the books."""
@@ -425,21 +436,14 @@ class Settler:
         self._names.complete.append(file)
         self._names.touch(file.job.group)
 
-    # --- links, errors, published digests --------------------------------------------------------------
+    # --- links, errors --------------------------------------------------------------------------------
 
     def _link(self, link: LinkWanted) -> None:
-        job, temporary, made = link.job, self._temporary_name(), False
-        try:
-            job.group.handle.symlink(temporary, link.target)
-            made = True
-            job.group.handle.rename(temporary, job.name)
-            if self._preserve_timestamp:
-                job.group.handle.set_times(job.name, job.row.mtime_ns)
-        except OSError as error:
-            where = job.destination_path
-            problem = temporary_fault(error, job, temporary) if made else fault(error, "destination", where)
+        job, temporary = link.job, self._temporary_name()
+        error = make_link(link, temporary, preserve_timestamp=self._preserve_timestamp)
+        if error is not None:
             self.remover.remove(job.group, temporary)
-            self._reports.job_failed(job, problem)
+            self._reports.job_failed(job, error)
             return
         self._names.linked.append(job)
         self._names.touch(job.group)
@@ -474,18 +478,6 @@ class Settler:
     def _abandon(self, item: Abandoned) -> Closed:
         """In the side thread."""
         return Closed(self._checker.abandon(item))
-
-    def _published_digest(self, job: FileJob, temporary: bytes) -> str:
-        descriptor = job.group.handle.open_temporary(temporary)
-        try:
-            value = file_digest(self._root, descriptor, job.algorithm or "MD5")
-        finally:
-            self._root.close_file(descriptor)
-        if job.external_checksum is not None and value != job.external_checksum.lower():
-            again = job.found_digest != value
-            job.found_digest = value
-            raise unexpected_digest(job, value, again=again)
-        return value
 
     # --- bookkeeping -----------------------------------------------------------------------------------
 

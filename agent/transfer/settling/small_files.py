@@ -31,6 +31,8 @@ from protocol.session import MAX_BLOCK, join_path
 OWNER_ACCESS = 0o600
 # A temporary must be readable for its check; a mode without this bit is set, and synced, just before the rename.
 OWNER_READS = 0o400
+# The code of a file of which what had arrived is of no use any more.
+PART_LOST = "PART_LOST"
 # Descriptors left to everything else in the process (directories being worked on, large files, sockets).
 _OTHER_DESCRIPTORS = 512
 
@@ -274,7 +276,7 @@ def part_lost(job: FileJob) -> RetryLater:
         f"What had arrived of {name[:1000]} was removed or changed at the destination before it had its name; it is "
         "transferred again."
     )
-    return RetryLater(sentence, code="PART_LOST", who="destination owner", subject=name)
+    return RetryLater(sentence, code=PART_LOST, who="destination owner", subject=name)
 
 
 def _differs(job: FileJob) -> RetryLater:
