@@ -75,9 +75,13 @@ def make_middle(source: Path) -> str:
 
 
 def make_mixed(source: Path) -> str:
-    """A real tree: this Python's standard library, without what is installed beside it."""
+    """A real tree: this Python's standard library, without what is installed beside it, and without links that lead out
+    of it, at which scp, which follows all, gives up."""
     library = Path(sysconfig.get_paths()["stdlib"])
     shutil.copytree(library, source / "mixed", symlinks=True, ignore=shutil.ignore_patterns("site-packages"))
+    for path in (source / "mixed").rglob("*"):
+        if path.is_symlink() and not path.exists():
+            path.unlink()
     return "mixed"
 
 
