@@ -74,10 +74,10 @@ def make_middle(source: Path) -> str:
     return "middle"
 
 
-def make_mixed(source: Path) -> str:
-    """A real tree: this Python's standard library, without what is installed beside it, and without links that lead out
-    of it, at which scp, which follows all, gives up."""
-    library = Path(sysconfig.get_paths()["stdlib"])
+def make_mixed(source: Path, library: Path | None = None) -> str:
+    """A real tree: a Python's standard library (this one's, if none is named), without what is installed beside it, and
+    without links that lead nowhere, at which scp, which follows all, gives up."""
+    library = library or Path(sysconfig.get_paths()["stdlib"])
     shutil.copytree(library, source / "mixed", symlinks=True, ignore=shutil.ignore_patterns("site-packages"))
     for path in (source / "mixed").rglob("*"):
         if path.is_symlink() and not path.exists():
