@@ -350,7 +350,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--large-mib", type=int, default=4096)
     parser.add_argument("--files", type=int, default=20_000)
-    parser.add_argument("--tree", type=Path, help="G3m: another Python's library (Debian's own lacks most of the files)")
+    parser.add_argument("--tree", type=Path, help="G3m: another Python's library (Debian's lacks most of the files)")
     parser.add_argument("--flat", action="store_true", help="G6: all files in one directory")
     parser.add_argument("--mirror", action="store_true", help="G6: as a mirror")
     parser.add_argument("--there", action="store_true", help="G6: the destination has all files already")

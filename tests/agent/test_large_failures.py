@@ -151,9 +151,12 @@ async def test_a_file_that_can_never_have_its_name_leaves_nothing_behind(quick_p
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="becomes another account for a while")
-async def test_a_file_that_nobody_may_write_goes_on_after_a_kill_before_it_had_its_name(quick_path: Path) -> None:
+@pytest.mark.parametrize("processes", [0, 1])
+async def test_a_file_that_nobody_may_write_goes_on_after_a_kill_before_it_had_its_name(
+    quick_path: Path, processes: int
+) -> None:
     """Its mode is final by then, and what is missing of it in the journal is written again."""
-    scene = Unnamed(quick_path, errno.EIO, 0)
+    scene = Unnamed(quick_path, errno.EIO, 0, processes=processes)
 
     def die(call: Call) -> int | None:
         if (call.operation, call.name) == ("rename", b"large"):
