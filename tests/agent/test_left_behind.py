@@ -180,16 +180,35 @@ async def test_a_task_that_is_cancelled_between_its_runs_leaves_nothing(
     assert after.temporaries() == []
 
 
-async def test_a_passing_fault_does_not_cost_what_has_arrived(quick_path: Path) -> None:
+@pytest.mark.parametrize(("code", "times"), [(errno.EIO, 4), (errno.ETIMEDOUT, 11), (errno.ESTALE, 11)])
+async def test_a_passing_fault_does_not_cost_what_has_arrived(quick_path: Path, code: int, times: int) -> None:
     """The part of a large file that is there is opened again after a fault, not sent again."""
     engine = await _half_arrived(quick_path)
-    after = engine.revived(fail_nth(1, errno.EIO, "open_temporary", times=2))
+    after = engine.revived(fail_nth(1, code, "open_temporary", times=times))
     observed = await after.run()
-    assert observed.state == "SUCCEEDED", observed
+    assert (observed.state, observed.counters.faults) == ("SUCCEEDED", times), observed
     assert contents(after.destination) == contents(after.source)
     assert "PART_LOST" not in after.codes()
     # All of it came twice if the part was given up for lost.
     assert int.from_bytes((after.state / "received").read_bytes(), "little") < 2 * SIZE - 8 * 1024 * 1024
+
+
+async def test_a_part_that_cannot_be_opened_any_more_is_given_up_for_lost_in_the_end(quick_path: Path) -> None:
+    """A bad sector may be in nothing but this part."""
+    engine = await _half_arrived(quick_path)
+    (temporary,) = engine.temporaries()
+    opening = ("open_temporary", os.fsencode(Path(temporary).name))
+
+    def bad(call: Call) -> int | None:
+        return errno.EIO if (call.operation, call.name) == opening else None
+
+    after = engine.revived(bad)
+    observed = await after.run()
+    assert observed.state == "SUCCEEDED", observed
+    assert contents(after.destination) == contents(after.source)
+    assert after.codes().count("IO_ERROR") == 4
+    assert after.codes().count("PART_LOST") == 1
+    assert after.temporaries() == []
 
 
 async def test_a_part_that_is_gone_is_told_and_transferred_again(quick_path: Path) -> None:

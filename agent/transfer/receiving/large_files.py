@@ -37,8 +37,6 @@ from protocol.session import EXTENTS
 LARGE_AT_ONCE = 4
 # Which blocks of a file are there is kept in memory and in the journal: 128 MiB for one of this size.
 LARGEST_FILE = 1 << 54
-# How often a passing fault may keep us from a part of a file before it is given up for lost.
-PART_ATTEMPTS = 2
 
 
 class LargeFiles:
@@ -275,6 +273,9 @@ class LargeFiles:
 
 
 def _worth_another_try(job: FileJob, error: OSError) -> bool:
-    """Whether what has arrived may still be there: to begin again may cost hours."""
-    passing = not isinstance(fault(error, "destination", b""), ItemFailed)
-    return passing and job.attempts < PART_ATTEMPTS
+    """Whether what has arrived may still be there: to begin again may cost days. Only the last attempt is left for
+    that, in case the fault is the part's alone."""
+    problem = fault(error, "destination", b"")
+    if isinstance(problem, RetryLater):
+        return job.attempts < attempts(problem) - 1
+    return not isinstance(problem, ItemFailed)
