@@ -23,6 +23,7 @@ from agent.transfer.asking.budget import Budget, charge
 from agent.transfer.asking.fetch import Fetcher
 from agent.transfer.asking.source_session import SourceSession
 from agent.transfer.basis.jobs import AllArrived, FileJob, Group, LargeFile, ListFate, Outcome
+from agent.transfer.basis.journal_rows import PartialRow
 from agent.transfer.basis.kept_attributes import attributes_size
 from agent.transfer.basis.patience import counted, named
 from agent.transfer.basis.stopping import call_on_cancel, first_error, first_system_error
@@ -273,6 +274,9 @@ class TransferRun:
             bytes_sent_again=again,
             scan_complete=not self._planning,
         )
+
+    def part_taken(self, file: LargeFile, known: PartialRow) -> None:
+        self._settler.record.part_taken(file, known)
 
     def temporary_name(self) -> bytes:
         """A new reserved name. Called from several threads; a counter gives no number twice."""

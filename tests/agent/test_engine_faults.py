@@ -253,7 +253,7 @@ async def test_a_link_that_cannot_be_followed_for_a_moment_is_not_left_out(quick
 
 
 @pytest.mark.parametrize("last", ["fails", "dies"])
-async def test_a_large_file_that_begins_anew_counts_once(
+async def test_a_large_file_that_could_not_have_its_name_counts_once(
     quick_path: Path, monkeypatch: pytest.MonkeyPatch, last: str
 ) -> None:
     """Its first blocks are in the journal, all are checked, and then its name cannot be given, or the process dies."""
@@ -289,7 +289,8 @@ async def test_a_large_file_that_begins_anew_counts_once(
     assert failed
     assert contents(engine.destination) == contents(engine.source)
     assert observed.counters.bytes_transferred == observed.counters.bytes_total == NEW
-    assert last == "dies" or observed.counters.bytes_sent_again == NEW
+    # What was not settled when it died; what only waits for its name is not sent again.
+    assert observed.counters.bytes_sent_again <= (NEW if last == "dies" else 0)
 
 
 async def test_a_source_that_goes_while_its_lanes_still_bring_something(quick_path: Path) -> None:

@@ -16,7 +16,7 @@ import msgspec
 
 from agent.storage.base import Directory, PartMark
 from agent.transfer.basis.compare import SMALL_FILE, Decision, block_count
-from agent.transfer.basis.journal_rows import Place
+from agent.transfer.basis.journal_rows import PartialRow, Place
 from protocol.errors import TowpathError
 from protocol.session import Row
 
@@ -227,6 +227,8 @@ class LargeFile:
     # How many blocks are being checked; the same lock.
     in_check: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
+    # Bitmap of the blocks that the temporary has of another version of the file, each to be compared before it counts.
+    earlier: bytes = b""
     # Mode and time are final and were synced with the last blocks; whatever is written after that takes it back.
     sealed: bool = False
     failed: bool = False
@@ -245,6 +247,10 @@ class LargeFile:
     def complete(self) -> bool:
         """Whether every block is there and checked."""
         return self.done_count >= self.count
+
+    def row(self) -> PartialRow:
+        """What the journal is to know of it."""
+        return PartialRow(self.temporary, self.job.row.version, self.block, self.done, self.mark, self.earlier)
 
     def take_unchecked(self) -> dict[int, bytes]:
         """All blocks waiting for a check; the caller is now responsible for them."""

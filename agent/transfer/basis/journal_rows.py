@@ -40,6 +40,8 @@ class PartialRow(msgspec.Struct, frozen=True):
     done: bytearray
     # The temporary as it was synced when this was written down.
     mark: PartMark | None = None
+    # Bitmap of blocks that it has of another version, to be compared before they count; empty where there are none.
+    earlier: bytes = b""
 
 
 def bytes_done(row: PartialRow) -> int:

@@ -293,7 +293,9 @@ class Journal(JournalFile):
             return None
         mark = self.get(_mark_of(row[0]))
         return msgspec.structs.replace(
-            _partial(row), mark=None if mark is None else msgspec.msgpack.decode(mark, type=PartMark)
+            _partial(row),
+            mark=None if mark is None else msgspec.msgpack.decode(mark, type=PartMark),
+            earlier=self.get(_earlier_of(row[0])) or b"",
         )
 
     def partials(self, directory: int) -> list[PartialRow]:
@@ -323,6 +325,10 @@ class Journal(JournalFile):
             )
             if row.mark is not None:
                 self.put(_mark_of(row.temporary), msgspec.msgpack.encode(row.mark))
+            if row.earlier:
+                self.put(_earlier_of(row.temporary), row.earlier)
+            else:
+                self._connection.execute("DELETE FROM meta WHERE key = ?", (_earlier_of(row.temporary),))
 
     def drop_partial(self, directory: int, name: bytes) -> None:
         """Nothing is in flight under this name any more."""
@@ -334,7 +340,8 @@ class Journal(JournalFile):
 
     def _forget_marks(self, temporaries: list[tuple[bytes]]) -> None:
         for (temporary,) in temporaries:
-            self._connection.execute("DELETE FROM meta WHERE key = ?", (_mark_of(temporary),))
+            keys = _mark_of(temporary), _earlier_of(temporary)
+            self._connection.execute("DELETE FROM meta WHERE key IN (?, ?)", keys)
 
     # --- files with several names ----------------------------------------------------------------------
 
@@ -436,6 +443,11 @@ def _directory(row: tuple[int, int, bytes, bytes, int, bytes], *, again: bool = 
 def _mark_of(temporary: bytes) -> str:
     """Under which key a temporary's mark is kept: agents of before pass it over."""
     return f"part {temporary.decode('latin-1')}"
+
+
+def _earlier_of(temporary: bytes) -> str:
+    """The same for the blocks that it has of an earlier version."""
+    return f"earlier {temporary.decode('latin-1')}"
 
 
 def _partial(row: tuple[bytes, bytes, int, bytes]) -> PartialRow:

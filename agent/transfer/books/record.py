@@ -79,8 +79,16 @@ class Record:
             file.settled += size
             self.settle(size)
             self._put_settled()
-            row = PartialRow(file.temporary, file.job.row.version, file.block, file.done, file.mark)
-            self.journal.put_partial(*file.job.key, row)
+            self.journal.put_partial(*file.job.key, file.row())
+
+    def part_taken(self, file: LargeFile, known: PartialRow) -> None:
+        """What had arrived of another version of a large file becomes something to be compared with this one; durable
+        when this returns, so that whatever is written into it counts for no other version."""
+        with self._lock, self.journal.together():
+            self.settle(-bytes_done(known))
+            self._put_settled()
+            self.journal.put_partial(*file.job.key, file.row())
+            self.journal.commit()
 
     def part_dropped(self, file: LargeFile) -> None:
         """A large file begins anew, or is given up: nothing of it counts any more."""

@@ -19,6 +19,7 @@ from agent.transfer.asking.budget import Budget
 from agent.transfer.asking.fetch import Fetcher
 from agent.transfer.asking.source_session import SourceSession
 from agent.transfer.basis.jobs import FileJob, Group, LargeFile, SharedName
+from agent.transfer.basis.journal_rows import PartialRow
 from agent.transfer.basis.kept_lists import ListPolicy
 from agent.transfer.basis.lane_keys import KEY_RECORDS
 from agent.transfer.basis.patience import Patience
@@ -120,6 +121,9 @@ class Run(Reports, Protocol):
 
     def put_off(self, error: TowpathError) -> None:
         """Leave a folder to a later run: the others go on, and when they are done this run ends with the error."""
+
+    def part_taken(self, file: LargeFile, known: PartialRow) -> None:
+        """See `agent.transfer.books.record.Record.part_taken`. Any thread may call; blocks."""
 
     def temporary_name(self) -> bytes:
         """A new reserved name."""

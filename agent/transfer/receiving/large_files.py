@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 
 import trio
@@ -12,7 +12,7 @@ from agent.storage.faults import fault
 from agent.transfer.asking.arrivals import damaged
 from agent.transfer.asking.ranges import MEMORY_RANGE
 from agent.transfer.asking.source_session import SessionLost
-from agent.transfer.basis.compare import block_size, missing_ranges
+from agent.transfer.basis.compare import block_count, block_size, missing_ranges
 from agent.transfer.basis.holes import WORTH_ASKING, mark_holes, sparse_block
 from agent.transfer.basis.jobs import (
     Abandoned,
@@ -27,8 +27,9 @@ from agent.transfer.basis.jobs import (
 from agent.transfer.basis.journal_rows import PartialRow, bytes_done
 from agent.transfer.basis.patience import attempts, counted
 from agent.transfer.course.run import Run
+from agent.transfer.receiving.common_holes import common_holes
 from agent.transfer.receiving.named_files import named_file
-from agent.transfer.receiving.reuse import Reuse
+from agent.transfer.receiving.reuse import Reuse, may_compare
 from agent.transfer.settling.small_files import OWNER_ACCESS, PART_LOST
 from protocol.errors import ItemFailed, NeedsPerson, RetryLater, TaskFailed, TowpathError
 from protocol.names import escape
@@ -115,15 +116,19 @@ class LargeFiles:
                 offset += piece
 
     async def _leave_holes(self, file: LargeFile) -> None:
-        """Take the blocks of a new sparse file that hold no data as done: the temporary has holes there already."""
+        """Take the blocks of a sparse file that hold no data as done where the temporary has holes already."""
         job, session = file.job, self._run.session
         if job.row.size < WORTH_ASKING or file.done_count or EXTENTS not in session.abilities:
             return
         try:
+            if file.earlier:
+                file.done[:] = await common_holes(self._run, job, file.descriptor, file.block)
+                file.done_count = count_done(file.done)
+                return
             extents = await session.extents(job.source_path, job.row.version, follow=job.follow)
         except SessionLost:
             raise
-        except TowpathError:
+        except (OSError, TowpathError):
             # Whatever is wrong with the file, reading it says so, and whether it passes.
             return
         if extents is not None:
@@ -142,23 +147,54 @@ class LargeFiles:
         known = self._run.context.journal.partial(*job.key)
         if known is None:
             return self._begin(job)
-        if known.version != job.row.version:
+        other = known.version != job.row.version
+        if other and not (may_compare(self._run, job.row.size) and known.block == block_size(job.row.size)):
             return self._begin_again(job, known)
         try:
             self._let_write(job, known.temporary)
             descriptor = job.group.handle.open_temporary(known.temporary)
         except FileNotFoundError:
-            return known
+            return self._begin_again(job, known) if other else known
         except OSError as error:
             if _worth_another_try(job, error):
                 raise
             return self._begin_again(job, known, lost=True)
         if not self._is_known(descriptor, known):
             return self._begin_again(job, known, lost=True)
-        file = LargeFile(
-            job, known.temporary, descriptor, known.block, known.done, count_done(known.done), bytes_done(known)
-        )
-        file.mark = known.mark
+        with self._closed_after_an_error(descriptor):
+            file = self._opened(job, known, descriptor, other=other)
+        return self._begin_again(job, known) if file is None else file
+
+    @contextmanager
+    def _closed_after_an_error(self, descriptor: int) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self._run.context.root.close_file(descriptor)
+            raise
+
+    def _opened(self, job: FileJob, known: PartialRow, descriptor: int, *, other: bool) -> LargeFile | None:
+        """What is in flight. What has arrived of another version counts for nothing until it is compared with this one:
+        the journal says so before anything is written into it. None, and closed, if it is of no use."""
+        root = self._run.context.root
+        if not other:
+            file = LargeFile(
+                job, known.temporary, descriptor, known.block, known.done, count_done(known.done), bytes_done(known)
+            )
+            file.mark, file.earlier = known.mark, known.earlier
+            return file
+        if self._run.options.preserve_xattrs and root.get_attributes(descriptor).attributes:
+            # Complete but for its name, and with attributes that the file may not have any more.
+            root.close_file(descriptor)
+            return None
+        done = empty_bitmap(job.row.size, known.block)
+        file = LargeFile(job, known.temporary, descriptor, known.block, done, 0)
+        file.earlier = _earlier(known, job.row.size)
+        if root.part_mark(descriptor)[1] > job.row.size:
+            root.ftruncate(descriptor, job.row.size)
+        if known.mark is not None:
+            file.mark = (known.mark[0], min(known.mark[1], job.row.size))
+        self._run.part_taken(file, known)
         return file
 
     def _let_write(self, job: FileJob, temporary: bytes) -> None:
@@ -270,6 +306,15 @@ class LargeFiles:
             self.failed(file, error)
             return
         run.fetcher.submit_range(file, index * file.block, length, first=True)
+
+
+def _earlier(known: PartialRow, size: int) -> bytes:
+    """A bitmap of the blocks that a part of another version may have of a file of this size; the last block of a file
+    that has become longer or shorter is another one."""
+    then = known.version[2]
+    blocks = block_count(size, known.block) if size == then else min(size, then) // known.block
+    there = int.from_bytes(known.done, "little") | int.from_bytes(known.earlier, "little")
+    return (there & (1 << blocks) - 1).to_bytes(len(empty_bitmap(size, known.block)), "little")
 
 
 def _worth_another_try(job: FileJob, error: OSError) -> bool:

@@ -17,15 +17,15 @@ from agent.storage.node import mtime_of
 from agent.transfer.asking.source_session import SessionLost
 from agent.transfer.basis.checksum import block_digests, file_digest
 from agent.transfer.basis.compare import missing_ranges
-from agent.transfer.basis.holes import WORTH_ASKING, data_extents, mark_holes
-from agent.transfer.basis.jobs import FileJob, LargeFile, NameFound, count_done, empty_bitmap
+from agent.transfer.basis.jobs import FileJob, LargeFile, NameFound, count_done
 from agent.transfer.basis.journal_rows import PartialRow, bytes_done
 from agent.transfer.basis.kept_attributes import give_access_list, give_attributes
 from agent.transfer.course.run import Run
+from agent.transfer.receiving.common_holes import common_holes
 from agent.transfer.receiving.reuse import DIGESTS_AT_ONCE
 from agent.transfer.settling.small_files import OWNER_ACCESS
 from protocol.errors import TowpathError
-from protocol.session import BLOCK_DIGESTS, EXTENTS, DigestBlocks
+from protocol.session import BLOCK_DIGESTS, DigestBlocks
 
 
 async def named_file(run: Run, job: FileJob, known: PartialRow) -> NameFound | None:
@@ -119,7 +119,8 @@ class _Look:
         """Whether every block is on the disk as the source has it."""
         job, block = self._job, self._known.block
         await trio.to_thread.run_sync(self._make_durable)
-        for offset, length in missing_ranges(await self._holes(), job.row.size, block, DIGESTS_AT_ONCE * block):
+        holes = await common_holes(self._run, job, self._descriptor, block)
+        for offset, length in missing_ranges(holes, job.row.size, block, DIGESTS_AT_ONCE * block):
             first, count = offset // block, -(-length // block)
             theirs = await self._run.session.block_digests(
                 job.source_path, job.row.version, block, first, count, follow=job.follow
@@ -133,21 +134,6 @@ class _Look:
         self._root.fsync(self._descriptor)
         if self._run.options.verify_checksum:
             page_cache.forget(self._descriptor)
-
-    async def _holes(self) -> bytearray:
-        """A bitmap of the blocks that are holes on both sides, and so are the same."""
-        job, block, session = self._job, self._known.block, self._run.session
-        ours = empty_bitmap(job.row.size, block)
-        if job.row.size < WORTH_ASKING or EXTENTS not in session.abilities:
-            return ours
-        theirs = bytearray(ours)
-        for bitmap, extents in (
-            (theirs, await session.extents(job.source_path, job.row.version, follow=job.follow)),
-            (ours, await trio.to_thread.run_sync(data_extents, self._descriptor, job.row.size)),
-        ):
-            if extents is not None:
-                mark_holes(bitmap, extents, job.row.size, block)
-        return bytearray(one & other for one, other in zip(ours, theirs, strict=True))
 
     def _published_digest(self) -> str | None:
         job = self._job

@@ -1,4 +1,6 @@
-"""Large files that changed: blocks the destination has already are taken from its old file instead of sent.
+"""Large files that changed: blocks the destination has already are taken from its old file instead of sent, and from
+what had arrived of the file before it changed, or looked as if it had: a file system that is mounted again may have
+another number.
 
 The source says the digests of its blocks, and only where a few of them, spread over the file, agree with the old file:
 reading a file for its digests costs the source as much as sending it, less the network. A block is taken over by the
@@ -31,8 +33,8 @@ DIGESTS_AT_ONCE = 32
 
 
 class Reuse:
-    """Fills a temporary with what the old file has of what is missing in it. `run` is called once, before anything is
-    asked for."""
+    """Fills a temporary with what the old file has of what is missing in it, after what it has itself of an earlier
+    version. `run` is called once, before anything is asked for."""
 
     def __init__(self, run: Run, file: LargeFile) -> None:
         self._run = run
@@ -46,35 +48,54 @@ class Reuse:
 
     async def run(self) -> None:
         """Take over every block that is the same, as far as that can be told. Raises `SessionLost`."""
-        file, job = self._file, self._file.job
-        if BLOCK_DIGESTS not in self._run.session.abilities or job.row.size < WORTH_ASKING or file.complete:
+        if not may_compare(self._run, self._file.job.row.size) or self._file.complete:
             return
+        if self._file.earlier and await self._take_from(self._file.descriptor, self._of_earlier()):
+            # What is left of them is other content.
+            self._file.earlier = b""
+        await self._take_old()
+
+    def _of_earlier(self) -> list[range]:
+        """The blocks that the temporary itself may have."""
+        file = self._file
+        unknown = bytearray(~before & 0xFF | here for before, here in zip(file.earlier, self.have, strict=True))
+        return _blocks(unknown, file.job.row.size, file.block)
+
+    async def _take_old(self) -> None:
+        file, job, root = self._file, self._file.job, self._run.context.root
         try:
             descriptor = await trio.to_thread.run_sync(job.group.handle.open_read, job.name)
         except OSError:
             # Nothing is there yet, or nothing that can be read: everything is sent.
             return
-        root = self._run.context.root
         try:
             size = (await trio.to_thread.run_sync(root.fstat, descriptor)).st_size
             # The last block of a file that did not shrink or grow may be short; of any other only whole ones compare.
             common = size if size == job.row.size else min(size, job.row.size) // file.block * file.block
-            ranges = missing_ranges(self.have, common, file.block, DIGESTS_AT_ONCE * file.block)
-            blocks = [range(offset // file.block, -(-(offset + length) // file.block)) for offset, length in ranges]
-            if blocks and await self._promises(root, descriptor, blocks):
-                for few in blocks:
-                    if self._file.failed:
-                        break
-                    await self._take_same(root, descriptor, few)
-        except SessionLost:
-            raise
-        except (OSError, TowpathError):
-            # Whatever stands in the way of this stands in the way of nothing else: the rest is sent.
+            await self._take_from(descriptor, _blocks(self.have, common, file.block))
+        except OSError:
+            # As below.
             return
         finally:
             # Also at the end of a run, when nothing waits for a thread any more.
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(root.close_file, descriptor)
+
+    async def _take_from(self, descriptor: int, blocks: list[range]) -> bool:
+        """Take over what is the same in these blocks. Whether all were looked at, or not worth it."""
+        root = self._run.context.root
+        try:
+            if blocks and await self._promises(root, descriptor, blocks):
+                for few in blocks:
+                    if self._file.failed:
+                        return False
+                    await self._take_same(root, descriptor, few)
+        except SessionLost:
+            raise
+        except (OSError, TowpathError):
+            # Whatever stands in the way of this stands in the way of nothing else: the rest is sent.
+            return False
+        return True
 
     async def _promises(self, root: Root, descriptor: int, blocks: list[range]) -> bool:
         places = spread(blocks, SAMPLES)
@@ -116,12 +137,13 @@ class Reuse:
     def _take(self, root: Root, descriptor: int, index: int, theirs: bytes) -> bool:
         """Take over a block if it is the source's. What is there otherwise is written over when the block comes.
         Blocks."""
-        way = self._bring(root, descriptor, index)
+        in_place = descriptor == self._file.descriptor
+        way = "" if in_place else self._bring(root, descriptor, index)
         # What was brought is looked at, and not the old file, to which somebody may be writing.
         block = self._read(root, self._file.descriptor if way else descriptor, index)
         if block_digest(block) != theirs:
             return False
-        if not way:
+        if not way and not in_place:
             self._write(root, block, index * self._file.block)
         self.shared += len(block) if way == "clone" else 0
         return True
@@ -167,6 +189,17 @@ class Reuse:
         written = 0
         while written < len(block):
             written += root.pwrite(self._file.descriptor, block[written:], offset + written)
+
+
+def may_compare(run: Run, size: int) -> bool:
+    """Whether the source says digests, and a file of so many bytes is worth asking."""
+    return BLOCK_DIGESTS in run.session.abilities and size >= WORTH_ASKING
+
+
+def _blocks(have: bytearray, size: int, block: int) -> list[range]:
+    """The blocks that are missing in the first so many bytes, as many together as are asked for at once."""
+    ranges = missing_ranges(have, size, block, DIGESTS_AT_ONCE * block)
+    return [range(offset // block, -(-(offset + length) // block)) for offset, length in ranges]
 
 
 def spread(blocks: list[range], count: int) -> list[int]:

@@ -14,7 +14,6 @@ from typing import Generic, Self, TypeVar
 from agent.storage import page_cache
 from agent.storage.base import Root
 from agent.transfer.basis.jobs import Abandoned, BlocksChecked, FileSealed, LargeFile
-from agent.transfer.basis.journal_rows import PartialRow
 from agent.transfer.basis.kept_attributes import Refused, give_access_list, give_attributes
 from agent.transfer.books.journal import Journal
 from agent.transfer.settling.side_thread import Answers, Broken, SideThread
@@ -173,9 +172,8 @@ class BlockChecker:
     def keep(self, file: LargeFile) -> None:
         """Keep the temporary of an abandoned file when some of it counts, or remove it. In the settler's thread, which
         has seen by then what became of the last checks."""
-        if file.done_count:
-            row = PartialRow(file.temporary, file.job.row.version, file.block, file.done, file.mark)
-            self._journal.put_partial(*file.job.key, row)
+        if file.done_count or file.earlier:
+            self._journal.put_partial(*file.job.key, file.row())
         else:
             self._remover.remove(file.job.group, file.temporary)
             self._journal.drop_partial(*file.job.key)

@@ -1,0 +1,265 @@
+"""What had arrived of a large file that is another version by now, or seems to be: the same blocks are not sent again,
+and no other block counts, whatever happens meanwhile."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from agent.storage.faulty import Call, Plan, no_faults
+from agent.transfer.basis.jobs import count_done
+from agent.transfer.basis.journal_rows import PartialRow, bytes_done
+from agent.transfer.books.journal import Journal
+from agent.transfer.task_folder import JOURNAL
+from protocol.control import TaskOptions
+from tests.agent.engine_inside import CHECKED, Crashed, Engine, contents, open_files, quick_path
+
+__all__ = ["quick_path"]
+
+MIB = 1024 * 1024
+SIZE = 60 * MIB + 12345
+
+
+def after_blocks(monkeypatch: pytest.MonkeyPatch, count: int) -> Plan:
+    """Everything dies at the first call after the commit that has so many blocks of a large file."""
+    noted = durable = False
+    put = Journal.put_partial
+
+    def putting(journal: Journal, directory: int, name: bytes, row: PartialRow) -> None:
+        nonlocal noted
+        put(journal, directory, name, row)
+        noted = noted or count_done(row.done) >= count
+
+    def die(call: Call) -> int | None:
+        nonlocal durable
+        if durable:
+            raise Crashed
+        durable = noted and call.operation == "journal_commit"
+        return None
+
+    monkeypatch.setattr(Journal, "put_partial", putting)
+    return die
+
+
+def received(engine: Engine) -> int:
+    return int.from_bytes((engine.state / "received").read_bytes()[:8], "little")
+
+
+async def half_arrived(base: Path, monkeypatch: pytest.MonkeyPatch, body: bytes, processes: int = 0) -> Engine:
+    engine = Engine(base, plan=after_blocks(monkeypatch, 16), processes=processes)
+    (engine.source / "file").write_bytes(body)
+    with pytest.raises(Crashed):
+        await engine.run()
+    assert settled(engine) >= 16 * MIB
+    return engine
+
+
+def settled(engine: Engine) -> int:
+    """Bytes of the part that the journal counts on."""
+    journal = Journal(engine.state / JOURNAL)
+    try:
+        return sum(bytes_done(row) for directory in (*range(-3, 4),) for row in journal.partials(directory))
+    finally:
+        journal.abandon()
+
+
+def touched(body: bytearray) -> bytearray:
+    return body
+
+
+def flipped(body: bytearray) -> bytearray:
+    body[5 * MIB] ^= 1
+    return body
+
+
+def appended(body: bytearray) -> bytearray:
+    return body + os.urandom(2 * MIB)
+
+
+def cut_short(body: bytearray) -> bytearray:
+    return body[: 20 * MIB + 7]
+
+
+def all_other(body: bytearray) -> bytearray:
+    return bytearray(os.urandom(len(body)))
+
+
+# What may be sent again of what was settled.
+CASES = [(touched, 0), (flipped, MIB), (appended, MIB), (cut_short, MIB), (all_other, SIZE)]
+
+
+@pytest.mark.parametrize("processes", [0, 1])
+@pytest.mark.parametrize(("change", "most"), CASES)
+async def test_only_what_differs_is_sent_again(
+    quick_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[bytearray], bytearray],
+    most: int,
+    processes: int,
+) -> None:
+    body = bytearray(os.urandom(SIZE))
+    before = await half_arrived(quick_path, monkeypatch, body, processes)
+    came, kept = received(before), settled(before)
+    after = before.revived()
+    new = change(bytearray(body))
+    (after.source / "file").write_bytes(new)
+    observed = await after.run()
+    assert (observed.state, observed.counters.faults) == ("SUCCEEDED", 0), (observed, after.codes())
+    assert contents(after.destination) == contents(after.source)
+    assert observed.counters.bytes_transferred == len(new)
+    assert received(after) - came <= max(len(new) - kept, 0) + most
+    assert after.temporaries() == []
+    assert open_files(quick_path) == []
+
+
+async def test_what_changes_while_it_is_read_keeps_what_has_arrived(quick_path: Path) -> None:
+    """A log that is written to all day came anew, all of it, after each line."""
+    lines: list[int] = []
+
+    def grow(call: Call) -> None:
+        if call.operation == "preadv" and call.nth in (40, 75):
+            lines.append(call.nth)
+            with (engine.source / "file").open("ab") as file:
+                file.write(b"one more line\n")
+
+    engine = Engine(quick_path, source_plan=grow)
+    (engine.source / "file").write_bytes(os.urandom(SIZE))
+    observed = await engine.run()
+    assert observed.state == "SUCCEEDED", observed
+    assert len(lines) == 2
+    assert "FILE_CHANGED" in engine.codes()
+    assert contents(engine.destination) == contents(engine.source)
+    assert received(engine) < 2 * SIZE
+
+
+class TwoVersions:
+    """A folder of the source that is one of two; each file stays what it was, as when another disk is mounted."""
+
+    def __init__(self, base: Path, *, alike: bool) -> None:
+        self.base = base
+        self.bodies = [bytearray(os.urandom(SIZE)) for _ in range(2)]
+        if alike:
+            # The first half is the same, but for something in it.
+            self.bodies[1][: SIZE // 2] = self.bodies[0][: SIZE // 2]
+            self.bodies[1][9 * MIB] ^= 1
+        for number, body in enumerate(self.bodies):
+            (base / f"source-{number}").mkdir()
+            (base / f"source-{number}" / "file").write_bytes(body)
+        self.mounted = -1
+
+    def mount(self, number: int) -> None:
+        source = self.base / "source"
+        if self.mounted >= 0:
+            source.rename(self.base / f"source-{self.mounted}")
+        elif source.exists():
+            source.rmdir()
+        (self.base / f"source-{number}").rename(source)
+        self.mounted = number
+
+
+def at_step(step: int) -> Plan:
+    def die(call: Call) -> int | None:
+        if call.number >= step:
+            raise Crashed
+        return None
+
+    return die
+
+
+SEEDS = [pytest.param(seed, marks=pytest.mark.soak if seed >= 12 else ()) for seed in range(48)]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+async def test_versions_that_take_turns_are_never_mixed(
+    quick_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """What was written for one version must not count for the other one when that is back, as it was."""
+    chance = random.Random(seed)
+    versions = TwoVersions(quick_path, alike=seed % 2 == 0)
+    options = chance.choice([CHECKED, TaskOptions(preserve_timestamp=True)])
+    plan = after_blocks(monkeypatch, chance.randrange(2, 40))
+    engine = Engine(quick_path, options, plan=plan, processes=chance.randrange(2))
+    observed = None
+    for turn in range(20):
+        versions.mount(turn % 2)
+        with suppress(Crashed):
+            observed = await engine.run()
+            break
+        # Half of them end with the version they began with.
+        lives = turn == 1 and seed % 4 < 2
+        engine = engine.revived(no_faults if lives else at_step(chance.randrange(10, 100 + 60 * turn)))
+    assert observed is not None
+    assert observed.state == "SUCCEEDED", (seed, observed)
+    # It may have had its name, as it was then, before the last one came.
+    assert (engine.destination / "file").read_bytes() in versions.bodies, seed
+    assert engine.temporaries() == []
+
+
+async def test_a_fault_while_it_is_compared_loses_nothing(quick_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = os.urandom(SIZE)
+    for operation in ("preadv", "ftruncate", "open_temporary", "journal_commit"):
+        before = await half_arrived(quick_path / operation, monkeypatch, body)
+        failed: list[str] = []
+
+        def fail(call: Call, operation: str = operation, failed: list[str] = failed) -> int | None:
+            if call.operation == operation and not failed:
+                failed.append(operation)
+                return errno.EIO
+            return None
+
+        after = before.revived(fail)
+        (after.source / "file").write_bytes(body[: SIZE - 3 * MIB])
+        observed = await after.run()
+        assert observed.state == "SUCCEEDED", (operation, observed)
+        assert contents(after.destination) == contents(after.source)
+        assert after.temporaries() == []
+
+
+async def test_holes_that_were_data_before_are_empty(quick_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block that is a hole now, and was sent before, must not keep what it was."""
+    size = 100 * MIB
+    before = await half_arrived(quick_path, monkeypatch, os.urandom(size))
+    after = before.revived()
+    path = after.source / "file"
+    path.unlink()
+    with path.open("wb") as file:
+        file.truncate(size)
+        file.seek(90 * MIB)
+        file.write(os.urandom(MIB))
+    observed = await after.run()
+    assert observed.state == "SUCCEEDED", observed
+    assert contents(after.destination) == contents(after.source)
+
+
+async def test_attributes_of_an_earlier_version_do_not_stay(quick_path: Path) -> None:
+    options = TaskOptions(verify_checksum=True, preserve_timestamp=True, preserve_xattrs=True)
+
+    def unnamed(call: Call) -> int | None:
+        if (call.operation, call.name) == ("rename", b"file"):
+            raise Crashed
+        return None
+
+    engine = Engine(quick_path, options, plan=unnamed)
+    path = engine.source / "file"
+    path.write_bytes(os.urandom(SIZE))
+    try:
+        os.setxattr(path, "user.old", b"1")
+    except OSError:
+        pytest.skip("the file system has no attributes of users")
+    with pytest.raises(Crashed):
+        await engine.run()
+    (part,) = engine.temporaries()
+    assert os.listxattr(part) == ["user.old"]
+    os.removexattr(path, "user.old")
+    os.setxattr(path, "user.new", b"1")
+    after = engine.revived()
+    observed = await after.run()
+    assert observed.state == "SUCCEEDED", observed
+    assert os.listxattr(after.destination / "file") == ["user.new"]
+    assert contents(after.destination) == contents(after.source)
