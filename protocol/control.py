@@ -7,7 +7,7 @@ Paths and names are *escaped text* (see `protocol.names`); times are ISO 8601 in
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 import msgspec
 
@@ -104,6 +104,13 @@ class AgentHello(Record, frozen=True, kw_only=True):
 
 # --- listings --------------------------------------------------------------------------------------------
 
+# What a listing can hold: sizes as systems keep them, and names of 255 bytes and more, of which each may be escaped as
+# three characters. Times are of any year: agents of before did not bound them.
+Size: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+Mode: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=0xFFFF)]
+Name: TypeAlias = Annotated[str, msgspec.Meta(max_length=4096)]
+LinkTarget: TypeAlias = Annotated[str, msgspec.Meta(max_length=16384)]
+
 
 class Entry(Record, frozen=True, kw_only=True):
     """One row of a directory listing. ``mode`` holds permission bits only; times are nanoseconds since 1970.
@@ -111,15 +118,15 @@ class Entry(Record, frozen=True, kw_only=True):
     A symlink is reported with the type, size and time of its target, and ``link_*`` set.
     """
 
-    name: str
+    name: Name
     type: EntryType
-    size: int = 0
+    size: Size = 0
     mtime_ns: int = 0
-    mode: int = 0
-    user: str = ""
-    group: str = ""
-    link_target: str | None = None
-    link_size: int | None = None
+    mode: Mode = 0
+    user: Name = ""
+    group: Name = ""
+    link_target: LinkTarget | None = None
+    link_size: Size | None = None
     link_mtime_ns: int | None = None
 
 
@@ -129,9 +136,9 @@ class Listing(Record, frozen=True, kw_only=True):
     path: str
     absolute_path: str
     entries: list[Entry]
-    total: int
-    offset: int = 0
-    limit: int = 100_000
+    total: Size
+    offset: Size = 0
+    limit: Size = 100_000
 
 
 # --- tasks -----------------------------------------------------------------------------------------------

@@ -246,6 +246,15 @@ async def test_an_agent_cannot_answer_with_names_that_lead_elsewhere(laptop: Lap
         await laptop.alice.refused("GET", f"{laptop.path}/ls", 502, code)
 
 
+async def test_an_agent_cannot_answer_with_what_no_file_has(laptop: Laptop) -> None:
+    impossible: list[dict[str, Any]] = [{"size": -1}, {"size": 1 << 63}, {"mode": 1 << 20}]
+    for more in [*impossible, {"user": "x" * 5000}, {"link_target": "x" * 20000}]:
+        laptop.agent.entries = {"x": Entry(name="x", type="file", **more)}
+        await laptop.alice.refused("GET", f"{laptop.path}/ls", 502, "ExternalError.DirListingFailed.EndpointError")
+    laptop.agent.entries = {"x": Entry(name="x" * 5000, type="file")}
+    await laptop.alice.refused("GET", f"{laptop.path}/ls", 502, "ExternalError.DirListingFailed.EndpointError")
+
+
 async def test_times_that_no_calendar_has_do_not_break_a_listing(laptop: Laptop) -> None:
     laptop.agent.entries = {
         "a": Entry(name="a", type="file", mtime_ns=2**62),
