@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import subprocess
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +20,7 @@ from agent.transfer.books.journal import Journal
 from agent.transfer.task_folder import JOURNAL
 from protocol.control import TaskOptions
 from tests.agent.engine_inside import CHECKED, Crashed, Engine, contents, open_files, quick_path
+from tests.agent.small_disks import Disk, needs_root, unmounting
 
 __all__ = ["quick_path"]
 
@@ -263,3 +265,29 @@ async def test_attributes_of_an_earlier_version_do_not_stay(quick_path: Path) ->
     assert observed.state == "SUCCEEDED", observed
     assert os.listxattr(after.destination / "file") == ["user.new"]
     assert contents(after.destination) == contents(after.source)
+
+
+@needs_root
+async def test_a_disk_that_is_mounted_again_under_another_number_costs_nothing(
+    quick_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Btrfs, file servers and external disks are after a restart of the machine."""
+    place, other = quick_path / "source", quick_path / "other"
+    with unmounting(place), unmounting(other):
+        disk = Disk(quick_path / "image", megabytes=128)
+        disk.mount(place)
+        body = os.urandom(SIZE)
+        before = await half_arrived(quick_path, monkeypatch, body)
+        came, kept = received(before), settled(before)
+        first = place.stat().st_dev
+        subprocess.run(["umount", place], check=True)
+        # Whatever had the number has it still, in the place of another disk.
+        Disk(quick_path / "another").mount(other)
+        disk.mount(place)
+        if place.stat().st_dev == first:
+            pytest.skip("the disk has its number again")
+        after = before.revived()
+        observed = await after.run()
+        assert (observed.state, observed.counters.faults) == ("SUCCEEDED", 0), (observed, after.codes())
+        assert (after.destination / "file").read_bytes() == body
+        assert received(after) - came <= SIZE - kept
