@@ -32,6 +32,9 @@ def example(kind: Any) -> Any:
     arguments = typing.get_args(kind)
     if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
         return {field.encode_name: example(field.type) for field in msgspec.structs.fields(kind)}
+    if origin is typing.Annotated:
+        # Bounds.
+        return example(arguments[0])
     if origin in (typing.Union, types.UnionType):
         return example(next(argument for argument in arguments if argument is not type(None)))
     if origin is typing.Literal:
