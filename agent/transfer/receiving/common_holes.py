@@ -23,4 +23,6 @@ async def common_holes(run: Run, job: FileJob, descriptor: int, block: int) -> b
     ):
         if extents is not None:
             mark_holes(bitmap, extents, job.row.size, block)
-    return bytearray(one & other for one, other in zip(ours, theirs, strict=True))
+    # As numbers, since the bitmaps may be very large.
+    both = int.from_bytes(ours, "little") & int.from_bytes(theirs, "little")
+    return bytearray(both.to_bytes(len(ours), "little"))

@@ -58,8 +58,10 @@ class Reuse:
     def _of_earlier(self) -> list[range]:
         """The blocks that the temporary itself may have."""
         file = self._file
-        unknown = bytearray(~before & 0xFF | here for before, here in zip(file.earlier, self.have, strict=True))
-        return _blocks(unknown, file.job.row.size, file.block)
+        # As numbers, since the bitmaps may be very large.
+        before, here = (int.from_bytes(bitmap, "little") for bitmap in (file.earlier, self.have))
+        every = (1 << 8 * len(self.have)) - 1
+        return _blocks((every ^ before | here).to_bytes(len(self.have), "little"), file.job.row.size, file.block)
 
     async def _take_old(self) -> None:
         file, job, root = self._file, self._file.job, self._run.context.root
@@ -196,7 +198,7 @@ def may_compare(run: Run, size: int) -> bool:
     return BLOCK_DIGESTS in run.session.abilities and size >= WORTH_ASKING
 
 
-def _blocks(have: bytearray, size: int, block: int) -> list[range]:
+def _blocks(have: bytes | bytearray, size: int, block: int) -> list[range]:
     """The blocks that are missing in the first so many bytes, as many together as are asked for at once."""
     ranges = missing_ranges(have, size, block, DIGESTS_AT_ONCE * block)
     return [range(offset // block, -(-(offset + length) // block)) for offset, length in ranges]
