@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from agent.storage import page_cache
 from agent.storage.faulty import Call, Plan, no_faults
 from agent.transfer.basis.jobs import count_done
 from agent.transfer.basis.journal_rows import PartialRow, bytes_done
@@ -53,8 +54,10 @@ def received(engine: Engine) -> int:
     return int.from_bytes((engine.state / "received").read_bytes()[:8], "little")
 
 
-async def half_arrived(base: Path, monkeypatch: pytest.MonkeyPatch, body: bytes, processes: int = 0) -> Engine:
-    engine = Engine(base, plan=after_blocks(monkeypatch, 16), processes=processes)
+async def half_arrived(
+    base: Path, monkeypatch: pytest.MonkeyPatch, body: bytes, processes: int = 0, blocks: int = 16
+) -> Engine:
+    engine = Engine(base, plan=after_blocks(monkeypatch, blocks), processes=processes)
     (engine.source / "file").write_bytes(body)
     with pytest.raises(Crashed):
         await engine.run()
@@ -291,3 +294,130 @@ async def test_a_disk_that_is_mounted_again_under_another_number_costs_nothing(
         assert (observed.state, observed.counters.faults) == ("SUCCEEDED", 0), (observed, after.codes())
         assert (after.destination / "file").read_bytes() == body
         assert received(after) - came <= SIZE - kept
+
+
+async def unnamed(engine: Engine) -> Path:
+    """All of the file has arrived, and it dies before the file has its name."""
+
+    def die(call: Call) -> int | None:
+        if (call.operation, call.name) == ("rename", b"file"):
+            raise Crashed
+        return None
+
+    engine.plan = die
+    with pytest.raises(Crashed):
+        await engine.run()
+    (part,) = engine.temporaries()
+    return Path(part)
+
+
+async def test_a_part_is_nobody_elses_to_read_while_a_private_version_comes(quick_path: Path) -> None:
+    """What everybody could read has become private since."""
+    before = Engine(quick_path)
+    path, body = before.source / "file", os.urandom(SIZE)
+    path.write_bytes(body)
+    path.chmod(0o644)
+    part = await unnamed(before)
+    assert part.stat().st_mode & 0o777 == 0o644
+    path.chmod(0o600)
+    path.write_bytes(body[: 40 * MIB] + os.urandom(SIZE - 40 * MIB))
+    modes: list[int] = []
+
+    def look(call: Call) -> None:
+        if call.operation == "pwrite":
+            modes.append(part.stat().st_mode & 0o777)
+
+    after = before.revived(look)
+    observed = await after.run()
+    assert observed.state == "SUCCEEDED", observed
+    assert set(modes) == {0o600}
+    assert contents(after.destination) == contents(after.source)
+
+
+async def test_a_block_that_is_right_in_memory_alone_is_not_taken_over(
+    quick_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system tells of blocks that it could not write only once, and keeps them in memory as they should be."""
+    body = os.urandom(SIZE)
+    options = TaskOptions(verify_checksum=False, preserve_timestamp=True)
+    before = Engine(quick_path, options, plan=after_blocks(monkeypatch, 16))
+    (before.source / "file").write_bytes(body)
+    with pytest.raises(Crashed):
+        await before.run()
+    lost = [5 * MIB]
+
+    def forget(descriptor: int, _offset: int = 0, _length: int = 0) -> None:
+        while lost:
+            os.pwrite(descriptor, bytes(MIB), lost.pop())
+
+    monkeypatch.setattr(page_cache, "forget", forget)
+    after = before.revived()
+    (after.source / "file").write_bytes(body)
+    observed = await after.run()
+    assert observed.state == "SUCCEEDED", observed
+    # All that is left of memory.
+    with (after.destination / "file").open("r+b") as file:
+        forget(file.fileno())
+    assert contents(after.destination) == contents(after.source)
+
+
+async def test_what_was_cut_off_is_not_in_holes_after_a_power_failure(
+    quick_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file becomes shorter, and then longer again with holes where it had data before."""
+    size, short = 100 * MIB, 17 * MIB
+    body = os.urandom(size)
+    before = await half_arrived(quick_path, monkeypatch, body, blocks=40)
+    (part,) = map(Path, before.temporaries())
+    (before.source / "file").write_bytes(body[:short])
+    # What the disk still has of it until it is synced.
+    on_disk: list[bytes] = []
+
+    def cutting(call: Call) -> int | None:
+        if call.operation == "ftruncate":
+            on_disk.append(part.read_bytes())
+        elif call.operation == "fsync":
+            on_disk.clear()
+        elif call.operation == "preadv":
+            raise Crashed
+        return None
+
+    cut = before.revived(cutting)
+    with pytest.raises(Crashed):
+        await cut.run()
+    assert part.stat().st_size == short
+    path = cut.source / "file"
+    path.unlink()
+    with path.open("wb") as file:
+        file.truncate(size)
+        file.seek(size - MIB)
+        file.write(os.urandom(MIB))
+    put, kept = Journal.put_partial, False
+
+    def putting(journal: Journal, directory: int, name: bytes, row: PartialRow) -> None:
+        nonlocal kept
+        put(journal, directory, name, row)
+        if count_done(row.done):
+            # As any other file that is settled has it.
+            journal.commit()
+            kept = True
+
+    def growing(call: Call) -> int | None:
+        if call.operation == "fsync":
+            on_disk.clear()
+        if kept:
+            raise Crashed
+        return None
+
+    monkeypatch.setattr(Journal, "put_partial", putting)
+    grown = cut.revived(growing)
+    grown.source_plan = lambda call: errno.EIO if call.operation == "preadv" else None
+    with pytest.raises(Crashed):
+        await grown.run()
+    monkeypatch.setattr(Journal, "put_partial", put)
+    if on_disk:
+        part.write_bytes(on_disk[0])
+    after = grown.revived()
+    observed = await after.run()
+    assert observed.state == "SUCCEEDED", observed
+    assert contents(after.destination) == contents(after.source)

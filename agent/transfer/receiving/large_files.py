@@ -8,6 +8,7 @@ from functools import partial
 
 import trio
 
+from agent.storage import page_cache
 from agent.storage.faults import fault
 from agent.transfer.asking.arrivals import damaged
 from agent.transfer.asking.ranges import MEMORY_RANGE
@@ -182,20 +183,33 @@ class LargeFiles:
                 job, known.temporary, descriptor, known.block, known.done, count_done(known.done), bytes_done(known)
             )
             file.mark, file.earlier = known.mark, known.earlier
-            return file
-        if self._run.options.preserve_xattrs and root.get_attributes(descriptor).attributes:
+        elif self._run.options.preserve_xattrs and root.get_attributes(descriptor).attributes:
             # Complete but for its name, and with attributes that the file may not have any more.
             root.close_file(descriptor)
             return None
-        done = empty_bitmap(job.row.size, known.block)
-        file = LargeFile(job, known.temporary, descriptor, known.block, done, 0)
-        file.earlier = _earlier(known, job.row.size)
-        if root.part_mark(descriptor)[1] > job.row.size:
-            root.ftruncate(descriptor, job.row.size)
-        if known.mark is not None:
-            file.mark = (known.mark[0], min(known.mark[1], job.row.size))
-        self._run.part_taken(file, known)
+        else:
+            done = empty_bitmap(job.row.size, known.block)
+            file = LargeFile(job, known.temporary, descriptor, known.block, done, 0)
+            file.earlier = _earlier(known, job.row.size)
+            if known.mark is not None:
+                file.mark = (known.mark[0], min(known.mark[1], job.row.size))
+            self._run.part_taken(file, known)
+        if file.earlier:
+            self._make_fit(file)
         return file
+
+    def _make_fit(self, file: LargeFile) -> None:
+        """Take from a part what another version left of itself there, again after each attempt that ended meanwhile.
+        Raises OSError."""
+        root, size = self._run.context.root, file.job.row.size
+        # Who may read that version may not read this one, perhaps.
+        root.fchmod(file.descriptor, OWNER_ACCESS)
+        if root.part_mark(file.descriptor)[1] > size:
+            root.ftruncate(file.descriptor, size)
+        # What was cut off must not be in holes after a power failure, should the file grow again.
+        root.fsync(file.descriptor)
+        # Blocks that an earlier sync could not write are as they should be in memory alone.
+        page_cache.forget(file.descriptor)
 
     def _let_write(self, job: FileJob, temporary: bytes) -> None:
         """One that was stopped between its last blocks and its name may have a mode that forbids to write. Raises
