@@ -421,3 +421,33 @@ async def test_what_was_cut_off_is_not_in_holes_after_a_power_failure(
     observed = await after.run()
     assert observed.state == "SUCCEEDED", observed
     assert contents(after.destination) == contents(after.source)
+
+
+async def test_an_agent_of_before_finds_no_holes_in_a_part_of_another_version(
+    quick_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To it, a part of which nothing is done was a new one."""
+    size = 100 * MIB
+    before = await half_arrived(quick_path, monkeypatch, os.urandom(size))
+    path = before.source / "file"
+    path.unlink()
+    with path.open("wb") as file:
+        file.truncate(size)
+        file.seek(90 * MIB)
+        file.write(os.urandom(MIB))
+
+    def die(call: Call) -> int | None:
+        if call.operation == "preadv":
+            raise Crashed
+        return None
+
+    taken = before.revived(die)
+    with pytest.raises(Crashed):
+        await taken.run()
+    get = Journal.get
+    monkeypatch.setattr(Journal, "get", lambda self, key: None if key.startswith("earlier ") else get(self, key))
+    after = taken.revived()
+    observed = await after.run()
+    assert observed.state == "SUCCEEDED", observed
+    assert contents(after.destination) == contents(after.source)
+    assert after.temporaries() == []

@@ -37,6 +37,9 @@ PENDING, ACTIVE, DONE, AGAIN, ACTIVE_AGAIN = range(5)
 _NAMES_AT_ONCE = 500
 # Of single items: done is 1.
 _ENDED_WITHOUT = 2
+# The version of a part with blocks of an earlier one, as agents of before read it: they begin anew, where they would
+# take what lies in it for holes.
+_OF_NO_FILE: Version = (0, 0, 0, 0, 0)
 _DIRECTORY = "id, item, source, destination, mtime_ns, ancestry"
 _SET_STATE = (
     "UPDATE directories SET state = ?1, crc = crc_of('directories', item, source, destination, mtime_ns, ancestry, ?1)"
@@ -289,14 +292,17 @@ class Journal(JournalFile):
                 "SELECT temporary, version, block, done FROM partial WHERE directory = ? AND name = ?",
                 (directory, name),
             ).fetchone()
-        if row is None:
-            return None
-        mark = self.get(_mark_of(row[0]))
-        return msgspec.structs.replace(
-            _partial(row),
-            mark=None if mark is None else msgspec.msgpack.decode(mark, type=PartMark),
-            earlier=self.get(_earlier_of(row[0])) or b"",
-        )
+        return None if row is None else self._partial(row)
+
+    def _partial(self, row: tuple[bytes, bytes, int, bytes]) -> PartialRow:
+        part = PartialRow(row[0], msgspec.msgpack.decode(row[1], type=Version), row[2], bytearray(row[3]))
+        mark, earlier = self.get(_mark_of(part.temporary)), self.get(_earlier_of(part.temporary))
+        if mark is not None:
+            part = msgspec.structs.replace(part, mark=msgspec.msgpack.decode(mark, type=PartMark))
+        if part.version == _OF_NO_FILE and earlier is not None:
+            version, blocks = msgspec.msgpack.decode(earlier, type=tuple[Version, bytes])
+            part = msgspec.structs.replace(part, version=version, earlier=blocks)
+        return part
 
     def partials(self, directory: int) -> list[PartialRow]:
         """All large files in flight in a directory."""
@@ -304,7 +310,7 @@ class Journal(JournalFile):
             rows = self._connection.execute(
                 "SELECT temporary, version, block, done FROM partial WHERE directory = ?", (directory,)
             ).fetchall()
-        return list(map(_partial, rows))
+        return list(map(self._partial, rows))
 
     def partial_temporaries(self, directory: int) -> set[bytes]:
         """Temporaries in a directory that hold blocks worth keeping."""
@@ -317,16 +323,17 @@ class Journal(JournalFile):
 
     def put_partial(self, directory: int, name: bytes, row: PartialRow) -> None:
         """Note which blocks of a large file are written, checked and worth keeping."""
+        version = _OF_NO_FILE if row.earlier else row.version
         with self._using():
             self._connection.execute(
                 "INSERT OR REPLACE INTO partial VALUES "
                 "(?1, ?2, ?3, ?4, ?5, ?6, crc_of('partial', ?1, ?2, ?3, ?4, ?5, ?6))",
-                (directory, name, row.temporary, msgspec.msgpack.encode(row.version), row.block, bytes(row.done)),
+                (directory, name, row.temporary, msgspec.msgpack.encode(version), row.block, bytes(row.done)),
             )
             if row.mark is not None:
                 self.put(_mark_of(row.temporary), msgspec.msgpack.encode(row.mark))
             if row.earlier:
-                self.put(_earlier_of(row.temporary), row.earlier)
+                self.put(_earlier_of(row.temporary), msgspec.msgpack.encode((row.version, row.earlier)))
             else:
                 self._connection.execute("DELETE FROM meta WHERE key = ?", (_earlier_of(row.temporary),))
 
@@ -446,12 +453,8 @@ def _mark_of(temporary: bytes) -> str:
 
 
 def _earlier_of(temporary: bytes) -> str:
-    """The same for the blocks that it has of an earlier version."""
+    """The same for the blocks that it has of an earlier version, and its own version."""
     return f"earlier {temporary.decode('latin-1')}"
-
-
-def _partial(row: tuple[bytes, bytes, int, bytes]) -> PartialRow:
-    return PartialRow(row[0], msgspec.msgpack.decode(row[1], type=Version), row[2], bytearray(row[3]))
 
 
 def open_or_rebuild(path: Path) -> tuple[Journal, bool]:
