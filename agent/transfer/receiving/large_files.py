@@ -151,20 +151,23 @@ class LargeFiles:
         other = known.version != job.row.version
         if other and not (may_compare(self._run, job.row.size) and known.block == block_size(job.row.size)):
             return self._begin_again(job, known)
+        lost = True
         try:
             self._let_write(job, known.temporary)
             descriptor = job.group.handle.open_temporary(known.temporary)
+            if self._is_known(descriptor, known):
+                with self._closed_after_an_error(descriptor):
+                    file = self._opened(job, known, descriptor, other=other)
+                if file is not None:
+                    return file
+                lost = False
+                self._run.context.root.close_file(descriptor)
         except FileNotFoundError:
             return self._begin_again(job, known) if other else known
         except OSError as error:
             if _worth_another_try(job, error):
                 raise
-            return self._begin_again(job, known, lost=True)
-        if not self._is_known(descriptor, known):
-            return self._begin_again(job, known, lost=True)
-        with self._closed_after_an_error(descriptor):
-            file = self._opened(job, known, descriptor, other=other)
-        return self._begin_again(job, known) if file is None else file
+        return self._begin_again(job, known, lost=lost)
 
     @contextmanager
     def _closed_after_an_error(self, descriptor: int) -> Iterator[None]:
@@ -176,7 +179,7 @@ class LargeFiles:
 
     def _opened(self, job: FileJob, known: PartialRow, descriptor: int, *, other: bool) -> LargeFile | None:
         """What is in flight. What has arrived of another version counts for nothing until it is compared with this one:
-        the journal says so before anything is written into it. None, and closed, if it is of no use."""
+        the journal says so before anything is written into it. None if it is of no use."""
         root = self._run.context.root
         if not other:
             file = LargeFile(
@@ -185,7 +188,6 @@ class LargeFiles:
             file.mark, file.earlier = known.mark, known.earlier
         elif self._run.options.preserve_xattrs and root.get_attributes(descriptor).attributes:
             # Complete but for its name, and with attributes that the file may not have any more.
-            root.close_file(descriptor)
             return None
         else:
             done = empty_bitmap(job.row.size, known.block)
