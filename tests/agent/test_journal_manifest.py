@@ -7,6 +7,7 @@ import os
 import sqlite3
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -32,6 +33,26 @@ from protocol.control import Counters
 from protocol.session import FILE, Row
 
 PARTIAL = PartialRow(b".temporary", (1, 2, 3, 4, 5), 1024, bytearray(b"\x05"))
+
+
+@pytest.mark.parametrize(
+    ("done", "earlier", "hidden"),
+    [(b"\x05", b"", False), (b"\x07", b"", True), (b"\0", b"\0", True), (b"\1", b"\4", True)],
+)
+def test_parts_that_agents_of_before_would_misunderstand_are_of_no_file_to_them(
+    tmp_path: Path, done: bytes, earlier: bytes, hidden: bool
+) -> None:
+    """They took one of which nothing is done for a new one, and waited for ever for what is missing of a whole one."""
+    journal = Journal(tmp_path / "journal")
+    part = PartialRow(b".temporary", (1, 2, 2049, 4, 5), 1024, bytearray(done), (7, 8), earlier)
+    journal.put_partial(1, b"large", part)
+    assert journal.partial(1, b"large") == part
+    assert journal.partials(1) == [part]
+    (row,) = journal._connection.execute("SELECT version FROM partial").fetchall()
+    assert (msgspec.msgpack.decode(row[0]) != list(part.version)) == hidden
+    journal.drop_partial(1, b"large")
+    assert journal._connection.execute("SELECT key FROM meta WHERE key LIKE '%temporary'").fetchall() == []
+    journal.close()
 
 
 def filled(path: Path, directories: int = 500) -> None:

@@ -24,6 +24,7 @@ from agent.transfer.basis.journal_rows import (
     DirectoryRow,
     HardLinkRow,
     PartialRow,
+    bytes_done,
 )
 from agent.transfer.books.journal_file import JournalFile
 from agent.transfer.books.state_trouble import StateDamaged, put_aside
@@ -37,8 +38,8 @@ PENDING, ACTIVE, DONE, AGAIN, ACTIVE_AGAIN = range(5)
 _NAMES_AT_ONCE = 500
 # Of single items: done is 1.
 _ENDED_WITHOUT = 2
-# The version of a part with blocks of an earlier one, as agents of before read it: they begin anew, where they would
-# take what lies in it for holes.
+# The version, as agents of before read it, of a part with blocks of an earlier one, which they would take for holes,
+# and of one with all of its blocks, with which they would do nothing for ever: so they begin anew.
 _OF_NO_FILE: Version = (0, 0, 0, 0, 0)
 _DIRECTORY = "id, item, source, destination, mtime_ns, ancestry"
 _SET_STATE = (
@@ -323,7 +324,8 @@ class Journal(JournalFile):
 
     def put_partial(self, directory: int, name: bytes, row: PartialRow) -> None:
         """Note which blocks of a large file are written, checked and worth keeping."""
-        version = _OF_NO_FILE if row.earlier else row.version
+        hidden = bool(row.earlier) or bytes_done(row) == row.version[2]
+        version = _OF_NO_FILE if hidden else row.version
         with self._using():
             self._connection.execute(
                 "INSERT OR REPLACE INTO partial VALUES "
@@ -332,7 +334,7 @@ class Journal(JournalFile):
             )
             if row.mark is not None:
                 self.put(_mark_of(row.temporary), msgspec.msgpack.encode(row.mark))
-            if row.earlier:
+            if hidden:
                 self.put(_earlier_of(row.temporary), msgspec.msgpack.encode((row.version, row.earlier)))
             else:
                 self._connection.execute("DELETE FROM meta WHERE key = ?", (_earlier_of(row.temporary),))
