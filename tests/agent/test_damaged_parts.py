@@ -102,3 +102,18 @@ async def test_a_part_that_was_changed_between_two_runs_does_not_count(
     assert observed.state == "SUCCEEDED", observed
     left = set(contents(after.destination)) - {"file"}
     assert left == ({"name"} if how == "linked" else set()) or how == "a folder", left
+
+
+async def test_what_lies_in_the_place_of_a_part_keeps_its_mode(
+    quick_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, temporary = await interrupted(quick_path, monkeypatch)
+    monkeypatch.undo()
+    other = engine.destination / "another"
+    other.write_bytes(b"somebody's")
+    other.chmod(0o400)
+    temporary.unlink()
+    os.link(other, temporary)
+    after = engine.revived()
+    assert (await after.run()).state == "SUCCEEDED"
+    assert (other.stat().st_mode & 0o777, other.read_bytes()) == (0o400, b"somebody's")

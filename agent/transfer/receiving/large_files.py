@@ -217,7 +217,10 @@ class LargeFiles:
         """One that was stopped between its last blocks and its name may have a mode that forbids to write. Raises
         OSError."""
         handle = job.group.handle
-        if handle.lstat(temporary).mode & OWNER_ACCESS != OWNER_ACCESS:
+        node = handle.lstat(temporary)
+        # What else lies there by now is refused when it is opened, and is to stay as it is.
+        ours = node.kind == "file" and node.nlink == 1
+        if ours and node.mode & OWNER_ACCESS != OWNER_ACCESS:
             handle.set_mode(temporary, OWNER_ACCESS)
 
     def _is_known(self, descriptor: int, known: PartialRow) -> bool:
