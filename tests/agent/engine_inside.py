@@ -428,6 +428,20 @@ def contents(root: Path, *, temporaries: bool = True) -> dict[str, bytes | str]:
     return found
 
 
+def received(engine: Engine) -> int:
+    """Content bytes that came to a task in all its runs, those that came again among them."""
+    return int.from_bytes((engine.state / "received").read_bytes()[:8], "little")
+
+
+def sparse(path: Path, size: int, pieces: dict[int, bytes]) -> None:
+    """A file of so many bytes that are holes, but for pieces at these offsets."""
+    with path.open("wb") as file:
+        file.truncate(size)
+        for offset, data in pieces.items():
+            file.seek(offset)
+            file.write(data)
+
+
 def when(code: str, action: Callable[[], None]) -> Callable[[Line, TaskObserved], None]:
     """Do something once, when the task says for the first time that this holds it up."""
     done: list[str] = []

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from agent.storage.faulty import Call, Plan
 from agent.transfer.basis.jobs import count_done
-from agent.transfer.basis.journal_rows import PartialRow
 from agent.transfer.books.journal import Journal
 from agent.transfer.task_folder import JOURNAL
+from tests.agent.died_with_parts import after_blocks
 from tests.agent.engine_inside import Crashed, Engine, contents, quick_path
 
 __all__ = ["quick_path"]
@@ -26,7 +25,7 @@ SIZE = 40 * MIB
 async def interrupted(base: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Engine, Path]:
     """A task that died when the journal had some of its large file, and its temporary."""
     for attempt in range(10):
-        engine = Engine(base / str(attempt), plan=_death_after_a_part(monkeypatch))
+        engine = Engine(base / str(attempt), plan=after_blocks(monkeypatch, 2))
         piece = os.urandom(MIB - 1)
         (engine.source / "file").write_bytes(b"".join(piece + bytes([number]) for number in range(SIZE // MIB)))
         with suppress(Crashed):
@@ -42,27 +41,6 @@ async def interrupted(base: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Engi
         (temporary,) = engine.temporaries()
         return engine, Path(temporary)
     pytest.fail("no crash left a part behind")
-
-
-def _death_after_a_part(monkeypatch: pytest.MonkeyPatch) -> Plan:
-    """At the first call after the commit that has one."""
-    put, noted, durable = Journal.put_partial, False, False
-
-    def putting(journal: Journal, directory: int, name: bytes, row: PartialRow) -> None:
-        nonlocal noted
-        put(journal, directory, name, row)
-        noted = noted or count_done(row.done) > 1
-
-    monkeypatch.setattr(Journal, "put_partial", putting)
-
-    def plan(call: Call) -> int | None:
-        nonlocal durable
-        if durable:
-            raise Crashed
-        durable = noted and call.operation == "journal_commit"
-        return None
-
-    return plan
 
 
 def _replaced_by(make: Callable[[Path], object]) -> Callable[[Path], None]:

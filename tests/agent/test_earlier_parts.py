@@ -16,42 +16,17 @@ import pytest
 from agent.storage import page_cache
 from agent.storage.faulty import Call, Plan, no_faults
 from agent.transfer.basis.jobs import count_done
-from agent.transfer.basis.journal_rows import PartialRow, bytes_done
+from agent.transfer.basis.journal_rows import PartialRow
 from agent.transfer.books.journal import Journal
-from agent.transfer.task_folder import JOURNAL
 from protocol.control import TaskOptions
-from tests.agent.engine_inside import CHECKED, Crashed, Engine, contents, open_files, quick_path
+from tests.agent.died_with_parts import after_blocks, settled
+from tests.agent.engine_inside import CHECKED, Crashed, Engine, contents, open_files, quick_path, received, sparse
 from tests.agent.small_disks import Disk, needs_root, unmounting
 
 __all__ = ["quick_path"]
 
 MIB = 1024 * 1024
 SIZE = 60 * MIB + 12345
-
-
-def after_blocks(monkeypatch: pytest.MonkeyPatch, count: int) -> Plan:
-    """Everything dies at the first call after the commit that has so many blocks of a large file."""
-    noted = durable = False
-    put = Journal.put_partial
-
-    def putting(journal: Journal, directory: int, name: bytes, row: PartialRow) -> None:
-        nonlocal noted
-        put(journal, directory, name, row)
-        noted = noted or count_done(row.done) >= count
-
-    def die(call: Call) -> int | None:
-        nonlocal durable
-        if durable:
-            raise Crashed
-        durable = noted and call.operation == "journal_commit"
-        return None
-
-    monkeypatch.setattr(Journal, "put_partial", putting)
-    return die
-
-
-def received(engine: Engine) -> int:
-    return int.from_bytes((engine.state / "received").read_bytes()[:8], "little")
 
 
 async def half_arrived(
@@ -63,15 +38,6 @@ async def half_arrived(
         await engine.run()
     assert settled(engine) >= 16 * MIB
     return engine
-
-
-def settled(engine: Engine) -> int:
-    """Bytes of the part that the journal counts on."""
-    journal = Journal(engine.state / JOURNAL)
-    try:
-        return sum(bytes_done(row) for directory in (*range(-3, 4),) for row in journal.partials(directory))
-    finally:
-        journal.abandon()
 
 
 def touched(body: bytearray) -> bytearray:
@@ -248,10 +214,7 @@ async def test_holes_that_were_data_before_are_empty(quick_path: Path, monkeypat
     after = before.revived()
     path = after.source / "file"
     path.unlink()
-    with path.open("wb") as file:
-        file.truncate(size)
-        file.seek(90 * MIB)
-        file.write(os.urandom(MIB))
+    sparse(path, size, {90 * MIB: os.urandom(MIB)})
     observed = await after.run()
     assert observed.state == "SUCCEEDED", observed
     assert contents(after.destination) == contents(after.source)
@@ -406,10 +369,7 @@ async def test_what_was_cut_off_is_not_in_holes_after_a_power_failure(
     assert part.stat().st_size == short
     path = cut.source / "file"
     path.unlink()
-    with path.open("wb") as file:
-        file.truncate(size)
-        file.seek(size - MIB)
-        file.write(os.urandom(MIB))
+    sparse(path, size, {size - MIB: os.urandom(MIB)})
     put, kept = Journal.put_partial, False
 
     def putting(journal: Journal, directory: int, name: bytes, row: PartialRow) -> None:
@@ -449,10 +409,7 @@ async def test_an_agent_of_before_finds_no_holes_in_a_part_of_another_version(
     before = await half_arrived(quick_path, monkeypatch, os.urandom(size))
     path = before.source / "file"
     path.unlink()
-    with path.open("wb") as file:
-        file.truncate(size)
-        file.seek(90 * MIB)
-        file.write(os.urandom(MIB))
+    sparse(path, size, {90 * MIB: os.urandom(MIB)})
 
     def die(call: Call) -> int | None:
         if call.operation == "preadv":

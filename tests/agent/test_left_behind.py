@@ -17,7 +17,7 @@ from agent.transfer.books import journal_file as journals
 from agent.transfer.books.journal import Journal
 from agent.transfer.planning.left_behind import sweep_temporaries
 from protocol.control import TaskItem
-from tests.agent.engine_inside import WHOLE, Crashed, Engine, Line, contents, quick_path
+from tests.agent.engine_inside import WHOLE, Crashed, Engine, Line, contents, quick_path, received
 
 __all__ = ["quick_path"]
 
@@ -190,7 +190,7 @@ async def test_a_passing_fault_does_not_cost_what_has_arrived(quick_path: Path, 
     assert contents(after.destination) == contents(after.source)
     assert "PART_LOST" not in after.codes()
     # All of it came twice if the part was given up for lost.
-    assert int.from_bytes((after.state / "received").read_bytes(), "little") < 2 * SIZE - 8 * 1024 * 1024
+    assert received(after) < 2 * SIZE - 8 * 1024 * 1024
 
 
 async def test_a_part_that_cannot_be_opened_any_more_is_given_up_for_lost_in_the_end(quick_path: Path) -> None:

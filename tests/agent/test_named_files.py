@@ -24,7 +24,7 @@ from agent.transfer.basis.jobs import LargeFile
 from agent.transfer.books.journal import Journal
 from agent.transfer.books.manifest import TransferredRow, read_page
 from protocol.control import Counters, TaskItem, TaskOptions
-from tests.agent.engine_inside import CHECKED, WHOLE, Crashed, Engine, contents, quick_path
+from tests.agent.engine_inside import CHECKED, WHOLE, Crashed, Engine, contents, quick_path, received
 
 __all__ = ["quick_path"]
 
@@ -46,10 +46,6 @@ def _one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arrivals, "CHECK_AFTER", MIB)
     monkeypatch.setattr("agent.transfer.settling.settle.BATCH_BYTES", MIB)
     monkeypatch.setattr("agent.transfer.receiving.large_files.MEMORY_RANGE", 2 * MIB)
-
-
-def received(engine: Engine) -> int:
-    return int.from_bytes((engine.state / "received").read_bytes()[:8], "little")
 
 
 def dies_after_renaming(nth: int) -> Plan:

@@ -19,7 +19,7 @@ from agent.storage.faulty import Call, FaultyRoot, fail_nth
 from agent.transfer.basis.jobs import LargeFile
 from agent.transfer.course.run import Run
 from agent.transfer.receiving.reuse import SAMPLES, Reuse, spread
-from tests.agent.engine_inside import CHECKED, Crashed, Engine, contents, open_files, quick_path
+from tests.agent.engine_inside import CHECKED, Crashed, Engine, contents, open_files, quick_path, received
 from tests.agent.small_disks import Disk, needs_root, unmounting
 
 __all__ = ["quick_path"]
@@ -73,8 +73,7 @@ async def test_only_what_differs_is_sent(
     observed = await engine.run()
     assert observed.state == "SUCCEEDED", observed
     assert contents(engine.destination) == contents(engine.source)
-    received = int.from_bytes((engine.state / "received").read_bytes()[:8], "little")
-    assert received <= most
+    assert received(engine) <= most
     assert observed.counters.bytes_transferred == len(body)
     assert engine.temporaries() == []
     if change is all_else:
@@ -184,10 +183,6 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[Reuse]:
 
     monkeypatch.setattr(Reuse, "__init__", noting)
     return made
-
-
-def received(engine: Engine) -> int:
-    return int.from_bytes((engine.state / "received").read_bytes()[:8], "little")
 
 
 def sharing(root: Root) -> Root:

@@ -1,4 +1,5 @@
-"""What the relay's tests share: a relay of their own (`world`), and two machines in virtual time (`scene`)."""
+"""What the relay's tests share: a relay of their own (`world`), somebody signed in there (`ada`), and two machines in
+virtual time (`scene`)."""
 
 from __future__ import annotations
 
@@ -18,6 +19,7 @@ from relay.settings import load as load_settings
 from relay.store.database import Store
 from tests.relay.cheap_secrets import set_cheap
 from tests.relay.relay_world import RelayWorld, SetClock
+from tests.relay.sign_in_world import Person, add_person
 from tests.relay.steward_scene import Scene, open_scene
 
 
@@ -77,3 +79,11 @@ async def scene(world: Any, clock: MockClock) -> AsyncIterator[Scene]:
     """Alice with two machines that are not linked yet, and the steward at work."""
     async with open_scene(world, clock) as opened:
         yield opened
+
+
+@pytest.fixture
+async def ada(world: RelayWorld) -> Person:
+    """Ada, signed in at her browser."""
+    person = Person(world)
+    await person.arrive(await add_person(world, "ada"))
+    return person

@@ -22,14 +22,6 @@ if TYPE_CHECKING:
     from tests.relay.relay_world import RelayWorld
 
 
-@pytest.fixture
-async def ada(world: RelayWorld) -> Person:
-    """Ada, signed in at her browser."""
-    person = Person(world)
-    await person.arrive(await add_person(world, "ada"))
-    return person
-
-
 async def registered(world: RelayWorld, *redirect_uris: str) -> tuple[str, str]:
     """A web application of this relay with a secret."""
     secret, digest = clients.new_digest()

@@ -6,7 +6,6 @@ import itertools
 from collections.abc import Iterator
 
 import httpx
-import pytest
 from fastapi.routing import APIRoute
 
 from relay.app import PAGES
@@ -30,13 +29,6 @@ def places() -> Iterator[str]:
         # There is no provider here to sign in with.
         if isinstance(route, APIRoute) and "POST" in route.methods and route.path != "/sign-in/with/{name}":
             yield route.path_format.format(**dict.fromkeys(route.param_convertors, "x"))
-
-
-@pytest.fixture
-async def ada(world: RelayWorld) -> Person:
-    person = Person(world)
-    await person.arrive(await add_person(world, "ada"))
-    return person
 
 
 async def test_no_page_takes_a_form_of_another_site(world: RelayWorld, ada: Person) -> None:

@@ -26,14 +26,6 @@ DEPENDENT_GRANT = "urn:globus:auth:grant_type:dependent_token"
 CLI_TEMPLATE = "95fdeba8-fac2-42bd-a357-e068d82ff78e"
 
 
-@pytest.fixture
-async def ada(world: RelayWorld) -> Person:
-    """Ada, signed in at her browser."""
-    person = Person(world)
-    await person.arrive(await add_person(world, "ada"))
-    return person
-
-
 async def active(world: RelayWorld, token: str) -> bool:
     return await world.store.read(lambda connection: find(connection, token, world.clock.now)) is not None
 

@@ -22,13 +22,6 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture
-async def ada(world: RelayWorld) -> Person:
-    person = Person(world)
-    await person.arrive(await add_person(world, "ada"))
-    return person
-
-
 # --- secrets are compared in constant time ------------------------------------------------------------------------
 
 # In small letters: what is written in capitals is the name of something, not its value.

@@ -6,6 +6,7 @@ import queue
 from typing import Any, Protocol
 
 from agent.transfer.basis.jobs import BlocksWritten, FileJob, LargeFile, RangeRequest
+from agent.transfer.basis.patience import VERIFY_CHECKSUM
 from protocol.errors import ProtocolError, RetryLater, TowpathError
 from protocol.names import escape
 
@@ -32,7 +33,7 @@ def damaged(source_path: bytes, what: str = "content") -> RetryLater:
     return RetryLater(
         f"Some {what} of {escape(source_path)} arrived from the source with a digest that does not match; "
         "it is fetched again.",
-        code="VERIFY_CHECKSUM",
+        code=VERIFY_CHECKSUM,
         who="source owner",
         subject=escape(source_path),
     )

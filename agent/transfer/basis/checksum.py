@@ -10,6 +10,7 @@ from blake3 import blake3
 
 from agent.storage.base import Root
 from agent.transfer.basis.jobs import FileJob
+from agent.transfer.basis.patience import VERIFY_CHECKSUM
 from protocol.errors import ItemFailed, RetryLater, TowpathError
 from protocol.names import escape
 from protocol.session import DigestBlocks
@@ -18,8 +19,6 @@ _CHUNK = 1024 * 1024
 _HEX_DIGITS = {"MD5": 32, "SHA1": 40, "SHA256": 64, "SHA512": 128, "XXH3-128": 32, "BLAKE3": 64}
 _HEX = frozenset("0123456789abcdefABCDEF")
 ALGORITHMS = tuple(_HEX_DIGITS)
-# The code of content that is not what it should be.
-VERIFY_CHECKSUM = "VERIFY_CHECKSUM"
 
 
 def normalised_algorithm(name: str) -> str:

@@ -9,6 +9,9 @@ from typing import Final
 
 from protocol.errors import NeedsPerson, ProtocolError, RetryLater, TaskFailed, TowpathError
 
+# The codes of content that is not what it should be, and of a file of which what had arrived is of no use any more.
+VERIFY_CHECKSUM: Final = "VERIFY_CHECKSUM"
+PART_LOST: Final = "PART_LOST"
 DEFAULT_ATTEMPTS: Final = 5
 # Attempts for one file or folder; what is not named has the default. Errors that need a person are waited for without
 # end, permanent ones are not tried again at all. `docs/states.md` repeats this table.
@@ -21,7 +24,7 @@ ATTEMPTS: Final[Mapping[str, int]] = {
     # A file that is being written all the time: better left out, and said so, than waited for.
     "FILE_CHANGED": 5,
     "IO_ERROR": 5,
-    "VERIFY_CHECKSUM": 5,
+    VERIFY_CHECKSUM: 5,
 }
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 15.0
 # Passing faults that storage has; all others are the connection's, or the relay's, and cost no file.

@@ -26,12 +26,12 @@ from agent.transfer.basis.jobs import (
     empty_bitmap,
 )
 from agent.transfer.basis.journal_rows import PartialRow, bytes_done
-from agent.transfer.basis.patience import attempts, counted
+from agent.transfer.basis.patience import PART_LOST, VERIFY_CHECKSUM, attempts, counted
 from agent.transfer.course.run import Run
 from agent.transfer.receiving.common_holes import common_holes
 from agent.transfer.receiving.named_files import named_file
 from agent.transfer.receiving.reuse import Reuse, may_compare
-from agent.transfer.settling.small_files import OWNER_ACCESS, PART_LOST
+from agent.transfer.settling.small_files import OWNER_ACCESS
 from protocol.errors import ItemFailed, NeedsPerson, RetryLater, TaskFailed, TowpathError
 from protocol.names import escape
 from protocol.session import EXTENTS
@@ -303,7 +303,7 @@ class LargeFiles:
         error = RetryLater(
             f"Block {index} of {escape(file.job.destination_path)} reads back from the destination's storage other "
             "than it was written; it is fetched again.",
-            code="VERIFY_CHECKSUM",
+            code=VERIFY_CHECKSUM,
             who="destination owner",
             subject=escape(file.job.destination_path),
         )

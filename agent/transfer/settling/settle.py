@@ -23,7 +23,7 @@ from typing import Protocol, TypeAlias
 
 from agent.storage.base import Root
 from agent.storage.faults import fault
-from agent.transfer.basis.checksum import VERIFY_CHECKSUM, published_digest
+from agent.transfer.basis.checksum import published_digest
 from agent.transfer.basis.jobs import (
     Abandoned,
     AllArrived,
@@ -43,6 +43,7 @@ from agent.transfer.basis.jobs import (
     PartDropped,
     ToSettle,
 )
+from agent.transfer.basis.patience import PART_LOST, VERIFY_CHECKSUM
 from agent.transfer.books.journal import Journal
 from agent.transfer.books.manifest import ManifestWriter
 from agent.transfer.books.record import Record
@@ -61,7 +62,7 @@ from agent.transfer.settling.held import HeldChecked, HolderLost, PackHeld
 from agent.transfer.settling.held_batches import HeldBatches
 from agent.transfer.settling.links import add_name, make_link, place_of
 from agent.transfer.settling.side_thread import AnswersFirst, Broken, LookAgain, SideThread
-from agent.transfer.settling.small_files import PART_LOST, Remover, SmallFiles, Temporary, temporary_fault
+from agent.transfer.settling.small_files import Remover, SmallFiles, Temporary, temporary_fault
 from protocol.errors import ItemFailed, TowpathError
 
 # A batch is synced when it holds this much, or when nothing more has come for a moment (seconds).

@@ -20,6 +20,7 @@ from agent.storage.handles import os_error
 from agent.system.limits import open_files, raise_open_files
 from agent.transfer.basis.jobs import FileJob, Group, PackArrived
 from agent.transfer.basis.kept_attributes import Refused, give_access_list, give_attributes
+from agent.transfer.basis.patience import PART_LOST, VERIFY_CHECKSUM
 from agent.transfer.books.journal import Journal
 from agent.transfer.settling.held import Holder
 from protocol.errors import RetryLater, TowpathError
@@ -31,8 +32,6 @@ from protocol.session import MAX_BLOCK, join_path
 OWNER_ACCESS = 0o600
 # A temporary must be readable for its check; a mode without this bit is set, and synced, just before the rename.
 OWNER_READS = 0o400
-# The code of a file of which what had arrived is of no use any more.
-PART_LOST = "PART_LOST"
 # Descriptors left to everything else in the process (directories being worked on, large files, sockets).
 _OTHER_DESCRIPTORS = 512
 
@@ -283,7 +282,7 @@ def _differs(job: FileJob) -> RetryLater:
     name = escape(job.destination_path)
     return RetryLater(
         f"{name} reads back from the destination's storage other than it was written; it is transferred again.",
-        code="VERIFY_CHECKSUM",
+        code=VERIFY_CHECKSUM,
         who="destination owner",
         subject=name,
     )
